@@ -1,0 +1,376 @@
+//! The contract between the engine and whoever drives it: commands in, events out.
+//!
+//! Both are plain data. Inside one process they travel over channels; between processes, as one JSON object in
+//! one `SOCK_SEQPACKET` datagram, with descriptors beside it (`SCM_RIGHTS`). The engine knows numbers, never names:
+//! which container an [`UpstreamId`] stands for, and whether a port may be exposed, is the driver's business.
+//!
+//! Commands are levels where they can be: opening a listener that is open as asked, or closing one that is
+//! closed, changes nothing and is answered as if it had just happened. That lets a driver that lost its memory
+//! read [`Event::State`] and say again what it wants.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
+
+use serde::{Deserialize, Serialize};
+
+/// One way into one container, as numbered by the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct UpstreamId(pub u32);
+
+/// One forward: a host port, and the port inside an upstream that it leads to. Numbered by the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ForwardId(pub u32);
+
+impl fmt::Display for UpstreamId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "upstream {}", self.0)
+    }
+}
+
+impl fmt::Display for ForwardId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "forward {}", self.0)
+    }
+}
+
+/// An address family of TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// IPv4; the loopback address is 127.0.0.1.
+    V4,
+    /// IPv6; the loopback address is `::1`.
+    V6,
+}
+
+impl Family {
+    /// Both families, in the order in which they are tried when nothing else is known.
+    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
+
+    /// The other family.
+    pub fn other(self) -> Family {
+        match self {
+            Family::V4 => Family::V6,
+            Family::V6 => Family::V4,
+        }
+    }
+
+    /// The loopback address of this family with `port`.
+    pub fn loopback(self, port: NonZeroU16) -> SocketAddr {
+        let ip = match self {
+            Family::V4 => IpAddr::from([127, 0, 0, 1]),
+            Family::V6 => IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]),
+        };
+        SocketAddr::new(ip, port.get())
+    }
+}
+
+/// On which loopback addresses of a container a server was seen listening.
+///
+/// A connection is dialled to the family by which the client came, if that one is reached, else to the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reach {
+    /// Something listens on 127.0.0.1 or 0.0.0.0.
+    pub v4: bool,
+    /// Something listens on `::1` or `::`.
+    pub v6: bool,
+}
+
+impl Reach {
+    /// Nothing is known: both families are tried.
+    pub const UNKNOWN: Reach = Reach { v4: true, v6: true };
+
+    /// Whether `family` is worth dialling.
+    pub fn has(self, family: Family) -> bool {
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+    }
+}
+
+/// How the connections of something that goes away end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ending {
+    /// Nothing new is accepted; what is open finishes in its own time.
+    Drain,
+    /// What is open is reset at once.
+    Reset,
+}
+
+/// Which files follow the opener channels of [`Command::AddUpstream`], in this order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchSources {
+    /// `/proc/net/tcp`, opened inside the namespace.
+    pub proc_tcp: bool,
+    /// `/proc/net/tcp6`, opened inside the namespace; absent where the kernel has no IPv6.
+    pub proc_tcp6: bool,
+    /// A `NETLINK_SOCK_DIAG` socket made inside the namespace.
+    pub sock_diag: bool,
+}
+
+impl WatchSources {
+    /// How many descriptors these are.
+    pub fn count(self) -> usize {
+        usize::from(self.proc_tcp) + usize::from(self.proc_tcp6) + usize::from(self.sock_diag)
+    }
+}
+
+/// What a driver asks of the engine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub enum Command {
+    /// A way into a namespace. Its descriptors, in this order: one opener channel for each shard of the engine
+    /// ([`Event::Ready`] tells how many), then the files that `sources` names.
+    /// Answer: [`Event::UpstreamAdded`], or [`Event::Refused`].
+    AddUpstream {
+        /// A number that is not in use.
+        upstream: UpstreamId,
+        /// `SO_NETNS_COOKIE` of the namespace; every socket from an opener channel must carry it.
+        netns_cookie: u64,
+        /// What to watch for listeners with; all absent means that nothing is watched.
+        sources: WatchSources,
+    },
+    /// Lets go of a namespace: its stock of sockets, its channels, its files, every forward into it.
+    /// Answer: [`Event::ListenerClosed`] for each, then [`Event::UpstreamRemoved`].
+    RemoveUpstream {
+        /// Which one; an unknown one is answered as removed.
+        upstream: UpstreamId,
+        /// What becomes of its connections.
+        ending: Ending,
+    },
+    /// Listens on 127.0.0.1 and `::1`. Answer: [`Event::ListenerOpened`] or [`Event::ListenerFailed`].
+    OpenListener {
+        /// A number that is not in use.
+        forward: ForwardId,
+        /// Where connections go.
+        upstream: UpstreamId,
+        /// The port on the host.
+        host_port: NonZeroU16,
+        /// The port inside.
+        target_port: NonZeroU16,
+        /// Which families listen inside.
+        reach: Reach,
+    },
+    /// Tells which families listen inside now. No answer.
+    SetReach {
+        /// Which forward; an unknown one is ignored.
+        forward: ForwardId,
+        /// The new reach.
+        reach: Reach,
+    },
+    /// Stops listening. Answer: [`Event::ListenerClosed`] as soon as the port is free, while connections may drain on.
+    CloseListener {
+        /// Which forward; an unknown one is answered as closed.
+        forward: ForwardId,
+        /// What becomes of its connections.
+        ending: Ending,
+    },
+    /// Answer: [`Event::State`].
+    Describe,
+    /// Scan for listeners now rather than when the pace says so.
+    Rescan,
+    /// Closes every listener, lets connections finish, then ends the engine. Answer at the end: [`Event::Stopped`].
+    Drain,
+    /// Resets every connection and ends the engine. Answer at the end: [`Event::Stopped`].
+    Stop,
+}
+
+/// Which ring moves the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RingKind {
+    /// io_uring.
+    IoUring,
+    /// epoll, the fallback.
+    Epoll,
+}
+
+impl fmt::Display for RingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            RingKind::IoUring => "io_uring",
+            RingKind::Epoll => "epoll",
+        })
+    }
+}
+
+/// Which ring was chosen, and why it is not io_uring where it is not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingReport {
+    /// The ring in use.
+    pub kind: RingKind,
+    /// Why io_uring is not in use: a sentence for people.
+    pub reason: Option<String>,
+}
+
+/// One socket in LISTEN state inside a namespace, on a loopback or unspecified address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Listening {
+    /// The port.
+    pub port: NonZeroU16,
+    /// The address it is bound to: 127.0.0.1, 0.0.0.0, `::1` or `::`.
+    pub address: IpAddr,
+    /// The socket's inode, by which its process is found (`/proc/PID/fd`).
+    pub inode: u64,
+    /// The user id that made the socket, as seen by the reader.
+    pub uid: u32,
+}
+
+/// Why a host port could not be listened on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenFailure {
+    /// The kind that a driver acts on.
+    pub kind: ListenFailureKind,
+    /// The address that refused.
+    pub address: SocketAddr,
+    /// The symbolic error name (`EADDRINUSE`) and its text.
+    pub detail: String,
+}
+
+/// The kinds of [`ListenFailure`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ListenFailureKind {
+    /// Another socket has the port (EADDRINUSE).
+    Taken,
+    /// The port needs a privilege (EACCES, EPERM).
+    Forbidden,
+    /// No descriptors or memory (EMFILE, ENFILE, ENOBUFS, ENOMEM).
+    Exhausted,
+    /// Anything else.
+    Other,
+}
+
+/// Counters of one forward, since its listener was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForwardStats {
+    /// Connections accepted.
+    pub accepted: u64,
+    /// Connections open now, waiting ones included.
+    pub open: u64,
+    /// Bytes relayed from clients to the server.
+    pub bytes_up: u64,
+    /// Bytes relayed from the server to clients.
+    pub bytes_down: u64,
+    /// Ended with a FIN in each direction.
+    pub completed: u64,
+    /// Ended by a reset from the client's side.
+    pub reset_by_downstream: u64,
+    /// Ended by a reset from the server's side.
+    pub reset_by_upstream: u64,
+    /// Reset because nothing listened inside, or it did not answer in time.
+    pub refused: u64,
+    /// Reset because ports, descriptors or slots were used up on our side.
+    pub exhausted: u64,
+}
+
+/// One forward, as [`Event::State`] tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForwardState {
+    /// Its number.
+    pub forward: ForwardId,
+    /// Where connections go.
+    pub upstream: UpstreamId,
+    /// The port on the host.
+    pub host_port: NonZeroU16,
+    /// The port inside.
+    pub target_port: NonZeroU16,
+    /// Which families listen inside, as last told.
+    pub reach: Reach,
+    /// Whether it still listens; false while it drains.
+    pub listening: bool,
+    /// Its counters.
+    pub stats: ForwardStats,
+}
+
+/// What the engine tells its driver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// The first event of an engine, and the first one that a new driver gets.
+    Ready {
+        /// The ring in use.
+        ring: RingReport,
+        /// How many opener channels [`Command::AddUpstream`] must bring.
+        shards: u16,
+        /// Whether the host has `::1`; without it only 127.0.0.1 is listened on.
+        ipv6: bool,
+        /// The engine's build, to tell a driver of another version.
+        version: String,
+    },
+    /// Answer to [`Command::AddUpstream`].
+    UpstreamAdded {
+        /// Which one.
+        upstream: UpstreamId,
+    },
+    /// The namespace is let go. Unasked when its channel ended: `reason` then says why.
+    UpstreamRemoved {
+        /// Which one.
+        upstream: UpstreamId,
+        /// Why, where nobody asked for it.
+        reason: Option<String>,
+    },
+    /// What began and what ceased to listen inside. The first one after [`Command::AddUpstream`] tells all there is, even nothing.
+    Listeners {
+        /// Where.
+        upstream: UpstreamId,
+        /// Newly seen, in the order of the kernel's table.
+        opened: Vec<Listening>,
+        /// No longer there.
+        closed: Vec<Listening>,
+    },
+    /// The port answers on the host.
+    ListenerOpened {
+        /// Which forward.
+        forward: ForwardId,
+        /// The port on the host.
+        host_port: NonZeroU16,
+    },
+    /// The port could not be listened on; the forward does not exist.
+    ListenerFailed {
+        /// Which forward.
+        forward: ForwardId,
+        /// The port on the host.
+        host_port: NonZeroU16,
+        /// Why.
+        failure: ListenFailure,
+    },
+    /// The port is free again.
+    ListenerClosed {
+        /// Which forward.
+        forward: ForwardId,
+        /// Its counters at that moment.
+        stats: ForwardStats,
+    },
+    /// What the engine holds. One that does not fit a message is told in parts; `more` is set on all but the last.
+    State {
+        /// The upstreams.
+        upstreams: Vec<UpstreamId>,
+        /// The forwards, those that drain included.
+        forwards: Vec<ForwardState>,
+        /// Another part follows.
+        more: bool,
+    },
+    /// Something is used up; told once until it has recovered.
+    Degraded {
+        /// What, and what to do about it: a sentence for people.
+        what: String,
+    },
+    /// What [`Event::Degraded`] told is over.
+    Recovered {
+        /// What.
+        what: String,
+    },
+    /// A command could not be carried out; nothing changed.
+    Refused {
+        /// Why: a sentence for people.
+        reason: String,
+    },
+    /// The engine has ended; nothing follows.
+    Stopped,
+}
