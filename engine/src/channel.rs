@@ -1,0 +1,298 @@
+//! A channel between two of our processes: one JSON object in one datagram, descriptors beside it.
+//!
+//! The socket is `AF_UNIX`, `SOCK_SEQPACKET`: connected, in order, lossless, and a message arrives whole or not at
+//! all. Descriptors ride in `SCM_RIGHTS` (`unix(7)`). What the kernel does with them decides the rules here:
+//!
+//! - A descriptor that arrived is ours to close, whatever we think of its message. Every way out of [`receive`]
+//!   therefore closes what it does not hand over: nothing leaks with a message that is refused.
+//! - When our descriptor table is full, the kernel gives us those that fit and sets `MSG_CTRUNC`. Half a delivery
+//!   is worth nothing here, so it is an error and what did arrive is closed.
+//! - A datagram longer than the buffer is cut and `MSG_TRUNC` set: an error as well.
+//! - `recvmsg` answers zero both at the end and for an empty datagram. Nobody here sends an empty one, so a peer
+//!   that does is taken to have hung up.
+//! - A peer that closes before it has read everything leaves `ECONNRESET` for us, ahead of the messages that it
+//!   sent before. The error is reported once and then cleared, so the read is repeated and loses none of them.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::limits::{DESCRIPTORS_PER_MESSAGE_MAX, MESSAGE_BYTES_MAX};
+
+/// Why a message could not be sent or received. After any of them but [`ChannelError::Gone`] the channel still works.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The descriptor is not a connected `SOCK_SEQPACKET` Unix socket.
+    #[error("this descriptor is not a channel: a Unix socket of type SOCK_SEQPACKET is needed")]
+    NotAChannel,
+    /// The message to be sent is longer than [`MESSAGE_BYTES_MAX`].
+    #[error("a message of {bytes} bytes is too long; {MESSAGE_BYTES_MAX} is the most")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// The message that arrived is longer than what is taken here; the kernel cut it, and it was thrown away.
+    #[error("a message arrived that is longer than {bytes_max} bytes")]
+    Cut {
+        /// What is taken here.
+        bytes_max: usize,
+    },
+    /// More descriptors than [`DESCRIPTORS_PER_MESSAGE_MAX`] were to be sent.
+    #[error("{count} descriptors are too many for one message; {DESCRIPTORS_PER_MESSAGE_MAX} is the most")]
+    TooManyDescriptors {
+        /// How many.
+        count: usize,
+    },
+    /// Descriptors were lost on the way in (`MSG_CTRUNC`), nearly always because this process has no more of them.
+    #[error("descriptors did not fit into this process (see `ulimit -n`), so the message was thrown away")]
+    DescriptorsLost,
+    /// The bytes are not what was expected.
+    #[error("not a message that is understood here: {0}")]
+    Malformed(serde_json::Error),
+    /// The message to be sent does not serialise: an error of this program.
+    #[error("this message cannot be written as JSON: {0}")]
+    Unwritable(serde_json::Error),
+    /// Nothing to read, or no room to write, just now.
+    #[error("not now")]
+    WouldBlock,
+    /// The time was up.
+    #[error("no answer in time")]
+    TimedOut,
+    /// The peer has closed its end.
+    #[error("the other end of the channel is closed")]
+    Gone,
+    /// Any other error of the kernel.
+    #[error("the channel failed: {0}")]
+    System(io::Error),
+}
+
+impl From<Errno> for ChannelError {
+    fn from(errno: Errno) -> ChannelError {
+        match errno {
+            Errno::AGAIN => ChannelError::WouldBlock,
+            Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN => ChannelError::Gone,
+            other => ChannelError::System(other.into()),
+        }
+    }
+}
+
+/// What a receiving call brings: the message and its descriptors, or `None` when the peer has gone.
+pub type Received<T> = Result<Option<(T, Vec<OwnedFd>)>, ChannelError>;
+
+/// One end of a channel.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+}
+
+impl Channel {
+    /// Both ends of a new channel; close-on-exec, blocking.
+    pub fn pair() -> io::Result<(Channel, Channel)> {
+        let (one, other) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        Ok((Channel { socket: one }, Channel { socket: other }))
+    }
+
+    /// Connects to a process that listens at `path`.
+    pub fn connect(path: &Path) -> io::Result<Channel> {
+        let socket = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(Channel { socket })
+    }
+
+    /// Sends one message; waits for room.
+    pub fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+        send(self.as_fd(), message, descriptors, SendFlags::empty())
+    }
+
+    /// Sends one message, or [`ChannelError::WouldBlock`].
+    pub fn try_send(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        send(self.as_fd(), message, descriptors, SendFlags::DONTWAIT)
+    }
+
+    /// Sends one message; waits for room no longer than `timeout`, then [`ChannelError::TimedOut`].
+    pub fn send_timeout(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> Result<(), ChannelError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.try_send(message, descriptors) {
+                Err(ChannelError::WouldBlock) => wait(self.as_fd(), PollFlags::OUT, deadline)?,
+                done => return done,
+            }
+        }
+    }
+
+    /// Waits for a message.
+    pub fn recv<T: DeserializeOwned>(&self) -> Received<T> {
+        receive(self.as_fd(), MESSAGE_BYTES_MAX, RecvFlags::empty())
+    }
+
+    /// Takes a message that is there already, or [`ChannelError::WouldBlock`].
+    pub fn try_recv<T: DeserializeOwned>(&self) -> Received<T> {
+        receive(self.as_fd(), MESSAGE_BYTES_MAX, RecvFlags::DONTWAIT)
+    }
+
+    /// Waits for a message no longer than `timeout`, then [`ChannelError::TimedOut`].
+    pub fn recv_timeout<T: DeserializeOwned>(&self, timeout: Duration) -> Received<T> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.try_recv() {
+                Err(ChannelError::WouldBlock) => wait(self.as_fd(), PollFlags::IN, deadline)?,
+                done => return done,
+            }
+        }
+    }
+
+    /// Ends the channel in both directions for every holder of this end: a thread that waits on it wakes up.
+    pub fn shutdown(&self) {
+        // The only errors are that it has ended already.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+}
+
+impl TryFrom<OwnedFd> for Channel {
+    type Error = ChannelError;
+
+    /// Takes a descriptor that is a Unix socket of type `SOCK_SEQPACKET`.
+    fn try_from(socket: OwnedFd) -> Result<Channel, ChannelError> {
+        if !is_channel(socket.as_fd()) {
+            return Err(ChannelError::NotAChannel);
+        }
+        Ok(Channel { socket })
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> OwnedFd {
+        channel.socket
+    }
+}
+
+/// Whether `socket` is a Unix socket of type `SOCK_SEQPACKET`.
+pub fn is_channel(socket: BorrowedFd<'_>) -> bool {
+    sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
+        && sockopt::socket_type(socket) == Ok(SocketType::SEQPACKET)
+}
+
+/// Sends one message on a descriptor that is a channel. `SIGPIPE` is never raised.
+pub fn send(
+    socket: BorrowedFd<'_>,
+    message: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> Result<(), ChannelError> {
+    let text = serde_json::to_vec(message).map_err(ChannelError::Unwritable)?;
+    send_bytes(socket, &text, descriptors, flags)
+}
+
+fn send_bytes(
+    socket: BorrowedFd<'_>,
+    text: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> Result<(), ChannelError> {
+    if text.len() > MESSAGE_BYTES_MAX {
+        return Err(ChannelError::TooLong { bytes: text.len() });
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let too_many = descriptors.len() > DESCRIPTORS_PER_MESSAGE_MAX;
+    if too_many || !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(ChannelError::TooManyDescriptors { count: descriptors.len() });
+    }
+    rustix::io::retry_on_intr(|| {
+        rustix::net::sendmsg(socket, &[IoSlice::new(text)], &mut control, flags | SendFlags::NOSIGNAL)
+    })?;
+    Ok(())
+}
+
+/// Receives one message of at most `bytes_max` on a descriptor that is a channel.
+///
+/// Every descriptor that comes is close-on-exec, and is closed again when the message is refused.
+pub fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>, bytes_max: usize, flags: RecvFlags) -> Received<T> {
+    let mut text = vec![0; bytes_max];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE_MAX))];
+    // Whatever is not drained from it is closed when it is dropped.
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let message = loop {
+        let iov = &mut [IoSliceMut::new(&mut text)];
+        match rustix::net::recvmsg(socket, iov, &mut control, flags | RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR | Errno::CONNRESET) => {}
+            done => break done?,
+        }
+    };
+    let mut descriptors = Vec::new();
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = part {
+            descriptors.extend(received);
+        }
+    }
+    if message.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(ChannelError::DescriptorsLost);
+    }
+    if message.flags.contains(ReturnFlags::TRUNC) {
+        return Err(ChannelError::Cut { bytes_max });
+    }
+    if message.bytes == 0 {
+        return Ok(None);
+    }
+    let text = text.get(..message.bytes).unwrap_or_default();
+    let value = serde_json::from_slice(text).map_err(ChannelError::Malformed)?;
+    Ok(Some((value, descriptors)))
+}
+
+/// Waits until `socket` is ready as asked or has hung up; [`ChannelError::TimedOut`] after `deadline`.
+fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Instant) -> Result<(), ChannelError> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ChannelError::TimedOut);
+        }
+        match poll(&mut [PollFd::from_borrowed_fd(socket, events)], timespec(left).as_ref()) {
+            Err(Errno::INTR) | Ok(0) => {}
+            done => return done.map(drop).map_err(ChannelError::from),
+        }
+    }
+}
+
+/// A poll timeout; one that does not fit the kernel's type is no timeout.
+pub(crate) fn timespec(duration: Duration) -> Option<Timespec> {
+    Timespec::try_from(duration).ok()
+}
+
+#[cfg(test)]
+mod tests;
