@@ -99,23 +99,15 @@ pub struct Channel {
 impl Channel {
     /// Both ends of a new channel; close-on-exec, blocking.
     pub fn pair() -> io::Result<(Channel, Channel)> {
-        let (one, other) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let (one, other) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Channel { socket: one }, Channel { socket: other }))
     }
 
     /// Connects to a process that listens at `path`.
     pub fn connect(path: &Path) -> io::Result<Channel> {
-        let socket = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
         Ok(Channel { socket })
     }
@@ -243,7 +235,11 @@ fn send_bytes(
 /// Receives one message of at most `bytes_max` on a descriptor that is a channel.
 ///
 /// Every descriptor that comes is close-on-exec, and is closed again when the message is refused.
-pub fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>, bytes_max: usize, flags: RecvFlags) -> Received<T> {
+pub fn receive<T: DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+    bytes_max: usize,
+    flags: RecvFlags,
+) -> Received<T> {
     let mut text = vec![0; bytes_max];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE_MAX))];
     // Whatever is not drained from it is closed when it is dropped.

@@ -4,6 +4,8 @@
 pub mod channel;
 pub mod command;
 pub mod limits;
+pub mod opener;
+pub mod process;
 /// The rings.
 pub mod ring {
     #[path = "cookie_tmp.rs"]

@@ -1,0 +1,378 @@
+//! The side outside: starts an opener, collects what an upstream needs from it, and checks what it is handed.
+//!
+//! Whoever starts an upstream holds an [`Opener`] for as long as it takes to ask for the descriptors of
+//! [`Command::AddUpstream`](crate::command::Command::AddUpstream), and passes those to the engine. The process
+//! then lives by the engine's channels alone. The shards of the engine use [`ask`] and [`take`], which never wait.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, netlink, sockopt};
+use rustix::process::{Pid, PidfdFlags};
+
+use super::{ANSWER_BYTES_MAX, Answer, Failure, FailureKind, Request, TargetKind, VERB};
+use crate::channel::{self, Channel, ChannelError};
+use crate::command::{Family, WatchSources};
+use crate::ring::uring::netns_cookie;
+
+/// How long an opener may take to answer. It needs a millisecond; a machine that swaps needs more.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where an opener goes.
+#[derive(Debug)]
+pub enum Target {
+    /// A pidfd.
+    Process(OwnedFd),
+    /// An open file of a network namespace.
+    Path(OwnedFd),
+}
+
+impl Target {
+    /// The network namespace of a running process.
+    ///
+    /// # Errors
+    /// [`OpenError::Refused`] with [`FailureKind::Gone`] when no such process runs.
+    pub fn process(pid: u32) -> Result<Target, OpenError> {
+        let known = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH);
+        match known.and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty())) {
+            Ok(pidfd) => Ok(Target::Process(pidfd)),
+            Err(Errno::SRCH) => Err(refused(FailureKind::Gone, format!("there is no process {pid}"))),
+            // A thread that is not its process's first one has a number as well, but is no process.
+            Err(Errno::INVAL | Errno::NOENT) => {
+                Err(refused(FailureKind::Other, format!("{pid} is the number of a thread, not of a process")))
+            }
+            Err(errno) => {
+                let what = format!("process {pid} cannot be referred to");
+                Err(OpenError::Refused(Failure::from_io(&what, &errno.into())))
+            }
+        }
+    }
+
+    /// The network namespace that `path` stands for, such as `/run/netns/NAME`.
+    ///
+    /// # Errors
+    /// [`OpenError::Refused`] when it cannot be opened. Whether it is a namespace shows when it is entered.
+    pub fn path(path: &Path) -> Result<Target, OpenError> {
+        // Without O_NONBLOCK, opening a FIFO would wait for its writer.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        rustix::fs::open(path, flags, Mode::empty()).map(Target::Path).map_err(|errno| {
+            let what = format!("{} cannot be opened", path.display());
+            OpenError::Refused(Failure::from_io(&what, &errno.into()))
+        })
+    }
+}
+
+/// Why there is no opener, or why it did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The program could not be started.
+    #[error("{} could not be started to enter the namespace: {source}", program.display())]
+    Spawn {
+        /// Which.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It answered with a reason.
+    #[error("{0}")]
+    Refused(Failure),
+    /// It did not answer in time.
+    #[error("the opener did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
+    Silent,
+    /// It ended without an answer.
+    #[error("the opener ended without an answer")]
+    Ended,
+    /// It answered something that was not asked.
+    #[error("the opener gave an answer that makes no sense: {0}")]
+    Nonsense(String),
+    /// The channel failed.
+    #[error("the opener cannot be talked to: {0}")]
+    Channel(ChannelError),
+}
+
+impl OpenError {
+    /// The kind of refusal, where it is one.
+    pub fn kind(&self) -> Option<FailureKind> {
+        match self {
+            OpenError::Refused(failure) => Some(failure.kind),
+            _ => None,
+        }
+    }
+}
+
+impl From<ChannelError> for OpenError {
+    fn from(error: ChannelError) -> OpenError {
+        match error {
+            ChannelError::TimedOut => OpenError::Silent,
+            ChannelError::Gone => OpenError::Ended,
+            ChannelError::Cut { .. } | ChannelError::Malformed(_) => OpenError::Nonsense(error.to_string()),
+            other => OpenError::Channel(other),
+        }
+    }
+}
+
+fn refused(kind: FailureKind, detail: String) -> OpenError {
+    OpenError::Refused(Failure { kind, detail })
+}
+
+/// An opener that is inside, and the first channel to it.
+///
+/// Dropping it closes that channel and nothing more: the process lives while another channel is open.
+#[derive(Debug)]
+pub struct Opener {
+    channel: Channel,
+    netns_inode: u64,
+    netns_cookie: u64,
+}
+
+impl Opener {
+    /// Starts `program`, a landfall binary (`/proc/self/exe`, say), as an opener, and waits until it is inside.
+    ///
+    /// The process gets an empty environment and a process group of its own, so that a Ctrl-C meant for us does not
+    /// end it. A small thread waits for its end, so that none is left as a zombie.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; the process is then gone.
+    pub fn spawn(program: &Path, target: Target) -> Result<Opener, OpenError> {
+        let no_start = |source| OpenError::Spawn { program: program.to_owned(), source };
+        let (ours, theirs) = Channel::pair().map_err(no_start)?;
+        let mut child = Command::new(program)
+            .arg0("landfall")
+            .arg(VERB)
+            .env_clear()
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(no_start)?;
+        match enter(&ours, &target) {
+            Ok((netns_inode, netns_cookie)) => {
+                reap(child).map_err(no_start)?;
+                Ok(Opener { channel: ours, netns_inode, netns_cookie })
+            }
+            Err(error) => {
+                // It is our own child and not yet waited for, so the number is its own. It may have ended already.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    /// The inode of the namespace.
+    pub fn netns_inode(&self) -> u64 {
+        self.netns_inode
+    }
+
+    /// The cookie of the namespace (`SO_NETNS_COOKIE`).
+    pub fn netns_cookie(&self) -> u64 {
+        self.netns_cookie
+    }
+
+    /// The descriptors of [`Command::AddUpstream`](crate::command::Command::AddUpstream) in its order: a channel
+    /// for each of `shards` shards, then those sources that this kernel has.
+    ///
+    /// # Errors
+    /// See [`OpenError`]. A source that is missing is no error.
+    pub fn upstream(&mut self, shards: u16) -> Result<(WatchSources, Vec<OwnedFd>), OpenError> {
+        let mut descriptors = Vec::new();
+        for _ in 0..shards {
+            let (answer, mut received) = self.request(&Request::Channel)?;
+            match (answer, received.pop()) {
+                (Answer::Channel, Some(end)) if received.is_empty() && channel::is_channel(end.as_fd()) => {
+                    descriptors.push(end);
+                }
+                (answer, _) => return Err(unasked(answer)),
+            }
+        }
+        let mut sources = self.proc_net(&mut descriptors)?;
+        sources.sock_diag = self.sock_diag(&mut descriptors)?;
+        Ok((sources, descriptors))
+    }
+
+    fn proc_net(&mut self, descriptors: &mut Vec<OwnedFd>) -> Result<WatchSources, OpenError> {
+        let (answer, received) = self.request(&Request::ProcNet)?;
+        let sources = match answer {
+            Answer::ProcNet { tcp, tcp6 } => {
+                WatchSources { proc_tcp: tcp, proc_tcp6: tcp6, sock_diag: false }
+            }
+            Answer::Failed { failure } if failure.kind != FailureKind::Exhausted => WatchSources::default(),
+            other => return Err(unasked(other)),
+        };
+        let in_proc =
+            |file: &OwnedFd| rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == PROC_SUPER_MAGIC);
+        if received.len() != sources.count() || !received.iter().all(in_proc) {
+            return Err(OpenError::Nonsense("these are not the files of /proc/net".to_owned()));
+        }
+        descriptors.extend(received);
+        Ok(sources)
+    }
+
+    fn sock_diag(&mut self, descriptors: &mut Vec<OwnedFd>) -> Result<bool, OpenError> {
+        let (answer, received) = self.request(&Request::SockDiag)?;
+        match answer {
+            Answer::SockDiag => {}
+            Answer::Failed { failure } if failure.kind != FailureKind::Exhausted => return Ok(false),
+            other => return Err(unasked(other)),
+        }
+        let is_diag = |socket: &OwnedFd| {
+            sockopt::socket_domain(socket) == Ok(AddressFamily::NETLINK)
+                && sockopt::socket_protocol(socket) == Ok(Some(netlink::SOCK_DIAG))
+                && netns_cookie(socket).is_ok_and(|cookie| cookie == self.netns_cookie)
+        };
+        if received.len() != 1 || !received.iter().all(is_diag) {
+            return Err(OpenError::Nonsense("this is not a sock_diag socket of the namespace".to_owned()));
+        }
+        descriptors.extend(received);
+        Ok(true)
+    }
+
+    fn request(&mut self, request: &Request) -> Result<(Answer, Vec<OwnedFd>), OpenError> {
+        exchange(&self.channel, request, &[])
+    }
+}
+
+/// Sends one request and waits for its answer.
+fn exchange(
+    channel: &Channel,
+    request: &Request,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(Answer, Vec<OwnedFd>), OpenError> {
+    channel.send_timeout(request, descriptors, ANSWER_TIMEOUT)?;
+    channel.recv_timeout(ANSWER_TIMEOUT)?.ok_or(OpenError::Ended)
+}
+
+/// Says where to go, and gives the inode and the cookie of the namespace that was entered.
+fn enter(channel: &Channel, target: &Target) -> Result<(u64, u64), OpenError> {
+    let (kind, descriptor) = match target {
+        Target::Process(pidfd) => (TargetKind::Process, pidfd),
+        Target::Path(file) => (TargetKind::Path, file),
+    };
+    match exchange(channel, &Request::Enter { target: kind }, &[descriptor.as_fd()])?.0 {
+        Answer::Entered { netns_inode, netns_cookie } => Ok((netns_inode, netns_cookie)),
+        other => Err(unasked(other)),
+    }
+}
+
+fn unasked(answer: Answer) -> OpenError {
+    match answer {
+        Answer::Failed { failure } => OpenError::Refused(failure),
+        other => OpenError::Nonsense(format!("{other:?}")),
+    }
+}
+
+/// Waits for the end of `child` on a thread that has nothing else to do.
+fn reap(mut child: Child) -> io::Result<()> {
+    let thread = std::thread::Builder::new().name("opener-reaper".to_owned()).stack_size(64 * 1024);
+    // Without a thread the process ends all the same, when its channel is dropped.
+    thread.spawn(move || child.wait()).map(drop)
+}
+
+/// Why a stock of sockets could not be filled.
+#[derive(Debug, thiserror::Error)]
+pub enum StockError {
+    /// The opener has ended.
+    #[error("the opener has ended, so the namespace can no longer be reached")]
+    Gone,
+    /// Descriptors ran out, here or there.
+    #[error("no more sockets: {0}")]
+    Exhausted(String),
+    /// The opener will not make such sockets: there is no IPv6 inside, say.
+    #[error("{0}")]
+    Refused(Failure),
+    /// What came is not what was asked for. Nothing that comes over this channel is to be believed any more.
+    #[error("the opener handed over something else than asked for: {0}")]
+    Hostile(String),
+}
+
+/// Asks for `count` sockets of `family`. Never waits; [`take`] brings them, in the order of the asking.
+///
+/// # Errors
+/// [`OpenError::Channel`] with [`ChannelError::WouldBlock`] when too many requests are unanswered;
+/// [`OpenError::Ended`] when the opener is gone.
+pub fn ask(
+    channel: BorrowedFd<'_>,
+    family: Family,
+    count: u16,
+    congestion: Option<&str>,
+) -> Result<(), OpenError> {
+    let request = Request::Sockets { family, count, congestion: congestion.map(str::to_owned) };
+    Ok(channel::send(channel, &request, &[], SendFlags::DONTWAIT)?)
+}
+
+/// Takes the answer to the oldest [`ask`] without waiting, or `None` when it is not there yet.
+///
+/// Every socket is an unused, non-blocking TCP socket of `family` in the namespace of `netns_cookie`; fewer may
+/// come than were asked for, but never none. It costs eight system calls a socket, about 2 µs.
+///
+/// # Errors
+/// See [`StockError`]. Everything that came is closed.
+pub fn take(
+    channel: BorrowedFd<'_>,
+    family: Family,
+    netns_cookie: u64,
+) -> Result<Option<Vec<OwnedFd>>, StockError> {
+    let received = channel::receive::<Answer>(channel, ANSWER_BYTES_MAX, RecvFlags::DONTWAIT);
+    let (answer, sockets) = match received {
+        Ok(Some(received)) => received,
+        Err(ChannelError::WouldBlock) => return Ok(None),
+        Ok(None) | Err(ChannelError::Gone) => return Err(StockError::Gone),
+        Err(error @ (ChannelError::DescriptorsLost | ChannelError::System(_))) => {
+            return Err(StockError::Exhausted(error.to_string()));
+        }
+        Err(error) => return Err(StockError::Hostile(error.to_string())),
+    };
+    let (count, error) = match answer {
+        Answer::Made { count, error } => (usize::from(count), error),
+        Answer::Failed { failure } => (0, Some(failure)),
+        other => return Err(StockError::Hostile(format!("{other:?} where sockets were asked for"))),
+    };
+    if count != sockets.len() {
+        return Err(StockError::Hostile(format!("{} descriptors instead of {count}", sockets.len())));
+    }
+    for socket in &sockets {
+        check(socket.as_fd(), family, netns_cookie).map_err(|what| StockError::Hostile(what.to_owned()))?;
+    }
+    match error {
+        _ if count > 0 => Ok(Some(sockets)),
+        Some(failure) if failure.kind == FailureKind::Exhausted => Err(StockError::Exhausted(failure.detail)),
+        Some(failure) => Err(StockError::Refused(failure)),
+        None => Err(StockError::Hostile("an answer without sockets and without a reason".to_owned())),
+    }
+}
+
+/// Whether a descriptor is what [`take`] promises; else what it is.
+fn check(socket: BorrowedFd<'_>, family: Family, cookie: u64) -> Result<(), &'static str> {
+    let domain = match family {
+        Family::V4 => AddressFamily::INET,
+        Family::V6 => AddressFamily::INET6,
+    };
+    let is = |holds: bool, otherwise| if holds { Ok(()) } else { Err(otherwise) };
+    let found = sockopt::socket_domain(socket).map_err(|_| "a descriptor that is no socket")?;
+    is(found == domain, "a socket of another address family")?;
+    is(sockopt::socket_type(socket) == Ok(SocketType::STREAM), "a socket that is no stream")?;
+    is(sockopt::socket_protocol(socket) == Ok(Some(ipproto::TCP)), "a stream socket that is not TCP")?;
+    is(sockopt::socket_acceptconn(socket) == Ok(false), "a socket that listens")?;
+    let peer = rustix::net::getpeername(socket);
+    is(matches!(peer, Err(Errno::NOTCONN)), "a socket that is connected")?;
+    let local = rustix::net::getsockname(socket).ok().and_then(|address| SocketAddr::try_from(address).ok());
+    is(
+        local.is_some_and(|local| local.port() == 0 && local.ip().is_unspecified()),
+        "a socket that is bound",
+    )?;
+    // One that blocks would hold up a whole shard.
+    let flags = rustix::fs::fcntl_getfl(socket);
+    is(flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)), "a socket that blocks")?;
+    is(netns_cookie(socket).is_ok_and(|found| found == cookie), "a socket of another network namespace")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,178 @@
+//! The opener: a process that enters one network namespace and hands out sockets made there.
+//!
+//! A socket belongs to the network namespace of the thread that called `socket()`, for ever, wherever it is then
+//! used. So one small process goes in, gives up every privilege, and makes sockets; whoever gets them over a
+//! channel connects them from outside as if it stood inside. The process has no other verb.
+//!
+//! It is a process and not a thread because joining a user namespace takes a single-threaded one
+//! (`setns(2)`: `EINVAL` otherwise), and because privilege then lives in as little code as can be.
+//!
+//! # The conversation
+//!
+//! Each message is one JSON object in one datagram of a [channel](crate::channel), at most [`ANSWER_BYTES_MAX`]
+//! long, with its descriptors beside it. JSON, since one small text goes with up to 253 sockets. A request has one
+//! answer, and answers come in the order of the requests.
+//!
+//! 1. The first request on the first channel, the opener's standard input, is [`Request::Enter`]. The target comes
+//!    as a descriptor, so nothing shows in an argument list and no process id can be used again underneath us.
+//! 2. The opener joins, drops every capability, forbids itself new ones, and answers [`Answer::Entered`]; or
+//!    answers [`Answer::Failed`] and ends.
+//! 3. From then on any channel may ask for anything else. [`Request::Channel`] makes a channel more, so that each
+//!    shard has its own and none reads another's answers.
+//! 4. The opener ends when every channel has been closed by its other side. Who started it does not matter.
+//!
+//! A channel whose owner does not read is answered later and read no further, so it stops no other one.
+//!
+//! # Trust
+//!
+//! The opener that runs on the host is ours. The same conversation is led with an agent inside a container, which
+//! is not: so [`client::take`] checks each socket, and believes no answer that it can look up itself. What cannot be
+//! had is that a hostile peer keeps no duplicate of a socket and plays with it later. It gains nothing by that:
+//! the socket leads into its own namespace, where it could have been the server in the first place.
+
+pub mod client;
+pub mod serve;
+
+use std::fmt;
+use std::io;
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::command::Family;
+
+/// The longest request or answer, in bytes of JSON.
+pub const ANSWER_BYTES_MAX: usize = 4096;
+
+/// The most channels that one opener serves. The engine has one for each shard.
+pub const CHANNELS_MAX: usize = 256;
+
+/// The hidden verb of the program by which it becomes an opener.
+pub const VERB: &str = "_opener";
+
+/// What the descriptor beside [`Request::Enter`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TargetKind {
+    /// A pidfd: its process's network namespace, by way of its user namespace where that is needed.
+    Process,
+    /// An open file of a network namespace, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+    Path,
+}
+
+/// What an opener is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Join the namespace of the one descriptor that comes with it. Answer: [`Answer::Entered`].
+    Enter {
+        /// What the descriptor is.
+        target: TargetKind,
+    },
+    /// TCP sockets: non-blocking, `TCP_NODELAY` and `SO_OOBINLINE` on, otherwise untouched. Answer: [`Answer::Made`].
+    Sockets {
+        /// Their family.
+        family: Family,
+        /// How many, from 1 to [`DESCRIPTORS_PER_MESSAGE_MAX`](crate::limits::DESCRIPTORS_PER_MESSAGE_MAX).
+        count: u16,
+        /// Their congestion control, where the kernel allows it; a host's default of BBR paces loopback.
+        congestion: Option<String>,
+    },
+    /// `/proc/net/tcp` and `/proc/net/tcp6`, opened inside. Answer: [`Answer::ProcNet`].
+    ProcNet,
+    /// A `NETLINK_SOCK_DIAG` socket. Answer: [`Answer::SockDiag`].
+    SockDiag,
+    /// One end of a new channel that is served from now on. Answer: [`Answer::Channel`].
+    Channel,
+}
+
+/// What an opener answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Answer {
+    /// It is inside.
+    Entered {
+        /// The inode of the namespace, which `ls -l /proc/PID/ns/net` shows; used again after the namespace is gone.
+        netns_inode: u64,
+        /// `SO_NETNS_COOKIE`, which is never used again.
+        netns_cookie: u64,
+    },
+    /// So many sockets come with it.
+    Made {
+        /// How many; fewer than asked when `error` is there.
+        count: u16,
+        /// Why not all.
+        error: Option<Failure>,
+    },
+    /// The files that are named true come with it, in this order.
+    ProcNet {
+        /// `/proc/net/tcp`.
+        tcp: bool,
+        /// `/proc/net/tcp6`; missing where the kernel has no IPv6.
+        tcp6: bool,
+    },
+    /// The socket comes with it.
+    SockDiag,
+    /// The channel's end comes with it.
+    Channel,
+    /// Nothing comes with it.
+    Failed {
+        /// Why.
+        failure: Failure,
+    },
+}
+
+/// Why an opener could not do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The kind that a program acts on.
+    pub kind: FailureKind,
+    /// A sentence for people.
+    pub detail: String,
+}
+
+/// The kinds of [`Failure`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// The kernel did not let us in (EPERM, EACCES).
+    NotPermitted,
+    /// The process has ended (ESRCH).
+    Gone,
+    /// The namespace is the one we come from: a forward would lead to itself.
+    OwnNamespace,
+    /// Descriptors or memory ran out (EMFILE, ENFILE, ENOBUFS, ENOMEM, ETOOMANYREFS).
+    Exhausted,
+    /// This kernel does not have it (EAFNOSUPPORT, EPROTONOSUPPORT, ENOPROTOOPT, ENOENT).
+    Unsupported,
+    /// Anything else.
+    Other,
+}
+
+impl Failure {
+    fn new(kind: FailureKind, detail: impl Into<String>) -> Failure {
+        Failure { kind, detail: detail.into() }
+    }
+
+    /// `what` could not be done, because of `error`.
+    fn from_io(what: &str, error: &io::Error) -> Failure {
+        let kind = match Errno::from_io_error(error) {
+            Some(Errno::PERM | Errno::ACCESS) => FailureKind::NotPermitted,
+            Some(Errno::SRCH) => FailureKind::Gone,
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::TOOMANYREFS) => {
+                FailureKind::Exhausted
+            }
+            Some(Errno::AFNOSUPPORT | Errno::PROTONOSUPPORT | Errno::NOPROTOOPT | Errno::NOENT) => {
+                FailureKind::Unsupported
+            }
+            _ => FailureKind::Other,
+        };
+        Failure::new(kind, format!("{what}: {error}"))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)
+    }
+}

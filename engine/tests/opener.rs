@@ -1,0 +1,378 @@
+//! Openers in real namespaces, as root and as a user who is not.
+//!
+//! This program is also what it tests: with `_opener` it is an opener, with `_listen` a server inside a namespace,
+//! with `_client` somebody who starts an opener and is killed. As root it runs everything, and then once more
+//! what needs no privilege, as the user `nobody`. An argument runs the cases whose names contain it.
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test, in a program with its own main")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use landfall_engine::channel::Channel;
+use landfall_engine::command::{Family, WatchSources};
+use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
+use landfall_engine::opener::{FailureKind, VERB, serve};
+use landfall_engine::ring::uring::netns_cookie;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// What a case needs.
+#[derive(PartialEq)]
+enum Needs {
+    Nothing,
+    Root,
+}
+
+type Case = (&'static str, Needs, fn());
+
+const CASES: [Case; 13] = [
+    ("a_socket_made_inside_connects_from_outside", Needs::Nothing, connects_from_outside),
+    ("both_families_and_an_ipv6_listener", Needs::Nothing, both_families),
+    ("an_upstream_is_what_the_engine_wants", Needs::Nothing, upstream),
+    ("our_own_namespace_is_refused", Needs::Nothing, own_namespace),
+    ("a_process_that_has_ended_is_gone", Needs::Nothing, process_gone),
+    ("a_file_that_is_no_namespace_is_refused", Needs::Nothing, no_namespace),
+    ("sockets_of_one_namespace_are_refused_for_another", Needs::Nothing, crossed_namespaces),
+    ("the_opener_ends_with_its_last_channel", Needs::Nothing, ends_with_channels),
+    ("a_killed_client_leaves_the_opener_to_the_engine", Needs::Nothing, killed_client),
+    ("the_opener_has_no_privilege_left", Needs::Nothing, no_privilege),
+    ("running_out_of_descriptors_leaks_none", Needs::Nothing, exhausted),
+    ("a_namespace_is_entered_by_its_file", Needs::Root, by_file),
+    ("another_users_namespace_is_refused", Needs::Root, anothers_namespace),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some(VERB) => {
+            return serve::main(std::io::stdin().as_fd()).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+        }
+        Some("_listen") => listen(arguments.get(1).unwrap()),
+        Some("_client") => client(arguments.get(1).unwrap()),
+        _ => {}
+    }
+    let wanted = arguments.iter().find(|argument| !argument.starts_with('-'));
+    let root = rustix::process::geteuid().is_root();
+    for (name, needs, case) in &CASES {
+        if wanted.is_none_or(|wanted| name.contains(wanted.as_str())) && (root || *needs == Needs::Nothing) {
+            print!("test {name} (uid {}) ... ", rustix::process::geteuid().as_raw());
+            std::io::stdout().flush().unwrap();
+            // A failed case ends the program with its message.
+            case();
+            println!("ok");
+        }
+    }
+    if root {
+        let status = Command::new("setpriv").args(NOBODY).arg(this()).args(&arguments).status().unwrap();
+        return if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    ExitCode::SUCCESS
+}
+
+fn this() -> std::path::PathBuf {
+    std::env::current_exe().unwrap()
+}
+
+/// `_listen ADDRESS`: listens, prints the port, answers every client.
+fn listen(address: &str) -> ! {
+    let listener = TcpListener::bind(address).unwrap();
+    println!("{}", listener.local_addr().unwrap().port());
+    loop {
+        listener.accept().unwrap().0.write_all(b"inside").unwrap();
+    }
+}
+
+/// `_client PID`: enters and hands the engine's descriptors to whoever is at its standard input, then waits.
+fn client(pid: &str) -> ! {
+    let channel = Channel::try_from(std::io::stdin().as_fd().try_clone_to_owned().unwrap()).unwrap();
+    let mut opener = enter(pid.parse().unwrap()).unwrap();
+    let (_, descriptors) = opener.upstream(1).unwrap();
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    channel.send(&opener.netns_cookie(), &borrowed).unwrap();
+    drop(descriptors);
+    loop {
+        std::thread::park();
+    }
+}
+
+/// A process in a network namespace of its own, with a server on its loopback.
+struct Inside {
+    child: Child,
+    port: u16,
+}
+
+impl Inside {
+    /// With a user namespace of the same user around it.
+    fn new() -> Inside {
+        Inside::run(Command::new("unshare").arg("-Urn"), "127.0.0.1:0")
+    }
+
+    fn run(command: &mut Command, address: &str) -> Inside {
+        let script = "ip link set lo up && exec \"$0\" _listen \"$1\"";
+        let mut child = command
+            .args(["sh", "-c", script])
+            .arg(this())
+            .arg(address)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Inside { child, port: line.trim().parse().unwrap() }
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn enter(pid: u32) -> Result<Opener, OpenError> {
+    Opener::spawn(&this(), Target::process(pid)?)
+}
+
+fn channel_of(opener: &mut Opener) -> OwnedFd {
+    opener.upstream(1).unwrap().1.remove(0)
+}
+
+fn sockets(channel: &OwnedFd, family: Family, count: u16, cookie: u64) -> Result<Vec<OwnedFd>, StockError> {
+    ask(channel.as_fd(), family, count, Some("reno")).unwrap();
+    loop {
+        readable(channel);
+        if let Some(sockets) = take(channel.as_fd(), family, cookie)? {
+            return Ok(sockets);
+        }
+    }
+}
+
+#[track_caller]
+fn readable(descriptor: &OwnedFd) {
+    let ready = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], Some(&PATIENCE)).unwrap();
+    assert_eq!(ready, 1, "nothing happened in {} s", PATIENCE.tv_sec);
+}
+
+/// Connects a socket from the opener, and reads what the server inside says.
+fn dial(socket: OwnedFd, address: SocketAddr) -> String {
+    rustix::io::ioctl_fionbio(&socket, false).unwrap();
+    rustix::net::connect(&socket, &address).unwrap();
+    let mut said = String::new();
+    TcpStream::from(socket).read_to_string(&mut said).unwrap();
+    said
+}
+
+/// The opener's process, by the credentials of the channel that it made.
+fn process_of(channel: &OwnedFd) -> Pid {
+    rustix::net::sockopt::socket_peercred(channel).unwrap().pid
+}
+
+fn connects_from_outside() {
+    let inside = Inside::new();
+    let mut opener = enter(inside.pid()).unwrap();
+    let file = std::fs::metadata(format!("/proc/{}/ns/net", inside.pid())).unwrap();
+    assert_eq!(opener.netns_inode(), file.ino());
+    let channel = channel_of(&mut opener);
+    let address: SocketAddr = ([127, 0, 0, 1], inside.port).into();
+    for socket in sockets(&channel, Family::V4, 3, opener.netns_cookie()).unwrap() {
+        assert!(rustix::net::sockopt::tcp_nodelay(&socket).unwrap());
+        assert!(rustix::net::sockopt::socket_oobinline(&socket).unwrap());
+        assert_eq!(rustix::net::sockopt::tcp_congestion(&socket).unwrap(), "reno");
+        assert_eq!(dial(socket, address), "inside");
+    }
+    let mut best = Duration::MAX;
+    for _ in 0..50 {
+        let start = Instant::now();
+        let count = sockets(&channel, Family::V4, 64, opener.netns_cookie()).unwrap().len();
+        best = best.min(start.elapsed());
+        assert_eq!(count, 64);
+    }
+    print!("(64 sockets in {best:?}) ");
+}
+
+fn both_families() {
+    let inside = Inside::run(Command::new("unshare").arg("-Urn"), "[::1]:0");
+    let mut opener = enter(inside.pid()).unwrap();
+    let channel = channel_of(&mut opener);
+    let socket = sockets(&channel, Family::V6, 1, opener.netns_cookie()).unwrap().remove(0);
+    assert_eq!(dial(socket, ([0, 0, 0, 0, 0, 0, 0, 1], inside.port).into()), "inside");
+    ask(channel.as_fd(), Family::V6, 1, None).unwrap();
+    readable(&channel);
+    assert!(matches!(take(channel.as_fd(), Family::V4, opener.netns_cookie()), Err(StockError::Hostile(_))));
+    assert_eq!(sockets(&channel, Family::V4, 253, opener.netns_cookie()).unwrap().len(), 253);
+    let refused = sockets(&channel, Family::V4, 254, opener.netns_cookie());
+    assert!(matches!(refused, Err(StockError::Refused(_))), "{refused:?}");
+}
+
+fn upstream() {
+    let inside = Inside::new();
+    let mut opener = enter(inside.pid()).unwrap();
+    let (sources, descriptors) = opener.upstream(3).unwrap();
+    assert_eq!(sources, WatchSources { proc_tcp: true, proc_tcp6: true, sock_diag: true });
+    assert_eq!(descriptors.len(), 6);
+    let mut table = String::new();
+    std::fs::File::from(descriptors[3].try_clone().unwrap()).read_to_string(&mut table).unwrap();
+    let row = format!("0100007F:{:04X} 00000000:0000 0A", inside.port);
+    assert!(table.contains(&row), "{row} is not in\n{table}");
+    assert_eq!(netns_cookie(&descriptors[5]).unwrap(), opener.netns_cookie());
+    for channel in &descriptors[..3] {
+        assert_eq!(sockets(channel, Family::V4, 2, opener.netns_cookie()).unwrap().len(), 2);
+    }
+}
+
+#[track_caller]
+fn assert_refused(result: Result<Opener, OpenError>, kind: FailureKind) -> String {
+    let error = result.unwrap_err();
+    assert_eq!(error.kind(), Some(kind), "{error}");
+    error.to_string()
+}
+
+fn own_namespace() {
+    assert_refused(enter(std::process::id()), FailureKind::OwnNamespace);
+    if rustix::process::geteuid().is_root() {
+        let file = Target::path(Path::new("/proc/self/ns/net")).unwrap();
+        assert_refused(Opener::spawn(&this(), file), FailureKind::OwnNamespace);
+    }
+}
+
+fn process_gone() {
+    let inside = Inside::new();
+    let (pid, target) = (inside.pid(), Target::process(inside.pid()).unwrap());
+    drop(inside);
+    let text = assert_refused(Opener::spawn(&this(), target), FailureKind::Gone);
+    assert_eq!(text, "the process has ended");
+    let text = assert_refused(enter(pid), FailureKind::Gone);
+    assert_eq!(text, format!("there is no process {pid}"));
+    assert_refused(enter(0), FailureKind::Gone);
+    assert_refused(enter(u32::MAX), FailureKind::Gone);
+}
+
+fn no_namespace() {
+    let target = Target::path(Path::new("/dev/null")).unwrap();
+    assert_refused(Opener::spawn(&this(), target), FailureKind::Other);
+    let missing = Target::path(Path::new("/run/netns/there-is-none")).unwrap_err();
+    assert!(missing.to_string().contains("/run/netns/there-is-none"), "{missing}");
+    let user = Target::path(Path::new("/proc/self/ns/user")).unwrap();
+    assert_refused(Opener::spawn(&this(), user), FailureKind::Other);
+}
+
+fn crossed_namespaces() {
+    let (one, other) = (Inside::new(), Inside::new());
+    let mut here = enter(one.pid()).unwrap();
+    let there = enter(other.pid()).unwrap();
+    assert_ne!(here.netns_cookie(), there.netns_cookie());
+    let channel = channel_of(&mut here);
+    let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let crossed = sockets(&channel, Family::V4, 100, there.netns_cookie());
+    assert!(matches!(crossed, Err(StockError::Hostile(_))));
+    assert_eq!(std::fs::read_dir("/proc/self/fd").unwrap().count(), before);
+}
+
+fn ends_with_channels() {
+    let inside = Inside::new();
+    let mut opener = enter(inside.pid()).unwrap();
+    let (_, mut descriptors) = opener.upstream(2).unwrap();
+    descriptors.truncate(2);
+    let pid = process_of(&descriptors[0]);
+    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let cookie = opener.netns_cookie();
+    drop(opener);
+    drop(descriptors.remove(0));
+    assert_eq!(sockets(&descriptors[0], Family::V4, 1, cookie).unwrap().len(), 1);
+    drop(descriptors);
+    readable(&process);
+    // The thread that waits for it takes it away for good; until then it is a zombie.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists() {
+        assert!(Instant::now() < deadline, "the opener was left as a zombie");
+        std::thread::yield_now();
+    }
+}
+
+fn killed_client() {
+    let inside = Inside::new();
+    let (ours, theirs) = Channel::pair().unwrap();
+    let mut client = Command::new(this())
+        .args(["_client", &inside.pid().to_string()])
+        .stdin(OwnedFd::from(theirs))
+        .spawn()
+        .unwrap();
+    let (cookie, mut descriptors) = ours.recv::<u64>().unwrap().unwrap();
+    client.kill().unwrap();
+    client.wait().unwrap();
+    let channel = descriptors.remove(0);
+    let process = pidfd_open(process_of(&channel), PidfdFlags::empty()).unwrap();
+    let socket = sockets(&channel, Family::V4, 1, cookie).unwrap().remove(0);
+    assert_eq!(dial(socket, ([127, 0, 0, 1], inside.port).into()), "inside");
+    drop(channel);
+    readable(&process);
+}
+
+fn no_privilege() {
+    let inside = Inside::new();
+    let mut opener = enter(inside.pid()).unwrap();
+    let channel = channel_of(&mut opener);
+    let status = format!("/proc/{}/status", process_of(&channel).as_raw_nonzero());
+    let status = std::fs::read_to_string(status).unwrap();
+    for line in ["CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "CapInh:\t0000000000000000"] {
+        assert!(status.contains(line), "{line} is not in\n{status}");
+    }
+    assert!(status.contains("NoNewPrivs:\t1") && status.contains("Threads:\t1"), "{status}");
+}
+
+fn exhausted() {
+    let inside = Inside::new();
+    let mut opener = enter(inside.pid()).unwrap();
+    let channel = channel_of(&mut opener);
+    let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let limits = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let few = rustix::process::Rlimit { current: Some(before as u64 + 20), maximum: limits.maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, few).unwrap();
+    let short = sockets(&channel, Family::V4, 200, opener.netns_cookie());
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limits).unwrap();
+    assert!(matches!(short, Err(StockError::Exhausted(_))), "{short:?}");
+    assert_eq!(std::fs::read_dir("/proc/self/fd").unwrap().count(), before);
+    assert_eq!(sockets(&channel, Family::V4, 200, opener.netns_cookie()).unwrap().len(), 200);
+}
+
+fn by_file() {
+    let name = format!("landfall-test-{}", std::process::id());
+    assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
+    let inside = Inside::run(Command::new("ip").args(["netns", "exec", &name]), "127.0.0.1:0");
+    let target = Target::path(&Path::new("/run/netns").join(&name)).unwrap();
+    let entered = Opener::spawn(&this(), target);
+    assert!(Command::new("ip").args(["netns", "delete", &name]).status().unwrap().success());
+    let mut opener = entered.unwrap();
+    let channel = channel_of(&mut opener);
+    let socket = sockets(&channel, Family::V4, 1, opener.netns_cookie()).unwrap().remove(0);
+    assert_eq!(dial(socket, ([127, 0, 0, 1], inside.port).into()), "inside");
+    // Root needs no user namespace to enter by process, either.
+    let by_process = enter(inside.pid()).unwrap();
+    assert_eq!(by_process.netns_cookie(), opener.netns_cookie());
+}
+
+/// Runs the client as `nobody` against a namespace of root's.
+fn anothers_namespace() {
+    let inside = Inside::run(Command::new("unshare").arg("-n"), "127.0.0.1:0");
+    let output = Command::new("setpriv")
+        .args(NOBODY)
+        .arg(this())
+        .args(["_client", &inside.pid().to_string()])
+        .stdin(OwnedFd::from(Channel::pair().unwrap().0))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("belongs to another user; enter it as that user, or as root"), "{said}");
+}
