@@ -3,11 +3,13 @@
 
 pub mod channel;
 pub mod command;
+pub mod error;
 pub mod limits;
+mod listener;
 pub mod opener;
 pub mod process;
-/// The rings.
-pub mod ring {
-    #[path = "cookie_tmp.rs"]
-    pub mod uring;
-}
+pub mod relay;
+pub mod ring;
+pub mod shard;
+pub mod table;
+mod upstream;

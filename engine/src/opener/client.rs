@@ -20,7 +20,7 @@ use rustix::process::{Pid, PidfdFlags};
 use super::{ANSWER_BYTES_MAX, Answer, Failure, FailureKind, Request, TargetKind, VERB};
 use crate::channel::{self, Channel, ChannelError};
 use crate::command::{Family, WatchSources};
-use crate::ring::uring::netns_cookie;
+use crate::ring::netns_cookie;
 
 /// How long an opener may take to answer. It needs a millisecond; a machine that swaps needs more.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

@@ -19,7 +19,7 @@ use crate::channel::{self, Channel, ChannelError};
 use crate::command::Family;
 use crate::limits::DESCRIPTORS_PER_MESSAGE_MAX;
 use crate::process::shed_capabilities;
-use crate::ring::uring::netns_cookie;
+use crate::ring::netns_cookie;
 
 /// Why an opener ended before it served.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,113 @@
+//! How a client's connection reaches the server inside: which loopback family is dialled first, and what a failure means.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+
+use crate::command::{Family, Reach};
+use crate::error::EndReason;
+use crate::ring::Fault;
+
+/// The connect attempts of one connection: the family by which the client came, if the server listens there, then the
+/// other. Two servers may share a port, one on 127.0.0.1 and one on `::1`; each client gets the one it asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Dial {
+    family: Family,
+    /// The family still to be tried.
+    next: Option<Family>,
+    port: NonZeroU16,
+}
+
+/// What a connection does next on its way to the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DialStep {
+    /// Take a socket of this family and connect it to that address.
+    Attempt(Family, SocketAddr),
+    /// The server answered.
+    Established,
+    /// There is no way to the server; the client is reset.
+    Failed(EndReason),
+}
+
+impl Dial {
+    /// Begins with the first attempt.
+    pub fn new(came_by: Family, reach: Reach, port: NonZeroU16) -> Dial {
+        // Something that is not known to listen anywhere may have begun to since.
+        let reach = if reach.v4 || reach.v6 { reach } else { Reach::UNKNOWN };
+        let other = came_by.other();
+        let (family, next) = match (reach.has(came_by), reach.has(other)) {
+            (true, true) => (came_by, Some(other)),
+            (true, false) => (came_by, None),
+            (false, _) => (other, None),
+        };
+        Dial { family, next, port }
+    }
+
+    /// The attempt to make now.
+    pub fn attempt(&self) -> DialStep {
+        DialStep::Attempt(self.family, self.family.loopback(self.port))
+    }
+
+    /// Takes in how the attempt ended. `own_peer` tells that the socket connected to itself, for nobody was there.
+    pub fn on_connected(&mut self, result: Result<(), Fault>, own_peer: bool) -> DialStep {
+        let reason = match result {
+            Ok(()) if !own_peer => return DialStep::Established,
+            Ok(()) | Err(Fault::Refused | Fault::Reset | Fault::Unreachable | Fault::Other(_)) => {
+                EndReason::Refused
+            }
+            Err(Fault::TimedOut) => EndReason::TimedOut,
+            // The other family would find the same shortage, and a client that is told may try again.
+            Err(Fault::PortsExhausted) => return DialStep::Failed(EndReason::PortsExhausted),
+            Err(Fault::Exhausted) => return DialStep::Failed(EndReason::DescriptorsExhausted),
+        };
+        match self.next.take() {
+            Some(family) => {
+                self.family = family;
+                self.attempt()
+            }
+            None => DialStep::Failed(reason),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: NonZeroU16 = NonZeroU16::new(3000).unwrap();
+
+    fn attempt(family: Family) -> DialStep {
+        DialStep::Attempt(family, family.loopback(PORT))
+    }
+
+    #[test]
+    fn the_family_of_the_client_is_dialled_first() {
+        for family in Family::ALL {
+            let mut dial = Dial::new(family, Reach { v4: true, v6: true }, PORT);
+            assert_eq!(dial.attempt(), attempt(family));
+            assert_eq!(dial.on_connected(Err(Fault::Refused), false), attempt(family.other()));
+            assert_eq!(dial.on_connected(Err(Fault::Refused), false), DialStep::Failed(EndReason::Refused));
+        }
+    }
+
+    #[test]
+    fn a_family_that_does_not_listen_is_not_dialled() {
+        let mut dial = Dial::new(Family::V4, Reach { v4: false, v6: true }, PORT);
+        assert_eq!(dial.attempt(), attempt(Family::V6));
+        assert_eq!(dial.on_connected(Err(Fault::Refused), false), DialStep::Failed(EndReason::Refused));
+    }
+
+    #[test]
+    fn a_socket_that_met_itself_is_a_refusal() {
+        let mut dial = Dial::new(Family::V4, Reach { v4: true, v6: false }, PORT);
+        assert_eq!(dial.on_connected(Ok(()), true), DialStep::Failed(EndReason::Refused));
+    }
+
+    #[test]
+    fn a_shortage_is_told_as_one() {
+        let mut dial = Dial::new(Family::V4, Reach::UNKNOWN, PORT);
+        assert_eq!(
+            dial.on_connected(Err(Fault::PortsExhausted), false),
+            DialStep::Failed(EndReason::PortsExhausted)
+        );
+    }
+}

@@ -1,0 +1,516 @@
+//! The io_uring ring.
+//!
+//! The kernel is asked for readiness through the ring (`POLL_ADD`), one entry for each operation that cannot be done at
+//! once, and everything of a turn is submitted and reaped by one `io_uring_enter`. The calls that move bytes are plain
+//! non-blocking ones on this thread, for `IORING_OP_SPLICE` and `IORING_OP_SHUTDOWN` always go to a worker thread
+//! (`REQ_F_FORCE_ASYNC`, io_uring/splice.c and net.c), and a send on loopback runs the receiver's half of TCP inside the
+//! call either way.
+//!
+//! An [`Entry`] owns the sockets and the loan of its operation from `submit` until the completion of the last request
+//! that was made for it. Its index and generation are the `user_data` of that request, and an entry is reused only
+//! after that completion, so a late completion finds either its own entry or none.
+//!
+//! The ring is restricted to the three requests that it makes (`IORING_REGISTER_RESTRICTIONS`), since io_uring
+//! bypasses seccomp.
+
+#![expect(
+    unsafe_code,
+    reason = "io_uring is driven through shared memory, and two kernel calls have no safe wrapper"
+)]
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use io_uring::register::Restriction;
+use io_uring::types::{SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode, squeue, types};
+use rustix::event::{EventfdFlags, PollFlags};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+use super::work::{Next, Work};
+use super::{Completion, Fault, Loan, Op, OpKey, Outcome, Pool, Ring, RingError, Submitted, Token};
+use super::{Unusable, Waker, Way, attempt};
+use crate::command::RingKind;
+use crate::limits::Limits;
+
+/// Requests that fit one submission; a fuller turn is submitted in several.
+const SUBMISSION_ENTRIES: u32 = 512;
+/// Completions that fit the ring; the kernel keeps what does not (`IORING_FEAT_NODROP`).
+const COMPLETION_ENTRIES: u32 = 4_096;
+/// The `user_data` of cancel requests and of the wake-up, which belong to no entry. Indices stay below 2^32 - 2.
+const USER_DATA_CANCEL: u64 = u64::MAX;
+const USER_DATA_WAKE: u64 = u64::MAX - 1;
+
+/// The ring over io_uring.
+pub struct UringRing {
+    uring: IoUring,
+    pool: Pool,
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+    /// Completions that needed no request, told at the next turn.
+    settled: Vec<(Token, Outcome<UringRing>)>,
+    eventfd: Arc<OwnedFd>,
+    wake_armed: bool,
+}
+
+struct Entry {
+    generation: u32,
+    state: EntryState,
+}
+
+enum EntryState {
+    Free,
+    /// A request is in flight for this work.
+    Armed {
+        token: Token,
+        work: Work,
+        cancelled: bool,
+    },
+    /// Nothing is in flight and nothing will happen until it is cancelled.
+    Dormant {
+        token: Token,
+    },
+}
+
+impl UringRing {
+    /// A ring for the calling thread, which must be the only one that uses it.
+    ///
+    /// # Errors
+    /// io_uring is forbidden or too old here, or something ran out.
+    pub fn new(limits: &Limits) -> Result<UringRing, Unusable> {
+        let uring = set_up()?;
+        let eventfd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| ran_out("an eventfd", errno))?;
+        Ok(UringRing {
+            uring,
+            pool: Pool::new(limits),
+            entries: Vec::new(),
+            free: Vec::new(),
+            settled: Vec::new(),
+            eventfd: Arc::new(eventfd),
+            wake_armed: false,
+        })
+    }
+
+    /// Makes a ring, and has it tell that a socket became readable and that a wait was cancelled: what every relayed
+    /// connection rests on. Some sandboxes let a ring be made and then refuse its requests.
+    ///
+    /// # Errors
+    /// Why io_uring cannot be used here.
+    pub fn self_test(limits: &Limits) -> Result<(), Unusable> {
+        let mut ring = UringRing::new(limits)?;
+        let failed = |what: &str| Unusable {
+            reason: format!("io_uring failed its self-test: {what}"),
+            fall_back: true,
+        };
+        let (ours, theirs) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK,
+            None,
+        )
+        .map_err(|errno| ran_out("a socket pair", errno))?;
+        let ours = ring.adopt(ours);
+        let recv = |socket: &Rc<OwnedFd>| Op::Recv { socket: socket.clone(), way: Way::Copy, eager: false };
+        let wait = |ring: &mut UringRing, what| {
+            let mut over = Vec::new();
+            ring.turn(Some(Instant::now() + Duration::from_secs(2)), &mut over)
+                .map_err(|error| failed(&error.to_string()))?;
+            over.pop().map(|completion| completion.outcome).ok_or_else(|| failed(what))
+        };
+        let Submitted::Pending(_) = ring.submit(Token(1), recv(&ours)) else {
+            return Err(failed("a read from an empty socket did not wait"));
+        };
+        rustix::io::write(&theirs, b"!").map_err(|errno| ran_out("a byte's room", errno))?;
+        match wait(&mut ring, "readiness was not told within two seconds")? {
+            Outcome::Received(super::Received::Bytes(_)) => {}
+            other => return Err(failed(&format!("a byte was sent and {other:?} came"))),
+        }
+        let Submitted::Pending(key) = ring.submit(Token(2), recv(&ours)) else {
+            return Err(failed("a second read did not wait"));
+        };
+        ring.cancel(key);
+        match wait(&mut ring, "a cancel was not told within two seconds")? {
+            Outcome::Cancelled(None) => Ok(()),
+            other => Err(failed(&format!("a read was cancelled and {other:?} came"))),
+        }
+    }
+
+    /// Buffers and pipes on loan now.
+    pub fn lent(&self) -> (usize, usize) {
+        self.pool.lent()
+    }
+
+    fn claim(&mut self) -> u32 {
+        if let Some(index) = self.free.pop() {
+            return index;
+        }
+        let index = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
+        self.entries.push(Entry { generation: 0, state: EntryState::Free });
+        index
+    }
+
+    fn key_of(&self, index: u32) -> OpKey {
+        let generation = self.entries.get(index as usize).map_or(0, |entry| entry.generation);
+        OpKey(u64::from(generation) << 32 | u64::from(index))
+    }
+
+    /// The entry of `user_data`, if it is still the one that it was made for.
+    fn find(&mut self, user_data: u64) -> Option<(u32, &mut Entry)> {
+        let (generation, index) = split(user_data);
+        let entry = self.entries.get_mut(index as usize)?;
+        (entry.generation == generation).then_some((index, entry))
+    }
+
+    fn push(&mut self, request: &squeue::Entry) {
+        loop {
+            // SAFETY: `push` demands that everything the request points to stays valid until its completion. The
+            // requests made in this file are POLL_ADD and ASYNC_CANCEL; neither points to memory. POLL_ADD names a
+            // descriptor, which stays open because the entry of its `user_data` holds a clone of the socket until the
+            // completion is reaped (the eventfd is held by the ring itself, which outlives its requests).
+            let pushed = unsafe { self.uring.submission().push(request) };
+            if pushed.is_ok() {
+                return;
+            }
+            // The queue is full. A submission that the kernel cannot take now (EBUSY, EAGAIN) has run the completions
+            // that were due, so the next one finds room.
+            let _ = self.uring.submit();
+        }
+    }
+
+    fn arm_wake(&mut self) {
+        if !self.wake_armed {
+            let request = opcode::PollAdd::new(types::Fd(self.eventfd.as_raw_fd()), poll_bits(PollFlags::IN))
+                .build()
+                .user_data(USER_DATA_WAKE);
+            self.push(&request);
+            self.wake_armed = true;
+        }
+    }
+
+    /// Submits what is queued and waits, for at most `limit`, until something is complete.
+    fn enter(&mut self, limit: Option<Duration>) -> Result<(), RingError> {
+        let result = match limit {
+            // Only what is due already. TASKRUN_FLAG tells `submit` whether that needs a call at all.
+            Some(Duration::ZERO) => self.uring.submit(),
+            Some(limit) => {
+                let timespec = Timespec::new().sec(limit.as_secs()).nsec(limit.subsec_nanos());
+                self.uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
+            }
+            None => self.uring.submit_and_wait(1),
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
+                // The time is over, a signal came, or completions must be reaped first.
+                Some(Errno::TIME | Errno::INTR | Errno::BUSY | Errno::AGAIN) => Ok(()),
+                errno => Err(RingError {
+                    kind: RingKind::IoUring,
+                    doing: "submit",
+                    source: errno.unwrap_or(Errno::IO),
+                }),
+            },
+        }
+    }
+
+    fn reap(&mut self, completions: &mut Vec<Completion<UringRing>>) {
+        loop {
+            // Completing one may queue a request, so the queue is borrowed for one entry at a time.
+            let Some(cqe) = self.uring.completion().next() else { return };
+            match cqe.user_data() {
+                USER_DATA_CANCEL => {}
+                USER_DATA_WAKE => {
+                    self.wake_armed = false;
+                    let mut count = [0; 8];
+                    // Whether or not it still counted something, it is awake.
+                    let _ = rustix::io::read(&*self.eventfd, &mut count);
+                }
+                user_data => {
+                    if let Some(completion) = self.complete(user_data, cqe.result()) {
+                        completions.push(completion);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The request of one entry is over: does the work, and requests again if it still cannot be done.
+    fn complete(&mut self, user_data: u64, result: i32) -> Option<Completion<UringRing>> {
+        let (index, entry) = self.find(user_data)?;
+        let EntryState::Armed { token, work, cancelled } =
+            std::mem::replace(&mut entry.state, EntryState::Free)
+        else {
+            return None;
+        };
+        let outcome = if cancelled || result == -Errno::CANCELED.raw_os_error() {
+            work.into_cancelled()
+        } else if result < 0 {
+            work.into_failed(Fault::of(Errno::from_raw_os_error(-result)))
+        } else {
+            let events = PollFlags::from_bits_truncate(u16::try_from(result).unwrap_or(u16::MAX));
+            match work.ready(events, &self.pool) {
+                Next::Done(outcome) => outcome,
+                Next::Wait(work) => {
+                    self.fill(index, token, work);
+                    return None;
+                }
+                Next::Never => {
+                    self.leave_dormant(index, token);
+                    return None;
+                }
+            }
+        };
+        self.release(index);
+        Some(Completion { token, outcome })
+    }
+
+    /// Puts work into an entry and requests readiness for it.
+    fn fill(&mut self, index: u32, token: Token, work: Work) -> OpKey {
+        let key = self.key_of(index);
+        let request = poll_request(&work, key);
+        if let Some(entry) = self.entries.get_mut(index as usize) {
+            entry.state = EntryState::Armed { token, work, cancelled: false };
+        }
+        self.push(&request);
+        key
+    }
+
+    fn leave_dormant(&mut self, index: u32, token: Token) -> OpKey {
+        if let Some(entry) = self.entries.get_mut(index as usize) {
+            entry.state = EntryState::Dormant { token };
+        }
+        self.key_of(index)
+    }
+
+    /// Ends an entry's use; what still names its generation finds nothing.
+    fn release(&mut self, index: u32) {
+        if let Some(entry) = self.entries.get_mut(index as usize) {
+            entry.generation = entry.generation.wrapping_add(1);
+            entry.state = EntryState::Free;
+            self.free.push(index);
+        }
+    }
+}
+
+impl fmt::Debug for UringRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UringRing")
+            .field("in_flight", &(self.entries.len() - self.free.len()))
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ring for UringRing {
+    type Socket = Rc<OwnedFd>;
+    type Loan = Loan;
+
+    fn submit(&mut self, token: Token, op: Op<UringRing>) -> Submitted<UringRing> {
+        match Work::begin(op, &self.pool) {
+            Next::Done(outcome) => Submitted::Done(outcome),
+            Next::Wait(work) => {
+                let index = self.claim();
+                Submitted::Pending(self.fill(index, token, work))
+            }
+            Next::Never => {
+                let index = self.claim();
+                Submitted::Pending(self.leave_dormant(index, token))
+            }
+        }
+    }
+
+    fn cancel(&mut self, key: OpKey) {
+        let Some((index, entry)) = self.find(key.0) else { return };
+        match &mut entry.state {
+            EntryState::Free => {}
+            EntryState::Dormant { token } => {
+                let token = *token;
+                self.release(index);
+                self.settled.push((token, Outcome::Cancelled(None)));
+            }
+            EntryState::Armed { cancelled, .. } => {
+                if !std::mem::replace(cancelled, true) {
+                    let request = opcode::AsyncCancel::new(key.0).build().user_data(USER_DATA_CANCEL);
+                    self.push(&request);
+                }
+            }
+        }
+    }
+
+    fn turn(
+        &mut self,
+        until: Option<Instant>,
+        completions: &mut Vec<Completion<UringRing>>,
+    ) -> Result<(), RingError> {
+        self.arm_wake();
+        let settled = !self.settled.is_empty();
+        completions.extend(self.settled.drain(..).map(|(token, outcome)| Completion { token, outcome }));
+        let limit = if settled {
+            Some(Duration::ZERO)
+        } else {
+            until.map(|at| at.saturating_duration_since(self.now()))
+        };
+        self.enter(limit)?;
+        self.reap(completions);
+        Ok(())
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn waker(&self) -> Waker {
+        Waker::new(self.eventfd.clone())
+    }
+
+    fn can_lend(&self, way: Way) -> bool {
+        self.pool.can_lend(way)
+    }
+
+    fn shutdown_write(&mut self, socket: &Rc<OwnedFd>) -> Result<(), Fault> {
+        attempt::shutdown_write(socket)
+    }
+
+    fn reset_on_close(&mut self, socket: &Rc<OwnedFd>) {
+        attempt::reset_on_close(socket);
+    }
+
+    fn unacknowledged_bytes(&mut self, socket: &Rc<OwnedFd>) -> usize {
+        unacknowledged_bytes(socket)
+    }
+
+    fn is_own_peer(&mut self, socket: &Rc<OwnedFd>) -> bool {
+        attempt::is_own_peer(socket)
+    }
+
+    fn adopt(&mut self, descriptor: OwnedFd) -> Rc<OwnedFd> {
+        Rc::new(descriptor)
+    }
+}
+
+impl Drop for UringRing {
+    /// Nothing that a request still names may be closed before the request is over; the kernel ends the requests of a ring
+    /// some time after its descriptor is closed. They are only polls, each of which holds its own reference to the
+    /// file, so the entries may go: what could be reused by mistake is memory, and polls have none.
+    fn drop(&mut self) {
+        self.entries.clear();
+    }
+}
+
+fn split(user_data: u64) -> (u32, u32) {
+    let index = u32::try_from(user_data & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+    let generation = u32::try_from(user_data >> 32).unwrap_or(u32::MAX);
+    (generation, index)
+}
+
+fn poll_bits(flags: PollFlags) -> u32 {
+    u32::from(flags.bits())
+}
+
+fn poll_request(work: &Work, key: OpKey) -> squeue::Entry {
+    let descriptor = types::Fd(work.descriptor().as_raw_fd());
+    opcode::PollAdd::new(descriptor, poll_bits(work.interest())).build().user_data(key.0)
+}
+
+fn set_up() -> Result<IoUring, Unusable> {
+    let mut builder = IoUring::builder();
+    builder
+        .dontfork()
+        .setup_cqsize(COMPLETION_ENTRIES)
+        .setup_submit_all()
+        .setup_r_disabled()
+        .setup_single_issuer();
+    // Kernel 6.1: completions are worked off when this thread asks for them, not whenever it is interrupted.
+    let deferred = builder.clone().setup_defer_taskrun().setup_taskrun_flag().build(SUBMISSION_ENTRIES);
+    // Kernel 6.0 knows SINGLE_ISSUER and not DEFER_TASKRUN; 5.19 knows neither.
+    let uring = deferred
+        .or_else(|_| builder.clone().setup_coop_taskrun().setup_taskrun_flag().build(SUBMISSION_ENTRIES))
+        .or_else(|_| {
+            IoUring::builder()
+                .dontfork()
+                .setup_cqsize(COMPLETION_ENTRIES)
+                .setup_r_disabled()
+                .setup_coop_taskrun()
+                .setup_taskrun_flag()
+                .build(SUBMISSION_ENTRIES)
+        })
+        .map_err(|error| explain(&error))?;
+    if !uring.params().is_feature_nodrop() || !uring.params().is_feature_ext_arg() {
+        return Err(Unusable {
+            reason: "this kernel's io_uring may lose completions (it is older than 5.11)".into(),
+            fall_back: true,
+        });
+    }
+    let mut allowed = [opcode::PollAdd::CODE, opcode::AsyncCancel::CODE].map(Restriction::sqe_op);
+    uring
+        .submitter()
+        .register_restrictions(&mut allowed)
+        .and_then(|()| uring.submitter().register_enable_rings())
+        .map_err(|error| explain(&error))?;
+    Ok(uring)
+}
+
+fn explain(error: &io::Error) -> Unusable {
+    let errno = error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error);
+    match errno {
+        Errno::PERM | Errno::ACCESS => Unusable { reason: forbidden_by(), fall_back: true },
+        Errno::NOSYS => Unusable {
+            reason: "this kernel, or the sandbox around us, has no io_uring (ENOSYS)".into(),
+            fall_back: true,
+        },
+        Errno::INVAL => Unusable {
+            reason: "this kernel's io_uring is older than 5.19 and lacks what is needed (EINVAL)".into(),
+            fall_back: true,
+        },
+        errno => ran_out("an io_uring", errno),
+    }
+}
+
+fn forbidden_by() -> String {
+    let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
+    match sysctl.trim() {
+        "2" => "io_uring is switched off (sysctl kernel.io_uring_disabled=2)".into(),
+        "1" => "io_uring is kept for a group that we are not in (sysctl kernel.io_uring_disabled=1)".into(),
+        _ => {
+            "io_uring is forbidden here (EPERM; a seccomp profile such as Docker's default does that)".into()
+        }
+    }
+}
+
+fn ran_out(of: &str, errno: Errno) -> Unusable {
+    Unusable { reason: format!("could not get {of}: {errno}"), fall_back: false }
+}
+
+/// `SO_NETNS_COOKIE` (Linux 5.14): a number that tells network namespaces apart and is never given twice.
+///
+/// # Errors
+/// ENOPROTOOPT on an older kernel, ENOTSOCK on what is no socket.
+pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
+    let mut cookie: u64 = 0;
+    let mut length: libc::socklen_t = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: getsockopt(2) writes at most `length` bytes to the option's address, and the new length to `length`. Both
+    // point to live, writable locals of exactly those sizes, and the descriptor is open for as long as it is borrowed.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `SIOCOUTQ` (tcp(7)): bytes sent and not yet acknowledged; 0 where the kernel does not tell.
+pub(super) fn unacknowledged_bytes(socket: impl AsFd) -> usize {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which has the number of TIOCOUTQ, writes one int to its argument (tcp_ioctl() in net/ipv4/tcp.c).
+    // The argument points to a live, writable int, and the descriptor is open for as long as it is borrowed.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+}

@@ -1,0 +1,279 @@
+//! The loop of one thread: one ring, one table of connections, nothing shared.
+//!
+//! A turn reaps what is over, steps the machines it belongs to, carries out what they ask for, and goes round again;
+//! commands are taken between turns. Everything the ring can do at once is done at once, so a busy connection would
+//! never let go: after [`Limits::turn_bytes`] in one direction its next read waits until the others had their turn.
+//!
+//! | Table | Its operations | Removed when |
+//! | --- | --- | --- |
+//! | connections | [`Operation`] | its machine has finished: nothing is in flight, nothing is on loan |
+//! | listeners | one accept for each socket | it is closed, no accept is in flight, no connection is left |
+//! | upstreams | one request for sockets, one watch | it is closing and neither is in flight |
+//!
+//! So no descriptor is closed, and no slot reused, while the ring may still tell something about it.
+
+mod accepting;
+mod commands;
+mod dialling;
+mod relaying;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::time::Instant;
+
+use crate::command::{ForwardId, ForwardState, ForwardStats, UpstreamId};
+use crate::limits::Limits;
+use crate::listener::Listener;
+use crate::relay::{Actions, Connection, Dial, Direction, Operation};
+use crate::ring::{Completion, OpKey, Ring, RingError, Way};
+use crate::table::{SlotId, Table, TokenParts};
+use crate::upstream::Upstream;
+
+pub use commands::{Report, ShardCommand};
+
+/// Token kinds below this are an [`Operation`]; from here on, the accept of a listener's socket of that index.
+const KIND_ACCEPT: u8 = 16;
+const KIND_STOCK: u8 = 32;
+const KIND_UPSTREAM_WATCH: u8 = 33;
+
+/// One ring and everything that it relays.
+pub struct Shard<R: Ring> {
+    ring: R,
+    limits: Limits,
+    connections: Table<Relayed<R>>,
+    listeners: Table<Listener<R::Socket>>,
+    upstreams: Table<Upstream<R::Socket>>,
+    forwards: HashMap<ForwardId, SlotId>,
+    upstream_slots: HashMap<UpstreamId, SlotId>,
+    timers: BTreeSet<(Instant, Timer)>,
+    /// Directions that have used up their turn.
+    yielded: VecDeque<(SlotId, Direction)>,
+    /// Directions that wait for a loan, the longest waiting first.
+    starved: VecDeque<(SlotId, Direction)>,
+    /// Listeners that have used up their turn, or wait for a free place.
+    accept_later: VecDeque<SlotId>,
+    completions: Vec<Completion<R>>,
+    actions: Actions,
+    reports: Vec<Report>,
+    /// What was told as used up and has not recovered.
+    degraded: bool,
+    stopping: Option<Stopping>,
+    told_stopped: bool,
+}
+
+/// What a timer wakes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Connection(SlotId),
+    Listener(SlotId),
+    Upstream(SlotId),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stopping {
+    /// Ends when the last connection has.
+    Drain,
+    /// Ends when everything is cancelled.
+    Now,
+}
+
+/// A connection in the table.
+struct Relayed<R: Ring> {
+    listener: SlotId,
+    upstream: SlotId,
+    sockets: [Option<R::Socket>; 2],
+    /// What was read and is not yet being written.
+    loans: [Option<R::Loan>; 2],
+    /// Reads that wait for the next turn.
+    deferred: [Option<(Way, bool)>; 2],
+    /// The operations in flight, by [`Operation::index`].
+    keys: [Option<OpKey>; Operation::COUNT],
+    stage: Stage,
+    deadline: Option<Instant>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// On its way to the server.
+    Dialling(Dial),
+    /// Dialling has failed; it ends when the connect that was cancelled is over.
+    Failing(crate::error::EndReason),
+    /// Both sides are connected.
+    Relaying(Connection),
+}
+
+impl<R: Ring> Shard<R> {
+    /// An empty shard.
+    pub fn new(ring: R, limits: Limits) -> Shard<R> {
+        Shard {
+            ring,
+            limits,
+            connections: Table::new(),
+            listeners: Table::new(),
+            upstreams: Table::new(),
+            forwards: HashMap::new(),
+            upstream_slots: HashMap::new(),
+            timers: BTreeSet::new(),
+            yielded: VecDeque::new(),
+            starved: VecDeque::new(),
+            accept_later: VecDeque::new(),
+            completions: Vec::new(),
+            actions: Actions::new(),
+            reports: Vec::new(),
+            degraded: false,
+            stopping: None,
+            told_stopped: false,
+        }
+    }
+
+    /// The ring, for what only its kind can do.
+    pub fn ring_mut(&mut self) -> &mut R {
+        &mut self.ring
+    }
+
+    /// Connections in the table, waiting ones included.
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Whether the last [`Report::Stopped`] was given: the shard holds nothing any more.
+    pub fn is_stopped(&self) -> bool {
+        self.told_stopped
+    }
+
+    /// What happened since the last call.
+    pub fn reports(&mut self) -> std::vec::Drain<'_, Report> {
+        self.reports.drain(..)
+    }
+
+    /// One round: waits until something is over (or, with `may_wait` false, looks only), and steps what it belongs to.
+    ///
+    /// # Errors
+    /// The ring is broken; the shard cannot go on.
+    pub fn turn(&mut self, may_wait: bool) -> Result<(), RingError> {
+        let ready =
+            !may_wait || !self.yielded.is_empty() || self.can_accept_later() || self.can_feed_starved();
+        let until = if ready { Some(self.ring.now()) } else { self.timers.first().map(|(at, _)| *at) };
+        let mut completions = std::mem::take(&mut self.completions);
+        let turned = self.ring.turn(until, &mut completions);
+        for completion in completions.drain(..) {
+            self.dispatch(completion);
+        }
+        self.completions = completions;
+        turned?;
+        self.run_timers();
+        self.resume_yielded();
+        self.feed_starved();
+        self.resume_accepting();
+        self.finish_stopping();
+        Ok(())
+    }
+
+    fn dispatch(&mut self, completion: Completion<R>) {
+        let TokenParts { kind, id } = TokenParts::unpack(completion.token);
+        match (kind, completion.outcome) {
+            (KIND_STOCK, outcome) => self.on_stocked(id, outcome),
+            (KIND_UPSTREAM_WATCH, outcome) => self.on_upstream_watch(id, &outcome),
+            (kind, outcome) if kind >= KIND_ACCEPT => {
+                self.on_accept_completion(id, usize::from(kind - KIND_ACCEPT), outcome);
+            }
+            (kind, outcome) => {
+                let Some(operation) = Operation::of_index(usize::from(kind)) else { return };
+                if let Some(connection) = self.connections.entry_mut(id) {
+                    connection.keys[operation.index()] = None;
+                }
+                match operation {
+                    Operation::Connect => self.on_connect_completion(id, outcome),
+                    operation => self.on_relay_completion(id, operation, outcome),
+                }
+            }
+        }
+    }
+
+    /// Moves a timer. `slot` holds the time for which it is set now.
+    fn set_timer(
+        timers: &mut BTreeSet<(Instant, Timer)>,
+        timer: Timer,
+        slot: &mut Option<Instant>,
+        at: Option<Instant>,
+    ) {
+        if let Some(old) = slot.take() {
+            timers.remove(&(old, timer));
+        }
+        if let Some(at) = at {
+            timers.insert((at, timer));
+            *slot = Some(at);
+        }
+    }
+
+    fn run_timers(&mut self) {
+        if self.timers.is_empty() {
+            return;
+        }
+        let now = self.ring.now();
+        while let Some((at, timer)) = self.timers.first().copied() {
+            if at > now {
+                return;
+            }
+            self.timers.pop_first();
+            match timer {
+                Timer::Connection(id) => {
+                    if let Some(connection) = self.connections.entry_mut(id) {
+                        connection.deadline = None;
+                    }
+                    self.on_connection_deadline(id);
+                }
+                Timer::Listener(id) => {
+                    if let Some(listener) = self.listeners.entry_mut(id) {
+                        listener.resting_until = None;
+                    }
+                    self.accept_all(id);
+                }
+                Timer::Upstream(id) => {
+                    if let Some(upstream) = self.upstreams.entry_mut(id) {
+                        upstream.resting_until = None;
+                    }
+                    self.refill(id);
+                }
+            }
+        }
+    }
+
+    /// The forwards of this shard, those that drain included.
+    fn describe(&self) -> Vec<ForwardState> {
+        let mut forwards: Vec<ForwardState> = self
+            .listeners
+            .ids()
+            .into_iter()
+            .filter_map(|id| self.listeners.entry(id))
+            .map(|listener| ForwardState {
+                forward: listener.forward,
+                upstream: listener.upstream,
+                host_port: listener.host_port,
+                target_port: listener.target_port,
+                reach: listener.reach,
+                listening: listener.open,
+                stats: listener.stats,
+            })
+            .collect();
+        forwards.sort_by_key(|state| state.forward);
+        forwards
+    }
+
+    fn stats_mut(&mut self, listener: SlotId) -> Option<&mut ForwardStats> {
+        self.listeners.entry_mut(listener).map(|listener| &mut listener.stats)
+    }
+
+    /// Tells once that something is used up.
+    fn degrade(&mut self, what: &str) {
+        if !std::mem::replace(&mut self.degraded, true) {
+            self.reports.push(Report::Degraded { what: what.to_owned() });
+        }
+    }
+
+    /// Tells that what was used up is there again.
+    fn recover(&mut self) {
+        if std::mem::replace(&mut self.degraded, false) {
+            self.reports.push(Report::Recovered { what: "descriptors are available again".to_owned() });
+        }
+    }
+}

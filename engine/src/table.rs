@@ -1,0 +1,153 @@
+//! Slots with generations: an id outlives its tenant without ever naming the next one.
+
+use crate::ring::Token;
+
+/// Names one tenant of a [`Table`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotId {
+    slot: u32,
+    generation: u32,
+}
+
+/// What a [`Token`] names: a table, an operation of its entry, and the entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenParts {
+    /// The operation, below 256; each table has numbers of its own.
+    pub kind: u8,
+    /// The entry.
+    pub id: SlotId,
+}
+
+/// Bits of a token that hold the slot, and those that hold the generation; the kind has the eight above.
+const SLOT_BITS: u32 = 28;
+const GENERATION_BITS: u32 = 28;
+const SLOT_MASK: u32 = (1 << SLOT_BITS) - 1;
+const GENERATION_MASK: u32 = (1 << GENERATION_BITS) - 1;
+
+impl TokenParts {
+    /// One number for all of it.
+    pub fn pack(self) -> Token {
+        let low = u64::from(self.id.slot & SLOT_MASK);
+        let middle = u64::from(self.id.generation & GENERATION_MASK) << SLOT_BITS;
+        Token(u64::from(self.kind) << (SLOT_BITS + GENERATION_BITS) | middle | low)
+    }
+
+    /// The reverse of [`TokenParts::pack`].
+    pub fn unpack(token: Token) -> TokenParts {
+        let bits = |shift: u32, mask: u32| u32::try_from(token.0 >> shift & u64::from(mask)).unwrap_or(0);
+        TokenParts {
+            kind: u8::try_from(token.0 >> (SLOT_BITS + GENERATION_BITS)).unwrap_or(u8::MAX),
+            id: SlotId { slot: bits(0, SLOT_MASK), generation: bits(SLOT_BITS, GENERATION_MASK) },
+        }
+    }
+}
+
+/// Entries in slots that are used again, each time under a new generation.
+#[derive(Debug)]
+pub struct Table<T> {
+    slots: Vec<Slot<T>>,
+    free: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct Slot<T> {
+    generation: u32,
+    entry: Option<T>,
+}
+
+impl<T> Table<T> {
+    /// An empty table.
+    pub fn new() -> Table<T> {
+        Table { slots: Vec::new(), free: Vec::new() }
+    }
+
+    /// Adds an entry.
+    pub fn insert(&mut self, entry: T) -> SlotId {
+        if let Some(slot) = self.free.pop()
+            && let Some(place) = self.slots.get_mut(slot as usize)
+        {
+            place.entry = Some(entry);
+            return SlotId { slot, generation: place.generation };
+        }
+        let slot = u32::try_from(self.slots.len()).unwrap_or(SLOT_MASK) & SLOT_MASK;
+        self.slots.push(Slot { generation: 0, entry: Some(entry) });
+        SlotId { slot, generation: 0 }
+    }
+
+    /// The entry of that id, if it is still there.
+    pub fn entry(&self, id: SlotId) -> Option<&T> {
+        let slot = self.slots.get(id.slot as usize)?;
+        if slot.generation == id.generation { slot.entry.as_ref() } else { None }
+    }
+
+    /// The entry of that id, if it is still there.
+    pub fn entry_mut(&mut self, id: SlotId) -> Option<&mut T> {
+        let slot = self.slots.get_mut(id.slot as usize)?;
+        if slot.generation == id.generation { slot.entry.as_mut() } else { None }
+    }
+
+    /// Takes the entry out; its id names nothing from now on.
+    pub fn remove(&mut self, id: SlotId) -> Option<T> {
+        let slot = self.slots.get_mut(id.slot as usize)?;
+        if slot.generation != id.generation {
+            return None;
+        }
+        let entry = slot.entry.take()?;
+        slot.generation = (slot.generation + 1) & GENERATION_MASK;
+        self.free.push(id.slot);
+        Some(entry)
+    }
+
+    /// How many entries there are.
+    pub fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The ids of all entries.
+    pub fn ids(&self) -> Vec<SlotId> {
+        let occupied = self.slots.iter().enumerate().filter(|(_, slot)| slot.entry.is_some());
+        occupied
+            .map(|(index, slot)| SlotId {
+                slot: u32::try_from(index).unwrap_or(SLOT_MASK),
+                generation: slot.generation,
+            })
+            .collect()
+    }
+}
+
+impl<T> Default for Table<T> {
+    fn default() -> Table<T> {
+        Table::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_never_names_the_next_tenant() {
+        let mut table = Table::new();
+        let first = table.insert("first");
+        assert_eq!(table.remove(first), Some("first"));
+        let second = table.insert("second");
+        assert_eq!(table.entry(first), None);
+        assert_eq!(table.remove(first), None);
+        assert_eq!(table.entry(second), Some(&"second"));
+        assert_eq!(table.len(), 1);
+    }
+
+    #[test]
+    fn a_token_gives_back_what_was_packed() {
+        let id = SlotId { slot: SLOT_MASK, generation: GENERATION_MASK - 1 };
+        for kind in [0, 1, 7, u8::MAX] {
+            let parts = TokenParts { kind, id };
+            assert_eq!(TokenParts::unpack(parts.pack()), parts);
+        }
+    }
+}
