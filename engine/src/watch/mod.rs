@@ -1,0 +1,5 @@
+//! Watch.
+
+pub mod diff;
+pub mod parse;
+pub mod reading;
