@@ -71,7 +71,10 @@ mod tests {
     #[test]
     fn a_restarted_server_is_told_as_closed_and_opened() {
         let difference = between(&reading(&[row(80, "::1", 1)]), &reading(&[row(80, "::1", 2)]));
-        assert_eq!((difference.opened, difference.closed), (vec![row(80, "::1", 2)], vec![row(80, "::1", 1)]));
+        assert_eq!(
+            (difference.opened, difference.closed),
+            (vec![row(80, "::1", 2)], vec![row(80, "::1", 1)])
+        );
     }
 
     #[test]

@@ -106,7 +106,8 @@ pub fn to_wire(rows: &[Listening]) -> Vec<WireListener> {
 /// 4.4 list half-open connections beside their listener.
 pub(super) fn is_past_listeners(line: &[u8]) -> bool {
     let state = columns(line).nth(3);
-    state.is_some_and(|state| state.len() == 2 && hex(state).is_some() && state != LISTEN && state != SYN_RECV)
+    state
+        .is_some_and(|state| state.len() == 2 && hex(state).is_some() && state != LISTEN && state != SYN_RECV)
 }
 
 const LISTEN: &[u8] = b"0A";

@@ -9,7 +9,8 @@ use super::*;
 
 const V6_LOOPBACK: &str = "00000000000000000000000001000000";
 const V6_ANY: &str = "00000000000000000000000000000000";
-const HEADER: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n";
+const HEADER: &str =
+    "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n";
 
 /// The answer of the wire, as `port/address` words. The literals of these tests are those of a little-endian machine.
 fn wire(tcp: &str, tcp6: &str) -> String {
@@ -19,7 +20,9 @@ fn wire(tcp: &str, tcp6: &str) -> String {
 }
 
 fn kernel_row(local: &str, state: &str) -> String {
-    format!("   0: {local} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000  1000        0 24713 1 0 100 0 0 10 0\n")
+    format!(
+        "   0: {local} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000  1000        0 24713 1 0 100 0 0 10 0\n"
+    )
 }
 
 #[test]
@@ -119,7 +122,8 @@ fn carriage_returns_nul_bytes_and_broken_utf8_elsewhere_change_nothing() {
 #[test]
 fn our_rows_keep_address_owner_and_inode() {
     let tcp = kernel_row("00000000:1435", "0A") + &kernel_row("0100007F:1435", "0A");
-    let tcp6 = kernel_row(&format!("{V6_LOOPBACK}:1435"), "0A") + &kernel_row(&format!("{V6_ANY}:1435"), "0A");
+    let tcp6 =
+        kernel_row(&format!("{V6_LOOPBACK}:1435"), "0A") + &kernel_row(&format!("{V6_ANY}:1435"), "0A");
     let reading = listeners(tcp.as_bytes(), tcp6.as_bytes());
     let told: Vec<_> = reading.rows().iter().map(|row| row.address.to_string()).collect();
     assert_eq!(told, ["0.0.0.0", "127.0.0.1", "::1", "::"]);

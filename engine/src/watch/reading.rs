@@ -114,7 +114,11 @@ mod tests {
     #[test]
     fn addresses_that_a_relay_cannot_reach_are_left_out() {
         for address in ["127.0.0.2", "127.0.0.53", "192.168.2.2", "::ffff:127.0.0.1", "fe80::1", "::2"] {
-            assert_eq!([row(80, address, 1)].into_iter().collect::<Reading>(), Reading::default(), "{address}");
+            assert_eq!(
+                [row(80, address, 1)].into_iter().collect::<Reading>(),
+                Reading::default(),
+                "{address}"
+            );
         }
     }
 }
