@@ -13,3 +13,4 @@ pub mod ring;
 pub mod shard;
 pub mod table;
 mod upstream;
+pub mod watch;

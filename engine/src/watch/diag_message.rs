@@ -1,0 +1,159 @@
+//! The messages of `NETLINK_SOCK_DIAG` for TCP sockets in LISTEN state. Pure.
+//!
+//! A request is a `nlmsghdr` and an `inet_diag_req_v2` (`linux/netlink.h`, `linux/inet_diag.h`); an answer is a
+//! sequence of datagrams with a `nlmsghdr` and an `inet_diag_msg` for each socket, closed by `NLMSG_DONE`. Headers are
+//! in the byte order of the machine, ports and addresses in that of the network. Attributes that follow an
+//! `inet_diag_msg` are not looked at. A message that does not fit its datagram is an error, never a panic.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
+
+use rustix::io::Errno;
+
+use super::source::ReadError;
+use crate::command::{Family, Listening};
+
+/// Length of [`request`]: 16 bytes of header and 56 of request.
+pub const REQUEST_BYTES: usize = 72;
+
+/// Asks for every listening TCP socket of one family. The kernel then leaves the established hash alone
+/// (`inet_diag_dump_icsk`, `net/ipv4/inet_diag.c`), which is what makes this cheap.
+pub fn request(family: Family, sequence: u32) -> [u8; REQUEST_BYTES] {
+    let mut bytes = [0; REQUEST_BYTES];
+    bytes[0..4].copy_from_slice(&72u32.to_ne_bytes());
+    bytes[4..6].copy_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    bytes[8..12].copy_from_slice(&sequence.to_ne_bytes());
+    bytes[16] = address_family(family);
+    bytes[17] = IPPROTO_TCP;
+    bytes[20..24].copy_from_slice(&(1u32 << TCP_LISTEN).to_ne_bytes());
+    bytes
+}
+
+/// How an answer goes on after one of its datagrams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The answer is complete.
+    pub done: bool,
+    /// The table changed in a way that makes the answer inconsistent (`NLM_F_DUMP_INTR`): ask again.
+    pub interrupted: bool,
+}
+
+/// Takes one datagram of the answer to [`request`] apart and gives its listeners to `each`. Messages of another
+/// sequence, left over from a request that was given up, are passed over.
+///
+/// # Errors
+/// [`ReadError::Refused`] with the kernel's reason, [`ReadError::Malformed`] for what no kernel sends.
+pub fn datagram(
+    mut bytes: &[u8],
+    sequence: u32,
+    family: Family,
+    mut each: impl FnMut(Listening),
+) -> Result<Progress, ReadError> {
+    let mut progress = Progress { done: false, interrupted: false };
+    while !bytes.is_empty() {
+        let message = Message::split(&mut bytes)?;
+        if message.sequence != sequence {
+            continue;
+        }
+        progress.interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+        match message.kind {
+            NLMSG_ERROR => refusal(message.payload)?,
+            NLMSG_DONE => {
+                // The kernel adds the result of the dump; older ones may leave it out.
+                if !message.payload.is_empty() {
+                    refusal(message.payload)?;
+                }
+                progress.done = true;
+                return Ok(progress);
+            }
+            NLMSG_OVERRUN => return Err(ReadError::Malformed("answer overran")),
+            SOCK_DIAG_BY_FAMILY => {
+                if let Some(row) = socket(message.payload, family)? {
+                    each(row);
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(progress)
+}
+
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    payload: &'a [u8],
+}
+
+impl<'a> Message<'a> {
+    /// Takes the first message off `bytes`, with the padding to four bytes behind it.
+    fn split(bytes: &mut &'a [u8]) -> Result<Message<'a>, ReadError> {
+        const SHORT: ReadError = ReadError::Malformed("message cut short");
+        let length = usize::try_from(u32::from_ne_bytes(field(bytes, 0).ok_or(SHORT)?)).map_err(|_| SHORT)?;
+        let message = bytes.get(..length).ok_or(SHORT)?;
+        let payload = message.get(HEADER_BYTES..).ok_or(SHORT)?;
+        let kind = u16::from_ne_bytes(field(message, 4).ok_or(SHORT)?);
+        let flags = u16::from_ne_bytes(field(message, 6).ok_or(SHORT)?);
+        let sequence = u32::from_ne_bytes(field(message, 8).ok_or(SHORT)?);
+        *bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Ok(Message { kind, flags, sequence, payload })
+    }
+}
+
+/// The error number that a message carries; 0 stands for none.
+fn refusal(payload: &[u8]) -> Result<(), ReadError> {
+    let code = i32::from_ne_bytes(field(payload, 0).ok_or(ReadError::Malformed("error cut short"))?);
+    if code >= 0 {
+        return Ok(());
+    }
+    Err(ReadError::Refused(Errno::from_raw_os_error(code.checked_neg().unwrap_or(i32::MAX).min(ERRNO_MAX))))
+}
+
+/// A listener out of an `inet_diag_msg`; none for a socket of another family or state, or without a port.
+fn socket(payload: &[u8], family: Family) -> Result<Option<Listening>, ReadError> {
+    const SHORT: ReadError = ReadError::Malformed("socket cut short");
+    if payload.len() < SOCKET_BYTES {
+        return Err(SHORT);
+    }
+    let port = NonZeroU16::new(u16::from_be_bytes(field(payload, 4).ok_or(SHORT)?));
+    let (true, Some(port)) = (payload[0] == address_family(family) && payload[1] == TCP_LISTEN, port) else {
+        return Ok(None);
+    };
+    let address = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::from(field::<4>(payload, 8).ok_or(SHORT)?)),
+        Family::V6 => IpAddr::V6(Ipv6Addr::from(field::<16>(payload, 8).ok_or(SHORT)?)),
+    };
+    let uid = u32::from_ne_bytes(field(payload, 64).ok_or(SHORT)?);
+    let inode = u64::from(u32::from_ne_bytes(field(payload, 68).ok_or(SHORT)?));
+    Ok(Some(Listening { port, address, inode, uid }))
+}
+
+fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..)?.first_chunk().copied()
+}
+
+fn address_family(family: Family) -> u8 {
+    match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    }
+}
+
+const HEADER_BYTES: usize = 16;
+const SOCKET_BYTES: usize = 72;
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLMSG_OVERRUN: u16 = 4;
+const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLM_F_DUMP: u16 = 0x300;
+const IPPROTO_TCP: u8 = 6;
+const TCP_LISTEN: u8 = 10;
+/// `MAX_ERRNO` of the kernel (`include/linux/err.h`).
+const ERRNO_MAX: i32 = 4095;
+
+#[cfg(test)]
+#[path = "diag_message_tests.rs"]
+mod tests;

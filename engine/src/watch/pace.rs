@@ -1,0 +1,160 @@
+//! When to scan a namespace next. Pure: time and cost come in as arguments.
+//!
+//! All scans together may cost one part in [`COST_FACTOR`] of a core. Every namespace has an equal share of that, so an
+//! expensive one does not slow the cheap ones: a scan that cost `c`, with `n` namespaces watched, is paid off after
+//! `COST_FACTOR × n × c`, and the next one comes then, though never sooner than [`FLOOR`] after it.
+//!
+//! A change seldom comes alone (a dev server opens its port, then the one of its debugger), so for [`BRISK`] after one
+//! scans follow each other at the floor, on credit: up to [`CREDIT`] of time may be owed. What is owed is waited for
+//! afterwards, so the bound holds in the long run whatever happens inside; a namespace that opens and closes ports
+//! without end only uses up its own credit. A rescan that was asked for uses the same credit.
+
+use std::time::{Duration, Instant};
+
+/// The shortest time between two scans of one namespace.
+pub(super) const FLOOR: Duration = Duration::from_millis(20);
+
+/// How long scans follow a change at the floor.
+const BRISK: Duration = Duration::from_secs(1);
+
+/// 1 % of a core.
+const COST_FACTOR: u32 = 100;
+
+/// How far payment may lie ahead: with one namespace, 20 ms of processor time spent at once.
+const CREDIT: Duration = Duration::from_secs(2);
+
+/// The longest that a scan may have to wait, so that one measured wrongly (a machine that slept) is not the last.
+const PAID_MAX: Duration = Duration::from_secs(60);
+
+/// The pace of one namespace.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    due: Instant,
+    /// When all scans so far are paid off.
+    paid: Instant,
+    brisk_until: Instant,
+}
+
+impl Pace {
+    /// The first scan is due at once, and not from those that follow a change: what listens already has settled.
+    pub(super) fn new(now: Instant) -> Pace {
+        Pace { due: now, paid: now, brisk_until: now }
+    }
+
+    /// When to scan next.
+    pub(super) fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// A scan ended: what it cost in processor time, whether it told a change, and how many namespaces are watched.
+    pub(super) fn scanned(&mut self, now: Instant, cost: Duration, changed: bool, watched: usize) {
+        let watched = u32::try_from(watched).unwrap_or(u32::MAX);
+        let owed = cost.saturating_mul(COST_FACTOR).saturating_mul(watched.max(1)).min(PAID_MAX);
+        self.paid = (self.paid.max(now) + owed).min(now + PAID_MAX);
+        if changed {
+            self.brisk_until = now + BRISK;
+        }
+        let may_owe = if now < self.brisk_until { CREDIT } else { Duration::ZERO };
+        self.due = self.payable(may_owe).max(now + FLOOR);
+    }
+
+    /// Somebody knows of a change: scan at once, as far as the credit reaches, and look again for a while, since a
+    /// hint may come before the kernel has the socket in its table.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        self.brisk_until = now + BRISK;
+        self.due = self.due.min(self.payable(CREDIT).max(now));
+    }
+
+    fn payable(&self, may_owe: Duration) -> Instant {
+        self.paid.checked_sub(may_owe).unwrap_or(self.paid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const US: Duration = Duration::from_micros(1);
+
+    #[test]
+    fn a_cheap_scan_repeats_at_the_floor() {
+        let now = Instant::now();
+        let mut pace = Pace::new(now);
+        assert_eq!(pace.due(), now);
+        pace.scanned(now, 100 * US, false, 1);
+        assert_eq!(pace.due(), now + FLOOR);
+    }
+
+    #[test]
+    fn an_expensive_scan_waits_a_hundred_times_its_cost_for_each_namespace() {
+        let now = Instant::now();
+        let mut pace = Pace::new(now);
+        pace.scanned(now, 3 * MS, false, 1);
+        assert_eq!(pace.due(), now + 300 * MS);
+        let mut pace = Pace::new(now);
+        pace.scanned(now, 3 * MS, false, 50);
+        assert_eq!(pace.due(), now + 15_000 * MS);
+    }
+
+    #[test]
+    fn scans_follow_a_change_at_the_floor_for_a_second() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        pace.scanned(now, 300 * US, true, 1);
+        let end = now + BRISK;
+        while now < end {
+            assert_eq!(pace.due(), now + FLOOR);
+            now = pace.due();
+            pace.scanned(now, 300 * US, false, 1);
+        }
+        assert!(pace.due() > now + FLOOR, "what was owed is paid");
+    }
+
+    #[test]
+    fn a_hint_is_followed_at_once_until_the_credit_is_used_up() {
+        let start = Instant::now();
+        let mut now = start;
+        let mut pace = Pace::new(now);
+        pace.scanned(now, 3 * MS, false, 1);
+        let mut scans = 0;
+        loop {
+            pace.hurry(now);
+            if pace.due() > now {
+                break;
+            }
+            now += 3 * MS;
+            pace.scanned(now, 3 * MS, false, 1);
+            scans += 1;
+        }
+        assert!((5..9).contains(&scans), "{scans} scans on credit");
+    }
+
+    proptest! {
+        /// Whatever a namespace does, its scans cost no more than its share and the credit.
+        #[test]
+        fn the_cost_stays_within_the_share(
+            steps in prop::collection::vec((1u32..5_000, any::<bool>(), any::<bool>()), 1..200),
+            watched in 1usize..60,
+        ) {
+            let start = Instant::now();
+            let (mut now, mut spent) = (start, Duration::ZERO);
+            let mut pace = Pace::new(start);
+            for (cost, changed, hurried) in steps {
+                if hurried {
+                    pace.hurry(now);
+                }
+                now = now.max(pace.due());
+                // Each scan was begun with what came before it paid off, but for the credit.
+                let share = (now - start + CREDIT) / (COST_FACTOR * u32::try_from(watched).unwrap());
+                prop_assert!(spent <= share + US, "spent {spent:?} of {share:?}");
+                let cost = cost * US;
+                spent += cost;
+                now += cost;
+                pace.scanned(now, cost, changed, watched);
+            }
+        }
+    }
+}

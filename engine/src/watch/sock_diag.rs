@@ -1,0 +1,167 @@
+//! Listeners from a `NETLINK_SOCK_DIAG` socket that was made inside a namespace.
+//!
+//! The kernel answers for the namespace of the socket, not of the thread that asks. It puts the first datagram of an
+//! answer into the socket before `sendto` returns, and each next one while the one before is received
+//! (`netlink_dump_start`, `netlink_recvmsg` in `net/netlink/af_netlink.c`): a receive never needs to wait, so one that
+//! would is an error, and no socket, however odd, can hang the watch.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::netlink::{self, SocketAddrNetlink};
+use rustix::net::sockopt::{socket_domain, socket_protocol};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recvfrom, sendto, socket_with,
+};
+
+use super::diag_message::{datagram, request};
+use super::reading::Reading;
+use super::source::{ReadError, Wholeness};
+use crate::command::Family;
+
+/// The kernel's datagrams are at most this long (`netlink_dump`, `net/netlink/af_netlink.c`).
+const BUFFER_BYTES: usize = 32 * 1024;
+
+/// Datagrams of one answer, each of which holds at least 40 sockets: room for four million of them.
+const DATAGRAMS_MAX: u32 = 100_000;
+
+/// A socket that asks one namespace.
+#[derive(Debug)]
+pub struct SockDiag {
+    socket: OwnedFd,
+    sequence: u32,
+    buffer: Vec<u8>,
+    /// The last answer was given up half-way, so its rest may still stand in the socket.
+    leftover: bool,
+}
+
+/// Makes such a socket in the namespace of the calling thread.
+///
+/// # Errors
+/// Those of `socket(2)`: EPROTONOSUPPORT where the kernel has no `sock_diag`.
+pub fn open() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::SOCK_DIAG))
+}
+
+impl SockDiag {
+    /// Takes the socket, which may have come from a container.
+    ///
+    /// # Errors
+    /// [`ReadError::NotSockDiag`] for anything else.
+    pub fn new(socket: OwnedFd) -> Result<SockDiag, ReadError> {
+        let is_netlink = socket_domain(&socket).is_ok_and(|domain| domain == AddressFamily::NETLINK);
+        if !is_netlink || socket_protocol(&socket).ok().flatten() != Some(netlink::SOCK_DIAG) {
+            return Err(ReadError::NotSockDiag);
+        }
+        Ok(SockDiag { socket, sequence: 0, buffer: vec![0; BUFFER_BYTES], leftover: true })
+    }
+
+    /// Asks for both families and puts the answers into `reading`, which is cleared first.
+    ///
+    /// # Errors
+    /// Any of [`ReadError`]. `reading` is then of no use, and nothing follows for what listens.
+    pub fn read(&mut self, reading: &mut Reading) -> Result<Wholeness, ReadError> {
+        match self.read_once(reading) {
+            Err(ReadError::Interrupted) => self.read_once(reading),
+            result => result,
+        }
+    }
+
+    fn read_once(&mut self, reading: &mut Reading) -> Result<Wholeness, ReadError> {
+        reading.clear();
+        if std::mem::replace(&mut self.leftover, true) {
+            self.empty()?;
+        }
+        let v4 = self.ask(Family::V4, reading)?;
+        let v6 = self.ask(Family::V6, reading)?;
+        self.leftover = false;
+        match (v4, v6) {
+            (Wholeness::Whole, Wholeness::Whole) => Ok(Wholeness::Whole),
+            _ => Ok(Wholeness::Pieced),
+        }
+    }
+
+    fn ask(&mut self, family: Family, reading: &mut Reading) -> Result<Wholeness, ReadError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let request = request(family, self.sequence);
+        let kernel = SocketAddrNetlink::new(0, 0);
+        retry_on_intr(|| sendto(&self.socket, &request, SendFlags::DONTWAIT, &kernel))
+            .map_err(ReadError::Diag)?;
+        let mut interrupted = false;
+        let mut datagrams_with_rows = 0u32;
+        for _ in 0..DATAGRAMS_MAX {
+            let Some(bytes) = self.receive()? else { continue };
+            let mut rows = 0u32;
+            let bytes = self.buffer.get(..bytes).ok_or(ReadError::Malformed("datagram too long"))?;
+            let progress = datagram(bytes, self.sequence, family, |row| {
+                reading.insert(row);
+                rows += 1;
+            })?;
+            interrupted |= progress.interrupted;
+            datagrams_with_rows += u32::from(rows > 0);
+            match (progress.done, interrupted, datagrams_with_rows) {
+                (false, ..) => {}
+                (true, true, _) => return Err(ReadError::Interrupted),
+                (true, false, 0 | 1) => return Ok(Wholeness::Whole),
+                (true, false, _) => return Ok(Wholeness::Pieced),
+            }
+        }
+        Err(ReadError::TooLong)
+    }
+
+    /// The length of the next datagram; none if it is not the kernel's: a process in the namespace with
+    /// `CAP_NET_ADMIN` may send to this socket as well.
+    fn receive(&mut self) -> Result<Option<usize>, ReadError> {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+        let (_, bytes, from) = retry_on_intr(|| recvfrom(&self.socket, self.buffer.as_mut_slice(), flags))
+            .map_err(ReadError::Diag)?;
+        let from_kernel =
+            from.and_then(|from| SocketAddrNetlink::try_from(from).ok()).is_some_and(|from| from.pid() == 0);
+        Ok(from_kernel.then_some(bytes))
+    }
+
+    /// Takes out what stands in the socket. Receiving also drives an unfinished answer to its end, before which the
+    /// kernel would refuse another one (EBUSY).
+    fn empty(&mut self) -> Result<(), ReadError> {
+        for _ in 0..DATAGRAMS_MAX {
+            match self.receive() {
+                Err(ReadError::Diag(Errno::AGAIN)) => return Ok(()),
+                // A full socket lost datagrams; what is left still has to be taken out.
+                Ok(_) | Err(ReadError::Diag(Errno::NOBUFS)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(ReadError::TooLong)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn any_other_descriptor_is_refused() {
+        // Protocol 0 of netlink is routing.
+        let route = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None);
+        let tcp = OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+        for other in [OwnedFd::from(tempfile::tempfile().unwrap()), route.unwrap(), tcp] {
+            assert!(matches!(SockDiag::new(other), Err(ReadError::NotSockDiag)));
+        }
+    }
+
+    #[test]
+    fn an_answer_that_was_given_up_does_not_spoil_the_next() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut diag = SockDiag::new(open().unwrap()).unwrap();
+        // Asked, never received: the kernel would answer EBUSY to the next request.
+        let request = request(Family::V4, 99);
+        sendto(&diag.socket, &request, SendFlags::empty(), &SocketAddrNetlink::new(0, 0)).unwrap();
+        let mut reading = Reading::default();
+        diag.read(&mut reading).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(reading.rows().iter().any(|row| row.port.get() == port));
+    }
+}
