@@ -135,8 +135,9 @@ pub struct Opener {
 impl Opener {
     /// Starts `program`, a landfall binary (`/proc/self/exe`, say), as an opener, and waits until it is inside.
     ///
-    /// The process gets an empty environment and a process group of its own, so that a Ctrl-C meant for us does not
-    /// end it. A small thread waits for its end, so that none is left as a zombie.
+    /// The process gets an empty environment, no standard error, since it may outlive whatever reads ours, and a
+    /// process group of its own, so that a Ctrl-C meant for us does not end it. A small thread waits for its end, so
+    /// that none is left as a zombie.
     ///
     /// # Errors
     /// See [`OpenError`]; the process is then gone.
@@ -151,6 +152,7 @@ impl Opener {
             .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
+            .stderr(Stdio::null())
             .spawn()
             .map_err(no_start)?;
         match enter(&ours, &target) {

@@ -1,0 +1,279 @@
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::command::{RingKind, RingReport, UpstreamId};
+use crate::limits::MESSAGE_BYTES_MAX;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// An engine that answers by a script, and tells the test what it was asked.
+struct Script {
+    events: Sender<Event>,
+    applied: Sender<(Command, usize)>,
+}
+
+impl Drive for Script {
+    fn apply(&self, command: Command, descriptors: Vec<OwnedFd>) {
+        let answers = match &command {
+            Command::Describe => vec![state()],
+            Command::RemoveUpstream { upstream, .. } => {
+                vec![Event::UpstreamRemoved { upstream: *upstream, reason: None }]
+            }
+            Command::Stop => vec![Event::Stopped],
+            _ => Vec::new(),
+        };
+        let _ = self.applied.send((command, descriptors.len()));
+        for answer in answers {
+            self.events.send(answer).unwrap();
+        }
+    }
+}
+
+fn ready() -> Event {
+    let ring = RingReport { kind: RingKind::Epoll, reason: None };
+    Event::Ready { ring, shards: 1, ipv6: true, version: "test".to_owned() }
+}
+
+fn state() -> Event {
+    Event::State { upstreams: vec![UpstreamId(7)], forwards: Vec::new(), more: false }
+}
+
+/// A served script, on threads of its own.
+struct Served {
+    directory: TempDir,
+    events: Sender<Event>,
+    applied: Receiver<(Command, usize)>,
+    thread: JoinHandle<Result<(), ProcessError>>,
+}
+
+impl Served {
+    fn new(idle_exit: Duration) -> Served {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = CommandSocket::bind(&directory.path().join("engine.sock")).unwrap();
+        let (events, receiver) = channel();
+        let (told, applied) = channel();
+        let script = Script { events: events.clone(), applied: told };
+        let thread = std::thread::spawn(move || serve(socket, &ready(), &script, receiver, idle_exit));
+        Served { directory, events, applied, thread }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("engine.sock")
+    }
+
+    /// A driver that has been told that the engine is ready.
+    fn driver(&self) -> Channel {
+        let driver = Channel::connect(&self.path()).unwrap();
+        assert_eq!(event(&driver), ready());
+        driver
+    }
+
+    fn applied(&self) -> (Command, usize) {
+        self.applied.recv_timeout(PATIENCE).unwrap()
+    }
+}
+
+#[track_caller]
+fn event(driver: &Channel) -> Event {
+    driver.recv_timeout::<Event>(PATIENCE).unwrap().unwrap().0
+}
+
+#[track_caller]
+fn assert_ended(driver: &Channel) {
+    assert!(driver.recv_timeout::<Event>(PATIENCE).unwrap().is_none());
+}
+
+#[test]
+fn a_driver_comes_and_goes_and_comes_back() {
+    let served = Served::new(IDLE_EXIT);
+    for _ in 0..3 {
+        let driver = served.driver();
+        driver.send(&Command::Describe, &[]).unwrap();
+        assert_eq!(event(&driver), state());
+        assert_eq!(served.applied(), (Command::Describe, 0));
+    }
+    let driver = served.driver();
+    driver.send(&Command::Stop, &[]).unwrap();
+    assert_eq!(event(&driver), Event::Stopped);
+    assert_ended(&driver);
+    served.thread.join().unwrap().unwrap();
+    assert_eq!(std::fs::read_dir(served.directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_newer_driver_takes_the_place_of_the_older() {
+    let served = Served::new(IDLE_EXIT);
+    let older = served.driver();
+    let newer = served.driver();
+    assert_ended(&older);
+    assert!(matches!(older.send(&Command::Rescan, &[]), Err(ChannelError::Gone)));
+    newer.send(&Command::Describe, &[]).unwrap();
+    assert_eq!(event(&newer), state());
+    // The end of the older one does not free the newer one's seat.
+    drop(older);
+    served.events.send(Event::Recovered { what: "all".to_owned() }).unwrap();
+    assert_eq!(event(&newer), Event::Recovered { what: "all".to_owned() });
+    newer.send(&Command::Stop, &[]).unwrap();
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn events_without_a_driver_are_dropped() {
+    let served = Served::new(IDLE_EXIT);
+    drop(served.driver());
+    let driver = served.driver();
+    // The seat is the newer one's now, so the engine's next event comes after those that found nobody.
+    driver.send(&Command::Describe, &[]).unwrap();
+    assert_eq!(event(&driver), state());
+    served.events.send(Event::Stopped).unwrap();
+    assert_eq!(event(&driver), Event::Stopped);
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn nonsense_is_refused_and_ends_nothing() {
+    let served = Served::new(IDLE_EXIT);
+    let driver = served.driver();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let descriptors: Vec<BorrowedFd<'_>> = vec![null.as_fd(); 50];
+    driver.send(&serde_json::json!({"command": "conquer"}), &descriptors).unwrap();
+    driver.send(&serde_json::json!([[[[]]]]), &[]).unwrap();
+    driver.send(&serde_json::json!({"command": "open-listener", "host_port": 0}), &[]).unwrap();
+    for _ in 0..3 {
+        assert!(matches!(event(&driver), Event::Refused { .. }));
+    }
+    let long = vec![b' '; MESSAGE_BYTES_MAX + 1];
+    rustix::net::send(driver.as_fd(), &long, rustix::net::SendFlags::NOSIGNAL).unwrap();
+    assert!(matches!(event(&driver), Event::Refused { reason } if reason.contains("longer than")));
+    driver.send(&Command::Describe, &[]).unwrap();
+    assert_eq!(event(&driver), state());
+    assert_eq!(served.applied(), (Command::Describe, 0));
+    driver.send(&Command::Stop, &[]).unwrap();
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_hundred_descriptors_come_with_a_command() {
+    let served = Served::new(IDLE_EXIT);
+    let driver = served.driver();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    driver.send(&Command::Rescan, &vec![null.as_fd(); 100]).unwrap();
+    assert_eq!(served.applied(), (Command::Rescan, 100));
+    driver.send(&Command::Stop, &[]).unwrap();
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn without_a_driver_the_engine_drains_and_leaves_its_address() {
+    let served = Served::new(Duration::from_millis(20));
+    assert_eq!(served.applied(), (Command::Drain, 0));
+    assert!(Channel::connect(&served.path()).is_err());
+    served.events.send(Event::Stopped).unwrap();
+    served.thread.join().unwrap().unwrap();
+    assert!(served.applied.try_recv().is_err(), "one drain is enough");
+}
+
+#[test]
+fn a_driver_keeps_an_engine_from_being_idle() {
+    let served = Served::new(Duration::from_secs(1));
+    let driver = served.driver();
+    assert!(served.applied.recv_timeout(Duration::from_millis(1500)).is_err());
+    drop(driver);
+    assert_eq!(served.applied(), (Command::Drain, 0));
+    served.events.send(Event::Stopped).unwrap();
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_draining_engine_leaves_its_address_and_keeps_its_driver() {
+    let served = Served::new(IDLE_EXIT);
+    let driver = served.driver();
+    driver.send(&Command::Drain, &[]).unwrap();
+    assert_eq!(served.applied(), (Command::Drain, 0));
+    assert!(!served.path().exists());
+    let path = served.path();
+    let next = CommandSocket::bind(&path).unwrap();
+    driver.send(&Command::Stop, &[]).unwrap();
+    assert_eq!(event(&driver), Event::Stopped);
+    served.thread.join().unwrap().unwrap();
+    assert!(path.exists(), "the name of the next engine was removed");
+    drop(next);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_driver_that_does_not_read_does_not_stop_its_successor() {
+    let served = Served::new(IDLE_EXIT);
+    let deaf = served.driver();
+    let what = "x".repeat(MESSAGE_BYTES_MAX / 2);
+    for _ in 0..20 {
+        served.events.send(Event::Degraded { what: what.clone() }).unwrap();
+    }
+    let driver = served.driver();
+    driver.send(&Command::Describe, &[]).unwrap();
+    while event(&driver) != state() {}
+    drop(deaf);
+    driver.send(&Command::Stop, &[]).unwrap();
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn an_event_that_is_too_long_is_told_as_lost() {
+    let served = Served::new(IDLE_EXIT);
+    let driver = served.driver();
+    served.events.send(Event::Degraded { what: "x".repeat(MESSAGE_BYTES_MAX) }).unwrap();
+    assert!(matches!(event(&driver), Event::Refused { reason } if reason.contains("too long")));
+    driver.send(&Command::Stop, &[]).unwrap();
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn an_engine_that_dies_is_told_as_such() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = CommandSocket::bind(&directory.path().join("engine.sock")).unwrap();
+    let (events, receiver) = channel();
+    let script = Script { events: channel().0, applied: channel().0 };
+    drop(events);
+    let ended = serve(socket, &ready(), &script, receiver, IDLE_EXIT);
+    assert!(matches!(ended, Err(ProcessError::EngineGone)));
+}
+
+#[test]
+fn the_socket_is_its_users_alone_and_replaces_only_sockets() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("engine.sock");
+    let first = CommandSocket::bind(&path).unwrap();
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let second = CommandSocket::bind(&path).unwrap();
+    drop(first);
+    assert!(path.exists(), "the first one removed the name of the second");
+    assert_eq!(std::fs::metadata(&path).unwrap().ino(), second.file.1);
+    drop(second);
+    std::fs::write(&path, "a person's file").unwrap();
+    assert!(matches!(CommandSocket::bind(&path), Err(ProcessError::NotASocket { .. })));
+    assert_eq!(std::fs::read(&path).unwrap(), b"a person's file");
+    let missing = directory.path().join("missing/engine.sock");
+    assert!(matches!(CommandSocket::bind(&missing), Err(ProcessError::Bind { .. })));
+    let long = directory.path().join("x".repeat(120));
+    let error = CommandSocket::bind(&long).unwrap_err();
+    assert!(error.to_string().contains(&long.display().to_string()), "{error}");
+}
+
+#[test]
+fn an_engine_of_root_keeps_only_low_ports() {
+    // Capabilities are a thread's own, so this one is sacrificed.
+    let left = std::thread::spawn(|| {
+        shed_privileges().unwrap();
+        rustix::thread::capabilities(None).unwrap()
+    });
+    let left = left.join().unwrap();
+    assert!(CapabilitySet::NET_BIND_SERVICE.contains(left.permitted));
+    assert_eq!(left.permitted, left.effective);
+    assert!(left.inheritable.is_empty());
+}
