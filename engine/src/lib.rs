@@ -3,6 +3,7 @@
 
 pub mod channel;
 pub mod command;
+pub mod engine;
 pub mod error;
 pub mod limits;
 mod listener;
@@ -14,3 +15,6 @@ pub mod shard;
 pub mod table;
 mod upstream;
 pub mod watch;
+
+pub use engine::{Engine, EngineOptions, Handle, StartError};
+pub use ring::RingChoice;

@@ -1,0 +1,169 @@
+//! The engine as a handle: commands go in, events come out, threads do the rest.
+//!
+//! ```text
+//!  Handle::apply ──┐
+//!                  ▼
+//!  watch thread ─► conductor thread ─► events
+//!                  ▲        │
+//!                  │reports │commands, descriptors
+//!                  └── shard threads (one ring each)
+//! ```
+//!
+//! The conductor is the only one that knows of all: it binds listeners, places each forward on the shard that has the
+//! fewest, joins what the shards answer into one event, and never waits for a container. [`crate::process`] puts the
+//! same contract on a socket.
+
+mod conductor;
+mod shard_thread;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
+
+use rustix::process::{Resource, getrlimit};
+
+use crate::command::{Command, Event};
+use crate::limits::Limits;
+use crate::process::Drive;
+use crate::ring::{self, RingChoice, Unusable};
+use crate::watch::Watcher;
+use conductor::{Conductor, Message};
+use shard_thread::ShardThread;
+
+/// How an engine is started.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// Its bounds.
+    pub limits: Limits,
+    /// Its ring.
+    pub ring: RingChoice,
+}
+
+/// Why an engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No ring works.
+    #[error("{0}")]
+    Ring(#[from] Unusable),
+    /// A thread could not be started.
+    #[error("could not start a thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// A limit makes no sense.
+    #[error("{0}")]
+    Limits(&'static str),
+}
+
+/// A running engine. Dropping it, and every [`Handle`] of it, resets what is open and ends its threads.
+#[derive(Debug)]
+pub struct Engine {
+    handle: Handle,
+    ready: Event,
+    events: Receiver<Event>,
+}
+
+/// Gives an engine its commands.
+#[derive(Clone, Debug)]
+pub struct Handle(Arc<Threads>);
+
+#[derive(Debug)]
+struct Threads {
+    messages: Sender<Message>,
+    conductor: Option<JoinHandle<()>>,
+}
+
+impl Engine {
+    /// Starts the threads of an engine. Its first event is [`Event::Ready`].
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start(options: EngineOptions) -> Result<Engine, StartError> {
+        let EngineOptions { limits, ring } = options;
+        if limits.shards == 0 || limits.leases_max == 0 || limits.lease_bytes == 0 {
+            return Err(StartError::Limits("an engine needs at least one shard and one lease of one byte"));
+        }
+        let report = ring::choose(ring, &limits)?;
+        let limits = within_descriptors(limits);
+        let (messages, inbox) = mpsc::channel();
+        let mut shards = Vec::with_capacity(usize::from(limits.shards));
+        for index in 0..usize::from(limits.shards) {
+            let messages = messages.clone();
+            shards.push(ShardThread::start(index, report.kind, &limits, move |report| {
+                // A conductor that has ended needs no reports.
+                let _ = messages.send(Message::Report(index, report));
+            })?);
+        }
+        let watch_messages = messages.clone();
+        let watcher = Watcher::start(move |event| {
+            let _ = watch_messages.send(Message::Watch(event));
+        })?;
+        let ready = Event::Ready {
+            ring: report,
+            shards: limits.shards,
+            ipv6: crate::listener::host_has_ipv6(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let (told, events) = mpsc::channel();
+        // The receiver is held here, so it takes the event.
+        let _ = told.send(ready.clone());
+        let conductor = Conductor::new(shards, watcher, limits.backlog, told);
+        let thread = std::thread::Builder::new().name("landfall-engine".to_owned());
+        let conductor = thread.spawn(move || conductor.run(&inbox))?;
+        let handle = Handle(Arc::new(Threads { messages, conductor: Some(conductor) }));
+        Ok(Engine { handle, ready, events })
+    }
+
+    /// Gives it a command. Commands are carried out in the order in which they are given.
+    pub fn apply(&self, command: Command, descriptors: Vec<OwnedFd>) {
+        self.handle.apply(command, descriptors);
+    }
+
+    /// What it tells.
+    pub fn events(&self) -> &Receiver<Event> {
+        &self.events
+    }
+
+    /// [`Event::Ready`], for those who come later.
+    pub fn ready(&self) -> &Event {
+        &self.ready
+    }
+
+    /// The two ends apart, to be used by different threads.
+    pub fn into_parts(self) -> (Handle, Receiver<Event>) {
+        (self.handle, self.events)
+    }
+}
+
+impl Drive for Handle {
+    fn apply(&self, command: Command, descriptors: Vec<OwnedFd>) {
+        // It fails only after the engine has told that it stopped; the descriptors are closed with the message.
+        let _ = self.0.messages.send(Message::Command(command, descriptors));
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        let _ = self.messages.send(Message::Command(Command::Stop, Vec::new()));
+        if let Some(conductor) = self.conductor.take() {
+            // A conductor that panicked has said so on the way.
+            let _ = conductor.join();
+        }
+    }
+}
+
+/// Bounds the connections of a shard by the descriptors there are: two for each, and some for everything else. Clients
+/// beyond that wait in the kernel's queue instead of holding one descriptor each and waiting for the second.
+fn within_descriptors(mut limits: Limits) -> Limits {
+    if let Some(descriptors) = getrlimit(Resource::Nofile).current {
+        let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX) / usize::from(limits.shards);
+        let reserved = DESCRIPTORS_RESERVED + 2 * limits.pipes_max.min(descriptors / 16);
+        let connections = descriptors.saturating_sub(reserved) / 2;
+        limits.connections_max =
+            limits.connections_max.min(u32::try_from(connections.max(1)).unwrap_or(u32::MAX));
+        limits.pipes_max = limits.pipes_max.min(descriptors / 16);
+    }
+    limits
+}
+
+/// Descriptors of a shard for listeners, stocks, the ring, and the files of the watch.
+const DESCRIPTORS_RESERVED: usize = 128;

@@ -1,0 +1,306 @@
+//! The one thread that knows of everything: commands in, shards and watch in between, events out.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, Sender};
+
+use super::shard_thread::ShardThread;
+use crate::command::{
+    Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind, Reach,
+    UpstreamId, WatchSources,
+};
+use crate::listener;
+use crate::shard::{Report, ShardCommand};
+use crate::watch::{Sources, WatchEvent, Watcher};
+
+/// What reaches the conductor.
+#[derive(Debug)]
+pub(super) enum Message {
+    Command(Command, Vec<OwnedFd>),
+    Report(usize, Report),
+    Watch(WatchEvent),
+}
+
+/// How many forwards of a state fit one event, and so one message (about 330 bytes of JSON each).
+const FORWARDS_PER_STATE: usize = 256;
+
+pub(super) struct Conductor {
+    shards: Vec<ShardThread>,
+    watcher: Watcher,
+    backlog: u16,
+    events: Sender<Event>,
+    upstreams: BTreeMap<UpstreamId, Held>,
+    forwards: HashMap<ForwardId, Placed>,
+    /// Descriptions that are being gathered, the oldest first.
+    descriptions: VecDeque<Description>,
+    stopped: HashSet<usize>,
+}
+
+/// An upstream, and the shards that have not let go of it.
+struct Held {
+    shards: HashSet<usize>,
+    reason: Option<String>,
+    leaving: bool,
+}
+
+/// A forward whose listener is open.
+struct Placed {
+    shard: usize,
+    upstream: UpstreamId,
+    host_port: NonZeroU16,
+    target_port: NonZeroU16,
+}
+
+struct Description {
+    /// The shards whose part is still to come.
+    missing: HashSet<usize>,
+    forwards: Vec<ForwardState>,
+}
+
+impl Conductor {
+    pub(super) fn new(
+        shards: Vec<ShardThread>,
+        watcher: Watcher,
+        backlog: u16,
+        events: Sender<Event>,
+    ) -> Conductor {
+        Conductor {
+            shards,
+            watcher,
+            backlog,
+            events,
+            upstreams: BTreeMap::new(),
+            forwards: HashMap::new(),
+            descriptions: VecDeque::new(),
+            stopped: HashSet::new(),
+        }
+    }
+
+    pub(super) fn run(mut self, inbox: &Receiver<Message>) {
+        while let Ok(message) = inbox.recv() {
+            match message {
+                Message::Command(command, descriptors) => self.on_command(command, descriptors),
+                Message::Report(shard, report) => self.on_report(shard, report),
+                Message::Watch(event) => self.on_watch(event),
+            }
+            if self.stopped.len() == self.shards.len() {
+                self.tell(Event::Stopped);
+                return;
+            }
+        }
+    }
+
+    fn tell(&self, event: Event) {
+        // Nobody listens any more only while the engine is being dropped.
+        let _ = self.events.send(event);
+    }
+
+    fn refuse(&self, reason: String) {
+        self.tell(Event::Refused { reason });
+    }
+
+    fn to_all(&self, command: impl Fn() -> ShardCommand<OwnedFd>) {
+        for shard in &self.shards {
+            shard.send(command());
+        }
+    }
+
+    fn on_command(&mut self, command: Command, descriptors: Vec<OwnedFd>) {
+        match command {
+            Command::AddUpstream { upstream, netns_cookie, sources } => {
+                self.add_upstream(upstream, netns_cookie, sources, descriptors);
+            }
+            Command::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending, None),
+            Command::OpenListener { forward, upstream, host_port, target_port, reach } => {
+                self.open_listener(forward, upstream, host_port, target_port, reach);
+            }
+            Command::SetReach { forward, reach } => {
+                if let Some(placed) = self.forwards.get(&forward) {
+                    self.send(placed.shard, ShardCommand::SetReach { forward, reach });
+                }
+            }
+            Command::CloseListener { forward, ending } => match self.forwards.get(&forward) {
+                Some(placed) => self.send(placed.shard, ShardCommand::CloseListener { forward, ending }),
+                None => self.tell(Event::ListenerClosed { forward, stats: ForwardStats::default() }),
+            },
+            Command::Describe => {
+                let missing = (0..self.shards.len()).filter(|shard| !self.stopped.contains(shard)).collect();
+                self.descriptions.push_back(Description { missing, forwards: Vec::new() });
+                self.to_all(|| ShardCommand::Describe);
+            }
+            Command::Rescan => self.watcher.rescan(),
+            Command::Drain => self.to_all(|| ShardCommand::Drain),
+            Command::Stop => self.to_all(|| ShardCommand::Stop),
+        }
+    }
+
+    fn send(&self, shard: usize, command: ShardCommand<OwnedFd>) {
+        if let Some(shard) = self.shards.get(shard) {
+            shard.send(command);
+        }
+    }
+
+    fn add_upstream(
+        &mut self,
+        upstream: UpstreamId,
+        netns_cookie: u64,
+        sources: WatchSources,
+        descriptors: Vec<OwnedFd>,
+    ) {
+        if self.upstreams.contains_key(&upstream) {
+            return self.refuse(format!("{upstream} exists already; remove it first"));
+        }
+        let expected = self.shards.len() + sources.count();
+        if descriptors.len() != expected {
+            let (got, shards) = (descriptors.len(), self.shards.len());
+            return self.refuse(format!(
+                "{upstream} came with {got} descriptors; expected {expected}, a channel for each of {shards} \
+                 shards and the sources named"
+            ));
+        }
+        let mut descriptors = descriptors.into_iter();
+        for shard in &self.shards {
+            let Some(channel) = descriptors.next() else { break };
+            shard.send(ShardCommand::AddUpstream { upstream, channel, netns_cookie });
+        }
+        let mut source = |present: bool| if present { descriptors.next() } else { None };
+        let files = Sources {
+            tcp: source(sources.proc_tcp),
+            tcp6: source(sources.proc_tcp6),
+            sock_diag: source(sources.sock_diag),
+        };
+        let shards = (0..self.shards.len()).collect();
+        self.upstreams.insert(upstream, Held { shards, reason: None, leaving: false });
+        self.tell(Event::UpstreamAdded { upstream });
+        if sources.count() > 0 {
+            self.watcher.add(upstream, files);
+        }
+    }
+
+    fn remove_upstream(&mut self, upstream: UpstreamId, ending: Ending, reason: Option<String>) {
+        let Some(held) = self.upstreams.get_mut(&upstream) else {
+            return self.tell(Event::UpstreamRemoved { upstream, reason: None });
+        };
+        if std::mem::replace(&mut held.leaving, true) {
+            return;
+        }
+        held.reason = reason;
+        let shards: Vec<usize> = held.shards.iter().copied().collect();
+        self.watcher.remove(upstream);
+        for shard in shards {
+            self.send(shard, ShardCommand::RemoveUpstream { upstream, ending });
+        }
+    }
+
+    fn open_listener(
+        &mut self,
+        forward: ForwardId,
+        upstream: UpstreamId,
+        host_port: NonZeroU16,
+        target_port: NonZeroU16,
+        reach: Reach,
+    ) {
+        if let Some(placed) = self.forwards.get(&forward) {
+            if (placed.upstream, placed.host_port, placed.target_port) != (upstream, host_port, target_port) {
+                return self.refuse(format!("{forward} exists already and leads elsewhere; close it first"));
+            }
+            self.send(placed.shard, ShardCommand::SetReach { forward, reach });
+            return self.tell(Event::ListenerOpened { forward, host_port });
+        }
+        if self.upstreams.get(&upstream).is_none_or(|held| held.leaving) {
+            let address = SocketAddr::from(([127, 0, 0, 1], host_port.get()));
+            let detail = format!("{upstream} is not there");
+            let failure = ListenFailure { kind: ListenFailureKind::Other, address, detail };
+            return self.tell(Event::ListenerFailed { forward, host_port, failure });
+        }
+        match listener::bind(host_port, self.backlog) {
+            Ok(sockets) => {
+                let shard = self.emptiest_shard();
+                self.forwards.insert(forward, Placed { shard, upstream, host_port, target_port });
+                // Told first: its closing, which the shard may report at any time, comes after its opening.
+                self.tell(Event::ListenerOpened { forward, host_port });
+                let command =
+                    ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets };
+                self.send(shard, command);
+            }
+            Err(failure) => self.tell(Event::ListenerFailed { forward, host_port, failure }),
+        }
+    }
+
+    /// The shard with the fewest forwards that still runs.
+    fn emptiest_shard(&self) -> usize {
+        let load = |shard: usize| self.forwards.values().filter(|placed| placed.shard == shard).count();
+        (0..self.shards.len())
+            .filter(|shard| !self.stopped.contains(shard))
+            .min_by_key(|shard| load(*shard))
+            .unwrap_or(0)
+    }
+
+    fn on_report(&mut self, shard: usize, report: Report) {
+        match report {
+            Report::ListenerClosed { forward, stats } => {
+                self.forwards.remove(&forward);
+                self.tell(Event::ListenerClosed { forward, stats });
+            }
+            Report::UpstreamRemoved { upstream, reason } => self.on_upstream_removed(shard, upstream, reason),
+            Report::State { forwards } => self.on_state(shard, forwards),
+            Report::Degraded { what } => self.tell(Event::Degraded { what }),
+            Report::Recovered { what } => self.tell(Event::Recovered { what }),
+            Report::Stopped => {
+                self.stopped.insert(shard);
+            }
+        }
+    }
+
+    fn on_upstream_removed(&mut self, shard: usize, upstream: UpstreamId, reason: Option<String>) {
+        // One shard has lost its way in: the others' ways lead through the same opener.
+        self.remove_upstream(upstream, Ending::Drain, reason);
+        if let Some(held) = self.upstreams.get_mut(&upstream) {
+            held.shards.remove(&shard);
+            if held.shards.is_empty()
+                && let Some(held) = self.upstreams.remove(&upstream)
+            {
+                self.tell(Event::UpstreamRemoved { upstream, reason: held.reason });
+            }
+        }
+    }
+
+    fn on_state(&mut self, shard: usize, forwards: Vec<ForwardState>) {
+        // A shard answers in order, but may be ahead of another one by a description.
+        let Some(description) = self.descriptions.iter_mut().find(|one| one.missing.remove(&shard)) else {
+            return;
+        };
+        description.forwards.extend(forwards);
+        if self.descriptions.front().is_none_or(|one| !one.missing.is_empty()) {
+            return;
+        }
+        let Some(Description { mut forwards, .. }) = self.descriptions.pop_front() else { return };
+        forwards.sort_by_key(|state| state.forward);
+        let upstreams: Vec<UpstreamId> = self.upstreams.keys().copied().collect();
+        let mut parts = forwards.chunks(FORWARDS_PER_STATE).map(<[_]>::to_vec).peekable();
+        if parts.peek().is_none() {
+            return self.tell(Event::State { upstreams, forwards: Vec::new(), more: false });
+        }
+        while let Some(forwards) = parts.next() {
+            let more = parts.peek().is_some();
+            self.tell(Event::State { upstreams: upstreams.clone(), forwards, more });
+        }
+    }
+
+    fn on_watch(&mut self, event: WatchEvent) {
+        match event {
+            WatchEvent::Listeners { upstream, opened, closed } => {
+                if self.upstreams.get(&upstream).is_some_and(|held| !held.leaving) {
+                    self.tell(Event::Listeners { upstream, opened, closed });
+                }
+            }
+            WatchEvent::Lost { upstream, reason } => {
+                if self.upstreams.get(&upstream).is_some_and(|held| !held.leaving) {
+                    self.remove_upstream(upstream, Ending::Drain, Some(reason));
+                }
+            }
+        }
+    }
+}

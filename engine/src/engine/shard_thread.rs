@@ -1,0 +1,139 @@
+//! The thread around a shard: makes the ring where it is used, hands in commands, hands out reports.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::thread::JoinHandle;
+
+use super::StartError;
+use crate::command::RingKind;
+use crate::limits::Limits;
+use crate::ring::{Ring, Unusable, UringRing, Waker};
+use crate::shard::{Report, Shard, ShardCommand};
+
+/// A shard on a thread of its own.
+#[derive(Debug)]
+pub(super) struct ShardThread {
+    commands: Option<Sender<ShardCommand<OwnedFd>>>,
+    waker: Waker,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ShardThread {
+    /// Starts the thread and waits until its ring works.
+    pub(super) fn start(
+        index: usize,
+        kind: RingKind,
+        limits: &Limits,
+        report: impl FnMut(Report) + Send + 'static,
+    ) -> Result<ShardThread, StartError> {
+        let (commands, inbox) = mpsc::channel();
+        let (started, outcome) = mpsc::channel();
+        let limits = limits.clone();
+        let thread = std::thread::Builder::new().name(format!("landfall-shard-{index}")).spawn(
+            move || match kind {
+                RingKind::IoUring => launch(UringRing::new(&limits), limits, &inbox, &started, report),
+                RingKind::Epoll => launch(UringRing::new(&limits), limits, &inbox, &started, report),
+            },
+        )?;
+        let waker = outcome
+            .recv()
+            .map_err(|_| io::Error::other("the shard's thread ended before it had begun"))??;
+        Ok(ShardThread { commands: Some(commands), waker, thread: Some(thread) })
+    }
+
+    /// Gives the shard a command. One that has ended needs none.
+    pub(super) fn send(&self, command: ShardCommand<OwnedFd>) {
+        if let Some(commands) = &self.commands
+            && commands.send(command).is_ok()
+        {
+            self.waker.wake();
+        }
+    }
+}
+
+impl Drop for ShardThread {
+    fn drop(&mut self) {
+        self.commands = None;
+        self.waker.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn launch<R: Ring>(
+    ring: Result<R, Unusable>,
+    limits: Limits,
+    inbox: &Receiver<ShardCommand<OwnedFd>>,
+    started: &Sender<Result<Waker, Unusable>>,
+    report: impl FnMut(Report),
+) {
+    match ring {
+        Ok(ring) => {
+            // Whoever started it waits for this.
+            let _ = started.send(Ok(ring.waker()));
+            run(Shard::new(ring, limits), inbox, report);
+        }
+        Err(unusable) => {
+            let _ = started.send(Err(unusable));
+        }
+    }
+}
+
+fn run<R: Ring>(
+    mut shard: Shard<R>,
+    inbox: &Receiver<ShardCommand<OwnedFd>>,
+    mut report: impl FnMut(Report),
+) {
+    loop {
+        loop {
+            match inbox.try_recv() {
+                Ok(command) => {
+                    let command = command.adopt(shard.ring_mut());
+                    shard.command(command);
+                }
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    shard.command(ShardCommand::Stop);
+                    break;
+                }
+            }
+        }
+        shard.reports().for_each(&mut report);
+        if shard.is_stopped() {
+            return;
+        }
+        if let Err(error) = shard.turn(true) {
+            // The connections are gone with the ring; saying so is all that is left.
+            report(Report::Degraded { what: error.to_string() });
+            report(Report::Stopped);
+            return;
+        }
+    }
+}
+
+impl ShardCommand<OwnedFd> {
+    /// The same command with the descriptors taken over by a ring.
+    fn adopt<R: Ring>(self, ring: &mut R) -> ShardCommand<R::Socket> {
+        match self {
+            ShardCommand::AddUpstream { upstream, channel, netns_cookie } => {
+                ShardCommand::AddUpstream { upstream, channel: ring.adopt(channel), netns_cookie }
+            }
+            ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets } => {
+                let sockets = sockets.into_iter().map(|socket| ring.adopt(socket)).collect();
+                ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets }
+            }
+            ShardCommand::RemoveUpstream { upstream, ending } => {
+                ShardCommand::RemoveUpstream { upstream, ending }
+            }
+            ShardCommand::SetReach { forward, reach } => ShardCommand::SetReach { forward, reach },
+            ShardCommand::CloseListener { forward, ending } => {
+                ShardCommand::CloseListener { forward, ending }
+            }
+            ShardCommand::Describe => ShardCommand::Describe,
+            ShardCommand::Drain => ShardCommand::Drain,
+            ShardCommand::Stop => ShardCommand::Stop,
+        }
+    }
+}
