@@ -269,9 +269,10 @@ impl Conductor {
 
     fn on_state(&mut self, shard: usize, forwards: Vec<ForwardState>) {
         // A shard answers in order, but may be ahead of another one by a description.
-        let Some(description) = self.descriptions.iter_mut().find(|one| one.missing.remove(&shard)) else {
+        let Some(description) = self.descriptions.iter_mut().find(|one| one.missing.contains(&shard)) else {
             return;
         };
+        description.missing.remove(&shard);
         description.forwards.extend(forwards);
         if self.descriptions.front().is_none_or(|one| !one.missing.is_empty()) {
             return;
