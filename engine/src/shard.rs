@@ -79,14 +79,13 @@ enum Stopping {
 /// A connection in the table.
 struct Relayed<R: Ring> {
     listener: SlotId,
-    upstream: SlotId,
     sockets: [Option<R::Socket>; 2],
     /// What was read and is not yet being written.
     loans: [Option<R::Loan>; 2],
     /// Reads that wait for the next turn.
     deferred: [Option<(Way, bool)>; 2],
-    /// The operations in flight, by [`Operation::index`].
-    keys: [Option<OpKey>; Operation::COUNT],
+    /// The operations in flight, by [`Operation::place`].
+    keys: [Option<OpKey>; Operation::PLACES],
     stage: Stage,
     deadline: Option<Instant>,
 }
@@ -179,7 +178,7 @@ impl<R: Ring> Shard<R> {
             (kind, outcome) => {
                 let Some(operation) = Operation::of_index(usize::from(kind)) else { return };
                 if let Some(connection) = self.connections.entry_mut(id) {
-                    connection.keys[operation.index()] = None;
+                    connection.keys[operation.place()] = None;
                 }
                 match operation {
                     Operation::Connect => self.on_connect_completion(id, outcome),

@@ -79,10 +79,15 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// How many there are.
-    pub const COUNT: usize = 5;
+    /// How many may be in flight at a time: the connect is over before anything else begins, and shares the first place.
+    pub const PLACES: usize = 4;
 
-    /// A number below [`Operation::COUNT`].
+    /// Where its key is kept, below [`Operation::PLACES`].
+    pub fn place(self) -> usize {
+        self.index() % Operation::PLACES
+    }
+
+    /// Its number in a token.
     pub fn index(self) -> usize {
         match self {
             Operation::Half(direction) => direction as usize,

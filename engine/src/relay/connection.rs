@@ -38,7 +38,8 @@ pub struct Connection {
     halves: [Half; 2],
     watches: [Watching; 2],
     /// The side that broke first, if one has.
-    broken: Option<Broken>,
+    /// Boxed, for hardly any connection comes to this, and thousands wait idly.
+    broken: Option<Box<Broken>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +150,7 @@ impl Connection {
     }
 
     fn is_broken(&self, side: Side) -> bool {
-        self.broken.is_some_and(|broken| broken.side == side)
+        self.broken.as_ref().is_some_and(|broken| broken.side == side)
     }
 
     /// Reads on, if there is anything to expect and somewhere to put it.
@@ -251,15 +252,17 @@ impl Connection {
     }
 
     fn break_side(&mut self, side: Side, now: Instant, limits: &Limits, actions: &mut Actions) {
-        if self.broken.is_some_and(|broken| broken.side != side) {
+        if self.broken.as_ref().is_some_and(|broken| broken.side != side) {
             // The other one broke before. There is nobody left to relay for.
-            let reason = self.broken.map_or(EndReason::Removed, |broken| EndReason::ResetBy(broken.side));
+            let reason =
+                self.broken.as_ref().map_or(EndReason::Removed, |broken| EndReason::ResetBy(broken.side));
             self.close([true; 2], reason, actions);
             return;
         }
         if self.broken.is_none() && self.phase == Phase::Relaying {
             let give_up_at = now + limits.reset_drain_timeout;
-            self.broken = Some(Broken { side, give_up_at, pause: ACKNOWLEDGE_PAUSE_FIRST, measuring: false });
+            self.broken =
+                Some(Box::new(Broken { side, give_up_at, pause: ACKNOWLEDGE_PAUSE_FIRST, measuring: false }));
             actions.push(Action::SetDeadline(give_up_at));
             let incoming = side.incoming();
             let half = self.half_mut(incoming);
@@ -320,7 +323,7 @@ impl Connection {
     }
 
     fn on_deadline(&mut self, now: Instant, actions: &mut Actions) {
-        match self.broken {
+        match self.broken.as_deref().copied() {
             Some(broken) if self.phase == Phase::Relaying => {
                 if now >= broken.give_up_at {
                     self.reset_other(actions);
@@ -333,7 +336,8 @@ impl Connection {
     }
 
     fn reset_other(&mut self, actions: &mut Actions) {
-        let reason = self.broken.map_or(EndReason::Removed, |broken| EndReason::ResetBy(broken.side));
+        let reason =
+            self.broken.as_ref().map_or(EndReason::Removed, |broken| EndReason::ResetBy(broken.side));
         self.close([true; 2], reason, actions);
     }
 

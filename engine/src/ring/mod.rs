@@ -14,6 +14,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -40,7 +41,7 @@ pub struct Token(pub u64);
 
 /// A ring's name for an operation in flight, by which it is cancelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct OpKey(pub u64);
+pub struct OpKey(pub NonZeroU64);
 
 /// How a direction moves its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,8 +21,8 @@ pub struct Pool(Rc<RefCell<Shelves>>);
 struct Shelves {
     lease_bytes: usize,
     pipe_bytes: usize,
-    leases: Shelf<Box<[u8]>>,
-    pipes: Shelf<Pipe>,
+    leases: Shelf<Box<Held>>,
+    pipes: Shelf<Box<Held>>,
 }
 
 /// Things of one kind: those free, and how many are lent.
@@ -104,17 +104,15 @@ impl Pool {
     /// Lends an empty buffer or pipe; `None` when the bound is reached, or no pipe can be made.
     pub fn lend(&self, way: Way) -> Option<Loan> {
         let mut shelves = self.0.borrow_mut();
-        let thing = match way {
-            Way::Copy => {
-                let bytes = shelves.lease_bytes;
-                Thing::Buffer(shelves.leases.take(|| Some(vec![0; bytes].into_boxed_slice()))?)
-            }
-            Way::Splice => {
-                let bytes = shelves.pipe_bytes;
-                Thing::Pipe(shelves.pipes.take(|| Pipe::make(bytes))?)
-            }
-        };
-        Some(Loan { thing, start: 0, end: 0, home: self.clone() })
+        let (lease_bytes, pipe_bytes) = (shelves.lease_bytes, shelves.pipe_bytes);
+        let mut held = match way {
+            Way::Copy => shelves
+                .leases
+                .take(|| Some(Held::new(Thing::Buffer(vec![0; lease_bytes].into_boxed_slice())))),
+            Way::Splice => shelves.pipes.take(|| Pipe::make(pipe_bytes).map(Thing::Pipe).map(Held::new)),
+        }?;
+        held.home = Some(self.clone());
+        Some(Loan(Some(held)))
     }
 
     /// Buffers and pipes that are lent now.
@@ -128,19 +126,28 @@ impl Pool {
 enum Thing {
     Buffer(Box<[u8]>),
     Pipe(Pipe),
-    /// Only inside `drop`.
-    Returned,
 }
 
-/// A buffer or a pipe on loan, and how much it holds.
+/// A buffer or pipe and how much it holds. On the shelf it is empty and has no home, or the pool would own itself.
 #[derive(Debug)]
-pub struct Loan {
+struct Held {
     thing: Thing,
     /// The bytes from `start` to `end` of a buffer are held; of a pipe only the difference counts.
     start: usize,
     end: usize,
-    home: Pool,
+    home: Option<Pool>,
 }
+
+impl Held {
+    fn new(thing: Thing) -> Box<Held> {
+        Box::new(Held { thing, start: 0, end: 0, home: None })
+    }
+}
+
+/// A buffer or a pipe on loan, and how much it holds. One pointer wide, since each connection has room for two; it is
+/// `None` only inside `drop`.
+#[derive(Debug)]
+pub struct Loan(Option<Box<Held>>);
 
 /// What a loan is, for whoever moves bytes.
 pub(super) enum Contents<'a> {
@@ -152,43 +159,47 @@ pub(super) enum Contents<'a> {
 
 impl Loan {
     pub(super) fn contents(&mut self) -> Contents<'_> {
-        match &mut self.thing {
-            Thing::Buffer(bytes) => Contents::Buffer(bytes),
-            Thing::Pipe(pipe) => Contents::Pipe { read: &pipe.read, write: &pipe.write },
-            Thing::Returned => Contents::Buffer(&mut []),
+        match self.0.as_deref_mut().map(|held| &mut held.thing) {
+            Some(Thing::Buffer(bytes)) => Contents::Buffer(bytes),
+            Some(Thing::Pipe(pipe)) => Contents::Pipe { read: &pipe.read, write: &pipe.write },
+            None => Contents::Buffer(&mut []),
         }
     }
 
     /// The bytes that a buffer holds; nothing for a pipe.
     pub(super) fn held(&self) -> &[u8] {
-        match &self.thing {
-            Thing::Buffer(bytes) => &bytes[self.start..self.end],
-            Thing::Pipe(_) | Thing::Returned => &[],
+        match self.0.as_deref() {
+            Some(Held { thing: Thing::Buffer(bytes), start, end, .. }) => &bytes[*start..*end],
+            _ => &[],
         }
     }
 
     /// An empty loan was filled with `bytes`.
     pub(super) fn filled(&mut self, bytes: usize) {
-        debug_assert!(self.start == self.end, "a loan is filled only when it is empty");
-        (self.start, self.end) = (0, bytes);
+        if let Some(held) = &mut self.0 {
+            debug_assert!(held.start == held.end, "a loan is filled only when it is empty");
+            (held.start, held.end) = (0, bytes);
+        }
     }
 
     /// `bytes` of what it holds are sent.
     pub(super) fn sent(&mut self, bytes: usize) {
-        debug_assert!(bytes <= self.end - self.start, "more was sent than was held");
-        self.start += bytes;
+        if let Some(held) = &mut self.0 {
+            debug_assert!(bytes <= held.end - held.start, "more was sent than was held");
+            held.start += bytes;
+        }
     }
 }
 
 impl Borrowed for Loan {
     fn bytes(&self) -> usize {
-        self.end - self.start
+        self.0.as_ref().map_or(0, |held| held.end - held.start)
     }
 
     fn way(&self) -> Way {
-        match self.thing {
-            Thing::Pipe(_) => Way::Splice,
-            Thing::Buffer(_) | Thing::Returned => Way::Copy,
+        match self.0.as_deref() {
+            Some(Held { thing: Thing::Pipe(_), .. }) => Way::Splice,
+            _ => Way::Copy,
         }
     }
 }
@@ -196,11 +207,15 @@ impl Borrowed for Loan {
 impl Drop for Loan {
     fn drop(&mut self) {
         let empty = self.bytes() == 0;
-        let mut shelves = self.home.0.borrow_mut();
-        match std::mem::replace(&mut self.thing, Thing::Returned) {
-            Thing::Buffer(buffer) => shelves.leases.give_back(Some(buffer)),
-            Thing::Pipe(pipe) => shelves.pipes.give_back(empty.then_some(pipe)),
-            Thing::Returned => {}
+        let Some(mut held) = self.0.take() else { return };
+        let Some(home) = held.home.take() else { return };
+        let mut shelves = home.0.borrow_mut();
+        match held.thing {
+            Thing::Buffer(_) => {
+                (held.start, held.end) = (0, 0);
+                shelves.leases.give_back(Some(held));
+            }
+            Thing::Pipe(_) => shelves.pipes.give_back(empty.then_some(held)),
         }
     }
 }

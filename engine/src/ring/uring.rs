@@ -20,6 +20,7 @@
 
 use std::fmt;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -157,7 +158,7 @@ impl UringRing {
 
     fn key_of(&self, index: u32) -> OpKey {
         let generation = self.entries.get(index as usize).map_or(0, |entry| entry.generation);
-        OpKey(u64::from(generation) << 32 | u64::from(index))
+        OpKey(join(generation, index))
     }
 
     /// The entry of `user_data`, if it is still the one that it was made for.
@@ -324,7 +325,7 @@ impl Ring for UringRing {
     }
 
     fn cancel(&mut self, key: OpKey) {
-        let Some((index, entry)) = self.find(key.0) else { return };
+        let Some((index, entry)) = self.find(key.0.get()) else { return };
         match &mut entry.state {
             EntryState::Free => {}
             EntryState::Dormant { token } => {
@@ -334,7 +335,7 @@ impl Ring for UringRing {
             }
             EntryState::Armed { cancelled, .. } => {
                 if !std::mem::replace(cancelled, true) {
-                    let request = opcode::AsyncCancel::new(key.0).build().user_data(USER_DATA_CANCEL);
+                    let request = opcode::AsyncCancel::new(key.0.get()).build().user_data(USER_DATA_CANCEL);
                     self.push(&request);
                 }
             }
@@ -401,9 +402,15 @@ impl Drop for UringRing {
     }
 }
 
+/// The `user_data` of an entry. The index is one higher in it than it is, so that it is never zero.
+fn join(generation: u32, index: u32) -> NonZeroU64 {
+    NonZeroU64::MIN.saturating_add(u64::from(generation) << 32 | u64::from(index))
+}
+
 fn split(user_data: u64) -> (u32, u32) {
-    let index = u32::try_from(user_data & u64::from(u32::MAX)).unwrap_or(u32::MAX);
-    let generation = u32::try_from(user_data >> 32).unwrap_or(u32::MAX);
+    let joined = user_data.wrapping_sub(1);
+    let index = u32::try_from(joined & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+    let generation = u32::try_from(joined >> 32).unwrap_or(u32::MAX);
     (generation, index)
 }
 
@@ -413,7 +420,7 @@ fn poll_bits(flags: PollFlags) -> u32 {
 
 fn poll_request(work: &Work, key: OpKey) -> squeue::Entry {
     let descriptor = types::Fd(work.descriptor().as_raw_fd());
-    opcode::PollAdd::new(descriptor, poll_bits(work.interest())).build().user_data(key.0)
+    opcode::PollAdd::new(descriptor, poll_bits(work.interest())).build().user_data(key.0.get())
 }
 
 fn set_up() -> Result<IoUring, Unusable> {

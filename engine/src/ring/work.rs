@@ -15,12 +15,35 @@ use crate::opener::client::{self as opener, StockError};
 /// An operation that waits for its descriptor.
 #[derive(Debug)]
 pub(super) enum Work {
-    Accept { listener: Rc<OwnedFd> },
-    Connect { socket: Rc<OwnedFd> },
-    Recv { socket: Rc<OwnedFd>, way: Way },
-    Send { socket: Rc<OwnedFd>, loan: Loan },
-    Watch { socket: Rc<OwnedFd> },
-    Stock { channel: Rc<OwnedFd>, family: Family, netns_cookie: u64 },
+    Accept {
+        listener: Rc<OwnedFd>,
+    },
+    Connect {
+        socket: Rc<OwnedFd>,
+    },
+    Recv {
+        socket: Rc<OwnedFd>,
+        way: Way,
+    },
+    Send {
+        socket: Rc<OwnedFd>,
+        loan: Loan,
+    },
+    Watch {
+        socket: Rc<OwnedFd>,
+    },
+    /// Boxed, since thousands of reads wait beside a few of these.
+    Stock {
+        channel: Rc<OwnedFd>,
+        expected: Box<Expected>,
+    },
+}
+
+/// What the sockets of a stock must be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Expected {
+    family: Family,
+    netns_cookie: u64,
 }
 
 /// What becomes of work after a try.
@@ -48,7 +71,10 @@ impl Work {
             Op::Watch { socket } => Next::Wait(Work::Watch { socket }),
             Op::Stock { channel, family, count, netns_cookie } => {
                 match opener::ask(channel.as_fd(), family, count, attempt::congestion()) {
-                    Ok(()) => Next::Wait(Work::Stock { channel, family, netns_cookie }),
+                    Ok(()) => {
+                        let expected = Box::new(Expected { family, netns_cookie });
+                        Next::Wait(Work::Stock { channel, expected })
+                    }
                     Err(_) => Next::Done(Outcome::Stocked(Err(StockError::Gone))),
                 }
             }
@@ -101,12 +127,12 @@ impl Work {
                 Some(result) => Next::Done(Outcome::Sent(loan, result)),
                 None => Next::Wait(Work::Send { socket, loan }),
             },
-            Work::Stock { channel, family, netns_cookie } => {
-                match opener::take(channel.as_fd(), family, netns_cookie) {
+            Work::Stock { channel, expected } => {
+                match opener::take(channel.as_fd(), expected.family, expected.netns_cookie) {
                     Ok(Some(sockets)) => {
                         Next::Done(Outcome::Stocked(Ok(sockets.into_iter().map(Rc::new).collect())))
                     }
-                    Ok(None) => Next::Wait(Work::Stock { channel, family, netns_cookie }),
+                    Ok(None) => Next::Wait(Work::Stock { channel, expected }),
                     Err(failure) => Next::Done(Outcome::Stocked(Err(failure))),
                 }
             }

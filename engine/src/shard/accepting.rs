@@ -94,8 +94,8 @@ impl<R: Ring> Shard<R> {
         let Some(entry) = self.listeners.entry_mut(listener) else { return };
         entry.stats.accepted += 1;
         entry.stats.open += 1;
-        let (upstream, reach, port) = (entry.upstream_slot, entry.reach, entry.target_port);
-        self.dial(listener, upstream, socket, crate::relay::Dial::new(came_by, reach, port));
+        let (reach, port) = (entry.reach, entry.target_port);
+        self.dial(listener, socket, crate::relay::Dial::new(came_by, reach, port));
     }
 
     pub(super) fn can_accept_later(&self) -> bool {

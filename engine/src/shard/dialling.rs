@@ -10,15 +10,14 @@ use crate::table::{SlotId, TokenParts};
 
 impl<R: Ring> Shard<R> {
     /// Puts a client into the table and dials for it.
-    pub(super) fn dial(&mut self, listener: SlotId, upstream: SlotId, downstream: R::Socket, dial: Dial) {
+    pub(super) fn dial(&mut self, listener: SlotId, downstream: R::Socket, dial: Dial) {
         let step = dial.attempt();
         let id = self.connections.insert(Relayed {
             listener,
-            upstream,
             sockets: [Some(downstream), None],
             loans: [None, None],
             deferred: [None, None],
-            keys: [None; Operation::COUNT],
+            keys: [None; Operation::PLACES],
             stage: Stage::Dialling(dial),
             deadline: None,
         });
@@ -34,8 +33,9 @@ impl<R: Ring> Shard<R> {
     }
 
     fn take_socket(&mut self, id: SlotId, family: Family) {
-        let Some(connection) = self.connections.entry_mut(id) else { return };
-        let upstream_slot = connection.upstream;
+        let Some(connection) = self.connections.entry(id) else { return };
+        let Some(listener) = self.listeners.entry(connection.listener) else { return };
+        let upstream_slot = listener.upstream_slot;
         let Some(upstream) = self.upstreams.entry_mut(upstream_slot) else {
             return self.fail(id, EndReason::UpstreamLost);
         };
@@ -78,7 +78,7 @@ impl<R: Ring> Shard<R> {
             Submitted::Done(Outcome::Connected(result)) => self.on_connected(id, result),
             Submitted::Done(other) => drop(other),
             Submitted::Pending(key) => {
-                connection.keys[Operation::Connect.index()] = Some(key);
+                connection.keys[Operation::Connect.place()] = Some(key);
                 self.await_with_deadline(id);
             }
         }
@@ -133,7 +133,7 @@ impl<R: Ring> Shard<R> {
             return;
         }
         connection.stage = Stage::Failing(reason);
-        match connection.keys[Operation::Connect.index()] {
+        match connection.keys[Operation::Connect.place()] {
             Some(key) => self.ring.cancel(key),
             None => self.end_failed(id, reason),
         }

@@ -96,10 +96,10 @@ impl<R: Ring> Shard<R> {
             Submitted::Pending(key) => {
                 let connection = self.connections.entry_mut(id)?;
                 debug_assert!(
-                    connection.keys[operation.index()].is_none(),
+                    connection.keys[operation.place()].is_none(),
                     "one operation of a kind at a time"
                 );
-                connection.keys[operation.index()] = Some(key);
+                connection.keys[operation.place()] = Some(key);
                 None
             }
         }
@@ -111,7 +111,7 @@ impl<R: Ring> Shard<R> {
         {
             return Some(Input::Cancelled(operation));
         }
-        let key = self.connections.entry(id)?.keys[operation.index()]?;
+        let key = self.connections.entry(id)?.keys[operation.place()]?;
         self.ring.cancel(key);
         None
     }
