@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use landfall_engine::command::{Listening, UpstreamId};
+use landfall_engine::watch::procfs::ProcFiles;
+use landfall_engine::watch::reading::Reading;
+use landfall_engine::watch::sock_diag::SockDiag;
 use landfall_engine::watch::{Sources, WatchEvent, Watcher};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -240,6 +243,39 @@ fn figures_of_delay_and_cost() {
             println!("{kind:?}, {count} idle namespaces: {:.2} % of a core", idle_percent(kind, count));
         }
     });
+}
+
+/// `cargo test --release -p landfall-engine --test watch -- --ignored --nocapture`
+#[test]
+#[ignore = "prints figures of this machine"]
+fn figures_of_one_scan() {
+    alone("figures_of_one_scan", || {
+        let namespace = Namespace::new();
+        let _listener = namespace.listen("127.0.0.1:5173");
+        let print = |what: &str| {
+            let files = namespace.sources(Kind::Files);
+            let mut files = ProcFiles::new(files.tcp, files.tcp6).unwrap();
+            println!("{what}: files {:?}", scan_time(|reading| drop(files.read(reading).unwrap())));
+            let mut diag = SockDiag::new(namespace.sources(Kind::SockDiag).sock_diag.unwrap()).unwrap();
+            println!("{what}: sock_diag {:?}", scan_time(|reading| drop(diag.read(reading).unwrap())));
+        };
+        print("one listener");
+        let server = namespace.listen("127.0.0.1:80");
+        let _streams: Vec<_> = namespace.run(|| {
+            (0..400)
+                .map(|_| (TcpStream::connect("127.0.0.1:80").unwrap(), server.accept().unwrap()))
+                .collect()
+        });
+        print("two listeners, 800 connected sockets");
+    });
+}
+
+/// The processor time of one scan, out of two hundred.
+fn scan_time(mut scan: impl FnMut(&mut Reading)) -> Duration {
+    let mut reading = Reading::default();
+    let before = processor_time();
+    (0..200).for_each(|_| scan(&mut reading));
+    (processor_time() - before) / 200
 }
 
 /// From before `bind` to the event, sorted.
