@@ -137,18 +137,10 @@ impl Source {
     }
 
     fn read_confirmed(&mut self, older: &Reading, into: &mut Reading) -> Result<(), ReadError> {
-        let missing =
-            |newer: &Reading| older.rows().iter().any(|row| newer.at((row.port, row.address)).is_none());
-        if self.read_once(into)? == Wholeness::Whole || !missing(into) {
-            return Ok(());
-        }
-        let mut again = std::mem::take(&mut self.spare);
-        let result = self.read_once(&mut again);
-        if result.is_ok() {
-            again.rows().iter().for_each(|&row| into.insert(row));
-        }
-        self.spare = again;
-        result.map(|_| ())
+        let mut spare = std::mem::take(&mut self.spare);
+        let result = confirmed(|reading| self.read_once(reading), older, into, &mut spare);
+        self.spare = spare;
+        result
     }
 
     fn read_once(&mut self, into: &mut Reading) -> Result<Wholeness, ReadError> {
@@ -157,5 +149,79 @@ impl Source {
             (None, Some(files)) => files.read(into),
             (None, None) => Err(ReadError::Missing),
         }
+    }
+}
+
+/// Reads, and reads again when the first reading was pieced and misses something of `older`: then only what both
+/// miss is gone.
+fn confirmed(
+    mut read: impl FnMut(&mut Reading) -> Result<Wholeness, ReadError>,
+    older: &Reading,
+    into: &mut Reading,
+    spare: &mut Reading,
+) -> Result<(), ReadError> {
+    let missing =
+        |newer: &Reading| older.rows().iter().any(|row| newer.at((row.port, row.address)).is_none());
+    if read(into)? == Wholeness::Pieced && missing(into) {
+        read(spare)?;
+        spare.rows().iter().for_each(|&row| into.insert(row));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU16;
+
+    use super::*;
+    use crate::command::Listening;
+
+    fn reading(ports: &[u16]) -> Reading {
+        let row = |&port: &u16| Listening {
+            port: NonZeroU16::new(port).unwrap(),
+            address: [127, 0, 0, 1].into(),
+            inode: 1,
+            uid: 0,
+        };
+        ports.iter().map(row).collect()
+    }
+
+    /// What is told when 1, 2 and 3 listened before and the readings come as scripted; and how many were made.
+    fn told(script: &[(&[u16], Wholeness)]) -> (Vec<u16>, usize) {
+        let (mut into, mut reads) = (Reading::default(), 0);
+        let read = |reading_of: &mut Reading| {
+            *reading_of = reading(script[reads].0);
+            reads += 1;
+            Ok(script[reads - 1].1)
+        };
+        confirmed(read, &reading(&[1, 2, 3]), &mut into, &mut Reading::default()).unwrap();
+        (into.rows().iter().map(|row| row.port.get()).collect(), reads)
+    }
+
+    #[test]
+    fn what_a_pieced_reading_misses_is_looked_for_again() {
+        use Wholeness::{Pieced, Whole};
+        assert_eq!(told(&[(&[1, 3], Pieced), (&[1, 2, 3], Pieced)]), (vec![1, 3, 2], 2));
+        assert_eq!(told(&[(&[1, 3], Pieced), (&[1, 3], Pieced)]), (vec![1, 3], 2));
+        assert_eq!(told(&[(&[1, 2, 3, 4], Pieced)]), (vec![1, 2, 3, 4], 1));
+        assert_eq!(told(&[(&[1, 3], Whole)]), (vec![1, 3], 1));
+    }
+
+    #[test]
+    fn a_failing_file_is_no_change_until_it_has_failed_often() {
+        // Some other file of proc, which cannot be read from: a directory.
+        let directory = || OwnedFd::from(std::fs::File::open("/proc/self").unwrap());
+        let mut source = Source::new(Sources { tcp: Some(directory()), ..Sources::default() }).unwrap();
+        let mut into = Reading::default();
+        for _ in 1..FAILURES_MAX {
+            assert_eq!(source.read(&reading(&[1]), &mut into), Ok(false));
+        }
+        assert_eq!(source.read(&reading(&[1]), &mut into), Err(ReadError::Proc(Errno::ISDIR)));
+    }
+
+    #[test]
+    fn shortages_pass_and_refusals_stay() {
+        assert!(!ReadError::Diag(Errno::NOBUFS).is_final() && !ReadError::Refused(Errno::BUSY).is_final());
+        assert!(ReadError::Refused(Errno::NOENT).is_final() && ReadError::Refused(Errno::PERM).is_final());
     }
 }
