@@ -1,6 +1,6 @@
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use tempfile::TempDir;
@@ -9,7 +9,9 @@ use super::*;
 use crate::command::{RingKind, RingReport, UpstreamId};
 use crate::limits::MESSAGE_BYTES_MAX;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Shorter than a driver's own, so that no test passes because that one ran out.
+const PATIENCE: Duration = Duration::from_secs(5);
+const _: () = assert!(PATIENCE.as_secs() < SEND_TIMEOUT.as_secs());
 
 /// An engine that answers by a script, and tells the test what it was asked.
 struct Script {
@@ -208,18 +210,31 @@ fn a_draining_engine_leaves_its_address_and_keeps_its_driver() {
 
 #[test]
 fn a_driver_that_does_not_read_does_not_stop_its_successor() {
-    let served = Served::new(IDLE_EXIT);
-    let deaf = served.driver();
-    let what = "x".repeat(MESSAGE_BYTES_MAX / 2);
-    for _ in 0..20 {
-        served.events.send(Event::Degraded { what: what.clone() }).unwrap();
-    }
-    let driver = served.driver();
-    driver.send(&Command::Describe, &[]).unwrap();
-    while event(&driver) != state() {}
-    drop(deaf);
-    driver.send(&Command::Stop, &[]).unwrap();
-    served.thread.join().unwrap().unwrap();
+    let seat = Seat::default();
+    // Without a buffer, an event is taken only when the forwarder has done with the one before it.
+    let (events, receiver) = sync_channel(0);
+    let offer = |patience| {
+        let deadline = Instant::now() + patience;
+        let event = Event::Degraded { what: "x".repeat(MESSAGE_BYTES_MAX / 2) };
+        while events.try_send(event.clone()).is_err() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
+    };
+    let ((ours, _deaf), (theirs, successor)) = (Channel::pair().unwrap(), Channel::pair().unwrap());
+    seat.take(ours, &ready());
+    std::thread::scope(|scope| {
+        scope.spawn(|| seat.forward(&{ receiver }).unwrap());
+        while offer(Duration::from_millis(200)) {}
+        seat.take(theirs, &ready());
+        let went_on = offer(PATIENCE);
+        assert_eq!(event(&successor), ready());
+        events.send(Event::Stopped).unwrap();
+        assert!(went_on, "the forwarder still waits for the driver before");
+    });
 }
 
 #[test]
