@@ -255,9 +255,9 @@ fn figures_of_one_scan() {
         let print = |what: &str| {
             let files = namespace.sources(Kind::Files);
             let mut files = ProcFiles::new(files.tcp, files.tcp6).unwrap();
-            println!("{what}: files {:?}", scan_time(|reading| drop(files.read(reading).unwrap())));
+            println!("{what}: files {:?}", scan_time(|reading| _ = files.read(reading).unwrap()));
             let mut diag = SockDiag::new(namespace.sources(Kind::SockDiag).sock_diag.unwrap()).unwrap();
-            println!("{what}: sock_diag {:?}", scan_time(|reading| drop(diag.read(reading).unwrap())));
+            println!("{what}: sock_diag {:?}", scan_time(|reading| _ = diag.read(reading).unwrap()));
         };
         print("one listener");
         let server = namespace.listen("127.0.0.1:80");

@@ -498,7 +498,7 @@ fn ran_out(of: &str, errno: Errno) -> Unusable {
 /// ENOPROTOOPT on an older kernel, ENOTSOCK on what is no socket.
 pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     let mut cookie: u64 = 0;
-    let mut length: libc::socklen_t = size_of::<u64>() as libc::socklen_t;
+    let mut length: libc::socklen_t = 8;
     // SAFETY: getsockopt(2) writes at most `length` bytes to the option's address, and the new length to `length`. Both
     // point to live, writable locals of exactly those sizes, and the descriptor is open for as long as it is borrowed.
     let result = unsafe {
