@@ -17,7 +17,7 @@ use landfall_engine::channel::Channel;
 use landfall_engine::command::{Family, WatchSources};
 use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
 use landfall_engine::opener::{Answer, FailureKind, Request, VERB, serve};
-use landfall_engine::ring::uring::netns_cookie;
+use landfall_engine::ring::netns_cookie;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
