@@ -245,6 +245,10 @@ impl Seat {
     fn forward(&self, events: &Receiver<Event>) -> Result<(), ProcessError> {
         loop {
             let event = events.recv().map_err(|_| ProcessError::EngineGone)?;
+            // Every driver was told when it was seated; the engine's own word for it would be a second one.
+            if matches!(event, Event::Ready { .. }) {
+                continue;
+            }
             if let Some(driver) = self.driver() {
                 let sent = match driver.send_timeout(&event, &[], SEND_TIMEOUT) {
                     Err(error @ (ChannelError::TooLong { .. } | ChannelError::Unwritable(_))) => {

@@ -1,12 +1,13 @@
 //! Openers in real namespaces, as root and as a user who is not.
 //!
-//! This program is also what it tests: with `_opener` it is an opener, with `_listen` a server inside a namespace,
+//! This program is also what it tests: with `_opener` it is an opener, with `_engine` an engine, with `_listen` a server inside a namespace,
 //! with `_client` somebody who starts an opener and is killed. As root it runs everything, and then once more
 //! what needs no privilege, as the user `nobody`. An argument runs the cases whose names contain it.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test, in a program with its own main")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -14,10 +15,14 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use landfall_engine::channel::Channel;
-use landfall_engine::command::{Family, WatchSources};
+use landfall_engine::command::{
+    Command as EngineCommand, Event, Family, ForwardId, Reach, UpstreamId, WatchSources,
+};
 use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
 use landfall_engine::opener::{Answer, FailureKind, Request, VERB, serve};
+use landfall_engine::process::{self, CommandSocket, shed_privileges};
 use landfall_engine::ring::netns_cookie;
+use landfall_engine::{Engine, EngineOptions};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -33,7 +38,7 @@ enum Needs {
 
 type Case = (&'static str, Needs, fn());
 
-const CASES: [Case; 16] = [
+const CASES: [Case; 17] = [
     ("a_socket_made_inside_connects_from_outside", Needs::Nothing, connects_from_outside),
     ("both_families_and_an_ipv6_listener", Needs::Nothing, both_families),
     ("an_upstream_is_what_the_engine_wants", Needs::Nothing, upstream),
@@ -43,6 +48,7 @@ const CASES: [Case; 16] = [
     ("sockets_of_one_namespace_are_refused_for_another", Needs::Nothing, crossed_namespaces),
     ("the_opener_ends_with_its_last_channel", Needs::Nothing, ends_with_channels),
     ("a_killed_client_leaves_the_opener_to_the_engine", Needs::Nothing, killed_client),
+    ("an_engine_relays_on_while_drivers_come_and_go", Needs::Nothing, engine_process),
     ("a_shard_that_does_not_read_stops_no_other", Needs::Nothing, unread_answers),
     ("nonsense_is_answered_and_ends_nothing", Needs::Nothing, nonsense),
     ("an_opener_that_a_person_starts_says_no", Needs::Nothing, started_by_hand),
@@ -59,6 +65,7 @@ fn main() -> ExitCode {
             return serve::main(std::io::stdin().as_fd()).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
         }
         Some("_listen") => listen(arguments.get(1).unwrap()),
+        Some("_engine") => return engine(Path::new(arguments.get(1).unwrap())),
         Some("_client") => client(arguments.get(1).unwrap()),
         _ => {}
     }
@@ -104,6 +111,17 @@ fn client(pid: &str) -> ! {
     loop {
         std::thread::park();
     }
+}
+
+/// `_engine PATH`: the engine's process.
+fn engine(path: &Path) -> ExitCode {
+    let socket = CommandSocket::bind(path).unwrap();
+    shed_privileges().unwrap();
+    let engine = Engine::start(EngineOptions::default()).unwrap();
+    let ready = engine.ready().clone();
+    let (handle, events) = engine.into_parts();
+    process::serve(socket, &ready, &handle, events, process::IDLE_EXIT).unwrap();
+    ExitCode::SUCCESS
 }
 
 /// A process in a network namespace of its own, with a server on its loopback.
@@ -325,6 +343,85 @@ fn killed_client() {
     assert_eq!(dial(socket, ([127, 0, 0, 1], inside.port).into()), "inside");
     drop(channel);
     readable(&process);
+}
+
+/// The next event that is `wanted`.
+#[track_caller]
+fn event(driver: &Channel, wanted: impl Fn(&Event) -> bool) -> Event {
+    loop {
+        let (event, _) = driver.recv_timeout::<Event>(Duration::from_secs(10)).unwrap().unwrap();
+        if wanted(&event) {
+            return event;
+        }
+        assert!(!matches!(event, Event::Refused { .. } | Event::ListenerFailed { .. }), "{event:?}");
+    }
+}
+
+/// A driver of the engine at `path`, as soon as that one listens, and how many shards it has.
+fn drive(path: &Path) -> (Channel, u16) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let driver = loop {
+        match Channel::connect(path) {
+            Ok(driver) => break driver,
+            Err(error) => assert!(Instant::now() < deadline, "no engine at {}: {error}", path.display()),
+        }
+        std::thread::yield_now();
+    };
+    match event(&driver, |_| true) {
+        Event::Ready { shards, .. } => (driver, shards),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A child that does not outlive a case that fails.
+struct Bounded(Child);
+
+impl Drop for Bounded {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn engine_process() {
+    let inside = Inside::new();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("engine.sock");
+    let mut engine = Bounded(Command::new(this()).arg("_engine").arg(&path).spawn().unwrap());
+    let (driver, shards) = drive(&path);
+    let mut opener = enter(inside.pid()).unwrap();
+    let (sources, descriptors) = opener.upstream(shards).unwrap();
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    let (upstream, netns_cookie) = (UpstreamId(1), opener.netns_cookie());
+    driver.send(&EngineCommand::AddUpstream { upstream, netns_cookie, sources }, &borrowed).unwrap();
+    drop((opener, descriptors));
+    let target_port = NonZeroU16::new(inside.port).unwrap();
+    let listens = |event: &Event| match event {
+        Event::Listeners { opened, .. } => opened.iter().any(|seen| seen.port == target_port),
+        _ => false,
+    };
+    event(&driver, listens);
+    let host_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (forward, host_port) = (ForwardId(1), NonZeroU16::new(host_port).unwrap());
+    let reach = Reach { v4: true, v6: false };
+    let open = EngineCommand::OpenListener { forward, upstream, host_port, target_port, reach };
+    driver.send(&open, &[]).unwrap();
+    event(&driver, |event| matches!(event, Event::ListenerOpened { .. }));
+    let ask = || {
+        let mut said = String::new();
+        TcpStream::connect(Family::V4.loopback(host_port)).unwrap().read_to_string(&mut said).unwrap();
+        said
+    };
+    assert_eq!(ask(), "inside");
+    drop(driver);
+    assert_eq!(ask(), "inside");
+    let (driver, _) = drive(&path);
+    driver.send(&EngineCommand::Describe, &[]).unwrap();
+    let held = event(&driver, |event| matches!(event, Event::State { .. }));
+    assert!(matches!(held, Event::State { forwards, .. } if forwards[0].stats.accepted == 2));
+    driver.send(&EngineCommand::Stop, &[]).unwrap();
+    event(&driver, |event| *event == Event::Stopped);
+    assert!(engine.0.wait().unwrap().success());
 }
 
 fn unread_answers() {

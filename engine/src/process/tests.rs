@@ -238,9 +238,10 @@ fn a_driver_that_does_not_read_does_not_stop_its_successor() {
 }
 
 #[test]
-fn an_event_that_is_too_long_is_told_as_lost() {
+fn an_event_that_is_too_long_is_told_as_lost_and_ready_only_once() {
     let served = Served::new(IDLE_EXIT);
     let driver = served.driver();
+    served.events.send(ready()).unwrap();
     served.events.send(Event::Degraded { what: "x".repeat(MESSAGE_BYTES_MAX) }).unwrap();
     assert!(matches!(event(&driver), Event::Refused { reason } if reason.contains("too long")));
     driver.send(&Command::Stop, &[]).unwrap();
