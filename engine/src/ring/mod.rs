@@ -25,11 +25,13 @@ use crate::limits::Limits;
 use crate::opener::client::StockError;
 
 pub(crate) mod attempt;
+mod epoll;
 mod fault;
 mod pool;
 mod uring;
 mod work;
 
+pub use epoll::EpollRing;
 pub use fault::Fault;
 pub use pool::{Loan, Pool};
 pub use uring::{UringRing, netns_cookie};

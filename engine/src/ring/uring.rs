@@ -401,7 +401,8 @@ impl Drop for UringRing {
     }
 }
 
-fn split(user_data: u64) -> (u32, u32) {
+/// The generation and the index or number that a 64-bit name is made of.
+pub(super) fn split(user_data: u64) -> (u32, u32) {
     let index = u32::try_from(user_data & u64::from(u32::MAX)).unwrap_or(u32::MAX);
     let generation = u32::try_from(user_data >> 32).unwrap_or(u32::MAX);
     (generation, index)
@@ -412,7 +413,7 @@ fn poll_bits(flags: PollFlags) -> u32 {
 }
 
 fn poll_request(work: &Work, key: OpKey) -> squeue::Entry {
-    let descriptor = types::Fd(work.descriptor().as_raw_fd());
+    let descriptor = types::Fd(work.socket().as_raw_fd());
     opcode::PollAdd::new(descriptor, poll_bits(work.interest())).build().user_data(key.0)
 }
 
@@ -481,7 +482,7 @@ fn forbidden_by() -> String {
     }
 }
 
-fn ran_out(of: &str, errno: Errno) -> Unusable {
+pub(super) fn ran_out(of: &str, errno: Errno) -> Unusable {
     Unusable { reason: format!("could not get {of}: {errno}"), fall_back: false }
 }
 
