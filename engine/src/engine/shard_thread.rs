@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use super::StartError;
 use crate::command::RingKind;
 use crate::limits::Limits;
-use crate::ring::{Ring, Unusable, UringRing, Waker};
+use crate::ring::{EpollRing, Ring, Unusable, UringRing, Waker};
 use crate::shard::{Report, Shard, ShardCommand};
 
 /// A shard on a thread of its own.
@@ -33,7 +33,7 @@ impl ShardThread {
         let thread = std::thread::Builder::new().name(format!("landfall-shard-{index}")).spawn(
             move || match kind {
                 RingKind::IoUring => launch(UringRing::new(&limits), limits, &inbox, &started, report),
-                RingKind::Epoll => launch(UringRing::new(&limits), limits, &inbox, &started, report),
+                RingKind::Epoll => launch(EpollRing::new(&limits), limits, &inbox, &started, report),
             },
         )?;
         let waker = outcome

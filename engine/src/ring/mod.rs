@@ -26,11 +26,13 @@ use crate::limits::Limits;
 use crate::opener::client::StockError;
 
 pub(crate) mod attempt;
+mod epoll;
 mod fault;
 mod pool;
 mod uring;
 mod work;
 
+pub use epoll::EpollRing;
 pub use fault::Fault;
 pub use pool::{Loan, Pool};
 pub use uring::{UringRing, netns_cookie};
@@ -42,6 +44,24 @@ pub struct Token(pub u64);
 /// A ring's name for an operation in flight, by which it is cancelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OpKey(pub NonZeroU64);
+
+impl OpKey {
+    /// The key of a place in a ring's entries. It is one higher than the two numbers put together, so that it is never zero.
+    fn new(generation: u32, index: u32) -> OpKey {
+        OpKey(NonZeroU64::MIN.saturating_add(u64::from(generation) << 32 | u64::from(index)))
+    }
+
+    /// The generation and the index that a key was made of.
+    fn parts(self) -> (u32, u32) {
+        halves_of(self.0.get() - 1)
+    }
+}
+
+/// The upper and the lower half of a number.
+fn halves_of(number: u64) -> (u32, u32) {
+    let lower = u32::try_from(number & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+    (u32::try_from(number >> 32).unwrap_or(u32::MAX), lower)
+}
 
 /// How a direction moves its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,6 +288,10 @@ pub struct Unusable {
     pub reason: String,
     /// True when the machine forbids or lacks io_uring; false when something merely ran out.
     pub fall_back: bool,
+}
+
+fn ran_out(of: &str, errno: Errno) -> Unusable {
+    Unusable { reason: format!("could not get {of}: {errno}"), fall_back: false }
 }
 
 /// Finds out which ring works on this thread's machine.

@@ -18,6 +18,8 @@
     reason = "io_uring is driven through shared memory, and two kernel calls have no safe wrapper"
 )]
 
+mod setup;
+
 use std::fmt;
 use std::io;
 use std::num::NonZeroU64;
@@ -26,7 +28,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io_uring::register::Restriction;
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::{EventfdFlags, PollFlags};
@@ -84,9 +85,9 @@ impl UringRing {
     /// # Errors
     /// io_uring is forbidden or too old here, or something ran out.
     pub fn new(limits: &Limits) -> Result<UringRing, Unusable> {
-        let uring = set_up()?;
+        let uring = setup::set_up()?;
         let eventfd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| ran_out("an eventfd", errno))?;
+            .map_err(|errno| super::ran_out("an eventfd", errno))?;
         Ok(UringRing {
             uring,
             pool: Pool::new(limits),
@@ -96,50 +97,6 @@ impl UringRing {
             eventfd: Arc::new(eventfd),
             wake_armed: false,
         })
-    }
-
-    /// Makes a ring, and has it tell that a socket became readable and that a wait was cancelled: what every relayed
-    /// connection rests on. Some sandboxes let a ring be made and then refuse its requests.
-    ///
-    /// # Errors
-    /// Why io_uring cannot be used here.
-    pub fn self_test(limits: &Limits) -> Result<(), Unusable> {
-        let mut ring = UringRing::new(limits)?;
-        let failed = |what: &str| Unusable {
-            reason: format!("io_uring failed its self-test: {what}"),
-            fall_back: true,
-        };
-        let (ours, theirs) = rustix::net::socketpair(
-            rustix::net::AddressFamily::UNIX,
-            rustix::net::SocketType::STREAM,
-            rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK,
-            None,
-        )
-        .map_err(|errno| ran_out("a socket pair", errno))?;
-        let ours = ring.adopt(ours);
-        let recv = |socket: &Rc<OwnedFd>| Op::Recv { socket: socket.clone(), way: Way::Copy, eager: false };
-        let wait = |ring: &mut UringRing, what| {
-            let mut over = Vec::new();
-            ring.turn(Some(Instant::now() + Duration::from_secs(2)), &mut over)
-                .map_err(|error| failed(&error.to_string()))?;
-            over.pop().map(|completion| completion.outcome).ok_or_else(|| failed(what))
-        };
-        let Submitted::Pending(_) = ring.submit(Token(1), recv(&ours)) else {
-            return Err(failed("a read from an empty socket did not wait"));
-        };
-        rustix::io::write(&theirs, b"!").map_err(|errno| ran_out("a byte's room", errno))?;
-        match wait(&mut ring, "readiness was not told within two seconds")? {
-            Outcome::Received(super::Received::Bytes(_)) => {}
-            other => return Err(failed(&format!("a byte was sent and {other:?} came"))),
-        }
-        let Submitted::Pending(key) = ring.submit(Token(2), recv(&ours)) else {
-            return Err(failed("a second read did not wait"));
-        };
-        ring.cancel(key);
-        match wait(&mut ring, "a cancel was not told within two seconds")? {
-            Outcome::Cancelled(None) => Ok(()),
-            other => Err(failed(&format!("a read was cancelled and {other:?} came"))),
-        }
     }
 
     /// Buffers and pipes on loan now.
@@ -158,12 +115,12 @@ impl UringRing {
 
     fn key_of(&self, index: u32) -> OpKey {
         let generation = self.entries.get(index as usize).map_or(0, |entry| entry.generation);
-        OpKey(join(generation, index))
+        OpKey::new(generation, index)
     }
 
     /// The entry of `user_data`, if it is still the one that it was made for.
     fn find(&mut self, user_data: u64) -> Option<(u32, &mut Entry)> {
-        let (generation, index) = split(user_data);
+        let (generation, index) = OpKey(NonZeroU64::new(user_data)?).parts();
         let entry = self.entries.get_mut(index as usize)?;
         (entry.generation == generation).then_some((index, entry))
     }
@@ -402,94 +359,13 @@ impl Drop for UringRing {
     }
 }
 
-/// The `user_data` of an entry. The index is one higher in it than it is, so that it is never zero.
-fn join(generation: u32, index: u32) -> NonZeroU64 {
-    NonZeroU64::MIN.saturating_add(u64::from(generation) << 32 | u64::from(index))
-}
-
-fn split(user_data: u64) -> (u32, u32) {
-    let joined = user_data.wrapping_sub(1);
-    let index = u32::try_from(joined & u64::from(u32::MAX)).unwrap_or(u32::MAX);
-    let generation = u32::try_from(joined >> 32).unwrap_or(u32::MAX);
-    (generation, index)
-}
-
 fn poll_bits(flags: PollFlags) -> u32 {
     u32::from(flags.bits())
 }
 
 fn poll_request(work: &Work, key: OpKey) -> squeue::Entry {
-    let descriptor = types::Fd(work.descriptor().as_raw_fd());
+    let descriptor = types::Fd(work.socket().as_raw_fd());
     opcode::PollAdd::new(descriptor, poll_bits(work.interest())).build().user_data(key.0.get())
-}
-
-fn set_up() -> Result<IoUring, Unusable> {
-    let mut builder = IoUring::builder();
-    builder
-        .dontfork()
-        .setup_cqsize(COMPLETION_ENTRIES)
-        .setup_submit_all()
-        .setup_r_disabled()
-        .setup_single_issuer();
-    // Kernel 6.1: completions are worked off when this thread asks for them, not whenever it is interrupted.
-    let deferred = builder.clone().setup_defer_taskrun().setup_taskrun_flag().build(SUBMISSION_ENTRIES);
-    // Kernel 6.0 knows SINGLE_ISSUER and not DEFER_TASKRUN; 5.19 knows neither.
-    let uring = deferred
-        .or_else(|_| builder.clone().setup_coop_taskrun().setup_taskrun_flag().build(SUBMISSION_ENTRIES))
-        .or_else(|_| {
-            IoUring::builder()
-                .dontfork()
-                .setup_cqsize(COMPLETION_ENTRIES)
-                .setup_r_disabled()
-                .setup_coop_taskrun()
-                .setup_taskrun_flag()
-                .build(SUBMISSION_ENTRIES)
-        })
-        .map_err(|error| explain(&error))?;
-    if !uring.params().is_feature_nodrop() || !uring.params().is_feature_ext_arg() {
-        return Err(Unusable {
-            reason: "this kernel's io_uring may lose completions (it is older than 5.11)".into(),
-            fall_back: true,
-        });
-    }
-    let mut allowed = [opcode::PollAdd::CODE, opcode::AsyncCancel::CODE].map(Restriction::sqe_op);
-    uring
-        .submitter()
-        .register_restrictions(&mut allowed)
-        .and_then(|()| uring.submitter().register_enable_rings())
-        .map_err(|error| explain(&error))?;
-    Ok(uring)
-}
-
-fn explain(error: &io::Error) -> Unusable {
-    let errno = error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error);
-    match errno {
-        Errno::PERM | Errno::ACCESS => Unusable { reason: forbidden_by(), fall_back: true },
-        Errno::NOSYS => Unusable {
-            reason: "this kernel, or the sandbox around us, has no io_uring (ENOSYS)".into(),
-            fall_back: true,
-        },
-        Errno::INVAL => Unusable {
-            reason: "this kernel's io_uring is older than 5.19 and lacks what is needed (EINVAL)".into(),
-            fall_back: true,
-        },
-        errno => ran_out("an io_uring", errno),
-    }
-}
-
-fn forbidden_by() -> String {
-    let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
-    match sysctl.trim() {
-        "2" => "io_uring is switched off (sysctl kernel.io_uring_disabled=2)".into(),
-        "1" => "io_uring is kept for a group that we are not in (sysctl kernel.io_uring_disabled=1)".into(),
-        _ => {
-            "io_uring is forbidden here (EPERM; a seccomp profile such as Docker's default does that)".into()
-        }
-    }
-}
-
-fn ran_out(of: &str, errno: Errno) -> Unusable {
-    Unusable { reason: format!("could not get {of}: {errno}"), fall_back: false }
 }
 
 /// `SO_NETNS_COOKIE` (Linux 5.14): a number that tells network namespaces apart and is never given twice.

@@ -167,7 +167,7 @@ impl Work {
         }
     }
 
-    pub(super) fn descriptor(&self) -> &OwnedFd {
+    pub(super) fn socket(&self) -> &Rc<OwnedFd> {
         match self {
             Work::Accept { listener: descriptor }
             | Work::Connect { socket: descriptor }
