@@ -83,7 +83,7 @@ impl<R: Ring> Shard<R> {
     }
 
     fn rest(&mut self, id: SlotId) {
-        let until = self.ring.now() + self.limits.exhausted_pause;
+        let until = self.now + self.limits.exhausted_pause;
         if let Some(listener) = self.listeners.entry_mut(id) {
             Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.resting_until, Some(until));
         }

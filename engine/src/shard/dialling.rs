@@ -60,7 +60,7 @@ impl<R: Ring> Shard<R> {
 
     /// Starts the clock of a connection that has to wait for something, unless it runs already.
     fn await_with_deadline(&mut self, id: SlotId) {
-        let at = self.ring.now() + self.limits.connect_timeout;
+        let at = self.now + self.limits.connect_timeout;
         if let Some(connection) = self.connections.entry_mut(id)
             && connection.deadline.is_none()
         {
@@ -187,7 +187,7 @@ impl<R: Ring> Shard<R> {
                 }
             }
             Err(StockError::Exhausted(_)) => {
-                let until = self.ring.now() + self.limits.exhausted_pause;
+                let until = self.now + self.limits.exhausted_pause;
                 Self::set_timer(
                     &mut self.timers,
                     Timer::Upstream(id),

@@ -26,10 +26,9 @@ impl<R: Ring> Shard<R> {
         let mut next = 0;
         loop {
             if let Some(input) = input.take() {
-                let now = self.ring.now();
                 let Some(connection) = self.connections.entry_mut(id) else { break };
                 let Stage::Relaying(machine) = &mut connection.stage else { break };
-                machine.on(input, now, &self.limits, &mut actions);
+                machine.on(input, self.now, &self.limits, &mut actions);
             }
             let Some(action) = actions.get(next).copied() else { break };
             next += 1;
