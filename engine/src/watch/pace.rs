@@ -5,8 +5,8 @@
 //! `COST_FACTOR × n × c`, and the next one comes then, though never sooner than [`FLOOR`] after it.
 //!
 //! A change seldom comes alone (a dev server opens its port, then the one of its debugger), so for [`BRISK`] after one
-//! scans follow each other at the floor, on credit: up to [`CREDIT`] of time may be owed. What is owed is waited for
-//! afterwards, so the bound holds in the long run whatever happens inside; a namespace that opens and closes ports
+//! scans follow each other at the floor, on credit: up to [`CREDIT`] of time may be owed. What is owed is paid off
+//! afterwards by waiting twice as long between scans (not by one long wait, which would miss the next change), so the bound holds in the long run whatever happens inside; a namespace that opens and closes ports
 //! without end only uses up its own credit. A rescan that was asked for uses the same credit.
 //!
 //! A virtual machine that its host holds up may charge a scan with a hundred times its cost. One such figure would
@@ -65,7 +65,8 @@ impl Pace {
             self.brisk_until = now + BRISK;
         }
         let may_owe = if now < self.brisk_until { CREDIT } else { Duration::ZERO };
-        self.due = self.payable(may_owe).max(now + FLOOR);
+        // Waiting twice the share pays off what this scan cost and as much of the debt.
+        self.due = self.payable(may_owe).min(now + owed.saturating_mul(2)).max(now + FLOOR);
     }
 
     /// Somebody knows of a change: scan at once, as far as the credit reaches, and look again for a while, since a
@@ -151,6 +152,17 @@ mod tests {
         assert_eq!(pace.due(), now + 30 * MS + 60 * MS);
         pace.scanned(now + 90 * MS, 300 * MS, false, 1);
         assert_eq!(pace.due(), now + 90 * MS + 30_000 * MS, "twice in a row is believed");
+    }
+
+    #[test]
+    fn a_debt_is_paid_off_little_by_little() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        for _ in 0..20 {
+            pace.scanned(now, 3 * MS, true, 1);
+            assert!(pace.due() <= now + 600 * MS, "a wait of {:?}", pace.due() - now);
+            now = pace.due();
+        }
     }
 
     proptest! {
