@@ -25,6 +25,8 @@ use crate::limits::Limits;
 use crate::opener::client::StockError;
 
 pub(crate) mod attempt;
+#[cfg(feature = "fake-ring")]
+pub mod fake;
 mod fault;
 mod pool;
 mod uring;
