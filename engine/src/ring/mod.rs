@@ -27,6 +27,8 @@ use crate::opener::client::StockError;
 
 pub(crate) mod attempt;
 mod epoll;
+#[cfg(feature = "fake-ring")]
+pub mod fake;
 mod fault;
 mod pool;
 mod uring;

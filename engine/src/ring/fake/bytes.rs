@@ -1,0 +1,143 @@
+//! Bytes by name. The relay never looks at what it moves, so a simulated byte is its stream and its place in it, and a
+//! byte that is lost, doubled or out of order is told by its number.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use crate::limits::Limits;
+use crate::ring::{Borrowed, Way};
+
+/// Bytes of one stream that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Which stream.
+    pub stream: u32,
+    /// The place of the first byte.
+    pub start: u64,
+    /// How many.
+    pub count: usize,
+}
+
+/// A queue of bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bytes {
+    runs: VecDeque<Run>,
+    count: usize,
+}
+
+impl Bytes {
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Takes in bytes at the end.
+    pub fn push(&mut self, run: Run) {
+        if run.count == 0 {
+            return;
+        }
+        self.count += run.count;
+        if let Some(last) = self.runs.back_mut()
+            && last.stream == run.stream
+            && last.start + last.count as u64 == run.start
+        {
+            last.count += run.count;
+        } else {
+            self.runs.push_back(run);
+        }
+    }
+
+    /// Moves up to `count` bytes from the front of `from` to the end.
+    pub fn pull(&mut self, from: &mut Bytes, count: usize) -> usize {
+        let count = count.min(from.count);
+        let mut left = count;
+        while left > 0 {
+            let Some(first) = from.runs.front_mut() else { break };
+            let taken = left.min(first.count);
+            let run = Run { stream: first.stream, start: first.start, count: taken };
+            first.start += taken as u64;
+            first.count -= taken;
+            if first.count == 0 {
+                from.runs.pop_front();
+            }
+            from.count -= taken;
+            left -= taken;
+            self.push(run);
+        }
+        count
+    }
+
+    /// Throws everything away; tells how much it was.
+    pub fn clear(&mut self) -> usize {
+        self.runs.clear();
+        std::mem::take(&mut self.count)
+    }
+
+    /// The runs, from the front.
+    pub fn runs(&self) -> impl Iterator<Item = Run> {
+        self.runs.iter().copied()
+    }
+}
+
+/// How many buffers and pipes are out, of how many.
+#[derive(Debug)]
+pub(super) struct Pool {
+    lent: [Cell<usize>; 2],
+    most: [usize; 2],
+    bytes: [usize; 2],
+}
+
+impl Pool {
+    pub(super) fn new(limits: &Limits) -> Rc<Pool> {
+        Rc::new(Pool {
+            lent: [Cell::new(0), Cell::new(0)],
+            most: [limits.leases_max, limits.pipes_max],
+            bytes: [limits.lease_bytes, limits.pipe_bytes],
+        })
+    }
+
+    pub(super) fn lent(&self) -> (usize, usize) {
+        (self.lent[0].get(), self.lent[1].get())
+    }
+
+    pub(super) fn can_lend(&self, way: Way) -> bool {
+        self.lent[way as usize].get() < self.most[way as usize]
+    }
+
+    /// What one loan holds at most.
+    pub(super) fn capacity(&self, way: Way) -> usize {
+        self.bytes[way as usize]
+    }
+
+    pub(super) fn lend(self: &Rc<Pool>, way: Way) -> FakeLoan {
+        let lent = &self.lent[way as usize];
+        lent.set(lent.get() + 1);
+        FakeLoan { pool: self.clone(), way, bytes: Bytes::default() }
+    }
+}
+
+/// A simulated buffer or pipe.
+#[derive(Debug)]
+pub struct FakeLoan {
+    pool: Rc<Pool>,
+    way: Way,
+    pub(super) bytes: Bytes,
+}
+
+impl Borrowed for FakeLoan {
+    fn bytes(&self) -> usize {
+        self.bytes.count()
+    }
+
+    fn way(&self) -> Way {
+        self.way
+    }
+}
+
+impl Drop for FakeLoan {
+    fn drop(&mut self) {
+        let lent = &self.pool.lent[self.way as usize];
+        lent.set(lent.get() - 1);
+    }
+}

@@ -1,0 +1,215 @@
+//! The far ends: a client on the host or a server inside, each with a script of its own that needs nothing of the other,
+//! so a run always comes to an end.
+
+use std::time::{Duration, Instant};
+
+use landfall_engine::ring::fake::{Dice, EndId, FakeNet, FarRead};
+
+/// How a far end finishes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// A FIN after the last byte, and then it reads to the end.
+    Fin,
+    /// A reset after so many bytes.
+    Reset,
+    /// A close after the last byte, whether or not there is something to read.
+    Close,
+    /// A FIN, and later a reset.
+    FinThenReset,
+}
+
+/// How the stream that came in ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    Eof,
+    Reset,
+}
+
+#[derive(Debug)]
+pub(crate) struct Far {
+    pub(crate) id: EndId,
+    /// Its number, which names the bytes it sends.
+    pub(crate) stream: u32,
+    pub(crate) is_client: bool,
+    pub(crate) finish: Finish,
+    total: u64,
+    chunk: usize,
+    pause: Duration,
+    gulp: usize,
+    read_pause: Duration,
+    /// It stops reading there for a while.
+    stall: Option<(u64, Duration)>,
+    /// The reset of `FinThenReset`.
+    reset_at: Option<Instant>,
+    write_at: Instant,
+    read_at: Instant,
+    pub(crate) sent: u64,
+    pub(crate) read: u64,
+    pub(crate) fin: bool,
+    /// It has ended the connection itself, so nothing can be told to it.
+    pub(crate) left: bool,
+    pub(crate) told: Option<Told>,
+    /// It was told an end, and reset after that.
+    pub(crate) cut: bool,
+    /// Which stream it gets.
+    pub(crate) hears: Option<u32>,
+}
+
+impl Far {
+    pub(crate) fn new(id: EndId, stream: u32, is_client: bool, dice: &mut Dice, now: Instant) -> Far {
+        let finish = match dice.range(0, 9) {
+            0 => Finish::Reset,
+            1 => Finish::Close,
+            2 => Finish::FinThenReset,
+            _ => Finish::Fin,
+        };
+        let total = match dice.range(0, 5) {
+            0 => 0,
+            1 | 2 => dice.range(1, 50),
+            3 => dice.range(1, 2_000),
+            _ => dice.range(1, 40_000),
+        };
+        let pause = |dice: &mut Dice| match dice.range(0, 3) {
+            0 => Duration::from_micros(dice.range(1, 5_000)),
+            _ => Duration::ZERO,
+        };
+        let stall = dice
+            .chance(250)
+            .then(|| (dice.range(0, 5_000), Duration::from_millis(dice.range(1, 800))));
+        Far {
+            id,
+            stream,
+            is_client,
+            finish,
+            total,
+            chunk: dice.size(1, 4_000),
+            pause: pause(dice),
+            gulp: dice.size(1, 4_000),
+            read_pause: pause(dice),
+            stall,
+            reset_at: None,
+            write_at: now + pause(dice),
+            read_at: now + pause(dice),
+            sent: 0,
+            read: 0,
+            fin: false,
+            left: false,
+            told: None,
+            cut: false,
+            hears: None,
+        }
+    }
+
+    /// Whether it has nothing more to do.
+    pub(crate) fn is_over(&self) -> bool {
+        self.left
+    }
+
+    /// Does what is due. `opposite` is the far end that it talks to, as far as that is known.
+    pub(crate) fn step(&mut self, net: &FakeNet, dice: &mut Dice) -> Result<(), String> {
+        if self.left {
+            return Ok(());
+        }
+        let now = net.net().now();
+        self.read_on(net, dice, now)?;
+        self.write_on(net, dice, now);
+        if self.reset_at.is_some_and(|at| at <= now) {
+            net.net().reset(self.id);
+            self.left = true;
+        }
+        self.cut = self.told == Some(Told::Eof) && !self.left && net.net().is_broken(self.id);
+        let over = match self.told {
+            Some(Told::Reset) => true,
+            Some(Told::Eof) if self.cut => true,
+            Some(Told::Eof) => self.fin && self.finish == Finish::Fin,
+            None => false,
+        };
+        if over && !self.left {
+            net.net().close(self.id);
+            self.left = true;
+        }
+        Ok(())
+    }
+
+    fn write_on(&mut self, net: &FakeNet, dice: &mut Dice, now: Instant) {
+        while !self.fin && !self.left && self.write_at <= now && self.told != Some(Told::Reset) {
+            if self.sent == self.total {
+                self.end_writing(net, dice, now);
+                return;
+            }
+            let most = usize::try_from(self.total - self.sent).unwrap_or(usize::MAX).min(self.chunk);
+            let count = dice.size(1, most);
+            match net.net().write(self.id, self.stream, self.sent, count) {
+                // The reader is told of the reset.
+                None | Some(0) => return,
+                Some(taken) => self.sent += taken as u64,
+            }
+            self.write_at = now + self.pause;
+        }
+    }
+
+    fn end_writing(&mut self, net: &FakeNet, dice: &mut Dice, now: Instant) {
+        let mut net = net.net();
+        match self.finish {
+            Finish::Fin | Finish::FinThenReset => {
+                self.fin = net.shutdown(self.id).is_ok();
+                if self.finish == Finish::FinThenReset {
+                    self.reset_at = Some(now + Duration::from_micros(dice.range(0, 20_000)));
+                }
+            }
+            Finish::Reset => {
+                net.reset(self.id);
+                self.left = true;
+            }
+            Finish::Close => {
+                self.fin = true;
+                net.close(self.id);
+                self.left = true;
+            }
+        }
+    }
+
+    fn read_on(&mut self, net: &FakeNet, dice: &mut Dice, now: Instant) -> Result<(), String> {
+        while self.told.is_none() && self.read_at <= now {
+            if let Some((at, pause)) = self.stall
+                && self.read >= at
+            {
+                self.stall = None;
+                self.read_at = now + pause;
+                return Ok(());
+            }
+            let most = dice.size(1, self.gulp);
+            let got = net.net().read(self.id, most);
+            match got {
+                FarRead::Empty => return Ok(()),
+                FarRead::Eof => self.told = Some(Told::Eof),
+                FarRead::Reset => self.told = Some(Told::Reset),
+                FarRead::Bytes(bytes) => {
+                    for run in bytes.runs() {
+                        let stream = *self.hears.get_or_insert(run.stream);
+                        if run.stream != stream || run.start != self.read {
+                            let (id, read) = (self.stream, self.read);
+                            return Err(format!("{id} expected byte {read} of {stream} and got {run:?}"));
+                        }
+                        self.read += run.count as u64;
+                    }
+                    self.read_at = now + self.read_pause;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// When it acts next without being prompted.
+    pub(crate) fn act_at(&self, now: Instant) -> Option<Instant> {
+        if self.left {
+            return None;
+        }
+        let times = [
+            (!self.fin).then_some(self.write_at),
+            self.told.is_none().then_some(self.read_at),
+            self.reset_at,
+        ];
+        times.into_iter().flatten().filter(|at| *at > now).min()
+    }
+}
