@@ -12,6 +12,7 @@ mod net;
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -88,13 +89,7 @@ enum Tried {
 impl FakeRing {
     /// A ring over `net`, with pools as `limits` say.
     pub fn new(net: FakeNet, limits: &Limits) -> FakeRing {
-        FakeRing {
-            net,
-            pool: Pool::new(limits),
-            flights: BTreeMap::new(),
-            tokens: HashSet::new(),
-            keys: 0,
-        }
+        FakeRing { net, pool: Pool::new(limits), flights: BTreeMap::new(), tokens: HashSet::new(), keys: 0 }
     }
 
     /// Buffers and pipes on loan now.
@@ -346,7 +341,8 @@ impl FakeRing {
             }
             self.finish_flight(key, completions);
             // A send that took a part goes on at the next look.
-            let goes_on = self.flights.get(&key).is_some_and(|flight| self.is_ready(&flight.op, &flight.fate));
+            let goes_on =
+                self.flights.get(&key).is_some_and(|flight| self.is_ready(&flight.op, &flight.fate));
             put_off |= goes_on;
         }
         put_off
@@ -447,13 +443,13 @@ impl Ring for FakeRing {
                 self.tokens.insert(token);
                 let flight = Flight { token, op, cancelled: false, not_before: 0, delayed: false, fate };
                 self.flights.insert(self.keys, flight);
-                Submitted::Pending(OpKey(self.keys))
+                Submitted::Pending(OpKey(NonZeroU64::MIN.saturating_add(self.keys)))
             }
         }
     }
 
     fn cancel(&mut self, key: OpKey) {
-        if let Some(flight) = self.flights.get_mut(&key.0) {
+        if let Some(flight) = self.flights.get_mut(&(key.0.get() - 1)) {
             flight.cancelled = true;
             flight.delayed = false;
         }

@@ -73,9 +73,8 @@ impl Far {
             0 => Duration::from_micros(dice.range(1, 5_000)),
             _ => Duration::ZERO,
         };
-        let stall = dice
-            .chance(250)
-            .then(|| (dice.range(0, 5_000), Duration::from_millis(dice.range(1, 800))));
+        let stall =
+            dice.chance(250).then(|| (dice.range(0, 5_000), Duration::from_millis(dice.range(1, 800))));
         Far {
             id,
             stream,

@@ -389,7 +389,9 @@ impl World {
         if !far.left {
             return Err(format!("{} was never told an end: {far:?}", far.stream));
         }
-        let Some(opposite) = net.opposite(far.id).and_then(|end| self.by_end.get(&end)) else { return Ok(()) };
+        let Some(opposite) = net.opposite(far.id).and_then(|end| self.by_end.get(&end)) else {
+            return Ok(());
+        };
         let opposite = &self.fars[*opposite];
         let plain = far.finish == Finish::Fin && opposite.finish == Finish::Fin && !self.forced;
         if plain && (far.told != Some(Told::Eof) || far.cut) {
