@@ -8,8 +8,8 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use super::shard_thread::ShardThread;
 use crate::command::{
-    Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind, Reach,
-    UpstreamId, WatchSources,
+    Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind,
+    Listening, Reach, UpstreamId, WatchSources,
 };
 use crate::listener;
 use crate::shard::{Report, ShardCommand};
@@ -25,6 +25,8 @@ pub(super) enum Message {
 
 /// How many forwards of a state fit one event, and so one message (about 330 bytes of JSON each).
 const FORWARDS_PER_STATE: usize = 256;
+/// How many listeners fit one event (about 100 bytes of JSON each).
+const LISTENERS_PER_EVENT: usize = 1_024;
 
 pub(super) struct Conductor {
     shards: Vec<ShardThread>,
@@ -294,7 +296,7 @@ impl Conductor {
         match event {
             WatchEvent::Listeners { upstream, opened, closed } => {
                 if self.upstreams.get(&upstream).is_some_and(|held| !held.leaving) {
-                    self.tell(Event::Listeners { upstream, opened, closed });
+                    self.tell_listeners(upstream, &opened, &closed);
                 }
             }
             WatchEvent::Lost { upstream, reason } => {
@@ -302,6 +304,20 @@ impl Conductor {
                     self.remove_upstream(upstream, Ending::Drain, Some(reason));
                 }
             }
+        }
+    }
+
+    /// Tells of listeners in as many events as fit messages. What closed comes first, since a server that was replaced is in both.
+    fn tell_listeners(&self, upstream: UpstreamId, opened: &[Listening], closed: &[Listening]) {
+        if opened.len() + closed.len() <= LISTENERS_PER_EVENT {
+            let (opened, closed) = (opened.to_vec(), closed.to_vec());
+            return self.tell(Event::Listeners { upstream, opened, closed });
+        }
+        for closed in closed.chunks(LISTENERS_PER_EVENT) {
+            self.tell(Event::Listeners { upstream, opened: Vec::new(), closed: closed.to_vec() });
+        }
+        for opened in opened.chunks(LISTENERS_PER_EVENT) {
+            self.tell(Event::Listeners { upstream, opened: opened.to_vec(), closed: Vec::new() });
         }
     }
 }
