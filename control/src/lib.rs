@@ -15,3 +15,5 @@ pub mod name;
 pub mod policy;
 pub mod processes;
 pub mod reconcile;
+pub mod sandbox;
+pub mod waiting;
