@@ -11,6 +11,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
+pub mod forward;
 pub mod name;
 pub mod policy;
 pub mod processes;
