@@ -1,0 +1,196 @@
+//! The arguments, and nothing but them. Help texts are the first documentation people meet.
+
+use std::ffi::OsString;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::policy::{Policy, PortList};
+
+/// What listens in a container answers on the host's localhost.
+#[derive(Debug, Parser)]
+#[command(name = "landfall", version, max_term_width = 100, after_help = EXIT_CODES)]
+#[command(disable_help_subcommand = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0        done as asked; the exit code of the command after `run`
+  1        `doctor`: forwarding does not work here
+  2        the command line makes no sense
+  3        `attach`: no such process or namespace
+  4        `attach`: not permitted
+  125      landfall itself failed
+  126/127  `run`: the command cannot be executed / does not exist
+  128+N    `run`: the command was ended by signal N";
+
+const RUN_NOTES: &str = "\
+The command has its standard streams, its signals and its exit code as if it were started without
+landfall. What landfall itself has to say goes to standard error, with --json as well.
+
+Example: landfall run -- npm run dev";
+
+/// The verbs. Those that begin with `_` are how landfall starts parts of itself.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run a command in a network of its own; what it listens on answers on localhost
+    #[command(after_help = RUN_NOTES)]
+    Run(RunArgs),
+    /// Forward what listens in a network namespace that exists already
+    Attach(AttachArgs),
+    /// Tell what this machine allows, and whether forwarding works
+    Doctor(DoctorArgs),
+    /// The inner process of a sandbox
+    #[command(name = "_sandbox", hide = true)]
+    Sandbox(InnerArgs),
+    /// The engine, driven over a socket
+    #[command(name = "_engine", hide = true)]
+    Engine(EngineArgs),
+    /// Makes sockets inside a namespace
+    #[command(name = "_opener", hide = true)]
+    Opener,
+    /// A program that ends with the process that started it
+    #[command(name = "_tied", hide = true)]
+    Tied(InnerArgs),
+}
+
+impl Verb {
+    /// Whether errors are told as JSON.
+    pub fn json(&self) -> bool {
+        match self {
+            Verb::Run(args) => args.common.json,
+            Verb::Attach(args) => args.common.json,
+            Verb::Doctor(args) => args.json,
+            Verb::Sandbox(_) | Verb::Engine(_) | Verb::Opener | Verb::Tied(_) => false,
+        }
+    }
+}
+
+/// What `run` and `attach` share.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// Name to show for this namespace
+    #[arg(long, value_parser = parse_name)]
+    pub name: Option<String>,
+    /// Forward only these ports: 3000,8000-8100 or 80,* (below 1024 only what is named)
+    #[arg(long, value_name = "PORTS")]
+    pub allow: Option<PortList>,
+    /// Never forward these ports
+    #[arg(long, value_name = "PORTS")]
+    pub deny: Option<PortList>,
+    /// How bytes are moved
+    #[arg(long, value_enum, default_value_t = Ring::Auto)]
+    pub ring: Ring,
+    /// Tell what happens as JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Common {
+    /// The port policy that was asked for.
+    pub fn policy(&self) -> Policy {
+        Policy { allow: self.allow.clone(), deny: self.deny.clone().unwrap_or_default() }
+    }
+}
+
+/// `landfall run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// What `attach` has, too.
+    #[command(flatten)]
+    pub common: Common,
+    /// How the command reaches the world: through pasta, if it is installed; or not at all
+    #[arg(long, value_enum, default_value_t = Net::Auto)]
+    pub net: Net,
+    /// The command and its arguments
+    #[arg(required = true, last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// `landfall attach`
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// Whose namespaces.
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// What `run` has, too.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Exactly one way to name a namespace.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct TargetArgs {
+    /// A process that is in the namespace
+    #[arg(long, value_parser = parse_pid)]
+    pub pid: Option<NonZeroU32>,
+    /// A file that stands for the namespace, such as /run/netns/NAME
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
+}
+
+/// `landfall doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall _engine`
+#[derive(Debug, Args)]
+pub struct EngineArgs {
+    /// Where it listens for its driver.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+}
+
+/// The command of an inner process.
+#[derive(Debug, Args)]
+pub struct InnerArgs {
+    /// The command and its arguments.
+    #[arg(last = true)]
+    pub command: Vec<OsString>,
+}
+
+/// Which ring moves the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Ring {
+    /// io_uring where the kernel allows it, else epoll.
+    Auto,
+    /// io_uring or nothing.
+    #[value(name = "io_uring")]
+    IoUring,
+    /// epoll.
+    Epoll,
+}
+
+/// Outbound network of a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Net {
+    /// Loopback only.
+    None,
+    /// Through pasta, or it is an error.
+    Pasta,
+    /// Through pasta where it is installed and works.
+    Auto,
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    if crate::name::sanitise(text) == text {
+        Ok(text.to_owned())
+    } else {
+        Err("a name starts with a letter or digit and consists of letters, digits, '_', '.' and '-'"
+            .to_owned())
+    }
+}
+
+fn parse_pid(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| "a process id is a number from 1".to_owned())
+}

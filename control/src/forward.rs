@@ -1,0 +1,320 @@
+//! Forwarding what listens in one namespace: the loop that `run` and `attach` share.
+//!
+//! The engine, in this process, tells what it sees and what became of what it was asked for. The forwarder turns
+//! that into commands, by way of the pure planner, and into lines for people. [`Session`] is the shell around it
+//! that has the engine, the queue and the clock.
+
+mod engine;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::num::NonZeroU16;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use landfall_engine::command::{
+    Command, Event, ListenFailure, ListenFailureKind, RingKind, RingReport, UpstreamId,
+};
+use landfall_engine::engine::StartError;
+use landfall_engine::opener::client::{OpenError, Opener, Target};
+use landfall_engine::process::{self, CommandSocket};
+use nix::sys::signal::Signal;
+use thiserror::Error;
+
+use crate::cli::args::Ring;
+use crate::cli::output::{Report, Talk};
+use crate::policy::{Decision, Policy};
+use crate::processes;
+use crate::reconcile::plan::{Change, Forwards, Observation};
+use crate::waiting::{self, Happening, Origin, Signals, Watched};
+use engine::Driver;
+
+/// There is one namespace in a session.
+const UPSTREAM: UpstreamId = UpstreamId(1);
+/// How long the engine may take to begin, and to take a namespace in. It takes milliseconds.
+const BEGIN_MAX: Duration = Duration::from_secs(10);
+
+/// How long the engine may take to end once it is told to.
+const STOP_MAX: Duration = Duration::from_secs(1);
+
+/// Why nothing is forwarded.
+#[derive(Debug, Error)]
+pub enum ForwardError {
+    /// The engine did not start.
+    #[error("the relay engine did not start")]
+    Engine(#[from] StartError),
+    /// A thread could not be started.
+    #[error("cannot start a thread")]
+    Thread(#[from] io::Error),
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The engine ended, or did not answer.
+    #[error("the relay engine {0}")]
+    Lost(String),
+}
+
+/// What is to be forwarded, and how.
+#[derive(Debug)]
+pub struct Options {
+    /// What people call the namespace.
+    pub name: String,
+    /// Which ports.
+    pub policy: Policy,
+    /// Which ring.
+    pub ring: Ring,
+    /// Where lines go.
+    pub talk: Talk,
+}
+
+/// Something that the verb has to act on.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Wakeup {
+    /// A signal came.
+    Signal(Signal, Origin),
+    /// A process ended.
+    Ended(Watched),
+    /// The engine let the namespace go, or ended.
+    Lost(String),
+    /// The tick that was asked for.
+    Tick,
+}
+
+/// One namespace that is being forwarded.
+pub struct Session {
+    engine: Driver,
+    happenings: Receiver<Happening>,
+    queue: Sender<Happening>,
+    forwarder: Forwarder,
+    talk: Talk,
+}
+
+impl Session {
+    /// Starts the engine, enters the namespace, and returns when what listens there now has been taken in: from
+    /// then on not even the first listener is missed.
+    pub fn open(target: Target, options: Options) -> Result<Session, ForwardError> {
+        let (queue, happenings) = mpsc::channel();
+        let (engine, events) = engine::start(options.ring)?;
+        waiting::relay_events(events, queue.clone())?;
+        let forwarder = Forwarder::new(options.name, options.policy);
+        let mut session = Session { engine, happenings, queue, forwarder, talk: options.talk };
+
+        let shards = session.expect(|event| match event {
+            Event::Ready { shards, .. } => Some(*shards),
+            _ => None,
+        })?;
+        let mut opener = Opener::spawn(Path::new("/proc/self/exe"), target)?;
+        let (sources, descriptors) = opener.upstream(shards)?;
+        let netns_cookie = opener.netns_cookie();
+        let add = Command::AddUpstream { upstream: UPSTREAM, netns_cookie, sources };
+        session.engine.apply(add, descriptors);
+        session.expect(|event| matches!(event, Event::Listeners { .. }).then_some(()))?;
+        Ok(session)
+    }
+
+    /// Begins to tell of signals and of the ends of processes.
+    pub fn watch(&self, signals: Signals, pidfds: BTreeMap<Watched, OwnedFd>) -> io::Result<()> {
+        waiting::watch(signals, pidfds, self.queue.clone())
+    }
+
+    /// Forwards until something happens that is the verb's business, or `tick` has passed.
+    pub fn next(&mut self, tick: Option<Duration>) -> Wakeup {
+        let end = tick.map(|tick| Instant::now() + tick);
+        loop {
+            let due = [end, self.forwarder.forwards.due()].into_iter().flatten().min();
+            let happening = match due {
+                None => self.happenings.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(due) => self.happenings.recv_timeout(due.saturating_duration_since(Instant::now())),
+            };
+            let lost = match happening {
+                Ok(Happening::Engine(event)) => self.take(&event).err().map(|error| error.to_string()),
+                Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
+                Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
+                Ok(Happening::EngineEnded) => Some("the relay engine ended".to_owned()),
+                Err(RecvTimeoutError::Disconnected) => Some("nothing more can happen".to_owned()),
+                Err(RecvTimeoutError::Timeout) if end.is_some_and(|end| Instant::now() >= end) => {
+                    return Wakeup::Tick;
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.replan();
+                    None
+                }
+            };
+            if let Some(lost) = lost {
+                return Wakeup::Lost(lost);
+            }
+        }
+    }
+
+    /// Waits as [`Session::next`] does when the engine is lost, for all that is left to happen.
+    pub fn next_without_engine(&mut self) -> Wakeup {
+        loop {
+            match self.happenings.recv() {
+                Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
+                Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
+                Ok(Happening::Engine(_) | Happening::EngineEnded) => {}
+                // The queue cannot close while this value holds one of its ends.
+                Err(_) => return Wakeup::Lost("nothing more can happen".to_owned()),
+            }
+        }
+    }
+
+    /// Lets open connections finish for at most `patience`, then ends the engine: what a server sent just before
+    /// it exited may still be on its way.
+    pub fn close(mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        for (command, until) in [(Command::Drain, deadline), (Command::Stop, deadline + STOP_MAX)] {
+            self.engine.apply(command, Vec::new());
+            loop {
+                match self.happenings.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                    Ok(Happening::Engine(Event::Stopped) | Happening::EngineEnded) => return,
+                    Ok(Happening::Engine(event)) => {
+                        let (reports, _) = self.forwarder.hear(&event, Instant::now());
+                        reports.iter().for_each(|report| self.talk.report(report));
+                    }
+                    Ok(_) => {}
+                    Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            }
+        }
+    }
+
+    /// Takes events in until one is what is waited for.
+    fn expect<T>(&mut self, wanted: impl Fn(&Event) -> Option<T>) -> Result<T, ForwardError> {
+        let deadline = Instant::now() + BEGIN_MAX;
+        loop {
+            match self.happenings.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Happening::Engine(event)) => {
+                    let found = wanted(&event);
+                    self.take(&event)?;
+                    if let Some(found) = found {
+                        return Ok(found);
+                    }
+                }
+                Ok(Happening::EngineEnded) | Err(RecvTimeoutError::Disconnected) => {
+                    return Err(ForwardError::Lost("ended as it began".to_owned()));
+                }
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(ForwardError::Lost("did not answer".to_owned()));
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, event: &Event) -> Result<(), ForwardError> {
+        let (reports, lost) = self.forwarder.hear(event, Instant::now());
+        reports.iter().for_each(|report| self.talk.report(report));
+        if let Some(reason) = lost {
+            return Err(ForwardError::Lost(reason));
+        }
+        self.replan();
+        Ok(())
+    }
+
+    fn replan(&mut self) {
+        for command in self.forwarder.commands(Instant::now()) {
+            self.engine.apply(command, Vec::new());
+        }
+    }
+}
+
+/// Which ring the engine chooses here, and why it is not io_uring where it is not.
+pub fn ring() -> Result<RingReport, StartError> {
+    match engine::engine(Ring::Auto)?.ready() {
+        Event::Ready { ring, .. } => Ok(ring.clone()),
+        _ => Ok(RingReport { kind: RingKind::Epoll, reason: Some("the engine did not say".to_owned()) }),
+    }
+}
+
+/// `landfall _engine`: an engine that is driven over a socket at `path`, until it is told to end.
+pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let socket = CommandSocket::bind(path)?;
+    // While there is one thread: those that the engine starts have no more than this one.
+    process::shed_privileges()?;
+    let (handle, events) = engine::engine(Ring::Auto)?.into_parts();
+    // Each driver is told this first; taken off here, so that the first of them is not told twice.
+    let ready = events.recv()?;
+    Ok(process::serve(socket, &ready, &handle, events, process::IDLE_EXIT)?)
+}
+
+/// What is known of one namespace: events in, commands and reports out.
+struct Forwarder {
+    name: String,
+    policy: Policy,
+    seen: Observation,
+    forwards: Forwards,
+    told_denied: BTreeSet<NonZeroU16>,
+}
+
+impl Forwarder {
+    fn new(name: String, policy: Policy) -> Forwarder {
+        let forwards = Forwards::new(UPSTREAM);
+        Forwarder { name, policy, seen: Observation::default(), forwards, told_denied: BTreeSet::new() }
+    }
+
+    /// Takes an event in. Answers with what people are told, and why there will be no more, if so.
+    fn hear(&mut self, event: &Event, now: Instant) -> (Vec<Report>, Option<String>) {
+        let mut reports = Vec::new();
+        match event {
+            Event::Listeners { opened, closed, .. } => {
+                self.seen.update(opened, closed);
+                reports.extend(self.newly_denied());
+            }
+            Event::UpstreamRemoved { reason, .. } => {
+                let reason = reason.clone().unwrap_or_else(|| "it was asked to".to_owned());
+                return (reports, Some(format!("let the namespace go: {reason}")));
+            }
+            Event::Refused { reason } => reports.push(warning(format!("the relay engine refused: {reason}"))),
+            Event::Degraded { what } => reports.push(warning(what.clone())),
+            Event::Recovered { what } => {
+                reports.push(Report::Note { text: format!("recovered: {what}"), hint: None });
+            }
+            Event::Stopped => return (reports, Some("has ended".to_owned())),
+            _ => reports.extend(self.forwards.answered(event, now).map(|change| self.tell(change))),
+        }
+        (reports, None)
+    }
+
+    /// What the engine is to do now; noted as asked.
+    fn commands(&mut self, now: Instant) -> Vec<Command> {
+        let commands = self.forwards.plan(&self.seen, &self.policy, now);
+        self.forwards.issued(&commands, &self.seen, &self.policy);
+        commands
+    }
+
+    /// Each denied port is told once, however often its server restarts.
+    fn newly_denied(&mut self) -> Vec<Report> {
+        let mut reports = Vec::new();
+        for port in self.seen.reach().into_keys() {
+            if let Decision::Deny(reason) = self.policy.decide(port)
+                && self.told_denied.insert(port)
+            {
+                reports.push(Report::Denied { port, reason });
+            }
+        }
+        reports
+    }
+
+    fn tell(&self, change: Change) -> Report {
+        match change {
+            Change::Opened(port) => {
+                let inodes: Vec<u64> = self.seen.inodes(port).collect();
+                let process = processes::owner_of_sockets(&inodes);
+                Report::Forward { port, name: self.name.clone(), process }
+            }
+            Change::Closed(port) => Report::Closed { port },
+            Change::Failed(port, ListenFailure { kind: ListenFailureKind::Taken, .. }) => {
+                Report::Taken { port, holder: processes::holder_of_port(port) }
+            }
+            Change::Failed(port, failure) => Report::Failed { port, detail: failure.detail },
+        }
+    }
+}
+
+fn warning(text: String) -> Report {
+    Report::Warning { text, hint: None }
+}

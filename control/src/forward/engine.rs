@@ -1,0 +1,39 @@
+//! The engine in this process. The one file that starts it.
+
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::Receiver;
+
+use landfall_engine::command::{Command, Event};
+use landfall_engine::engine::{Engine, EngineOptions, Handle, StartError};
+use landfall_engine::limits::Limits;
+use landfall_engine::process::Drive;
+use landfall_engine::ring::RingChoice;
+
+use crate::cli::args::Ring;
+
+/// The end of the engine that takes commands.
+#[derive(Debug)]
+pub(super) struct Driver(Handle);
+
+impl Driver {
+    /// What comes of it is told by events.
+    pub(super) fn apply(&self, command: Command, descriptors: Vec<OwnedFd>) {
+        self.0.apply(command, descriptors);
+    }
+}
+
+/// Starts an engine and tells its two ends apart.
+pub(super) fn start(ring: Ring) -> Result<(Driver, Receiver<Event>), StartError> {
+    let (handle, events) = engine(ring)?.into_parts();
+    Ok((Driver(handle), events))
+}
+
+/// Starts an engine.
+pub(super) fn engine(ring: Ring) -> Result<Engine, StartError> {
+    let ring = match ring {
+        Ring::Auto => RingChoice::Auto,
+        Ring::IoUring => RingChoice::IoUring,
+        Ring::Epoll => RingChoice::Epoll,
+    };
+    Engine::start(EngineOptions { limits: Limits::default(), ring })
+}

@@ -1,0 +1,21 @@
+//! landfall: what listens in a container answers on the host's localhost.
+//!
+//! This crate decides and talks; the engine (`landfall-engine`) moves the bytes and never knows a name.
+//!
+//! - `policy` and `reconcile` are pure: what may be exposed, and which commands close the gap.
+//! - `forward` is the shell around them: events of the engine in, commands and lines for people out.
+//! - `sandbox` makes a namespace for `landfall run`; `processes` finds out who owns a socket.
+//! - `cli` has one file a verb. What a program prints goes through `cli::output`, nowhere else.
+//!
+//! Absent on purpose: unsafe code, signals by process id (a pidfd cannot hit a stranger), and any state on disk.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod forward;
+pub mod name;
+pub mod policy;
+pub mod processes;
+pub mod reconcile;
+pub mod sandbox;
+pub mod waiting;

@@ -1,0 +1,147 @@
+//! Facts about processes, read from `/proc`: who owns a socket. The one file that names the `procfs` crate.
+//!
+//! All of it is for the eyes of people. A process may be gone, hidden or lying about its name; then less is said,
+//! and nothing else depends on it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
+
+use nix::unistd::{Uid, User};
+use procfs::net::{TcpNetEntry, TcpState};
+use procfs::process::{FDTarget, Process};
+
+/// A process, as people are told of it. Its name is its own choice: escape it before it reaches a terminal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessFact {
+    /// Its name: the program it was started as where that is one word, else the kernel's short name.
+    pub name: String,
+    /// Its process id in our namespace.
+    pub pid: u32,
+}
+
+/// Who holds a port of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// A process that we may look at, with its command line.
+    Process(ProcessFact, String),
+    /// A process that is not ours to see; its user is known.
+    User(String),
+    /// Nothing listens there, or nothing could be read.
+    Unknown,
+}
+
+/// Finds the process that holds one of the sockets in `inodes`; the lowest process id, since that is the parent of
+/// those that share a socket.
+pub fn owner_of_sockets(inodes: &[u64]) -> Option<ProcessFact> {
+    owner(inodes).map(|process| fact(&process))
+}
+
+/// Finds who listens on a port of the host's loopback addresses (or on all addresses).
+pub fn holder_of_port(port: NonZeroU16) -> Holder {
+    let rows = procfs::net::tcp().unwrap_or_default().into_iter();
+    let rows6 = procfs::net::tcp6().unwrap_or_default().into_iter();
+    let mut rows: Vec<TcpNetEntry> = rows.chain(rows6).filter(|row| holds(row, port)).collect();
+    // A listener explains more than the end of a connection that happens to have this port.
+    rows.sort_by_key(|row| row.state != TcpState::Listen);
+    let inodes: Vec<u64> = rows.iter().map(|row| row.inode).filter(|inode| *inode != 0).collect();
+    if let Some(process) = owner(&inodes) {
+        let line = process.cmdline().unwrap_or_default().join(" ");
+        return Holder::Process(fact(&process), line);
+    }
+    rows.first().map_or(Holder::Unknown, |row| Holder::User(user_name(row.uid)))
+}
+
+/// The name of a process by its id.
+pub fn process_name(pid: u32) -> Option<String> {
+    let process = Process::new(i32::try_from(pid).ok()?).ok()?;
+    Some(name(&process))
+}
+
+/// The name of a user, or its number where the user database has none.
+pub fn user_name(uid: u32) -> String {
+    match User::from_uid(Uid::from_raw(uid)) {
+        Ok(Some(user)) => user.name,
+        _ => format!("uid {uid}"),
+    }
+}
+
+fn holds(row: &TcpNetEntry, port: NonZeroU16) -> bool {
+    let ours = match row.local_address.ip() {
+        IpAddr::V4(ip) => ip == Ipv4Addr::LOCALHOST || ip.is_unspecified(),
+        IpAddr::V6(ip) => ip == Ipv6Addr::LOCALHOST || ip.is_unspecified(),
+    };
+    ours && row.local_address.port() == port.get() && row.state != TcpState::TimeWait
+}
+
+fn owner(inodes: &[u64]) -> Option<Process> {
+    if inodes.is_empty() {
+        return None;
+    }
+    let all = procfs::process::all_processes().ok()?;
+    all.flatten().filter(|process| has_socket(process, inodes)).min_by_key(|process| process.pid)
+}
+
+fn has_socket(process: &Process, inodes: &[u64]) -> bool {
+    let Ok(descriptors) = process.fd() else { return false };
+    descriptors
+        .flatten()
+        .any(|descriptor| matches!(descriptor.target, FDTarget::Socket(inode) if inodes.contains(&inode)))
+}
+
+fn fact(process: &Process) -> ProcessFact {
+    ProcessFact { name: name(process), pid: u32::try_from(process.pid).unwrap_or(0) }
+}
+
+/// `node` names its main thread `MainThread`, so the program it was started as says more; `nginx` rewrites its
+/// arguments to a sentence (`nginx: master process …`), so the kernel's name says more.
+fn name(process: &Process) -> String {
+    let started_as = process.cmdline().ok().and_then(|words| words.into_iter().next());
+    let comm = process.stat().map(|stat| stat.comm).unwrap_or_default();
+    pick_name(started_as.as_deref(), &comm)
+}
+
+fn pick_name(started_as: Option<&str>, comm: &str) -> String {
+    let program = started_as.and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+    let program = program.strip_prefix('-').unwrap_or(program);
+    let one_word = !program.is_empty() && !program.contains(char::is_whitespace) && !program.ends_with(':');
+    let whole = started_as.is_some_and(|path| !path.contains(char::is_whitespace));
+    if one_word && whole { program.to_owned() } else { comm.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_name_is_the_program_unless_the_process_rewrote_it() {
+        assert_eq!(pick_name(Some("/usr/bin/node"), "MainThread"), "node");
+        assert_eq!(pick_name(Some("nginx: master process /usr/sbin/nginx"), "nginx"), "nginx");
+        assert_eq!(pick_name(Some("-bash"), "bash"), "bash");
+        assert_eq!(pick_name(Some(""), "kworker"), "kworker");
+        assert_eq!(pick_name(None, "zombie"), "zombie");
+    }
+
+    #[test]
+    fn the_holder_of_a_port_is_found_by_port_and_by_inode() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = NonZeroU16::new(listener.local_addr().unwrap().port()).unwrap();
+        let Holder::Process(fact, line) = holder_of_port(port) else {
+            panic!("our own listener was not found")
+        };
+        assert_eq!(fact.pid, std::process::id());
+        assert!(!line.is_empty());
+        let inode = rustix::fs::fstat(listener.as_fd()).unwrap().st_ino;
+        assert_eq!(owner_of_sockets(&[inode]), Some(fact));
+        assert_eq!(owner_of_sockets(&[]), None);
+        drop(listener);
+        assert_eq!(holder_of_port(port), Holder::Unknown);
+    }
+
+    #[test]
+    fn a_user_without_a_name_is_told_by_number() {
+        assert_eq!(user_name(0), "root");
+        assert_eq!(user_name(3_999_999_999), "uid 3999999999");
+    }
+}

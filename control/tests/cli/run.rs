@@ -1,0 +1,246 @@
+//! `landfall run` with the real binary: who the command is, what it has, and how it ends.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use crate::support::{Nobody, Running, landfall, output, stderr, stdout};
+use rustix::process::Signal;
+
+fn run(script: &str) -> Command {
+    let mut command = landfall();
+    command.args(["run", "--net", "none", "--", "sh", "-c", script]);
+    command
+}
+
+#[test]
+fn the_exit_code_is_the_commands() {
+    let code = |script: &str| output(&["run", "--net", "none", "--", "sh", "-c", script]).status.code();
+    assert_eq!(code("exit 0"), Some(0));
+    assert_eq!(code("exit 77"), Some(77));
+    assert_eq!(code("kill -TERM $$"), Some(128 + 15));
+    assert_eq!(code("kill -KILL $$"), Some(128 + 9));
+}
+
+#[test]
+fn the_standard_streams_are_the_commands() {
+    let mut command = run("cat; echo talk >&2");
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"data\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(stdout(&output), "data\n");
+    assert_eq!(stderr(&output), "talk\n", "landfall has nothing to say");
+}
+
+#[test]
+fn a_pipe_ends_when_the_command_closes_it() {
+    let mut running = Running::start(run("echo ready; exec >&-; read line"));
+    running.out("ready");
+    running.out_ends();
+    drop(running.child.stdin.take());
+    assert_eq!(running.exit_code(), Some(1));
+}
+
+#[test]
+fn a_user_stays_that_user_and_gains_nothing() {
+    let Some(nobody) = Nobody::new() else { return };
+    let script =
+        "id -u; id -g; grep -E 'Cap(Inh|Prm|Eff|Amb)|SigBlk' /proc/self/status; ls /proc/self/fd | wc -l";
+    let output = nobody
+        .landfall()
+        .args(["run", "--net", "none", "--", "sh", "-c", script])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let zero = "0000000000000000";
+    let listing = stdout(
+        &Command::new("sh").args(["-c", "ls /proc/self/fd | wc -l"]).stdin(Stdio::null()).output().unwrap(),
+    );
+    assert_eq!(
+        stdout(&output),
+        format!(
+            "65534\n65534\nSigBlk:\t{zero}\nCapInh:\t{zero}\nCapPrm:\t{zero}\nCapEff:\t{zero}\nCapAmb:\t{zero}\n{listing}"
+        ),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn root_keeps_its_users_so_that_servers_can_drop_to_theirs() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let output = output(&[
+        "run",
+        "--net",
+        "none",
+        "--",
+        "setpriv",
+        "--reuid=33",
+        "--regid=33",
+        "--clear-groups",
+        "id",
+        "-u",
+    ]);
+    assert_eq!(stdout(&output), "33\n", "{}", stderr(&output));
+}
+
+/// Listens on a port inside, says so, and waits for the end of its standard input.
+const LISTEN: &str = "
+import socket, sys
+s = socket.create_server(('127.0.0.1', int(sys.argv[1])))
+c = socket.create_connection(s.getsockname())
+print('listening', flush=True)
+sys.stdin.read()";
+
+#[test]
+fn two_commands_listen_on_the_same_port_each_in_its_own_loopback() {
+    let start = || {
+        let mut command = landfall();
+        command.args(["run", "--net", "none", "--deny", "*", "--", "python3", "-c", LISTEN, "3000"]);
+        Running::start(command)
+    };
+    let (mut one, mut two) = (start(), start());
+    one.out("listening");
+    two.out("listening");
+    for running in [&mut one, &mut two] {
+        drop(running.child.stdin.take());
+        assert_eq!(running.exit_code(), Some(0));
+    }
+}
+
+#[test]
+fn a_user_without_privilege_has_a_loopback_too() {
+    let Some(nobody) = Nobody::new() else { return };
+    let mut command = nobody.landfall();
+    // The python of a developer may lie where nobody may look.
+    command.args(["run", "--net", "none", "--deny", "*", "--", "/usr/bin/env", "-S", "bash", "-c"]);
+    command.arg("exec 3<>/dev/tcp/127.0.0.1/1");
+    let output = command.output().unwrap();
+    assert!(stderr(&output).contains("Connection refused"), "the loopback is up: {}", stderr(&output));
+}
+
+#[test]
+fn signals_sent_to_landfall_reach_the_command() {
+    for (signal, name) in [
+        (Signal::TERM, "TERM"),
+        (Signal::HUP, "HUP"),
+        (Signal::INT, "INT"),
+        (Signal::USR1, "USR1"),
+        (Signal::USR2, "USR2"),
+    ] {
+        let mut running = Running::start(run(&format!(
+            "trap 'echo got {name}; exit 3' {name}; echo ready; while :; do sleep 0.05; done"
+        )));
+        running.out("ready");
+        running.signal(signal);
+        running.out(&format!("got {name}"));
+        assert_eq!(running.exit_code(), Some(3));
+    }
+}
+
+#[test]
+fn a_landfall_that_is_killed_takes_the_command_with_it() {
+    let mut running = Running::start(run("echo ready; exec sleep 1000"));
+    running.out("ready");
+    running.signal(Signal::KILL);
+    running.out_ends();
+    assert_eq!(running.exit_code(), None);
+}
+
+/// Says how many SIGINT came within a moment of the first.
+const COUNT_INTERRUPTS: &str = "
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print('ready', flush=True)
+signal.sigwait([signal.SIGINT])
+print('twice' if signal.sigtimedwait([signal.SIGINT], 0.5) else 'once', flush=True)";
+
+#[test]
+fn ctrl_c_reaches_the_command_once() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let path = ptsname(&terminal, Vec::new()).unwrap();
+    let inner = std::fs::OpenOptions::new().read(true).write(true).open(path.to_str().unwrap()).unwrap();
+
+    let mut command = Command::new("setsid");
+    command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_landfall"), "run", "--net", "none", "--"]);
+    command.args(["python3", "-c", COUNT_INTERRUPTS]);
+    let mut child = command.stdin(inner).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let out = child.stdout.take().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(out));
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    rustix::io::write(&terminal, b"\x03").unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), "once");
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn without_pasta_there_is_no_way_out_and_that_is_said_once() {
+    let run = |net: &str| {
+        let mut command = landfall();
+        command.env("PATH", "/nonexistent").args(["run", "--net", net, "--", "/bin/true"]);
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    let auto = run("auto");
+    assert_eq!(auto.status.code(), Some(0));
+    assert_eq!(
+        stderr(&auto),
+        "note     the command has no outbound network: pasta is not installed\n\
+         hint: install passt, which brings pasta, or say --net none\n"
+    );
+    let pasta = run("pasta");
+    assert_eq!(pasta.status.code(), Some(125));
+    assert!(stderr(&pasta).starts_with("error: pasta is not installed\nhint: "), "{}", stderr(&pasta));
+    assert_eq!(stderr(&run("none")), "");
+}
+
+#[test]
+fn pasta_gives_a_way_out_and_ends_with_the_command() {
+    if landfall::sandbox::pasta::find().is_none() || !landfall::sandbox::pasta::tun_is_usable() {
+        return;
+    }
+    let mut command = landfall();
+    command.args(["run", "--net", "pasta", "--", "sh", "-c"]);
+    command.arg("pgrep -P $PPID '^pas'; grep -c : /proc/self/net/dev");
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = stdout(&output);
+    let mut lines = text.lines();
+    let pasta = lines.next().unwrap_or_default();
+    assert_eq!(lines.next(), Some("2"), "lo, and one to go out by: {}", stderr(&output));
+    assert!(!std::path::Path::new(&format!("/proc/{pasta}")).exists(), "pasta {pasta} has ended");
+}
+
+/// Runs `then` as root of a user namespace in which no further ones can be made.
+fn where_user_namespaces_are_forbidden(then: &str) -> std::process::Output {
+    let script = format!("echo 0 >/proc/sys/user/max_user_namespaces && exec {then}");
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "sh", "-c", &script]).stdin(Stdio::null());
+    command.output().unwrap()
+}
+
+#[test]
+fn root_does_without_a_user_namespace_where_those_are_forbidden() {
+    let landfall = env!("CARGO_BIN_EXE_landfall");
+    let script = format!("{landfall} run --net none -- grep -c : /proc/self/net/dev");
+    let output = where_user_namespaces_are_forbidden(&script);
+    assert_eq!(stdout(&output), "1\n", "only lo: {}", stderr(&output));
+}
+
+#[test]
+fn forbidden_user_namespaces_are_one_line_and_the_setting_to_change() {
+    let landfall = env!("CARGO_BIN_EXE_landfall");
+    let script = format!("setpriv --bounding-set=-all --inh-caps=-all {landfall} run --net none -- true");
+    let output = where_user_namespaces_are_forbidden(&script);
+    assert_eq!(output.status.code(), Some(125));
+    assert_eq!(
+        stderr(&output),
+        "error: cannot make a user and network namespace: No space left on device\n\
+         hint: user namespaces are turned off: sysctl -w user.max_user_namespaces=10000\n"
+    );
+}
