@@ -73,7 +73,7 @@ pub(super) fn connected(socket: &OwnedFd) -> Result<(), Fault> {
     }
 }
 
-/// Reads what is there into a new loan.
+/// Reads what is there into a new loan. What can only be copied is no splice's: `NoLoan`.
 pub(super) fn recv(socket: &OwnedFd, way: Way, pool: &Pool) -> Option<Received<Loan>> {
     let Some(mut loan) = pool.lend(way) else { return Some(Received::NoLoan(way)) };
     loop {
@@ -83,7 +83,12 @@ pub(super) fn recv(socket: &OwnedFd, way: Way, pool: &Pool) -> Option<Received<L
             }
             Contents::Pipe { write, .. } => splice(socket, write, SPLICE_BYTES_MAX),
         };
-        return match settle(result)? {
+        // tcp_read_sock() never gets past an urgent byte, which splice(2) would wait for the whole connection long.
+        let is_stuck =
+            || way == Way::Splice && rustix::io::ioctl_fionread(socket).is_ok_and(|there| there > 0);
+        return match result {
+            Err(Errno::AGAIN) if is_stuck() => Some(Received::NoLoan(way)),
+            Err(Errno::AGAIN) => None,
             Err(Errno::INTR) => continue,
             Ok(0) => Some(Received::Eof),
             Ok(bytes) => {
