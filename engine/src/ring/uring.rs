@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::types::{SubmitArgs, Timespec};
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use rustix::event::{EventfdFlags, PollFlags};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -72,6 +72,11 @@ enum EntryState {
         token: Token,
         work: Work,
         cancelled: bool,
+    },
+    /// The work is over, its request that tells more than once is not.
+    Ending {
+        token: Token,
+        outcome: Outcome<UringRing>,
     },
     /// Nothing is in flight and nothing will happen until it is cancelled.
     Dormant {
@@ -189,7 +194,8 @@ impl UringRing {
                     let _ = rustix::io::read(&*self.eventfd, &mut count);
                 }
                 user_data => {
-                    if let Some(completion) = self.complete(user_data, cqe.result()) {
+                    let more = cqueue::more(cqe.flags());
+                    if let Some(completion) = self.complete(user_data, cqe.result(), more) {
                         completions.push(completion);
                     }
                 }
@@ -197,51 +203,83 @@ impl UringRing {
         }
     }
 
-    /// The request of one entry is over: does the work, and requests again if it still cannot be done.
-    fn complete(&mut self, user_data: u64, result: i32) -> Option<Completion<UringRing>> {
+    /// The request of one entry tells something, and perhaps `more` later: does the work, and requests again if it still
+    /// cannot be done.
+    fn complete(&mut self, user_data: u64, result: i32, more: bool) -> Option<Completion<UringRing>> {
         let (index, entry) = self.find(user_data)?;
-        let EntryState::Armed { token, work, cancelled } =
-            std::mem::replace(&mut entry.state, EntryState::Free)
-        else {
-            return None;
-        };
-        let outcome = if cancelled || result == -Errno::CANCELED.raw_os_error() {
-            work.into_cancelled()
-        } else if result < 0 {
-            work.into_failed(Fault::of(Errno::from_raw_os_error(-result)))
-        } else {
-            let events = PollFlags::from_bits_truncate(u16::try_from(result).unwrap_or(u16::MAX));
-            match work.ready(events, &self.pool) {
-                Next::Done(outcome) => outcome,
-                Next::Wait(work) => {
-                    self.fill(index, token, work);
-                    return None;
-                }
-                Next::Never => {
-                    self.leave_dormant(index, token);
-                    return None;
+        let (token, outcome) = match std::mem::replace(&mut entry.state, EntryState::Free) {
+            EntryState::Armed { token, work, cancelled } => {
+                if cancelled || result == -Errno::CANCELED.raw_os_error() {
+                    (token, work.into_cancelled())
+                } else if result < 0 {
+                    (token, work.into_failed(Fault::of(Errno::from_raw_os_error(-result))))
+                } else {
+                    let events = PollFlags::from_bits_truncate(u16::try_from(result).unwrap_or(u16::MAX));
+                    let outcome = self.step(index, token, work, events, more)?;
+                    if more {
+                        self.push(&cancel_request(user_data));
+                    }
+                    (token, outcome)
                 }
             }
+            EntryState::Ending { token, outcome } => (token, outcome),
+            state @ (EntryState::Free | EntryState::Dormant { .. }) => {
+                entry.state = state;
+                return None;
+            }
         };
+        if more {
+            self.set_state(index, EntryState::Ending { token, outcome });
+            return None;
+        }
         self.release(index);
         Some(Completion { token, outcome })
     }
 
-    /// Puts work into an entry and requests readiness for it.
-    fn fill(&mut self, index: u32, token: Token, work: Work) -> OpKey {
-        let key = self.key_of(index);
-        let request = poll_request(&work, key);
-        if let Some(entry) = self.entries.get_mut(index as usize) {
-            entry.state = EntryState::Armed { token, work, cancelled: false };
+    /// Does the work of one entry, or puts it back to wait.
+    fn step(
+        &mut self,
+        index: u32,
+        token: Token,
+        work: Work,
+        events: PollFlags,
+        more: bool,
+    ) -> Option<Outcome<UringRing>> {
+        match work.ready(events, &self.pool) {
+            Next::Done(outcome) => return Some(outcome),
+            Next::Wait(work) if more => {
+                self.set_state(index, EntryState::Armed { token, work, cancelled: false });
+            }
+            Next::Wait(work) => {
+                // RDHUP is in every poll (IO_POLL_UNMASK) and stays, so after the peer's FIN a send that asked once more would be
+                // answered at once, for as long as the peer does not read. A request that tells more than once tells it once.
+                let multishot = events.contains(PollFlags::RDHUP);
+                self.fill(index, token, work, multishot);
+            }
+            Next::Never => {
+                self.leave_dormant(index, token);
+            }
         }
+        None
+    }
+
+    /// Puts work into an entry and requests readiness for it.
+    fn fill(&mut self, index: u32, token: Token, work: Work, multishot: bool) -> OpKey {
+        let key = self.key_of(index);
+        let request = poll_request(&work, key, multishot);
+        self.set_state(index, EntryState::Armed { token, work, cancelled: false });
         self.push(&request);
         key
     }
 
-    fn leave_dormant(&mut self, index: u32, token: Token) -> OpKey {
+    fn set_state(&mut self, index: u32, state: EntryState) {
         if let Some(entry) = self.entries.get_mut(index as usize) {
-            entry.state = EntryState::Dormant { token };
+            entry.state = state;
         }
+    }
+
+    fn leave_dormant(&mut self, index: u32, token: Token) -> OpKey {
+        self.set_state(index, EntryState::Dormant { token });
         self.key_of(index)
     }
 
@@ -272,7 +310,7 @@ impl Ring for UringRing {
             Next::Done(outcome) => Submitted::Done(outcome),
             Next::Wait(work) => {
                 let index = self.claim();
-                Submitted::Pending(self.fill(index, token, work))
+                Submitted::Pending(self.fill(index, token, work, false))
             }
             Next::Never => {
                 let index = self.claim();
@@ -284,7 +322,8 @@ impl Ring for UringRing {
     fn cancel(&mut self, key: OpKey) {
         let Some((index, entry)) = self.find(key.0.get()) else { return };
         match &mut entry.state {
-            EntryState::Free => {}
+            // What is ending was over before.
+            EntryState::Free | EntryState::Ending { .. } => {}
             EntryState::Dormant { token } => {
                 let token = *token;
                 self.release(index);
@@ -292,8 +331,7 @@ impl Ring for UringRing {
             }
             EntryState::Armed { cancelled, .. } => {
                 if !std::mem::replace(cancelled, true) {
-                    let request = opcode::AsyncCancel::new(key.0.get()).build().user_data(USER_DATA_CANCEL);
-                    self.push(&request);
+                    self.push(&cancel_request(key.0.get()));
                 }
             }
         }
@@ -363,9 +401,16 @@ fn poll_bits(flags: PollFlags) -> u32 {
     u32::from(flags.bits())
 }
 
-fn poll_request(work: &Work, key: OpKey) -> squeue::Entry {
+fn cancel_request(user_data: u64) -> squeue::Entry {
+    opcode::AsyncCancel::new(user_data).build().user_data(USER_DATA_CANCEL)
+}
+
+fn poll_request(work: &Work, key: OpKey, multishot: bool) -> squeue::Entry {
     let descriptor = types::Fd(work.socket().as_raw_fd());
-    opcode::PollAdd::new(descriptor, poll_bits(work.interest())).build().user_data(key.0.get())
+    opcode::PollAdd::new(descriptor, poll_bits(work.interest()))
+        .multi(multishot)
+        .build()
+        .user_data(key.0.get())
 }
 
 /// `SO_NETNS_COOKIE` (Linux 5.14): a number that tells network namespaces apart and is never given twice.
