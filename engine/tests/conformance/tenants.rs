@@ -56,8 +56,8 @@ impl Dice {
     }
 }
 
-/// A descriptor that the ring has closed, held by somebody else, and the other end.
-type Ghost = (OwnedFd, OwnedFd);
+/// A descriptor that the ring has closed, held by somebody else, and the other end while it is open.
+type Ghost = (OwnedFd, Option<OwnedFd>);
 
 pub(crate) fn a_number_s_next_tenant_hears_nothing_of_the_last<R: Real>(_: &str) {
     run::<R>(&Limits::default(), |bench| {
@@ -71,7 +71,7 @@ pub(crate) fn a_number_s_next_tenant_hears_nothing_of_the_last<R: Real>(_: &str)
             let far = one_tenancy(bench, &mut dice, &socket, far);
             drop(socket);
             if let (Some(ghost), Some(far)) = (ghost, far) {
-                ghosts.push_back((ghost, far));
+                ghosts.push_back((ghost, Some(far)));
                 if ghosts.len() > 8 {
                     ghosts.pop_front();
                 }
@@ -129,9 +129,17 @@ fn one_tenancy<R: Real>(
 fn haunt(dice: &mut Dice, ghosts: &mut VecDeque<Ghost>) {
     for _ in 0..dice.roll(3) {
         let Some((ghost, far)) = ghosts.pop_front() else { return };
-        if dice.roll(3) > 0 {
-            let _ = rustix::io::write(&far, b"boo");
-            ghosts.push_back((ghost, far));
+        match (dice.roll(3), far) {
+            // It ends for everybody.
+            (0, _) => {}
+            // It breaks, and is held on to.
+            (1, _) => ghosts.push_back((ghost, None)),
+            (_, far) => {
+                if let Some(far) = &far {
+                    let _ = rustix::io::write(far, b"boo");
+                }
+                ghosts.push_back((ghost, far));
+            }
         }
     }
 }
