@@ -76,7 +76,8 @@ enum EntryState {
     /// The work is over, its request that tells more than once is not.
     Ending {
         token: Token,
-        outcome: Outcome<UringRing>,
+        /// Boxed, or every waiting entry would be as large as the largest outcome.
+        outcome: Box<Outcome<UringRing>>,
     },
     /// Nothing is in flight and nothing will happen until it is cancelled.
     Dormant {
@@ -222,14 +223,14 @@ impl UringRing {
                     (token, outcome)
                 }
             }
-            EntryState::Ending { token, outcome } => (token, outcome),
+            EntryState::Ending { token, outcome } => (token, *outcome),
             state @ (EntryState::Free | EntryState::Dormant { .. }) => {
                 entry.state = state;
                 return None;
             }
         };
         if more {
-            self.set_state(index, EntryState::Ending { token, outcome });
+            self.set_state(index, EntryState::Ending { token, outcome: Box::new(outcome) });
             return None;
         }
         self.release(index);
