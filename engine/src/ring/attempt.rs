@@ -76,6 +76,7 @@ pub(super) fn connected(socket: &OwnedFd) -> Result<(), Fault> {
 /// Reads what is there into a new loan. What can only be copied is no splice's: `NoLoan`.
 pub(super) fn recv(socket: &OwnedFd, way: Way, pool: &Pool) -> Option<Received<Loan>> {
     let Some(mut loan) = pool.lend(way) else { return Some(Received::NoLoan(way)) };
+    let mut was_there = false;
     loop {
         let result = match loan.contents() {
             Contents::Buffer(bytes) => {
@@ -83,11 +84,14 @@ pub(super) fn recv(socket: &OwnedFd, way: Way, pool: &Pool) -> Option<Received<L
             }
             Contents::Pipe { write, .. } => splice(socket, write, SPLICE_BYTES_MAX),
         };
-        // tcp_read_sock() never gets past an urgent byte, which splice(2) would wait for the whole connection long.
-        let is_stuck =
-            || way == Way::Splice && rustix::io::ioctl_fionread(socket).is_ok_and(|there| there > 0);
         return match result {
-            Err(Errno::AGAIN) if is_stuck() => Some(Received::NoLoan(way)),
+            // tcp_read_sock() never gets past an urgent byte, which splice(2) would wait for the whole connection long. Bytes
+            // that were there before a splice and that it did not take are behind one; others may just have come.
+            Err(Errno::AGAIN) if way == Way::Splice && was_there => Some(Received::NoLoan(way)),
+            Err(Errno::AGAIN) if way == Way::Splice && is_anything_there(socket) => {
+                was_there = true;
+                continue;
+            }
             Err(Errno::AGAIN) => None,
             Err(Errno::INTR) => continue,
             Ok(0) => Some(Received::Eof),
@@ -98,6 +102,10 @@ pub(super) fn recv(socket: &OwnedFd, way: Way, pool: &Pool) -> Option<Received<L
             Err(errno) => Some(Received::Failed(Fault::of(errno))),
         };
     }
+}
+
+fn is_anything_there(socket: &OwnedFd) -> bool {
+    rustix::io::ioctl_fionread(socket).is_ok_and(|bytes| bytes > 0)
 }
 
 /// Sends until the loan is empty, the socket is full (`None`), or the connection is broken.
