@@ -107,10 +107,7 @@ impl Connection {
                 self.half_mut(direction).activity = Activity::Idle;
                 self.break_side(direction.to(), now, limits, actions);
             }
-            Input::Broke(side) => {
-                self.watches[side as usize] = Watching::No;
-                self.break_side(side, now, limits, actions);
-            }
+            Input::Broke(side) => self.on_broke(side, now, limits, actions),
             Input::FinFailed(side) => self.break_side(side, now, limits, actions),
             Input::Cancelled(operation) => {
                 match operation {
@@ -208,6 +205,7 @@ impl Connection {
                 half.read = ReadSide::Eof;
                 if half.write == WriteSide::Open && !closing {
                     half.write = WriteSide::FinSent;
+                    self.unwatch(direction.to(), actions);
                     actions.push(Action::SendFin(direction.to()));
                 }
                 self.settle(actions);
@@ -221,11 +219,7 @@ impl Connection {
 
     fn on_wrote(&mut self, direction: Direction, actions: &mut Actions) {
         self.half_mut(direction).activity = Activity::Idle;
-        let watch = &mut self.watches[direction.from() as usize];
-        if *watch == Watching::Armed {
-            *watch = Watching::Cancelled;
-            actions.push(Action::Cancel(Operation::Watch(direction.from())));
-        }
+        self.unwatch(direction.from(), actions);
         if self.phase == Phase::Relaying && self.half(direction).write == WriteSide::Open {
             self.read(direction, actions);
         } else {
@@ -248,6 +242,24 @@ impl Connection {
         {
             *watch = Watching::Armed;
             actions.push(Action::Watch(side));
+        }
+    }
+
+    fn unwatch(&mut self, side: Side, actions: &mut Actions) {
+        let watch = &mut self.watches[side as usize];
+        if *watch == Watching::Armed {
+            *watch = Watching::Cancelled;
+            actions.push(Action::Cancel(Operation::Watch(side)));
+        }
+    }
+
+    fn on_broke(&mut self, side: Side, now: Instant, limits: &Limits, actions: &mut Actions) {
+        let watch = std::mem::replace(&mut self.watches[side as usize], Watching::No);
+        if watch == Watching::Cancelled && self.half(side.incoming()).write != WriteSide::Open {
+            // The watch and its cancel crossed, and what it saw may be no more than a FIN in each direction.
+            self.settle(actions);
+        } else {
+            self.break_side(side, now, limits, actions);
         }
     }
 
@@ -359,10 +371,7 @@ impl Connection {
             }
         }
         for side in Side::ALL {
-            if self.watches[side as usize] == Watching::Armed {
-                self.watches[side as usize] = Watching::Cancelled;
-                actions.push(Action::Cancel(Operation::Watch(side)));
-            }
+            self.unwatch(side, actions);
         }
         if !self.is_in_flight() {
             self.phase = Phase::Finished;
