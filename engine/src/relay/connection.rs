@@ -264,9 +264,7 @@ impl Connection {
     }
 
     fn break_side(&mut self, side: Side, now: Instant, limits: &Limits, actions: &mut Actions) {
-        if self.phase == Phase::Relaying
-            && self.broken.as_ref().is_some_and(|broken| broken.side != side)
-        {
+        if self.phase == Phase::Relaying && self.broken.as_ref().is_some_and(|broken| broken.side != side) {
             // The other one broke before. There is nobody left to relay for.
             let reason =
                 self.broken.as_ref().map_or(EndReason::Removed, |broken| EndReason::ResetBy(broken.side));

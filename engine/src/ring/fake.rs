@@ -11,6 +11,7 @@ mod faults;
 mod net;
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::rc::Rc;
@@ -35,7 +36,6 @@ pub use self::faults::{Dice, Faults, Knob};
 pub use self::net::{EndId, FakeNet, FakeSocket, FarRead, Net, Newcomer};
 
 /// The simulated ring.
-#[derive(Debug)]
 pub struct FakeRing {
     net: FakeNet,
     pool: Rc<Pool>,
@@ -404,6 +404,15 @@ impl FakeRing {
     }
 }
 
+impl fmt::Debug for FakeRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FakeRing")
+            .field("lent", &self.lent())
+            .field("flights", &self.flights)
+            .finish_non_exhaustive()
+    }
+}
+
 fn of_end(socket: &FakeSocket) -> Option<EndId> {
     match socket.0.what {
         What::End(id) => Some(id),
@@ -462,10 +471,12 @@ impl Ring for FakeRing {
     ) -> Result<(), RingError> {
         loop {
             self.net.net().turns += 1;
-            let flowed = self.net.net().flow_due();
+            self.net.net().stirred = false;
+            self.net.net().flow_due();
             let put_off = self.look(completions);
-            // What has flowed may be for a far end, so the simulation has its turn.
-            if !completions.is_empty() || flowed || self.strikes(Knob::SpuriousWakeup) {
+            // What moved may be for a far end, so the simulation has its turn.
+            let stirred = self.net.net().stirred;
+            if !completions.is_empty() || stirred || self.strikes(Knob::SpuriousWakeup) {
                 return Ok(());
             }
             let now = self.net.net().now;

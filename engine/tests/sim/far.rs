@@ -56,7 +56,15 @@ pub(crate) struct Far {
 }
 
 impl Far {
-    pub(crate) fn new(id: EndId, stream: u32, is_client: bool, dice: &mut Dice, now: Instant) -> Far {
+    /// One that sends `most` bytes at most.
+    pub(crate) fn new(
+        id: EndId,
+        stream: u32,
+        is_client: bool,
+        most: u64,
+        dice: &mut Dice,
+        now: Instant,
+    ) -> Far {
         let finish = match dice.range(0, 9) {
             0 => Finish::Reset,
             1 => Finish::Close,
@@ -68,7 +76,8 @@ impl Far {
             1 | 2 => dice.range(1, 50),
             3 => dice.range(1, 2_000),
             _ => dice.range(1, 40_000),
-        };
+        }
+        .min(most);
         let pause = |dice: &mut Dice| match dice.range(0, 3) {
             0 => Duration::from_micros(dice.range(1, 5_000)),
             _ => Duration::ZERO,

@@ -11,7 +11,7 @@ use landfall_engine::ring::fake::Knob;
 
 use world::World;
 
-const SEEDS: u64 = 500;
+const SEEDS: u64 = 100;
 
 fn from_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|number| number.parse().expect("a number"))

@@ -13,7 +13,7 @@ use landfall_engine::shard::{Report, Shard, ShardCommand};
 use crate::far::{Far, Finish, Told};
 
 /// More turns than any run needs; a run that takes them spins.
-const TURNS_MAX: u64 = 400_000;
+const TURNS_MAX: u64 = 100_000;
 
 pub(crate) struct World {
     net: FakeNet,
@@ -162,7 +162,8 @@ impl World {
         self.clients_left == 0 && self.shard.connections() == 0
     }
 
-    fn stuck(&self) -> String {
+    fn stuck(&mut self) -> String {
+        let ring = format!("{:?}", self.shard.ring_mut());
         let net = self.net.net();
         let far = |far: &Far| {
             let near = net.near(far.id);
@@ -181,7 +182,7 @@ impl World {
         };
         let open: Vec<String> = self.fars.iter().filter(|far| !far.left).map(far).collect();
         let connections = self.shard.connections();
-        format!("{connections} connections, stopping {}, {}", self.stopping, open.concat())
+        format!("{connections} connections, stopping {}, {}\n{ring}", self.stopping, open.concat())
     }
 
     /// What everybody but the shard does at this time.
@@ -226,7 +227,9 @@ impl World {
     fn add(&mut self, end: EndId, is_client: bool, now: Instant) {
         let stream = u32::try_from(self.fars.len()).unwrap();
         self.by_end.insert(end, self.fars.len());
-        self.fars.push(Far::new(end, stream, is_client, &mut self.dice, now));
+        // With small leases or turns a long stream takes many rounds and shows nothing new.
+        let most = self.limits.lease_bytes.min(self.limits.turn_bytes) as u64 * 100;
+        self.fars.push(Far::new(end, stream, is_client, most, &mut self.dice, now));
     }
 
     fn dial(&mut self, now: Instant) {

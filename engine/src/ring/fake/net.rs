@@ -43,6 +43,8 @@ pub struct Net {
     links: HashMap<SlotId, [Option<EndId>; 2]>,
     descriptors: usize,
     pub(super) deadlocked: bool,
+    /// Something reached an end, perhaps a far one, since the last look.
+    pub(super) stirred: bool,
 }
 
 #[derive(Debug)]
@@ -168,6 +170,7 @@ impl FakeNet {
             links: HashMap::new(),
             descriptors: 0,
             deadlocked: false,
+            stirred: false,
         })))
     }
 
@@ -481,6 +484,7 @@ impl Net {
         if !std::mem::replace(&mut end.broken, true) {
             end.error_untold = true;
             end.outbox.clear();
+            self.stirred = true;
         }
     }
 
@@ -522,13 +526,14 @@ impl Net {
             self.move_bytes(id, peer, room);
         }
         if self.ends[id].outbox.count() == 0 && self.ends[id].fin_sent {
-            self.ends[peer].fin_in = true;
+            self.stirred |= !std::mem::replace(&mut self.ends[peer].fin_in, true);
         }
     }
 
     fn move_bytes(&mut self, id: EndId, peer: EndId, most: usize) {
         let mut outbox = std::mem::take(&mut self.ends[id].outbox);
         let moved = self.ends[peer].inbox.pull(&mut outbox, most);
+        self.stirred |= moved > 0;
         self.ends[peer].arrived += moved as u64;
         self.ends[id].outbox = outbox;
     }
@@ -546,15 +551,14 @@ impl Net {
         self.held.iter().map(|(at, _)| *at).min()
     }
 
-    /// Lets go of what was held back until now; tells whether there was any.
-    pub(super) fn flow_due(&mut self) -> bool {
+    /// Lets go of what was held back until now.
+    pub(super) fn flow_due(&mut self) {
         let now = self.now;
         let due: Vec<EndId> = self.held.iter().filter(|(at, _)| *at <= now).map(|(_, id)| *id).collect();
         self.held.retain(|(at, _)| *at > now);
-        for id in &due {
-            self.ends[*id].held = false;
-            self.flow(*id);
+        for id in due {
+            self.ends[id].held = false;
+            self.flow(id);
         }
-        !due.is_empty()
     }
 }
