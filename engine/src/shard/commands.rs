@@ -233,9 +233,11 @@ impl<R: Ring> Shard<R> {
         let Some(listener) = self.listeners.entry_mut(id) else { return };
         listener.open = false;
         Self::set_timer(&mut self.timers, super::Timer::Listener(id), &mut listener.resting_until, None);
-        // A socket without an accept in flight closes here, the others with their cancelled accept.
+        // They close together, with the last cancelled accept: an accept knows its socket by its place.
         let keys: Vec<_> = listener.sockets.iter().filter_map(|accepting| accepting.key).collect();
-        listener.sockets.retain(|accepting| accepting.key.is_some());
+        if keys.is_empty() {
+            listener.sockets.clear();
+        }
         for key in keys {
             self.ring.cancel(key);
         }
