@@ -193,6 +193,7 @@ impl World {
         }
         if self.interfere_at.is_some_and(|at| at <= now) {
             self.interfere(now);
+            self.hear()?;
         }
         if self.is_idle() && !self.stopping && self.fars.iter().all(Far::is_over) {
             self.shard.command(ShardCommand::Describe);
