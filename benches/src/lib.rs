@@ -93,6 +93,7 @@ mod tests {
         assert_eq!(quantile_us(&sorted, 50, 100), Some(100.0));
         assert_eq!(quantile_us(&sorted, 99, 100), Some(198.0));
         assert_eq!(quantile_us(&sorted[..1], 99, 100), Some(1.0));
+        assert_eq!(quantile_us(&sorted[..3], 50, 100), Some(2.0));
         assert_eq!(quantile_us(&[], 99, 100), None);
     }
 }
