@@ -269,6 +269,32 @@ pub struct ForwardStats {
     pub exhausted: u64,
 }
 
+impl ForwardStats {
+    /// Adds what another shard counted.
+    pub fn add(&mut self, other: &ForwardStats) {
+        let ForwardStats {
+            accepted,
+            open,
+            bytes_up,
+            bytes_down,
+            completed,
+            reset_by_downstream,
+            reset_by_upstream,
+            refused,
+            exhausted,
+        } = other;
+        self.accepted += accepted;
+        self.open += open;
+        self.bytes_up += bytes_up;
+        self.bytes_down += bytes_down;
+        self.completed += completed;
+        self.reset_by_downstream += reset_by_downstream;
+        self.reset_by_upstream += reset_by_upstream;
+        self.refused += refused;
+        self.exhausted += exhausted;
+    }
+}
+
 /// One forward, as [`Event::State`] tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForwardState {

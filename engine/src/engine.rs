@@ -9,8 +9,9 @@
 //!                  └── shard threads (one ring each)
 //! ```
 //!
-//! The conductor is the only one that knows of all: it binds listeners, places each forward on the shard that has the
-//! fewest, joins what the shards answer into one event, and never waits for a container. [`crate::process`] puts the
+//! The conductor is the only one that knows of all: it binds listeners, lets the shard with the fewest accept for each,
+//! joins what the shards answer into one event, and never waits for a container. The shard that accepts hands each
+//! connection to the one that has the fewest. [`crate::process`] puts the
 //! same contract on a socket.
 
 mod conductor;
@@ -27,6 +28,7 @@ use crate::command::{Command, Event};
 use crate::limits::Limits;
 use crate::process::Drive;
 use crate::ring::{self, RingChoice, Unusable};
+use crate::shard::{Peer, Peers, ShardCommand};
 use crate::watch::Watcher;
 use conductor::{Conductor, Message};
 use shard_thread::ShardThread;
@@ -92,6 +94,12 @@ impl Engine {
                 // A conductor that has ended needs no reports.
                 let _ = messages.send(Message::Report(index, report));
             })?);
+        }
+        if shards.len() > 1 {
+            let peers: Vec<Peer> = shards.iter().map(ShardThread::peer).collect();
+            for (own, shard) in shards.iter().enumerate() {
+                shard.send(ShardCommand::MeetPeers(Peers::new(own, peers.clone())));
+            }
         }
         let watch_messages = messages.clone();
         let watcher = Watcher::start(move |event| {

@@ -15,6 +15,7 @@
 mod accepting;
 mod commands;
 mod dialling;
+mod peers;
 mod relaying;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -29,6 +30,7 @@ use crate::table::{SlotId, Table, TokenParts};
 use crate::upstream::Upstream;
 
 pub use commands::{Report, ShardCommand};
+pub use peers::{Peer, Peers};
 
 /// Token kinds below this are an [`Operation`]; from here on, the accept of a listener's socket of that index.
 const KIND_ACCEPT: u8 = 16;
@@ -60,6 +62,7 @@ pub struct Shard<R: Ring> {
     degraded: bool,
     stopping: Option<Stopping>,
     told_stopped: bool,
+    peers: Option<Peers>,
 }
 
 /// What a timer wakes.
@@ -124,6 +127,7 @@ impl<R: Ring> Shard<R> {
             degraded: false,
             stopping: None,
             told_stopped: false,
+            peers: None,
         }
     }
 
@@ -168,6 +172,9 @@ impl<R: Ring> Shard<R> {
         self.feed_starved();
         self.resume_accepting();
         self.finish_stopping();
+        if let Some(peers) = &self.peers {
+            peers.tell_load(self.connections.len());
+        }
         Ok(())
     }
 

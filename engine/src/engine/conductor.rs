@@ -47,12 +47,18 @@ struct Held {
     leaving: bool,
 }
 
-/// A forward whose listener is open.
+/// A forward whose listener is open, or is being closed.
 struct Placed {
+    /// The shard that accepts for all.
     shard: usize,
     upstream: UpstreamId,
     host_port: NonZeroU16,
     target_port: NonZeroU16,
+    ending: Ending,
+    /// The shards that have not closed it.
+    shards: HashSet<usize>,
+    /// The sum of what those that have closed it counted.
+    stats: ForwardStats,
 }
 
 struct Description {
@@ -119,12 +125,14 @@ impl Conductor {
                 self.open_listener(forward, upstream, host_port, target_port, reach);
             }
             Command::SetReach { forward, reach } => {
-                if let Some(placed) = self.forwards.get(&forward) {
-                    self.send(placed.shard, ShardCommand::SetReach { forward, reach });
-                }
+                self.to_all(|| ShardCommand::SetReach { forward, reach });
             }
-            Command::CloseListener { forward, ending } => match self.forwards.get(&forward) {
-                Some(placed) => self.send(placed.shard, ShardCommand::CloseListener { forward, ending }),
+            Command::CloseListener { forward, ending } => match self.forwards.get_mut(&forward) {
+                Some(placed) => {
+                    placed.ending = ending;
+                    let shard = placed.shard;
+                    self.send(shard, ShardCommand::CloseListener { forward, ending });
+                }
                 None => self.tell(Event::ListenerClosed { forward, stats: ForwardStats::default() }),
             },
             Command::Describe => {
@@ -208,7 +216,7 @@ impl Conductor {
             if (placed.upstream, placed.host_port, placed.target_port) != (upstream, host_port, target_port) {
                 return self.refuse(format!("{forward} exists already and leads elsewhere; close it first"));
             }
-            self.send(placed.shard, ShardCommand::SetReach { forward, reach });
+            self.to_all(|| ShardCommand::SetReach { forward, reach });
             return self.tell(Event::ListenerOpened { forward, host_port });
         }
         if self.upstreams.get(&upstream).is_none_or(|held| held.leaving) {
@@ -219,13 +227,27 @@ impl Conductor {
         }
         match listener::bind(host_port, self.backlog) {
             Ok(sockets) => {
-                let shard = self.emptiest_shard();
-                self.forwards.insert(forward, Placed { shard, upstream, host_port, target_port });
-                // Told first: its closing, which the shard may report at any time, comes after its opening.
+                let accepting = self.emptiest_shard();
+                let shards = (0..self.shards.len()).filter(|shard| !self.stopped.contains(shard)).collect();
+                let (ending, stats) = (Ending::Drain, ForwardStats::default());
+                let placed =
+                    Placed { shard: accepting, upstream, host_port, target_port, ending, shards, stats };
+                self.forwards.insert(forward, placed);
+                // Told first: its closing, which a shard may report at any time, comes after its opening.
                 self.tell(Event::ListenerOpened { forward, host_port });
-                let command =
-                    ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets };
-                self.send(shard, command);
+                let open = |sockets| ShardCommand::OpenListener {
+                    forward,
+                    upstream,
+                    host_port,
+                    target_port,
+                    reach,
+                    sockets,
+                };
+                // The others know of it before they are handed its connections.
+                for shard in (0..self.shards.len()).filter(|shard| *shard != accepting) {
+                    self.send(shard, open(Vec::new()));
+                }
+                self.send(accepting, open(sockets));
             }
             Err(failure) => self.tell(Event::ListenerFailed { forward, host_port, failure }),
         }
@@ -242,16 +264,31 @@ impl Conductor {
 
     fn on_report(&mut self, shard: usize, report: Report) {
         match report {
-            Report::ListenerClosed { forward, stats } => {
-                self.forwards.remove(&forward);
-                self.tell(Event::ListenerClosed { forward, stats });
-            }
+            Report::ListenerClosed { forward, stats } => self.on_listener_closed(shard, forward, &stats),
             Report::UpstreamRemoved { upstream, reason } => self.on_upstream_removed(shard, upstream, reason),
             Report::State { forwards } => self.on_state(shard, forwards),
             Report::Degraded { what } => self.tell(Event::Degraded { what }),
             Report::Recovered { what } => self.tell(Event::Recovered { what }),
             Report::Stopped => {
                 self.stopped.insert(shard);
+            }
+        }
+    }
+
+    /// One shard has closed a forward. Once the one that accepts has, it hands over no more, and the others may forget it.
+    fn on_listener_closed(&mut self, shard: usize, forward: ForwardId, stats: &ForwardStats) {
+        let Some(placed) = self.forwards.get_mut(&forward) else { return };
+        placed.shards.remove(&shard);
+        placed.stats.add(stats);
+        if placed.shards.is_empty() {
+            let stats = placed.stats;
+            self.forwards.remove(&forward);
+            self.tell(Event::ListenerClosed { forward, stats });
+        } else if shard == placed.shard {
+            let ending = placed.ending;
+            let others: Vec<usize> = placed.shards.iter().copied().collect();
+            for other in others {
+                self.send(other, ShardCommand::CloseListener { forward, ending });
             }
         }
     }
@@ -275,7 +312,15 @@ impl Conductor {
             return;
         };
         description.missing.remove(&shard);
-        description.forwards.extend(forwards);
+        for state in forwards {
+            match description.forwards.iter_mut().find(|one| one.forward == state.forward) {
+                Some(one) => {
+                    one.listening |= state.listening;
+                    one.stats.add(&state.stats);
+                }
+                None => description.forwards.push(state),
+            }
+        }
         if self.descriptions.front().is_none_or(|one| !one.missing.is_empty()) {
             return;
         }

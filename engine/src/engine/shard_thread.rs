@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 
@@ -9,12 +11,12 @@ use super::StartError;
 use crate::command::RingKind;
 use crate::limits::Limits;
 use crate::ring::{EpollRing, Ring, Unusable, UringRing, Waker};
-use crate::shard::{Report, Shard, ShardCommand};
+use crate::shard::{Peer, Report, Shard, ShardCommand};
 
 /// A shard on a thread of its own.
 #[derive(Debug)]
 pub(super) struct ShardThread {
-    commands: Option<Sender<ShardCommand<OwnedFd>>>,
+    commands: Sender<ShardCommand<OwnedFd>>,
     waker: Waker,
     thread: Option<JoinHandle<()>>,
 }
@@ -39,14 +41,18 @@ impl ShardThread {
         let waker = outcome
             .recv()
             .map_err(|_| io::Error::other("the shard's thread ended before it had begun"))??;
-        Ok(ShardThread { commands: Some(commands), waker, thread: Some(thread) })
+        Ok(ShardThread { commands, waker, thread: Some(thread) })
+    }
+
+    /// How the other shards see this one.
+    pub(super) fn peer(&self) -> Peer {
+        let commands = self.commands.clone();
+        Peer { commands, waker: self.waker.clone(), load: Arc::new(AtomicUsize::new(0)) }
     }
 
     /// Gives the shard a command. One that has ended needs none.
     pub(super) fn send(&self, command: ShardCommand<OwnedFd>) {
-        if let Some(commands) = &self.commands
-            && commands.send(command).is_ok()
-        {
+        if self.commands.send(command).is_ok() {
             self.waker.wake();
         }
     }
@@ -54,8 +60,8 @@ impl ShardThread {
 
 impl Drop for ShardThread {
     fn drop(&mut self) {
-        self.commands = None;
-        self.waker.wake();
+        // Its peers hold its mailbox, too, so it has to be told.
+        self.send(ShardCommand::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -127,6 +133,10 @@ impl ShardCommand<OwnedFd> {
             ShardCommand::RemoveUpstream { upstream, ending } => {
                 ShardCommand::RemoveUpstream { upstream, ending }
             }
+            ShardCommand::Adopt { forward, socket, came_by } => {
+                ShardCommand::Adopt { forward, socket: ring.adopt(socket), came_by }
+            }
+            ShardCommand::MeetPeers(peers) => ShardCommand::MeetPeers(peers),
             ShardCommand::SetReach { forward, reach } => ShardCommand::SetReach { forward, reach },
             ShardCommand::CloseListener { forward, ending } => {
                 ShardCommand::CloseListener { forward, ending }

@@ -436,6 +436,10 @@ impl Ring for EpollRing {
     fn adopt(&mut self, descriptor: OwnedFd) -> Rc<OwnedFd> {
         Rc::new(descriptor)
     }
+
+    fn disown(&mut self, socket: Rc<OwnedFd>) -> Result<OwnedFd, Rc<OwnedFd>> {
+        Rc::try_unwrap(socket)
+    }
 }
 
 fn number_of(work: &Work) -> usize {

@@ -244,6 +244,12 @@ pub trait Ring: fmt::Debug {
 
     /// Takes over a descriptor made elsewhere.
     fn adopt(&mut self, descriptor: OwnedFd) -> Self::Socket;
+
+    /// Gives a socket up, to be adopted by another ring.
+    ///
+    /// # Errors
+    /// The socket itself, where something else still holds it, or it is no descriptor.
+    fn disown(&mut self, socket: Self::Socket) -> Result<OwnedFd, Self::Socket>;
 }
 
 /// Ends another thread's wait in [`Ring::turn`].

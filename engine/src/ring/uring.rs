@@ -387,6 +387,10 @@ impl Ring for UringRing {
     fn adopt(&mut self, descriptor: OwnedFd) -> Rc<OwnedFd> {
         Rc::new(descriptor)
     }
+
+    fn disown(&mut self, socket: Rc<OwnedFd>) -> Result<OwnedFd, Rc<OwnedFd>> {
+        Rc::try_unwrap(socket)
+    }
 }
 
 impl Drop for UringRing {

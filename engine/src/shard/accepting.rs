@@ -70,7 +70,9 @@ impl<R: Ring> Shard<R> {
         match outcome {
             Outcome::Accepted(Ok((socket, came_by))) => {
                 self.recover();
-                self.begin(id, socket, came_by);
+                if let Some(socket) = self.hand_over(id, socket, came_by) {
+                    self.begin(id, socket, came_by);
+                }
             }
             Outcome::Accepted(Err(Fault::Exhausted)) => {
                 self.degrade("no descriptors are left, so new connections wait; raise the limit (ulimit -n)");
@@ -89,8 +91,24 @@ impl<R: Ring> Shard<R> {
         }
     }
 
+    /// Gives a client to the shard with the fewest connections, if that is another one; else gives it back.
+    fn hand_over(&mut self, id: SlotId, socket: R::Socket, came_by: Family) -> Option<R::Socket> {
+        let listener = self.listeners.entry(id)?;
+        let Some(peers) = &mut self.peers else { return Some(socket) };
+        // While a listener closes, the others may have forgotten it already.
+        let peer = if listener.open { peers.emptier_than(self.connections.len()) } else { None };
+        let Some(peer) = peer else { return Some(socket) };
+        match self.ring.disown(socket) {
+            Ok(socket) => {
+                peers.send(peer, listener.forward, socket, came_by);
+                None
+            }
+            Err(socket) => Some(socket),
+        }
+    }
+
     /// A client is in: finds its way to the server.
-    fn begin(&mut self, listener: SlotId, socket: R::Socket, came_by: Family) {
+    pub(super) fn begin(&mut self, listener: SlotId, socket: R::Socket, came_by: Family) {
         let Some(entry) = self.listeners.entry_mut(listener) else { return };
         entry.stats.accepted += 1;
         entry.stats.open += 1;

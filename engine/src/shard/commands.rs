@@ -2,8 +2,8 @@
 
 use std::num::NonZeroU16;
 
-use super::{Shard, Stopping};
-use crate::command::{Ending, ForwardId, ForwardState, ForwardStats, Reach, UpstreamId};
+use super::{Peers, Shard, Stopping};
+use crate::command::{Ending, Family, ForwardId, ForwardState, ForwardStats, Reach, UpstreamId};
 use crate::error::EndReason;
 use crate::listener::{Accepting, Listener};
 use crate::relay::{Direction, Input};
@@ -42,8 +42,17 @@ pub enum ShardCommand<S> {
         target_port: NonZeroU16,
         /// Which families listen inside.
         reach: Reach,
-        /// The listening sockets.
+        /// The listening sockets; none where another shard accepts for this one.
         sockets: Vec<S>,
+    },
+    /// Relays a connection that another shard has accepted.
+    Adopt {
+        /// The forward by which it came.
+        forward: ForwardId,
+        /// The client's socket.
+        socket: S,
+        /// The family by which the client came.
+        came_by: Family,
     },
     /// See [`crate::command::Command::SetReach`].
     SetReach {
@@ -59,6 +68,8 @@ pub enum ShardCommand<S> {
         /// What becomes of its connections.
         ending: Ending,
     },
+    /// Connections may be given to these from now on.
+    MeetPeers(Peers),
     /// Answer: [`Report::State`].
     Describe,
     /// See [`crate::command::Command::Drain`].
@@ -135,6 +146,11 @@ impl<R: Ring> Shard<R> {
                 self.forwards.insert(forward, id);
                 self.accept_all(id);
             }
+            ShardCommand::Adopt { forward, socket, came_by } => match self.forwards.get(&forward).copied() {
+                Some(id) => self.begin(id, socket, came_by),
+                // Its upstream was lost meanwhile. The client is told so as the others were.
+                None => self.ring.reset_on_close(&socket),
+            },
             ShardCommand::SetReach { forward, reach } => {
                 if let Some(id) = self.forwards.get(&forward).copied()
                     && let Some(listener) = self.listeners.entry_mut(id)
@@ -149,6 +165,7 @@ impl<R: Ring> Shard<R> {
                     self.reports.push(Report::ListenerClosed { forward, stats });
                 }
             },
+            ShardCommand::MeetPeers(peers) => self.peers = Some(peers),
             ShardCommand::Describe => {
                 let forwards = self.describe();
                 self.reports.push(Report::State { forwards });

@@ -1,0 +1,64 @@
+//! The other shards of an engine, as one that accepts sees them: how much they have to do, and how to give them more.
+//!
+//! Loads are read without any lock and may be out of date by a turn; a connection that goes to the second-best shard is
+//! as well off. What is given away is counted at once, so that a burst within one turn is spread, too.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+
+use super::ShardCommand;
+use crate::command::{Family, ForwardId};
+use crate::ring::Waker;
+
+/// The shards of one engine, and which of them this one is.
+#[derive(Debug)]
+pub struct Peers {
+    own: usize,
+    shards: Vec<Peer>,
+}
+
+/// One shard.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Its mailbox.
+    pub commands: Sender<ShardCommand<OwnedFd>>,
+    /// Ends its wait.
+    pub waker: Waker,
+    /// Its connections, as it told last, and what was given to it since.
+    pub load: Arc<AtomicUsize>,
+}
+
+impl Peers {
+    /// All shards, this one included, which is that of the index `own`.
+    pub fn new(own: usize, shards: Vec<Peer>) -> Peers {
+        Peers { own, shards }
+    }
+
+    /// The shard with the fewest connections, if it has fewer than `load`.
+    pub(super) fn emptier_than(&self, load: usize) -> Option<usize> {
+        let others = self.shards.iter().enumerate().filter(|(index, _)| *index != self.own);
+        let (index, least) = others
+            .map(|(index, peer)| (index, peer.load.load(Ordering::Relaxed)))
+            .min_by_key(|(_, load)| *load)?;
+        (least < load).then_some(index)
+    }
+
+    /// Gives a connection away. A shard that has ended closes it.
+    pub(super) fn send(&self, peer: usize, forward: ForwardId, socket: OwnedFd, came_by: Family) {
+        if let Some(peer) = self.shards.get(peer) {
+            peer.load.fetch_add(1, Ordering::Relaxed);
+            if peer.commands.send(ShardCommand::Adopt { forward, socket, came_by }).is_ok() {
+                peer.waker.wake();
+            }
+        }
+    }
+
+    /// Tells the others how many connections this shard has.
+    pub(super) fn tell_load(&self, connections: usize) {
+        if let Some(own) = self.shards.get(self.own) {
+            own.load.store(connections, Ordering::Relaxed);
+        }
+    }
+}
