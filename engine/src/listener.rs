@@ -38,6 +38,8 @@ pub(crate) struct Listener<S> {
 /// A listening socket and the accept in flight on it.
 #[derive(Debug)]
 pub(crate) struct Accepting<S> {
+    /// Its number among the listener's sockets, which its accepts are known by. It stays when others close before it.
+    pub(crate) index: usize,
     pub(crate) socket: S,
     pub(crate) key: Option<OpKey>,
 }

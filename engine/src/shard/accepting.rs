@@ -48,7 +48,8 @@ impl<R: Ring> Shard<R> {
 
     pub(super) fn on_accept_completion(&mut self, id: SlotId, index: usize, outcome: Outcome<R>) {
         let Some(listener) = self.listeners.entry_mut(id) else { return };
-        if let Some(accepting) = listener.sockets.get_mut(index) {
+        // Not by position: a socket that had no accept in flight when the listener closed is gone already.
+        if let Some(accepting) = listener.sockets.iter_mut().find(|accepting| accepting.index == index) {
             accepting.key = None;
         }
         if listener.open {

@@ -129,7 +129,8 @@ impl<R: Ring> Shard<R> {
                     self.reports.push(Report::ListenerClosed { forward, stats });
                     return;
                 };
-                let sockets = sockets.into_iter().map(|socket| Accepting { socket, key: None }).collect();
+                let sockets = sockets.into_iter().enumerate();
+                let sockets = sockets.map(|(index, socket)| Accepting { index, socket, key: None }).collect();
                 let id = self.listeners.insert(Listener {
                     forward,
                     upstream,
