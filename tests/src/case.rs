@@ -1,0 +1,145 @@
+//! Cases, and how they are run: each in a process of its own, by name, with a bound on its time.
+//!
+//! The program that holds the cases is also what they need beside them: with `_opener` it is an opener, with `_case NAME`
+//! it is that case alone, with a verb of the suite's own a helper process.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use landfall_engine::limits::Limits;
+use landfall_engine::opener::{VERB, serve};
+use landfall_engine::ring::{self, RingChoice};
+use libtest_mimic::{Arguments, Failed, Trial};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
+
+/// One behaviour.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    name: &'static str,
+    run: Run,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Run {
+    EachRing(fn(RingChoice)),
+    Once(fn()),
+}
+
+/// What the program does when its first argument is this word; the rest follows.
+pub type Verb = (&'static str, fn(&[String]));
+
+impl Case {
+    /// A case that is run on io_uring and on epoll.
+    pub const fn each_ring(name: &'static str, run: fn(RingChoice)) -> Case {
+        Case { name, run: Run::EachRing(run) }
+    }
+
+    /// A case that chooses its rings itself, or needs none.
+    pub const fn once(name: &'static str, run: fn()) -> Case {
+        Case { name, run: Run::Once(run) }
+    }
+
+    /// Its name on each ring.
+    fn instances(&self) -> Vec<(String, RingChoice)> {
+        match self.run {
+            Run::Once(_) => vec![(self.name.to_owned(), RingChoice::Auto)],
+            Run::EachRing(_) => vec![
+                (format!("{}::io_uring", self.name), RingChoice::IoUring),
+                (format!("{}::epoll", self.name), RingChoice::Epoll),
+            ],
+        }
+    }
+}
+
+const CASE: &str = "_case";
+const NOTE: &str = "landfall-note: ";
+
+/// The main function of a suite.
+///
+/// # Panics
+/// When a case does, in that case's process.
+pub fn main(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let verb = arguments.first().map_or("", String::as_str);
+    let all = || cases.iter().copied().flatten();
+    if verb == VERB {
+        return serve::main(std::io::stdin().as_fd()).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
+    if verb == CASE {
+        run_here(all(), &arguments[1]);
+        return ExitCode::SUCCESS;
+    }
+    if let Some((_, helper)) = verbs.iter().find(|(name, _)| *name == verb) {
+        helper(&arguments[1..]);
+        return ExitCode::SUCCESS;
+    }
+    let io_uring = ring::choose(RingChoice::IoUring, &Limits::default());
+    if let Err(unusable) = &io_uring {
+        println!("io_uring cannot be used here, so its cases are ignored: {unusable}");
+    }
+    let trials = all().flat_map(Case::instances).map(|(name, ring)| {
+        let ignored = ring == RingChoice::IoUring && io_uring.is_err();
+        Trial::test(name.clone(), move || run_apart(&name)).with_ignored_flag(ignored)
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+}
+
+/// Says something that is shown even when the case passes.
+pub fn note(text: &str) {
+    println!("{NOTE}{text}");
+}
+
+/// Runs a case in this process, in a new network namespace.
+fn run_here<'a>(mut all: impl Iterator<Item = &'a Case>, wanted: &str) {
+    // A case whose runner was killed ends too.
+    set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
+    crate::process::raise_descriptors();
+    crate::namespace::enter_new_host();
+    let (case, ring) = all
+        .find_map(|case| {
+            case.instances().into_iter().find(|(name, _)| name == wanted).map(|(_, ring)| (case, ring))
+        })
+        .unwrap_or_else(|| panic!("there is no case {wanted}"));
+    match case.run {
+        Run::EachRing(run) => run(ring),
+        Run::Once(run) => run(),
+    }
+}
+
+/// Runs a case in a process of its own and gives what it said when it failed.
+fn run_apart(name: &str) -> Result<(), Failed> {
+    let (mut said, theirs) = std::io::pipe()?;
+    let mut child = Command::new(std::env::current_exe()?)
+        .args([CASE, name])
+        .stdin(Stdio::null())
+        .stdout(theirs.try_clone()?)
+        .stderr(theirs)
+        .spawn()?;
+    let reader = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        said.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned())
+    });
+    let patience = if crate::is_long() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).unwrap();
+    // Our own child, which nobody else waits for, so the number is its own.
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    let patient = Timespec::try_from(patience).unwrap();
+    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&patient))? == 1;
+    if !ended {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    let text = reader.join().unwrap()?;
+    if ended && status.success() {
+        for line in text.lines().filter(|line| line.starts_with(NOTE)) {
+            // One write, so that lines of cases beside each other do not mix.
+            std::io::stderr().write_all(format!("  {name}: {}\n", &line[NOTE.len()..]).as_bytes())?;
+        }
+        return Ok(());
+    }
+    let how = if ended { status.to_string() } else { format!("killed after {patience:?}") };
+    Err(format!("{how}\n{text}").into())
+}

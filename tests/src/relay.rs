@@ -1,0 +1,283 @@
+//! An engine in this process, driven as control drives it, relaying into a namespace.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+use std::time::{Duration, Instant};
+
+use landfall_engine::command::{
+    Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, UpstreamId,
+};
+use landfall_engine::engine::{Engine, EngineOptions};
+use landfall_engine::limits::Limits;
+use landfall_engine::opener::client::Opener;
+use landfall_engine::ring::RingChoice;
+
+use crate::{Namespace, PATIENCE};
+
+/// An engine and the events that nobody has asked for yet.
+#[derive(Debug)]
+pub struct Driver {
+    engine: Engine,
+    shards: u16,
+    waiting: VecDeque<Event>,
+}
+
+impl Driver {
+    /// Starts an engine and checks that it runs on the ring that was asked for.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn start(limits: Limits, ring: RingChoice) -> Driver {
+        let engine = Engine::start(EngineOptions { limits, ring }).unwrap();
+        let mut driver = Driver { engine, shards: 0, waiting: VecDeque::new() };
+        driver.shards = driver.expect("the engine to be ready", |event| match event {
+            Event::Ready { shards, .. } => Some(*shards),
+            _ => None,
+        });
+        driver
+    }
+
+    /// What the engine said of itself when it started.
+    pub fn ready(&self) -> &Event {
+        self.engine.ready()
+    }
+
+    /// Gives a command.
+    pub fn apply(&self, command: Command) {
+        self.engine.apply(command, Vec::new());
+    }
+
+    /// Waits for the first event that `choose` takes; those it does not are kept for later.
+    ///
+    /// # Panics
+    /// When it does not come, with the events that came instead.
+    #[track_caller]
+    pub fn expect<T>(&mut self, what: &str, mut choose: impl FnMut(&Event) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        for index in 0..self.waiting.len() {
+            if let Some(found) = choose(&self.waiting[index]) {
+                self.waiting.remove(index);
+                return found;
+            }
+        }
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(event) = self.engine.events().recv_timeout(left) else {
+                panic!("waited {PATIENCE:?} for {what}; came instead: {:?}", self.waiting);
+            };
+            match choose(&event) {
+                Some(found) => return found,
+                None => self.waiting.push_back(event),
+            }
+        }
+    }
+
+    /// Every event that came so far and was not expected, without waiting.
+    pub fn pending(&mut self) -> Vec<Event> {
+        self.waiting.extend(self.engine.events().try_iter());
+        self.waiting.drain(..).collect()
+    }
+
+    /// Adds a namespace as an upstream, told under `cookie` instead of its own where that is given.
+    ///
+    /// # Panics
+    /// When no opener gets in.
+    #[track_caller]
+    pub fn add_upstream(&mut self, upstream: UpstreamId, namespace: &Namespace, cookie: Option<u64>) {
+        let program = std::env::current_exe().unwrap();
+        let mut opener = Opener::spawn(&program, namespace.target()).unwrap();
+        let (sources, descriptors) = opener.upstream(self.shards).unwrap();
+        let netns_cookie = cookie.unwrap_or_else(|| opener.netns_cookie());
+        self.engine.apply(Command::AddUpstream { upstream, netns_cookie, sources }, descriptors);
+        self.expect("the upstream", |event| match event {
+            Event::UpstreamAdded { upstream: added } if *added == upstream => Some(()),
+            Event::Refused { reason } => panic!("refused: {reason}"),
+            _ => None,
+        });
+    }
+
+    /// Asks for a listener and waits for the answer.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[track_caller]
+    pub fn open(
+        &mut self,
+        forward: ForwardId,
+        upstream: UpstreamId,
+        ports: (u16, u16),
+        reach: Reach,
+    ) -> Result<(), ListenFailure> {
+        let (host_port, target_port) = (port(ports.0), port(ports.1));
+        self.apply(Command::OpenListener { forward, upstream, host_port, target_port, reach });
+        self.expect("the listener", |event| match event {
+            Event::ListenerOpened { forward: opened, .. } if *opened == forward => Some(Ok(())),
+            Event::ListenerFailed { forward: failed, failure, .. } if *failed == forward => {
+                Some(Err(failure.clone()))
+            }
+            Event::Refused { reason } => panic!("refused: {reason}"),
+            _ => None,
+        })
+    }
+
+    /// Closes a listener and waits until its port is free.
+    ///
+    /// # Panics
+    /// When that is not told.
+    #[track_caller]
+    pub fn close(&mut self, forward: ForwardId, ending: Ending) -> ForwardStats {
+        self.apply(Command::CloseListener { forward, ending });
+        self.expect("the listener to close", |event| match event {
+            Event::ListenerClosed { forward: closed, stats } if *closed == forward => Some(*stats),
+            _ => None,
+        })
+    }
+
+    /// Lets go of a namespace, and waits until that is done.
+    ///
+    /// # Panics
+    /// When that is not told.
+    #[track_caller]
+    pub fn remove_upstream(&mut self, upstream: UpstreamId, ending: Ending) {
+        self.apply(Command::RemoveUpstream { upstream, ending });
+        self.expect("the upstream to be removed", |event| match event {
+            Event::UpstreamRemoved { upstream: removed, .. } if *removed == upstream => Some(()),
+            _ => None,
+        });
+    }
+
+    /// Every forward that the engine holds.
+    ///
+    /// # Panics
+    /// When it does not say.
+    #[track_caller]
+    pub fn describe(&mut self) -> Vec<ForwardState> {
+        self.apply(Command::Describe);
+        let mut all = Vec::new();
+        loop {
+            let (part, more) = self.expect("the state", |event| match event {
+                Event::State { forwards, more, .. } => Some((forwards.clone(), *more)),
+                _ => None,
+            });
+            all.extend(part);
+            if !more {
+                return all;
+            }
+        }
+    }
+}
+
+/// A host port that leads inside.
+#[derive(Clone, Copy, Debug)]
+pub struct Forward {
+    /// Its number.
+    pub id: ForwardId,
+    /// The port on the host.
+    pub host_port: u16,
+}
+
+impl Forward {
+    /// Its address on the host, by family.
+    pub fn at(self, family: Family) -> SocketAddr {
+        family.loopback(port(self.host_port))
+    }
+
+    /// 127.0.0.1 and its port.
+    pub fn v4(self) -> SocketAddr {
+        self.at(Family::V4)
+    }
+}
+
+/// An engine, one namespace, and forwards into it. Dropping it ends the engine.
+#[derive(Debug)]
+pub struct Relay {
+    /// The engine.
+    pub driver: Driver,
+    /// The container's side.
+    pub inside: Namespace,
+    forwards: u32,
+}
+
+impl Relay {
+    /// The number of the one upstream.
+    pub const UPSTREAM: UpstreamId = UpstreamId(1);
+
+    /// An engine with its usual bounds.
+    pub fn start(ring: RingChoice) -> Relay {
+        Relay::start_with(Limits::default(), ring)
+    }
+
+    /// An engine with bounds of one's own.
+    ///
+    /// # Panics
+    /// When it does not start, or does not get inside.
+    pub fn start_with(limits: Limits, ring: RingChoice) -> Relay {
+        let inside = Namespace::new();
+        let mut driver = Driver::start(limits, ring);
+        driver.add_upstream(Relay::UPSTREAM, &inside, None);
+        Relay::of(driver, inside)
+    }
+
+    /// An engine that has `inside` as its upstream already.
+    pub fn of(driver: Driver, inside: Namespace) -> Relay {
+        Relay { driver, inside, forwards: 0 }
+    }
+
+    /// Opens the same port on the host, for a server whose families are not known.
+    ///
+    /// # Panics
+    /// When the port cannot be had.
+    #[track_caller]
+    pub fn forward(&mut self, port: u16) -> Forward {
+        self.forward_reach(port, Reach::UNKNOWN)
+    }
+
+    /// Opens the same port on the host, for a server that listens on the families of `reach`.
+    ///
+    /// # Panics
+    /// When the port cannot be had.
+    #[track_caller]
+    pub fn forward_reach(&mut self, port: u16, reach: Reach) -> Forward {
+        self.forwards += 1;
+        let id = ForwardId(self.forwards);
+        self.driver.open(id, Relay::UPSTREAM, (port, port), reach).unwrap();
+        Forward { id, host_port: port }
+    }
+
+    /// The counters of a forward now.
+    ///
+    /// # Panics
+    /// When there is no such forward.
+    #[track_caller]
+    pub fn stats(&mut self, forward: Forward) -> ForwardStats {
+        let state = self.driver.describe();
+        state.iter().find(|state| state.forward == forward.id).expect("a forward that is held").stats
+    }
+
+    /// Waits until the counters of a forward are as wanted.
+    ///
+    /// # Panics
+    /// When they do not become so, with what they are.
+    #[track_caller]
+    pub fn stats_become(
+        &mut self,
+        forward: Forward,
+        what: &str,
+        wanted: impl Fn(&ForwardStats) -> bool,
+    ) -> ForwardStats {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let stats = self.stats(forward);
+            if wanted(&stats) {
+                return stats;
+            }
+            assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}; last seen: {stats:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn port(number: u16) -> NonZeroU16 {
+    NonZeroU16::new(number).expect("a port")
+}

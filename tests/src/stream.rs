@@ -1,0 +1,158 @@
+//! Bytes whose position can be told from their value, and the random numbers behind every choice of a case.
+//!
+//! A [`Pattern`] is a function from position to byte, so a receiver checks each slice as it comes, keeps nothing, and
+//! names the first byte that is not what was sent there. That catches what a length or a sum would not: two slices
+//! in the wrong order, one twice, a hole.
+
+/// A stream of bytes, endless, given by a seed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pattern {
+    seed: u64,
+}
+
+impl Pattern {
+    /// The stream of this seed. Streams of two seeds differ in nearly every byte.
+    pub fn new(seed: u64) -> Pattern {
+        Pattern { seed }
+    }
+
+    /// Fills `buffer` with the bytes that begin at `position`.
+    pub fn fill(self, position: u64, buffer: &mut [u8]) {
+        let mut position = position;
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let word = mix(self.seed ^ mix(position / 8)).to_le_bytes();
+            let word = &word[usize::try_from(position % 8).unwrap()..];
+            let count = word.len().min(rest.len());
+            let (now, later) = rest.split_at_mut(count);
+            now.copy_from_slice(&word[..count]);
+            position += count as u64;
+            rest = later;
+        }
+    }
+
+    /// The first `count` bytes.
+    pub fn bytes(self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.fill(0, &mut bytes);
+        bytes
+    }
+
+    /// One who checks this stream from its first byte on.
+    pub fn checker(self) -> Checker {
+        Checker { pattern: self, position: 0, expected: Vec::new() }
+    }
+}
+
+/// Checks a stream slice by slice.
+#[derive(Debug)]
+pub struct Checker {
+    pattern: Pattern,
+    position: u64,
+    expected: Vec<u8>,
+}
+
+impl Checker {
+    /// Takes in what came next.
+    ///
+    /// # Panics
+    /// At the first byte that is not the one that was sent at its position.
+    #[track_caller]
+    pub fn check(&mut self, received: &[u8]) {
+        self.expected.resize(received.len(), 0);
+        self.pattern.fill(self.position, &mut self.expected);
+        if received != self.expected {
+            let at = received.iter().zip(&self.expected).position(|(have, want)| have != want).unwrap();
+            panic!(
+                "byte {} of stream {:#x} is {:#04x} instead of {:#04x}",
+                self.position + at as u64,
+                self.pattern.seed,
+                received[at],
+                self.expected[at],
+            );
+        }
+        self.position += received.len() as u64;
+    }
+
+    /// How many bytes came, every one right.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+}
+
+/// Seeded random numbers (SplitMix64): the same choices for the same seed.
+#[derive(Clone, Debug)]
+pub struct Rng {
+    state: u64,
+}
+
+impl Rng {
+    /// The sequence of this seed.
+    pub fn new(seed: u64) -> Rng {
+        Rng { state: mix(seed) }
+    }
+
+    /// The next number.
+    pub fn next_u64(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.state)
+    }
+
+    /// A number below `bound`, or 0 where that is 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next_u64() % bound.max(1)
+    }
+
+    /// True once in `times`.
+    pub fn one_in(&mut self, times: u64) -> bool {
+        self.below(times) == 0
+    }
+
+    /// A length below `bound` bytes, small ones as likely as large ones.
+    pub fn length(&mut self, bound: usize) -> usize {
+        let bits = u64::from(bound.max(2).ilog2()) + 1;
+        let magnitude = 1_u64 << self.below(bits);
+        usize::try_from(self.below(magnitude * 2)).unwrap().min(bound)
+    }
+}
+
+/// The output function of SplitMix64 (Steele, Lea and Flood, 2014): every bit of the input stirs every bit of the output.
+fn mix(value: u64) -> u64 {
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pattern_is_the_same_however_it_is_cut() {
+        let whole = Pattern::new(7).bytes(1000);
+        for cut in [1, 7, 8, 13, 500] {
+            let mut checker = Pattern::new(7).checker();
+            whole.chunks(cut).for_each(|chunk| checker.check(chunk));
+            assert_eq!(checker.position(), 1000);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "byte 101 of stream 0x7")]
+    fn the_first_wrong_byte_is_named() {
+        let mut bytes = Pattern::new(7).bytes(200);
+        bytes[101] ^= 1;
+        let mut checker = Pattern::new(7).checker();
+        checker.check(&bytes[..64]);
+        checker.check(&bytes[64..]);
+    }
+
+    #[test]
+    #[should_panic(expected = "byte 64 of")]
+    fn a_slice_that_comes_twice_is_seen() {
+        let bytes = Pattern::new(7).bytes(64);
+        let mut checker = Pattern::new(7).checker();
+        checker.check(&bytes);
+        checker.check(&bytes);
+    }
+}

@@ -1,0 +1,47 @@
+//! Much of it, and the byte that is out of band.
+
+use std::io::{Read, Write};
+
+use landfall_engine::ring::RingChoice;
+use landfall_tests::case::Case;
+use landfall_tests::{End, Pattern, finish, is_long, read_to_end, send_all};
+use rustix::net::SendFlags;
+
+use crate::observe::{Path, Who};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::each_ring("c01_much_goes_up_and_down_unchanged", much_goes_up_and_down),
+    Case::each_ring("c01_an_urgent_byte_stays_in_the_stream", an_urgent_byte_stays),
+];
+
+fn much_goes_up_and_down(ring: RingChoice) {
+    let count = if is_long() { 1 << 30 } else { 64 << 20 };
+    let path = Path::landfall(ring);
+    for who in [Who::Client, Who::Server] {
+        let (sender, receiver) = path.pair().split(who);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                send_all(&sender, Pattern::new(1), count);
+                finish(&sender);
+            });
+            let mut checker = Pattern::new(1).checker();
+            assert_eq!(read_to_end(&receiver, &mut checker), End::Eof);
+            assert_eq!(checker.position(), count, "sent by the {who:?}");
+        });
+    }
+}
+
+/// To the server inside it is an ordinary byte, at its place; without care it would vanish at the relay.
+fn an_urgent_byte_stays(ring: RingChoice) {
+    let path = Path::landfall(ring);
+    for who in [Who::Client, Who::Server] {
+        let (mut sender, mut receiver) = path.pair().split(who);
+        sender.write_all(b"before ").unwrap();
+        assert_eq!(rustix::net::send(&sender, b"!", SendFlags::OOB).unwrap(), 1);
+        sender.write_all(b" after").unwrap();
+        finish(&sender);
+        let mut text = String::new();
+        receiver.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "before ! after", "sent by the {who:?}");
+    }
+}

@@ -1,0 +1,42 @@
+//! What landfall claims, each claim by the case that fails when it is broken. The number in a name is the claim's.
+#![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
+
+mod bulk;
+mod exhaustion;
+mod fallback;
+mod half_close;
+mod leaks;
+mod listeners;
+mod observe;
+mod parity;
+mod pool;
+mod reach;
+mod refusal;
+mod reset;
+mod stalled;
+mod streams;
+mod tidy;
+mod upstreams;
+
+fn main() -> std::process::ExitCode {
+    landfall_tests::case::main(
+        &[
+            streams::CASES,
+            half_close::CASES,
+            reset::CASES,
+            refusal::CASES,
+            stalled::CASES,
+            exhaustion::CASES,
+            leaks::CASES,
+            pool::CASES,
+            fallback::CASES,
+            parity::CASES,
+            reach::CASES,
+            upstreams::CASES,
+            listeners::CASES,
+            bulk::CASES,
+            tidy::CASES,
+        ],
+        &[("_flood", exhaustion::flood)],
+    )
+}

@@ -1,0 +1,162 @@
+//! One script, several ways between its two ends, and what the ends saw.
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::Instant;
+
+use landfall_engine::ring::RingChoice;
+use landfall_tests::{
+    Checker, End, Forward, Haproxy, Namespace, PATIENCE, Relay, Server, connect, connect_from,
+};
+
+/// How a client reaches the server.
+pub(crate) enum Way {
+    /// From inside the namespace, with nothing between.
+    Direct(Namespace),
+    /// From the host, through landfall.
+    Landfall(Box<Relay>, Forward),
+    /// From inside the namespace, through HAProxy.
+    Haproxy { inside: Namespace, front: std::net::SocketAddr, _running: Haproxy },
+}
+
+/// A way, and the server at its end.
+pub(crate) struct Path {
+    pub(crate) way: Way,
+    server: Server,
+}
+
+/// A connection through a way, by its two ends.
+pub(crate) struct Pair<'a> {
+    pub(crate) client: TcpStream,
+    pub(crate) server: TcpStream,
+    path: &'a Path,
+}
+
+/// Which end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    Client,
+    Server,
+}
+
+impl Path {
+    pub(crate) fn direct() -> Path {
+        let inside = Namespace::new();
+        let server = Server::listen(&inside, "127.0.0.1:0");
+        Path { way: Way::Direct(inside), server }
+    }
+
+    pub(crate) fn landfall(ring: RingChoice) -> Path {
+        let mut relay = Relay::start(ring);
+        let server = Server::listen(&relay.inside, "127.0.0.1:0");
+        let forward = relay.forward(server.port());
+        Path { way: Way::Landfall(Box::new(relay), forward), server }
+    }
+
+    pub(crate) fn haproxy() -> Path {
+        let inside = Namespace::new();
+        let server = Server::listen(&inside, "127.0.0.1:0");
+        let front = ([127, 0, 0, 1], if server.port() == 9000 { 9001 } else { 9000 }).into();
+        let running = Haproxy::start(&inside, front, server.address());
+        // The connections by which it was found to listen.
+        while server.has_caller() {
+            drop(server.accept());
+        }
+        Path { way: Way::Haproxy { inside, front, _running: running }, server }
+    }
+
+    /// Connects; the client first, then the server takes it.
+    #[track_caller]
+    pub(crate) fn pair(&self) -> Pair<'_> {
+        let (client, server) = (self.client(), self.server.accept());
+        if matches!(self.way, Way::Haproxy { .. }) {
+            // Of it nothing is demanded, and what does not come need not be waited for long.
+            for stream in [&client, &server] {
+                stream.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
+            }
+        }
+        Pair { client, server, path: self }
+    }
+
+    /// Takes the next connection at the server.
+    #[track_caller]
+    pub(crate) fn accept(&self) -> TcpStream {
+        self.server.accept()
+    }
+
+    /// Connects alone.
+    #[track_caller]
+    pub(crate) fn client(&self) -> TcpStream {
+        match &self.way {
+            Way::Direct(inside) => connect_from(inside, self.server.address()),
+            Way::Landfall(_, forward) => connect(forward.v4()),
+            Way::Haproxy { inside, front, .. } => connect_from(inside, *front),
+        }
+    }
+}
+
+impl Pair<'_> {
+    pub(crate) fn end(&self, who: Who) -> &TcpStream {
+        match who {
+            Who::Client => &self.client,
+            Who::Server => &self.server,
+        }
+    }
+
+    /// The two ends apart: first that of `who`, then the other.
+    pub(crate) fn split(self, who: Who) -> (TcpStream, TcpStream) {
+        match who {
+            Who::Client => (self.client, self.server),
+            Who::Server => (self.server, self.client),
+        }
+    }
+
+    /// Waits until all that `who` sent was acknowledged, so that it is the receiver's kernel (or a relay's) that has it.
+    #[track_caller]
+    pub(crate) fn delivered(&self, who: Who) {
+        let stream = self.end(who);
+        let (local, peer) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+        let host = Namespace::current();
+        let namespace = match (&self.path.way, who) {
+            (Way::Direct(inside) | Way::Haproxy { inside, .. }, _) => inside,
+            (Way::Landfall(relay, _), Who::Server) => &relay.inside,
+            (Way::Landfall(..), Who::Client) => &host,
+        };
+        landfall_tests::wait_until("all that was sent to be acknowledged", || {
+            match namespace.unacknowledged(local, peer) {
+                0 => Ok(()),
+                bytes => Err(bytes),
+            }
+        });
+    }
+}
+
+/// Writes until told that the peer is gone; false if nothing tells.
+pub(crate) fn learns_that_the_peer_is_gone(mut stream: &TcpStream) -> bool {
+    let deadline = Instant::now() + PATIENCE / 4;
+    while Instant::now() < deadline {
+        if stream.write(b"?").is_err() {
+            return true;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    false
+}
+
+/// What one end read: how many bytes, each right, and how it ended.
+pub(crate) fn read_rest(stream: &TcpStream, checker: &mut Checker) -> (u64, End) {
+    let end = landfall_tests::read_to_end(stream, checker);
+    (checker.position(), end)
+}
+
+/// How a connection on which nothing is expected ends.
+#[track_caller]
+pub(crate) fn ends_by(stream: &TcpStream) -> End {
+    let mut buffer = [0; 64];
+    match landfall_tests::read_some(stream, &mut buffer) {
+        Ok(0) => End::Eof,
+        Ok(bytes) => panic!("{:?} came where nothing should", &buffer[..bytes]),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => End::Reset,
+        Err(error) => panic!("neither an end nor a reset: {error}"),
+    }
+}

@@ -1,0 +1,183 @@
+//! Claim 3: a reset stays a reset, and what came before it still arrives. What a direct connection shows is the measure.
+
+use std::io::Write;
+use std::net::TcpStream;
+
+use landfall_engine::ring::RingChoice;
+use landfall_tests::case::Case;
+use landfall_tests::{End, Pattern, finish, read_exactly, reset, send_all};
+
+use crate::observe::{Path, Who, learns_that_the_peer_is_gone, read_rest};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::each_ring("c03_reset_stays_reset_as_it_does_directly", as_it_does_directly),
+    Case::each_ring("c03_a_reset_finds_a_reader_that_stalls", a_reset_finds_a_reader_that_stalls),
+    Case::each_ring("c03_a_megabyte_before_a_reset_arrives", a_megabyte_before_a_reset_arrives),
+];
+
+/// What the end that did not break the connection saw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Saw {
+    /// Bytes, each right, and then this.
+    pub(crate) read: (u64, End),
+    /// Whether writing told that the peer is gone.
+    pub(crate) told_by_write: bool,
+}
+
+/// A script: the first stream breaks the connection, the other one looks on.
+pub(crate) type Script = fn(&Path, Who) -> Saw;
+
+pub(crate) const SCRIPTS: [(&str, Script); 7] = [
+    ("reset before any data", before_data),
+    ("reset after data that arrived", after_data),
+    ("reset after data in both directions", after_data_both_ways),
+    ("reset after a FIN was seen", after_fin_seen),
+    ("reset right after a FIN", right_after_fin),
+    ("close with unread data", close_with_unread_data),
+    ("reset by the one that got a FIN", by_the_finished),
+];
+
+const BYTES: u64 = 40_000;
+
+fn before_data(path: &Path, who: Who) -> Saw {
+    let (breaker, other) = path.pair().split(who);
+    reset(breaker);
+    saw(&other, 0)
+}
+
+fn after_data(path: &Path, who: Who) -> Saw {
+    let pair = path.pair();
+    send_all(pair.end(who), Pattern::new(1), BYTES);
+    pair.delivered(who);
+    let (breaker, other) = pair.split(who);
+    reset(breaker);
+    saw(&other, 0)
+}
+
+fn after_data_both_ways(path: &Path, who: Who) -> Saw {
+    let pair = path.pair();
+    send_all(pair.end(who), Pattern::new(1), BYTES);
+    let (breaker, other) = pair.split(who);
+    let mut checker = Pattern::new(1).checker();
+    read_exactly(&other, &mut checker, BYTES);
+    send_all(&other, Pattern::new(2), BYTES);
+    read_exactly(&breaker, &mut Pattern::new(2).checker(), BYTES);
+    reset(breaker);
+    let read = read_rest(&other, &mut checker);
+    Saw { read, told_by_write: learns_that_the_peer_is_gone(&other) }
+}
+
+fn after_fin_seen(path: &Path, who: Who) -> Saw {
+    let (breaker, other) = path.pair().split(who);
+    send_all(&breaker, Pattern::new(1), BYTES);
+    finish(&breaker);
+    let read = read_rest(&other, &mut Pattern::new(1).checker());
+    reset(breaker);
+    Saw { read, told_by_write: learns_that_the_peer_is_gone(&other) }
+}
+
+fn right_after_fin(path: &Path, who: Who) -> Saw {
+    let pair = path.pair();
+    send_all(pair.end(who), Pattern::new(1), BYTES);
+    finish(pair.end(who));
+    pair.delivered(who);
+    let (breaker, other) = pair.split(who);
+    reset(breaker);
+    saw(&other, 0)
+}
+
+fn close_with_unread_data(path: &Path, who: Who) -> Saw {
+    let pair = path.pair();
+    let (breaker, other) = pair.split(who);
+    (&other).write_all(b"never read").unwrap();
+    // It must have arrived, or the close would be a FIN.
+    landfall_tests::wait_until("the data to arrive", || {
+        let mut byte = [0];
+        breaker.peek(&mut byte).map(drop)
+    });
+    drop(breaker);
+    saw(&other, 0)
+}
+
+fn by_the_finished(path: &Path, who: Who) -> Saw {
+    let (breaker, other) = path.pair().split(who);
+    finish(&other);
+    assert_eq!(read_rest(&breaker, &mut Pattern::new(9).checker()), (0, End::Eof));
+    reset(breaker);
+    let read = read_rest(&other, &mut Pattern::new(1).checker());
+    // Its own direction is finished, so it has nothing to write.
+    Saw { read, told_by_write: true }
+}
+
+fn saw(other: &TcpStream, skip: u64) -> Saw {
+    let mut checker = Pattern::new(1).checker();
+    let (bytes, end) = read_rest(other, &mut checker);
+    Saw { read: (bytes - skip, end), told_by_write: learns_that_the_peer_is_gone(other) }
+}
+
+fn as_it_does_directly(ring: RingChoice) {
+    let (direct, relayed) = (Path::direct(), Path::landfall(ring));
+    for (name, script) in SCRIPTS {
+        for who in [Who::Client, Who::Server] {
+            let expected = script(&direct, who);
+            // Each several times, since two events that come close together may come in either order.
+            for round in 0..10 {
+                assert_eq!(script(&relayed, who), expected, "{name}, by the {who:?}, round {round}");
+            }
+        }
+    }
+}
+
+/// A client that stops reading is told of a reset as soon as it reads again, after every byte that was acknowledged.
+fn a_reset_finds_a_reader_that_stalls(ring: RingChoice) {
+    let path = Path::landfall(ring);
+    for who in [Who::Client, Who::Server] {
+        let pair = path.pair();
+        let mut sender = pair.end(who);
+        sender.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        let mut buffer = vec![0; 64 * 1024];
+        landfall_tests::wait_until("the way to be full", || {
+            Pattern::new(1).fill(sent, &mut buffer);
+            match sender.write(&buffer) {
+                Ok(bytes) => {
+                    sent += bytes as u64;
+                    Err(sent)
+                }
+                Err(_) => Ok(()),
+            }
+        });
+        let (breaker, other) = pair.split(who);
+        reset(breaker);
+        let (bytes, end) = read_rest(&other, &mut Pattern::new(1).checker());
+        assert_eq!(end, End::Reset);
+        assert!(bytes > 0 && bytes <= sent, "{bytes} of {sent}");
+    }
+}
+
+/// The receiver reads slowly, and the reset comes as soon as the relay has acknowledged the last byte.
+fn a_megabyte_before_a_reset_arrives(ring: RingChoice) {
+    const COUNT: u64 = 1_000_000;
+    let path = Path::landfall(ring);
+    for who in [Who::Client, Who::Server] {
+        for _ in 0..5 {
+            let pair = path.pair();
+            std::thread::scope(|scope| {
+                let reading = scope.spawn(|| {
+                    let other = if who == Who::Client { &pair.server } else { &pair.client };
+                    read_rest(other, &mut Pattern::new(1).checker())
+                });
+                send_all(pair.end(who), Pattern::new(1), COUNT);
+                pair.delivered(who);
+                reset_shared(pair.end(who));
+                assert_eq!(reading.join().unwrap(), (COUNT, End::Reset), "sent by the {who:?}");
+            });
+        }
+    }
+}
+
+/// Resets a connection of which another thread holds the other end: connecting to nowhere dissolves it (`connect(2)`,
+/// AF_UNSPEC), which the kernel tells the peer by a reset.
+fn reset_shared(stream: &TcpStream) {
+    rustix::net::connect_unspec(stream).unwrap();
+}

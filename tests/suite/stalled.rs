@@ -1,0 +1,91 @@
+//! Claim 5: readers that stall hold a bounded amount of memory, and hold up nobody else.
+
+use std::io::Write;
+use std::time::Duration;
+
+use landfall_engine::limits::Limits;
+use landfall_engine::ring::RingChoice;
+use landfall_tests::case::Case;
+use landfall_tests::process::{engine_load, resident_bytes};
+use landfall_tests::{Pattern, Relay, Server, connect, is_long, note, read_exactly, reset, wait_until};
+
+pub(crate) const CASES: &[Case] =
+    &[Case::each_ring("c05_stalled_readers_bound_memory_and_hold_up_nobody", stalled_readers)];
+
+fn stalled_readers(ring: RingChoice) {
+    let count = if is_long() { 1000 } else { 200 };
+    let mut relay = Relay::start(ring);
+    let sources = Server::listen(&relay.inside, "127.0.0.1:3000");
+    let source = relay.forward(3000);
+    Server::listen(&relay.inside, "127.0.0.1:3001").serve(|mut stream| {
+        let mut buffer = [0; 4096];
+        while let Ok(bytes @ 1..) = landfall_tests::read_some(&stream, &mut buffer) {
+            if stream.write_all(&buffer[..bytes]).is_err() {
+                return;
+            }
+        }
+    });
+    let echo = relay.forward(3001);
+    round_trips(echo, 1);
+
+    let before = resident_bytes();
+    let mut stalled = Vec::new();
+    let mut block = Pattern::new(1).bytes(1 << 20);
+    for _ in 0..count {
+        let client = connect(source.v4());
+        let server = sources.accept();
+        server.set_nonblocking(true).unwrap();
+        stalled.push((client, server, 0_u64));
+    }
+    // Everything is full once no server could send a byte for a while.
+    let mut quiet = 0;
+    wait_until("every way to be full", || {
+        let mut moved = 0;
+        for (_, server, sent) in &mut stalled {
+            Pattern::new(1).fill(*sent, &mut block[..64 * 1024]);
+            if let Ok(bytes) = server.write(&block[..64 * 1024]) {
+                *sent += bytes as u64;
+                moved += bytes;
+            }
+        }
+        quiet = if moved == 0 { quiet + 1 } else { 0 };
+        if quiet >= 20 { Ok(()) } else { Err(moved) }
+    });
+    let grown = resident_bytes().saturating_sub(before);
+    // A lease for each that stalls, and what the tables hold.
+    let bound = count * Limits::default().lease_bytes + 4 * 1024 * 1024;
+    assert!(grown < bound, "{count} stalled readers: {grown} bytes, over {bound}");
+    let load = engine_load(Duration::from_millis(300));
+    assert!(load < 0.2, "waiting for stalled readers takes {:.0} % of a processor", load * 100.0);
+
+    // Others go on as if nothing were.
+    std::thread::scope(|scope| {
+        for seed in 0..50 {
+            scope.spawn(move || round_trips(echo, seed));
+        }
+    });
+
+    // Those who read after all get every byte; the rest leave.
+    for (index, (client, server, sent)) in stalled.into_iter().enumerate() {
+        if index % 10 == 0 {
+            drop(server);
+            read_exactly(&client, &mut Pattern::new(1).checker(), sent);
+        } else {
+            reset(client);
+        }
+    }
+    relay.stats_become(source, "all to be over", |stats| stats.open == 0);
+    note!("{count} stalled readers: {} KiB of memory each", grown / count / 1024);
+}
+
+/// A hundred times there and back.
+fn round_trips(echo: landfall_tests::Forward, seed: u64) {
+    let stream = connect(echo.v4());
+    let mut checker = Pattern::new(seed).checker();
+    let mut message = [0; 64];
+    for round in 0..100 {
+        Pattern::new(seed).fill(round * 64, &mut message);
+        (&stream).write_all(&message).unwrap();
+        read_exactly(&stream, &mut checker, (round + 1) * 64);
+    }
+}

@@ -1,0 +1,156 @@
+//! House rules that no compiler sees, read from the sources.
+
+use std::path::{Path, PathBuf};
+
+use landfall_tests::case::Case;
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("tidy_no_leftovers", no_leftovers),
+    Case::once("tidy_unsafe_only_in_the_ring", unsafe_only_in_the_ring),
+    Case::once("tidy_pure_files_do_no_io", pure_files_do_no_io),
+    Case::once("tidy_files_are_short", files_are_short),
+    Case::once("tidy_links_lead_somewhere", links_lead_somewhere),
+];
+
+/// The longest a source file may be; half of that is better.
+const LINES_MAX: usize = 600;
+
+/// Where `unsafe` may stand.
+const UNSAFE: [&str; 2] = ["engine/src/ring/uring.rs", "engine/src/ring/pool.rs"];
+
+/// Files that decide and do nothing else, whole directories among them.
+const PURE: [&str; 6] = [
+    "engine/src/relay",
+    "engine/src/watch/parse.rs",
+    "engine/src/watch/diff.rs",
+    "engine/src/watch/diag_message.rs",
+    "control/src/policy.rs",
+    "control/src/reconcile/plan.rs",
+];
+
+/// What a pure file does not name.
+const IMPURE: [&str; 8] = [
+    "std::fs",
+    "std::io",
+    "std::process",
+    "std::thread",
+    "std::net::Tcp",
+    "std::net::Udp",
+    "Instant::now",
+    "SystemTime",
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// Every Rust source, by its path from the root.
+fn sources() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut directories: Vec<PathBuf> =
+        ["engine", "control", "tests", "benches", "fuzz"].iter().map(|name| root().join(name)).collect();
+    while let Some(directory) = directories.pop() {
+        let Ok(entries) = std::fs::read_dir(&directory) else { continue };
+        for path in entries.map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                if !path.ends_with("target") && !path.ends_with("node_modules") {
+                    directories.push(path);
+                }
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let name = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+                found.push((name, std::fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    assert!(found.len() > 20, "only {} sources were found", found.len());
+    found.sort();
+    found
+}
+
+#[track_caller]
+fn assert_none(what: &str, found: &[String]) {
+    assert!(found.is_empty(), "{what}:\n{}", found.join("\n"));
+}
+
+/// The lines of a source in which `wanted` holds, as `file:line: text`.
+fn lines(name: &str, text: &str, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+    (1..)
+        .zip(text.lines())
+        .filter(|(_, line)| wanted(line))
+        .map(|(number, line)| format!("{name}:{number}: {}", line.trim()))
+        .collect()
+}
+
+fn is_comment(line: &str) -> bool {
+    line.trim_start().starts_with("//")
+}
+
+fn no_leftovers() {
+    // Written apart, so that this file is not found.
+    let words = [["FIX", "ME"], ["XX", "X"], ["TO", "DO"], ["HA", "CK"]].map(|word| word.concat());
+    let mut found = Vec::new();
+    for (name, text) in sources() {
+        found.extend(lines(&name, &text, |line| {
+            line.split(|c: char| !c.is_ascii_alphabetic()).any(|word| words.iter().any(|left| left == word))
+        }));
+    }
+    assert_none("left over", &found);
+}
+
+fn unsafe_only_in_the_ring() {
+    let mut found = Vec::new();
+    for (name, text) in sources() {
+        if !UNSAFE.contains(&name.as_str()) {
+            found.extend(lines(&name, &text, |line| {
+                !is_comment(line)
+                    && ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"]
+                        .iter()
+                        .any(|word| line.contains(word) && !line.contains('"'))
+            }));
+        }
+    }
+    assert_none("unsafe where it may not be", &found);
+}
+
+fn pure_files_do_no_io() {
+    let mut found = Vec::new();
+    let sources = sources();
+    for (name, text) in &sources {
+        let pure = PURE.iter().any(|pure| name == pure || name.starts_with(&format!("{pure}/")));
+        if pure && !name.contains("test") {
+            // What follows is for tests.
+            let code = text.split("#[cfg(test)]").next().unwrap();
+            found.extend(lines(name, code, |line| {
+                !is_comment(line) && IMPURE.iter().any(|impure| line.contains(impure))
+            }));
+        }
+    }
+    assert_none("a pure file names", &found);
+    assert!(sources.iter().any(|(name, _)| name.starts_with(PURE[0])), "the pure files are elsewhere now");
+}
+
+fn files_are_short() {
+    let long = sources()
+        .into_iter()
+        .map(|(name, text)| (name, text.lines().count()))
+        .filter(|(_, count)| *count > LINES_MAX)
+        .map(|(name, count)| format!("{name}: {count} lines, more than {LINES_MAX}"))
+        .collect::<Vec<_>>();
+    assert_none("too long", &long);
+}
+
+fn links_lead_somewhere() {
+    let mut found = Vec::new();
+    for document in ["README.md", "benches/README.md"] {
+        let path = root().join(document);
+        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let target = target.split('#').next().unwrap();
+            let elsewhere = target.is_empty() || target.contains("://") || target.starts_with("mailto:");
+            if !elsewhere && !path.parent().unwrap().join(target).exists() {
+                found.push(format!("{document}: {target}"));
+            }
+        }
+    }
+    assert_none("a link leads nowhere", &found);
+}
