@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
 
 mod bulk;
+mod control;
 mod exhaustion;
 mod fallback;
 mod half_close;
@@ -35,8 +36,9 @@ fn main() -> std::process::ExitCode {
             upstreams::CASES,
             listeners::CASES,
             bulk::CASES,
+            control::CASES,
             tidy::CASES,
         ],
-        &[("_flood", exhaustion::flood)],
+        &[("_flood", exhaustion::flood), ("_engine", control::engine)],
     )
 }
