@@ -41,6 +41,13 @@ fn both_get(forward: Forward, label: &str) {
     }
 }
 
+/// Tells the reach and waits until the engine goes by it: a state is told after the commands before it.
+fn set_reach(relay: &mut Relay, forward: Forward, reach: Reach) {
+    relay.driver.apply(Command::SetReach { forward: forward.id, reach });
+    let told = relay.driver.describe().into_iter().find(|state| state.forward == forward.id);
+    assert_eq!(told.map(|state| state.reach), Some(reach));
+}
+
 fn the_answer_says(ring: RingChoice) {
     let mut relay = Relay::start(ring);
     let servers = [
@@ -57,7 +64,7 @@ fn the_answer_says(ring: RingChoice) {
         let forward = relay.forward_reach(port, reach);
         both_get(forward, label);
         for other in [Reach::UNKNOWN, Reach { v4: false, v6: false }] {
-            relay.driver.apply(Command::SetReach { forward: forward.id, reach: other });
+            set_reach(&mut relay, forward, other);
             both_get(forward, label);
         }
     }
@@ -90,9 +97,9 @@ fn two_servers(ring: RingChoice) {
         assert_eq!(answer(forward, Family::V6), "six");
     }
     // One that is told to be gone is not asked.
-    relay.driver.apply(Command::SetReach { forward: forward.id, reach: V6 });
+    set_reach(&mut relay, forward, V6);
     both_get(forward, "six");
-    relay.driver.apply(Command::SetReach { forward: forward.id, reach: V4 });
+    set_reach(&mut relay, forward, V4);
     both_get(forward, "four");
 }
 
