@@ -1,0 +1,531 @@
+#!/usr/bin/env bash
+# Real servers behind the real binary, as people use them: python, node, nginx, Vite, iperf3, and wrk against them.
+#
+#   tests/servers.sh              under four minutes
+#   LANDFALL_LONG=1 tests/servers.sh   with a gibibyte each way, and a browser
+#   LANDFALL=path/to/landfall     the binary; else target/release/landfall, else target/debug/landfall
+#   LANDFALL_KEEP=1               keeps the directory with all logs
+#
+# Each check prints `ok NAME` or `FAILED NAME: why`. What needs root is skipped without it, and says so.
+# What is started here is ended here, by process id; ports are chosen among those that nobody has.
+set -u
+cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
+export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C
+# A proxy for the world is no way to localhost.
+export no_proxy=localhost,127.0.0.1,::1 NO_PROXY=localhost,127.0.0.1,::1
+unset NODE_USE_ENV_PROXY
+
+passed=0 failed=0
+declare -A pid=() code=()
+long=${LANDFALL_LONG:-}
+mib=256
+if [[ -n $long ]]; then mib=1024; fi
+
+# ---------------------------------------------------------------- what everything stands on
+
+die() { echo "servers.sh: $*" >&2; exit 1; }
+
+# fail WHY: the reason that `check` tells.
+fail() { why="$*"; return 1; }
+
+# check NAME COMMAND...: one named check. A command that fails without a word is told by the name of what failed.
+check() {
+    local name=$1 begun=$SECONDS
+    shift
+    why="'$*' failed"
+    if "$@"; then
+        passed=$((passed + 1))
+        echo "ok $name$( ((SECONDS - begun > 4)) && echo " ($((SECONDS - begun)) s)")"
+    else
+        failed=$((failed + 1))
+        echo "FAILED $name: $why"
+    fi
+}
+
+# until_true SECONDS COMMAND...: waits for a state, and no longer than it takes.
+until_true() {
+    local deadline=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        ((SECONDS <= deadline)) || return 1
+        sleep 0.02
+    done
+}
+
+# start TAG WHO DIRECTORY COMMAND...: WHO is `me` or `nobody`. Its outputs go to TAG.out and TAG.err. A shell starts
+# what is in its background with SIGINT ignored, which no user's terminal does.
+start() {
+    local tag=$1 who=$2 directory=$3
+    shift 3
+    local as=(env)
+    if [[ $who == nobody ]]; then
+        as=(setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all env HOME="$tmp/nobody")
+    fi
+    (cd "$directory" && exec "${as[@]}" --default-signal=INT,QUIT "$@") \
+        </dev/null >"$tmp/log/$tag.out" 2>"$tmp/log/$tag.err" &
+    pid[$tag]=$!
+}
+
+runs() { kill -0 "${pid[$1]}" 2>/dev/null; }
+gone() { ! runs "$1"; }
+no_process() { [[ ! -e /proc/$1 ]]; }
+
+# says TAG STREAM PATTERN: waits for a line of that process. One that has ended has said everything.
+says() {
+    until_true 20 said_or_gone "$@"
+    grep -qE -- "$3" "$tmp/log/$1.$2" \
+        || fail "$1 did not say /$3/; last words: $(cat "$tmp/log/$1.out" "$tmp/log/$1.err" | tail -n 3 | tr '\n' '|')"
+}
+said_or_gone() { grep -qE -- "$3" "$tmp/log/$1.$2" || gone "$1"; }
+word() { sed -nE "s/$3/\\1/p" "$tmp/log/$1.$2" | head -n 1; }
+
+# end TAG SIGNAL: sends it, waits, and leaves the exit code in code[TAG].
+end() {
+    if runs "$1"; then kill -s "$2" "${pid[$1]}"; fi
+    until_true 20 gone "$1" || { fail "$1 does not end at SIG$2"; return; }
+    wait "${pid[$1]}"
+    code[$1]=$?
+}
+
+cleanup() {
+    local left
+    left=$(jobs -rp)
+    # shellcheck disable=SC2086 # a list of process ids of our own children, which the shell has not yet reaped
+    if [[ -n $left ]]; then kill -TERM $left 2>/dev/null; fi
+    no_jobs() { [[ -z $(jobs -rp) ]]; }
+    until_true 5 no_jobs || kill -KILL $(jobs -rp) 2>/dev/null
+    wait
+    if [[ -n ${netns:-} ]]; then ip netns del "$netns" 2>/dev/null; fi
+    if [[ -n ${LANDFALL_KEEP:-} ]]; then echo "kept: $tmp"; else rm -rf "$tmp"; fi
+}
+
+install_packages() {
+    local missing=() pair
+    for pair in "$@"; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+    done
+    ((${#missing[@]})) || return 0
+    ((EUID == 0)) || die "these packages are missing, and only root can install them: ${missing[*]}"
+    echo "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$tmp/log/apt.out" 2>&1 \
+        || die "cannot install ${missing[*]}: $(tail -n 2 "$tmp/log/apt.out")"
+}
+
+fetch() { curl -sS --max-time 120 "$@"; }
+sum() { sha256sum "$@" | cut -d ' ' -f 1; }
+answers() { fetch -o /dev/null "http://127.0.0.1:$1/" 2>/dev/null; }
+refuses() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && ! (exec 3<>"/dev/tcp/::1/$1") 2>/dev/null; }
+
+# sandbox TAG WHO DIRECTORY PORT [OPTION...] -- COMMAND...: a server behind `landfall run`, up to its forward.
+sandbox() {
+    local tag=$1 who=$2 directory=$3 port=$4
+    shift 4
+    start "$tag" "$who" "$directory" "$landfall" run --net none --name "$tag" "$@"
+    says "$tag" err "^forward +http://localhost:$port "
+}
+
+# ---------------------------------------------------------------- python
+
+python_server() { # TAG WHO PORT [ADDRESS]
+    sandbox "$1" "$2" "$tmp/site" "$3" -- "$python" -u -m http.server "$3" ${4:+--bind "$4"}
+}
+
+# The address of the client is no business of the server's.
+gets_page() { # PORT
+    local host text
+    for host in 127.0.0.1 '[::1]' localhost; do
+        text=$(fetch "http://$host:$1/page.html") || { fail "no answer on $host"; return; }
+        [[ $text == "<p>a page</p>" ]] || { fail "$host: '$text'"; return; }
+    done
+}
+
+gets_listing() {
+    fetch "http://localhost:$1/" | grep -q 'href="page.html"' || fail "page.html is not in the listing"
+}
+
+gets_404() {
+    local status
+    status=$(fetch -o /dev/null -w '%{http_code}' "http://localhost:$1/none")
+    [[ $status == 404 ]] || fail "the status is $status"
+}
+
+# ---------------------------------------------------------------- node
+
+node_server() { sandbox "$1" "$2" "$tmp/site" "$3" "${@:4}" -- node "$tmp/helpers/node-server.mjs" "$3"; }
+
+node_client() {
+    local said
+    said=$(node "$tmp/helpers/node-client.mjs" "$@" 2>&1) || fail "$(grep -m 1 -E 'Error|came' <<<"$said")"
+}
+
+# ---------------------------------------------------------------- nginx
+
+nginx_prefix() { # DIRECTORY PORT USER: a configuration that touches nothing outside its own directory
+    mkdir -p "$1"/{logs,temp,up}
+    ln -s "$tmp/big" "$1/big"
+    ln -s "$tmp/small" "$1/small"
+    cat >"$1/nginx.conf" <<END
+daemon off;
+worker_processes 2;
+pid $1/logs/nginx.pid;
+error_log stderr warn;
+$3
+events { worker_connections 2048; }
+http {
+    access_log off;
+    sendfile on;
+    tcp_nopush on;
+    default_type application/octet-stream;
+    client_max_body_size 0;
+    client_body_temp_path $1/temp/body;
+    proxy_temp_path $1/temp/proxy;
+    fastcgi_temp_path $1/temp/fastcgi;
+    uwsgi_temp_path $1/temp/uwsgi;
+    scgi_temp_path $1/temp/scgi;
+    server {
+        listen 127.0.0.1:$2 backlog=1024;
+        root $1;
+        location / { add_header x-worker \$pid; }
+        location /up/ { dav_methods PUT; }
+    }
+}
+END
+}
+
+nginx_server() { # TAG WHO PORT [OPTION...]
+    local prefix=$tmp/$1 user="user www-data;"
+    if [[ $2 == nobody || $EUID != 0 ]]; then user=""; fi
+    nginx_prefix "$prefix" "$3" "$user"
+    if [[ $2 == nobody ]]; then chown -R 65534:65534 "$prefix"; elif [[ -n $user ]]; then chown www-data "$prefix/up"; fi
+    sandbox "$1" "$2" "$prefix" "$3" "${@:4}" -- nginx -e stderr -p "$prefix" -c nginx.conf
+}
+
+hash_down() { # PORT
+    local got
+    got=$(fetch "http://localhost:$1/big" | sum) || { fail "the download broke off"; return; }
+    [[ $got == "$big_hash" ]] || fail "SHA-256 is $got, not $big_hash"
+}
+
+hash_up() { # PORT TAG
+    local status got
+    status=$(fetch -T "$tmp/big" -o /dev/null -w '%{http_code}' "http://localhost:$1/up/big") || { fail "the upload broke off"; return; }
+    [[ $status == 201 || $status == 204 ]] || { fail "the status is $status"; return; }
+    got=$(sum "$tmp/$2/up/big")
+    rm -f "$tmp/$2/up/big"
+    [[ $got == "$big_hash" ]] || fail "SHA-256 is $got, not $big_hash"
+}
+
+# A file of 64 MiB less one byte, from the middle of the big one, and the last 1000 bytes.
+ranges() {
+    local from=1000003 bytes=67108863 got wanted
+    got=$(fetch -r "$from-$((from + bytes - 1))" "http://localhost:$1/big" | sum)
+    wanted=$(tail -c "+$((from + 1))" "$tmp/big" | head -c "$bytes" | sum)
+    [[ $got == "$wanted" ]] || { fail "the middle is another"; return; }
+    got=$(fetch -r -1000 "http://localhost:$1/big" | sum)
+    [[ $got == "$(tail -c 1000 "$tmp/big" | sum)" ]] || fail "the end is another"
+}
+
+many_curls() { # PORT: 200 processes at once, half a mebibyte each
+    local wrong
+    wrong=$(seq 200 | xargs -P 200 -I{} sh -c \
+        'test "$(curl -sS --max-time 60 "http://localhost:$1/small?{}" | sha256sum)" = "$2  -" || echo {}' \
+        _ "$1" "$small_hash" 2>&1)
+    [[ -z $wrong ]] || fail "wrong or missing: $(tr '\n' ' ' <<<"$wrong")"
+}
+
+wrk_is_clean() { # PORT
+    local said
+    said=$(wrk -t 2 -c 256 -d 5s "http://127.0.0.1:$1/page") || { fail "wrk did not run"; return; }
+    grep -qE 'Requests/sec: +[1-9]' <<<"$said" || { fail "no request was answered"; return; }
+    if grep -E 'Socket errors|Non-2xx' <<<"$said" >"$tmp/log/wrk"; then fail "$(cat "$tmp/log/wrk")"; return; fi
+    figures "wrk, 256 connections: $(sed -nE 's/^Requests\/sec: +//p' <<<"$said") requests/s"
+}
+
+# ---------------------------------------------------------------- iperf3
+
+figures() { echo "   $*"; }
+
+iperf() { # PORT STREAMS [-R]
+    local said
+    said=$(iperf3 -c 127.0.0.1 -p "$1" -t 2 -P "$2" ${3:-} -J 2>&1) || { fail "$(grep -m 1 error <<<"$said")"; return; }
+    figures "iperf3, $2 streams ${3:-}: $(iperf_rate <<<"$said")"
+}
+
+iperf_rate() {
+    "$python" -c 'import json, sys
+end = json.load(sys.stdin)["end"]
+print(f"""{end["sum_received"]["bits_per_second"] / 1e9:.1f} Gb/s""")'
+}
+
+# ---------------------------------------------------------------- Vite
+
+vite_project() { # makes $tmp/vite; its messages are in vite-install.out
+    local version=8
+    if [[ $(npm --version 2>/dev/null) == 10.* ]]; then version=7; fi
+    mkdir -p "$tmp/vite/src/m"
+    cd "$tmp/vite" || return 1
+    cat >index.html <<'END'
+<!doctype html><title>landfall</title><body><script type="module" src="/src/main.js"></script></body>
+END
+    cat >src/main.js <<'END'
+import { text } from './hot.js';
+const modules = await Promise.all(Object.values(import.meta.glob('./m/*.js')).map((load) => load()));
+const show = (what) => { document.body.dataset.shown = `${what}, ${modules.length} modules`; };
+show(text);
+import.meta.hot.accept('./hot.js', (changed) => show(changed.text));
+END
+    cat >src/hot.js <<'END'
+export const text = 'first';
+import.meta.hot.accept();
+END
+    local number
+    for ((number = 0; number < 500; number++)); do
+        echo "export default 'module-$number-';" >"src/m/$number.js"
+    done
+    npm init -y && npm install "vite@$version" --cache "$tmp/npm-cache" --no-audit --no-fund
+}
+
+vite_installed() {
+    wait "${pid[vite-install]}" || fail "npm cannot install vite (is the registry reachable?): $(tail -n 2 "$tmp/log/vite-install.out" | tr '\n' ' ')"
+}
+
+vite_server() { # TAG PORT
+    local escape=$'\e'
+    start "$1" me "$tmp/vite" env npm_config_cache="$tmp/npm-cache" npm_config_update_notifier=false CI=1 \
+        "$landfall" run --net none --name "$1" -- npx vite --port "$2" --strictPort
+    says "$1" err "^forward +http://localhost:$2 .*$escape?"
+}
+
+vite_page() {
+    local text
+    text=$(fetch "http://localhost:$1/") || { fail "no page"; return; }
+    grep -q '/@vite/client' <<<"$text" || { fail "the page is not Vite's: $text"; return; }
+    fetch "http://localhost:$1/src/main.js" | grep -q '/src/hot.js' || fail "main.js is not served as a module"
+}
+
+helper() { # SCRIPT ARGUMENT...: a node script, whose last words tell what failed
+    local said
+    said=$(node "$tmp/helpers/$1" "${@:2}" 2>&1) || fail "$(grep -m 1 -E 'Error|came' <<<"$said")"
+}
+
+browser_shows() { # PORT: the page as Chromium has it after all modules ran
+    local page
+    page=$(timeout -k 5 60 chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run \
+        --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage \
+        --user-data-dir="$tmp/chromium" --no-proxy-server --virtual-time-budget=20000 \
+        --dump-dom "http://localhost:$1/" 2>"$tmp/log/chromium.err")
+    grep -q 'data-shown="[^"]*, 500 modules"' <<<"$page" \
+        || fail "the page did not load its modules: ${page:0:200} $(tail -n 1 "$tmp/log/chromium.err")"
+}
+
+# ---------------------------------------------------------------- two worktrees, one port
+
+second_is_told() { # PORT
+    start feature me "$tmp/shop-feature" "$landfall" run --net none -- "$python" -u -m http.server "$1" --bind 127.0.0.1
+    says feature err "^taken +localhost:$1 is held by landfall, pid ${pid[main]} " || return
+    says feature err "^hint: another landfall forwards that port" || return
+    [[ $(fetch "http://localhost:$1/branch") == main ]] || fail "the first one's port is disturbed"
+}
+
+second_takes_over() { # PORT
+    end main TERM || return
+    says feature err "^forward +http://localhost:$1 .*shop-feature:$1" || return
+    [[ $(fetch "http://localhost:$1/branch") == feature ]] || fail "it is not the second that answers"
+}
+
+# ---------------------------------------------------------------- the end of a run
+
+descendants() { # PID
+    local child
+    for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+        echo "$child"
+        descendants "$child"
+    done
+}
+
+# ends_clean TAG SIGNAL PORT [CODE]: afterwards no process of it is there, and nobody answers.
+ends_clean() {
+    local all process
+    all=$(descendants "${pid[$1]}")
+    [[ -n $all ]] || { fail "there is no process below landfall"; return; }
+    end "$1" "$2" || return
+    [[ -z ${4:-} || ${code[$1]} == "$4" ]] || { fail "the exit code is ${code[$1]}, not $4"; return; }
+    for process in $all; do
+        until_true 10 no_process "$process" \
+            || { fail "process $process is left: $(tr '\0' ' ' <"/proc/$process/cmdline")"; return; }
+    done
+    until_true 5 refuses "$3" || fail "port $3 still answers"
+}
+
+passes_on_sigterm() { # PORT
+    node_server ending me "$1" || return
+    ends_clean ending TERM "$1" 42 || return
+    grep -q 'got SIGTERM' "$tmp/log/ending.out" || fail "node did not see SIGTERM"
+}
+
+passes_on_sigint() { # PORT
+    python_server interrupted me "$1" 127.0.0.1 || return
+    # Python ends an interrupted http.server with code 0.
+    ends_clean interrupted INT "$1" 0
+}
+
+survives_no_kill() { # PORT: what landfall ran does not outlive it
+    node_server killed me "$1" || return
+    ends_clean killed KILL "$1" 137
+}
+
+# ---------------------------------------------------------------- attach
+
+attach_netns() { # PORT
+    netns="landfall-$$"
+    ip netns add "$netns" && ip -n "$netns" link set lo up || { fail "cannot make a namespace"; return; }
+    start in-netns me "$tmp/site" ip netns exec "$netns" "$python" -u -m http.server "$1" --bind 127.0.0.1
+    start attach-netns me "$tmp" "$landfall" attach --netns "/run/netns/$netns"
+    says attach-netns out "^forward +http://localhost:$1 .*$netns:$1" && gets_page "$1" || return
+    end attach-netns INT || return
+    [[ ${code[attach-netns]} == 0 ]] || { fail "the exit code is ${code[attach-netns]}"; return; }
+    until_true 5 refuses "$1" || { fail "port $1 still answers"; return; }
+    runs in-netns || fail "the server ended with attach"
+    end in-netns TERM
+}
+
+attach_pid() { # PORT
+    start unshared me "$tmp/site" unshare -n sh -c \
+        'ip link set lo up && exec "$1" -u -m http.server "$2" --bind 127.0.0.1' _ "$python" "$1"
+    own_namespace() { [[ $(readlink "/proc/${pid[unshared]}/ns/net") != "$(readlink /proc/self/ns/net)" ]]; }
+    until_true 10 own_namespace || { fail "unshare made no namespace"; return; }
+    start attach-pid me "$tmp" "$landfall" attach --pid "${pid[unshared]}" --name box
+    says attach-pid out "^forward +http://localhost:$1 .*box:$1" && gets_page "$1" || return
+    end attach-pid INT || return
+    [[ ${code[attach-pid]} == 0 ]] || { fail "the exit code is ${code[attach-pid]}"; return; }
+    until_true 5 refuses "$1" || { fail "port $1 still answers"; return; }
+    end unshared TERM
+}
+
+# ---------------------------------------------------------------- the checks
+
+as_user() { # WHO: the servers that everybody has
+    local who=$1 port=$2
+    check "$who.python" python_server "python-$who" "$who" "$port"
+    check "$who.python.page" gets_page "$port"
+    check "$who.python.listing" gets_listing "$port"
+    check "$who.python.404" gets_404 "$port"
+    check "$who.python.ends" ends_clean "python-$who" INT "$port" 0
+    check "$who.node" node_server "node-$who" "$who" "$port"
+    check "$who.node.keepalive" node_client "$port" keepalive
+    check "$who.node.stream" node_client "$port" stream
+    check "$who.node.upgrade" node_client "$port" upgrade
+    check "$who.node.events" node_client "$port" events
+    check "$who.node.ends" ends_clean "node-$who" TERM "$port" 42
+}
+
+with_nginx() { # LABEL WHO PORT [OPTION...]
+    local label=$1 tag=nginx-$1 port=$3
+    check "$label.nginx" nginx_server "$tag" "$2" "$port" "${@:4}"
+    check "$label.nginx.down_${mib}MiB" hash_down "$port"
+    check "$label.nginx.up_${mib}MiB" hash_up "$port" "$tag"
+    check "$label.nginx.ranges" ranges "$port"
+}
+
+heavy_traffic() { # PORT
+    check "nginx.200_curls" many_curls "$1"
+    check "nginx.wrk" wrk_is_clean "$1"
+}
+
+throughput() { # PORT
+    check "iperf3" sandbox iperf3 me "$tmp" "$1" -- iperf3 -s -p "$1"
+    local streams
+    for streams in 1 8; do
+        check "iperf3.forward_$streams" iperf "$1" "$streams"
+        check "iperf3.reverse_$streams" iperf "$1" "$streams" -R
+    done
+    check "iperf3.ends" ends_clean iperf3 TERM "$1"
+}
+
+vite() { # PORT
+    check "vite.install" vite_installed
+    check "vite" vite_server vite "$1"
+    check "vite.page" vite_page "$1"
+    check "vite.hmr" helper hmr.mjs "$1" "$tmp/vite/src/hot.js" /src/hot.js
+    check "vite.500_modules" helper modules.mjs "$1" 500
+    if command -v chromium >/dev/null; then
+        check "vite.browser" browser_shows "$1"
+    else
+        echo "skipped vite.browser: there is no chromium; LANDFALL_LONG=1 installs it"
+    fi
+    check "vite.ends" ends_clean vite TERM "$1"
+}
+
+worktrees() { # PORT
+    mkdir -p "$tmp"/shop-{main,feature}
+    echo main >"$tmp/shop-main/branch"
+    echo feature >"$tmp/shop-feature/branch"
+    start main me "$tmp/shop-main" "$landfall" run --net none -- "$python" -u -m http.server "$1" --bind 127.0.0.1
+    check "worktrees.first_is_forwarded" says main err "^forward +http://localhost:$1 .*shop-main:$1"
+    check "worktrees.second_is_told" second_is_told "$1"
+    check "worktrees.second_takes_over" second_takes_over "$1"
+    check "worktrees.ends" ends_clean feature INT "$1" 0
+}
+
+main() {
+    local port
+    read -ra port <<<"$("$python" "$tmp/helpers/ports.py" 16)"
+    start vite-install me "$tmp" bash -c "$(declare -f vite_project); exec 2>&1; tmp=$tmp; vite_project"
+    as_user me "${port[0]}"
+    if ((EUID == 0)); then as_user nobody "${port[1]}"; else echo "skipped nobody: needs root"; fi
+    with_nginx io_uring me "${port[2]}"
+    heavy_traffic "${port[2]}"
+    check "io_uring.nginx.ends" ends_clean nginx-io_uring TERM "${port[2]}" 0
+    with_nginx epoll me "${port[3]}" --ring epoll
+    check "epoll.nginx.ends" ends_clean nginx-epoll TERM "${port[3]}" 0
+    if ((EUID == 0)); then
+        with_nginx nobody nobody "${port[4]}"
+        check "nobody.nginx.ends" ends_clean nginx-nobody TERM "${port[4]}" 0
+    fi
+    throughput "${port[5]}"
+    worktrees "${port[6]}"
+    check "end.sigterm_is_passed_on" passes_on_sigterm "${port[7]}"
+    check "end.sigint_is_passed_on" passes_on_sigint "${port[8]}"
+    check "end.nothing_outlives_a_killed_landfall" survives_no_kill "${port[9]}"
+    if ((EUID == 0)); then
+        check "attach.netns" attach_netns "${port[10]}"
+        check "attach.pid" attach_pid "${port[11]}"
+    else
+        echo "skipped attach: needs root to make namespaces"
+    fi
+    vite "${port[12]}"
+}
+
+landfall=${LANDFALL:-}
+for candidate in target/release/landfall target/debug/landfall; do
+    if [[ -z $landfall && -x $candidate ]]; then landfall=$candidate; fi
+done
+[[ -n $landfall && -x $landfall ]] || die "there is no binary at '${landfall:-target/release/landfall}'; build it first: cargo build --release -p landfall"
+
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/landfall-servers.XXXXXX") || die "cannot make a temporary directory"
+trap cleanup EXIT
+trap 'exit 130' INT TERM HUP
+mkdir -p "$tmp"/{log,site,helpers,nobody}
+# Somebody who may not look into the directories of the tests shall run the binary and the scripts as well.
+cp "$landfall" "$tmp/landfall" && cp tests/servers/* "$tmp/helpers/" || die "cannot copy the binary and the helpers"
+landfall=$tmp/landfall
+chmod -R go+rX "$tmp"
+if ((EUID == 0)); then chown 65534:65534 "$tmp/nobody"; fi
+ulimit -n "$(ulimit -Hn)" 2>/dev/null
+
+install_packages curl:curl node:nodejs npm:npm python3:python3 nginx:nginx-light iperf3:iperf3 wrk:wrk ip:iproute2 \
+    setpriv:util-linux ${long:+chromium:chromium}
+# The one that everybody may execute; python3 on a developer's PATH may lie in a home directory.
+python=/usr/bin/python3
+[[ -x $python ]] || python=python3
+
+echo '<p>a page</p>' >"$tmp/site/page.html"
+head -c "${mib}M" /dev/urandom >"$tmp/big"
+head -c 524288 /dev/urandom >"$tmp/small"
+big_hash=$(sum "$tmp/big")
+small_hash=$(sum "$tmp/small")
+
+main
+echo "$passed passed, $failed failed"
+((failed == 0))
