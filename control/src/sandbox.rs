@@ -25,6 +25,7 @@
 pub mod inside;
 mod link;
 pub mod pasta;
+pub mod remains;
 mod wire;
 
 use std::ffi::OsString;

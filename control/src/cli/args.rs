@@ -31,7 +31,8 @@ Exit codes:
 
 const RUN_NOTES: &str = "\
 The command has its standard streams, its signals and its exit code as if it were started without
-landfall. What landfall itself has to say goes to standard error, with --json as well.
+landfall. What landfall itself has to say goes to standard error, with --json as well. When the
+command ends, so does what it left running in its network: nobody could reach that any more.
 
 Example: landfall run -- npm run dev";
 

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use landfall_engine::opener::client::Target;
 use rustix::fs::{Mode, OFlags};
@@ -19,11 +19,15 @@ use super::output::{Report, Talk};
 use crate::forward::{Options, Session, Wakeup};
 use crate::name;
 use crate::sandbox::pasta::{self, Pasta, PastaError};
+use crate::sandbox::remains::Namespace;
 use crate::sandbox::{Sandbox, SandboxError, Step};
 use crate::waiting::{Origin, Signals, Watched};
 
 /// How long connections may go on after the command has ended: what it sent last may still be on its way.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long what the command left behind may take to end, once it is asked to.
+const END_MAX: Duration = Duration::from_secs(3);
 
 /// Runs the command; the exit code is the command's.
 pub fn run(args: RunArgs) -> Result<Exit, Failure> {
@@ -39,6 +43,8 @@ pub fn run(args: RunArgs) -> Result<Exit, Failure> {
         Session::open(target, options).map_err(|error| failed("cannot forward from the sandbox", &error))?;
     let pasta = outbound(args.net, &sandbox, talk)?;
 
+    let namespace =
+        Namespace::of(sandbox.pid()).map_err(|error| failed("cannot look into the sandbox", &error))?;
     let command = pidfd(sandbox.pid()).map_err(|error| failed("cannot watch the command", &error))?;
     let mut pidfds = BTreeMap::new();
     pidfds.insert(Watched::Command, again(&command)?);
@@ -53,7 +59,7 @@ pub fn run(args: RunArgs) -> Result<Exit, Failure> {
     leave_streams_to_the_command();
 
     let status = supervise(&mut session, &mut child, &command, talk)?;
-    session.close(PATIENCE);
+    end_what_is_left(&namespace, session, talk);
     drop(pasta);
     Ok(exit_of(status))
 }
@@ -91,6 +97,22 @@ fn supervise(
             }
             Wakeup::Lost(_) => {}
         }
+    }
+}
+
+/// The sandbox ends with its command: whoever is left in it is told of and asked to end, while connections get their
+/// last bytes, and is killed at last.
+fn end_what_is_left(namespace: &Namespace, session: Session, talk: Talk) {
+    let mut remains = namespace.remains();
+    for process in remains.facts() {
+        let text = format!("the command left {} (pid {}) behind; it is ended", process.name, process.pid);
+        talk.report(&Report::Note { text, hint: None });
+    }
+    remains.ask_to_end();
+    let deadline = Instant::now() + END_MAX;
+    session.close(PATIENCE);
+    if !remains.wait(deadline) {
+        namespace.clear();
     }
 }
 

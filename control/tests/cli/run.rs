@@ -151,6 +151,30 @@ fn a_landfall_that_is_killed_takes_the_command_with_it() {
     assert_eq!(running.exit_code(), None);
 }
 
+#[test]
+fn what_the_command_leaves_behind_ends_with_it() {
+    // One ends when it is asked to, one does not hear that; both hold standard output.
+    let mut running = Running::start(run(
+        "sleep 1000 & (trap '' TERM; echo ready; while :; do sleep 1; done) & read line; exit 5",
+    ));
+    running.out("ready");
+    drop(running.child.stdin.take());
+    running.err("note     the command left sleep (pid ");
+    assert_eq!(running.exit_code(), Some(5));
+    running.out_ends();
+}
+
+#[test]
+fn what_a_stopped_command_leaves_behind_ends_with_it() {
+    let server = "trap 'echo bye; exit' TERM; echo ready; while :; do sleep 0.05; done";
+    let mut running = Running::start(run(&format!("sh -c \"{server}\"; true")));
+    running.out("ready");
+    running.signal(Signal::TERM);
+    running.out("bye");
+    assert_eq!(running.exit_code(), Some(128 + 15), "the outer shell ends, and passes nothing on");
+    running.out_ends();
+}
+
 /// Says how many SIGINT came within a moment of the first.
 const COUNT_INTERRUPTS: &str = "
 import signal
