@@ -8,7 +8,7 @@
 #
 # Each check prints `ok NAME` or `FAILED NAME: why`. What needs root is skipped without it, and says so.
 # What is started here is ended here, by process id; ports are chosen among those that nobody has.
-set -u
+set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C
 # A proxy for the world is no way to localhost.
@@ -58,6 +58,7 @@ start() {
     local tag=$1 who=$2 directory=$3
     shift 3
     local as=(env)
+    : >"$tmp/log/$tag.out" 2>"$tmp/log/$tag.err"
     if [[ $who == nobody ]]; then
         as=(setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all env HOME="$tmp/nobody")
     fi
@@ -82,8 +83,9 @@ word() { sed -nE "s/$3/\\1/p" "$tmp/log/$1.$2" | head -n 1; }
 # end TAG SIGNAL: sends it, waits, and leaves the exit code in code[TAG].
 end() {
     if runs "$1"; then kill -s "$2" "${pid[$1]}"; fi
-    until_true 20 gone "$1" || { fail "$1 does not end at SIG$2"; return; }
-    wait "${pid[$1]}"
+    # The shell tells of a child that was killed when it comes to see it.
+    { until_true 20 gone "$1"; } 2>/dev/null || { fail "$1 does not end at SIG$2"; return; }
+    wait "${pid[$1]}" 2>/dev/null
     code[$1]=$?
 }
 
@@ -114,8 +116,12 @@ install_packages() {
 
 fetch() { curl -sS --max-time 120 "$@"; }
 sum() { sha256sum "$@" | cut -d ' ' -f 1; }
-answers() { fetch -o /dev/null "http://127.0.0.1:$1/" 2>/dev/null; }
 refuses() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && ! (exec 3<>"/dev/tcp/::1/$1") 2>/dev/null; }
+
+helper() { # SCRIPT ARGUMENT...: a node script, whose last words tell what failed
+    local said
+    said=$(node "$tmp/helpers/$1" "${@:2}" 2>&1) || fail "$(grep -m 1 -E '^([A-Za-z]*Error|nothing|no )' <<<"$said" || tail -n 1 <<<"$said")"
+}
 
 # sandbox TAG WHO DIRECTORY PORT [OPTION...] -- COMMAND...: a server behind `landfall run`, up to its forward.
 sandbox() {
@@ -141,7 +147,9 @@ gets_page() { # PORT
 }
 
 gets_listing() {
-    fetch "http://localhost:$1/" | grep -q 'href="page.html"' || fail "page.html is not in the listing"
+    local text
+    text=$(fetch "http://localhost:$1/") || { fail "no answer"; return; }
+    grep -q 'href="page.html"' <<<"$text" || fail "page.html is not in the listing"
 }
 
 gets_404() {
@@ -154,10 +162,7 @@ gets_404() {
 
 node_server() { sandbox "$1" "$2" "$tmp/site" "$3" "${@:4}" -- node "$tmp/helpers/node-server.mjs" "$3"; }
 
-node_client() {
-    local said
-    said=$(node "$tmp/helpers/node-client.mjs" "$@" 2>&1) || fail "$(grep -m 1 -E 'Error|came' <<<"$said")"
-}
+node_client() { helper node-client.mjs "$@"; }
 
 # ---------------------------------------------------------------- nginx
 
@@ -165,6 +170,7 @@ nginx_prefix() { # DIRECTORY PORT USER: a configuration that touches nothing out
     mkdir -p "$1"/{logs,temp,up}
     ln -s "$tmp/big" "$1/big"
     ln -s "$tmp/small" "$1/small"
+    cp "$tmp/site/page.html" "$1/page"
     cat >"$1/nginx.conf" <<END
 daemon off;
 worker_processes 2;
@@ -231,7 +237,7 @@ many_curls() { # PORT: 200 processes at once, half a mebibyte each
     wrong=$(seq 200 | xargs -P 200 -I{} sh -c \
         'test "$(curl -sS --max-time 60 "http://localhost:$1/small?{}" | sha256sum)" = "$2  -" || echo {}' \
         _ "$1" "$small_hash" 2>&1)
-    [[ -z $wrong ]] || fail "wrong or missing: $(tr '\n' ' ' <<<"$wrong")"
+    [[ -z $wrong ]] || fail "$(grep -cE '^[0-9]+$' <<<"$wrong") of 200 are wrong or missing; $(grep -m 1 curl: <<<"$wrong")"
 }
 
 wrk_is_clean() { # PORT
@@ -248,14 +254,19 @@ figures() { echo "   $*"; }
 
 iperf() { # PORT STREAMS [-R]
     local said
-    said=$(iperf3 -c 127.0.0.1 -p "$1" -t 2 -P "$2" ${3:-} -J 2>&1) || { fail "$(grep -m 1 error <<<"$said")"; return; }
-    figures "iperf3, $2 streams ${3:-}: $(iperf_rate <<<"$said")"
+    # It tells errors in its JSON and ends with 0 all the same.
+    said=$(iperf3 -c 127.0.0.1 -p "$1" -t 2 -P "$2" ${3:-} -J | iperf_rate) || { fail "${said:-iperf3 did not run}"; return; }
+    figures "iperf3, $2 streams${3:+ reversed}: $said"
 }
 
 iperf_rate() {
     "$python" -c 'import json, sys
-end = json.load(sys.stdin)["end"]
-print(f"""{end["sum_received"]["bits_per_second"] / 1e9:.1f} Gb/s""")'
+said = json.load(sys.stdin)
+if "error" in said:
+    sys.exit(print(said["error"]) or 1)
+rate = said["end"]["sum_received"]["bits_per_second"]
+print(f"{rate / 1e9:.1f} Gb/s")
+sys.exit(0 if rate > 0 else 1)'
 }
 
 # ---------------------------------------------------------------- Vite
@@ -291,22 +302,17 @@ vite_installed() {
 }
 
 vite_server() { # TAG PORT
-    local escape=$'\e'
     start "$1" me "$tmp/vite" env npm_config_cache="$tmp/npm-cache" npm_config_update_notifier=false CI=1 \
         "$landfall" run --net none --name "$1" -- npx vite --port "$2" --strictPort
-    says "$1" err "^forward +http://localhost:$2 .*$escape?"
+    says "$1" err "^forward +http://localhost:$2 "
 }
 
 vite_page() {
     local text
     text=$(fetch "http://localhost:$1/") || { fail "no page"; return; }
     grep -q '/@vite/client' <<<"$text" || { fail "the page is not Vite's: $text"; return; }
-    fetch "http://localhost:$1/src/main.js" | grep -q '/src/hot.js' || fail "main.js is not served as a module"
-}
-
-helper() { # SCRIPT ARGUMENT...: a node script, whose last words tell what failed
-    local said
-    said=$(node "$tmp/helpers/$1" "${@:2}" 2>&1) || fail "$(grep -m 1 -E 'Error|came' <<<"$said")"
+    text=$(fetch "http://localhost:$1/src/main.js") || { fail "no main.js"; return; }
+    grep -q '/src/hot.js' <<<"$text" || fail "main.js is not served as a module"
 }
 
 browser_shows() { # PORT: the page as Chromium has it after all modules ran
