@@ -29,6 +29,7 @@ die() { echo "servers.sh: $*" >&2; exit 1; }
 fail() { why="$*"; return 1; }
 
 # check NAME COMMAND...: one named check. A command that fails without a word is told by the name of what failed.
+# What stands on a check that failed is not tried.
 check() {
     local name=$1 begun=$SECONDS
     shift
@@ -39,6 +40,7 @@ check() {
     else
         failed=$((failed + 1))
         echo "FAILED $name: $why"
+        return 1
     fi
 }
 
@@ -92,9 +94,11 @@ end() {
 cleanup() {
     local left
     left=$(jobs -rp)
-    # shellcheck disable=SC2086 # a list of process ids of our own children, which the shell has not yet reaped
+    # A list of process ids: our own children, as long as the shell has not reaped them.
+    # shellcheck disable=SC2086
     if [[ -n $left ]]; then kill -TERM $left 2>/dev/null; fi
     no_jobs() { [[ -z $(jobs -rp) ]]; }
+    # shellcheck disable=SC2046
     until_true 5 no_jobs || kill -KILL $(jobs -rp) 2>/dev/null
     wait
     if [[ -n ${netns:-} ]]; then ip netns del "$netns" 2>/dev/null; fi
@@ -271,34 +275,33 @@ sys.exit(0 if rate > 0 else 1)'
 
 # ---------------------------------------------------------------- Vite
 
-vite_project() { # makes $tmp/vite; its messages are in vite-install.out
-    local version=8
+vite_project() { # writes a project into $tmp/vite and begins to install Vite there
+    local version=8 src=$tmp/vite/src number
     if [[ $(npm --version 2>/dev/null) == 10.* ]]; then version=7; fi
-    mkdir -p "$tmp/vite/src/m"
-    cd "$tmp/vite" || return 1
-    cat >index.html <<'END'
+    mkdir -p "$src/m"
+    echo '{ "private": true, "type": "module" }' >"$tmp/vite/package.json"
+    cat >"$tmp/vite/index.html" <<'END'
 <!doctype html><title>landfall</title><body><script type="module" src="/src/main.js"></script></body>
 END
-    cat >src/main.js <<'END'
+    cat >"$src/main.js" <<'END'
 import { text } from './hot.js';
 const modules = await Promise.all(Object.values(import.meta.glob('./m/*.js')).map((load) => load()));
 const show = (what) => { document.body.dataset.shown = `${what}, ${modules.length} modules`; };
 show(text);
 import.meta.hot.accept('./hot.js', (changed) => show(changed.text));
 END
-    cat >src/hot.js <<'END'
+    cat >"$src/hot.js" <<'END'
 export const text = 'first';
 import.meta.hot.accept();
 END
-    local number
     for ((number = 0; number < 500; number++)); do
-        echo "export default 'module-$number-';" >"src/m/$number.js"
+        echo "export default 'module-$number-';" >"$src/m/$number.js"
     done
-    npm init -y && npm install "vite@$version" --cache "$tmp/npm-cache" --no-audit --no-fund
+    start vite-install me "$tmp/vite" npm install "vite@$version" --cache "$tmp/npm-cache" --no-audit --no-fund
 }
 
 vite_installed() {
-    wait "${pid[vite-install]}" || fail "npm cannot install vite (is the registry reachable?): $(tail -n 2 "$tmp/log/vite-install.out" | tr '\n' ' ')"
+    wait "${pid[vite-install]}" || fail "npm cannot install vite (is the registry reachable?): $(grep -m 3 'npm error' "$tmp/log/vite-install.err" | tr '\n' ' ')"
 }
 
 vite_server() { # TAG PORT
@@ -411,27 +414,34 @@ attach_pid() { # PORT
 
 # ---------------------------------------------------------------- the checks
 
-as_user() { # WHO: the servers that everybody has
+as_user() { # WHO PORT: the servers that everybody has
     local who=$1 port=$2
-    check "$who.python" python_server "python-$who" "$who" "$port"
+    check "$who.python" python_server "python-$who" "$who" "$port" || return
     check "$who.python.page" gets_page "$port"
     check "$who.python.listing" gets_listing "$port"
     check "$who.python.404" gets_404 "$port"
     check "$who.python.ends" ends_clean "python-$who" INT "$port" 0
-    check "$who.node" node_server "node-$who" "$who" "$port"
-    check "$who.node.keepalive" node_client "$port" keepalive
-    check "$who.node.stream" node_client "$port" stream
-    check "$who.node.upgrade" node_client "$port" upgrade
-    check "$who.node.events" node_client "$port" events
-    check "$who.node.ends" ends_clean "node-$who" TERM "$port" 42
+    with_node "$who" "$who" "$port"
+}
+
+with_node() { # LABEL WHO PORT [OPTION...]
+    local label=$1 port=$3
+    check "$label.node" node_server "node-$label" "$2" "$port" "${@:4}" || return
+    check "$label.node.keepalive" node_client "$port" keepalive
+    check "$label.node.stream" node_client "$port" stream
+    check "$label.node.upgrade" node_client "$port" upgrade
+    check "$label.node.events" node_client "$port" events
+    check "$label.node.ends" ends_clean "node-$label" TERM "$port" 42
 }
 
 with_nginx() { # LABEL WHO PORT [OPTION...]
     local label=$1 tag=nginx-$1 port=$3
-    check "$label.nginx" nginx_server "$tag" "$2" "$port" "${@:4}"
+    check "$label.nginx" nginx_server "$tag" "$2" "$port" "${@:4}" || return
     check "$label.nginx.down_${mib}MiB" hash_down "$port"
     check "$label.nginx.up_${mib}MiB" hash_up "$port" "$tag"
     check "$label.nginx.ranges" ranges "$port"
+    if [[ $label == io_uring ]]; then heavy_traffic "$port"; fi
+    check "$label.nginx.ends" ends_clean "$tag" TERM "$port" 0
 }
 
 heavy_traffic() { # PORT
@@ -440,7 +450,7 @@ heavy_traffic() { # PORT
 }
 
 throughput() { # PORT
-    check "iperf3" sandbox iperf3 me "$tmp" "$1" -- iperf3 -s -p "$1"
+    check "iperf3" sandbox iperf3 me "$tmp" "$1" -- iperf3 -s -p "$1" || return
     local streams
     for streams in 1 8; do
         check "iperf3.forward_$streams" iperf "$1" "$streams"
@@ -450,8 +460,8 @@ throughput() { # PORT
 }
 
 vite() { # PORT
-    check "vite.install" vite_installed
-    check "vite" vite_server vite "$1"
+    check "vite.install" vite_installed || return
+    check "vite" vite_server vite "$1" || return
     check "vite.page" vite_page "$1"
     check "vite.hmr" helper hmr.mjs "$1" "$tmp/vite/src/hot.js" /src/hot.js
     check "vite.500_modules" helper modules.mjs "$1" 500
@@ -468,7 +478,7 @@ worktrees() { # PORT
     echo main >"$tmp/shop-main/branch"
     echo feature >"$tmp/shop-feature/branch"
     start main me "$tmp/shop-main" "$landfall" run --net none -- "$python" -u -m http.server "$1" --bind 127.0.0.1
-    check "worktrees.first_is_forwarded" says main err "^forward +http://localhost:$1 .*shop-main:$1"
+    check "worktrees.first_is_forwarded" says main err "^forward +http://localhost:$1 .*shop-main:$1" || return
     check "worktrees.second_is_told" second_is_told "$1"
     check "worktrees.second_takes_over" second_takes_over "$1"
     check "worktrees.ends" ends_clean feature INT "$1" 0
@@ -477,18 +487,13 @@ worktrees() { # PORT
 main() {
     local port
     read -ra port <<<"$("$python" "$tmp/helpers/ports.py" 16)"
-    start vite-install me "$tmp" bash -c "$(declare -f vite_project); exec 2>&1; tmp=$tmp; vite_project"
+    vite_project
     as_user me "${port[0]}"
     if ((EUID == 0)); then as_user nobody "${port[1]}"; else echo "skipped nobody: needs root"; fi
+    with_node epoll me "${port[13]}" --ring epoll
     with_nginx io_uring me "${port[2]}"
-    heavy_traffic "${port[2]}"
-    check "io_uring.nginx.ends" ends_clean nginx-io_uring TERM "${port[2]}" 0
     with_nginx epoll me "${port[3]}" --ring epoll
-    check "epoll.nginx.ends" ends_clean nginx-epoll TERM "${port[3]}" 0
-    if ((EUID == 0)); then
-        with_nginx nobody nobody "${port[4]}"
-        check "nobody.nginx.ends" ends_clean nginx-nobody TERM "${port[4]}" 0
-    fi
+    if ((EUID == 0)); then with_nginx nobody nobody "${port[4]}"; fi
     throughput "${port[5]}"
     worktrees "${port[6]}"
     check "end.sigterm_is_passed_on" passes_on_sigterm "${port[7]}"
