@@ -414,14 +414,18 @@ attach_pid() { # PORT
 
 # ---------------------------------------------------------------- the checks
 
-as_user() { # WHO PORT: the servers that everybody has
+as_user() { # WHO PYTHON_PORT NODE_PORT: the servers that everybody has
+    with_python "$1" "$2"
+    with_node "$1" "$1" "$3"
+}
+
+with_python() { # WHO PORT
     local who=$1 port=$2
     check "$who.python" python_server "python-$who" "$who" "$port" || return
     check "$who.python.page" gets_page "$port"
     check "$who.python.listing" gets_listing "$port"
     check "$who.python.404" gets_404 "$port"
     check "$who.python.ends" ends_clean "python-$who" INT "$port" 0
-    with_node "$who" "$who" "$port"
 }
 
 with_node() { # LABEL WHO PORT [OPTION...]
@@ -488,8 +492,8 @@ main() {
     local port
     read -ra port <<<"$("$python" "$tmp/helpers/ports.py" 16)"
     vite_project
-    as_user me "${port[0]}"
-    if ((EUID == 0)); then as_user nobody "${port[1]}"; else echo "skipped nobody: needs root"; fi
+    as_user me "${port[0]}" "${port[14]}"
+    if ((EUID == 0)); then as_user nobody "${port[1]}" "${port[15]}"; else echo "skipped nobody: needs root"; fi
     with_node epoll me "${port[13]}" --ring epoll
     with_nginx io_uring me "${port[2]}"
     with_nginx epoll me "${port[3]}" --ring epoll
