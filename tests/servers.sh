@@ -120,6 +120,7 @@ install_packages() {
 
 fetch() { curl -sS --max-time 120 "$@"; }
 sum() { sha256sum "$@" | cut -d ' ' -f 1; }
+answers() { fetch -o "$tmp/log/answer" "http://127.0.0.1:$1/" 2>"$tmp/log/answer"; }
 refuses() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && ! (exec 3<>"/dev/tcp/::1/$1") 2>/dev/null; }
 
 helper() { # SCRIPT ARGUMENT...: a node script, whose last words tell what failed
@@ -307,7 +308,10 @@ vite_installed() {
 vite_server() { # TAG PORT
     start "$1" me "$tmp/vite" env npm_config_cache="$tmp/npm-cache" npm_config_update_notifier=false CI=1 \
         "$landfall" run --net none --name "$1" -- npx vite --port "$2" --strictPort
-    says "$1" err "^forward +http://localhost:$2 "
+    # Vite tries the port on all addresses before it listens on the one it wants, and landfall is quick enough to
+    # forward such an attempt and to take that back: the forward that counts is the one after Vite says that it is ready.
+    says "$1" out "ready in" || return
+    until_true 10 answers "$2" || fail "Vite is ready, and port $2 does not answer"
 }
 
 vite_page() {
