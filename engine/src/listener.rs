@@ -30,6 +30,8 @@ pub(crate) struct Listener<S> {
     pub(crate) open: bool,
     /// The driver was told that the port is free.
     pub(crate) told_closed: bool,
+    /// It is in the queue of those that accept when there is room, or when the others have had their turn.
+    pub(crate) queued: bool,
     /// Descriptors ran out; it accepts again at that time.
     pub(crate) resting_until: Option<Instant>,
     pub(crate) stats: ForwardStats,

@@ -162,6 +162,11 @@ impl<R: Ring> Shard<R> {
         let mut completions = std::mem::take(&mut self.completions);
         let turned = self.ring.turn(until, &mut completions);
         self.now = self.ring.now();
+        // A reset is told once, to a send or to a read, and whoever reads after that sees an end. Were the send's failure still
+        // to come when a read is begun, that end would be passed on as a FIN.
+        if completions.iter().any(|completion| completion.outcome.tells_a_break()) {
+            completions.sort_by_key(|completion| !completion.outcome.tells_a_break());
+        }
         for completion in completions.drain(..) {
             self.dispatch(completion);
         }

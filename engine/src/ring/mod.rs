@@ -150,6 +150,13 @@ pub enum Outcome<R: Ring + ?Sized> {
     Cancelled(Option<R::Loan>),
 }
 
+impl<R: Ring + ?Sized> Outcome<R> {
+    /// Whether it tells that a connection is broken.
+    pub fn tells_a_break(&self) -> bool {
+        matches!(self, Outcome::Sent(_, Err(_)) | Outcome::Received(Received::Failed(_)) | Outcome::Broken)
+    }
+}
+
 /// What a read came to.
 #[derive(Debug)]
 pub enum Received<L> {

@@ -43,7 +43,12 @@ impl<R: Ring> Shard<R> {
                 Submitted::Done(outcome) => self.on_accepted(id, outcome),
             }
         }
-        self.accept_later.push_back(id);
+        // Once for all its sockets, or a listener that finds no room again and again would fill the queue.
+        if let Some(listener) = self.listeners.entry_mut(id)
+            && !std::mem::replace(&mut listener.queued, true)
+        {
+            self.accept_later.push_back(id);
+        }
     }
 
     pub(super) fn on_accept_completion(&mut self, id: SlotId, index: usize, outcome: Outcome<R>) {
@@ -126,7 +131,9 @@ impl<R: Ring> Shard<R> {
             return;
         }
         for _ in 0..self.accept_later.len() {
-            if let Some(id) = self.accept_later.pop_front() {
+            let Some(id) = self.accept_later.pop_front() else { return };
+            if let Some(listener) = self.listeners.entry_mut(id) {
+                listener.queued = false;
                 self.accept_all(id);
             }
         }

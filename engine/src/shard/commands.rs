@@ -141,6 +141,7 @@ impl<R: Ring> Shard<R> {
                     sockets,
                     open: true,
                     told_closed: false,
+                    queued: false,
                     resting_until: None,
                     stats: ForwardStats::default(),
                 });

@@ -13,7 +13,7 @@ use landfall_engine::ring::fake::Knob;
 
 use world::World;
 
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 300;
 
 fn from_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|number| number.parse().expect("a number"))

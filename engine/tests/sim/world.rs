@@ -13,7 +13,7 @@ use landfall_engine::shard::{Report, Shard, ShardCommand};
 use crate::far::{Far, Finish, Told};
 
 /// More turns than any run needs; a run that takes them spins.
-const TURNS_MAX: u64 = 100_000;
+const TURNS_MAX: u64 = 1_000_000;
 
 pub(crate) struct World {
     net: FakeNet,
