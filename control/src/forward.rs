@@ -282,7 +282,7 @@ impl Forwarder {
     /// What the engine is to do now; noted as asked.
     fn commands(&mut self, now: Instant) -> Vec<Command> {
         let commands = self.forwards.plan(&self.seen, &self.policy, now);
-        self.forwards.issued(&commands, &self.seen, &self.policy);
+        self.forwards.issued(&commands, &self.seen, &self.policy, now);
         commands
     }
 

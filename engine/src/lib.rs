@@ -1,5 +1,39 @@
 //! landfall's relay engine: host listeners on loopback, connects inside another network namespace, bytes moved by
-//! the kernel. Synchronous; no async runtime, no Docker, no container names.
+//! the kernel.
+//!
+//! # The way of a byte
+//!
+//! A client dials 127.0.0.1 or `::1`. [`shard`] accepts, takes a socket from the stock that an [`opener`] made inside the
+//! namespace, and connects it to the server's loopback address there. From then on the connection is a pure machine of
+//! [`relay`]: two halves that read, write, and read again, through a buffer while messages are small and through a pipe
+//! (splice(2)) when they are bulk. What the machine asks for is done by a [`ring`]: io_uring, or epoll where that is
+//! forbidden.
+//!
+//! # Map
+//!
+//! | Module | What |
+//! | --- | --- |
+//! | [`command`] | commands in, events out: the whole contract with whoever drives the engine |
+//! | [`engine`] | the threads: a conductor over shards and the watch |
+//! | [`process`], [`channel`] | the same contract between processes, with descriptors beside the messages |
+//! | [`shard`] | the loop of one thread, and what it keeps: connections, listeners, upstreams |
+//! | [`relay`], [`error`] | one connection, pure; why it ended, and whose doing it was |
+//! | [`ring`] | operations and their completions; errno is understood there and nowhere else |
+//! | [`opener`] | the process that enters a namespace and makes sockets there; it alone has privilege |
+//! | [`watch`] | who listens inside: `sock_diag`, or `/proc/net/tcp` and its fuzzed parser |
+//! | [`limits`] | every bound |
+//! | [`table`] | slots with generations |
+//!
+//! # What never happens
+//!
+//! - No descriptor is closed and no buffer reused while an operation on it is in flight.
+//! - A direction holds one loan at most, and none while it waits for bytes.
+//! - A FIN is passed on after every byte that came before it, a reset as a reset.
+//! - Nothing listens on anything but loopback, and nothing connects to a namespace other than the one it was checked for.
+//!
+//! # Absent on purpose
+//!
+//! No async runtime, no Docker, no names of containers, no policy of ports, no log: what happens is told by events.
 
 pub mod channel;
 pub mod command;

@@ -8,7 +8,7 @@
 //! ```text
 //!          OpenListener            ListenerOpened
 //!  absent ──────────────► Opening ───────────────► Open
-//!    ▲                       │ │ ListenerFailed      │ no longer wanted: CloseListener
+//!    ▲                       │ │ ListenerFailed      │ no longer wanted for LINGER: CloseListener
 //!    │ no longer wanted      │ ▼                     ▼
 //!    ├──────────────────── Failed ◄─ still wanted  Closing
 //!    │                       └─ OpenListener, RETRY later   │ ListenerClosed
@@ -32,6 +32,10 @@ use crate::policy::{Decision, Policy};
 /// How long a port that could not be opened rests. Short enough that a freed port feels as if it were taken at once,
 /// long enough to cost nothing.
 pub const RETRY: Duration = Duration::from_secs(2);
+
+/// How long a port stays open on the host after its server ceased to listen. Dev servers try a port before they use it,
+/// and close and reopen it when they restart; meanwhile a client is reset, as by any port on which nothing listens.
+pub const LINGER: Duration = Duration::from_millis(250);
 
 /// What listens inside, as rows of the kernel's table and merged for each port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -82,6 +86,14 @@ struct Forward {
     id: ForwardId,
     status: Status,
     reach: Reach,
+    /// Since when nothing is wanted of it any more.
+    unwanted: Option<Instant>,
+}
+
+impl Forward {
+    fn is_live(&self) -> bool {
+        matches!(self.status, Status::Opening { .. } | Status::Open)
+    }
 }
 
 /// What an answer of the engine changed, as far as people are told of it.
@@ -115,8 +127,9 @@ impl Forwards {
         let mut next = self.next;
         let mut commands = Vec::new();
         for (port, forward) in &self.ports {
-            let live = matches!(forward.status, Status::Opening { .. } | Status::Open);
-            if live && !wanted.contains_key(port) {
+            let lingered =
+                forward.unwanted.is_some_and(|since| now.saturating_duration_since(since) >= LINGER);
+            if lingered && forward.is_live() && !wanted.contains_key(port) {
                 commands.push(Command::CloseListener { forward: forward.id, ending: Ending::Drain });
             }
         }
@@ -147,8 +160,12 @@ impl Forwards {
     }
 
     /// Notes that these commands, planned from `seen` and `policy`, are on their way to the engine.
-    pub fn issued(&mut self, commands: &[Command], seen: &Observation, policy: &Policy) {
+    pub fn issued(&mut self, commands: &[Command], seen: &Observation, policy: &Policy, now: Instant) {
         let wanted = wanted(seen, policy);
+        for (port, forward) in &mut self.ports {
+            let unwanted = !wanted.contains_key(port);
+            forward.unwanted = unwanted.then(|| forward.unwanted.unwrap_or(now));
+        }
         // A failure is remembered only while somebody still waits for the port.
         self.ports.retain(|port, forward| {
             !matches!(forward.status, Status::Failed { .. }) || wanted.contains_key(port)
@@ -161,7 +178,8 @@ impl Forwards {
                         _ => None,
                     });
                     let status = Status::Opening { since };
-                    self.ports.insert(*host_port, Forward { id: *forward, status, reach: *reach });
+                    self.ports
+                        .insert(*host_port, Forward { id: *forward, status, reach: *reach, unwanted: None });
                     self.next = forward.0.wrapping_add(1);
                 }
                 Command::CloseListener { forward, .. } => {
@@ -206,13 +224,14 @@ impl Forwards {
         }
     }
 
-    /// When the next failed port is due, if one is waiting.
+    /// When planning will yield something by itself: a failed port is due, or one has lingered.
     pub fn due(&self) -> Option<Instant> {
         self.ports
             .values()
             .filter_map(|forward| match forward.status {
                 Status::Failed { at } => Some(at + RETRY),
-                _ => None,
+                Status::Opening { .. } | Status::Open => forward.unwanted.map(|since| since + LINGER),
+                Status::Closing => None,
             })
             .min()
     }

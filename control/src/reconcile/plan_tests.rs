@@ -38,8 +38,15 @@ impl Bench {
 
     fn step(&mut self) -> Vec<Command> {
         let commands = self.forwards.plan(&self.seen, &self.policy, self.now);
-        self.forwards.issued(&commands, &self.seen, &self.policy);
+        self.forwards.issued(&commands, &self.seen, &self.policy, self.now);
         commands
+    }
+
+    /// Lets a port that is gone linger.
+    fn linger(&mut self) {
+        assert_eq!(self.step(), []);
+        assert_eq!(self.forwards.due(), Some(self.now + LINGER));
+        self.now += LINGER;
     }
 
     fn answer(&mut self, event: Event) -> Option<Change> {
@@ -96,6 +103,7 @@ fn a_port_that_ceases_to_listen_is_closed_and_told_once() {
     assert_eq!(bench.opened(1, 3000), Some(Change::Opened(port(3000))));
     assert_eq!(bench.opened(1, 3000), None);
     bench.seen.update(&[], &[row(3000, "127.0.0.1", 7)]);
+    bench.linger();
     assert_eq!(bench.step(), [close(1)]);
     assert_eq!(bench.closed(1), Some(Change::Closed(port(3000))));
     assert_eq!(bench.closed(1), None);
@@ -107,12 +115,31 @@ fn a_port_that_comes_back_waits_until_its_forward_is_closed() {
     bench.seen.update(&[row(3000, "127.0.0.1", 7)], &[]);
     bench.step();
     bench.seen.update(&[], &[row(3000, "127.0.0.1", 7)]);
+    bench.linger();
     assert_eq!(bench.step(), [close(1)]);
     bench.seen.update(&[row(3000, "127.0.0.1", 8)], &[]);
     assert_eq!(bench.step(), []);
     assert_eq!(bench.opened(1, 3000), None, "it is closing; nobody is told that it opened");
     bench.closed(1);
     assert_eq!(bench.step(), [open(2, 3000, true, false)]);
+}
+
+#[test]
+fn a_server_that_restarts_keeps_its_port() {
+    let mut bench = Bench::new();
+    bench.seen.update(&[row(3000, "127.0.0.1", 7)], &[]);
+    bench.step();
+    bench.opened(1, 3000);
+    for inode in 8..12 {
+        bench.seen.update(&[], &[row(3000, "127.0.0.1", inode - 1)]);
+        assert_eq!(bench.step(), []);
+        bench.now += LINGER / 2;
+        bench.seen.update(&[row(3000, "127.0.0.1", inode)], &[]);
+        assert_eq!(bench.step(), []);
+        assert_eq!(bench.forwards.due(), None);
+        bench.now += LINGER;
+        assert_eq!(bench.step(), []);
+    }
 }
 
 #[test]

@@ -113,7 +113,8 @@ pub enum Op<R: Ring + ?Sized> {
         /// What to send.
         loan: R::Loan,
     },
-    /// Waits until the connection is broken: a reset, or a FIN in each direction.
+    /// Waits until the connection is broken: a reset, or a FIN in each direction. The peer's FIN alone may put it to sleep;
+    /// then nothing but a cancel ends it, and a later reset is told by the next send or read.
     Watch {
         /// The socket.
         socket: R::Socket,
