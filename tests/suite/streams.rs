@@ -1,22 +1,53 @@
 //! Claim 1: every byte arrives once, in order.
 
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use landfall_engine::command::Family;
+use landfall_engine::command::{Ending, Family};
+use landfall_engine::limits::Limits;
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Rng, Server, connect, finish, is_long, note, read_to_end, seed};
 
-pub(crate) const CASES: &[Case] =
-    &[Case::each_ring("c01_every_byte_arrives_once_in_order", every_byte_arrives_once_in_order)];
+pub(crate) const CASES: &[Case] = &[
+    Case::each_ring("c01_every_byte_arrives_once_in_order", every_byte_arrives_once_in_order),
+    Case::each_ring("c01_shards_share_the_connections", shards_share_the_connections),
+];
 
 /// Streams that run beside each other.
 const AT_ONCE: u64 = 20;
 
 fn every_byte_arrives_once_in_order(ring: RingChoice) {
+    relay_streams(Relay::start(ring));
+}
+
+/// One shard accepts, and each gets its part.
+fn shards_share_the_connections(ring: RingChoice) {
+    let mut relay = relay_streams(Relay::start_with(Limits { shards: 3, ..Limits::default() }, ring));
+    let work: Vec<u64> = threads_named("landfall-shard").into_iter().map(run_time).collect();
+    assert_eq!(work.len(), 3);
+    let most = work.iter().max().unwrap();
+    assert!(work.iter().all(|part| part * 10 > *most), "nanoseconds of each shard: {work:?}");
+    // All shards have counted, and the sum is told.
+    let forward = relay.driver.describe().first().unwrap().clone();
+    let stats = relay.driver.close(forward.forward, Ending::Drain);
+    assert_eq!(stats, forward.stats);
+}
+
+fn threads_named(name: &str) -> Vec<PathBuf> {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().map(|thread| thread.unwrap().path());
+    threads.filter(|path| std::fs::read_to_string(path.join("comm")).unwrap().starts_with(name)).collect()
+}
+
+/// How long a thread has run, in nanoseconds (`/proc/PID/task/TID/schedstat`, its first number).
+fn run_time(thread: PathBuf) -> u64 {
+    let schedstat = std::fs::read_to_string(thread.join("schedstat")).unwrap();
+    schedstat.split(' ').next().unwrap().parse().unwrap()
+}
+
+fn relay_streams(mut relay: Relay) -> Relay {
     let count = if is_long() { 1000 } else { 200 };
-    let mut relay = Relay::start(ring);
     let server = Server::listen(&relay.inside, "[::]:0");
     let forward = relay.forward(server.port());
     let mut bytes = [0; 2];
@@ -41,6 +72,7 @@ fn every_byte_arrives_once_in_order(ring: RingChoice) {
     assert_eq!(stats.completed, count, "{stats:?}");
     assert_eq!([stats.bytes_up, stats.bytes_down], [bytes[1], bytes[0]], "{stats:?}");
     note!("{count} streams, {} MB up, {} MB down", bytes[1] / 1_000_000, bytes[0] / 1_000_000);
+    relay
 }
 
 /// One end of a stream: sends its own pattern and a FIN while it checks the other's. Gives how much it received.
