@@ -58,8 +58,8 @@ pub struct Shard<R: Ring> {
     completions: Vec<Completion<R>>,
     actions: Actions,
     reports: Vec<Report>,
-    /// What was told as used up and has not recovered.
-    degraded: bool,
+    /// Descriptors ran out, and it was told; if they do not run out again until then, it is over.
+    degraded_until: Option<Instant>,
     stopping: Option<Stopping>,
     told_stopped: bool,
     peers: Option<Peers>,
@@ -71,6 +71,7 @@ enum Timer {
     Connection(SlotId),
     Listener(SlotId),
     Upstream(SlotId),
+    Recovery,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,7 +125,7 @@ impl<R: Ring> Shard<R> {
             completions: Vec::new(),
             actions: Actions::new(),
             reports: Vec::new(),
-            degraded: false,
+            degraded_until: None,
             stopping: None,
             told_stopped: false,
             peers: None,
@@ -242,6 +243,11 @@ impl<R: Ring> Shard<R> {
                     }
                     self.accept_all(id);
                 }
+                Timer::Recovery => {
+                    self.degraded_until = None;
+                    self.reports
+                        .push(Report::Recovered { what: "descriptors are available again".to_owned() });
+                }
                 Timer::Upstream(id) => {
                     if let Some(upstream) = self.upstreams.entry_mut(id) {
                         upstream.resting_until = None;
@@ -277,17 +283,13 @@ impl<R: Ring> Shard<R> {
         self.listeners.entry_mut(listener).map(|listener| &mut listener.stats)
     }
 
-    /// Tells once that something is used up.
+    /// Tells that descriptors are used up, once for as long as it lasts. Where they are scarce one is free now and then, so
+    /// it is over only when whoever rested has tried again and found none missing.
     fn degrade(&mut self, what: &str) {
-        if !std::mem::replace(&mut self.degraded, true) {
+        if self.degraded_until.is_none() {
             self.reports.push(Report::Degraded { what: what.to_owned() });
         }
-    }
-
-    /// Tells that what was used up is there again.
-    fn recover(&mut self) {
-        if std::mem::replace(&mut self.degraded, false) {
-            self.reports.push(Report::Recovered { what: "descriptors are available again".to_owned() });
-        }
+        let until = Some(self.now + 3 * self.limits.exhausted_pause);
+        Self::set_timer(&mut self.timers, Timer::Recovery, &mut self.degraded_until, until);
     }
 }

@@ -75,7 +75,6 @@ impl<R: Ring> Shard<R> {
     fn on_accepted(&mut self, id: SlotId, outcome: Outcome<R>) {
         match outcome {
             Outcome::Accepted(Ok((socket, came_by))) => {
-                self.recover();
                 if let Some(socket) = self.hand_over(id, socket, came_by) {
                     self.begin(id, socket, came_by);
                 }
