@@ -1,11 +1,12 @@
 //! Claim 3: a reset stays a reset, and what came before it still arrives. What a direct connection shows is the measure.
 
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
-use landfall_tests::{End, Pattern, finish, read_exactly, reset, send_all};
+use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_exactly, reset, send_all};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 use crate::observe::{Path, Who, learns_that_the_peer_is_gone, read_rest};
 
@@ -13,6 +14,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c03_reset_stays_reset_as_it_does_directly", as_it_does_directly),
     Case::each_ring("c03_a_reset_finds_a_reader_that_stalls", a_reset_finds_a_reader_that_stalls),
     Case::each_ring("c03_a_megabyte_before_a_reset_arrives", a_megabyte_before_a_reset_arrives),
+    Case::each_ring("c03_what_is_not_yet_acknowledged_arrives", what_is_not_yet_acknowledged_arrives),
 ];
 
 /// What the end that did not break the connection saw.
@@ -180,4 +182,27 @@ fn a_megabyte_before_a_reset_arrives(ring: RingChoice) {
 /// AF_UNSPEC), which the kernel tells the peer by a reset.
 fn reset_shared(stream: &TcpStream) {
     rustix::net::connect_unspec(stream).unwrap();
+}
+
+/// The reader's window is small, so nearly everything waits in the relay's send queue when the reset comes. An abortive
+/// close throws that queue away.
+fn what_is_not_yet_acknowledged_arrives(ring: RingChoice) {
+    const COUNT: u64 = 200_000;
+    let mut relay = Relay::start(ring);
+    let server = Server::from_socket(relay.inside.run(|| {
+        let socket =
+            rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let socket = socket.unwrap();
+        sockopt::set_socket_recv_buffer_size(&socket, 4_096).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 3000))).unwrap();
+        rustix::net::listen(&socket, 16).unwrap();
+        socket
+    }));
+    let forward = relay.forward(3000);
+    let client = connect(forward.v4());
+    let accepted = server.accept();
+    send_all(&client, Pattern::new(1), COUNT);
+    relay.stats_become(forward, "the relay to have read everything", |stats| stats.bytes_up == COUNT);
+    reset(client);
+    assert_eq!(read_rest(&accepted, &mut Pattern::new(1).checker()), (COUNT, End::Reset));
 }
