@@ -12,10 +12,14 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod events;
 pub mod forward;
 pub mod name;
+pub mod paths;
 pub mod policy;
 pub mod processes;
 pub mod reconcile;
+pub mod registration;
 pub mod sandbox;
+pub mod version;
 pub mod waiting;

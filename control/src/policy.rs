@@ -12,6 +12,10 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+pub use wire::{Allow, PortForward, PortForwardError, port_of};
+
+mod wire;
+
 /// The first port that needs no naming.
 pub const FIRST_UNPRIVILEGED: u16 = 1024;
 

@@ -1,0 +1,84 @@
+//! What happens in the daemon, as one value for each kind (wire specification, A.13), and the journal that they go to:
+//! a line of the log each, and a message to whoever listens just now. Tokens and payloads are in none of them.
+
+mod journal;
+
+use std::num::NonZeroU16;
+
+use serde::{Deserialize, Serialize};
+
+pub use journal::Journal;
+
+/// One thing that happened. The JSON form has `kind` and the fields of A.13.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
+#[expect(
+    missing_docs,
+    reason = "the fields are those of the wire specification, A.13, and say what they are"
+)]
+pub enum Event {
+    /// The RPC socket accepts.
+    DaemonListening { socket: String },
+    /// The HTTP endpoint accepts on this address; one event for each.
+    DaemonHttpListening { host: String, port: u16 },
+    /// Its preferred port was in use.
+    DaemonHttpPortFallback { preferred: u16, actual: u16 },
+    /// An orderly stop has begun.
+    DaemonStopping,
+    /// Somebody asked for it over the socket.
+    ShutdownRequested,
+    /// A container is known that was not.
+    Register { container_name: String },
+    /// A container is not known any more; `reason` is `requested` or `gone`.
+    Deregister { container_name: String, reason: String },
+    /// A file was not taken in, or a registration was dropped for a reason of its own.
+    RegistrationSkipped { container_name: String, reason: String },
+    /// A restart was acknowledged.
+    RestartScheduled { container_name: String, build: bool },
+    /// It is done.
+    RestartCompleted { container_name: String },
+    /// It is not.
+    RestartFailed { container_name: String, reason: String },
+    /// What became of a port.
+    PortForwardEvent { event: PortForwardEvent },
+    /// A job's tick began. `job` is its name in the folder's configuration.
+    JobTickStart { container_name: String, job: String },
+    /// Its gate said no.
+    JobTickSkipped { container_name: String, job: String, reason: String },
+    /// Its command succeeded.
+    JobTickOk { container_name: String, job: String },
+    /// Its command failed, or was ended because it took too long.
+    JobTickError { container_name: String, job: String, error: String },
+    /// Its success restarts the container.
+    JobRestartScheduled { container_name: String, job: String },
+    /// That restart was refused.
+    JobRestartFailed { container_name: String, job: String, reason: String },
+    /// The engine was started or taken over; `ring` moves its bytes, `reason` says why that is not io_uring.
+    EngineAttached { version: String, ring: String, reason: Option<String>, started: bool },
+    /// The engine's channel ended.
+    EngineLost { reason: String },
+    /// An engine of another version was relieved by a new one and finishes its connections.
+    EngineUpgraded { from: String, to: String },
+    /// A container's namespace is entered.
+    ContainerReached { container_name: String, way: String },
+    /// It cannot be, or no longer is.
+    ContainerUnreachable { container_name: String, reason: String },
+    /// Anything else that somebody should know.
+    Notice { text: String },
+}
+
+/// What became of a port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
+#[expect(
+    missing_docs,
+    reason = "the fields are those of the wire specification, A.13, and say what they are"
+)]
+pub enum PortForwardEvent {
+    /// It answers on the host.
+    PortForwardOpened { container_name: String, port: NonZeroU16, host_port: NonZeroU16, bind_addr: String },
+    /// It no longer does; `reason` is one of A.13's.
+    PortForwardClosed { container_name: String, port: NonZeroU16, host_port: NonZeroU16, reason: String },
+    /// It could not be listened on; `reason` holds the symbolic error name.
+    PortForwardFailed { container_name: String, port: NonZeroU16, reason: String },
+}

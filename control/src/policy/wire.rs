@@ -1,0 +1,215 @@
+//! The policy as registrations carry it (wire specification, A.5): `{"allow": "*" | int[], "deny"?: int[]}`. Pure.
+//!
+//! Ours may carry one more field, `privileged`: ports below 1024 that somebody named beside `*`.
+
+use std::collections::BTreeSet;
+use std::num::NonZeroU16;
+
+use serde::{Serialize, Serializer};
+use serde_json::Value;
+use thiserror::Error;
+
+use super::{Policy, PortList};
+
+/// Which ports of a container may be exposed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PortForward {
+    /// What may be.
+    pub allow: Allow,
+    /// What may not be, of all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deny: Option<BTreeSet<NonZeroU16>>,
+    /// What may be below 1024, beside all from there on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub privileged: Option<BTreeSet<NonZeroU16>>,
+}
+
+/// What may be exposed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Allow {
+    /// `"*"`.
+    #[default]
+    All,
+    /// These and no others.
+    Ports(BTreeSet<NonZeroU16>),
+}
+
+impl Serialize for Allow {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Allow::All => serializer.serialize_str("*"),
+            Allow::Ports(ports) => ports.serialize(serializer),
+        }
+    }
+}
+
+/// What is wrong with a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PortForwardError {
+    /// Not an object.
+    #[error("portForward must be an object")]
+    NotAnObject,
+    /// A list with something else than ports in it, or no list.
+    #[error("portForward.{0} must be {expected}", expected = if *.0 == "allow" { "\"*\" or a list of ports from 1 to 65535" } else { "a list of ports from 1 to 65535" })]
+    List(&'static str),
+    /// A list of what is denied, beside a list of what is allowed.
+    #[error("portForward.deny is only meaningful when allow is \"*\"")]
+    Both,
+}
+
+impl PortForward {
+    /// Takes the JSON form. An absent `allow` is `"*"`.
+    ///
+    /// # Errors
+    /// [`PortForwardError`].
+    pub fn from_value(value: &Value) -> Result<PortForward, PortForwardError> {
+        let fields = value.as_object().ok_or(PortForwardError::NotAnObject)?;
+        let allow = match fields.get("allow") {
+            None | Some(Value::Null) => Allow::All,
+            Some(Value::String(all)) if all == "*" => Allow::All,
+            Some(list) => Allow::Ports(ports(list, "allow")?),
+        };
+        let list = |name| match fields.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(list) => ports(list, name).map(Some),
+        };
+        let deny = list("deny")?;
+        let privileged = list("privileged")?;
+        if matches!(allow, Allow::Ports(_)) && deny.as_ref().is_some_and(|deny| !deny.is_empty()) {
+            return Err(PortForwardError::Both);
+        }
+        Ok(PortForward { allow, deny, privileged })
+    }
+
+    /// Whether anything can ever be exposed.
+    pub fn is_off(&self) -> bool {
+        matches!(&self.allow, Allow::Ports(ports) if ports.is_empty())
+    }
+}
+
+impl From<&PortForward> for Policy {
+    fn from(wire: &PortForward) -> Policy {
+        let list = |ports: Option<&BTreeSet<NonZeroU16>>, any| PortList {
+            ranges: ports.into_iter().flatten().map(|port| port.get()..=port.get()).collect(),
+            any,
+        };
+        let allow = match &wire.allow {
+            Allow::All => list(wire.privileged.as_ref(), true),
+            Allow::Ports(ports) => list(Some(ports), false),
+        };
+        Policy { allow: Some(allow), deny: list(wire.deny.as_ref(), false) }
+    }
+}
+
+impl From<&Policy> for PortForward {
+    fn from(policy: &Policy) -> PortForward {
+        let all = |list: &PortList| -> BTreeSet<NonZeroU16> {
+            list.ranges.iter().cloned().flatten().filter_map(NonZeroU16::new).collect()
+        };
+        let some = |ports: BTreeSet<NonZeroU16>| (!ports.is_empty()).then_some(ports);
+        if policy.deny.any {
+            return PortForward { allow: Allow::Ports(BTreeSet::new()), deny: None, privileged: None };
+        }
+        let deny = all(&policy.deny);
+        match &policy.allow {
+            // The wire has no list of both kinds: what is denied is not allowed in the first place.
+            Some(allow) if !allow.any => {
+                let ports = all(allow).difference(&deny).copied().collect();
+                PortForward { allow: Allow::Ports(ports), deny: None, privileged: None }
+            }
+            allow => {
+                let named = allow.as_ref().map(all).unwrap_or_default();
+                PortForward { allow: Allow::All, deny: some(deny), privileged: some(named) }
+            }
+        }
+    }
+}
+
+/// A JSON number that is a port. JavaScript knows one kind of number, so 5173.0 is one as well.
+pub fn port_of(value: &Value) -> Option<NonZeroU16> {
+    if let Some(whole) = value.as_u64() {
+        return u16::try_from(whole).ok().and_then(NonZeroU16::new);
+    }
+    (1..=u16::MAX).find(|port| value.as_f64() == Some(f64::from(*port))).and_then(NonZeroU16::new)
+}
+
+fn ports(list: &Value, name: &'static str) -> Result<BTreeSet<NonZeroU16>, PortForwardError> {
+    let list = list.as_array().ok_or(PortForwardError::List(name))?;
+    list.iter().map(|port| port_of(port).ok_or(PortForwardError::List(name))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Decision, DenyReason};
+    use super::*;
+    use serde_json::json;
+
+    fn decide(policy: Value, port: u16) -> Decision {
+        let wire = PortForward::from_value(&policy).unwrap();
+        Policy::from(&wire).decide(NonZeroU16::new(port).unwrap())
+    }
+
+    #[test]
+    fn the_forms_of_the_wire_are_read() {
+        assert_eq!(PortForward::from_value(&json!({})), Ok(PortForward::default()));
+        for whole in [
+            json!({"allow": "*"}),
+            json!({"allow": "*", "deny": [9229]}),
+            json!({"allow": [3000, 5173]}),
+            json!({"allow": []}),
+            json!({"allow": "*", "privileged": [80]}),
+        ] {
+            let read = PortForward::from_value(&whole).unwrap();
+            assert_eq!(serde_json::to_value(read).unwrap(), whole);
+        }
+        assert_eq!(
+            PortForward::from_value(&json!({"allow": [5173.0]})),
+            PortForward::from_value(&json!({"allow": [5173]}))
+        );
+        for (wrong, error) in [
+            (json!("*"), "portForward must be an object"),
+            (json!({"allow": "all"}), "portForward.allow must be \"*\" or a list of ports from 1 to 65535"),
+            (json!({"allow": [99999]}), "portForward.allow must be \"*\" or a list of ports from 1 to 65535"),
+            (json!({"deny": [0]}), "portForward.deny must be a list of ports from 1 to 65535"),
+            (json!({"allow": [1], "deny": [2]}), "portForward.deny is only meaningful when allow is \"*\""),
+        ] {
+            assert_eq!(PortForward::from_value(&wrong).unwrap_err().to_string(), error);
+        }
+        assert!(PortForward::from_value(&json!({"allow": [1], "deny": []})).is_ok());
+    }
+
+    #[test]
+    fn the_wire_decides_as_the_command_line_does() {
+        assert_eq!(decide(json!({"allow": "*"}), 5173), Decision::Allow);
+        assert_eq!(decide(json!({"allow": "*"}), 65535), Decision::Allow);
+        assert_eq!(decide(json!({"allow": "*"}), 80), Decision::Deny(DenyReason::Privileged));
+        assert_eq!(decide(json!({"allow": [80]}), 80), Decision::Allow);
+        assert_eq!(decide(json!({"allow": "*", "privileged": [80]}), 80), Decision::Allow);
+        assert_eq!(decide(json!({"allow": "*", "deny": [9229]}), 9229), Decision::Deny(DenyReason::Denied));
+        assert_eq!(decide(json!({"allow": [3000]}), 8080), Decision::Deny(DenyReason::NotAllowed));
+        assert_eq!(decide(json!({"allow": []}), 8080), Decision::Deny(DenyReason::NotAllowed));
+    }
+
+    #[test]
+    fn what_the_command_line_says_survives_the_wire() {
+        let policy = |allow: Option<&str>, deny: &str| Policy {
+            allow: allow.map(|list| list.parse().unwrap()),
+            deny: if deny.is_empty() { PortList::default() } else { deny.parse().unwrap() },
+        };
+        for original in [
+            policy(None, ""),
+            policy(Some("80,*"), "9229"),
+            policy(Some("8000-8010"), "8005"),
+            policy(Some("*"), "*"),
+        ] {
+            let sent = serde_json::to_value(PortForward::from(&original)).unwrap();
+            let arrived = Policy::from(&PortForward::from_value(&sent).unwrap());
+            for port in [1, 79, 80, 81, 1023, 1024, 8000, 8005, 8010, 8011, 9229, 65535] {
+                let port = NonZeroU16::new(port).unwrap();
+                let same =
+                    (original.decide(port) == Decision::Allow) == (arrived.decide(port) == Decision::Allow);
+                assert!(same, "port {port} of {original:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! What the daemon knows of containers, and keeps across every crash.
+//!
+//! - `model` is one registration, valid by construction.
+
+pub mod model;

@@ -1,0 +1,241 @@
+//! One registration, valid by construction: what does not fit never gets here. Pure.
+//!
+//! The same six fields travel in `register` and lie in a file (wire specification, A.1.4 and A.7.1). Ours may carry more:
+//! [`Way`], and fields of a newer release that this one does not understand and keeps as they are.
+
+use std::fmt;
+use std::num::{NonZeroU16, NonZeroU32};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use thiserror::Error;
+
+use crate::policy::PortForward;
+
+/// A container's name: `^[A-Za-z0-9][A-Za-z0-9_.-]*$`, so it is a file's name, too, and never leads out of a directory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct ContainerName(String);
+
+/// The longest name: with `.json` and the marks of a temporary file it is a file's name (255 bytes).
+const NAME_BYTES_MAX: usize = 200;
+
+/// A name that is none.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("invalid container name for registration file: \"{0}\"")]
+pub struct NameError(pub String);
+
+impl ContainerName {
+    /// Takes a name.
+    ///
+    /// # Errors
+    /// [`NameError`], with the wire's own text.
+    pub fn new(name: &str) -> Result<ContainerName, NameError> {
+        let first = name.as_bytes().first().is_some_and(u8::is_ascii_alphanumeric);
+        let rest = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+        if first && rest && name.len() <= NAME_BYTES_MAX {
+            Ok(ContainerName(name.to_owned()))
+        } else {
+            Err(NameError(name.to_owned()))
+        }
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ContainerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A secret that one container instance holds. It never prints, and is compared in constant time.
+#[derive(Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Token(String);
+
+impl Token {
+    /// Takes a token; an empty one is none.
+    pub fn new(text: &str) -> Option<Token> {
+        (!text.is_empty()).then(|| Token(text.to_owned()))
+    }
+
+    /// Whether `presented` is this token. Both are hashed first, so neither length nor content shows in the time.
+    pub fn matches(&self, presented: &str) -> bool {
+        let (own, other) = (Sha256::digest(self.0.as_bytes()), Sha256::digest(presented.as_bytes()));
+        own.as_slice().ct_eq(other.as_slice()).into()
+    }
+
+    /// The secret itself, for the one who has to present it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// How the container's network namespace is reached, where its registration says so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
+pub enum Way {
+    /// Docker knows a container of this name; its first process is in the namespace.
+    Docker,
+    /// A process is in the namespace, and the registration ends with it.
+    Process {
+        /// Its id in the daemon's process namespace.
+        pid: NonZeroU32,
+        /// When it began, in clock ticks since the machine started (`proc_pid_stat(5)`, field 22), with the id of that
+        /// start: a process that later has the same number is another one.
+        started: Option<Started>,
+    },
+    /// A file stands for the namespace, such as `/run/netns/NAME`; the registration ends with the file.
+    Netns {
+        /// Its absolute path.
+        path: PathBuf,
+    },
+}
+
+/// When a process began; see [`Way::Process`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Started {
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot: String,
+    /// Clock ticks since then.
+    pub ticks: u64,
+}
+
+/// One container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Registration {
+    /// Its name.
+    pub container_name: ContainerName,
+    /// Its folder on the host.
+    pub cwd: PathBuf,
+    /// What it presents over HTTP. Without it, HTTP is closed to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_token: Option<Token>,
+    /// Where its port 8973 was published when it was registered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ws_host_port: Option<NonZeroU16>,
+    /// Which of its ports may be exposed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port_forward: Option<PortForward>,
+    /// What the daemon presents to it over its WebSocket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub broker_token: Option<Token>,
+    /// How it is reached without its help.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub way: Option<Way>,
+    /// Fields that this release does not know, kept as they came.
+    #[serde(flatten)]
+    pub unknown: Map<String, Value>,
+}
+
+/// What is wrong with a registration. The texts are the wire's.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum RegistrationError {
+    /// A field is missing or of a wrong type or value.
+    #[error("invalid register: {0}")]
+    Field(&'static str),
+    /// A field is wrong in a way that takes a sentence.
+    #[error("invalid register: {0}: {1}")]
+    Because(&'static str, String),
+    /// The name would not be a file's.
+    #[error("failed to persist registration: {0}")]
+    Name(#[from] NameError),
+}
+
+impl Registration {
+    /// Takes the fields of a request or of a file. A field that is null counts as absent.
+    ///
+    /// # Errors
+    /// [`RegistrationError`] names the first field that does not fit.
+    pub fn from_fields(mut fields: Map<String, Value>) -> Result<Registration, RegistrationError> {
+        fields.retain(|_, value| !value.is_null());
+        let Some(Value::String(name)) = fields.remove("containerName") else {
+            return Err(RegistrationError::Field("containerName"));
+        };
+        let container_name = ContainerName::new(&name)?;
+        let Some(Value::String(cwd)) = fields.remove("cwd") else {
+            return Err(RegistrationError::Field("cwd"));
+        };
+        let cwd = PathBuf::from(cwd);
+        if !Path::is_absolute(&cwd) {
+            return Err(RegistrationError::Field("cwd"));
+        }
+        let restart_token = token(&mut fields, "restartToken")?;
+        let broker_token = token(&mut fields, "brokerToken")?;
+        let ws_host_port = match fields.remove("wsHostPort") {
+            None => None,
+            Some(port) => Some(as_port(&port).ok_or(RegistrationError::Field("wsHostPort"))?),
+        };
+        let port_forward = match fields.remove("portForward") {
+            None => None,
+            Some(policy) => Some(
+                PortForward::from_value(&policy)
+                    .map_err(|error| RegistrationError::Because("portForward", error.to_string()))?,
+            ),
+        };
+        let way = match fields.remove("way") {
+            None => None,
+            Some(way) => Some(read_way(way)?),
+        };
+        fields.remove("kind");
+        let unknown = fields;
+        Ok(Registration {
+            container_name,
+            cwd,
+            restart_token,
+            ws_host_port,
+            port_forward,
+            broker_token,
+            way,
+            unknown,
+        })
+    }
+
+    /// Host port, policy and token of the container's WebSocket: it is used when there are all three.
+    pub fn broker(&self) -> Option<(NonZeroU16, &PortForward, &Token)> {
+        Some((self.ws_host_port?, self.port_forward.as_ref()?, self.broker_token.as_ref()?))
+    }
+}
+
+fn token(fields: &mut Map<String, Value>, name: &'static str) -> Result<Option<Token>, RegistrationError> {
+    match fields.remove(name) {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Token::new(&text)),
+        Some(_) => Err(RegistrationError::Field(name)),
+    }
+}
+
+/// A JSON number that is a port; 5173.0 is one to the reference's clients.
+fn as_port(value: &Value) -> Option<NonZeroU16> {
+    crate::policy::port_of(value)
+}
+
+fn read_way(way: Value) -> Result<Way, RegistrationError> {
+    let way: Way =
+        serde_json::from_value(way).map_err(|error| RegistrationError::Because("way", error.to_string()))?;
+    match &way {
+        Way::Netns { path } if !path.is_absolute() => {
+            Err(RegistrationError::Because("way", "path must be absolute".to_owned()))
+        }
+        _ => Ok(way),
+    }
+}
+
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod tests;
