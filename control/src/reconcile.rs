@@ -1,3 +1,9 @@
 //! From what is seen to what the engine is asked to do.
+//!
+//! - `plan` is the planner of one namespace. Pure.
+//! - `table` is what people and programs are told of it all.
+//! - `task` is the shell around: the engine's channel, the ways into containers, the clock.
 
 pub mod plan;
+pub mod table;
+pub mod task;
