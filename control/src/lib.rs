@@ -12,8 +12,11 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod docker;
 pub mod events;
 pub mod forward;
+pub mod jobs;
+pub mod liveness;
 pub mod name;
 pub mod paths;
 pub mod policy;
@@ -21,5 +24,6 @@ pub mod processes;
 pub mod reconcile;
 pub mod registration;
 pub mod sandbox;
+pub mod supervisor;
 pub mod version;
 pub mod waiting;

@@ -1,0 +1,144 @@
+//! Docker, as far as the daemon needs it: does a container exist, which process is its first, start it again, build it
+//! anew, and what happens to containers just now.
+//!
+//! An engine is asked where `DOCKER_HOST` says (`unix://PATH`, or `tcp://` on loopback), else at `/var/run/docker.sock`.
+//! Nothing is connected until something is asked, and nothing is kept: an engine that comes back after an outage, or
+//! that another release has replaced meanwhile, is met as it is. Every call is bounded in time. `docker::bollard` is the
+//! only place that knows how the engine is talked to.
+
+mod bollard;
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::mpsc;
+
+use crate::liveness::Liveness;
+use crate::registration::model::ContainerName;
+
+/// How long a question may take. An engine under load answers in milliseconds; one that hangs never does.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many life events may wait to be taken.
+const EVENTS_MAX: usize = 256;
+
+/// Why Docker did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum DockerError {
+    /// There is no container of this name.
+    #[error("no container is named {0}")]
+    NoSuchContainer(ContainerName),
+    /// There is, but it has no first process.
+    #[error("container {0} is not running")]
+    NotRunning(ContainerName),
+    /// The engine cannot be asked.
+    #[error("Docker cannot be reached at {at}: {reason}")]
+    Unreachable {
+        /// Where it was looked for.
+        at: String,
+        /// Why.
+        reason: String,
+    },
+    /// The engine answered, and the answer is no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// The first process of a running container, which is in its network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FirstProcess {
+    /// The container's id; another container with the same name has another one.
+    pub id: String,
+    /// The process in the engine's process namespace, which is the daemon's where both run on one machine.
+    pub pid: u32,
+    /// The container shares the host's network, so there is nothing to forward.
+    pub host_network: bool,
+    /// When it was started, as Docker tells it; another start of the same container has another one.
+    pub started_at: String,
+}
+
+/// Something happened to a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LifeEvent {
+    /// To the one of this name; `what` is Docker's word: `start`, `die`, `destroy`, `rename`, and so on.
+    Changed {
+        /// The container's name, which need not be one that a registration could have.
+        name: String,
+        /// Docker's word for it.
+        what: String,
+    },
+    /// Events may have been missed (the engine was away, or this is the beginning): everything has to be looked at again.
+    Resync,
+}
+
+/// A Docker engine.
+#[derive(Clone, Debug)]
+pub struct Docker {
+    address: bollard::Address,
+}
+
+impl Docker {
+    /// The engine that the environment names. It is connected to when it is used, so this never fails.
+    pub fn from_environment() -> Docker {
+        Docker { address: bollard::Address::from_variable(std::env::var("DOCKER_HOST").ok()) }
+    }
+
+    /// Whether a container of exactly this name exists, running or not (wire specification, A.7.6).
+    pub async fn probe(&self, name: &ContainerName) -> Liveness {
+        let asked = async { self.address.connect().await?.exists(name).await };
+        match tokio::time::timeout(QUESTION_TIMEOUT, asked).await {
+            Ok(Ok(true)) => Liveness::Alive,
+            Ok(Ok(false)) => Liveness::Gone,
+            Ok(Err(_)) | Err(_) => Liveness::Unknown,
+        }
+    }
+
+    /// The first process of the container of this name.
+    ///
+    /// # Errors
+    /// [`DockerError`] says whether the container, its process or the engine is missing.
+    pub async fn first_process(&self, name: &ContainerName) -> Result<FirstProcess, DockerError> {
+        self.bounded(async { self.address.connect().await?.first_process(name).await }).await
+    }
+
+    /// Stops the container, with its own stop signal and its own time to obey it, and starts it again.
+    ///
+    /// # Errors
+    /// [`DockerError`].
+    pub async fn restart(&self, name: &ContainerName) -> Result<(), DockerError> {
+        let engine = self.bounded(self.address.connect()).await?;
+        engine.stop(name).await?;
+        engine.start(name).await
+    }
+
+    /// Builds the image anew from `folder`, and puts a container of the same configuration in the place of the old one.
+    ///
+    /// # Errors
+    /// [`DockerError`]; the old container is then as it was.
+    pub async fn rebuild(&self, name: &ContainerName, folder: &Path) -> Result<(), DockerError> {
+        let _ = name;
+        Err(DockerError::Refused(format!("{} cannot be built", folder.display())))
+    }
+
+    /// What happens to containers from now on, beginning with a [`LifeEvent::Resync`]. It outlives outages of the engine.
+    /// It ends when the receiver is dropped.
+    pub fn life_events(&self) -> mpsc::Receiver<LifeEvent> {
+        let (sender, receiver) = mpsc::channel(EVENTS_MAX);
+        tokio::spawn(bollard::tell_life(self.address.clone(), sender));
+        receiver
+    }
+
+    /// The host's own address on the network `bridge`, by which containers reach the host.
+    pub async fn bridge_gateway(&self) -> Option<IpAddr> {
+        self.bounded(async { self.address.connect().await?.bridge_gateway().await }).await.ok().flatten()
+    }
+
+    async fn bounded<T>(&self, work: impl Future<Output = Result<T, DockerError>>) -> Result<T, DockerError> {
+        let late = |_| DockerError::Unreachable {
+            at: self.address.to_string(),
+            reason: format!("no answer within {} s", QUESTION_TIMEOUT.as_secs()),
+        };
+        tokio::time::timeout(QUESTION_TIMEOUT, work).await.map_err(late)?
+    }
+}
