@@ -23,6 +23,7 @@ pub mod policy;
 pub mod processes;
 pub mod reconcile;
 pub mod registration;
+pub mod rpc;
 pub mod sandbox;
 pub mod supervisor;
 pub mod version;

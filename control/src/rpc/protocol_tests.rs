@@ -1,0 +1,132 @@
+use super::*;
+use proptest::prelude::*;
+use serde_json::json;
+
+fn parse(value: &Value) -> Result<Request, String> {
+    Request::from_line(value.to_string().as_bytes()).map_err(|error| error.to_string())
+}
+
+fn refusal(line: &[u8]) -> String {
+    Request::from_line(line).unwrap_err().to_string()
+}
+
+#[test]
+fn what_is_not_json_and_what_is_no_request_are_told_apart() {
+    for line in
+        [&b""[..], b"{", b"nonsense", b"{} {}", b"\xff\xfe", b"{\"kind\":\"\xff\"}", b"\xef\xbb\xbf{}"]
+    {
+        assert_eq!(refusal(line), "invalid request json", "{line:?}");
+    }
+    for line in ["null", "1", "\"list\"", "[]", "[{\"kind\":\"list\"}]", "true"] {
+        assert_eq!(refusal(line.as_bytes()), "invalid request", "{line}");
+    }
+    for line in ["{}", "{\"kind\":null}", "{\"kind\":1}", "{\"kind\":\"List\"}", "{\"kind\":\"\"}"] {
+        assert_eq!(refusal(line.as_bytes()), "unknown request kind", "{line}");
+    }
+}
+
+#[test]
+fn json_that_nests_without_end_is_refused_and_ends_nothing() {
+    assert_eq!(refusal(&vec![b'['; 60_000]), "invalid request json");
+}
+
+#[test]
+fn blanks_around_a_request_and_unknown_fields_in_it_are_nothing() {
+    assert_eq!(Request::from_line(b" {\"kind\":\"list\",\"more\":[1]} \r"), Ok(Request::List));
+}
+
+#[test]
+fn every_kind_is_understood() {
+    let name = || "coder".to_owned();
+    assert_eq!(parse(&json!({"kind": "version"})), Ok(Request::Version));
+    assert_eq!(parse(&json!({"kind": "http-info"})), Ok(Request::HttpInfo));
+    assert_eq!(parse(&json!({"kind": "describe"})), Ok(Request::Describe));
+    let status = Request::Status { container_name: name() };
+    assert_eq!(parse(&json!({"kind": "status", "containerName": "coder"})), Ok(status));
+    let deregister = Request::Deregister { container_name: Some(name()) };
+    assert_eq!(parse(&json!({"kind": "deregister", "containerName": "coder"})), Ok(deregister));
+    let events = Request::Events { container_name: Some(name()) };
+    assert_eq!(parse(&json!({"kind": "events", "containerName": "coder"})), Ok(events));
+    assert_eq!(parse(&json!({"kind": "events"})), Ok(Request::Events { container_name: None }));
+    let shutdown = |drain_engine| Ok(Request::Shutdown { drain_engine });
+    assert_eq!(parse(&json!({"kind": "shutdown"})), shutdown(false));
+    assert_eq!(parse(&json!({"kind": "shutdown", "engine": "drain"})), shutdown(true));
+    let register = parse(&json!({"kind": "register", "containerName": "coder", "cwd": "/c", "later": 1}));
+    let Ok(Request::Register(registration)) = register else { panic!("{register:?}") };
+    assert_eq!(registration.container_name.as_str(), "coder");
+    assert_eq!(registration.unknown, *json!({"later": 1}).as_object().unwrap());
+}
+
+#[test]
+fn a_field_that_does_not_fit_is_named() {
+    let refused = |value: Value| parse(&value).unwrap_err();
+    assert_eq!(refused(json!({"kind": "register", "containerName": "a"})), "invalid register: cwd");
+    assert_eq!(
+        refused(json!({"kind": "register", "containerName": "../x", "cwd": "/c"})),
+        "failed to persist registration: invalid container name for registration file: \"../x\""
+    );
+    assert_eq!(refused(json!({"kind": "status"})), "invalid status: containerName");
+    assert_eq!(refused(json!({"kind": "secrets-patch"})), "invalid secrets-patch: containerName");
+    assert_eq!(refused(json!({"kind": "shutdown", "engine": "now"})), "invalid shutdown: engine");
+    assert_eq!(refused(json!({"kind": "events", "containerName": 7})), "invalid events: containerName");
+}
+
+#[test]
+fn deregistering_nothing_in_particular_is_no_error() {
+    assert_eq!(parse(&json!({"kind": "deregister"})), Ok(Request::Deregister { container_name: None }));
+    let number = parse(&json!({"kind": "deregister", "containerName": 7}));
+    assert_eq!(number, Ok(Request::Deregister { container_name: None }));
+}
+
+#[test]
+fn a_restart_keeps_its_mistakes_until_they_are_asked_for() {
+    let restart = |value: Value| match parse(&value) {
+        Ok(Request::Restart(restart)) => restart,
+        other => panic!("{other:?}"),
+    };
+    let whole = restart(json!({"kind": "restart", "containerName": "coder", "build": true}));
+    assert_eq!((whole.build(), whole.container_name()), (Ok(true), Ok("coder")));
+    assert_eq!(restart(json!({"kind": "restart", "containerName": "coder"})).build(), Ok(false));
+    for build in [json!("yes"), json!(1), json!(null)] {
+        let text = restart(json!({"kind": "restart", "build": build})).build().unwrap_err().to_string();
+        assert_eq!(text, "restart.build must be a boolean if provided");
+    }
+    let nameless = restart(json!({"kind": "restart"})).container_name().unwrap_err().to_string();
+    assert_eq!(nameless, "invalid restart: containerName");
+}
+
+#[test]
+fn a_patch_does_not_print() {
+    let patch = json!({"mcp": {"server": "s", "credential": {"tokens": "canary"}}});
+    let request = parse(&json!({"kind": "secrets-patch", "containerName": "coder", "patch": patch}));
+    let Ok(Request::SecretsPatch(found)) = &request else { panic!() };
+    assert_eq!(found.patch, patch);
+    assert!(!format!("{request:?}").contains("canary"));
+}
+
+#[test]
+fn only_what_touches_the_registry_waits_for_replay() {
+    let waits = |value: Value| parse(&value).unwrap().waits_for_replay();
+    for kind in ["list", "http-info", "version", "shutdown", "describe", "events"] {
+        assert!(!waits(json!({"kind": kind})), "{kind}");
+    }
+    for kind in ["register", "deregister", "status", "restart", "secrets-patch"] {
+        assert!(waits(json!({"kind": kind, "containerName": "a", "cwd": "/"})), "{kind}");
+    }
+}
+
+#[test]
+fn an_answer_is_one_line_and_has_nothing_beside_ok_and_one_more() {
+    assert_eq!(Response::Done.to_json(), r#"{"ok":true}"#);
+    assert_eq!(Response::result(json!({"port": 8974})).to_json(), r#"{"ok":true,"result":{"port":8974}}"#);
+    assert_eq!(Response::refused("a\nb").to_json(), r#"{"ok":false,"reason":"a\nb"}"#);
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_a_request_or_refused_without_a_panic(
+        bytes in proptest::collection::vec(any::<u8>(), 0..200),
+    ) {
+        let _ = Request::from_line(&bytes);
+    }
+}
