@@ -6,7 +6,18 @@
 //!
 //! Commands are levels where they can be: opening a listener that is open as asked, or closing one that is
 //! closed, changes nothing and is answered as if it had just happened. That lets a driver that lost its memory
-//! read [`Event::State`] and say again what it wants.
+//! read [`Event::Observed`] and [`Event::State`] and say again what it wants.
+//!
+//! # What a driver that arrives can rely on
+//!
+//! It is told [`Event::Ready`], sends [`Command::Describe`], and reads on until the [`Event::State`] that is the last
+//! of its parts. The answer is one run of events with nothing between them, first every [`Event::Observed`], then every
+//! [`Event::State`], and it is true at its place in the stream:
+//!
+//! - An [`Event::Listeners`] before it is contained in it, and one after it is a change to it. What was known of
+//!   listeners before is replaced by it.
+//! - An event on a forward or an upstream before it is contained in it as well, but for one: a forward that was opened
+//!   after the description was asked for may be told as open before it and be absent from it.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -170,8 +181,14 @@ pub enum Command {
         /// What becomes of its connections.
         ending: Ending,
     },
-    /// Answer: [`Event::State`].
+    /// Answer: [`Event::Observed`] for each upstream that has been read, then [`Event::State`].
     Describe,
+    /// Lends the listening sockets to a driver, which gives them to another engine, so that a port never closes between
+    /// the two. Answer: [`Event::ListenerLent`] for each open forward, then [`Event::ListenersLent`].
+    ///
+    /// The lender goes on accepting until it is told to drain; it then closes its copies without `shutdown(2)`, which
+    /// leaves connections that nobody has accepted to the other holders.
+    LendListeners,
     /// Scan for listeners now rather than when the pace says so.
     Rescan,
     /// Closes every listener, lets connections finish, then ends the engine. Answer at the end: [`Event::Stopped`].
@@ -295,6 +312,15 @@ impl ForwardStats {
     }
 }
 
+/// One upstream, as [`Event::State`] tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpstreamState {
+    /// Its number.
+    pub upstream: UpstreamId,
+    /// `SO_NETNS_COOKIE` of the namespace, by which a driver knows which one it is.
+    pub netns_cookie: u64,
+}
+
 /// One forward, as [`Event::State`] tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForwardState {
@@ -326,7 +352,7 @@ pub enum Event {
         shards: u16,
         /// Whether the host has `::1`; without it only 127.0.0.1 is listened on.
         ipv6: bool,
-        /// The engine's build, to tell a driver of another version.
+        /// The engine's build, as its program named it, to tell a driver of another version.
         version: String,
     },
     /// Answer to [`Command::AddUpstream`].
@@ -373,10 +399,42 @@ pub enum Event {
         /// Its counters at that moment.
         stats: ForwardStats,
     },
+    /// All that listens inside, as of this place in the stream of events: part of the answer to [`Command::Describe`], and
+    /// told before [`Event::State`]. What does not fit a message is told in parts; `more` is set on all but the last.
+    ///
+    /// An upstream that is not watched has none, nor has one that has not been read yet: its first [`Event::Listeners`],
+    /// which tells all there is, is still to come.
+    Observed {
+        /// Where.
+        upstream: UpstreamId,
+        /// What listens, by port.
+        listening: Vec<Listening>,
+        /// Another part follows.
+        more: bool,
+    },
+    /// The listening sockets of a forward, as descriptors beside the event: at least one, and one for each family.
+    ListenerLent {
+        /// Which forward.
+        forward: ForwardId,
+        /// Where connections go.
+        upstream: UpstreamId,
+        /// The port on the host.
+        host_port: NonZeroU16,
+        /// The port inside.
+        target_port: NonZeroU16,
+        /// Which families listen inside, as last told.
+        reach: Reach,
+    },
+    /// Every listener has been lent that could be.
+    ListenersLent {
+        /// How many [`Event::ListenerLent`] came before.
+        count: u32,
+    },
     /// What the engine holds. One that does not fit a message is told in parts; `more` is set on all but the last.
     State {
-        /// The upstreams.
-        upstreams: Vec<UpstreamId>,
+        /// The upstreams, in every part all of them. One that is being let go of is among them, and [`Event::UpstreamRemoved`]
+        /// follows.
+        upstreams: Vec<UpstreamState>,
         /// The forwards, those that drain included.
         forwards: Vec<ForwardState>,
         /// Another part follows.

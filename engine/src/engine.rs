@@ -40,6 +40,8 @@ pub struct EngineOptions {
     pub limits: Limits,
     /// Its ring.
     pub ring: RingChoice,
+    /// Which build of the program this is, for [`Event::Ready`].
+    pub version: String,
 }
 
 /// Why an engine could not start.
@@ -80,7 +82,7 @@ impl Engine {
     /// # Errors
     /// See [`StartError`].
     pub fn start(options: EngineOptions) -> Result<Engine, StartError> {
-        let EngineOptions { limits, ring } = options;
+        let EngineOptions { limits, ring, version } = options;
         if limits.shards == 0 || limits.leases_max == 0 || limits.lease_bytes == 0 {
             return Err(StartError::Limits("an engine needs at least one shard and one lease of one byte"));
         }
@@ -109,7 +111,7 @@ impl Engine {
             ring: report,
             shards: limits.shards,
             ipv6: crate::listener::host_has_ipv6(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version,
         };
         let (told, events) = mpsc::channel();
         // The receiver is held here, so it takes the event.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{
-    Command as EngineCommand, Event, Family, ForwardId, Reach, UpstreamId, WatchSources,
+    Command as EngineCommand, Event, Family, ForwardId, Reach, UpstreamId, UpstreamState, WatchSources,
 };
 use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
 use landfall_engine::opener::{Answer, FailureKind, Request, VERB, serve};
@@ -28,6 +28,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+/// What the engine of these cases says it is.
+const VERSION: &str = "of these cases";
 
 /// What a case needs.
 #[derive(PartialEq)]
@@ -117,7 +119,8 @@ fn client(pid: &str) -> ! {
 fn engine(path: &Path) -> ExitCode {
     let socket = CommandSocket::bind(path).unwrap();
     shed_privileges().unwrap();
-    let engine = Engine::start(EngineOptions::default()).unwrap();
+    let engine =
+        Engine::start(EngineOptions { version: VERSION.to_owned(), ..EngineOptions::default() }).unwrap();
     let ready = engine.ready().clone();
     let (handle, events) = engine.into_parts();
     process::serve(socket, &ready, &handle, events, process::IDLE_EXIT).unwrap();
@@ -368,7 +371,7 @@ fn drive(path: &Path) -> (Channel, u16) {
         std::thread::yield_now();
     };
     match event(&driver, |_| true) {
-        Event::Ready { shards, .. } => (driver, shards),
+        Event::Ready { shards, version, .. } if version == VERSION => (driver, shards),
         other => panic!("{other:?}"),
     }
 }
@@ -417,8 +420,17 @@ fn engine_process() {
     assert_eq!(ask(), "inside");
     let (driver, _) = drive(&path);
     driver.send(&EngineCommand::Describe, &[]).unwrap();
-    let held = event(&driver, |event| matches!(event, Event::State { .. }));
-    assert!(matches!(held, Event::State { forwards, .. } if forwards[0].stats.accepted == 2));
+    // Nothing else happens here, so the answer is all that comes.
+    let Event::Observed { upstream: observed, listening, more: false } = event(&driver, |_| true) else {
+        panic!("what listens is told first");
+    };
+    assert_eq!(observed, upstream);
+    assert_eq!(listening.iter().map(|seen| seen.port).collect::<Vec<_>>(), [target_port]);
+    let Event::State { upstreams, forwards, more: false } = event(&driver, |_| true) else {
+        panic!("what is held follows");
+    };
+    assert_eq!(upstreams, [UpstreamState { upstream, netns_cookie }]);
+    assert_eq!(forwards[0].stats.accepted, 2);
     driver.send(&EngineCommand::Stop, &[]).unwrap();
     event(&driver, |event| *event == Event::Stopped);
     assert!(engine.0.wait().unwrap().success());

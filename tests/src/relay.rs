@@ -29,7 +29,7 @@ impl Driver {
     /// # Panics
     /// When it does not.
     pub fn start(limits: Limits, ring: RingChoice) -> Driver {
-        let engine = Engine::start(EngineOptions { limits, ring }).unwrap();
+        let engine = Engine::start(EngineOptions { limits, ring, version: String::new() }).unwrap();
         let mut driver = Driver { engine, shards: 0, waiting: VecDeque::new() };
         driver.shards = driver.expect("the engine to be ready", |event| match event {
             Event::Ready { shards, .. } => Some(*shards),

@@ -25,7 +25,9 @@ pub(crate) fn engine(arguments: &[String]) {
     let socket = CommandSocket::bind(FilePath::new(&arguments[1])).unwrap();
     process::shed_privileges().unwrap();
     let (handle, events) =
-        Engine::start(EngineOptions { limits: Limits::default(), ring }).unwrap().into_parts();
+        Engine::start(EngineOptions { limits: Limits::default(), ring, version: "suite".to_owned() })
+            .unwrap()
+            .into_parts();
     let ready = events.recv().unwrap();
     process::serve(socket, &ready, &handle, events, process::IDLE_EXIT).unwrap();
 }

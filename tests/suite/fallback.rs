@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use landfall_engine::command::{Event, RingKind};
 use landfall_engine::engine::{Engine, EngineOptions};
-use landfall_engine::limits::Limits;
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_to_end, send_all};
@@ -57,7 +56,7 @@ fn falls_back(errno: Errno) {
 
 fn io_uring_or_nothing() {
     refuse_io_uring(Errno::PERM);
-    let options = EngineOptions { limits: Limits::default(), ring: RingChoice::IoUring };
+    let options = EngineOptions { ring: RingChoice::IoUring, ..EngineOptions::default() };
     let error = Engine::start(options).expect_err("there is no io_uring");
     assert!(error.to_string().contains("io_uring"), "{error}");
 }

@@ -10,6 +10,7 @@ use landfall_engine::process::Drive;
 use landfall_engine::ring::RingChoice;
 
 use crate::cli::args::Ring;
+use crate::version;
 
 /// The end of the engine that takes commands.
 #[derive(Debug)]
@@ -35,5 +36,5 @@ pub(super) fn engine(ring: Ring) -> Result<Engine, StartError> {
         Ring::IoUring => RingChoice::IoUring,
         Ring::Epoll => RingChoice::Epoll,
     };
-    Engine::start(EngineOptions { limits: Limits::default(), ring })
+    Engine::start(EngineOptions { limits: Limits::default(), ring, version: version::current() })
 }

@@ -1,6 +1,6 @@
 //! The one thread that knows of everything: commands in, shards and watch in between, events out.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender};
 use super::shard_thread::ShardThread;
 use crate::command::{
     Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind,
-    Listening, Reach, UpstreamId, WatchSources,
+    Listening, Reach, UpstreamId, UpstreamState, WatchSources,
 };
 use crate::listener;
 use crate::shard::{Report, ShardCommand};
@@ -42,7 +42,10 @@ pub(super) struct Conductor {
 
 /// An upstream, and the shards that have not let go of it.
 struct Held {
+    netns_cookie: u64,
     shards: HashSet<usize>,
+    /// What listens inside, as the driver was told it; none before the first reading.
+    listening: Option<BTreeSet<Listening>>,
     reason: Option<String>,
     leaving: bool,
 }
@@ -140,6 +143,7 @@ impl Conductor {
                 self.descriptions.push_back(Description { missing, forwards: Vec::new() });
                 self.to_all(|| ShardCommand::Describe);
             }
+            Command::LendListeners => self.tell(Event::ListenersLent { count: 0 }),
             Command::Rescan => self.watcher.rescan(),
             Command::Drain => self.to_all(|| ShardCommand::Drain),
             Command::Stop => self.to_all(|| ShardCommand::Stop),
@@ -182,7 +186,8 @@ impl Conductor {
             sock_diag: source(sources.sock_diag),
         };
         let shards = (0..self.shards.len()).collect();
-        self.upstreams.insert(upstream, Held { shards, reason: None, leaving: false });
+        let held = Held { netns_cookie, shards, listening: None, reason: None, leaving: false };
+        self.upstreams.insert(upstream, held);
         self.tell(Event::UpstreamAdded { upstream });
         if sources.count() > 0 {
             self.watcher.add(upstream, files);
@@ -326,23 +331,41 @@ impl Conductor {
         }
         let Some(Description { mut forwards, .. }) = self.descriptions.pop_front() else { return };
         forwards.sort_by_key(|state| state.forward);
-        let upstreams: Vec<UpstreamId> = self.upstreams.keys().copied().collect();
-        let mut parts = forwards.chunks(FORWARDS_PER_STATE).map(<[_]>::to_vec).peekable();
-        if parts.peek().is_none() {
-            return self.tell(Event::State { upstreams, forwards: Vec::new(), more: false });
-        }
-        while let Some(forwards) = parts.next() {
-            let more = parts.peek().is_some();
+        self.tell_observed();
+        let upstreams: Vec<UpstreamState> = self
+            .upstreams
+            .iter()
+            .map(|(&upstream, held)| UpstreamState { upstream, netns_cookie: held.netns_cookie })
+            .collect();
+        in_parts(&forwards, FORWARDS_PER_STATE, |forwards, more| {
             self.tell(Event::State { upstreams: upstreams.clone(), forwards, more });
+        });
+    }
+
+    /// Tells all that listens in the namespaces that have been read. Nothing can come between this and the listeners that
+    /// were told before, since both are told here.
+    fn tell_observed(&self) {
+        for (&upstream, held) in &self.upstreams {
+            let Some(listening) = &held.listening else { continue };
+            let listening: Vec<Listening> = listening.iter().copied().collect();
+            in_parts(&listening, LISTENERS_PER_EVENT, |listening, more| {
+                self.tell(Event::Observed { upstream, listening, more });
+            });
         }
     }
 
     fn on_watch(&mut self, event: WatchEvent) {
         match event {
             WatchEvent::Listeners { upstream, opened, closed } => {
-                if self.upstreams.get(&upstream).is_some_and(|held| !held.leaving) {
-                    self.tell_listeners(upstream, &opened, &closed);
+                let Some(held) = self.upstreams.get_mut(&upstream).filter(|held| !held.leaving) else {
+                    return;
+                };
+                let listening = held.listening.get_or_insert_default();
+                for row in &closed {
+                    listening.remove(row);
                 }
+                listening.extend(&opened);
+                self.tell_listeners(upstream, &opened, &closed);
             }
             WatchEvent::Lost { upstream, reason } => {
                 if self.upstreams.get(&upstream).is_some_and(|held| !held.leaving) {
@@ -364,5 +387,14 @@ impl Conductor {
         for opened in opened.chunks(LISTENERS_PER_EVENT) {
             self.tell(Event::Listeners { upstream, opened: opened.to_vec(), closed: Vec::new() });
         }
+    }
+}
+
+/// Gives out `all` in parts of `most` with whether another one follows; the only part of nothing is empty.
+fn in_parts<T: Clone>(all: &[T], most: usize, mut give: impl FnMut(Vec<T>, bool)) {
+    let parts = all.len().div_ceil(most).max(1);
+    let mut chunks = all.chunks(most);
+    for part in 1..=parts {
+        give(chunks.next().unwrap_or_default().to_vec(), part < parts);
     }
 }

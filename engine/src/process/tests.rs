@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use tempfile::TempDir;
 
 use super::*;
-use crate::command::{RingKind, RingReport, UpstreamId};
+use crate::command::{RingKind, RingReport, UpstreamId, UpstreamState};
 use crate::limits::MESSAGE_BYTES_MAX;
 
 /// Shorter than a driver's own, so that no test passes because that one ran out.
@@ -42,7 +42,11 @@ fn ready() -> Event {
 }
 
 fn state() -> Event {
-    Event::State { upstreams: vec![UpstreamId(7)], forwards: Vec::new(), more: false }
+    Event::State {
+        upstreams: vec![UpstreamState { upstream: UpstreamId(7), netns_cookie: 1 }],
+        forwards: Vec::new(),
+        more: false,
+    }
 }
 
 /// A served script, on threads of its own.
