@@ -5,10 +5,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
+use std::time::{Duration, SystemTime};
 
 use nix::unistd::{Uid, User};
 use procfs::net::{TcpNetEntry, TcpState};
-use procfs::process::{FDTarget, Process};
+use procfs::process::{FDTarget, Process, Stat};
 
 /// A process, as people are told of it. Its name is its own choice: escape it before it reaches a terminal.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +64,24 @@ pub fn user_name(uid: u32) -> String {
         Ok(Some(user)) => user.name,
         _ => format!("uid {uid}"),
     }
+}
+
+/// Whether a process runs. One that has ended and that nobody has waited for does not.
+pub fn runs(pid: u32) -> bool {
+    stat(pid).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+}
+
+/// When a process began, by the clock of the wall as it is now.
+pub fn began(pid: u32) -> Option<SystemTime> {
+    let ticks_a_second = rustix::param::clock_ticks_per_second();
+    let after_start = Duration::from_millis(stat(pid)?.starttime.checked_mul(1_000)? / ticks_a_second);
+    // `proc_pid_stat(5)`: ticks since the machine started, the time that it slept among them.
+    let running = Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Boottime)).ok()?;
+    SystemTime::now().checked_sub(running.checked_sub(after_start)?)
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()
 }
 
 fn holds(row: &TcpNetEntry, port: NonZeroU16) -> bool {
@@ -137,6 +156,24 @@ mod tests {
         assert_eq!(owner_of_sockets(&[]), None);
         drop(listener);
         assert_eq!(holder_of_port(port), Holder::Unknown);
+    }
+
+    #[test]
+    fn a_process_runs_until_it_has_ended_and_began_when_it_was_started() {
+        let before = SystemTime::now();
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        assert!(runs(child.id()));
+        let began = began(child.id()).unwrap();
+        let apart = began.duration_since(before).unwrap_or_else(|early| early.duration());
+        assert!(apart < Duration::from_secs(2), "{apart:?}");
+        child.kill().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        // Until it has ended, and without taking it off the list of processes.
+        let ended = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+        rustix::process::waitid(rustix::process::WaitId::Pid(pid), ended).unwrap();
+        assert!(!runs(child.id()), "nobody has waited for it");
+        child.wait().unwrap();
+        assert!(!runs(child.id()));
     }
 
     #[test]

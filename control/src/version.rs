@@ -18,6 +18,11 @@ pub fn current() -> String {
     }
 }
 
+/// Whether a daemon of version `running` is the one that a client of version `expected` wants.
+pub fn fits(running: &str, expected: &str) -> bool {
+    running == expected || running == UNVERSIONED || expected == UNVERSIONED
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -26,5 +31,11 @@ mod tests {
     fn the_fingerprint_is_thirty_two_hex_digits() {
         assert_eq!(FINGERPRINT.len(), 32);
         assert!(FINGERPRINT.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    }
+
+    #[test]
+    fn an_unversioned_build_fits_every_other_one() {
+        assert!(fits("a", "a") && fits(UNVERSIONED, "a") && fits("a", UNVERSIONED));
+        assert!(!fits("a", "b"));
     }
 }

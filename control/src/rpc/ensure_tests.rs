@@ -1,0 +1,209 @@
+use super::*;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+use std::time::SystemTime;
+
+use serde_json::json;
+use tempfile::TempDir;
+
+/// A home, and times that only a test which waits for their end makes short.
+struct Case {
+    _folder: TempDir,
+    wanted: Wanted,
+}
+
+impl Case {
+    fn new(program: &str) -> Case {
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home::at(folder.path().join("home")).unwrap();
+        home.ensure_directories().unwrap();
+        let long = Duration::from_secs(20);
+        let poll = Duration::from_millis(5);
+        let times = Times { ready: long, shutdown: long, lock: long, poll, ..Times::default() };
+        let program = PathBuf::from(program);
+        let wanted = Wanted { home, program, arguments: Vec::new(), version: "mine".to_owned(), times };
+        Case { _folder: folder, wanted }
+    }
+
+    fn impatient(program: &str) -> Case {
+        let mut case = Case::new(program);
+        let short = Duration::from_millis(200);
+        case.wanted.times = Times { ready: short, shutdown: short, lock: short, ..case.wanted.times };
+        case
+    }
+
+    fn why(&self) -> String {
+        ensure(&self.wanted).unwrap_err().to_string()
+    }
+
+    /// A daemon of some version, in a thread. On `shutdown` it takes its socket away, if it is an obedient one.
+    fn daemon(&self, version: &'static str, obedient: bool) {
+        let path = self.wanted.home.socket();
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                let asked: Value = serde_json::from_str(&line).unwrap();
+                let result = match asked["kind"].as_str().unwrap() {
+                    "version" => json!({ "version": version }),
+                    "http-info" => json!({ "port": 8974 }),
+                    _ => json!({}),
+                };
+                let _ = writeln!(stream, "{}", json!({ "ok": true, "result": result }));
+                if asked["kind"] == "shutdown" && obedient {
+                    fs::remove_file(&path).unwrap();
+                    return;
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn a_reachable_daemon_of_the_wanted_version_is_used() {
+    let case = Case::new("/nonexistent");
+    case.daemon("mine", true);
+    let ensured = ensure(&case.wanted).unwrap();
+    assert_eq!((ensured.http_port.get(), ensured.spawned, ensured.respawned), (8974, false, false));
+}
+
+#[test]
+fn a_daemon_without_a_version_of_its_own_is_used_by_everybody() {
+    let case = Case::new("/nonexistent");
+    case.daemon(version::UNVERSIONED, true);
+    assert!(!ensure(&case.wanted).unwrap().spawned);
+}
+
+#[test]
+fn a_daemon_of_another_version_is_asked_to_end_and_another_one_started() {
+    let case = Case::new("/bin/false");
+    case.daemon("theirs", true);
+    assert_eq!(case.why(), "daemon exited before becoming reachable");
+    assert!(!case.wanted.home.socket().exists(), "the old one has ended");
+}
+
+#[test]
+fn a_daemon_of_another_version_that_does_not_end_is_left_alone() {
+    let case = Case::impatient("/nonexistent");
+    case.daemon("theirs", false);
+    assert_eq!(case.why(), "daemon version drifted but shutdown request did not complete");
+    assert!(case.wanted.home.socket().exists());
+}
+
+#[test]
+fn a_bad_entry_ends_at_once_and_leaves_no_pid_file() {
+    let case = Case::new("/bin/false");
+    assert!(case.why().contains("exited"));
+    assert!(!case.wanted.home.pid_file().exists());
+}
+
+#[test]
+fn a_program_that_is_not_there_is_told() {
+    let case = Case::new("/nonexistent");
+    assert_eq!(case.why(), "failed to spawn daemon: No such file or directory (os error 2)");
+}
+
+#[test]
+fn a_live_process_in_the_pid_file_is_polled_and_no_second_one_is_started() {
+    let case = Case::impatient("/bin/false");
+    let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
+    let text = format!("{}\n", sleeper.id());
+    fs::write(case.wanted.home.pid_file(), &text).unwrap();
+    assert_eq!(case.why(), "daemon spawned but did not become reachable yet");
+    assert_eq!(fs::read_to_string(case.wanted.home.pid_file()).unwrap(), text);
+    assert!(sleeper.try_wait().unwrap().is_none(), "it was not signalled");
+    sleeper.kill().unwrap();
+    sleeper.wait().unwrap();
+    let patient = Wanted { times: Case::new("").wanted.times, ..case.wanted.clone() };
+    let why = ensure(&patient).unwrap_err().to_string();
+    assert_eq!(why, "daemon exited before becoming reachable", "its number is nobody's any more");
+}
+
+#[test]
+fn a_process_that_began_after_the_pid_file_was_written_is_a_stranger() {
+    let case = Case::new("/bin/false");
+    let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
+    fs::write(case.wanted.home.pid_file(), format!("{}\n", sleeper.id())).unwrap();
+    let file = File::options().write(true).open(case.wanted.home.pid_file()).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(3600)).unwrap();
+    assert_eq!(case.why(), "daemon exited before becoming reachable", "one was started");
+    assert!(sleeper.try_wait().unwrap().is_none(), "it was not signalled");
+    sleeper.kill().unwrap();
+    sleeper.wait().unwrap();
+}
+
+#[test]
+fn what_is_no_process_id_is_nobody() {
+    for text in ["", "x\n", "0\n", "-1\n", "99999999999\n"] {
+        let case = Case::new("/bin/false");
+        fs::write(case.wanted.home.pid_file(), text).unwrap();
+        assert_eq!(case.why(), "daemon exited before becoming reachable", "{text:?}");
+    }
+}
+
+#[test]
+fn a_daemon_that_runs_and_does_not_answer_is_left_alone_with_its_pid_file() {
+    let case = Case::impatient("/bin/sh");
+    let waits = Wanted { program: script(&case, "exec sleep 5"), ..case.wanted.clone() };
+    let why = ensure(&waits).unwrap_err().to_string();
+    assert_eq!(why, "daemon spawned but did not become reachable yet");
+    assert!(case.wanted.home.pid_file().exists());
+}
+
+#[test]
+fn the_daemon_is_started_with_its_verb_and_its_words_go_to_the_log() {
+    let case = Case::new("/bin/sh");
+    let program = script(&case, "echo out $@; echo err >&2; pwd; readlink /proc/self/fd/0");
+    let wanted = Wanted { program, arguments: vec!["--no-restart".into()], ..case.wanted.clone() };
+    ensure(&wanted).unwrap_err();
+    let log = fs::read_to_string(case.wanted.home.daemon_log()).unwrap();
+    assert_eq!(log, "out _hostd --no-restart\nerr\n/\n/dev/null\n");
+}
+
+#[test]
+fn a_starter_that_holds_the_lock_is_waited_for_and_its_daemon_used() {
+    let case = Case::new("/nonexistent");
+    let lock = lock_file(case.wanted.home.spawn_lock()).unwrap();
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let times = Times { lock: Duration::from_millis(20), ..case.wanted.times };
+    let impatient = Wanted { times, ..case.wanted.clone() };
+    let why = ensure(&impatient).unwrap_err().to_string();
+    assert!(why.starts_with("another process has been starting the daemon"), "{why}");
+    let wanted = case.wanted.clone();
+    let waiting = std::thread::spawn(move || ensure(&wanted));
+    case.daemon("mine", true);
+    assert!(!waiting.join().unwrap().unwrap().spawned);
+}
+
+#[test]
+fn a_lock_is_released_however_its_holder_ends_and_no_child_holds_it() {
+    // The daemon outlives its starter, which has the lock while it starts it.
+    let case = Case::impatient("/bin/sh");
+    let waits = Wanted { program: script(&case, "exec sleep 5"), ..case.wanted.clone() };
+    ensure(&waits).unwrap_err();
+    let lock = lock_file(case.wanted.home.spawn_lock()).unwrap();
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+}
+
+#[test]
+fn a_daemon_that_is_about_to_end_is_waited_for() {
+    let case = Case::new("/bin/false");
+    let held = lock_file(case.wanted.home.daemon_lock()).unwrap();
+    rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
+    let wanted = case.wanted.clone();
+    let waiting = std::thread::spawn(move || ensure(&wanted));
+    // Somebody else's daemon comes up in the meantime.
+    case.daemon("mine", true);
+    assert!(!waiting.join().unwrap().unwrap().spawned);
+}
+
+/// A program that ignores its arguments, or not.
+fn script(case: &Case, text: &str) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let path = case.wanted.home.root().join("program");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
