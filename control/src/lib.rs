@@ -14,6 +14,7 @@
 pub mod cli;
 pub mod docker;
 pub mod events;
+pub mod folder;
 pub mod forward;
 pub mod jobs;
 pub mod liveness;

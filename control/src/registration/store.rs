@@ -143,7 +143,9 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegisterError`]; then nothing has changed.
-    pub async fn register(&self, registration: Registration) -> Result<(), RegisterError> {
+    pub async fn register(&self, mut registration: Registration) -> Result<(), RegisterError> {
+        // Only the host's user gets here; what is replayed from disk keeps what was sealed then.
+        crate::folder::seal(&mut registration);
         let inner = Arc::clone(&self.0);
         let name = registration.container_name.clone();
         let work = async move { inner.register(registration).await };
