@@ -27,7 +27,8 @@ use crate::cli::args::Ring;
 use crate::cli::output::{Report, Talk};
 use crate::policy::{Decision, Policy};
 use crate::processes;
-use crate::reconcile::plan::{Change, Forwards, Observation};
+use crate::reconcile::observation::Observation;
+use crate::reconcile::plan::{Change, Forwards};
 use crate::waiting::{self, Happening, Origin, Signals, Watched};
 use engine::Driver;
 

@@ -19,59 +19,15 @@
 //! the answer), a number used twice, and a port that failed being asked for again before [`RETRY`] has passed.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::num::NonZeroU16;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use landfall_engine::command::{
-    Command, Ending, Event, ForwardId, ListenFailure, Listening, Reach, UpstreamId,
-};
+use landfall_engine::command::{Command, Ending, Event, ForwardId, ListenFailure, Reach, UpstreamId};
 
+use super::observation::Observation;
 use crate::policy::{Decision, Policy};
 
-/// How long a port that could not be opened rests. Short enough that a freed port feels as if it were taken at once,
-/// long enough to cost nothing.
-pub const RETRY: Duration = Duration::from_secs(2);
-
-/// How long a port stays open on the host after its server ceased to listen. Dev servers try a port before they use it,
-/// and close and reopen it when they restart; meanwhile a client is reset, as by any port on which nothing listens.
-pub const LINGER: Duration = Duration::from_millis(250);
-
-/// What listens inside, as rows of the kernel's table and merged for each port.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Observation {
-    rows: Vec<Listening>,
-}
-
-impl Observation {
-    /// Takes in [`Event::Listeners`].
-    pub fn update(&mut self, opened: &[Listening], closed: &[Listening]) {
-        self.rows.retain(|row| !closed.contains(row));
-        for row in opened {
-            if !self.rows.contains(row) {
-                self.rows.push(*row);
-            }
-        }
-    }
-
-    /// Which families listen, for each port.
-    pub fn reach(&self) -> BTreeMap<NonZeroU16, Reach> {
-        let mut ports: BTreeMap<NonZeroU16, Reach> = BTreeMap::new();
-        for row in &self.rows {
-            let reach = ports.entry(row.port).or_default();
-            match row.address {
-                IpAddr::V4(_) => reach.v4 = true,
-                IpAddr::V6(_) => reach.v6 = true,
-            }
-        }
-        ports
-    }
-
-    /// The sockets behind one port, first seen first.
-    pub fn inodes(&self, port: NonZeroU16) -> impl Iterator<Item = u64> + '_ {
-        self.rows.iter().filter(move |row| row.port == port).map(|row| row.inode)
-    }
-}
+pub use super::fleet::{LINGER, RETRY};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Status {

@@ -1,5 +1,5 @@
 use super::*;
-use landfall_engine::command::{ForwardStats, ListenFailureKind};
+use landfall_engine::command::{ForwardStats, ListenFailureKind, Listening};
 use proptest::prelude::*;
 
 fn port(number: u16) -> NonZeroU16 {

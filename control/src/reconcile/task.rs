@@ -4,21 +4,27 @@ use std::collections::BTreeSet;
 use std::num::NonZeroU16;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
 use super::table::{ContainerState, ForwardTable, Reached};
+use crate::docker::Docker;
 use crate::events::Journal;
 use crate::paths::Home;
 use crate::registration::model::{ContainerName, Registration, Way};
 use crate::registration::store::Registered;
 
 /// What forwarding works with.
-#[derive(Debug)]
 pub struct ForwardingOptions {
     /// Where the engine's socket is.
     pub home: Home,
     /// Where events go.
     pub journal: Journal,
+    /// Where containers are looked for by name.
+    pub docker: Docker,
+    /// Ready when every registration that was kept on disk is among `registrations`: what the engine still holds for
+    /// nobody is let go of after that, and not before.
+    pub replayed: BoxFuture<'static, ()>,
     /// The registrations, as a level.
     pub registrations: watch::Receiver<Arc<Registered>>,
     /// Ports that the daemon itself listens on, never forwarded.

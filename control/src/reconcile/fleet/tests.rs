@@ -1,0 +1,374 @@
+use super::*;
+use landfall_engine::command::{Event, ListenFailure, ListenFailureKind};
+
+fn port(number: u16) -> NonZeroU16 {
+    NonZeroU16::new(number).unwrap()
+}
+
+fn name(text: &str) -> ContainerName {
+    ContainerName::new(text).unwrap()
+}
+
+fn row(number: u16, address: &str, inode: u64) -> Listening {
+    Listening { port: port(number), address: address.parse().unwrap(), inode, uid: 0 }
+}
+
+fn wish(text: &str, allow: Option<&str>) -> Wish {
+    let allow = allow.map(|list| list.parse().unwrap());
+    Wish { name: name(text), policy: Policy { allow, ..Policy::default() } }
+}
+
+const V4: Reach = Reach { v4: true, v6: false };
+
+fn open(id: u32, upstream: u32, number: u16) -> Command {
+    Command::OpenListener {
+        forward: ForwardId(id),
+        upstream: UpstreamId(upstream),
+        host_port: port(number),
+        target_port: port(number),
+        reach: V4,
+    }
+}
+
+fn close(id: u32) -> Command {
+    Command::CloseListener { forward: ForwardId(id), ending: Ending::Drain }
+}
+
+fn remove(id: u32) -> Command {
+    Command::RemoveUpstream { upstream: UpstreamId(id), ending: Ending::Drain }
+}
+
+fn held(id: u32, upstream: u32, number: u16) -> ForwardState {
+    ForwardState {
+        forward: ForwardId(id),
+        upstream: UpstreamId(upstream),
+        host_port: port(number),
+        target_port: port(number),
+        reach: V4,
+        listening: true,
+        stats: ForwardStats::default(),
+    }
+}
+
+/// A driver without an engine.
+struct Bench {
+    fleet: Fleet,
+    now: Instant,
+}
+
+impl Bench {
+    fn new(wishes: Vec<Wish>) -> Bench {
+        let mut fleet = Fleet::new([port(8974)].into());
+        fleet.wish(wishes);
+        Bench { fleet, now: Instant::now() }
+    }
+
+    /// A bench whose containers, in their order, are upstreams 1 and so on, with that cookie and nothing listening.
+    fn reached(names: &[&str]) -> Bench {
+        let mut bench = Bench::new(names.iter().map(|text| wish(text, None)).collect());
+        for (number, text) in (1..).zip(names) {
+            let added = bench.fleet.reached(&name(text), u64::from(number));
+            assert_eq!(added, Admission::Add(UpstreamId(number)));
+            bench.listen(number, &[], &[]);
+        }
+        bench
+    }
+
+    fn listen(&mut self, upstream: u32, opened: &[Listening], closed: &[Listening]) {
+        let (opened, closed) = (opened.to_vec(), closed.to_vec());
+        let told = self.hear(&Event::Listeners { upstream: UpstreamId(upstream), opened, closed });
+        assert_eq!(told, []);
+    }
+
+    fn hear(&mut self, event: &Event) -> Vec<Change> {
+        self.fleet.hear(event, self.now)
+    }
+
+    fn commands(&mut self) -> Vec<Command> {
+        let (commands, changes) = self.fleet.step(self.now);
+        assert_eq!(changes, []);
+        assert_eq!(self.fleet.step(self.now), (vec![], vec![]), "a step after a step is idle");
+        commands
+    }
+
+    fn opened(&mut self, id: u32, number: u16) -> Vec<Change> {
+        self.hear(&Event::ListenerOpened { forward: ForwardId(id), host_port: port(number) })
+    }
+
+    fn closed(&mut self, id: u32) -> Vec<Change> {
+        self.hear(&Event::ListenerClosed { forward: ForwardId(id), stats: ForwardStats::default() })
+    }
+
+    fn failed(&mut self, id: u32, number: u16) -> Vec<Change> {
+        let failure = ListenFailure {
+            kind: ListenFailureKind::Taken,
+            address: format!("127.0.0.1:{number}").parse().unwrap(),
+            detail: "EADDRINUSE: address already in use".to_owned(),
+        };
+        self.hear(&Event::ListenerFailed { forward: ForwardId(id), host_port: port(number), failure })
+    }
+
+    fn states(&self, text: &str) -> Vec<(u16, RowState)> {
+        self.fleet.rows(&name(text)).into_iter().map(|row| (row.port.get(), row.state)).collect()
+    }
+}
+
+use crate::reconcile::table::RowState;
+
+fn told_closed(text: &str, number: u16, why: ClosedReason) -> Change {
+    Change::Closed { name: name(text), port: port(number), why }
+}
+
+#[test]
+fn a_server_is_opened_and_closed_when_it_has_been_gone_for_a_moment() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    assert_eq!(bench.commands(), [open(1, 1, 3000)]);
+    assert_eq!(bench.states("a"), [(3000, RowState::Opening)]);
+    let opened = Change::Opened { name: name("a"), port: port(3000), bind: "127.0.0.1" };
+    assert_eq!(bench.opened(1, 3000), [opened]);
+    assert_eq!(bench.opened(1, 3000), []);
+    bench.listen(1, &[], &[row(3000, "127.0.0.1", 7)]);
+    assert_eq!(bench.commands(), []);
+    assert_eq!(bench.fleet.due(), Some(bench.now + LINGER));
+    bench.now += LINGER;
+    assert_eq!(bench.commands(), [close(1)]);
+    assert_eq!(bench.fleet.due(), None);
+    assert_eq!(bench.states("a"), [(3000, RowState::Closing)]);
+    assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::ContainerReleased)]);
+    assert_eq!(bench.closed(1), []);
+    assert_eq!(bench.states("a"), []);
+}
+
+#[test]
+fn a_port_is_said_to_listen_on_every_address_unless_one_is_loopback() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "0.0.0.0", 7), row(5173, "0.0.0.0", 8), row(5173, "::1", 9)], &[]);
+    bench.commands();
+    let bind = |told: Vec<Change>| match told.as_slice() {
+        [Change::Opened { bind, .. }] => *bind,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(bind(bench.opened(1, 3000)), "0.0.0.0");
+    assert_eq!(bind(bench.opened(2, 5173)), "127.0.0.1");
+}
+
+#[test]
+fn of_two_containers_the_first_keeps_the_port_and_the_second_follows() {
+    let mut bench = Bench::reached(&["a", "b"]);
+    bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
+    assert_eq!(bench.commands(), [open(1, 2, 3000)]);
+    bench.opened(1, 3000);
+    bench.listen(1, &[row(3000, "127.0.0.1", 8)], &[]);
+    let (commands, told) = bench.fleet.step(bench.now);
+    assert_eq!(commands, []);
+    let [Change::Failed { name: second, reason, .. }] = told.as_slice() else { panic!("{told:?}") };
+    assert_eq!(second, &name("a"));
+    assert!(reason.contains("EADDRINUSE") && reason.contains("\"b\""), "{reason}");
+    assert_eq!(bench.commands(), []);
+    assert_eq!(bench.states("a"), [(3000, RowState::Failed)]);
+
+    bench.fleet.left(&name("b"));
+    assert_eq!(bench.commands(), [remove(2)]);
+    assert_eq!(bench.commands(), [], "the port is not free yet");
+    assert_eq!(bench.closed(1), [told_closed("b", 3000, ClosedReason::HostError)]);
+    assert_eq!(bench.commands(), [open(2, 1, 3000)]);
+}
+
+#[test]
+fn a_port_that_two_want_at_once_goes_to_who_registered_first() {
+    let mut bench = Bench::reached(&["a", "b"]);
+    bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 8)], &[]);
+    let (commands, told) = bench.fleet.step(bench.now);
+    assert_eq!(commands, [open(1, 1, 3000)]);
+    assert!(matches!(told.as_slice(), [Change::Failed { name: second, .. }] if *second == name("b")));
+}
+
+#[test]
+fn a_port_that_the_host_has_is_told_once_and_tried_again_at_its_pace() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    let told = bench.failed(1, 3000);
+    assert!(
+        matches!(told.as_slice(), [Change::Failed { reason, .. }] if reason.contains("EADDRINUSE")),
+        "{told:?}"
+    );
+    assert_eq!(bench.commands(), []);
+    assert_eq!(bench.fleet.due(), Some(bench.now + RETRY));
+    bench.now += RETRY;
+    assert_eq!(bench.commands(), [open(2, 1, 3000)]);
+    assert_eq!(bench.fleet.due(), None, "it waits for the answer, not for the time");
+    assert_eq!(bench.states("a"), [(3000, RowState::Failed)], "it flickers for nobody");
+    assert_eq!(bench.failed(2, 3000), []);
+    bench.now += RETRY;
+    assert_eq!(bench.commands(), [open(3, 1, 3000)]);
+    assert_eq!(bench.opened(3, 3000).len(), 1);
+    bench.fleet.left(&name("a"));
+    bench.commands();
+    assert_eq!(bench.fleet.due(), None);
+}
+
+#[test]
+fn the_guard_stands_before_every_policy() {
+    let mut bench = Bench::new(vec![wish("a", Some("80,443,8973,8974,*"))]);
+    bench.fleet.reached(&name("a"), 1);
+    let ports = [22, 80, 8973, 8974, 8975];
+    bench.listen(1, &ports.map(|number| row(number, "127.0.0.1", u64::from(number))), &[]);
+    assert_eq!(bench.commands(), [open(1, 1, 80), open(2, 1, 8975)]);
+    let denied: Vec<u16> = bench
+        .states("a")
+        .into_iter()
+        .filter(|(_, state)| *state == RowState::Denied)
+        .map(|(number, _)| number)
+        .collect();
+    assert_eq!(denied, [22, 8973, 8974]);
+}
+
+#[test]
+fn a_container_gets_as_many_ports_as_the_quota_and_keeps_those_it_has() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(60_000, "127.0.0.1", 1)], &[]);
+    bench.commands();
+    bench.opened(1, 60_000);
+    let many: Vec<Listening> =
+        (2000..2400).map(|number| row(number, "127.0.0.1", u64::from(number))).collect();
+    bench.listen(1, &many, &[]);
+    assert_eq!(bench.commands().len(), FORWARDS_MAX - 1);
+    let states = bench.states("a");
+    assert!(states.contains(&(60_000, RowState::Open)));
+    assert_eq!(states.iter().filter(|(_, state)| *state == RowState::Denied).count(), 401 - FORWARDS_MAX);
+}
+
+#[test]
+fn a_policy_that_changes_closes_at_once_and_one_that_is_gone_lets_the_container_go() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7), row(5173, "127.0.0.1", 8)], &[]);
+    bench.commands();
+    bench.opened(1, 3000);
+    bench.opened(2, 5173);
+    bench.fleet.wish(vec![wish("a", Some("5173"))]);
+    assert_eq!(bench.commands(), [close(1)]);
+    bench.closed(1);
+    bench.fleet.wish(vec![]);
+    assert_eq!(bench.commands(), [remove(1)]);
+    assert_eq!(bench.closed(2), [told_closed("a", 5173, ClosedReason::Deregistered)]);
+    assert_eq!(bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: None }), []);
+    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Unwanted);
+}
+
+#[test]
+fn what_an_earlier_driver_left_is_claimed_by_its_cookie_and_numbers_continue_above_it() {
+    let mut bench = Bench::new(vec![wish("a", None), wish("b", None)]);
+    let upstreams = [(7, 70), (8, 80)]
+        .map(|(id, netns_cookie)| UpstreamState { upstream: UpstreamId(id), netns_cookie })
+        .to_vec();
+    let drains = ForwardState { listening: false, ..held(40, 7, 3000) };
+    let forwards = vec![held(20, 7, 3000), held(21, 7, 4000), held(30, 8, 5000), drains];
+    let observed = [(UpstreamId(7), vec![row(3000, "127.0.0.1", 1)])].into();
+    bench.fleet.attach(Inventory { upstreams, forwards, observed });
+    assert_eq!(bench.commands(), [], "nothing is let go of before everybody had the chance to claim it");
+    assert_eq!(bench.fleet.reached(&name("a"), 70), Admission::Known(UpstreamId(7)));
+    assert_eq!(bench.fleet.reached(&name("a"), 70), Admission::Known(UpstreamId(7)));
+    assert_eq!(bench.states("a"), [(3000, RowState::Open), (4000, RowState::Open)]);
+    assert_eq!(bench.fleet.reached(&name("b"), 90), Admission::Add(UpstreamId(9)));
+    assert_eq!(bench.commands(), []);
+    bench.now += LINGER;
+    assert_eq!(bench.commands(), [close(21)], "nothing listens on it any more");
+    assert_eq!(bench.closed(21), [told_closed("a", 4000, ClosedReason::ContainerReleased)]);
+
+    bench.listen(9, &[row(5000, "127.0.0.1", 2)], &[]);
+    assert_eq!(bench.commands(), [], "the port is held by something that nobody has claimed");
+    assert_eq!(bench.states("b"), [(5000, RowState::Opening)]);
+    bench.fleet.sweep();
+    assert_eq!(bench.commands(), [remove(8)]);
+    assert_eq!(bench.closed(30), [], "nobody knows whose it was");
+    assert_eq!(bench.commands(), [open(41, 9, 5000)]);
+}
+
+#[test]
+fn a_namespace_that_was_not_read_yet_keeps_its_forwards() {
+    let mut bench = Bench::new(vec![wish("a", None)]);
+    let upstreams = vec![UpstreamState { upstream: UpstreamId(1), netns_cookie: 5 }];
+    let inventory = Inventory { upstreams, forwards: vec![held(1, 1, 3000)], observed: BTreeMap::new() };
+    bench.fleet.attach(inventory);
+    bench.fleet.reached(&name("a"), 5);
+    bench.now += 2 * LINGER;
+    assert_eq!(bench.commands(), []);
+    assert_eq!(bench.fleet.due(), None);
+}
+
+#[test]
+fn two_containers_in_one_namespace_are_one_too_many() {
+    let mut bench = Bench::reached(&["a", "b"]);
+    bench.fleet.left(&name("b"));
+    bench.commands();
+    assert_eq!(bench.fleet.reached(&name("b"), 1), Admission::Shared(name("a")));
+    bench.fleet.left(&name("a"));
+    assert_eq!(bench.fleet.reached(&name("b"), 1), Admission::Add(UpstreamId(3)));
+}
+
+#[test]
+fn a_container_that_starts_again_is_another_namespace() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    bench.opened(1, 3000);
+    assert_eq!(bench.fleet.reached(&name("a"), 100), Admission::Add(UpstreamId(2)));
+    assert_eq!(bench.commands(), [remove(1)]);
+    bench.listen(2, &[row(3000, "127.0.0.1", 9)], &[]);
+    assert_eq!(bench.commands(), []);
+    assert_eq!(bench.closed(1).len(), 1);
+    assert_eq!(bench.commands(), [open(2, 2, 3000)]);
+}
+
+#[test]
+fn an_engine_that_is_gone_takes_everything_along_and_its_numbers() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    bench.opened(1, 3000);
+    assert_eq!(bench.fleet.detach(), [told_closed("a", 3000, ClosedReason::HostError)]);
+    assert_eq!((bench.commands(), bench.fleet.due()), (vec![], None));
+    bench.fleet.attach(Inventory::default());
+    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
+    bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
+    assert_eq!(bench.commands(), [open(2, 2, 3000)]);
+}
+
+#[test]
+fn an_upstream_that_the_engine_lets_go_of_is_told() {
+    let mut bench = Bench::reached(&["a"]);
+    let told =
+        bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: Some("it ended".to_owned()) });
+    assert_eq!(told, [Change::Lost { name: name("a"), reason: "it ended".to_owned() }]);
+    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
+}
+
+#[test]
+fn an_engine_that_is_stopped_closes_its_ports_for_that_reason() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    bench.opened(1, 3000);
+    bench.fleet.stop();
+    assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::BrokerStopped)]);
+}
+
+#[test]
+fn an_observation_in_parts_replaces_what_was_known() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    assert_eq!(bench.commands(), [open(1, 1, 3000)]);
+    for (number, more) in [(4000, true), (5000, false)] {
+        let listening = vec![row(number, "127.0.0.1", 8)];
+        bench.hear(&Event::Observed { upstream: UpstreamId(1), listening, more });
+    }
+    assert_eq!(bench.commands(), [open(2, 1, 4000), open(3, 1, 5000)]);
+    bench.now += LINGER;
+    assert_eq!(bench.commands(), [close(1)]);
+}
+
+#[path = "model_tests.rs"]
+mod model;

@@ -1,0 +1,69 @@
+//! What is to be done about each port that listens: the guard that no policy can lift, then the policy, then the quota.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU16;
+
+use landfall_engine::command::{Reach, UpstreamId};
+
+use super::{Fleet, Upstream};
+use crate::policy::{Decision, DenyReason, Policy};
+
+/// The port on which a container answers its daemon; never forwarded, even where it is listed (wire specification, A.5).
+pub const CONTAINER_PORT: u16 = 8973;
+
+/// How many ports of one container are forwarded. A dev server has a handful; a program that listens on thousands is a
+/// mistake or an attack, and may not have all of the host's ports.
+pub const FORWARDS_MAX: usize = 256;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Wanted(Reach),
+    Denied(&'static str),
+}
+
+impl Fleet {
+    /// What is to become of every port that listens, for each upstream that stays and has been read.
+    pub(super) fn verdicts(&self) -> BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>> {
+        let staying = self.upstreams.iter().filter(|(_, upstream)| !upstream.leaving);
+        staying.filter_map(|(id, upstream)| Some((*id, self.verdicts_of(*id, upstream)?))).collect()
+    }
+
+    fn verdicts_of(&self, id: UpstreamId, upstream: &Upstream) -> Option<BTreeMap<NonZeroU16, Verdict>> {
+        let owner = upstream.owner.as_ref()?;
+        let policy = &self.wishes.iter().find(|wish| wish.name == *owner)?.policy;
+        let ports = upstream.seen.as_ref()?.reach();
+        let mut verdicts: BTreeMap<NonZeroU16, Verdict> =
+            ports.into_iter().map(|(port, reach)| (port, self.verdict(policy, port, reach))).collect();
+        // Those that are open already come before those that would be new.
+        let open = |port: &NonZeroU16| {
+            let own = |forward: &super::Forward| forward.upstream == id && forward.host_port == *port;
+            self.forwards.values().any(|forward| own(forward) && forward.is_live())
+        };
+        let wanted = verdicts.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Wanted(_)));
+        let mut wanted: Vec<NonZeroU16> = wanted.map(|(port, _)| *port).collect();
+        if wanted.len() > FORWARDS_MAX {
+            wanted.sort_by_key(|port| (!open(port), *port));
+            for port in wanted.split_off(FORWARDS_MAX) {
+                verdicts.insert(port, Verdict::Denied("256 ports of this container are forwarded already"));
+            }
+        }
+        Some(verdicts)
+    }
+
+    fn verdict(&self, policy: &Policy, port: NonZeroU16, reach: Reach) -> Verdict {
+        if port.get() == CONTAINER_PORT {
+            return Verdict::Denied("it is the port on which containers answer the daemon");
+        }
+        if self.control_ports.contains(&port) {
+            return Verdict::Denied("the daemon itself listens on it");
+        }
+        match policy.decide(port) {
+            Decision::Allow => Verdict::Wanted(reach),
+            Decision::Deny(DenyReason::Denied) => Verdict::Denied("the policy denies it"),
+            Decision::Deny(DenyReason::NotAllowed) => Verdict::Denied("the policy does not allow it"),
+            Decision::Deny(DenyReason::Privileged) => {
+                Verdict::Denied("it is below 1024 and the policy does not name it")
+            }
+        }
+    }
+}
