@@ -102,14 +102,29 @@ impl Docker {
         self.bounded(async { self.address.connect().await?.first_process(name).await }).await
     }
 
-    /// Stops the container, with its own stop signal and its own time to obey it, and starts it again.
+    /// Stops the container, with its own stop signal and its own time to obey it. One that is stopped stays so.
+    ///
+    /// # Errors
+    /// [`DockerError`].
+    pub async fn stop(&self, name: &ContainerName) -> Result<(), DockerError> {
+        self.bounded(self.address.connect()).await?.stop(name).await
+    }
+
+    /// Starts the container. One that runs goes on.
+    ///
+    /// # Errors
+    /// [`DockerError`].
+    pub async fn start(&self, name: &ContainerName) -> Result<(), DockerError> {
+        self.bounded(self.address.connect()).await?.start(name).await
+    }
+
+    /// [`Docker::stop`], then [`Docker::start`].
     ///
     /// # Errors
     /// [`DockerError`].
     pub async fn restart(&self, name: &ContainerName) -> Result<(), DockerError> {
-        let engine = self.bounded(self.address.connect()).await?;
-        engine.stop(name).await?;
-        engine.start(name).await
+        self.stop(name).await?;
+        self.start(name).await
     }
 
     /// Builds the image anew from `folder`, and puts a container of the same configuration in the place of the old one.

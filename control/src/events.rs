@@ -47,6 +47,10 @@ pub enum Event {
     JobTickSkipped { container_name: String, job: String, reason: String },
     /// Its command succeeded.
     JobTickOk { container_name: String, job: String },
+    /// Its command says that it may succeed another time (exit status 75).
+    JobTickTransientFailure { container_name: String, job: String, reason: String },
+    /// Its command says that somebody has to sign in (exit status 77).
+    JobTickReauthRequired { container_name: String, job: String, reason: String },
     /// Its command failed, or was ended because it took too long.
     JobTickError { container_name: String, job: String, error: String },
     /// Its success restarts the container.

@@ -1,11 +1,34 @@
 //! Restarts (wire specification, A.9): acknowledged first and executed then, since the caller's own container is the one
 //! that is being stopped and could never receive a later answer.
+//!
+//! A restart goes through three hands. [`Supervisor::preflight`] may refuse it, by local checks that take moments.
+//! [`Supervisor::accept`] promises it and does nothing yet: the answer is written while the caller's container still runs.
+//! [`Ticket::begin`] puts it into the queue, where a container has one restart that runs and at most one that waits; what
+//! is asked for beyond that is folded into the one that waits. What becomes of it stands in the journal.
 
-use std::sync::Arc;
+mod drift;
+mod queue;
 
-use crate::docker::Docker;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use self::drift::Drift;
+use self::queue::{Queue, Restart};
+use crate::docker::{Docker, DockerError};
 use crate::events::{Event, Journal};
+use crate::folder::{self, Command, CommandError, Ended, Folder};
 use crate::registration::model::Registration;
+
+/// How long the folder's own check may take.
+const PREFLIGHT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the folder's command that stops the container may take, and the one that starts it: it may build.
+const STOP_TIMEOUT: Duration = Duration::from_secs(120);
+const START_TIMEOUT: Duration = Duration::from_secs(1_800);
+/// How long the daemon's stop waits for restarts that were promised.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Restarts containers, one at a time each. Clones are the same one.
 #[derive(Clone)]
@@ -14,6 +37,16 @@ pub struct Supervisor(Arc<Inner>);
 struct Inner {
     docker: Docker,
     journal: Journal,
+    drift: Drift,
+    state: Mutex<State>,
+    /// Tickets that are out, and restarts that run.
+    promised: TaskTracker,
+}
+
+#[derive(Default)]
+struct State {
+    stopping: bool,
+    queue: Queue,
 }
 
 /// A restart that was promised. [`Ticket::begin`] starts the work; dropping the ticket does, too: the caller was told
@@ -23,22 +56,29 @@ pub struct Ticket {
     supervisor: Supervisor,
     registration: Arc<Registration>,
     build: bool,
+    _promised: TaskTrackerToken,
 }
 
 impl Supervisor {
     /// A supervisor that restarts through `docker`, and tells what becomes of it.
     pub fn new(docker: Docker, journal: Journal) -> Supervisor {
-        Supervisor(Arc::new(Inner { docker, journal }))
+        let drift = Drift::of_this_program();
+        let promised = TaskTracker::new();
+        Supervisor(Arc::new(Inner { docker, journal, drift, state: Mutex::default(), promised }))
     }
 
-    /// Checks what can be checked at once: local and deterministic.
+    /// Checks what can be checked at once: local and deterministic. A configuration that cannot be read lets the restart
+    /// pass; the restart itself then says why.
     ///
     /// # Errors
     /// The refusal, as the caller is to read it.
-    #[expect(clippy::unused_async, reason = "the checks ask other programs")]
     pub async fn preflight(&self, registration: &Registration) -> Result<(), String> {
-        let _ = registration;
-        Ok(())
+        self.0.drift.check().await?;
+        let Ok(folder) = folder::sealed(registration) else { return Ok(()) };
+        let Some(words) = &folder.restart.preflight else { return Ok(()) };
+        let command = Command::new(words, registration, folder.trust_folder, PREFLIGHT_TIMEOUT);
+        outcome(command.run().await)
+            .map_err(|why| format!("restart refused for {}: {why}", registration.container_name))
     }
 
     /// Promises a restart. Nothing has happened when it returns.
@@ -46,26 +86,92 @@ impl Supervisor {
     /// # Errors
     /// `daemon stopping`.
     pub fn accept(&self, registration: Arc<Registration>, build: bool) -> Result<Ticket, String> {
-        Ok(Ticket { supervisor: self.clone(), registration, build })
+        if self.state().stopping {
+            return Err("daemon stopping".to_owned());
+        }
+        Ok(Ticket { supervisor: self.clone(), registration, build, _promised: self.0.promised.token() })
     }
 
-    /// Accepts no more, and lets what runs finish, for as long as that may take.
-    #[expect(clippy::unused_async, reason = "it waits for what runs")]
-    pub async fn stop(&self) {}
+    /// Accepts no more, and lets what was promised finish, for a minute at most.
+    pub async fn stop(&self) {
+        self.state().stopping = true;
+        self.0.promised.close();
+        if tokio::time::timeout(LEAVE_TIMEOUT, self.0.promised.wait()).await.is_err() {
+            let left: Vec<String> = self.state().queue.running().map(ToString::to_string).collect();
+            for container_name in left {
+                let reason = "the daemon stopped before it was done".to_owned();
+                self.0.journal.tell(&Event::RestartFailed { container_name, reason });
+            }
+        }
+    }
 
-    async fn run(&self, registration: &Registration, build: bool) {
-        let container_name = registration.container_name.to_string();
-        self.0.journal.tell(&Event::RestartScheduled { container_name: container_name.clone(), build });
-        let name = &registration.container_name;
-        let done = if build {
-            self.0.docker.rebuild(name, &registration.cwd).await
-        } else {
-            self.0.docker.restart(name).await
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, restart: Restart) {
+        let container_name = restart.registration.container_name.to_string();
+        self.0.journal.tell(&Event::RestartScheduled { container_name, build: restart.build });
+        let first = self.state().queue.add(restart);
+        if let Some(first) = first {
+            let supervisor = self.clone();
+            self.0.promised.spawn(async move { supervisor.work(first).await });
+        }
+    }
+
+    /// Works off one container's restarts.
+    async fn work(&self, first: Restart) {
+        let mut next = Some(first);
+        while let Some(restart) = next {
+            let done = self.execute(&restart).await;
+            let name = &restart.registration.container_name;
+            let container_name = name.to_string();
+            self.0.journal.tell(&match done {
+                Ok(()) => Event::RestartCompleted { container_name },
+                Err(reason) => Event::RestartFailed { container_name, reason },
+            });
+            next = self.state().queue.done(name);
+        }
+    }
+
+    async fn execute(&self, restart: &Restart) -> Result<(), String> {
+        let registration = &restart.registration;
+        // Time may have passed in the queue.
+        self.0.drift.check().await?;
+        let folder = folder::sealed(registration)
+            .map_err(|error| format!("invalid config for {}: {error}", registration.container_name))?;
+        match (&folder.restart.stop, &folder.restart.start) {
+            (Some(stop), Some(start)) => self.by_commands(restart, &folder, stop, start).await,
+            _ => self.by_docker(restart).await,
+        }
+    }
+
+    async fn by_commands(
+        &self,
+        restart: &Restart,
+        folder: &Folder,
+        stop: &[String],
+        start: &[String],
+    ) -> Result<(), String> {
+        let command = |words, timeout| {
+            Command::new(words, &restart.registration, folder.trust_folder, timeout)
+                .with("LANDFALL_BUILD", if restart.build { "1" } else { "0" })
         };
-        self.0.journal.tell(&match done {
-            Ok(()) => Event::RestartCompleted { container_name },
-            Err(error) => Event::RestartFailed { container_name, reason: format!("start failed: {error}") },
-        });
+        outcome(command(stop, STOP_TIMEOUT).run().await).map_err(|why| format!("stop failed: {why}"))?;
+        outcome(command(start, START_TIMEOUT).run().await).map_err(|why| format!("start failed: {why}"))
+    }
+
+    async fn by_docker(&self, restart: &Restart) -> Result<(), String> {
+        let Registration { container_name: name, cwd, .. } = &*restart.registration;
+        if restart.build {
+            return self.0.docker.rebuild(name, cwd).await.map_err(|error| format!("start failed: {error}"));
+        }
+        match self.0.docker.stop(name).await {
+            // What does not exist is stopped; starting it says what is wrong.
+            Ok(()) | Err(DockerError::NoSuchContainer(_)) => {}
+            Err(error) => return Err(format!("stop failed: {error}")),
+        }
+        self.0.docker.start(name).await.map_err(|error| format!("start failed: {error}"))
     }
 }
 
@@ -78,8 +184,19 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let (supervisor, registration, build) =
-            (self.supervisor.clone(), self.registration.clone(), self.build);
-        tokio::spawn(async move { supervisor.run(&registration, build).await });
+        self.supervisor.begin(Restart { registration: Arc::clone(&self.registration), build: self.build });
     }
 }
+
+/// A command that is there to succeed: why it did not.
+fn outcome(ran: Result<Ended, CommandError>) -> Result<(), String> {
+    match ran {
+        Ok(ended) if ended.succeeded() => Ok(()),
+        Ok(ended) => Err(ended.last_line),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+#[path = "supervisor/tests.rs"]
+mod tests;
