@@ -26,6 +26,7 @@ pub mod reconcile;
 pub mod registration;
 pub mod rpc;
 pub mod sandbox;
+pub mod secrets;
 pub mod supervisor;
 pub mod version;
 pub mod waiting;
