@@ -1,15 +1,19 @@
-//! Facts about processes, read from `/proc`: who owns a socket. The one file that names the `procfs` crate.
+//! Facts about processes, read from `/proc`: who owns a socket, and when a process began. The one file that names the
+//! `procfs` crate.
 //!
-//! All of it is for the eyes of people. A process may be gone, hidden or lying about its name; then less is said,
-//! and nothing else depends on it.
+//! Names and owners are for the eyes of people. A process may be gone, hidden or lying about its name; then less is said,
+//! and nothing else depends on it. When a process began is the kernel's word, and decides whether it is still the same.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::time::{Duration, SystemTime};
 
 use nix::unistd::{Uid, User};
+use procfs::ProcError;
 use procfs::net::{TcpNetEntry, TcpState};
 use procfs::process::{FDTarget, Process, Stat};
+
+use crate::registration::model::Started;
 
 /// A process, as people are told of it. Its name is its own choice: escape it before it reaches a terminal.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +54,25 @@ pub fn holder_of_port(port: NonZeroU16) -> Holder {
         return Holder::Process(fact(&process), line);
     }
     rows.first().map_or(Holder::Unknown, |row| Holder::User(user_name(row.uid)))
+}
+
+/// When the process of this id began; nothing when there is none. One that has ended and that nobody has waited for yet
+/// (a zombie) is none: it is in no namespace any more.
+///
+/// # Errors
+/// A text that says what of `/proc` could not be read.
+pub fn started(pid: NonZeroU32) -> Result<Option<Started>, String> {
+    let Ok(number) = i32::try_from(pid.get()) else { return Ok(None) };
+    let stat = match Process::new(number).and_then(|process| process.stat()) {
+        Ok(stat) => stat,
+        Err(ProcError::NotFound(_)) => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    if matches!(stat.state, 'Z' | 'X') {
+        return Ok(None);
+    }
+    let boot = procfs::sys::kernel::random::boot_id().map_err(|error| error.to_string())?;
+    Ok(Some(Started { boot, ticks: stat.starttime }))
 }
 
 /// The name of a process by its id.
@@ -174,6 +197,28 @@ mod tests {
         assert!(!runs(child.id()), "nobody has waited for it");
         child.wait().unwrap();
         assert!(!runs(child.id()));
+    }
+
+    #[test]
+    fn a_process_began_once_and_one_that_has_ended_never_did() {
+        let own = NonZeroU32::new(std::process::id()).unwrap();
+        assert!(started(own).unwrap().is_some());
+        assert_eq!(started(own), started(own));
+        let mut child =
+            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = NonZeroU32::new(child.id()).unwrap();
+        let began = started(pid).unwrap().unwrap();
+        assert_eq!(began.boot, started(own).unwrap().unwrap().boot);
+        assert!(began.ticks >= started(own).unwrap().unwrap().ticks);
+        drop(child.stdin.take());
+        // It ends and stays a zombie, since nobody has waited for it.
+        let exited = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+        let id = rustix::process::Pid::from_child(&child);
+        rustix::process::waitid(rustix::process::WaitId::Pid(id), exited).unwrap();
+        assert_eq!(started(pid), Ok(None));
+        child.wait().unwrap();
+        assert_eq!(started(pid), Ok(None));
+        assert_eq!(started(NonZeroU32::MAX), Ok(None));
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! - `tree` is JSON that keeps the order of everything else (pure).
 //! - `file` does it, in a folder that the container can write to and is not trusted with.
 //!
-//! Which file and which names is configuration ([`SecretsConfig`]); the reference's list is the default. What is in the
+//! Which file and which names is configuration ([`SecretsConfig`], `[secrets]` in the folder's `landfall.toml`); the
+//! reference's list is the default. What is in the
 //! blocks is in no error and no log: errors name fields, never values.
 
 pub mod file;
@@ -20,6 +21,8 @@ use serde_json::Value;
 use thiserror::Error;
 
 use file::{Attempt, Holder};
+
+use crate::folder::Secrets;
 
 /// How often a lock that somebody holds is tried again.
 const RETRIES_MAX: u32 = 10;
@@ -52,6 +55,14 @@ impl Default for SecretsConfig {
     }
 }
 
+impl From<Secrets> for SecretsConfig {
+    fn from(configured: Secrets) -> SecretsConfig {
+        // A name that is not UTF-8 becomes one that no file has.
+        let file = configured.file.to_string_lossy().into_owned();
+        SecretsConfig { file, keys: Keys::Free(configured.keys) }
+    }
+}
+
 /// Why secrets were not replaced.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum SecretsError {
@@ -67,15 +78,7 @@ pub enum SecretsError {
 ///
 /// # Errors
 /// [`SecretsError`]; the file is then as it was.
-pub async fn replace(folder: &Path, patch: &Value) -> Result<(), SecretsError> {
-    replace_as(folder, &SecretsConfig::default(), patch).await
-}
-
-/// The same with a configuration.
-///
-/// # Errors
-/// The same.
-pub async fn replace_as(folder: &Path, config: &SecretsConfig, patch: &Value) -> Result<(), SecretsError> {
+pub async fn replace(folder: &Path, config: &SecretsConfig, patch: &Value) -> Result<(), SecretsError> {
     let replacement = patch::read(&config.keys, patch).map_err(SecretsError::Invalid)?;
     for retry in 0..=RETRIES_MAX {
         let (folder, file, replacement) = (folder.to_owned(), config.file.clone(), replacement.clone());

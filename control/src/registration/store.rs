@@ -2,6 +2,9 @@
 //!
 //! Whoever reads takes the newest level ([`Registry::list`], [`Registry::watch`]) and never waits. Whoever changes goes
 //! through the container's own queue, and waits there until what was kept on disk has been taken in.
+//!
+//! What is acknowledged is on disk: a registration that was answered with success is there after any crash, and one that
+//! was deregistered is not. A daemon that stops keeps its files.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,13 +12,18 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use serde_json::Value;
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 
 use super::model::{ContainerName, Registration, Token};
-use super::queue::Queues;
-use crate::events::{Event, Journal};
+use super::shared::Shared;
+use super::upkeep;
+use crate::events::Journal;
 use crate::liveness::Probe;
 use crate::paths::Home;
+use crate::secrets::SecretsError;
+
+/// What an asker is told when the work panicked.
+const BROKEN: &str = "the daemon failed at it; its log says more";
 
 /// Every registration of one moment, in the order in which the names were first registered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,6 +98,9 @@ pub enum RegisterError {
 /// Why secrets were not replaced. The texts are the wire's.
 #[derive(Debug, Error)]
 pub enum PatchError {
+    /// The daemon takes no more.
+    #[error("daemon stopping")]
+    Stopping,
     /// Nobody knows such a container.
     #[error("not registered: {0}")]
     NotRegistered(String),
@@ -99,6 +110,15 @@ pub enum PatchError {
     /// The file could not be read or written.
     #[error("{0}")]
     Storage(String),
+}
+
+impl From<SecretsError> for PatchError {
+    fn from(error: SecretsError) -> PatchError {
+        match error {
+            SecretsError::Invalid(why) => PatchError::Invalid(why),
+            SecretsError::Storage(why) => PatchError::Storage(why),
+        }
+    }
 }
 
 /// What a registry works with.
@@ -121,159 +141,101 @@ pub struct RegistryOptions {
 
 /// The registry; clones are the same one.
 #[derive(Clone)]
-pub struct Registry(Arc<Inner>);
-
-struct Inner {
-    options: RegistryOptions,
-    known: watch::Sender<Arc<Registered>>,
-    queues: Queues,
+pub struct Registry {
+    shared: Arc<Shared>,
+    stopped: Arc<OnceCell<()>>,
 }
 
 impl Registry {
-    /// Opens the registry. Taking in what is on disk begins at once, as a task.
+    /// Opens the registry. Taking in what is on disk begins at once, as a task; until it is done, whatever changes
+    /// something waits, and what only looks does not.
     pub fn open(options: RegistryOptions) -> Registry {
-        let known = watch::Sender::new(Arc::default());
-        Registry(Arc::new(Inner { options, known, queues: Queues::default() }))
+        let shared = Arc::new(Shared::new(options));
+        tokio::spawn(upkeep::run(Arc::clone(&shared)));
+        Registry { shared, stopped: Arc::default() }
     }
 
     /// Returns when everything on disk has been taken in.
-    pub async fn replayed(&self) {}
-
-    /// Registers a container, or registers it anew.
-    ///
-    /// # Errors
-    /// [`RegisterError`]; then nothing has changed.
-    pub async fn register(&self, mut registration: Registration) -> Result<(), RegisterError> {
-        // Only the host's user gets here; what is replayed from disk keeps what was sealed then.
-        crate::folder::seal(&mut registration);
-        let inner = Arc::clone(&self.0);
-        let name = registration.container_name.clone();
-        let work = async move { inner.register(registration).await };
-        let answer = self.0.queues.enqueue(name.as_str(), work).await;
-        answer.unwrap_or(Err(RegisterError::Stopping))
+    pub async fn replayed(&self) {
+        self.shared.replayed().await;
     }
 
-    /// Forgets a container; one that is not known is forgotten already.
+    /// Registers a container, or registers it anew: then it keeps its place in the order, and what runs beside it is
+    /// stopped and started again.
+    ///
+    /// # Errors
+    /// [`RegisterError`]; the container is then registered as it was before.
+    pub async fn register(&self, registration: Registration) -> Result<(), RegisterError> {
+        if self.shared.stopping.is_cancelled() {
+            return Err(RegisterError::Stopping);
+        }
+        let (shared, name) = (Arc::clone(&self.shared), registration.container_name.clone());
+        let work = async move { shared.register(registration).await };
+        let answer = self.shared.queues.enqueue(name.as_str(), work).await;
+        answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
+    }
+
+    /// Forgets a container; one that is not known, or that could not be, is forgotten already. A container that was
+    /// reported [`DropReason::Gone`] and is there when its turn comes, since it was registered anew, stays.
     pub async fn deregister(&self, name: &str, reason: DropReason) {
         let Ok(name) = ContainerName::new(name) else { return };
-        let inner = Arc::clone(&self.0);
-        let of = name.clone();
-        self.0.queues.enqueue(name.as_str(), async move { inner.deregister(&of, reason).await }).await;
+        let (shared, of) = (Arc::clone(&self.shared), name.clone());
+        let work = async move { shared.deregister(&of, reason).await };
+        self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
     /// Every registration. Never waits.
     pub fn list(&self) -> Arc<Registered> {
-        self.0.known.borrow().clone()
+        self.shared.known.borrow().clone()
     }
 
-    /// Every registration, and again whenever something has changed.
+    /// Every registration, and again whenever something has changed. The last level stays when the registry stops: it
+    /// is what the next daemon begins with.
     pub fn watch(&self) -> watch::Receiver<Arc<Registered>> {
-        self.0.known.subscribe()
+        self.shared.known.subscribe()
     }
 
-    /// Replaces one named object in the secrets of a container's folder.
+    /// Replaces one named object in the secrets of a container's folder, in the container's queue.
     ///
     /// # Errors
-    /// [`PatchError`]; then the file is as it was.
-    pub async fn patch_secrets(&self, name: &str, _patch: &Value) -> Result<(), PatchError> {
-        match self.list().find(name) {
-            None => Err(PatchError::NotRegistered(name.to_owned())),
-            Some(_) => Err(PatchError::Invalid("invalid secrets-patch".to_owned())),
-        }
+    /// [`PatchError`]; the file is then as it was.
+    pub async fn patch_secrets(&self, name: &str, patch: &Value) -> Result<(), PatchError> {
+        let (shared, of, patch) = (Arc::clone(&self.shared), name.to_owned(), patch.clone());
+        let work = async move { shared.patch_secrets(&of, &patch).await };
+        let answer = self.shared.queues.enqueue(name, work).await;
+        answer.unwrap_or_else(|| Err(PatchError::Storage(BROKEN.to_owned())))
     }
 
-    /// The container rejected `token` for good (wire specification, A.6.7).
+    /// The container rejected `token` for good (wire specification, A.6.7): it is forgotten, unless it has been
+    /// registered with another token since.
     pub async fn fatal_auth(&self, name: &ContainerName, token: &Token, reason: &str) {
-        let (inner, of) = (Arc::clone(&self.0), name.clone());
+        let (shared, of) = (Arc::clone(&self.shared), name.clone());
         let (token, reason) = (token.clone(), reason.to_owned());
-        let work = async move { inner.fatal_auth(&of, &token, &reason).await };
-        self.0.queues.enqueue(name.as_str(), work).await;
+        let work = async move { shared.fatal_auth(&of, &token, &reason).await };
+        self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
-    /// Something may have happened to a container: it is looked at now instead of at the next turn.
-    pub fn look_again(&self, _name: &str) {}
+    /// Something may have happened to a container: it is looked at now instead of at the next turn. If it is not there,
+    /// it is looked at again soon until it has been missed often enough.
+    pub fn look_again(&self, name: &str) {
+        self.shared.hint(name);
+    }
 
-    /// Takes no more, finishes what is under way, and drains the attendants.
+    /// Takes no more, lets what is under way finish, and drains the attendants; each for the cleanup timeout at most.
+    /// The files stay, so that the next daemon goes on from them. Stopping twice is stopping once.
     pub async fn stop(&self) {
-        self.0.queues.settled().await;
-        for attendant in &self.0.options.attendants {
-            self.0.bounded(attendant.drain()).await;
-        }
+        let shared = &self.shared;
+        let stop = async {
+            shared.stopping.cancel();
+            shared.replayed().await;
+            // A queue that hangs has told so itself.
+            let _ = tokio::time::timeout(shared.options.cleanup_timeout, shared.queues.settled()).await;
+            shared.drain_attendants().await;
+        };
+        self.stopped.get_or_init(|| stop).await;
     }
 }
 
-impl Inner {
-    async fn register(&self, registration: Registration) -> Result<(), RegisterError> {
-        let registration = Arc::new(registration);
-        let name = &registration.container_name;
-        if !self.store(&registration) {
-            self.options.journal.tell(&Event::Register { container_name: name.to_string() });
-        }
-        self.stop_attendants(name, StopReason::Replaced).await;
-        for attendant in &self.options.attendants {
-            self.bounded(attendant.start(Arc::clone(&registration))).await;
-        }
-        Ok(())
-    }
-
-    async fn deregister(&self, name: &ContainerName, reason: DropReason) {
-        if !self.forget(name, StopReason::Deregistered).await {
-            return;
-        }
-        let reason = reason.as_str().to_owned();
-        self.options.journal.tell(&Event::Deregister { container_name: name.to_string(), reason });
-    }
-
-    async fn fatal_auth(&self, name: &ContainerName, token: &Token, reason: &str) {
-        let current = self.known.borrow().find(name.as_str()).cloned();
-        let Some(current) = current.and_then(|current| current.broker_token.clone()) else { return };
-        if !current.matches(token.reveal()) {
-            return;
-        }
-        self.forget(name, StopReason::FatalAuth).await;
-        let reason = format!("fatal broker auth: {reason}");
-        self.options.journal.tell(&Event::RegistrationSkipped { container_name: name.to_string(), reason });
-    }
-
-    /// Puts a registration in its place; whether the name was known.
-    fn store(&self, registration: &Arc<Registration>) -> bool {
-        let name = registration.container_name.as_str();
-        let mut was_known = false;
-        self.known.send_modify(|known| {
-            let known = Arc::make_mut(known);
-            match known.entries.iter_mut().find(|entry| entry.container_name.as_str() == name) {
-                Some(entry) => {
-                    was_known = true;
-                    *entry = Arc::clone(registration);
-                }
-                None => known.entries.push(Arc::clone(registration)),
-            }
-        });
-        was_known
-    }
-
-    /// Takes a name out and ends what runs beside it; whether it was known.
-    async fn forget(&self, name: &ContainerName, reason: StopReason) -> bool {
-        let was_known = self.known.send_if_modified(|known| {
-            if known.find(name.as_str()).is_none() {
-                return false;
-            }
-            Arc::make_mut(known).entries.retain(|entry| entry.container_name != *name);
-            true
-        });
-        self.stop_attendants(name, reason).await;
-        was_known
-    }
-
-    async fn stop_attendants(&self, name: &ContainerName, reason: StopReason) {
-        for attendant in &self.options.attendants {
-            self.bounded(attendant.stop(name, reason)).await;
-        }
-    }
-
-    /// Gives one step of a teardown its time, and no more than that.
-    async fn bounded(&self, step: BoxFuture<'_, ()>) {
-        // A step that hangs is abandoned: it may cost its own container something, but no queue.
-        let _ = tokio::time::timeout(self.options.cleanup_timeout, step).await;
-    }
-}
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;

@@ -1,0 +1,298 @@
+//! What the registry's tasks share, and the changes themselves. Each of them runs inside its container's queue, or before
+//! any queue moves (replay); so a change to one name never meets another change to it.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::file::{self, FileError};
+use super::model::{ContainerName, Registration, Token, Way};
+use super::queue::Queues;
+use super::store::{DropReason, PatchError, RegisterError, Registered, RegistryOptions, StopReason};
+use crate::events::Event;
+use crate::liveness::Liveness;
+use crate::secrets::SecretsConfig;
+use crate::{folder, processes, secrets};
+
+pub(super) struct Shared {
+    pub(super) options: RegistryOptions,
+    pub(super) known: watch::Sender<Arc<Registered>>,
+    pub(super) queues: Queues,
+    /// No new registration is taken from here on.
+    pub(super) stopping: CancellationToken,
+    /// Whether everything on disk has been taken in.
+    settled: watch::Sender<bool>,
+    /// Rings when there is a hint.
+    pub(super) hinted: Notify,
+    hints: Mutex<BTreeSet<String>>,
+}
+
+/// Says that everything on disk has been taken in, when it goes out of scope: whatever became of it, nobody waits longer.
+pub(super) struct Settling<'a>(&'a Shared);
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        self.0.settled.send_replace(true);
+    }
+}
+
+impl Shared {
+    pub(super) fn new(options: RegistryOptions) -> Shared {
+        Shared {
+            options,
+            known: watch::Sender::new(Arc::default()),
+            queues: Queues::default(),
+            stopping: CancellationToken::new(),
+            settled: watch::Sender::new(false),
+            hinted: Notify::new(),
+            hints: Mutex::default(),
+        }
+    }
+
+    pub(super) fn settling(&self) -> Settling<'_> {
+        Settling(self)
+    }
+
+    pub(super) async fn replayed(&self) {
+        // The sender is ours, so it does not go away.
+        let _ = self.settled.subscribe().wait_for(|settled| *settled).await;
+    }
+
+    pub(super) fn find(&self, name: &str) -> Option<Arc<Registration>> {
+        self.known.borrow().find(name).cloned()
+    }
+
+    pub(super) fn is_current(&self, registration: &Arc<Registration>) -> bool {
+        let current = self.find(registration.container_name.as_str());
+        current.is_some_and(|current| Arc::ptr_eq(&current, registration))
+    }
+
+    /// Keeps a hint until somebody looks. Hints about names that nobody knows are none, so they are as few as the names.
+    pub(super) fn hint(&self, name: &str) {
+        if self.find(name).is_some() {
+            self.hints.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+            self.hinted.notify_one();
+        }
+    }
+
+    /// The registrations that there are hints about.
+    pub(super) fn hints(&self) -> Vec<Arc<Registration>> {
+        let names = std::mem::take(&mut *self.hints.lock().unwrap_or_else(PoisonError::into_inner));
+        names.iter().filter_map(|name| self.find(name)).collect()
+    }
+
+    /// The effects of a `register`, in the wire's order (A.1.4): the file, the value, the event, the attendants.
+    pub(super) async fn register(&self, registration: Registration) -> Result<(), RegisterError> {
+        self.replayed().await;
+        if self.stopping.is_cancelled() {
+            return Err(RegisterError::Stopping);
+        }
+        let mut registration = completed(registration)?;
+        let home = self.options.home.clone();
+        let written = self.on_disk(move || {
+            // Only the host's user gets here; what is taken in from disk keeps what was sealed then.
+            folder::seal(&mut registration);
+            file::write(&home, &registration).map(|set_aside| (registration, set_aside))
+        });
+        let (registration, set_aside) = written.await.map_err(RegisterError::Persist)?;
+        let registration = Arc::new(registration);
+        let name = &registration.container_name;
+        self.tell_set_aside(name, set_aside);
+        let was_known = self.store(&registration);
+        if !was_known {
+            self.options.journal.tell(&Event::Register { container_name: name.to_string() });
+        } else {
+            self.stop_attendants(name, StopReason::Replaced).await;
+        }
+        self.start_attendants(&registration).await;
+        Ok(())
+    }
+
+    /// Takes in a registration that is on disk.
+    pub(super) async fn take_in(&self, registration: Arc<Registration>) {
+        self.store(&registration);
+        let container_name = registration.container_name.to_string();
+        self.options.journal.tell(&Event::Register { container_name });
+        self.start_attendants(&registration).await;
+    }
+
+    pub(super) async fn deregister(&self, name: &ContainerName, reason: DropReason) {
+        self.replayed().await;
+        if reason == DropReason::Gone && self.is_back(name).await {
+            return;
+        }
+        let was_known = self.forget(name, StopReason::Deregistered).await;
+        if was_known {
+            let reason = reason.as_str().to_owned();
+            self.options.journal.tell(&Event::Deregister { container_name: name.to_string(), reason });
+        }
+    }
+
+    /// Forgets a container that was looked at often enough, unless it was registered anew since.
+    pub(super) fn drop_gone(self: &Arc<Self>, registration: Arc<Registration>) {
+        let (shared, name) = (Arc::clone(self), registration.container_name.clone());
+        // Nobody waits for it: a container whose teardown takes long does not keep others from being looked at.
+        drop(self.queues.enqueue(name.as_str(), async move {
+            if shared.is_current(&registration) {
+                let name = &registration.container_name;
+                shared.forget(name, StopReason::Deregistered).await;
+                let (container_name, reason) = (name.to_string(), DropReason::Gone.as_str().to_owned());
+                shared.options.journal.tell(&Event::Deregister { container_name, reason });
+            }
+        }));
+    }
+
+    pub(super) async fn fatal_auth(&self, name: &ContainerName, token: &Token, reason: &str) {
+        self.replayed().await;
+        let current = self.find(name.as_str());
+        let stored = current.as_ref().and_then(|current| current.broker_token.as_ref());
+        // A late report of an old token says nothing about the one that is registered now.
+        if stored.is_some_and(|stored| stored.matches(token.reveal())) {
+            self.forget(name, StopReason::FatalAuth).await;
+            self.skipped(name.as_str(), &format!("fatal broker auth: {reason}"));
+        }
+    }
+
+    pub(super) async fn patch_secrets(&self, name: &str, patch: &Value) -> Result<(), PatchError> {
+        self.replayed().await;
+        if self.stopping.is_cancelled() {
+            return Err(PatchError::Stopping);
+        }
+        let current = self.find(name).ok_or_else(|| PatchError::NotRegistered(name.to_owned()))?;
+        let folder = folder::sealed(&current).map_err(|error| PatchError::Storage(error.to_string()))?;
+        let config = folder.secrets.map_or_else(SecretsConfig::default, SecretsConfig::from);
+        let replaced = secrets::replace(&current.cwd, &config, patch);
+        // Waiting for a lock that somebody else holds ends with the daemon; the file is as it was then, or replaced.
+        match self.stopping.run_until_cancelled(replaced).await {
+            None => Err(PatchError::Stopping),
+            Some(replaced) => Ok(replaced?),
+        }
+    }
+
+    /// Removes a file whose registration is no more; what goes wrong is told.
+    pub(super) async fn remove_file(&self, name: &ContainerName) {
+        let removed = self.on_disk({
+            let (home, name) = (self.options.home.clone(), name.clone());
+            move || file::remove(&home, &name)
+        });
+        match removed.await {
+            Ok(set_aside) => self.tell_set_aside(name, set_aside),
+            // The next start finds it again, and looks whether there is still such a container.
+            Err(error) => self.notice(format!("the registration of {name} stays on disk: {error}")),
+        }
+    }
+
+    pub(super) fn skipped(&self, name: &str, reason: &str) {
+        let (container_name, reason) = (name.to_owned(), reason.to_owned());
+        self.options.journal.tell(&Event::RegistrationSkipped { container_name, reason });
+    }
+
+    pub(super) fn notice(&self, text: String) {
+        self.options.journal.tell(&Event::Notice { text });
+    }
+
+    /// Drains what runs beside the registrations.
+    pub(super) async fn drain_attendants(&self) {
+        for attendant in &self.options.attendants {
+            self.bounded(attendant.name(), "draining", attendant.drain()).await;
+        }
+    }
+
+    /// Whether a container that was reported gone is there, because it was registered anew since.
+    async fn is_back(&self, name: &ContainerName) -> bool {
+        let Some(current) = self.find(name.as_str()) else { return false };
+        let looked = self.options.liveness.probe(&current);
+        let looked = tokio::time::timeout(self.options.cleanup_timeout, looked).await;
+        looked.unwrap_or(Liveness::Unknown) == Liveness::Alive
+    }
+
+    /// Puts a registration in its place, which is that of its name if that is known; whether it was.
+    fn store(&self, registration: &Arc<Registration>) -> bool {
+        let mut was_known = false;
+        self.known.send_modify(|known| {
+            let entries = &mut Arc::make_mut(known).entries;
+            match entries.iter_mut().find(|entry| entry.container_name == registration.container_name) {
+                Some(entry) => {
+                    was_known = true;
+                    *entry = Arc::clone(registration);
+                }
+                None => entries.push(Arc::clone(registration)),
+            }
+        });
+        was_known
+    }
+
+    /// Takes a name out, ends what runs beside it and removes its file; whether it was known.
+    async fn forget(&self, name: &ContainerName, reason: StopReason) -> bool {
+        let was_known = self.known.send_if_modified(|known| {
+            if known.find(name.as_str()).is_none() {
+                return false;
+            }
+            Arc::make_mut(known).entries.retain(|entry| entry.container_name != *name);
+            true
+        });
+        if was_known {
+            self.stop_attendants(name, reason).await;
+        }
+        self.remove_file(name).await;
+        was_known
+    }
+
+    async fn start_attendants(&self, registration: &Arc<Registration>) {
+        for attendant in &self.options.attendants {
+            let started = attendant.start(Arc::clone(registration));
+            self.bounded(attendant.name(), "starting", started).await;
+        }
+    }
+
+    async fn stop_attendants(&self, name: &ContainerName, reason: StopReason) {
+        for attendant in &self.options.attendants {
+            self.bounded(attendant.name(), "stopping", attendant.stop(name, reason)).await;
+        }
+    }
+
+    /// Gives one step its time and no more (A.7.4): a step that hangs is abandoned, and costs no queue.
+    async fn bounded(&self, name: &str, what: &str, step: BoxFuture<'_, ()>) {
+        if tokio::time::timeout(self.options.cleanup_timeout, step).await.is_err() {
+            let limit = self.options.cleanup_timeout;
+            self.notice(format!("{what} {name} took longer than {limit:?} and was abandoned"));
+        }
+    }
+
+    /// Runs what waits for a disk beside the daemon's one thread.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, FileError> + Send + 'static,
+    ) -> Result<T, String> {
+        match tokio::task::spawn_blocking(work).await {
+            Ok(done) => done.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn tell_set_aside(&self, name: &ContainerName, set_aside: Option<String>) {
+        if let Some(aside) = set_aside {
+            self.notice(format!("{name}.json was no registration; it is kept as {aside}"));
+        }
+    }
+}
+
+/// A registration with what only its receiver can know: when its process began.
+fn completed(mut registration: Registration) -> Result<Registration, RegisterError> {
+    file::check_version(&registration).map_err(|why| RegisterError::Field("formatVersion", why))?;
+    if let Some(Way::Process { pid, started }) = &mut registration.way {
+        let wrong = |why| RegisterError::Field("way", why);
+        let found = processes::started(*pid)
+            .map_err(|why| wrong(format!("process {pid} cannot be looked at: {why}")))?
+            .ok_or_else(|| wrong(format!("there is no process {pid}")))?;
+        if started.as_ref().is_some_and(|meant| *meant != found) {
+            return Err(wrong(format!("process {pid} is not the one that began then")));
+        }
+        *started = Some(found);
+    }
+    Ok(registration)
+}

@@ -1,0 +1,112 @@
+//! Looking after registrations without being asked: taking in what is on disk when the daemon starts (wire specification,
+//! A.7.5), and forgetting containers that have gone (A.7.7).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::file::{self, Loaded, Unfit};
+use super::misses::Misses;
+use super::model::Registration;
+use super::shared::Shared;
+use crate::liveness::Liveness;
+
+/// How many containers are looked at side by side. Each look is a question to the Docker engine.
+const PROBES_MAX: usize = 8;
+/// How long one look may take; a longer one is unknown.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long after a miss that a hint led to the next look follows, at most: long enough for a container to be replaced.
+const HINT_SPACING: Duration = Duration::from_secs(2);
+
+/// Takes in what is on disk, by name, and then looks after all registrations until the daemon stops.
+pub(super) async fn run(shared: Arc<Shared>) {
+    {
+        let _settling = shared.settling();
+        shared.stopping.run_until_cancelled(replay(&shared)).await;
+    }
+    shared.stopping.run_until_cancelled(look_after(&shared)).await;
+}
+
+async fn replay(shared: &Arc<Shared>) {
+    let home = shared.options.home.clone();
+    let loaded = match tokio::task::spawn_blocking(move || file::load_all(&home)).await {
+        Ok(Ok(loaded)) => loaded,
+        Ok(Err(error)) => return shared.notice(format!("no registration was taken in: {error}")),
+        // The runtime ends.
+        Err(_) => return,
+    };
+    let whole: Vec<_> = loaded.into_iter().filter_map(|one| taken(shared, one)).collect();
+    let mut looked = probes(shared, whole);
+    while let Some((registration, liveness)) = looked.next().await {
+        match liveness {
+            Liveness::Gone => {
+                shared.remove_file(&registration.container_name).await;
+                shared.skipped(registration.container_name.as_str(), "container not running");
+            }
+            Liveness::Alive | Liveness::Unknown => shared.take_in(registration).await,
+        }
+    }
+}
+
+/// What a file holds; or why it holds nothing, which is told.
+fn taken(shared: &Shared, loaded: Loaded) -> Option<Arc<Registration>> {
+    match loaded.found {
+        Ok(registration) => Some(Arc::new(registration)),
+        Err(unfit) => {
+            shared.skipped(&loaded.stem, &unfit.to_string());
+            if let Unfit::Mismatch(detail) = unfit {
+                shared.notice(format!("{}.json is kept as it is: {detail}", loaded.stem));
+            }
+            None
+        }
+    }
+}
+
+/// Looks at containers, several side by side; the answers come in the order of the questions.
+fn probes(
+    shared: &Shared,
+    of: Vec<Arc<Registration>>,
+) -> impl futures_util::Stream<Item = (Arc<Registration>, Liveness)> + Unpin {
+    let probe = move |registration: Arc<Registration>| async move {
+        let looked = shared.options.liveness.probe(&registration);
+        let liveness = tokio::time::timeout(PROBE_TIMEOUT, looked).await.unwrap_or(Liveness::Unknown);
+        (registration, liveness)
+    };
+    Box::pin(stream::iter(of).map(probe).buffered(PROBES_MAX))
+}
+
+/// One look at a time: at everything once a turn, and sooner at those that a hint was about.
+async fn look_after(shared: &Arc<Shared>) {
+    let interval = shared.options.gc_interval.max(Duration::from_millis(1));
+    let mut turns = tokio::time::interval_at(Instant::now() + interval, interval);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut misses = Misses::new(shared.options.gc_misses, HINT_SPACING.min(interval));
+    loop {
+        let (of, soon) = tokio::select! {
+            _ = turns.tick() => (shared.known.borrow().entries.clone(), false),
+            () = shared.hinted.notified() => (shared.hints(), true),
+            now = next_look(&misses) => (misses.due(now), false),
+        };
+        misses.keep_only(&shared.known.borrow());
+        let mut looked = probes(shared, of);
+        while let Some((registration, liveness)) = looked.next().await {
+            if shared.is_current(&registration) && misses.seen(&registration, liveness, soon, Instant::now())
+            {
+                shared.drop_gone(registration);
+            }
+        }
+    }
+}
+
+/// Returns when a container has to be looked at ahead of its turn, and the time then.
+async fn next_look(misses: &Misses) -> Instant {
+    match misses.next_look() {
+        None => std::future::pending().await,
+        Some(at) => {
+            tokio::time::sleep_until(at).await;
+            at.max(Instant::now())
+        }
+    }
+}
