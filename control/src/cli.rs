@@ -2,11 +2,24 @@
 //! one line, a hint and an exit code.
 
 pub mod args;
+pub mod asking;
 pub mod attach;
+pub mod deregister;
 pub mod doctor;
+pub mod down;
+pub mod events;
 pub mod exit;
+pub mod logs;
+pub mod ls;
 pub mod output;
+pub mod register;
+pub mod restart;
 pub mod run;
+pub mod sentence;
+pub mod status;
+pub mod table;
+pub mod up;
+pub mod version;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -33,6 +46,16 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Run(args) => run::run(args),
         Verb::Attach(args) => attach::attach(args),
         Verb::Doctor(args) => doctor::doctor(&args),
+        Verb::Up(args) => up::up(&args),
+        Verb::Down(args) => down::down(&args),
+        Verb::Status(args) => status::status(&args),
+        Verb::Ls(args) => ls::ls(&args),
+        Verb::Register(args) => register::register(&args),
+        Verb::Deregister(args) => deregister::deregister(&args),
+        Verb::Restart(args) => restart::restart(&args),
+        Verb::Events(args) => events::events(&args),
+        Verb::Logs(args) => logs::logs(&args),
+        Verb::Version(args) => version::version(&args),
         Verb::Sandbox(args) => {
             sandbox::inside::main(&args.command);
             Ok(Exit::Failed)
@@ -74,7 +97,22 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     Exit::Usage.into()
 }
 
-const VERBS: [&str; 3] = ["run", "attach", "doctor"];
+const VERBS: [&str; 14] = [
+    "run",
+    "attach",
+    "doctor",
+    "up",
+    "down",
+    "status",
+    "ls",
+    "list",
+    "register",
+    "deregister",
+    "restart",
+    "events",
+    "logs",
+    "version",
+];
 
 /// Takes what matters out of clap's page: the first paragraph on one line, and its tip or the way to the help.
 fn usage(error: &clap::Error, verb: Option<&str>) -> Failure {
@@ -91,6 +129,9 @@ fn usage(error: &clap::Error, verb: Option<&str>) -> Failure {
             "neither --pid nor --netns is given",
             "say whose namespace, such as: landfall attach --pid 4242".to_owned(),
         ),
+        (Some(verb @ ("register" | "deregister" | "restart")), ErrorKind::MissingRequiredArgument, _) => {
+            ("no container is named", format!("say which, such as: landfall {verb} shop"))
+        }
         (Some("run"), ErrorKind::UnknownArgument, _) if !message.contains("'-") => {
             (message, "put -- before the command: landfall run -- npm run dev".to_owned())
         }

@@ -1,5 +1,7 @@
 //! The real binary: what people read (help, errors and hints, here), and in the modules what it does.
 
+#[path = "cli/asking.rs"]
+mod asking;
 #[path = "cli/forward.rs"]
 mod forward;
 #[path = "cli/run.rs"]
@@ -27,6 +29,11 @@ fn help_tells_the_verbs_and_the_exit_codes() {
     insta::assert_snapshot!("help_run", landfall(&["run", "--help"]));
     insta::assert_snapshot!("help_attach", landfall(&["attach", "--help"]));
     insta::assert_snapshot!("help_doctor", landfall(&["doctor", "--help"]));
+    for verb in
+        ["up", "down", "status", "ls", "register", "deregister", "restart", "events", "logs", "version"]
+    {
+        insta::assert_snapshot!(format!("help_{verb}"), landfall(&[verb, "--help"]));
+    }
 }
 
 #[test]

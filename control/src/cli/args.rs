@@ -1,10 +1,17 @@
 //! The arguments, and nothing but them. Help texts are the first documentation people meet.
 
+mod daemon;
+
 use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use daemon::{
+    DaemonArgs, DeregisterArgs, EventsArgs, LogsArgs, PlainArgs, RegisterArgs, RestartArgs, StatusArgs,
+    UpArgs, WayArgs,
+};
 
 use crate::policy::{Policy, PortList};
 
@@ -23,8 +30,10 @@ Exit codes:
   0        done as asked; the exit code of the command after `run`
   1        `doctor`: forwarding does not work here
   2        the command line makes no sense
-  3        `attach`: no such process or namespace
-  4        `attach`: not permitted
+  3        no such container, process or namespace
+  4        not permitted
+  5        no daemon runs, or none could be started or reached
+  6        the daemon refused, or what it was asked for failed
   125      landfall itself failed
   126/127  `run`: the command cannot be executed / does not exist
   128+N    `run`: the command was ended by signal N";
@@ -36,6 +45,16 @@ command ends, so does what it left running in its network: nobody could reach th
 
 Example: landfall run -- npm run dev";
 
+const UP_NOTES: &str = "\
+The daemon keeps what it keeps in $LANDFALL_HOME, else $TYPECLAW_HOME, else ~/.landfall: its socket in run/,
+its registrations in run/registrations/, its log in log/. There is one daemon for each of them.";
+
+const REGISTER_NOTES: &str = "\
+Tokens are taken from files or from the environment, never from the command line, which everybody on
+the machine can read.
+
+Example: landfall register shop --docker --allow 3000,5173";
+
 /// The verbs. Those that begin with `_` are how landfall starts parts of itself.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
@@ -46,6 +65,29 @@ pub enum Verb {
     Attach(AttachArgs),
     /// Tell what this machine allows, and whether forwarding works
     Doctor(DoctorArgs),
+    /// Start the daemon, or replace one of another build; it remembers containers and forwards them
+    #[command(after_help = UP_NOTES)]
+    Up(UpArgs),
+    /// Stop the daemon and its relay engine; what is registered is remembered
+    Down(PlainArgs),
+    /// Tell how the daemon is, or one container
+    Status(StatusArgs),
+    /// List what is registered and what is forwarded
+    #[command(visible_alias = "list")]
+    Ls(PlainArgs),
+    /// Have the daemon remember a container and forward what listens in it
+    #[command(after_help = REGISTER_NOTES)]
+    Register(RegisterArgs),
+    /// Have the daemon forget a container
+    Deregister(DeregisterArgs),
+    /// Have the daemon stop and start a container
+    Restart(RestartArgs),
+    /// Tell what happens in the daemon, as it happens
+    Events(EventsArgs),
+    /// Tell what has happened in the daemon
+    Logs(LogsArgs),
+    /// Tell which build this is, and which one the daemon is
+    Version(PlainArgs),
     /// The inner process of a sandbox
     #[command(name = "_sandbox", hide = true)]
     Sandbox(InnerArgs),
@@ -67,6 +109,14 @@ impl Verb {
             Verb::Run(args) => args.common.json,
             Verb::Attach(args) => args.common.json,
             Verb::Doctor(args) => args.json,
+            Verb::Up(args) => args.json,
+            Verb::Down(args) | Verb::Ls(args) | Verb::Version(args) => args.json,
+            Verb::Status(args) => args.json,
+            Verb::Register(args) => args.json,
+            Verb::Deregister(args) => args.json,
+            Verb::Restart(args) => args.json,
+            Verb::Events(args) => args.json,
+            Verb::Logs(args) => args.json,
             Verb::Sandbox(_) | Verb::Engine(_) | Verb::Opener | Verb::Tied(_) => false,
         }
     }
@@ -87,6 +137,9 @@ pub struct Common {
     /// How bytes are moved
     #[arg(long, value_enum, default_value_t = Ring::Auto)]
     pub ring: Ring,
+    /// Forward by an engine of its own, even where a daemon runs; so does a --ring
+    #[arg(long)]
+    pub no_daemon: bool,
     /// Tell what happens as JSON, one object a line
     #[arg(long)]
     pub json: bool,

@@ -11,10 +11,14 @@ pub enum Exit {
     Unfit,
     /// 2: the command line makes no sense.
     Usage,
-    /// 3: no such process or namespace.
+    /// 3: no such container, process or namespace.
     Missing,
     /// 4: not permitted.
     Denied,
+    /// 5: no daemon runs, or none could be started or reached.
+    NoDaemon,
+    /// 6: the daemon refused, or what it was asked for failed.
+    Refused,
     /// 125: landfall itself failed. This and the next two are as `env`, `timeout` and `docker run` have them.
     Failed,
     /// 126: the command exists and cannot be executed.
@@ -36,6 +40,8 @@ impl Exit {
             Exit::Usage => 2,
             Exit::Missing => 3,
             Exit::Denied => 4,
+            Exit::NoDaemon => 5,
+            Exit::Refused => 6,
             Exit::Failed => 125,
             Exit::NotExecutable => 126,
             Exit::NotFound => 127,

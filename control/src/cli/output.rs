@@ -110,9 +110,31 @@ impl Talk {
         }
     }
 
+    /// Tells a text under a word.
+    pub fn line(&self, word: &str, colour: Colour, text: &str) {
+        self.print(&self.worded(word, colour, text));
+    }
+
+    /// A text behind its word of eight columns.
+    pub fn worded(&self, word: &str, colour: Colour, text: &str) -> String {
+        format!("{} {}", self.paint(&format!("{word:8}"), colour), escape(text))
+    }
+
     /// Prints text that is ready as it is.
     pub fn plain(&self, text: &str) {
         self.print(text);
+    }
+
+    /// The same, for one who goes on only as long as somebody reads.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn try_plain(&self, text: &str) -> io::Result<()> {
+        let line = format!("{text}\n");
+        match self.stream {
+            Stream::Stdout => io::stdout().write_all(line.as_bytes()).and_then(|()| io::stdout().flush()),
+            Stream::Stderr => io::stderr().write_all(line.as_bytes()),
+        }
     }
 
     /// Colours a word, where there are colours.
@@ -164,11 +186,7 @@ impl Talk {
 
     /// Nothing is left to be done about a terminal that is gone; the command goes on.
     fn print(&self, text: &str) {
-        let line = format!("{text}\n");
-        let _ = match self.stream {
-            Stream::Stdout => io::stdout().write_all(line.as_bytes()).and_then(|()| io::stdout().flush()),
-            Stream::Stderr => io::stderr().write_all(line.as_bytes()),
-        };
+        let _ = self.try_plain(text);
     }
 }
 

@@ -199,11 +199,14 @@ fn a_daemon_that_is_about_to_end_is_waited_for() {
     assert!(!waiting.join().unwrap().unwrap().spawned);
 }
 
-/// A program that ignores its arguments, or not.
+/// A program. Another process writes it: while a file is open for writing here, it would be in every program that
+/// another test starts just then, and could not be executed (ETXTBSY).
 fn script(case: &Case, text: &str) -> PathBuf {
-    use std::os::unix::fs::PermissionsExt;
     let path = case.wanted.home.root().join("program");
-    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut install = Command::new("install");
+    install.args(["-m", "755", "/dev/stdin"]).arg(&path).stdin(Stdio::piped());
+    let mut install = install.spawn().unwrap();
+    write!(install.stdin.take().unwrap(), "#!/bin/sh\n{text}\n").unwrap();
+    assert!(install.wait().unwrap().success());
     path
 }

@@ -50,7 +50,11 @@ impl Nobody {
         let directory = tempfile::Builder::new().prefix("landfall-nobody").tempdir().unwrap();
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let nobody = Nobody { directory };
-        std::fs::copy(env!("CARGO_BIN_EXE_landfall"), nobody.path()).unwrap();
+        // By another process: a file that this one had open for writing while another test starts a program would be
+        // open for writing in that program, too, and could not be executed (ETXTBSY).
+        let copied =
+            Command::new("cp").arg(env!("CARGO_BIN_EXE_landfall")).arg(nobody.path()).status().unwrap();
+        assert!(copied.success());
         std::fs::set_permissions(nobody.path(), PermissionsExt::from_mode(0o755)).unwrap();
         Some(nobody)
     }

@@ -1,0 +1,191 @@
+//! The arguments of the verbs that are about the daemon.
+
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::num::{NonZeroU16, NonZeroU32};
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::policy::{Policy, PortForward, PortList};
+use crate::registration::model::ContainerName;
+
+/// What `up` passes on to the daemon that it starts.
+#[derive(Clone, Debug, Default, Args)]
+pub struct DaemonArgs {
+    /// Where containers reach the daemon by HTTP; 0 takes any free port [default: 8974]
+    #[arg(long, value_name = "PORT")]
+    pub http_port: Option<u16>,
+    /// Address to listen on for them beside 127.0.0.1; may be repeated [default: Docker's bridge]
+    #[arg(long, value_name = "ADDRESS")]
+    pub http_bind: Vec<IpAddr>,
+    /// Restart no container, whoever asks
+    #[arg(long)]
+    pub no_restart: bool,
+}
+
+impl DaemonArgs {
+    /// The same as words of a command line.
+    pub fn words(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(port) = self.http_port {
+            words.extend(["--http-port".into(), port.to_string().into()]);
+        }
+        for address in &self.http_bind {
+            words.extend(["--http-bind".into(), address.to_string().into()]);
+        }
+        if self.no_restart {
+            words.push("--no-restart".into());
+        }
+        words
+    }
+}
+
+/// `landfall up`
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// What the daemon takes, too.
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+    /// Become the daemon instead of starting it, for a supervisor such as systemd
+    #[arg(long)]
+    pub foreground: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A verb that takes nothing but `--json`.
+#[derive(Debug, Args)]
+pub struct PlainArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall status`
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// One container, in detail
+    pub name: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall register`
+#[derive(Debug, Args)]
+pub struct RegisterArgs {
+    /// What the container is called; where Docker runs it, its name there
+    #[arg(value_parser = container_name)]
+    pub name: ContainerName,
+    /// Its folder on the host [default: this one]
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<PathBuf>,
+    /// How it is reached.
+    #[command(flatten)]
+    pub way: WayArgs,
+    /// Forward only these ports: 3000,8000-8100 or 80,* (below 1024 only what is named)
+    #[arg(long, value_name = "PORTS")]
+    pub allow: Option<PortList>,
+    /// Never forward these ports
+    #[arg(long, value_name = "PORTS")]
+    pub deny: Option<PortList>,
+    /// Host port on which Docker publishes its port 8973
+    #[arg(long, value_name = "PORT")]
+    pub ws_host_port: Option<NonZeroU16>,
+    /// File with the token by which it may ask to be restarted, or LANDFALL_RESTART_TOKEN
+    #[arg(long, value_name = "FILE")]
+    pub restart_token_file: Option<PathBuf>,
+    /// File with the token that the daemon presents to it, or LANDFALL_BROKER_TOKEN
+    #[arg(long, value_name = "FILE")]
+    pub broker_token_file: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl RegisterArgs {
+    /// The port policy, where one was asked for.
+    pub fn policy(&self) -> Option<PortForward> {
+        (self.allow.is_some() || self.deny.is_some()).then(|| {
+            let deny = self.deny.clone().unwrap_or_default();
+            PortForward::from(&Policy { allow: self.allow.clone(), deny })
+        })
+    }
+}
+
+/// At most one way into the container.
+#[derive(Debug, Args)]
+#[group(required = false, multiple = false)]
+pub struct WayArgs {
+    /// By a process that is in it; the registration ends with that process
+    #[arg(long, value_parser = super::parse_pid)]
+    pub pid: Option<NonZeroU32>,
+    /// By a file that stands for its network namespace, such as /run/netns/NAME
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
+    /// By Docker, which knows a container of this name
+    #[arg(long)]
+    pub docker: bool,
+}
+
+/// `landfall deregister`
+#[derive(Debug, Args)]
+pub struct DeregisterArgs {
+    /// Which container
+    pub name: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall restart`
+#[derive(Debug, Args)]
+pub struct RestartArgs {
+    /// Which container
+    pub name: String,
+    /// Build its image anew first
+    #[arg(long)]
+    pub build: bool,
+    /// Do not wait for what comes of it
+    #[arg(long)]
+    pub no_wait: bool,
+    /// How long to wait for that, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, conflicts_with = "no_wait")]
+    pub wait: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall events`
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// Only what happens to this one
+    #[arg(long, value_name = "NAME")]
+    pub container: Option<String>,
+    /// Print each as it comes, one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall logs`
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Go on with what is written from now on
+    #[arg(short, long)]
+    pub follow: bool,
+    /// How many lines of what is there
+    #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 50)]
+    pub lines: usize,
+    /// Print the lines as they are, one JSON object each
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn container_name(text: &str) -> Result<ContainerName, String> {
+    ContainerName::new(text).map_err(|_| {
+        "a name starts with a letter or digit and consists of at most 200 letters, digits, '_', '.' and '-'".to_owned()
+    })
+}

@@ -1,0 +1,158 @@
+//! What the verbs that ask the daemon share: where it is, what it says about itself, and what people are told when it
+//! does not.
+
+use std::ffi::OsString;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::exit::{Exit, Failure, chain};
+use crate::paths::{Home, HomeError};
+use crate::reconcile::table::{ContainerState, EngineFacts};
+use crate::rpc::client::{CallError, Client};
+use crate::rpc::ensure::{self, EnsureError, Ensured, Wanted};
+
+/// What `describe` answers. A daemon may leave out what it does not know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Description {
+    /// Its build.
+    pub version: String,
+    /// Its process.
+    #[serde(default)]
+    pub pid: Option<u32>,
+    /// Its home.
+    #[serde(default)]
+    pub home: Option<String>,
+    /// Where its HTTP endpoint listens.
+    #[serde(default)]
+    pub http_port: Option<u16>,
+    /// Whether the registrations of the last daemon are back.
+    #[serde(default)]
+    pub replayed: bool,
+    /// The engine that it drives.
+    #[serde(default)]
+    pub engine: Option<EngineFacts>,
+    /// Every registration, in the order in which they came.
+    #[serde(default)]
+    pub containers: Vec<Container>,
+}
+
+/// One registered container.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Container {
+    /// Its folder.
+    #[serde(default)]
+    pub cwd: String,
+    /// How far it is reached, and its ports.
+    #[serde(flatten)]
+    pub state: ContainerState,
+}
+
+/// The home that the environment names.
+pub fn home() -> Result<Home, Failure> {
+    Home::from_environment().map_err(|error| no_home(&error))
+}
+
+/// A client of that home's daemon, whether it runs or not.
+pub fn client() -> Result<Client, Failure> {
+    Ok(Client::new(home()?.socket()))
+}
+
+/// A client of that home's daemon, which is started if none runs.
+pub fn client_of_running() -> Result<Client, Failure> {
+    let home = home()?;
+    let client = Client::new(home.socket());
+    ensured(home, Vec::new())?;
+    Ok(client)
+}
+
+/// Sees to it that a daemon runs.
+pub fn ensured(home: Home, arguments: Vec<OsString>) -> Result<Ensured, Failure> {
+    let wanted = Wanted::own(home, arguments);
+    ensure::ensure(&wanted).map_err(|error| not_ensured(&error, &wanted.home))
+}
+
+/// What the daemon says about itself; none if it is one that does not know how to.
+pub fn describe(client: &Client) -> Result<Option<Description>, Failure> {
+    match client.ask("describe") {
+        Ok(answer) => read_description(answer).map(Some),
+        // The reference answers something that is no answer; others say that they do not know the kind.
+        Err(CallError::Refused(_) | CallError::Invalid) => Ok(None),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+/// The same, where without it there is nothing to tell.
+pub fn described(client: &Client) -> Result<Description, Failure> {
+    describe(client)?.ok_or_else(|| {
+        Failure::new(Exit::Refused, "the daemon that runs is another program, and does not tell this")
+            .hint("landfall status tells what it does tell; landfall up puts ours in its place")
+    })
+}
+
+fn read_description(answer: Value) -> Result<Description, Failure> {
+    serde_json::from_value(answer).map_err(|error| {
+        Failure::new(Exit::Failed, format!("the daemon describes itself in words of another build: {error}"))
+            .hint("landfall up puts this build in its place")
+    })
+}
+
+/// What people are told when the daemon was asked and did not do it.
+pub fn failed(error: &CallError) -> Failure {
+    let text = chain(error);
+    match error {
+        _ if error.is_absent() => {
+            Failure::new(Exit::NoDaemon, "no daemon runs").hint("landfall up starts one")
+        }
+        CallError::Connect(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
+            Failure::new(Exit::Denied, format!("cannot reach the daemon: {text}"))
+                .hint("its home belongs to another user; LANDFALL_HOME names another one")
+        }
+        CallError::Stranger(_) => Failure::new(Exit::Denied, text)
+            .hint("nothing was told to it; see who made the home's run directory"),
+        CallError::Connect(_) => Failure::new(Exit::NoDaemon, format!("cannot reach the daemon: {text}")),
+        CallError::Timeout(_) | CallError::Broken(_) | CallError::Ended => {
+            Failure::new(Exit::NoDaemon, text).hint("landfall logs tells what the daemon last did")
+        }
+        CallError::Invalid => {
+            Failure::new(Exit::Failed, text).hint("landfall up puts this build in its place")
+        }
+        CallError::Refused(reason) if reason.starts_with("not registered: ") => {
+            Failure::new(Exit::Missing, text).hint("landfall ls shows what is registered")
+        }
+        CallError::Refused(_) => Failure::new(Exit::Refused, text),
+    }
+}
+
+/// The failure of a name that nothing is registered under.
+pub fn not_registered(name: &str) -> Failure {
+    failed(&CallError::Refused(format!("not registered: {name}")))
+}
+
+fn not_ensured(error: &EnsureError, home: &Home) -> Failure {
+    let failure = |exit| Failure::new(exit, chain(error));
+    match error {
+        EnsureError::Home(error) => no_home(error),
+        EnsureError::NotYet => failure(Exit::NoDaemon).hint(format!(
+            "try again in a moment; if the process in {} is not landfall, remove that file",
+            home.pid_file().display()
+        )),
+        EnsureError::Exited => failure(Exit::NoDaemon)
+            .hint(format!("the end of {} says why: landfall logs", home.daemon_log().display())),
+        EnsureError::Drifted => failure(Exit::NoDaemon)
+            .hint("a daemon of another build is still ending; try again when landfall status finds none"),
+        EnsureError::Busy(_) => failure(Exit::NoDaemon).hint("try again in a moment"),
+        EnsureError::Log(_) | EnsureError::Lock(_) | EnsureError::PidFile(_) => failure(Exit::NoDaemon)
+            .hint(format!("{} must be writable; LANDFALL_HOME names another one", home.root().display())),
+        EnsureError::Spawn(_) | EnsureError::NoHttpPort => failure(Exit::NoDaemon),
+    }
+}
+
+fn no_home(error: &HomeError) -> Failure {
+    Failure::new(Exit::NoDaemon, chain(error)).hint(match error {
+        HomeError::Unknown | HomeError::Relative(_) => "set LANDFALL_HOME to an absolute path",
+        HomeError::TooLong(_) => "set LANDFALL_HOME to a shorter path",
+        HomeError::Directory { .. } => "LANDFALL_HOME names another place",
+    })
+}

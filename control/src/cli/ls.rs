@@ -1,0 +1,122 @@
+//! `landfall ls`: what is registered and what is forwarded, in one table.
+
+use serde_json::json;
+
+use super::args::PlainArgs;
+use super::asking::{self, Container};
+use super::exit::{Exit, Failure};
+use super::output::{Report, Talk};
+use super::table::{NOTHING, bytes, table};
+use crate::reconcile::table::{ForwardRow, Reached, RowState};
+
+const HEADING: [&str; 8] = ["NAME", "STATE", "PORT", "HOST", "PROCESS", "CONNS", "BYTES", "WHY"];
+
+/// Lists.
+pub fn ls(args: &PlainArgs) -> Result<Exit, Failure> {
+    let client = asking::client()?;
+    let description = asking::described(&client)?;
+    let talk = Talk::to_stdout(args.json);
+    if args.json {
+        let told = json!({ "engine": description.engine, "containers": description.containers });
+        talk.plain(&told.to_string());
+        return Ok(Exit::Ok);
+    }
+    if description.containers.is_empty() {
+        let hint = "landfall run, attach and register bring something here".to_owned();
+        let text = if description.replayed {
+            "nothing is registered"
+        } else {
+            "the registrations of the last daemon are on their way back"
+        };
+        talk.report(&Report::Note { text: text.to_owned(), hint: Some(hint) });
+    } else {
+        talk.plain(&listing(&description.containers));
+    }
+    Ok(Exit::Ok)
+}
+
+/// One row a port; a container without ports has one for itself.
+fn listing(containers: &[Container]) -> String {
+    let mut rows = Vec::new();
+    for Container { state, .. } in containers {
+        let name = &state.container_name;
+        if state.forwards.is_empty() || state.state == Reached::Unreachable {
+            let [none1, none2, none3, none4, none5] = [NOTHING; 5].map(str::to_owned);
+            let why = state.reason.clone().unwrap_or_default();
+            rows.push([
+                name.clone(),
+                reached(state.state).to_owned(),
+                none1,
+                none2,
+                none3,
+                none4,
+                none5,
+                why,
+            ]);
+        }
+        for forward in &state.forwards {
+            let [port, word, host, process, connections, bytes, why] = cells(forward);
+            rows.push([name.clone(), word, port, host, process, connections, bytes, why]);
+        }
+    }
+    without_empty_end(&table(HEADING, &rows), &rows.iter().map(|row| row[7].as_str()).collect::<Vec<_>>())
+}
+
+/// The ports of one container, for `status`.
+pub(super) fn forwards(forwards: &[ForwardRow]) -> String {
+    let rows: Vec<_> = forwards.iter().map(cells).collect();
+    let text = table(["PORT", "STATE", "HOST", "PROCESS", "CONNS", "BYTES", "WHY"], &rows);
+    without_empty_end(&text, &rows.iter().map(|row| row[6].as_str()).collect::<Vec<_>>())
+}
+
+/// A last column in which nothing stands needs no heading.
+fn without_empty_end(text: &str, last: &[&str]) -> String {
+    match text.split_once("  WHY") {
+        Some((heading, rest)) if last.iter().all(|cell| cell.is_empty()) => {
+            format!("{}{rest}", heading.trim_end())
+        }
+        _ => text.to_owned(),
+    }
+}
+
+fn cells(row: &ForwardRow) -> [String; 7] {
+    let open = matches!(row.state, RowState::Open | RowState::Closing);
+    let only = |text: String| if open { text } else { NOTHING.to_owned() };
+    let process = match (&row.process, row.pid) {
+        (Some(process), Some(pid)) => format!("{process}, pid {pid}"),
+        (Some(process), None) => process.clone(),
+        (None, _) => NOTHING.to_owned(),
+    };
+    [
+        row.port.to_string(),
+        word(row.state).to_owned(),
+        only(format!("localhost:{}", row.host_port)),
+        process,
+        only(row.connections.to_string()),
+        only(bytes(row.bytes_up.saturating_add(row.bytes_down))),
+        row.reason.clone().unwrap_or_default(),
+    ]
+}
+
+pub(super) fn reached(state: Reached) -> &'static str {
+    match state {
+        Reached::Waiting => "waiting",
+        Reached::Reached => "reached",
+        Reached::Unreachable => "unreachable",
+        Reached::Off => "off",
+    }
+}
+
+fn word(state: RowState) -> &'static str {
+    match state {
+        RowState::Opening => "opening",
+        RowState::Open => "open",
+        RowState::Closing => "closing",
+        RowState::Failed => "failed",
+        RowState::Denied => "denied",
+    }
+}
+
+#[cfg(test)]
+#[path = "ls_tests.rs"]
+mod tests;

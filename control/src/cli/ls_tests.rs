@@ -1,0 +1,38 @@
+use super::*;
+
+/// Every state that a container and a port can be in.
+fn containers() -> Vec<Container> {
+    let told = json!([
+        { "containerName": "shop", "cwd": "/w/shop", "way": "process 42", "state": "reached", "forwards": [
+            { "port": 3000, "hostPort": 3000, "state": "open", "process": "node", "pid": 77, "connections": 2,
+              "accepted": 9, "bytesUp": 1000, "bytesDown": 1_500_000 },
+            { "port": 5432, "hostPort": 5432, "state": "failed", "reason": "EADDRINUSE: coder has it",
+              "process": "no\u{1b}]0;de", "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },
+            { "port": 22, "hostPort": 22, "state": "denied", "reason": "it is below 1024 and not named",
+              "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },
+        ] },
+        { "containerName": "coder", "cwd": "/w/coder", "way": "docker", "state": "waiting", "forwards": [] },
+        { "containerName": "db", "cwd": "/w/db", "way": "docker", "state": "unreachable",
+          "reason": "not permitted to enter it", "forwards": [] },
+        { "containerName": "old", "cwd": "/w/old", "state": "off", "forwards": [] },
+    ]);
+    serde_json::from_value(told).unwrap()
+}
+
+#[test]
+fn every_container_and_every_port_has_a_row() {
+    insta::assert_snapshot!(listing(&containers()));
+}
+
+#[test]
+fn a_column_in_which_nothing_stands_is_left_out() {
+    let mut containers = containers();
+    containers.truncate(2);
+    containers[0].state.forwards.truncate(1);
+    insta::assert_snapshot!(listing(&containers));
+}
+
+#[test]
+fn a_process_cannot_write_to_the_terminal_by_its_name() {
+    assert!(!listing(&containers()).replace('\n', "").contains(char::is_control));
+}

@@ -1,0 +1,104 @@
+//! `landfall register`: the daemon remembers a container, and forwards what listens in it.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::args::{RegisterArgs, WayArgs};
+use super::asking;
+use super::exit::{Exit, Failure, chain};
+use super::output::{Colour, Talk};
+use crate::processes;
+use crate::registration::model::{Token, Way};
+use crate::rpc::client::PATIENT_BUDGET;
+
+/// The longest token that is read from a file, in bytes; the ones in use have 43.
+const TOKEN_BYTES_MAX: u64 = 4096;
+
+/// Registers.
+pub fn register(args: &RegisterArgs) -> Result<Exit, Failure> {
+    let request = request(args)?;
+    let client = asking::client_of_running()?;
+    client.within(PATIENT_BUDGET).call(&request).map_err(|error| asking::failed(&error))?;
+    let talk = Talk::to_stdout(args.json);
+    if args.json {
+        talk.plain(&json!({ "registered": args.name }).to_string());
+    } else {
+        talk.line("register", Colour::Green, &format!("{} is registered", args.name));
+    }
+    Ok(Exit::Ok)
+}
+
+fn request(args: &RegisterArgs) -> Result<Value, Failure> {
+    let cwd = args.cwd.clone().unwrap_or_else(|| PathBuf::from("."));
+    let cwd = std::path::absolute(&cwd).and_then(|path| path.canonicalize()).map_err(|error| {
+        Failure::new(Exit::Usage, format!("the folder {} cannot be used: {}", cwd.display(), chain(&error)))
+            .hint("give the container's folder on the host with --cwd")
+    })?;
+    let restart = token(args.restart_token_file.as_deref(), "LANDFALL_RESTART_TOKEN")?;
+    let broker = token(args.broker_token_file.as_deref(), "LANDFALL_BROKER_TOKEN")?;
+    let cwd = cwd.to_str().ok_or_else(|| {
+        Failure::new(Exit::Usage, format!("the path {} is not UTF-8", cwd.display()))
+            .hint("the daemon takes paths as JSON, which knows no other text")
+    })?;
+    let mut request = Map::new();
+    request.insert("kind".to_owned(), "register".into());
+    request.insert("containerName".to_owned(), args.name.as_str().into());
+    request.insert("cwd".to_owned(), cwd.into());
+    let mut add = |name: &str, value: Option<Value>| {
+        request.extend(value.map(|value| (name.to_owned(), value)));
+    };
+    add("restartToken", restart.map(|token| token.reveal().into()));
+    add("brokerToken", broker.map(|token| token.reveal().into()));
+    add("wsHostPort", args.ws_host_port.map(|port| port.get().into()));
+    add("portForward", args.policy().and_then(|policy| serde_json::to_value(policy).ok()));
+    add("way", way(&args.way)?.and_then(|way| serde_json::to_value(way).ok()));
+    Ok(Value::Object(request))
+}
+
+fn way(args: &WayArgs) -> Result<Option<Way>, Failure> {
+    if let Some(pid) = args.pid {
+        return process(pid).map(Some);
+    }
+    if let Some(path) = &args.netns {
+        let path =
+            std::path::absolute(path).and_then(|path| path.metadata().map(|_| path)).map_err(|error| {
+                Failure::new(Exit::Missing, format!("{} cannot be used: {}", path.display(), chain(&error)))
+                    .hint("`ip netns list` shows namespaces by name; their files are in /run/netns")
+            })?;
+        return Ok(Some(Way::Netns { path }));
+    }
+    Ok(args.docker.then_some(Way::Docker))
+}
+
+/// The way by a process that runs now, and no later one of the same number.
+pub(super) fn process(pid: std::num::NonZeroU32) -> Result<Way, Failure> {
+    let missing = || {
+        Failure::new(Exit::Missing, format!("process {pid} does not exist"))
+            .hint("give the id of a process that runs, as ps shows it")
+    };
+    let started = processes::started(pid)
+        .map_err(|why| Failure::new(Exit::Failed, format!("cannot look at process {pid}: {why}")))?;
+    started.map(|started| Way::Process { pid, started: Some(started) }).ok_or_else(missing)
+}
+
+/// A token from a file, else from the environment. Nothing is told of what it is.
+fn token(file: Option<&Path>, variable: &str) -> Result<Option<Token>, Failure> {
+    let Some(path) = file else {
+        return Ok(std::env::var(variable).ok().and_then(|text| Token::new(text.trim())));
+    };
+    let unusable = |why: &str| {
+        Failure::new(Exit::Usage, format!("the token file {} cannot be used: {why}", path.display()))
+            .hint("it holds the token on one line, and nothing else")
+    };
+    let length = path.metadata().map_err(|error| unusable(&chain(&error)))?.len();
+    if length > TOKEN_BYTES_MAX {
+        return Err(unusable(&format!("it is longer than {TOKEN_BYTES_MAX} bytes")));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| unusable(&chain(&error)))?;
+    let text = text.trim();
+    if text.contains(char::is_whitespace) {
+        return Err(unusable("it holds more than one word"));
+    }
+    Token::new(text).map(Some).ok_or_else(|| unusable("it is empty"))
+}

@@ -1,0 +1,119 @@
+//! `landfall up`: one daemon of this build runs when it returns.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use serde_json::json;
+
+use super::args::UpArgs;
+use super::asking::{self, Description};
+use super::exit::{Exit, Failure, chain};
+use super::output::{Colour, Report, Talk};
+use crate::reconcile::table::EngineFacts;
+use crate::rpc::client::Client;
+use crate::rpc::ensure::{Ensured, Wanted};
+use crate::version;
+
+/// Starts the daemon, or finds it, or puts this build in the place of another one.
+pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
+    let home = asking::home()?;
+    let client = Client::new(home.socket());
+    if args.foreground {
+        return become_daemon(args, &client);
+    }
+    let ensured = asking::ensured(home, args.daemon.words())?;
+    let description = asking::describe(&client)?;
+    let talk = Talk::to_stdout(args.json);
+    if args.json {
+        talk.plain(&to_json(&ensured, description.as_ref()).to_string());
+    } else {
+        to_text(talk, &ensured, description.as_ref());
+    }
+    warn_of_what_was_ignored(args, &ensured);
+    Ok(Exit::Ok)
+}
+
+fn become_daemon(args: &UpArgs, client: &Client) -> Result<Exit, Failure> {
+    if client.is_reachable() {
+        return Err(Failure::new(Exit::Refused, "a daemon runs already").hint("landfall down stops it"));
+    }
+    let wanted = Wanted::own(asking::home()?, args.daemon.words());
+    let mut command = Command::new(&wanted.program);
+    let error = command.arg0("landfall").arg("_hostd").args(&wanted.arguments).exec();
+    Err(Failure::new(Exit::Failed, format!("cannot become the daemon: {}", chain(&error))))
+}
+
+/// What came of it, in one word.
+fn outcome(ensured: &Ensured) -> &'static str {
+    match (ensured.spawned, ensured.respawned) {
+        (_, true) => "upgraded",
+        (true, false) => "started",
+        (false, false) => "reused",
+    }
+}
+
+fn pid(ensured: &Ensured, description: Option<&Description>) -> Option<u32> {
+    description.and_then(|description| description.pid).or(ensured.pid)
+}
+
+fn to_json(ensured: &Ensured, description: Option<&Description>) -> serde_json::Value {
+    json!({
+        "outcome": outcome(ensured),
+        "pid": pid(ensured, description),
+        "httpPort": ensured.http_port,
+        "version": description.map_or_else(version::current, |description| description.version.clone()),
+        "engine": description.and_then(|description| description.engine.as_ref()),
+    })
+}
+
+fn to_text(talk: Talk, ensured: &Ensured, description: Option<&Description>) {
+    let how = match outcome(ensured) {
+        "started" => "started",
+        "upgraded" => "takes the place of another build",
+        _ => "was running already",
+    };
+    let pid = pid(ensured, description).map(|pid| format!("pid {pid}, ")).unwrap_or_default();
+    talk.line("daemon", Colour::Green, &format!("{how} ({pid}HTTP port {})", ensured.http_port));
+    let engine = description.and_then(|description| description.engine.as_ref());
+    talk.line("engine", Colour::Green, &engine_in_words(engine));
+}
+
+/// The engine on one line.
+pub(super) fn engine_in_words(engine: Option<&EngineFacts>) -> String {
+    let Some(engine) = engine else { return "starts with the first container that is forwarded".to_owned() };
+    let mut words = engine.ring.clone();
+    if let Some(reason) = &engine.reason {
+        words.push_str(&format!(", since {reason}"));
+    }
+    if let Some(pid) = engine.pid {
+        words.push_str(&format!(" (pid {pid})"));
+    }
+    if engine.draining > 0 {
+        words.push_str(&format!("; of an earlier build, finishing their connections: {}", engine.draining));
+    }
+    words
+}
+
+/// A daemon that runs already keeps the options that it was started with.
+fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured) {
+    let talk = Talk::to_stderr(args.json);
+    let given = args.daemon.words();
+    if !ensured.spawned && !given.is_empty() {
+        let words: Vec<_> = given.iter().map(|word| word.to_string_lossy()).collect();
+        let text = format!("the daemon that runs keeps its own options; {} was not applied", words.join(" "));
+        let hint = Some("landfall down, and up again with them".to_owned());
+        talk.report(&Report::Warning { text, hint });
+    }
+    let wanted = args.daemon.http_port.unwrap_or(DEFAULT_HTTP_PORT);
+    if ensured.spawned && wanted != 0 && wanted != ensured.http_port.get() {
+        let text =
+            format!("port {wanted} is in use; containers reach the daemon at {} now", ensured.http_port);
+        let hint = Some(
+            "those that were started before find it there no more; free the port, and up again".to_owned(),
+        );
+        talk.report(&Report::Warning { text, hint });
+    }
+}
+
+/// Where containers expect the daemon (wire specification, A.2).
+const DEFAULT_HTTP_PORT: u16 = 8974;
