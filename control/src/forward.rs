@@ -236,9 +236,9 @@ pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let socket = CommandSocket::bind(path)?;
     // While there is one thread: those that the engine starts have no more than this one.
     process::shed_privileges()?;
-    let (handle, events) = engine::engine(Ring::Auto)?.into_parts();
-    // Each driver is told this first; taken off here, so that the first of them is not told twice.
-    let ready = events.recv()?;
+    let engine = engine::engine(Ring::Auto)?;
+    let ready = engine.ready().clone();
+    let (handle, events) = engine.into_parts();
     Ok(process::serve(socket, &ready, &handle, events, process::IDLE_EXIT)?)
 }
 

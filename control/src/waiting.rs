@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread;
 
-use landfall_engine::command::Event;
+use landfall_engine::command::{Event, Told};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags};
@@ -94,10 +94,10 @@ pub fn watch(
 }
 
 /// Starts to tell `queue` what the engine says.
-pub fn relay_events(events: Receiver<Event>, queue: Sender<Happening>) -> io::Result<()> {
+pub fn relay_events(events: Receiver<Told>, queue: Sender<Happening>) -> io::Result<()> {
     let work = move || {
-        for event in events {
-            if queue.send(Happening::Engine(event)).is_err() {
+        for told in events {
+            if queue.send(Happening::Engine(told.event)).is_err() {
                 return;
             }
         }

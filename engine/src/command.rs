@@ -18,10 +18,12 @@
 //!   listeners before is replaced by it.
 //! - An event on a forward or an upstream before it is contained in it as well, but for one: a forward that was opened
 //!   after the description was asked for may be told as open before it and be absent from it.
+//! - The answer to a question of the driver before is not told to this one.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
@@ -155,6 +157,11 @@ pub enum Command {
         ending: Ending,
     },
     /// Listens on 127.0.0.1 and `::1`. Answer: [`Event::ListenerOpened`] or [`Event::ListenerFailed`].
+    ///
+    /// Its descriptors are listening sockets that another engine lent ([`Event::ListenerLent`]); each takes the place of
+    /// the one that would be bound for its family. One that is not a TCP socket of this network namespace, listening on
+    /// the loopback address of its family and the host port, fails the command. Where the forward is open already, they
+    /// are closed.
     OpenListener {
         /// A number that is not in use.
         forward: ForwardId,
@@ -338,6 +345,21 @@ pub struct ForwardState {
     pub listening: bool,
     /// Its counters.
     pub stats: ForwardStats,
+}
+
+/// An event and the descriptors beside it, as it travels between threads. Whoever drops it closes them.
+#[derive(Debug)]
+pub struct Told {
+    /// The event.
+    pub event: Event,
+    /// Only [`Event::ListenerLent`] has any.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl From<Event> for Told {
+    fn from(event: Event) -> Told {
+        Told { event, descriptors: Vec::new() }
+    }
 }
 
 /// What the engine tells its driver.

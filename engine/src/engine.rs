@@ -15,6 +15,7 @@
 //! same contract on a socket.
 
 mod conductor;
+mod gathering;
 mod shard_thread;
 
 use std::os::fd::OwnedFd;
@@ -24,7 +25,7 @@ use std::thread::JoinHandle;
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::command::{Command, Event};
+use crate::command::{Command, Event, Told};
 use crate::limits::Limits;
 use crate::process::Drive;
 use crate::ring::{self, RingChoice, Unusable};
@@ -63,7 +64,7 @@ pub enum StartError {
 pub struct Engine {
     handle: Handle,
     ready: Event,
-    events: Receiver<Event>,
+    events: Receiver<Told>,
 }
 
 /// Gives an engine its commands.
@@ -115,7 +116,7 @@ impl Engine {
         };
         let (told, events) = mpsc::channel();
         // The receiver is held here, so it takes the event.
-        let _ = told.send(ready.clone());
+        let _ = told.send(ready.clone().into());
         let conductor = Conductor::new(shards, watcher, limits.backlog, told);
         let thread = std::thread::Builder::new().name("landfall-engine".to_owned());
         let conductor = thread.spawn(move || conductor.run(&inbox))?;
@@ -129,7 +130,7 @@ impl Engine {
     }
 
     /// What it tells.
-    pub fn events(&self) -> &Receiver<Event> {
+    pub fn events(&self) -> &Receiver<Told> {
         &self.events
     }
 
@@ -139,7 +140,7 @@ impl Engine {
     }
 
     /// The two ends apart, to be used by different threads.
-    pub fn into_parts(self) -> (Handle, Receiver<Event>) {
+    pub fn into_parts(self) -> (Handle, Receiver<Told>) {
         (self.handle, self.events)
     }
 }

@@ -2,6 +2,10 @@
 //!
 //! Both addresses are bound or neither is: a browser tries `::1` first for `localhost`, and half a forward would show
 //! it another program. Where the host has no IPv6 at all, 127.0.0.1 stands alone.
+//!
+//! A listening socket may be lent by another engine, which goes on accepting from it for a while. All holders of a socket
+//! share one queue of connections, and it listens until the last of them closes it: `shutdown(2)` would end it for all,
+//! and reset what waits in the queue (`inet_csk_listen_stop()` in net/ipv4/inet_connection_sock.c), so nobody calls it.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
@@ -11,8 +15,10 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
-use crate::command::{Family, ForwardId, ForwardStats, ListenFailure, ListenFailureKind, Reach, UpstreamId};
-use crate::ring::{OpKey, attempt};
+use crate::command::{
+    Family, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind, Reach, UpstreamId,
+};
+use crate::ring::{OpKey, attempt, netns_cookie};
 use crate::table::SlotId;
 
 /// A forward in a shard's table.
@@ -37,6 +43,21 @@ pub(crate) struct Listener<S> {
     pub(crate) stats: ForwardStats,
 }
 
+impl<S> Listener<S> {
+    /// How it is told.
+    pub(crate) fn state(&self) -> ForwardState {
+        ForwardState {
+            forward: self.forward,
+            upstream: self.upstream,
+            host_port: self.host_port,
+            target_port: self.target_port,
+            reach: self.reach,
+            listening: self.open,
+            stats: self.stats,
+        }
+    }
+}
+
 /// A listening socket and the accept in flight on it.
 #[derive(Debug)]
 pub(crate) struct Accepting<S> {
@@ -46,13 +67,22 @@ pub(crate) struct Accepting<S> {
     pub(crate) key: Option<OpKey>,
 }
 
-/// Binds the host side of a forward.
+/// Makes the host side of a forward: of what was lent, and what is missing then is bound.
 ///
 /// # Errors
-/// The first address that refused, and why. Nothing stays bound.
-pub(crate) fn bind(port: NonZeroU16, backlog: u16) -> Result<Vec<OwnedFd>, ListenFailure> {
+/// The first address that refused, and why. Nothing stays open.
+pub(crate) fn open(
+    port: NonZeroU16,
+    backlog: u16,
+    lent: Vec<OwnedFd>,
+) -> Result<Vec<OwnedFd>, ListenFailure> {
+    let mut lent = by_family(port, lent)?;
     let mut sockets = Vec::with_capacity(Family::ALL.len());
     for family in Family::ALL {
+        if let Some(socket) = lent[family as usize].take() {
+            sockets.push(socket);
+            continue;
+        }
         let address = family.loopback(port);
         match listen(address, backlog) {
             Ok(socket) => sockets.push(socket),
@@ -61,6 +91,43 @@ pub(crate) fn bind(port: NonZeroU16, backlog: u16) -> Result<Vec<OwnedFd>, Liste
         }
     }
     Ok(sockets)
+}
+
+/// Checks the sockets that were lent, and gives each its place.
+fn by_family(port: NonZeroU16, lent: Vec<OwnedFd>) -> Result<[Option<OwnedFd>; 2], ListenFailure> {
+    let mut places = [None, None];
+    for socket in lent {
+        let family = check(&socket, port).map_err(|what| strange(port, what))?;
+        if places[family as usize].replace(socket).is_some() {
+            return Err(strange(port, "a second socket of the same family"));
+        }
+    }
+    Ok(places)
+}
+
+/// The family of a socket that was lent, or what it is instead. It is as well tuned as one of our own from then on.
+fn check(socket: &OwnedFd, port: NonZeroU16) -> Result<Family, &'static str> {
+    let is = |holds: bool, otherwise| if holds { Ok(()) } else { Err(otherwise) };
+    is(sockopt::socket_type(socket) == Ok(SocketType::STREAM), "a descriptor that is no stream socket")?;
+    is(sockopt::socket_protocol(socket) == Ok(Some(ipproto::TCP)), "a stream socket that is not TCP")?;
+    is(sockopt::socket_acceptconn(socket) == Ok(true), "a socket that does not listen")?;
+    let local = rustix::net::getsockname(socket).ok().and_then(|address| SocketAddr::try_from(address).ok());
+    let family = Family::ALL.into_iter().find(|family| local == Some(family.loopback(port)));
+    let family = family.ok_or("a socket that listens elsewhere than on this port of loopback")?;
+    // The family of the socket to compare with does not matter.
+    let ours = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok();
+    let ours = ours.and_then(|ours| netns_cookie(ours).ok());
+    is(ours.is_some() && netns_cookie(socket).ok() == ours, "a socket of another network namespace")?;
+    // It belongs to the open file, which all holders share. One of them may have thought otherwise.
+    is(rustix::io::ioctl_fionbio(socket, true).is_ok(), "a socket that blocks")?;
+    attempt::tune_listener(socket);
+    Ok(family)
+}
+
+fn strange(port: NonZeroU16, what: &str) -> ListenFailure {
+    let address = Family::V4.loopback(port);
+    let detail = format!("what was lent to listen with is not usable: {what}");
+    ListenFailure { kind: ListenFailureKind::Other, address, detail }
 }
 
 /// Whether the host has `::1`.
@@ -111,7 +178,7 @@ mod tests {
     fn half_a_forward_is_none() {
         let other = std::net::TcpListener::bind("[::1]:0").unwrap();
         let port = NonZeroU16::new(other.local_addr().unwrap().port()).unwrap();
-        let failure = bind(port, 16).unwrap_err();
+        let failure = open(port, 16, Vec::new()).unwrap_err();
         assert_eq!(failure.kind, ListenFailureKind::Taken);
         assert_eq!(failure.address, other.local_addr().unwrap());
         assert!(failure.detail.starts_with("EADDRINUSE"), "{}", failure.detail);

@@ -22,11 +22,13 @@
 //! The calling thread accepts drivers and reads commands. A second one forwards events, because it waits for the
 //! engine, and for a driver that reads slowly; one that has read nothing for [`SEND_TIMEOUT`] loses its place.
 
+mod seat;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -36,7 +38,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::channel::{Channel, ChannelError, timespec};
-use crate::command::{Command, Event};
+use crate::command::{Command, Event, Told};
+use seat::{Question, Seat};
 
 /// The hidden verb of the program by which it becomes an engine.
 pub const VERB: &str = "_engine";
@@ -189,7 +192,7 @@ pub fn serve(
     socket: CommandSocket,
     ready: &Event,
     engine: &dyn Drive,
-    events: Receiver<Event>,
+    events: Receiver<Told>,
     idle_exit: Duration,
 ) -> Result<(), ProcessError> {
     let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -211,61 +214,6 @@ pub fn serve(
         let forwarded = forwarder.join().unwrap_or(Err(ProcessError::EngineGone));
         read.and(forwarded)
     })
-}
-
-/// The place of the driver.
-#[derive(Default)]
-struct Seat(Mutex<Option<Arc<Channel>>>);
-
-impl Seat {
-    fn driver(&self) -> Option<Arc<Channel>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Seats a driver, tells it that the engine is ready, and shows the one before it out.
-    ///
-    /// Both under one lock: the driver gets every event from then on, and none before.
-    fn take(&self, driver: Channel, ready: &Event) {
-        let mut seat = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // The buffer of a new socket has room. If this fails, it hung up, and the one before it keeps its seat.
-        if driver.try_send(ready, &[]).is_ok()
-            && let Some(before) = seat.replace(Arc::new(driver))
-        {
-            before.shutdown();
-        }
-    }
-
-    /// Ends the channel of `driver`, and frees the seat if it is still its own.
-    fn vacate(&self, driver: &Arc<Channel>) {
-        driver.shutdown();
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take_if(|seated| Arc::ptr_eq(seated, driver));
-    }
-
-    /// Hands every event to the driver of its moment, up to the last one.
-    fn forward(&self, events: &Receiver<Event>) -> Result<(), ProcessError> {
-        loop {
-            let event = events.recv().map_err(|_| ProcessError::EngineGone)?;
-            // Every driver was told when it was seated; the engine's own word for it would be a second one.
-            if matches!(event, Event::Ready { .. }) {
-                continue;
-            }
-            if let Some(driver) = self.driver() {
-                let sent = match driver.send_timeout(&event, &[], SEND_TIMEOUT) {
-                    Err(error @ (ChannelError::TooLong { .. } | ChannelError::Unwritable(_))) => {
-                        let reason = format!("an event was lost: {error}");
-                        driver.send_timeout(&Event::Refused { reason }, &[], SEND_TIMEOUT)
-                    }
-                    sent => sent,
-                };
-                if sent.is_err() {
-                    self.vacate(&driver);
-                }
-            }
-            if event == Event::Stopped {
-                return Ok(());
-            }
-        }
-    }
 }
 
 /// The thread that accepts drivers and reads their commands.
@@ -372,6 +320,9 @@ impl Reader<'_> {
     fn apply(&mut self, command: Command, descriptors: Vec<OwnedFd>) {
         if matches!(command, Command::Drain | Command::Stop) {
             self.socket.leave();
+        }
+        if let Some(question) = Question::of(&command) {
+            self.seat.asks(question);
         }
         self.engine.apply(command, descriptors);
     }

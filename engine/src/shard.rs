@@ -29,7 +29,7 @@ use crate::ring::{Completion, OpKey, Ring, RingError, Way};
 use crate::table::{SlotId, Table, TokenParts};
 use crate::upstream::Upstream;
 
-pub use commands::{Report, ShardCommand};
+pub use commands::{Lent, Report, ShardCommand};
 pub use peers::{Peer, Peers};
 
 /// Token kinds below this are an [`Operation`]; from here on, the accept of a listener's socket of that index.
@@ -265,15 +265,7 @@ impl<R: Ring> Shard<R> {
             .ids()
             .into_iter()
             .filter_map(|id| self.listeners.entry(id))
-            .map(|listener| ForwardState {
-                forward: listener.forward,
-                upstream: listener.upstream,
-                host_port: listener.host_port,
-                target_port: listener.target_port,
-                reach: listener.reach,
-                listening: listener.open,
-                stats: listener.stats,
-            })
+            .map(Listener::state)
             .collect();
         forwards.sort_by_key(|state| state.forward);
         forwards

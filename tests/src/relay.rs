@@ -6,7 +6,8 @@ use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use landfall_engine::command::{
-    Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, UpstreamId,
+    Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, Told,
+    UpstreamId,
 };
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
@@ -63,7 +64,7 @@ impl Driver {
         }
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(event) = self.engine.events().recv_timeout(left) else {
+            let Ok(Told { event, .. }) = self.engine.events().recv_timeout(left) else {
                 panic!("waited {PATIENCE:?} for {what}; came instead: {:?}", self.waiting);
             };
             match choose(&event) {
@@ -75,7 +76,7 @@ impl Driver {
 
     /// Every event that came so far and was not expected, without waiting.
     pub fn pending(&mut self) -> Vec<Event> {
-        self.waiting.extend(self.engine.events().try_iter());
+        self.waiting.extend(self.engine.events().try_iter().map(|told| told.event));
         self.waiting.drain(..).collect()
     }
 

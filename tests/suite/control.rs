@@ -24,16 +24,16 @@ pub(crate) fn engine(arguments: &[String]) {
     let ring = if arguments[0] == "epoll" { RingChoice::Epoll } else { RingChoice::IoUring };
     let socket = CommandSocket::bind(FilePath::new(&arguments[1])).unwrap();
     process::shed_privileges().unwrap();
-    let (handle, events) =
+    let engine =
         Engine::start(EngineOptions { limits: Limits::default(), ring, version: "suite".to_owned() })
-            .unwrap()
-            .into_parts();
-    let ready = events.recv().unwrap();
+            .unwrap();
+    let ready = engine.ready().clone();
+    let (handle, events) = engine.into_parts();
     process::serve(socket, &ready, &handle, events, process::IDLE_EXIT).unwrap();
 }
 
 /// A driver of the engine at `path`, after it was told that the engine is ready.
-fn arrive(path: &FilePath) -> Channel {
+pub(crate) fn arrive(path: &FilePath) -> Channel {
     let channel = wait_until("the engine's socket", || Channel::connect(path));
     assert!(matches!(hear(&channel), Event::Ready { shards: 1.., .. }));
     channel
@@ -46,7 +46,7 @@ fn hear(channel: &Channel) -> Event {
 
 /// Waits for the first event that `choose` takes.
 #[track_caller]
-fn hear_of<T>(channel: &Channel, choose: impl Fn(Event) -> Option<T>) -> T {
+pub(crate) fn hear_of<T>(channel: &Channel, choose: impl Fn(Event) -> Option<T>) -> T {
     loop {
         if let Some(found) = choose(hear(channel)) {
             return found;
@@ -134,7 +134,7 @@ fn control_comes_and_goes(ring: RingChoice) {
 }
 
 /// An engine that ends with the case.
-struct Running(Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Drop for Running {
     fn drop(&mut self) {

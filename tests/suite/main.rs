@@ -17,6 +17,7 @@ mod reset;
 mod stalled;
 mod streams;
 mod tidy;
+mod upgrade;
 mod upstreams;
 
 fn main() -> std::process::ExitCode {
@@ -38,6 +39,7 @@ fn main() -> std::process::ExitCode {
             bulk::CASES,
             control::CASES,
             tidy::CASES,
+            upgrade::CASES,
         ],
         &[("_flood", exhaustion::flood), ("_engine", control::engine)],
     )

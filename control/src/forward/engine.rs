@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Receiver;
 
-use landfall_engine::command::{Command, Event};
+use landfall_engine::command::{Command, Told};
 use landfall_engine::engine::{Engine, EngineOptions, Handle, StartError};
 use landfall_engine::limits::Limits;
 use landfall_engine::process::Drive;
@@ -24,7 +24,7 @@ impl Driver {
 }
 
 /// Starts an engine and tells its two ends apart.
-pub(super) fn start(ring: Ring) -> Result<(Driver, Receiver<Event>), StartError> {
+pub(super) fn start(ring: Ring) -> Result<(Driver, Receiver<Told>), StartError> {
     let (handle, events) = engine(ring)?.into_parts();
     Ok((Driver(handle), events))
 }

@@ -1,18 +1,20 @@
 //! The one thread that knows of everything: commands in, shards and watch in between, events out.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender};
 
+use super::gathering::Gatherings;
 use super::shard_thread::ShardThread;
 use crate::command::{
     Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind,
-    Listening, Reach, UpstreamId, UpstreamState, WatchSources,
+    Listening, Reach, Told, UpstreamId, UpstreamState, WatchSources,
 };
 use crate::listener;
-use crate::shard::{Report, ShardCommand};
+use crate::shard::{Lent, Report, ShardCommand};
 use crate::watch::{Sources, WatchEvent, Watcher};
 
 /// What reaches the conductor.
@@ -32,11 +34,13 @@ pub(super) struct Conductor {
     shards: Vec<ShardThread>,
     watcher: Watcher,
     backlog: u16,
-    events: Sender<Event>,
+    events: Sender<Told>,
     upstreams: BTreeMap<UpstreamId, Held>,
     forwards: HashMap<ForwardId, Placed>,
-    /// Descriptions that are being gathered, the oldest first.
-    descriptions: VecDeque<Description>,
+    /// Descriptions that are being gathered.
+    descriptions: Gatherings<ForwardState>,
+    /// Listeners that are being gathered to be lent.
+    lendings: Gatherings<Lent>,
     stopped: HashSet<usize>,
 }
 
@@ -48,6 +52,15 @@ struct Held {
     listening: Option<BTreeSet<Listening>>,
     reason: Option<String>,
     leaving: bool,
+}
+
+/// A forward that is asked for.
+struct Wanted {
+    forward: ForwardId,
+    upstream: UpstreamId,
+    host_port: NonZeroU16,
+    target_port: NonZeroU16,
+    reach: Reach,
 }
 
 /// A forward whose listener is open, or is being closed.
@@ -64,18 +77,12 @@ struct Placed {
     stats: ForwardStats,
 }
 
-struct Description {
-    /// The shards whose part is still to come.
-    missing: HashSet<usize>,
-    forwards: Vec<ForwardState>,
-}
-
 impl Conductor {
     pub(super) fn new(
         shards: Vec<ShardThread>,
         watcher: Watcher,
         backlog: u16,
-        events: Sender<Event>,
+        events: Sender<Told>,
     ) -> Conductor {
         Conductor {
             shards,
@@ -84,7 +91,8 @@ impl Conductor {
             events,
             upstreams: BTreeMap::new(),
             forwards: HashMap::new(),
-            descriptions: VecDeque::new(),
+            descriptions: Gatherings::default(),
+            lendings: Gatherings::default(),
             stopped: HashSet::new(),
         }
     }
@@ -105,7 +113,12 @@ impl Conductor {
 
     fn tell(&self, event: Event) {
         // Nobody listens any more only while the engine is being dropped.
-        let _ = self.events.send(event);
+        let _ = self.events.send(event.into());
+    }
+
+    /// The shards that have not stopped.
+    fn running(&self) -> impl Iterator<Item = usize> {
+        (0..self.shards.len()).filter(|shard| !self.stopped.contains(shard))
     }
 
     fn refuse(&self, reason: String) {
@@ -125,7 +138,8 @@ impl Conductor {
             }
             Command::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending, None),
             Command::OpenListener { forward, upstream, host_port, target_port, reach } => {
-                self.open_listener(forward, upstream, host_port, target_port, reach);
+                let wanted = Wanted { forward, upstream, host_port, target_port, reach };
+                self.open_listener(wanted, descriptors);
             }
             Command::SetReach { forward, reach } => {
                 self.to_all(|| ShardCommand::SetReach { forward, reach });
@@ -139,11 +153,13 @@ impl Conductor {
                 None => self.tell(Event::ListenerClosed { forward, stats: ForwardStats::default() }),
             },
             Command::Describe => {
-                let missing = (0..self.shards.len()).filter(|shard| !self.stopped.contains(shard)).collect();
-                self.descriptions.push_back(Description { missing, forwards: Vec::new() });
+                self.descriptions.begin(self.running().collect());
                 self.to_all(|| ShardCommand::Describe);
             }
-            Command::LendListeners => self.tell(Event::ListenersLent { count: 0 }),
+            Command::LendListeners => {
+                self.lendings.begin(self.running().collect());
+                self.to_all(|| ShardCommand::Lend);
+            }
             Command::Rescan => self.watcher.rescan(),
             Command::Drain => self.to_all(|| ShardCommand::Drain),
             Command::Stop => self.to_all(|| ShardCommand::Stop),
@@ -209,14 +225,8 @@ impl Conductor {
         }
     }
 
-    fn open_listener(
-        &mut self,
-        forward: ForwardId,
-        upstream: UpstreamId,
-        host_port: NonZeroU16,
-        target_port: NonZeroU16,
-        reach: Reach,
-    ) {
+    fn open_listener(&mut self, wanted: Wanted, lent: Vec<OwnedFd>) {
+        let Wanted { forward, upstream, host_port, target_port, reach } = wanted;
         if let Some(placed) = self.forwards.get(&forward) {
             if (placed.upstream, placed.host_port, placed.target_port) != (upstream, host_port, target_port) {
                 return self.refuse(format!("{forward} exists already and leads elsewhere; close it first"));
@@ -230,10 +240,10 @@ impl Conductor {
             let failure = ListenFailure { kind: ListenFailureKind::Other, address, detail };
             return self.tell(Event::ListenerFailed { forward, host_port, failure });
         }
-        match listener::bind(host_port, self.backlog) {
+        match listener::open(host_port, self.backlog, lent) {
             Ok(sockets) => {
                 let accepting = self.emptiest_shard();
-                let shards = (0..self.shards.len()).filter(|shard| !self.stopped.contains(shard)).collect();
+                let shards = self.running().collect();
                 let (ending, stats) = (Ending::Drain, ForwardStats::default());
                 let placed =
                     Placed { shard: accepting, upstream, host_port, target_port, ending, shards, stats };
@@ -261,21 +271,35 @@ impl Conductor {
     /// The shard with the fewest forwards that still runs.
     fn emptiest_shard(&self) -> usize {
         let load = |shard: usize| self.forwards.values().filter(|placed| placed.shard == shard).count();
-        (0..self.shards.len())
-            .filter(|shard| !self.stopped.contains(shard))
-            .min_by_key(|shard| load(*shard))
-            .unwrap_or(0)
+        self.running().min_by_key(|shard| load(*shard)).unwrap_or(0)
     }
 
     fn on_report(&mut self, shard: usize, report: Report) {
         match report {
             Report::ListenerClosed { forward, stats } => self.on_listener_closed(shard, forward, &stats),
             Report::UpstreamRemoved { upstream, reason } => self.on_upstream_removed(shard, upstream, reason),
-            Report::State { forwards } => self.on_state(shard, forwards),
+            Report::State { forwards } => {
+                if let Some(forwards) = self.descriptions.answer(shard, forwards) {
+                    self.tell_state(forwards);
+                }
+            }
+            Report::Lent { listeners } => {
+                if let Some(listeners) = self.lendings.answer(shard, listeners) {
+                    self.tell_lent(listeners);
+                }
+            }
             Report::Degraded { what } => self.tell(Event::Degraded { what }),
             Report::Recovered { what } => self.tell(Event::Recovered { what }),
             Report::Stopped => {
                 self.stopped.insert(shard);
+                self.descriptions.forgo(shard);
+                self.lendings.forgo(shard);
+                while let Some(forwards) = self.descriptions.next() {
+                    self.tell_state(forwards);
+                }
+                while let Some(listeners) = self.lendings.next() {
+                    self.tell_lent(listeners);
+                }
             }
         }
     }
@@ -311,26 +335,21 @@ impl Conductor {
         }
     }
 
-    fn on_state(&mut self, shard: usize, forwards: Vec<ForwardState>) {
-        // A shard answers in order, but may be ahead of another one by a description.
-        let Some(description) = self.descriptions.iter_mut().find(|one| one.missing.contains(&shard)) else {
-            return;
-        };
-        description.missing.remove(&shard);
-        for state in forwards {
-            match description.forwards.iter_mut().find(|one| one.forward == state.forward) {
-                Some(one) => {
-                    one.listening |= state.listening;
-                    one.stats.add(&state.stats);
+    /// Tells what the shards hold, joined by forward, and before it what listens inside.
+    fn tell_state(&self, parts: Vec<ForwardState>) {
+        let mut forwards: BTreeMap<ForwardId, ForwardState> = BTreeMap::new();
+        for part in parts {
+            match forwards.entry(part.forward) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(part);
                 }
-                None => description.forwards.push(state),
+                Entry::Occupied(mut known) => {
+                    known.get_mut().listening |= part.listening;
+                    known.get_mut().stats.add(&part.stats);
+                }
             }
         }
-        if self.descriptions.front().is_none_or(|one| !one.missing.is_empty()) {
-            return;
-        }
-        let Some(Description { mut forwards, .. }) = self.descriptions.pop_front() else { return };
-        forwards.sort_by_key(|state| state.forward);
+        let forwards: Vec<ForwardState> = forwards.into_values().collect();
         self.tell_observed();
         let upstreams: Vec<UpstreamState> = self
             .upstreams
@@ -352,6 +371,19 @@ impl Conductor {
                 self.tell(Event::Observed { upstream, listening, more });
             });
         }
+    }
+
+    fn tell_lent(&self, listeners: Vec<Lent>) {
+        let count = u32::try_from(listeners.len()).unwrap_or(u32::MAX);
+        for Lent {
+            forward: ForwardState { forward, upstream, host_port, target_port, reach, .. },
+            sockets,
+        } in listeners
+        {
+            let event = Event::ListenerLent { forward, upstream, host_port, target_port, reach };
+            let _ = self.events.send(Told { event, descriptors: sockets });
+        }
+        self.tell(Event::ListenersLent { count });
     }
 
     fn on_watch(&mut self, event: WatchEvent) {

@@ -142,6 +142,7 @@ impl ShardCommand<OwnedFd> {
                 ShardCommand::CloseListener { forward, ending }
             }
             ShardCommand::Describe => ShardCommand::Describe,
+            ShardCommand::Lend => ShardCommand::Lend,
             ShardCommand::Drain => ShardCommand::Drain,
             ShardCommand::Stop => ShardCommand::Stop,
         }

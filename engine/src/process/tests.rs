@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use tempfile::TempDir;
 
 use super::*;
-use crate::command::{RingKind, RingReport, UpstreamId, UpstreamState};
+use crate::command::{ForwardId, Reach, RingKind, RingReport, UpstreamId, UpstreamState};
 use crate::limits::MESSAGE_BYTES_MAX;
 
 /// Shorter than a driver's own, so that no test passes because that one ran out.
@@ -15,7 +15,7 @@ const _: () = assert!(PATIENCE.as_secs() < SEND_TIMEOUT.as_secs());
 
 /// An engine that answers by a script, and tells the test what it was asked.
 struct Script {
-    events: Sender<Event>,
+    events: Sender<Told>,
     applied: Sender<(Command, usize)>,
 }
 
@@ -31,7 +31,7 @@ impl Drive for Script {
         };
         let _ = self.applied.send((command, descriptors.len()));
         for answer in answers {
-            self.events.send(answer).unwrap();
+            self.events.send(answer.into()).unwrap();
         }
     }
 }
@@ -52,7 +52,7 @@ fn state() -> Event {
 /// A served script, on threads of its own.
 struct Served {
     directory: TempDir,
-    events: Sender<Event>,
+    events: Sender<Told>,
     applied: Receiver<(Command, usize)>,
     thread: JoinHandle<Result<(), ProcessError>>,
 }
@@ -122,7 +122,7 @@ fn a_newer_driver_takes_the_place_of_the_older() {
     assert_eq!(event(&newer), state());
     // The end of the older one does not free the newer one's seat.
     drop(older);
-    served.events.send(Event::Recovered { what: "all".to_owned() }).unwrap();
+    served.events.send(Event::Recovered { what: "all".to_owned() }.into()).unwrap();
     assert_eq!(event(&newer), Event::Recovered { what: "all".to_owned() });
     newer.send(&Command::Stop, &[]).unwrap();
     served.thread.join().unwrap().unwrap();
@@ -136,8 +136,67 @@ fn events_without_a_driver_are_dropped() {
     // The seat is the newer one's now, so the engine's next event comes after those that found nobody.
     driver.send(&Command::Describe, &[]).unwrap();
     assert_eq!(event(&driver), state());
-    served.events.send(Event::Stopped).unwrap();
+    served.events.send(Event::Stopped.into()).unwrap();
     assert_eq!(event(&driver), Event::Stopped);
+    served.thread.join().unwrap().unwrap();
+}
+
+/// What an engine answers when it is asked to lend.
+fn lent() -> [Told; 2] {
+    let port = std::num::NonZeroU16::MIN;
+    let (forward, upstream, reach) = (ForwardId(1), UpstreamId(7), Reach::UNKNOWN);
+    let event = Event::ListenerLent { forward, upstream, host_port: port, target_port: port, reach };
+    let descriptors = vec![std::fs::File::open("/dev/null").unwrap().into()];
+    [Told { event, descriptors }, Event::ListenersLent { count: 1 }.into()]
+}
+
+#[test]
+fn descriptors_go_beside_an_event() {
+    let served = Served::new(IDLE_EXIT);
+    let driver = served.driver();
+    driver.send(&Command::LendListeners, &[]).unwrap();
+    assert_eq!(served.applied(), (Command::LendListeners, 0));
+    lent().into_iter().for_each(|told| served.events.send(told).unwrap());
+    for count in [1, 0] {
+        let (_, descriptors) = driver.recv_timeout::<Event>(PATIENCE).unwrap().unwrap();
+        assert_eq!(descriptors.len(), count);
+    }
+    driver.send(&Command::Stop, &[]).unwrap();
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_driver_is_not_told_what_the_one_before_asked() {
+    let served = Served::new(IDLE_EXIT);
+    let older = served.driver();
+    older.send(&Command::LendListeners, &[]).unwrap();
+    assert_eq!(served.applied(), (Command::LendListeners, 0));
+    let newer = served.driver();
+    newer.send(&Command::LendListeners, &[]).unwrap();
+    assert_eq!(served.applied(), (Command::LendListeners, 0));
+    let recovered = || Event::Recovered { what: "between the answers".to_owned() };
+    lent().into_iter().for_each(|told| served.events.send(told).unwrap());
+    served.events.send(recovered().into()).unwrap();
+    lent().into_iter().for_each(|told| served.events.send(told).unwrap());
+    assert_eq!(event(&newer), recovered());
+    assert!(matches!(event(&newer), Event::ListenerLent { .. }));
+    assert_eq!(event(&newer), Event::ListenersLent { count: 1 });
+    newer.send(&Command::Stop, &[]).unwrap();
+    assert_eq!(event(&newer), Event::Stopped);
+    served.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn an_engine_that_drains_without_a_driver_goes_on_until_it_has_ended() {
+    let served = Served::new(Duration::from_millis(20));
+    let driver = served.driver();
+    driver.send(&Command::Drain, &[]).unwrap();
+    assert_eq!(served.applied(), (Command::Drain, 0));
+    drop(driver);
+    // Many times as long as an engine that is not draining would wait for a driver.
+    assert!(served.applied.recv_timeout(Duration::from_millis(500)).is_err(), "one drain is enough");
+    assert!(!served.thread.is_finished());
+    served.events.send(Event::Stopped.into()).unwrap();
     served.thread.join().unwrap().unwrap();
 }
 
@@ -179,7 +238,7 @@ fn without_a_driver_the_engine_drains_and_leaves_its_address() {
     let served = Served::new(Duration::from_millis(20));
     assert_eq!(served.applied(), (Command::Drain, 0));
     assert!(Channel::connect(&served.path()).is_err());
-    served.events.send(Event::Stopped).unwrap();
+    served.events.send(Event::Stopped.into()).unwrap();
     served.thread.join().unwrap().unwrap();
     assert!(served.applied.try_recv().is_err(), "one drain is enough");
 }
@@ -191,7 +250,7 @@ fn a_driver_keeps_an_engine_from_being_idle() {
     assert!(served.applied.recv_timeout(Duration::from_millis(1500)).is_err());
     drop(driver);
     assert_eq!(served.applied(), (Command::Drain, 0));
-    served.events.send(Event::Stopped).unwrap();
+    served.events.send(Event::Stopped.into()).unwrap();
     served.thread.join().unwrap().unwrap();
 }
 
@@ -220,7 +279,7 @@ fn a_driver_that_does_not_read_does_not_stop_its_successor() {
     let offer = |patience| {
         let deadline = Instant::now() + patience;
         let event = Event::Degraded { what: "x".repeat(MESSAGE_BYTES_MAX / 2) };
-        while events.try_send(event.clone()).is_err() {
+        while events.try_send(event.clone().into()).is_err() {
             if Instant::now() > deadline {
                 return false;
             }
@@ -236,7 +295,7 @@ fn a_driver_that_does_not_read_does_not_stop_its_successor() {
         seat.take(theirs, &ready());
         let went_on = offer(PATIENCE);
         assert_eq!(event(&successor), ready());
-        events.send(Event::Stopped).unwrap();
+        events.send(Event::Stopped.into()).unwrap();
         assert!(went_on, "the forwarder still waits for the driver before");
     });
 }
@@ -245,8 +304,8 @@ fn a_driver_that_does_not_read_does_not_stop_its_successor() {
 fn an_event_that_is_too_long_is_told_as_lost_and_ready_only_once() {
     let served = Served::new(IDLE_EXIT);
     let driver = served.driver();
-    served.events.send(ready()).unwrap();
-    served.events.send(Event::Degraded { what: "x".repeat(MESSAGE_BYTES_MAX) }).unwrap();
+    served.events.send(ready().into()).unwrap();
+    served.events.send(Event::Degraded { what: "x".repeat(MESSAGE_BYTES_MAX) }.into()).unwrap();
     assert!(matches!(event(&driver), Event::Refused { reason } if reason.contains("too long")));
     driver.send(&Command::Stop, &[]).unwrap();
     served.thread.join().unwrap().unwrap();

@@ -440,6 +440,10 @@ impl Ring for EpollRing {
     fn disown(&mut self, socket: Rc<OwnedFd>) -> Result<OwnedFd, Rc<OwnedFd>> {
         Rc::try_unwrap(socket)
     }
+
+    fn duplicate(&self, socket: &Rc<OwnedFd>) -> Option<OwnedFd> {
+        socket.try_clone().ok()
+    }
 }
 
 fn number_of(work: &Work) -> usize {

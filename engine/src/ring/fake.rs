@@ -542,4 +542,8 @@ impl Ring for FakeRing {
     fn disown(&mut self, socket: FakeSocket) -> Result<OwnedFd, FakeSocket> {
         Err(socket)
     }
+
+    fn duplicate(&self, _: &FakeSocket) -> Option<OwnedFd> {
+        None
+    }
 }

@@ -258,6 +258,9 @@ pub trait Ring: fmt::Debug {
     /// # Errors
     /// The socket itself, where something else still holds it, or it is no descriptor.
     fn disown(&mut self, socket: Self::Socket) -> Result<OwnedFd, Self::Socket>;
+
+    /// A second descriptor of a socket, to be used by another process; `None` when none is left, or it is no descriptor.
+    fn duplicate(&self, socket: &Self::Socket) -> Option<OwnedFd>;
 }
 
 /// Ends another thread's wait in [`Ring::turn`].

@@ -391,6 +391,10 @@ impl Ring for UringRing {
     fn disown(&mut self, socket: Rc<OwnedFd>) -> Result<OwnedFd, Rc<OwnedFd>> {
         Rc::try_unwrap(socket)
     }
+
+    fn duplicate(&self, socket: &Rc<OwnedFd>) -> Option<OwnedFd> {
+        socket.try_clone().ok()
+    }
 }
 
 impl Drop for UringRing {

@@ -1,6 +1,7 @@
 //! What a shard is told between turns, and what it reports.
 
 use std::num::NonZeroU16;
+use std::os::fd::OwnedFd;
 
 use super::{Peers, Shard, Stopping};
 use crate::command::{Ending, Family, ForwardId, ForwardState, ForwardStats, Reach, UpstreamId};
@@ -72,14 +73,25 @@ pub enum ShardCommand<S> {
     MeetPeers(Peers),
     /// Answer: [`Report::State`].
     Describe,
+    /// Answer: [`Report::Lent`].
+    Lend,
     /// See [`crate::command::Command::Drain`].
     Drain,
     /// See [`crate::command::Command::Stop`].
     Stop,
 }
 
+/// A listener whose sockets are lent.
+#[derive(Debug)]
+pub struct Lent {
+    /// Which.
+    pub forward: ForwardState,
+    /// One for each family; they share the queue of connections with the listener's own.
+    pub sockets: Vec<OwnedFd>,
+}
+
 /// What a shard reports.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Report {
     /// The port of a forward is free again.
     ListenerClosed {
@@ -99,6 +111,11 @@ pub enum Report {
     State {
         /// The forwards, by number.
         forwards: Vec<ForwardState>,
+    },
+    /// Answer to [`ShardCommand::Lend`].
+    Lent {
+        /// The open listeners that this shard accepts for, less those for which no descriptors are left.
+        listeners: Vec<Lent>,
     },
     /// Something is used up.
     Degraded {
@@ -172,9 +189,24 @@ impl<R: Ring> Shard<R> {
                 let forwards = self.describe();
                 self.reports.push(Report::State { forwards });
             }
+            ShardCommand::Lend => {
+                let listeners = self.lend();
+                self.reports.push(Report::Lent { listeners });
+            }
             ShardCommand::Drain => self.stop(Stopping::Drain),
             ShardCommand::Stop => self.stop(Stopping::Now),
         }
+    }
+
+    fn lend(&self) -> Vec<Lent> {
+        let ids = self.listeners.ids();
+        let open = ids.into_iter().filter_map(|id| self.listeners.entry(id)).filter(|listener| listener.open);
+        open.filter_map(|listener| {
+            let sockets = listener.sockets.iter().map(|accepting| self.ring.duplicate(&accepting.socket));
+            let sockets = sockets.collect::<Option<Vec<OwnedFd>>>()?;
+            (!sockets.is_empty()).then(|| Lent { forward: listener.state(), sockets })
+        })
+        .collect()
     }
 
     fn add_upstream(&mut self, upstream: UpstreamId, channel: R::Socket, netns_cookie: u64) {

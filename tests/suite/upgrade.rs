@@ -1,0 +1,296 @@
+//! Claim 20: one engine takes the place of another, and nobody who connects meanwhile is refused, reset or cut short.
+
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command as Process, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use landfall_engine::channel::Channel;
+use landfall_engine::command::{Command, Event, Family, ForwardId, Reach, UpstreamId};
+use landfall_engine::opener::client::Opener;
+use landfall_engine::ring::RingChoice;
+use landfall_tests::case::Case;
+use landfall_tests::{
+    End, Namespace, PATIENCE, Pattern, Server, connect, finish, is_long, note, read_exactly, read_some,
+    read_to_end, send_all, wait_until,
+};
+
+use crate::control::{Running, arrive, hear_of};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::each_ring("c20_an_upgrade_under_load_refuses_nobody", an_upgrade_refuses_nobody),
+    Case::each_ring("c20_what_is_lent_is_checked", what_is_lent_is_checked),
+];
+
+const UPSTREAM: UpstreamId = UpstreamId(1);
+/// The port of the server that the flood visits, and of the one whose connections stay.
+const BUSY: u16 = 3000;
+const QUIET: u16 = 3001;
+const ANSWER: u64 = 2_000;
+
+/// A process with an engine, and its driver.
+struct Generation {
+    process: Running,
+    driver: Channel,
+    /// A connection that came by it, and outlives it as a listener.
+    held: Option<(TcpStream, TcpStream)>,
+}
+
+impl Generation {
+    /// Starts one at `path`, which another one may have, and waits until it has it.
+    fn start(path: &Path, ring: RingChoice) -> Generation {
+        let inode = || std::fs::metadata(path).map(|found| found.ino()).ok();
+        let before = inode();
+        let name = if ring == RingChoice::Epoll { "epoll" } else { "io_uring" };
+        let mut process = Process::new(std::env::current_exe().unwrap());
+        process.args(["_engine", name]).arg(path).stdin(Stdio::null());
+        let process = Running(process.spawn().unwrap());
+        wait_until("the next engine to take the address", || match inode() {
+            found if found.is_some() && found != before => Ok(()),
+            found => Err(found),
+        });
+        Generation { process, driver: arrive(path), held: None }
+    }
+
+    /// Gives it a way into the namespace.
+    fn enter(&self, opener: &mut Opener) {
+        let (sources, descriptors) = opener.upstream(1).unwrap();
+        let add = Command::AddUpstream { upstream: UPSTREAM, netns_cookie: opener.netns_cookie(), sources };
+        self.driver.send(&add, &borrow(&descriptors)).unwrap();
+        hear_of(&self.driver, |event| matches!(event, Event::UpstreamAdded { .. }).then_some(()));
+    }
+
+    /// Asks for a forward, and gives what it came to.
+    fn open(&self, port: u16, lent: &[OwnedFd]) -> Event {
+        self.driver.send(&open(port), &borrow(lent)).unwrap();
+        hear_of(&self.driver, |event| {
+            matches!(event, Event::ListenerOpened { .. } | Event::ListenerFailed { .. }).then_some(event)
+        })
+    }
+
+    /// Asks for its listening sockets, by port.
+    fn lend(&self) -> Vec<(u16, Vec<OwnedFd>)> {
+        self.driver.send(&Command::LendListeners, &[]).unwrap();
+        let mut lent = Vec::new();
+        loop {
+            match self.driver.recv_timeout::<Event>(PATIENCE).unwrap().unwrap() {
+                (Event::ListenerLent { host_port, upstream, .. }, sockets) => {
+                    assert_eq!((upstream, sockets.len()), (UPSTREAM, 2));
+                    lent.push((host_port.get(), sockets));
+                }
+                (Event::ListenersLent { count }, none) => {
+                    assert!(none.is_empty());
+                    assert_eq!(lent.len(), count as usize);
+                    return lent;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits until it has ended by itself.
+    fn end(mut self) {
+        hear_of(&self.driver, |event| (event == Event::Stopped).then_some(()));
+        assert!(self.process.0.wait().unwrap().success());
+    }
+}
+
+fn borrow(descriptors: &[OwnedFd]) -> Vec<std::os::fd::BorrowedFd<'_>> {
+    descriptors.iter().map(AsFd::as_fd).collect()
+}
+
+fn open(port: u16) -> Command {
+    let number = port.try_into().unwrap();
+    Command::OpenListener {
+        forward: ForwardId(u32::from(port)),
+        upstream: UPSTREAM,
+        host_port: number,
+        target_port: number,
+        reach: Reach { v4: true, v6: false },
+    }
+}
+
+/// Answers a seed with its pattern.
+fn answer(stream: TcpStream) {
+    let mut seed = [0; 8];
+    let mut filled = 0;
+    while filled < seed.len() {
+        // A visitor that ends early has nothing to be told.
+        let Ok(bytes @ 1..) = read_some(&stream, &mut seed[filled..]) else { return };
+        filled += bytes;
+    }
+    send_all(&stream, Pattern::new(u64::from_le_bytes(seed)), ANSWER);
+    finish(&stream);
+    // The visitor ends second, so that its port is the one that rests.
+    let _ = read_some(&stream, &mut [0]);
+}
+
+/// One visit; what went wrong is told instead of panicking, with the step at which it did.
+fn visit(seed: u64) -> Result<(), String> {
+    use std::io::Write;
+    let family = if seed.is_multiple_of(2) { Family::V4 } else { Family::V6 };
+    let address = family.loopback(BUSY.try_into().unwrap());
+    let mut stream = TcpStream::connect(address).map_err(|error| format!("connect to {address}: {error}"))?;
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(&seed.to_le_bytes()).map_err(|error| format!("send to {address}: {error}"))?;
+    let mut checker = Pattern::new(seed).checker();
+    match read_to_end(&stream, &mut checker) {
+        End::Eof if checker.position() == ANSWER => Ok(()),
+        end => Err(format!("read from {address}: {end:?} after {} bytes", checker.position())),
+    }
+}
+
+/// Visitors that come one after another, several at once.
+#[derive(Default)]
+struct Flood {
+    over: AtomicBool,
+    visits: AtomicU64,
+    failures: Mutex<Vec<String>>,
+}
+
+impl Flood {
+    fn run(&self) {
+        while !self.over.load(Ordering::Relaxed) {
+            let seed = self.visits.fetch_add(1, Ordering::Relaxed);
+            if let Err(failure) = visit(seed) {
+                self.failures.lock().unwrap().push(failure);
+            }
+        }
+    }
+
+    /// Waits for so many visits more.
+    fn goes_on(&self, count: u64) {
+        let until = self.visits.load(Ordering::Relaxed) + count;
+        wait_until("more visits", || match self.visits.load(Ordering::Relaxed) {
+            visits if visits >= until => Ok(()),
+            visits => Err(visits),
+        });
+    }
+}
+
+/// Ends the flood, however the case ends.
+struct Over<'a>(&'a Flood);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.over.store(true, Ordering::Relaxed);
+    }
+}
+
+fn an_upgrade_refuses_nobody(ring: RingChoice) {
+    let rounds = if is_long() { 100 } else { 12 };
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("engine.sock");
+    let inside = Namespace::new();
+    Server::listen(&inside, &format!("127.0.0.1:{BUSY}")).serve_in_turn(8, answer);
+    let quiet = Server::listen(&inside, &format!("127.0.0.1:{QUIET}"));
+    let mut opener = Opener::spawn(&std::env::current_exe().unwrap(), inside.target()).unwrap();
+
+    let mut current = Generation::start(&path, ring);
+    current.enter(&mut opener);
+    for port in [BUSY, QUIET] {
+        assert!(matches!(current.open(port, &[]), Event::ListenerOpened { .. }));
+    }
+    let mut before = Vec::new();
+    let flood = Flood::default();
+    std::thread::scope(|scope| {
+        let over = Over(&flood);
+        for _ in 0..4 {
+            scope.spawn(|| flood.run());
+        }
+        for _ in 0..rounds {
+            flood.goes_on(20);
+            current.held = Some((connect(([127, 0, 0, 1], QUIET)), quiet.accept()));
+            let next = Generation::start(&path, ring);
+            next.enter(&mut opener);
+            for (port, sockets) in current.lend() {
+                let opened = next.open(port, &sockets);
+                assert!(matches!(opened, Event::ListenerOpened { .. }), "{opened:?}");
+            }
+            // Both accept.
+            flood.goes_on(20);
+            current.driver.send(&Command::Drain, &[]).unwrap();
+            hear_of(&current.driver, |event| matches!(event, Event::ListenerClosed { .. }).then_some(()));
+            assert!(path.exists(), "the older engine removed the address of the newer");
+            before.push(std::mem::replace(&mut current, next));
+        }
+        flood.goes_on(20);
+        drop(over);
+    });
+    note!("{} visits during {rounds} upgrades", flood.visits.load(Ordering::Relaxed));
+    let failures = flood.failures.into_inner().unwrap();
+    assert!(
+        failures.is_empty(),
+        "{} visits failed: {:#?}",
+        failures.len(),
+        &failures[..failures.len().min(5)]
+    );
+
+    // Each engine that was replaced still has the connection that came by it, and ends with it.
+    for mut generation in before {
+        let (client, accepted) = generation.held.take().unwrap();
+        for (from, to) in [(&client, &accepted), (&accepted, &client)] {
+            send_all(from, Pattern::new(1), 50_000);
+            read_exactly(to, &mut Pattern::new(1).checker(), 50_000);
+        }
+        drop((client, accepted));
+        generation.end();
+    }
+    current.driver.send(&Command::Stop, &[]).unwrap();
+    current.end();
+    assert!(!path.exists());
+}
+
+fn what_is_lent_is_checked(ring: RingChoice) {
+    let directory = tempfile::tempdir().unwrap();
+    let inside = Namespace::new();
+    let mut opener = Opener::spawn(&std::env::current_exe().unwrap(), inside.target()).unwrap();
+    let engine = Generation::start(&directory.path().join("engine.sock"), ring);
+    engine.enter(&mut opener);
+    let listening = |address: &str| OwnedFd::from(std::net::TcpListener::bind(address).unwrap());
+    let busy = format!("127.0.0.1:{BUSY}");
+    let stream = || OwnedFd::from(std::os::unix::net::UnixStream::pair().unwrap().0);
+    let refused = |what: &str, sockets: Vec<OwnedFd>| {
+        match engine.open(BUSY, &sockets) {
+            Event::ListenerFailed { failure, .. } => {
+                assert!(failure.detail.contains(what), "{what}: {}", failure.detail);
+            }
+            other => panic!("{what}: {other:?}"),
+        }
+        drop(sockets);
+        // The engine has closed its copies, or the port would be taken.
+        drop(listening(&busy));
+    };
+    refused("no stream socket", vec![std::fs::File::open("/dev/null").unwrap().into()]);
+    refused("no stream socket", vec![std::net::UdpSocket::bind(&busy).unwrap().into()]);
+    refused("not TCP", vec![stream()]);
+    refused("does not listen", vec![connected()]);
+    refused("listens elsewhere", vec![listening("127.0.0.1:3999")]);
+    refused("listens elsewhere", vec![listening(&format!("0.0.0.0:{BUSY}"))]);
+    refused("listens elsewhere", vec![listening(&format!("127.0.0.2:{BUSY}"))]);
+    refused("another network namespace", vec![inside.run(|| listening(&busy))]);
+    refused("a second socket of the same family", {
+        let socket = listening(&busy);
+        vec![socket.try_clone().unwrap(), socket]
+    });
+    // One that blocks, and of one family alone: it does not block any more, and the other family is bound.
+    let server = Server::listen(&inside, &busy);
+    let lent = std::net::TcpListener::bind(&busy).unwrap();
+    assert!(matches!(engine.open(BUSY, &[lent.into()]), Event::ListenerOpened { .. }));
+    for family in Family::ALL {
+        let client = connect(family.loopback(BUSY.try_into().unwrap()));
+        drop(server.accept());
+        assert_eq!(read_to_end(&client, &mut Pattern::new(1).checker()), End::Eof);
+    }
+    engine.driver.send(&Command::Stop, &[]).unwrap();
+    engine.end();
+}
+
+/// A TCP socket that does not listen.
+fn connected() -> OwnedFd {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    TcpStream::connect(server.local_addr().unwrap()).unwrap().into()
+}
