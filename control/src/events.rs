@@ -67,6 +67,8 @@ pub enum Event {
     ContainerReached { container_name: String, way: String },
     /// It cannot be, or no longer is.
     ContainerUnreachable { container_name: String, reason: String },
+    /// A listener was too slow and has lost this many of the oldest lines. Told to that listener alone.
+    EventsLost { count: u64 },
     /// Anything else that somebody should know.
     Notice { text: String },
 }

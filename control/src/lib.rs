@@ -12,11 +12,13 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod daemon;
 pub mod docker;
 pub mod events;
 pub mod folder;
 pub mod forward;
 pub mod jobs;
+pub mod linger;
 pub mod liveness;
 pub mod name;
 pub mod paths;

@@ -91,6 +91,9 @@ fn in_words(event: &Event) -> (&'static str, Colour, String) {
         Event::ContainerUnreachable { container_name, reason } => {
             ("failed", Yellow, format!("{container_name} is not reached: {reason}"))
         }
+        Event::EventsLost { count } => {
+            ("note", Yellow, format!("{count} events came faster than they were read and are lost"))
+        }
         Event::Notice { text } => ("note", Grey, text.clone()),
     }
 }

@@ -59,12 +59,17 @@ impl Journal {
         Journal(Arc::new(Inner { log: Mutex::new(log), live }))
     }
 
-    /// Tells everybody.
-    pub fn tell(&self, event: &Event) {
+    /// An event of this moment as a line, without its newline.
+    pub fn line(event: &Event) -> String {
         let now = Timestamp::now();
         let time = now.round(Unit::Millisecond).unwrap_or(now);
         // An event is strings and numbers; it serialises.
-        let Ok(line) = serde_json::to_string(&Line { time: format!("{time:.3}"), event }) else { return };
+        serde_json::to_string(&Line { time: format!("{time:.3}"), event }).unwrap_or_default()
+    }
+
+    /// Tells everybody.
+    pub fn tell(&self, event: &Event) {
+        let line = Journal::line(event);
         if let Some(log) = self.0.log.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             // Nothing can be done about a full disk, least of all by writing to it.
             let _ = log.append(&line);

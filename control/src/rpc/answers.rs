@@ -1,0 +1,257 @@
+//! What is answered to a request, whichever way it came (wire specification, A.1.4).
+//!
+//! An answer may have something behind it: a restart that begins, or the daemon's own stop. Neither may show before the
+//! caller has its answer, so it travels with the answer as [`After`] and happens when the transport has written that.
+
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use futures_util::FutureExt;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+
+use super::protocol::{Request, Response, Restart, SecretsPatch};
+use crate::daemon::stop::StopSwitch;
+use crate::events::{Event, Journal};
+use crate::paths::Home;
+use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
+use crate::reconcile::task::Forwarding;
+use crate::registration::model::Registration;
+use crate::registration::store::{DropReason, Registry};
+use crate::supervisor::Supervisor;
+
+/// What a daemon that has begun to stop answers to everything but `shutdown`.
+const STOPPING: &str = "daemon stopping";
+
+/// What a request is answered with.
+#[derive(Debug)]
+pub enum Answer {
+    /// One response, and the end.
+    Once(Response, After),
+    /// The response that it worked, and then every event: of one container, or all.
+    Follow(broadcast::Receiver<Arc<str>>, Option<String>),
+}
+
+impl From<Response> for Answer {
+    fn from(response: Response) -> Answer {
+        Answer::Once(response, After::nothing())
+    }
+}
+
+/// What happens once the answer is written, or cannot be any more: the caller may be gone, and meant it all the same.
+#[derive(Default)]
+pub struct After(Option<Box<dyn FnOnce() + Send>>);
+
+impl After {
+    /// Nothing.
+    pub fn nothing() -> After {
+        After(None)
+    }
+
+    fn of(what: impl FnOnce() + Send + 'static) -> After {
+        After(Some(Box::new(what)))
+    }
+
+    /// The answer is written. Dropping does the same.
+    pub fn happen(self) {
+        drop(self);
+    }
+}
+
+impl Drop for After {
+    fn drop(&mut self) {
+        if let Some(what) = self.0.take() {
+            what();
+        }
+    }
+}
+
+impl std::fmt::Debug for After {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "After(..)" } else { "After(nothing)" })
+    }
+}
+
+/// Who answers: the parts of the daemon that requests are about.
+pub struct Answers {
+    /// Where the daemon's files are.
+    pub home: Home,
+    /// The version that it was started with.
+    pub version: String,
+    /// The HTTP port that is bound.
+    pub http_port: NonZeroU16,
+    /// What it knows.
+    pub registry: Registry,
+    /// What it forwards.
+    pub forwarding: Forwarding,
+    /// Who restarts; nobody where the daemon was started without.
+    pub supervisor: Option<Supervisor>,
+    /// What happens.
+    pub journal: Journal,
+    /// How it is told to stop.
+    pub stop: StopSwitch,
+}
+
+impl Answers {
+    /// Answers a request that came over the socket, where everything may be asked.
+    pub async fn answer(&self, request: Request) -> Answer {
+        if self.stop.is_pulled() && !matches!(request, Request::Shutdown { .. }) {
+            return Response::refused(STOPPING).into();
+        }
+        if request.waits_for_replay() {
+            self.registry.replayed().await;
+        }
+        match request {
+            Request::Register(registration) => match self.registry.register(*registration).await {
+                Ok(()) => Response::Done.into(),
+                Err(error) => Response::refused(error).into(),
+            },
+            Request::Deregister { container_name } => {
+                if let Some(name) = container_name {
+                    self.registry.deregister(&name, DropReason::Requested).await;
+                }
+                Response::Done.into()
+            }
+            Request::List => self.list().into(),
+            Request::Status { container_name } => self.status(&container_name).into(),
+            Request::Restart(restart) => self.restart(&restart, None).await,
+            Request::SecretsPatch(patch) => self.patch_secrets(&patch).await.into(),
+            Request::HttpInfo => Response::result(json!({ "port": self.http_port })).into(),
+            Request::Version => Response::result(json!({ "version": self.version })).into(),
+            Request::Shutdown { drain_engine } => self.shutdown(drain_engine),
+            Request::Describe => self.describe().await.into(),
+            Request::Events { container_name } => Answer::Follow(self.journal.listen(), container_name),
+        }
+    }
+
+    /// Answers a restart. `asker` is the container itself, where that is who asks.
+    pub async fn restart(&self, restart: &Restart, asker: Option<&Arc<Registration>>) -> Answer {
+        match self.promise_restart(restart, asker).await {
+            Ok(answer) => answer,
+            Err(reason) => Response::Refused(reason).into(),
+        }
+    }
+
+    /// The checks stand in the order in which the wire wants them.
+    async fn promise_restart(
+        &self,
+        restart: &Restart,
+        asker: Option<&Arc<Registration>>,
+    ) -> Result<Answer, String> {
+        let supervisor = self.supervisor.as_ref().ok_or("restart capability not enabled on this daemon")?;
+        let build = restart.build().map_err(|error| error.to_string())?;
+        let name = restart.container_name().map_err(|error| error.to_string())?;
+        let registration = match asker {
+            Some(asker) => Arc::clone(asker),
+            None => Arc::clone(self.registry.list().find(name).ok_or_else(|| not_registered(name))?),
+        };
+        supervisor.preflight(&registration).await?;
+        if self.stop.is_pulled() {
+            return Err(STOPPING.to_owned());
+        }
+        let ticket = supervisor.accept(registration, build)?;
+        let response = Response::result(json!({ "containerName": name, "scheduled": true }));
+        Ok(Answer::Once(response, After::of(move || ticket.begin())))
+    }
+
+    /// Answers a patch of secrets.
+    pub async fn patch_secrets(&self, request: &SecretsPatch) -> Response {
+        let name = &request.container_name;
+        match self.registry.patch_secrets(name, &request.patch).await {
+            Ok(()) => Response::result(json!({ "containerName": name, "patched": true })),
+            Err(error) => Response::refused(error),
+        }
+    }
+
+    fn list(&self) -> Response {
+        let registered = self.registry.list();
+        let entry = |entry: &Arc<Registration>| json!({ "containerName": entry.container_name.as_str(), "cwd": entry.cwd });
+        let registrations: Vec<Value> = registered.entries.iter().map(entry).collect();
+        Response::result(json!({ "registrations": registrations }))
+    }
+
+    fn status(&self, name: &str) -> Response {
+        let registered = self.registry.list();
+        let Some(entry) = registered.find(name) else { return Response::refused(not_registered(name)) };
+        let ports = self.forwarding.forwarded_ports(name);
+        Response::result(json!({ "containerName": name, "cwd": entry.cwd, "forwardedPorts": ports }))
+    }
+
+    fn shutdown(&self, drain_engine: bool) -> Answer {
+        if self.stop.ask() && !self.stop.is_pulled() {
+            self.journal.tell(&Event::ShutdownRequested);
+        }
+        let stop = self.stop.clone();
+        let response = Response::result(json!({ "scheduled": true }));
+        Answer::Once(response, After::of(move || stop.pull(drain_engine)))
+    }
+
+    async fn describe(&self) -> Response {
+        let mut table = self.forwarding.table().await;
+        let registered = self.registry.list();
+        let containers = registered.entries.iter().map(|entry| {
+            let name = entry.container_name.as_str();
+            let found = table.containers.iter().position(|state| state.container_name == name);
+            let state = match found {
+                Some(index) => table.containers.swap_remove(index),
+                None => just_registered(name),
+            };
+            DescribedContainer { cwd: entry.cwd.display().to_string(), state }
+        });
+        Response::result(Description {
+            containers: containers.collect(),
+            version: self.version.clone(),
+            pid: std::process::id(),
+            home: self.home.root().display().to_string(),
+            http_port: self.http_port.get(),
+            replayed: self.registry.replayed().now_or_never().is_some(),
+            engine: table.engine,
+        })
+    }
+}
+
+/// A container that forwarding has not heard of yet.
+fn just_registered(name: &str) -> ContainerState {
+    ContainerState {
+        container_name: name.to_owned(),
+        way: None,
+        state: Reached::Waiting,
+        reason: None,
+        forwards: Vec::new(),
+    }
+}
+
+fn not_registered(name: &str) -> String {
+    format!("not registered: {name}")
+}
+
+/// What `describe` tells: everything there is to show, and no secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Description {
+    /// The daemon's version.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// Its home.
+    pub home: String,
+    /// The HTTP port that it has.
+    pub http_port: u16,
+    /// Whether the registrations of the last daemon are back.
+    pub replayed: bool,
+    /// The engine, where one is attached.
+    pub engine: Option<EngineFacts>,
+    /// Every registration, in the order in which they came.
+    pub containers: Vec<DescribedContainer>,
+}
+
+/// One registration in a [`Description`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DescribedContainer {
+    /// Its folder on the host.
+    pub cwd: String,
+    /// What became of it.
+    #[serde(flatten)]
+    pub state: ContainerState,
+}
