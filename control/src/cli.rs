@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod down;
 pub mod events;
 pub mod exit;
+pub mod hostd;
 pub mod logs;
 pub mod ls;
 pub mod output;
@@ -60,6 +61,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             sandbox::inside::main(&args.command);
             Ok(Exit::Failed)
         }
+        Verb::Hostd(args) => hostd::hostd(args),
         Verb::Engine(args) => match forward::engine_process(&args.socket) {
             Ok(()) => Ok(Exit::Ok),
             Err(error) => Err(Failure::new(Exit::Failed, exit::chain(error.as_ref()))),

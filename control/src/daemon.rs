@@ -1,3 +1,328 @@
-//! The daemon.
+//! The daemon: `landfall _hostd`.
+//!
+//! It knows the containers, answers the command line and the containers, and drives the engine, which is a process of its
+//! own and outlives it. Starting and stopping are one screen each ([`start`], [`Daemon::stop`]); their order is what
+//! other programs rely on (wire specification, A.7.8 and A.7.9).
+//!
+//! - `claim` makes it the only one of its home.
+//! - `stop` is the switch that ends it.
 
+mod claim;
 pub mod stop;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroU16;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::cli::exit::chain;
+use crate::docker::{Docker, LifeEvent};
+use crate::events::{Event, Journal};
+use crate::http::{self, Http, HttpError};
+use crate::jobs::Jobs;
+use crate::liveness::Ways;
+use crate::paths::{Home, HomeError};
+use crate::reconcile::task::{Forwarding, ForwardingOptions};
+use crate::registration::store::{DropReason, Registry, RegistryOptions};
+use crate::rpc::answers::Answers;
+use crate::rpc::server;
+use crate::supervisor::Supervisor;
+use crate::version;
+use claim::Claim;
+pub use claim::ClaimError;
+use stop::StopSwitch;
+
+/// The port of the container's own server (wire specification, A.0.1).
+const CONTAINER_PORT: u16 = 8973;
+/// How long a start waits to hear how containers reach the host. A Docker that answers later is heard later.
+const GATEWAY_PATIENCE: Duration = Duration::from_millis(500);
+/// How long the attendants have to drain when the stop was asked for over the socket: whoever asked waits 5 s for the
+/// socket's file to disappear (wire specification, A.8).
+const ASKED_DRAIN_TIME_MAX: Duration = Duration::from_secs(3);
+
+/// What a daemon is started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Its home.
+    pub home: Home,
+    /// The HTTP port that it prefers.
+    pub http_port: u16,
+    /// Where HTTP listens beside 127.0.0.1; empty for where Docker's containers reach the host.
+    pub http_bind: Vec<IpAddr>,
+    /// Whether it restarts containers.
+    pub restart: bool,
+    /// How often it looks whether containers still exist.
+    pub gc_interval: Duration,
+    /// How many looks in a row have to miss a container.
+    pub gc_misses: u32,
+    /// How long one step of a teardown may take.
+    pub cleanup_timeout: Duration,
+}
+
+/// Why a daemon did not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// Its directories cannot be made.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// It is not the only one of its home.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// Its HTTP endpoint cannot be had.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// A file of its own cannot be had.
+    #[error("{} cannot be opened", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Signals cannot be waited for.
+    #[error("signals cannot be waited for")]
+    Signals(#[source] io::Error),
+}
+
+/// Starts a daemon and returns when it has stopped in order.
+///
+/// # Errors
+/// [`StartError`]; then nothing of it is left.
+pub async fn run(options: Options) -> Result<(), StartError> {
+    let daemon = start(options).await?;
+    daemon.answers.stop.pulled().await;
+    daemon.stop().await;
+    Ok(())
+}
+
+/// A daemon that answers.
+struct Daemon {
+    options: Options,
+    answers: Arc<Answers>,
+    http: Http,
+    /// What ends with the daemon and has nothing to finish: the socket's server, and who listens to Docker, to forwarding
+    /// and to signals.
+    tasks: JoinSet<()>,
+    socket: Option<(u64, u64)>,
+    claim: Claim,
+}
+
+/// Starts: one of its kind first, then what it remembers, then HTTP, and the socket last, since whoever is answered there
+/// may ask for the HTTP port at once.
+async fn start(options: Options) -> Result<Daemon, StartError> {
+    let home = options.home.clone();
+    home.ensure_directories()?;
+    let claim = Claim::take(&home).await?;
+    let stop = StopSwitch::default();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(obey_signals(stop.clone())?);
+    let journal = open_journal(&home)?;
+    raise_descriptor_limit();
+
+    let docker = Docker::from_environment();
+    let supervisor = Supervisor::new(docker.clone(), journal.clone());
+    let registry = Registry::open(registry_options(&options, &journal, &docker, &supervisor));
+    let bound = http::Bound::listen(options.http_port, &addresses(&options, &docker).await, &journal).await?;
+    let forwarding = Forwarding::start(ForwardingOptions {
+        home: home.clone(),
+        journal: journal.clone(),
+        docker: docker.clone(),
+        replayed: replayed(registry.clone()),
+        registrations: registry.watch(),
+        control_ports: control_ports(bound.port()),
+    });
+    let answers = Arc::new(Answers {
+        home: home.clone(),
+        version: version::current(),
+        http_port: bound.port(),
+        registry: registry.clone(),
+        forwarding: forwarding.clone(),
+        supervisor: options.restart.then_some(supervisor),
+        journal: journal.clone(),
+        stop,
+    });
+    let http = bound.serve(Arc::clone(&answers));
+    let gateway_wanted = options.http_bind.is_empty().then(|| http.clone());
+    tasks.spawn(follow_docker(docker, registry.clone(), forwarding.clone(), gateway_wanted));
+    tasks.spawn(follow_ends(registry, forwarding));
+
+    let path = home.socket();
+    let listener = server::listen(&path).map_err(|source| StartError::File { path: path.clone(), source })?;
+    let socket = claim::file_identity(&path);
+    tasks.spawn(server::serve(listener, Arc::clone(&answers)));
+    leave_pid(&home.pid_file());
+    journal.tell(&Event::DaemonListening { socket: path.display().to_string() });
+    Ok(Daemon { options, answers, http, tasks, socket, claim })
+}
+
+impl Daemon {
+    /// Stops: the HTTP port is free first, since the next daemon needs it; the socket's file goes last, since its going is
+    /// what the next one waits for. The socket answers meanwhile: that it stops. Every step is bounded in time.
+    async fn stop(mut self) {
+        let Answers { journal, registry, forwarding, supervisor, stop, .. } = &*self.answers;
+        let bound = self.options.cleanup_timeout;
+        journal.tell(&Event::DaemonStopping);
+        within(bound, "HTTP", journal, self.http.close()).await;
+        let drain = if stop.was_asked() { bound.min(ASKED_DRAIN_TIME_MAX) } else { bound };
+        within(drain, "what runs beside containers", journal, registry.stop()).await;
+        if let Some(supervisor) = supervisor {
+            within(bound, "a restart", journal, supervisor.stop()).await;
+        }
+        if stop.drains_engine() {
+            within(bound, "the engine", journal, forwarding.stop_engine()).await;
+        } else {
+            within(bound, "forwarding", journal, forwarding.detach()).await;
+        }
+        take_pid(&self.options.home.pid_file());
+        self.tasks.shutdown().await;
+        self.claim.release(self.socket);
+    }
+}
+
+/// Gives one step of the stop its time, and no more than that.
+async fn within(bound: Duration, what: &str, journal: &Journal, step: impl Future<Output = ()>) {
+    if timeout(bound, step).await.is_err() {
+        let text = format!("{what} took longer than {} ms to stop and was left", bound.as_millis());
+        journal.tell(&Event::Notice { text });
+    }
+}
+
+fn registry_options(
+    options: &Options,
+    journal: &Journal,
+    docker: &Docker,
+    supervisor: &Supervisor,
+) -> RegistryOptions {
+    RegistryOptions {
+        home: options.home.clone(),
+        journal: journal.clone(),
+        liveness: Arc::new(Ways { docker: docker.clone() }),
+        attendants: vec![Jobs::new(journal.clone(), supervisor.clone())],
+        cleanup_timeout: options.cleanup_timeout,
+        gc_interval: options.gc_interval,
+        gc_misses: options.gc_misses,
+    }
+}
+
+/// Where HTTP listens from the start. An address of Docker's that is none of the machine's (its engine is elsewhere, or
+/// its bridge is down) is left out.
+async fn addresses(options: &Options, docker: &Docker) -> Vec<IpAddr> {
+    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST)];
+    addresses.extend(&options.http_bind);
+    if options.http_bind.is_empty()
+        && let Ok(Some(gateway)) = timeout(GATEWAY_PATIENCE, docker.bridge_gateway()).await
+        && TcpListener::bind((gateway, 0)).await.is_ok()
+    {
+        addresses.push(gateway);
+    }
+    addresses
+}
+
+/// Ready when the registrations of the last daemon are back.
+fn replayed(registry: Registry) -> BoxFuture<'static, ()> {
+    Box::pin(async move { registry.replayed().await })
+}
+
+/// What is never forwarded, since the daemon and the containers talk there.
+fn control_ports(http: NonZeroU16) -> BTreeSet<NonZeroU16> {
+    [CONTAINER_PORT, http::PREFERRED_PORT].into_iter().filter_map(NonZeroU16::new).chain([http]).collect()
+}
+
+/// Hints from Docker go to whoever looks at containers, and its address to HTTP once there is one.
+async fn follow_docker(docker: Docker, registry: Registry, forwarding: Forwarding, http: Option<Http>) {
+    let mut events = docker.life_events();
+    while let Some(event) = events.recv().await {
+        match event {
+            LifeEvent::Changed { name, .. } => {
+                registry.look_again(&name);
+                forwarding.look_again(&name);
+            }
+            LifeEvent::Resync => {
+                for entry in &registry.list().entries {
+                    registry.look_again(entry.container_name.as_str());
+                    forwarding.look_again(entry.container_name.as_str());
+                }
+                if let Some(http) = &http {
+                    join_gateway(http, &docker).await;
+                }
+            }
+        }
+    }
+}
+
+async fn join_gateway(http: &Http, docker: &Docker) {
+    let Some(gateway) = docker.bridge_gateway().await else { return };
+    if let Err(error) = http.listen_also(gateway).await {
+        let text = format!("containers cannot reach the daemon over HTTP: {}", chain(&error));
+        http.journal().tell(&Event::Notice { text });
+    }
+}
+
+/// A registration that stood for a process ends with it.
+async fn follow_ends(registry: Registry, forwarding: Forwarding) {
+    let mut ended = forwarding.ended();
+    while let Some(name) = ended.recv().await {
+        registry.deregister(name.as_str(), DropReason::Gone).await;
+    }
+}
+
+/// SIGTERM and SIGINT stop in order; the second one finds that already done.
+fn obey_signals(stop: StopSwitch) -> Result<impl Future<Output = ()>, StartError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
+    Ok(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            stop.pull(false);
+        }
+    })
+}
+
+/// Opens the journal, and has panics told there: a task that panics ends nothing but itself.
+fn open_journal(home: &Home) -> Result<Journal, StartError> {
+    let path = home.daemon_log();
+    let journal = Journal::open(&path).map_err(|source| StartError::File { path, source })?;
+    let told = journal.clone();
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        default(panic);
+        told.tell(&Event::Notice { text: panic.to_string() });
+    }));
+    Ok(journal)
+}
+
+/// Clients may hold hundreds of descriptors. A limit that cannot be raised is lived with.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
+/// Leaves the process id for people. It decides nothing, so that it cannot be written is no reason not to start.
+fn leave_pid(path: &Path) {
+    let aside = path.with_extension("new");
+    if std::fs::write(&aside, format!("{}\n", std::process::id())).is_ok() {
+        let _ = std::fs::rename(&aside, path);
+    }
+}
+
+/// Takes it away again, unless somebody else has left theirs.
+fn take_pid(path: &Path) {
+    let own = std::process::id().to_string();
+    if std::fs::read_to_string(path).is_ok_and(|pid| pid.trim() == own) {
+        let _ = std::fs::remove_file(path);
+    }
+}

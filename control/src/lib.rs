@@ -17,6 +17,7 @@ pub mod docker;
 pub mod events;
 pub mod folder;
 pub mod forward;
+pub mod http;
 pub mod jobs;
 pub mod linger;
 pub mod liveness;

@@ -91,6 +91,9 @@ pub enum Verb {
     /// The inner process of a sandbox
     #[command(name = "_sandbox", hide = true)]
     Sandbox(InnerArgs),
+    /// The daemon
+    #[command(name = "_hostd", hide = true)]
+    Hostd(DaemonArgs),
     /// The engine, driven over a socket
     #[command(name = "_engine", hide = true)]
     Engine(EngineArgs),
@@ -117,7 +120,7 @@ impl Verb {
             Verb::Restart(args) => args.json,
             Verb::Events(args) => args.json,
             Verb::Logs(args) => args.json,
-            Verb::Sandbox(_) | Verb::Engine(_) | Verb::Opener | Verb::Tied(_) => false,
+            Verb::Sandbox(_) | Verb::Hostd(_) | Verb::Engine(_) | Verb::Opener | Verb::Tied(_) => false,
         }
     }
 }

@@ -1,0 +1,110 @@
+//! `landfall _hostd`: becomes the daemon, and is it until it is told to stop.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use jiff::SignedDuration;
+
+use super::args::DaemonArgs;
+use super::exit::{Exit, Failure, chain};
+use crate::daemon::{self, Options, StartError};
+use crate::http::PREFERRED_PORT;
+use crate::paths::Home;
+
+/// How often it is looked whether containers still exist; a duration such as `30s`.
+const GC_INTERVAL: &str = "LANDFALL_GC_INTERVAL";
+/// How many looks in a row have to miss a container before it is forgotten.
+const GC_MISSES: &str = "LANDFALL_GC_MISSES";
+/// How long one step of a teardown may take; a duration such as `60s`.
+const CLEANUP_TIMEOUT: &str = "LANDFALL_CLEANUP_TIMEOUT";
+
+/// Is the daemon until it is told to stop.
+pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
+    let options = options(args, |name| std::env::var(name).ok())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
+    let done = runtime.block_on(daemon::run(options));
+    // What still blocks somewhere is not waited for: everything that had to be finished is.
+    runtime.shutdown_background();
+    done.map(|()| Exit::Ok).map_err(|error| refused(&error))
+}
+
+fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Result<Options, Failure> {
+    let home = Home::from_environment().map_err(|error| {
+        Failure::new(Exit::Failed, chain(&error))
+            .hint("LANDFALL_HOME names a directory for the daemon's files")
+    })?;
+    let set = |name| variable(name).filter(|value| !value.is_empty());
+    Ok(Options {
+        home,
+        http_port: args.http_port.unwrap_or(PREFERRED_PORT),
+        http_bind: args.http_bind,
+        restart: !args.no_restart,
+        gc_interval: duration(GC_INTERVAL, set(GC_INTERVAL), Duration::from_secs(30))?,
+        gc_misses: misses(set(GC_MISSES))?,
+        cleanup_timeout: duration(CLEANUP_TIMEOUT, set(CLEANUP_TIMEOUT), Duration::from_secs(60))?,
+    })
+}
+
+fn duration(name: &str, value: Option<String>, default: Duration) -> Result<Duration, Failure> {
+    let Some(value) = value else { return Ok(default) };
+    let parsed =
+        value.trim().parse::<SignedDuration>().ok().and_then(|length| Duration::try_from(length).ok());
+    parsed.filter(|length| !length.is_zero()).ok_or_else(|| {
+        Failure::new(Exit::Usage, format!("{name} is \"{value}\", which is no duration"))
+            .hint("say it such as 30s, 500ms or 2m")
+    })
+}
+
+fn misses(value: Option<String>) -> Result<u32, Failure> {
+    let Some(value) = value else { return Ok(3) };
+    value.trim().parse::<NonZeroU32>().map(NonZeroU32::get).map_err(|_| {
+        Failure::new(Exit::Usage, format!("{GC_MISSES} is \"{value}\", which is no count"))
+            .hint("say a number from 1")
+    })
+}
+
+fn refused(error: &StartError) -> Failure {
+    let failure = Failure::new(Exit::Failed, chain(error));
+    match error {
+        StartError::Claim(daemon::ClaimError::Taken(_)) => {
+            failure.hint("one daemon serves a home; LANDFALL_HOME names another home")
+        }
+        StartError::Http(_) => {
+            failure.hint("--http-bind takes an address of this machine, and --http-port 0 any free port")
+        }
+        StartError::Home(_) | StartError::Claim(_) | StartError::File { .. } | StartError::Signals(_) => {
+            failure
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(value: &str) -> Result<Duration, String> {
+        let default = Duration::from_secs(30);
+        duration(GC_INTERVAL, Some(value.to_owned()), default).map_err(|failure| failure.message)
+    }
+
+    #[test]
+    fn durations_are_as_people_write_them() {
+        assert_eq!(parsed("20ms"), Ok(Duration::from_millis(20)));
+        assert_eq!(parsed(" 60s "), Ok(Duration::from_secs(60)));
+        assert_eq!(parsed("2m"), Ok(Duration::from_secs(120)));
+        for wrong in ["-1s", "0s", "soon", "30"] {
+            let expected = format!("LANDFALL_GC_INTERVAL is \"{wrong}\", which is no duration");
+            assert_eq!(parsed(wrong), Err(expected));
+        }
+        assert_eq!(duration(GC_INTERVAL, None, Duration::from_secs(30)), Ok(Duration::from_secs(30)));
+    }
+
+    #[test]
+    fn a_count_of_misses_is_at_least_one() {
+        assert_eq!(misses(None), Ok(3));
+        assert_eq!(misses(Some("1".to_owned())), Ok(1));
+        assert!(misses(Some("0".to_owned())).is_err());
+        assert!(misses(Some("many".to_owned())).is_err());
+    }
+}

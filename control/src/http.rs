@@ -1,0 +1,319 @@
+//! The daemon's HTTP endpoint, where containers ask for themselves (wire specification, A.2).
+//!
+//! It listens on 127.0.0.1 and on the address by which containers reach the host, at one port on all of them: containers
+//! keep the URL that they were started with, so the preferred port is taken wherever it can be had. Docker may appear
+//! later than the daemon; its address joins then.
+//!
+//! A connection is one request and one answer, with a time for each part of it and one for all. Places are limited, those
+//! of one client once more, so that one container cannot keep the others out.
+//!
+//! - `auth` says who asks, and for whom a request is meant. Pure.
+//! - `rpc` is the one route and the order of its checks.
+
+pub mod auth;
+pub mod rpc;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::events::{Event, Journal};
+use crate::linger::linger;
+use crate::rpc::answers::{After, Answers};
+
+/// The port that is preferred (wire specification, A.2).
+pub const PREFERRED_PORT: u16 = 8974;
+/// How many connections are served at a time.
+const CONNECTIONS_MAX: usize = 256;
+/// How many of them one client may have.
+const CONNECTIONS_OF_ONE_MAX: usize = 64;
+/// How long a client has for the head of its request.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a connection may last. A restart may have to wait until the daemon knows its containers again.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(90);
+/// The longest head, in bytes; hyper's smallest buffer is half of it.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// How often another port is tried where one that is free on 127.0.0.1 is in use elsewhere.
+const EPHEMERAL_TRIES: u32 = 16;
+/// How long what is being answered may go on when the endpoint closes.
+const CLOSING_TIME_MAX: Duration = Duration::from_secs(2);
+/// How long accepting rests when the process has no descriptor left.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+
+/// Why the endpoint cannot be had.
+#[derive(Debug, Error)]
+pub enum HttpError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} for HTTP")]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// No port is free on all addresses.
+    #[error("no port for HTTP is free on all of the addresses")]
+    NoPort,
+}
+
+/// The sockets of the endpoint. Clients can connect; nobody answers yet.
+#[derive(Debug)]
+pub struct Bound {
+    port: NonZeroU16,
+    listeners: BTreeMap<IpAddr, TcpListener>,
+}
+
+impl Bound {
+    /// Listens on every address, at the preferred port if it is free on all of them, else at another one; 0 prefers none.
+    ///
+    /// # Errors
+    /// [`HttpError`].
+    pub async fn listen(preferred: u16, addresses: &[IpAddr], journal: &Journal) -> Result<Bound, HttpError> {
+        let addresses = without_covered(addresses);
+        let mut bound = try_port(preferred, &addresses).await?;
+        let mut tries = 0;
+        while bound.is_none() {
+            tries += 1;
+            if tries > EPHEMERAL_TRIES {
+                return Err(HttpError::NoPort);
+            }
+            bound = try_port(0, &addresses).await?;
+        }
+        let bound = bound.ok_or(HttpError::NoPort)?;
+        let port = bound.port.get();
+        if tries > 0 && preferred != 0 {
+            journal.tell(&Event::DaemonHttpPortFallback { preferred, actual: port });
+        }
+        for address in bound.listeners.keys() {
+            journal.tell(&Event::DaemonHttpListening { host: address.to_string(), port });
+        }
+        Ok(bound)
+    }
+
+    /// The port.
+    pub fn port(&self) -> NonZeroU16 {
+        self.port
+    }
+
+    /// Begins to answer.
+    pub fn serve(self, answers: Arc<Answers>) -> Http {
+        let journal = answers.journal.clone();
+        let http = Http(Arc::new(Inner {
+            port: self.port,
+            answers,
+            journal,
+            addresses: Mutex::default(),
+            places: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            clients: Mutex::default(),
+            closing: CancellationToken::new(),
+            cut_off: CancellationToken::new(),
+            listeners: TaskTracker::new(),
+            connections: TaskTracker::new(),
+        }));
+        for (address, listener) in self.listeners {
+            http.accept_on(address, listener);
+        }
+        http
+    }
+}
+
+/// Every address once, and none that a wildcard among them covers: the kernel counts those as in use.
+fn without_covered(addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let any_v6 = addresses.iter().any(|address| address.is_ipv6() && address.is_unspecified());
+    let any = any_v6 || addresses.iter().any(|address| address.is_ipv4() && address.is_unspecified());
+    let mut kept: Vec<IpAddr> = Vec::new();
+    for address in addresses {
+        let covered = if address.is_ipv4() { any } else { any_v6 };
+        let is_the_cover = address.is_unspecified() && (address.is_ipv6() || !any_v6);
+        if (!covered || is_the_cover) && !kept.contains(address) {
+            kept.push(*address);
+        }
+    }
+    kept
+}
+
+/// Listens on all addresses at one port. None where it is in use on one of them.
+async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<Option<Bound>, HttpError> {
+    let mut port = port;
+    let mut listeners = BTreeMap::new();
+    for ip in addresses {
+        let address = SocketAddr::new(*ip, port);
+        let failed = |source| HttpError::Listen { address, source };
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                port = listener.local_addr().map_err(failed)?.port();
+                listeners.insert(*ip, listener);
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    let port = NonZeroU16::new(port).ok_or(HttpError::NoPort)?;
+    Ok(Some(Bound { port, listeners }))
+}
+
+/// The endpoint; clones are the same one.
+#[derive(Clone)]
+pub struct Http(Arc<Inner>);
+
+struct Inner {
+    port: NonZeroU16,
+    answers: Arc<Answers>,
+    journal: Journal,
+    /// Where it listens.
+    addresses: Mutex<Vec<IpAddr>>,
+    places: Arc<Semaphore>,
+    /// How many connections each client has.
+    clients: Mutex<HashMap<IpAddr, usize>>,
+    closing: CancellationToken,
+    cut_off: CancellationToken,
+    listeners: TaskTracker,
+    connections: TaskTracker,
+}
+
+impl Http {
+    /// Listens on one more address, at the same port. One that it listens on already is no error.
+    ///
+    /// # Errors
+    /// [`HttpError::Listen`].
+    pub async fn listen_also(&self, ip: IpAddr) -> Result<(), HttpError> {
+        let mut all = locked(&self.0.addresses).clone();
+        all.push(ip);
+        if locked(&self.0.addresses).contains(&ip) || !without_covered(&all).contains(&ip) {
+            return Ok(());
+        }
+        let address = SocketAddr::new(ip, self.0.port.get());
+        let listener =
+            TcpListener::bind(address).await.map_err(|source| HttpError::Listen { address, source })?;
+        self.accept_on(ip, listener);
+        self.0.journal.tell(&Event::DaemonHttpListening { host: ip.to_string(), port: self.0.port.get() });
+        Ok(())
+    }
+
+    /// Where its events go.
+    pub fn journal(&self) -> &Journal {
+        &self.0.journal
+    }
+
+    /// Releases the port, lets what is being answered finish for a moment, and cuts off the rest.
+    pub async fn close(&self) {
+        self.0.closing.cancel();
+        self.0.listeners.close();
+        self.0.listeners.wait().await;
+        self.0.connections.close();
+        if timeout(CLOSING_TIME_MAX, self.0.connections.wait()).await.is_err() {
+            self.0.cut_off.cancel();
+            self.0.connections.wait().await;
+        }
+    }
+
+    fn accept_on(&self, address: IpAddr, listener: TcpListener) {
+        locked(&self.0.addresses).push(address);
+        let inner = Arc::clone(&self.0);
+        self.0.listeners.spawn(async move {
+            let closing = inner.closing.clone();
+            // The listener goes with the future that holds it, and the port with that.
+            closing.run_until_cancelled_owned(accept_all(inner, listener)).await
+        });
+    }
+}
+
+async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
+    // The semaphore is never closed.
+    while let Ok(place) = Arc::clone(&inner.places).acquire_owned().await {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let Some(guest) = Guest::admit(&inner, peer.ip()) else { continue };
+                let work = converse(Arc::clone(&inner), stream);
+                inner.connections.spawn(inner.cut_off.clone().run_until_cancelled_owned(async move {
+                    work.await;
+                    drop((guest, place));
+                }));
+            }
+            // No descriptor is left, or the client has gone already. Either way the next one is another try.
+            Err(_) => tokio::time::sleep(ACCEPT_REST).await,
+        }
+    }
+}
+
+/// One connection among those of its client.
+struct Guest {
+    inner: Arc<Inner>,
+    client: IpAddr,
+}
+
+impl Guest {
+    /// None where the client has as many as it may have.
+    fn admit(inner: &Arc<Inner>, client: IpAddr) -> Option<Guest> {
+        let mut clients = locked(&inner.clients);
+        let count = clients.entry(client).or_default();
+        if *count >= CONNECTIONS_OF_ONE_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Guest { inner: Arc::clone(inner), client })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut clients = locked(&self.inner.clients);
+        if let Some(count) = clients.get_mut(&self.client) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(&self.client);
+            }
+        }
+    }
+}
+
+/// Serves one request, and makes happen what its answer promised.
+async fn converse(inner: Arc<Inner>, mut stream: TcpStream) {
+    let mut own = locked(&inner.addresses).clone();
+    // A wildcard stands for every address; the one that was connected to is known here.
+    own.extend(stream.local_addr().ok().map(|address| address.ip()));
+    let promised = Mutex::new(After::nothing());
+    let service = service_fn(|request| {
+        let (inner, own, promised) = (&inner, &own, &promised);
+        async move {
+            let (response, after) = rpc::respond(request, own, &inner.answers).await;
+            *locked(promised) = after;
+            rpc::Served::Ok(response)
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        // One request each: nobody holds a place without asking for something.
+        .keep_alive(false)
+        // A client may end its own direction when it has asked, and what it asked for is done also when it has gone.
+        .half_close(true)
+        .serve_connection(TokioIo::new(&mut stream), service)
+        .without_shutdown();
+    // However it ended: what was promised happens, and what was written is to arrive.
+    let _ = timeout(CONNECTION_TIME_MAX, connection).await;
+    promised.into_inner().unwrap_or_else(PoisonError::into_inner).happen();
+    linger(stream).await;
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[path = "http_tests.rs"]
+mod tests;
