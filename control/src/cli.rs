@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod down;
 pub mod events;
 pub mod exit;
+pub mod forwarding;
 pub mod hostd;
 pub mod logs;
 pub mod ls;

@@ -53,6 +53,9 @@ use crate::registration::model::Registration;
 pub const FILE: &str = "landfall.toml";
 /// The field of a registration that keeps what was sealed. No client writes it: [`seal`] always replaces it.
 const FIELD: &str = "folder";
+/// The field by which `run` and `attach` say that their registration lasts as long as they do. Whoever runs a command in
+/// a folder has not said that the folder's own commands are to run, so none are.
+pub const FOREGROUND: &str = "foreground";
 
 /// How long a job's command may take when its configuration does not say.
 pub const JOB_TIMEOUT: Duration = Duration::from_secs(300);
@@ -118,6 +121,9 @@ fn kept(registration: &Registration) -> Option<Sealed> {
 }
 
 fn read(registration: &Registration) -> Option<Sealed> {
+    if registration.unknown.get(FOREGROUND).and_then(serde_json::Value::as_bool) == Some(true) {
+        return None;
+    }
     match file::read(&registration.cwd.join(FILE)) {
         Ok(text) => text.map(Sealed::Text),
         Err(reason) => Some(Sealed::Refused(reason)),

@@ -3,8 +3,12 @@
 //! The engine, in this process, tells what it sees and what became of what it was asked for. The forwarder turns
 //! that into commands, by way of the pure planner, and into lines for people. [`Session`] is the shell around it
 //! that has the engine, the queue and the clock.
+//!
+//! Where a daemon runs, it forwards, and [`registered`] tells what comes of it.
 
 mod engine;
+pub mod registered;
+mod told;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -134,6 +138,7 @@ impl Session {
                 Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
                 Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
                 Ok(Happening::EngineEnded) => Some("the relay engine ended".to_owned()),
+                Ok(Happening::DaemonHints) => None,
                 Err(RecvTimeoutError::Disconnected) => Some("nothing more can happen".to_owned()),
                 Err(RecvTimeoutError::Timeout) if end.is_some_and(|end| Instant::now() >= end) => {
                     return Wakeup::Tick;
@@ -155,7 +160,7 @@ impl Session {
             match self.happenings.recv() {
                 Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
                 Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
-                Ok(Happening::Engine(_) | Happening::EngineEnded) => {}
+                Ok(Happening::Engine(_) | Happening::EngineEnded | Happening::DaemonHints) => {}
                 // The queue cannot close while this value holds one of its ends.
                 Err(_) => return Wakeup::Lost("nothing more can happen".to_owned()),
             }

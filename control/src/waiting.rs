@@ -55,6 +55,8 @@ pub enum Happening {
     Engine(Event),
     /// The engine says nothing more.
     EngineEnded,
+    /// The daemon may have something to tell.
+    DaemonHints,
     /// A signal came.
     Signal(Signal, Origin),
     /// A process ended.

@@ -4,6 +4,8 @@
 mod asking;
 #[path = "cli/forward.rs"]
 mod forward;
+#[path = "cli/registered.rs"]
+mod registered;
 #[path = "cli/run.rs"]
 mod run;
 #[path = "cli/support.rs"]

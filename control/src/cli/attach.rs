@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroU32;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,10 +13,13 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::args::{AttachArgs, TargetArgs};
 use super::exit::{Exit, Failure, chain};
+use super::forwarding::Forwarding;
 use super::output::{Report, Talk};
-use crate::forward::{ForwardError, Options, Session, Wakeup};
+use super::register;
+use crate::forward::{ForwardError, Wakeup};
 use crate::name;
 use crate::processes;
+use crate::registration::model::Way;
 use crate::waiting::{Signals, Watched};
 use nix::sys::signal::Signal;
 
@@ -37,9 +41,9 @@ pub fn attach(args: AttachArgs) -> Result<Exit, Failure> {
         pidfds.insert(Watched::Target, pidfd);
     }
     let name = args.common.name.clone().unwrap_or_else(|| place.name());
-    let options = Options { name, policy: args.common.policy(), ring: args.common.ring, talk };
     let identity = place.identity();
-    let mut session = Session::open(target, options).map_err(|error| place.refused(&error))?;
+    let refused = |error: &ForwardError| place.refused(error);
+    let mut session = Forwarding::open(target, place.way(), name, &args.common, talk, refused)?;
     session.watch(signals, pidfds).map_err(|error| other(&error))?;
 
     let tick = matches!(place, Place::Path(_)).then_some(TICK);
@@ -93,6 +97,14 @@ impl Place {
             Place::Path(path) => Target::path(path),
         }
         .map_err(|error| self.not_opened(&error))
+    }
+
+    /// The same for the daemon, if it would mean the same there.
+    fn way(&self) -> Option<Way> {
+        match self {
+            Place::Process(pid) => register::process(NonZeroU32::new(*pid)?).ok(),
+            Place::Path(path) => register::netns(path).ok(),
+        }
     }
 
     fn name(&self) -> String {

@@ -45,6 +45,13 @@ pub enum Report {
         /// Why not.
         reason: DenyReason,
     },
+    /// It may not be exposed by a rule of the daemon's own.
+    Withheld {
+        /// The port inside.
+        port: NonZeroU16,
+        /// Why not.
+        reason: String,
+    },
     /// It could not be listened on for another reason.
     Failed {
         /// The port on the host.
@@ -166,6 +173,10 @@ impl Talk {
                     (*reason == DenyReason::Privileged).then(|| format!("to forward it: --allow '{port},*'"));
                 with_hint(format!("{word} port {port} is not forwarded: {reason}"), hint.as_deref())
             }
+            Report::Withheld { port, reason } => {
+                let word = self.paint("denied  ", Colour::Yellow);
+                format!("{word} port {port} is not forwarded: {}", escape(reason))
+            }
             Report::Failed { port, detail } => {
                 format!(
                     "{} localhost:{port} cannot be listened on: {}",
@@ -264,6 +275,7 @@ fn to_json(report: &Report) -> Value {
         Report::Denied { port, reason } => {
             json!({ "event": "denied", "port": port, "reason": reason.to_string() })
         }
+        Report::Withheld { port, reason } => json!({ "event": "denied", "port": port, "reason": reason }),
         Report::Failed { port, detail } => json!({ "event": "failed", "port": port, "detail": detail }),
         Report::Note { text, hint } => json!({ "event": "note", "text": text, "hint": hint }),
         Report::Warning { text, hint } => json!({ "event": "warning", "text": text, "hint": hint }),

@@ -61,14 +61,25 @@ fn way(args: &WayArgs) -> Result<Option<Way>, Failure> {
         return process(pid).map(Some);
     }
     if let Some(path) = &args.netns {
-        let path =
-            std::path::absolute(path).and_then(|path| path.metadata().map(|_| path)).map_err(|error| {
-                Failure::new(Exit::Missing, format!("{} cannot be used: {}", path.display(), chain(&error)))
-                    .hint("`ip netns list` shows namespaces by name; their files are in /run/netns")
-            })?;
-        return Ok(Some(Way::Netns { path }));
+        return netns(path).map(Some);
     }
     Ok(args.docker.then_some(Way::Docker))
+}
+
+/// The way by a file that stands for a namespace, and means the same to the daemon.
+pub(super) fn netns(path: &Path) -> Result<Way, Failure> {
+    let path = std::path::absolute(path).and_then(|path| path.metadata().map(|_| path)).map_err(|error| {
+        Failure::new(Exit::Missing, format!("{} cannot be used: {}", path.display(), chain(&error)))
+            .hint("`ip netns list` shows namespaces by name; their files are in /run/netns")
+    })?;
+    if ["/proc/self", "/proc/thread-self"].iter().any(|own| path.starts_with(own)) {
+        return Err(Failure::new(
+            Exit::Usage,
+            format!("{} means another namespace to the daemon", path.display()),
+        )
+        .hint("say which process: /proc/PID/ns/net, or --pid PID"));
+    }
+    Ok(Way::Netns { path })
 }
 
 /// The way by a process that runs now, and no later one of the same number.

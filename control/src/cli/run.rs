@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
@@ -15,8 +16,10 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::args::{Net, RunArgs};
 use super::exit::{Exit, Failure, chain};
+use super::forwarding::Forwarding;
 use super::output::{Report, Talk};
-use crate::forward::{Options, Session, Wakeup};
+use super::register;
+use crate::forward::{ForwardError, Wakeup};
 use crate::name;
 use crate::sandbox::pasta::{self, Pasta, PastaError};
 use crate::sandbox::remains::Namespace;
@@ -38,9 +41,9 @@ pub fn run(args: RunArgs) -> Result<Exit, Failure> {
     let sandbox = Sandbox::make(&args.command).map_err(|error| no_sandbox(&error, &args))?;
     let target =
         Target::process(sandbox.pid()).map_err(|error| failed("cannot enter the sandbox", &error))?;
-    let options = Options { name, policy: args.common.policy(), ring: args.common.ring, talk };
-    let mut session =
-        Session::open(target, options).map_err(|error| failed("cannot forward from the sandbox", &error))?;
+    let way = NonZeroU32::new(sandbox.pid()).and_then(|pid| register::process(pid).ok());
+    let refused = |error: &ForwardError| failed("cannot forward from the sandbox", error);
+    let mut session = Forwarding::open(target, way, name, &args.common, talk, refused)?;
     let pasta = outbound(args.net, &sandbox, talk)?;
 
     let namespace =
@@ -66,7 +69,7 @@ pub fn run(args: RunArgs) -> Result<Exit, Failure> {
 
 /// Passes on signals and forwards until the command has ended.
 fn supervise(
-    session: &mut Session,
+    session: &mut Forwarding,
     child: &mut Child,
     command: &OwnedFd,
     talk: Talk,
@@ -102,7 +105,7 @@ fn supervise(
 
 /// The sandbox ends with its command: whoever is left in it is told of and asked to end, while connections get their
 /// last bytes, and is killed at last.
-fn end_what_is_left(namespace: &Namespace, session: Session, talk: Talk) {
+fn end_what_is_left(namespace: &Namespace, session: Forwarding, talk: Talk) {
     let mut remains = namespace.remains();
     for process in remains.facts() {
         let text = format!("the command left {} (pid {}) behind; it is ended", process.name, process.pid);

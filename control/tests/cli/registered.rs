@@ -1,0 +1,292 @@
+//! `run` and `attach` beside a daemon that is scripted: what they register, what they tell, and how they end.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+
+use crate::asking::Place;
+use crate::support::{Running, WAIT_MAX};
+
+/// A daemon that knows registrations, and forwards what the test says.
+struct Daemon {
+    place: Place,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By name: what was registered, how far it is reached, and its rows.
+    containers: Vec<(Value, Value, Value)>,
+    heard: Vec<Value>,
+    listeners: Vec<UnixStream>,
+    state: Value,
+    refusal: Option<&'static str>,
+    pid: u32,
+}
+
+impl Daemon {
+    fn new() -> Daemon {
+        let daemon = Daemon { place: Place::new(), state: Arc::default() };
+        daemon.state.lock().unwrap().state = json!({ "state": "reached" });
+        daemon.serve();
+        daemon
+    }
+
+    fn serve(&self) {
+        let listener = UnixListener::bind(self.place.home.socket()).unwrap();
+        let state = Arc::clone(&self.state);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                let request: Value = serde_json::from_str(&line).unwrap();
+                if request["kind"] == "stop-listening" {
+                    return;
+                }
+                let mut state = state.lock().unwrap();
+                let _ = writeln!(stream, "{}", state.answer(&request));
+                if request["kind"] == "events" {
+                    state.listeners.push(stream);
+                }
+                state.heard.push(request);
+            }
+        });
+    }
+
+    /// Ends, as a daemon that is killed does: its socket stays.
+    fn end(&self) {
+        let mut stream = UnixStream::connect(self.place.home.socket()).unwrap();
+        writeln!(stream, "{}", json!({ "kind": "stop-listening" })).unwrap();
+        self.state.lock().unwrap().listeners.clear();
+    }
+
+    fn forwards(&self, rows: &Value) {
+        let mut state = self.state.lock().unwrap();
+        for container in &mut state.containers {
+            container.2 = rows.clone();
+        }
+        for listener in &mut state.listeners {
+            let _ = writeln!(listener, "{}", json!({ "kind": "port-forward-event" }));
+        }
+    }
+
+    /// Waits for a request of this kind that fits.
+    fn heard(&self, kind: &str, fits: impl Fn(&Value) -> bool) -> Value {
+        let deadline = std::time::Instant::now() + WAIT_MAX;
+        loop {
+            let found = {
+                let state = self.state.lock().unwrap();
+                state.heard.iter().find(|request| request["kind"] == kind && fits(request)).cloned()
+            };
+            if let Some(found) = found {
+                return found;
+            }
+            assert!(std::time::Instant::now() < deadline, "no {kind} came");
+            std::thread::yield_now();
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        let state = self.state.lock().unwrap();
+        state
+            .containers
+            .iter()
+            .map(|(known, ..)| known["containerName"].as_str().unwrap().to_owned())
+            .collect()
+    }
+
+    fn run(&self, options: &[&str], script: &str) -> Running {
+        let mut command = self.place.landfall(&["run", "--net", "none"]);
+        Running::start({
+            command.args(options).args(["--", "sh", "-c", script]);
+            command
+        })
+    }
+}
+
+impl State {
+    fn answer(&mut self, request: &Value) -> Value {
+        let name = &request["containerName"];
+        let result = match request["kind"].as_str().unwrap() {
+            "register" if self.refusal.is_some() => {
+                return json!({ "ok": false, "reason": self.refusal });
+            }
+            "register" => {
+                self.containers.retain(|(known, ..)| known["containerName"] != *name);
+                self.containers.push((request.clone(), self.state.clone(), json!([])));
+                return json!({ "ok": true });
+            }
+            "deregister" => {
+                self.containers.retain(|(known, ..)| known["containerName"] != *name);
+                return json!({ "ok": true });
+            }
+            "describe" => {
+                let told = self.containers.iter().map(|(known, state, rows)| {
+                    let way = match &known["way"]["pid"] {
+                        Value::Null => known["way"]["path"].clone(),
+                        pid => format!("process {pid}").into(),
+                    };
+                    json!({
+                        "containerName": known["containerName"], "cwd": known["cwd"], "way": way, "forwards": rows,
+                        "state": state["state"], "reason": state["reason"],
+                    })
+                });
+                json!({ "version": "x", "pid": self.pid, "replayed": true, "containers": told.collect::<Value>() })
+            }
+            _ => json!({}),
+        };
+        json!({ "ok": true, "result": result })
+    }
+}
+
+fn row(port: u16, state: &str, reason: Option<&str>) -> Value {
+    json!({
+        "port": port, "hostPort": port, "state": state, "reason": reason, "process": "node", "pid": 77,
+        "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0,
+    })
+}
+
+const WAIT: &str = "echo ready; read line; exit 7";
+
+#[test]
+fn a_command_is_registered_by_its_process_and_deregistered_when_it_ends() {
+    let daemon = Daemon::new();
+    let mut running = daemon.run(&["--name", "web", "--allow", "80,*", "--deny", "9229"], WAIT);
+    running.out("ready");
+    let registered = daemon.heard("register", |_| true);
+    assert_eq!(registered["containerName"], "web");
+    assert_eq!(registered["portForward"], json!({ "allow": "*", "deny": [9229], "privileged": [80] }));
+    assert_eq!(registered["way"]["kind"], "process");
+    assert!(registered["way"]["started"]["ticks"].is_u64());
+    assert_eq!(registered["foreground"], true);
+    daemon.forwards(&json!([
+        row(5173, "open", None),
+        row(22, "denied", Some("x")),
+        row(8974, "denied", Some("ours"))
+    ]));
+    assert_eq!(running.err("forward"), "forward  http://localhost:5173  →  web:5173 (node, pid 77)");
+    running.err("denied   port 22 is not forwarded: it is below 1024 and --allow does not name it");
+    running.err("denied   port 8974 is not forwarded: ours");
+    daemon.forwards(&json!([row(
+        5173,
+        "failed",
+        Some("EADDRINUSE: port 5173 is forwarded to container \"b\"")
+    )]));
+    running.err("closed   http://localhost:5173");
+    running.err("failed   localhost:5173 cannot be listened on: EADDRINUSE: port 5173 is forwarded to container \"b\"");
+    drop(running.child.stdin.take());
+    assert_eq!(running.exit_code(), Some(7));
+    daemon.heard("deregister", |request| request["containerName"] == "web");
+    assert!(daemon.names().is_empty());
+}
+
+#[test]
+fn two_of_one_name_have_two_names_and_a_given_one_is_refused() {
+    let daemon = Daemon::new();
+    let folder =
+        tempfile::Builder::new().prefix("shop").rand_bytes(0).tempdir_in(daemon.place.home.root()).unwrap();
+    let start = || {
+        let mut command = daemon.place.landfall(&["run", "--net", "none", "--", "sh", "-c", WAIT]);
+        command.current_dir(folder.path());
+        let mut running = Running::start(command);
+        running.out("ready");
+        running
+    };
+    let (first, second) = (start(), start());
+    assert_eq!(daemon.names(), ["shop", "shop-2"]);
+    let third = daemon.place.output(&["run", "--net", "none", "--name", "shop", "--", "true"]);
+    let said = crate::support::stderr(&third);
+    assert!(said.starts_with("error: the name shop is taken, by process "), "{said}");
+    assert!(said.contains("hint: say another --name"), "{said}");
+    assert_eq!(third.status.code(), Some(6));
+    drop((first, second));
+}
+
+#[test]
+fn a_daemon_that_comes_back_without_the_registration_is_told_again() {
+    let daemon = Daemon::new();
+    let mut running = daemon.run(&["--name", "web"], WAIT);
+    running.out("ready");
+    daemon.forwards(&json!([row(5173, "open", None)]));
+    running.err("forward");
+    daemon.end();
+    std::fs::remove_file(daemon.place.home.socket()).unwrap();
+    daemon.state.lock().unwrap().containers.clear();
+    daemon.state.lock().unwrap().heard.clear();
+    daemon.state.lock().unwrap().pid = 2;
+    daemon.serve();
+    daemon.heard("register", |request| request["containerName"] == "web");
+    drop(running.child.stdin.take());
+    assert_eq!(running.exit_code(), Some(7), "the command never noticed");
+}
+
+#[test]
+fn what_somebody_deregistered_stays_deregistered() {
+    let daemon = Daemon::new();
+    let mut running = daemon.run(&["--name", "web"], WAIT);
+    running.out("ready");
+    daemon.forwards(&json!([row(5173, "open", None)]));
+    running.err("forward");
+    daemon.state.lock().unwrap().containers.clear();
+    daemon.forwards(&json!([]));
+    running.err("closed   http://localhost:5173");
+    running.err("note     web was deregistered; nothing is forwarded any more");
+    drop(running.child.stdin.take());
+    assert_eq!(running.exit_code(), Some(7));
+    assert!(daemon.names().is_empty());
+}
+
+#[test]
+fn what_the_daemon_cannot_reach_or_does_not_want_is_forwarded_from_here() {
+    let daemon = Daemon::new();
+    daemon.state.lock().unwrap().state = json!({ "state": "unreachable", "reason": "not permitted" });
+    let mut running = daemon.run(&["--name", "web"], WAIT);
+    running.out("ready");
+    running.err("note     the daemon does not forward this (not permitted); it is forwarded from here");
+    assert!(daemon.names().is_empty(), "it is not left registered");
+    drop(running);
+    daemon.state.lock().unwrap().refusal = Some("daemon stopping");
+    let mut running = daemon.run(&["--name", "web"], WAIT);
+    running.out("ready");
+    running.err("note     the daemon does not forward this (daemon stopping)");
+}
+
+#[test]
+fn a_ring_or_no_daemon_means_an_engine_of_ones_own() {
+    let daemon = Daemon::new();
+    for options in [&["--no-daemon"][..], &["--ring", "epoll"]] {
+        let mut running = daemon.run(options, WAIT);
+        running.out("ready");
+        drop(running.child.stdin.take());
+        assert_eq!(running.exit_code(), Some(7));
+    }
+    assert!(daemon.state.lock().unwrap().heard.is_empty(), "nothing was asked");
+}
+
+#[test]
+fn attach_registers_a_process_or_a_file_and_deregisters_when_it_is_asked_to_end() {
+    let daemon = Daemon::new();
+    let mut sandbox = daemon.run(&["--no-daemon"], "echo pid $$; read line");
+    let pid = sandbox.out("pid ").replace("pid ", "");
+    for (options, kind) in [
+        (["--pid".to_owned(), pid.clone()], "process"),
+        (["--netns".to_owned(), format!("/proc/{pid}/ns/net")], "netns"),
+    ] {
+        let mut command = daemon.place.landfall(&["attach", "--name", kind]);
+        command.args(&options);
+        let mut attached = Running::start(command);
+        let registered = daemon.heard("register", |request| request["containerName"] == kind);
+        assert_eq!(registered["way"]["kind"], kind);
+        daemon.forwards(&json!([row(5432, "open", None)]));
+        attached.out(&format!("forward  http://localhost:5432  →  {kind}:5432"));
+        attached.signal(rustix::process::Signal::TERM);
+        attached.out("closed   http://localhost:5432");
+        assert_eq!(attached.exit_code(), Some(0));
+        assert!(daemon.names().is_empty());
+    }
+}
