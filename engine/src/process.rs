@@ -32,7 +32,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::{FileType, Mode};
+use rustix::fs::{CWD, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -168,10 +168,22 @@ impl CommandSocket {
     /// Accepts nobody any more, and removes the name unless another engine has taken it.
     fn leave(&mut self) {
         self.listener = None;
-        let found = rustix::fs::lstat(&self.path).map(|found| (found.st_dev, found.st_ino));
-        if found == Ok(self.file) {
-            // It cannot be helped, and does no harm: the next engine takes the name over.
-            let _ = rustix::fs::unlink(&self.path);
+        let is_ours = |path: &Path| {
+            rustix::fs::lstat(path).is_ok_and(|found| (found.st_dev, found.st_ino) == self.file)
+        };
+        if !is_ours(&self.path) {
+            return;
+        }
+        // A next engine may take the name between a look and a removal, so it is removed under a name of our own, or given
+        // back. What fails here cannot be helped and does no harm: the next engine takes the name over.
+        let aside = self.path.with_extension(format!("{}~", std::process::id()));
+        if rustix::fs::rename(&self.path, &aside).is_err() {
+            return;
+        }
+        let given_back = !is_ours(&aside)
+            && rustix::fs::renameat_with(CWD, &aside, CWD, &self.path, RenameFlags::NOREPLACE).is_ok();
+        if !given_back {
+            let _ = rustix::fs::unlink(&aside);
         }
     }
 }
