@@ -241,6 +241,8 @@ pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let socket = CommandSocket::bind(path)?;
     // While there is one thread: those that the engine starts have no more than this one.
     process::shed_privileges()?;
+    // Not in `run` and `attach`: the command that they start inherits the limit.
+    process::raise_descriptor_limit();
     let engine = engine::engine(Ring::Auto)?;
     let ready = engine.ready().clone();
     let (handle, events) = engine.into_parts();

@@ -35,6 +35,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{CWD, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::channel::{Channel, ChannelError, timespec};
@@ -98,6 +99,14 @@ impl From<Errno> for ProcessError {
 /// See [`shed_capabilities`].
 pub fn shed_privileges() -> io::Result<()> {
     shed_capabilities(CapabilitySet::NET_BIND_SERVICE)
+}
+
+/// Lets this process have as many descriptors as it may (the hard limit of `RLIMIT_NOFILE`), and so an engine that is
+/// started in it. The usual soft limit of 1,024 is for programs that use `select(2)`, and is enough for 400 connections.
+pub fn raise_descriptor_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // Where it is refused, the engine goes by what there is.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// Drops every capability of the calling thread but `keep`, and forbids it to gain any (`PR_SET_NO_NEW_PRIVS`).
