@@ -152,13 +152,12 @@ impl<R: Ring> Shard<R> {
         self.reports.drain(..)
     }
 
-    /// One round: waits until something is over (or, with `may_wait` false, looks only), and steps what it belongs to.
+    /// One round: waits until something is over, and steps what it belongs to.
     ///
     /// # Errors
     /// The ring is broken; the shard cannot go on.
-    pub fn turn(&mut self, may_wait: bool) -> Result<(), RingError> {
-        let ready =
-            !may_wait || !self.yielded.is_empty() || self.can_accept_later() || self.can_feed_starved();
+    pub fn turn(&mut self) -> Result<(), RingError> {
+        let ready = !self.yielded.is_empty() || self.can_accept_later() || self.can_feed_starved();
         let until = if ready { Some(self.now) } else { self.timers.first().map(|(at, _)| *at) };
         let mut completions = std::mem::take(&mut self.completions);
         let turned = self.ring.turn(until, &mut completions);

@@ -110,7 +110,7 @@ fn run<R: Ring>(
         if shard.is_stopped() {
             return;
         }
-        if let Err(error) = shard.turn(true) {
+        if let Err(error) = shard.turn() {
             // The connections are gone with the ring; saying so is all that is left.
             report(Report::Degraded { what: error.to_string() });
             report(Report::Stopped);

@@ -144,8 +144,7 @@ impl World {
     pub(crate) fn run(&mut self) -> Result<(), String> {
         while self.stopped == 0 {
             self.act()?;
-            let may_wait = !self.dice.chance(50);
-            self.shard.turn(may_wait).map_err(|error| error.to_string())?;
+            self.shard.turn().map_err(|error| error.to_string())?;
             self.hear()?;
             if self.net.net().is_deadlocked() && !self.is_idle() {
                 return Err(format!("nothing will happen any more: {}", self.stuck()));
