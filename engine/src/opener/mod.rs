@@ -27,8 +27,21 @@
 //!
 //! The opener that runs on the host is ours. The same conversation is led with an agent inside a container, which
 //! is not: so [`client::take`] checks each socket, and believes no answer that it can look up itself. What cannot be
-//! had is that a hostile peer keeps no duplicate of a socket and plays with it later. It gains nothing by that:
-//! the socket leads into its own namespace, where it could have been the server in the first place.
+//! had is that a hostile peer keeps no duplicate of a socket and plays with it later. It gains no reach by that:
+//! the socket leads into its own namespace, where it could have been the server in the first place. But it can stop the
+//! shard that uses the socket, and with it the connections of every other container there:
+//!
+//! - `O_NONBLOCK` belongs to the open file and so to every holder, who may take it away after the check.
+//! - `recv` and `send` ask for `MSG_DONTWAIT` and do not care. `connect` goes by the file alone (`__sys_connect()` in
+//!   net/socket.c), and so does `splice(2)` on the socket's side, whatever `SPLICE_F_NONBLOCK` says (`tcp_splice_read()` in
+//!   net/ipv4/tcp.c, `splice_to_socket()` in fs/splice.c; both were seen to block on Linux 6.18). Such a call waits for as
+//!   long as the peer likes.
+//! - To set the flag right before each call leaves the same race, and a timeout (`SO_RCVTIMEO`) is the holder's to change
+//!   as well. `IORING_OP_CONNECT` would not block, but there is no such way for splice that does not go to a thread,
+//!   and none at all over epoll. Nor can one tell whether a socket has another holder.
+//!
+//! So the sockets of an agent that is not ours must not share a shard with anybody else's: a shard of its own, or an engine,
+//! is the only bound on what it can stop. Today every opener is this program, started by us, and keeps no duplicates.
 
 pub mod client;
 pub mod serve;
