@@ -36,7 +36,7 @@ use crate::paths::{Home, HomeError};
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
 use crate::registration::store::{DropReason, Registry, RegistryOptions};
 use crate::rpc::answers::Answers;
-use crate::rpc::server;
+use crate::rpc::server::{self, Server};
 use crate::supervisor::Supervisor;
 use crate::version;
 use claim::Claim;
@@ -111,9 +111,10 @@ struct Daemon {
     options: Options,
     answers: Arc<Answers>,
     http: Http,
-    /// What ends with the daemon and has nothing to finish: the socket's server, and who listens to Docker, to forwarding
-    /// and to signals.
+    /// What ends with the daemon and has nothing to finish: who listens to Docker, to forwarding and to signals.
     tasks: JoinSet<()>,
+    server: Server,
+    /// What the socket's file was when it was made.
     socket: Option<(u64, u64)>,
     claim: Claim,
 }
@@ -160,10 +161,10 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let path = home.socket();
     let listener = server::listen(&path).map_err(|source| StartError::File { path: path.clone(), source })?;
     let socket = claim::file_identity(&path);
-    tasks.spawn(server::serve(listener, Arc::clone(&answers)));
+    let server = Server::start(listener, Arc::clone(&answers));
     leave_pid(&home.pid_file());
     journal.tell(&Event::DaemonListening { socket: path.display().to_string() });
-    Ok(Daemon { options, answers, http, tasks, socket, claim })
+    Ok(Daemon { options, answers, http, tasks, server, socket, claim })
 }
 
 impl Daemon {
@@ -185,6 +186,7 @@ impl Daemon {
             within(bound, "forwarding", journal, forwarding.detach()).await;
         }
         take_pid(&self.options.home.pid_file());
+        self.server.close().await;
         self.tasks.shutdown().await;
         self.claim.release(self.socket);
     }
@@ -313,7 +315,7 @@ fn raise_descriptor_limit() {
 
 /// Leaves the process id for people. It decides nothing, so that it cannot be written is no reason not to start.
 fn leave_pid(path: &Path) {
-    let aside = path.with_extension("new");
+    let aside = path.with_extension("pid.new");
     if std::fs::write(&aside, format!("{}\n", std::process::id())).is_ok() {
         let _ = std::fs::rename(&aside, path);
     }

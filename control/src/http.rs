@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// How often another port is tried where one that is free on 127.0.0.1 is in use elsewhere.
 const EPHEMERAL_TRIES: u32 = 16;
 /// How long what is being answered may go on when the endpoint closes.
-const CLOSING_TIME_MAX: Duration = Duration::from_secs(2);
+const CLOSING_TIME_MAX: Duration = Duration::from_millis(500);
 /// How long accepting rests when the process has no descriptor left.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
@@ -286,8 +287,10 @@ async fn converse(inner: Arc<Inner>, mut stream: TcpStream) {
     // A wildcard stands for every address; the one that was connected to is known here.
     own.extend(stream.local_addr().ok().map(|address| address.ip()));
     let promised = Mutex::new(After::nothing());
+    let asked = AtomicBool::new(false);
     let service = service_fn(|request| {
         let (inner, own, promised) = (&inner, &own, &promised);
+        asked.store(true, Ordering::Relaxed);
         async move {
             let (response, after) = rpc::respond(request, own, &inner.answers).await;
             *locked(promised) = after;
@@ -304,10 +307,20 @@ async fn converse(inner: Arc<Inner>, mut stream: TcpStream) {
         .half_close(true)
         .serve_connection(TokioIo::new(&mut stream), service)
         .without_shutdown();
+    // When the endpoint closes, who has asked for nothing yet is not waited for.
+    let left_alone = async {
+        inner.closing.cancelled().await;
+        if asked.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+    };
     // However it ended: what was promised happens, and what was written is to arrive.
-    let _ = timeout(CONNECTION_TIME_MAX, connection).await;
+    tokio::select! {
+        _ = timeout(CONNECTION_TIME_MAX, connection) => {}
+        () = left_alone => {}
+    }
     promised.into_inner().unwrap_or_else(PoisonError::into_inner).happen();
-    linger(stream).await;
+    inner.closing.run_until_cancelled(linger(stream)).await;
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -133,7 +133,7 @@ mod tests {
         (folder, home)
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_home_is_claimed_once_and_again_when_it_was_given_up() {
         let (_folder, home) = home();
         let first = Claim::take(&home).await.unwrap();

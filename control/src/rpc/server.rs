@@ -24,6 +24,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::broadcast::{Receiver, error::RecvError};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
 
 use super::answers::{Answer, Answers};
 use super::codec::{LineError, RequestLine};
@@ -43,6 +44,8 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 const CHUNK_BYTES: usize = 8 * 1024;
 /// How often a client that only listens, and has ended its own direction, is looked at.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(5);
+/// How long what is being answered may go on when the server closes.
+const CLOSING_TIME_MAX: Duration = Duration::from_millis(500);
 /// How long accepting rests when the process has no descriptor left.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
@@ -71,8 +74,34 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(socket.into())
 }
 
-/// Answers whoever connects, until it is dropped; then every connection ends.
-pub async fn serve(listener: UnixListener, answers: Arc<Answers>) {
+/// Answers whoever connects.
+#[derive(Debug)]
+pub struct Server {
+    /// What is being answered just now.
+    answering: TaskTracker,
+    /// Accepts, and holds every connection: they end with it.
+    accepting: JoinSet<()>,
+}
+
+impl Server {
+    /// Begins.
+    pub fn start(listener: UnixListener, answers: Arc<Answers>) -> Server {
+        let answering = TaskTracker::new();
+        let mut accepting = JoinSet::new();
+        accepting.spawn(accept_all(listener, answers, answering.clone()));
+        Server { answering, accepting }
+    }
+
+    /// Ends every connection, after what is being answered has had a moment to be answered.
+    pub async fn close(mut self) {
+        self.answering.close();
+        // What takes longer is not answered any more.
+        let _ = timeout(CLOSING_TIME_MAX, self.answering.wait()).await;
+        self.accepting.shutdown().await;
+    }
+}
+
+async fn accept_all(listener: UnixListener, answers: Arc<Answers>, answering: TaskTracker) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
@@ -80,9 +109,9 @@ pub async fn serve(listener: UnixListener, answers: Arc<Answers>) {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let answers = Arc::clone(&answers);
+                let (answers, answering) = (Arc::clone(&answers), answering.clone());
                 connections.spawn(async move {
-                    converse(stream, &answers).await;
+                    converse(stream, &answers, &answering).await;
                     drop(place);
                 });
             }
@@ -93,31 +122,42 @@ pub async fn serve(listener: UnixListener, answers: Arc<Answers>) {
     }
 }
 
-async fn converse(mut stream: UnixStream, answers: &Answers) {
-    let answer = if is_permitted(&stream) {
-        let line = match timeout(LINE_TIME_MAX, read_line(&mut stream)).await {
-            Ok(Ok(Some(line))) => line,
+async fn converse(mut stream: UnixStream, answers: &Answers, answering: &TaskTracker) {
+    let line = match is_permitted(&stream) {
+        true => match timeout(LINE_TIME_MAX, read_line(&mut stream)).await {
+            Ok(Ok(Some(line))) => line.map_err(|error| error.to_string()),
             // Late, broken, or ended before the line was whole: there is nobody to answer, or nothing.
             Ok(Ok(None) | Err(_)) | Err(_) => return,
-        };
-        match line.map_err(|error| error.to_string()).and_then(|line| parse(&line)) {
-            Ok(request) => answers.answer(request).await,
-            Err(reason) => Response::Refused(reason).into(),
-        }
-    } else {
-        Response::refused("only the user who runs the daemon, and root, are answered").into()
+        },
+        false => Err("only the user who runs the daemon, and root, are answered".to_owned()),
+    };
+    let following = answering.track_future(answer(&mut stream, line, answers)).await;
+    match following {
+        Some((events, of)) => follow(stream, events, of.as_deref()).await,
+        None => linger(stream).await,
+    }
+}
+
+/// Answers a line, and makes happen what the answer promised. Gives back what is to be followed, if anything is.
+async fn answer(
+    stream: &mut UnixStream,
+    line: Result<Vec<u8>, String>,
+    answers: &Answers,
+) -> Option<(Receiver<Arc<str>>, Option<String>)> {
+    let request = line.and_then(|line| Request::from_line(&line).map_err(|error| error.to_string()));
+    let answer = match request {
+        Ok(request) => answers.answer(request).await,
+        Err(reason) => Response::Refused(reason).into(),
     };
     match answer {
         Answer::Once(response, after) => {
             // A client that is gone, or does not read, changes nothing about what it asked for.
-            let _ = tell(&mut stream, &response.to_json()).await;
+            let _ = tell(stream, &response.to_json()).await;
             after.happen();
-            linger(stream).await;
+            None
         }
         Answer::Follow(events, of) => {
-            if tell(&mut stream, &Response::Done.to_json()).await.is_ok() {
-                follow(stream, events, of.as_deref()).await;
-            }
+            tell(stream, &Response::Done.to_json()).await.ok().map(|()| (events, of))
         }
     }
 }
@@ -140,10 +180,6 @@ async fn read_line(stream: &mut UnixStream) -> io::Result<Option<Result<Vec<u8>,
             return Ok(Some(done));
         }
     }
-}
-
-fn parse(line: &[u8]) -> Result<Request, String> {
-    Request::from_line(line).map_err(|error| error.to_string())
 }
 
 async fn tell(stream: &mut UnixStream, line: &str) -> io::Result<()> {

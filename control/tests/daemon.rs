@@ -1,0 +1,12 @@
+//! The real daemon, from outside: its socket, its HTTP endpoint, its start and its end.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+#[path = "daemon/http.rs"]
+mod http;
+#[path = "daemon/life.rs"]
+mod life;
+#[path = "daemon/socket.rs"]
+mod socket;
+#[path = "daemon/support.rs"]
+mod support;
