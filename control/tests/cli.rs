@@ -2,6 +2,8 @@
 
 #[path = "cli/asking.rs"]
 mod asking;
+#[path = "cli/daemon.rs"]
+mod daemon;
 #[path = "cli/forward.rs"]
 mod forward;
 #[path = "cli/registered.rs"]

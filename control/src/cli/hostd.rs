@@ -1,5 +1,6 @@
 //! `landfall _hostd`: becomes the daemon, and is it until it is told to stop.
 
+use std::io::IsTerminal;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
@@ -21,6 +22,11 @@ const CLEANUP_TIMEOUT: &str = "LANDFALL_CLEANUP_TIMEOUT";
 /// Is the daemon until it is told to stop.
 pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
     let options = options(args, |name| std::env::var(name).ok())?;
+    // Out of the terminal's session, which would end it by a hangup; unless somebody runs it there. It fails where this
+    // process leads a session or a group already, and then nothing is to be left.
+    if !std::io::stdin().is_terminal() {
+        let _ = rustix::process::setsid();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
     let done = runtime.block_on(daemon::run(options));

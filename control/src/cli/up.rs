@@ -97,7 +97,10 @@ pub(super) fn engine_in_words(engine: Option<&EngineFacts>) -> String {
 /// A daemon that runs already keeps the options that it was started with.
 fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured) {
     let talk = Talk::to_stderr(args.json);
-    let given = args.daemon.words();
+    let mut ignored = args.daemon.clone();
+    // It listens there, whoever said so.
+    ignored.http_port = ignored.http_port.filter(|port| *port != ensured.http_port.get());
+    let given = ignored.words();
     if !ensured.spawned && !given.is_empty() {
         let words: Vec<_> = given.iter().map(|word| word.to_string_lossy()).collect();
         let text = format!("the daemon that runs keeps its own options; {} was not applied", words.join(" "));

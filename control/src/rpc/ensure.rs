@@ -35,6 +35,9 @@ use crate::version;
 /// processes are read at different moments, and the latter is rounded.
 const CLOCK_SLACK: Duration = Duration::from_secs(2);
 
+/// The option that says where the daemon's HTTP endpoint listens.
+const HTTP_PORT: &str = "--http-port";
+
 /// How long things may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {
@@ -165,12 +168,13 @@ pub fn ensure(wanted: &Wanted) -> Result<Ensured, EnsureError> {
     let ensured = match starter.look()? {
         Seen::Wanted(port) => Ok(starter.found(port)),
         Seen::Other => {
+            let port = starter.http_port();
             starter.shut_down()?;
-            starter.spawn().map(|ensured| Ensured { respawned: true, ..ensured })
+            starter.spawn(port).map(|ensured| Ensured { respawned: true, ..ensured })
         }
         Seen::Nobody => match starter.adopt()? {
             Some(port) => Ok(starter.found(port)),
-            None => starter.spawn(),
+            None => starter.spawn(None),
         },
     };
     drop(lock);
@@ -291,10 +295,17 @@ impl Starter<'_> {
 
     /// Starts a daemon and waits until it is reachable. A daemon that is about to end, or that somebody else started
     /// without the spawn lock, may hold the daemon's own lock, and ours then ends at once: that one is waited for.
-    fn spawn(&self) -> Result<Ensured, EnsureError> {
+    ///
+    /// Unless the arguments say otherwise, the new daemon listens where the one before it did: containers that run keep
+    /// the URL that they were started with (wire specification, A.2).
+    fn spawn(&self, http_port_before: Option<NonZeroU16>) -> Result<Ensured, EnsureError> {
+        let mut arguments = self.wanted.arguments.clone();
+        if let Some(port) = http_port_before.filter(|_| !arguments.iter().any(|word| word == HTTP_PORT)) {
+            arguments.extend([HTTP_PORT.into(), port.to_string().into()]);
+        }
         let deadline = Instant::now() + self.wanted.times.ready;
         loop {
-            let mut child = self.start()?;
+            let mut child = self.start(&arguments)?;
             while matches!(child.try_wait(), Ok(None)) {
                 if let Some(http_port) = self.ready() {
                     let pid = Some(child.id());
@@ -324,12 +335,12 @@ impl Starter<'_> {
         }
     }
 
-    fn start(&self) -> Result<Child, EnsureError> {
+    fn start(&self, arguments: &[OsString]) -> Result<Child, EnsureError> {
         let home = &self.wanted.home;
         let log = || OpenOptions::new().append(true).create(true).mode(0o600).open(home.daemon_log());
         let (out, err) = (log().map_err(EnsureError::Log)?, log().map_err(EnsureError::Log)?);
         let mut command = Command::new(&self.wanted.program);
-        command.arg0("landfall").arg("_hostd").args(&self.wanted.arguments);
+        command.arg0("landfall").arg("_hostd").args(arguments);
         // It outlives the terminal, whose session it leaves itself, and holds no directory of the user.
         command.current_dir("/").stdin(Stdio::null()).stdout(out).stderr(err);
         let child = command.spawn().map_err(EnsureError::Spawn)?;

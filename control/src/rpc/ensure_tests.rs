@@ -85,6 +85,20 @@ fn a_daemon_of_another_version_is_asked_to_end_and_another_one_started() {
 }
 
 #[test]
+fn the_next_daemon_listens_where_the_last_one_did_unless_it_is_told_otherwise() {
+    for (arguments, expected) in [
+        (vec![], "_hostd --http-port 8974\n"),
+        (vec!["--http-port".into(), "0".into()], "_hostd --http-port 0\n"),
+    ] {
+        let case = Case::new("");
+        case.daemon("theirs", true);
+        let wanted = Wanted { program: script(&case, "echo $@"), arguments, ..case.wanted.clone() };
+        ensure(&wanted).unwrap_err();
+        assert_eq!(fs::read_to_string(case.wanted.home.daemon_log()).unwrap(), expected);
+    }
+}
+
+#[test]
 fn a_daemon_of_another_version_that_does_not_end_is_left_alone() {
     let case = Case::impatient("/nonexistent");
     case.daemon("theirs", false);

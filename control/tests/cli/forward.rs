@@ -61,7 +61,7 @@ fn line(running: &mut Running) {
     running.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
 }
 
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + WAIT_MAX;
     while !holds() {
         assert!(Instant::now() < deadline, "{what} did not come to pass");
