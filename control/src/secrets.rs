@@ -110,6 +110,33 @@ fn random() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lock_is_waited_for_until_it_is_free_and_not_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let lock = folder.path().join("secrets.json.lock");
+        let (config, patch) = (SecretsConfig::default(), json!({"mcp": {"server": "s", "credential": {}}}));
+        std::fs::create_dir(&lock).unwrap();
+        let begun = Instant::now();
+        let error = replace(folder.path(), &config, &patch).await.unwrap_err();
+        let text = "secrets.json is locked: another program holds secrets.json.lock";
+        assert_eq!(error, SecretsError::Storage(text.to_owned()));
+        // Ten delays, each of them spread over up to twice its length.
+        let waited = begun.elapsed().as_secs_f64();
+        assert!((42.7..60.1).contains(&waited), "{waited}");
+        // It is free again while somebody waits.
+        let freed = async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            std::fs::remove_dir(&lock).unwrap();
+        };
+        let (replaced, ()) = tokio::join!(replace(folder.path(), &config, &patch), freed);
+        assert_eq!(replaced, Ok(()));
+        let own = SecretsConfig { file: "own.json".to_owned(), keys: Keys::Free(vec!["k".to_owned()]) };
+        replace(folder.path(), &own, &json!({"channels": {"k": {"v": 1}}})).await.unwrap();
+        assert!(folder.path().join("own.json").exists());
+    }
 
     #[test]
     fn delays_double_from_a_tenth_of_a_second_to_ten() {

@@ -239,3 +239,7 @@ impl Registry {
 #[cfg(test)]
 #[path = "store_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "store_model_tests.rs"]
+mod model_tests;

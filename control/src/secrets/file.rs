@@ -265,3 +265,7 @@ fn age(seen: &Stat) -> Duration {
     let touched = UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds));
     touched.and_then(|touched| SystemTime::now().duration_since(touched).ok()).unwrap_or_default()
 }
+
+#[cfg(test)]
+#[path = "file_tests.rs"]
+mod tests;

@@ -298,3 +298,7 @@ fn password_complaint(value: &Value) -> Option<String> {
     let more = password.len() > PASSWORD_TEXTS.len() + 2;
     more.then(|| "it has fields that are not known".to_owned())
 }
+
+#[cfg(test)]
+#[path = "patch_tests.rs"]
+mod tests;
