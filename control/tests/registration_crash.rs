@@ -1,0 +1,234 @@
+//! Registrations outlive a daemon that is killed at any system call.
+//!
+//! The registry runs in a process of its own, under strace, which kills it with SIGKILL as it enters the N-th call of a
+//! kind: before each step of each write, one run for every step, until a run is not reached by the killing any more.
+//! What the process has acknowledged it has said, so after its death the files have to hold exactly that, or that and the
+//! change that was under way: old or new, never half of it. A kill shows nothing about a loss of power; so another run
+//! is only watched, and has to synchronise the file before it is renamed and the directory afterwards.
+#![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use landfall::events::Journal;
+use landfall::liveness::{Liveness, Probe};
+use landfall::paths::Home;
+use landfall::registration::file;
+use landfall::registration::model::Registration;
+use landfall::registration::store::{DropReason, Registry, RegistryOptions};
+use serde_json::json;
+
+/// Where the process that is killed keeps its files.
+const HOME: &str = "LANDFALL_HOME";
+/// Every call by which the state on disk may change or be looked at, and whether only those that name the directory of
+/// registrations count: the start of a process opens many files. Entering `fsync` is the end of a `write`.
+const CALLS: [(&str, bool); 9] = [
+    ("openat", true),
+    ("fchmod", false),
+    ("fsync", false),
+    ("renameat", true),
+    ("renameat2", true),
+    ("unlinkat", true),
+    ("newfstatat", true),
+    ("statx", true),
+    ("getdents64", true),
+];
+/// How often a run may make a call at most before this test gives up.
+const NTH_MAX: u32 = 200;
+/// What lies under a registration's name and is none.
+const TORN: &str = "{\"containerName\":\"torn\",\"cw";
+
+/// What is asked of the registry, in this order: a folder to register, or nothing to deregister.
+const CHANGES: [(&str, Option<&str>); 6] = [
+    ("a", Some("/one")),
+    ("torn", Some("/two")),
+    ("a", Some("/three")),
+    ("b", Some("/four")),
+    ("a", None),
+    ("b", Some("/five")),
+];
+
+type Folders = BTreeMap<String, PathBuf>;
+
+/// What is registered when so many changes have been made.
+fn after(changes: usize) -> Folders {
+    let mut folders = Folders::new();
+    for (name, folder) in &CHANGES[..changes] {
+        match folder {
+            Some(folder) => folders.insert((*name).to_owned(), PathBuf::from(folder)),
+            None => folders.remove(*name),
+        };
+    }
+    folders
+}
+
+struct Everything;
+
+impl Probe for Everything {
+    fn probe<'a>(&'a self, _registration: &'a Registration) -> BoxFuture<'a, Liveness> {
+        Box::pin(async { Liveness::Alive })
+    }
+}
+
+fn options(home: Home) -> RegistryOptions {
+    RegistryOptions {
+        home,
+        journal: Journal::unkept(),
+        liveness: Arc::new(Everything),
+        attendants: Vec::new(),
+        cleanup_timeout: Duration::from_secs(60),
+        gc_interval: Duration::from_secs(3_600),
+        gc_misses: 3,
+    }
+}
+
+/// Not a test: the process that is killed. It says what has been acknowledged.
+#[test]
+#[ignore = "run by the test below, in a process of its own"]
+fn the_registry_that_is_killed() {
+    let Some(home) = std::env::var_os(HOME) else { return };
+    // One thread for files: strace counts the calls of each thread apart.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build();
+    let runtime = runtime.unwrap();
+    runtime.block_on(async {
+        let registry = Registry::open(options(Home::at(PathBuf::from(home)).unwrap()));
+        for (number, (name, folder)) in (1..).zip(CHANGES) {
+            match folder {
+                Some(folder) => {
+                    let fields = json!({"containerName": name, "cwd": folder, "restartToken": "t"});
+                    let fields = fields.as_object().unwrap().clone();
+                    registry.register(Registration::from_fields(fields).unwrap()).await.unwrap();
+                }
+                None => registry.deregister(name, DropReason::Requested).await,
+            }
+            println!("\nacknowledged {number}");
+        }
+    });
+}
+
+fn home() -> (tempfile::TempDir, Home) {
+    let folder = tempfile::tempdir().unwrap();
+    let home = Home::at(folder.path().to_owned()).unwrap();
+    home.ensure_directories().unwrap();
+    std::fs::write(home.registrations().join("torn.json"), TORN).unwrap();
+    (folder, home)
+}
+
+/// Runs the process above under strace.
+fn traced(home: &Home, how: &[&str]) -> Output {
+    let output = Command::new("strace")
+        .args(["-f", "-qq"])
+        .args(how)
+        .arg(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "the_registry_that_is_killed", "--nocapture", "--test-threads=1"])
+        .env(HOME, home.root())
+        .output();
+    output.unwrap_or_else(|error| panic!("strace cannot be run ({error}); tests/run installs it"))
+}
+
+fn acknowledged(output: &Output) -> usize {
+    let said = String::from_utf8_lossy(&output.stdout);
+    said.lines().filter(|line| line.starts_with("acknowledged ")).count()
+}
+
+/// What the next daemon finds.
+fn found(home: &Home) -> Folders {
+    let loaded = file::load_all(home).unwrap().into_iter();
+    let whole = loaded.filter_map(|one| match one.found {
+        Ok(registration) => Some((one.stem, registration.cwd)),
+        Err(unfit) => {
+            assert_eq!(one.stem, "torn", "half a registration: {unfit}");
+            None
+        }
+    });
+    whole.collect()
+}
+
+fn listing(home: &Home) -> Vec<(String, String)> {
+    let entries = std::fs::read_dir(home.registrations()).unwrap().map(Result::unwrap);
+    let mut names: Vec<_> = entries
+        .map(|entry| {
+            (entry.file_name().into_string().unwrap(), std::fs::read_to_string(entry.path()).unwrap())
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn c21_a_kill_at_any_step_leaves_what_was_or_what_is_to_be() {
+    let mut killed_in_between = 0;
+    for (call, by_directory) in CALLS {
+        for nth in 1..=NTH_MAX {
+            assert!(nth < NTH_MAX, "no end of {call}");
+            let (_folder, home) = home();
+            let trace = format!("trace={call}");
+            let inject = format!("inject={call}:signal=KILL:when={nth}");
+            let mut how = vec!["-o", "/dev/null", "-e", &trace, "-e", &inject];
+            let directory = home.registrations();
+            if by_directory {
+                how.extend(["-P", directory.to_str().unwrap()]);
+            }
+            let output = traced(&home, &how);
+            let acknowledged = acknowledged(&output);
+            let at = format!("killed at {call} number {nth} after {acknowledged} changes");
+            let found = found(&home);
+            let next = (acknowledged + 1).min(CHANGES.len());
+            assert!(
+                found == after(acknowledged) || found == after(next),
+                "{at}: {found:?}\n{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            let listing = listing(&home);
+            assert!(listing.iter().any(|(_, text)| text == TORN), "{at}: what was torn is lost: {listing:?}");
+            assert!(listing.iter().all(|(name, _)| !name.ends_with(".tmp")), "{at}: {listing:?}");
+            if output.status.success() {
+                assert_eq!(acknowledged, CHANGES.len());
+                break;
+            }
+            killed_in_between += u32::from(acknowledged > 0 || !found.is_empty());
+        }
+    }
+    // Each change is several calls; were they not reached, nothing was shown.
+    assert!(killed_in_between > 30, "only {killed_in_between} kills hit a change");
+}
+
+#[test]
+fn c21_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_acknowledged() {
+    let (folder, home) = home();
+    let log = folder.path().join("trace");
+    let calls = "trace=openat,fsync,renameat,renameat2,unlinkat,write";
+    let output = traced(&home, &["-y", "-s", "200", "-o", log.to_str().unwrap(), "-e", calls]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let steps = steps(&std::fs::read_to_string(&log).unwrap(), &home.registrations());
+    let write = ["write temporary", "fsync temporary", "rename", "fsync directory", "acknowledged"];
+    let set_aside =
+        ["write temporary", "fsync temporary", "rename", "rename", "fsync directory", "acknowledged"];
+    let remove = ["unlink", "fsync directory", "acknowledged"];
+    let expected = [&write[..], &set_aside, &write, &write, &remove, &write].concat();
+    assert_eq!(steps, expected);
+}
+
+/// The steps in a trace that are about registrations.
+fn steps(trace: &str, directory: &Path) -> Vec<&'static str> {
+    let directory = format!("<{}>", directory.display());
+    let step = |line: &str| {
+        let temporary = line.contains(".tmp>");
+        // A call that another thread interrupts is printed in two parts; the first has the arguments.
+        let call = line.split_once(' ').map_or(line, |(_, call)| call.trim_start());
+        match call.split_once('(')?.0 {
+            "write" if temporary => Some("write temporary"),
+            "write" if call.contains("acknowledged ") => Some("acknowledged"),
+            "fsync" if temporary => Some("fsync temporary"),
+            "fsync" if call.contains(&directory) => Some("fsync directory"),
+            "renameat" | "renameat2" if call.contains(&directory) => Some("rename"),
+            "unlinkat" if call.contains(&directory) => Some("unlink"),
+            _ => None,
+        }
+    };
+    trace.lines().filter_map(step).collect()
+}
