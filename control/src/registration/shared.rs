@@ -1,7 +1,6 @@
 //! What the registry's tasks share, and the changes themselves. Each of them runs inside its container's queue, or before
 //! any queue moves (replay); so a change to one name never meets another change to it.
 
-use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::BoxFuture;
@@ -10,6 +9,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::file::{self, FileError};
+use super::misses::{Hints, Look};
 use super::model::{ContainerName, Registration, Token, Way};
 use super::queue::Queues;
 use super::store::{DropReason, PatchError, RegisterError, Registered, RegistryOptions, StopReason};
@@ -28,7 +28,7 @@ pub(super) struct Shared {
     settled: watch::Sender<bool>,
     /// Rings when there is a hint.
     pub(super) hinted: Notify,
-    hints: Mutex<BTreeSet<String>>,
+    hints: Mutex<Hints>,
 }
 
 /// Says that everything on disk has been taken in, when it goes out of scope: whatever became of it, nobody waits longer.
@@ -72,17 +72,19 @@ impl Shared {
     }
 
     /// Keeps a hint until somebody looks. Hints about names that nobody knows are none, so they are as few as the names.
-    pub(super) fn hint(&self, name: &str) {
+    pub(super) fn hint(&self, name: &str, look: Look) {
         if self.find(name).is_some() {
-            self.hints.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+            let mut hints = self.hints.lock().unwrap_or_else(PoisonError::into_inner);
+            let kept = hints.entry(name.to_owned()).or_insert(look);
+            *kept = look.max(*kept);
             self.hinted.notify_one();
         }
     }
 
     /// The registrations that there are hints about.
-    pub(super) fn hints(&self) -> Vec<Arc<Registration>> {
-        let names = std::mem::take(&mut *self.hints.lock().unwrap_or_else(PoisonError::into_inner));
-        names.iter().filter_map(|name| self.find(name)).collect()
+    pub(super) fn take_hints(&self) -> Vec<(Arc<Registration>, Look)> {
+        let hints = std::mem::take(&mut *self.hints.lock().unwrap_or_else(PoisonError::into_inner));
+        hints.into_iter().filter_map(|(name, look)| Some((self.find(&name)?, look))).collect()
     }
 
     /// The effects of a `register`, in the wire's order (A.1.4): the file, the value, the event, the attendants.
@@ -109,6 +111,7 @@ impl Shared {
             self.stop_attendants(name, StopReason::Replaced).await;
         }
         self.start_attendants(&registration).await;
+        self.hint(registration.container_name.as_str(), Look::First);
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::{OnceCell, watch};
 
+use super::misses::Look;
 use super::model::{ContainerName, Registration, Token};
 use super::shared::Shared;
 use super::upkeep;
@@ -215,10 +216,10 @@ impl Registry {
         self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
-    /// Something may have happened to a container: it is looked at now instead of at the next turn. If it is not there,
-    /// it is looked at again soon until it has been missed often enough.
+    /// Something may have happened to a container: it is looked at now instead of at the next turn. If it is not there and
+    /// was before, it is looked at again soon until it has been missed often enough.
     pub fn look_again(&self, name: &str) {
-        self.shared.hint(name);
+        self.shared.hint(name, Look::Hint);
     }
 
     /// Takes no more, lets what is under way finish, and drains the attendants; each for the cleanup timeout at most.

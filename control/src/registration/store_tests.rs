@@ -399,13 +399,16 @@ async fn a_slow_look_at_the_start_holds_up_changes_and_nothing_else() {
 #[tokio::test(start_paused = true)]
 async fn a_container_is_dropped_after_three_misses_in_a_row() {
     let mut bench = Bench::new();
+    bench.registry.replayed().await;
+    let begun = Instant::now();
     for name in ["gone", "flaky", "unknown"] {
         bench.registry.register(bare(name, "/c")).await.unwrap();
     }
+    // The first look at each is over.
+    sleep(Duration::from_secs(1)).await;
     bench.script.set("gone", &[Gone]);
     bench.script.set("flaky", &[Gone, Gone, Alive, Gone, Gone, Alive, Gone, Unknown, Gone, Alive]);
     bench.script.set("unknown", &[Unknown]);
-    let begun = Instant::now();
     let mut watch = bench.registry.watch();
     watch.wait_for(|known| known.find("gone").is_none()).await.unwrap();
     assert_eq!(begun.elapsed(), TURN * 3);
@@ -419,6 +422,8 @@ async fn a_container_is_dropped_after_three_misses_in_a_row() {
 async fn looks_never_overlap_however_long_they_take() {
     let bench = Bench::new();
     bench.registry.register(bare("a", "/a")).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    bench.script.asked.lock().unwrap().clear();
     *bench.script.takes.lock().unwrap() = Duration::from_secs(9);
     bench.registry.look_again("a");
     sleep(Duration::from_secs(1)).await;
@@ -432,9 +437,14 @@ async fn looks_never_overlap_however_long_they_take() {
 #[tokio::test(start_paused = true)]
 async fn a_hint_drops_a_container_soon_and_spares_one_that_is_made_again() {
     let bench = Bench::new();
-    let begun = Instant::now();
     for name in ["gone", "again", "back"] {
         bench.registry.register(bare(name, "/c")).await.unwrap();
+    }
+    // The first look, after which they are known to have been there.
+    sleep(Duration::from_secs(1)).await;
+    let begun = Instant::now();
+    for name in ["gone", "again", "back"] {
+        assert_eq!(bench.script.times(name).len(), 1);
         bench.script.set(name, &[Gone]);
     }
     bench.script.set("again", &[Gone, Gone, Alive]);
@@ -450,6 +460,30 @@ async fn a_hint_drops_a_container_soon_and_spares_one_that_is_made_again() {
     sleep(Duration::from_secs(20)).await;
     assert_eq!(bench.names(), ["again", "back"]);
     assert!(bench.script.times("never").is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_is_registered_before_it_is_made_has_all_its_turns() {
+    let bench = Bench::new();
+    bench.registry.replayed().await;
+    let begun = Instant::now();
+    bench.script.set("early", &[Gone]);
+    bench.registry.register(bare("early", "/c")).await.unwrap();
+    bench.registry.look_again("early");
+    let mut watch = bench.registry.watch();
+    watch.wait_for(|known| known.find("early").is_none()).await.unwrap();
+    assert_eq!(begun.elapsed(), TURN * 2);
+    // One that the last daemon knew to be there goes soon under the next one, too.
+    bench.script.set("late", &[Alive, Alive, Gone]);
+    bench.registry.register(bare("late", "/c")).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    let bench = bench.next().await;
+    bench.registry.replayed().await;
+    let begun = Instant::now();
+    bench.registry.look_again("late");
+    let mut watch = bench.registry.watch();
+    watch.wait_for(|known| known.find("late").is_none()).await.unwrap();
+    assert_eq!(begun.elapsed().as_secs(), 4);
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,7 +8,7 @@ use futures_util::{StreamExt, stream};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::file::{self, Loaded, Unfit};
-use super::misses::Misses;
+use super::misses::{Look, Misses};
 use super::model::Registration;
 use super::shared::Shared;
 use crate::liveness::Liveness;
@@ -22,14 +22,16 @@ const HINT_SPACING: Duration = Duration::from_secs(2);
 
 /// Takes in what is on disk, by name, and then looks after all registrations until the daemon stops.
 pub(super) async fn run(shared: Arc<Shared>) {
+    let spacing = HINT_SPACING.min(shared.options.gc_interval);
+    let mut misses = Misses::new(shared.options.gc_misses, spacing);
     {
         let _settling = shared.settling();
-        shared.stopping.run_until_cancelled(replay(&shared)).await;
+        shared.stopping.run_until_cancelled(replay(&shared, &mut misses)).await;
     }
-    shared.stopping.run_until_cancelled(look_after(&shared)).await;
+    shared.stopping.run_until_cancelled(look_after(&shared, misses)).await;
 }
 
-async fn replay(shared: &Arc<Shared>) {
+async fn replay(shared: &Arc<Shared>, misses: &mut Misses) {
     let home = shared.options.home.clone();
     let loaded = match tokio::task::spawn_blocking(move || file::load_all(&home)).await {
         Ok(Ok(loaded)) => loaded,
@@ -38,14 +40,18 @@ async fn replay(shared: &Arc<Shared>) {
         Err(_) => return,
     };
     let whole: Vec<_> = loaded.into_iter().filter_map(|one| taken(shared, one)).collect();
+    let whole = whole.into_iter().map(|registration| (registration, Look::First)).collect();
     let mut looked = probes(shared, whole);
-    while let Some((registration, liveness)) = looked.next().await {
+    while let Some((registration, look, liveness)) = looked.next().await {
         match liveness {
             Liveness::Gone => {
                 shared.remove_file(&registration.container_name).await;
                 shared.skipped(registration.container_name.as_str(), "container not running");
             }
-            Liveness::Alive | Liveness::Unknown => shared.take_in(registration).await,
+            Liveness::Alive | Liveness::Unknown => {
+                misses.seen(&registration, liveness, look, Instant::now());
+                shared.take_in(registration).await;
+            }
         }
     }
 }
@@ -67,32 +73,32 @@ fn taken(shared: &Shared, loaded: Loaded) -> Option<Arc<Registration>> {
 /// Looks at containers, several side by side; the answers come in the order of the questions.
 fn probes(
     shared: &Shared,
-    of: Vec<Arc<Registration>>,
-) -> impl futures_util::Stream<Item = (Arc<Registration>, Liveness)> + Unpin {
-    let probe = move |registration: Arc<Registration>| async move {
+    of: Vec<(Arc<Registration>, Look)>,
+) -> impl futures_util::Stream<Item = (Arc<Registration>, Look, Liveness)> + Unpin {
+    let probe = move |(registration, look): (Arc<Registration>, Look)| async move {
         let looked = shared.options.liveness.probe(&registration);
         let liveness = tokio::time::timeout(PROBE_TIMEOUT, looked).await.unwrap_or(Liveness::Unknown);
-        (registration, liveness)
+        (registration, look, liveness)
     };
     Box::pin(stream::iter(of).map(probe).buffered(PROBES_MAX))
 }
 
 /// One look at a time: at everything once a turn, and sooner at those that a hint was about.
-async fn look_after(shared: &Arc<Shared>) {
+async fn look_after(shared: &Arc<Shared>, mut misses: Misses) {
     let interval = shared.options.gc_interval.max(Duration::from_millis(1));
     let mut turns = tokio::time::interval_at(Instant::now() + interval, interval);
     turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut misses = Misses::new(shared.options.gc_misses, HINT_SPACING.min(interval));
+    let in_turn = |of: Vec<Arc<Registration>>| of.into_iter().map(|one| (one, Look::Turn)).collect();
     loop {
-        let (of, soon) = tokio::select! {
-            _ = turns.tick() => (shared.known.borrow().entries.clone(), false),
-            () = shared.hinted.notified() => (shared.hints(), true),
-            now = next_look(&misses) => (misses.due(now), false),
+        let of = tokio::select! {
+            _ = turns.tick() => in_turn(shared.known.borrow().entries.clone()),
+            () = shared.hinted.notified() => shared.take_hints(),
+            now = next_look(&misses) => in_turn(misses.due(now)),
         };
         misses.keep_only(&shared.known.borrow());
         let mut looked = probes(shared, of);
-        while let Some((registration, liveness)) = looked.next().await {
-            if shared.is_current(&registration) && misses.seen(&registration, liveness, soon, Instant::now())
+        while let Some((registration, look, liveness)) = looked.next().await {
+            if shared.is_current(&registration) && misses.seen(&registration, liveness, look, Instant::now())
             {
                 shared.drop_gone(registration);
             }
