@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+#[path = "daemon/docker.rs"]
+mod docker;
 #[path = "daemon/http.rs"]
 mod http;
 #[path = "daemon/life.rs"]

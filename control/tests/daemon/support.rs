@@ -29,7 +29,12 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// A daemon of this home, when it answers.
     pub(crate) fn start(home: &Path, arguments: &[&str]) -> Daemon {
-        let mut daemon = Daemon::spawn(home, arguments);
+        Daemon::start_with(home, arguments, None)
+    }
+
+    /// The same, with a Docker engine of the test's own.
+    pub(crate) fn start_with(home: &Path, arguments: &[&str], docker: Option<&Path>) -> Daemon {
+        let mut daemon = Daemon::spawn_with(home, arguments, docker);
         let socket = daemon.socket();
         wait_until("the daemon's answer", || {
             assert_eq!(daemon.child.try_wait().unwrap(), None, "the daemon has ended");
@@ -38,11 +43,16 @@ impl Daemon {
         daemon
     }
 
-    /// The same, not waited for.
+    /// A daemon that is not waited for.
     pub(crate) fn spawn(home: &Path, arguments: &[&str]) -> Daemon {
+        Daemon::spawn_with(home, arguments, None)
+    }
+
+    fn spawn_with(home: &Path, arguments: &[&str], docker: Option<&Path>) -> Daemon {
+        let docker = format!("unix://{}", docker.unwrap_or(Path::new("/nowhere/docker.sock")).display());
         let mut command = Command::new(env!("CARGO_BIN_EXE_landfall"));
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-        command.env("LANDFALL_HOME", home).env("DOCKER_HOST", "unix:///nowhere/docker.sock");
+        command.env("LANDFALL_HOME", home).env("DOCKER_HOST", docker);
         command.arg("_hostd").args(arguments).stdin(Stdio::null()).stderr(Stdio::piped());
         Daemon { child: command.spawn().unwrap(), home: home.to_owned() }
     }
