@@ -7,6 +7,9 @@
 //! only place that knows how the engine is talked to.
 
 mod bollard;
+mod context;
+mod ignore;
+mod replace;
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -28,10 +31,10 @@ const EVENTS_MAX: usize = 256;
 pub enum DockerError {
     /// There is no container of this name.
     #[error("no container is named {0}")]
-    NoSuchContainer(ContainerName),
+    NoSuchContainer(String),
     /// There is, but it has no first process.
     #[error("container {0} is not running")]
-    NotRunning(ContainerName),
+    NotRunning(String),
     /// The engine cannot be asked.
     #[error("Docker cannot be reached at {at}: {reason}")]
     Unreachable {
@@ -43,6 +46,22 @@ pub enum DockerError {
     /// The engine answered, and the answer is no.
     #[error("{0}")]
     Refused(String),
+    /// A restart failed before the container was stopped.
+    #[error("stop failed: {0}")]
+    Stop(String),
+    /// A restart failed after that, or a new container could not be put in the place of the old one.
+    #[error("start failed: {0}")]
+    Start(String),
+}
+
+impl DockerError {
+    fn stopping(self) -> DockerError {
+        DockerError::Stop(self.to_string())
+    }
+
+    fn starting(self) -> DockerError {
+        DockerError::Start(self.to_string())
+    }
 }
 
 /// The first process of a running container, which is in its network namespace.
@@ -81,7 +100,12 @@ pub struct Docker {
 impl Docker {
     /// The engine that the environment names. It is connected to when it is used, so this never fails.
     pub fn from_environment() -> Docker {
-        Docker { address: bollard::Address::from_variable(std::env::var("DOCKER_HOST").ok()) }
+        Docker::at(std::env::var("DOCKER_HOST").ok())
+    }
+
+    /// The engine at this address, in the form of `DOCKER_HOST`; the default one, if there is none.
+    pub fn at(host: Option<String>) -> Docker {
+        Docker { address: bollard::Address::from_variable(host) }
     }
 
     /// Whether a container of exactly this name exists, running or not (wire specification, A.7.6).
@@ -102,38 +126,32 @@ impl Docker {
         self.bounded(async { self.address.connect().await?.first_process(name).await }).await
     }
 
-    /// Stops the container, with its own stop signal and its own time to obey it. One that is stopped stays so.
+    /// Stops the container, with its own stop signal and its own time to obey it, starts it again, and sees that it stays.
     ///
     /// # Errors
-    /// [`DockerError`].
-    pub async fn stop(&self, name: &ContainerName) -> Result<(), DockerError> {
-        self.bounded(self.address.connect()).await?.stop(name).await
-    }
-
-    /// Starts the container. One that runs goes on.
-    ///
-    /// # Errors
-    /// [`DockerError`].
-    pub async fn start(&self, name: &ContainerName) -> Result<(), DockerError> {
-        self.bounded(self.address.connect()).await?.start(name).await
-    }
-
-    /// [`Docker::stop`], then [`Docker::start`].
-    ///
-    /// # Errors
-    /// [`DockerError`].
+    /// [`DockerError::Stop`] and [`DockerError::Start`] say how far it came.
     pub async fn restart(&self, name: &ContainerName) -> Result<(), DockerError> {
-        self.stop(name).await?;
-        self.start(name).await
+        let engine = self.bounded(self.address.connect()).await.map_err(DockerError::stopping)?;
+        engine.restart(name).await
     }
 
     /// Builds the image anew from `folder`, and puts a container of the same configuration in the place of the old one.
     ///
+    /// The image gets the name that the container was created from, or `landfall-NAME` where that is no name or where the
+    /// Dockerfile starts from it. What the container had of its own (environment, ports, mounts, volumes without a name,
+    /// networks with their aliases and addresses) is kept; a hardware address of its own is not. Whoever shares the
+    /// container's network (`--network container:NAME`) has to be restarted after it.
+    ///
     /// # Errors
-    /// [`DockerError`]; the old container is then as it was.
+    /// [`DockerError::Start`]; the old container is then as it was, or the error says what became of it. One that Docker
+    /// removes when it stops (`--rm`) is lost if the new one does not start.
     pub async fn rebuild(&self, name: &ContainerName, folder: &Path) -> Result<(), DockerError> {
-        let _ = name;
-        Err(DockerError::Refused(format!("{} cannot be built", folder.display())))
+        let folder = folder.to_owned();
+        let opened = tokio::task::spawn_blocking(move || context::Context::open(&folder)).await;
+        let context =
+            opened.map_err(|error| DockerError::Start(error.to_string()))?.map_err(DockerError::Start)?;
+        let engine = self.bounded(self.address.connect()).await.map_err(DockerError::starting)?;
+        engine.rebuild(name, context).await.map_err(DockerError::starting)
     }
 
     /// What happens to containers from now on, beginning with a [`LifeEvent::Resync`]. It outlives outages of the engine.

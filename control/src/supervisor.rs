@@ -17,7 +17,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use self::drift::Drift;
 use self::queue::{Queue, Restart};
-use crate::docker::{Docker, DockerError};
+use crate::docker::Docker;
 use crate::events::{Event, Journal};
 use crate::folder::{self, Command, CommandError, Ended, Folder};
 use crate::registration::model::Registration;
@@ -62,7 +62,10 @@ pub struct Ticket {
 impl Supervisor {
     /// A supervisor that restarts through `docker`, and tells what becomes of it.
     pub fn new(docker: Docker, journal: Journal) -> Supervisor {
-        let drift = Drift::of_this_program();
+        Supervisor::with(docker, journal, Drift::of_this_program())
+    }
+
+    fn with(docker: Docker, journal: Journal, drift: Drift) -> Supervisor {
         let promised = TaskTracker::new();
         Supervisor(Arc::new(Inner { docker, journal, drift, state: Mutex::default(), promised }))
     }
@@ -163,15 +166,11 @@ impl Supervisor {
 
     async fn by_docker(&self, restart: &Restart) -> Result<(), String> {
         let Registration { container_name: name, cwd, .. } = &*restart.registration;
-        if restart.build {
-            return self.0.docker.rebuild(name, cwd).await.map_err(|error| format!("start failed: {error}"));
-        }
-        match self.0.docker.stop(name).await {
-            // What does not exist is stopped; starting it says what is wrong.
-            Ok(()) | Err(DockerError::NoSuchContainer(_)) => {}
-            Err(error) => return Err(format!("stop failed: {error}")),
-        }
-        self.0.docker.start(name).await.map_err(|error| format!("start failed: {error}"))
+        let done = match restart.build {
+            true => self.0.docker.rebuild(name, cwd).await,
+            false => self.0.docker.restart(name).await,
+        };
+        done.map_err(|error| error.to_string())
     }
 }
 

@@ -1,4 +1,10 @@
-//! The only file that knows the Docker client: its types stop here.
+//! The only place that knows the Docker client: its types stop here, and in the two files below.
+//!
+//! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
+//! - `image` builds.
+
+mod image;
+mod recipe;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -6,15 +12,22 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use bollard::errors::Error;
+use bollard::models::{self, ContainerInspectResponse, ContainerState, NetworkConnectRequest};
 use bollard::query_parameters::{
-    EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions, ListContainersOptionsBuilder,
-    StartContainerOptions, StopContainerOptions,
+    CreateContainerOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions,
+    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
+    RenameContainerOptionsBuilder, RestartContainerOptions, StartContainerOptions, StopContainerOptions,
 };
 use bollard::{API_DEFAULT_VERSION, Docker as Client};
 use futures_util::StreamExt;
+use jiff::Timestamp;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
+use super::context::Context;
+use super::replace::{self, Hands};
 use super::{DockerError, FirstProcess, LifeEvent};
+use crate::name::escape;
 use crate::registration::model::ContainerName;
 
 /// Where an engine listens when nothing says otherwise.
@@ -22,6 +35,13 @@ const SOCKET: &str = "unix:///var/run/docker.sock";
 /// The client's own bound for one answer, in seconds: longer than any stop timeout that is in use, since an answer to
 /// `stop` comes when the container has stopped. Questions are bounded more tightly by the caller.
 const ANSWER_SECONDS: u64 = 600;
+/// How far back events are asked for, in seconds: clocks are read in whole ones.
+const SINCE_SECONDS: i64 = 1;
+/// How long a container that was started is watched, and how often: one that cannot run mostly ends at once.
+const WATCHED: Duration = Duration::from_millis(1_500);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How much of its last line is told when it does, in characters.
+const LINE_CHARS_MAX: usize = 300;
 /// How long to wait before an engine that went away is asked again: doubling between these two.
 const AGAIN_MIN: Duration = Duration::from_millis(250);
 const AGAIN_MAX: Duration = Duration::from_secs(10);
@@ -68,30 +88,30 @@ pub(super) struct Engine {
 }
 
 impl Engine {
+    /// Whether a container of exactly this name exists, or one that is being replaced by it.
     pub(super) async fn exists(&self, name: &ContainerName) -> Result<bool, DockerError> {
-        // The filter is a pattern in which a dot means anything; the comparison afterwards is exact.
-        let filters = HashMap::from([("name", vec![format!("^/{name}$")])]);
+        let wanted = [name.to_string(), replace::aside(name.as_str())].map(|name| format!("/{name}"));
+        // The filters are patterns in which a dot means anything; the comparison afterwards is exact.
+        let patterns = wanted.iter().map(|name| format!("^{name}$")).collect();
+        let filters: HashMap<&str, Vec<String>> = HashMap::from([("name", patterns)]);
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
         let listed =
-            self.client.list_containers(Some(options)).await.map_err(|error| self.error(name, &error))?;
-        let wanted = format!("/{name}");
-        Ok(listed.iter().flat_map(|container| container.names.iter().flatten()).any(|name| *name == wanted))
+            self.client.list_containers(Some(options)).await.map_err(|error| self.refused(&error))?;
+        Ok(listed
+            .iter()
+            .flat_map(|container| container.names.iter().flatten())
+            .any(|name| wanted.contains(name)))
     }
 
     pub(super) async fn first_process(&self, name: &ContainerName) -> Result<FirstProcess, DockerError> {
         let told = self
-            .client
-            .inspect_container(name.as_str(), None::<InspectContainerOptions>)
-            .await
-            .map_err(|error| self.error(name, &error))?;
-        // Docker also takes the beginning of an id for a name; that is not what was asked for.
-        if told.name.as_deref() != Some(&format!("/{name}")) {
-            return Err(DockerError::NoSuchContainer(name.clone()));
-        }
+            .inspect(name.as_str())
+            .await?
+            .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()))?;
         let state = told.state.unwrap_or_default();
         let pid = state.pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
         let (Some(id), Some(pid), Some(true)) = (told.id, pid, state.running) else {
-            return Err(DockerError::NotRunning(name.clone()));
+            return Err(DockerError::NotRunning(name.to_string()));
         };
         let network = told.host_config.and_then(|config| config.network_mode);
         Ok(FirstProcess {
@@ -102,14 +122,98 @@ impl Engine {
         })
     }
 
-    pub(super) async fn stop(&self, name: &ContainerName) -> Result<(), DockerError> {
-        let stopped = self.client.stop_container(name.as_str(), None::<StopContainerOptions>).await;
-        stopped.map_err(|error| self.error(name, &error))
+    /// Stops and starts. What an earlier attempt to replace the container left is put in order first.
+    pub(super) async fn restart(&self, name: &ContainerName) -> Result<(), DockerError> {
+        replace::mend(self, name.as_str()).await.map_err(DockerError::stopping)?;
+        let told = self.inspect(name.as_str()).await.map_err(DockerError::stopping)?;
+        let vanishes = told
+            .and_then(|told| told.host_config?.auto_remove)
+            .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()).starting())?;
+        if vanishes {
+            // Stopped, it would be removed; only Docker's own restart keeps it.
+            let restarted =
+                self.client.restart_container(name.as_str(), None::<RestartContainerOptions>).await;
+            restarted.map_err(|error| self.error(name.as_str(), &error).starting())?;
+            return self.stays(name.as_str()).await.map_err(DockerError::starting);
+        }
+        self.stop(name.as_str()).await.map_err(DockerError::stopping)?;
+        self.start(name.as_str()).await.map_err(DockerError::starting)
     }
 
-    pub(super) async fn start(&self, name: &ContainerName) -> Result<(), DockerError> {
-        let started = self.client.start_container(name.as_str(), None::<StartContainerOptions>).await;
-        started.map_err(|error| self.error(name, &error))
+    /// Builds the image anew, and puts a container of it in the place of the old one.
+    pub(super) async fn rebuild(&self, name: &ContainerName, context: Context) -> Result<(), DockerError> {
+        let name = name.as_str();
+        replace::mend(self, name).await?;
+        let told = self.inspect(name).await?.ok_or_else(|| DockerError::NoSuchContainer(name.to_owned()))?;
+        let old_image = told.image.clone().unwrap_or_default();
+        // An image that is gone says nothing about defaults; then all is the container's own.
+        let defaults = self.client.inspect_image(&old_image).await.ok().and_then(|image| image.config);
+        let created_from = told.config.as_ref().and_then(|config| config.image.clone()).unwrap_or_default();
+        let image = recipe::image_name(&created_from)
+            .filter(|image| !context.starts_from(image))
+            .map_or_else(|| format!("landfall-{}", name.to_ascii_lowercase()), str::to_owned);
+        self.build(context, &image).await?;
+        let recipe = recipe::recipe(told, &defaults.unwrap_or_default(), &image);
+        let replaced = replace::replace(self, name, async |name: &str| self.create(name, recipe).await).await;
+        if replaced.is_err() {
+            // The name goes back to the image of the container that is in use again. Without that only a name is wrong.
+            let _ = self.tag(&old_image, &image).await;
+        }
+        replaced
+    }
+
+    async fn create(&self, name: &str, recipe: recipe::Recipe) -> Result<(), DockerError> {
+        let options = CreateContainerOptionsBuilder::default().name(name).build();
+        let created = self.client.create_container(Some(options), recipe.body).await;
+        created.map_err(|error| self.refused(&error))?;
+        for (network, endpoint) in recipe.networks {
+            let request =
+                NetworkConnectRequest { container: name.to_owned(), endpoint_config: Some(endpoint) };
+            let connected = self.client.connect_network(&network, request).await;
+            connected.map_err(|error| self.refused(&error))?;
+        }
+        Ok(())
+    }
+
+    /// What Docker tells of the container of exactly this name.
+    async fn inspect(&self, name: &str) -> Result<Option<ContainerInspectResponse>, DockerError> {
+        match self.client.inspect_container(name, None::<InspectContainerOptions>).await {
+            // Docker also takes the beginning of an id for a name; that is not what was asked for.
+            Ok(told) => Ok(Some(told).filter(|told| told.name.as_deref() == Some(&format!("/{name}")))),
+            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
+            Err(error) => Err(self.refused(&error)),
+        }
+    }
+
+    /// Watches a container that was started for a moment.
+    async fn stays(&self, name: &str) -> Result<(), DockerError> {
+        let until = Instant::now() + WATCHED;
+        loop {
+            let told = self.inspect(name).await?.ok_or_else(|| {
+                DockerError::Refused(format!("container {name} was removed as soon as it was started"))
+            })?;
+            let state = told.state.unwrap_or_default();
+            if state.running != Some(true) || state.restarting == Some(true) {
+                return Err(DockerError::Refused(self.how_it_ended(name, &state).await));
+            }
+            if Instant::now() >= until {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn how_it_ended(&self, name: &str, state: &ContainerState) -> String {
+        let options = LogsOptionsBuilder::default().stdout(true).stderr(true).tail("1").build();
+        let mut lines = Box::pin(self.client.logs(name, Some(options)));
+        let line = match lines.next().await {
+            Some(Ok(line)) => line.to_string(),
+            _ => String::new(),
+        };
+        let said: String = escape(line.trim()).chars().take(LINE_CHARS_MAX).collect();
+        let code = state.exit_code.unwrap_or_default();
+        let said = if said.is_empty() { said } else { format!(": {said}") };
+        format!("container {name} ended at once with status {code}{said}")
     }
 
     pub(super) async fn bridge_gateway(&self) -> Result<Option<IpAddr>, DockerError> {
@@ -122,10 +226,10 @@ impl Engine {
         Ok(pools.into_iter().find_map(|pool| pool.gateway?.parse().ok()))
     }
 
-    fn error(&self, name: &ContainerName, error: &Error) -> DockerError {
+    fn error(&self, name: &str, error: &Error) -> DockerError {
         match error {
             Error::DockerResponseServerError { status_code: 404, .. } => {
-                DockerError::NoSuchContainer(name.clone())
+                DockerError::NoSuchContainer(name.to_owned())
             }
             _ => self.refused(error),
         }
@@ -136,6 +240,46 @@ impl Engine {
             Error::DockerResponseServerError { message, .. } => DockerError::Refused(message.clone()),
             Error::DockerStreamError { error } => DockerError::Refused(error.clone()),
             _ => self.address.unreachable(reason(error)),
+        }
+    }
+}
+
+impl Hands for Engine {
+    async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError> {
+        let told = self.inspect(name).await?;
+        Ok(told.map(|told| told.state.and_then(|state| state.running).unwrap_or(false)))
+    }
+
+    async fn rename(&self, from: &str, to: &str) -> Result<(), DockerError> {
+        let options = RenameContainerOptionsBuilder::default().name(to).build();
+        self.client.rename_container(from, options).await.map_err(|error| self.error(from, &error))
+    }
+
+    async fn stop(&self, name: &str) -> Result<(), DockerError> {
+        let stopped = self.client.stop_container(name, None::<StopContainerOptions>).await;
+        match stopped.map_err(|error| self.error(name, &error)) {
+            // Some are removed when they stop.
+            Ok(()) | Err(DockerError::NoSuchContainer(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn start(&self, name: &str) -> Result<(), DockerError> {
+        let started = self.client.start_container(name, None::<StartContainerOptions>).await;
+        started.map_err(|error| self.error(name, &error))?;
+        self.stays(name).await
+    }
+
+    async fn remove(&self, name: &str) -> Result<(), DockerError> {
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(false).build();
+        match self
+            .client
+            .remove_container(name, Some(options))
+            .await
+            .map_err(|error| self.error(name, &error))
+        {
+            Ok(()) | Err(DockerError::NoSuchContainer(_)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }
@@ -164,8 +308,11 @@ impl Engine {
     /// Tells what this engine says until it says no more.
     async fn tell_life(&self, listener: &mpsc::Sender<LifeEvent>) -> Result<(), Unheard> {
         let filters = HashMap::from([("type", vec!["container"])]);
-        let mut events =
-            Box::pin(self.client.events(Some(EventsOptionsBuilder::default().filters(&filters).build())));
+        // The engine is only asked when the stream is first polled, and says nothing when it has begun to listen: so it is
+        // asked for what happened since before the resync, too. An event told twice is two looks.
+        let since = (Timestamp::now().as_second() - SINCE_SECONDS).to_string();
+        let options = EventsOptionsBuilder::default().filters(&filters).since(&since).build();
+        let mut events = Box::pin(self.client.events(Some(options)));
         listener.send(LifeEvent::Resync).await.map_err(|_| Unheard)?;
         loop {
             let event = tokio::select! {

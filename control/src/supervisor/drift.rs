@@ -110,12 +110,12 @@ async fn ask(program: &Path) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
 
-    fn program(folder: &Path, version: &str) {
+    pub(in crate::supervisor) fn program(folder: &Path, version: &str) {
         let path = folder.join("new");
         std::fs::write(
             &path,
@@ -126,7 +126,8 @@ mod tests {
         std::fs::rename(path, folder.join("landfall")).unwrap();
     }
 
-    fn drift(folder: &Path) -> Drift {
+    /// Build `one` runs from the folder.
+    pub(in crate::supervisor) fn drift(folder: &Path) -> Drift {
         program(folder, "one");
         let path = folder.join("landfall");
         let same = Mutex::new(std::fs::metadata(&path).ok().map(Identity::from));

@@ -135,6 +135,24 @@ async fn a_configuration_that_means_nothing_passes_the_preflight_and_fails_the_r
 }
 
 #[tokio::test]
+async fn a_program_that_drifted_refuses_before_the_promise_and_after_it() {
+    let mut bench = Bench::new();
+    let programs = tempfile::tempdir().unwrap();
+    let journal = Journal::unkept();
+    bench.told = journal.listen();
+    let drift = drift::tests::drift(programs.path());
+    bench.supervisor = Supervisor::with(Docker::from_environment(), journal, drift);
+    let registration = bench.registration("touch stopped", "true", None);
+    assert_eq!(bench.supervisor.preflight(&registration).await, Ok(()));
+    let ticket = bench.supervisor.accept(registration.clone(), false).unwrap();
+    drift::tests::program(programs.path(), "two");
+    let refusal = bench.supervisor.preflight(&registration).await.unwrap_err();
+    ticket.begin();
+    assert_eq!(bench.outcome().await, failed(&refusal));
+    assert!(!bench.path().join("stopped").exists());
+}
+
+#[tokio::test]
 async fn the_folders_own_check_refuses_by_its_last_line() {
     let bench = Bench::new();
     let refusing = bench.registration("true", "true", Some("echo first; echo a plugin is missing; exit 1"));

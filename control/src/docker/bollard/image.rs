@@ -1,0 +1,116 @@
+//! Building an image from a folder.
+
+use std::collections::VecDeque;
+use std::io::{self, BufWriter, Write};
+use std::time::Duration;
+
+use bollard::query_parameters::{BuildImageOptionsBuilder, TagImageOptionsBuilder};
+use bollard::{body_try_stream, models::BuildInfo};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::unfold;
+use tokio::sync::mpsc;
+
+use super::{Context, DockerError, Engine};
+use crate::name::escape;
+
+/// How long a build may take.
+const BUILD_TIMEOUT: Duration = Duration::from_secs(1_800);
+/// How much of the folder is on its way at a time: pieces, and bytes of each.
+const PIECES_MAX: usize = 4;
+const PIECE_BYTES: usize = 64 * 1_024;
+/// How much of the end of Docker's output is told when a build fails: lines, and characters of each.
+const LINES_MAX: usize = 8;
+const LINE_CHARS_MAX: usize = 300;
+
+impl Engine {
+    /// Builds an image of this name.
+    pub(super) async fn build(&self, context: Context, image: &str) -> Result<(), DockerError> {
+        let (sender, receiver) = mpsc::channel(PIECES_MAX);
+        let writer = tokio::task::spawn_blocking(move || {
+            let packed = context.write(BufWriter::with_capacity(PIECE_BYTES, Pieces(sender.clone())));
+            if let Err(error) = &packed {
+                // The engine must not take half a folder for a whole one.
+                let _ = sender.blocking_send(Err(io::Error::new(error.kind(), error.to_string())));
+            }
+            packed
+        });
+        let pieces =
+            unfold(receiver, |mut receiver| async { receiver.recv().await.map(|piece| (piece, receiver)) });
+        let options =
+            BuildImageOptionsBuilder::default().dockerfile("Dockerfile").t(image).rm(true).forcerm(true);
+        let output = self.client.build_image(options.build(), None, Some(body_try_stream(pieces)));
+        let built = tokio::time::timeout(BUILD_TIMEOUT, self.follow(output)).await.unwrap_or_else(|_| {
+            Err(DockerError::Refused(format!("it took longer than {} s", BUILD_TIMEOUT.as_secs())))
+        });
+        let failed = |why: String| DockerError::Refused(format!("the image cannot be built: {why}"));
+        match (built, writer.await) {
+            (Ok(()), _) => Ok(()),
+            // A folder that cannot be packed breaks the connection, which says less.
+            (Err(_), Ok(Err(error))) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Err(failed(error.to_string()))
+            }
+            (Err(DockerError::Refused(why)), _) => Err(failed(why)),
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Gives an image a name.
+    pub(super) async fn tag(&self, image: &str, name: &str) -> Result<(), DockerError> {
+        // The last colon begins the tag, unless it belongs to a registry's port.
+        let (repository, tag) = match name.rsplit_once(':') {
+            Some((repository, tag)) if !tag.contains('/') => (repository, tag),
+            _ => (name, "latest"),
+        };
+        let options = TagImageOptionsBuilder::default().repo(repository).tag(tag).build();
+        self.client.tag_image(image, Some(options)).await.map_err(|error| self.refused(&error))
+    }
+
+    /// Reads what Docker says of a build to its end.
+    async fn follow(
+        &self,
+        output: impl futures_util::Stream<Item = Result<BuildInfo, bollard::errors::Error>>,
+    ) -> Result<(), DockerError> {
+        let mut output = Box::pin(output);
+        let mut lines: VecDeque<String> = VecDeque::new();
+        while let Some(told) = output.next().await {
+            match told {
+                Ok(told) => {
+                    let said = told.stream.unwrap_or_default();
+                    for line in said.lines().map(str::trim).filter(|line| !line.is_empty()) {
+                        lines.push_back(escape(line).chars().take(LINE_CHARS_MAX).collect());
+                        if lines.len() > LINES_MAX {
+                            lines.pop_front();
+                        }
+                    }
+                }
+                Err(error) => {
+                    let why = self.refused(&error);
+                    return Err(match why {
+                        DockerError::Refused(why) if !lines.is_empty() => {
+                            let said = Vec::from(lines).join(" | ");
+                            DockerError::Refused(format!("{} (Docker said: {said})", escape(why.trim())))
+                        }
+                        why => why,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sends what is written.
+struct Pieces(mpsc::Sender<io::Result<Bytes>>);
+
+impl Write for Pieces {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        self.0.blocking_send(Ok(Bytes::copy_from_slice(piece))).map_err(gone)?;
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

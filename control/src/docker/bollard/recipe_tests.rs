@@ -1,0 +1,104 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+const ID: &str = "0123456789abcdef0123456789abcdef";
+
+/// The body that Docker gets for a container of which it told this.
+fn body(told: Value, image: Value) -> Value {
+    let told = serde_json::from_value(told).unwrap();
+    serde_json::to_value(recipe(told, &serde_json::from_value(image).unwrap(), "app").body).unwrap()
+}
+
+#[test]
+fn the_new_image_has_the_say_where_the_container_had_none() {
+    let image = json!({
+        "Env": ["PATH=/bin", "MODE=old"], "Cmd": ["serve"], "Entrypoint": ["/run"], "WorkingDir": "/old", "User": "app",
+        "Labels": {"version": "1", "kept": "x"}, "ExposedPorts": {"80/tcp": {}}, "Volumes": {"/data": {}},
+    });
+    let told = json!({"Id": ID, "Config": {
+        "Hostname": "0123456789ab", "Env": ["PATH=/bin", "MODE=mine", "TOKEN=t"], "Cmd": ["serve"],
+        "Entrypoint": ["/run"], "WorkingDir": "/old", "User": "app", "Labels": {"version": "1", "kept": "y"},
+        "ExposedPorts": {"80/tcp": {}, "8973/tcp": {}}, "Volumes": {"/data": {}, "/own": {}}, "Tty": true,
+    }});
+    let body = body(told, image);
+    assert_eq!(body["Env"], json!(["MODE=mine", "TOKEN=t"]));
+    assert_eq!(body["Labels"], json!({"kept": "y"}));
+    assert_eq!(body["ExposedPorts"], json!({"8973/tcp": {}}));
+    assert_eq!(body["Volumes"], json!({"/own": {}}));
+    assert_eq!((&body["Tty"], &body["Image"]), (&json!(true), &json!("app")));
+    for absent in ["Hostname", "Cmd", "Entrypoint", "WorkingDir", "User"] {
+        assert!(body.get(absent).is_none(), "{absent}: {}", body[absent]);
+    }
+}
+
+#[test]
+fn a_command_of_its_own_stays_and_one_behind_an_entrypoint_of_its_own_too() {
+    let image = json!({"Cmd": ["serve"], "Entrypoint": ["/run"]});
+    let own = |entrypoint: &str, cmd: &str| {
+        body(json!({"Id": ID, "Config": {"Cmd": [cmd], "Entrypoint": [entrypoint]}}), image.clone())
+    };
+    assert_eq!(own("/run", "other")["Cmd"], json!(["other"]));
+    assert_eq!(own("/other", "serve")["Cmd"], json!(["serve"]));
+    assert_eq!(own("/other", "serve")["Entrypoint"], json!(["/other"]));
+}
+
+#[test]
+fn volumes_without_a_name_are_handed_on() {
+    let volume = |name: &str, place: &str, rw: bool| json!({"Type": "volume", "Name": name, "Destination": place, "RW": rw});
+    let told = json!({
+        "Id": ID,
+        "HostConfig": {
+            "Binds": ["named:/named", "/host:/bind:ro"],
+            "Mounts": [{"Type": "volume", "Target": "/mount"}],
+        },
+        "Mounts": [
+            volume("named", "/named", true), volume("aaaa", "/data", true), volume("bbbb", "/cold", false),
+            volume("cccc", "/mount", true), {"Type": "bind", "Source": "/host", "Destination": "/bind"},
+        ],
+    });
+    let host = &body(told, json!({}))["HostConfig"];
+    assert_eq!(host["Binds"], json!(["named:/named", "/host:/bind:ro", "aaaa:/data", "bbbb:/cold:ro"]));
+    assert_eq!(host["Mounts"][0]["Source"], "cccc");
+}
+
+#[test]
+fn networks_keep_what_was_asked_of_them_and_not_what_docker_made_up() {
+    let told = json!({
+        "Id": ID,
+        "HostConfig": {"NetworkMode": "one"},
+        "NetworkSettings": {"Networks": {
+            "two": {"EndpointID": "e", "IPAddress": "10.2.0.9", "Aliases": ["0123456789ab"]},
+            "one": {
+                "IPAMConfig": {"IPv4Address": "10.1.0.7"}, "Aliases": ["web", "0123456789ab"],
+                "EndpointID": "e", "IPAddress": "10.1.0.7", "MacAddress": "02:42:0a:01:00:07",
+            },
+        }},
+    });
+    let recipe = recipe(serde_json::from_value(told).unwrap(), &ImageConfig::default(), "app");
+    let body = serde_json::to_value(recipe.body).unwrap();
+    assert_eq!(
+        body["NetworkingConfig"]["EndpointsConfig"],
+        json!({"one": {"IPAMConfig": {"IPv4Address": "10.1.0.7"}, "Aliases": ["web"]}})
+    );
+    assert_eq!(recipe.networks, [("two".to_owned(), EndpointSettings::default())]);
+}
+
+#[test]
+fn a_container_on_anothers_network_has_no_name_and_no_network_of_its_own() {
+    let told = json!({
+        "Id": ID, "Config": {"Hostname": "other"}, "HostConfig": {"NetworkMode": "container:abc"},
+        "NetworkSettings": {"Networks": {}},
+    });
+    let body = body(told, json!({}));
+    assert!(body.get("Hostname").is_none() && body.get("NetworkingConfig").is_none());
+    assert_eq!(body["HostConfig"]["NetworkMode"], "container:abc");
+}
+
+#[test]
+fn an_image_is_built_under_its_name_if_it_has_one() {
+    assert_eq!(image_name("repo.example:5000/app:1"), Some("repo.example:5000/app:1"));
+    for nameless in ["", "sha256:0123", "app@sha256:0123", "0123456789ab", ID] {
+        assert_eq!(image_name(nameless), None, "{nameless}");
+    }
+}

@@ -1,0 +1,102 @@
+use std::collections::BTreeMap;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+use super::*;
+
+/// What a tar of the folder holds: a path's kind and content.
+fn packed(folder: &Path) -> BTreeMap<String, String> {
+    let mut bytes = Vec::new();
+    Context::open(folder).unwrap().write(&mut bytes).unwrap();
+    let mut found = BTreeMap::new();
+    for entry in tar::Archive::new(&bytes[..]).entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let path = entry.path().unwrap().to_str().unwrap().to_owned();
+        let mut content = String::new();
+        entry.read_to_string(&mut content).unwrap();
+        if let Some(target) = entry.link_name().unwrap() {
+            content = format!("-> {}", target.display());
+        }
+        found.insert(path, content);
+    }
+    found
+}
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join(DOCKERFILE), "FROM scratch\n").unwrap();
+    folder
+}
+
+fn paths(folder: &Path) -> Vec<String> {
+    packed(folder).into_keys().collect()
+}
+
+#[test]
+fn links_travel_as_links_and_lead_nowhere() {
+    let folder = folder();
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("secret"), "secret").unwrap();
+    symlink(outside.path(), folder.path().join("directory")).unwrap();
+    symlink(outside.path().join("secret"), folder.path().join("file")).unwrap();
+    let packed = packed(folder.path());
+    assert_eq!(packed.len(), 3);
+    assert_eq!(packed["file"], format!("-> {}", outside.path().join("secret").display()));
+    assert!(!packed.values().any(|content| content == "secret"));
+}
+
+#[test]
+fn what_is_ignored_stays_and_docker_still_gets_its_own_two_files() {
+    let folder = folder();
+    let path = folder.path();
+    std::fs::create_dir_all(path.join("node_modules/keep")).unwrap();
+    for name in ["a", "node_modules/b", "node_modules/keep/c", ".env"] {
+        std::fs::write(path.join(name), "x").unwrap();
+    }
+    std::fs::write(path.join(DOCKERIGNORE), "Dockerfile\n.*\nnode_modules\n").unwrap();
+    assert_eq!(paths(path), [".dockerignore", "Dockerfile", "a"]);
+    std::fs::write(path.join(DOCKERIGNORE), "node_modules\n!node_modules/keep\n").unwrap();
+    assert_eq!(
+        paths(path),
+        [".dockerignore", ".env", "Dockerfile", "a", "node_modules/keep", "node_modules/keep/c"]
+    );
+}
+
+#[test]
+fn pipes_and_sockets_are_left_out_and_long_names_and_modes_are_not() {
+    let folder = folder();
+    let path = folder.path();
+    rustix::fs::mknodat(rustix::fs::CWD, path.join("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(path.join("socket")).unwrap();
+    let long = format!("{0}/{0}", "n".repeat(120));
+    std::fs::create_dir(path.join("n".repeat(120))).unwrap();
+    std::fs::write(path.join(&long), "x").unwrap();
+    std::fs::set_permissions(path.join(&long), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut bytes = Vec::new();
+    Context::open(path).unwrap().write(&mut bytes).unwrap();
+    let mut archive = tar::Archive::new(&bytes[..]);
+    let entries: Vec<_> = archive.entries().unwrap().map(Result::unwrap).collect();
+    assert_eq!(entries.len(), 3);
+    let last = entries.last().unwrap();
+    assert_eq!(last.path().unwrap().to_str().unwrap(), long);
+    assert_eq!(last.header().mode().unwrap(), 0o755);
+}
+
+#[test]
+fn a_folder_that_cannot_be_built_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let error = || Context::open(folder.path()).unwrap_err();
+    assert!(error().starts_with("there is no Dockerfile in /"));
+    symlink("/etc/hostname", folder.path().join(DOCKERFILE)).unwrap();
+    assert_eq!(error(), "Dockerfile cannot be read: it is a symbolic link");
+    assert!(Context::open(Path::new("/nowhere/at/all")).unwrap_err().contains("cannot be opened"));
+}
+
+#[test]
+fn an_image_that_is_its_own_base_is_noticed() {
+    let folder = folder();
+    let dockerfile = "ARG X\nfrom --platform=linux/amd64 node:20 AS build\nFROM app:latest\nCOPY FROM /\n";
+    std::fs::write(folder.path().join(DOCKERFILE), dockerfile).unwrap();
+    let context = Context::open(folder.path()).unwrap();
+    assert!(context.starts_from("node:20") && context.starts_from("app"));
+    assert!(!context.starts_from("node") && !context.starts_from("/"));
+}

@@ -1,0 +1,438 @@
+//! Docker itself: an engine, containers, builds. Needs an engine at `DOCKER_HOST` and the image `landfall-test-base`, both of
+//! which `tests/docker.sh` sees to; so these are run only when they are asked for.
+#![cfg(test)]
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use landfall::docker::{Docker, DockerError, LifeEvent};
+use landfall::events::Journal;
+use landfall::liveness::Liveness;
+use landfall::registration::model::{ContainerName, Registration};
+use landfall::supervisor::Supervisor;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::net::{UnixListener, UnixStream};
+
+const LONG: Duration = Duration::from_secs(60);
+const BASE: &str = "landfall-test-base";
+
+fn host() -> String {
+    std::env::var("DOCKER_HOST").expect("DOCKER_HOST names the engine; run tests/docker.sh")
+}
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new("docker").args(arguments).output().unwrap()
+}
+
+#[track_caller]
+fn docker(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// A container that is removed with what was made of it, whatever the test does.
+struct Container(ContainerName);
+
+impl Container {
+    fn run(name: &str, options: &[&str], image: &str, command: &[&str]) -> Container {
+        let name = format!("lf-{}-{name}", std::process::id());
+        let container = Container(ContainerName::new(&name).unwrap());
+        // One second to stop: the shell ignores the signal.
+        docker(
+            &[&["run", "-d", "--stop-timeout", "1", "--name", &name], options, &[image], command].concat(),
+        );
+        container
+    }
+
+    fn sleeping(name: &str, options: &[&str]) -> Container {
+        Container::run(name, options, BASE, &["sleep", "100000"])
+    }
+
+    fn told(&self, format: &str) -> String {
+        docker(&["inspect", "--type", "container", "-f", format, self.0.as_str()])
+    }
+
+    fn id(&self) -> String {
+        self.told("{{.Id}}")
+    }
+
+    fn exec(&self, script: &str) -> String {
+        docker(&["exec", self.0.as_str(), "sh", "-c", script])
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        run(&["rm", "-f", "-v", self.0.as_str()]);
+        run(&["rm", "-f", "-v", &format!("{}.landfall-old", self.0)]);
+    }
+}
+
+/// A folder that is built, and the name of its image.
+struct Built {
+    folder: TempDir,
+    image: String,
+}
+
+impl Built {
+    fn new(name: &str, dockerfile: &str) -> Built {
+        let built = Built {
+            folder: tempfile::tempdir().unwrap(),
+            image: format!("lf-{}-{name}:1", std::process::id()),
+        };
+        built.dockerfile(dockerfile);
+        docker(&["build", "-q", "-t", &built.image, built.path().to_str().unwrap()]);
+        built
+    }
+
+    fn dockerfile(&self, text: &str) {
+        std::fs::write(self.path().join("Dockerfile"), text).unwrap();
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Drop for Built {
+    fn drop(&mut self) {
+        run(&["rmi", "-f", &self.image]);
+    }
+}
+
+fn engine() -> Docker {
+    Docker::at(Some(host()))
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn a_container_is_alive_while_it_exists_and_only_under_its_exact_name() {
+    let container = Container::sleeping("probe.x", &[]);
+    let engine = engine();
+    let probe = async |name: String| engine.probe(&ContainerName::new(&name).unwrap()).await;
+    let name = container.0.to_string();
+    assert_eq!(probe(name.clone()).await, Liveness::Alive);
+    for other in
+        [name.replace("probe.x", "probe-x"), name.replace(".x", ""), format!("{name}x"), container.id()]
+    {
+        assert_eq!(probe(other).await, Liveness::Gone);
+    }
+    docker(&["stop", "-t", "0", &name]);
+    assert_eq!(probe(name.clone()).await, Liveness::Alive);
+    docker(&["rm", &name]);
+    assert_eq!(probe(name.clone()).await, Liveness::Gone);
+    let nowhere = Docker::at(Some("unix:///nowhere/docker.sock".to_owned()));
+    assert_eq!(nowhere.probe(&container.0).await, Liveness::Unknown);
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn the_first_process_is_told_and_what_is_missing_is_named() {
+    let container = Container::sleeping("first", &[]);
+    let engine = engine();
+    let first = engine.first_process(&container.0).await.unwrap();
+    assert_eq!(first.id, container.id());
+    assert_eq!(first.pid.to_string(), container.told("{{.State.Pid}}"));
+    assert_eq!(first.started_at, container.told("{{.State.StartedAt}}"));
+    assert!(!first.host_network);
+    let shared = Container::sleeping("shared", &["--network", "host"]);
+    assert!(engine.first_process(&shared.0).await.unwrap().host_network);
+    docker(&["stop", "-t", "0", container.0.as_str()]);
+    let error = engine.first_process(&container.0).await.unwrap_err();
+    assert_eq!(error, DockerError::NotRunning(container.0.to_string()));
+    let other = ContainerName::new("no-such-container").unwrap();
+    let error = engine.first_process(&other).await.unwrap_err();
+    assert_eq!(error, DockerError::NoSuchContainer(other.to_string()));
+    let nowhere = Docker::at(Some("unix:///nowhere/docker.sock".to_owned()));
+    assert!(matches!(nowhere.first_process(&other).await, Err(DockerError::Unreachable { .. })));
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn a_restart_is_another_process_in_the_same_container() {
+    for options in [&[][..], &["--rm"]] {
+        let container = Container::sleeping("restart", options);
+        let (id, pid) = (container.id(), container.told("{{.State.Pid}}"));
+        engine().restart(&container.0).await.unwrap();
+        assert_eq!(container.id(), id);
+        assert_ne!(container.told("{{.State.Pid}}"), pid);
+        assert_eq!(container.told("{{.State.Running}}"), "true");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn a_container_that_ends_at_once_is_not_started() {
+    let script = "if [ -e /ran ]; then echo it is broken; exit 3; fi; touch /ran; sleep 100000";
+    let container = Container::run("broken", &[], BASE, &["sh", "-c", script]);
+    while run(&["exec", container.0.as_str(), "test", "-e", "/ran"]).status.code() != Some(0) {}
+    let told = engine().restart(&container.0).await.unwrap_err().to_string();
+    let name = &container.0;
+    assert_eq!(told, format!("start failed: container {name} ended at once with status 3: it is broken"));
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn a_rebuild_keeps_what_was_the_containers_own() {
+    let dockerfile = |version: u32| {
+        format!(
+            "FROM {BASE}\nENV VERSION={version} FIXED=image\nVOLUME /data\nCOPY . /app\n\
+             CMD [\"sh\", \"-c\", \"echo {version} > /version; sleep 100000\"]\n"
+        )
+    };
+    let built = Built::new("keeps", &dockerfile(1));
+    let network = format!("lf-{}-net", std::process::id());
+    run(&["network", "rm", &network]);
+    docker(&["network", "create", "--subnet", "10.213.7.0/24", &network]);
+    let options = [
+        "-e",
+        "OWN=1",
+        "-e",
+        "FIXED=own",
+        "--label",
+        "mine=yes",
+        "-p",
+        "127.0.0.1::8973",
+        "--network",
+        &network,
+        "--ip",
+        "10.213.7.9",
+        "--network-alias",
+        "web",
+        "--memory",
+        "64m",
+        "--init",
+    ];
+    let container = Container::run("keeps", &options, &built.image, &[]);
+    docker(&["network", "connect", "bridge", container.0.as_str()]);
+    container.exec("echo kept > /data/file");
+    let (id, own) = (container.id(), container.told("{{json .HostConfig.PortBindings}}"));
+
+    built.dockerfile(&dockerfile(2));
+    std::fs::write(built.path().join("new"), "new").unwrap();
+    engine().rebuild(&container.0, built.path()).await.unwrap();
+
+    assert_ne!(container.id(), id);
+    assert_eq!(container.exec("cat /version /data/file /app/new"), "2\nkept\nnew");
+    assert_eq!(
+        container.exec("echo $VERSION $OWN $FIXED $(hostname)"),
+        format!("2 1 own {}", &container.id()[..12])
+    );
+    assert_eq!(
+        container.told("{{.Config.Image}} {{index .Config.Labels \"mine\"}}"),
+        format!("{} yes", built.image)
+    );
+    assert_eq!(container.told("{{json .HostConfig.PortBindings}}"), own);
+    assert_eq!(
+        container.told("{{.HostConfig.Memory}} {{.HostConfig.Init}} {{.Config.StopTimeout}}"),
+        "67108864 true 1"
+    );
+    let networks: Value =
+        serde_json::from_str(&container.told("{{json .NetworkSettings.Networks}}")).unwrap();
+    assert_eq!(networks[&network]["IPAddress"], "10.213.7.9");
+    assert!(networks[&network]["Aliases"].as_array().unwrap().contains(&json!("web")));
+    assert!(networks["bridge"]["IPAddress"].as_str().is_some_and(|address| !address.is_empty()));
+    assert!(!run(&["inspect", &format!("{}.landfall-old", container.0)]).status.success());
+    drop(container);
+    docker(&["network", "rm", &network]);
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn a_build_that_fails_touches_nothing() {
+    let built = Built::new("fails", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
+    let container = Container::run("fails", &[], &built.image, &[]);
+    let (id, pid) = (container.id(), container.told("{{.State.Pid}}"));
+    for (dockerfile, expected) in [
+        (format!("FROM {BASE}\nRUN [\"sh\", \"-c\", \"echo the reason; exit 7\"]\n"), "the reason"),
+        ("FROM nothing at all\n".to_owned(), "the image cannot be built"),
+    ] {
+        built.dockerfile(&dockerfile);
+        let told = engine().rebuild(&container.0, built.path()).await.unwrap_err().to_string();
+        assert!(told.starts_with("start failed: ") && told.contains(expected), "{told}");
+        assert_eq!((container.id(), container.told("{{.State.Pid}}")), (id.clone(), pid.clone()));
+    }
+    std::fs::remove_file(built.path().join("Dockerfile")).unwrap();
+    let told = engine().rebuild(&container.0, built.path()).await.unwrap_err().to_string();
+    assert!(told.contains("there is no Dockerfile in"), "{told}");
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn a_new_container_that_does_not_start_gives_the_place_back() {
+    let built = Built::new("back", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
+    let container = Container::run("back", &["-p", "127.0.0.1::8973"], &built.image, &[]);
+    let (id, image) = (container.id(), container.told("{{.Image}}"));
+    container.exec("touch /own-layer");
+    built.dockerfile(&format!("FROM {BASE}\nCMD [\"sh\", \"-c\", \"echo bad version; exit 1\"]\n"));
+    let told = engine().rebuild(&container.0, built.path()).await.unwrap_err().to_string();
+    let name = &container.0;
+    assert_eq!(told, format!("start failed: container {name} ended at once with status 1: bad version"));
+    assert_eq!((container.id(), container.told("{{.State.Running}}").as_str()), (id, "true"));
+    container.exec("test -e /own-layer");
+    assert_eq!(docker(&["inspect", "-f", "{{.Id}}", &built.image]), image);
+    assert!(!run(&["inspect", &format!("{name}.landfall-old")]).status.success());
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn what_a_dead_daemon_left_aside_is_alive_and_comes_back_with_the_next_restart() {
+    let container = Container::sleeping("left", &[]);
+    let (id, aside) = (container.id(), format!("{}.landfall-old", container.0));
+    docker(&["rename", container.0.as_str(), &aside]);
+    docker(&["create", "--name", container.0.as_str(), BASE, "false"]);
+    let engine = engine();
+    assert_eq!(engine.probe(&container.0).await, Liveness::Alive);
+    docker(&["rm", container.0.as_str()]);
+    assert_eq!(engine.probe(&container.0).await, Liveness::Alive);
+    engine.restart(&container.0).await.unwrap();
+    assert_eq!(container.id(), id);
+}
+
+/// Docker's own client decides what belongs to a build; ours decides the same.
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn the_same_files_are_built_as_by_dockers_own_client() {
+    let ignores = [
+        "*/temp*\n",
+        "**/*.go\n!keep/**\n",
+        "a\n!a/b\na/b/c*\n",
+        "**\n!Dockerfile\n!x?y\n",
+        "/a/\n./b.txt\n*.md\n!R*.md\n",
+        "[a-m]*\n!b[^x]*\n",
+        "\\*star\na/**/c.txt\n",
+        ".*\nDockerfile\n#a\n",
+        "a/*\n!a/b\n",
+        "**/b\n!a/b/c.txt\n",
+        "*\n!a\n",
+    ];
+    let built = Built::new("same", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
+    let container = Container::run("same", &[], &built.image, &[]);
+    for name in [
+        "a/b/c.txt",
+        "a/temp/x",
+        "b.txt",
+        "keep/x.go",
+        "x.go",
+        "x1y",
+        "README.md",
+        "a.md",
+        "*star",
+        "#a",
+        ".env",
+    ] {
+        let path = built.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, name).unwrap();
+    }
+    std::os::unix::fs::symlink("b.txt", built.path().join("link")).unwrap();
+    built.dockerfile(&format!("FROM {BASE}\nCOPY . /app\nCMD [\"sleep\", \"100000\"]\n"));
+    let (mut all, mut different) = (0, 0);
+    for ignore in std::iter::once("").chain(ignores) {
+        std::fs::write(built.path().join(".dockerignore"), ignore).unwrap();
+        let theirs = format!("lf-{}-theirs", std::process::id());
+        docker(&["build", "-q", "-t", &theirs, built.path().to_str().unwrap()]);
+        let list = "cd /app && find . | sort";
+        let expected = docker(&["run", "--rm", &theirs, "sh", "-c", list]);
+        run(&["rmi", "-f", &theirs]);
+        engine().rebuild(&container.0, built.path()).await.unwrap();
+        assert_eq!(container.exec(list), expected, "{ignore:?}");
+        let count = expected.lines().count();
+        all = all.max(count);
+        different += usize::from(count < all);
+    }
+    assert_eq!(different, ignores.len(), "every one of them ignores something");
+}
+
+/// A socket in front of the engine's, which goes away when it is dropped.
+struct Door(tokio::task::JoinSet<()>);
+
+impl Door {
+    fn open(at: &Path) -> Door {
+        let _ = std::fs::remove_file(at);
+        let listener = UnixListener::bind(at).unwrap();
+        let socket = host().strip_prefix("unix://").unwrap().to_owned();
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            loop {
+                let (mut ours, _) = listener.accept().await.unwrap();
+                let mut theirs = UnixStream::connect(&socket).await.unwrap();
+                connections.spawn(async move {
+                    let _ = tokio::io::copy_bidirectional(&mut ours, &mut theirs).await;
+                });
+            }
+        });
+        Door(tasks)
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn life_is_told_and_outages_are_outlived() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("docker.sock");
+    let engine = Docker::at(Some(format!("unix://{}", socket.display())));
+    let mut door = Door::open(&socket);
+    let mut life = engine.life_events();
+    assert_eq!(tokio::time::timeout(LONG, life.recv()).await.unwrap(), Some(LifeEvent::Resync));
+    let container = Container::sleeping("life", &[]);
+    let mut until = async |wanted: LifeEvent| {
+        tokio::time::timeout(LONG, async { while life.recv().await.unwrap() != wanted {} }).await.unwrap();
+    };
+    let changed = |what: &str| LifeEvent::Changed { name: container.0.to_string(), what: what.to_owned() };
+    until(changed("start")).await;
+    docker(&["kill", container.0.as_str()]);
+    until(changed("die")).await;
+
+    door.0.shutdown().await;
+    assert_eq!(engine.probe(&container.0).await, Liveness::Unknown);
+    docker(&["start", container.0.as_str()]);
+    let _door = Door::open(&socket);
+    until(LifeEvent::Resync).await;
+    assert_eq!(engine.probe(&container.0).await, Liveness::Alive);
+    docker(&["rm", "-f", container.0.as_str()]);
+    until(changed("destroy")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn an_engine_that_hangs_is_unknown_in_bounded_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("docker.sock");
+    // It takes connections, in its backlog, and never answers.
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let engine = Docker::at(Some(format!("unix://{}", socket.display())));
+    let name = ContainerName::new("coder").unwrap();
+    assert_eq!(tokio::time::timeout(LONG, engine.probe(&name)).await.unwrap(), Liveness::Unknown);
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn the_bridge_has_a_gateway() {
+    let told = docker(&["network", "inspect", "bridge", "-f", "{{(index .IPAM.Config 0).Gateway}}"]);
+    assert_eq!(engine().bridge_gateway().await, told.parse().ok());
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+async fn a_restart_is_told_from_its_promise_to_its_end() {
+    let container = Container::sleeping("told", &[]);
+    let pid = container.told("{{.State.Pid}}");
+    let journal = Journal::unkept();
+    let mut told = journal.listen();
+    let supervisor = Supervisor::new(engine(), journal);
+    let fields = json!({"containerName": container.0.as_str(), "cwd": "/"});
+    let registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
+    supervisor.preflight(&registration).await.unwrap();
+    supervisor.accept(registration.into(), false).unwrap().begin();
+    supervisor.stop().await;
+    let kinds: Vec<Value> = std::iter::from_fn(|| told.try_recv().ok())
+        .map(|line| serde_json::from_str::<Value>(&line).unwrap()["kind"].clone())
+        .collect();
+    assert_eq!(kinds, ["restart-scheduled", "restart-completed"]);
+    assert_ne!(container.told("{{.State.Pid}}"), pid);
+}

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Docker itself: probes, restarts, builds, events, against a real engine. Uses the engine that answers; where none does, starts
+# one of its own in a temporary directory and ends it afterwards. Says so and succeeds where none can be started.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")/.."
+export PATH=$PATH:/usr/sbin:/sbin
+
+work=$(mktemp -d)
+engine=""
+finish() {
+    if [[ -n $engine ]]; then
+        kill "$engine" 2>/dev/null || true
+        wait "$engine" 2>/dev/null || true
+    fi
+    rm -rf "$work"
+}
+trap finish EXIT
+
+for program in docker dockerd busybox; do
+    command -v "$program" >/dev/null || { echo "tests/docker.sh: $program is missing (apt-get install docker.io busybox-static)" >&2; exit 1; }
+done
+
+export DOCKER_HOST=${DOCKER_HOST:-unix:///var/run/docker.sock}
+if ! docker version >/dev/null 2>&1; then
+    if ((EUID != 0)); then
+        echo "   skipped: no Docker engine answers, and starting one takes root"
+        exit 0
+    fi
+    export DOCKER_HOST=unix://$work/docker.sock
+    dockerd --data-root "$work/data" --exec-root "$work/exec" -H "$DOCKER_HOST" --pidfile "$work/docker.pid" >"$work/log" 2>&1 &
+    engine=$!
+    for _ in $(seq 300); do
+        docker version >/dev/null 2>&1 && break
+        kill -0 "$engine" 2>/dev/null || break
+        sleep 0.1
+    done
+    if ! docker version >/dev/null 2>&1; then
+        echo "   skipped: no Docker engine answers, and none could be started here:"
+        tail -n 3 "$work/log" | sed 's/^/   /'
+        exit 0
+    fi
+fi
+
+# An image of nothing but busybox: no registry is asked.
+mkdir -p "$work/root/bin" "$work/root/tmp"
+cp "$(command -v busybox)" "$work/root/bin/busybox"
+for applet in sh sleep touch cat echo find sort hostname test true false; do ln -s busybox "$work/root/bin/$applet"; done
+tar -C "$work/root" -c . | docker import - landfall-test-base >/dev/null
+
+# The suite's own names begin with lf-; no other container is touched.
+cargo test --quiet -p landfall --test docker -- --ignored --test-threads=2
