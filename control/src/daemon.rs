@@ -11,10 +11,12 @@ mod claim;
 pub mod stop;
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -134,7 +136,10 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let docker = Docker::from_environment();
     let supervisor = Supervisor::new(docker.clone(), journal.clone());
     let registry = Registry::open(registry_options(&options, &journal, &docker, &supervisor));
-    let bound = http::Bound::listen(options.http_port, &addresses(&options, &docker).await, &journal).await?;
+    let addresses = addresses(&options, &docker).await;
+    let last = read_number(&home.http_port_file());
+    let bound = http::Bound::listen(options.http_port, last, &addresses, &journal).await?;
+    leave_number(&home.http_port_file(), bound.port());
     let forwarding = Forwarding::start(ForwardingOptions {
         home: home.clone(),
         journal: journal.clone(),
@@ -162,7 +167,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let listener = server::listen(&path).map_err(|source| StartError::File { path: path.clone(), source })?;
     let socket = claim::file_identity(&path);
     let server = Server::start(listener, Arc::clone(&answers));
-    leave_pid(&home.pid_file());
+    leave_number(&home.pid_file(), std::process::id());
     journal.tell(&Event::DaemonListening { socket: path.display().to_string() });
     Ok(Daemon { options, answers, http, tasks, server, socket, claim })
 }
@@ -313,18 +318,24 @@ fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
-/// Leaves the process id for people. It decides nothing, so that it cannot be written is no reason not to start.
-fn leave_pid(path: &Path) {
-    let aside = path.with_extension("pid.new");
-    if std::fs::write(&aside, format!("{}\n", std::process::id())).is_ok() {
+/// Leaves a number for people, or for the next daemon. It is a hint, so that it cannot be written is no reason not to
+/// start.
+fn leave_number(path: &Path, number: impl Display) {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".new");
+    if std::fs::write(&aside, format!("{number}\n")).is_ok() {
         let _ = std::fs::rename(&aside, path);
     }
 }
 
-/// Takes it away again, unless somebody else has left theirs.
+/// Reads a number that was left.
+fn read_number<T: FromStr>(path: &Path) -> Option<T> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Takes the process id away again, unless somebody else has left theirs.
 fn take_pid(path: &Path) {
-    let own = std::process::id().to_string();
-    if std::fs::read_to_string(path).is_ok_and(|pid| pid.trim() == own) {
+    if read_number(path) == Some(std::process::id()) {
         let _ = std::fs::remove_file(path);
     }
 }

@@ -48,7 +48,7 @@ const CONNECTION_TIME_MAX: Duration = Duration::from_secs(90);
 /// The longest head, in bytes; hyper's smallest buffer is half of it.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// How often another port is tried where one that is free on 127.0.0.1 is in use elsewhere.
-const EPHEMERAL_TRIES: u32 = 16;
+const EPHEMERAL_TRIES: usize = 16;
 /// How long what is being answered may go on when the endpoint closes.
 const CLOSING_TIME_MAX: Duration = Duration::from_millis(500);
 /// How long accepting rests when the process has no descriptor left.
@@ -78,30 +78,32 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// Listens on every address, at the preferred port if it is free on all of them, else at another one; 0 prefers none.
+    /// Listens on every address, at the first of these ports that is free on all of them: the preferred one, the one
+    /// that the last daemon had (containers that it could not give the preferred one still ask there), any other one.
+    /// 0 prefers none.
     ///
     /// # Errors
     /// [`HttpError`].
-    pub async fn listen(preferred: u16, addresses: &[IpAddr], journal: &Journal) -> Result<Bound, HttpError> {
+    pub async fn listen(
+        preferred: u16,
+        last: Option<NonZeroU16>,
+        addresses: &[IpAddr],
+        journal: &Journal,
+    ) -> Result<Bound, HttpError> {
         let addresses = without_covered(addresses);
-        let mut bound = try_port(preferred, &addresses).await?;
-        let mut tries = 0;
-        while bound.is_none() {
-            tries += 1;
-            if tries > EPHEMERAL_TRIES {
-                return Err(HttpError::NoPort);
+        let named = NonZeroU16::new(preferred).into_iter().chain(last).map(NonZeroU16::get);
+        for port in named.chain([0; EPHEMERAL_TRIES]) {
+            let Some(bound) = try_port(port, &addresses).await? else { continue };
+            let actual = bound.port.get();
+            if preferred != 0 && preferred != actual {
+                journal.tell(&Event::DaemonHttpPortFallback { preferred, actual });
             }
-            bound = try_port(0, &addresses).await?;
+            for address in bound.listeners.keys() {
+                journal.tell(&Event::DaemonHttpListening { host: address.to_string(), port: actual });
+            }
+            return Ok(bound);
         }
-        let bound = bound.ok_or(HttpError::NoPort)?;
-        let port = bound.port.get();
-        if tries > 0 && preferred != 0 {
-            journal.tell(&Event::DaemonHttpPortFallback { preferred, actual: port });
-        }
-        for address in bound.listeners.keys() {
-            journal.tell(&Event::DaemonHttpListening { host: address.to_string(), port });
-        }
-        Ok(bound)
+        Err(HttpError::NoPort)
     }
 
     /// The port.

@@ -20,7 +20,7 @@ async fn a_port_in_use_on_one_address_is_given_up_on_all() {
     let mut live = journal.listen();
     let taken = TcpListener::bind((OTHER, 0)).await.unwrap();
     let preferred = taken.local_addr().unwrap().port();
-    let bound = Bound::listen(preferred, &[LOOPBACK, OTHER], &journal).await.unwrap();
+    let bound = Bound::listen(preferred, None, &[LOOPBACK, OTHER], &journal).await.unwrap();
     let port = bound.port().get();
     assert_ne!(port, preferred);
     assert_eq!(bound.listeners.len(), 2);
@@ -35,9 +35,9 @@ async fn a_port_in_use_on_one_address_is_given_up_on_all() {
 #[tokio::test]
 async fn a_port_that_is_free_is_taken_and_told_for_each_address() {
     let journal = Journal::unkept();
-    let free = Bound::listen(0, &[LOOPBACK], &journal).await.unwrap().port().get();
+    let free = Bound::listen(0, None, &[LOOPBACK], &journal).await.unwrap().port().get();
     let mut live = journal.listen();
-    let bound = Bound::listen(free, &[LOOPBACK, OTHER], &journal).await.unwrap();
+    let bound = Bound::listen(free, None, &[LOOPBACK, OTHER], &journal).await.unwrap();
     assert_eq!(bound.port().get(), free);
     for host in ["127.0.0.1", "127.0.0.9"] {
         let line: serde_json::Value = serde_json::from_str(&live.try_recv().unwrap()).unwrap();
@@ -46,8 +46,25 @@ async fn a_port_that_is_free_is_taken_and_told_for_each_address() {
 }
 
 #[tokio::test]
+async fn the_port_that_the_last_daemon_had_comes_before_any_other_one() {
+    let journal = Journal::unkept();
+    let taken = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+    let preferred = taken.local_addr().unwrap().port();
+    let last = Bound::listen(0, None, &[LOOPBACK], &journal).await.unwrap().port();
+    let again = Bound::listen(preferred, Some(last), &[LOOPBACK], &journal).await.unwrap();
+    assert_eq!(again.port(), last);
+    let third = Bound::listen(preferred, Some(last), &[LOOPBACK], &journal).await.unwrap();
+    assert_ne!(third.port(), last, "it is in use, too");
+    drop(taken);
+    assert_eq!(
+        Bound::listen(preferred, Some(last), &[LOOPBACK], &journal).await.unwrap().port().get(),
+        preferred
+    );
+}
+
+#[tokio::test]
 async fn an_address_that_is_not_ours_is_named() {
     let foreign = "192.0.2.1".parse().unwrap();
-    let error = Bound::listen(0, &[LOOPBACK, foreign], &Journal::unkept()).await.unwrap_err();
+    let error = Bound::listen(0, None, &[LOOPBACK, foreign], &Journal::unkept()).await.unwrap_err();
     assert!(error.to_string().starts_with("cannot listen on 192.0.2.1:"), "{error}");
 }

@@ -121,6 +121,11 @@ impl Home {
         self.run().join("hostd.pid")
     }
 
+    /// The HTTP port that the last daemon had: where the next one is looked for first, after the preferred port.
+    pub fn http_port_file(&self) -> PathBuf {
+        self.run().join("hostd.port")
+    }
+
     /// Held by `flock` while somebody starts a daemon. Never unlinked.
     pub fn spawn_lock(&self) -> PathBuf {
         self.run().join("hostd.lock")

@@ -122,6 +122,9 @@ fn a_port_that_is_in_use_is_told_and_another_one_taken() {
     let log = daemon.log();
     assert_eq!(log[0]["kind"], "daemon-http-port-fallback");
     assert_eq!((&log[0]["preferred"], &log[0]["actual"]), (&preferred.into(), &actual.into()));
+    drop(daemon);
+    let next = Daemon::start(home.path(), &["--http-port", &preferred.to_string()]);
+    assert_eq!(next.http_port(), actual, "containers that were started meanwhile still ask there");
 }
 
 #[test]
