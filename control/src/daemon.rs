@@ -135,6 +135,10 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
 
     let docker = Docker::from_environment();
     let supervisor = Supervisor::new(docker.clone(), journal.clone());
+    if !options.restart {
+        // Jobs may ask, too.
+        supervisor.disable();
+    }
     let registry = Registry::open(registry_options(&options, &journal, &docker, &supervisor));
     let addresses = addresses(&options, &docker).await;
     let last = read_number(&home.http_port_file());

@@ -30,6 +30,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(1_800);
 /// How long the daemon's stop waits for restarts that were promised.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// What a daemon says that restarts nothing (wire specification, A.1.4).
+pub const NOT_ENABLED: &str = "restart capability not enabled on this daemon";
+
 /// Restarts containers, one at a time each. Clones are the same one.
 #[derive(Clone)]
 pub struct Supervisor(Arc<Inner>);
@@ -45,7 +48,8 @@ struct Inner {
 
 #[derive(Default)]
 struct State {
-    stopping: bool,
+    /// Why nothing is promised any more, or at all.
+    refusal: Option<&'static str>,
     queue: Queue,
 }
 
@@ -84,20 +88,25 @@ impl Supervisor {
             .map_err(|why| format!("restart refused for {}: {why}", registration.container_name))
     }
 
+    /// Has every restart refused from now on, whoever asks for it.
+    pub fn disable(&self) {
+        self.state().refusal = Some(NOT_ENABLED);
+    }
+
     /// Promises a restart. Nothing has happened when it returns.
     ///
     /// # Errors
-    /// `daemon stopping`.
+    /// `daemon stopping`, or [`NOT_ENABLED`].
     pub fn accept(&self, registration: Arc<Registration>, build: bool) -> Result<Ticket, String> {
-        if self.state().stopping {
-            return Err("daemon stopping".to_owned());
+        if let Some(refusal) = self.state().refusal {
+            return Err(refusal.to_owned());
         }
         Ok(Ticket { supervisor: self.clone(), registration, build, _promised: self.0.promised.token() })
     }
 
     /// Accepts no more, and lets what was promised finish, for a minute at most.
     pub async fn stop(&self) {
-        self.state().stopping = true;
+        self.state().refusal = Some("daemon stopping");
         self.0.promised.close();
         if tokio::time::timeout(LEAVE_TIMEOUT, self.0.promised.wait()).await.is_err() {
             let left: Vec<String> = self.state().queue.running().map(ToString::to_string).collect();

@@ -19,7 +19,7 @@ use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
 use crate::reconcile::task::Forwarding;
 use crate::registration::model::Registration;
 use crate::registration::store::{DropReason, Registry};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{NOT_ENABLED, Supervisor};
 
 /// What a daemon that has begun to stop answers to everything but `shutdown`.
 const STOPPING: &str = "daemon stopping";
@@ -139,7 +139,7 @@ impl Answers {
         restart: &Restart,
         asker: Option<&Arc<Registration>>,
     ) -> Result<Answer, String> {
-        let supervisor = self.supervisor.as_ref().ok_or("restart capability not enabled on this daemon")?;
+        let supervisor = self.supervisor.as_ref().ok_or(NOT_ENABLED)?;
         let build = restart.build().map_err(|error| error.to_string())?;
         let name = restart.container_name().map_err(|error| error.to_string())?;
         let registration = match asker {

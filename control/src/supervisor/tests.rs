@@ -191,7 +191,7 @@ async fn a_stop_lets_what_was_promised_finish_and_accepts_no_more() {
     bench.wait_for("begun").await;
     let supervisor = bench.supervisor.clone();
     let stopping = tokio::spawn(async move { supervisor.stop().await });
-    while !bench.supervisor.state().stopping {
+    while bench.supervisor.state().refusal.is_none() {
         tokio::task::yield_now().await;
     }
     assert_eq!(bench.supervisor.accept(registration, false).err().as_deref(), Some("daemon stopping"));
