@@ -301,6 +301,25 @@ impl Fleet {
         }
     }
 
+    /// The engine was relieved by another one, which holds these upstreams and these forwards under the same numbers and
+    /// tells anew what listens.
+    pub fn moved(&mut self, upstreams: &BTreeSet<UpstreamId>, forwards: &BTreeSet<ForwardId>) -> Vec<Change> {
+        let lost: Vec<ForwardId> =
+            self.forwards.keys().filter(|id| !forwards.contains(id)).copied().collect();
+        let changes = lost.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
+        self.upstreams.retain(|id, _| upstreams.contains(id));
+        for upstream in self.upstreams.values_mut() {
+            upstream.seen = None;
+        }
+        self.partial.clear();
+        changes
+    }
+
+    /// Whether a forward listens, as far as is known, and is to go on.
+    pub fn is_open(&self, id: ForwardId) -> bool {
+        self.forwards.get(&id).is_some_and(|forward| forward.status == Status::Open)
+    }
+
     /// Everybody had the chance to claim what an earlier driver left: the rest is let go of.
     pub fn sweep(&mut self) {
         self.sweeping = true;

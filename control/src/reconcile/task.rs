@@ -1,18 +1,37 @@
 //! Forwarding for every registered container: the task that drives the engine, and the handle to it.
+//!
+//! One task owns everything that is known ([`Fleet`](super::fleet::Fleet)) and the engine's channel. It waits for
+//! whatever comes first: other registrations, a word of a container's visit, an event of the engine, a question, or the
+//! time; takes it in; and gives the engine the commands that the planner then has. Nobody else talks to the engine, so
+//! the order in which things are known is the order in which they are said.
+//!
+//! Questions that may not wait ([`Forwarding::forwarded_ports`]) are answered from what was published after the last
+//! turn.
 
-use std::collections::BTreeSet;
+mod containers;
+mod driver;
+mod upgrade;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::num::NonZeroU16;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
-use super::table::{ContainerState, ForwardTable, Reached};
+use super::table::{ForwardTable, RowState};
 use crate::docker::Docker;
 use crate::events::Journal;
 use crate::paths::Home;
-use crate::registration::model::{ContainerName, Registration, Way};
+use crate::registration::model::ContainerName;
 use crate::registration::store::Registered;
+use driver::{Driver, Parts};
+
+/// How long fresh counters are waited for.
+const TABLE_MAX: Duration = Duration::from_millis(500);
 
 /// What forwarding works with.
 pub struct ForwardingOptions {
@@ -31,34 +50,74 @@ pub struct ForwardingOptions {
     pub control_ports: BTreeSet<NonZeroU16>,
 }
 
-/// The handle; clones drive the same task.
-#[derive(Clone, Debug)]
+/// The handle; clones drive the same task. When the last one is dropped, the task lets go of the engine.
+#[derive(Clone)]
 pub struct Forwarding(Arc<Shared>);
 
-#[derive(Debug)]
 struct Shared {
-    registrations: watch::Receiver<Arc<Registered>>,
+    asks: mpsc::UnboundedSender<Ask>,
+    published: Arc<Published>,
     ended: Mutex<Option<mpsc::UnboundedReceiver<ContainerName>>>,
 }
 
+impl fmt::Debug for Forwarding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Forwarding")
+    }
+}
+
+/// What the task was last known to know.
+#[derive(Debug, Default)]
+struct Published(Mutex<ForwardTable>);
+
+impl Published {
+    fn read<T>(&self, read: impl FnOnce(&ForwardTable) -> T) -> T {
+        read(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn publish(&self, table: ForwardTable) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = table;
+    }
+}
+
+/// What the handle asks of the task.
+#[derive(Debug)]
+enum Ask {
+    Table(oneshot::Sender<ForwardTable>),
+    LookAgain(String),
+    Detach(oneshot::Sender<()>),
+    StopEngine(oneshot::Sender<()>),
+}
+
 impl Forwarding {
-    /// Begins. The engine that runs is attached; one is started when the first registration needs one.
+    /// Begins, as a task of the runtime that calls. The engine that runs is attached; one is started when a registration
+    /// needs one.
     pub fn start(options: ForwardingOptions) -> Forwarding {
-        let ForwardingOptions { registrations, .. } = options;
-        let (_, ended) = mpsc::unbounded_channel();
-        Forwarding(Arc::new(Shared { registrations, ended: Mutex::new(Some(ended)) }))
+        let (asks, asked) = mpsc::unbounded_channel();
+        let (ended, ends) = mpsc::unbounded_channel();
+        let published = Arc::new(Published::default());
+        let parts = Parts { asked, ended, published: Arc::clone(&published) };
+        tokio::spawn(Driver::new(options, parts).run());
+        Forwarding(Arc::new(Shared { asks, published, ended: Mutex::new(Some(ends)) }))
     }
 
     /// What is forwarded, with fresh counters where the engine answers within 500 ms.
     pub async fn table(&self) -> ForwardTable {
-        let registered = self.0.registrations.borrow().clone();
-        let containers = registered.entries.iter().map(|entry| waiting(entry)).collect();
-        ForwardTable { engine: None, containers }
+        let (answer, table) = oneshot::channel();
+        let asked = self.0.asks.send(Ask::Table(answer)).is_ok();
+        match timeout(TABLE_MAX, table).await {
+            Ok(Ok(table)) if asked => table,
+            _ => self.0.published.read(ForwardTable::clone),
+        }
     }
 
     /// The host ports that answer for a container. Never waits.
-    pub fn forwarded_ports(&self, _name: &str) -> Vec<u16> {
-        Vec::new()
+    pub fn forwarded_ports(&self, name: &str) -> Vec<u16> {
+        self.0.published.read(|table| {
+            let container = table.containers.iter().find(|container| container.container_name == name);
+            let rows = container.into_iter().flat_map(|container| &container.forwards);
+            rows.filter(|row| row.state == RowState::Open).map(|row| row.host_port).collect()
+        })
     }
 
     /// Tells which registrations have ended, because the process that they stood for has. Can be taken once; later
@@ -69,28 +128,29 @@ impl Forwarding {
     }
 
     /// Docker says that something changed about a container.
-    pub fn look_again(&self, _name: &str) {}
+    pub fn look_again(&self, name: &str) {
+        // A task that has ended looks at nothing.
+        let _ = self.0.asks.send(Ask::LookAgain(name.to_owned()));
+    }
 
     /// Lets go of the engine, which goes on: the daemon stops.
-    pub async fn detach(&self) {}
+    pub async fn detach(&self) {
+        self.end(Ask::Detach).await;
+    }
 
     /// Ends the engine, after its connections have had 3 s to finish.
-    pub async fn stop_engine(&self) {}
-}
+    pub async fn stop_engine(&self) {
+        self.end(Ask::StopEngine).await;
+    }
 
-fn waiting(entry: &Registration) -> ContainerState {
-    let way = match &entry.way {
-        Some(Way::Docker) => Some("docker".to_owned()),
-        Some(Way::Process { pid, .. }) => Some(format!("process {pid}")),
-        Some(Way::Netns { path }) => Some(path.display().to_string()),
-        None => entry.broker().map(|_| "docker".to_owned()),
-    };
-    let off = way.is_none() || entry.port_forward.as_ref().is_some_and(crate::policy::PortForward::is_off);
-    ContainerState {
-        container_name: entry.container_name.as_str().to_owned(),
-        way,
-        state: if off { Reached::Off } else { Reached::Waiting },
-        reason: None,
-        forwards: Vec::new(),
+    async fn end(&self, ask: impl FnOnce(oneshot::Sender<()>) -> Ask) {
+        let (done, waits) = oneshot::channel();
+        if self.0.asks.send(ask(done)).is_ok() {
+            // It fails when the task has ended, which is what was asked for.
+            let _ = waits.await;
+        }
     }
 }
+
+/// Owners of sockets by inode, as far as they were looked for; none for one that nobody may see.
+type Owners = BTreeMap<u64, Option<crate::processes::ProcessFact>>;

@@ -35,7 +35,8 @@ impl Fleet {
             .filter(|forward| own(&forward.upstream))
             .map(|forward| self.row_of(name, forward))
             .collect();
-        let verdicts = self.upstream_of(name).and_then(|id| self.verdicts().remove(&id)).unwrap_or_default();
+        let verdicts = self.upstream_of(name).and_then(|id| self.verdicts_of(id, self.upstreams.get(&id)?));
+        let verdicts = verdicts.unwrap_or_default();
         for (port, verdict) in verdicts {
             if rows.iter().any(|row| row.port == port) {
                 continue;
@@ -62,11 +63,6 @@ impl Fleet {
     pub fn open_ports(&self, name: &ContainerName) -> Vec<NonZeroU16> {
         let rows = self.rows(name).into_iter();
         rows.filter(|row| row.state == RowState::Open).map(|row| row.port).collect()
-    }
-
-    /// How many forwards the engine holds for anybody.
-    pub fn live_forwards(&self) -> usize {
-        self.forwards.values().filter(|forward| forward.is_live()).count()
     }
 
     fn row_of(&self, name: &ContainerName, forward: &Forward) -> Row {

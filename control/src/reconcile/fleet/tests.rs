@@ -370,5 +370,21 @@ fn an_observation_in_parts_replaces_what_was_known() {
     assert_eq!(bench.commands(), [close(1)]);
 }
 
+#[test]
+fn another_engine_takes_over_what_it_was_lent() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7), row(4000, "127.0.0.1", 8)], &[]);
+    bench.commands();
+    bench.opened(1, 3000);
+    bench.opened(2, 4000);
+    assert!(bench.fleet.is_open(ForwardId(1)));
+    let told = bench.fleet.moved(&[UpstreamId(1)].into(), &[ForwardId(1)].into());
+    assert_eq!(told, [told_closed("a", 4000, ClosedReason::HostError)]);
+    bench.now += 2 * LINGER;
+    assert_eq!(bench.commands(), [], "what listens is not known yet");
+    bench.listen(1, &[row(3000, "127.0.0.1", 7), row(4000, "127.0.0.1", 8)], &[]);
+    assert_eq!(bench.commands(), [open(3, 1, 4000)]);
+}
+
 #[path = "model_tests.rs"]
 mod model;

@@ -28,7 +28,11 @@ impl Fleet {
         staying.filter_map(|(id, upstream)| Some((*id, self.verdicts_of(*id, upstream)?))).collect()
     }
 
-    fn verdicts_of(&self, id: UpstreamId, upstream: &Upstream) -> Option<BTreeMap<NonZeroU16, Verdict>> {
+    pub(super) fn verdicts_of(
+        &self,
+        id: UpstreamId,
+        upstream: &Upstream,
+    ) -> Option<BTreeMap<NonZeroU16, Verdict>> {
         let owner = upstream.owner.as_ref()?;
         let policy = &self.wishes.iter().find(|wish| wish.name == *owner)?.policy;
         let ports = upstream.seen.as_ref()?.reach();

@@ -1,0 +1,308 @@
+//! The engine's process: found or started, talked to over its socket, and relieved by one of this build.
+//!
+//! An engine outlives its driver, so one that runs is attached first and asked what it holds. One that has to be started
+//! takes the socket's name by a rename, which is how its readiness shows. It is a process of its own group that nobody
+//! waits for but to reap it.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use landfall_engine::channel::{self, ChannelError};
+use landfall_engine::command::{Command, Event, RingReport};
+use landfall_engine::limits::MESSAGE_BYTES_MAX;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use thiserror::Error;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{sleep, timeout};
+
+use super::fleet::Inventory;
+use super::readiness::watched;
+use super::table::EngineFacts;
+use crate::paths::Home;
+
+/// The program that an engine is: this one.
+const PROGRAM: &str = "/proc/self/exe";
+/// How long an engine may take to begin, or to say what it holds. It takes milliseconds.
+const BEGIN_MAX: Duration = Duration::from_secs(10);
+/// How long an engine may not read while a command waits for it.
+const SEND_MAX: Duration = Duration::from_secs(10);
+/// How often the name of a starting engine is looked for.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Why there is no engine, or no longer.
+#[derive(Debug, Error)]
+pub(super) enum LinkError {
+    #[error("the engine's socket {} cannot be used: {source}", path.display())]
+    Connect { path: PathBuf, source: io::Error },
+    #[error("the engine could not be started: {0}")]
+    Spawn(io::Error),
+    #[error("the engine ended as it began ({0}); its log is log/engine.log in the daemon's home")]
+    EndedEarly(String),
+    #[error("the engine did not answer within {} s", BEGIN_MAX.as_secs())]
+    Silent,
+    #[error("the engine ended")]
+    Ended,
+    #[error("the engine's channel failed: {0}")]
+    Channel(#[from] ChannelError),
+}
+
+/// A channel to an engine that has said what it is.
+#[derive(Debug)]
+pub(super) struct Link {
+    socket: AsyncFd<OwnedFd>,
+    ring: RingReport,
+    version: String,
+    pid: Option<u32>,
+    /// How many opener channels it takes for one upstream.
+    pub(super) shards: u16,
+}
+
+impl Link {
+    /// Connects to the engine at `path`; its present driver, if any, loses its place.
+    async fn connect(path: &Path) -> Result<Link, LinkError> {
+        let failed = |source: io::Error| LinkError::Connect { path: path.to_owned(), source };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .map_err(|errno| failed(errno.into()))?;
+        let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
+        rustix::net::connect(&socket, &address).map_err(|errno| failed(errno.into()))?;
+        let pid = sockopt::socket_peercred(&socket).ok().map(|peer| peer.pid.as_raw_nonzero().get());
+        let pid = pid.and_then(|pid| u32::try_from(pid).ok());
+        let socket = watched(socket, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
+        loop {
+            match timeout(BEGIN_MAX, receive(&socket)).await.map_err(|_| LinkError::Silent)?? {
+                (Event::Ready { ring, shards, version, .. }, _) => {
+                    return Ok(Link { socket, ring, version, pid, shards });
+                }
+                _ => continue,
+            }
+        }
+    }
+
+    /// Gives the engine a command.
+    pub(super) async fn send(
+        &self,
+        command: &Command,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), LinkError> {
+        let sending = async {
+            loop {
+                let mut ready = self.socket.writable().await.map_err(ChannelError::System)?;
+                match channel::send(self.socket.get_ref().as_fd(), command, descriptors, SendFlags::DONTWAIT)
+                {
+                    Err(ChannelError::WouldBlock) => ready.clear_ready(),
+                    done => return done,
+                }
+            }
+        };
+        Ok(timeout(SEND_MAX, sending).await.map_err(|_| LinkError::Silent)??)
+    }
+
+    /// Waits for what the engine says next. Nothing is lost when this is abandoned.
+    pub(super) async fn recv(&self) -> Result<(Event, Vec<OwnedFd>), LinkError> {
+        receive(&self.socket).await
+    }
+
+    /// Asks what the engine holds.
+    async fn inventory(&self) -> Result<Inventory, LinkError> {
+        self.send(&Command::Describe, &[]).await?;
+        let gather = async {
+            let mut inventory = Inventory::default();
+            loop {
+                match self.recv().await?.0 {
+                    Event::Observed { upstream, listening, .. } => {
+                        inventory.observed.entry(upstream).or_default().extend(listening);
+                    }
+                    Event::State { upstreams, forwards, more } => {
+                        inventory.upstreams = upstreams;
+                        inventory.forwards.extend(forwards);
+                        if !more {
+                            return Ok(inventory);
+                        }
+                    }
+                    // Whatever came before is contained in the answer.
+                    _ => {}
+                }
+            }
+        };
+        timeout(BEGIN_MAX, gather).await.map_err(|_| LinkError::Silent)?
+    }
+
+    /// Its build.
+    pub(super) fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// What people are told of it.
+    pub(super) fn facts(&self, draining: u32) -> EngineFacts {
+        EngineFacts {
+            version: self.version.clone(),
+            ring: self.ring.kind.to_string(),
+            reason: self.ring.reason.clone(),
+            pid: self.pid,
+            draining,
+        }
+    }
+}
+
+async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<(Event, Vec<OwnedFd>), LinkError> {
+    loop {
+        let mut ready = socket.readable().await.map_err(ChannelError::System)?;
+        match channel::receive(socket.get_ref().as_fd(), MESSAGE_BYTES_MAX, RecvFlags::DONTWAIT) {
+            Err(ChannelError::WouldBlock) => ready.clear_ready(),
+            // An engine of another release may tell more than this one understands.
+            Err(ChannelError::Malformed(_)) => {}
+            Ok(None) | Err(ChannelError::Gone) => return Err(LinkError::Ended),
+            Ok(Some(received)) => return Ok(received),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// An engine, and what it holds.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) link: Link,
+    pub(super) inventory: Inventory,
+    /// It did not run before.
+    pub(super) started: bool,
+}
+
+/// Attaches to the engine that runs; where there is none, starts one if `may_start`.
+pub(super) async fn obtain(home: &Home, may_start: bool) -> Result<Option<Attached>, LinkError> {
+    let path = home.engine_socket();
+    undo_upgrade(&path).await;
+    match Link::connect(&path).await {
+        Ok(link) => match link.inventory().await {
+            Ok(inventory) => return Ok(Some(Attached { link, inventory, started: false })),
+            // It ended just now, or another driver has taken our place: which of the two shows when it is tried again.
+            Err(LinkError::Ended) => return Err(LinkError::Ended),
+            Err(error) => {
+                // It speaks another language. It knows how to end, and another one takes its place.
+                let _ = link.send(&Command::Drain, &[]).await;
+                if !may_start {
+                    return Err(error);
+                }
+            }
+        },
+        // Nobody is there, or only a name that somebody left.
+        Err(LinkError::Connect { source, .. }) if is_absence(&source) => {}
+        Err(error) => return Err(error),
+    }
+    if !may_start {
+        return Ok(None);
+    }
+    let link = start(home).await?;
+    Ok(Some(Attached { link, inventory: Inventory::default(), started: true }))
+}
+
+fn is_absence(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::CONNREFUSED))
+}
+
+/// Starts an engine, which takes the socket's name, and connects to it.
+pub(super) async fn start(home: &Home) -> Result<Link, LinkError> {
+    let path = home.engine_socket();
+    let log = || OpenOptions::new().append(true).create(true).mode(0o600).open(home.log().join("engine.log"));
+    let before = identity(&path);
+    let mut child = tokio::process::Command::new(PROGRAM)
+        .arg0("landfall")
+        .arg(landfall_engine::process::VERB)
+        .arg("--socket")
+        .arg(&path)
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(log().map_err(LinkError::Spawn)?)
+        .stderr(log().map_err(LinkError::Spawn)?)
+        .kill_on_drop(false)
+        .spawn()
+        .map_err(LinkError::Spawn)?;
+    let named = async {
+        loop {
+            if identity(&path).is_some_and(|found| Some(found) != before) {
+                return;
+            }
+            sleep(LOOK_INTERVAL).await;
+        }
+    };
+    tokio::select! {
+        ended = child.wait() => {
+            let how = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+            return Err(LinkError::EndedEarly(how));
+        }
+        named = timeout(BEGIN_MAX, named) => named.map_err(|_| LinkError::Silent)?,
+    }
+    // Somebody has to wait for it, or it stays behind as a zombie.
+    tokio::spawn(async move { child.wait().await });
+    Link::connect(&path).await
+}
+
+/// Device and inode of what has this name.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
+}
+
+/// The name by which an engine can be found again while its successor, which has taken the socket's own name, is not yet
+/// able to take over.
+#[derive(Debug)]
+pub(super) struct SecondName {
+    path: PathBuf,
+    aside: PathBuf,
+}
+
+impl SecondName {
+    /// Gives the engine at the socket's path a second name.
+    pub(super) fn give(home: &Home) -> io::Result<SecondName> {
+        let path = home.engine_socket();
+        let aside = second_name(&path);
+        match std::fs::remove_file(&aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        std::fs::hard_link(&path, &aside)?;
+        Ok(SecondName { path, aside })
+    }
+
+    /// The engine has its first name back.
+    pub(super) fn take_back(self) -> io::Result<()> {
+        std::fs::rename(&self.aside, &self.path)
+    }
+
+    /// It needs none any more.
+    pub(super) fn drop_it(self) -> io::Result<()> {
+        std::fs::remove_file(&self.aside)
+    }
+}
+
+fn second_name(path: &Path) -> PathBuf {
+    path.with_extension("relieved")
+}
+
+/// A driver that was killed in the middle of an upgrade has left two engines: the older one, complete, has a second
+/// name. It gets its own one back, and the newer one ends.
+async fn undo_upgrade(path: &Path) {
+    let aside = second_name(path);
+    if identity(&aside).is_none() {
+        return;
+    }
+    match Link::connect(&aside).await {
+        Ok(_) => {
+            let newer = Link::connect(path).await;
+            if std::fs::rename(&aside, path).is_ok()
+                && let Ok(newer) = newer
+            {
+                let _ = newer.send(&Command::Drain, &[]).await;
+            }
+        }
+        // The older one is on its way out: the upgrade was complete.
+        Err(_) => drop(std::fs::remove_file(&aside)),
+    }
+}

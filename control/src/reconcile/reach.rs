@@ -1,0 +1,357 @@
+//! The way into one container: found, entered, watched until it ends, and found again.
+//!
+//! A task for each container ([`Visit::run`]) tells the forwarding task in words what became of it. Being entered is
+//! asked for by the gate: each of its values is one request, since an engine that is started anew needs a new way in.
+//! What a container is reached by is held by a pidfd, which cannot mean a stranger, or by the file of a namespace, whose
+//! identity is looked at again. Nothing here keeps a namespace alive: the opener is gone when its descriptors are.
+
+use std::io;
+use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use landfall_engine::command::WatchSources;
+use landfall_engine::opener::FailureKind;
+use landfall_engine::opener::client::{OpenError, Opener, Target};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::sleep;
+
+use super::readiness::watched;
+use crate::docker::{Docker, DockerError, FirstProcess};
+use crate::processes;
+use crate::registration::model::{ContainerName, Registration, Started, Way};
+
+/// The program that an opener is: this one.
+const PROGRAM: &str = "/proc/self/exe";
+/// How long a container that is not there rests before it is looked for again.
+const RETRY: Duration = Duration::from_secs(2);
+/// How often the file of a namespace is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// How long after a failure to enter it is tried again: the first time, and at most.
+const ENTER_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+
+/// A request to enter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gate {
+    /// Which request; each has another number.
+    pub(super) serial: u64,
+    /// How many channels the engine needs.
+    pub(super) shards: u16,
+}
+
+/// How much is known of a container that is not entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Certainty {
+    /// It does not run.
+    Gone,
+    /// It runs, and is not to be had.
+    Refused,
+    /// Nobody can say whether it runs.
+    Unknown,
+}
+
+/// What a visit tells.
+#[derive(Debug)]
+pub(super) enum Word {
+    /// It is inside: what the engine needs for it.
+    Entered { serial: u64, cookie: u64, sources: WatchSources, descriptors: Vec<OwnedFd> },
+    /// It is not, for this reason.
+    Missed { certainty: Certainty, reason: String },
+    /// The container has ended, or became another one.
+    Left { reason: String },
+    /// The registration has ended with its process; nothing follows.
+    Ended,
+}
+
+/// A word, and whose it is.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) name: ContainerName,
+    /// Which visit: one that was replaced may have left a word behind.
+    pub(super) visit: u64,
+    pub(super) word: Word,
+}
+
+/// The way of a registration, where it is to be forwarded at all.
+pub(super) fn way_of(registration: &Registration) -> Option<Way> {
+    registration.way.clone().or_else(|| registration.broker().map(|_| Way::Docker))
+}
+
+/// The way, as people are told of it.
+pub(super) fn describe(way: &Way) -> String {
+    match way {
+        Way::Docker => "docker".to_owned(),
+        Way::Process { pid, .. } => format!("process {pid}"),
+        Way::Netns { path } => path.display().to_string(),
+    }
+}
+
+/// The task of one container.
+#[derive(Debug)]
+pub(super) struct Visit {
+    pub(super) name: ContainerName,
+    pub(super) number: u64,
+    pub(super) way: Way,
+    pub(super) docker: Docker,
+    pub(super) gate: watch::Receiver<Option<Gate>>,
+    /// Something may have changed.
+    pub(super) hint: Arc<Notify>,
+    pub(super) words: mpsc::UnboundedSender<Told>,
+}
+
+/// Where a container was found.
+enum Place {
+    Process { pidfd: AsyncFd<OwnedFd>, container: Option<FirstProcess> },
+    File { path: PathBuf, identity: (u64, u64) },
+}
+
+/// Why it was not.
+enum Absent {
+    Missing(Certainty, String),
+    /// The process that the registration stands for has ended.
+    Ended,
+}
+
+impl Visit {
+    /// Runs until the registration's process has ended; for other ways until it is aborted.
+    pub(super) async fn run(mut self) {
+        let mut told = None;
+        loop {
+            match self.find().await {
+                Ok(place) => {
+                    told = None;
+                    let reason = self.stay(place).await;
+                    self.tell(Word::Left { reason });
+                    // A container that is restarted is there again soon, and a process has ended for good.
+                    tokio::task::yield_now().await;
+                }
+                Err(Absent::Ended) => return self.tell(Word::Ended),
+                Err(Absent::Missing(certainty, reason)) => {
+                    let missed = Some((certainty, reason.clone()));
+                    if told != missed {
+                        told = missed;
+                        self.tell(Word::Missed { certainty, reason });
+                    }
+                    tokio::select! {
+                        () = sleep(RETRY) => {}
+                        () = self.hint.notified() => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn tell(&self, word: Word) {
+        // The forwarding task goes only together with this one.
+        let _ = self.words.send(Told { name: self.name.clone(), visit: self.number, word });
+    }
+
+    async fn find(&self) -> Result<Place, Absent> {
+        match &self.way {
+            Way::Process { pid, started } => find_process(*pid, started.as_ref()),
+            Way::Netns { path } => {
+                let path = path.clone();
+                // The file may be on a file system that does not answer.
+                let looked = tokio::task::spawn_blocking(move || find_file(path)).await;
+                looked.unwrap_or_else(|error| Err(Absent::Missing(Certainty::Unknown, error.to_string())))
+            }
+            Way::Docker => self.find_container().await,
+        }
+    }
+
+    async fn find_container(&self) -> Result<Place, Absent> {
+        let found = self.docker.first_process(&self.name).await.map_err(docker_absent)?;
+        if found.host_network {
+            let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
+            return Err(Absent::Missing(Certainty::Refused, reason));
+        }
+        let pidfd = open_process(found.pid)?;
+        // Between Docker's word and the pidfd the process may have ended and its number been given to another one; if
+        // Docker says the same once more, it had not.
+        let again = self.docker.first_process(&self.name).await.map_err(docker_absent)?;
+        if again != found {
+            return Err(Absent::Missing(Certainty::Gone, "it is being restarted".to_owned()));
+        }
+        Ok(Place::Process { pidfd, container: Some(found) })
+    }
+
+    /// Enters as often as the gate asks for it, until the container ends. Tells why it did.
+    async fn stay(&mut self, place: Place) -> String {
+        let mut done = None;
+        let mut pause = ENTER_AGAIN.0;
+        loop {
+            let mut gate = self.gate.clone();
+            let wanted = gate.wait_for(|gate| gate.is_some() && *gate != done);
+            let asked = tokio::select! {
+                biased;
+                reason = self.end_of(&place) => return reason,
+                asked = wanted => match asked {
+                    Ok(asked) => *asked,
+                    Err(_) => return "forwarding has ended".to_owned(),
+                },
+            };
+            let Some(Gate { serial, shards }) = asked else { continue };
+            let entered = match place.target() {
+                Ok(target) => {
+                    let work = tokio::task::spawn_blocking(move || enter(target, shards));
+                    work.await.unwrap_or_else(|error| Err((Certainty::Unknown, error.to_string())))
+                }
+                Err(error) => Err((Certainty::Unknown, error.to_string())),
+            };
+            match entered {
+                Ok((cookie, sources, descriptors)) => {
+                    done = asked;
+                    pause = ENTER_AGAIN.0;
+                    self.tell(Word::Entered { serial, cookie, sources, descriptors });
+                }
+                Err((certainty, reason)) => {
+                    self.tell(Word::Missed { certainty, reason });
+                    tokio::select! {
+                        reason = self.end_of(&place) => return reason,
+                        () = sleep(pause) => {}
+                    }
+                    pause = (2 * pause).min(ENTER_AGAIN.1);
+                }
+            }
+        }
+    }
+
+    /// Returns when the container is no longer where it was found.
+    async fn end_of(&self, place: &Place) -> String {
+        match place {
+            Place::Process { pidfd, container: None } => process_end(pidfd).await,
+            Place::Process { pidfd, container: Some(known) } => tokio::select! {
+                reason = process_end(pidfd) => reason,
+                () = self.becomes_another(known) => "another container has its name now".to_owned(),
+            },
+            Place::File { path, identity } => loop {
+                tokio::select! {
+                    () = sleep(LOOK_INTERVAL) => {}
+                    () = self.hint.notified() => {}
+                }
+                if file_identity(path) != Some(*identity) {
+                    return format!("{} is no longer the same namespace", path.display());
+                }
+            },
+        }
+    }
+
+    /// Returns when Docker has, after a hint, another process for the name, or none.
+    async fn becomes_another(&self, known: &FirstProcess) {
+        loop {
+            self.hint.notified().await;
+            match self.docker.first_process(&self.name).await {
+                Ok(now) if now != *known => return,
+                Err(DockerError::NoSuchContainer(_)) => return,
+                // As before; or the pidfd knows better than an engine that does not answer.
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Place {
+    /// A descriptor of it, for an opener. That of a namespace is opened anew, since one that is held keeps the namespace
+    /// alive.
+    fn target(&self) -> io::Result<Target> {
+        match self {
+            Place::Process { pidfd, .. } => pidfd.get_ref().try_clone().map(Target::Process),
+            Place::File { path, .. } => Target::path(path).map_err(io::Error::other),
+        }
+    }
+}
+
+/// Enters, and brings what an engine with so many shards needs. Blocks for some milliseconds.
+fn enter(target: Target, shards: u16) -> Result<(u64, WatchSources, Vec<OwnedFd>), (Certainty, String)> {
+    let failed = |error: OpenError| {
+        let certainty = match error.kind() {
+            Some(FailureKind::Gone) => Certainty::Gone,
+            Some(
+                FailureKind::NotPermitted
+                | FailureKind::OwnNamespace
+                | FailureKind::Unsupported
+                | FailureKind::Other,
+            ) => Certainty::Refused,
+            Some(FailureKind::Exhausted) | None => Certainty::Unknown,
+        };
+        let reason = match error.kind() {
+            Some(FailureKind::OwnNamespace) => {
+                "it shares the daemon's own network, so its ports answer on the host already".to_owned()
+            }
+            _ => error.to_string(),
+        };
+        (certainty, reason)
+    };
+    let mut opener = Opener::spawn(Path::new(PROGRAM), target).map_err(failed)?;
+    let (sources, descriptors) = opener.upstream(shards).map_err(failed)?;
+    Ok((opener.netns_cookie(), sources, descriptors))
+}
+
+fn find_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Place, Absent> {
+    let pidfd = match open_process(pid.get()) {
+        Err(Absent::Missing(Certainty::Gone, _)) => return Err(Absent::Ended),
+        done => done?,
+    };
+    // Asked after the pidfd was opened: it then means the process that was asked about.
+    match (processes::started(pid), meant) {
+        (Ok(None), _) => Err(Absent::Ended),
+        (Ok(Some(found)), Some(meant)) if found != *meant => Err(Absent::Ended),
+        (Ok(Some(_)), _) => Ok(Place::Process { pidfd, container: None }),
+        (Err(reason), _) => Err(Absent::Missing(Certainty::Unknown, reason)),
+    }
+}
+
+fn open_process(pid: u32) -> Result<AsyncFd<OwnedFd>, Absent> {
+    let missing = |error: OpenError| {
+        let certainty = match error.kind() {
+            Some(FailureKind::Gone) => Certainty::Gone,
+            _ => Certainty::Refused,
+        };
+        Absent::Missing(certainty, error.to_string())
+    };
+    let Target::Process(pidfd) = Target::process(pid).map_err(missing)? else {
+        return Err(Absent::Missing(Certainty::Refused, format!("{pid} is no process")));
+    };
+    watched(pidfd, Interest::READABLE)
+        .map_err(|error| Absent::Missing(Certainty::Unknown, format!("process {pid}: {error}")))
+}
+
+/// A pidfd is readable when its process has ended (`pidfd_open(2)`).
+async fn process_end(pidfd: &AsyncFd<OwnedFd>) -> String {
+    match pidfd.readable().await {
+        Ok(_) => "its process has ended".to_owned(),
+        Err(error) => format!("its process cannot be watched: {error}"),
+    }
+}
+
+fn find_file(path: PathBuf) -> Result<Place, Absent> {
+    let opened = Target::path(&path).map_err(|error| {
+        let there = path.exists();
+        let certainty = if there { Certainty::Refused } else { Certainty::Gone };
+        Absent::Missing(certainty, error.to_string())
+    })?;
+    let Target::Path(file) = opened else {
+        return Err(Absent::Missing(Certainty::Refused, format!("{} is no file", path.display())));
+    };
+    let found = rustix::fs::fstat(&file).map_err(|errno| {
+        Absent::Missing(Certainty::Unknown, format!("{}: {}", path.display(), io::Error::from(errno)))
+    })?;
+    Ok(Place::File { path, identity: (found.st_dev, found.st_ino) })
+}
+
+fn file_identity(path: &Path) -> Option<(u64, u64)> {
+    rustix::fs::stat(path).ok().map(|found| (found.st_dev, found.st_ino))
+}
+
+fn docker_absent(error: DockerError) -> Absent {
+    let certainty = match &error {
+        DockerError::NoSuchContainer(_) | DockerError::NotRunning(_) => Certainty::Gone,
+        DockerError::Refused(_) => Certainty::Refused,
+        DockerError::Unreachable { .. } => Certainty::Unknown,
+    };
+    Absent::Missing(certainty, error.to_string())
+}

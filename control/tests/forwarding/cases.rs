@@ -1,0 +1,299 @@
+//! What has to hold.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use landfall::reconcile::table::{Reached, RowState};
+use landfall::registration::model::Way;
+
+use crate::namespace::{Client, Namespace, ask, free_port, until};
+use crate::world::{Drive, World, way_of};
+
+type Case = (&'static str, fn());
+
+pub(crate) const ALL: &[Case] = &[
+    ("nothing_registered_starts_no_engine", nothing_registered_starts_no_engine),
+    ("of_two_namespaces_the_first_keeps_the_port", of_two_namespaces_the_first_keeps_the_port),
+    ("an_engine_that_is_killed_is_started_again", an_engine_that_is_killed_is_started_again),
+    ("c19_a_driver_that_comes_back_makes_no_duplicate", a_driver_that_comes_back_makes_no_duplicate),
+    ("c20_an_engine_of_another_version_is_relieved", an_engine_of_another_version_is_relieved),
+    ("c18_a_process_that_ends_is_let_go_of", a_process_that_ends_is_let_go_of),
+    ("what_nobody_registers_any_more_is_let_go_of", what_nobody_registers_any_more_is_let_go_of),
+    ("a_file_that_becomes_another_namespace_is_entered_anew", a_file_becomes_another_namespace),
+    ("c17_one_namespace_is_forwarded_once", one_namespace_is_forwarded_once),
+    ("an_engine_that_is_stopped_closes_its_ports", an_engine_that_is_stopped_closes_its_ports),
+];
+
+fn answers(port: u16, name: &str) {
+    until(&format!("{name} answers on {port}"), || (ask(port)? == name).then_some(()));
+}
+
+fn refused(port: u16) {
+    until(&format!("{port} is refused"), || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_err().then_some(())
+    });
+}
+
+fn nothing_registered_starts_no_engine() {
+    let mut world = World::new();
+    world.start();
+    assert_eq!(world.engine(), None);
+    let namespace = Namespace::new("a");
+    world.register(&[("a", &way_of(&namespace))]);
+    until("an engine runs", || world.engine());
+}
+
+fn of_two_namespaces_the_first_keeps_the_port() {
+    let mut world = World::new();
+    let (mut one, mut two) = (Namespace::new("one"), Namespace::new("two"));
+    world.start();
+    world.register(&[("one", &way_of(&one)), ("two", &way_of(&two))]);
+    let port = free_port();
+    two.listen(port);
+    answers(port, "two");
+    one.listen(port);
+    until("one is told", || (world.row_state("one", port)? == RowState::Failed).then_some(()));
+    let [told] = <[String; 1]>::try_from(world.log("port-forward-failed")).unwrap();
+    assert!(told.contains("EADDRINUSE") && told.contains("\\\"two\\\""), "{told}");
+    let row = world.container("two").unwrap().forwards.into_iter().find(|row| row.port == port).unwrap();
+    assert_eq!((row.state, row.accepted > 0), (RowState::Open, true));
+    let owner = until("its owner is found", || {
+        world.container("two")?.forwards.into_iter().find(|row| row.port == port)?.pid
+    });
+    assert_eq!(owner, two.pid().get());
+    assert_eq!(world.forwarding().forwarded_ports("two"), [port]);
+    two.close(port);
+    answers(port, "one");
+    assert!(world.log("port-forward-closed")[0].contains("container-released"));
+}
+
+fn an_engine_that_is_killed_is_started_again() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("a");
+    let port = free_port();
+    namespace.listen(port);
+    world.start();
+    world.register(&[("a", &way_of(&namespace))]);
+    answers(port, "a");
+    for _ in 0..2 {
+        let engine = until("the engine runs", || world.engine());
+        let pid = rustix::process::Pid::from_raw(i32::try_from(engine).unwrap()).unwrap();
+        // It is the one that this test's own driver started.
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        until("another engine runs", || world.engine().filter(|now| *now != engine));
+        answers(port, "a");
+    }
+    assert_eq!(world.log("engine-lost").len(), 2);
+    assert!(world.log("port-forward-closed")[0].contains("host-error"));
+}
+
+/// Connects all the time until it is dropped; counts what was refused or cut off.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    connects: Arc<AtomicUsize>,
+    failures: Arc<AtomicUsize>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Flood {
+    fn start(port: u16) -> Flood {
+        let (stop, connects, failures) =
+            (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let mine = (Arc::clone(&stop), Arc::clone(&connects), Arc::clone(&failures));
+        let thread = std::thread::spawn(move || {
+            let (stop, connects, failures) = mine;
+            while !stop.load(Ordering::Relaxed) {
+                connects.fetch_add(1, Ordering::Relaxed);
+                if ask(port).is_none() {
+                    failures.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        Flood { stop, connects, failures, thread: Some(thread) }
+    }
+
+    /// Waits for so many more connects.
+    fn more(&self, count: usize) {
+        let begin = self.connects.load(Ordering::Relaxed);
+        until("connects", || (self.connects.load(Ordering::Relaxed) >= begin + count).then_some(()));
+    }
+
+    fn stop(&mut self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+        self.failures.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn a_driver_that_comes_back_makes_no_duplicate() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("a");
+    let port = free_port();
+    namespace.listen(port);
+    let version = landfall::version::current();
+    let mut drive = Drive::start(&world.home, &version, "a", &namespace, port);
+    let mut client = Client::connect(port).unwrap();
+    let mut flood = Flood::start(port);
+    flood.more(20);
+    drive.kill();
+    world.register(&[("a", &way_of(&namespace))]);
+    for _ in 0..3 {
+        world.start();
+        until("it is open", || (world.row_state("a", port)? == RowState::Open).then_some(()));
+        flood.more(20);
+        world.detach();
+        flood.more(5);
+    }
+    assert_eq!(flood.stop(), 0);
+    assert!(client.works());
+    world.start();
+    until("it is open", || (world.row_state("a", port)? == RowState::Open).then_some(()));
+    assert_eq!(world.container("a").unwrap().forwards.len(), 1);
+    let attached = world.log("engine-attached");
+    assert_eq!(attached.iter().filter(|line| line.contains("\"started\":true")).count(), 1, "{attached:?}");
+    assert_eq!(world.log("port-forward-closed"), [""; 0]);
+    assert_eq!(world.log("port-forward-opened").len(), 1);
+    namespace.close(port);
+    refused(port);
+}
+
+fn an_engine_of_another_version_is_relieved() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("a");
+    let port = free_port();
+    namespace.listen(port);
+    world.register(&[("a", &way_of(&namespace))]);
+    let mut flood: Option<Flood> = None;
+    for round in 0..3 {
+        // The engine of the round before is of our version; a driver of an older one relieves it the other way round.
+        let mut drive = Drive::start(&world.home, &format!("{round}{round}"), "a", &namespace, port);
+        let flood = flood.get_or_insert_with(|| Flood::start(port));
+        flood.more(20);
+        drive.kill();
+        let mut client = Client::connect(port).unwrap();
+        world.start();
+        let ours = landfall::version::current();
+        until("ours has relieved it", || {
+            let engine = world.table().engine?;
+            (engine.version == ours && engine.draining == 1).then_some(())
+        });
+        flood.more(20);
+        assert!(client.works(), "what the older engine relays goes on");
+        until("it is open", || (world.row_state("a", port)? == RowState::Open).then_some(()));
+        drop(client);
+        until("the older one has ended", || (world.table().engine?.draining == 0).then_some(()));
+        flood.more(20);
+        world.detach();
+    }
+    let mut flood = flood.unwrap();
+    assert_eq!(flood.stop(), 0);
+    assert!(world.log("engine-upgraded").len() >= 3);
+    assert_eq!(world.log("port-forward-closed"), [""; 0]);
+    assert!(!world.home.engine_socket().with_extension("relieved").exists());
+}
+
+fn a_process_that_ends_is_let_go_of() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("a");
+    let port = free_port();
+    namespace.listen(port);
+    world.start();
+    world.register(&[("a", &way_of(&namespace))]);
+    answers(port, "a");
+    let mut ended = world.forwarding().ended();
+    namespace.kill();
+    let begin = Instant::now();
+    refused(port);
+    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    let name = world.runtime.block_on(ended.recv()).unwrap();
+    assert_eq!(name.as_str(), "a");
+}
+
+fn what_nobody_registers_any_more_is_let_go_of() {
+    let mut world = World::new();
+    let (mut one, mut two) = (Namespace::new("one"), Namespace::new("two"));
+    let (first, second) = (free_port(), free_port());
+    one.listen(first);
+    two.listen(second);
+    world.start();
+    world.register(&[("one", &way_of(&one)), ("two", &way_of(&two))]);
+    answers(first, "one");
+    answers(second, "two");
+    world.register(&[("one", &way_of(&one))]);
+    refused(second);
+    assert!(world.log("port-forward-closed")[0].contains("deregistered"));
+    // While nobody drives, too.
+    world.detach();
+    assert_eq!(ask(first).as_deref(), Some("one"));
+    world.register(&[]);
+    world.start();
+    refused(first);
+}
+
+fn a_file_becomes_another_namespace() {
+    let mut world = World::new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ns");
+    std::fs::write(&path, "").unwrap();
+    let run = |program: &str, arguments: &[&str]| {
+        assert!(Command::new(program).args(arguments).status().unwrap().success());
+    };
+    let text = path.to_str().unwrap();
+    run("unshare", &[&format!("--net={text}"), "true"]);
+    let mut first = Namespace::at(&path, "first");
+    let port = free_port();
+    first.listen(port);
+    world.start();
+    world.register(&[("a", &Way::Netns { path: path.clone() })]);
+    answers(port, "first");
+    run("umount", &[text]);
+    refused(port);
+    run("unshare", &[&format!("--net={text}"), "true"]);
+    let mut second = Namespace::at(&path, "second");
+    second.listen(port);
+    answers(port, "second");
+    run("umount", &[text]);
+    std::fs::remove_file(&path).unwrap();
+    refused(port);
+    until("it is missed", || (world.container("a")?.state == Reached::Waiting).then_some(()));
+}
+
+fn one_namespace_is_forwarded_once() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("a");
+    let port = free_port();
+    namespace.listen(port);
+    world.start();
+    let own = Way::Process { pid: std::process::id().try_into().unwrap(), started: None };
+    world.register(&[("a", &way_of(&namespace)), ("b", &way_of(&namespace)), ("host", &own)]);
+    answers(port, "a");
+    for (name, why) in [("b", "container \"a\""), ("host", "daemon's own network")] {
+        let reason = until("it is refused", || world.container(name)?.reason);
+        assert!(reason.contains(why), "{reason}");
+        assert_eq!(world.container(name).unwrap().state, Reached::Unreachable);
+    }
+}
+
+fn an_engine_that_is_stopped_closes_its_ports() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("a");
+    let port = free_port();
+    namespace.listen(port);
+    world.start();
+    world.register(&[("a", &way_of(&namespace))]);
+    answers(port, "a");
+    world.runtime.block_on(world.forwarding().stop_engine());
+    refused(port);
+    assert!(world.log("port-forward-closed")[0].contains("broker-stopped"));
+    assert!(!world.home.engine_socket().exists());
+}

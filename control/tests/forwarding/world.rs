@@ -1,0 +1,177 @@
+//! Forwarding on a thread of its own, or in a process that may be killed.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+
+use landfall::docker::Docker;
+use landfall::events::Journal;
+use landfall::paths::Home;
+use landfall::reconcile::table::{ContainerState, ForwardTable, RowState};
+use landfall::reconcile::task::{Forwarding, ForwardingOptions};
+use landfall::registration::model::{Registration, Way};
+use landfall::registration::store::Registered;
+use serde_json::json;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use crate::namespace::{Namespace, until};
+
+/// A home, and what is registered in it.
+pub(crate) struct World {
+    pub(crate) home: Home,
+    pub(crate) runtime: Handle,
+    _end: tokio::sync::oneshot::Sender<()>,
+    pub(crate) registered: watch::Sender<Arc<Registered>>,
+    forwarding: Option<Forwarding>,
+    _folder: tempfile::TempDir,
+}
+
+pub(crate) fn way_of(namespace: &Namespace) -> Way {
+    Way::Process { pid: namespace.pid(), started: None }
+}
+
+pub(crate) fn registration(name: &str, way: &Way) -> Registration {
+    let fields = json!({ "containerName": name, "cwd": "/", "way": way });
+    Registration::from_fields(fields.as_object().unwrap().clone()).unwrap()
+}
+
+impl World {
+    pub(crate) fn new() -> World {
+        let folder = tempfile::Builder::new().prefix("landfall-forwarding").tempdir().unwrap();
+        let home = Home::at(folder.path().to_owned()).unwrap();
+        home.ensure_directories().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let handle = runtime.handle().clone();
+        // What is forwarded goes on while the test waits.
+        let (end, ends) = tokio::sync::oneshot::channel::<()>();
+        std::thread::spawn(move || runtime.block_on(ends));
+        let registered = watch::Sender::new(Arc::default());
+        World { home, runtime: handle, _end: end, registered, forwarding: None, _folder: folder }
+    }
+
+    pub(crate) fn start(&mut self) {
+        let _inside = self.runtime.enter();
+        self.forwarding = Some(start(&self.home, self.registered.subscribe()));
+    }
+
+    pub(crate) fn forwarding(&self) -> &Forwarding {
+        self.forwarding.as_ref().unwrap()
+    }
+
+    pub(crate) fn register(&self, entries: &[(&str, &Way)]) {
+        let entries = entries.iter().map(|(name, way)| Arc::new(registration(name, way))).collect();
+        self.registered.send_replace(Arc::new(Registered { entries }));
+    }
+
+    pub(crate) fn table(&self) -> ForwardTable {
+        self.runtime.block_on(self.forwarding().table())
+    }
+
+    pub(crate) fn container(&self, name: &str) -> Option<ContainerState> {
+        self.table().containers.into_iter().find(|container| container.container_name == name)
+    }
+
+    pub(crate) fn row_state(&self, name: &str, port: u16) -> Option<RowState> {
+        let rows = self.container(name)?.forwards;
+        rows.into_iter().find(|row| row.port == port).map(|row| row.state)
+    }
+
+    pub(crate) fn engine(&self) -> Option<u32> {
+        self.table().engine?.pid
+    }
+
+    pub(crate) fn detach(&mut self) {
+        let forwarding = self.forwarding.take().unwrap();
+        self.runtime.block_on(forwarding.detach());
+    }
+
+    /// Every line of the journal so far that has this text.
+    pub(crate) fn log(&self, text: &str) -> Vec<String> {
+        let log = std::fs::read_to_string(self.home.daemon_log()).unwrap_or_default();
+        log.lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{}", std::fs::read_to_string(self.home.daemon_log()).unwrap_or_default());
+        }
+        // No engine outlives its test.
+        if self.forwarding.is_none() {
+            self.start();
+            until("the engine is attached, or there is none", || {
+                (self.engine().is_some() || !self.home.engine_socket().exists()).then_some(())
+            });
+        }
+        let forwarding = self.forwarding.take().unwrap();
+        self.runtime.block_on(forwarding.stop_engine());
+    }
+}
+
+fn start(home: &Home, registrations: watch::Receiver<Arc<Registered>>) -> Forwarding {
+    Forwarding::start(ForwardingOptions {
+        home: home.clone(),
+        journal: Journal::open(&home.daemon_log()).unwrap(),
+        docker: Docker::from_environment(),
+        replayed: Box::pin(std::future::ready(())),
+        registrations,
+        control_ports: BTreeSet::new(),
+    })
+}
+
+/// A driver in a process of its own, of the version that its environment says.
+pub(crate) struct Drive(Child);
+
+impl Drive {
+    /// Starts one, and waits until `port` is open.
+    pub(crate) fn start(home: &Home, version: &str, name: &str, namespace: &Namespace, port: u16) -> Drive {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .arg("_drive")
+            .arg(home.root())
+            .args([name, &namespace.pid().to_string(), &port.to_string()])
+            .env(landfall::version::VARIABLE, version)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "open\n");
+        Drive(child)
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Drive {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The process of [`Drive`].
+pub(crate) fn drive(arguments: &[String]) -> ExitCode {
+    let [home, name, pid, port] = arguments else { return ExitCode::FAILURE };
+    let home = Home::at(PathBuf::from(Path::new(home))).unwrap();
+    let port: u16 = port.parse().unwrap();
+    let way = Way::Process { pid: pid.parse().unwrap(), started: None };
+    let entries = vec![Arc::new(registration(name, &way))];
+    let registered = watch::Sender::new(Arc::new(Registered { entries }));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let forwarding = start(&home, registered.subscribe());
+        while !forwarding.forwarded_ports(name).contains(&port) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        println!("open");
+        std::future::pending::<()>().await;
+    });
+    ExitCode::SUCCESS
+}
