@@ -350,7 +350,7 @@ fn file_identity(path: &Path) -> Option<(u64, u64)> {
 fn docker_absent(error: DockerError) -> Absent {
     let certainty = match &error {
         DockerError::NoSuchContainer(_) | DockerError::NotRunning(_) => Certainty::Gone,
-        DockerError::Refused(_) => Certainty::Refused,
+        DockerError::Refused(_) | DockerError::Stop(_) | DockerError::Start(_) => Certainty::Refused,
         DockerError::Unreachable { .. } => Certainty::Unknown,
     };
     Absent::Missing(certainty, error.to_string())
