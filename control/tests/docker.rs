@@ -306,7 +306,7 @@ async fn the_same_files_are_built_as_by_dockers_own_client() {
         "\\*star\na/**/c.txt\n",
         ".*\nDockerfile\n#a\n",
         "a/*\n!a/b\n",
-        "**/b\n!a/b/c.txt\n",
+        "**/b*\n!a/b/c.txt\n",
         "*\n!a\n",
     ];
     let built = Built::new("same", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
