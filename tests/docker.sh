@@ -11,6 +11,8 @@ finish() {
     if [[ -n $engine ]]; then
         kill "$engine" 2>/dev/null || true
         wait "$engine" 2>/dev/null || true
+        # The engine leaves its handle on the host's own network namespace.
+        umount "$work/exec/netns/default" 2>/dev/null || true
     fi
     rm -rf "$work"
 }
