@@ -1,7 +1,7 @@
 //! The daemon: `landfall _hostd`.
 //!
 //! It knows the containers, answers the command line and the containers, and drives the engine, which is a process of its
-//! own and outlives it. Starting and stopping are one screen each ([`start`], [`Daemon::stop`]); their order is what
+//! own and outlives it. Starting and stopping are one screen each (`start`, `Daemon::stop`); their order is what
 //! other programs rely on (wire specification, A.7.8 and A.7.9).
 //!
 //! - `claim` makes it the only one of its home.

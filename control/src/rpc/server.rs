@@ -1,8 +1,8 @@
 //! The daemon's end of the Unix socket (wire specification, A.1).
 //!
-//! A connection is one request and one answer. It costs a bounded amount of everything: [`LINE_BYTES_MAX`](super::codec::LINE_BYTES_MAX) bytes,
-//! [`LINE_TIME_MAX`] until its line is whole, and one of [`CONNECTIONS_MAX`] places; who finds none waits in the
-//! kernel's backlog. A handler has no limit of its own: a request may have to wait until the daemon knows its containers
+//! A connection is one request and one answer. It costs a bounded amount of everything: the bytes of one line (`codec`),
+//! `LINE_TIME_MAX` until that is whole, and one of `CONNECTIONS_MAX` places; who finds none waits in the kernel's
+//! backlog. A handler has no limit of its own: a request may have to wait until the daemon knows its containers
 //! again. It runs to its end also when the client has gone, as what was asked for was meant.
 //!
 //! Only the user who runs the daemon, and root, are answered: the socket's mode says so, and SO_PEERCRED once more.
