@@ -106,7 +106,8 @@ impl Registered {
     /// # Errors
     /// [`Unregistered`]; then nothing is registered.
     pub fn open(client: Client, wish: Wish) -> Result<Registered, Unregistered> {
-        let description = describe(&client).ok_or(Unregistered::NoDaemon)?;
+        let description = describe(&client).filter(|description| is_beside_us(description.pid));
+        let description = description.ok_or(Unregistered::NoDaemon)?;
         let (queue, happenings) = mpsc::channel();
         let (told, missing, look_at) = (Told::default(), Missing::Nothing, Instant::now());
         let daemon = description.pid;
@@ -339,6 +340,14 @@ fn listen(client: &Client, name: &str, queue: &Sender<Happening>) {
 
 fn describe(client: &Client) -> Option<Description> {
     asking::describe(&client.within(PROBE_BUDGET)).ok().flatten()
+}
+
+/// Whether the daemon's localhost is ours, and its process ids are. In a sandbox or a container that sees the home of the
+/// host, what is forwarded is to answer there.
+fn is_beside_us(daemon: Option<u32>) -> bool {
+    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    let theirs = daemon.and_then(|pid| namespace(&pid.to_string()));
+    theirs.is_some() && theirs == namespace("self")
 }
 
 /// Whether a registration of this name is somebody else's.

@@ -32,6 +32,7 @@ impl Daemon {
     fn new() -> Daemon {
         let daemon = Daemon { place: Place::new(), state: Arc::default() };
         daemon.state.lock().unwrap().state = json!({ "state": "reached" });
+        daemon.state.lock().unwrap().pid = std::process::id();
         daemon.serve();
         daemon
     }
@@ -266,6 +267,22 @@ fn a_ring_or_no_daemon_means_an_engine_of_ones_own() {
         assert_eq!(running.exit_code(), Some(7));
     }
     assert!(daemon.state.lock().unwrap().heard.is_empty(), "nothing was asked");
+}
+
+#[test]
+fn a_daemon_on_another_localhost_is_not_asked() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--net", env!("CARGO_BIN_EXE_landfall"), "run", "--net", "none", "--", "sh", "-c", WAIT]);
+    let mut running = Running::start({
+        command.env("LANDFALL_HOME", daemon.place.home.root());
+        command
+    });
+    running.out("ready");
+    assert!(daemon.state.lock().unwrap().heard.iter().all(|request| request["kind"] == "describe"));
 }
 
 #[test]
