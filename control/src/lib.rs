@@ -6,8 +6,11 @@
 //! - `forward` is the shell around them: events of the engine in, commands and lines for people out.
 //! - `sandbox` makes a namespace for `landfall run`; `processes` finds out who owns a socket.
 //! - `cli` has one file a verb. What a program prints goes through `cli::output`, nowhere else.
+//! - `daemon` puts together what runs as `landfall _hostd`: `registration` remembers, `rpc` and `http` are how it is asked,
+//!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
+//! - `paths` and `registration::file` name all state on disk: what a container was registered with, and the log.
 //!
-//! Absent on purpose: unsafe code, signals by process id (a pidfd cannot hit a stranger), and any state on disk.
+//! Absent on purpose: unsafe code, and signals by process id (a pidfd cannot hit a stranger).
 
 #![forbid(unsafe_code)]
 
