@@ -340,7 +340,7 @@ fn restarting(events: &'static [&'static str]) -> Scripted {
 fn a_restart_is_waited_for_and_its_outcome_is_the_exit_code() {
     let back = restarting(&[
         r#"{"time":"2026-01-02T03:04:05.678Z","kind":"restart-scheduled","containerName":"shop","build":true}"#,
-        r#"{"time":"2026-01-02T03:04:05.678Z","kind":"restart-completed","containerName":"other"}"#,
+        r#"{"time":"2026-01-02T03:04:05.678Z","kind":"restart-failed","containerName":"other","reason":"no"}"#,
         r#"{"time":"2026-01-02T03:04:05.678Z","kind":"restart-completed","containerName":"shop"}"#,
     ]);
     insta::assert_snapshot!(back.place.seen(&["restart", "shop", "--build"]));
