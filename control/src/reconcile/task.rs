@@ -10,7 +10,10 @@
 
 mod containers;
 mod driver;
+mod engine;
+mod telling;
 mod upgrade;
+mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

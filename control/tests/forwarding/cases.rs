@@ -275,8 +275,9 @@ fn one_namespace_is_forwarded_once() {
     namespace.listen(port);
     world.start();
     let own = Way::Process { pid: std::process::id().try_into().unwrap(), started: None };
-    world.register(&[("a", &way_of(&namespace)), ("b", &way_of(&namespace)), ("host", &own)]);
+    world.register(&[("a", &way_of(&namespace))]);
     answers(port, "a");
+    world.register(&[("a", &way_of(&namespace)), ("b", &way_of(&namespace)), ("host", &own)]);
     for (name, why) in [("b", "container \"a\""), ("host", "daemon's own network")] {
         let reason = until("it is refused", || world.container(name)?.reason);
         assert!(reason.contains(why), "{reason}");

@@ -1,0 +1,216 @@
+//! The engine: had, lost, heard, given its commands, and ended.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use landfall_engine::command::{Command, Event};
+use tokio::time::timeout_at;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::containers::Container;
+use super::driver::{Driver, Engine, REST};
+use crate::events::Event as JournalEvent;
+use crate::reconcile::engine_link::{self, Attached, LinkError};
+use crate::reconcile::table::Reached;
+use crate::version;
+
+/// An engine that has lived this long is started again at once when it is gone.
+const LIVED: Duration = Duration::from_secs(10);
+/// How long connections may take to finish when the engine is stopped.
+const DRAIN_MAX: Duration = Duration::from_secs(3);
+/// How long the engine may then take to end.
+const STOP_MAX: Duration = Duration::from_secs(1);
+
+impl Driver {
+    pub(super) fn look_for_engine(&mut self, first: bool) {
+        let home = self.home.clone();
+        let may_start = self.is_needed() || !first;
+        let coming = tokio::spawn(async move { engine_link::obtain(&home, may_start).await });
+        self.engine = Engine::Coming(AbortOnDropHandle::new(coming));
+    }
+
+    /// An engine is here, or there is none.
+    pub(super) fn welcome(&mut self, came: Result<Option<Attached>, LinkError>) {
+        let now = Instant::now();
+        match came {
+            Ok(Some(Attached { link, inventory, started })) => {
+                self.failure = None;
+                let facts = link.facts(0);
+                self.journal.tell(&JournalEvent::EngineAttached {
+                    version: facts.version,
+                    ring: facts.ring,
+                    reason: facts.reason,
+                    started,
+                });
+                self.fleet.attach(inventory);
+                self.settled = false;
+                self.compared = false;
+                self.engine = Engine::Attached(link, now);
+                for at in 0..self.containers.len() {
+                    if let Some(container) = self.containers.get_mut(at) {
+                        container.tried = false;
+                    }
+                    self.enter(at);
+                }
+            }
+            Ok(None) => self.engine = Engine::Absent { again: now },
+            Err(error) => {
+                self.engine = Engine::Absent { again: now + self.rest };
+                self.rest = (2 * self.rest).min(REST.1);
+                let text = error.to_string();
+                if self.failure.as_ref() != Some(&text) {
+                    self.journal.tell(&JournalEvent::Notice { text: text.clone() });
+                    self.failure = Some(text);
+                }
+            }
+        }
+    }
+
+    pub(super) fn lose_engine(&mut self, reason: &str) {
+        let now = Instant::now();
+        if let Engine::Attached(_, since) = &self.engine {
+            let lived = now.saturating_duration_since(*since) >= LIVED;
+            self.rest = if lived { REST.0 } else { self.rest };
+            self.journal.tell(&JournalEvent::EngineLost { reason: reason.to_owned() });
+            // The first attempt is at once; one that dies young is given time.
+            let pause = if lived || self.rest == REST.0 { Duration::ZERO } else { self.rest };
+            self.rest = (2 * self.rest).min(REST.1);
+            self.engine = Engine::Absent { again: now + pause };
+        }
+        let changes = self.fleet.detach();
+        self.tell_all(changes);
+        for container in &mut self.containers {
+            if let Some(visit) = &container.visit {
+                visit.gate.send_replace(None);
+            }
+            if container.state == Reached::Reached {
+                container.state = Reached::Waiting;
+                container.reason = Some("the engine is being started again".to_owned());
+            }
+        }
+        let table = self.table();
+        for answer in self.tables.drain(..) {
+            let _ = answer.send(table.clone());
+        }
+    }
+
+    pub(super) fn hear_engine(&mut self, event: &Event) {
+        match event {
+            Event::Degraded { what } => self.notice(what.clone()),
+            Event::Recovered { what } => self.notice(format!("recovered: {what}")),
+            Event::Refused { reason } => self.notice(format!("the engine refused: {reason}")),
+            Event::Stopped => return self.lose_engine("it was stopped"),
+            _ => {}
+        }
+        let changes = self.fleet.hear(event, Instant::now());
+        self.tell_all(changes);
+        if matches!(event, Event::State { more: false, .. }) {
+            let table = self.table();
+            for answer in self.tables.drain(..) {
+                // Whoever asked may have gone.
+                let _ = answer.send(table.clone());
+            }
+        }
+    }
+
+    pub(super) fn notice(&self, text: String) {
+        self.journal.tell(&JournalEvent::Notice { text });
+    }
+
+    /// Gives the engine what the planner has, and deals with what is due once for each engine.
+    pub(super) async fn step(&mut self) {
+        self.step_once().await;
+        if !self.settled && self.is_settled() {
+            self.settled = true;
+            self.fleet.sweep();
+            self.step_once().await;
+        }
+        if self.settled && !self.compared {
+            self.compared = true;
+            self.compare_versions().await;
+            self.step_once().await;
+        }
+    }
+
+    /// Whether everybody had the chance to claim what an earlier driver left.
+    pub(super) fn is_settled(&self) -> bool {
+        let attached = matches!(self.engine, Engine::Attached(..));
+        let tried = |container: &Container| container.tried || container.way.is_none();
+        attached && self.replayed.is_none() && self.containers.iter().all(tried)
+    }
+
+    pub(super) async fn compare_versions(&mut self) {
+        let Engine::Attached(link, _) = &self.engine else { return };
+        let (theirs, ours) = (link.version().to_owned(), version::current());
+        if theirs == ours || theirs == version::UNVERSIONED || ours == version::UNVERSIONED {
+            return;
+        }
+        if !self.is_needed() {
+            self.dismiss_engine().await;
+            return;
+        }
+        match self.upgrade().await {
+            Ok(()) => self.journal.tell(&JournalEvent::EngineUpgraded { from: theirs, to: ours }),
+            Err(reason) => self.notice(format!("the engine of version {theirs} was not relieved: {reason}")),
+        }
+    }
+
+    pub(super) async fn step_once(&mut self) {
+        if !matches!(self.engine, Engine::Attached(..)) {
+            return;
+        }
+        let (commands, changes) = self.fleet.step(Instant::now());
+        self.tell_all(changes);
+        for command in &commands {
+            if !self.give(command, &[]).await {
+                return;
+            }
+        }
+    }
+
+    /// Gives the engine a command; one that cannot be given to is lost.
+    pub(super) async fn give(&mut self, command: &Command, descriptors: &[OwnedFd]) -> bool {
+        let Engine::Attached(link, _) = &self.engine else { return false };
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        match link.send(command, &descriptors).await {
+            Ok(()) => true,
+            Err(error) => {
+                self.lose_engine(&error.to_string());
+                false
+            }
+        }
+    }
+
+    /// Ends the engine: connections may finish for a while, and then they end.
+    pub(super) async fn stop(&mut self) {
+        self.containers.clear();
+        self.fleet.stop();
+        let begin = tokio::time::Instant::now();
+        for (command, until) in
+            [(Command::Drain, begin + DRAIN_MAX), (Command::Stop, begin + DRAIN_MAX + STOP_MAX)]
+        {
+            if command == Command::Stop {
+                self.stop_drained.send_replace(true);
+            }
+            if !self.give(&command, &[]).await {
+                break;
+            }
+            while let Engine::Attached(link, _) = &self.engine {
+                match timeout_at(until, link.recv()).await {
+                    Ok(Ok((Event::Stopped, _)) | Err(_)) => {
+                        self.engine = Engine::Absent { again: Instant::now() };
+                    }
+                    Ok(Ok((event, _))) => {
+                        let changes = self.fleet.hear(&event, Instant::now());
+                        self.tell_all(changes);
+                    }
+                    Err(_) => break,
+                }
+            }
+            if !matches!(self.engine, Engine::Attached(..)) {
+                break;
+            }
+        }
+        self.stop_drained.send_replace(true);
+    }
+}
