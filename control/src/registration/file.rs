@@ -9,14 +9,18 @@
 //! own container only; when a new registration needs its place, or somebody deregisters its name, it is set aside as
 //! `NAME.json.bad-1`, `-2`, and so on. A release that changes what a known field means writes `formatVersion`, and this
 //! one leaves such a file alone.
+//!
+//! The order of registrations outlives the daemon, too: a file's time of modification is the moment when its name was first
+//! registered, and a later write of the same name keeps it.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 use thiserror::Error;
 
@@ -98,8 +102,8 @@ pub(super) fn check_version(registration: &Registration) -> Result<(), String> {
     }
 }
 
-/// Removes what an earlier daemon left half-written, and reads everything else, by name. A directory that does not exist
-/// holds nothing.
+/// Removes what an earlier daemon left half-written, and reads everything else, in the order in which it was first
+/// registered. A directory that does not exist holds nothing.
 ///
 /// # Errors
 /// When the directory itself cannot be read. A file that cannot be is one of those returned.
@@ -114,11 +118,13 @@ pub fn load_all(home: &Home) -> Result<Vec<Loaded>, FileError> {
             // A temporary file that cannot be removed does no harm.
             let _ = rustix::fs::unlinkat(&directory, &name, AtFlags::empty());
         } else if let Some(stem) = name.strip_suffix(".json") {
-            loaded.push(Loaded { stem: stem.to_owned(), found: load(&directory, stem) });
+            let found = load(&directory, stem);
+            loaded.push((written_at(&directory, &name), Loaded { stem: stem.to_owned(), found }));
         }
     }
-    loaded.sort_by(|one, other| one.stem.cmp(&other.stem));
-    Ok(loaded)
+    let place = |(at, one): &(Option<Timespec>, Loaded)| (*at, one.stem.clone());
+    loaded.sort_by_cached_key(place);
+    Ok(loaded.into_iter().map(|(_, one)| one).collect())
 }
 
 /// Writes a registration in the place of what is there; what is set aside for it is named in the answer.
@@ -131,7 +137,9 @@ pub fn write(home: &Home, registration: &Registration) -> Result<Option<String>,
     let directory = open_directory(home)?;
     let stem = registration.container_name.as_str();
     let temporary = format!("{stem}.json.{}.tmp", std::process::id());
-    let written = write_temporary(&directory, &temporary, registration)
+    let known = load(&directory, stem).ok().and_then(|_| written_at(&directory, &format!("{stem}.json")));
+    let at = known.unwrap_or_else(|| clock_gettime(ClockId::Realtime));
+    let written = write_temporary(&directory, &temporary, registration, at)
         .and_then(|()| make_room(&directory, stem))
         .and_then(|set_aside| {
             rustix::fs::renameat(&directory, &temporary, &directory, format!("{stem}.json"))?;
@@ -196,6 +204,12 @@ fn is_temporary(name: &str) -> bool {
     pid.is_some_and(|pid| !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
+/// When the name was first registered, as far as its file says.
+fn written_at(directory: &OwnedFd, name: &str) -> Option<Timespec> {
+    let seen = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    Some(Timespec { tv_sec: seen.st_mtime, tv_nsec: seen.st_mtime_nsec.try_into().ok()? })
+}
+
 fn load(directory: &OwnedFd, stem: &str) -> Result<Registration, Unfit> {
     let content = read(directory, &format!("{stem}.json"))?;
     parse(stem, &content)
@@ -223,7 +237,12 @@ fn read(directory: &OwnedFd, name: &str) -> Result<Vec<u8>, Unfit> {
     Ok(content)
 }
 
-fn write_temporary(directory: &OwnedFd, name: &str, registration: &Registration) -> Result<(), Errno> {
+fn write_temporary(
+    directory: &OwnedFd,
+    name: &str,
+    registration: &Registration,
+    at: Timespec,
+) -> Result<(), Errno> {
     // A path that is not UTF-8 is the one thing that does not serialise, and no request can carry one.
     let mut line = serde_json::to_vec(registration).map_err(|_| Errno::ILSEQ)?;
     line.push(b'\n');
@@ -244,6 +263,9 @@ fn write_temporary(directory: &OwnedFd, name: &str, registration: &Registration)
     rustix::fs::fchmod(&opened, mode)?;
     let mut file = File::from(opened);
     file.write_all(&line).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    // To the nanosecond: the kernel's own time of a file may be that of its last tick.
+    let kept = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+    rustix::fs::futimens(&file, &Timestamps { last_access: kept, last_modification: at })?;
     rustix::fs::fsync(&file)
 }
 

@@ -56,12 +56,12 @@ fn a_registration_is_one_line_of_exactly_its_fields_for_its_owner_alone() {
 }
 
 #[test]
-fn what_is_written_is_loaded_and_what_is_removed_is_not() {
+fn what_is_written_is_loaded_in_its_first_order_and_what_is_removed_is_not() {
     let (_folder, home) = home();
-    for name in ["b", "a", "c"] {
+    for name in ["z", "a", "c"] {
         write(&home, &bare(name)).unwrap();
     }
-    let newer = registration(json!({"containerName": "b", "cwd": "/new", "colour": {"deep": [1, null]}}));
+    let newer = registration(json!({"containerName": "z", "cwd": "/new", "colour": {"deep": [1, null]}}));
     write(&home, &newer).unwrap();
     assert_eq!(remove(&home, &ContainerName::new("a").unwrap()).unwrap(), None);
     assert_eq!(remove(&home, &ContainerName::new("never").unwrap()).unwrap(), None);
