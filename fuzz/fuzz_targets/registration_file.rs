@@ -1,0 +1,47 @@
+//! The content of a registration's file: whatever it is, it is read or refused; and what is read is written back, read
+//! again, and the same, token for token and field for field.
+
+#![no_main]
+
+use landfall::registration::file::parse;
+use libfuzzer_sys::fuzz_target;
+use serde_json::Value;
+
+fuzz_target!(|content: &[u8]| {
+    // The name that the content gives itself is the file's, so that most of what is JSON gets past that check.
+    let named: Option<Value> = serde_json::from_slice(content).ok();
+    let stem = named.as_ref().and_then(|value| value["containerName"].as_str()).unwrap_or("a");
+    let Ok(registration) = parse(stem, content) else { return };
+    assert_eq!(registration.container_name.as_str(), stem);
+    assert!(registration.cwd.is_absolute());
+    assert!(stem.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte)) && !stem.starts_with('.'));
+    let written = serde_json::to_vec(&registration).expect("what came as text goes as text");
+    assert!(!written.contains(&b'\n'), "a registration is one line");
+    let again = parse(stem, &written).expect("what is written can be read");
+    assert_eq!(again, registration);
+    assert_eq!(serde_json::to_vec(&again).expect("as before"), written);
+    assert!(parse("another", content).is_err() || stem == "another");
+    // Half of it is no registration, and never another one.
+    for end in [written.len() / 2, written.len() - 1] {
+        assert!(parse(stem, &written[..end]).is_err());
+    }
+    // What prints of it holds no token.
+    let shown = format!("{registration:?}");
+    for token in [&registration.restart_token, &registration.broker_token].into_iter().flatten() {
+        let secret = token.reveal();
+        let elsewhere = named.as_ref().is_some_and(|value| count(value, secret) > 1);
+        assert!(secret.len() < 8 || elsewhere || !shown.contains(secret), "{shown}");
+    }
+});
+
+/// How many strings of a value, keys among them, hold `text`.
+fn count(value: &Value, text: &str) -> usize {
+    match value {
+        Value::String(string) => usize::from(string.contains(text)),
+        Value::Array(values) => values.iter().map(|value| count(value, text)).sum(),
+        Value::Object(fields) => {
+            fields.iter().map(|(key, value)| usize::from(key.contains(text)) + count(value, text)).sum()
+        }
+        _ => 0,
+    }
+}
