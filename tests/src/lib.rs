@@ -7,18 +7,25 @@
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
+    clippy::print_stderr,
     reason = "a harness of tests: what surprises it fails the test"
 )]
 
 pub mod case;
+mod daemon;
+mod docker;
 mod haproxy;
+pub mod http;
 mod namespace;
 pub mod process;
 mod relay;
+pub mod rpc;
 mod stream;
 mod tcp;
 mod wait;
 
+pub use daemon::{Daemon, Home, Start};
+pub use docker::{DockerMode, FakeDocker, MOMENT};
 pub use haproxy::Haproxy;
 pub use namespace::Namespace;
 pub use relay::{Driver, Forward, Relay};

@@ -3,9 +3,12 @@
 
 mod bulk;
 mod control;
+mod ensure;
 mod exhaustion;
 mod fallback;
 mod half_close;
+mod http;
+mod jobs;
 mod leaks;
 mod listeners;
 mod observe;
@@ -13,12 +16,18 @@ mod parity;
 mod pool;
 mod reach;
 mod refusal;
+mod registrations;
+mod replay;
 mod reset;
+mod restart;
+mod rpc;
+mod secrets;
 mod stalled;
 mod streams;
 mod tidy;
 mod upgrade;
 mod upstreams;
+mod walk;
 
 fn main() -> std::process::ExitCode {
     landfall_tests::case::main(
@@ -38,6 +47,15 @@ fn main() -> std::process::ExitCode {
             listeners::CASES,
             bulk::CASES,
             control::CASES,
+            rpc::CASES,
+            http::CASES,
+            registrations::CASES,
+            replay::CASES,
+            secrets::CASES,
+            restart::CASES,
+            jobs::CASES,
+            walk::CASES,
+            ensure::CASES,
             tidy::CASES,
             upgrade::CASES,
         ],

@@ -1,0 +1,399 @@
+//! The real program in a home of its own: its daemon, and whatever verb of its command line.
+//!
+//! A daemon leaves processes behind on purpose (an engine outlives it), so the process of a case adopts every orphan
+//! of its own descendants, and a [`Home`] that is let go ends them all, by id.
+
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, getpid, kill_process, set_child_subreaper};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{PATIENCE, rpc, wait_until};
+
+/// Where a landfall keeps what it keeps, with room beside it for the folders of containers. Ends what runs in it.
+#[derive(Debug)]
+pub struct Home {
+    directory: TempDir,
+}
+
+impl Home {
+    /// A new one, with nothing in it. No Docker is there unless a fake one is started.
+    ///
+    /// # Panics
+    /// When no directory can be made.
+    pub fn new() -> Home {
+        set_child_subreaper(Some(getpid())).unwrap();
+        let directory = tempfile::Builder::new().prefix("landfall-suite-").tempdir().unwrap();
+        Home { directory }
+    }
+
+    /// The program that is tested: `LANDFALL_PROGRAM`, or the one that was built beside the suite.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn program() -> PathBuf {
+        if let Some(program) = std::env::var_os("LANDFALL_PROGRAM") {
+            return program.into();
+        }
+        let suite = std::env::current_exe().unwrap();
+        let program = suite.parent().and_then(Path::parent).unwrap().join("landfall");
+        assert!(program.exists(), "{} is not built: cargo build -p landfall", program.display());
+        program
+    }
+
+    /// What `LANDFALL_HOME` says.
+    pub fn path(&self) -> PathBuf {
+        self.directory.path().join("home")
+    }
+
+    /// The daemon's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.path().join("run/hostd.sock")
+    }
+
+    /// Where a Docker Engine would listen.
+    pub fn docker_socket(&self) -> PathBuf {
+        self.directory.path().join("docker.sock")
+    }
+
+    /// The file of a registration.
+    pub fn registration(&self, name: &str) -> PathBuf {
+        self.path().join(format!("run/registrations/{name}.json"))
+    }
+
+    /// A registration as it lies on the disk, when it does.
+    pub fn registered(&self, name: &str) -> Option<Value> {
+        let bytes = std::fs::read(self.registration(name)).ok()?;
+        Some(serde_json::from_slice(&bytes).unwrap())
+    }
+
+    /// Puts a file where a registration would be, before a daemon is there.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn plant(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.registration(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// The folder of a container, made when it is not there.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        let folder = self.directory.path().join("folders").join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
+    /// The program with `arguments`, in this home and no other; nothing of the suite's own environment leads elsewhere.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(Home::program());
+        self.furnish(&mut command);
+        command.args(arguments);
+        command
+    }
+
+    fn furnish(&self, command: &mut Command) {
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            if ["LANDFALL_", "TYPECLAW_", "DOCKER_"].iter().any(|prefix| name.starts_with(prefix)) {
+                command.env_remove(name);
+            }
+        }
+        command
+            .env("LANDFALL_HOME", self.path())
+            .env("DOCKER_HOST", format!("unix://{}", self.docker_socket().display()))
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null());
+    }
+
+    /// Runs a verb to its end.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Starts the daemon and waits until it answers.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn daemon(&self) -> Daemon<'_> {
+        self.start().and_wait()
+    }
+
+    /// A daemon that is about to be started.
+    pub fn start(&self) -> Start<'_> {
+        // It ends with the case, whatever becomes of the case.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]).arg(Home::program()).arg("_hostd");
+        self.furnish(&mut command);
+        Start { home: self, command }
+    }
+
+    /// What the daemons of this home have said where nobody reads, all together.
+    pub fn stderr(&self) -> String {
+        let bytes = std::fs::read(self.directory.path().join("stderr")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Every event of the log, in order.
+    pub fn events(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path().join("log/hostd.log")).unwrap_or_default();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// Waits for an event of `kind` that `wanted` holds for.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[track_caller]
+    pub fn wait_for_event(&self, kind: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        wait_until(&format!("the event {kind}"), || {
+            let events = self.events();
+            let found = events.iter().find(|event| event["kind"] == kind && wanted(event)).cloned();
+            found.ok_or(events)
+        })
+    }
+
+    /// How many events of `kind` there are about a container.
+    pub fn count_events(&self, kind: &str, name: &str) -> usize {
+        let events = self.events();
+        events.iter().filter(|event| event["kind"] == kind && event["containerName"] == name).count()
+    }
+
+    /// Every file below the home, with what is in it.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let mut found = Vec::new();
+        let mut directories = vec![self.path()];
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+                let kind = entry.file_type().unwrap();
+                if kind.is_dir() {
+                    directories.push(entry.path());
+                } else if kind.is_file() {
+                    found.push((entry.path(), std::fs::read(entry.path()).unwrap_or_default()));
+                }
+            }
+        }
+        found
+    }
+
+    /// The mode of a file below the home, without its type.
+    ///
+    /// # Panics
+    /// When there is no such file.
+    #[track_caller]
+    pub fn mode(&self, name: &str) -> u32 {
+        let path = self.path().join(name);
+        let metadata =
+            std::fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        metadata.permissions().mode() & 0o7777
+    }
+}
+
+impl Default for Home {
+    fn default() -> Home {
+        Home::new()
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        // New ones may come while the old ones are ended.
+        let start = Instant::now();
+        loop {
+            let left = descendants();
+            if left.is_empty() || start.elapsed() > PATIENCE {
+                break;
+            }
+            for pid in left {
+                let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+                // Each is a descendant of this process, which reaps here and nowhere else at this time.
+                let _ = pid.map(|pid| kill_process(pid, Signal::KILL));
+            }
+            while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
+        }
+    }
+}
+
+/// Every process that descends from this one, those that ended and were not waited for included.
+fn descendants() -> Vec<u32> {
+    let mut parents = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        // Behind the name, which may hold anything, come the state and the parent (proc_pid_stat(5)).
+        let parent = stat.rfind(')').and_then(|end| stat[end + 2..].split(' ').nth(1)?.parse::<u32>().ok());
+        parents.extend(parent.map(|parent| (pid, parent)));
+    }
+    let mut found = vec![std::process::id()];
+    let mut index = 0;
+    while index < found.len() {
+        let children = parents.iter().filter(|(_, parent)| *parent == found[index]).map(|(pid, _)| *pid);
+        let children: Vec<u32> = children.filter(|pid| !found.contains(pid)).collect();
+        found.extend(children);
+        index += 1;
+    }
+    found.remove(0);
+    found
+}
+
+/// A daemon that is about to be started.
+#[derive(Debug)]
+pub struct Start<'a> {
+    home: &'a Home,
+    command: Command,
+}
+
+impl<'a> Start<'a> {
+    /// Adds an argument to `_hostd`.
+    pub fn argument(mut self, argument: &str) -> Start<'a> {
+        self.command.arg(argument);
+        self
+    }
+
+    /// Sets a variable of its environment.
+    pub fn variable(mut self, name: &str, value: &str) -> Start<'a> {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Starts it, and does not wait.
+    ///
+    /// # Panics
+    /// When the program cannot be started.
+    pub fn spawn(mut self) -> Daemon<'a> {
+        let said = File::options()
+            .append(true)
+            .create(true)
+            .open(self.home.directory.path().join("stderr"))
+            .unwrap();
+        let child = self
+            .command
+            .stdout(said.try_clone().unwrap())
+            .stderr(said)
+            .spawn()
+            .expect("setpriv (util-linux)");
+        Daemon { home: self.home, child, ended: None }
+    }
+
+    /// Starts it, and waits until it answers.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn and_wait(self) -> Daemon<'a> {
+        let mut daemon = self.spawn();
+        let start = Instant::now();
+        while !rpc::answers(daemon.home) {
+            let ended = daemon.has_ended();
+            assert!(
+                ended.is_none() && start.elapsed() < PATIENCE,
+                "the daemon does not answer ({ended:?}); it said:\n{}",
+                daemon.home.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        daemon
+    }
+}
+
+/// A daemon that was started. Dropping it kills it.
+#[derive(Debug)]
+pub struct Daemon<'a> {
+    home: &'a Home,
+    child: Child,
+    ended: Option<ExitStatus>,
+}
+
+impl Daemon<'_> {
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it without a warning.
+    ///
+    /// # Panics
+    /// When it had ended before.
+    #[track_caller]
+    pub fn kill(mut self) {
+        assert!(self.has_ended().is_none(), "it had ended already; it said:\n{}", self.home.stderr());
+        self.child.kill().unwrap();
+        self.ended = Some(self.child.wait().unwrap());
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[track_caller]
+    pub fn signal(&mut self, signal: Signal) {
+        assert!(self.has_ended().is_none(), "it has ended; it said:\n{}", self.home.stderr());
+        // Our own child, not waited for, so the number is its own.
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// How it ended, when it has.
+    ///
+    /// # Panics
+    /// When the kernel does not say.
+    pub fn has_ended(&mut self) -> Option<ExitStatus> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait().unwrap();
+        }
+        self.ended
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn end(mut self) -> ExitStatus {
+        self.wait_for_end()
+    }
+
+    #[track_caller]
+    fn wait_for_end(&mut self) -> ExitStatus {
+        wait_until("the daemon to end", || self.has_ended().ok_or("it runs"))
+    }
+
+    /// Asks it to stop over its socket, and waits until it has.
+    ///
+    /// # Panics
+    /// When it does not, or not well.
+    #[track_caller]
+    pub fn shut_down(mut self) {
+        let answer = rpc::ask(self.home, &json!({"kind": "shutdown"}));
+        assert_eq!(answer, json!({"ok": true, "result": {"scheduled": true}}));
+        let status = self.wait_for_end();
+        assert!(status.success(), "{status}; it said:\n{}", self.home.stderr());
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("the daemon said:\n{}", self.home.stderr());
+            for event in self.home.events() {
+                eprintln!("{event}");
+            }
+        }
+    }
+}

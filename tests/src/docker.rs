@@ -1,0 +1,454 @@
+//! A Docker Engine that does what a case says: it knows containers by name, counts what it is asked, and can fail, hang
+//! or hold a stop until it is let go. A thread for each connection; enough of the API for one daemon and no more.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::{Home, PATIENCE, wait_until};
+
+/// How it treats whoever asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DockerMode {
+    /// It answers.
+    Answers,
+    /// It answers everything with 500.
+    Fails,
+    /// It takes requests and never answers.
+    Hangs,
+}
+
+#[derive(Clone, Debug)]
+struct Container {
+    id: String,
+    running: bool,
+    pid: u32,
+    image: String,
+}
+
+#[derive(Debug)]
+struct State {
+    mode: DockerMode,
+    containers: BTreeMap<String, Container>,
+    /// Stops wait while this holds.
+    stops_held: bool,
+    /// What it was asked, as `METHOD path`, in order.
+    calls: Vec<String>,
+    /// One for each `/events` that is open.
+    listeners: Vec<UnixStream>,
+    made: u32,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// The fake engine; it listens until the case ends.
+#[derive(Clone, Debug)]
+pub struct FakeDocker(Arc<Shared>);
+
+struct Request {
+    method: String,
+    path: String,
+    query: String,
+    body: Vec<u8>,
+}
+
+enum Reply {
+    Json(u16, Value),
+    Nothing(u16),
+    Events,
+    Hang,
+}
+
+impl FakeDocker {
+    /// Listens where `home` looks for Docker, with these containers running.
+    ///
+    /// # Panics
+    /// When the socket cannot be had.
+    pub fn start(home: &Home, running: &[&str]) -> FakeDocker {
+        FakeDocker::start_at(&home.docker_socket(), running)
+    }
+
+    fn start_at(path: &Path, running: &[&str]) -> FakeDocker {
+        let state = State {
+            mode: DockerMode::Answers,
+            containers: BTreeMap::new(),
+            stops_held: false,
+            calls: Vec::new(),
+            listeners: Vec::new(),
+            made: 0,
+        };
+        let fake = FakeDocker(Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }));
+        for name in running {
+            fake.add(name, true);
+        }
+        let listener = UnixListener::bind(path).unwrap();
+        let accepting = fake.clone();
+        std::thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                let fake = accepting.clone();
+                std::thread::spawn(move || fake.serve(&stream));
+            }
+        });
+        fake
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap()
+    }
+
+    /// Sets how it treats whoever asks, those that wait included.
+    pub fn set_mode(&self, mode: DockerMode) {
+        self.state().mode = mode;
+        self.0.changed.notify_all();
+    }
+
+    /// Adds a container.
+    pub fn add(&self, name: &str, running: bool) {
+        let mut state = self.state();
+        state.made += 1;
+        let container = Container {
+            id: format!("{:064x}", state.made),
+            running,
+            // Nobody is there: what looks for its namespace finds none.
+            pid: 0,
+            image: format!("image-of-{name}"),
+        };
+        state.containers.insert(name.to_owned(), container);
+    }
+
+    /// Forgets a container, without an event when `quietly`.
+    pub fn remove(&self, name: &str, quietly: bool) {
+        let gone = self.state().containers.remove(name);
+        if let (Some(container), false) = (gone, quietly) {
+            self.tell("destroy", name, &container.id);
+        }
+    }
+
+    /// Tells whoever listens that something happened to a container.
+    ///
+    /// # Panics
+    /// When there is no such container.
+    pub fn announce(&self, action: &str, name: &str) {
+        let id = self.state().containers[name].id.clone();
+        self.tell(action, name, &id);
+    }
+
+    /// Whether it runs.
+    pub fn is_running(&self, name: &str) -> bool {
+        self.state().containers.get(name).is_some_and(|container| container.running)
+    }
+
+    /// Holds every stop until it is let go.
+    pub fn hold_stops(&self, held: bool) {
+        self.state().stops_held = held;
+        self.0.changed.notify_all();
+    }
+
+    /// How often a call was made whose `METHOD path` begins so.
+    pub fn calls(&self, beginning: &str) -> usize {
+        self.state().calls.iter().filter(|call| call.starts_with(beginning)).count()
+    }
+
+    /// Every call so far that changes something, in order.
+    pub fn changes(&self) -> Vec<String> {
+        self.state().calls.iter().filter(|call| !call.starts_with("GET ")).cloned().collect()
+    }
+
+    /// How often it was asked about a container, by list or by name.
+    pub fn probes(&self) -> usize {
+        self.calls("GET /containers/")
+    }
+
+    /// Waits until it was asked about containers so many times more.
+    ///
+    /// # Panics
+    /// When it is not.
+    #[track_caller]
+    pub fn wait_for_probes(&self, more: usize) {
+        let wanted = self.probes() + more;
+        wait_until("the daemon to ask Docker", || {
+            let probes = self.probes();
+            if probes >= wanted { Ok(()) } else { Err((probes, wanted)) }
+        });
+    }
+
+    /// Waits until a call was made so often.
+    ///
+    /// # Panics
+    /// When it is not.
+    #[track_caller]
+    pub fn wait_for_calls(&self, beginning: &str, count: usize) {
+        wait_until(&format!("{count} of {beginning}"), || {
+            let calls = self.state().calls.clone();
+            let made = calls.iter().filter(|call| call.starts_with(beginning)).count();
+            if made >= count { Ok(()) } else { Err(calls) }
+        });
+    }
+
+    fn tell(&self, action: &str, name: &str, id: &str) {
+        let event = json!({"Type": "container", "Action": action, "scope": "local", "time": 1, "timeNano": 1,
+            "Actor": {"ID": id, "Attributes": {"name": name}}});
+        let line = format!("{event}\n");
+        let chunk = format!("{:x}\r\n{line}\r\n", line.len());
+        self.state().listeners.retain_mut(|listener| listener.write_all(chunk.as_bytes()).is_ok());
+    }
+
+    fn serve(&self, stream: &UnixStream) {
+        let mut reader = BufReader::new(stream);
+        while let Some(request) = read_request(&mut reader) {
+            self.state().calls.push(format!("{} {}", request.method, request.path));
+            self.0.changed.notify_all();
+            let mut writer = stream;
+            let sent = match self.reply(&request) {
+                Reply::Json(status, body) => respond(writer, status, &body.to_string()),
+                Reply::Nothing(status) => respond(writer, status, ""),
+                Reply::Hang => return self.hang(),
+                Reply::Events => {
+                    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+                    if writer.write_all(head.as_bytes()).is_ok() {
+                        self.state().listeners.extend(stream.try_clone());
+                    }
+                    return;
+                }
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Keeps the connection until it is told to answer again, and lets go of it without an answer then.
+    fn hang(&self) {
+        let mut state = self.state();
+        while state.mode == DockerMode::Hangs {
+            state = self.0.changed.wait(state).unwrap();
+        }
+    }
+
+    fn reply(&self, request: &Request) -> Reply {
+        match self.state().mode {
+            DockerMode::Answers => {}
+            DockerMode::Fails => return Reply::Json(500, json!({"message": "the engine is unwell"})),
+            DockerMode::Hangs => return Reply::Hang,
+        }
+        let parts: Vec<&str> = request.path.trim_matches('/').split('/').collect();
+        match (request.method.as_str(), parts.as_slice()) {
+            ("GET" | "HEAD", ["_ping"]) => Reply::Json(200, json!("OK")),
+            ("GET", ["version"]) => {
+                Reply::Json(200, json!({"Version": "29.0.0", "ApiVersion": "1.53", "MinAPIVersion": "1.24"}))
+            }
+            ("GET", ["events"]) => Reply::Events,
+            ("GET", ["networks", "bridge"]) => {
+                Reply::Json(200, json!({"Name": "bridge", "IPAM": {"Config": []}}))
+            }
+            ("GET", ["containers", "json"]) => self.list(&request.query),
+            ("GET", ["containers", name, "json"]) => self.inspect(name),
+            ("POST", ["containers", name, "stop"]) => self.stop(name),
+            ("POST", ["containers", name, "start"]) => self.start_container(name),
+            ("POST", ["containers", "create"]) => self.create(&request.query, &request.body),
+            ("POST", ["containers", name, "rename"]) => self.rename(name, &request.query),
+            ("DELETE", ["containers", name]) => {
+                self.remove(name, false);
+                Reply::Nothing(204)
+            }
+            ("POST", ["build"]) => Reply::Json(200, json!({"stream": "Successfully built 1\n"})),
+            ("GET", ["images", image, "json"]) => Reply::Json(200, json!({"Id": image, "Config": {}})),
+            _ => Reply::Json(404, json!({"message": "page not found"})),
+        }
+    }
+
+    /// The name is a regular expression to Docker; the daemon anchors it, so what is between the anchors is the name.
+    fn list(&self, query: &str) -> Reply {
+        let all = parameter(query, "all").is_some_and(|all| all == "true" || all == "1");
+        let filters: Value = parameter(query, "filters")
+            .and_then(|filters| serde_json::from_str(&filters).ok())
+            .unwrap_or_default();
+        let pattern = filters["name"][0].as_str().unwrap_or_default().replace('\\', "");
+        let anchored = pattern.strip_prefix('^').and_then(|rest| rest.strip_suffix('$'));
+        let state = self.state();
+        let fits = |name: &str| match anchored {
+            Some(exact) => name == exact.trim_start_matches(['/', '?']),
+            None => name.contains(&pattern),
+        };
+        let found =
+            state.containers.iter().filter(|(name, container)| fits(name) && (all || container.running));
+        let found: Vec<Value> = found
+            .map(|(name, container)| {
+                let running = if container.running { "running" } else { "exited" };
+                json!({"Id": container.id, "Names": [format!("/{name}")], "Image": container.image, "State": running})
+            })
+            .collect();
+        Reply::Json(200, Value::Array(found))
+    }
+
+    /// The name of a container that is named or whose id is given.
+    fn name_of(&self, wanted: &str) -> Option<String> {
+        let state = self.state();
+        let mut all = state.containers.iter();
+        all.find(|(name, container)| *name == wanted || container.id == wanted).map(|(name, _)| name.clone())
+    }
+
+    fn inspect(&self, wanted: &str) -> Reply {
+        let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
+        let container = self.state().containers[&name].clone();
+        Reply::Json(
+            200,
+            json!({
+                "Id": container.id, "Name": format!("/{name}"), "Image": format!("sha256:{}", container.id),
+                "State": {"Running": container.running, "Pid": container.pid, "StartedAt": "2026-01-01T00:00:00Z",
+                    "Status": if container.running { "running" } else { "exited" }},
+                "Config": {"Image": container.image, "Env": [], "Cmd": ["sleep"]},
+                "HostConfig": {"NetworkMode": "bridge", "AutoRemove": false}, "NetworkSettings": {"Networks": {}},
+            }),
+        )
+    }
+
+    fn stop(&self, wanted: &str) -> Reply {
+        let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
+        let mut state = self.state();
+        while state.stops_held {
+            state = self.0.changed.wait(state).unwrap();
+        }
+        let Some(container) = state.containers.get_mut(&name) else { return no_such(wanted) };
+        let was_running = std::mem::replace(&mut container.running, false);
+        let id = container.id.clone();
+        drop(state);
+        if was_running {
+            self.tell("die", &name, &id);
+        }
+        Reply::Nothing(if was_running { 204 } else { 304 })
+    }
+
+    fn start_container(&self, wanted: &str) -> Reply {
+        let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
+        let id = {
+            let mut state = self.state();
+            let Some(container) = state.containers.get_mut(&name) else { return no_such(wanted) };
+            container.running = true;
+            container.id.clone()
+        };
+        self.tell("start", &name, &id);
+        Reply::Nothing(204)
+    }
+
+    fn create(&self, query: &str, body: &[u8]) -> Reply {
+        let Some(name) = parameter(query, "name") else {
+            return Reply::Json(400, json!({"message": "no name"}));
+        };
+        if self.name_of(&name).is_some() {
+            return Reply::Json(409, json!({"message": "the name is in use"}));
+        }
+        self.add(&name, false);
+        let wish: Value = serde_json::from_slice(body).unwrap_or_default();
+        let mut state = self.state();
+        let container = state.containers.get_mut(&name).unwrap();
+        container.image = wish["Image"].as_str().unwrap_or_default().to_owned();
+        Reply::Json(201, json!({"Id": container.id, "Warnings": []}))
+    }
+
+    fn rename(&self, wanted: &str, query: &str) -> Reply {
+        let (Some(name), Some(new)) = (self.name_of(wanted), parameter(query, "name")) else {
+            return no_such(wanted);
+        };
+        let mut state = self.state();
+        if let Some(container) = state.containers.remove(&name) {
+            state.containers.insert(new, container);
+        }
+        Reply::Nothing(204)
+    }
+}
+
+fn no_such(name: &str) -> Reply {
+    Reply::Json(404, json!({"message": format!("No such container: {name}")}))
+}
+
+fn respond(mut stream: &UnixStream, status: u16, body: &str) -> std::io::Result<()> {
+    let length = if status == 204 || status == 304 {
+        String::new()
+    } else {
+        format!("content-length: {}\r\n", body.len())
+    };
+    let head = format!(
+        "HTTP/1.1 {status} As-Told\r\napi-version: 1.53\r\ncontent-type: application/json\r\n{length}\r\n"
+    );
+    stream.write_all(format!("{head}{body}").as_bytes())
+}
+
+fn read_request(reader: &mut BufReader<&UnixStream>) -> Option<Request> {
+    let mut line = String::new();
+    if reader.read_line(&mut line).ok()? == 0 {
+        return None;
+    }
+    let mut words = line.split_whitespace();
+    let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let (mut length, mut chunked) = (0, false);
+    loop {
+        let mut header = String::new();
+        reader.read_line(&mut header).ok()?;
+        let header = header.trim().to_ascii_lowercase();
+        if header.is_empty() {
+            break;
+        }
+        if let Some(value) = header.strip_prefix("content-length:") {
+            length = value.trim().parse().ok()?;
+        }
+        chunked |= header == "transfer-encoding: chunked";
+    }
+    let body = if chunked { read_chunks(reader)? } else { read_bytes(reader, length)? };
+    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+    // The API's version in front means nothing here.
+    let rest = path.strip_prefix("/v1.").and_then(|rest| rest.find('/').map(|at| &rest[at..]));
+    Some(Request { method, path: rest.unwrap_or(path).to_owned(), query: query.to_owned(), body })
+}
+
+fn read_bytes(reader: &mut BufReader<&UnixStream>, length: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    reader.read_exact(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+fn read_chunks(reader: &mut BufReader<&UnixStream>) -> Option<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        let length = usize::from_str_radix(line.trim(), 16).ok()?;
+        body.extend(read_bytes(reader, length)?);
+        reader.read_line(&mut line).ok()?;
+        if length == 0 {
+            return Some(body);
+        }
+    }
+}
+
+/// A parameter of a query, its escapes undone.
+fn parameter(query: &str, name: &str) -> Option<String> {
+    let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;
+    let mut bytes = Vec::new();
+    let mut rest = value.bytes();
+    while let Some(byte) = rest.next() {
+        match byte {
+            b'%' => {
+                let digits = [rest.next()?, rest.next()?];
+                bytes.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
+            }
+            b'+' => bytes.push(b' '),
+            byte => bytes.push(byte),
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// A moment in which something that must not happen would have happened; the only wait for a while there is.
+pub const MOMENT: Duration = Duration::from_millis(200);
+
+const _: () = assert!(PATIENCE.as_millis() > 10 * MOMENT.as_millis());

@@ -1,0 +1,187 @@
+//! A client of the daemon's HTTP endpoint that sends exact bytes over TCP.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::{PATIENCE, rpc};
+
+/// What came back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// The status code.
+    pub status: u16,
+    /// The head as it came.
+    pub head: String,
+    /// The body.
+    pub body: Value,
+}
+
+impl Answer {
+    /// The reason of a refusal.
+    ///
+    /// # Panics
+    /// When it is none.
+    #[track_caller]
+    pub fn reason(&self) -> &str {
+        self.body["reason"].as_str().unwrap_or_else(|| panic!("no reason: {self:?}"))
+    }
+
+    /// A header by its name in lower case.
+    pub fn header(&self, name: &str) -> Option<String> {
+        let value = |line: &str| {
+            let (key, value) = line.split_once(':')?;
+            (key.trim().to_ascii_lowercase() == name).then(|| value.trim().to_owned())
+        };
+        self.head.lines().find_map(value)
+    }
+}
+
+/// A connection to the endpoint.
+#[derive(Debug)]
+pub struct Web {
+    stream: TcpStream,
+    unread: Vec<u8>,
+}
+
+impl Web {
+    /// Connects to 127.0.0.1.
+    ///
+    /// # Panics
+    /// When nobody listens.
+    #[track_caller]
+    pub fn connect(port: u16) -> Web {
+        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+            .unwrap_or_else(|error| panic!("connect to port {port}: {error}"));
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Web { stream, unread: Vec::new() }
+    }
+
+    /// How long a read waits.
+    ///
+    /// # Panics
+    /// When it is no time at all.
+    pub fn patience(self, patience: Duration) -> Web {
+        self.stream.set_read_timeout(Some(patience)).unwrap();
+        self
+    }
+
+    /// Sends bytes.
+    ///
+    /// # Panics
+    /// When they are not taken.
+    #[track_caller]
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// Sends bytes for as long as they are taken.
+    ///
+    /// # Errors
+    /// Those of `write(2)`.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
+        self.stream.write_all(bytes.as_ref())
+    }
+
+    /// Reads more; false at the end, a reset included.
+    #[track_caller]
+    fn read_more(&mut self) -> bool {
+        let mut buffer = [0; 4096];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return false,
+                Ok(count) => {
+                    self.unread.extend_from_slice(&buffer[..count]);
+                    return true;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if crate::tcp::is_broken(error.kind()) => return false,
+                Err(error) => panic!("{error} after {:?}", String::from_utf8_lossy(&self.unread)),
+            }
+        }
+    }
+
+    /// The next answer on this connection: its body is what `content-length` says.
+    ///
+    /// # Panics
+    /// When none comes, or not in the wire's shape.
+    #[track_caller]
+    pub fn answer(&mut self) -> Answer {
+        let answer = self.any_answer().expect("an answer");
+        assert_eq!(answer.header("content-type").as_deref(), Some("application/json"), "{answer:?}");
+        rpc::check_shape(&answer.body);
+        answer
+    }
+
+    /// The next answer of whatever kind, or nothing when the connection ends before it.
+    ///
+    /// # Panics
+    /// When neither comes.
+    #[track_caller]
+    pub fn any_answer(&mut self) -> Option<Answer> {
+        let end = loop {
+            if let Some(at) = self.unread.windows(4).position(|four| four == b"\r\n\r\n") {
+                break at;
+            }
+            if !self.read_more() {
+                return None;
+            }
+        };
+        let head = String::from_utf8(self.unread[..end].to_vec()).unwrap();
+        self.unread.drain(..end + 4);
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        let mut answer = Answer { status: status.expect("a status"), head, body: Value::Null };
+        let length = answer.header("content-length").map_or(0, |length| length.parse().unwrap());
+        while self.unread.len() < length {
+            assert!(self.read_more(), "the end in the middle of {answer:?}");
+        }
+        let body: Vec<u8> = self.unread.drain(..length).collect();
+        if !body.is_empty() {
+            answer.body = serde_json::from_slice(&body)
+                .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&body).into_owned()));
+        }
+        Some(answer)
+    }
+
+    /// Whether the peer closes without another byte.
+    ///
+    /// # Panics
+    /// When it does neither.
+    #[track_caller]
+    pub fn is_closed(&mut self) -> bool {
+        self.unread.is_empty() && !self.read_more()
+    }
+}
+
+/// The head and body of a `POST /rpc`.
+pub fn post(port: u16, token: Option<&str>, body: &str) -> String {
+    let authorization = token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
+    format!(
+        "POST /rpc HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n{authorization}content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+/// Sends one request on a connection of its own.
+///
+/// # Panics
+/// When no answer comes.
+#[track_caller]
+pub fn ask(port: u16, token: Option<&str>, request: &Value) -> Answer {
+    ask_text(port, post(port, token, &request.to_string()))
+}
+
+/// Sends exact bytes on a connection of their own.
+///
+/// # Panics
+/// When no answer comes.
+#[track_caller]
+pub fn ask_text(port: u16, request: impl AsRef<[u8]>) -> Answer {
+    let mut web = Web::connect(port);
+    web.send(request);
+    web.answer()
+}

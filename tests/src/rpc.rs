@@ -1,0 +1,254 @@
+//! A client of the daemon's socket that knows nothing but the wire: it sends exact bytes and reads exact bytes.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::{Home, PATIENCE};
+
+/// A connection to the daemon's socket.
+#[derive(Debug)]
+pub struct Wire {
+    stream: UnixStream,
+}
+
+impl Wire {
+    /// Connects.
+    ///
+    /// # Panics
+    /// When nobody listens.
+    #[track_caller]
+    pub fn connect(home: &Home) -> Wire {
+        Wire::try_connect(home)
+            .unwrap_or_else(|error| panic!("connect: {error}; the daemon said:\n{}", home.stderr()))
+    }
+
+    /// Connects, if somebody listens.
+    ///
+    /// # Errors
+    /// Those of `connect(2)`.
+    pub fn try_connect(home: &Home) -> std::io::Result<Wire> {
+        let stream = UnixStream::connect(home.socket())?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Wire { stream })
+    }
+
+    /// How long a read waits.
+    ///
+    /// # Panics
+    /// When it is no time at all.
+    pub fn patience(self, patience: Duration) -> Wire {
+        self.stream.set_read_timeout(Some(patience)).unwrap();
+        self
+    }
+
+    /// Sends bytes.
+    ///
+    /// # Panics
+    /// When the daemon does not take them.
+    #[track_caller]
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// Sends bytes for as long as the daemon takes them; that it may refuse to is part of the case.
+    ///
+    /// # Errors
+    /// Those of `write(2)`.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
+        self.stream.write_all(bytes.as_ref())
+    }
+
+    /// Says that nothing more comes.
+    ///
+    /// # Panics
+    /// When the connection is broken.
+    pub fn finish(&mut self) {
+        self.stream.shutdown(Shutdown::Write).unwrap();
+    }
+
+    /// Everything up to the end of the connection; a reset ends it as well.
+    ///
+    /// # Panics
+    /// When no end comes.
+    #[track_caller]
+    pub fn rest(&mut self) -> String {
+        let mut all = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => all.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if crate::tcp::is_broken(error.kind()) => break,
+                Err(error) => panic!("{error} after {:?}", String::from_utf8_lossy(&all)),
+            }
+        }
+        String::from_utf8(all).unwrap()
+    }
+
+    /// One line, without its newline.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[track_caller]
+    pub fn line(&mut self) -> String {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        loop {
+            match self.stream.read(&mut byte) {
+                Ok(0) => panic!("the end after {:?}", String::from_utf8_lossy(&line)),
+                Ok(_) if byte[0] == b'\n' => return String::from_utf8(line).unwrap(),
+                Ok(_) => line.push(byte[0]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => panic!("{error} after {:?}", String::from_utf8_lossy(&line)),
+            }
+        }
+    }
+
+    /// Whether nothing can be read for this long.
+    ///
+    /// # Panics
+    /// When the connection cannot be asked.
+    pub fn is_silent_for(&mut self, time: Duration) -> bool {
+        self.stream.set_read_timeout(Some(time)).unwrap();
+        let mut byte = [0];
+        let silent = matches!(self.stream.read(&mut byte), Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut));
+        self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        silent
+    }
+
+    /// The one answer: one line of JSON in the wire's shape, then the end.
+    ///
+    /// # Panics
+    /// When it is anything else.
+    #[track_caller]
+    pub fn answer(&mut self) -> Value {
+        let text = self.rest();
+        let line = text.strip_suffix('\n').unwrap_or_else(|| panic!("not a line: {text:?}"));
+        assert!(!line.contains('\n'), "more than one line: {text:?}");
+        let value: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line:?}"));
+        check_shape(&value);
+        value
+    }
+}
+
+/// Every answer is `{"ok":true,"result"?}` or `{"ok":false,"reason"}` and nothing else (wire specification, A.1.1).
+///
+/// # Panics
+/// When it is anything else.
+#[track_caller]
+pub fn check_shape(answer: &Value) {
+    let fields = answer.as_object().unwrap_or_else(|| panic!("not an object: {answer}"));
+    match fields.get("ok") {
+        Some(Value::Bool(true)) => {
+            assert!(fields.keys().all(|key| key == "ok" || key == "result"), "strange fields: {answer}");
+        }
+        Some(Value::Bool(false)) => {
+            assert!(fields.len() == 2 && fields["reason"].is_string(), "no reason alone: {answer}");
+        }
+        _ => panic!("no ok: {answer}"),
+    }
+}
+
+/// Sends `bytes` on a connection of their own and gives the one answer.
+///
+/// # Panics
+/// When there is none.
+#[track_caller]
+pub fn tell(home: &Home, bytes: impl AsRef<[u8]>) -> Value {
+    let mut wire = Wire::connect(home);
+    wire.send(bytes);
+    wire.answer()
+}
+
+/// Makes one request and gives the answer.
+///
+/// # Panics
+/// When there is none.
+#[track_caller]
+pub fn ask(home: &Home, request: &Value) -> Value {
+    tell(home, format!("{request}\n"))
+}
+
+/// Makes a request that must succeed, and gives its result (null where there is none).
+///
+/// # Panics
+/// When it does not.
+#[track_caller]
+pub fn done(home: &Home, request: &Value) -> Value {
+    let answer = ask(home, request);
+    assert_eq!(answer["ok"], true, "{request}: {answer}");
+    answer["result"].clone()
+}
+
+/// Makes a request that must be refused, and gives the reason.
+///
+/// # Panics
+/// When it is not.
+#[track_caller]
+pub fn refused(home: &Home, request: &Value) -> String {
+    let answer = ask(home, request);
+    assert_eq!(answer["ok"], false, "{request}: {answer}");
+    answer["reason"].as_str().unwrap().to_owned()
+}
+
+/// Registers a container by its name alone, with its own folder.
+///
+/// # Panics
+/// When that is refused.
+#[track_caller]
+pub fn register(home: &Home, name: &str) {
+    register_with(home, name, &json!({}));
+}
+
+/// Registers a container with more fields than its name and its folder.
+///
+/// # Panics
+/// When that is refused.
+#[track_caller]
+pub fn register_with(home: &Home, name: &str, fields: &Value) {
+    let answer = ask(home, &registration(home, name, fields));
+    assert_eq!(answer, json!({"ok": true}));
+}
+
+/// A `register` request.
+///
+/// # Panics
+/// When `fields` is no object.
+pub fn registration(home: &Home, name: &str, fields: &Value) -> Value {
+    let mut request = json!({"kind": "register", "containerName": name, "cwd": home.folder(name)});
+    request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    request
+}
+
+/// The names that `list` tells, in its order.
+///
+/// # Panics
+/// When it does not answer.
+#[track_caller]
+pub fn names(home: &Home) -> Vec<String> {
+    let result = done(home, &json!({"kind": "list"}));
+    let registrations = result["registrations"].as_array().unwrap().iter();
+    registrations.map(|entry| entry["containerName"].as_str().unwrap().to_owned()).collect()
+}
+
+/// The port that `http-info` tells.
+///
+/// # Panics
+/// When it does not answer.
+#[track_caller]
+pub fn http_port(home: &Home) -> u16 {
+    let result = done(home, &json!({"kind": "http-info"}));
+    u16::try_from(result["port"].as_u64().unwrap()).unwrap()
+}
+
+/// Whether a daemon answers `list`.
+pub fn answers(home: &Home) -> bool {
+    let Ok(mut wire) = Wire::try_connect(home) else { return false };
+    wire.try_send("{\"kind\":\"list\"}\n").is_ok() && wire.rest().contains("\"ok\":true")
+}
