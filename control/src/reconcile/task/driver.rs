@@ -146,7 +146,11 @@ impl Driver {
                 Turn::Engine(Ok(event)) => self.hear_engine(&event),
                 Turn::Engine(Err(error)) => self.lose_engine(&error.to_string()),
                 Turn::Came(came) => self.welcome(came),
-                Turn::Replayed => self.replayed = None,
+                Turn::Replayed => {
+                    self.replayed = None;
+                    // They may not have been heard of yet, and whoever is missing now is taken for gone.
+                    self.sync();
+                }
                 Turn::Owners(found) => {
                     self.looking = None;
                     self.owners.extend(found);
