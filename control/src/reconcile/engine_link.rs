@@ -4,6 +4,7 @@
 //! takes the socket's name by a rename, which is how its readiness shows. It is a process of its own group that nobody
 //! waits for but to reap it.
 
+use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -178,7 +179,7 @@ pub(super) struct Attached {
 /// Attaches to the engine that runs; where there is none, starts one if `may_start`.
 pub(super) async fn obtain(home: &Home, may_start: bool) -> Result<Option<Attached>, LinkError> {
     let path = home.engine_socket();
-    undo_upgrade(&path).await;
+    end_upgrades(home).await;
     match Link::connect(&path).await {
         Ok(link) => match link.inventory().await {
             Ok(inventory) => return Ok(Some(Attached { link, inventory, started: false })),
@@ -199,7 +200,7 @@ pub(super) async fn obtain(home: &Home, may_start: bool) -> Result<Option<Attach
     if !may_start {
         return Ok(None);
     }
-    let link = start(home).await?;
+    let link = start(home, &path).await?;
     Ok(Some(Attached { link, inventory: Inventory::default(), started: true }))
 }
 
@@ -207,16 +208,15 @@ fn is_absence(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::CONNREFUSED))
 }
 
-/// Starts an engine, which takes the socket's name, and connects to it.
-pub(super) async fn start(home: &Home) -> Result<Link, LinkError> {
-    let path = home.engine_socket();
+/// Starts an engine, which takes the name `path`, and connects to it.
+async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
     let log = || OpenOptions::new().append(true).create(true).mode(0o600).open(home.log().join("engine.log"));
-    let before = identity(&path);
+    let before = identity(path);
     let mut child = tokio::process::Command::new(PROGRAM)
         .arg0("landfall")
         .arg(landfall_engine::process::VERB)
         .arg("--socket")
-        .arg(&path)
+        .arg(path)
         .current_dir("/")
         .process_group(0)
         .stdin(Stdio::null())
@@ -227,7 +227,7 @@ pub(super) async fn start(home: &Home) -> Result<Link, LinkError> {
         .map_err(LinkError::Spawn)?;
     let named = async {
         loop {
-            if identity(&path).is_some_and(|found| Some(found) != before) {
+            if identity(path).is_some_and(|found| Some(found) != before) {
                 return;
             }
             sleep(LOOK_INTERVAL).await;
@@ -242,7 +242,7 @@ pub(super) async fn start(home: &Home) -> Result<Link, LinkError> {
     }
     // Somebody has to wait for it, or it stays behind as a zombie.
     tokio::spawn(async move { child.wait().await });
-    Link::connect(&path).await
+    Link::connect(path).await
 }
 
 /// Device and inode of what has this name.
@@ -250,59 +250,68 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// The name by which an engine can be found again while its successor, which has taken the socket's own name, is not yet
-/// able to take over.
+/// What the two engines of an upgrade are called. The socket's own name leads to one that has everything, at every moment:
+/// the next one starts under a name aside, and takes the socket's with one rename when it lacks nothing. A driver that is
+/// killed in between leaves names that are not the socket's, and whoever has one of those is the one to end.
 #[derive(Debug)]
-pub(super) struct SecondName {
-    path: PathBuf,
-    aside: PathBuf,
+pub(super) struct Upgrade {
+    home: Home,
+    next: PathBuf,
+    relieved: PathBuf,
 }
 
-impl SecondName {
-    /// Gives the engine at the socket's path a second name.
-    pub(super) fn give(home: &Home) -> io::Result<SecondName> {
-        let path = home.engine_socket();
-        let aside = second_name(&path);
-        match std::fs::remove_file(&aside) {
+impl Upgrade {
+    /// One of this process. Nothing has a name yet.
+    pub(super) fn new(home: &Home) -> Upgrade {
+        // No two processes have the same names aside, as an engine whose driver was killed may take its own one late.
+        let aside = |mark: char| home.engine_socket().with_extension(format!("{}{mark}", std::process::id()));
+        Upgrade { home: home.clone(), next: aside(NEXT), relieved: aside(RELIEVED) }
+    }
+
+    /// Starts the next engine.
+    pub(super) async fn start(&self) -> Result<Link, LinkError> {
+        start(&self.home, &self.next).await
+    }
+
+    /// The next engine is the one from here on; the other one keeps a name aside until it was told to end.
+    pub(super) fn hand_over(&self) -> io::Result<()> {
+        let path = self.home.engine_socket();
+        match std::fs::remove_file(&self.relieved) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        std::fs::hard_link(&path, &aside)?;
-        Ok(SecondName { path, aside })
+        std::fs::hard_link(&path, &self.relieved)?;
+        std::fs::rename(&self.next, &path)
     }
 
-    /// The engine has its first name back.
-    pub(super) fn take_back(self) -> io::Result<()> {
-        std::fs::rename(&self.aside, &self.path)
-    }
-
-    /// It needs none any more.
-    pub(super) fn drop_it(self) -> io::Result<()> {
-        std::fs::remove_file(&self.aside)
+    /// The older engine was told to end.
+    pub(super) fn finish(self) -> io::Result<()> {
+        std::fs::remove_file(&self.relieved)
     }
 }
 
-fn second_name(path: &Path) -> PathBuf {
-    path.with_extension("relieved")
-}
+/// The ends of the names aside.
+const NEXT: char = '+';
+const RELIEVED: char = '-';
 
-/// A driver that was killed in the middle of an upgrade has left two engines: the older one, complete, has a second
-/// name. It gets its own one back, and the newer one ends.
-async fn undo_upgrade(path: &Path) {
-    let aside = second_name(path);
-    if identity(&aside).is_none() {
-        return;
-    }
-    match Link::connect(&aside).await {
-        Ok(_) => {
-            let newer = Link::connect(path).await;
-            if std::fs::rename(&aside, path).is_ok()
-                && let Ok(newer) = newer
-            {
-                let _ = newer.send(&Command::Drain, &[]).await;
-            }
+/// Ends the engines that upgrades have left which were killed: the one that did not take the socket's name yet, or the
+/// one that had it before.
+async fn end_upgrades(home: &Home) {
+    let path = home.engine_socket();
+    let Ok(entries) = std::fs::read_dir(home.run()) else { return };
+    let is_aside = |aside: &PathBuf| {
+        let extension = aside.extension().and_then(OsStr::to_str);
+        aside.file_stem() == path.file_stem()
+            && extension.is_some_and(|name| name.ends_with([NEXT, RELIEVED]))
+    };
+    for aside in entries.flatten().map(|entry| entry.path()).filter(is_aside) {
+        // Killed before the names were exchanged, the older one has both.
+        if identity(&aside) != identity(&path)
+            && let Ok(left) = Link::connect(&aside).await
+        {
+            let _ = left.send(&Command::Drain, &[]).await;
         }
-        // The older one is on its way out: the upgrade was complete.
-        Err(_) => drop(std::fs::remove_file(&aside)),
+        // A name that cannot be removed leads to nobody.
+        let _ = std::fs::remove_file(&aside);
     }
 }

@@ -1,11 +1,13 @@
 //! An engine of another version is relieved by one of this build, and no connect is refused meanwhile.
 //!
-//! 1. The older engine gets a second name, and a new one takes the socket's.
+//! 1. A new engine starts under a name aside.
 //! 2. Every container is entered anew for the new engine, under the number that it has.
 //! 3. The older one lends its listening sockets; the new one listens on the very same ones. From here on both accept.
-//! 4. The older one is told to drain: it closes its copies, and ends when its connections have finished.
+//! 4. The new one takes the socket's name.
+//! 5. The older one is told to drain: it closes its copies, and ends when its connections have finished.
 //!
-//! Until the last step the older one has everything. Whatever fails before it ends the new one, and nothing has changed.
+//! Whoever has the socket's name has everything, so that a driver that is killed leaves no doubt about which one is to go
+//! on. Whatever fails before the fourth step ends the new one, and nothing has changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::driver::{Driver, Engine};
-use crate::reconcile::engine_link::{self, Link, LinkError, SecondName};
+use crate::reconcile::engine_link::{self, Link, LinkError};
 use crate::reconcile::fleet::Admission;
 use crate::reconcile::reach::{Gate, Told, Word};
 use crate::reconcile::table::Reached;
@@ -38,29 +40,23 @@ impl Driver {
     /// Relieves the engine that is attached.
     pub(super) async fn upgrade(&mut self) -> Result<(), String> {
         let told = |error: &dyn std::fmt::Display| error.to_string();
-        let name = SecondName::give(&self.home).map_err(|error| told(&error))?;
-        let new = match engine_link::start(&self.home).await {
-            Ok(new) => new,
-            Err(error) => {
-                name.take_back().map_err(|error| told(&error))?;
-                return Err(told(&error));
-            }
-        };
+        let names = engine_link::Upgrade::new(&self.home);
+        let new = names.start().await.map_err(|error| told(&error))?;
         let moved = match timeout(UPGRADE_MAX, self.move_to(&new)).await {
             Ok(moved) => moved,
             Err(_) => Err(format!("it was not done within {} s", UPGRADE_MAX.as_secs())),
         };
+        let moved = moved.and_then(|moved| names.hand_over().map(|()| moved).map_err(|error| told(&error)));
         match moved {
             Ok((upstreams, forwards)) => {
                 let old = std::mem::replace(&mut self.engine, Engine::Attached(new, Instant::now()));
                 let changes = self.fleet.moved(&upstreams, &forwards);
                 self.tell_all(changes);
                 self.drain(old).await;
-                name.drop_it().map_err(|error| told(&error))
+                names.finish().map_err(|error| told(&error))
             }
             Err(reason) => {
                 let _ = new.send(&Command::Stop, &[]).await;
-                name.take_back().map_err(|error| told(&error))?;
                 Err(reason)
             }
         }
