@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, getpid, kill_process, set_child_subreaper};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::process::descendants;
 use crate::{PATIENCE, rpc, wait_until};
 
 /// Where a landfall keeps what it keeps, with room beside it for the folders of containers. Ends what runs in it.
@@ -209,6 +210,12 @@ impl Default for Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("its daemons said:\n{}", self.stderr());
+            for event in self.events() {
+                eprintln!("{event}");
+            }
+        }
         // New ones may come while the old ones are ended.
         let start = Instant::now();
         loop {
@@ -224,30 +231,6 @@ impl Drop for Home {
             while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
         }
     }
-}
-
-/// Every process that descends from this one, those that ended and were not waited for included.
-fn descendants() -> Vec<u32> {
-    let mut parents = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        // Behind the name, which may hold anything, come the state and the parent (proc_pid_stat(5)).
-        let parent = stat.rfind(')').and_then(|end| stat[end + 2..].split(' ').nth(1)?.parse::<u32>().ok());
-        parents.extend(parent.map(|parent| (pid, parent)));
-    }
-    let mut found = vec![std::process::id()];
-    let mut index = 0;
-    while index < found.len() {
-        let children = parents.iter().filter(|(_, parent)| *parent == found[index]).map(|(pid, _)| *pid);
-        let children: Vec<u32> = children.filter(|pid| !found.contains(pid)).collect();
-        found.extend(children);
-        index += 1;
-    }
-    found.remove(0);
-    found
 }
 
 /// A daemon that is about to be started.
@@ -389,11 +372,5 @@ impl Drop for Daemon<'_> {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if std::thread::panicking() {
-            eprintln!("the daemon said:\n{}", self.home.stderr());
-            for event in self.home.events() {
-                eprintln!("{event}");
-            }
-        }
     }
 }

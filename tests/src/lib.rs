@@ -22,6 +22,7 @@ mod relay;
 pub mod rpc;
 mod stream;
 mod tcp;
+mod traffic;
 mod wait;
 
 pub use daemon::{Daemon, Home, Start};
@@ -33,6 +34,7 @@ pub use stream::{Checker, Pattern, Rng};
 pub use tcp::{
     End, Server, connect, connect_from, finish, read_exactly, read_some, read_to_end, reset, send_all,
 };
+pub use traffic::{Conversation, Flood, answer, visit};
 pub use wait::{PATIENCE, wait_until};
 
 /// Tells the person who runs the suite something that is no failure: a figure, or why something could not be tried here.

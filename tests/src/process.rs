@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Descriptors open in this process.
@@ -91,4 +91,64 @@ pub fn raise_descriptors() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     // Where that is refused the default has to do.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
+/// Every process that descends from this one, those that ended and were not waited for included. Where this process
+/// adopts orphans, nobody who was started here escapes.
+pub fn descendants() -> Vec<u32> {
+    let mut parents = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        // Behind the name, which may hold anything, come the state and the parent (proc_pid_stat(5)).
+        let parent = stat.rfind(')').and_then(|end| stat[end + 2..].split(' ').nth(1)?.parse::<u32>().ok());
+        parents.extend(parent.map(|parent| (pid, parent)));
+    }
+    let mut found = vec![std::process::id()];
+    let mut index = 0;
+    while index < found.len() {
+        let children = parents.iter().filter(|(_, parent)| *parent == found[index]).map(|(pid, _)| *pid);
+        let children: Vec<u32> = children.filter(|pid| !found.contains(pid)).collect();
+        found.extend(children);
+        index += 1;
+    }
+    found.remove(0);
+    found
+}
+
+/// The descendants that run the program with this verb as its first argument. One that has ended has no arguments.
+pub fn running(verb: &str) -> Vec<u32> {
+    let has_verb = |pid: &u32| {
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.split(|byte| *byte == 0).nth(1) == Some(verb.as_bytes())
+    };
+    descendants().into_iter().filter(has_verb).collect()
+}
+
+/// Descriptors open in another process; none when it has ended.
+pub fn descriptors_of(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// Resident memory of another process, in bytes.
+///
+/// # Panics
+/// When it has ended.
+pub fn resident_bytes_of(pid: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse::<usize>().unwrap() * 1024
+}
+
+/// Kills a process without a warning.
+///
+/// # Panics
+/// When it does not descend from this one: nobody else's is ended.
+#[track_caller]
+pub fn kill(pid: u32) {
+    assert!(descendants().contains(&pid), "{pid} was not started here");
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
 }

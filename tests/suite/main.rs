@@ -3,6 +3,9 @@
 
 mod bulk;
 mod control;
+mod crash;
+mod crash_files;
+mod crash_upgrade;
 mod ensure;
 mod exhaustion;
 mod fallback;
@@ -58,7 +61,10 @@ fn main() -> std::process::ExitCode {
             ensure::CASES,
             tidy::CASES,
             upgrade::CASES,
+            crash::CASES,
+            crash_files::CASES,
+            crash_upgrade::CASES,
         ],
-        &[("_flood", exhaustion::flood), ("_engine", control::engine)],
+        &[("_flood", exhaustion::flood), ("_engine", control::engine), ("_serve", crash::serve)],
     )
 }

@@ -5,8 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command as Process, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{Command, Event, Family, ForwardId, Reach, UpstreamId};
@@ -14,7 +12,7 @@ use landfall_engine::opener::client::Opener;
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{
-    End, Namespace, PATIENCE, Pattern, Server, connect, finish, is_long, note, read_exactly, read_some,
+    End, Flood, Namespace, PATIENCE, Pattern, Server, answer, connect, is_long, note, read_exactly,
     read_to_end, send_all, wait_until,
 };
 
@@ -29,7 +27,6 @@ const UPSTREAM: UpstreamId = UpstreamId(1);
 /// The port of the server that the flood visits, and of the one whose connections stay.
 const BUSY: u16 = 3000;
 const QUIET: u16 = 3001;
-const ANSWER: u64 = 2_000;
 
 /// A process with an engine, and its driver.
 struct Generation {
@@ -113,73 +110,6 @@ fn open(port: u16) -> Command {
     }
 }
 
-/// Answers a seed with its pattern.
-fn answer(stream: TcpStream) {
-    let mut seed = [0; 8];
-    let mut filled = 0;
-    while filled < seed.len() {
-        // A visitor that ends early has nothing to be told.
-        let Ok(bytes @ 1..) = read_some(&stream, &mut seed[filled..]) else { return };
-        filled += bytes;
-    }
-    send_all(&stream, Pattern::new(u64::from_le_bytes(seed)), ANSWER);
-    finish(&stream);
-    // The visitor ends second, so that its port is the one that rests.
-    let _ = read_some(&stream, &mut [0]);
-}
-
-/// One visit; what went wrong is told instead of panicking, with the step at which it did.
-fn visit(seed: u64) -> Result<(), String> {
-    use std::io::Write;
-    let family = if seed.is_multiple_of(2) { Family::V4 } else { Family::V6 };
-    let address = family.loopback(BUSY.try_into().unwrap());
-    let mut stream = TcpStream::connect(address).map_err(|error| format!("connect to {address}: {error}"))?;
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.write_all(&seed.to_le_bytes()).map_err(|error| format!("send to {address}: {error}"))?;
-    let mut checker = Pattern::new(seed).checker();
-    match read_to_end(&stream, &mut checker) {
-        End::Eof if checker.position() == ANSWER => Ok(()),
-        end => Err(format!("read from {address}: {end:?} after {} bytes", checker.position())),
-    }
-}
-
-/// Visitors that come one after another, several at once.
-#[derive(Default)]
-struct Flood {
-    over: AtomicBool,
-    visits: AtomicU64,
-    failures: Mutex<Vec<String>>,
-}
-
-impl Flood {
-    fn run(&self) {
-        while !self.over.load(Ordering::Relaxed) {
-            let seed = self.visits.fetch_add(1, Ordering::Relaxed);
-            if let Err(failure) = visit(seed) {
-                self.failures.lock().unwrap().push(failure);
-            }
-        }
-    }
-
-    /// Waits for so many visits more.
-    fn goes_on(&self, count: u64) {
-        let until = self.visits.load(Ordering::Relaxed) + count;
-        wait_until("more visits", || match self.visits.load(Ordering::Relaxed) {
-            visits if visits >= until => Ok(()),
-            visits => Err(visits),
-        });
-    }
-}
-
-/// Ends the flood, however the case ends.
-struct Over<'a>(&'a Flood);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.over.store(true, Ordering::Relaxed);
-    }
-}
-
 fn an_upgrade_refuses_nobody(ring: RingChoice) {
     let rounds = if is_long() { 100 } else { 12 };
     let directory = tempfile::tempdir().unwrap();
@@ -195,39 +125,25 @@ fn an_upgrade_refuses_nobody(ring: RingChoice) {
         assert!(matches!(current.open(port, &[]), Event::ListenerOpened { .. }));
     }
     let mut before = Vec::new();
-    let flood = Flood::default();
-    std::thread::scope(|scope| {
-        let over = Over(&flood);
-        for _ in 0..4 {
-            scope.spawn(|| flood.run());
-        }
-        for _ in 0..rounds {
-            flood.goes_on(20);
-            current.held = Some((connect(([127, 0, 0, 1], QUIET)), quiet.accept()));
-            let next = Generation::start(&path, ring);
-            next.enter(&mut opener);
-            for (port, sockets) in current.lend() {
-                let opened = next.open(port, &sockets);
-                assert!(matches!(opened, Event::ListenerOpened { .. }), "{opened:?}");
-            }
-            // Both accept.
-            flood.goes_on(20);
-            current.driver.send(&Command::Drain, &[]).unwrap();
-            hear_of(&current.driver, |event| matches!(event, Event::ListenerClosed { .. }).then_some(()));
-            assert!(path.exists(), "the older engine removed the address of the newer");
-            before.push(std::mem::replace(&mut current, next));
-        }
+    let flood = Flood::start(BUSY, 4);
+    for _ in 0..rounds {
         flood.goes_on(20);
-        drop(over);
-    });
-    note!("{} visits during {rounds} upgrades", flood.visits.load(Ordering::Relaxed));
-    let failures = flood.failures.into_inner().unwrap();
-    assert!(
-        failures.is_empty(),
-        "{} visits failed: {:#?}",
-        failures.len(),
-        &failures[..failures.len().min(5)]
-    );
+        current.held = Some((connect(([127, 0, 0, 1], QUIET)), quiet.accept()));
+        let next = Generation::start(&path, ring);
+        next.enter(&mut opener);
+        for (port, sockets) in current.lend() {
+            let opened = next.open(port, &sockets);
+            assert!(matches!(opened, Event::ListenerOpened { .. }), "{opened:?}");
+        }
+        // Both accept.
+        flood.goes_on(20);
+        current.driver.send(&Command::Drain, &[]).unwrap();
+        hear_of(&current.driver, |event| matches!(event, Event::ListenerClosed { .. }).then_some(()));
+        assert!(path.exists(), "the older engine removed the address of the newer");
+        before.push(std::mem::replace(&mut current, next));
+    }
+    flood.goes_on(20);
+    note!("{} visits during {rounds} upgrades", flood.end());
 
     // Each engine that was replaced still has the connection that came by it, and ends with it.
     for mut generation in before {

@@ -1,0 +1,238 @@
+//! Traffic that goes on while something else happens: visitors that come one after another, and conversations that last.
+//!
+//! Both check every byte, and both tell what went wrong at the end, so that whoever makes trouble meanwhile has nothing
+//! to look after.
+
+use std::io::Write;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::tcp::{End, Server, connect, finish, read_exactly, read_some, read_to_end, send_all};
+use crate::{PATIENCE, Pattern, Rng, wait_until};
+
+/// How many bytes answer a visit.
+const ANSWER: u64 = 2_000;
+/// The longest piece of a conversation, in bytes. Two of them fit into the buffers of any socket.
+const PIECE_MAX: u64 = 16 * 1024;
+
+/// What a server does for a visitor of a [`Flood`]: it answers a seed with its pattern.
+pub fn answer(stream: TcpStream) {
+    let mut seed = [0; 8];
+    let mut filled = 0;
+    while filled < seed.len() {
+        // A visitor that ends early has nothing to be told.
+        let Ok(bytes @ 1..) = read_some(&stream, &mut seed[filled..]) else { return };
+        filled += bytes;
+    }
+    send_all(&stream, Pattern::new(u64::from_le_bytes(seed)), ANSWER);
+    finish(&stream);
+    // The visitor ends second, so that its port is the one that rests.
+    let _ = read_some(&stream, &mut [0]);
+}
+
+/// One visit to a port of the host, by the family that the seed says.
+///
+/// # Errors
+/// What went wrong, and at which step.
+pub fn visit(port: u16, seed: u64) -> Result<(), String> {
+    let address = if seed.is_multiple_of(2) {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+    } else {
+        SocketAddr::from((Ipv6Addr::LOCALHOST, port))
+    };
+    let mut stream = TcpStream::connect(address).map_err(|error| format!("connect to {address}: {error}"))?;
+    let told = stream.set_read_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&seed.to_le_bytes()));
+    told.map_err(|error| format!("send to {address}: {error}"))?;
+    let mut checker = Pattern::new(seed).checker();
+    match read_to_end(&stream, &mut checker) {
+        End::Eof if checker.position() == ANSWER => Ok(()),
+        end => Err(format!("read from {address}: {end:?} after {} bytes", checker.position())),
+    }
+}
+
+#[derive(Debug, Default)]
+struct Visits {
+    over: AtomicBool,
+    begun: AtomicU64,
+    failures: Mutex<Vec<String>>,
+}
+
+/// Visitors of one port that come one after another, several at once, until it is dropped.
+#[derive(Debug)]
+pub struct Flood {
+    visits: Arc<Visits>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Flood {
+    /// So many visitors at a time.
+    pub fn start(port: u16, at_once: usize) -> Flood {
+        let visits = Arc::new(Visits::default());
+        let visitor = |visits: Arc<Visits>| {
+            move || {
+                while !visits.over.load(Ordering::Relaxed) {
+                    let seed = visits.begun.fetch_add(1, Ordering::Relaxed);
+                    if let Err(failure) = visit(port, seed) {
+                        visits.failures.lock().unwrap_or_else(PoisonError::into_inner).push(failure);
+                    }
+                }
+            }
+        };
+        let threads = (0..at_once).map(|_| std::thread::spawn(visitor(Arc::clone(&visits)))).collect();
+        Flood { visits, threads }
+    }
+
+    /// Waits for so many visits more.
+    ///
+    /// # Panics
+    /// When they do not come, or one has failed.
+    #[track_caller]
+    pub fn goes_on(&self, count: u64) {
+        let until = self.visits.begun.load(Ordering::Relaxed) + count;
+        wait_until("more visits", || match self.visits.begun.load(Ordering::Relaxed) {
+            visits if visits >= until => Ok(()),
+            visits => Err(visits),
+        });
+        self.check();
+    }
+
+    /// Ends it, and gives the number of visits, all of which went well.
+    ///
+    /// # Panics
+    /// When one did not.
+    #[track_caller]
+    pub fn end(mut self) -> u64 {
+        self.visits.over.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+        self.check();
+        self.visits.begun.load(Ordering::Relaxed)
+    }
+
+    #[track_caller]
+    fn check(&self) {
+        let failures = self.visits.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let some = &failures[..failures.len().min(5)];
+        assert!(failures.is_empty(), "{} visits failed: {some:#?}", failures.len());
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.visits.over.store(true, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Talk {
+    over: AtomicBool,
+    bytes: AtomicU64,
+}
+
+/// A connection on which both ends send and check without an end: piece after piece there, as many bytes back.
+#[derive(Debug)]
+pub struct Conversation {
+    talk: Arc<Talk>,
+    client: Option<JoinHandle<()>>,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Conversation {
+    /// Connects to a port of the host, which leads to `server`.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn begin(port: u16, server: &Server, seed: u64) -> Conversation {
+        let (client, accepted) = (connect((Ipv4Addr::LOCALHOST, port)), server.accept());
+        let talk = Arc::new(Talk::default());
+        let (there, back) = (Pattern::new(2 * seed), Pattern::new(2 * seed + 1));
+        let shared = Arc::clone(&talk);
+        Conversation {
+            talk,
+            client: Some(std::thread::spawn(move || lead(&client, there, back, &shared))),
+            server: Some(std::thread::spawn(move || follow(&accepted, there, back))),
+        }
+    }
+
+    /// Waits until more has been said.
+    ///
+    /// # Panics
+    /// When nothing is, or not what was sent.
+    #[track_caller]
+    pub fn goes_on(&mut self) {
+        let until = self.talk.bytes.load(Ordering::Relaxed) + PIECE_MAX;
+        wait_until("more of a conversation", || {
+            if self.client.as_ref().is_some_and(JoinHandle::is_finished) {
+                self.join();
+            }
+            match self.talk.bytes.load(Ordering::Relaxed) {
+                bytes if bytes >= until => Ok(()),
+                bytes => Err(bytes),
+            }
+        });
+    }
+
+    /// Ends it in order, and gives how many bytes went each way, every one right.
+    ///
+    /// # Panics
+    /// When one was not, or the connection ended before.
+    #[track_caller]
+    pub fn end(mut self) -> u64 {
+        self.talk.over.store(true, Ordering::Relaxed);
+        self.join();
+        self.talk.bytes.load(Ordering::Relaxed)
+    }
+
+    fn join(&mut self) {
+        for thread in [self.client.take(), self.server.take()].into_iter().flatten() {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        self.talk.over.store(true, Ordering::Relaxed);
+    }
+}
+
+fn lead(stream: &TcpStream, there: Pattern, back: Pattern, talk: &Talk) {
+    let mut lengths = Rng::new(crate::seed());
+    let mut checker = back.checker();
+    let mut said = 0;
+    while !talk.over.load(Ordering::Relaxed) {
+        let until = said + 1 + lengths.below(PIECE_MAX);
+        say(stream, there, said, until);
+        read_exactly(stream, &mut checker, until);
+        said = until;
+        talk.bytes.store(said, Ordering::Relaxed);
+    }
+    finish(stream);
+    assert_eq!(read_to_end(stream, &mut checker), End::Eof);
+    assert_eq!(checker.position(), said);
+}
+
+fn follow(stream: &TcpStream, there: Pattern, back: Pattern) {
+    let mut checker = there.checker();
+    let mut buffer = vec![0; usize::try_from(PIECE_MAX).unwrap()];
+    loop {
+        let before = checker.position();
+        match read_some(stream, &mut buffer) {
+            Ok(0) => return finish(stream),
+            Ok(count) => checker.check(&buffer[..count]),
+            Err(error) => panic!("read inside at byte {before}: {error}"),
+        }
+        say(stream, back, before, checker.position());
+    }
+}
+
+/// Sends the bytes of a pattern from one position to another.
+fn say(mut stream: &TcpStream, pattern: Pattern, from: u64, until: u64) {
+    let mut bytes = vec![0; usize::try_from(until - from).unwrap()];
+    pattern.fill(from, &mut bytes);
+    stream.write_all(&bytes).unwrap_or_else(|error| panic!("send at byte {from}: {error}"));
+}

@@ -1,0 +1,112 @@
+//! Claim 20, by the real program: a daemon of another version takes over, the engine of the old one finishes what it has,
+//! and nobody who connects meanwhile is refused, whoever is killed in between.
+
+use std::time::Duration;
+
+use landfall_tests::case::Case;
+use landfall_tests::process::running;
+use landfall_tests::{Conversation, Flood, Home, Rng, is_long, note, rpc, seed, wait_until};
+use serde_json::{Value, json};
+
+use crate::crash::{BUSY, Pair, QUIET, describe, engine_pid, rows};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("c20_up_of_another_version_refuses_nobody", up_refuses_nobody),
+    Case::once("c20_an_upgrade_that_is_killed_refuses_nobody", killed_upgrade_refuses_nobody),
+];
+
+const VERSION: &str = "LANDFALL_VERSION";
+
+/// Waits until the daemon and its engine are of a version and every port is open, once; gives the engine's process.
+#[track_caller]
+fn wait_for_version(home: &Home, version: &str) -> u32 {
+    let wanted: Vec<_> =
+        Pair::OPEN.iter().map(|(name, port)| ((*name).to_owned(), *port, "open".to_owned())).collect();
+    let description = wait_until("the engine of the new version", || {
+        let description = describe(home);
+        let right = description["version"] == version
+            && description["engine"]["version"] == version
+            && rows(&description) == wanted;
+        if right { Ok(description) } else { Err(description) }
+    });
+    engine_pid(&description)
+}
+
+/// Waits until there are no more engines than this one.
+#[track_caller]
+fn wait_for_one(home: &Home, engine: u32) {
+    wait_until("the other engines to end", || match running("_engine") {
+        engines if engines == [engine] => Ok(()),
+        engines => Err((engines, describe(home))),
+    });
+    wait_until("the daemon to know", || match describe(home) {
+        description if description["engine"]["draining"] == 0 => Ok(()),
+        description => Err(description),
+    });
+    wait_until("one opener for each container", || match running("_opener") {
+        openers if openers.len() == Pair::OPEN.len() => Ok(()),
+        openers => Err(openers),
+    });
+}
+
+fn up_refuses_nobody() {
+    let rounds = if is_long() { 50 } else { 4 };
+    let home = Home::new();
+    let (pair, _inside) = Pair::new();
+    let first = home.start().variable(VERSION, "v0").and_wait();
+    pair.register(&home);
+    let mut engine = wait_for_version(&home, "v0");
+    let flood = Flood::start(BUSY, 3);
+    let mut talks = Vec::new();
+    for round in 1..=rounds {
+        talks.push(Conversation::begin(QUIET, &pair.quiet, seed() + round));
+        let version = format!("v{round}");
+        flood.goes_on(10);
+        let up = home.command(&["up", "--json"]).env(VERSION, &version).output().unwrap();
+        assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
+        let told: Value = serde_json::from_slice(&up.stdout).unwrap();
+        assert_eq!(told["outcome"], "upgraded", "{told}");
+        let next = wait_for_version(&home, &version);
+        assert_ne!(next, engine);
+        assert!(running("_engine").contains(&engine), "the old engine ended before its connections did");
+        engine = next;
+        // Served by the new one, while the old ones carry on.
+        flood.goes_on(10);
+        talks.iter_mut().for_each(Conversation::goes_on);
+    }
+    assert!(first.end().success());
+    for talk in talks.drain(..) {
+        assert!(talk.end() > 0);
+    }
+    wait_for_one(&home, engine);
+    note!("{} visits during {rounds} upgrades", flood.end());
+    rpc::done(&home, &json!({"kind": "shutdown"}));
+}
+
+/// The next daemon is of another version and is killed at whatever it does; the one after that is of another one again.
+fn killed_upgrade_refuses_nobody() {
+    let rounds = if is_long() { 300 } else { 15 };
+    let home = Home::new();
+    let (pair, _inside) = Pair::new();
+    let daemon = home.start().variable(VERSION, "v0").and_wait();
+    pair.register(&home);
+    wait_for_version(&home, "v0");
+    let mut moments = Rng::new(seed());
+    let flood = Flood::start(BUSY, 2);
+    let mut talk = Conversation::begin(QUIET, &pair.quiet, seed());
+    daemon.kill();
+    for round in 1..=rounds {
+        let daemon = home.start().variable(VERSION, &format!("v{round}")).spawn();
+        std::thread::sleep(Duration::from_micros(moments.below(250_000)));
+        daemon.kill();
+        flood.goes_on(5);
+        talk.goes_on();
+    }
+    let daemon = home.start().variable(VERSION, "last").and_wait();
+    let engine = wait_for_version(&home, "last");
+    flood.goes_on(10);
+    assert!(talk.end() > 0);
+    note!("{} visits while {rounds} upgrades were killed", flood.end());
+    wait_for_one(&home, engine);
+    daemon.shut_down();
+}
