@@ -19,6 +19,9 @@
 //! driver, or needs it. What an earlier driver left and nobody claims is let go, but only after everybody had the
 //! chance to claim it ([`Fleet::sweep`]).
 //!
+//! When an engine is lost, its ports are kept for a moment for those who had them ([`HEIR_PATIENCE`]): who is entered
+//! first the next time is chance, and a port would change hands by it.
+//!
 //! What never happens: two live forwards on one host port (the first keeps it, the second is told the first one's name
 //! and follows when the port is free, always at the same number), a number used twice, and a port that failed being
 //! asked for again before [`RETRY`] has passed.
@@ -50,6 +53,9 @@ pub const RETRY: Duration = Duration::from_secs(2);
 /// How long a port stays open on the host after its server ceased to listen. Dev servers try a port before they use it,
 /// and close and reopen it when they restart; meanwhile a client is reset, as by any port on which nothing listens.
 pub const LINGER: Duration = Duration::from_millis(250);
+
+/// How long a port of a lost engine is kept for the container that had it. Entering one takes milliseconds.
+pub const HEIR_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A container that is to be forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -182,6 +188,10 @@ pub struct Fleet {
     /// Parts of observations that are still being told.
     partial: BTreeMap<UpstreamId, Vec<Listening>>,
     sweeping: bool,
+    /// Who had which port of an engine that was lost, and has not had the chance to take it again.
+    heirs: BTreeMap<NonZeroU16, ContainerName>,
+    /// When the next engine was first planned for.
+    heirs_since: Option<Instant>,
     next_upstream: u32,
     next_forward: u32,
 }
@@ -197,6 +207,8 @@ impl Fleet {
             failures: BTreeMap::new(),
             partial: BTreeMap::new(),
             sweeping: false,
+            heirs: BTreeMap::new(),
+            heirs_since: None,
             next_upstream: 1,
             next_forward: 1,
         }
@@ -246,6 +258,13 @@ impl Fleet {
 
     /// The engine is gone, and everything that it held.
     pub fn detach(&mut self) -> Vec<Change> {
+        for forward in self.forwards.values().filter(|forward| forward.is_live()) {
+            let upstream = self.upstreams.get(&forward.upstream);
+            if let Some(owner) = upstream.and_then(|upstream| upstream.owner.clone()) {
+                self.heirs.insert(forward.host_port, owner);
+            }
+        }
+        self.heirs_since = None;
         let ids: Vec<ForwardId> = self.forwards.keys().copied().collect();
         let changes = ids.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
         self.upstreams.clear();
@@ -339,6 +358,7 @@ impl Fleet {
         let mut changes = Vec::new();
         self.dismiss(&mut commands);
         let verdicts = self.verdicts();
+        self.settle_heirs(&verdicts, now);
         self.close(&verdicts, now, &mut commands);
         self.open(&verdicts, now, &mut commands, &mut changes);
         (commands, changes)
@@ -352,7 +372,29 @@ impl Fleet {
         let retries = retries.filter_map(|(_, failure)| failure.at).map(|at| at + RETRY);
         let lingering = self.forwards.values().filter(|forward| forward.is_live());
         let lingering = lingering.filter_map(|forward| forward.unseen).map(|since| since + LINGER);
-        retries.chain(lingering).min()
+        let heirs = self.heirs_since.map(|since| since + HEIR_PATIENCE);
+        retries.chain(lingering).chain(heirs).min()
+    }
+
+    /// Strikes off those who have their port again, do not want it any more, or did not come in time.
+    fn settle_heirs(&mut self, verdicts: &BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>>, now: Instant) {
+        if self.heirs.is_empty() {
+            self.heirs_since = None;
+            return;
+        }
+        let since = *self.heirs_since.get_or_insert(now);
+        let mut heirs = std::mem::take(&mut self.heirs);
+        heirs.retain(|port, name| {
+            let wished = self.wishes.iter().any(|wish| wish.name == *name);
+            let seen = self.upstream_of(name).and_then(|upstream| verdicts.get(&upstream));
+            let wants = seen.is_none_or(|ports| matches!(ports.get(port), Some(Verdict::Wanted(_))));
+            let held = self.forwards.values().any(|forward| forward.host_port == *port);
+            wished && wants && !held && now.saturating_duration_since(since) < HEIR_PATIENCE
+        });
+        self.heirs = heirs;
+        if self.heirs.is_empty() {
+            self.heirs_since = None;
+        }
     }
 
     /// Lets go of upstreams that have no container any more.
@@ -426,22 +468,23 @@ impl Fleet {
             });
             for (port, verdict) in ports {
                 let Verdict::Wanted(reach) = verdict else { continue };
-                if let Some(holder) = self.forwards.values().find(|forward| forward.host_port == *port) {
-                    let owner =
-                        self.upstreams.get(&holder.upstream).and_then(|upstream| upstream.owner.as_ref());
-                    // One of its own, or one that nobody has claimed, answers or closes soon.
-                    if let Some(owner) = owner.filter(|owner| **owner != name) {
-                        let reason = format!(
-                            "EADDRINUSE: port {port} is forwarded to container \"{owner}\", which had it first"
-                        );
-                        let at = None;
-                        let before = self
-                            .failures
-                            .insert((name.clone(), *port), Failure { at, reason: reason.clone() });
-                        if before.is_none() {
-                            changes.push(Change::Failed { name: name.clone(), port: *port, reason });
-                        }
+                let holder = self.forwards.values().find(|forward| forward.host_port == *port);
+                let owner = match holder.map(|holder| self.upstreams.get(&holder.upstream)) {
+                    Some(upstream) => upstream.and_then(|upstream| upstream.owner.as_ref()),
+                    None => self.heirs.get(port),
+                };
+                // One of its own, or one that nobody has claimed, answers or closes soon.
+                if let Some(owner) = owner.filter(|owner| **owner != name) {
+                    let reason = format!(
+                        "EADDRINUSE: port {port} is forwarded to container \"{owner}\", which had it first"
+                    );
+                    let failure = Failure { at: None, reason: reason.clone() };
+                    if self.failures.insert((name.clone(), *port), failure).is_none() {
+                        changes.push(Change::Failed { name: name.clone(), port: *port, reason });
                     }
+                    continue;
+                }
+                if holder.is_some() {
                     continue;
                 }
                 let rests = self.failures.get(&(name.clone(), *port)).and_then(|failure| failure.at);

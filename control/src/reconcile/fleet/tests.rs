@@ -330,11 +330,56 @@ fn an_engine_that_is_gone_takes_everything_along_and_its_numbers() {
     bench.commands();
     bench.opened(1, 3000);
     assert_eq!(bench.fleet.detach(), [told_closed("a", 3000, ClosedReason::HostError)]);
-    assert_eq!((bench.commands(), bench.fleet.due()), (vec![], None));
+    assert_eq!(bench.commands(), []);
     bench.fleet.attach(Inventory::default());
     assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
     bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
     assert_eq!(bench.commands(), [open(2, 2, 3000)]);
+    assert_eq!((bench.commands(), bench.fleet.due()), (vec![], None));
+}
+
+/// Two containers want port 3000, "b" had it, and the engine was lost. "a" is entered again first.
+fn bereft() -> Bench {
+    let mut bench = Bench::reached(&["a", "b"]);
+    bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    bench.opened(1, 3000);
+    bench.fleet.detach();
+    bench.fleet.attach(Inventory::default());
+    bench.fleet.reached(&name("a"), 1);
+    bench.listen(3, &[row(3000, "127.0.0.1", 8)], &[]);
+    let (commands, told) = bench.fleet.step(bench.now);
+    assert_eq!(commands, []);
+    assert!(matches!(told.as_slice(), [Change::Failed { name: second, .. }] if *second == name("a")));
+    assert_eq!(bench.commands(), []);
+    bench
+}
+
+#[test]
+fn a_port_of_a_lost_engine_is_kept_for_who_had_it() {
+    let mut bench = bereft();
+    bench.fleet.reached(&name("b"), 2);
+    bench.listen(4, &[row(3000, "127.0.0.1", 7)], &[]);
+    assert_eq!(bench.commands(), [open(2, 4, 3000)]);
+    bench.opened(2, 3000);
+    assert_eq!((bench.commands(), bench.fleet.due()), (vec![], None));
+}
+
+#[test]
+fn a_port_of_a_lost_engine_is_not_kept_for_who_does_not_want_it_or_does_not_come() {
+    let mut bench = bereft();
+    bench.fleet.reached(&name("b"), 2);
+    bench.listen(4, &[], &[]);
+    assert_eq!(bench.commands(), [open(2, 3, 3000)]);
+
+    let mut bench = bereft();
+    assert_eq!(bench.fleet.due(), Some(bench.now + HEIR_PATIENCE));
+    bench.now += HEIR_PATIENCE;
+    assert_eq!(bench.commands(), [open(2, 3, 3000)]);
+
+    let mut bench = bereft();
+    bench.fleet.wish(vec![wish("a", None)]);
+    assert_eq!(bench.commands(), [open(2, 3, 3000)]);
 }
 
 #[test]
