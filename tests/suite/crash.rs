@@ -429,21 +429,23 @@ fn two_of_one_port() {
     });
     let reason = told["event"]["reason"].as_str().unwrap();
     assert!(reason.contains("EADDRINUSE") && reason.contains("\"first\""), "{reason}");
-    // A daemon that is killed does not change whose it is.
-    for _ in 0..2 {
+    let second_fails = || {
         wait_until("the second to fail", || match (state("first"), state("second")) {
             (Some(one), Some(two)) if one == "open" && two == "failed" => Ok(()),
             states => Err(states),
         });
         leads_to(0);
+    };
+    second_fails();
+    // A daemon that is killed does not change whose it is.
+    for _ in 0..2 {
         daemon.kill();
         leads_to(0);
         daemon = home.daemon();
+        second_fails();
     }
-    assert_eq!(
-        rpc::done(&home, &json!({"kind": "status", "containerName": "second"}))["forwardedPorts"],
-        json!([])
-    );
+    let status = rpc::done(&home, &json!({"kind": "status", "containerName": "second"}));
+    assert_eq!(status["forwardedPorts"], json!([]));
     rpc::done(&home, &json!({"kind": "deregister", "containerName": "first"}));
     wait_for_open(&home, &[("second", BUSY)]);
     leads_to(1);
