@@ -3,11 +3,12 @@
 //! - `codec` finds the one line in whatever pieces it comes. Pure.
 //! - `protocol` is what a line may say, parsed at the door, and what is answered. Pure.
 //! - `answers` is what is answered, for both transports.
-//! - `server` accepts, reads, answers and closes.
+//! - `server` accepts, reads, answers and closes; `arrivals` keeps requests that come together in their order.
 //! - `client` asks, and `ensure` sees to it that there is somebody to ask. Both are synchronous: a verb of the command
 //!   line has nothing else to do while it waits.
 
 pub mod answers;
+mod arrivals;
 pub mod client;
 pub mod codec;
 pub mod ensure;

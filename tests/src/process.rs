@@ -14,12 +14,22 @@ pub fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count() - 1
 }
 
-/// Threads of this process.
+/// Threads of this process. One that was joined may be listed for a moment longer, since whoever joins is woken before
+/// the kernel is done with it (`do_exit`, kernel/exit.c): a thread on its way out does not count.
 ///
 /// # Panics
 /// Without `/proc`.
 pub fn threads() -> usize {
-    std::fs::read_dir("/proc/self/task").unwrap().count()
+    /// `PF_EXITING` (include/linux/sched.h) among the flags, the seventh field behind the name in `proc_pid_stat(5)`.
+    const EXITING: u64 = 0x4;
+    let is_leaving = |stat: &str| {
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+        let flags = fields.split_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
+        flags.is_some_and(|flags| flags & EXITING != 0)
+    };
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let stats = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
+    stats.filter(|stat| !is_leaving(stat)).count()
 }
 
 /// Resident memory, in bytes.

@@ -27,6 +27,7 @@ use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use super::answers::{Answer, Answers};
+use super::arrivals::Arrivals;
 use super::codec::{LineError, RequestLine};
 use super::protocol::{Request, Response};
 use crate::events::{Event, Journal};
@@ -103,15 +104,17 @@ impl Server {
 
 async fn accept_all(listener: UnixListener, answers: Arc<Answers>, answering: TaskTracker) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let arrivals = Arrivals::default();
     let mut connections = JoinSet::new();
-    loop {
+    for number in 0.. {
         // The semaphore is never closed.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let (answers, answering) = (Arc::clone(&answers), answering.clone());
+                let arrivals = arrivals.clone();
                 connections.spawn(async move {
-                    converse(stream, &answers, &answering).await;
+                    converse(stream, &answers, &answering, arrivals.turn(number)).await;
                     drop(place);
                 });
             }
@@ -122,7 +125,13 @@ async fn accept_all(listener: UnixListener, answers: Arc<Answers>, answering: Ta
     }
 }
 
-async fn converse(mut stream: UnixStream, answers: &Answers, answering: &TaskTracker) {
+/// Serves one connection; its request is taken up at its `turn`.
+async fn converse(
+    mut stream: UnixStream,
+    answers: &Answers,
+    answering: &TaskTracker,
+    turn: impl Future<Output = ()>,
+) {
     let line = match is_permitted(&stream) {
         true => match timeout(LINE_TIME_MAX, read_line(&mut stream)).await {
             Ok(Ok(Some(line))) => line.map_err(|error| error.to_string()),
@@ -131,6 +140,7 @@ async fn converse(mut stream: UnixStream, answers: &Answers, answering: &TaskTra
         },
         false => Err("only the user who runs the daemon, and root, are answered".to_owned()),
     };
+    turn.await;
     let following = answering.track_future(answer(&mut stream, line, answers)).await;
     match following {
         Some((events, of)) => follow(stream, events, of.as_deref()).await,

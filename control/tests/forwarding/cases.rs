@@ -66,7 +66,8 @@ fn of_two_namespaces_the_first_keeps_the_port() {
     assert_eq!(world.forwarding().forwarded_ports("two"), [port]);
     two.close(port);
     answers(port, "one");
-    assert!(world.log("port-forward-closed")[0].contains("container-released"));
+    let closed = until("it is told", || world.log("port-forward-closed").into_iter().next());
+    assert!(closed.contains("container-released"), "{closed}");
 }
 
 fn an_engine_that_is_killed_is_started_again() {
@@ -233,7 +234,8 @@ fn what_nobody_registers_any_more_is_let_go_of() {
     answers(second, "two");
     world.register(&[("one", &way_of(&one))]);
     refused(second);
-    assert!(world.log("port-forward-closed")[0].contains("deregistered"));
+    let closed = until("it is told", || world.log("port-forward-closed").into_iter().next());
+    assert!(closed.contains("deregistered"), "{closed}");
     // While nobody drives, too.
     world.detach();
     assert_eq!(ask(first).as_deref(), Some("one"));
