@@ -17,7 +17,8 @@ use libfuzzer_sys::fuzz_target;
 use serde_json::json;
 
 const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 17, 0, 1));
-const TOKENS: [(&str, Option<&str>); 3] = [("a", Some("token-of-a")), ("b", Some("token-of-b")), ("closed", None)];
+const TOKENS: [(&str, Option<&str>); 3] =
+    [("a", Some("token-of-a")), ("b", Some("token-of-b")), ("closed", None)];
 
 fuzz_target!(|data: &[u8]| {
     // A head and a body, as they come: lines, an empty line, the rest.
@@ -26,13 +27,18 @@ fuzz_target!(|data: &[u8]| {
     let headers = headers(head);
     check_host(&headers);
     let presented = Presented::in_headers(&headers);
-    let naive = headers.get(AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer ")).filter(|token| !token.is_empty());
+    let naive = headers
+        .get(AUTHORIZATION)
+        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
+        .filter(|token| !token.is_empty());
     assert_eq!(presented.is_some(), naive.is_some());
     let envelope = Envelope::from_bytes(body);
     let name = envelope.as_ref().ok().and_then(Envelope::container_name);
     let (Some(presented), Some(token)) = (presented, naive) else { return };
     let registered = registered();
-    let right = TOKENS.iter().any(|(known, own)| name == Some(*known) && own.is_some_and(|own| own.as_bytes() == token));
+    let right = TOKENS
+        .iter()
+        .any(|(known, own)| name == Some(*known) && own.is_some_and(|own| own.as_bytes() == token));
     match Authorized::check(&registered, name, &presented) {
         None => assert!(!right, "the right token was refused"),
         Some(authorized) => {
@@ -48,7 +54,9 @@ fn headers(head: &[u8]) -> HeaderMap {
     for line in head.split(|byte| *byte == b'\n').take(64) {
         let Some(colon) = line.iter().position(|byte| *byte == b':') else { continue };
         let value = line[colon + 1..].trim_ascii();
-        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(&line[..colon]), HeaderValue::from_bytes(value)) {
+        if let (Ok(name), Ok(value)) =
+            (HeaderName::from_bytes(&line[..colon]), HeaderValue::from_bytes(value))
+        {
             headers.append(name, value);
         }
     }

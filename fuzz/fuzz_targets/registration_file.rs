@@ -14,7 +14,10 @@ fuzz_target!(|content: &[u8]| {
     let Ok(registration) = parse(stem, content) else { return };
     assert_eq!(registration.container_name.as_str(), stem);
     assert!(registration.cwd.is_absolute());
-    assert!(stem.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte)) && !stem.starts_with('.'));
+    assert!(
+        stem.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
+            && !stem.starts_with('.')
+    );
     let written = serde_json::to_vec(&registration).expect("what came as text goes as text");
     assert!(!written.contains(&b'\n'), "a registration is one line");
     let again = parse(stem, &written).expect("what is written can be read");

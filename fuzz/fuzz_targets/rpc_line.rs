@@ -65,5 +65,9 @@ fn check_refusal(response: &Response) {
     let text = response.to_json();
     assert!(!text.contains('\n'));
     let value: Value = serde_json::from_str(&text).expect("an answer is JSON");
-    assert!(value["ok"] == false && value["reason"].is_string() && value.as_object().is_some_and(|fields| fields.len() == 2));
+    assert!(
+        value["ok"] == false
+            && value["reason"].is_string()
+            && value.as_object().is_some_and(|fields| fields.len() == 2)
+    );
 }
