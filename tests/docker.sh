@@ -50,4 +50,5 @@ for applet in sh sleep touch cat echo find sort hostname test true false; do ln 
 tar -C "$work/root" -c . | docker import - landfall-test-base >/dev/null
 
 # The suite's own names begin with lf-; no other container is touched.
-cargo test --quiet -p landfall --test docker -- --ignored --test-threads=2
+# With the features of the whole workspace, so that nothing is built twice.
+cargo test --quiet --workspace --all-features --test docker -- --ignored --test-threads=2
