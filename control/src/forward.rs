@@ -19,7 +19,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use landfall_engine::command::{
-    Command, Event, ListenFailure, ListenFailureKind, RingKind, RingReport, UpstreamId,
+    Command, Event, ListenFailure, ListenFailureKind, RingKind, RingReport, UpstreamId, UpstreamKind,
 };
 use landfall_engine::engine::StartError;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
@@ -113,7 +113,8 @@ impl Session {
         let mut opener = Opener::spawn(Path::new("/proc/self/exe"), target)?;
         let (sources, descriptors) = opener.upstream(shards)?;
         let netns_cookie = opener.netns_cookie();
-        let add = Command::AddUpstream { upstream: UPSTREAM, netns_cookie, sources };
+        let add =
+            Command::AddUpstream { upstream: UPSTREAM, netns_cookie, sources, kind: UpstreamKind::Opener };
         session.engine.apply(add, descriptors);
         session.expect(|event| matches!(event, Event::Listeners { .. }).then_some(()))?;
         Ok(session)

@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod broker;
 pub mod cli;
 pub mod daemon;
 pub mod docker;

@@ -42,7 +42,9 @@ impl Probe for Ways {
         Box::pin(async move {
             match &registration.way {
                 Some(Way::Process { pid, started }) => process(*pid, started.as_ref()),
-                Some(Way::Netns { path }) => {
+                // It may be on another machine: it lives until somebody says otherwise.
+                Some(Way::Websocket) => Liveness::Unknown,
+                Some(Way::Netns { path } | Way::Agent { directory: path }) => {
                     let path = path.clone();
                     // The file may be on a file system that does not answer.
                     let looked = tokio::task::spawn_blocking(move || file(&path)).await;

@@ -133,18 +133,37 @@ impl WatchSources {
     }
 }
 
+/// Who is behind the channels of an upstream, and so what the engine asks there and how far it is believed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UpstreamKind {
+    /// Openers of ours. They make sockets ahead of need ([`opener::Request::Sockets`](crate::opener::Request::Sockets)).
+    #[default]
+    Opener,
+    /// A program inside the container, which speaks as an opener does and may be anybody. Its sockets are used on a shard of
+    /// its own, so that what it does to them behind our back stops nobody else. It has one channel.
+    Agent,
+    /// The driver itself, which connects for each client
+    /// ([`opener::Request::Dial`](crate::opener::Request::Dial)): the container is reached through it alone.
+    Dialler,
+}
+
 /// What a driver asks of the engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Command {
-    /// A way into a namespace. Its descriptors, in this order: one opener channel for each shard of the engine
-    /// ([`Event::Ready`] tells how many), then the files that `sources` names.
+    /// A way into a namespace. Its descriptors, in this order: one channel for each shard of the engine
+    /// ([`Event::Ready`] tells how many; an [`UpstreamKind::Agent`] has one), then the files that `sources` names.
     /// Answer: [`Event::UpstreamAdded`], or [`Event::Refused`].
     AddUpstream {
         /// A number that is not in use.
         upstream: UpstreamId,
-        /// `SO_NETNS_COOKIE` of the namespace; every socket from an opener channel must carry it.
+        /// `SO_NETNS_COOKIE` of the namespace; every socket from an opener channel must carry it. For an
+        /// [`UpstreamKind::Dialler`] a number that the driver chooses, and nothing that is checked.
         netns_cookie: u64,
+        /// Who is behind the channels.
+        #[serde(default)]
+        kind: UpstreamKind,
         /// What to watch for listeners with; all absent means that nothing is watched.
         sources: WatchSources,
     },

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{
-    Command as EngineCommand, Event, Family, ForwardId, Reach, UpstreamId, UpstreamState, WatchSources,
+    Command as EngineCommand, Event, Family, ForwardId, Reach, UpstreamId, UpstreamKind, UpstreamState,
+    WatchSources,
 };
 use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
 use landfall_engine::opener::{Answer, FailureKind, Request, VERB, serve};
@@ -396,7 +397,12 @@ fn engine_process() {
     let (sources, descriptors) = opener.upstream(shards).unwrap();
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let (upstream, netns_cookie) = (UpstreamId(1), opener.netns_cookie());
-    driver.send(&EngineCommand::AddUpstream { upstream, netns_cookie, sources }, &borrowed).unwrap();
+    driver
+        .send(
+            &EngineCommand::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Opener },
+            &borrowed,
+        )
+        .unwrap();
     drop((opener, descriptors));
     let target_port = NonZeroU16::new(inside.port).unwrap();
     let listens = |event: &Event| match event {

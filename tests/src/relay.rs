@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::command::{
     Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, Told,
-    UpstreamId,
+    UpstreamId, UpstreamKind,
 };
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
@@ -90,7 +90,10 @@ impl Driver {
         let mut opener = Opener::spawn(&program, namespace.target()).unwrap();
         let (sources, descriptors) = opener.upstream(self.shards).unwrap();
         let netns_cookie = cookie.unwrap_or_else(|| opener.netns_cookie());
-        self.engine.apply(Command::AddUpstream { upstream, netns_cookie, sources }, descriptors);
+        self.engine.apply(
+            Command::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Opener },
+            descriptors,
+        );
         self.expect("the upstream", |event| match event {
             Event::UpstreamAdded { upstream: added } if *added == upstream => Some(()),
             Event::Refused { reason } => panic!("refused: {reason}"),

@@ -5,7 +5,7 @@ use std::path::Path as FilePath;
 use std::process::{Child, Command, Stdio};
 
 use landfall_engine::channel::Channel;
-use landfall_engine::command::{self, Event, ForwardState, Reach, UpstreamId};
+use landfall_engine::command::{self, Event, ForwardState, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
 use landfall_engine::opener::client::Opener;
@@ -82,7 +82,12 @@ fn control_comes_and_goes(ring: RingChoice) {
     let (sources, descriptors) = opener.upstream(1).unwrap();
     let (upstream, netns_cookie) = (UpstreamId(1), opener.netns_cookie());
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    first.send(&command::Command::AddUpstream { upstream, netns_cookie, sources }, &borrowed).unwrap();
+    first
+        .send(
+            &command::Command::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Opener },
+            &borrowed,
+        )
+        .unwrap();
     drop((opener, descriptors));
     let port = 3000.try_into().unwrap();
     let forward = command::ForwardId(1);

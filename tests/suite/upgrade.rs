@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command as Process, Stdio};
 
 use landfall_engine::channel::Channel;
-use landfall_engine::command::{Command, Event, Family, ForwardId, Reach, UpstreamId};
+use landfall_engine::command::{Command, Event, Family, ForwardId, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::opener::client::Opener;
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
@@ -55,7 +55,12 @@ impl Generation {
     /// Gives it a way into the namespace.
     fn enter(&self, opener: &mut Opener) {
         let (sources, descriptors) = opener.upstream(1).unwrap();
-        let add = Command::AddUpstream { upstream: UPSTREAM, netns_cookie: opener.netns_cookie(), sources };
+        let add = Command::AddUpstream {
+            upstream: UPSTREAM,
+            netns_cookie: opener.netns_cookie(),
+            sources,
+            kind: UpstreamKind::Opener,
+        };
         self.driver.send(&add, &borrow(&descriptors)).unwrap();
         hear_of(&self.driver, |event| matches!(event, Event::UpstreamAdded { .. }).then_some(()));
     }

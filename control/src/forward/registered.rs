@@ -352,16 +352,7 @@ fn is_beside_us(daemon: Option<u32>) -> bool {
 
 /// Whether a registration of this name is somebody else's.
 fn is_another(other: &Container, name: &str, way: &Way) -> bool {
-    other.state.container_name == name && other.state.way.as_deref() != Some(words(way).as_str())
-}
-
-/// A way as the daemon's table has it.
-fn words(way: &Way) -> String {
-    match way {
-        Way::Docker => "docker".to_owned(),
-        Way::Process { pid, .. } => format!("process {pid}"),
-        Way::Netns { path } => path.display().to_string(),
-    }
+    other.state.container_name == name && other.state.way.as_deref() != Some(way.to_string().as_str())
 }
 
 fn request(wish: &Wish) -> Value {
@@ -410,10 +401,10 @@ fn report(news: News, wish: &Wish) -> Option<Report> {
 /// Whether what was registered still is what it was.
 fn is_there(way: &Way) -> bool {
     match way {
-        Way::Docker => true,
+        Way::Docker | Way::Websocket => true,
         Way::Process { pid, started } => {
             processes::started(*pid).is_ok_and(|now| now.is_some() && now == *started)
         }
-        Way::Netns { path } => path.exists(),
+        Way::Netns { path } | Way::Agent { directory: path } => path.exists(),
     }
 }

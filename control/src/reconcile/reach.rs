@@ -81,15 +81,6 @@ pub(super) fn way_of(registration: &Registration) -> Option<Way> {
     registration.way.clone().or_else(|| registration.broker().map(|_| Way::Docker))
 }
 
-/// The way, as people are told of it.
-pub(super) fn describe(way: &Way) -> String {
-    match way {
-        Way::Docker => "docker".to_owned(),
-        Way::Process { pid, .. } => format!("process {pid}"),
-        Way::Netns { path } => path.display().to_string(),
-    }
-}
-
 /// The task of one container.
 #[derive(Debug)]
 pub(super) struct Visit {
@@ -160,6 +151,10 @@ impl Visit {
                 looked.unwrap_or_else(|error| Err(Absent::Missing(Certainty::Unknown, error.to_string())))
             }
             Way::Docker => self.find_container().await,
+            Way::Agent { .. } | Way::Websocket => {
+                let reason = format!("the way by {} is not built yet", self.way);
+                Err(Absent::Missing(Certainty::Refused, reason))
+            }
         }
     }
 

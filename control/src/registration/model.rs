@@ -103,6 +103,27 @@ pub enum Way {
         /// Its absolute path.
         path: PathBuf,
     },
+    /// An agent inside the container serves a socket in a directory that both sides see. Docker is not asked.
+    Agent {
+        /// The directory's absolute path on this side.
+        directory: PathBuf,
+    },
+    /// The container's WebSocket alone, for which the registration carries host port, policy and token. The container may be
+    /// on another machine.
+    Websocket,
+}
+
+impl fmt::Display for Way {
+    /// The way, as people are told of it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Way::Docker => f.write_str("docker"),
+            Way::Process { pid, .. } => write!(f, "process {pid}"),
+            Way::Netns { path } => write!(f, "{}", path.display()),
+            Way::Agent { directory } => write!(f, "agent in {}", directory.display()),
+            Way::Websocket => f.write_str("websocket"),
+        }
+    }
 }
 
 /// When a process began; see [`Way::Process`].
@@ -231,6 +252,9 @@ fn read_way(way: Value) -> Result<Way, RegistrationError> {
     match &way {
         Way::Netns { path } if !path.is_absolute() => {
             Err(RegistrationError::Because("way", "path must be absolute".to_owned()))
+        }
+        Way::Agent { directory } if !directory.is_absolute() => {
+            Err(RegistrationError::Because("way", "directory must be absolute".to_owned()))
         }
         _ => Ok(way),
     }

@@ -133,7 +133,7 @@ impl Conductor {
 
     fn on_command(&mut self, command: Command, descriptors: Vec<OwnedFd>) {
         match command {
-            Command::AddUpstream { upstream, netns_cookie, sources } => {
+            Command::AddUpstream { upstream, netns_cookie, sources, kind: _ } => {
                 self.add_upstream(upstream, netns_cookie, sources, descriptors);
             }
             Command::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending, None),

@@ -48,6 +48,7 @@ pub mod serve;
 
 use std::fmt;
 use std::io;
+use std::num::NonZeroU16;
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -97,6 +98,17 @@ pub enum Request {
     SockDiag,
     /// One end of a new channel that is served from now on. Answer: [`Answer::Channel`].
     Channel,
+    /// Say where you are: the first request to an agent, which is inside already. Answer: [`Answer::Entered`].
+    Introduce,
+    /// Connect to a loopback port of the container. Only a driver that is an upstream itself
+    /// ([`UpstreamKind::Dialler`](crate::command::UpstreamKind::Dialler)) is asked. Answers come in any order:
+    /// [`Answer::Dialled`] or [`Answer::NotDialled`].
+    Dial {
+        /// Which dial this is, on this channel; never used again.
+        dial: u64,
+        /// The port inside.
+        port: NonZeroU16,
+    },
 }
 
 /// What an opener answers.
@@ -128,11 +140,36 @@ pub enum Answer {
     SockDiag,
     /// The channel's end comes with it.
     Channel,
+    /// A connected, non-blocking TCP socket comes with it: what is sent there arrives at the server inside, a FIN as a FIN and
+    /// a reset as a reset as far as the way there can tell.
+    Dialled {
+        /// Which dial.
+        dial: u64,
+    },
+    /// The server inside was not reached; the client is reset.
+    NotDialled {
+        /// Which dial.
+        dial: u64,
+        /// Why.
+        why: DialFailure,
+    },
     /// Nothing comes with it.
     Failed {
         /// Why.
         failure: Failure,
     },
+}
+
+/// Why a dial did not reach the server inside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DialFailure {
+    /// Nothing listens on the port, or the way to the container is down.
+    Refused,
+    /// No answer came.
+    TimedOut,
+    /// Descriptors, ports or memory ran out on the way.
+    Exhausted,
 }
 
 /// Why an opener could not do what was asked.

@@ -254,7 +254,11 @@ fn answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
         Request::Sockets { family, count, congestion } => sockets(*family, *count, congestion.as_deref()),
         Request::ProcNet => proc_net(),
         Request::SockDiag => sock_diag(),
-        Request::Enter { .. } | Request::Channel => {
+        Request::Dial { .. } => failed(Failure::new(
+            FailureKind::Other,
+            "an opener makes sockets and leaves connecting them to others",
+        )),
+        Request::Enter { .. } | Request::Introduce | Request::Channel => {
             failed(Failure::new(FailureKind::Other, "this opener has entered a namespace already"))
         }
     }

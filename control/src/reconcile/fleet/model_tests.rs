@@ -110,6 +110,7 @@ impl World {
                     upstream,
                     netns_cookie: cookie,
                     sources: landfall_engine::command::WatchSources::default(),
+                    kind: landfall_engine::command::UpstreamKind::Opener,
                 });
             }
             Admission::Known(_) => {}

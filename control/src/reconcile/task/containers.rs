@@ -109,7 +109,7 @@ impl Container {
         });
         ContainerState {
             container_name: self.name().as_str().to_owned(),
-            way: reach::way_of(&self.registration).as_ref().map(reach::describe),
+            way: reach::way_of(&self.registration).as_ref().map(ToString::to_string),
             state: self.state,
             reason: self.reason.clone(),
             forwards: rows.collect(),

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use landfall_engine::command::{Command, Event, ForwardId, UpstreamId};
+use landfall_engine::command::{Command, Event, ForwardId, UpstreamId, UpstreamKind};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -84,7 +84,8 @@ impl Driver {
         let mut upstreams = BTreeSet::new();
         for (upstream, entered) in self.enter_for(new).await? {
             let Word::Entered { cookie, sources, descriptors, .. } = entered else { continue };
-            let command = Command::AddUpstream { upstream, netns_cookie: cookie, sources };
+            let command =
+                Command::AddUpstream { upstream, netns_cookie: cookie, sources, kind: UpstreamKind::Opener };
             give(new, &command, &descriptors).await?;
             upstreams.insert(upstream);
         }

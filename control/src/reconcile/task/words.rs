@@ -3,13 +3,13 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use landfall_engine::command::{Command, WatchSources};
+use landfall_engine::command::{Command, UpstreamKind, WatchSources};
 
 use super::containers::Container;
 use super::driver::{Driver, ENTER_AGAIN};
 use crate::events::Event as JournalEvent;
 use crate::reconcile::fleet::Admission;
-use crate::reconcile::reach::{self, Certainty, Told, Word};
+use crate::reconcile::reach::{Certainty, Told, Word};
 use crate::reconcile::table::Reached;
 use crate::registration::model::ContainerName;
 
@@ -76,7 +76,8 @@ impl Driver {
             Admission::Add(upstream) => {
                 // What the one before held has to be let go of first.
                 self.step_once().await;
-                let command = Command::AddUpstream { upstream, netns_cookie, sources };
+                let command =
+                    Command::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Opener };
                 if self.give(&command, &descriptors).await {
                     self.mark(at, Reached::Reached, None, true);
                 }
@@ -101,7 +102,7 @@ impl Driver {
             return;
         }
         let container_name = container.name().as_str().to_owned();
-        let way = container.way.as_ref().map(reach::describe).unwrap_or_default();
+        let way = container.way.as_ref().map(ToString::to_string).unwrap_or_default();
         self.journal.tell(&match state {
             Reached::Reached => JournalEvent::ContainerReached { container_name, way },
             _ => JournalEvent::ContainerUnreachable { container_name, reason: reason.unwrap_or_default() },
