@@ -8,6 +8,7 @@
 //! Questions that may not wait ([`Forwarding::forwarded_ports`]) are answered from what was published after the last
 //! turn.
 
+mod brokers;
 mod containers;
 mod driver;
 mod engine;
@@ -25,6 +26,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
+use super::announced::{Announcement, BrokerLink, BrokerWord};
 use super::table::{ForwardTable, RowState};
 use crate::docker::Docker;
 use crate::events::Journal;
@@ -88,6 +90,7 @@ impl Published {
 enum Ask {
     Table(oneshot::Sender<ForwardTable>),
     LookAgain(String),
+    Broker(ContainerName, mpsc::UnboundedReceiver<Announcement>, mpsc::UnboundedSender<BrokerWord>),
     Detach(oneshot::Sender<()>),
     StopEngine(oneshot::Sender<()>),
 }
@@ -128,6 +131,15 @@ impl Forwarding {
     pub fn ended(&self) -> mpsc::UnboundedReceiver<ContainerName> {
         let taken = self.0.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
         taken.unwrap_or_else(|| mpsc::unbounded_channel().1)
+    }
+
+    /// The link of a broker that begins. It may come before the registration is known here, and after an earlier one of the
+    /// same name, which then counts as stopped. Never waits.
+    pub fn broker(&self, name: &ContainerName) -> BrokerLink {
+        let (link, announcements, words) = brokers::link();
+        // A task that has ended hears nothing: the link is closed from the beginning.
+        let _ = self.0.asks.send(Ask::Broker(name.clone(), announcements, words));
+        link
     }
 
     /// Docker says that something changed about a container.

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::brokers::{Brokers, Heard};
 use super::containers::{Container, Visiting, wanted_way};
 use super::{Ask, ForwardingOptions, Owners, Published};
 use crate::docker::Docker;
@@ -58,6 +59,7 @@ pub(super) struct Driver {
     pub(super) failure: Option<String>,
     /// In the order of registration.
     pub(super) containers: Vec<Container>,
+    pub(super) brokers: Brokers,
     pub(super) words: mpsc::UnboundedSender<Told>,
     pub(super) told: mpsc::UnboundedReceiver<Told>,
     /// Numbers of visits and of requests to enter.
@@ -79,6 +81,7 @@ enum Turn {
     Ask(Option<Ask>),
     Registrations,
     Word(Told),
+    Broker(Heard),
     Engine(Result<Event, LinkError>),
     Came(Result<Option<Attached>, LinkError>),
     Replayed,
@@ -102,6 +105,7 @@ impl Driver {
             rest: REST.0,
             failure: None,
             containers: Vec::new(),
+            brokers: Brokers::new(),
             words,
             told,
             serial: 0,
@@ -141,7 +145,11 @@ impl Driver {
                 }
                 Turn::Ask(Some(Ask::Table(answer))) => self.describe(answer).await,
                 Turn::Ask(Some(Ask::LookAgain(name))) => self.look_again(&name),
+                Turn::Ask(Some(Ask::Broker(name, announcements, words))) => {
+                    self.meet_broker(name, announcements, words);
+                }
                 Turn::Registrations => self.sync(),
+                Turn::Broker(heard) => self.hear_broker(heard).await,
                 Turn::Word(word) => self.hear_word(word).await,
                 Turn::Engine(Ok(event)) => self.hear_engine(&event),
                 Turn::Engine(Err(error)) => self.lose_engine(&error.to_string()),
@@ -198,6 +206,7 @@ impl Driver {
             ask = self.parts.asked.recv() => Turn::Ask(ask),
             () = registrations => Turn::Registrations,
             Some(word) = self.told.recv() => Turn::Word(word),
+            heard = self.brokers.hear() => Turn::Broker(heard),
             turn = engine => turn,
             () = replayed => Turn::Replayed,
             owners = looking => Turn::Owners(owners),
