@@ -13,3 +13,7 @@
 //! and a slow reader by what TCP says of them.
 
 pub mod message;
+pub mod outbox;
+pub mod pair;
+pub mod pump;
+pub mod wire;

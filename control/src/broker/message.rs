@@ -16,9 +16,19 @@
 //! | `half-close` | `relay-eof {streamId}` ends one direction; the other one runs on |
 //! | `reset` | `relay-reset {streamId}` instead of `relay-close` where the connection was reset; nothing follows |
 
+//!
+//! What a peer writes is read with tolerance, where a wrong reading can do no harm: 1.0 is 1, a `side` that is missing is
+//! the sender's, and a refusal without a reason is a refusal.
+
 use std::num::NonZeroU16;
 
 use bytes::Bytes;
+
+pub use binary::{BINARY_HEADER_BYTES, binary_header, from_binary, to_binary};
+pub use text::relay_text;
+
+mod binary;
+mod text;
 
 /// What a sender may send on a fresh stream before it is granted more, where both sides know `credit`.
 pub const INITIAL_CREDIT_BYTES: u32 = 1024 * 1024;
@@ -28,6 +38,25 @@ pub const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
 
 /// The largest message that is read. A peer's runtime allows 16 MiB; none of ours is near it.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Why a message could not be read. It quotes nothing of the message, which may hold a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    /// It is no JSON.
+    #[error("invalid json")]
+    Json,
+    /// A message of a known type lacks a field, or has something else in it.
+    #[error("{kind}: {field} is missing or not what it should be")]
+    Field {
+        /// The type.
+        kind: &'static str,
+        /// The field.
+        field: &'static str,
+    },
+    /// A binary frame that is shorter than its header.
+    #[error("a binary frame is cut short")]
+    CutShort,
+}
 
 /// A stream, as its host numbered it: from 1 up. The container takes any integer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

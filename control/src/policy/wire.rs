@@ -130,7 +130,9 @@ pub fn port_of(value: &Value) -> Option<NonZeroU16> {
     if let Some(whole) = value.as_u64() {
         return u16::try_from(whole).ok().and_then(NonZeroU16::new);
     }
-    (1..=u16::MAX).find(|port| value.as_f64() == Some(f64::from(*port))).and_then(NonZeroU16::new)
+    let number = value.as_f64().filter(|number| number.fract() == 0.0 && (1.0..=65535.0).contains(number))?;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is whole and has room")]
+    NonZeroU16::new(number as u16)
 }
 
 fn ports(list: &Value, name: &'static str) -> Result<BTreeSet<NonZeroU16>, PortForwardError> {

@@ -1,0 +1,250 @@
+//! What arrived for a stream and is not yet written to its socket.
+//!
+//! Whoever reads the WebSocket never waits for one stream, since all others would wait with it. So each stream has a queue,
+//! and the queue a bound. With credit windows a peer that keeps to what it was granted never meets it. A peer of the
+//! reference knows no windows: there the stream that has most is given up where it exceeds its own bound, or where all of the
+//! connection exceed theirs together (wire specification, A.3.6).
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::BytesMut;
+use tokio::sync::Notify;
+
+use crate::broker::message::{Frame, INITIAL_CREDIT_BYTES};
+
+/// What one stream may have queued where there are no credit windows, in bytes.
+const STREAM_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// What all streams of a connection may have queued together where there are no credit windows, in bytes.
+const CONNECTION_BYTES_MAX: usize = 256 * 1024 * 1024;
+
+/// Payload below this is copied together: a few bytes may otherwise keep the whole buffer in which they arrived.
+const SMALL_BYTES: usize = 16 * 1024;
+const GATHER_BYTES_MAX: usize = 64 * 1024;
+/// What a frame costs beside its payload.
+const FRAME_COST: usize = 64;
+
+/// More arrived than a stream may have queued, so it was given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Overflow;
+
+/// The queues of one connection.
+#[derive(Clone, Debug)]
+pub struct Inlets(Arc<Shared>);
+
+/// Where to put what arrives for one stream. Dropping it tells the pump that the connection is lost.
+#[derive(Debug)]
+pub struct Inlet {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+/// The pump's end of an [`Inlet`].
+#[derive(Debug)]
+pub struct Outlet {
+    shared: Arc<Shared>,
+    number: u64,
+    filled: Arc<Notify>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    stream_bytes_max: usize,
+    connection_bytes_max: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next: u64,
+    bytes: usize,
+    queues: HashMap<u64, Queue>,
+}
+
+#[derive(Debug)]
+struct Queue {
+    frames: VecDeque<Frame>,
+    /// Small payload that came after all of `frames`.
+    gathered: BytesMut,
+    /// What is queued here, or taken out and not yet released.
+    bytes: usize,
+    overflown: bool,
+    closed: bool,
+    filled: Arc<Notify>,
+}
+
+impl Inlets {
+    /// No streams yet. `credit`: whether both sides know credit windows.
+    #[must_use]
+    pub fn new(credit: bool) -> Inlets {
+        if credit {
+            // What is granted at first is also all that is ever granted at a time. Frames without payload have some room.
+            let window = usize::try_from(INITIAL_CREDIT_BYTES).unwrap_or(usize::MAX);
+            Inlets::bounded(2 * window, usize::MAX)
+        } else {
+            Inlets::bounded(STREAM_BYTES_MAX, CONNECTION_BYTES_MAX)
+        }
+    }
+
+    fn bounded(stream_bytes_max: usize, connection_bytes_max: usize) -> Inlets {
+        Inlets(Arc::new(Shared { stream_bytes_max, connection_bytes_max, state: Mutex::default() }))
+    }
+
+    /// The queue of a new stream.
+    #[must_use]
+    pub fn inlet(&self) -> (Inlet, Outlet) {
+        let mut state = self.0.state();
+        let number = state.next;
+        state.next += 1;
+        let filled = Arc::new(Notify::new());
+        let queue = Queue {
+            frames: VecDeque::new(),
+            gathered: BytesMut::new(),
+            bytes: 0,
+            overflown: false,
+            closed: false,
+            filled: Arc::clone(&filled),
+        };
+        state.queues.insert(number, queue);
+        drop(state);
+        let inlet = Inlet { shared: Arc::clone(&self.0), number };
+        (inlet, Outlet { shared: Arc::clone(&self.0), number, filled })
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it is held; and if it did, each step leaves the state whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inlet {
+    /// Hands over what arrived. Never waits; what comes after the stream's end is lost.
+    pub fn deliver(&self, frame: Frame) {
+        let mut state = self.shared.state();
+        let State { bytes, queues, .. } = &mut *state;
+        let Some(queue) = queues.get_mut(&self.number).filter(|queue| !queue.overflown) else { return };
+        let cost = queue.push(frame);
+        queue.bytes += cost;
+        *bytes += cost;
+        let own_excess = queue.bytes > self.shared.stream_bytes_max;
+        queue.filled.notify_one();
+        if own_excess {
+            state.give_up(self.number);
+        } else if state.bytes > self.shared.connection_bytes_max {
+            let fattest = state.queues.iter().max_by_key(|(_, queue)| queue.bytes).map(|(number, _)| *number);
+            fattest.into_iter().for_each(|number| state.give_up(number));
+        }
+    }
+}
+
+impl State {
+    fn give_up(&mut self, number: u64) {
+        let Some(queue) = self.queues.get_mut(&number) else { return };
+        self.bytes -= queue.bytes;
+        queue.bytes = 0;
+        queue.frames = VecDeque::new();
+        queue.gathered = BytesMut::new();
+        queue.overflown = true;
+        queue.filled.notify_one();
+    }
+}
+
+impl Queue {
+    /// Returns what it costs.
+    fn push(&mut self, frame: Frame) -> usize {
+        match frame {
+            Frame::Data(payload) if payload.is_empty() => 0,
+            Frame::Data(payload) if payload.len() < SMALL_BYTES => {
+                if self.gathered.len() + payload.len() > GATHER_BYTES_MAX {
+                    self.flush();
+                }
+                self.gathered.extend_from_slice(&payload);
+                payload.len()
+            }
+            Frame::Data(payload) => {
+                self.flush();
+                let cost = payload.len();
+                self.frames.push_back(Frame::Data(payload));
+                cost
+            }
+            frame => {
+                self.flush();
+                self.frames.push_back(frame);
+                FRAME_COST
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        if !self.gathered.is_empty() {
+            let gathered = std::mem::take(&mut self.gathered).freeze();
+            self.frames.push_back(Frame::Data(gathered));
+        }
+    }
+
+    fn pop(&mut self) -> Option<Frame> {
+        if self.frames.is_empty() {
+            self.flush();
+        }
+        self.frames.pop_front()
+    }
+}
+
+impl Outlet {
+    /// What arrived next; nothing where the connection is lost and all that arrived was taken. Payload stays accounted for
+    /// until it is [released](Outlet::release). Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// [`Overflow`], from then on always.
+    pub(super) async fn next(&self) -> Result<Option<Frame>, Overflow> {
+        loop {
+            {
+                let mut state = self.shared.state();
+                let Some(queue) = state.queues.get_mut(&self.number) else { return Ok(None) };
+                if queue.overflown {
+                    return Err(Overflow);
+                }
+                if let Some(frame) = queue.pop() {
+                    if !matches!(frame, Frame::Data(_)) {
+                        queue.bytes -= FRAME_COST;
+                        state.bytes -= FRAME_COST;
+                    }
+                    return Ok(Some(frame));
+                }
+                if queue.closed {
+                    return Ok(None);
+                }
+            }
+            self.filled.notified().await;
+        }
+    }
+
+    /// So many bytes of payload were written.
+    pub(super) fn release(&self, bytes: usize) {
+        let mut state = self.shared.state();
+        let Some(queue) = state.queues.get_mut(&self.number) else { return };
+        let released = bytes.min(queue.bytes);
+        queue.bytes -= released;
+        state.bytes -= released;
+    }
+}
+
+impl Drop for Inlet {
+    fn drop(&mut self) {
+        if let Some(queue) = self.shared.state().queues.get_mut(&self.number) {
+            queue.closed = true;
+            queue.filled.notify_one();
+        }
+    }
+}
+
+impl Drop for Outlet {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        if let Some(queue) = state.queues.remove(&self.number) {
+            state.bytes -= queue.bytes;
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! WebSockets (RFC 6455). Nothing else of this crate knows the library that speaks it.
+//!
+//! No extension is offered or accepted, compression least of all: most of what is relayed is compressed already, and the
+//! rest is on the same machine. Pings are answered by reading; a peer's runtime drops a connection that says nothing for
+//! two minutes, and asks with a ping before it does.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt as _, StreamExt as _};
+use hyper::header::{
+    CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION,
+    UPGRADE,
+};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
+
+use super::message::MESSAGE_BYTES_MAX;
+
+/// Where the broker answers.
+pub const PATH: &str = "/portbroker";
+
+/// Messages gather until there are so many bytes, or no more messages: a system call a message would be most of the work.
+const WRITE_BYTES: usize = 128 * 1024;
+/// What may wait to be written, in bytes. A writer waits after each message that the socket did not take, so this only has
+/// room for one message of ours, the largest of which tells of 65535 listeners.
+const WRITE_BYTES_MAX: usize = 8 * 1024 * 1024;
+const READ_BYTES: usize = 128 * 1024;
+
+/// Why a WebSocket did not come to be, or is no more.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The peer answered the handshake with another status.
+    #[error("the peer answered {0} to the request for a WebSocket")]
+    Refused(u16),
+    /// What the peer sent breaks the protocol or a limit, or the connection broke.
+    #[error("the WebSocket failed")]
+    Broken(#[source] Arc<Error>),
+}
+
+impl From<Error> for WireError {
+    fn from(error: Error) -> WireError {
+        match error {
+            Error::Http(response) => WireError::Refused(response.status().as_u16()),
+            error => WireError::Broken(Arc::new(error)),
+        }
+    }
+}
+
+/// A WebSocket that is open.
+#[derive(Debug)]
+pub struct Socket(WebSocketStream<TcpStream>);
+
+/// What arrives.
+#[derive(Debug)]
+pub enum Incoming {
+    /// A text message.
+    Text(Text),
+    /// A binary message. It may be a part of a larger buffer, which it keeps.
+    Binary(Bytes),
+    /// The peer closes. Nothing follows.
+    Closed {
+        /// The code; 1005 where there was none (RFC 6455, 7.1.5), 1006 where the connection ended without a word.
+        code: u16,
+        /// The reason.
+        reason: String,
+    },
+}
+
+/// Text as it arrived.
+#[derive(Clone, Debug)]
+pub struct Text(Utf8Bytes);
+
+impl Text {
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+/// Dials the WebSocket of a broker over a connection that stands. There is no limit of time here.
+///
+/// # Errors
+/// [`WireError`]: the peer refuses or does not speak the protocol.
+pub async fn connect(stream: TcpStream, host: &str) -> Result<Socket, WireError> {
+    let request = format!("ws://{host}{PATH}").into_client_request()?;
+    let (socket, _) = tokio_tungstenite::client_async_with_config(request, stream, Some(config())).await?;
+    Ok(Socket(socket))
+}
+
+/// The headers of the answer (101) that turns a request into a WebSocket; nothing where the request asks for none
+/// (RFC 6455, 4.2.1).
+#[must_use]
+pub fn upgrade(request: &HeaderMap) -> Option<HeaderMap> {
+    let names = |header, wanted: &str| {
+        let tokens = request.get_all(header).into_iter().filter_map(|value| value.to_str().ok());
+        tokens.flat_map(|value| value.split(',')).any(|token| token.trim().eq_ignore_ascii_case(wanted))
+    };
+    let is_thirteen = request.get(SEC_WEBSOCKET_VERSION).is_some_and(|version| version == "13");
+    if !is_thirteen || !names(UPGRADE, "websocket") || !names(CONNECTION, "upgrade") {
+        return None;
+    }
+    let key = derive_accept_key(request.get(SEC_WEBSOCKET_KEY)?.as_bytes());
+    let mut answer = HeaderMap::new();
+    answer.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    answer.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    answer.insert(SEC_WEBSOCKET_ACCEPT, HeaderValue::from_str(&key).ok()?);
+    Some(answer)
+}
+
+/// The server's side of a WebSocket over a connection that was upgraded. It was served as `TokioIo<TcpStream>`.
+///
+/// # Errors
+/// It was served as something else.
+pub async fn accepted(upgraded: Upgraded) -> io::Result<Socket> {
+    let parts = upgraded
+        .downcast::<TokioIo<TcpStream>>()
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the connection is no TCP connection"))?;
+    let (stream, read) = (parts.io.into_inner(), parts.read_buf.to_vec());
+    Ok(Socket(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config())).await))
+}
+
+fn config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(READ_BYTES)
+        .write_buffer_size(WRITE_BYTES)
+        .max_write_buffer_size(WRITE_BYTES_MAX)
+        .max_message_size(Some(MESSAGE_BYTES_MAX))
+        .max_frame_size(Some(MESSAGE_BYTES_MAX))
+}
+
+impl Socket {
+    /// Its two directions. Pings are answered only while it is read.
+    #[must_use]
+    pub fn split(self) -> (Reader, Writer) {
+        let (sink, stream) = self.0.split();
+        (Reader(stream), Writer(sink))
+    }
+}
+
+/// What is read from a WebSocket.
+#[derive(Debug)]
+pub struct Reader(SplitStream<WebSocketStream<TcpStream>>);
+
+impl Reader {
+    /// The next message. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// [`WireError::Broken`], after which only `Closed` comes.
+    pub async fn next(&mut self) -> Result<Incoming, WireError> {
+        loop {
+            let closed = |code, reason: &str| Incoming::Closed { code, reason: reason.to_owned() };
+            return Ok(match self.0.next().await {
+                Some(Ok(Message::Text(text))) => Incoming::Text(Text(text)),
+                Some(Ok(Message::Binary(bytes))) => Incoming::Binary(bytes),
+                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
+                Some(Ok(Message::Close(None))) => closed(1005, ""),
+                Some(Ok(Message::Close(Some(frame)))) => closed(frame.code.into(), frame.reason.as_str()),
+                Some(Err(error)) => return Err(error.into()),
+                None => closed(1006, ""),
+            });
+        }
+    }
+}
+
+/// What is written to a WebSocket.
+#[derive(Debug)]
+pub struct Writer(SplitSink<WebSocketStream<TcpStream>, Message>);
+
+impl Writer {
+    /// Writes text, or keeps it until there is more or [`Writer::flush`]. Waits for room.
+    ///
+    /// # Errors
+    /// [`WireError::Broken`].
+    pub async fn text(&mut self, text: String) -> Result<(), WireError> {
+        Ok(self.0.feed(Message::Text(text.into())).await?)
+    }
+
+    /// Writes a binary message, or keeps it until there is more or [`Writer::flush`]. Waits for room.
+    ///
+    /// # Errors
+    /// [`WireError::Broken`].
+    pub async fn binary(&mut self, bytes: Bytes) -> Result<(), WireError> {
+        Ok(self.0.feed(Message::Binary(bytes)).await?)
+    }
+
+    /// Writes what was kept.
+    ///
+    /// # Errors
+    /// [`WireError::Broken`].
+    pub async fn flush(&mut self) -> Result<(), WireError> {
+        Ok(self.0.flush().await?)
+    }
+
+    /// Closes with a code and a reason (at most 123 bytes of it are sent: RFC 6455, 5.5). The peer's answer comes to the
+    /// [`Reader`].
+    ///
+    /// # Errors
+    /// [`WireError::Broken`].
+    pub async fn close(&mut self, code: u16, reason: &str) -> Result<(), WireError> {
+        let reason = &reason[..reason.floor_char_boundary(123)];
+        let frame = CloseFrame { code: CloseCode::from(code), reason: reason.into() };
+        Ok(self.0.send(Message::Close(Some(frame))).await?)
+    }
+}
