@@ -163,6 +163,12 @@ impl Channel {
         }
     }
 
+    /// Waits until there is something to receive, or the peer has gone, no longer than `timeout`, then
+    /// [`ChannelError::TimedOut`].
+    pub(crate) fn wait_readable(&self, timeout: Duration) -> Result<(), ChannelError> {
+        wait(self.as_fd(), PollFlags::IN, Instant::now() + timeout)
+    }
+
     /// Ends the channel in both directions for every holder of this end: a thread that waits on it wakes up.
     pub fn shutdown(&self) {
         // The only errors are that it has ended already.

@@ -1,8 +1,10 @@
-//! The side outside: starts an opener, collects what an upstream needs from it, and checks what it is handed.
+//! The side outside: starts an opener, or connects to an agent, collects what an upstream needs from it, and checks what it is handed.
 //!
 //! Whoever starts an upstream holds an [`Opener`] for as long as it takes to ask for the descriptors of
 //! [`Command::AddUpstream`](crate::command::Command::AddUpstream), and passes those to the engine. The process
 //! then lives by the engine's channels alone. The shards of the engine use [`ask`] and [`take`], which never wait.
+
+mod agent;
 
 use std::io;
 use std::net::SocketAddr;
@@ -83,17 +85,25 @@ pub enum OpenError {
     /// It answered with a reason.
     #[error("{0}")]
     Refused(Failure),
+    /// An agent could not be reached, or did not do as asked.
+    #[error("the agent at {}: {source}", socket.display())]
+    Agent {
+        /// Where it was looked for.
+        socket: PathBuf,
+        /// What was wrong.
+        source: Box<OpenError>,
+    },
     /// It did not answer in time.
-    #[error("the opener did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
+    #[error("the program inside did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
     Silent,
     /// It ended without an answer.
-    #[error("the opener ended without an answer")]
+    #[error("the program inside ended without an answer")]
     Ended,
     /// It answered something that was not asked.
-    #[error("the opener gave an answer that makes no sense: {0}")]
+    #[error("the program inside gave an answer that makes no sense: {0}")]
     Nonsense(String),
     /// The channel failed.
-    #[error("the opener cannot be talked to: {0}")]
+    #[error("the program inside cannot be talked to: {0}")]
     Channel(ChannelError),
 }
 
@@ -102,6 +112,7 @@ impl OpenError {
     pub fn kind(&self) -> Option<FailureKind> {
         match self {
             OpenError::Refused(failure) => Some(failure.kind),
+            OpenError::Agent { source, .. } => source.kind(),
             _ => None,
         }
     }
@@ -122,9 +133,9 @@ fn refused(kind: FailureKind, detail: String) -> OpenError {
     OpenError::Refused(Failure { kind, detail })
 }
 
-/// An opener that is inside, and the first channel to it.
+/// An opener or an agent that is inside, and the first channel to it.
 ///
-/// Dropping it closes that channel and nothing more: the process lives while another channel is open.
+/// Dropping it closes that channel and nothing more: an opener lives while another channel is open.
 #[derive(Debug)]
 pub struct Opener {
     channel: Channel,
@@ -282,7 +293,7 @@ fn reap(mut child: Child) -> io::Result<()> {
 #[derive(Debug, thiserror::Error)]
 pub enum StockError {
     /// The opener has ended.
-    #[error("the opener has ended, so the namespace can no longer be reached")]
+    #[error("the program inside has ended, so the namespace can no longer be reached")]
     Gone,
     /// Descriptors ran out, here or there.
     #[error("no more sockets: {0}")]
@@ -291,7 +302,7 @@ pub enum StockError {
     #[error("{0}")]
     Refused(Failure),
     /// What came is not what was asked for. Nothing that comes over this channel is to be believed any more.
-    #[error("the opener handed over something else than asked for: {0}")]
+    #[error("the program inside handed over something else than asked for: {0}")]
     Hostile(String),
 }
 

@@ -64,6 +64,9 @@ pub const CHANNELS_MAX: usize = 256;
 /// The hidden verb of the program by which it becomes an opener.
 pub const VERB: &str = "_opener";
 
+/// The name of an agent's socket in the directory that it shares with the host.
+pub const AGENT_SOCKET: &str = "agent.sock";
+
 /// What the descriptor beside [`Request::Enter`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -1,25 +1,28 @@
-//! The side inside: joins the namespace, then serves.
+//! The side inside: joins the namespace, then serves ([`main`]); or is inside already and serves whoever connects
+//! ([`agent`]).
 //!
-//! Joining changes the calling thread and nothing brings it back, so this runs in a process of its own, which ends
+//! Joining changes the calling thread and nothing brings it back, so an opener runs in a process of its own, which ends
 //! when anything goes wrong on the way in.
 
-use std::fs::File;
+mod agent;
+mod answer;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink, sockopt};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, ThreadNameSpaceType};
 
 use super::{ANSWER_BYTES_MAX, Answer, CHANNELS_MAX, Failure, FailureKind, Request, TargetKind};
 use crate::channel::{self, Channel, ChannelError};
-use crate::command::Family;
-use crate::limits::DESCRIPTORS_PER_MESSAGE_MAX;
 use crate::process::shed_capabilities;
 use crate::ring::netns_cookie;
+pub use agent::agent;
+use answer::{answer, failed};
 
 /// Why an opener ended before it served.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +36,9 @@ pub enum ServeError {
     /// It could not get in. This was also answered, so whoever asked tells the person.
     #[error("{0}")]
     Refused(Failure),
+    /// An agent was given something else than a socket to take connections from.
+    #[error("an agent needs a listening Unix socket of type SOCK_SEQPACKET")]
+    NotAListener,
     /// The channel or the kernel failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -78,12 +84,18 @@ fn enter(request: &Request, descriptors: Vec<OwnedFd>) -> Result<Answer, Failure
     }
     give_up_privilege()
         .map_err(|error| Failure::from_io("the opener could not give up its privileges", &error))?;
+    introduce()
+}
+
+/// Says where this thread is.
+fn introduce() -> Result<Answer, Failure> {
+    let (_, netns_inode) = own_netns()?;
     // Its family does not matter, and this one is in every kernel.
     let cookie = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
         .map_err(io::Error::from)
         .and_then(netns_cookie)
         .map_err(|error| Failure::from_io("the namespace has no cookie (Linux 5.14 is needed)", &error))?;
-    Ok(Answer::Entered { netns_inode: joined.1, netns_cookie: cookie })
+    Ok(Answer::Entered { netns_inode, netns_cookie: cookie })
 }
 
 /// Device and inode of the network namespace that this thread is in.
@@ -162,7 +174,7 @@ struct Served {
 
 /// Answers on every channel until none is left.
 fn serve(first: Channel) -> Result<(), ChannelError> {
-    let mut served = vec![Served { channel: first, owed: None, ended: false }];
+    let mut served = vec![Served::new(first)];
     while !served.is_empty() {
         let mut waits: Vec<PollFd<'_>> = served
             .iter()
@@ -179,9 +191,9 @@ fn serve(first: Channel) -> Result<(), ChannelError> {
         let mut room = CHANNELS_MAX.saturating_sub(served.len());
         let mut added = Vec::new();
         for (one, _) in served.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
-            if let Some(channel) = one.step(room > 0) {
+            if let Some(channel) = one.step(room > 0, answer) {
                 room -= 1;
-                added.push(Served { channel, owed: None, ended: false });
+                added.push(Served::new(channel));
             }
         }
         served.retain(|one| !one.ended);
@@ -191,8 +203,12 @@ fn serve(first: Channel) -> Result<(), ChannelError> {
 }
 
 impl Served {
+    fn new(channel: Channel) -> Served {
+        Served { channel, owed: None, ended: false }
+    }
+
     /// Sends what is owed, or else reads one request and answers it. A channel that was asked for comes back.
-    fn step(&mut self, room: bool) -> Option<Channel> {
+    fn step(&mut self, room: bool, answer: fn(&Request) -> (Answer, Vec<OwnedFd>)) -> Option<Channel> {
         let mut made = None;
         let owed = self.owed.take().or_else(|| {
             let received =
@@ -231,14 +247,9 @@ impl Served {
     }
 }
 
-fn failed(failure: Failure) -> (Answer, Vec<OwnedFd>) {
-    (Answer::Failed { failure }, Vec::new())
-}
-
 fn new_channel(room: bool, made: &mut Option<Channel>) -> (Answer, Vec<OwnedFd>) {
     if !room {
-        let text = format!("an opener serves no more than {CHANNELS_MAX} channels");
-        return failed(Failure::new(FailureKind::Exhausted, text));
+        return failed(Failure::new(FailureKind::Exhausted, "no more channels are served here"));
     }
     match Channel::pair() {
         Ok((ours, theirs)) => {
@@ -246,79 +257,5 @@ fn new_channel(room: bool, made: &mut Option<Channel>) -> (Answer, Vec<OwnedFd>)
             (Answer::Channel, vec![theirs.into()])
         }
         Err(error) => failed(Failure::from_io("no channel could be made", &error)),
-    }
-}
-
-fn answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
-    match request {
-        Request::Sockets { family, count, congestion } => sockets(*family, *count, congestion.as_deref()),
-        Request::ProcNet => proc_net(),
-        Request::SockDiag => sock_diag(),
-        Request::Dial { .. } => failed(Failure::new(
-            FailureKind::Other,
-            "an opener makes sockets and leaves connecting them to others",
-        )),
-        Request::Enter { .. } | Request::Introduce | Request::Channel => {
-            failed(Failure::new(FailureKind::Other, "this opener has entered a namespace already"))
-        }
-    }
-}
-
-fn sockets(family: Family, count: u16, congestion: Option<&str>) -> (Answer, Vec<OwnedFd>) {
-    if count == 0 || usize::from(count) > DESCRIPTORS_PER_MESSAGE_MAX {
-        let text =
-            format!("between 1 and {DESCRIPTORS_PER_MESSAGE_MAX} sockets can be asked for, not {count}");
-        return failed(Failure::new(FailureKind::Other, text));
-    }
-    let mut made = Vec::with_capacity(usize::from(count));
-    for done in 0..count {
-        match socket(family, congestion) {
-            Ok(socket) => made.push(socket),
-            Err(errno) => {
-                let error = Some(Failure::from_io("no more sockets could be made", &errno.into()));
-                return (Answer::Made { count: done, error }, made);
-            }
-        }
-    }
-    (Answer::Made { count, error: None }, made)
-}
-
-fn socket(family: Family, congestion: Option<&str>) -> Result<OwnedFd, Errno> {
-    let domain = match family {
-        Family::V4 => AddressFamily::INET,
-        Family::V6 => AddressFamily::INET6,
-    };
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket =
-        rustix::net::socket_with(domain, SocketType::STREAM, flags, Some(rustix::net::ipproto::TCP))?;
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    // An urgent byte that is not in line vanishes from the stream.
-    sockopt::set_socket_oobinline(&socket, true)?;
-    if let Some(name) = congestion {
-        // The namespace may not allow it (`net.ipv4.tcp_allowed_congestion_control`); its default then serves.
-        let _ = sockopt::set_tcp_congestion(&socket, name);
-    }
-    Ok(socket)
-}
-
-/// Each file is bound for ever to the namespace of the thread that opens it: this one's.
-fn proc_net() -> (Answer, Vec<OwnedFd>) {
-    let tcp = File::open("/proc/thread-self/net/tcp");
-    let tcp6 = File::open("/proc/thread-self/net/tcp6");
-    match (tcp, tcp6) {
-        (Err(error), Err(_)) => failed(Failure::from_io("/proc/net/tcp cannot be opened", &error)),
-        (tcp, tcp6) => {
-            let answer = Answer::ProcNet { tcp: tcp.is_ok(), tcp6: tcp6.is_ok() };
-            (answer, [tcp, tcp6].into_iter().flatten().map(OwnedFd::from).collect())
-        }
-    }
-}
-
-fn sock_diag() -> (Answer, Vec<OwnedFd>) {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let kind = SocketType::DGRAM;
-    match rustix::net::socket_with(AddressFamily::NETLINK, kind, flags, Some(netlink::SOCK_DIAG)) {
-        Ok(socket) => (Answer::SockDiag, vec![socket]),
-        Err(errno) => failed(Failure::from_io("no sock_diag socket could be made", &errno.into())),
     }
 }

@@ -1,0 +1,89 @@
+//! What is made inside on request: the same for an opener and for an agent.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink, sockopt};
+
+use crate::command::Family;
+use crate::limits::DESCRIPTORS_PER_MESSAGE_MAX;
+use crate::opener::{Answer, Failure, FailureKind, Request};
+
+pub(super) fn failed(failure: Failure) -> (Answer, Vec<OwnedFd>) {
+    (Answer::Failed { failure }, Vec::new())
+}
+
+pub(super) fn answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
+    match request {
+        Request::Sockets { family, count, congestion } => sockets(*family, *count, congestion.as_deref()),
+        Request::ProcNet => proc_net(),
+        Request::SockDiag => sock_diag(),
+        Request::Dial { .. } => failed(Failure::new(
+            FailureKind::Other,
+            "an opener makes sockets and leaves connecting them to others",
+        )),
+        Request::Enter { .. } | Request::Introduce | Request::Channel => {
+            failed(Failure::new(FailureKind::Other, "this opener has entered a namespace already"))
+        }
+    }
+}
+
+fn sockets(family: Family, count: u16, congestion: Option<&str>) -> (Answer, Vec<OwnedFd>) {
+    if count == 0 || usize::from(count) > DESCRIPTORS_PER_MESSAGE_MAX {
+        let text =
+            format!("between 1 and {DESCRIPTORS_PER_MESSAGE_MAX} sockets can be asked for, not {count}");
+        return failed(Failure::new(FailureKind::Other, text));
+    }
+    let mut made = Vec::with_capacity(usize::from(count));
+    for done in 0..count {
+        match socket(family, congestion) {
+            Ok(socket) => made.push(socket),
+            Err(errno) => {
+                let error = Some(Failure::from_io("no more sockets could be made", &errno.into()));
+                return (Answer::Made { count: done, error }, made);
+            }
+        }
+    }
+    (Answer::Made { count, error: None }, made)
+}
+
+fn socket(family: Family, congestion: Option<&str>) -> Result<OwnedFd, Errno> {
+    let domain = match family {
+        Family::V4 => AddressFamily::INET,
+        Family::V6 => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket =
+        rustix::net::socket_with(domain, SocketType::STREAM, flags, Some(rustix::net::ipproto::TCP))?;
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    // An urgent byte that is not in line vanishes from the stream.
+    sockopt::set_socket_oobinline(&socket, true)?;
+    if let Some(name) = congestion {
+        // The namespace may not allow it (`net.ipv4.tcp_allowed_congestion_control`); its default then serves.
+        let _ = sockopt::set_tcp_congestion(&socket, name);
+    }
+    Ok(socket)
+}
+
+/// Each file is bound for ever to the namespace of the thread that opens it: this one's.
+fn proc_net() -> (Answer, Vec<OwnedFd>) {
+    let tcp = File::open("/proc/thread-self/net/tcp");
+    let tcp6 = File::open("/proc/thread-self/net/tcp6");
+    match (tcp, tcp6) {
+        (Err(error), Err(_)) => failed(Failure::from_io("/proc/net/tcp cannot be opened", &error)),
+        (tcp, tcp6) => {
+            let answer = Answer::ProcNet { tcp: tcp.is_ok(), tcp6: tcp6.is_ok() };
+            (answer, [tcp, tcp6].into_iter().flatten().map(OwnedFd::from).collect())
+        }
+    }
+}
+
+fn sock_diag() -> (Answer, Vec<OwnedFd>) {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let kind = SocketType::DGRAM;
+    match rustix::net::socket_with(AddressFamily::NETLINK, kind, flags, Some(netlink::SOCK_DIAG)) {
+        Ok(socket) => (Answer::SockDiag, vec![socket]),
+        Err(errno) => failed(Failure::from_io("no sock_diag socket could be made", &errno.into())),
+    }
+}
