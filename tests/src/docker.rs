@@ -29,6 +29,8 @@ struct Container {
     running: bool,
     pid: u32,
     image: String,
+    /// Where port 8973 is published on the host.
+    published: Option<u16>,
 }
 
 #[derive(Debug)]
@@ -121,8 +123,17 @@ impl FakeDocker {
             // Nobody is there: what looks for its namespace finds none.
             pid: 0,
             image: format!("image-of-{name}"),
+            published: None,
         };
         state.containers.insert(name.to_owned(), container);
+    }
+
+    /// Publishes a container's port 8973 on a port of the host, or no longer.
+    ///
+    /// # Panics
+    /// When there is no such container.
+    pub fn publish(&self, name: &str, port: Option<u16>) {
+        self.state().containers.get_mut(name).unwrap().published = port;
     }
 
     /// Forgets a container, without an event when `quietly`.
@@ -300,6 +311,12 @@ impl FakeDocker {
     fn inspect(&self, wanted: &str) -> Reply {
         let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
         let container = self.state().containers[&name].clone();
+        let ports = match container.published {
+            // Docker tells both families, and the first one is not always IPv4.
+            Some(port) => json!({"8973/tcp": [{"HostIp": "::1", "HostPort": "1"},
+                {"HostIp": "127.0.0.1", "HostPort": port.to_string()}]}),
+            None => json!({}),
+        };
         Reply::Json(
             200,
             json!({
@@ -307,7 +324,7 @@ impl FakeDocker {
                 "State": {"Running": container.running, "Pid": container.pid, "StartedAt": "2026-01-01T00:00:00Z",
                     "Status": if container.running { "running" } else { "exited" }},
                 "Config": {"Image": container.image, "Env": [], "Cmd": ["sleep"]},
-                "HostConfig": {"NetworkMode": "bridge", "AutoRemove": false}, "NetworkSettings": {"Networks": {}},
+                "HostConfig": {"NetworkMode": "bridge", "AutoRemove": false}, "NetworkSettings": {"Networks": {}, "Ports": ports},
             }),
         )
     }

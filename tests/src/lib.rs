@@ -11,6 +11,7 @@
     reason = "a harness of tests: what surprises it fails the test"
 )]
 
+pub mod broker;
 pub mod case;
 mod daemon;
 mod docker;
@@ -32,7 +33,8 @@ pub use namespace::Namespace;
 pub use relay::{Driver, Forward, Relay};
 pub use stream::{Checker, Pattern, Rng};
 pub use tcp::{
-    End, Server, connect, connect_from, finish, read_exactly, read_some, read_to_end, reset, send_all,
+    End, Server, connect, connect_from, finish, read_exactly, read_some, read_these, read_to_end, reset,
+    send_all,
 };
 pub use traffic::{Conversation, Flood, answer, visit};
 pub use wait::{PATIENCE, wait_until};

@@ -65,6 +65,14 @@ impl Namespace {
         Target::Path(self.file.try_clone().unwrap())
     }
 
+    /// The same namespace once more, for another thread.
+    ///
+    /// # Panics
+    /// When no descriptor is left.
+    pub fn again(&self) -> Namespace {
+        Namespace { file: self.file.try_clone().unwrap() }
+    }
+
     /// A path by which other programs enter it, as long as this lives.
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())

@@ -219,6 +219,17 @@ pub fn read_exactly(stream: &TcpStream, checker: &mut Checker, count: u64) {
     }
 }
 
+/// Reads exactly these bytes.
+///
+/// # Panics
+/// When others come, or none.
+#[track_caller]
+pub fn read_these(mut stream: &TcpStream, wanted: &[u8]) {
+    let mut bytes = vec![0; wanted.len()];
+    stream.read_exact(&mut bytes).unwrap_or_else(|error| panic!("{error} instead of {} bytes", wanted.len()));
+    assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(wanted));
+}
+
 /// Reads to the end, checks each byte, and tells how it ended.
 ///
 /// # Panics

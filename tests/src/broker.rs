@@ -1,0 +1,113 @@
+//! Peers of the port broker that know nothing but its wire: a scripted container for our daemon, a scripted daemon for our
+//! agent, and the agent itself in a namespace.
+//!
+//! A case drives its peer from its own thread: it says one message, it waits for one. What comes meanwhile is kept in its
+//! order, so that a case can ask for what it is about and look at the rest later. Whoever is not read from is not read
+//! from: a peer that a case leaves alone is a peer that stalls.
+
+mod agent;
+mod container;
+mod host;
+mod peer;
+mod published;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+pub use agent::Agent;
+pub use container::{Container, forward_events};
+pub use host::{HOST_HEADER, dial, try_dial, welcome, welcome_with};
+pub use peer::{Heard, Peer, Speaker};
+pub use published::Published;
+
+/// The port of the container's own server (wire specification, A.0.1).
+pub const CONTAINER_PORT: u16 = 8973;
+
+/// Where the container answers.
+pub const PATH: &str = "/portbroker";
+
+/// `broker-hello`, as a peer of the reference says it.
+pub fn hello(token: &str) -> Value {
+    json!({"type": "broker-hello", "token": token})
+}
+
+/// `relay-open`
+pub fn open(stream: i64, port: u16) -> Value {
+    json!({"type": "relay-open", "streamId": stream, "port": port})
+}
+
+/// `relay-open-ack`
+pub fn ack(stream: i64) -> Value {
+    json!({"type": "relay-open-ack", "streamId": stream})
+}
+
+/// `relay-open-nack`
+pub fn nack(stream: i64, reason: &str) -> Value {
+    json!({"type": "relay-open-nack", "streamId": stream, "reason": reason})
+}
+
+/// `relay-data`
+pub fn data(stream: i64, bytes: &[u8]) -> Value {
+    json!({"type": "relay-data", "streamId": stream, "bytes": STANDARD.encode(bytes)})
+}
+
+/// `relay-close` as the daemon says it.
+pub fn close_downstream(stream: i64) -> Value {
+    json!({"type": "relay-close", "streamId": stream, "side": "downstream"})
+}
+
+/// `relay-close` as the container says it.
+pub fn close_upstream(stream: i64) -> Value {
+    json!({"type": "relay-close", "streamId": stream, "side": "upstream"})
+}
+
+/// `port-listen-snapshot` of ports on every address.
+pub fn snapshot(ports: &[u16]) -> Value {
+    let ports: Vec<Value> = ports.iter().map(|port| json!({"port": port, "bindAddr": "0.0.0.0"})).collect();
+    json!({"type": "port-listen-snapshot", "ports": ports})
+}
+
+/// `port-listen-opened` on the loopback.
+pub fn opened(port: u16) -> Value {
+    json!({"type": "port-listen-opened", "port": port, "bindAddr": "127.0.0.1"})
+}
+
+/// `port-listen-closed`
+pub fn closed(port: u16) -> Value {
+    json!({"type": "port-listen-closed", "port": port})
+}
+
+/// `port-forward-request`, without a reason.
+pub fn request(target: u16, candidates: &[u16]) -> Value {
+    json!({"type": "port-forward-request", "targetPort": target, "hostCandidates": candidates})
+}
+
+/// `port-forward-result` of a port that is forwarded.
+pub fn forwarded(port: u16, host: u16) -> Value {
+    json!({"type": "port-forward-result", "port": port, "ok": true, "hostPort": host})
+}
+
+/// `port-forward-result` of a port that is not.
+pub fn not_forwarded(port: u16, reason: &str) -> Value {
+    json!({"type": "port-forward-result", "port": port, "ok": false, "reason": reason})
+}
+
+/// The payload of a `relay-data`.
+///
+/// # Panics
+/// When it is not standard base64 with its padding.
+#[track_caller]
+pub fn payload(message: &Value) -> Vec<u8> {
+    let text = message["bytes"].as_str().unwrap_or_else(|| panic!("no bytes: {message}"));
+    STANDARD.decode(text).unwrap_or_else(|error| panic!("{error}: {message}"))
+}
+
+/// The stream that a message is about.
+///
+/// # Panics
+/// When it names none.
+#[track_caller]
+pub fn stream(message: &Value) -> i64 {
+    message["streamId"].as_i64().unwrap_or_else(|| panic!("no stream: {message}"))
+}

@@ -1,0 +1,382 @@
+//! One end of a WebSocket, in a case's hands.
+
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tungstenite::protocol::frame::coding::CloseCode;
+use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tungstenite::{Error, Message, WebSocket};
+
+use super::{payload, stream};
+use crate::PATIENCE;
+
+/// What came from the other side.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Heard {
+    /// A text frame with JSON in it.
+    Message(Value),
+    /// A binary frame.
+    Binary(Vec<u8>),
+    /// It closed the WebSocket, with this code and reason.
+    Closed(Option<u16>, String),
+    /// The connection ended without a close.
+    Lost,
+}
+
+/// The connection under both ends of a [`Peer`]. What one of them writes goes out whole, so frames do not mix.
+#[derive(Debug)]
+pub(super) struct Carrier {
+    stream: TcpStream,
+    writing: Arc<Mutex<()>>,
+}
+
+impl Carrier {
+    pub(super) fn new(stream: TcpStream) -> Carrier {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Carrier { stream, writing: Arc::default() }
+    }
+
+    fn share(&self) -> Carrier {
+        Carrier { stream: self.stream.try_clone().unwrap(), writing: Arc::clone(&self.writing) }
+    }
+}
+
+impl Read for Carrier {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        crate::read_some(&self.stream, buffer)
+    }
+}
+
+impl Write for Carrier {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        let _alone = self.writing.lock().unwrap();
+        (&self.stream).write_all(buffer)?;
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// An end of a WebSocket that speaks and listens.
+#[derive(Debug)]
+pub struct Peer {
+    socket: WebSocket<Carrier>,
+    role: Role,
+    /// What came while something else was waited for.
+    kept: VecDeque<Heard>,
+}
+
+/// The part of a [`Peer`] that only speaks, for another thread.
+#[derive(Debug)]
+pub struct Speaker {
+    socket: WebSocket<Carrier>,
+}
+
+/// Limits far above what any case sends, so that a peer can be as rude as it wants.
+pub(super) fn generous() -> WebSocketConfig {
+    WebSocketConfig::default().max_message_size(None).max_frame_size(None)
+}
+
+impl Peer {
+    pub(super) fn new(socket: WebSocket<Carrier>, role: Role) -> Peer {
+        Peer { socket, role, kept: VecDeque::new() }
+    }
+
+    /// Says a message.
+    ///
+    /// # Panics
+    /// When the other side does not take it.
+    #[track_caller]
+    pub fn say(&mut self, message: &Value) {
+        self.try_say(message).unwrap_or_else(|error| panic!("{error} at {message}"));
+    }
+
+    /// Says a message if the other side takes it.
+    ///
+    /// # Errors
+    /// What became of the connection.
+    pub fn try_say(&mut self, message: &Value) -> Result<(), Error> {
+        self.socket.send(Message::text(message.to_string()))
+    }
+
+    /// Sends any text in a text frame.
+    ///
+    /// # Panics
+    /// When the other side does not take it.
+    #[track_caller]
+    pub fn send_text(&mut self, text: &str) {
+        self.socket.send(Message::text(text)).unwrap();
+    }
+
+    /// Sends a binary frame.
+    ///
+    /// # Panics
+    /// When the other side does not take it.
+    #[track_caller]
+    pub fn send_binary(&mut self, bytes: &[u8]) {
+        self.socket.send(Message::binary(bytes.to_vec())).unwrap();
+    }
+
+    /// Asks for a sign of life, and waits for it.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[track_caller]
+    pub fn ping(&mut self) {
+        self.socket.send(Message::Ping("are you there".into())).unwrap();
+        loop {
+            match self.socket.read() {
+                Ok(Message::Pong(_)) => return,
+                Ok(message) => self.keep(message),
+                Err(error) => panic!("no pong: {error}; kept: {:?}", self.kept),
+            }
+        }
+    }
+
+    fn keep(&mut self, message: Message) {
+        let heard = heard(message);
+        self.kept.extend(heard);
+    }
+
+    /// What came next, in order.
+    ///
+    /// # Panics
+    /// When nothing comes.
+    #[track_caller]
+    pub fn anything(&mut self) -> Heard {
+        match self.kept.pop_front() {
+            Some(heard) => heard,
+            None => self.listen(),
+        }
+    }
+
+    /// What comes next from the connection, whatever is kept.
+    #[track_caller]
+    fn listen(&mut self) -> Heard {
+        loop {
+            match self.socket.read() {
+                Ok(message) => {
+                    if let Some(heard) = heard(message) {
+                        return heard;
+                    }
+                }
+                Err(Error::Io(error)) if is_timeout(error.kind()) => {
+                    panic!("nothing came for {PATIENCE:?}; kept: {:?}", self.kept)
+                }
+                Err(_) => return Heard::Lost,
+            }
+        }
+    }
+
+    /// The next message, in order.
+    ///
+    /// # Panics
+    /// When something else comes, or nothing.
+    #[track_caller]
+    pub fn message(&mut self) -> Value {
+        match self.anything() {
+            Heard::Message(message) => message,
+            other => panic!("{other:?} instead of a message"),
+        }
+    }
+
+    /// The first thing for which `wanted` holds; what comes before it is kept.
+    ///
+    /// # Panics
+    /// When it does not come.
+    #[track_caller]
+    pub fn find(&mut self, what: &str, wanted: impl Fn(&Heard) -> bool) -> Heard {
+        if let Some(at) = self.kept.iter().position(&wanted) {
+            return self.kept.remove(at).unwrap();
+        }
+        let start = Instant::now();
+        loop {
+            assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; kept: {:?}", self.kept);
+            match self.listen() {
+                heard if wanted(&heard) => return heard,
+                over @ (Heard::Closed(..) | Heard::Lost) => {
+                    panic!("{over:?} instead of {what}; kept: {:?}", self.kept)
+                }
+                heard => self.kept.push_back(heard),
+            }
+        }
+    }
+
+    /// The first message of this type.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[track_caller]
+    pub fn hear(&mut self, kind: &str) -> Value {
+        let wanted = |heard: &Heard| matches!(heard, Heard::Message(message) if message["type"] == kind);
+        match self.find(kind, wanted) {
+            Heard::Message(message) => message,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Waits for exactly this message.
+    ///
+    /// # Panics
+    /// When it does not come.
+    #[track_caller]
+    pub fn hear_that(&mut self, message: &Value) {
+        self.find(&message.to_string(), |heard| matches!(heard, Heard::Message(came) if came == message));
+    }
+
+    /// So many bytes of a stream at least, in text frames.
+    ///
+    /// # Panics
+    /// When they do not come.
+    #[track_caller]
+    pub fn hear_data(&mut self, id: i64, count: usize) -> Vec<u8> {
+        let mut all = Vec::new();
+        while all.len() < count {
+            let wanted = |heard: &Heard| matches!(heard, Heard::Message(message) if message["type"] == "relay-data" && stream(message) == id);
+            let Heard::Message(message) = self.find("relay-data", wanted) else { unreachable!() };
+            all.extend(payload(&message));
+        }
+        all
+    }
+
+    /// How many messages of this type came and were not asked for.
+    pub fn kept(&self, kind: &str) -> usize {
+        let wanted = |heard: &&Heard| matches!(heard, Heard::Message(message) if message["type"] == kind);
+        self.kept.iter().filter(wanted).count()
+    }
+
+    /// Reads and forgets whatever comes, until `over`, which is asked again and again.
+    ///
+    /// # Panics
+    /// When the connection ends.
+    #[track_caller]
+    pub fn drop_all_until(&mut self, mut over: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !over() {
+            assert!(start.elapsed() < 3 * PATIENCE, "it is not over");
+            self.kept.clear();
+            // Until nothing comes for a moment, or long enough to ask again.
+            let until = Instant::now() + Duration::from_millis(50);
+            while Instant::now() < until && !self.is_silent_for(Duration::from_millis(5)) {
+                let lost = matches!(self.kept.pop_front(), Some(Heard::Lost | Heard::Closed(..)));
+                assert!(!lost, "the connection has ended");
+            }
+        }
+    }
+
+    /// Forgets what came and was not asked for.
+    pub fn forget(&mut self) {
+        self.kept.clear();
+    }
+
+    /// Whether nothing comes for so long. What comes is kept.
+    ///
+    /// # Panics
+    /// When the connection cannot be asked.
+    pub fn is_silent_for(&mut self, time: Duration) -> bool {
+        if !self.kept.is_empty() {
+            return false;
+        }
+        self.socket.get_ref().stream.set_read_timeout(Some(time)).unwrap();
+        let came = loop {
+            match self.socket.read() {
+                Ok(message) => {
+                    if let Some(heard) = heard(message) {
+                        break Some(heard);
+                    }
+                }
+                Err(Error::Io(error)) if is_timeout(error.kind()) => break None,
+                Err(_) => break Some(Heard::Lost),
+            }
+        };
+        self.socket.get_ref().stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let silent = came.is_none();
+        self.kept.extend(came);
+        silent
+    }
+
+    /// How the other side ends the connection: what it says before is dropped.
+    ///
+    /// # Panics
+    /// When it does not end it.
+    #[track_caller]
+    pub fn ending(&mut self) -> Heard {
+        let start = Instant::now();
+        loop {
+            assert!(start.elapsed() < PATIENCE, "the connection does not end");
+            if let over @ (Heard::Closed(..) | Heard::Lost) = self.anything() {
+                return over;
+            }
+        }
+    }
+
+    /// Closes the WebSocket in order.
+    ///
+    /// # Panics
+    /// When it is broken.
+    pub fn close(&mut self, code: u16, reason: &str) {
+        let frame = CloseFrame { code: CloseCode::from(code), reason: reason.to_owned().into() };
+        self.socket.close(Some(frame)).unwrap();
+        let _ = self.socket.flush();
+    }
+
+    /// Ends the connection without a close.
+    pub fn hang_up(self) {
+        // It may have been ended from the other side.
+        let _ = self.socket.get_ref().stream.shutdown(Shutdown::Both);
+    }
+
+    /// A second one who speaks, for another thread.
+    ///
+    /// # Panics
+    /// When no descriptor is left.
+    pub fn speaker(&self) -> Speaker {
+        let carrier = self.socket.get_ref().share();
+        Speaker { socket: WebSocket::from_raw_socket(carrier, self.role, Some(generous())) }
+    }
+}
+
+impl Speaker {
+    /// Says a message if the other side takes it.
+    ///
+    /// # Errors
+    /// What became of the connection.
+    pub fn try_say(&mut self, message: &Value) -> Result<(), Error> {
+        self.socket.send(Message::text(message.to_string()))
+    }
+
+    /// Sends bytes below the WebSocket, whatever they mean.
+    ///
+    /// # Errors
+    /// Those of `write(2)`.
+    pub fn try_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.socket.get_mut().write_all(bytes)
+    }
+}
+
+fn heard(message: Message) -> Option<Heard> {
+    match message {
+        Message::Text(text) => {
+            let value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+            Some(Heard::Message(value))
+        }
+        Message::Binary(bytes) => Some(Heard::Binary(bytes.to_vec())),
+        Message::Close(frame) => Some(match frame {
+            Some(frame) => Heard::Closed(Some(frame.code.into()), frame.reason.to_string()),
+            None => Heard::Closed(None, String::new()),
+        }),
+        Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => None,
+    }
+}
+
+fn is_timeout(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
