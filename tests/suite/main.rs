@@ -17,6 +17,11 @@ mod listeners;
 mod observe;
 mod parity;
 mod pool;
+mod portbroker_container;
+mod portbroker_host;
+mod portbroker_inside;
+mod portbroker_reserved;
+mod portbroker_wire;
 mod reach;
 mod refusal;
 mod registrations;
@@ -58,6 +63,11 @@ fn main() -> std::process::ExitCode {
             restart::CASES,
             jobs::CASES,
             walk::CASES,
+            portbroker_container::CASES,
+            portbroker_inside::CASES,
+            portbroker_host::CASES,
+            portbroker_reserved::CASES,
+            portbroker_wire::CASES,
             ensure::CASES,
             tidy::CASES,
             upgrade::CASES,

@@ -1,0 +1,529 @@
+//! What the daemon's side of the port broker makes of a container that is slow, confused or hostile: the repairs of A.3.6
+//! of the wire specification, and claims 23 and 24 on this channel.
+
+use std::io::{ErrorKind, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use landfall_tests::broker::{
+    Container, Peer, ack, close_downstream, close_upstream, closed, data, forwarded, nack, not_forwarded,
+    opened, payload, request, snapshot, stream,
+};
+use landfall_tests::case::Case;
+use landfall_tests::process::{descendants, resident_bytes_of};
+use landfall_tests::rpc::{ask, http_port, names};
+use landfall_tests::{
+    Checker, End, Home, Pattern, http, note, read_these, read_to_end, send_all, wait_until,
+};
+use serde_json::{Value, json};
+
+use crate::portbroker_host::{NAME, Scene, TOKEN};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("portbroker_what_means_nothing_is_ignored", nonsense_is_ignored),
+    Case::once("portbroker_an_ack_of_an_unknown_stream_is_answered_with_a_close", unknown_ack),
+    Case::once("portbroker_streams_that_the_container_invents_reach_nobody", invented_streams),
+    Case::once("portbroker_data_before_the_ack_is_kept", data_before_ack),
+    Case::once("portbroker_pieces_are_small_and_nothing_is_lost", pieces_are_small),
+    Case::once("portbroker_a_slow_client_gets_every_byte", slow_client),
+    Case::once("portbroker_a_client_that_never_reads_costs_a_bounded_amount", client_never_reads),
+    Case::once("portbroker_a_container_that_takes_nothing_holds_its_clients", container_takes_nothing),
+    Case::once("portbroker_a_large_stream_leaves_room_for_small_ones", fair),
+    Case::once("c23_a_container_acts_only_for_itself_over_its_broker", only_for_itself),
+    Case::once("c23_a_container_gets_no_more_ports_than_its_quota", quota),
+    Case::once("c24_a_broker_token_appears_nowhere", token_appears_nowhere),
+    Case::once("c24_a_container_that_floods_holds_up_nobody", flood_holds_up_nobody),
+    Case::once("c24_giant_messages_end_the_connection_and_nothing_else", giant_messages),
+    Case::once("c24_peers_that_are_no_broker_are_let_go_of", no_broker),
+];
+
+/// How long an answer may take while somebody makes trouble.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// Asks for the list, and gives how long that took.
+#[track_caller]
+fn lists_at_once(home: &Home) -> Duration {
+    let begun = Instant::now();
+    assert!(!names(home).is_empty());
+    let took = begun.elapsed();
+    assert!(took < AT_ONCE, "list took {took:?}");
+    took
+}
+
+/// The connection works: a port that is announced is forwarded and relayed.
+#[track_caller]
+fn works(scene: &mut Scene<'_>, port: u16) {
+    scene.peer.say(&opened(port));
+    scene.peer.hear_that(&forwarded(port, port));
+    let (mut client, id) = scene.connected(port);
+    client.write_all(b"ping").unwrap();
+    assert_eq!(scene.peer.hear_data(id, 4), b"ping");
+    scene.peer.say(&data(id, b"pong"));
+    read_these(&client, b"pong");
+}
+
+fn nonsense_is_ignored() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let (client, id) = scene.connected(5173);
+    for text in
+        ["", "nonsense", "{", "[]", "null", "7", "\"relay-data\"", "{}", "{\"type\":7}", "{\"type\":\"\"}"]
+    {
+        scene.peer.send_text(text);
+    }
+    let deep = "[".repeat(100_000);
+    scene.peer.send_text(&deep);
+    scene.peer.send_text(&format!("{{\"type\":\"relay-data\",\"streamId\":{id},\"x\":{deep}"));
+    for message in [
+        json!({"type": "future-thing", "streamId": id}),
+        json!({"type": "relay-data"}),
+        json!({"type": "relay-data", "streamId": id}),
+        json!({"type": "relay-data", "streamId": id, "bytes": 7}),
+        json!({"type": "relay-data", "streamId": "x", "bytes": "AAAA"}),
+        json!({"type": "relay-close"}),
+        json!({"type": "relay-open", "streamId": id, "port": 1}),
+        json!({"type": "broker-hello", "token": TOKEN}),
+        json!({"type": "broker-hello-ack"}),
+        json!({"type": "broker-hello-ack", "extensions": ["binary", "credit"]}),
+        json!({"type": "port-listen-snapshot"}),
+        json!({"type": "port-listen-snapshot", "ports": "all"}),
+        json!({"type": "port-listen-opened", "port": "3000", "bindAddr": "127.0.0.1"}),
+        json!({"type": "port-listen-opened", "port": 0, "bindAddr": "127.0.0.1"}),
+        json!({"type": "port-listen-opened", "port": 65_536, "bindAddr": "127.0.0.1"}),
+        json!({"type": "port-listen-closed"}),
+        json!({"type": "port-listen-closed", "port": 9}),
+        json!({"type": "port-forward-request", "targetPort": 4848}),
+        json!({"type": "relay-credit", "streamId": id, "bytes": 4_294_967_295_u32}),
+        json!({"type": "relay-eof", "streamId": id}),
+        json!({"type": "relay-reset", "streamId": id}),
+    ] {
+        scene.peer.say(&message);
+    }
+    // No extension is in use, so a binary frame means nothing either.
+    scene.peer.send_binary(&[1, 0, 0, 0, 1, 66, 66, 66]);
+    scene.peer.send_binary(&[]);
+    // A piece whose base64 is broken must not become other bytes; whether its stream lives on is not laid down.
+    scene.peer.say(&data(id, b"fine"));
+    read_these(&client, b"fine");
+    // Fields nobody knows are no reason to ignore a message.
+    scene.peer.say(&json!({"type": "port-listen-opened", "port": 3000, "bindAddr": "0.0.0.0", "pid": 7, "extra": {"x": []}}));
+    scene.peer.hear_that(&forwarded(3000, 3000));
+    works(&mut scene, 3001);
+}
+
+fn unknown_ack() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    for id in [7, -1, 2_147_483_648] {
+        scene.peer.say(&ack(id));
+        assert_eq!(
+            scene.peer.hear("relay-close"),
+            close_downstream(id),
+            "it would stay open in the container"
+        );
+    }
+    works(&mut scene, 3000);
+}
+
+fn invented_streams() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let (client, id) = scene.connected(5173);
+    for other in [id + 1, 0, -1, i64::from(u32::MAX) + id, i64::MAX] {
+        scene.peer.say(&data(other, b"strange"));
+        scene.peer.say(&close_upstream(other));
+        scene.peer.say(&nack(other, "strange"));
+    }
+    scene.peer.say(&data(id, b"own"));
+    read_these(&client, b"own");
+    works(&mut scene, 3000);
+}
+
+fn data_before_ack() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let (client, id) = scene.client(5173);
+    scene.peer.say(&data(id, b"early, "));
+    scene.peer.say(&ack(id));
+    scene.peer.say(&data(id, b"and late"));
+    read_these(&client, b"early, and late");
+}
+
+fn pieces_are_small() {
+    const COUNT: u64 = 4 << 20;
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let (client, id) = scene.connected(5173);
+    let sending = std::thread::spawn(move || {
+        send_all(&client, Pattern::new(1), COUNT);
+        client
+    });
+    let mut checker = Pattern::new(1).checker();
+    while checker.position() < COUNT {
+        let message = scene.peer.hear("relay-data");
+        let bytes = payload(&message);
+        assert!(stream(&message) == id && bytes.len() <= 65_536, "{} bytes in one message", bytes.len());
+        checker.check(&bytes);
+    }
+    drop(sending.join().unwrap());
+    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
+}
+
+/// Says a pattern on a stream from one byte to another, in pieces of 64 KiB.
+fn say_pattern(peer: &mut Peer, id: i64, pattern: Pattern, from: u64, until: u64) {
+    let mut block = vec![0; 65_536];
+    let mut position = from;
+    while position < until {
+        let count = usize::try_from((until - position).min(65_536)).unwrap();
+        pattern.fill(position, &mut block[..count]);
+        peer.say(&data(id, &block[..count]));
+        position += count as u64;
+    }
+}
+
+/// Partial writes to the client are queued and not forgotten; a close waits for what is queued.
+fn slow_client() {
+    // Below any cap that A.3.6 suggests, and above any socket's buffers.
+    const COUNT: u64 = 12 << 20;
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let (client, id) = scene.connected(5173);
+    say_pattern(&mut scene.peer, id, Pattern::new(1), 0, COUNT);
+    scene.peer.say(&close_upstream(id));
+    // All of it has been taken by now, and the client has read nothing.
+    works(&mut scene, 3000);
+    let mut checker = Pattern::new(1).checker();
+    assert_eq!(read_to_end(&client, &mut checker), End::Eof);
+    assert_eq!(checker.position(), COUNT);
+}
+
+fn client_never_reads() {
+    const EACH: u64 = 96 << 20;
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let before = resident_bytes_of(scene.daemon.pid());
+    let (client, id) = scene.connected(5173);
+    let (other, kept) = scene.connected(5173);
+    let mut speaker = scene.peer.speaker();
+    let flood = std::thread::spawn(move || {
+        let block = data(id, &[7; 65_536]);
+        for _ in 0..EACH / 65_536 {
+            speaker.try_say(&block).unwrap();
+        }
+    });
+    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id), "a stream over its cap is closed");
+    flood.join().unwrap();
+    // What the client had been given it may still read; then the end.
+    let mut bytes = 0_u64;
+    let mut buffer = vec![0; 1 << 20];
+    while let Ok(count @ 1..) = landfall_tests::read_some(&client, &mut buffer) {
+        bytes += count as u64;
+    }
+    assert!(bytes < EACH, "nothing was dropped of {bytes} bytes");
+    scene.peer.say(&data(kept, b"alive"));
+    read_these(&other, b"alive");
+    lists_at_once(&home);
+    let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
+    assert!(grown < 128, "{grown} MiB for one client that does not read");
+    works(&mut scene, 3000);
+}
+
+fn container_takes_nothing() {
+    const CLIENTS: usize = 30;
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let before = resident_bytes_of(scene.daemon.pid());
+    let clients: Vec<(TcpStream, i64)> = (0..CLIENTS).map(|_| scene.connected(5173)).collect();
+    // From here on nobody reads what the daemon says.
+    let sent: Vec<u64> = clients.iter().map(|(client, _)| fill_pattern(client)).collect();
+    lists_at_once(&home);
+    let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
+    // 8 MiB for a connection by A.3.6, base64 and what is on its way included.
+    assert!(grown < 64, "{grown} MiB for {CLIENTS} clients of a container that takes nothing");
+    // It takes everything again, and nothing was lost or mixed.
+    let mut left: Vec<(i64, Checker, u64)> =
+        clients.iter().zip(&sent).map(|((_, id), sent)| (*id, Pattern::new(5).checker(), *sent)).collect();
+    while left.iter().any(|(_, checker, sent)| checker.position() < *sent) {
+        let message = scene.peer.hear("relay-data");
+        let entry = left.iter_mut().find(|(id, ..)| *id == stream(&message)).unwrap();
+        entry.1.check(&payload(&message));
+    }
+    note!("{CLIENTS} clients held: {} KiB sent, {grown} MiB in the daemon", sent.iter().sum::<u64>() >> 10);
+}
+
+/// Writes a pattern until nothing is taken any more; gives how much was.
+fn fill_pattern(mut client: &TcpStream) -> u64 {
+    client.set_nonblocking(true).unwrap();
+    let (mut block, mut sent, mut refused) = (vec![0; 65_536], 0, 0);
+    wait_until("the way to be full", || {
+        Pattern::new(5).fill(sent, &mut block);
+        match client.write(&block) {
+            Ok(count) => (sent, refused) = (sent + count as u64, 0),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => refused += 1,
+            Err(error) => panic!("{error} after {sent} bytes"),
+        }
+        if refused >= 20 { Ok(()) } else { Err(sent) }
+    });
+    client.set_nonblocking(false).unwrap();
+    sent
+}
+
+/// One client that never stops sending; others ask small things meanwhile and are answered while it runs.
+fn fair() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let (mut large, large_id) = scene.connected(5173);
+    let (mut small, small_id) = scene.connected(5173);
+    let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let ended = std::sync::Arc::clone(&over);
+    let flood = std::thread::spawn(move || {
+        let block = vec![7; 256 * 1024];
+        while !ended.load(std::sync::atomic::Ordering::Relaxed) && large.write_all(&block).is_ok() {}
+    });
+    let mut between = Vec::new();
+    for _ in 0..20 {
+        small.write_all(b"?").unwrap();
+        let mut pieces = 0;
+        loop {
+            let message = scene.peer.hear("relay-data");
+            if stream(&message) == small_id {
+                break;
+            }
+            assert_eq!(stream(&message), large_id);
+            pieces += 1;
+        }
+        between.push(pieces);
+    }
+    over.store(true, std::sync::atomic::Ordering::Relaxed);
+    scene.peer.hang_up();
+    flood.join().unwrap();
+    between.sort_unstable();
+    // Round robin lets at most what was queued for the socket go first: its buffers, not the megabyte of the stream's own.
+    let median = between[between.len() / 2];
+    assert!(median < 120, "pieces of 64 KiB before each small one: {between:?}");
+    note!("64 KiB pieces of a large stream that go before one byte of another: median {median}");
+}
+
+fn only_for_itself() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let other = Container::listen("token-of-b").allowing(json!({"allow": [6000]}));
+    other.register(&home, "b");
+    let mut b = other.welcome();
+    b.say(&snapshot(&[6000, 5173]));
+    b.hear_that(&not_forwarded(5173, "policy excluded"));
+    b.hear_that(&forwarded(6000, 6000));
+    // Both have a stream 1. What B says of its own reaches A's client neither as data nor as an end.
+    let (client, id) = scene.connected(5173);
+    b.say(&data(id, b"from b"));
+    b.say(&close_upstream(id));
+    b.say(&closed(5173));
+    b.say(&closed(6000));
+    b.say(&opened(6000));
+    b.hear_that(&forwarded(6000, 6000));
+    scene.peer.say(&data(id, b"from a"));
+    read_these(&client, b"from a");
+    // The port of A is not B's, whatever B asks for, nor are the daemon's own.
+    let http = http_port(&home);
+    b.say(&request(6000, &[5173]));
+    assert_eq!(b.hear("port-forward-result")["ok"], false);
+    b.say(&request(6000, &[http]));
+    assert_eq!(b.hear("port-forward-result")["ok"], false);
+    // A broker's token opens nothing else.
+    let restart = json!({"kind": "restart", "containerName": NAME});
+    assert_eq!(http::ask(http, Some(TOKEN), &restart).status, 403);
+    // Two containers that announce the same port: the first keeps it.
+    let third = Container::listen("token-of-c");
+    third.register(&home, "c");
+    let mut c = third.welcome();
+    c.say(&snapshot(&[5173]));
+    let result = c.hear("port-forward-result");
+    assert_eq!((&result["port"], &result["ok"]), (&json!(5173), &json!(false)), "{result}");
+    scene.client(5173);
+}
+
+fn quota() {
+    let home = Home::new();
+    let mut scene = Scene::open(&home, json!({"allow": "*"}));
+    let all: Vec<u16> = (20_000..20_400).collect();
+    scene.peer.say(&snapshot(&all));
+    let mut granted = 0;
+    for _ in &all {
+        let result = scene.peer.hear("port-forward-result");
+        if result["ok"] == true {
+            granted += 1;
+        } else {
+            assert!(result["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{result}");
+        }
+    }
+    assert_eq!(granted, 256);
+    // Reserved ones count as well.
+    scene.peer.say(&request(30_000, &[30_000]));
+    assert_eq!(scene.peer.hear("port-forward-result")["ok"], false);
+    lists_at_once(&home);
+}
+
+fn token_appears_nowhere() {
+    const CANARY: &str = "canary-3f9c2b7a61d84e05";
+    let home = Home::new();
+    let daemon = home.daemon();
+    let container = Container::listen(CANARY);
+    container.register(&home, NAME);
+    // It goes through everything that may be logged: a refusal that says it back, a loss, nonsense, a stop.
+    let mut peer = container.greeted();
+    peer.say(&json!({"type": "broker-hello-nack", "reason": "try later"}));
+    peer.ending();
+    let mut peer = container.welcome();
+    peer.send_text("not json");
+    peer.say(&snapshot(&[5173]));
+    peer.hear_that(&forwarded(5173, 5173));
+    let mut seen = Vec::new();
+    let mut look = |what: String, text: &[u8]| {
+        if text.windows(CANARY.len()).any(|window| window == CANARY.as_bytes()) {
+            seen.push(what);
+        }
+    };
+    for pid in descendants() {
+        for file in ["cmdline", "environ", "comm"] {
+            look(
+                format!("{file} of {pid}"),
+                &std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default(),
+            );
+        }
+    }
+    for kind in ["list", "describe", "version", "http-info"] {
+        look(kind.to_owned(), ask(&home, &json!({"kind": kind})).to_string().as_bytes());
+    }
+    let status = json!({"kind": "status", "containerName": NAME});
+    look("status".to_owned(), ask(&home, &status).to_string().as_bytes());
+    for verb in [&["ls"][..], &["ls", "--json"], &["status"], &["status", "--json"], &["logs"], &["doctor"]] {
+        let output = home.run(verb);
+        look(format!("landfall {verb:?}"), &[output.stdout, output.stderr].concat());
+    }
+    drop(peer);
+    let mut peer = container.greeted();
+    peer.say(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
+    home.wait_for_event("registration-skipped", |event| event["containerName"] == NAME);
+    look("stderr".to_owned(), home.stderr().as_bytes());
+    for (path, content) in home.files() {
+        look(path.display().to_string(), &content);
+    }
+    drop(daemon);
+    assert!(seen.is_empty(), "the token is in {seen:?}");
+}
+
+fn flood_holds_up_nobody() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let before = resident_bytes_of(scene.daemon.pid());
+    let (client, id) = scene.connected(5173);
+    let mut speaker = scene.peer.speaker();
+    let rounds = if landfall_tests::is_long() { 40 } else { 2 };
+    // Its own thread sends all of it as fast as the daemon takes it, while what comes back is read and dropped.
+    let flood = std::thread::spawn(move || {
+        let every: Vec<u16> = (1..=u16::MAX).collect();
+        for round in 0..rounds {
+            let mut say = |message: &Value| speaker.try_say(message).unwrap();
+            say(&snapshot(&every));
+            (1..=4_000).for_each(|port| say(&request(port * 16, &[port])));
+            for port in 40_000..42_000 {
+                say(&opened(port));
+                say(&closed(port));
+            }
+            for stream in 0..4_000 {
+                say(&ack(1_000_000 + stream));
+                say(&data(2_000_000 + stream, &[7; 1024]));
+            }
+            let long = "x".repeat(2 << 20);
+            say(&json!({"type": long, "reason": long}));
+            say(
+                &json!({"type": "port-forward-request", "targetPort": 3000 + round, "hostCandidates": vec![1; 200_000], "reason": long}),
+            );
+            say(&snapshot(&[5173]));
+        }
+        speaker
+    });
+    let mut slowest = Duration::ZERO;
+    scene.peer.drop_all_until(|| {
+        slowest = slowest.max(lists_at_once(&home));
+        flood.is_finished()
+    });
+    let mut speaker = flood.join().unwrap();
+    // What was forwarded before is so still, and what is said after it all is heard.
+    speaker.try_say(&data(id, b"after all")).unwrap();
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(|| read_these(&client, b"after all"));
+        scene.peer.drop_all_until(|| reading.is_finished());
+    });
+    let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
+    assert!(grown < 192, "{grown} MiB after the flood");
+    note!("a flood: list within {slowest:?}, {grown} MiB");
+    // Fair or not, another container is served.
+    let other = Container::listen("other");
+    other.register(&home, "other");
+    let mut peer = other.welcome();
+    peer.say(&snapshot(&[6001]));
+    peer.hear("port-forward-result");
+}
+
+fn giant_messages() {
+    let home = Home::new();
+    let mut scene = Scene::forwarding(&home, &[5173]);
+    let before = resident_bytes_of(scene.daemon.pid());
+    for giant in ["message", "frame"] {
+        let speaking = scene.peer.speaker();
+        let flood = std::thread::spawn(move || {
+            let mut speaker = speaking;
+            if giant == "message" {
+                // Larger than the peers of this protocol allow.
+                let _ = speaker.try_say(&json!({"type": "x".repeat(17 << 20)}));
+            } else {
+                // A text frame that announces 2^62 bytes, and some of them.
+                let _ = speaker.try_raw(&[0x81, 127, 0x40, 0, 0, 0, 0, 0, 0, 0]);
+                let block = vec![b'x'; 1 << 20];
+                for _ in 0..64 {
+                    if speaker.try_raw(&block).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        scene.peer.ending();
+        lists_at_once(&home);
+        scene.peer.hang_up();
+        flood.join().unwrap();
+        let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
+        assert!(grown < 96, "{grown} MiB after a giant {giant}");
+        scene.peer = scene.container.welcome();
+    }
+    works(&mut scene, 3000);
+}
+
+/// At the published port there may be anybody. Each is an attempt that failed, and costs nothing that lasts.
+fn no_broker() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    let container = Container::listen(TOKEN);
+    container.register(&home, NAME);
+    let before = resident_bytes_of(daemon.pid());
+    let mut garbage = container.accept_raw();
+    lists_at_once(&home);
+    // A head without an end.
+    let line = [b'x'; 65_536];
+    let _ = garbage.write_all(b"HTTP/1.1 101 Switching Protocols\r\nx: ");
+    let mut taken = 0;
+    garbage.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+    while taken < 64 << 20 && garbage.write_all(&line).is_ok() {
+        taken += line.len();
+    }
+    assert!(taken < 64 << 20, "a head of {taken} bytes was read");
+    let grown = resident_bytes_of(daemon.pid()).saturating_sub(before) >> 20;
+    assert!(grown < 16, "{grown} MiB for a head without an end");
+    drop(garbage);
+    lists_at_once(&home);
+    // The port is another server's.
+    let mut web = container.accept_raw();
+    let _ = web.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 19\r\n\r\nportbroker disabled");
+    drop(web);
+    container.welcome().ping();
+}
