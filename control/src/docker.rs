@@ -12,6 +12,7 @@ mod ignore;
 mod replace;
 
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::path::Path;
 use std::time::Duration;
 
@@ -124,6 +125,19 @@ impl Docker {
     /// [`DockerError`] says whether the container, its process or the engine is missing.
     pub async fn first_process(&self, name: &ContainerName) -> Result<FirstProcess, DockerError> {
         self.bounded(async { self.address.connect().await?.first_process(name).await }).await
+    }
+
+    /// The host port on which a TCP port of the container is published; none where Docker knows the container and publishes
+    /// nothing of it, as while it starts.
+    ///
+    /// # Errors
+    /// [`DockerError`] says whether the container or the engine is missing.
+    pub async fn published_port(
+        &self,
+        name: &ContainerName,
+        port: u16,
+    ) -> Result<Option<NonZeroU16>, DockerError> {
+        self.bounded(async { self.address.connect().await?.published_port(name, port).await }).await
     }
 
     /// Stops the container, with its own stop signal and its own time to obey it, starts it again, and sees that it stays.

@@ -9,10 +9,11 @@ mod recipe;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use bollard::errors::Error;
-use bollard::models::{self, ContainerInspectResponse, ContainerState, NetworkConnectRequest};
+use bollard::models::{self, ContainerInspectResponse, ContainerState, NetworkConnectRequest, PortBinding};
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions,
     ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
@@ -120,6 +121,20 @@ impl Engine {
             host_network: network.as_deref() == Some("host"),
             started_at: state.started_at.unwrap_or_default(),
         })
+    }
+
+    /// Where Docker publishes a TCP port of the container.
+    pub(super) async fn published_port(
+        &self,
+        name: &ContainerName,
+        port: u16,
+    ) -> Result<Option<NonZeroU16>, DockerError> {
+        let told = self
+            .inspect(name.as_str())
+            .await?
+            .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()))?;
+        let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
+        Ok(host_port(ports.get(&format!("{port}/tcp")).into_iter().flatten().flatten()))
     }
 
     /// Stops and starts. What an earlier attempt to replace the container left is put in order first.
@@ -328,6 +343,18 @@ impl Engine {
     }
 }
 
+/// The host port of the first usable binding, IPv4 before IPv6 (wire specification, A.6.1).
+fn host_port<'a>(bindings: impl Iterator<Item = &'a PortBinding>) -> Option<NonZeroU16> {
+    let mut usable = bindings.filter_map(|binding| {
+        let address = binding.host_ip.as_deref().unwrap_or_default();
+        let port = binding.host_port.as_deref()?.trim().parse().ok()?;
+        Some((address.contains(':'), port))
+    });
+    let first = usable.next()?;
+    let chosen = if first.0 { usable.find(|(is_v6, _)| !is_v6).unwrap_or(first) } else { first };
+    Some(chosen.1)
+}
+
 /// What an error says, with what it says of its causes.
 fn reason(error: &Error) -> String {
     let mut text = error.to_string();
@@ -340,4 +367,30 @@ fn reason(error: &Error) -> String {
         cause = deeper.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn binding(address: &str, port: &str) -> PortBinding {
+        PortBinding { host_ip: Some(address.to_owned()), host_port: Some(port.to_owned()) }
+    }
+
+    #[test]
+    fn a_published_port_is_that_of_the_first_usable_binding_and_of_ipv4_if_there_is_one() {
+        let port = |bindings: &[(&str, &str)]| {
+            let bindings: Vec<_> = bindings.iter().map(|(address, port)| binding(address, port)).collect();
+            host_port(bindings.iter()).map(NonZeroU16::get)
+        };
+        assert_eq!(port(&[("127.0.0.1", "32768")]), Some(32_768));
+        assert_eq!(port(&[("::", "32769"), ("0.0.0.0", "32768")]), Some(32_768));
+        assert_eq!(port(&[("::1", "32769")]), Some(32_769));
+        assert_eq!(port(&[("", " 32768 ")]), Some(32_768));
+        for unusable in ["", "0", "65536", "http", "-1"] {
+            assert_eq!(port(&[("127.0.0.1", unusable)]), None, "{unusable}");
+        }
+        assert_eq!(port(&[("127.0.0.1", "none"), ("::1", "32769")]), Some(32_769));
+        assert_eq!(port(&[]), None);
+    }
 }
