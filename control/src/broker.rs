@@ -12,6 +12,10 @@
 //! same on both sides. The engine gets a TCP socket for each stream, so it relays as it always does, and knows a FIN, a reset
 //! and a slow reader by what TCP says of them.
 
+pub mod brokers;
+mod connection;
+mod dials;
+mod driver;
 pub mod host;
 pub mod message;
 pub mod outbox;

@@ -25,9 +25,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::broker::brokers::{Brokers, Rejected};
+use crate::broker::message::Extensions;
 use crate::cli::exit::chain;
 use crate::docker::{Docker, LifeEvent};
 use crate::events::{Event, Journal};
@@ -36,7 +39,7 @@ use crate::jobs::Jobs;
 use crate::liveness::Ways;
 use crate::paths::{Home, HomeError};
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
-use crate::registration::store::{DropReason, Registry, RegistryOptions};
+use crate::registration::store::{Attendant, DropReason, Registry, RegistryOptions};
 use crate::rpc::answers::Answers;
 use crate::rpc::server::{self, Server};
 use crate::supervisor::Supervisor;
@@ -70,6 +73,8 @@ pub struct Options {
     pub gc_misses: u32,
     /// How long one step of a teardown may take.
     pub cleanup_timeout: Duration,
+    /// What the port brokers offer to containers.
+    pub broker_extensions: Extensions,
 }
 
 /// Why a daemon did not start.
@@ -139,7 +144,10 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         // Jobs may ask, too.
         supervisor.disable();
     }
-    let registry = Registry::open(registry_options(&options, &journal, &docker, &supervisor));
+    let (brokers, rejections) = Brokers::new(docker.clone(), journal.clone(), options.broker_extensions);
+    let attendants: Vec<Arc<dyn Attendant>> =
+        vec![brokers.clone(), Jobs::new(journal.clone(), supervisor.clone())];
+    let registry = Registry::open(registry_options(&options, &journal, &docker, attendants));
     let addresses = addresses(&options, &docker).await;
     let last = read_number(&home.http_port_file());
     let bound = http::Bound::listen(options.http_port, last, &addresses, &journal).await?;
@@ -152,6 +160,8 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         registrations: registry.watch(),
         control_ports: control_ports(bound.port()),
     });
+    let links = forwarding.clone();
+    brokers.connect(Box::new(move |name| links.broker(name)));
     let answers = Arc::new(Answers {
         home: home.clone(),
         version: version::current(),
@@ -165,7 +175,8 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let http = bound.serve(Arc::clone(&answers));
     let gateway_wanted = options.http_bind.is_empty().then(|| http.clone());
     tasks.spawn(follow_docker(docker, registry.clone(), forwarding.clone(), gateway_wanted));
-    tasks.spawn(follow_ends(registry, forwarding));
+    tasks.spawn(follow_ends(registry.clone(), forwarding));
+    tasks.spawn(follow_rejections(registry, rejections));
 
     let path = home.socket();
     let listener = server::listen(&path).map_err(|source| StartError::File { path: path.clone(), source })?;
@@ -213,13 +224,13 @@ fn registry_options(
     options: &Options,
     journal: &Journal,
     docker: &Docker,
-    supervisor: &Supervisor,
+    attendants: Vec<Arc<dyn Attendant>>,
 ) -> RegistryOptions {
     RegistryOptions {
         home: options.home.clone(),
         journal: journal.clone(),
         liveness: Arc::new(Ways { docker: docker.clone() }),
-        attendants: vec![Jobs::new(journal.clone(), supervisor.clone())],
+        attendants,
         cleanup_timeout: options.cleanup_timeout,
         gc_interval: options.gc_interval,
         gc_misses: options.gc_misses,
@@ -285,6 +296,15 @@ async fn follow_ends(registry: Registry, forwarding: Forwarding) {
     let mut ended = forwarding.ended();
     while let Some(name) = ended.recv().await {
         registry.deregister(name.as_str(), DropReason::Gone).await;
+    }
+}
+
+/// A container that refused its token is forgotten, unless it has been registered with another one since.
+async fn follow_rejections(registry: Registry, mut rejections: mpsc::UnboundedReceiver<Rejected>) {
+    while let Some(Rejected { name, token, reason }) = rejections.recv().await {
+        let registry = registry.clone();
+        // Its queue may be busy, and that is no reason for others to wait.
+        tokio::spawn(async move { registry.fatal_auth(&name, &token, &reason).await });
     }
 }
 

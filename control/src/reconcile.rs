@@ -14,6 +14,6 @@ pub mod fleet;
 pub mod observation;
 pub mod plan;
 mod reach;
-mod readiness;
+pub(crate) mod readiness;
 pub mod table;
 pub mod task;

@@ -8,6 +8,7 @@ use jiff::SignedDuration;
 
 use super::args::DaemonArgs;
 use super::exit::{Exit, Failure, chain};
+use crate::broker::message::Extensions;
 use crate::daemon::{self, Options, StartError};
 use crate::http::PREFERRED_PORT;
 use crate::paths::Home;
@@ -18,6 +19,10 @@ const GC_INTERVAL: &str = "LANDFALL_GC_INTERVAL";
 const GC_MISSES: &str = "LANDFALL_GC_MISSES";
 /// How long one step of a teardown may take; a duration such as `60s`.
 const CLEANUP_TIMEOUT: &str = "LANDFALL_CLEANUP_TIMEOUT";
+
+/// Which extensions of the port broker's protocol are offered to containers: `all`, or `none` for a peer that does not
+/// bear to be offered any, and for comparison.
+const BROKER_EXTENSIONS: &str = "LANDFALL_BROKER_EXTENSIONS";
 
 /// Is the daemon until it is told to stop.
 pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
@@ -49,6 +54,7 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
         gc_interval: duration(GC_INTERVAL, set(GC_INTERVAL), Duration::from_secs(30))?,
         gc_misses: misses(set(GC_MISSES))?,
         cleanup_timeout: duration(CLEANUP_TIMEOUT, set(CLEANUP_TIMEOUT), Duration::from_secs(60))?,
+        broker_extensions: extensions(set(BROKER_EXTENSIONS))?,
     })
 }
 
@@ -68,6 +74,17 @@ fn misses(value: Option<String>) -> Result<u32, Failure> {
         Failure::new(Exit::Usage, format!("{GC_MISSES} is \"{value}\", which is no count"))
             .hint("say a number from 1")
     })
+}
+
+fn extensions(value: Option<String>) -> Result<Extensions, Failure> {
+    match value.as_deref().map(str::trim) {
+        None | Some("all") => Ok(Extensions::ALL),
+        Some("none") => Ok(Extensions::NONE),
+        Some(value) => {
+            let text = format!("{BROKER_EXTENSIONS} is \"{value}\", which is neither all nor none");
+            Err(Failure::new(Exit::Usage, text).hint("say all or none"))
+        }
+    }
 }
 
 fn refused(error: &StartError) -> Failure {
@@ -104,6 +121,14 @@ mod tests {
             assert_eq!(parsed(wrong), Err(expected));
         }
         assert_eq!(duration(GC_INTERVAL, None, Duration::from_secs(30)), Ok(Duration::from_secs(30)));
+    }
+
+    #[test]
+    fn extensions_are_all_or_none() {
+        assert_eq!(extensions(None), Ok(Extensions::ALL));
+        assert_eq!(extensions(Some("none".to_owned())), Ok(Extensions::NONE));
+        let wrong = extensions(Some("binary".to_owned())).unwrap_err().message;
+        assert_eq!(wrong, "LANDFALL_BROKER_EXTENSIONS is \"binary\", which is neither all nor none");
     }
 
     #[test]

@@ -14,6 +14,6 @@ use tokio::io::unix::AsyncFd;
     deprecated,
     reason = "what takes its place is unsafe, for types whose descriptor may change or close under it; an `OwnedFd` does neither"
 )]
-pub(super) fn watched(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watched(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(descriptor, interest)
 }

@@ -1,0 +1,183 @@
+//! The brokers of all containers: one for each registration that has the three fields of one and allows a port.
+//!
+//! A broker is a task of its own. One of a name begins when the one before it has ended, so an old token is never presented
+//! to a new container (wire specification, A.6.8); that holds even where whoever started it has stopped waiting. One whose
+//! token was refused has ended before that is reported, since the report ends with its being stopped.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures_util::future::BoxFuture;
+use tokio::sync::{SetOnce, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::driver::{Broker, Driver};
+use super::message::Extensions;
+use crate::docker::Docker;
+use crate::events::{Event, Journal};
+use crate::reconcile::announced::BrokerLink;
+use crate::registration::model::{ContainerName, Registration, Token};
+use crate::registration::store::{Attendant, StopReason};
+
+/// Where a broker gets its link to forwarding.
+pub type Links = Box<dyn Fn(&ContainerName) -> BrokerLink + Send + Sync>;
+
+/// A container has refused its token for good.
+#[derive(Debug)]
+pub struct Rejected {
+    /// The container.
+    pub name: ContainerName,
+    /// The token that it refused; another one may be registered by now.
+    pub token: Token,
+    /// In which words.
+    pub reason: String,
+}
+
+/// The brokers.
+pub struct Brokers {
+    docker: Docker,
+    journal: Journal,
+    offered: Extensions,
+    /// Forwarding starts later than the first registrations are taken in; brokers begin when it is there.
+    links: Arc<SetOnce<Links>>,
+    rejected: mpsc::UnboundedSender<Rejected>,
+    running: Mutex<BTreeMap<ContainerName, Running>>,
+}
+
+/// One broker, which may have ended by itself.
+#[derive(Clone, Debug)]
+struct Running {
+    stop: CancellationToken,
+    ended: CancellationToken,
+}
+
+impl fmt::Debug for Brokers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Brokers")
+    }
+}
+
+impl Brokers {
+    /// No brokers yet. They look for ports at `docker`, offer these extensions to containers, and tell of tokens that were
+    /// refused, once each.
+    pub fn new(
+        docker: Docker,
+        journal: Journal,
+        offered: Extensions,
+    ) -> (Arc<Brokers>, mpsc::UnboundedReceiver<Rejected>) {
+        let (rejected, rejections) = mpsc::unbounded_channel();
+        let (links, running) = (Arc::default(), Mutex::default());
+        (Arc::new(Brokers { docker, journal, offered, links, rejected, running }), rejections)
+    }
+
+    /// Gives the brokers their way to forwarding: those that were started begin. A second one is not taken.
+    pub fn connect(&self, links: Links) {
+        let _ = self.links.set(links);
+    }
+
+    /// Starts the broker of a container when the one before it has ended, and returns then.
+    async fn start(&self, registration: Arc<Registration>) {
+        let Some(broker) = self.broker(&registration) else {
+            return self.stop(&registration.container_name).await;
+        };
+        let running = Running { stop: CancellationToken::new(), ended: CancellationToken::new() };
+        let before = self.lock().insert(broker.name.clone(), running.clone());
+        if let Some(before) = &before {
+            before.stop.cancel();
+        }
+        let (links, rejected) = (Arc::clone(&self.links), self.rejected.clone());
+        tokio::spawn(run(broker, running, before.clone(), links, rejected));
+        if let Some(before) = before {
+            before.ended.cancelled().await;
+        }
+    }
+
+    async fn stop(&self, name: &ContainerName) {
+        let Some(running) = self.lock().get(name).cloned() else { return };
+        running.stop.cancel();
+        running.ended.cancelled().await;
+        let mut brokers = self.lock();
+        // It may have a successor by now.
+        if brokers.get(name).is_some_and(|now| now.stop.is_cancelled() && now.ended.is_cancelled()) {
+            brokers.remove(name);
+        }
+    }
+
+    async fn drain(&self) {
+        let running: Vec<Running> = self.lock().values().cloned().collect();
+        for broker in &running {
+            broker.stop.cancel();
+        }
+        for broker in &running {
+            broker.ended.cancelled().await;
+        }
+    }
+
+    /// What a registration's broker needs, where it has one.
+    fn broker(&self, registration: &Registration) -> Option<Broker> {
+        let (registered_port, policy, token) = registration.broker()?;
+        let name = &registration.container_name;
+        if policy.is_off() {
+            let text = format!("[portbroker:{name}] not started: its list of allowed ports is empty");
+            self.journal.tell(&Event::Notice { text });
+            return None;
+        }
+        Some(Broker {
+            name: name.clone(),
+            token: token.clone(),
+            registered_port,
+            way: registration.way.clone(),
+            docker: self.docker.clone(),
+            journal: self.journal.clone(),
+            offered: self.offered,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ContainerName, Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Is a broker, from the end of the one before it to its own.
+async fn run(
+    broker: Broker,
+    running: Running,
+    before: Option<Running>,
+    links: Arc<SetOnce<Links>>,
+    rejected: mpsc::UnboundedSender<Rejected>,
+) {
+    let Running { stop, ended } = running;
+    let (name, token) = (broker.name.clone(), broker.token.clone());
+    let reason = {
+        // However it ends, it has.
+        let _ended = ended.drop_guard();
+        if let Some(before) = before {
+            before.ended.cancelled().await;
+        }
+        let Some(links) = stop.run_until_cancelled(links.wait()).await else { return };
+        Driver::new(broker, links(&name)).run(&stop).await
+    };
+    if let Some(reason) = reason {
+        // Nobody listens in a daemon that has stopped.
+        let _ = rejected.send(Rejected { name, token, reason });
+    }
+}
+
+impl Attendant for Brokers {
+    fn name(&self) -> &'static str {
+        "broker"
+    }
+
+    fn start(&self, registration: Arc<Registration>) -> BoxFuture<'_, ()> {
+        Box::pin(Brokers::start(self, registration))
+    }
+
+    fn stop<'a>(&'a self, name: &'a ContainerName, _reason: StopReason) -> BoxFuture<'a, ()> {
+        Box::pin(Brokers::stop(self, name))
+    }
+
+    fn drain(&self) -> BoxFuture<'_, ()> {
+        Box::pin(Brokers::drain(self))
+    }
+}

@@ -1,0 +1,149 @@
+//! One WebSocket of a broker on the host's side, from its opening to its loss.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::message::{Frame, StreamId, ToHost, Unreadable, from_binary};
+use super::outbox::{Ended, Outbox, outbox};
+use super::pump::Inlets;
+use super::wire::{self, Incoming, Reader, WireError};
+use crate::cli::exit::chain;
+
+/// After how long without a byte the kernel asks whether the other end is still there, how often, and how many times. A
+/// container that was frozen answers; a machine that is gone does not.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
+const KEEPALIVE_MISSES: u32 = 4;
+/// How long the container may take to answer that we close.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
+/// The code of a close without a complaint (RFC 6455, 7.4.1).
+const NORMAL: u16 = 1_000;
+
+/// A WebSocket that is open.
+#[derive(Debug)]
+pub(super) struct Connection {
+    /// Where messages to the container go.
+    pub(super) outbox: Outbox,
+    reader: Reader,
+    writing: JoinHandle<Result<(), Ended>>,
+    inlets: Option<Inlets>,
+    /// That a message could not be read was told.
+    told_unreadable: bool,
+}
+
+/// What came from the container.
+#[derive(Debug)]
+pub(super) enum Heard {
+    Text(ToHost),
+    Binary(StreamId, Frame),
+    /// A message could not be read; told for the first of a connection.
+    Unreadable(Unreadable),
+    /// Nothing more comes.
+    Lost(String),
+}
+
+impl Connection {
+    /// Connects and shakes hands. There is no limit of time here.
+    ///
+    /// # Errors
+    /// Why not, for people.
+    pub(super) async fn open(address: SocketAddr) -> Result<Connection, String> {
+        let failed = |error: &dyn std::error::Error| format!("{address}: {}", chain(error));
+        let stream = dial(address).await.map_err(|error| failed(&error))?;
+        let socket = wire::connect(stream, &address.to_string()).await.map_err(|error| failed(&error))?;
+        let (reader, writer) = socket.split();
+        let (outbox, queue) = outbox();
+        let writing = tokio::spawn(queue.drain(writer));
+        Ok(Connection { outbox, reader, writing, inlets: None, told_unreadable: false })
+    }
+
+    /// Where arriving payload of streams goes. Whether there are credit windows is known when the first stream is.
+    pub(super) fn inlets(&mut self, credit: bool) -> &Inlets {
+        self.inlets.get_or_insert_with(|| Inlets::new(credit))
+    }
+
+    /// Closes in order, beside whatever goes on here. The container is given time to close as well: a socket that is closed
+    /// with something unread is reset, and with it what was said last may be lost.
+    pub(super) fn close(mut self) {
+        self.outbox.close(NORMAL, "");
+        tokio::spawn(async move {
+            let closing = async {
+                let _ = (&mut self.writing).await;
+                while let Ok(Incoming::Text(_) | Incoming::Binary(_)) = self.reader.next().await {}
+            };
+            // One that does not close is left.
+            let _ = timeout(CLOSE_MAX, closing).await;
+        });
+    }
+
+    async fn hear(&mut self) -> Heard {
+        loop {
+            let incoming = tokio::select! {
+                incoming = self.reader.next() => incoming,
+                ended = &mut self.writing => return Heard::Lost(match ended {
+                    Ok(Ok(())) => "it was closed".to_owned(),
+                    Ok(Err(error)) => chain(&error),
+                    Err(error) => chain(&error),
+                }),
+            };
+            match self.read(incoming) {
+                Ok(Some(heard)) => return heard,
+                Ok(None) => {}
+                Err(why) if !std::mem::replace(&mut self.told_unreadable, true) => {
+                    return Heard::Unreadable(why);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Understands what came. Nothing is a message that is unknown, which is ignored.
+    fn read(&self, incoming: Result<Incoming, WireError>) -> Result<Option<Heard>, Unreadable> {
+        Ok(match incoming {
+            Ok(Incoming::Text(text)) => ToHost::from_text(text.as_str())?.map(Heard::Text),
+            Ok(Incoming::Binary(bytes)) => {
+                from_binary(bytes)?.map(|(stream, frame)| Heard::Binary(stream, frame))
+            }
+            Ok(Incoming::Closed { code, reason }) => {
+                Some(Heard::Lost(format!("closed with {code} {reason}")))
+            }
+            Err(error) => Some(Heard::Lost(chain(&error))),
+        })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // It holds half of the socket.
+        self.writing.abort();
+    }
+}
+
+/// What comes next over the connection, if there is one. Dropping the future loses nothing.
+pub(super) async fn heard(connection: &mut Option<Connection>) -> Heard {
+    match connection {
+        Some(connection) => connection.hear().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn dial(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    for name in ["cubic", "reno"] {
+        // A default that paces (bbr) is slow on loopback.
+        if sockopt::set_tcp_congestion(&socket, name).is_ok() {
+            break;
+        }
+    }
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    sockopt::set_socket_keepalive(&socket, true)?;
+    sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_EVERY)?;
+    sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_MISSES)?;
+    socket.connect(address).await
+}

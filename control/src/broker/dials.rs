@@ -1,0 +1,264 @@
+//! The channels over which the engine dials a container that is reached over its broker alone: one for each shard of the
+//! engine, many dials in flight on each, answers in any order.
+//!
+//! A channel is served by a task of its own, which reads a dial only when no answer waits to be written: an engine that
+//! does not take answers is not asked for more questions. A channel is served until the engine closes it, also when there
+//! are newer ones: an engine that is relieved still finishes what it has begun.
+
+use std::collections::HashMap;
+use std::num::NonZeroU16;
+use std::os::fd::{AsFd, OwnedFd};
+
+use landfall_engine::channel::{self, ChannelError};
+use landfall_engine::opener::{ANSWER_BYTES_MAX, Answer, DialFailure, Request};
+use rustix::net::{RecvFlags, SendFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::host::DialKey;
+use crate::reconcile::readiness::watched;
+
+/// How many dials wait to be taken, over all channels; the engine's socket buffers hold the others.
+const ASKED_MAX: usize = 64;
+
+/// What the engine says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// It wants a connection to this port. The answer is owed.
+    Dial(DialKey, NonZeroU16),
+    /// It has closed the channel of this number.
+    Closed(u64),
+}
+
+/// All channels of one broker. Dropping it closes them, which is the end of the upstream.
+#[derive(Debug)]
+pub(super) struct Dials {
+    ask: mpsc::Sender<Asked>,
+    asked: mpsc::Receiver<Asked>,
+    answers: HashMap<u64, Answers>,
+    last: u64,
+    serving: JoinSet<()>,
+}
+
+/// Where answers go, each with the socket that belongs to it. Those that wait are as many as the dials that were taken.
+type Answers = mpsc::UnboundedSender<(Answer, Option<OwnedFd>)>;
+
+impl Dials {
+    pub(super) fn new() -> Dials {
+        let (ask, asked) = mpsc::channel(ASKED_MAX);
+        Dials { ask, asked, answers: HashMap::new(), last: 0, serving: JoinSet::new() }
+    }
+
+    /// Serves these channels from now on. A descriptor that is none is closed.
+    pub(super) fn serve(&mut self, channels: Vec<OwnedFd>) {
+        // What has ended is forgotten.
+        while self.serving.try_join_next().is_some() {}
+        for channel in channels.into_iter().filter(|channel| channel::is_channel(channel.as_fd())) {
+            let Ok(channel) = watched(channel, Interest::READABLE | Interest::WRITABLE) else { continue };
+            self.last += 1;
+            let (answers, answered) = mpsc::unbounded_channel();
+            self.answers.insert(self.last, answers);
+            self.serving.spawn(serve(channel, self.last, self.ask.clone(), answered));
+        }
+    }
+
+    /// What the engine says next. Dropping the future loses nothing.
+    pub(super) async fn next(&mut self) -> Asked {
+        loop {
+            // We hold a sender ourselves, so there always is a next one to wait for.
+            if let Some(asked) = self.asked.recv().await {
+                if let Asked::Closed(channel) = asked {
+                    self.answers.remove(&channel);
+                }
+                return asked;
+            }
+        }
+    }
+
+    /// The answer to a dial, to be given.
+    pub(super) fn owed(&self, key: DialKey) -> Owed {
+        Owed { dial: key.dial, answers: self.answers.get(&key.channel).cloned() }
+    }
+}
+
+/// An answer that is owed. Dropped, it is a refusal.
+#[derive(Debug)]
+pub(super) struct Owed {
+    dial: u64,
+    /// None when it was given, or the channel is closed.
+    answers: Option<Answers>,
+}
+
+impl Owed {
+    /// The container reached its server, and this socket leads there.
+    pub(super) fn dialled(mut self, socket: OwnedFd) {
+        let dial = self.dial;
+        self.give(Answer::Dialled { dial }, Some(socket));
+    }
+
+    /// It did not.
+    pub(super) fn refused(mut self, why: DialFailure) {
+        let dial = self.dial;
+        self.give(Answer::NotDialled { dial, why }, None);
+    }
+
+    fn give(&mut self, answer: Answer, socket: Option<OwnedFd>) {
+        if let Some(answers) = self.answers.take() {
+            // Where the channel has ended, nobody waits for it, and the socket is closed.
+            let _ = answers.send((answer, socket));
+        }
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        let (dial, why) = (self.dial, DialFailure::Refused);
+        self.give(Answer::NotDialled { dial, why }, None);
+    }
+}
+
+/// Serves one channel until the engine closes it.
+async fn serve(
+    channel: AsyncFd<OwnedFd>,
+    number: u64,
+    ask: mpsc::Sender<Asked>,
+    mut answered: mpsc::UnboundedReceiver<(Answer, Option<OwnedFd>)>,
+) {
+    loop {
+        let asked = tokio::select! {
+            biased;
+            answer = answered.recv() => {
+                let Some((answer, socket)) = answer else { break };
+                if send(&channel, &answer, socket).await.is_err() {
+                    break;
+                }
+                continue;
+            }
+            asked = receive(&channel) => asked,
+        };
+        // Whoever asks for anything else is no engine that dials.
+        let Ok(Some((Request::Dial { dial, port }, _))) = asked else { break };
+        if ask.send(Asked::Dial(DialKey { channel: number, dial }, port)).await.is_err() {
+            return;
+        }
+    }
+    // Nobody to tell it to is as good.
+    let _ = ask.send(Asked::Closed(number)).await;
+}
+
+async fn receive(channel: &AsyncFd<OwnedFd>) -> channel::Received<Request> {
+    loop {
+        let mut ready = channel.readable().await.map_err(ChannelError::System)?;
+        match channel::receive(channel.get_ref().as_fd(), ANSWER_BYTES_MAX, RecvFlags::DONTWAIT) {
+            Err(ChannelError::WouldBlock) => ready.clear_ready(),
+            done => return done,
+        }
+    }
+}
+
+async fn send(
+    channel: &AsyncFd<OwnedFd>,
+    answer: &Answer,
+    socket: Option<OwnedFd>,
+) -> Result<(), ChannelError> {
+    let sockets: Vec<_> = socket.iter().map(AsFd::as_fd).collect();
+    loop {
+        let mut ready = channel.writable().await.map_err(ChannelError::System)?;
+        match channel::send(channel.get_ref().as_fd(), answer, &sockets, SendFlags::DONTWAIT) {
+            Err(ChannelError::WouldBlock) => ready.clear_ready(),
+            done => return done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use landfall_engine::channel::Channel;
+    use std::time::Duration;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn port(port: u16) -> NonZeroU16 {
+        NonZeroU16::new(port).unwrap()
+    }
+
+    fn served(dials: &mut Dials) -> Channel {
+        let (engine, ours) = Channel::pair().unwrap();
+        dials.serve(vec![ours.into()]);
+        engine
+    }
+
+    async fn answer(engine: &Channel) -> (Answer, Vec<OwnedFd>) {
+        loop {
+            match engine.try_recv() {
+                Err(ChannelError::WouldBlock) => tokio::task::yield_now().await,
+                answer => return answer.unwrap().unwrap(),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn dials_are_taken_and_answered_in_any_order() {
+        let mut dials = Dials::new();
+        let engine = served(&mut dials);
+        for dial in [7, 8] {
+            engine.send(&Request::Dial { dial, port: port(80) }, &[]).unwrap();
+        }
+        let key = |dial| DialKey { channel: 1, dial };
+        assert_eq!(dials.next().await, Asked::Dial(key(7), port(80)));
+        assert_eq!(dials.next().await, Asked::Dial(key(8), port(80)));
+        let (_theirs, ours) = std::os::unix::net::UnixStream::pair().unwrap();
+        dials.owed(key(8)).dialled(ours.into());
+        dials.owed(key(7)).refused(DialFailure::TimedOut);
+        let (first, sockets) = answer(&engine).await;
+        assert_eq!((first, sockets.len()), (Answer::Dialled { dial: 8 }, 1));
+        let (second, _) = answer(&engine).await;
+        assert_eq!(second, Answer::NotDialled { dial: 7, why: DialFailure::TimedOut });
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_forgotten_is_a_refusal() {
+        let mut dials = Dials::new();
+        let engine = served(&mut dials);
+        engine.send(&Request::Dial { dial: 7, port: port(80) }, &[]).unwrap();
+        let Asked::Dial(key, _) = dials.next().await else { panic!() };
+        drop(dials.owed(key));
+        let refused = Answer::NotDialled { dial: 7, why: DialFailure::Refused };
+        assert_eq!(answer(&engine).await.0, refused);
+    }
+
+    #[tokio::test]
+    async fn a_channel_that_the_engine_closes_or_misuses_is_told_of() {
+        let mut dials = Dials::new();
+        let (first, second) = (served(&mut dials), served(&mut dials));
+        drop(first);
+        assert_eq!(dials.next().await, Asked::Closed(1));
+        second.send(&Request::SockDiag, &[]).unwrap();
+        assert_eq!(dials.next().await, Asked::Closed(2));
+        assert!(dials.answers.is_empty());
+        // Its descriptor is closed by then, or about to be.
+        while !matches!(second.try_recv::<Answer>(), Ok(None)) {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn the_end_of_all_closes_the_channels() {
+        let mut dials = Dials::new();
+        let engine = served(&mut dials);
+        drop(dials);
+        let closed = tokio::task::spawn_blocking(move || engine.recv_timeout::<Answer>(PATIENCE));
+        assert!(closed.await.unwrap().unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_channel_is_not_served() {
+        let mut dials = Dials::new();
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        dials.serve(vec![ours.into()]);
+        assert!(dials.answers.is_empty());
+    }
+}

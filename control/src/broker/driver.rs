@@ -1,0 +1,313 @@
+//! The shell around a broker's session on the host's side: one task, which waits for whatever comes first, has the session
+//! decide, and does what it says.
+//!
+//! It never waits for one thing alone. Connecting is a future beside the others; the WebSocket is written by a task of its
+//! own; a stream's pump is another; and what the engine dials comes over channels that are served elsewhere.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use landfall_engine::opener::DialFailure;
+use tokio::sync::oneshot;
+use tokio::task::{AbortHandle, Id, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::connection::{self, Connection, Heard};
+use super::dials::{Asked, Dials};
+use super::host::{Action, DialKey, Input, Session};
+use super::message::{Extensions, Frame, Side, StreamId, relay_text};
+use super::pair::Pairs;
+use super::pump::{self, Inlet, Outlet};
+use crate::docker::{Docker, DockerError};
+use crate::events::{Event, Journal};
+use crate::reconcile::announced::{Announcement, BrokerLink, BrokerWord};
+use crate::registration::model::{ContainerName, Token, Way};
+
+/// The port of the container's own server (wire specification, A.0.1).
+const CONTAINER_PORT: u16 = 8973;
+/// How long Docker may take to say where that is published, and how long it is asked again while it is not (wire
+/// specification, A.6.1).
+const LOOK_UP_MAX: Duration = Duration::from_secs(2);
+const UNPUBLISHED_MAX: Duration = Duration::from_millis(500);
+const LOOK_UP_EVERY: Duration = Duration::from_millis(50);
+/// How long forwarding may take to tell the engine that the broker stops: longer than the engine may take to hear it.
+const FAREWELL_MAX: Duration = Duration::from_secs(15);
+/// When nothing is due.
+const IDLE: Duration = Duration::from_secs(3_600);
+
+/// What a broker is made of.
+#[derive(Clone, Debug)]
+pub(super) struct Broker {
+    pub(super) name: ContainerName,
+    pub(super) token: Token,
+    /// Where the container's port was published when it was registered.
+    pub(super) registered_port: NonZeroU16,
+    pub(super) way: Option<Way>,
+    pub(super) docker: Docker,
+    pub(super) journal: Journal,
+    pub(super) offered: Extensions,
+}
+
+/// A broker that runs.
+pub(super) struct Driver {
+    broker: Broker,
+    link: BrokerLink,
+    /// Forwarding has ended and says no more.
+    is_deaf: bool,
+    session: Session,
+    attempt: Option<BoxFuture<'static, Result<Connection, String>>>,
+    connection: Option<Connection>,
+    dials: Dials,
+    pairs: Arc<Pairs>,
+    streams: HashMap<StreamId, Stream>,
+    pumps: JoinSet<()>,
+    pumped: HashMap<Id, StreamId>,
+}
+
+/// A stream that has something of ours: what arrived for it, or a pump.
+struct Stream {
+    inlet: Inlet,
+    /// Until the pump has it.
+    outlet: Option<Outlet>,
+    pump: Option<AbortHandle>,
+}
+
+impl Driver {
+    pub(super) fn new(broker: Broker, link: BrokerLink) -> Driver {
+        let session = Session::new(broker.token.clone(), broker.offered, now());
+        Driver {
+            broker,
+            link,
+            is_deaf: false,
+            session,
+            attempt: None,
+            connection: None,
+            dials: Dials::new(),
+            pairs: Arc::new(Pairs::new()),
+            streams: HashMap::new(),
+            pumps: JoinSet::new(),
+            pumped: HashMap::new(),
+        }
+    }
+
+    /// Runs until it is told to stop, or until the container has refused the token for good: then this is the reason.
+    pub(super) async fn run(mut self, stop: &CancellationToken) -> Option<String> {
+        let mut input = Input::Time;
+        let rejected = loop {
+            let rejected = self.decide(input);
+            if self.session.is_stopped() {
+                break rejected;
+            }
+            input = self.next(stop).await;
+        };
+        self.leave().await;
+        rejected
+    }
+
+    /// Has the session decide, and does what it says.
+    fn decide(&mut self, input: Input) -> Option<String> {
+        let mut actions = Vec::new();
+        self.session.on(input, now(), &mut actions);
+        let mut rejected = None;
+        for action in actions {
+            match action {
+                Action::Connect => self.attempt = Some(Box::pin(connect(self.broker.clone()))),
+                Action::Disconnect => {
+                    self.attempt = None;
+                    if let Some(connection) = self.connection.take() {
+                        connection.close();
+                    }
+                }
+                Action::Say(message) => {
+                    if let Some(connection) = &self.connection {
+                        connection.outbox.say(message.to_text());
+                    }
+                }
+                // Where forwarding has ended, the daemon does so as well.
+                Action::Announce(announcement) => drop(self.link.announce.send(announcement)),
+                Action::Begin { stream, key } => self.begin(stream, key),
+                Action::Refuse { key, why } => self.dials.owed(key).refused(why),
+                Action::Deliver(stream, frame) => self.deliver(stream, frame),
+                Action::Cut(stream) => self.cut(stream),
+                Action::Notice(text) => self.tell(&text),
+                Action::Rejected(reason) => rejected = Some(reason),
+            }
+        }
+        rejected
+    }
+
+    /// What happens next.
+    async fn next(&mut self, stop: &CancellationToken) -> Input {
+        loop {
+            let due = self.session.due().map_or_else(|| Instant::now() + IDLE, Instant::from_std);
+            tokio::select! {
+                () = stop.cancelled() => return Input::Stop,
+                () = sleep_until(due) => return Input::Time,
+                attempt = attempted(&mut self.attempt) => {
+                    self.attempt = None;
+                    return match attempt {
+                        Ok(connection) => {
+                            self.connection = Some(connection);
+                            Input::Opened
+                        }
+                        Err(why) => Input::Lost(why),
+                    };
+                }
+                heard = connection::heard(&mut self.connection) => match heard {
+                    Heard::Text(message) => return Input::Text(message),
+                    Heard::Binary(stream, frame) => return Input::Binary(stream, frame),
+                    Heard::Unreadable(why) => self.tell(&format!("a message could not be read: {why}")),
+                    Heard::Lost(why) => {
+                        self.connection = None;
+                        return Input::Lost(why);
+                    }
+                },
+                word = self.link.words.recv(), if !self.is_deaf => match word {
+                    Some(BrokerWord::Result(result)) => return Input::Result(result),
+                    Some(BrokerWord::Serve(channels)) => self.dials.serve(channels),
+                    None => self.is_deaf = true,
+                },
+                asked = self.dials.next() => return from_engine(asked),
+                Some(ended) = self.pumps.join_next_with_id() => {
+                    let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
+                    if let Some(stream) = self.pumped.remove(&id) {
+                        self.streams.remove(&stream);
+                        return Input::StreamEnded(stream);
+                    }
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, stream: StreamId, key: DialKey) {
+        let owed = self.dials.owed(key);
+        let Some(outbox) = self.connection.as_ref().map(|connection| connection.outbox.clone()) else {
+            return;
+        };
+        let (pairs, used) = (Arc::clone(&self.pairs), self.session.used());
+        let Some(place) = self.place(stream) else { return };
+        let Some(outlet) = place.outlet.take() else { return };
+        let pump = self.pumps.spawn(async move {
+            match pairs.pair().await {
+                Ok((theirs, ours)) => {
+                    owed.dialled(theirs);
+                    pump::relay(ours, stream, Side::Downstream, used, &outbox, outlet).await;
+                }
+                Err(_) => {
+                    owed.refused(DialFailure::Exhausted);
+                    outbox.say(relay_text(stream, &Frame::Close(Side::Downstream)));
+                }
+            }
+        });
+        self.pumped.insert(pump.id(), stream);
+        if let Some(place) = self.streams.get_mut(&stream) {
+            place.pump = Some(pump);
+        }
+    }
+
+    fn deliver(&mut self, stream: StreamId, frame: Frame) {
+        if let Some(place) = self.place(stream) {
+            place.inlet.deliver(frame);
+        }
+    }
+
+    /// What we have of a stream, made when it is first needed: data may come before the container's ack.
+    fn place(&mut self, stream: StreamId) -> Option<&mut Stream> {
+        let inlets = self.connection.as_mut()?.inlets(self.session.used().credit);
+        Some(self.streams.entry(stream).or_insert_with(|| {
+            let (inlet, outlet) = inlets.inlet();
+            Stream { inlet, outlet: Some(outlet), pump: None }
+        }))
+    }
+
+    /// Its socket is closed with its pump, which is a reset.
+    fn cut(&mut self, stream: StreamId) {
+        if let Some(pump) = self.streams.remove(&stream).and_then(|stream| stream.pump) {
+            self.pumped.remove(&pump.id());
+            pump.abort();
+        }
+    }
+
+    /// Has forwarding close what led over this broker, and only then the engine's channels. Whoever dials until then gets an
+    /// answer.
+    async fn leave(mut self) {
+        let (told, tells) = oneshot::channel();
+        if self.link.announce.send(Announcement::Stop(told)).is_err() {
+            return;
+        }
+        let refuse = async {
+            loop {
+                let input = from_engine(self.dials.next().await);
+                self.decide(input);
+            }
+        };
+        tokio::select! {
+            answer = timeout(FAREWELL_MAX, tells) => if answer.is_err() {
+                let text = format!("forwarding took longer than {} s to let go", FAREWELL_MAX.as_secs());
+                notice(&self.broker, &text);
+            },
+            () = refuse => {}
+        }
+    }
+
+    fn tell(&self, text: &str) {
+        notice(&self.broker, text);
+    }
+}
+
+fn notice(broker: &Broker, text: &str) {
+    let text = format!("[portbroker:{}] {text}", broker.name);
+    broker.journal.tell(&Event::Notice { text });
+}
+
+fn from_engine(asked: Asked) -> Input {
+    match asked {
+        Asked::Dial(key, port) => Input::Dial(key, port),
+        Asked::Closed(channel) => Input::ChannelClosed(channel),
+    }
+}
+
+/// The clock of the runtime.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+/// The end of the attempt that is under way, if there is one.
+async fn attempted(
+    attempt: &mut Option<BoxFuture<'static, Result<Connection, String>>>,
+) -> Result<Connection, String> {
+    match attempt {
+        Some(attempt) => attempt.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn connect(broker: Broker) -> Result<Connection, String> {
+    let port = look_up(&broker).await;
+    Connection::open((Ipv4Addr::LOCALHOST, port.get()).into()).await
+}
+
+/// Where the container's port is published now: a container that was restarted may have got another one. Where Docker does
+/// not know the container, or says nothing, it is where it was registered.
+async fn look_up(broker: &Broker) -> NonZeroU16 {
+    if !matches!(broker.way, None | Some(Way::Docker)) {
+        return broker.registered_port;
+    }
+    let looked = async {
+        let until = Instant::now() + UNPUBLISHED_MAX;
+        loop {
+            match broker.docker.published_port(&broker.name, CONTAINER_PORT).await {
+                Ok(None) if Instant::now() < until => tokio::time::sleep(LOOK_UP_EVERY).await,
+                answer => return answer,
+            }
+        }
+    };
+    let published: Result<Option<NonZeroU16>, DockerError> =
+        timeout(LOOK_UP_MAX, looked).await.unwrap_or(Ok(None));
+    published.ok().flatten().unwrap_or(broker.registered_port)
+}
