@@ -120,7 +120,7 @@ fn check(socket: &OwnedFd, port: NonZeroU16) -> Result<Family, &'static str> {
     is(ours.is_some() && netns_cookie(socket).ok() == ours, "a socket of another network namespace")?;
     // It belongs to the open file, which all holders share. One of them may have thought otherwise.
     is(rustix::io::ioctl_fionbio(socket, true).is_ok(), "a socket that blocks")?;
-    attempt::tune_listener(socket);
+    attempt::tune(socket);
     Ok(family)
 }
 
@@ -150,7 +150,7 @@ fn listen(address: SocketAddr, backlog: u16) -> Result<OwnedFd, Errno> {
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
-    attempt::tune_listener(&socket);
+    attempt::tune(&socket);
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, i32::from(backlog))?;
     Ok(socket)

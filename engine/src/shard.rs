@@ -8,11 +8,12 @@
 //! | --- | --- | --- |
 //! | connections | [`Operation`] | its machine has finished: nothing is in flight, nothing is on loan |
 //! | listeners | one accept for each socket | it is closed, no accept is in flight, no connection is left |
-//! | upstreams | one request for sockets, one watch | it is closing and neither is in flight |
+//! | upstreams | one request for sockets and one watch, or one request to dial and one wait for answers | it is closing and none is in flight |
 //!
 //! So no descriptor is closed, and no slot reused, while the ring may still tell something about it.
 
 mod accepting;
+mod asking;
 mod commands;
 mod dialling;
 mod peers;
@@ -36,6 +37,8 @@ pub use peers::{Peer, Peers};
 const KIND_ACCEPT: u8 = 16;
 const KIND_STOCK: u8 = 32;
 const KIND_UPSTREAM_WATCH: u8 = 33;
+const KIND_ASK: u8 = 34;
+const KIND_HEAR: u8 = 35;
 
 /// One ring and everything that it relays.
 pub struct Shard<R: Ring> {
@@ -100,6 +103,8 @@ struct Relayed<R: Ring> {
 enum Stage {
     /// On its way to the server.
     Dialling(Dial),
+    /// The driver was, or is to be, asked for this dial.
+    Asking(u64),
     /// Dialling has failed; it ends when the connect that was cancelled is over.
     Failing(crate::error::EndReason),
     /// Both sides are connected.
@@ -188,6 +193,8 @@ impl<R: Ring> Shard<R> {
         match (kind, completion.outcome) {
             (KIND_STOCK, outcome) => self.on_stocked(id, outcome),
             (KIND_UPSTREAM_WATCH, outcome) => self.on_upstream_watch(id, &outcome),
+            (KIND_ASK, outcome) => self.on_asked(id, &outcome),
+            (KIND_HEAR, outcome) => self.on_heard(id, outcome),
             (kind, outcome) if kind >= KIND_ACCEPT => {
                 self.on_accept_completion(id, usize::from(kind - KIND_ACCEPT), outcome);
             }

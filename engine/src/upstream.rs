@@ -1,16 +1,20 @@
-//! The way into a container, as one shard has it: an opener channel and a stock of sockets made there ahead of need.
+//! The way into a container, as one shard has it: an opener channel and a stock of sockets made there ahead of need; or a
+//! channel to a driver that dials when it is asked to ([`Dials`]), and then there is no stock.
 //!
 //! The stock begins small. When it runs dry while a connection waits, it is twice as large from then on, up to a bound,
 //! so a busy dev server soon has what a burst takes, and an idle container costs a handful of descriptors. One pooled
 //! socket keeps its namespace alive, so a stock never outlives its upstream.
 
+mod dials;
+
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use crate::command::{Family, UpstreamId};
+use crate::command::{Family, UpstreamId, UpstreamKind};
 use crate::limits::Limits;
 use crate::ring::OpKey;
 use crate::table::SlotId;
+pub(crate) use dials::Dials;
 
 /// An upstream in a shard's table.
 #[derive(Debug)]
@@ -21,6 +25,8 @@ pub(crate) struct Upstream<S> {
     stocks: [Stock<S>; 2],
     /// The family of the request in flight; a channel answers one at a time.
     pub(crate) asking: Option<(Family, OpKey)>,
+    /// What a driver is to dial; none where sockets are made ahead of need.
+    pub(crate) dials: Option<Dials>,
     /// The watch for the opener's end.
     pub(crate) watch: Option<OpKey>,
     /// Descriptors ran out; it asks again at that time.
@@ -48,7 +54,13 @@ struct Stock<S> {
 }
 
 impl<S> Upstream<S> {
-    pub(crate) fn new(id: UpstreamId, channel: S, netns_cookie: u64, limits: &Limits) -> Upstream<S> {
+    pub(crate) fn new(
+        id: UpstreamId,
+        kind: UpstreamKind,
+        channel: S,
+        netns_cookie: u64,
+        limits: &Limits,
+    ) -> Upstream<S> {
         let stock = || Stock {
             sockets: Vec::new(),
             target: limits.stock_min,
@@ -61,6 +73,7 @@ impl<S> Upstream<S> {
             netns_cookie,
             stocks: [stock(), stock()],
             asking: None,
+            dials: (kind == UpstreamKind::Dialler).then(Dials::default),
             watch: None,
             resting_until: None,
             closing: None,
@@ -88,7 +101,11 @@ impl<S> Upstream<S> {
 
     /// The next family to ask for and how many, if any stock is low and nothing hinders.
     pub(crate) fn wanted(&mut self, limits: &Limits) -> Option<(Family, u16)> {
-        if self.asking.is_some() || self.resting_until.is_some() || self.closing.is_some() {
+        if self.dials.is_some()
+            || self.asking.is_some()
+            || self.resting_until.is_some()
+            || self.closing.is_some()
+        {
             return None;
         }
         // The longest queue first, then the lowest stock.
@@ -122,6 +139,13 @@ impl<S> Upstream<S> {
         stock.waiting.drain(..).collect()
     }
 
+    /// Everything that is in flight.
+    pub(crate) fn in_flight(&self) -> impl Iterator<Item = OpKey> {
+        let stock = self.asking.map(|(_, key)| key);
+        let dials = self.dials.iter().flat_map(|dials| [dials.asking, dials.hearing]);
+        [self.watch, stock].into_iter().chain(dials).flatten()
+    }
+
     /// Lets go of every socket, so that the namespace can end; gives out the connections that waited for one.
     pub(crate) fn let_go(&mut self, reason: Option<String>) -> Vec<SlotId> {
         self.closing = Some(Closing { reason });
@@ -130,6 +154,7 @@ impl<S> Upstream<S> {
             stock.sockets.clear();
             waiting.extend(stock.waiting.drain(..));
         }
+        waiting.extend(self.dials.iter_mut().flat_map(Dials::end_all));
         waiting
     }
 }

@@ -11,7 +11,7 @@ use super::gathering::Gatherings;
 use super::shard_thread::ShardThread;
 use crate::command::{
     Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind,
-    Listening, Reach, Told, UpstreamId, UpstreamState, WatchSources,
+    Listening, Reach, Told, UpstreamId, UpstreamKind, UpstreamState, WatchSources,
 };
 use crate::listener;
 use crate::shard::{Lent, Report, ShardCommand};
@@ -133,8 +133,8 @@ impl Conductor {
 
     fn on_command(&mut self, command: Command, descriptors: Vec<OwnedFd>) {
         match command {
-            Command::AddUpstream { upstream, netns_cookie, sources, kind: _ } => {
-                self.add_upstream(upstream, netns_cookie, sources, descriptors);
+            Command::AddUpstream { upstream, netns_cookie, sources, kind } => {
+                self.add_upstream(upstream, kind, netns_cookie, sources, descriptors);
             }
             Command::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending, None),
             Command::OpenListener { forward, upstream, host_port, target_port, reach } => {
@@ -175,6 +175,7 @@ impl Conductor {
     fn add_upstream(
         &mut self,
         upstream: UpstreamId,
+        kind: UpstreamKind,
         netns_cookie: u64,
         sources: WatchSources,
         descriptors: Vec<OwnedFd>,
@@ -193,7 +194,7 @@ impl Conductor {
         let mut descriptors = descriptors.into_iter();
         for shard in &self.shards {
             let Some(channel) = descriptors.next() else { break };
-            shard.send(ShardCommand::AddUpstream { upstream, channel, netns_cookie });
+            shard.send(ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie });
         }
         let mut source = |present: bool| if present { descriptors.next() } else { None };
         let files = Sources {

@@ -123,8 +123,8 @@ impl ShardCommand<OwnedFd> {
     /// The same command with the descriptors taken over by a ring.
     fn adopt<R: Ring>(self, ring: &mut R) -> ShardCommand<R::Socket> {
         match self {
-            ShardCommand::AddUpstream { upstream, channel, netns_cookie } => {
-                ShardCommand::AddUpstream { upstream, channel: ring.adopt(channel), netns_cookie }
+            ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie } => {
+                ShardCommand::AddUpstream { upstream, kind, channel: ring.adopt(channel), netns_cookie }
             }
             ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets } => {
                 let sockets = sockets.into_iter().map(|socket| ring.adopt(socket)).collect();

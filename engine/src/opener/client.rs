@@ -5,6 +5,7 @@
 //! then lives by the engine's channels alone. The shards of the engine use [`ask`] and [`take`], which never wait.
 
 mod agent;
+mod dial;
 
 use std::io;
 use std::net::SocketAddr;
@@ -23,6 +24,7 @@ use super::{ANSWER_BYTES_MAX, Answer, Failure, FailureKind, Request, TargetKind,
 use crate::channel::{self, Channel, ChannelError};
 use crate::command::{Family, WatchSources};
 use crate::ring::netns_cookie;
+pub use dial::{Heard, ask_to_dial, hear};
 
 /// How long an opener may take to answer. It needs a millisecond; a machine that swaps needs more.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

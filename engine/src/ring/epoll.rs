@@ -205,7 +205,7 @@ impl EpollRing {
             let ready = match work {
                 // A read in vain costs no more than to ask first.
                 Work::Recv { way: Way::Copy, .. } if can_copy => heard,
-                Work::Stock { .. } => heard,
+                Work::Stock { .. } | Work::Hear { .. } => heard,
                 work => poll_now(work),
             };
             if ready.intersects(heard) {
@@ -355,7 +355,8 @@ impl Ring for EpollRing {
     type Loan = Loan;
 
     fn submit(&mut self, token: Token, op: Op<EpollRing>) -> Submitted<EpollRing> {
-        let is_tried = matches!(op, Op::Accept { .. } | Op::Recv { eager: true, .. } | Op::Send { .. });
+        let is_tried =
+            matches!(op, Op::Accept { .. } | Op::Recv { eager: true, .. } | Op::Send { .. } | Op::Ask { .. });
         match Work::begin(op, &self.pool) {
             Next::Done(outcome) => Submitted::Done(outcome),
             Next::Wait(work) => self.wait_for(token, work, is_tried),

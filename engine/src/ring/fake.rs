@@ -13,7 +13,7 @@ mod net;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -21,14 +21,15 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 use self::bytes::Pool;
-use self::net::What;
+use self::net::{AskedDial, What};
 use super::{
-    Borrowed, Completion, Fault, Op, OpKey, Outcome, Received, Ring, RingError, Submitted, Token, Waker, Way,
+    Borrowed, Completion, Dialled, Fault, Op, OpKey, Outcome, Received, Ring, RingError, Submitted, Token,
+    Waker, Way,
 };
 use crate::command::Family;
 use crate::limits::Limits;
 use crate::opener::client::StockError;
-use crate::opener::{Failure, FailureKind};
+use crate::opener::{DialFailure, Failure, FailureKind};
 use crate::table::TokenParts;
 
 pub use self::bytes::{Bytes, FakeLoan, Run};
@@ -120,6 +121,10 @@ impl FakeRing {
                 Fate::Stock(self.pause(Duration::from_millis(200)))
             }
             Op::Stock { .. } => Fate::Stock(self.net.net().now),
+            Op::Ask { .. } if self.strikes(Knob::ChannelFull) => {
+                Fate::Stock(self.pause(Duration::from_millis(200)))
+            }
+            Op::Ask { .. } => Fate::Stock(self.net.net().now),
             _ => Fate::Open,
         }
     }
@@ -156,7 +161,13 @@ impl FakeRing {
                 _ => true,
             },
             (Op::Connect { .. }, Fate::Connect(at, _)) => at.is_some_and(|at| at <= net.now),
-            (Op::Stock { .. }, Fate::Stock(at)) => *at <= net.now,
+            (Op::Stock { .. } | Op::Ask { .. }, Fate::Stock(at)) => *at <= net.now,
+            (Op::Hear { channel }, _) => match channel.0.what {
+                What::Driver(namespace) => {
+                    net.is_gone(namespace) || net.next_answer(namespace).is_some_and(|at| at <= net.now)
+                }
+                _ => true,
+            },
             (Op::Recv { socket, .. }, _) => of_end(socket).is_none_or(|id| net.is_readable(id)),
             (Op::Send { socket, .. }, _) => of_end(socket).is_none_or(|id| net.is_writable(id)),
             (Op::Watch { socket }, Fate::Open | Fate::Watch) => match socket.0.what {
@@ -183,6 +194,10 @@ impl FakeRing {
             (Op::Stock { channel, family, count, .. }, _) => {
                 Tried::Over(Outcome::Stocked(self.stock(&channel, family, count)))
             }
+            (Op::Ask { channel, dial, port }, _) => {
+                Tried::Over(Outcome::Asked(self.ask(&channel, dial, port)))
+            }
+            (Op::Hear { channel }, _) => Tried::Over(Outcome::Heard(self.hear(&channel))),
             (op, fate) => Tried::Waits(op, fate),
         }
     }
@@ -309,6 +324,49 @@ impl FakeRing {
         Ok(ends.into_iter().map(|end| self.net.descriptor(What::End(end))).collect())
     }
 
+    fn ask(&self, channel: &FakeSocket, dial: u64, port: NonZeroU16) -> Result<(), StockError> {
+        let What::Driver(namespace) = channel.0.what else { return Err(StockError::Gone) };
+        if self.net.net().is_gone(namespace) {
+            return Err(StockError::Gone);
+        }
+        if self.strikes(Knob::DialUnanswered) {
+            return Ok(());
+        }
+        let now = self.net.net().now;
+        let at = if self.strikes(Knob::DialSlow) { self.pause(Duration::from_secs(4)) } else { now };
+        let failures = [
+            (Knob::DialRefused, DialFailure::Refused),
+            (Knob::DialTimedOut, DialFailure::TimedOut),
+            (Knob::DialExhausted, DialFailure::Exhausted),
+        ];
+        let failure = failures.into_iter().find(|(knob, _)| self.strikes(*knob)).map(|(_, why)| why);
+        self.net.net().asked(namespace, AskedDial { at, dial, port, failure });
+        Ok(())
+    }
+
+    fn hear(&self, channel: &FakeSocket) -> Result<Dialled<FakeSocket>, StockError> {
+        let What::Driver(namespace) = channel.0.what else { return Err(StockError::Gone) };
+        if self.strikes(Knob::DriverGone) {
+            self.net.net().end_opener(namespace);
+        }
+        if self.net.net().is_gone(namespace) {
+            return Err(StockError::Gone);
+        }
+        let due = self.net.net().take_due_dial(namespace);
+        let Some(AskedDial { dial, port, failure, .. }) = due else { return Err(StockError::Gone) };
+        let result = match failure {
+            Some(why) => Err(why),
+            None if self.strikes(Knob::DialLost) => {
+                return Err(StockError::Exhausted("too many open files".into()));
+            }
+            None => {
+                let end = self.net.net().dial_inside(namespace, port);
+                end.map(|end| self.net.descriptor(What::End(end))).ok_or(DialFailure::Refused)
+            }
+        };
+        Ok(Dialled { dial, result })
+    }
+
     /// One look at every operation in flight; tells whether one was put off.
     fn look(&mut self, completions: &mut Vec<Completion<FakeRing>>) -> bool {
         let mut keys: Vec<u64> = self.flights.keys().copied().collect();
@@ -398,7 +456,13 @@ impl FakeRing {
         let fates = self.flights.values().filter_map(|flight| match flight.fate {
             Fate::Connect(at, _) => at,
             Fate::Stock(at) => Some(at),
-            _ => None,
+            _ => match &flight.op {
+                Op::Hear { channel } => match channel.0.what {
+                    What::Driver(namespace) => net.next_answer(namespace),
+                    _ => None,
+                },
+                _ => None,
+            },
         });
         fates.chain(net.next_flow()).chain(net.act_at).min()
     }
@@ -427,7 +491,9 @@ fn socket_of(op: &Op<FakeRing>) -> &FakeSocket {
         | Op::Recv { socket, .. }
         | Op::Send { socket, .. }
         | Op::Watch { socket }
-        | Op::Stock { channel: socket, .. } => socket,
+        | Op::Stock { channel: socket, .. }
+        | Op::Ask { channel: socket, .. }
+        | Op::Hear { channel: socket } => socket,
     }
 }
 

@@ -14,7 +14,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,6 +23,7 @@ use rustix::io::Errno;
 
 use crate::command::{Family, RingKind, RingReport};
 use crate::limits::Limits;
+use crate::opener::DialFailure;
 use crate::opener::client::StockError;
 
 pub(crate) mod attempt;
@@ -130,6 +131,20 @@ pub enum Op<R: Ring + ?Sized> {
         /// `SO_NETNS_COOKIE` that each must carry.
         netns_cookie: u64,
     },
+    /// Sends a driver the request to dial, as soon as the channel has room.
+    Ask {
+        /// The channel.
+        channel: R::Socket,
+        /// Which dial; never used again on this channel.
+        dial: u64,
+        /// The port inside.
+        port: NonZeroU16,
+    },
+    /// Waits for a driver's next answer to any dial, or for its end.
+    Hear {
+        /// The channel.
+        channel: R::Socket,
+    },
 }
 
 /// What an operation came to.
@@ -147,6 +162,10 @@ pub enum Outcome<R: Ring + ?Sized> {
     Broken,
     /// [`Op::Stock`].
     Stocked(Result<Vec<R::Socket>, StockError>),
+    /// [`Op::Ask`]: the request is on its way.
+    Asked(Result<(), StockError>),
+    /// [`Op::Hear`].
+    Heard(Result<Dialled<R::Socket>, StockError>),
     /// Cancelled before it did anything further. A send gives its loan back with what it still holds.
     Cancelled(Option<R::Loan>),
 }
@@ -156,6 +175,15 @@ impl<R: Ring + ?Sized> Outcome<R> {
     pub fn tells_a_break(&self) -> bool {
         matches!(self, Outcome::Sent(_, Err(_)) | Outcome::Received(Received::Failed(_)) | Outcome::Broken)
     }
+}
+
+/// How a driver answered a dial.
+#[derive(Debug)]
+pub struct Dialled<S> {
+    /// Which one.
+    pub dial: u64,
+    /// The connected socket, or why there is none.
+    pub result: Result<S, DialFailure>,
 }
 
 /// What a read came to.

@@ -2,13 +2,15 @@
 //! for again. Which readiness, and what a try does, stands here once; how readiness is told is each ring's own.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::rc::Rc;
 
 use rustix::event::PollFlags;
 use rustix::fd::{AsFd, OwnedFd};
 
 use super::pool::{Loan, Pool};
-use super::{Fault, Op, Outcome, Received, Ring, Way, attempt};
+use super::{Dialled, Fault, Op, Outcome, Received, Ring, Way, attempt};
+use crate::channel::ChannelError;
 use crate::command::Family;
 use crate::opener::client::{self as opener, StockError};
 
@@ -36,6 +38,14 @@ pub(super) enum Work {
     Stock {
         channel: Rc<OwnedFd>,
         expected: Box<Expected>,
+    },
+    Ask {
+        channel: Rc<OwnedFd>,
+        dial: u64,
+        port: NonZeroU16,
+    },
+    Hear {
+        channel: Rc<OwnedFd>,
     },
 }
 
@@ -69,6 +79,8 @@ impl Work {
             Op::Recv { socket, way, eager: false } => Next::Wait(Work::Recv { socket, way }),
             Op::Send { socket, loan } => Work::Send { socket, loan }.attempt(pool),
             Op::Watch { socket } => Next::Wait(Work::Watch { socket }),
+            Op::Ask { channel, dial, port } => Work::Ask { channel, dial, port }.attempt(pool),
+            Op::Hear { channel } => Next::Wait(Work::Hear { channel }),
             Op::Stock { channel, family, count, netns_cookie } => {
                 match opener::ask(channel.as_fd(), family, count, attempt::congestion()) {
                     Ok(()) => {
@@ -136,6 +148,18 @@ impl Work {
                     Err(failure) => Next::Done(Outcome::Stocked(Err(failure))),
                 }
             }
+            Work::Ask { channel, dial, port } => match opener::ask_to_dial(channel.as_fd(), dial, port) {
+                Ok(()) => Next::Done(Outcome::Asked(Ok(()))),
+                Err(ChannelError::WouldBlock) => Next::Wait(Work::Ask { channel, dial, port }),
+                Err(_) => Next::Done(Outcome::Asked(Err(StockError::Gone))),
+            },
+            Work::Hear { channel } => match opener::hear(channel.as_fd()) {
+                Ok(Some((dial, result))) => {
+                    Next::Done(Outcome::Heard(Ok(Dialled { dial, result: result.map(Rc::new) })))
+                }
+                Ok(None) => Next::Wait(Work::Hear { channel }),
+                Err(failure) => Next::Done(Outcome::Heard(Err(failure))),
+            },
             Work::Connect { socket } => Next::Wait(Work::Connect { socket }),
             Work::Watch { socket } => Next::Wait(Work::Watch { socket }),
         }
@@ -164,6 +188,8 @@ impl Work {
             Work::Send { loan, .. } => Outcome::Sent(loan, Err(fault)),
             Work::Watch { .. } => Outcome::Broken,
             Work::Stock { .. } => Outcome::Stocked(Err(StockError::Gone)),
+            Work::Ask { .. } => Outcome::Asked(Err(StockError::Gone)),
+            Work::Hear { .. } => Outcome::Heard(Err(StockError::Gone)),
         }
     }
 
@@ -174,15 +200,17 @@ impl Work {
             | Work::Recv { socket: descriptor, .. }
             | Work::Send { socket: descriptor, .. }
             | Work::Watch { socket: descriptor }
-            | Work::Stock { channel: descriptor, .. } => descriptor,
+            | Work::Stock { channel: descriptor, .. }
+            | Work::Ask { channel: descriptor, .. }
+            | Work::Hear { channel: descriptor } => descriptor,
         }
     }
 
     /// The readiness that it waits for; ERR and HUP are always told.
     pub(super) fn interest(&self) -> PollFlags {
         match self {
-            Work::Accept { .. } | Work::Recv { .. } | Work::Stock { .. } => PollFlags::IN,
-            Work::Connect { .. } | Work::Send { .. } => PollFlags::OUT,
+            Work::Accept { .. } | Work::Recv { .. } | Work::Stock { .. } | Work::Hear { .. } => PollFlags::IN,
+            Work::Connect { .. } | Work::Send { .. } | Work::Ask { .. } => PollFlags::OUT,
             Work::Watch { .. } => PollFlags::empty(),
         }
     }

@@ -4,11 +4,13 @@ use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 
 use super::{Peers, Shard, Stopping};
-use crate::command::{Ending, Family, ForwardId, ForwardState, ForwardStats, Reach, UpstreamId};
+use crate::command::{
+    Ending, Family, ForwardId, ForwardState, ForwardStats, Reach, UpstreamId, UpstreamKind,
+};
 use crate::error::EndReason;
 use crate::listener::{Accepting, Listener};
 use crate::relay::{Direction, Input};
-use crate::ring::{Op, Outcome, Ring, Submitted};
+use crate::ring::{Op, OpKey, Outcome, Ring, Submitted};
 use crate::table::{SlotId, TokenParts};
 use crate::upstream::Upstream;
 
@@ -19,6 +21,8 @@ pub enum ShardCommand<S> {
     AddUpstream {
         /// Its number.
         upstream: UpstreamId,
+        /// Who is behind the channel.
+        kind: UpstreamKind,
         /// An opener channel of this shard's own.
         channel: S,
         /// `SO_NETNS_COOKIE` of the namespace.
@@ -135,8 +139,8 @@ impl<R: Ring> Shard<R> {
     /// Carries out a command.
     pub fn command(&mut self, command: ShardCommand<R::Socket>) {
         match command {
-            ShardCommand::AddUpstream { upstream, channel, netns_cookie } => {
-                self.add_upstream(upstream, channel, netns_cookie);
+            ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie } => {
+                self.add_upstream(upstream, kind, channel, netns_cookie);
             }
             ShardCommand::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending),
             ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets } => {
@@ -209,10 +213,20 @@ impl<R: Ring> Shard<R> {
         .collect()
     }
 
-    fn add_upstream(&mut self, upstream: UpstreamId, channel: R::Socket, netns_cookie: u64) {
+    fn add_upstream(
+        &mut self,
+        upstream: UpstreamId,
+        kind: UpstreamKind,
+        channel: R::Socket,
+        netns_cookie: u64,
+    ) {
         let watched = channel.clone();
-        let id = self.upstreams.insert(Upstream::new(upstream, channel, netns_cookie, &self.limits));
+        let id = self.upstreams.insert(Upstream::new(upstream, kind, channel, netns_cookie, &self.limits));
         self.upstream_slots.insert(upstream, id);
+        if kind == UpstreamKind::Dialler {
+            // Answers are waited for all the time, which tells the driver's end as well.
+            return self.hear(id);
+        }
         let token = TokenParts { kind: super::KIND_UPSTREAM_WATCH, id }.pack();
         match self.ring.submit(token, Op::Watch { socket: watched }) {
             Submitted::Pending(key) => {
@@ -251,9 +265,9 @@ impl<R: Ring> Shard<R> {
             return;
         }
         let waiting = upstream.let_go(reason);
-        let in_flight = [upstream.watch, upstream.asking.map(|(_, key)| key)];
+        let in_flight: Vec<OpKey> = upstream.in_flight().collect();
         Self::set_timer(&mut self.timers, super::Timer::Upstream(id), &mut upstream.resting_until, None);
-        for key in in_flight.into_iter().flatten() {
+        for key in in_flight {
             self.ring.cancel(key);
         }
         for connection in waiting {
@@ -271,7 +285,7 @@ impl<R: Ring> Shard<R> {
     pub(super) fn forget_upstream(&mut self, id: SlotId) {
         let Some(upstream) = self.upstreams.entry(id) else { return };
         let Some(closing) = &upstream.closing else { return };
-        if upstream.watch.is_some() || upstream.asking.is_some() {
+        if upstream.in_flight().next().is_some() {
             return;
         }
         let (upstream, reason) = (upstream.id, closing.reason.clone());
@@ -357,6 +371,8 @@ impl<R: Ring> Shard<R> {
         }
         if self.upstreams.is_empty() && self.listeners.is_empty() {
             self.told_stopped = true;
+            // Nothing is told after this.
+            Self::set_timer(&mut self.timers, super::Timer::Recovery, &mut self.degraded_until, None);
             self.reports.push(Report::Stopped);
         }
     }

@@ -42,6 +42,9 @@ impl<R: Ring> Shard<R> {
         if upstream.closing.is_some() {
             return self.fail(id, EndReason::UpstreamLost);
         }
+        if upstream.dials.is_some() {
+            return self.ask_to_dial(id, upstream_slot);
+        }
         if !upstream.is_possible(family) {
             return self.on_connected(id, Err(Fault::Unreachable));
         }
@@ -59,7 +62,7 @@ impl<R: Ring> Shard<R> {
     }
 
     /// Starts the clock of a connection that has to wait for something, unless it runs already.
-    fn await_with_deadline(&mut self, id: SlotId) {
+    pub(super) fn await_with_deadline(&mut self, id: SlotId) {
         let at = self.now + self.limits.connect_timeout;
         if let Some(connection) = self.connections.entry_mut(id)
             && connection.deadline.is_none()
@@ -118,7 +121,7 @@ impl<R: Ring> Shard<R> {
         self.step_dial(id, step);
     }
 
-    fn establish(&mut self, id: SlotId) {
+    pub(super) fn establish(&mut self, id: SlotId) {
         if let Some(connection) = self.connections.entry_mut(id) {
             connection.stage = Stage::Relaying(Connection::new());
             Self::set_timer(&mut self.timers, Timer::Connection(id), &mut connection.deadline, None);
@@ -129,8 +132,17 @@ impl<R: Ring> Shard<R> {
     /// There is no way to the server: the client gets a reset, never a clean end that would look like an answer.
     pub(super) fn fail(&mut self, id: SlotId, reason: EndReason) {
         let Some(connection) = self.connections.entry_mut(id) else { return };
-        if !matches!(connection.stage, Stage::Dialling(_)) {
-            return;
+        match connection.stage {
+            Stage::Dialling(_) => {}
+            Stage::Asking(dial) => {
+                let upstream =
+                    self.listeners.entry(connection.listener).map(|listener| listener.upstream_slot);
+                let upstream = upstream.and_then(|slot| self.upstreams.entry_mut(slot));
+                if let Some(dials) = upstream.and_then(|upstream| upstream.dials.as_mut()) {
+                    dials.end(dial);
+                }
+            }
+            Stage::Failing(_) | Stage::Relaying(_) => return,
         }
         connection.stage = Stage::Failing(reason);
         match connection.keys[Operation::Connect.place()] {
@@ -220,6 +232,7 @@ impl<R: Ring> Shard<R> {
                     if waits_for_socket { EndReason::DescriptorsExhausted } else { EndReason::TimedOut };
                 self.fail(id, reason);
             }
+            Stage::Asking(_) => self.fail(id, EndReason::TimedOut),
             Stage::Failing(_) => {}
         }
     }

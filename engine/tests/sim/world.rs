@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
-use landfall_engine::command::{Ending, Family, ForwardId, ForwardState, Reach, UpstreamId};
+use landfall_engine::command::{Ending, Family, ForwardId, ForwardState, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::limits::Limits;
 use landfall_engine::ring::Ring;
 use landfall_engine::ring::fake::{Dice, EndId, FakeNet, FakeRing, Faults, Knob};
@@ -106,8 +106,12 @@ impl World {
     fn set_up(&mut self) {
         for number in 0..self.dice.range(1, 3) {
             let upstream = UpstreamId(u32::try_from(number).unwrap());
-            let channel = self.net.channel(number);
-            self.shard.command(ShardCommand::AddUpstream { upstream, channel, netns_cookie: number });
+            let kind = if self.dice.chance(400) { UpstreamKind::Dialler } else { UpstreamKind::Opener };
+            let channel = match kind {
+                UpstreamKind::Dialler => self.net.driver(number),
+                UpstreamKind::Opener | UpstreamKind::Agent => self.net.channel(number),
+            };
+            self.shard.command(ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie: number });
             self.upstreams.push(upstream);
         }
         for number in 0..self.dice.range(1, 4) {

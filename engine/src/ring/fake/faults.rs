@@ -111,6 +111,22 @@ knobs! {
     StockSlow: 500,
     /// The opener hands over fewer than asked for.
     StockFewer: 800,
+    /// The channel to a driver is full for a while.
+    ChannelFull: 300,
+    /// A driver takes its time to dial, perhaps too long.
+    DialSlow: 500,
+    /// A driver never answers.
+    DialUnanswered: 30,
+    /// A driver says that nobody listens.
+    DialRefused: 100,
+    /// A driver says that it got no answer itself.
+    DialTimedOut: 50,
+    /// A driver is out of descriptors.
+    DialExhausted: 50,
+    /// The socket of an answer got lost for want of descriptors.
+    DialLost: 50,
+    /// The driver has gone, and the wait for its answers is what tells.
+    DriverGone: 10,
     /// The peer's kernel takes its time to take bytes in and to acknowledge them.
     SlowAcknowledge: 300,
     /// A watch saw a FIN and tells nothing any more until it is cancelled.

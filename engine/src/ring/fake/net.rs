@@ -12,12 +12,14 @@
 use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::bytes::{Bytes, Run};
 use super::faults::{Dice, Faults, Knob};
 use crate::command::Family;
+use crate::opener::DialFailure;
 use crate::ring::Fault;
 use crate::table::SlotId;
 
@@ -59,6 +61,18 @@ pub(super) struct HostListener {
 pub(super) struct Namespace {
     servers: BTreeMap<SocketAddr, usize>,
     pub(super) gone: bool,
+    /// What a driver was asked to dial there and has not answered.
+    dials: Vec<AskedDial>,
+}
+
+/// A dial that a driver was asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AskedDial {
+    pub(super) at: Instant,
+    pub(super) dial: u64,
+    pub(super) port: NonZeroU16,
+    /// Why it comes to nothing, where that was decided.
+    pub(super) failure: Option<DialFailure>,
 }
 
 /// A connection that reached a server inside.
@@ -118,6 +132,8 @@ pub(super) enum What {
     Listener(usize),
     /// An opener channel into a namespace.
     Channel(u64),
+    /// A channel to a driver that dials into a namespace.
+    Driver(u64),
     /// A real descriptor that was adopted: nothing can be done with it here.
     Adopted,
 }
@@ -144,7 +160,7 @@ impl Drop for Descriptor {
         match self.what {
             What::End(id) => net.close(id),
             What::Listener(index) => net.close_listener(index),
-            What::Channel(_) | What::Adopted => {}
+            What::Channel(_) | What::Driver(_) | What::Adopted => {}
         }
     }
 }
@@ -197,6 +213,12 @@ impl FakeNet {
     pub fn channel(&self, namespace: u64) -> FakeSocket {
         self.net().namespaces.entry(namespace).or_default();
         self.descriptor(What::Channel(namespace))
+    }
+
+    /// A channel to a driver that dials into a namespace, which comes to be with the first one.
+    pub fn driver(&self, namespace: u64) -> FakeSocket {
+        self.net().namespaces.entry(namespace).or_default();
+        self.descriptor(What::Driver(namespace))
     }
 }
 
@@ -308,6 +330,40 @@ impl Net {
         self.join(end, server);
         self.newcomers.push(Newcomer { end: server, namespace, address });
         true
+    }
+
+    /// Whether the opener or the driver of a namespace has ended.
+    pub(super) fn is_gone(&self, namespace: u64) -> bool {
+        self.namespaces.get(&namespace).is_none_or(|there| there.gone)
+    }
+
+    /// A driver has got the request to dial.
+    pub(super) fn asked(&mut self, namespace: u64, dial: AskedDial) {
+        self.namespaces.entry(namespace).or_default().dials.push(dial);
+    }
+
+    /// When a driver answers next.
+    pub(super) fn next_answer(&self, namespace: u64) -> Option<Instant> {
+        self.namespaces.get(&namespace)?.dials.iter().map(|dial| dial.at).min()
+    }
+
+    /// One of the dials whose answer is due, whichever.
+    pub(super) fn take_due_dial(&mut self, namespace: u64) -> Option<AskedDial> {
+        let now = self.now;
+        let dials = &mut self.namespaces.get_mut(&namespace)?.dials;
+        let due: Vec<usize> =
+            dials.iter().enumerate().filter(|(_, dial)| dial.at <= now).map(|(index, _)| index).collect();
+        let chosen = due.get(self.dice.size(0, due.len().saturating_sub(1)))?;
+        Some(dials.swap_remove(*chosen))
+    }
+
+    /// The driver's end of a way to the server on a port inside: 127.0.0.1 is tried first, then `::1`.
+    pub(super) fn dial_inside(&mut self, namespace: u64, port: NonZeroU16) -> Option<EndId> {
+        let family =
+            Family::ALL.into_iter().find(|family| self.is_served(namespace, family.loopback(port)))?;
+        let window = self.dice.size(1, 5000);
+        let end = self.end(Some(namespace), family, window);
+        self.reach(end, namespace, family.loopback(port)).then_some(end)
     }
 
     /// Remembers that one table entry works on this end.
