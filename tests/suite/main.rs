@@ -20,6 +20,7 @@ mod pool;
 mod portbroker_container;
 mod portbroker_host;
 mod portbroker_inside;
+mod portbroker_pair;
 mod portbroker_reserved;
 mod portbroker_wire;
 mod reach;
@@ -67,6 +68,7 @@ fn main() -> std::process::ExitCode {
             portbroker_inside::CASES,
             portbroker_host::CASES,
             portbroker_reserved::CASES,
+            portbroker_pair::CASES,
             portbroker_wire::CASES,
             ensure::CASES,
             tidy::CASES,

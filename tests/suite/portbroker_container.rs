@@ -72,7 +72,7 @@ impl Inside {
     /// `landfall agent forward` beside the agent.
     pub(crate) fn ask(&self, home: &Home, target: u16, candidates: &str, reason: Option<&str>) -> Asking {
         let target = target.to_string();
-        let mut arguments = vec!["agent", "forward", &target, "--host-ports", candidates];
+        let mut arguments = vec!["agent", "forward", &target, "--host", candidates];
         if let Some(reason) = reason {
             arguments.extend(["--reason", reason]);
         }

@@ -497,7 +497,6 @@ fn connect_timeout() {
     let container = Container::listen(TOKEN);
     container.register(&home, NAME);
     let silent = container.accept_raw();
-    // The path and the address of the request are looked at by every case; here it is never answered.
     let start = Instant::now();
     silent.set_read_timeout(Some(Duration::from_secs(18))).unwrap();
     let mut buffer = [0; 4096];
