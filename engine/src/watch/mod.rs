@@ -30,8 +30,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use self::pace::Pace;
 use self::reading::Reading;
-use self::source::Source;
-pub use self::source::{ReadError, Sources, Wholeness};
+pub use self::source::{ReadError, Source, Sources, Wholeness};
 use crate::command::{Listening, UpstreamId};
 
 /// What the watch tells.

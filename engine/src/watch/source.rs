@@ -89,7 +89,7 @@ const FAILURES_MAX: u32 = 8;
 
 /// The best of the sources that still works.
 #[derive(Debug)]
-pub(super) struct Source {
+pub struct Source {
     diag: Option<SockDiag>,
     files: Option<ProcFiles>,
     failures: u32,
@@ -99,7 +99,7 @@ pub(super) struct Source {
 
 impl Source {
     /// Takes what works. A refused descriptor is closed; what refused it is told only if nothing is left.
-    pub(super) fn new(sources: Sources) -> Result<Source, ReadError> {
+    pub fn new(sources: Sources) -> Result<Source, ReadError> {
         let diag = sources.sock_diag.map(SockDiag::new).transpose();
         let files = ProcFiles::new(sources.tcp, sources.tcp6);
         match (diag, files) {
@@ -116,7 +116,7 @@ impl Source {
     /// Reads what listens. `older` is the reading before: what a pieced reading misses of it is looked for again.
     ///
     /// `Ok(false)` is "no change": the reading failed and will be tried again. An error means that no source is left.
-    pub(super) fn read(&mut self, older: &Reading, into: &mut Reading) -> Result<bool, ReadError> {
+    pub fn read(&mut self, older: &Reading, into: &mut Reading) -> Result<bool, ReadError> {
         match self.read_confirmed(older, into) {
             Ok(()) => {
                 self.failures = 0;
