@@ -14,6 +14,7 @@
 
 pub mod brokers;
 mod connection;
+pub mod container;
 mod dials;
 mod driver;
 pub mod host;

@@ -1,6 +1,7 @@
 //! The command line: arguments become checked values here, a verb does the work, and whatever went wrong ends as
 //! one line, a hint and an exit code.
 
+pub mod agent;
 pub mod args;
 pub mod asking;
 pub mod attach;
@@ -58,6 +59,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Events(args) => events::events(&args),
         Verb::Logs(args) => logs::logs(&args),
         Verb::Version(args) => version::version(&args),
+        Verb::Agent(args) => agent::agent(args),
         Verb::Sandbox(args) => {
             sandbox::inside::main(&args.command);
             Ok(Exit::Failed)
@@ -100,7 +102,7 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     Exit::Usage.into()
 }
 
-const VERBS: [&str; 14] = [
+const VERBS: [&str; 15] = [
     "run",
     "attach",
     "doctor",
@@ -115,6 +117,7 @@ const VERBS: [&str; 14] = [
     "events",
     "logs",
     "version",
+    "agent",
 ];
 
 /// Takes what matters out of clap's page: the first paragraph on one line, and its tip or the way to the help.

@@ -6,6 +6,7 @@
 //! - `forward` is the shell around them: events of the engine in, commands and lines for people out.
 //! - `sandbox` makes a namespace for `landfall run`; `processes` finds out who owns a socket.
 //! - `cli` has one file a verb. What a program prints goes through `cli::output`, nowhere else.
+//! - `agent` is the program inside a container; `broker` is what it and the daemon say to each other.
 //! - `daemon` puts together what runs as `landfall _hostd`: `registration` remembers, `rpc` and `http` are how it is asked,
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
 //! - `paths` and `registration::file` name all state on disk: what a container was registered with, and the log.
@@ -14,6 +15,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod broker;
 pub mod cli;
 pub mod daemon;

@@ -1,5 +1,7 @@
 //! The real binary: what people read (help, errors and hints, here), and in the modules what it does.
 
+#[path = "cli/agent.rs"]
+mod agent;
 #[path = "cli/asking.rs"]
 mod asking;
 #[path = "cli/daemon.rs"]
@@ -33,6 +35,8 @@ fn help_tells_the_verbs_and_the_exit_codes() {
     insta::assert_snapshot!("help_run", landfall(&["run", "--help"]));
     insta::assert_snapshot!("help_attach", landfall(&["attach", "--help"]));
     insta::assert_snapshot!("help_doctor", landfall(&["doctor", "--help"]));
+    insta::assert_snapshot!("help_agent", landfall(&["agent", "--help"]));
+    insta::assert_snapshot!("help_agent_forward", landfall(&["agent", "forward", "--help"]));
     for verb in
         ["up", "down", "status", "ls", "register", "deregister", "restart", "events", "logs", "version"]
     {
@@ -65,6 +69,12 @@ fn a_command_line_without_sense_is_one_line_and_a_hint() {
         &["attach", "--pid", "x"],
         &["atach"],
         &["doctor", "--fix"],
+        &["agent", "--interval", "soon"],
+        &["agent", "--bind", "everywhere"],
+        &["agent", "forward"],
+        &["agent", "forward", "0"],
+        &["agent", "forward", "80", "--host", "9-8"],
+        &["agent", "forward", "80", "--wait", "long"],
     ];
     let seen: Vec<String> = all
         .iter()

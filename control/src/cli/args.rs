@@ -1,5 +1,6 @@
 //! The arguments, and nothing but them. Help texts are the first documentation people meet.
 
+mod agent;
 mod daemon;
 
 use std::ffi::OsString;
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use agent::{AgentArgs, AgentForwardArgs, AgentServeArgs, AgentVerb, Candidates};
 pub use daemon::{
     DaemonArgs, DeregisterArgs, EventsArgs, LogsArgs, PlainArgs, RegisterArgs, RestartArgs, StatusArgs,
     UpArgs, WayArgs,
@@ -34,6 +36,7 @@ Exit codes:
   4        not permitted
   5        no daemon runs, or none could be started or reached
   6        the daemon refused, or what it was asked for failed
+  124      `agent forward`: no answer in time
   125      landfall itself failed
   126/127  `run`: the command cannot be executed / does not exist
   128+N    `run`: the command was ended by signal N";
@@ -88,6 +91,9 @@ pub enum Verb {
     Logs(LogsArgs),
     /// Tell which build this is, and which one the daemon is
     Version(PlainArgs),
+    /// Inside a container: have a host reach what listens here, without any privilege
+    #[command(after_help = agent::AGENT_NOTES)]
+    Agent(AgentArgs),
     /// The inner process of a sandbox
     #[command(name = "_sandbox", hide = true)]
     Sandbox(InnerArgs),
@@ -120,6 +126,10 @@ impl Verb {
             Verb::Restart(args) => args.json,
             Verb::Events(args) => args.json,
             Verb::Logs(args) => args.json,
+            Verb::Agent(args) => match &args.verb {
+                Some(AgentVerb::Forward(args)) => args.json,
+                None => false,
+            },
             Verb::Sandbox(_) | Verb::Hostd(_) | Verb::Engine(_) | Verb::Opener | Verb::Tied(_) => false,
         }
     }

@@ -19,6 +19,8 @@ pub enum Exit {
     NoDaemon,
     /// 6: the daemon refused, or what it was asked for failed.
     Refused,
+    /// 124: the answer did not come in time, as `timeout` has it.
+    TimedOut,
     /// 125: landfall itself failed. This and the next two are as `env`, `timeout` and `docker run` have them.
     Failed,
     /// 126: the command exists and cannot be executed.
@@ -42,6 +44,7 @@ impl Exit {
             Exit::Denied => 4,
             Exit::NoDaemon => 5,
             Exit::Refused => 6,
+            Exit::TimedOut => 124,
             Exit::Failed => 125,
             Exit::NotExecutable => 126,
             Exit::NotFound => 127,

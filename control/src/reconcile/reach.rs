@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use landfall_engine::command::{Command, UpstreamId, UpstreamKind, WatchSources};
+use landfall_engine::command::WatchSources;
 use landfall_engine::opener::FailureKind;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
 use tokio::io::Interest;
@@ -54,29 +54,11 @@ pub(super) enum Certainty {
     Unknown,
 }
 
-/// What the engine needs for a container that was entered.
-#[derive(Debug)]
-pub(super) struct Entrance {
-    /// That of its namespace.
-    pub(super) cookie: u64,
-    sources: WatchSources,
-    kind: UpstreamKind,
-    pub(super) descriptors: Vec<OwnedFd>,
-}
-
-impl Entrance {
-    /// The command that its descriptors belong to.
-    pub(super) fn command(&self, upstream: UpstreamId) -> Command {
-        let (sources, kind) = (self.sources, self.kind);
-        Command::AddUpstream { upstream, netns_cookie: self.cookie, sources, kind }
-    }
-}
-
 /// What a visit tells.
 #[derive(Debug)]
 pub(super) enum Word {
     /// It is inside: what the engine needs for it.
-    Entered { serial: u64, entrance: Entrance },
+    Entered { serial: u64, cookie: u64, sources: WatchSources, descriptors: Vec<OwnedFd> },
     /// It is not, for this reason.
     Missed { certainty: Certainty, reason: String },
     /// The container has ended, or became another one.
@@ -216,10 +198,10 @@ impl Visit {
                 Err(error) => Err((Certainty::Unknown, error.to_string())),
             };
             match entered {
-                Ok(entrance) => {
+                Ok((cookie, sources, descriptors)) => {
                     done = asked;
                     pause = ENTER_AGAIN.0;
-                    self.tell(Word::Entered { serial, entrance });
+                    self.tell(Word::Entered { serial, cookie, sources, descriptors });
                 }
                 Err((certainty, reason)) => {
                     self.tell(Word::Missed { certainty, reason });
@@ -279,7 +261,7 @@ impl Place {
 }
 
 /// Enters, and brings what an engine with so many shards needs. Blocks for some milliseconds.
-fn enter(target: Target, shards: u16) -> Result<Entrance, (Certainty, String)> {
+fn enter(target: Target, shards: u16) -> Result<(u64, WatchSources, Vec<OwnedFd>), (Certainty, String)> {
     let failed = |error: OpenError| {
         let certainty = match error.kind() {
             Some(FailureKind::Gone) => Certainty::Gone,
@@ -301,7 +283,7 @@ fn enter(target: Target, shards: u16) -> Result<Entrance, (Certainty, String)> {
     };
     let mut opener = Opener::spawn(Path::new(PROGRAM), target).map_err(failed)?;
     let (sources, descriptors) = opener.upstream(shards).map_err(failed)?;
-    Ok(Entrance { cookie: opener.netns_cookie(), sources, kind: UpstreamKind::Opener, descriptors })
+    Ok((opener.netns_cookie(), sources, descriptors))
 }
 
 fn find_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Place, Absent> {

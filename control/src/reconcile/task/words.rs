@@ -1,12 +1,15 @@
 //! What the visits of containers tell, taken in.
 
+use std::os::fd::OwnedFd;
 use std::time::Instant;
+
+use landfall_engine::command::{Command, UpstreamKind, WatchSources};
 
 use super::containers::Container;
 use super::driver::{Driver, ENTER_AGAIN};
 use crate::events::Event as JournalEvent;
 use crate::reconcile::fleet::Admission;
-use crate::reconcile::reach::{Certainty, Entrance, Told, Word};
+use crate::reconcile::reach::{Certainty, Told, Word};
 use crate::reconcile::table::Reached;
 use crate::registration::model::ContainerName;
 
@@ -23,15 +26,14 @@ impl Driver {
         let Some(at) = self.place_of(&told) else { return };
         let Some(container) = self.containers.get_mut(at) else { return };
         match told.word {
-            Word::Entered { serial, entrance } => {
+            Word::Entered { serial, cookie, sources, descriptors } => {
                 let visit = container.visit.as_ref();
                 if visit.is_some_and(|visit| visit.gate.borrow().is_some_and(|gate| gate.serial == serial)) {
-                    self.admit(at, entrance).await;
+                    self.admit(at, cookie, sources, descriptors).await;
                 }
             }
             Word::Missed { certainty, reason } => {
                 container.tried |= certainty != Certainty::Unknown;
-                container.missed = true;
                 let (state, told) = match certainty {
                     Certainty::Gone => (Reached::Waiting, false),
                     Certainty::Refused | Certainty::Unknown => (Reached::Unreachable, true),
@@ -59,18 +61,24 @@ impl Driver {
         }
     }
 
-    async fn admit(&mut self, at: usize, entrance: Entrance) {
+    pub(super) async fn admit(
+        &mut self,
+        at: usize,
+        netns_cookie: u64,
+        sources: WatchSources,
+        descriptors: Vec<OwnedFd>,
+    ) {
         let Some(container) = self.containers.get_mut(at) else { return };
         container.tried = true;
         let name = told_name(container);
-        let admission = self.fleet.reached(&name, entrance.cookie);
-        container.missed = matches!(admission, Admission::Shared(_));
-        match admission {
+        match self.fleet.reached(&name, netns_cookie) {
             Admission::Known(_) => self.mark(at, Reached::Reached, None, true),
             Admission::Add(upstream) => {
                 // What the one before held has to be let go of first.
                 self.step_once().await;
-                if self.give(&entrance.command(upstream), &entrance.descriptors).await {
+                let command =
+                    Command::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Opener };
+                if self.give(&command, &descriptors).await {
                     self.mark(at, Reached::Reached, None, true);
                 }
             }

@@ -1,0 +1,83 @@
+//! The way from the agent to a server beside it: 127.0.0.1, and `::1` where only that answers (wire specification, A.3.6
+//! and A.4: a server that listens on `::1` alone is told as one on 127.0.0.1).
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use rustix::net::sockopt;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
+
+/// How long one attempt may take. On loopback it takes longer than a moment only where the server's queue is full.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// Connects.
+///
+/// # Errors
+/// What the kernel said of 127.0.0.1, as a text with the error's symbolic name.
+pub(super) async fn dial(port: NonZeroU16) -> Result<TcpStream, String> {
+    let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port.get());
+    let v6 = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), port.get());
+    match connect(v4).await {
+        Ok(stream) => Ok(stream),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(said(&error, v4)),
+        Err(error) => connect(v6).await.map_err(|_| said(&error, v4)),
+    }
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_nodelay(true)?;
+    // An urgent byte that is not in line vanishes from the stream.
+    sockopt::set_socket_oobinline(&socket, true)?;
+    // Others pace loopback (BBR to a third of its speed). Where neither may be chosen, the default serves.
+    let _ = sockopt::set_tcp_congestion(&socket, "cubic")
+        .or_else(|_| sockopt::set_tcp_congestion(&socket, "reno"));
+    let stream = timeout(CONNECT_TIME_MAX, socket.connect(address))
+        .await
+        .unwrap_or_else(|_| Err(io::Error::from(Errno::ETIMEDOUT)))?;
+    // A port of the range that outgoing connections get theirs from may be given to this very socket, which then is
+    // connected to itself.
+    if stream.local_addr()? == stream.peer_addr()? {
+        return Err(io::Error::from(Errno::ECONNREFUSED));
+    }
+    Ok(stream)
+}
+
+fn said(error: &io::Error, address: SocketAddr) -> String {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(errno) => format!("{errno:?}: {} ({address})", errno.desc()),
+        None => format!("{error} ({address})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    fn port(listener: &TcpListener) -> NonZeroU16 {
+        NonZeroU16::new(listener.local_addr().unwrap().port()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_server_on_either_loopback_is_reached() {
+        for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0"] {
+            let listener = TcpListener::bind(address).await.unwrap();
+            let (dialled, accepted) = tokio::join!(dial(port(&listener)), listener.accept());
+            assert_eq!(dialled.unwrap().local_addr().unwrap(), accepted.unwrap().1);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_where_nobody_listens_is_refused_by_name() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = port(&listener);
+        drop(listener);
+        let expected = format!("ECONNREFUSED: Connection refused (127.0.0.1:{port})");
+        assert_eq!(dial(port).await.unwrap_err(), expected);
+    }
+}

@@ -1,0 +1,333 @@
+//! How programs in the container ask the agent beside them for a port of the host (`landfall agent forward`).
+//!
+//! The socket is a Unix socket with an abstract name (`unix(7)`), derived from the port of the agent. It has no file, so it
+//! works where nothing can be written; it belongs to the network namespace (`net/unix/af_unix.c`), so nobody outside the
+//! container reaches it, and every program inside does, whoever runs it. Which ports the host gives away is the host's to say.
+//!
+//! One request a connection, one answer, each one line of JSON:
+//!
+//! ```text
+//! {"kind":"forward","targetPort":4848,"hostCandidates":[4848,4849],"reason":"dashboard","waitMs":10000}
+//! {"ok":true,"hostPort":4849}                              {"ok":false,"why":"refused","reason":"policy excluded"}
+//! ```
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::num::NonZeroU16;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener as StdUnixListener, UnixStream as StdUnixStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader as AsyncBufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+use super::hub::Hub;
+use crate::broker::container::ForwardRequest;
+
+/// The longest request or answer, in bytes.
+const LINE_BYTES_MAX: u64 = 64 * 1024;
+/// How long a program has to say what it wants, and to take the answer.
+const TALK_TIME_MAX: Duration = Duration::from_secs(5);
+/// Programs that ask at a time.
+const ASKING_MAX: usize = 64;
+/// How long accepting rests when the process has no descriptor left.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// Ports on the host that one request may name.
+pub const CANDIDATES_MAX: usize = 1024;
+/// The longest wait that can be asked for.
+pub const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What a program asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
+pub enum Question {
+    /// A port of the host that leads to a port of the container.
+    Forward {
+        /// The port in the container.
+        target_port: NonZeroU16,
+        /// Ports on the host, the best first.
+        host_candidates: Vec<NonZeroU16>,
+        /// What for.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+        /// How long to wait for a host and for its answer, in milliseconds.
+        wait_ms: u64,
+    },
+}
+
+/// What it is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// The port on the host.
+    Forwarded(NonZeroU16),
+    /// Why there is none.
+    Not(Why, String),
+}
+
+/// What stands in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Why {
+    /// Every host that is connected said no.
+    Refused,
+    /// No host was connected in time. The request is remembered.
+    NoHost,
+    /// A host is connected and did not answer in time. The request is remembered.
+    TimedOut,
+    /// The agent has no broker token, so no host connects to it.
+    NoToken,
+    /// Too much is asked for.
+    Full,
+    /// The request makes no sense.
+    Invalid,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ReplyLine {
+    ok: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    host_port: Option<NonZeroU16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    why: Option<Why>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+impl Reply {
+    fn to_line(&self) -> String {
+        let line = match self {
+            Reply::Forwarded(port) => ReplyLine { ok: true, host_port: Some(*port), why: None, reason: None },
+            Reply::Not(why, reason) => {
+                ReplyLine { ok: false, host_port: None, why: Some(*why), reason: Some(reason.clone()) }
+            }
+        };
+        // Strings and numbers serialise.
+        format!("{}\n", serde_json::to_string(&line).unwrap_or_default())
+    }
+
+    fn from_line(line: &str) -> Result<Reply, AskError> {
+        let line: ReplyLine = serde_json::from_str(line).map_err(|_| AskError::Nonsense)?;
+        match (line.ok, line.host_port, line.why) {
+            (true, Some(port), _) => Ok(Reply::Forwarded(port)),
+            (false, _, Some(why)) => Ok(Reply::Not(why, line.reason.unwrap_or_default())),
+            _ => Err(AskError::Nonsense),
+        }
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug, Error)]
+pub enum AskError {
+    /// No agent serves this port here.
+    #[error("no agent that serves port {0} runs in this network namespace")]
+    NoAgent(u16),
+    /// The conversation broke.
+    #[error("the agent cannot be asked")]
+    Broken(#[from] io::Error),
+    /// What came back is no answer.
+    #[error("what came back is no answer of an agent")]
+    Nonsense,
+}
+
+fn address(agent_port: u16) -> io::Result<SocketAddr> {
+    SocketAddr::from_abstract_name(format!("landfall-agent-{agent_port}"))
+}
+
+/// Asks the agent that serves `agent_port`, and waits for `wait` and a little longer.
+///
+/// # Errors
+/// [`AskError`].
+pub fn ask(agent_port: u16, question: &Question, wait: Duration) -> Result<Reply, AskError> {
+    let mut stream =
+        StdUnixStream::connect_addr(&address(agent_port)?).map_err(|error| match error.kind() {
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => AskError::NoAgent(agent_port),
+            _ => AskError::Broken(error),
+        })?;
+    stream.set_write_timeout(Some(TALK_TIME_MAX))?;
+    stream.set_read_timeout(Some(wait.saturating_add(TALK_TIME_MAX)))?;
+    let text = serde_json::to_string(question).map_err(io::Error::from)?;
+    stream.write_all(format!("{text}\n").as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream.take(LINE_BYTES_MAX)).read_line(&mut line)?;
+    Reply::from_line(&line)
+}
+
+/// Takes the name of the agent that serves `agent_port`.
+///
+/// # Errors
+/// EADDRINUSE where another program has it.
+pub(super) fn listen(agent_port: u16) -> io::Result<UnixListener> {
+    let listener = StdUnixListener::bind_addr(&address(agent_port)?)?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+/// Answers until it is dropped. `has_token` is whether hosts can connect at all.
+pub(super) async fn serve(listener: UnixListener, hub: Hub, has_token: bool) {
+    let places = Arc::new(Semaphore::new(ASKING_MAX));
+    // The semaphore is never closed. Whoever finds no place waits in the socket's queue.
+    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let hub = hub.clone();
+                tokio::spawn(async move {
+                    converse(stream, hub, has_token).await;
+                    drop(place);
+                });
+            }
+            Err(_) => sleep(ACCEPT_REST).await,
+        }
+    }
+}
+
+async fn converse(mut stream: UnixStream, hub: Hub, has_token: bool) {
+    let (mut reading, mut writing) = stream.split();
+    let mut lines = AsyncBufReader::new((&mut reading).take(LINE_BYTES_MAX));
+    let mut line = String::new();
+    let Ok(Ok(_)) = timeout(TALK_TIME_MAX, lines.read_line(&mut line)).await else { return };
+    let reply = match serde_json::from_str(&line) {
+        Ok(question) => {
+            let gone = async {
+                // A program has nothing more to say: what ends this is its own end.
+                let mut nothing = [0; 64];
+                while let Ok(1..) = reading.read(&mut nothing).await {}
+            };
+            tokio::select! {
+                reply = answer(question, &hub, has_token) => reply,
+                () = gone => return,
+            }
+        }
+        Err(error) => Reply::Not(Why::Invalid, format!("not a request: {error}")),
+    };
+    // Whoever asked may have gone.
+    let _ = timeout(TALK_TIME_MAX, writing.write_all(reply.to_line().as_bytes())).await;
+}
+
+async fn answer(question: Question, hub: &Hub, has_token: bool) -> Reply {
+    let Question::Forward { target_port, host_candidates, reason, wait_ms } = question;
+    if !has_token {
+        return Reply::Not(Why::NoToken, "the agent has no broker token".to_owned());
+    }
+    if host_candidates.len() > CANDIDATES_MAX {
+        let reason = format!("more than {CANDIDATES_MAX} ports on the host are named");
+        return Reply::Not(Why::Invalid, reason);
+    }
+    let request = ForwardRequest { target: target_port, candidates: host_candidates, reason };
+    let mut waiting = match hub.ask(request) {
+        Ok(waiting) => waiting,
+        Err(full) => return Reply::Not(Why::Full, full.to_string()),
+    };
+    let wait = Duration::from_millis(wait_ms).min(WAIT_MAX);
+    match timeout(wait, waiting.outcome()).await {
+        Ok(Ok(port)) => Reply::Forwarded(port),
+        Ok(Err(reason)) => Reply::Not(Why::Refused, reason),
+        Err(_) if *hub.hosts().borrow() == 0 => {
+            Reply::Not(Why::NoHost, "no host is connected to the agent".to_owned())
+        }
+        Err(_) => Reply::Not(Why::TimedOut, "the host has not answered".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::message::ForwardResult;
+    use proptest::prelude::*;
+    use tokio::task::spawn_blocking;
+
+    fn question(wait: Duration) -> Question {
+        let port = |port| NonZeroU16::new(port).unwrap();
+        Question::Forward {
+            target_port: port(4848),
+            host_candidates: vec![port(4848), port(4849)],
+            reason: None,
+            wait_ms: u64::try_from(wait.as_millis()).unwrap(),
+        }
+    }
+
+    /// An agent's local side under a number that no port has, so that it meets no agent.
+    async fn asked(number: u16, hub: &Hub, has_token: bool, wait: Duration) -> Reply {
+        let listener = listen(number).unwrap();
+        let serving = tokio::spawn(serve(listener, hub.clone(), has_token));
+        let reply = spawn_blocking(move || ask(number, &question(wait), wait)).await.unwrap().unwrap();
+        serving.abort();
+        // The name is free when it is dropped.
+        let _ = serving.await;
+        reply
+    }
+
+    #[tokio::test]
+    async fn whoever_asks_is_told_what_the_host_said() {
+        let hub = Hub::new();
+        let host = hub.join();
+        let mut requests = hub.requests();
+        let result = |result| ForwardResult { port: NonZeroU16::new(4848).unwrap(), result };
+        let port = NonZeroU16::new(4849).unwrap();
+        for (said, expected) in [
+            (Ok(port), Reply::Forwarded(port)),
+            (Err("policy excluded".to_owned()), Reply::Not(Why::Refused, "policy excluded".to_owned())),
+        ] {
+            let hosting = async {
+                requests.changed().await.unwrap();
+                hub.result(host, &result(said));
+            };
+            let (reply, ()) = tokio::join!(asked(1, &hub, true, TALK_TIME_MAX), hosting);
+            assert_eq!(reply, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_stands_in_the_way_is_told_apart() {
+        let hub = Hub::new();
+        let short = Duration::from_millis(1);
+        let why = |reply| match reply {
+            Reply::Not(why, _) => why,
+            Reply::Forwarded(port) => panic!("forwarded to {port}"),
+        };
+        assert_eq!(why(asked(2, &hub, false, short).await), Why::NoToken);
+        assert_eq!(why(asked(2, &hub, true, short).await), Why::NoHost);
+        hub.join();
+        assert_eq!(why(asked(2, &hub, true, short).await), Why::TimedOut);
+        let error = spawn_blocking(move || ask(3, &question(short), short)).await.unwrap().unwrap_err();
+        assert!(matches!(error, AskError::NoAgent(3)), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn nonsense_is_answered_and_an_endless_line_is_cut() {
+        let listener = listen(4).unwrap();
+        let serving = tokio::spawn(serve(listener, Hub::new(), true));
+        let endless = usize::try_from(LINE_BYTES_MAX).unwrap() + 1;
+        for text in ["{}\n".to_owned(), "x".repeat(endless), "\n".to_owned()] {
+            let told = spawn_blocking(move || {
+                let mut stream = StdUnixStream::connect_addr(&address(4).unwrap()).unwrap();
+                // It may be cut off in the middle.
+                let _ = stream.write_all(text.as_bytes());
+                let mut line = String::new();
+                let _ = stream.read_to_string(&mut line);
+                line
+            });
+            let told = told.await.unwrap();
+            assert!(told.is_empty() || told.contains("\"why\":\"invalid\""), "{told}");
+        }
+        serving.abort();
+    }
+
+    proptest! {
+        #[test]
+        fn an_answer_of_any_kind_is_read_without_harm(text: String) {
+            let _ = Reply::from_line(&text);
+        }
+
+        #[test]
+        fn what_is_answered_is_read_back(port: NonZeroU16, reason: String) {
+            for reply in [Reply::Forwarded(port), Reply::Not(Why::Refused, reason)] {
+                prop_assert_eq!(Reply::from_line(&reply.to_line()).unwrap(), reply);
+            }
+        }
+    }
+}

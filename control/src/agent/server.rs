@@ -1,0 +1,283 @@
+//! The agent's HTTP server: one path, which becomes a WebSocket (wire specification, A.3).
+//!
+//! Everybody in the container and on the host's side of its published port can connect, so who has not presented the token
+//! yet is a guest: guests are few, each has little time, and where one too many comes the oldest has to go. A host that says
+//! its hello at once is therefore never kept out by others who say nothing.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::StartError;
+use super::connection;
+use super::hub::Hub;
+use super::log::{AgentEvent, Log};
+use crate::broker::container::HELLO_TIME_MAX;
+use crate::broker::wire;
+use crate::registration::model::Token;
+
+/// Connections of which nobody knows yet whose they are.
+const GUESTS_MAX: usize = 64;
+/// Hosts that are let in at a time.
+const HOSTS_MAX: usize = 32;
+/// How long a client has for the head of its request, and then for its upgrade.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
+/// The longest head, in bytes; hyper's smallest buffer is half of it.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 128;
+/// How long accepting rests when the process has no descriptor left.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// How long hosts have to hear that the agent ends.
+const STOP_TIME_MAX: Duration = Duration::from_secs(1);
+/// After how long without a word the kernel asks whether the peer is still there, and how often then: a host whose machine
+/// went away without a word gives its place back within two minutes.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// What connections need.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    /// What a host has to present.
+    pub(super) token: Option<Token>,
+    /// How often what listens is read.
+    pub(super) interval: Duration,
+    /// What they share.
+    pub(super) hub: Hub,
+    /// Where they tell what happens.
+    pub(super) log: Log,
+}
+
+/// Sockets that can be connected to.
+#[derive(Debug)]
+pub(super) struct Bound {
+    listeners: Vec<TcpListener>,
+    port: u16,
+}
+
+impl Bound {
+    /// Listens on an address; on all of IPv4 where none is named, and on all of IPv6 if that can be had.
+    ///
+    /// # Errors
+    /// [`StartError::Listen`].
+    pub(super) async fn listen(address: Option<IpAddr>, port: u16, log: &Log) -> Result<Bound, StartError> {
+        let first = SocketAddr::new(address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port);
+        let failed = |source| StartError::Listen { address: first, source };
+        let listener = listen(first).map_err(failed)?;
+        let port = listener.local_addr().map_err(failed)?.port();
+        let mut listeners = vec![listener];
+        if address.is_none() {
+            // A container without IPv6 does without it.
+            listeners.extend(listen(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)));
+        }
+        for address in listeners.iter().filter_map(|listener| listener.local_addr().ok()) {
+            log.tell(&AgentEvent::AgentListening { address });
+        }
+        Ok(Bound { listeners, port })
+    }
+
+    /// The port.
+    pub(super) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Begins to answer.
+    pub(super) fn serve(self, settings: Settings) -> Server {
+        let server = Server(Arc::new(Inner {
+            settings,
+            lobby: Lobby::default(),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        }));
+        for listener in self.listeners {
+            let inner = Arc::clone(&server.0);
+            let stopping = inner.stopping.clone();
+            inner.clone().tasks.spawn(stopping.run_until_cancelled_owned(accept_all(inner, listener)));
+        }
+        server
+    }
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // One that ended a moment ago leaves connections behind (TIME_WAIT), which are in nobody's way.
+    socket.set_reuseaddr(true)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// The server while it answers.
+pub(super) struct Server(Arc<Inner>);
+
+struct Inner {
+    settings: Settings,
+    lobby: Lobby,
+    stopping: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Server {
+    /// Gives the ports up, tells every host, and returns when they have heard it or some time has passed.
+    pub(super) async fn stop(&self) {
+        self.0.stopping.cancel();
+        self.0.tasks.close();
+        // Who has not heard it by then finds the connection gone.
+        let _ = timeout(STOP_TIME_MAX, self.0.tasks.wait()).await;
+    }
+}
+
+async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let guest = Lobby::enter(&inner);
+                inner.tasks.spawn(converse(Arc::clone(&inner), stream, guest));
+            }
+            // No descriptor is left, or the client has gone already. Either way the next one is another try.
+            Err(_) => sleep(ACCEPT_REST).await,
+        }
+    }
+}
+
+/// One connection, until it ends or becomes a WebSocket, which goes on as a task of its own.
+async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: Guest) {
+    prepare(&stream);
+    let guest = Arc::new(Mutex::new(Some(guest)));
+    let asked_to_leave = locked(&guest).as_ref().map(|guest| guest.leave.clone()).unwrap_or_default();
+    let service = service_fn(|request| {
+        let response = respond(&inner, request, &guest);
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        // One request each: nobody holds a place without asking for something.
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    tokio::select! {
+        // Whatever came of it was answered.
+        _ = timeout(HEAD_TIME_MAX + HELLO_TIME_MAX, connection) => {}
+        () = asked_to_leave.cancelled() => {}
+        () = inner.stopping.cancelled() => {}
+    }
+}
+
+/// What cannot be set is done without.
+fn prepare(stream: &TcpStream) {
+    let _ = stream.set_nodelay(true);
+    let _ = sockopt::set_socket_keepalive(stream, true);
+    let _ = sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE);
+    let _ = sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL);
+    let _ = sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES);
+}
+
+type Text = Response<Full<Bytes>>;
+
+/// Answers one request; an upgrade takes the guest along.
+fn respond(inner: &Arc<Inner>, mut request: Request<Incoming>, guest: &Mutex<Option<Guest>>) -> Text {
+    let settings = &inner.settings;
+    if request.uri().path() != wire::PATH {
+        return text(StatusCode::NOT_FOUND, "not found");
+    }
+    let Some(token) = settings.token.clone() else {
+        return text(StatusCode::NOT_FOUND, "portbroker disabled");
+    };
+    let answer = (request.method() == Method::GET).then(|| wire::upgrade(request.headers())).flatten();
+    let Some(answer) = answer else {
+        return text(StatusCode::BAD_REQUEST, "upgrade failed");
+    };
+    if *settings.hub.hosts().borrow() >= HOSTS_MAX {
+        return text(StatusCode::SERVICE_UNAVAILABLE, "too many hosts are connected");
+    }
+    let Some(guest) = locked(guest).take() else {
+        return text(StatusCode::BAD_REQUEST, "upgrade failed");
+    };
+    let upgrade = hyper::upgrade::on(&mut request);
+    inner.tasks.spawn(upgraded(Arc::clone(inner), upgrade, token, guest));
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    *response.headers_mut() = answer;
+    response
+}
+
+async fn upgraded(inner: Arc<Inner>, upgrade: OnUpgrade, token: Token, guest: Guest) {
+    // A client that left in between, or asked for something odd, has no connection any more.
+    let Ok(Ok(stream)) = timeout(HELLO_TIME_MAX, upgrade).await else { return };
+    let Ok(socket) = wire::accepted(stream).await else { return };
+    connection::serve(socket, token, &inner.settings, guest, inner.stopping.clone()).await;
+}
+
+fn text(status: StatusCode, text: &'static str) -> Text {
+    let mut response = Response::new(Full::from(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain;charset=utf-8"));
+    response
+}
+
+/// Who waits to be let in, in the order of coming.
+#[derive(Default)]
+struct Lobby(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    last: u64,
+    guests: BTreeMap<u64, CancellationToken>,
+}
+
+/// A place in the lobby. Dropping it gives it back.
+pub(super) struct Guest {
+    inner: Arc<Inner>,
+    number: u64,
+    /// Says that somebody else needs the place.
+    pub(super) leave: CancellationToken,
+}
+
+impl Lobby {
+    fn enter(inner: &Arc<Inner>) -> Guest {
+        let leave = CancellationToken::new();
+        let mut waiting = locked(&inner.lobby.0);
+        waiting.last += 1;
+        let number = waiting.last;
+        waiting.guests.insert(number, leave.clone());
+        if waiting.guests.len() > GUESTS_MAX
+            && let Some((_, oldest)) = waiting.guests.pop_first()
+        {
+            oldest.cancel();
+        }
+        drop(waiting);
+        Guest { inner: Arc::clone(inner), number, leave }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        locked(&self.inner.lobby.0).guests.remove(&self.number);
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,137 @@
+//! `landfall agent`: the program inside a container; and what programs beside it ask of it.
+
+use std::io;
+
+use serde_json::json;
+
+use super::args::{AgentArgs, AgentForwardArgs, AgentServeArgs, AgentVerb, Candidates};
+use super::exit::{Exit, Failure, chain};
+use super::output::Talk;
+use crate::agent::local::{self, AskError, Question, Reply, Why};
+use crate::agent::{self, DirectoryError, Options, PORT, StartError};
+use crate::registration::model::Token;
+
+/// Where the broker token is looked for (wire specification, A.12), the first that is set.
+const TOKEN_VARIABLES: [&str; 2] = ["LANDFALL_HOSTD_BROKER_TOKEN", "TYPECLAW_HOSTD_BROKER_TOKEN"];
+
+/// Is an agent until it is told to stop, or asks the one that runs.
+pub fn agent(args: AgentArgs) -> Result<Exit, Failure> {
+    match args.verb {
+        Some(AgentVerb::Forward(args)) => forward(&args),
+        None => serve(args.serve),
+    }
+}
+
+fn serve(args: AgentServeArgs) -> Result<Exit, Failure> {
+    let port = args.port;
+    let options = Options {
+        address: args.bind,
+        port,
+        token: token()?,
+        directory: args.directory,
+        interval: args.interval,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
+    let done = runtime.block_on(agent::run(options));
+    // What still blocks somewhere is not waited for: everything that had to be finished is.
+    runtime.shutdown_background();
+    done.map(|()| Exit::Ok).map_err(|error| refused(&error))
+}
+
+fn token() -> Result<Option<Token>, Failure> {
+    for name in TOKEN_VARIABLES {
+        let Some(value) = std::env::var_os(name) else { continue };
+        let value = value.into_string().map_err(|_| {
+            Failure::new(Exit::Usage, format!("{name} is not UTF-8"))
+                .hint("a broker token is 43 letters, digits, '-' and '_'")
+        })?;
+        // Empty is as good as not there.
+        if let Some(token) = Token::new(&value) {
+            return Ok(Some(token));
+        }
+    }
+    Ok(None)
+}
+
+fn refused(error: &StartError) -> Failure {
+    let failure = |exit| Failure::new(exit, chain(error));
+    match error {
+        StartError::Useless => failure(Exit::Usage).hint(
+            "set LANDFALL_HOSTD_BROKER_TOKEN to the container's token, or mount a directory of the host at /run/landfall",
+        ),
+        StartError::Listen { source, .. } => match source.kind() {
+            io::ErrorKind::AddrInUse => failure(Exit::Failed)
+                .hint("an agent may run here already; --port takes another one, which the host has to publish"),
+            io::ErrorKind::PermissionDenied => {
+                failure(Exit::Denied).hint("ports below 1024 may take privilege; --port takes another one")
+            }
+            _ => failure(Exit::Failed).hint("--bind takes an address of this container"),
+        },
+        StartError::Directory(DirectoryError::Taken(_)) => {
+            failure(Exit::Failed).hint("each container has a directory of its own; --directory names another one")
+        }
+        StartError::Directory(DirectoryError::Stranger(_)) => {
+            failure(Exit::Failed).hint("remove it, or name another directory with --directory")
+        }
+        StartError::Directory(DirectoryError::System { source, .. }) => match source.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => failure(Exit::Denied)
+                .hint("the user in the container must be able to write there: on the host, chmod 0777 the directory"),
+            _ => failure(Exit::Failed).hint("--directory names a directory that the host has mounted"),
+        },
+        StartError::Signals(_) | StartError::Thread(_) => failure(Exit::Failed),
+    }
+}
+
+fn forward(args: &AgentForwardArgs) -> Result<Exit, Failure> {
+    let candidates = args.host.clone().unwrap_or_else(|| Candidates(vec![args.port]));
+    let question = Question::Forward {
+        target_port: args.port,
+        host_candidates: candidates.0,
+        reason: args.reason.clone(),
+        wait_ms: u64::try_from(args.wait.as_millis()).unwrap_or(u64::MAX),
+    };
+    let reply = local::ask(args.agent_port, &question, args.wait).map_err(|error| unanswered(&error))?;
+    match reply {
+        Reply::Forwarded(port) => {
+            let talk = Talk::to_stdout(args.json);
+            if args.json {
+                talk.plain(&json!({ "targetPort": args.port, "hostPort": port }).to_string());
+            } else {
+                talk.plain(&port.to_string());
+            }
+            Ok(Exit::Ok)
+        }
+        Reply::Not(why, reason) => Err(not_forwarded(args, why, &reason)),
+    }
+}
+
+fn unanswered(error: &AskError) -> Failure {
+    let failure = Failure::new(Exit::NoDaemon, chain(error));
+    match error {
+        AskError::NoAgent(PORT) => failure.hint("start one: landfall agent &"),
+        AskError::NoAgent(_) => failure.hint("--agent-port names the port that it was started with"),
+        AskError::Broken(_) | AskError::Nonsense => {
+            failure.hint("its standard error tells what the agent last did")
+        }
+    }
+}
+
+fn not_forwarded(args: &AgentForwardArgs, why: Why, reason: &str) -> Failure {
+    let port = args.port;
+    match why {
+        Why::Refused => {
+            Failure::new(Exit::Refused, format!("the host does not forward port {port}: {reason}"))
+                .hint("--host names ports on the host to try one after another")
+        }
+        Why::NoHost => Failure::new(Exit::NoDaemon, reason.to_owned())
+            .hint("the request is remembered; register the container on the host, with its broker token"),
+        Why::TimedOut => Failure::new(Exit::TimedOut, reason.to_owned())
+            .hint("the request is remembered; --wait waits longer"),
+        Why::NoToken => Failure::new(Exit::NoDaemon, reason.to_owned())
+            .hint("start the agent with LANDFALL_HOSTD_BROKER_TOKEN in its environment"),
+        Why::Full => Failure::new(Exit::Refused, reason.to_owned()),
+        Why::Invalid => Failure::new(Exit::Usage, reason.to_owned())
+            .hint("the agent that runs may be of another build: start it again"),
+    }
+}
