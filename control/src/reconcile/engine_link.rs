@@ -87,12 +87,7 @@ impl Link {
         }
     }
 
-    /// Gives the engine a command.
-    pub(super) async fn send(
-        &self,
-        command: &Command,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<(), LinkError> {
+    async fn send(&self, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
         let sending = async {
             loop {
                 let mut ready = self.socket.writable().await.map_err(ChannelError::System)?;
@@ -104,6 +99,12 @@ impl Link {
             }
         };
         Ok(timeout(SEND_MAX, sending).await.map_err(|_| LinkError::Silent)??)
+    }
+
+    /// Gives the engine a command, and copies of the descriptors that belong to it.
+    pub(super) async fn give(&self, command: &Command, descriptors: &[OwnedFd]) -> Result<(), LinkError> {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        self.send(command, &descriptors).await
     }
 
     /// Waits for what the engine says next. Nothing is lost when this is abandoned.

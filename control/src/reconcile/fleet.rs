@@ -19,6 +19,10 @@
 //! driver, or needs it. What an earlier driver left and nobody claims is let go, but only after everybody had the
 //! chance to claim it ([`Fleet::sweep`]).
 //!
+//! Where a container has a broker, its session tells what listens ([`announced`]), which is forwarded over the WebSocket
+//! where the container cannot be entered, by the wire's rules: one attempt for each announcement. Ports that it reserves
+//! ([`reserved`]) are forwarded whichever way there is.
+//!
 //! When an engine is lost, its ports are kept for a moment for those who had them ([`HEIR_PATIENCE`]): who is entered
 //! first the next time is chance, and a port would change hands by it.
 //!
@@ -26,24 +30,34 @@
 //! and follows when the port is free, always at the same number), a number used twice, and a port that failed being
 //! asked for again before [`RETRY`] has passed.
 
+mod announced;
 mod answers;
+mod change;
+mod heirs;
+mod reserved;
 mod rows;
+mod upstreams;
 mod verdict;
+mod watched;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use landfall_engine::command::{
-    Command, Ending, ForwardId, ForwardState, ForwardStats, Listening, Reach, UpstreamId, UpstreamState,
+    Command, ForwardId, ForwardState, ForwardStats, Listening, Reach, UpstreamId, UpstreamState,
 };
 
 use super::observation::Observation;
 use crate::policy::Policy;
 use crate::registration::model::ContainerName;
-use verdict::Verdict;
+use announced::Broker;
 
+pub use announced::OWED_MAX;
+pub use change::{Change, ClosedReason};
+pub use heirs::HEIR_PATIENCE;
 pub use rows::Row;
+pub use upstreams::Admission;
 pub use verdict::{CONTAINER_PORT, FORWARDS_MAX};
 
 /// How long a port that could not be opened rests. Short enough that a freed port feels as if it were taken at once,
@@ -53,9 +67,6 @@ pub const RETRY: Duration = Duration::from_secs(2);
 /// How long a port stays open on the host after its server ceased to listen. Dev servers try a port before they use it,
 /// and close and reopen it when they restart; meanwhile a client is reset, as by any port on which nothing listens.
 pub const LINGER: Duration = Duration::from_millis(250);
-
-/// How long a port of a lost engine is kept for the container that had it. Entering one takes milliseconds.
-pub const HEIR_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A container that is to be forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,65 +88,15 @@ pub struct Inventory {
     pub observed: BTreeMap<UpstreamId, Vec<Listening>>,
 }
 
-/// What becomes of a container that was entered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Admission {
-    /// The engine has its namespace already.
-    Known(UpstreamId),
-    /// The engine is to be given its namespace, under this number.
-    Add(UpstreamId),
-    /// Its namespace is that of another container.
-    Shared(ContainerName),
-    /// Nobody wants it any more.
-    Unwanted,
-}
-
-/// Why a port no longer answers; the texts are those of the wire specification, A.13.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClosedReason {
-    /// Nothing listens inside any more, or it may not be exposed any more.
-    ContainerReleased,
-    /// The container or the engine went away.
-    HostError,
-    /// The container is no longer registered.
-    Deregistered,
-    /// The engine is stopped on purpose.
-    BrokerStopped,
-}
-
-impl ClosedReason {
-    /// The wire's word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            ClosedReason::ContainerReleased => "container-released",
-            ClosedReason::HostError => "host-error",
-            ClosedReason::Deregistered => "deregistered",
-            ClosedReason::BrokerStopped => "broker-stopped",
-        }
-    }
-}
-
-/// What changed, as far as somebody is told of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the fields say what they are")]
-pub enum Change {
-    /// The port answers on the host; `bind` is where its server listens.
-    Opened { name: ContainerName, port: NonZeroU16, bind: &'static str },
-    /// It no longer does.
-    Closed { name: ContainerName, port: NonZeroU16, why: ClosedReason },
-    /// It could not be opened. Told once, however often it is tried again.
-    Failed { name: ContainerName, port: NonZeroU16, reason: String },
-    /// The engine let go of a container that it was not told to let go of.
-    Lost { name: ContainerName, reason: String },
-}
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Upstream {
     cookie: u64,
     /// The container behind it; none while nobody has claimed what an earlier driver left.
     owner: Option<ContainerName>,
-    /// What listens inside; none before the first reading.
+    /// What listens inside; none before the first reading, and where nothing is watched.
     seen: Option<Observation>,
+    /// The driver dials for each connection: what listens is what a broker's session announced.
+    dialled: bool,
     /// It is to be removed, and why.
     dismissed: Option<ClosedReason>,
     /// The engine was told to remove it.
@@ -154,6 +115,8 @@ struct Forward {
     upstream: UpstreamId,
     host_port: NonZeroU16,
     target_port: NonZeroU16,
+    /// The container asked for it, and for no host port in particular.
+    reserved: bool,
     status: Status,
     reach: Reach,
     /// Whether it ever answered, so that its end is worth telling.
@@ -184,7 +147,10 @@ pub struct Fleet {
     wishes: Vec<Wish>,
     upstreams: BTreeMap<UpstreamId, Upstream>,
     forwards: BTreeMap<ForwardId, Forward>,
+    /// Of ports that are watched.
     failures: BTreeMap<(ContainerName, NonZeroU16), Failure>,
+    /// Containers with a broker; they stay when the engine is lost.
+    brokers: BTreeMap<ContainerName, Broker>,
     /// Parts of observations that are still being told.
     partial: BTreeMap<UpstreamId, Vec<Listening>>,
     sweeping: bool,
@@ -205,6 +171,7 @@ impl Fleet {
             upstreams: BTreeMap::new(),
             forwards: BTreeMap::new(),
             failures: BTreeMap::new(),
+            brokers: BTreeMap::new(),
             partial: BTreeMap::new(),
             sweeping: false,
             heirs: BTreeMap::new(),
@@ -232,8 +199,11 @@ impl Fleet {
         self.sweeping = false;
         for UpstreamState { upstream, netns_cookie } in upstreams {
             let seen = observed.remove(&upstream).map(Observation::whole);
-            let (owner, dismissed) = (None, None);
-            let taken = Upstream { cookie: netns_cookie, owner, seen, dismissed, leaving: false };
+            // Whoever dialled for it is gone, so it leads nowhere.
+            let dialled = upstreams::is_dialled(netns_cookie);
+            let dismissed = dialled.then_some(ClosedReason::HostError);
+            let taken =
+                Upstream { cookie: netns_cookie, owner: None, seen, dialled, dismissed, leaving: false };
             self.upstreams.insert(upstream, taken);
             self.next_upstream = self.next_upstream.max(upstream.0.wrapping_add(1));
         }
@@ -245,6 +215,7 @@ impl Fleet {
                     upstream: state.upstream,
                     host_port: state.host_port,
                     target_port: state.target_port,
+                    reserved: false,
                     status: Status::Open,
                     reach: state.reach,
                     told: true,
@@ -258,79 +229,13 @@ impl Fleet {
 
     /// The engine is gone, and everything that it held.
     pub fn detach(&mut self) -> Vec<Change> {
-        for forward in self.forwards.values().filter(|forward| forward.is_live()) {
-            let upstream = self.upstreams.get(&forward.upstream);
-            if let Some(owner) = upstream.and_then(|upstream| upstream.owner.clone()) {
-                self.heirs.insert(forward.host_port, owner);
-            }
-        }
-        self.heirs_since = None;
+        self.note_heirs();
         let ids: Vec<ForwardId> = self.forwards.keys().copied().collect();
         let changes = ids.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
         self.upstreams.clear();
         self.failures.clear();
         self.partial.clear();
         self.sweeping = false;
-        changes
-    }
-
-    /// A container was entered, and its namespace has this cookie.
-    pub fn reached(&mut self, name: &ContainerName, cookie: u64) -> Admission {
-        if !self.wishes.iter().any(|wish| wish.name == *name) {
-            return Admission::Unwanted;
-        }
-        let staying = |upstream: &Upstream| upstream.dismissed.is_none() && !upstream.leaving;
-        let same = |upstream: &Upstream| staying(upstream) && upstream.cookie == cookie;
-        let fellow = self.upstreams.values().filter(|upstream| same(upstream));
-        if let Some(fellow) =
-            fellow.filter_map(|upstream| upstream.owner.as_ref()).find(|owner| *owner != name)
-        {
-            return Admission::Shared(fellow.clone());
-        }
-        for upstream in self.upstreams.values_mut() {
-            if staying(upstream) && upstream.owner.as_ref() == Some(name) && upstream.cookie != cookie {
-                upstream.dismissed = Some(ClosedReason::HostError);
-            }
-        }
-        let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name);
-        let holds = |id: &UpstreamId| self.forwards.values().any(|forward| forward.upstream == *id);
-        // Were there two of one namespace, the one with forwards is worth more.
-        let known = self.upstreams.iter().filter(|(_, upstream)| same(upstream));
-        let known = known.max_by_key(|(id, upstream)| (own(upstream), holds(id))).map(|(id, _)| *id);
-        let Some(id) = known else {
-            let id = UpstreamId(self.next_upstream);
-            self.next_upstream = self.next_upstream.wrapping_add(1);
-            let owner = Some(name.clone());
-            self.upstreams
-                .insert(id, Upstream { cookie, owner, seen: None, dismissed: None, leaving: false });
-            return Admission::Add(id);
-        };
-        if let Some(upstream) = self.upstreams.get_mut(&id) {
-            upstream.owner = Some(name.clone());
-        }
-        Admission::Known(id)
-    }
-
-    /// A container is gone; its ports are let go of with the next step.
-    pub fn left(&mut self, name: &ContainerName) {
-        for upstream in self.upstreams.values_mut() {
-            if upstream.owner.as_ref() == Some(name) {
-                upstream.dismissed.get_or_insert(ClosedReason::HostError);
-            }
-        }
-    }
-
-    /// The engine was relieved by another one, which holds these upstreams and these forwards under the same numbers and
-    /// tells anew what listens.
-    pub fn moved(&mut self, upstreams: &BTreeSet<UpstreamId>, forwards: &BTreeSet<ForwardId>) -> Vec<Change> {
-        let lost: Vec<ForwardId> =
-            self.forwards.keys().filter(|id| !forwards.contains(id)).copied().collect();
-        let changes = lost.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
-        self.upstreams.retain(|id, _| upstreams.contains(id));
-        for upstream in self.upstreams.values_mut() {
-            upstream.seen = None;
-        }
-        self.partial.clear();
         changes
     }
 
@@ -357,10 +262,22 @@ impl Fleet {
         let mut commands = Vec::new();
         let mut changes = Vec::new();
         self.dismiss(&mut commands);
+        let names: Vec<ContainerName> = self.wishes.iter().map(|wish| wish.name.clone()).collect();
+        for name in &names {
+            self.reserve_all(name, now, &mut commands, &mut changes);
+        }
         let verdicts = self.verdicts();
         self.settle_heirs(&verdicts, now);
-        self.close(&verdicts, now, &mut commands);
-        self.open(&verdicts, now, &mut commands, &mut changes);
+        self.close_watched(&verdicts, now, &mut commands);
+        self.close_announced(&mut commands);
+        for name in &names {
+            let Some(upstream) = self.upstream_of(name) else { continue };
+            match verdicts.get(&upstream) {
+                Some(ports) => self.open_watched(name, upstream, ports, now, &mut commands, &mut changes),
+                None => self.open_announced(name, upstream, &mut commands, &mut changes),
+            }
+        }
+        self.pay(now, &mut changes);
         (commands, changes)
     }
 
@@ -373,136 +290,25 @@ impl Fleet {
         let lingering = self.forwards.values().filter(|forward| forward.is_live());
         let lingering = lingering.filter_map(|forward| forward.unseen).map(|since| since + LINGER);
         let heirs = self.heirs_since.map(|since| since + HEIR_PATIENCE);
-        retries.chain(lingering).chain(heirs).min()
+        let reserved = self.reserved_retries().filter(|(port, _)| !held(*port)).map(|(_, at)| at);
+        retries.chain(lingering).chain(heirs).chain(reserved).chain(self.debts_due()).min()
     }
 
-    /// Strikes off those who have their port again, do not want it any more, or did not come in time.
-    fn settle_heirs(&mut self, verdicts: &BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>>, now: Instant) {
-        if self.heirs.is_empty() {
-            self.heirs_since = None;
-            return;
-        }
-        let since = *self.heirs_since.get_or_insert(now);
-        let mut heirs = std::mem::take(&mut self.heirs);
-        heirs.retain(|port, name| {
-            let wished = self.wishes.iter().any(|wish| wish.name == *name);
-            let seen = self.upstream_of(name).and_then(|upstream| verdicts.get(&upstream));
-            let wants = seen.is_none_or(|ports| matches!(ports.get(port), Some(Verdict::Wanted(_))));
-            let held = self.forwards.values().any(|forward| forward.host_port == *port);
-            wished && wants && !held && now.saturating_duration_since(since) < HEIR_PATIENCE
-        });
-        self.heirs = heirs;
-        if self.heirs.is_empty() {
-            self.heirs_since = None;
-        }
-    }
-
-    /// Lets go of upstreams that have no container any more.
-    fn dismiss(&mut self, commands: &mut Vec<Command>) {
-        for (id, upstream) in &mut self.upstreams {
-            let registered = match &upstream.owner {
-                Some(owner) => self.wishes.iter().any(|wish| wish.name == *owner),
-                None => !self.sweeping,
-            };
-            if !registered {
-                upstream.dismissed.get_or_insert(ClosedReason::Deregistered);
-            }
-            let Some(why) = upstream.dismissed.filter(|_| !upstream.leaving) else { continue };
-            upstream.leaving = true;
-            self.failures.retain(|(name, _), _| upstream.owner.as_ref() != Some(name));
-            for forward in self.forwards.values_mut() {
-                if forward.upstream == *id && forward.is_live() {
-                    forward.status = Status::Closing { why };
-                }
-            }
-            commands.push(Command::RemoveUpstream { upstream: *id, ending: Ending::Drain });
-        }
-    }
-
-    /// Closes what is not wanted, and tells the reach of what is.
-    fn close(
+    fn open_one(
         &mut self,
-        verdicts: &BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>>,
-        now: Instant,
-        commands: &mut Vec<Command>,
-    ) {
-        for (id, forward) in &mut self.forwards {
-            let Some(ports) = verdicts.get(&forward.upstream).filter(|_| forward.is_live()) else { continue };
-            let expired = match ports.get(&forward.target_port) {
-                _ if forward.host_port != forward.target_port => true,
-                Some(Verdict::Wanted(reach)) => {
-                    forward.unseen = None;
-                    if forward.reach != *reach {
-                        forward.reach = *reach;
-                        commands.push(Command::SetReach { forward: *id, reach: *reach });
-                    }
-                    false
-                }
-                Some(Verdict::Denied(_)) => true,
-                None => {
-                    let since = *forward.unseen.get_or_insert(now);
-                    now.saturating_duration_since(since) >= LINGER
-                }
-            };
-            if expired {
-                forward.status = Status::Closing { why: ClosedReason::ContainerReleased };
-                commands.push(Command::CloseListener { forward: *id, ending: Ending::Drain });
-            }
-        }
-    }
-
-    fn open(
-        &mut self,
-        verdicts: &BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>>,
-        now: Instant,
-        commands: &mut Vec<Command>,
-        changes: &mut Vec<Change>,
-    ) {
-        let names: Vec<ContainerName> = self.wishes.iter().map(|wish| wish.name.clone()).collect();
-        for name in names {
-            let Some(upstream) = self.upstream_of(&name) else { continue };
-            let Some(ports) = verdicts.get(&upstream) else { continue };
-            // A failure is remembered only while somebody still waits for the port.
-            self.failures.retain(|(owner, port), _| {
-                *owner != name || matches!(ports.get(port), Some(Verdict::Wanted(_)))
-            });
-            for (port, verdict) in ports {
-                let Verdict::Wanted(reach) = verdict else { continue };
-                let holder = self.forwards.values().find(|forward| forward.host_port == *port);
-                let owner = match holder.map(|holder| self.upstreams.get(&holder.upstream)) {
-                    Some(upstream) => upstream.and_then(|upstream| upstream.owner.as_ref()),
-                    None => self.heirs.get(port),
-                };
-                // One of its own, or one that nobody has claimed, answers or closes soon.
-                if let Some(owner) = owner.filter(|owner| **owner != name) {
-                    let reason = format!(
-                        "EADDRINUSE: port {port} is forwarded to container \"{owner}\", which had it first"
-                    );
-                    let failure = Failure { at: None, reason: reason.clone() };
-                    if self.failures.insert((name.clone(), *port), failure).is_none() {
-                        changes.push(Change::Failed { name: name.clone(), port: *port, reason });
-                    }
-                    continue;
-                }
-                if holder.is_some() {
-                    continue;
-                }
-                let rests = self.failures.get(&(name.clone(), *port)).and_then(|failure| failure.at);
-                if rests.is_some_and(|at| now.saturating_duration_since(at) < RETRY) {
-                    continue;
-                }
-                commands.push(self.open_one(upstream, *port, *reach));
-            }
-        }
-    }
-
-    fn open_one(&mut self, upstream: UpstreamId, port: NonZeroU16, reach: Reach) -> Command {
+        upstream: UpstreamId,
+        host_port: NonZeroU16,
+        target_port: NonZeroU16,
+        reach: Reach,
+        reserved: bool,
+    ) -> Command {
         let forward = ForwardId(self.next_forward);
         self.next_forward = self.next_forward.wrapping_add(1);
         let opening = Forward {
             upstream,
-            host_port: port,
-            target_port: port,
+            host_port,
+            target_port,
+            reserved,
             status: Status::Opening,
             reach,
             told: false,
@@ -510,13 +316,20 @@ impl Fleet {
             stats: ForwardStats::default(),
         };
         self.forwards.insert(forward, opening);
-        Command::OpenListener { forward, upstream, host_port: port, target_port: port, reach }
+        Command::OpenListener { forward, upstream, host_port, target_port, reach }
     }
 
-    /// The upstream of a container that stays.
-    fn upstream_of(&self, name: &ContainerName) -> Option<UpstreamId> {
-        let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name) && !upstream.leaving;
-        self.upstreams.iter().find(|(_, upstream)| own(upstream)).map(|(id, _)| *id)
+    /// Those forwards that lead into a container, over whatever upstream.
+    fn forwards_of(&self, name: &ContainerName) -> impl Iterator<Item = &Forward> {
+        self.forwards.values().filter(move |forward| self.owner_of(forward) == Some(name))
+    }
+
+    fn owner_of(&self, forward: &Forward) -> Option<&ContainerName> {
+        self.upstreams.get(&forward.upstream)?.owner.as_ref()
+    }
+
+    fn policy_of(&self, name: &ContainerName) -> Option<&Policy> {
+        self.wishes.iter().find(|wish| wish.name == *name).map(|wish| &wish.policy)
     }
 }
 

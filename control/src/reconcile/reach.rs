@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use landfall_engine::command::WatchSources;
+use landfall_engine::command::{Command, UpstreamId, UpstreamKind, WatchSources};
 use landfall_engine::opener::FailureKind;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
 use tokio::io::Interest;
@@ -54,11 +54,29 @@ pub(super) enum Certainty {
     Unknown,
 }
 
+/// What the engine needs for a container that was entered.
+#[derive(Debug)]
+pub(super) struct Entrance {
+    /// That of its namespace.
+    pub(super) cookie: u64,
+    sources: WatchSources,
+    kind: UpstreamKind,
+    pub(super) descriptors: Vec<OwnedFd>,
+}
+
+impl Entrance {
+    /// The command that its descriptors belong to.
+    pub(super) fn command(&self, upstream: UpstreamId) -> Command {
+        let (sources, kind) = (self.sources, self.kind);
+        Command::AddUpstream { upstream, netns_cookie: self.cookie, sources, kind }
+    }
+}
+
 /// What a visit tells.
 #[derive(Debug)]
 pub(super) enum Word {
     /// It is inside: what the engine needs for it.
-    Entered { serial: u64, cookie: u64, sources: WatchSources, descriptors: Vec<OwnedFd> },
+    Entered { serial: u64, entrance: Entrance },
     /// It is not, for this reason.
     Missed { certainty: Certainty, reason: String },
     /// The container has ended, or became another one.
@@ -198,10 +216,10 @@ impl Visit {
                 Err(error) => Err((Certainty::Unknown, error.to_string())),
             };
             match entered {
-                Ok((cookie, sources, descriptors)) => {
+                Ok(entrance) => {
                     done = asked;
                     pause = ENTER_AGAIN.0;
-                    self.tell(Word::Entered { serial, cookie, sources, descriptors });
+                    self.tell(Word::Entered { serial, entrance });
                 }
                 Err((certainty, reason)) => {
                     self.tell(Word::Missed { certainty, reason });
@@ -261,7 +279,7 @@ impl Place {
 }
 
 /// Enters, and brings what an engine with so many shards needs. Blocks for some milliseconds.
-fn enter(target: Target, shards: u16) -> Result<(u64, WatchSources, Vec<OwnedFd>), (Certainty, String)> {
+fn enter(target: Target, shards: u16) -> Result<Entrance, (Certainty, String)> {
     let failed = |error: OpenError| {
         let certainty = match error.kind() {
             Some(FailureKind::Gone) => Certainty::Gone,
@@ -283,7 +301,7 @@ fn enter(target: Target, shards: u16) -> Result<(u64, WatchSources, Vec<OwnedFd>
     };
     let mut opener = Opener::spawn(Path::new(PROGRAM), target).map_err(failed)?;
     let (sources, descriptors) = opener.upstream(shards).map_err(failed)?;
-    Ok((opener.netns_cookie(), sources, descriptors))
+    Ok(Entrance { cookie: opener.netns_cookie(), sources, kind: UpstreamKind::Opener, descriptors })
 }
 
 fn find_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Place, Absent> {

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use landfall_engine::command::{Event, ForwardId, ForwardState};
 
+use super::announced::Over;
 use super::{Change, ClosedReason, Failure, Fleet, Status};
 use crate::reconcile::observation::Observation;
 
@@ -26,7 +27,7 @@ impl Fleet {
                 }
             }
             Event::State { forwards, .. } => self.count(forwards),
-            Event::ListenerOpened { forward, .. } => return self.on_opened(*forward).into_iter().collect(),
+            Event::ListenerOpened { forward, .. } => return self.on_opened(*forward),
             Event::ListenerFailed { forward, failure, .. } => {
                 let reason = format!("{} ({})", failure.detail, failure.address);
                 return self.on_failed(*forward, reason, now).into_iter().collect();
@@ -44,7 +45,7 @@ impl Fleet {
                     && let Some(name) = known.owner
                 {
                     let reason = reason.clone().unwrap_or_else(|| "the engine let go of it".to_owned());
-                    changes.push(Change::Lost { name, reason });
+                    changes.push(Change::Lost { name, dialled: known.dialled, reason });
                 }
                 return changes;
             }
@@ -53,26 +54,44 @@ impl Fleet {
         Vec::new()
     }
 
-    fn on_opened(&mut self, id: ForwardId) -> Option<Change> {
-        let forward = self.forwards.get_mut(&id)?;
-        if forward.status != Status::Opening {
-            return None;
-        }
+    fn on_opened(&mut self, id: ForwardId) -> Vec<Change> {
+        let Some(forward) = self.forwards.get_mut(&id).filter(|forward| forward.status == Status::Opening)
+        else {
+            return Vec::new();
+        };
         forward.status = Status::Open;
         forward.told = true;
-        let port = forward.host_port;
-        let upstream = self.upstreams.get(&forward.upstream)?;
-        let bind = upstream.seen.as_ref().map_or("0.0.0.0", |seen| seen.bind_address(port));
-        let name = upstream.owner.clone()?;
+        let (port, host_port) = (forward.target_port, forward.host_port);
+        let reserved = forward.reserved;
+        let Some(upstream) = self.upstreams.get(&forward.upstream) else { return Vec::new() };
+        let Some(name) = upstream.owner.clone() else { return Vec::new() };
+        if reserved {
+            return self.on_reserved(&name, port, host_port);
+        }
+        let bind = match self.brokers.get(&name).and_then(|broker| broker.known.get(&port)) {
+            Some(known) if upstream.dialled && known.loopback => "127.0.0.1",
+            _ => upstream.seen.as_ref().map_or("0.0.0.0", |seen| seen.bind_address(port)),
+        };
         self.failures.remove(&(name.clone(), port));
-        Some(Change::Opened { name, port, bind })
+        vec![Change::Opened { name, port, host_port, bind }]
     }
 
     fn on_failed(&mut self, id: ForwardId, reason: String, now: Instant) -> Option<Change> {
         let forward = self.forwards.remove(&id)?;
         let upstream = self.upstreams.get(&forward.upstream).filter(|upstream| !upstream.leaving)?;
         let name = upstream.owner.clone()?;
-        let port = forward.host_port;
+        let port = forward.target_port;
+        // What was let go of meanwhile has nobody who waits for it.
+        let waits = forward.status == Status::Opening;
+        if forward.reserved {
+            return waits.then(|| self.on_not_reserved(&name, port, reason, now)).flatten();
+        }
+        if upstream.dialled {
+            if waits {
+                self.note(&name, port, Some(Over::Failed(reason.clone())));
+            }
+            return waits.then_some(Change::Failed { name, port, reason });
+        }
         let failure = Failure { at: Some(now), reason: reason.clone() };
         let before = self.failures.insert((name.clone(), port), failure);
         before.is_none().then_some(Change::Failed { name, port, reason })
@@ -81,12 +100,19 @@ impl Fleet {
     /// Forgets a forward that is gone; `why` holds where nobody asked for that.
     pub(super) fn forget(&mut self, id: ForwardId, why: ClosedReason) -> Option<Change> {
         let forward = self.forwards.remove(&id)?;
+        let upstream = self.upstreams.get(&forward.upstream)?;
+        let name = upstream.owner.clone()?;
+        let (port, host_port) = (forward.target_port, forward.host_port);
         let why = match forward.status {
             Status::Closing { why } => why,
-            Status::Opening | Status::Open => why,
+            Status::Opening | Status::Open => {
+                if upstream.dialled && !forward.reserved {
+                    self.renew(&name, port);
+                }
+                why
+            }
         };
-        let name = self.upstreams.get(&forward.upstream)?.owner.clone()?;
-        forward.told.then_some(Change::Closed { name, port: forward.host_port, why })
+        forward.told.then_some(Change::Closed { name, port, host_port, why })
     }
 
     fn count(&mut self, forwards: &[ForwardState]) {

@@ -1,5 +1,5 @@
 use super::*;
-use landfall_engine::command::{Event, ListenFailure, ListenFailureKind};
+use landfall_engine::command::{Ending, Event, ListenFailure, ListenFailureKind};
 
 fn port(number: u16) -> NonZeroU16 {
     NonZeroU16::new(number).unwrap()
@@ -115,8 +115,12 @@ impl Bench {
 
 use crate::reconcile::table::RowState;
 
+fn told_opened(text: &str, number: u16, bind: &'static str) -> Change {
+    Change::Opened { name: name(text), port: port(number), host_port: port(number), bind }
+}
+
 fn told_closed(text: &str, number: u16, why: ClosedReason) -> Change {
-    Change::Closed { name: name(text), port: port(number), why }
+    Change::Closed { name: name(text), port: port(number), host_port: port(number), why }
 }
 
 #[test]
@@ -125,8 +129,7 @@ fn a_server_is_opened_and_closed_when_it_has_been_gone_for_a_moment() {
     bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
     assert_eq!(bench.commands(), [open(1, 1, 3000)]);
     assert_eq!(bench.states("a"), [(3000, RowState::Opening)]);
-    let opened = Change::Opened { name: name("a"), port: port(3000), bind: "127.0.0.1" };
-    assert_eq!(bench.opened(1, 3000), [opened]);
+    assert_eq!(bench.opened(1, 3000), [told_opened("a", 3000, "127.0.0.1")]);
     assert_eq!(bench.opened(1, 3000), []);
     bench.listen(1, &[], &[row(3000, "127.0.0.1", 7)]);
     assert_eq!(bench.commands(), []);
@@ -387,7 +390,7 @@ fn an_upstream_that_the_engine_lets_go_of_is_told() {
     let mut bench = Bench::reached(&["a"]);
     let told =
         bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: Some("it ended".to_owned()) });
-    assert_eq!(told, [Change::Lost { name: name("a"), reason: "it ended".to_owned() }]);
+    assert_eq!(told, [Change::Lost { name: name("a"), dialled: false, reason: "it ended".to_owned() }]);
     assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
 }
 
@@ -431,5 +434,9 @@ fn another_engine_takes_over_what_it_was_lent() {
     assert_eq!(bench.commands(), [open(3, 1, 4000)]);
 }
 
+#[path = "announced_tests.rs"]
+mod announced;
 #[path = "model_tests.rs"]
 mod model;
+#[path = "reserved_tests.rs"]
+mod reserved;

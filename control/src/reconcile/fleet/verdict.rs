@@ -15,6 +15,9 @@ pub const CONTAINER_PORT: u16 = 8973;
 /// mistake or an attack, and may not have all of the host's ports.
 pub const FORWARDS_MAX: usize = 256;
 
+/// What people are told of a port beyond it.
+pub(super) const QUOTA: &str = "256 ports of this container are forwarded already";
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Wanted(Reach),
@@ -22,7 +25,7 @@ pub(super) enum Verdict {
 }
 
 impl Fleet {
-    /// What is to become of every port that listens, for each upstream that stays and has been read.
+    /// What is to become of every port that listens, for each upstream that stays, is watched and has been read.
     pub(super) fn verdicts(&self) -> BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>> {
         let staying = self.upstreams.iter().filter(|(_, upstream)| !upstream.leaving);
         staying.filter_map(|(id, upstream)| Some((*id, self.verdicts_of(*id, upstream)?))).collect()
@@ -33,41 +36,45 @@ impl Fleet {
         id: UpstreamId,
         upstream: &Upstream,
     ) -> Option<BTreeMap<NonZeroU16, Verdict>> {
-        let owner = upstream.owner.as_ref()?;
+        let owner = upstream.owner.as_ref().filter(|_| !upstream.dialled)?;
         let policy = &self.wishes.iter().find(|wish| wish.name == *owner)?.policy;
         let ports = upstream.seen.as_ref()?.reach();
         let mut verdicts: BTreeMap<NonZeroU16, Verdict> =
             ports.into_iter().map(|(port, reach)| (port, self.verdict(policy, port, reach))).collect();
         // Those that are open already come before those that would be new.
         let open = |port: &NonZeroU16| {
-            let own = |forward: &super::Forward| forward.upstream == id && forward.host_port == *port;
+            let own = |forward: &super::Forward| forward.upstream == id && forward.target_port == *port;
             self.forwards.values().any(|forward| own(forward) && forward.is_live())
         };
         let wanted = verdicts.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Wanted(_)));
         let mut wanted: Vec<NonZeroU16> = wanted.map(|(port, _)| *port).collect();
-        if wanted.len() > FORWARDS_MAX {
+        let most = FORWARDS_MAX.saturating_sub(self.reserved_count(owner));
+        if wanted.len() > most {
             wanted.sort_by_key(|port| (!open(port), *port));
-            for port in wanted.split_off(FORWARDS_MAX) {
-                verdicts.insert(port, Verdict::Denied("256 ports of this container are forwarded already"));
+            for port in wanted.split_off(most) {
+                verdicts.insert(port, Verdict::Denied(QUOTA));
             }
         }
         Some(verdicts)
     }
 
     fn verdict(&self, policy: &Policy, port: NonZeroU16, reach: Reach) -> Verdict {
+        self.judge(policy, port).map_or_else(Verdict::Denied, |()| Verdict::Wanted(reach))
+    }
+
+    /// Why a port may not be forwarded, by the guard or the policy.
+    pub(super) fn judge(&self, policy: &Policy, port: NonZeroU16) -> Result<(), &'static str> {
         if port.get() == CONTAINER_PORT {
-            return Verdict::Denied("it is the port on which containers answer the daemon");
+            return Err("it is the port on which containers answer the daemon");
         }
         if self.control_ports.contains(&port) {
-            return Verdict::Denied("the daemon itself listens on it");
+            return Err("the daemon itself listens on it");
         }
         match policy.decide(port) {
-            Decision::Allow => Verdict::Wanted(reach),
-            Decision::Deny(DenyReason::Denied) => Verdict::Denied("the policy denies it"),
-            Decision::Deny(DenyReason::NotAllowed) => Verdict::Denied("the policy does not allow it"),
-            Decision::Deny(DenyReason::Privileged) => {
-                Verdict::Denied("it is below 1024 and the policy does not name it")
-            }
+            Decision::Allow => Ok(()),
+            Decision::Deny(DenyReason::Denied) => Err("the policy denies it"),
+            Decision::Deny(DenyReason::NotAllowed) => Err("the policy does not allow it"),
+            Decision::Deny(DenyReason::Privileged) => Err("it is below 1024 and the policy does not name it"),
         }
     }
 }

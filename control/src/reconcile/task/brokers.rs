@@ -1,17 +1,26 @@
 //! Brokers: what their sessions announce comes in, and what became of it goes back.
 //!
 //! There is one link for a name. Another one takes its place, and the one before it counts as stopped.
+//!
+//! Where a container cannot be entered and has a session, the engine gets an upstream for which the session dials: a channel
+//! for each of its shards, with the other ends given to the session ([`BrokerWord::Serve`]). Each engine gets new ones.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
 
+use landfall_engine::channel::Channel;
+use landfall_engine::command::{Command, UpstreamId, UpstreamKind, WatchSources};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::driver::Driver;
-use crate::broker::message::ForwardResult;
+use super::driver::{Driver, ENTER_AGAIN, Engine};
+use crate::events::Event as JournalEvent;
 use crate::reconcile::announced::{Announcement, BrokerLink, BrokerWord};
-use crate::reconcile::table::RowState;
-use crate::registration::model::ContainerName;
+use crate::reconcile::engine_link::Link;
+use crate::reconcile::table::Reached;
+use crate::registration::model::{ContainerName, Way};
 
 /// What a session said, or that it has gone.
 #[derive(Debug)]
@@ -63,13 +72,12 @@ impl Brokers {
         }
     }
 
-    /// Whether a broker of this name had a link before.
     fn add(
         &mut self,
         name: ContainerName,
         mut announcements: mpsc::UnboundedReceiver<Announcement>,
         words: mpsc::UnboundedSender<BrokerWord>,
-    ) -> bool {
+    ) {
         let number = self.next;
         self.next += 1;
         let (announced, own) = (self.announced.clone(), name.clone());
@@ -84,63 +92,163 @@ impl Brokers {
             }
         });
         let end = End { number, words, _listening: AbortOnDropHandle::new(listening) };
-        self.ends.insert(name, end).is_some()
+        self.ends.insert(name, end);
     }
 
     /// Tells a session; one that has gone is told nothing.
-    fn tell(&self, name: &ContainerName, word: BrokerWord) {
+    pub(super) fn tell(&self, name: &ContainerName, word: BrokerWord) {
         if let Some(end) = self.ends.get(name) {
             let _ = end.words.send(word);
         }
     }
 }
 
+/// Channels for the shards of an engine: the ends of whoever dials, and those of the engine.
+fn pairs(shards: u16) -> io::Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
+    let pair = |_| Channel::pair().map(|(ours, theirs)| (OwnedFd::from(ours), OwnedFd::from(theirs)));
+    (0..shards).map(pair).collect()
+}
+
+/// An upstream for which a broker's session is to dial: the command without its descriptors.
+fn dialler((upstream, netns_cookie): (UpstreamId, u64)) -> Command {
+    let sources = WatchSources::default();
+    Command::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Dialler }
+}
+
+/// What the sessions are given when an engine that has their upstreams already takes over.
+pub(super) struct Handover(Vec<(ContainerName, Vec<OwnedFd>)>);
+
 impl Driver {
-    /// A broker begins.
+    /// A broker begins; one of the same name that has not stopped does so now.
     pub(super) fn meet_broker(
         &mut self,
         name: ContainerName,
         announcements: mpsc::UnboundedReceiver<Announcement>,
         words: mpsc::UnboundedSender<BrokerWord>,
     ) {
+        self.fleet.broker_stopped(&name);
         self.brokers.add(name, announcements, words);
     }
 
     /// Takes in what a session said.
     pub(super) async fn hear_broker(&mut self, heard: Heard) {
         let Heard { name, link, said } = heard;
-        if self.brokers.ends.get(&name).is_none_or(|end| end.number != link) {
-            // Whoever waits for the end of a link that was replaced finds its answer dropped.
-            return;
-        }
-        match said {
-            None => drop(self.brokers.ends.remove(&name)),
+        let known = self.brokers.ends.get(&name).is_some_and(|end| end.number == link);
+        let now = Instant::now();
+        let changes = match said {
             Some(Announcement::Stop(done)) => {
-                self.brokers.ends.remove(&name);
-                self.step_once().await;
+                if known {
+                    self.end_broker(&name).await;
+                }
                 // Whoever asked may have gone.
                 let _ = done.send(());
+                return;
             }
-            Some(Announcement::Listening { opened, .. }) => {
-                let rows = self.fleet.rows(&name);
-                for told in opened {
-                    let row = rows.iter().find(|row| row.port == told.port);
-                    let result = match row.map(|row| (row.state, row.reason.clone())) {
-                        Some((RowState::Open, _)) => Ok(told.port),
-                        Some((RowState::Denied, _)) => Err("policy excluded".to_owned()),
-                        Some((_, Some(reason))) => Err(reason),
-                        Some((_, None)) | None => Err("it is not forwarded".to_owned()),
-                    };
-                    let result = ForwardResult { port: told.port, result };
-                    self.brokers.tell(&name, BrokerWord::Result(result));
+            // One that was replaced has nothing to say any more.
+            _ if !known => return,
+            None => return self.end_broker(&name).await,
+            Some(Announcement::Up) => {
+                self.fleet.broker_up(&name);
+                Vec::new()
+            }
+            Some(Announcement::Down) => {
+                self.fleet.broker_down(&name);
+                Vec::new()
+            }
+            Some(Announcement::Listening { opened, closed, whole }) => {
+                self.fleet.announce(&name, &opened, &closed, whole, now)
+            }
+            Some(Announcement::Reserve { target, candidates }) => {
+                self.fleet.reserve(&name, target, candidates)
+            }
+        };
+        self.tell_all(changes);
+    }
+
+    async fn end_broker(&mut self, name: &ContainerName) {
+        self.brokers.ends.remove(name);
+        self.fleet.broker_stopped(name);
+        self.step_once().await;
+    }
+
+    /// Has sessions dial for the containers that cannot be entered.
+    pub(super) async fn dial_all(&mut self) {
+        let now = Instant::now();
+        let names: Vec<ContainerName> = self
+            .containers
+            .iter()
+            .filter(|container| container.may_dial(now) && self.fleet.wants_dialler(container.name()))
+            .map(|container| container.name().clone())
+            .collect();
+        for name in names {
+            let Engine::Attached(link, _) = &self.engine else { return };
+            match pairs(link.shards) {
+                Ok((ours, theirs)) => {
+                    let Some(upstream) = self.fleet.dial(&name) else { continue };
+                    if self.give(&dialler(upstream), &theirs).await {
+                        self.brokers.tell(&name, BrokerWord::Serve(ours));
+                    }
+                }
+                Err(error) => {
+                    self.notice(format!("nothing can be dialled for container \"{name}\": {error}"));
+                    self.dial_later(&name);
                 }
             }
-            Some(Announcement::Reserve { target, .. }) => {
-                let result = Err("it is not forwarded".to_owned());
-                let result = ForwardResult { port: target, result };
-                self.brokers.tell(&name, BrokerWord::Result(result));
+        }
+    }
+
+    /// Has a session dial again, but not at once.
+    pub(super) fn dial_later(&mut self, name: &ContainerName) {
+        for container in self.containers.iter_mut().filter(|container| container.name() == name) {
+            container.dial_again = Some(Instant::now() + ENTER_AGAIN);
+        }
+    }
+
+    /// Gives the upstreams of all sessions to an engine that is not attached yet, under the numbers that they have.
+    pub(super) async fn dial_for(
+        &mut self,
+        new: &Link,
+        upstreams: &mut BTreeSet<UpstreamId>,
+    ) -> Result<Handover, String> {
+        let mut handover = Vec::new();
+        for container in &self.containers {
+            let name = container.name();
+            let Some(upstream) = self.fleet.dialled(name) else { continue };
+            let (ours, theirs) = pairs(new.shards).map_err(|error| error.to_string())?;
+            new.give(&dialler(upstream), &theirs).await.map_err(|error| error.to_string())?;
+            upstreams.insert(upstream.0);
+            handover.push((name.clone(), ours));
+        }
+        Ok(Handover(handover))
+    }
+
+    /// The sessions dial for the new engine from now on.
+    pub(super) fn serve(&self, Handover(handover): Handover) {
+        for (name, channels) in handover {
+            self.brokers.tell(&name, BrokerWord::Serve(channels));
+        }
+    }
+
+    /// Tells which containers are reached over their session alone, and which no longer.
+    pub(super) fn tell_sessions(&mut self) {
+        for container in &mut self.containers {
+            let over = container.is_dialled(&self.fleet);
+            if std::mem::replace(&mut container.over_session, over) == over {
+                continue;
             }
-            Some(Announcement::Up | Announcement::Down) => {}
+            let container_name = container.name().as_str().to_owned();
+            let event = match (over, container.state) {
+                (true, _) => {
+                    JournalEvent::ContainerReached { container_name, way: Way::Websocket.to_string() }
+                }
+                // By another way, which was told by itself.
+                (false, Reached::Reached) => continue,
+                (false, _) => {
+                    let reason = "its WebSocket is lost".to_owned();
+                    JournalEvent::ContainerUnreachable { container_name, reason }
+                }
+            };
+            self.journal.tell(&event);
         }
     }
 }

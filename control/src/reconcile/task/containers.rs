@@ -24,8 +24,14 @@ pub(super) struct Container {
     pub(super) reason: Option<String>,
     /// Since the engine was attached it was entered, or known not to run.
     pub(super) tried: bool,
+    /// It cannot be entered just now, as far as was tried, so its broker's session may dial for it.
+    pub(super) missed: bool,
     /// When it is to be entered once more.
     pub(super) again: Option<Instant>,
+    /// When its session may dial again.
+    pub(super) dial_again: Option<Instant>,
+    /// It was told to be reached over its session alone.
+    pub(super) over_session: bool,
     pub(super) visit: Option<Visiting>,
 }
 
@@ -74,8 +80,40 @@ impl Container {
     /// A container that nobody has set out for.
     pub(super) fn new(registration: Arc<Registration>) -> Container {
         let way = wanted_way(&registration);
-        let state = if way.is_some() { Reached::Waiting } else { Reached::Off };
-        Container { registration, way, state, reason: None, tried: false, again: None, visit: None }
+        let (state, reason) = match &way {
+            Some(Way::Websocket) => (Reached::Waiting, Some("its WebSocket is not connected")),
+            Some(_) => (Reached::Waiting, None),
+            None if is_off(&registration) || reach::way_of(&registration).is_none() => (Reached::Off, None),
+            None => (Reached::Unreachable, Some(NO_BROKER)),
+        };
+        let visited = way.as_ref().is_some_and(is_visited);
+        Container {
+            registration,
+            way,
+            state,
+            reason: reason.map(str::to_owned),
+            tried: !visited,
+            missed: !visited,
+            again: None,
+            dial_again: None,
+            over_session: false,
+            visit: None,
+        }
+    }
+
+    /// Whether there is a way in that is gone by a visit.
+    pub(super) fn is_visited(&self) -> bool {
+        self.way.as_ref().is_some_and(is_visited)
+    }
+
+    /// Whether its session may dial for it.
+    pub(super) fn may_dial(&self, now: Instant) -> bool {
+        self.way.is_some() && self.missed && self.dial_again.is_none_or(|again| again <= now)
+    }
+
+    /// Whether its session is how it is reached.
+    pub(super) fn is_dialled(&self, fleet: &Fleet) -> bool {
+        fleet.has_session(self.name()) && fleet.dialled(self.name()).is_some()
     }
 
     pub(super) fn name(&self) -> &ContainerName {
@@ -96,7 +134,7 @@ impl Container {
             let owner = row.inodes.iter().find_map(|inode| owners.get(inode)?.as_ref());
             ForwardRow {
                 port: row.port.get(),
-                host_port: row.port.get(),
+                host_port: row.host_port.get(),
                 state: row.state,
                 reason: row.reason,
                 process: owner.map(|owner| owner.name.clone()),
@@ -107,18 +145,42 @@ impl Container {
                 bytes_down: row.stats.bytes_down,
             }
         });
+        let (way, state, reason) = self.standing(fleet);
         ContainerState {
             container_name: self.name().as_str().to_owned(),
-            way: reach::way_of(&self.registration).as_ref().map(ToString::to_string),
-            state: self.state,
-            reason: self.reason.clone(),
+            way: way.as_ref().map(ToString::to_string),
+            state,
+            reason,
             forwards: rows.collect(),
         }
     }
+
+    /// The way that its bytes go, how far it is reached by that, and why no further, or why by no faster way.
+    fn standing(&self, fleet: &Fleet) -> (Option<Way>, Reached, Option<String>) {
+        let way = reach::way_of(&self.registration);
+        if !self.is_dialled(fleet) {
+            return (way, self.state, self.reason.clone());
+        }
+        let faster = way.filter(is_visited).zip(self.reason.as_ref());
+        let reason = faster.map(|(way, reason)| format!("not by {way}: {reason}"));
+        (Some(Way::Websocket), Reached::Reached, reason)
+    }
 }
 
-/// The way of a container that is to be forwarded: it has one, and its policy exposes something.
+/// Why a container that is to be reached by its WebSocket alone is not.
+const NO_BROKER: &str = "it is registered for its WebSocket alone, and without the three that this takes: wsHostPort, portForward and brokerToken";
+
+/// Whether a way leads in by a visit, and not by the container's broker alone.
+fn is_visited(way: &Way) -> bool {
+    *way != Way::Websocket
+}
+
+fn is_off(registration: &Registration) -> bool {
+    registration.port_forward.as_ref().is_some_and(PortForward::is_off)
+}
+
+/// The way of a container that is to be forwarded: it has one, with all that it takes, and its policy exposes something.
 pub(super) fn wanted_way(registration: &Registration) -> Option<Way> {
-    let off = registration.port_forward.as_ref().is_some_and(PortForward::is_off);
-    reach::way_of(registration).filter(|_| !off)
+    let lacks = |way: &Way| *way == Way::Websocket && registration.broker().is_none();
+    reach::way_of(registration).filter(|way| !is_off(registration) && !lacks(way))
 }

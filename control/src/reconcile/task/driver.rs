@@ -221,7 +221,10 @@ impl Driver {
         };
         let planner = matches!(self.engine, Engine::Attached(..)).then(|| self.fleet.due()).flatten();
         let again = self.containers.iter().filter_map(|container| container.again).min();
-        [engine, planner, again].into_iter().flatten().min()
+        let waits = |container: &&Container| self.fleet.wants_dialler(container.name());
+        let dial = self.containers.iter().filter(waits).filter_map(|container| container.dial_again).min();
+        let dial = matches!(self.engine, Engine::Attached(..)).then_some(dial).flatten();
+        [engine, planner, again, dial].into_iter().flatten().min()
     }
 
     pub(super) fn is_needed(&self) -> bool {
@@ -262,7 +265,7 @@ impl Driver {
             self.containers.push(container);
         }
         drop(before);
-        let unvisited = |container: &Container| container.visit.is_none() && container.way.is_some();
+        let unvisited = |container: &Container| container.visit.is_none() && container.is_visited();
         let unvisited: Vec<usize> =
             (0..self.containers.len()).filter(|at| self.containers.get(*at).is_some_and(unvisited)).collect();
         for at in unvisited {

@@ -1,6 +1,6 @@
 //! The engine: had, lost, heard, given its commands, and ended.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use landfall_engine::command::{Command, Event};
@@ -48,7 +48,7 @@ impl Driver {
                 self.engine = Engine::Attached(link, now);
                 for at in 0..self.containers.len() {
                     if let Some(container) = self.containers.get_mut(at) {
-                        container.tried = false;
+                        container.tried = !container.is_visited();
                     }
                     self.enter(at);
                 }
@@ -120,6 +120,8 @@ impl Driver {
     /// Gives the engine what the planner has, and deals with what is due once for each engine.
     pub(super) async fn step(&mut self) {
         self.step_once().await;
+        self.dial_all().await;
+        self.step_once().await;
         if !self.settled && self.is_settled() {
             self.settled = true;
             self.fleet.sweep();
@@ -142,7 +144,7 @@ impl Driver {
     pub(super) async fn compare_versions(&mut self) {
         let Engine::Attached(link, _) = &self.engine else { return };
         let (theirs, ours) = (link.version().to_owned(), version::current());
-        if theirs == ours || theirs == version::UNVERSIONED || ours == version::UNVERSIONED {
+        if version::fits(&theirs, &ours) {
             return;
         }
         if !self.is_needed() {
@@ -171,8 +173,7 @@ impl Driver {
     /// Gives the engine a command; one that cannot be given to is lost.
     pub(super) async fn give(&mut self, command: &Command, descriptors: &[OwnedFd]) -> bool {
         let Engine::Attached(link, _) = &self.engine else { return false };
-        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        match link.send(command, &descriptors).await {
+        match link.give(command, descriptors).await {
             Ok(()) => true,
             Err(error) => {
                 self.lose_engine(&error.to_string());

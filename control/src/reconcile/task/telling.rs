@@ -11,6 +11,7 @@ use super::Owners;
 use super::driver::{Driver, ENTER_AGAIN, Engine};
 use crate::events::{Event as JournalEvent, PortForwardEvent};
 use crate::processes::{self, ProcessFact};
+use crate::reconcile::announced::BrokerWord;
 use crate::reconcile::fleet::Change;
 use crate::reconcile::table::{ForwardTable, Reached, RowState};
 
@@ -18,16 +19,16 @@ impl Driver {
     pub(super) fn tell_all(&mut self, changes: Vec<Change>) {
         for change in changes {
             let event = match change {
-                Change::Opened { name, port, bind } => PortForwardEvent::PortForwardOpened {
+                Change::Opened { name, port, host_port, bind } => PortForwardEvent::PortForwardOpened {
                     container_name: name.as_str().to_owned(),
                     port,
-                    host_port: port,
+                    host_port,
                     bind_addr: bind.to_owned(),
                 },
-                Change::Closed { name, port, why } => PortForwardEvent::PortForwardClosed {
+                Change::Closed { name, port, host_port, why } => PortForwardEvent::PortForwardClosed {
                     container_name: name.as_str().to_owned(),
                     port,
-                    host_port: port,
+                    host_port,
                     reason: why.as_str().to_owned(),
                 },
                 Change::Failed { name, port, reason } => PortForwardEvent::PortForwardFailed {
@@ -35,7 +36,15 @@ impl Driver {
                     port,
                     reason,
                 },
-                Change::Lost { name, reason } => {
+                Change::Result { name, result } => {
+                    self.brokers.tell(&name, BrokerWord::Result(result));
+                    continue;
+                }
+                Change::Lost { name, dialled: true, .. } => {
+                    self.dial_later(&name);
+                    continue;
+                }
+                Change::Lost { name, dialled: false, reason } => {
                     let at = self.containers.iter().position(|container| *container.name() == name);
                     if let Some(at) = at {
                         if let Some(container) = self.containers.get_mut(at) {
@@ -74,6 +83,7 @@ impl Driver {
 
     /// Publishes what is known, and looks for the processes behind ports that were not seen before.
     pub(super) fn publish(&mut self) {
+        self.tell_sessions();
         let inodes: BTreeSet<u64> = self
             .containers
             .iter()

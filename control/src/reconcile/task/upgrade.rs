@@ -1,7 +1,8 @@
 //! An engine of another version is relieved by one of this build, and no connect is refused meanwhile.
 //!
 //! 1. A new engine starts under a name aside.
-//! 2. Every container is entered anew for the new engine, under the number that it has.
+//! 2. Every container is entered anew for the new engine, under the number that it has. Where a broker's session dials, it
+//!    gets new channels.
 //! 3. The older one lends its listening sockets; the new one listens on the very same ones. From here on both accept.
 //! 4. The new one takes the socket's name.
 //! 5. The older one is told to drain: it closes its copies, and ends when its connections have finished.
@@ -10,23 +11,31 @@
 //! on. Whatever fails before the fourth step ends the new one, and nothing has changed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use landfall_engine::command::{Command, Event, ForwardId, UpstreamId, UpstreamKind};
+use landfall_engine::command::{Command, Event, ForwardId, UpstreamId};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::brokers::Handover;
 use super::driver::{Driver, Engine};
 use crate::reconcile::engine_link::{self, Link, LinkError};
 use crate::reconcile::fleet::Admission;
-use crate::reconcile::reach::{Gate, Told, Word};
+use crate::reconcile::reach::{Entrance, Gate, Told, Word};
 use crate::reconcile::table::Reached;
 use crate::registration::model::ContainerName;
 
 /// How long all of it may take. Each container takes milliseconds.
 const UPGRADE_MAX: Duration = Duration::from_secs(20);
+
+/// What the new engine took.
+struct Moved {
+    upstreams: BTreeSet<UpstreamId>,
+    forwards: BTreeSet<ForwardId>,
+    handover: Handover,
+}
 
 /// A listener that was lent.
 struct Lent {
@@ -48,15 +57,16 @@ impl Driver {
         };
         let moved = moved.and_then(|moved| names.hand_over().map(|()| moved).map_err(|error| told(&error)));
         match moved {
-            Ok((upstreams, forwards)) => {
+            Ok(Moved { upstreams, forwards, handover }) => {
                 let old = std::mem::replace(&mut self.engine, Engine::Attached(new, Instant::now()));
                 let changes = self.fleet.moved(&upstreams, &forwards);
                 self.tell_all(changes);
+                self.serve(handover);
                 self.drain(old).await;
                 names.finish().map_err(|error| told(&error))
             }
             Err(reason) => {
-                let _ = new.send(&Command::Stop, &[]).await;
+                let _ = new.give(&Command::Stop, &[]).await;
                 Err(reason)
             }
         }
@@ -74,21 +84,19 @@ impl Driver {
     async fn drain(&mut self, old: Engine) {
         if let Engine::Attached(old, _) = old {
             // One that does not hear this has ended.
-            let _ = old.send(&Command::Drain, &[]).await;
+            let _ = old.give(&Command::Drain, &[]).await;
             tokio::spawn(see_off(old, Arc::clone(&self.draining), self.stop_drained.subscribe()));
         }
     }
 
     /// Gives `new` everything that the attached engine has; answers with what it took.
-    async fn move_to(&mut self, new: &Link) -> Result<(BTreeSet<UpstreamId>, BTreeSet<ForwardId>), String> {
+    async fn move_to(&mut self, new: &Link) -> Result<Moved, String> {
         let mut upstreams = BTreeSet::new();
         for (upstream, entered) in self.enter_for(new).await? {
-            let Word::Entered { cookie, sources, descriptors, .. } = entered else { continue };
-            let command =
-                Command::AddUpstream { upstream, netns_cookie: cookie, sources, kind: UpstreamKind::Opener };
-            give(new, &command, &descriptors).await?;
+            give(new, &entered.command(upstream), &entered.descriptors).await?;
             upstreams.insert(upstream);
         }
+        let handover = self.dial_for(new, &mut upstreams).await?;
         let mut waits = upstreams.clone();
         while !waits.is_empty() {
             match hear(new).await? {
@@ -113,11 +121,11 @@ impl Driver {
                 _ => {}
             }
         }
-        Ok((upstreams, forwards))
+        Ok(Moved { upstreams, forwards, handover })
     }
 
     /// Has every container that is reached entered once more, for an engine that is not attached yet.
-    async fn enter_for(&mut self, new: &Link) -> Result<BTreeMap<UpstreamId, Word>, String> {
+    async fn enter_for(&mut self, new: &Link) -> Result<BTreeMap<UpstreamId, Entrance>, String> {
         let mut waits: BTreeMap<ContainerName, u64> = BTreeMap::new();
         for at in 0..self.containers.len() {
             let serial = self.next_gate().map(|gate| gate.serial);
@@ -131,12 +139,13 @@ impl Driver {
         let mut entered = BTreeMap::new();
         while !waits.is_empty() {
             let Some(told) = self.told.recv().await else { break };
-            let wanted = |serial: u64| waits.get(&told.name) == Some(&serial);
+            let asked = waits.get(&told.name).copied();
+            let wanted = |serial: u64| asked == Some(serial);
             match told {
-                Told { ref name, word: Word::Entered { serial, cookie, .. }, .. } if wanted(serial) => {
-                    waits.remove(name);
-                    match self.fleet.reached(name, cookie) {
-                        Admission::Known(upstream) => drop(entered.insert(upstream, told.word)),
+                Told { name, word: Word::Entered { serial, entrance }, .. } if wanted(serial) => {
+                    waits.remove(&name);
+                    match self.fleet.reached(&name, entrance.cookie) {
+                        Admission::Known(upstream) => drop(entered.insert(upstream, entrance)),
                         _ => return Err(format!("container \"{name}\" is another one now")),
                     }
                 }
@@ -174,8 +183,7 @@ impl Driver {
 }
 
 async fn give(link: &Link, command: &Command, descriptors: &[OwnedFd]) -> Result<(), String> {
-    let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    link.send(command, &descriptors).await.map_err(|error| error.to_string())
+    link.give(command, descriptors).await.map_err(|error| error.to_string())
 }
 
 async fn hear(link: &Link) -> Result<Event, String> {
@@ -190,7 +198,7 @@ async fn see_off(old: Link, counted: Arc<()>, mut stop: watch::Receiver<bool>) {
             // Forwarding has let go of its engines; this one ends by itself.
             std::future::pending::<()>().await;
         }
-        let _ = old.send(&Command::Stop, &[]).await;
+        let _ = old.give(&Command::Stop, &[]).await;
         std::future::pending::<()>().await;
     };
     tokio::select! {

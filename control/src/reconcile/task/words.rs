@@ -1,15 +1,12 @@
 //! What the visits of containers tell, taken in.
 
-use std::os::fd::OwnedFd;
 use std::time::Instant;
-
-use landfall_engine::command::{Command, UpstreamKind, WatchSources};
 
 use super::containers::Container;
 use super::driver::{Driver, ENTER_AGAIN};
 use crate::events::Event as JournalEvent;
 use crate::reconcile::fleet::Admission;
-use crate::reconcile::reach::{Certainty, Told, Word};
+use crate::reconcile::reach::{Certainty, Entrance, Told, Word};
 use crate::reconcile::table::Reached;
 use crate::registration::model::ContainerName;
 
@@ -26,14 +23,15 @@ impl Driver {
         let Some(at) = self.place_of(&told) else { return };
         let Some(container) = self.containers.get_mut(at) else { return };
         match told.word {
-            Word::Entered { serial, cookie, sources, descriptors } => {
+            Word::Entered { serial, entrance } => {
                 let visit = container.visit.as_ref();
                 if visit.is_some_and(|visit| visit.gate.borrow().is_some_and(|gate| gate.serial == serial)) {
-                    self.admit(at, cookie, sources, descriptors).await;
+                    self.admit(at, entrance).await;
                 }
             }
             Word::Missed { certainty, reason } => {
                 container.tried |= certainty != Certainty::Unknown;
+                container.missed = true;
                 let (state, told) = match certainty {
                     Certainty::Gone => (Reached::Waiting, false),
                     Certainty::Refused | Certainty::Unknown => (Reached::Unreachable, true),
@@ -61,24 +59,18 @@ impl Driver {
         }
     }
 
-    pub(super) async fn admit(
-        &mut self,
-        at: usize,
-        netns_cookie: u64,
-        sources: WatchSources,
-        descriptors: Vec<OwnedFd>,
-    ) {
+    async fn admit(&mut self, at: usize, entrance: Entrance) {
         let Some(container) = self.containers.get_mut(at) else { return };
         container.tried = true;
         let name = told_name(container);
-        match self.fleet.reached(&name, netns_cookie) {
+        let admission = self.fleet.reached(&name, entrance.cookie);
+        container.missed = matches!(admission, Admission::Shared(_));
+        match admission {
             Admission::Known(_) => self.mark(at, Reached::Reached, None, true),
             Admission::Add(upstream) => {
                 // What the one before held has to be let go of first.
                 self.step_once().await;
-                let command =
-                    Command::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Opener };
-                if self.give(&command, &descriptors).await {
+                if self.give(&entrance.command(upstream), &entrance.descriptors).await {
                     self.mark(at, Reached::Reached, None, true);
                 }
             }

@@ -1,0 +1,363 @@
+//! What a broker's session announces: the ports that listen in a container, and what it is told of each
+//! (wire specification, A.3.9, A.6.3 and A.6.5).
+//!
+//! Where the container is reached over the session alone, an announcement is worth one attempt:
+//!
+//! ```text
+//!              announced             ListenerOpened
+//!  unknown ───────────────► due ─────────────────────► forwarded
+//!     ▲                      │ denied, or                  │
+//!     │ closed, or           ▼ ListenerFailed              │ closed, reserved, or the session is lost
+//!     └────────────────── over ◄── announced anew: due ────┘   (CloseListener)
+//! ```
+//!
+//! A bind that is under way when its port closes is undone when it is done; its answer counts for nothing. Where the
+//! container is entered, the engine's watch decides what is open, and announcements only have to be answered.
+//!
+//! A result is a debt: it is paid by [`Fleet::step`] as soon as the truth is known, once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
+use std::time::{Duration, Instant};
+
+use landfall_engine::command::{Command, Ending, ForwardId, Reach, UpstreamId};
+
+use super::reserved::Reservation;
+use super::verdict::{QUOTA, Verdict};
+use super::watched::Holder;
+use super::{Change, ClosedReason, FORWARDS_MAX, Fleet, Forward, Status};
+use crate::broker::message::Announced;
+use crate::registration::model::ContainerName;
+
+/// How long after its announcement a port that the engine's watch does not see, or that is not open yet, is answered for.
+/// The watch looks at least twice a second.
+pub const OWED_MAX: Duration = Duration::from_secs(2);
+
+/// How many listeners of one container are kept in mind. More than this are refused; each that is kept costs memory that the
+/// container may take by a few bytes.
+const KNOWN_MAX: usize = 1024;
+
+/// What a container is told of a port that may not be forwarded (wire specification, A.5).
+pub(super) const EXCLUDED: &str = "policy excluded";
+
+/// One container's broker.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Broker {
+    /// Whether its session tells what listens.
+    up: bool,
+    /// What it told; nothing while the session is down.
+    pub(super) known: BTreeMap<NonZeroU16, Known>,
+    /// By the port inside.
+    pub(super) reserved: BTreeMap<NonZeroU16, Reservation>,
+}
+
+impl Broker {
+    /// Whether a port inside is reserved, or about to be.
+    pub(super) fn reserves(&self, target: NonZeroU16) -> bool {
+        self.reserved.get(&target).is_some_and(Reservation::has_begun)
+    }
+}
+
+/// A port that was announced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Known {
+    pub(super) loopback: bool,
+    /// Since when a result is owed.
+    pub(super) owed: Option<Instant>,
+    /// The attempt that the announcement is worth has not been made.
+    pub(super) due: bool,
+    /// Why it came to nothing.
+    pub(super) over: Option<Over>,
+}
+
+/// Why a port is not forwarded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Over {
+    Denied(&'static str),
+    Failed(String),
+}
+
+impl Fleet {
+    /// The container has taken the broker's token. What listens is told next.
+    pub fn broker_up(&mut self, name: &ContainerName) {
+        self.brokers.entry(name.clone()).or_default().up = true;
+    }
+
+    /// The session is lost: what it announced is forwarded no longer, and nobody waits for a result.
+    pub fn broker_down(&mut self, name: &ContainerName) {
+        if let Some(broker) = self.brokers.get_mut(name) {
+            broker.up = false;
+            broker.known.clear();
+            broker.reserved.values_mut().for_each(Reservation::forgive);
+        }
+    }
+
+    /// The broker stops, and everything that is there for its sake.
+    pub fn broker_stopped(&mut self, name: &ContainerName) {
+        self.brokers.remove(name);
+        for upstream in self.upstreams.values_mut() {
+            if upstream.dialled && upstream.owner.as_ref() == Some(name) {
+                upstream.dismissed.get_or_insert(ClosedReason::BrokerStopped);
+            }
+        }
+    }
+
+    /// Takes in what listens, or what changed; `whole` replaces what was known.
+    pub fn announce(
+        &mut self,
+        name: &ContainerName,
+        opened: &[Announced],
+        closed: &[NonZeroU16],
+        whole: bool,
+        now: Instant,
+    ) -> Vec<Change> {
+        let live = self.forwards_of(name).filter(|forward| forward.is_live() && !forward.reserved);
+        let forwarded: BTreeSet<NonZeroU16> = live.map(|forward| forward.target_port).collect();
+        let Some(broker) = self.brokers.get_mut(name).filter(|broker| broker.up) else { return Vec::new() };
+        let mut changes = Vec::new();
+        let mut closed = closed.to_vec();
+        if whole {
+            let listed: BTreeSet<NonZeroU16> = opened.iter().map(|told| told.port).collect();
+            closed.extend(broker.known.keys().filter(|port| !listed.contains(port)));
+        }
+        for port in closed {
+            if broker.known.remove(&port).is_some_and(|known| known.owed.is_some()) {
+                let why = ClosedReason::ContainerReleased.as_str().to_owned();
+                changes.push(Change::result(name, port, Err(why)));
+            }
+        }
+        for Announced { port, loopback } in opened {
+            let reserved = broker.reserved.contains_key(port);
+            let full = broker.known.len() >= KNOWN_MAX;
+            match broker.known.get_mut(port) {
+                Some(known) => {
+                    known.loopback = *loopback;
+                    if !reserved && known.owed.is_none() && !forwarded.contains(port) {
+                        (known.owed, known.due, known.over) = (Some(now), true, None);
+                    }
+                }
+                None if full && reserved => {}
+                None if full => changes.push(Change::result(name, *port, Err(EXCLUDED.to_owned()))),
+                None => {
+                    let owed = (!reserved).then_some(now);
+                    broker.known.insert(*port, Known { loopback: *loopback, owed, due: true, over: None });
+                }
+            }
+        }
+        changes
+    }
+
+    /// Whether there is anything to dial for: a session, or a port that is kept for the next one.
+    pub(super) fn has_broker_to_serve(&self, name: &ContainerName) -> bool {
+        self.brokers.get(name).is_some_and(|broker| broker.up || !broker.reserved.is_empty())
+    }
+
+    /// Whether the container's broker has a session, so that what is dialled arrives.
+    pub fn has_session(&self, name: &ContainerName) -> bool {
+        self.brokers.get(name).is_some_and(|broker| broker.up)
+    }
+
+    /// The engine's watch takes over: an attempt that came to nothing over the session is none any more.
+    pub(super) fn on_watched(&mut self, name: &ContainerName) {
+        for known in self.brokers.get_mut(name).into_iter().flat_map(|broker| broker.known.values_mut()) {
+            known.over = None;
+        }
+    }
+
+    /// A new upstream over the session: everything that was not refused is asked for again.
+    pub(super) fn on_dialled(&mut self, name: &ContainerName) {
+        for known in self.brokers.get_mut(name).into_iter().flat_map(|broker| broker.known.values_mut()) {
+            known.due = known.over.is_none();
+        }
+    }
+
+    /// Whether a host port is one that the session's container would have.
+    pub(super) fn waits_for(&self, name: &ContainerName, port: NonZeroU16) -> bool {
+        let known = self.brokers.get(name).and_then(|broker| broker.known.get(&port));
+        known.is_some_and(|known| known.over.is_none())
+    }
+
+    /// Closes what its session does not announce any more, and what nobody reserves any more.
+    pub(super) fn close_announced(&mut self, commands: &mut Vec<Command>) {
+        let live = self.forwards.iter().filter(|(_, forward)| forward.is_live());
+        let ended: Vec<(ForwardId, ClosedReason, Ending)> = live
+            .filter_map(|(id, forward)| self.ends(forward).map(|(why, ending)| (*id, why, ending)))
+            .collect();
+        for (forward, why, ending) in ended {
+            if let Some(known) = self.forwards.get_mut(&forward) {
+                known.status = Status::Closing { why };
+                commands.push(Command::CloseListener { forward, ending });
+            }
+        }
+    }
+
+    /// Why a forward that is there for a broker's sake is to end, and how.
+    fn ends(&self, forward: &Forward) -> Option<(ClosedReason, Ending)> {
+        let upstream = self.upstreams.get(&forward.upstream)?;
+        let owner = upstream.owner.as_ref()?;
+        let broker = self.brokers.get(owner);
+        let target = forward.target_port;
+        if forward.reserved {
+            let stays = broker.is_some_and(|broker| broker.reserves(target));
+            return (!stays).then_some((ClosedReason::BrokerStopped, Ending::Reset));
+        }
+        if !upstream.dialled {
+            return None;
+        }
+        let broker = broker?;
+        if !broker.up {
+            return Some((ClosedReason::HostError, Ending::Reset));
+        }
+        if broker.reserves(target) {
+            // What is open may finish: the container did not let go of the port.
+            return Some((ClosedReason::ContainerReleased, Ending::Drain));
+        }
+        let allowed = self.policy_of(owner).is_some_and(|policy| self.judge(policy, target).is_ok());
+        let stays = allowed && broker.known.contains_key(&target);
+        (!stays).then_some((ClosedReason::ContainerReleased, Ending::Reset))
+    }
+
+    /// Makes the attempts that are due over a session.
+    pub(super) fn open_announced(
+        &mut self,
+        name: &ContainerName,
+        upstream: UpstreamId,
+        commands: &mut Vec<Command>,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(broker) = self.brokers.get(name).filter(|_| self.dialled(name).is_some()) else { return };
+        let due = broker.known.iter().filter(|(port, known)| known.due && !broker.reserves(**port));
+        let due: Vec<NonZeroU16> = due.map(|(port, _)| *port).collect();
+        for port in due {
+            let over = match self.attempt(name, upstream, port) {
+                Attempt::Wait => continue,
+                Attempt::Made(command) => {
+                    commands.extend(command);
+                    None
+                }
+                Attempt::Over(over) => Some(over),
+            };
+            if let Some(Over::Failed(reason)) = &over {
+                changes.push(Change::Failed { name: name.clone(), port, reason: reason.clone() });
+            }
+            self.note(name, port, over);
+        }
+    }
+
+    fn attempt(&mut self, name: &ContainerName, upstream: UpstreamId, port: NonZeroU16) -> Attempt {
+        let Some(policy) = self.policy_of(name) else { return Attempt::Wait };
+        if let Err(reason) = self.judge(policy, port) {
+            return Attempt::Over(Over::Denied(reason));
+        }
+        let own = self.forwards_of(name).find(|forward| !forward.reserved && forward.target_port == port);
+        match own.map(Forward::is_live) {
+            Some(true) => return Attempt::Made(None),
+            Some(false) => return Attempt::Wait,
+            None => {}
+        }
+        if self.forwards_of(name).filter(|forward| forward.is_live()).count() >= FORWARDS_MAX {
+            return Attempt::Over(Over::Denied(QUOTA));
+        }
+        match self.holder(name, port) {
+            Holder::Free => Attempt::Made(Some(self.open_one(upstream, port, port, Reach::UNKNOWN, false))),
+            // There is one attempt, so it is made when it is known what comes of it.
+            Holder::Soon | Holder::Heir(_) => Attempt::Wait,
+            Holder::Taken(reason) => Attempt::Over(Over::Failed(reason)),
+        }
+    }
+
+    /// Notes what became of the attempt for a port.
+    pub(super) fn note(&mut self, name: &ContainerName, port: NonZeroU16, over: Option<Over>) {
+        let broker = self.brokers.get_mut(name);
+        if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
+            (known.due, known.over) = (false, over);
+        }
+    }
+
+    /// What was forwarded is not, and nobody asked for that: it is asked for again.
+    pub(super) fn renew(&mut self, name: &ContainerName, port: NonZeroU16) {
+        let broker = self.brokers.get_mut(name);
+        if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
+            known.due = known.over.is_none();
+        }
+    }
+
+    /// Pays the results of which the truth is known.
+    pub(super) fn pay(&mut self, now: Instant, changes: &mut Vec<Change>) {
+        let mut paid = Vec::new();
+        for (name, broker) in &self.brokers {
+            let owed = broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port));
+            for (port, known) in owed {
+                let Some(since) = known.owed else { continue };
+                let patient = now.saturating_duration_since(since) < OWED_MAX;
+                if let Some(result) = self.truth(name, *port, known, patient) {
+                    paid.push((name.clone(), *port, result));
+                }
+            }
+        }
+        for (name, port, result) in paid {
+            let broker = self.brokers.get_mut(&name);
+            if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
+                known.owed = None;
+            }
+            changes.push(Change::result(&name, port, result));
+        }
+    }
+
+    /// What became of a port; none as long as that is not known.
+    fn truth(
+        &self,
+        name: &ContainerName,
+        port: NonZeroU16,
+        known: &Known,
+        patient: bool,
+    ) -> Option<Result<NonZeroU16, String>> {
+        let excluded = || Some(Err(EXCLUDED.to_owned()));
+        if self.judge(self.policy_of(name)?, port).is_err() {
+            return excluded();
+        }
+        let own = self.forwards_of(name).find(|forward| !forward.reserved && forward.target_port == port);
+        if let Some(open) = own.filter(|forward| forward.status == Status::Open) {
+            return Some(Ok(open.host_port));
+        }
+        match &known.over {
+            Some(Over::Denied(_)) => return excluded(),
+            Some(Over::Failed(reason)) => return Some(Err(reason.clone())),
+            None => {}
+        }
+        let upstream = self.upstream_of(name).and_then(|id| Some((id, self.upstreams.get(&id)?)));
+        let (id, watched) = upstream.filter(|(_, upstream)| !upstream.dialled)?;
+        if let Some(failure) = self.failures.get(&(name.clone(), port)) {
+            return Some(Err(failure.reason.clone()));
+        }
+        let verdicts = self.verdicts_of(id, watched).unwrap_or_default();
+        match verdicts.get(&port) {
+            Some(Verdict::Denied(_)) => excluded(),
+            _ if patient => None,
+            Some(Verdict::Wanted(_)) => Some(Err("EAGAIN: the port is not open yet".to_owned())),
+            None => Some(Err("ECONNREFUSED: nothing was seen to listen on the port".to_owned())),
+        }
+    }
+
+    /// When the debts of ports that the watch does not see are due.
+    pub(super) fn debts_due(&self) -> impl Iterator<Item = Instant> {
+        let watched = self.brokers.iter().filter(|(name, _)| {
+            let upstream = self.upstream_of(name).and_then(|id| self.upstreams.get(&id));
+            upstream.is_some_and(|upstream| !upstream.dialled)
+        });
+        let owed = watched.flat_map(|(_, broker)| {
+            broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port))
+        });
+        owed.filter_map(|(_, known)| known.owed).map(|since| since + OWED_MAX)
+    }
+}
+
+/// What became of an attempt.
+enum Attempt {
+    /// It cannot be made yet.
+    Wait,
+    /// It is made, by this command; none where the port is forwarded already.
+    Made(Option<Command>),
+    /// It comes to nothing.
+    Over(Over),
+}

@@ -1,0 +1,338 @@
+//! Ports that a container asks for: a host port of its choice for one of its ports, kept until its broker stops
+//! (wire specification, A.3.8).
+//!
+//! ```text
+//!  asked ──► trying one candidate after the other ──► held, and opened again at the same host port
+//!    │                    │                           whenever the engine or the way changes
+//!    └─ refused           └─ none binds: given up, and the port is forwarded as if it had not been asked for
+//! ```
+//!
+//! One request for a port is in flight at a time; the latest that comes meanwhile is begun when that one fails, and answered
+//! with it when it succeeds.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::num::NonZeroU16;
+use std::time::Instant;
+
+use landfall_engine::command::{Command, Reach, UpstreamId};
+
+use super::announced::EXCLUDED;
+use super::watched::Holder;
+use super::{CONTAINER_PORT, Change, FORWARDS_MAX, Failure, Fleet, RETRY};
+use crate::policy::{Decision, DenyReason, FIRST_UNPRIVILEGED};
+use crate::registration::model::ContainerName;
+
+/// How many candidates of one request are tried; the program that this is for names ten.
+const CANDIDATES_MAX: usize = 256;
+
+/// One port that is reserved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Reservation {
+    pub(super) stage: Stage,
+    /// How many requests wait for what comes of it.
+    owed: usize,
+    /// Candidates of a later request, and how many wait for that one.
+    next: Option<(Vec<NonZeroU16>, usize)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Nobody has looked at it yet.
+    Asked(Vec<NonZeroU16>),
+    /// The first candidate is being tried, or about to be; `error` is why the one before it could not be had.
+    Trying { left: VecDeque<NonZeroU16>, error: Option<String> },
+    /// It is this host port. `failure` is why it could not be opened again.
+    Held { host_port: NonZeroU16, failure: Option<Failure> },
+}
+
+impl Reservation {
+    fn asked(candidates: Vec<NonZeroU16>, owed: usize) -> Reservation {
+        Reservation { stage: Stage::Asked(candidates), owed, next: None }
+    }
+
+    /// Whether the port inside belongs to it.
+    pub(super) fn has_begun(&self) -> bool {
+        !matches!(self.stage, Stage::Asked(_))
+    }
+
+    /// Nobody waits for an answer any more.
+    pub(super) fn forgive(&mut self) {
+        self.owed = 0;
+        self.next = None;
+    }
+}
+
+impl Fleet {
+    /// A container asks for a host port, the best candidate first.
+    pub fn reserve(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        mut candidates: Vec<NonZeroU16>,
+    ) -> Vec<Change> {
+        let Some(broker) = self.brokers.get_mut(name) else { return Vec::new() };
+        let mut seen = BTreeSet::new();
+        candidates.retain(|port| seen.insert(*port));
+        candidates.truncate(CANDIDATES_MAX);
+        let full = broker.reserved.len() >= FORWARDS_MAX;
+        match broker.reserved.get_mut(&target) {
+            Some(Reservation { stage: Stage::Held { host_port, .. }, .. }) => {
+                return vec![Change::result(name, target, Ok(*host_port))];
+            }
+            Some(under_way) => {
+                let waiting = under_way.next.take().map_or(0, |(_, waiting)| waiting);
+                under_way.next = Some((candidates, waiting + 1));
+            }
+            None if full => {
+                return vec![Change::result(name, target, Err(EXCLUDED.to_owned()))];
+            }
+            None => drop(broker.reserved.insert(target, Reservation::asked(candidates, 1))),
+        }
+        Vec::new()
+    }
+
+    /// Takes every reservation of a container as far as it goes.
+    pub(super) fn reserve_all(
+        &mut self,
+        name: &ContainerName,
+        now: Instant,
+        commands: &mut Vec<Command>,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(broker) = self.brokers.get(name) else { return };
+        let targets: Vec<NonZeroU16> = broker.reserved.keys().copied().collect();
+        for target in targets {
+            while let Some(stage) = self.stage(name, target) {
+                let goes_on = match stage.clone() {
+                    Stage::Asked(candidates) => self.consider(name, target, candidates, changes),
+                    Stage::Trying { left, error } => {
+                        self.try_next(name, target, left, error, commands, changes)
+                    }
+                    Stage::Held { host_port, failure } => {
+                        self.keep(name, target, host_port, failure.as_ref(), now, commands, changes);
+                        false
+                    }
+                };
+                if !goes_on {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn stage(&mut self, name: &ContainerName, target: NonZeroU16) -> Option<&mut Stage> {
+        let broker = self.brokers.get_mut(name)?;
+        broker.reserved.get_mut(&target).map(|reservation| &mut reservation.stage)
+    }
+
+    fn set_stage(&mut self, name: &ContainerName, target: NonZeroU16, next: Stage) {
+        if let Some(stage) = self.stage(name, target) {
+            *stage = next;
+        }
+    }
+
+    /// Looks at a request that is new; answers whether there is more to do for it now.
+    fn consider(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        candidates: Vec<NonZeroU16>,
+        changes: &mut Vec<Change>,
+    ) -> bool {
+        let Some(policy) = self.policy_of(name) else { return false };
+        let refused = match policy.decide(target) {
+            // That rule is about ports of the host, of which this one gets another.
+            Decision::Allow | Decision::Deny(DenyReason::Privileged) => target.get() == CONTAINER_PORT,
+            Decision::Deny(_) => true,
+        };
+        let others = self.forwards_of(name).filter(|forward| forward.is_live());
+        let full = others.filter(|forward| forward.target_port != target).count() >= FORWARDS_MAX;
+        if refused || full {
+            return self.give_up(name, target, EXCLUDED.to_owned(), changes);
+        }
+        let last = candidates.iter().map(|port| self.guard(*port)).collect::<Option<Vec<String>>>();
+        if let Some(reasons) = last {
+            let reason = reasons.last().map_or("no host candidates", String::as_str).to_owned();
+            changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
+            return self.give_up(name, target, reason, changes);
+        }
+        self.set_stage(name, target, Stage::Trying { left: candidates.into(), error: None });
+        true
+    }
+
+    /// Asks for the first candidate that may be had; answers whether there is more to do for the port now.
+    fn try_next(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        mut left: VecDeque<NonZeroU16>,
+        mut error: Option<String>,
+        commands: &mut Vec<Command>,
+        changes: &mut Vec<Change>,
+    ) -> bool {
+        let Some(upstream) = self.free_upstream(name, target) else { return false };
+        while let Some(candidate) = left.front().copied() {
+            let refusal = match self.guard(candidate) {
+                Some(reason) => reason,
+                None => match self.holder(name, candidate) {
+                    Holder::Taken(reason) => reason,
+                    Holder::Soon | Holder::Heir(_) => {
+                        self.set_stage(name, target, Stage::Trying { left, error });
+                        return false;
+                    }
+                    Holder::Free => {
+                        commands.push(self.open_one(upstream, candidate, target, Reach::UNKNOWN, true));
+                        self.set_stage(name, target, Stage::Trying { left, error });
+                        return false;
+                    }
+                },
+            };
+            error = Some(refusal);
+            left.pop_front();
+        }
+        let reason = error.unwrap_or_else(|| "no host candidates".to_owned());
+        changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
+        self.give_up(name, target, reason, changes)
+    }
+
+    /// Opens a reserved port again that is not.
+    #[expect(clippy::too_many_arguments, reason = "they are the parts of one stage")]
+    fn keep(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        host_port: NonZeroU16,
+        failure: Option<&Failure>,
+        now: Instant,
+        commands: &mut Vec<Command>,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(upstream) = self.free_upstream(name, target) else { return };
+        let rests = failure.and_then(|failure| failure.at);
+        if rests.is_some_and(|at| now.saturating_duration_since(at) < RETRY) {
+            return;
+        }
+        match self.holder(name, host_port) {
+            Holder::Free => commands.push(self.open_one(upstream, host_port, target, Reach::UNKNOWN, true)),
+            Holder::Soon | Holder::Heir(_) => {}
+            Holder::Taken(reason) => {
+                if failure.is_none() {
+                    let told = Change::Failed { name: name.clone(), port: target, reason: reason.clone() };
+                    changes.push(told);
+                }
+                let failure = Some(Failure { at: None, reason });
+                self.set_stage(name, target, Stage::Held { host_port, failure });
+            }
+        }
+    }
+
+    /// The upstream over which a port can be opened now: the engine has one, and nothing leads to the port any more.
+    fn free_upstream(&self, name: &ContainerName, target: NonZeroU16) -> Option<UpstreamId> {
+        let id = self.upstream_of(name)?;
+        let upstream = self.upstreams.get(&id)?;
+        let taken = self.forwards_of(name).any(|forward| forward.target_port == target);
+        // One that is watched may not have been given to the engine before it was read.
+        ((upstream.dialled || upstream.seen.is_some()) && !taken).then_some(id)
+    }
+
+    /// A request came to nothing. Answers whether a later one is to be looked at now.
+    fn give_up(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        reason: String,
+        changes: &mut Vec<Change>,
+    ) -> bool {
+        let Some(broker) = self.brokers.get_mut(name) else { return false };
+        let Some(ended) = broker.reserved.remove(&target) else { return false };
+        changes.extend((0..ended.owed).map(|_| Change::result(name, target, Err(reason.clone()))));
+        if let Some((candidates, owed)) = ended.next {
+            broker.reserved.insert(target, Reservation::asked(candidates, owed));
+            return true;
+        }
+        // As if it had not been asked for: whatever listens there is forwarded on its own.
+        self.renew(name, target);
+        false
+    }
+
+    /// The engine has opened a reserved port.
+    pub(super) fn on_reserved(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        host_port: NonZeroU16,
+    ) -> Vec<Change> {
+        let Some(broker) = self.brokers.get_mut(name) else { return Vec::new() };
+        let Some(reservation) = broker.reserved.get_mut(&target) else { return Vec::new() };
+        reservation.stage = Stage::Held { host_port, failure: None };
+        let owed = reservation.owed + reservation.next.take().map_or(0, |(_, waiting)| waiting);
+        reservation.owed = 0;
+        if let Some(known) = broker.known.get_mut(&target) {
+            known.owed = None;
+        }
+        let opened = Change::Opened { name: name.clone(), port: target, host_port, bind: "127.0.0.1" };
+        let results = (0..owed).map(|_| Change::result(name, target, Ok(host_port)));
+        std::iter::once(opened).chain(results).collect()
+    }
+
+    /// The engine could not open a reserved port.
+    pub(super) fn on_not_reserved(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        reason: String,
+        now: Instant,
+    ) -> Option<Change> {
+        match self.stage(name, target)? {
+            Stage::Asked(_) => None,
+            Stage::Trying { left, error } => {
+                left.pop_front();
+                *error = Some(reason);
+                None
+            }
+            Stage::Held { failure, .. } => {
+                let told = failure.is_some();
+                *failure = Some(Failure { at: Some(now), reason: reason.clone() });
+                (!told).then(|| Change::Failed { name: name.clone(), port: target, reason })
+            }
+        }
+    }
+
+    /// Why a host port is never given to anybody, where that is so.
+    fn guard(&self, port: NonZeroU16) -> Option<String> {
+        if port.get() < FIRST_UNPRIVILEGED {
+            return Some(format!("EACCES: port {port} of the host is below {FIRST_UNPRIVILEGED}"));
+        }
+        if port.get() == CONTAINER_PORT {
+            return Some(format!("EACCES: port {port} is the one on which containers answer the daemon"));
+        }
+        let own = self.control_ports.contains(&port);
+        own.then(|| format!("EADDRINUSE: the daemon itself listens on port {port}"))
+    }
+
+    /// Whether a container holds a host port by a reservation.
+    pub(super) fn holds_reserved(&self, name: &ContainerName, port: NonZeroU16) -> bool {
+        let broker = self.brokers.get(name);
+        broker.into_iter().flat_map(|broker| broker.reserved.values()).any(
+            |reservation| matches!(reservation.stage, Stage::Held { host_port, .. } if host_port == port),
+        )
+    }
+
+    /// How many ports of a container are reserved, or about to be.
+    pub(super) fn reserved_count(&self, name: &ContainerName) -> usize {
+        let reserved = self.brokers.get(name).into_iter().flat_map(|broker| broker.reserved.values());
+        reserved.filter(|reservation| reservation.has_begun()).count()
+    }
+
+    /// The host ports of reservations that could not be opened again, and when that is tried next.
+    pub(super) fn reserved_retries(&self) -> impl Iterator<Item = (NonZeroU16, Instant)> {
+        let reserved = self.brokers.iter().filter(|(name, _)| self.upstream_of(name).is_some());
+        let reserved = reserved.flat_map(|(_, broker)| broker.reserved.values());
+        reserved.filter_map(|reservation| match &reservation.stage {
+            Stage::Held { host_port, failure: Some(Failure { at: Some(at), .. }) } => {
+                Some((*host_port, *at + RETRY))
+            }
+            _ => None,
+        })
+    }
+}

@@ -1,0 +1,274 @@
+//! What containers reserve.
+
+use super::announced::{dial, result};
+use super::*;
+
+/// The command for target 4848 at a host port.
+fn open_at(id: u32, upstream: u32, number: u16) -> Command {
+    Command::OpenListener {
+        forward: ForwardId(id),
+        upstream: UpstreamId(upstream),
+        host_port: port(number),
+        target_port: port(4848),
+        reach: Reach::UNKNOWN,
+    }
+}
+
+fn failed(told: &[Change]) -> String {
+    match told.first() {
+        Some(Change::Failed { name: who, port: target, reason }) => {
+            assert_eq!((who, *target), (&name("a"), port(4848)));
+            reason.clone()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(reason: &str) -> Change {
+    result("a", 4848, Err(reason))
+}
+
+fn opened_at(number: u16) -> Change {
+    Change::Opened { name: name("a"), port: port(4848), host_port: port(number), bind: "127.0.0.1" }
+}
+
+fn closed_at(number: u16, why: ClosedReason) -> Change {
+    Change::Closed { name: name("a"), port: port(4848), host_port: port(number), why }
+}
+
+impl Bench {
+    fn reserve(&mut self, candidates: &[u16]) -> Vec<Change> {
+        let candidates = candidates.iter().map(|number| port(*number)).collect();
+        self.fleet.reserve(&name("a"), port(4848), candidates)
+    }
+
+    /// Container "a" over its session, with 4848 reserved at 4849.
+    fn reserved() -> Bench {
+        let mut bench = Bench::dialled(None);
+        assert_eq!(bench.reserve(&[4849]), []);
+        assert_eq!(bench.step(), (vec![open_at(1, 1, 4849)], vec![]));
+        assert_eq!(bench.opened(1, 4849), [opened_at(4849), result("a", 4848, Ok(4849))]);
+        assert_eq!(bench.step(), (vec![], vec![]));
+        bench
+    }
+
+    fn host_ports(&self) -> Vec<(u16, u16, RowState)> {
+        let rows = self.fleet.rows(&name("a")).into_iter();
+        rows.map(|row| (row.port.get(), row.host_port.get(), row.state)).collect()
+    }
+}
+
+#[test]
+fn the_first_candidate_that_binds_is_the_one() {
+    let mut bench = Bench::dialled(None);
+    assert_eq!(bench.reserve(&[4848, 4849, 4850]), []);
+    assert_eq!(bench.step(), (vec![open_at(1, 1, 4848)], vec![]));
+    assert_eq!(bench.failed(1, 4848), [], "nothing is told before the last one");
+    assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
+    assert_eq!(bench.opened(2, 4849), [opened_at(4849), result("a", 4848, Ok(4849))]);
+    assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Open)]);
+    assert_eq!(bench.fleet.open_ports(&name("a")), [port(4849)]);
+    assert_eq!(bench.reserve(&[5000]), [result("a", 4848, Ok(4849))], "it is reserved already");
+    assert_eq!((bench.step(), bench.fleet.due()), ((vec![], vec![]), None));
+}
+
+#[test]
+fn where_none_binds_the_last_error_is_told_and_the_port_is_forwarded_as_before() {
+    let mut bench = Bench::serving(4848);
+    bench.reserve(&[4849, 4850]);
+    assert_eq!(bench.step(), (vec![close(1)], vec![]), "the automatic forward closes first");
+    assert_eq!(bench.closed(1), [told_closed("a", 4848, ClosedReason::ContainerReleased)]);
+    assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
+    bench.failed(2, 4849);
+    bench.step();
+    bench.failed(3, 4850);
+    let (commands, told) = bench.step();
+    assert_eq!(commands, [dial(4, 1, 4848)], "what was last announced still listens");
+    let reason = failed(&told);
+    assert!(reason.starts_with("EADDRINUSE") && reason.contains("4850"), "{reason}");
+    assert_eq!(told[1..], [refused(&reason)]);
+    bench.opened(4, 4848);
+    assert_eq!(bench.step(), (vec![], vec![]), "its announcement was answered before");
+}
+
+#[test]
+fn without_candidates_there_is_none() {
+    let mut bench = Bench::serving(4848);
+    bench.reserve(&[]);
+    let (commands, told) = bench.step();
+    assert_eq!(commands, []);
+    assert_eq!(failed(&told), "no host candidates");
+    assert_eq!(told[1..], [refused("no host candidates")]);
+}
+
+#[test]
+fn a_target_that_the_policy_refuses_is_excluded_without_an_event() {
+    let mut bench = Bench::dialled(Some("5173"));
+    bench.reserve(&[4849]);
+    assert_eq!(bench.step(), (vec![], vec![refused("policy excluded")]));
+    let mut bench = Bench::dialled(None);
+    bench.fleet.reserve(&name("a"), port(8973), vec![port(4849)]);
+    assert_eq!(bench.step(), (vec![], vec![result("a", 8973, Err("policy excluded"))]));
+}
+
+#[test]
+fn a_port_below_1024_may_be_reserved_at_one_that_is_not() {
+    let mut bench = Bench::dialled(None);
+    bench.fleet.reserve(&name("a"), port(80), vec![port(80), port(8080)]);
+    let (commands, _) = bench.step();
+    assert!(
+        matches!(commands.as_slice(), [Command::OpenListener { host_port, .. }] if host_port.get() == 8080)
+    );
+}
+
+#[test]
+fn the_hosts_own_ports_are_no_candidates() {
+    for (candidate, word) in [(80, "EACCES"), (8973, "EACCES"), (8974, "EADDRINUSE")] {
+        let mut bench = Bench::serving(4848);
+        bench.reserve(&[candidate]);
+        let (commands, told) = bench.step();
+        assert_eq!(commands, [], "nothing is closed for the sake of nothing");
+        assert!(failed(&told).starts_with(word), "{told:?}");
+        bench.reserve(&[candidate, 4849]);
+        bench.step();
+        bench.closed(1);
+        assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
+    }
+}
+
+#[test]
+fn a_candidate_that_leads_elsewhere_is_passed_over() {
+    let mut bench = Bench::serving(5173);
+    bench.reserve(&[5173, 4849]);
+    assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
+    bench.opened(2, 4849);
+    bench.announce(&[4849], &[], false);
+    let (_, told) = bench.step();
+    let [Change::Failed { reason, .. }, _] = told.as_slice() else { panic!("{told:?}") };
+    assert!(reason.starts_with("EADDRINUSE") && reason.contains("4848"), "{reason}");
+}
+
+#[test]
+fn one_request_for_a_port_is_in_flight_and_the_latest_follows_it() {
+    let mut bench = Bench::dialled(None);
+    bench.reserve(&[4849]);
+    assert_eq!(bench.step().0, [open_at(1, 1, 4849)]);
+    assert_eq!((bench.reserve(&[1]), bench.reserve(&[4850])), (vec![], vec![]));
+    assert_eq!(bench.step(), (vec![], vec![]), "it waits for the one in flight");
+    bench.failed(1, 4849);
+    let (commands, told) = bench.step();
+    assert_eq!(commands, [open_at(2, 1, 4850)]);
+    assert_eq!(told.len(), 2, "{told:?}");
+    bench.reserve(&[4851]);
+    let answers = bench.opened(2, 4850);
+    assert_eq!(answers[0], opened_at(4850));
+    assert_eq!(answers[1..], vec![result("a", 4848, Ok(4850)); 3], "each request is answered");
+}
+
+#[test]
+fn what_is_announced_of_a_reserved_port_is_ignored() {
+    let mut bench = Bench::reserved();
+    assert_eq!(bench.announce(&[4848], &[], true), []);
+    assert_eq!(bench.step(), (vec![], vec![]));
+    assert_eq!(bench.announce(&[], &[4848], false), []);
+    assert_eq!(bench.step(), (vec![], vec![]));
+    let mut bench = Bench::dialled(None);
+    bench.reserve(&[4849]);
+    bench.step();
+    bench.announce(&[4848], &[], false);
+    assert_eq!(bench.step(), (vec![], vec![]), "nor while it is being reserved");
+}
+
+#[test]
+fn a_reserved_port_stays_when_the_session_is_lost_and_goes_when_the_broker_stops() {
+    let mut bench = Bench::reserved();
+    bench.fleet.broker_down(&name("a"));
+    assert_eq!(bench.step(), (vec![], vec![]));
+    bench.fleet.broker_up(&name("a"));
+    assert_eq!(bench.reserve(&[4849]), [result("a", 4848, Ok(4849))], "it is confirmed");
+    bench.fleet.broker_stopped(&name("a"));
+    let removed = Command::RemoveUpstream { upstream: UpstreamId(1), ending: Ending::Reset };
+    assert_eq!(bench.step(), (vec![removed], vec![]));
+    assert_eq!(bench.closed(1), [closed_at(4849, ClosedReason::BrokerStopped)]);
+    assert_eq!(bench.host_ports(), []);
+}
+
+#[test]
+fn a_reserved_port_that_is_bound_as_the_broker_stops_is_undone() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.fleet.broker_up(&name("a"));
+    bench.reserve(&[4849]);
+    assert_eq!(bench.step(), (vec![open_at(1, 1, 4849)], vec![]));
+    bench.fleet.broker_stopped(&name("a"));
+    let cut = Command::CloseListener { forward: ForwardId(1), ending: Ending::Reset };
+    assert_eq!(bench.step(), (vec![cut], vec![]));
+    assert_eq!((bench.opened(1, 4849), bench.closed(1)), (vec![], vec![]));
+}
+
+#[test]
+fn a_reserved_port_is_asked_for_again_at_the_same_place_until_it_is_had() {
+    let mut bench = Bench::reserved();
+    assert_eq!(bench.fleet.detach(), [closed_at(4849, ClosedReason::HostError)]);
+    assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Opening)]);
+    bench.fleet.attach(Inventory::default());
+    bench.fleet.dial(&name("a")).unwrap();
+    assert_eq!(bench.step(), (vec![open_at(2, 2, 4849)], vec![]));
+    assert!(failed(&bench.failed(2, 4849)).starts_with("EADDRINUSE"));
+    assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Failed)]);
+    assert_eq!(bench.fleet.due(), Some(bench.now + RETRY));
+    bench.now += RETRY;
+    assert_eq!(bench.step(), (vec![open_at(3, 2, 4849)], vec![]));
+    assert_eq!(bench.failed(3, 4849), [], "it is told once");
+    bench.now += RETRY;
+    bench.step();
+    assert_eq!(bench.opened(4, 4849), [opened_at(4849)], "nobody asked again");
+    assert_eq!(bench.fleet.due(), None);
+}
+
+#[test]
+fn where_the_container_is_entered_a_port_is_reserved_as_well() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(4848, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    bench.opened(1, 4848);
+    bench.fleet.broker_up(&name("a"));
+    bench.reserve(&[4848, 4849]);
+    assert_eq!(bench.step(), (vec![close(1)], vec![]));
+    bench.closed(1);
+    assert_eq!(bench.step(), (vec![open_at(2, 1, 4848)], vec![]));
+    bench.opened(2, 4848);
+    bench.listen(1, &[], &[row(4848, "127.0.0.1", 7)]);
+    bench.now += LINGER;
+    assert_eq!((bench.step(), bench.fleet.due()), ((vec![], vec![]), None), "nothing need listen");
+    bench.fleet.broker_stopped(&name("a"));
+    bench.step();
+    assert_eq!(bench.closed(2), [closed_at(4848, ClosedReason::BrokerStopped)]);
+}
+
+#[test]
+fn a_reserved_port_moves_to_the_way_that_there_is() {
+    let mut bench = Bench::reserved();
+    bench.fleet.reached(&name("a"), 9);
+    assert_eq!(bench.step(), (vec![remove(1)], vec![]));
+    bench.closed(1);
+    assert_eq!(bench.step(), (vec![], vec![]), "the engine may not have the new way yet");
+    bench.listen(2, &[], &[]);
+    assert_eq!(bench.step(), (vec![open_at(2, 2, 4849)], vec![]));
+    bench.opened(2, 4849);
+    bench.fleet.broker_down(&name("a"));
+    bench.fleet.left(&name("a"));
+    assert!(bench.fleet.dial(&name("a")).is_some(), "it is kept without a session");
+    bench.step();
+    bench.closed(2);
+    assert_eq!(bench.step(), (vec![open_at(3, 3, 4849)], vec![]));
+}
+
+#[test]
+fn no_more_than_the_quota_is_reserved() {
+    let mut bench = Bench::dialled(None);
+    let many: Vec<u16> = (2000..2000 + u16::try_from(FORWARDS_MAX).unwrap()).collect();
+    bench.announce(&many, &[], true);
+    bench.step();
+    bench.reserve(&[4849]);
+    assert_eq!(bench.step(), (vec![], vec![refused("policy excluded")]));
+}

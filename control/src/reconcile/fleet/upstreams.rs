@@ -1,0 +1,154 @@
+//! The ways into containers, as the engine knows them: claimed, added, let go of, and moved.
+
+use std::collections::BTreeSet;
+
+use landfall_engine::command::{Command, Ending, ForwardId, UpstreamId};
+
+use super::{Change, ClosedReason, Fleet, Status, Upstream};
+use crate::registration::model::ContainerName;
+
+/// The bit of a cookie that says that the driver chose it. The kernel counts those of namespaces up from one.
+const DIALLED: u64 = 1 << 63;
+
+/// Whether a cookie is one that a driver chose for an upstream for which it dials.
+pub(super) fn is_dialled(cookie: u64) -> bool {
+    cookie & DIALLED != 0
+}
+
+/// What becomes of a container that was entered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// The engine has its namespace already.
+    Known(UpstreamId),
+    /// The engine is to be given its namespace, under this number.
+    Add(UpstreamId),
+    /// Its namespace is that of another container.
+    Shared(ContainerName),
+    /// Nobody wants it any more.
+    Unwanted,
+}
+
+impl Fleet {
+    /// A container was entered, and its namespace has this cookie.
+    pub fn reached(&mut self, name: &ContainerName, cookie: u64) -> Admission {
+        if !self.wishes.iter().any(|wish| wish.name == *name) {
+            return Admission::Unwanted;
+        }
+        let staying = |upstream: &Upstream| upstream.dismissed.is_none() && !upstream.leaving;
+        let same = |upstream: &Upstream| staying(upstream) && upstream.cookie == cookie;
+        let fellow = self.upstreams.values().filter(|upstream| same(upstream));
+        if let Some(fellow) =
+            fellow.filter_map(|upstream| upstream.owner.as_ref()).find(|owner| *owner != name)
+        {
+            return Admission::Shared(fellow.clone());
+        }
+        for upstream in self.upstreams.values_mut() {
+            if staying(upstream) && upstream.owner.as_ref() == Some(name) && upstream.cookie != cookie {
+                upstream.dismissed = Some(ClosedReason::HostError);
+            }
+        }
+        self.on_watched(name);
+        let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name);
+        let holds = |id: &UpstreamId| self.forwards.values().any(|forward| forward.upstream == *id);
+        // Were there two of one namespace, the one with forwards is worth more.
+        let known = self.upstreams.iter().filter(|(_, upstream)| same(upstream));
+        let known = known.max_by_key(|(id, upstream)| (own(upstream), holds(id))).map(|(id, _)| *id);
+        let Some(id) = known else {
+            return Admission::Add(self.add_upstream(name, |_| cookie));
+        };
+        if let Some(upstream) = self.upstreams.get_mut(&id) {
+            upstream.owner = Some(name.clone());
+        }
+        Admission::Known(id)
+    }
+
+    /// A container cannot be entered any more; the ports that were watched are let go of with the next step.
+    pub fn left(&mut self, name: &ContainerName) {
+        for upstream in self.upstreams.values_mut() {
+            if upstream.owner.as_ref() == Some(name) && !upstream.dialled {
+                upstream.dismissed.get_or_insert(ClosedReason::HostError);
+            }
+        }
+    }
+
+    /// The engine was relieved by another one, which holds these upstreams and these forwards under the same numbers and
+    /// tells anew what listens.
+    pub fn moved(&mut self, upstreams: &BTreeSet<UpstreamId>, forwards: &BTreeSet<ForwardId>) -> Vec<Change> {
+        let lost: Vec<ForwardId> =
+            self.forwards.keys().filter(|id| !forwards.contains(id)).copied().collect();
+        let changes = lost.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
+        self.upstreams.retain(|id, _| upstreams.contains(id));
+        for upstream in self.upstreams.values_mut() {
+            upstream.seen = None;
+        }
+        self.partial.clear();
+        changes
+    }
+
+    /// The number and the cookie of a new upstream for which the driver dials; none where there is nothing to dial for.
+    pub fn dial(&mut self, name: &ContainerName) -> Option<(UpstreamId, u64)> {
+        if !self.wants_dialler(name) {
+            return None;
+        }
+        let id = self.add_upstream(name, |id| DIALLED | u64::from(id.0));
+        self.on_dialled(name);
+        self.upstreams.get(&id).map(|upstream| (id, upstream.cookie))
+    }
+
+    /// Whether a container has a broker with something to forward, and no way in.
+    pub fn wants_dialler(&self, name: &ContainerName) -> bool {
+        let registered = self.wishes.iter().any(|wish| wish.name == *name);
+        registered && self.has_broker_to_serve(name) && self.upstream_of(name).is_none()
+    }
+
+    /// The upstream for which the driver dials, where that is how a container is reached; with its cookie.
+    pub fn dialled(&self, name: &ContainerName) -> Option<(UpstreamId, u64)> {
+        let id = self.upstream_of(name)?;
+        self.upstreams.get(&id).filter(|upstream| upstream.dialled).map(|upstream| (id, upstream.cookie))
+    }
+
+    fn add_upstream(&mut self, name: &ContainerName, cookie: impl Fn(UpstreamId) -> u64) -> UpstreamId {
+        let id = UpstreamId(self.next_upstream);
+        self.next_upstream = self.next_upstream.wrapping_add(1);
+        let cookie = cookie(id);
+        let (owner, dialled) = (Some(name.clone()), is_dialled(cookie));
+        let added = Upstream { cookie, owner, seen: None, dialled, dismissed: None, leaving: false };
+        self.upstreams.insert(id, added);
+        id
+    }
+
+    /// Lets go of upstreams that have no container any more.
+    pub(super) fn dismiss(&mut self, commands: &mut Vec<Command>) {
+        for (id, upstream) in &mut self.upstreams {
+            let registered = match &upstream.owner {
+                Some(owner) => self.wishes.iter().any(|wish| wish.name == *owner),
+                None => !self.sweeping,
+            };
+            if !registered {
+                // The wire's brokers know no other reason (wire specification, A.6.6).
+                let why =
+                    if upstream.dialled { ClosedReason::BrokerStopped } else { ClosedReason::Deregistered };
+                upstream.dismissed.get_or_insert(why);
+            }
+            let Some(why) = upstream.dismissed.filter(|_| !upstream.leaving) else { continue };
+            upstream.leaving = true;
+            self.failures.retain(|(name, _), _| upstream.owner.as_ref() != Some(name));
+            for forward in self.forwards.values_mut() {
+                if forward.upstream == *id && forward.is_live() {
+                    forward.status = Status::Closing { why };
+                }
+            }
+            // What goes over a broker ends with it; what is dialled otherwise from now on may finish.
+            let cut = upstream.dialled && why == ClosedReason::BrokerStopped;
+            let ending = if cut { Ending::Reset } else { Ending::Drain };
+            commands.push(Command::RemoveUpstream { upstream: *id, ending });
+        }
+    }
+
+    /// The upstream of a container that stays.
+    pub(super) fn upstream_of(&self, name: &ContainerName) -> Option<UpstreamId> {
+        let staying = |upstream: &Upstream| upstream.dismissed.is_none() && !upstream.leaving;
+        let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name) && staying(upstream);
+        self.upstreams.iter().find(|(_, upstream)| own(upstream)).map(|(id, _)| *id)
+    }
+}
