@@ -11,9 +11,11 @@
 //!
 //! The conductor is the only one that knows of all: it binds listeners, lets the shard with the fewest accept for each,
 //! joins what the shards answer into one event, and never waits for a container. The shard that accepts hands each
-//! connection to the one that has the fewest. [`crate::process`] puts the
-//! same contract on a socket.
+//! connection to the one that has the fewest. An upstream of kind
+//! [`Agent`](crate::command::UpstreamKind::Agent) has a shard of its own, which is asked and ended, and never waited for
+//! long. [`crate::process`] puts the same contract on a socket.
 
+mod apart;
 mod conductor;
 mod gathering;
 mod shard_thread;
@@ -31,6 +33,7 @@ use crate::process::Drive;
 use crate::ring::{self, RingChoice, Unusable};
 use crate::shard::{Peer, Peers, ShardCommand};
 use crate::watch::Watcher;
+use apart::Apart;
 use conductor::{Conductor, Message};
 use shard_thread::ShardThread;
 
@@ -89,6 +92,7 @@ impl Engine {
         }
         let report = ring::choose(ring, &limits)?;
         let limits = within_descriptors(limits);
+        let report_kind = report.kind;
         let (messages, inbox) = mpsc::channel();
         let mut shards = Vec::with_capacity(usize::from(limits.shards));
         for index in 0..usize::from(limits.shards) {
@@ -117,7 +121,8 @@ impl Engine {
         let (told, events) = mpsc::channel();
         // The receiver is held here, so it takes the event.
         let _ = told.send(ready.clone().into());
-        let conductor = Conductor::new(shards, watcher, limits.backlog, told);
+        let apart = Apart::new(report_kind, &limits, messages.clone());
+        let conductor = Conductor::new(shards, apart, watcher, limits.backlog, told);
         let thread = std::thread::Builder::new().name("landfall-engine".to_owned());
         let conductor = thread.spawn(move || conductor.run(&inbox))?;
         let handle = Handle(Arc::new(Threads { messages, conductor: Some(conductor) }));

@@ -25,6 +25,7 @@ mod stream;
 mod tcp;
 mod traffic;
 mod wait;
+mod way;
 
 pub use daemon::{Daemon, Home, Start};
 pub use docker::{DockerMode, FakeDocker, MOMENT};
@@ -38,6 +39,7 @@ pub use tcp::{
 };
 pub use traffic::{Conversation, Flood, answer, visit};
 pub use wait::{PATIENCE, wait_until};
+pub use way::{Agent, Behind, Entered, agents_listener, enter, enter_by, way};
 
 /// Tells the person who runs the suite something that is no failure: a figure, or why something could not be tried here.
 #[macro_export]

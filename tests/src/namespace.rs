@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 
 use landfall_engine::opener::client::Target;
 use nix::sched::{CloneFlags, unshare};
@@ -54,6 +55,19 @@ impl Namespace {
                 work()
             });
             inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Runs `work` inside, on a thread of its own that nobody waits for.
+    ///
+    /// # Panics
+    /// When no descriptor or thread is left.
+    pub fn spawn(&self, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+        let file = self.file.try_clone().unwrap();
+        std::thread::spawn(move || {
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            drop(file);
+            work();
         })
     }
 

@@ -1,20 +1,19 @@
 //! An engine in this process, driven as control drives it, relaying into a namespace.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use landfall_engine::command::{
     Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, Told,
-    UpstreamId, UpstreamKind,
+    UpstreamId,
 };
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
-use landfall_engine::opener::client::Opener;
 use landfall_engine::ring::RingChoice;
 
-use crate::{Namespace, PATIENCE};
+use crate::{Behind, Namespace, PATIENCE, enter, way};
 
 /// An engine and the events that nobody has asked for yet.
 #[derive(Debug)]
@@ -22,6 +21,7 @@ pub struct Driver {
     engine: Engine,
     shards: u16,
     waiting: VecDeque<Event>,
+    behind: HashMap<UpstreamId, Behind>,
 }
 
 impl Driver {
@@ -31,7 +31,7 @@ impl Driver {
     /// When it does not.
     pub fn start(limits: Limits, ring: RingChoice) -> Driver {
         let engine = Engine::start(EngineOptions { limits, ring, version: String::new() }).unwrap();
-        let mut driver = Driver { engine, shards: 0, waiting: VecDeque::new() };
+        let mut driver = Driver { engine, shards: 0, waiting: VecDeque::new(), behind: HashMap::new() };
         driver.shards = driver.expect("the engine to be ready", |event| match event {
             Event::Ready { shards, .. } => Some(*shards),
             _ => None,
@@ -86,14 +86,11 @@ impl Driver {
     /// When no opener gets in.
     #[track_caller]
     pub fn add_upstream(&mut self, upstream: UpstreamId, namespace: &Namespace, cookie: Option<u64>) {
-        let program = std::env::current_exe().unwrap();
-        let mut opener = Opener::spawn(&program, namespace.target()).unwrap();
-        let (sources, descriptors) = opener.upstream(self.shards).unwrap();
-        let netns_cookie = cookie.unwrap_or_else(|| opener.netns_cookie());
-        self.engine.apply(
-            Command::AddUpstream { upstream, netns_cookie, sources, kind: UpstreamKind::Opener },
-            descriptors,
-        );
+        let (own_cookie, sources, descriptors, behind) = enter(namespace, self.shards);
+        let netns_cookie = cookie.unwrap_or(own_cookie);
+        self.behind.insert(upstream, behind);
+        let add = Command::AddUpstream { upstream, netns_cookie, sources, kind: way() };
+        self.engine.apply(add, descriptors);
         self.expect("the upstream", |event| match event {
             Event::UpstreamAdded { upstream: added } if *added == upstream => Some(()),
             Event::Refused { reason } => panic!("refused: {reason}"),
@@ -149,6 +146,7 @@ impl Driver {
             Event::UpstreamRemoved { upstream: removed, .. } if *removed == upstream => Some(()),
             _ => None,
         });
+        self.behind.remove(&upstream);
     }
 
     /// Every forward that the engine holds.

@@ -15,7 +15,7 @@ pub(crate) const CASES: &[Case] = &[
 
 const BOTH: [Who; 2] = [Who::Client, Who::Server];
 
-fn ten_mebibytes_come_back_after_a_fin(ring: RingChoice) {
+pub(crate) fn ten_mebibytes_come_back_after_a_fin(ring: RingChoice) {
     const BACK: u64 = 10 * 1024 * 1024;
     let path = Path::landfall(ring);
     for first in BOTH {
@@ -35,7 +35,7 @@ fn ten_mebibytes_come_back_after_a_fin(ring: RingChoice) {
     all_completed(path, 2);
 }
 
-fn both_ends_finish_at_once(ring: RingChoice) {
+pub(crate) fn both_ends_finish_at_once(ring: RingChoice) {
     let path = Path::landfall(ring);
     for bytes in [0, 1, 100_000] {
         for _ in 0..20 {
@@ -58,7 +58,7 @@ fn both_ends_finish_at_once(ring: RingChoice) {
     all_completed(path, 60);
 }
 
-fn a_fin_right_after_connect(ring: RingChoice) {
+pub(crate) fn a_fin_right_after_connect(ring: RingChoice) {
     let path = Path::landfall(ring);
     for _ in 0..50 {
         // Sent before the server could have been dialled.
@@ -74,7 +74,7 @@ fn a_fin_right_after_connect(ring: RingChoice) {
 }
 
 /// A client that has said all it has to say may wait long for the answer; meanwhile nothing spins and nothing is closed.
-fn a_half_closed_connection_stays(ring: RingChoice) {
+pub(crate) fn a_half_closed_connection_stays(ring: RingChoice) {
     let path = Path::landfall(ring);
     for first in BOTH {
         let (one, other) = path.pair().split(first);

@@ -18,7 +18,7 @@ pub(crate) const CASES: &[Case] = &[
 /// Threads of the server inside.
 const SERVERS: usize = 8;
 
-fn churn(ring: RingChoice) {
+pub(crate) fn churn(ring: RingChoice) {
     let count: u64 = if is_long() { 1_000_000 } else { 20_000 };
     // A client's port that rests in TIME_WAIT is none for the next one.
     Namespace::current().set_sysctl("ipv4/ip_local_port_range", "10000 65535");
@@ -111,7 +111,7 @@ fn visit(address: std::net::SocketAddr, number: u64) {
     }
 }
 
-fn engines_and_upstreams(ring: RingChoice) {
+pub(crate) fn engines_and_upstreams(ring: RingChoice) {
     let once = || {
         let mut relay = Relay::start(ring);
         let server = Server::listen(&relay.inside, "127.0.0.1:3000");

@@ -37,6 +37,7 @@ mod tidy;
 mod upgrade;
 mod upstreams;
 mod walk;
+mod ways;
 
 fn main() -> std::process::ExitCode {
     landfall_tests::case::main(
@@ -53,6 +54,7 @@ fn main() -> std::process::ExitCode {
             parity::CASES,
             reach::CASES,
             upstreams::CASES,
+            ways::CASES,
             listeners::CASES,
             bulk::CASES,
             control::CASES,

@@ -18,7 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c04_a_server_that_ends_is_refused_from_then_on", a_server_that_ends),
 ];
 
-fn a_refused_connect_is_a_reset(ring: RingChoice) {
+pub(crate) fn a_refused_connect_is_a_reset(ring: RingChoice) {
     let mut relay = Relay::start(ring);
     let reaches = [
         Reach::UNKNOWN,
@@ -68,7 +68,7 @@ fn a_connect_that_times_out_is_a_reset(ring: RingChoice) {
     assert_eq!(ends_by(&client), End::Eof);
 }
 
-fn a_connect_to_itself_is_a_reset(ring: RingChoice) {
+pub(crate) fn a_connect_to_itself_is_a_reset(ring: RingChoice) {
     let mut relay = Relay::start(ring);
     relay.inside.set_sysctl("ipv4/ip_local_port_range", "40000 40001");
     let ports = [40_000, 40_001];
@@ -97,7 +97,7 @@ fn a_connect_to_itself_is_a_reset(ring: RingChoice) {
     }
 }
 
-fn a_server_that_ends(ring: RingChoice) {
+pub(crate) fn a_server_that_ends(ring: RingChoice) {
     let mut relay = Relay::start(ring);
     let server = Server::listen(&relay.inside, "127.0.0.1:3000");
     let forward = relay.forward(3000);

@@ -117,7 +117,7 @@ fn saw(other: &TcpStream, skip: u64) -> Saw {
     Saw { read: (bytes - skip, end), told_by_write: learns_that_the_peer_is_gone(other) }
 }
 
-fn as_it_does_directly(ring: RingChoice) {
+pub(crate) fn as_it_does_directly(ring: RingChoice) {
     let (direct, relayed) = (Path::direct(), Path::landfall(ring));
     for (name, script) in SCRIPTS {
         for who in [Who::Client, Who::Server] {
@@ -131,7 +131,7 @@ fn as_it_does_directly(ring: RingChoice) {
 }
 
 /// A client that stops reading is told of a reset as soon as it reads again, after every byte that was acknowledged.
-fn a_reset_finds_a_reader_that_stalls(ring: RingChoice) {
+pub(crate) fn a_reset_finds_a_reader_that_stalls(ring: RingChoice) {
     let path = Path::landfall(ring);
     for who in [Who::Client, Who::Server] {
         let pair = path.pair();
@@ -158,7 +158,7 @@ fn a_reset_finds_a_reader_that_stalls(ring: RingChoice) {
 }
 
 /// The receiver reads slowly, and the reset comes as soon as the relay has acknowledged the last byte.
-fn a_megabyte_before_a_reset_arrives(ring: RingChoice) {
+pub(crate) fn a_megabyte_before_a_reset_arrives(ring: RingChoice) {
     const COUNT: u64 = 1_000_000;
     let path = Path::landfall(ring);
     for who in [Who::Client, Who::Server] {
@@ -186,7 +186,7 @@ fn reset_shared(stream: &TcpStream) {
 
 /// The reader's window is small, so nearly everything waits in the relay's send queue when the reset comes. An abortive
 /// close throws that queue away.
-fn what_is_not_yet_acknowledged_arrives(ring: RingChoice) {
+pub(crate) fn what_is_not_yet_acknowledged_arrives(ring: RingChoice) {
     const COUNT: u64 = 200_000;
     let mut relay = Relay::start(ring);
     let server = Server::from_socket(relay.inside.run(|| {

@@ -18,7 +18,7 @@ pub(crate) const CASES: &[Case] = &[
 /// Streams that run beside each other.
 const AT_ONCE: u64 = 20;
 
-fn every_byte_arrives_once_in_order(ring: RingChoice) {
+pub(crate) fn every_byte_arrives_once_in_order(ring: RingChoice) {
     relay_streams(Relay::start(ring));
 }
 

@@ -1,21 +1,26 @@
 //! The one thread that knows of everything: commands in, shards and watch in between, events out.
 
-use std::collections::btree_map::Entry;
+mod agents;
+mod telling;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Instant;
 
+use super::apart::{ANSWER_PATIENCE, Apart, OBEY_PATIENCE};
 use super::gathering::Gatherings;
 use super::shard_thread::ShardThread;
 use crate::command::{
     Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind,
-    Listening, Reach, Told, UpstreamId, UpstreamKind, UpstreamState, WatchSources,
+    Listening, Reach, Told, UpstreamId, UpstreamKind, WatchSources,
 };
 use crate::listener;
 use crate::shard::{Lent, Report, ShardCommand};
 use crate::watch::{Sources, WatchEvent, Watcher};
+use agents::duplicates;
 
 /// What reaches the conductor.
 #[derive(Debug)]
@@ -25,13 +30,11 @@ pub(super) enum Message {
     Watch(WatchEvent),
 }
 
-/// How many forwards of a state fit one event, and so one message (about 330 bytes of JSON each).
-const FORWARDS_PER_STATE: usize = 256;
-/// How many listeners fit one event (about 100 bytes of JSON each).
-const LISTENERS_PER_EVENT: usize = 1_024;
-
 pub(super) struct Conductor {
+    /// Those that serve everybody.
     shards: Vec<ShardThread>,
+    /// Those that serve one agent's upstream each.
+    apart: Apart,
     watcher: Watcher,
     backlog: u16,
     events: Sender<Told>,
@@ -42,6 +45,8 @@ pub(super) struct Conductor {
     /// Listeners that are being gathered to be lent.
     lendings: Gatherings<Lent>,
     stopped: HashSet<usize>,
+    /// It was told to drain or to stop.
+    ending: bool,
 }
 
 /// An upstream, and the shards that have not let go of it.
@@ -52,6 +57,10 @@ struct Held {
     listening: Option<BTreeSet<Listening>>,
     reason: Option<String>,
     leaving: bool,
+    /// The shard of its own, where it has one.
+    apart: Option<usize>,
+    /// That shard is waited for until then.
+    due: Option<Instant>,
 }
 
 /// A forward that is asked for.
@@ -67,6 +76,15 @@ struct Wanted {
 struct Placed {
     /// The shard that accepts for all.
     shard: usize,
+    /// Of a shard that may hang: duplicates of its listening sockets, by which they are closed or lent without it.
+    kept: Vec<OwnedFd>,
+    /// Of such a shard: what it counted last.
+    seen: ForwardStats,
+    /// Such a shard was told to close it, and is waited for until then.
+    due: Option<Instant>,
+    /// Another engine may listen on these sockets as well.
+    lent: bool,
+    reach: Reach,
     upstream: UpstreamId,
     host_port: NonZeroU16,
     target_port: NonZeroU16,
@@ -80,12 +98,14 @@ struct Placed {
 impl Conductor {
     pub(super) fn new(
         shards: Vec<ShardThread>,
+        apart: Apart,
         watcher: Watcher,
         backlog: u16,
         events: Sender<Told>,
     ) -> Conductor {
         Conductor {
             shards,
+            apart,
             watcher,
             backlog,
             events,
@@ -94,29 +114,34 @@ impl Conductor {
             descriptions: Gatherings::default(),
             lendings: Gatherings::default(),
             stopped: HashSet::new(),
+            ending: false,
         }
     }
 
     pub(super) fn run(mut self, inbox: &Receiver<Message>) {
-        while let Ok(message) = inbox.recv() {
+        loop {
+            let message = match self.due() {
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(at) => inbox.recv_timeout(at.saturating_duration_since(Instant::now())),
+            };
             match message {
-                Message::Command(command, descriptors) => self.on_command(command, descriptors),
-                Message::Report(shard, report) => self.on_report(shard, report),
-                Message::Watch(event) => self.on_watch(event),
+                Ok(Message::Command(command, descriptors)) => self.on_command(command, descriptors),
+                Ok(Message::Report(shard, report)) => self.on_report(shard, report),
+                Ok(Message::Watch(event)) => self.on_watch(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
             }
-            if self.stopped.len() == self.shards.len() {
+            if !self.apart.is_empty() {
+                self.on_time(Instant::now());
+            }
+            if self.stopped.len() == self.shards.len() && self.apart.is_empty() {
                 self.tell(Event::Stopped);
                 return;
             }
         }
     }
 
-    fn tell(&self, event: Event) {
-        // Nobody listens any more only while the engine is being dropped.
-        let _ = self.events.send(event.into());
-    }
-
-    /// The shards that have not stopped.
+    /// The shards that serve everybody and have not stopped.
     fn running(&self) -> impl Iterator<Item = usize> {
         (0..self.shards.len()).filter(|shard| !self.stopped.contains(shard))
     }
@@ -126,7 +151,8 @@ impl Conductor {
     }
 
     fn to_all(&self, command: impl Fn() -> ShardCommand<OwnedFd>) {
-        for shard in &self.shards {
+        let apart = self.apart.numbers().filter_map(|number| self.apart.thread(number));
+        for shard in self.shards.iter().chain(apart) {
             shard.send(command());
         }
     }
@@ -142,32 +168,45 @@ impl Conductor {
                 self.open_listener(wanted, descriptors);
             }
             Command::SetReach { forward, reach } => {
-                self.to_all(|| ShardCommand::SetReach { forward, reach });
+                self.set_reach(forward, reach);
             }
             Command::CloseListener { forward, ending } => match self.forwards.get_mut(&forward) {
                 Some(placed) => {
                     placed.ending = ending;
                     let shard = placed.shard;
+                    if self.apart.thread(shard).is_some() {
+                        placed.due.get_or_insert_with(|| Instant::now() + OBEY_PATIENCE);
+                    }
                     self.send(shard, ShardCommand::CloseListener { forward, ending });
                 }
                 None => self.tell(Event::ListenerClosed { forward, stats: ForwardStats::default() }),
             },
             Command::Describe => {
-                self.descriptions.begin(self.running().collect());
+                let until = Instant::now() + ANSWER_PATIENCE;
+                self.descriptions.begin(self.running().collect(), self.apart.numbers().collect(), until);
                 self.to_all(|| ShardCommand::Describe);
             }
             Command::LendListeners => {
-                self.lendings.begin(self.running().collect());
+                let until = Instant::now() + ANSWER_PATIENCE;
+                self.lendings.begin(self.running().collect(), self.apart.numbers().collect(), until);
                 self.to_all(|| ShardCommand::Lend);
             }
             Command::Rescan => self.watcher.rescan(),
-            Command::Drain => self.to_all(|| ShardCommand::Drain),
-            Command::Stop => self.to_all(|| ShardCommand::Stop),
+            Command::Drain => {
+                self.ending = true;
+                self.to_all(|| ShardCommand::Drain);
+                self.apart.expect_signs_of_life(Instant::now());
+            }
+            Command::Stop => {
+                self.ending = true;
+                self.to_all(|| ShardCommand::Stop);
+                self.apart.expect_end(Instant::now());
+            }
         }
     }
 
     fn send(&self, shard: usize, command: ShardCommand<OwnedFd>) {
-        if let Some(shard) = self.shards.get(shard) {
+        if let Some(shard) = self.shards.get(shard).or_else(|| self.apart.thread(shard)) {
             shard.send(command);
         }
     }
@@ -182,6 +221,9 @@ impl Conductor {
     ) {
         if self.upstreams.contains_key(&upstream) {
             return self.refuse(format!("{upstream} exists already; remove it first"));
+        }
+        if kind == UpstreamKind::Agent {
+            return self.add_agent(upstream, netns_cookie, sources, descriptors);
         }
         let expected = self.shards.len() + sources.count();
         if descriptors.len() != expected {
@@ -203,12 +245,23 @@ impl Conductor {
             sock_diag: source(sources.sock_diag),
         };
         let shards = (0..self.shards.len()).collect();
-        let held = Held { netns_cookie, shards, listening: None, reason: None, leaving: false };
-        self.upstreams.insert(upstream, held);
-        self.tell(Event::UpstreamAdded { upstream });
+        self.hold(upstream, netns_cookie, shards, None);
         if sources.count() > 0 {
             self.watcher.add(upstream, files);
         }
+    }
+
+    fn hold(
+        &mut self,
+        upstream: UpstreamId,
+        netns_cookie: u64,
+        shards: HashSet<usize>,
+        apart: Option<usize>,
+    ) {
+        let (listening, reason, leaving, due) = (None, None, false, None);
+        self.upstreams
+            .insert(upstream, Held { netns_cookie, shards, listening, reason, leaving, apart, due });
+        self.tell(Event::UpstreamAdded { upstream });
     }
 
     fn remove_upstream(&mut self, upstream: UpstreamId, ending: Ending, reason: Option<String>) {
@@ -219,6 +272,7 @@ impl Conductor {
             return;
         }
         held.reason = reason;
+        held.due = held.apart.map(|_| Instant::now() + OBEY_PATIENCE);
         let shards: Vec<usize> = held.shards.iter().copied().collect();
         self.watcher.remove(upstream);
         for shard in shards {
@@ -232,22 +286,41 @@ impl Conductor {
             if (placed.upstream, placed.host_port, placed.target_port) != (upstream, host_port, target_port) {
                 return self.refuse(format!("{forward} exists already and leads elsewhere; close it first"));
             }
-            self.to_all(|| ShardCommand::SetReach { forward, reach });
+            self.set_reach(forward, reach);
             return self.tell(Event::ListenerOpened { forward, host_port });
         }
-        if self.upstreams.get(&upstream).is_none_or(|held| held.leaving) {
+        let Some(held) = self.upstreams.get(&upstream).filter(|held| !held.leaving) else {
             let address = SocketAddr::from(([127, 0, 0, 1], host_port.get()));
             let detail = format!("{upstream} is not there");
             let failure = ListenFailure { kind: ListenFailureKind::Other, address, detail };
             return self.tell(Event::ListenerFailed { forward, host_port, failure });
-        }
+        };
+        let apart = held.apart;
         match listener::open(host_port, self.backlog, lent) {
             Ok(sockets) => {
-                let accepting = self.emptiest_shard();
-                let shards = self.running().collect();
-                let (ending, stats) = (Ending::Drain, ForwardStats::default());
-                let placed =
-                    Placed { shard: accepting, upstream, host_port, target_port, ending, shards, stats };
+                let accepting = apart.unwrap_or_else(|| self.emptiest_shard());
+                let shards: HashSet<usize> = match apart {
+                    Some(own) => HashSet::from([own]),
+                    None => self.running().collect(),
+                };
+                let kept = match apart.map(|_| duplicates(&sockets)).transpose() {
+                    Ok(kept) => kept.unwrap_or_default(),
+                    Err(failure) => return self.tell(Event::ListenerFailed { forward, host_port, failure }),
+                };
+                let placed = Placed {
+                    shard: accepting,
+                    kept,
+                    seen: ForwardStats::default(),
+                    due: None,
+                    lent: false,
+                    reach,
+                    upstream,
+                    host_port,
+                    target_port,
+                    ending: Ending::Drain,
+                    shards: shards.clone(),
+                    stats: ForwardStats::default(),
+                };
                 self.forwards.insert(forward, placed);
                 // Told first: its closing, which a shard may report at any time, comes after its opening.
                 self.tell(Event::ListenerOpened { forward, host_port });
@@ -260,8 +333,8 @@ impl Conductor {
                     sockets,
                 };
                 // The others know of it before they are handed its connections.
-                for shard in (0..self.shards.len()).filter(|shard| *shard != accepting) {
-                    self.send(shard, open(Vec::new()));
+                for shard in shards.iter().filter(|shard| **shard != accepting) {
+                    self.send(*shard, open(Vec::new()));
                 }
                 self.send(accepting, open(sockets));
             }
@@ -275,11 +348,29 @@ impl Conductor {
         self.running().min_by_key(|shard| load(*shard)).unwrap_or(0)
     }
 
+    /// Tells every shard of a forward which families listen inside.
+    fn set_reach(&mut self, forward: ForwardId, reach: Reach) {
+        let Some(placed) = self.forwards.get_mut(&forward) else { return };
+        placed.reach = reach;
+        let shards: Vec<usize> = placed.shards.iter().copied().collect();
+        for shard in shards {
+            self.send(shard, ShardCommand::SetReach { forward, reach });
+        }
+    }
+
     fn on_report(&mut self, shard: usize, report: Report) {
+        let is_apart = shard >= self.shards.len();
+        if is_apart && self.apart.thread(shard).is_none() {
+            // It was left to itself. What it tells now is over.
+            return;
+        }
         match report {
             Report::ListenerClosed { forward, stats } => self.on_listener_closed(shard, forward, &stats),
             Report::UpstreamRemoved { upstream, reason } => self.on_upstream_removed(shard, upstream, reason),
             Report::State { forwards } => {
+                if is_apart {
+                    self.note_seen(&forwards);
+                }
                 if let Some(forwards) = self.descriptions.answer(shard, forwards) {
                     self.tell_state(forwards);
                 }
@@ -289,19 +380,30 @@ impl Conductor {
                     self.tell_lent(listeners);
                 }
             }
+            Report::Stopped if is_apart => self.part_with(shard, "the thread that relayed for it has ended"),
             Report::Degraded { what } => self.tell(Event::Degraded { what }),
             Report::Recovered { what } => self.tell(Event::Recovered { what }),
             Report::Stopped => {
                 self.stopped.insert(shard);
-                self.descriptions.forgo(shard);
-                self.lendings.forgo(shard);
-                while let Some(forwards) = self.descriptions.next() {
-                    self.tell_state(forwards);
-                }
-                while let Some(listeners) = self.lendings.next() {
-                    self.tell_lent(listeners);
-                }
+                self.forgo_answers(shard);
             }
+        }
+    }
+
+    /// A shard answers no more.
+    fn forgo_answers(&mut self, shard: usize) {
+        self.descriptions.forgo(shard);
+        self.lendings.forgo(shard);
+        self.tell_answers();
+    }
+
+    /// Tells the answers that are whole.
+    fn tell_answers(&mut self) {
+        while let Some(forwards) = self.descriptions.next() {
+            self.tell_state(forwards);
+        }
+        while let Some(listeners) = self.lendings.next() {
+            self.tell_lent(listeners);
         }
     }
 
@@ -324,67 +426,18 @@ impl Conductor {
     }
 
     fn on_upstream_removed(&mut self, shard: usize, upstream: UpstreamId, reason: Option<String>) {
+        let Some(held) = self.upstreams.get_mut(&upstream) else { return };
+        held.shards.remove(&shard);
+        let (is_gone, apart) = (held.shards.is_empty(), held.apart);
         // One shard has lost its way in: the others' ways lead through the same opener.
         self.remove_upstream(upstream, Ending::Drain, reason);
-        if let Some(held) = self.upstreams.get_mut(&upstream) {
-            held.shards.remove(&shard);
-            if held.shards.is_empty()
-                && let Some(held) = self.upstreams.remove(&upstream)
-            {
-                self.tell(Event::UpstreamRemoved { upstream, reason: held.reason });
-            }
+        if is_gone && let Some(held) = self.upstreams.remove(&upstream) {
+            self.tell(Event::UpstreamRemoved { upstream, reason: held.reason });
         }
-    }
-
-    /// Tells what the shards hold, joined by forward, and before it what listens inside.
-    fn tell_state(&self, parts: Vec<ForwardState>) {
-        let mut forwards: BTreeMap<ForwardId, ForwardState> = BTreeMap::new();
-        for part in parts {
-            match forwards.entry(part.forward) {
-                Entry::Vacant(vacant) => {
-                    vacant.insert(part);
-                }
-                Entry::Occupied(mut known) => {
-                    known.get_mut().listening |= part.listening;
-                    known.get_mut().stats.add(&part.stats);
-                }
-            }
+        if let Some(own) = apart {
+            // It ends with its last connection.
+            self.send(own, ShardCommand::Drain);
         }
-        let forwards: Vec<ForwardState> = forwards.into_values().collect();
-        self.tell_observed();
-        let upstreams: Vec<UpstreamState> = self
-            .upstreams
-            .iter()
-            .map(|(&upstream, held)| UpstreamState { upstream, netns_cookie: held.netns_cookie })
-            .collect();
-        in_parts(&forwards, FORWARDS_PER_STATE, |forwards, more| {
-            self.tell(Event::State { upstreams: upstreams.clone(), forwards, more });
-        });
-    }
-
-    /// Tells all that listens in the namespaces that have been read. Nothing can come between this and the listeners that
-    /// were told before, since both are told here.
-    fn tell_observed(&self) {
-        for (&upstream, held) in &self.upstreams {
-            let Some(listening) = &held.listening else { continue };
-            let listening: Vec<Listening> = listening.iter().copied().collect();
-            in_parts(&listening, LISTENERS_PER_EVENT, |listening, more| {
-                self.tell(Event::Observed { upstream, listening, more });
-            });
-        }
-    }
-
-    fn tell_lent(&self, listeners: Vec<Lent>) {
-        let count = u32::try_from(listeners.len()).unwrap_or(u32::MAX);
-        for Lent {
-            forward: ForwardState { forward, upstream, host_port, target_port, reach, .. },
-            sockets,
-        } in listeners
-        {
-            let event = Event::ListenerLent { forward, upstream, host_port, target_port, reach };
-            let _ = self.events.send(Told { event, descriptors: sockets });
-        }
-        self.tell(Event::ListenersLent { count });
     }
 
     fn on_watch(&mut self, event: WatchEvent) {
@@ -406,28 +459,5 @@ impl Conductor {
                 }
             }
         }
-    }
-
-    /// Tells of listeners in as many events as fit messages. What closed comes first, since a server that was replaced is in both.
-    fn tell_listeners(&self, upstream: UpstreamId, opened: &[Listening], closed: &[Listening]) {
-        if opened.len() + closed.len() <= LISTENERS_PER_EVENT {
-            let (opened, closed) = (opened.to_vec(), closed.to_vec());
-            return self.tell(Event::Listeners { upstream, opened, closed });
-        }
-        for closed in closed.chunks(LISTENERS_PER_EVENT) {
-            self.tell(Event::Listeners { upstream, opened: Vec::new(), closed: closed.to_vec() });
-        }
-        for opened in opened.chunks(LISTENERS_PER_EVENT) {
-            self.tell(Event::Listeners { upstream, opened: opened.to_vec(), closed: Vec::new() });
-        }
-    }
-}
-
-/// Gives out `all` in parts of `most` with whether another one follows; the only part of nothing is empty.
-fn in_parts<T: Clone>(all: &[T], most: usize, mut give: impl FnMut(Vec<T>, bool)) {
-    let parts = all.len().div_ceil(most).max(1);
-    let mut chunks = all.chunks(most);
-    for part in 1..=parts {
-        give(chunks.next().unwrap_or_default().to_vec(), part < parts);
     }
 }

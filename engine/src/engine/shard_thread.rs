@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 
@@ -19,6 +19,8 @@ pub(super) struct ShardThread {
     commands: Sender<ShardCommand<OwnedFd>>,
     waker: Waker,
     thread: Option<JoinHandle<()>>,
+    /// How often the thread has looked for commands.
+    beats: Arc<AtomicU64>,
 }
 
 impl ShardThread {
@@ -32,16 +34,20 @@ impl ShardThread {
         let (commands, inbox) = mpsc::channel();
         let (started, outcome) = mpsc::channel();
         let limits = limits.clone();
+        let beats = Arc::new(AtomicU64::new(0));
+        let beaten = beats.clone();
         let thread = std::thread::Builder::new().name(format!("landfall-shard-{index}")).spawn(
             move || match kind {
-                RingKind::IoUring => launch(UringRing::new(&limits), limits, &inbox, &started, report),
-                RingKind::Epoll => launch(EpollRing::new(&limits), limits, &inbox, &started, report),
+                RingKind::IoUring => {
+                    launch(UringRing::new(&limits), limits, &beaten, &inbox, &started, report)
+                }
+                RingKind::Epoll => launch(EpollRing::new(&limits), limits, &beaten, &inbox, &started, report),
             },
         )?;
         let waker = outcome
             .recv()
             .map_err(|_| io::Error::other("the shard's thread ended before it had begun"))??;
-        Ok(ShardThread { commands, waker, thread: Some(thread) })
+        Ok(ShardThread { commands, waker, thread: Some(thread), beats })
     }
 
     /// How the other shards see this one.
@@ -55,6 +61,19 @@ impl ShardThread {
         if self.commands.send(command).is_ok() {
             self.waker.wake();
         }
+    }
+
+    /// How often the thread has looked for commands so far. Has it look once more.
+    pub(super) fn beats(&self) -> u64 {
+        let beats = self.beats.load(Ordering::Relaxed);
+        self.waker.wake();
+        beats
+    }
+
+    /// Tells it to stop, and does not wait for that.
+    pub(super) fn abandon(mut self) {
+        // Not joined, then: dropping the handle leaves the thread to itself.
+        drop(self.thread.take());
     }
 }
 
@@ -71,6 +90,7 @@ impl Drop for ShardThread {
 fn launch<R: Ring>(
     ring: Result<R, Unusable>,
     limits: Limits,
+    beats: &AtomicU64,
     inbox: &Receiver<ShardCommand<OwnedFd>>,
     started: &Sender<Result<Waker, Unusable>>,
     report: impl FnMut(Report),
@@ -79,7 +99,7 @@ fn launch<R: Ring>(
         Ok(ring) => {
             // Whoever started it waits for this.
             let _ = started.send(Ok(ring.waker()));
-            run(Shard::new(ring, limits), inbox, report);
+            run(Shard::new(ring, limits), beats, inbox, report);
         }
         Err(unusable) => {
             let _ = started.send(Err(unusable));
@@ -89,10 +109,12 @@ fn launch<R: Ring>(
 
 fn run<R: Ring>(
     mut shard: Shard<R>,
+    beats: &AtomicU64,
     inbox: &Receiver<ShardCommand<OwnedFd>>,
     mut report: impl FnMut(Report),
 ) {
     loop {
+        beats.fetch_add(1, Ordering::Relaxed);
         loop {
             match inbox.try_recv() {
                 Ok(command) => {

@@ -21,6 +21,10 @@
 //!    shard has its own and none reads another's answers.
 //! 4. The opener ends when every channel has been closed by its other side. Who started it does not matter.
 //!
+//! An agent ([`serve::agent`]) is inside already. Whoever connects to its socket begins with [`Request::Introduce`], and it
+//! ends when the program that it is part of says so. A driver that dials ([`Request::Dial`]) is asked by the engine alone, and
+//! answers in any order.
+//!
 //! A channel whose owner does not read is answered later and read no further, so it stops no other one.
 //!
 //! # Trust
@@ -40,8 +44,16 @@
 //!   as well. `IORING_OP_CONNECT` would not block, but there is no such way for splice that does not go to a thread,
 //!   and none at all over epoll. Nor can one tell whether a socket has another holder.
 //!
-//! So the sockets of an agent that is not ours must not share a shard with anybody else's: a shard of its own, or an engine,
-//! is the only bound on what it can stop. Today every opener is this program, started by us, and keeps no duplicates.
+//! - A close may wait as well: that of a socket with `SO_LINGER` set, by whoever closes it last, for as many seconds as the
+//!   holder has set (`inet_release()` in net/ipv4/af_inet.c).
+//!
+//! So the sockets of an agent are used on a shard of its own, which shares nothing with the others and is not waited for
+//! (`engine/apart.rs`). A peer that holds it up stops its own container's forwards. When the driver lets go of those, their
+//! ports refuse whoever comes from then on, though the descriptors that are bound to them are closed only when the thread
+//! gets to it. Openers of ours keep no duplicates, and share the common shards.
+//!
+//! What a driver hands over for an [`UpstreamKind::Dialler`](crate::command::UpstreamKind::Dialler) is believed as the driver
+//! is, whose socket the engine obeys in all things: what is looked at there is what a mistake could make of it.
 
 pub mod client;
 pub mod serve;

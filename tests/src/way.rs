@@ -1,0 +1,139 @@
+//! The ways into a namespace, each as the engine is driven to use it.
+
+use std::net::{SocketAddr, TcpStream};
+use std::num::NonZeroU16;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::OnceLock;
+use std::thread::JoinHandle;
+
+use landfall_engine::channel::Channel;
+use landfall_engine::command::{Family, UpstreamKind, WatchSources};
+use landfall_engine::opener::client::Opener;
+use landfall_engine::opener::{AGENT_SOCKET, Answer, DialFailure, Request, serve};
+use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::Namespace;
+
+static WAY: OnceLock<UpstreamKind> = OnceLock::new();
+
+/// Has this case, which is a process of its own, enter namespaces by another way than an opener's.
+///
+/// # Panics
+/// When it has entered one already.
+pub fn enter_by(way: UpstreamKind) {
+    assert_eq!(*WAY.get_or_init(|| way), way, "the way of this case was chosen before");
+}
+
+/// How this case enters namespaces.
+pub fn way() -> UpstreamKind {
+    *WAY.get_or_init(UpstreamKind::default)
+}
+
+/// What stands behind an upstream. Dropping it ends that.
+#[derive(Debug)]
+pub struct Behind {
+    _agent: Option<Agent>,
+}
+
+/// What an upstream is made of: the cookie, the sources and the descriptors of the command, and what is behind it.
+pub type Entered = (u64, WatchSources, Vec<OwnedFd>, Behind);
+
+/// Enters a namespace by the way of this case, for an engine of so many shards.
+///
+/// # Panics
+/// When it cannot.
+#[track_caller]
+pub fn enter(namespace: &Namespace, shards: u16) -> Entered {
+    match way() {
+        UpstreamKind::Opener => {
+            let program = std::env::current_exe().unwrap();
+            let mut opener = Opener::spawn(&program, namespace.target()).unwrap();
+            let (sources, descriptors) = opener.upstream(shards).unwrap();
+            (opener.netns_cookie(), sources, descriptors, Behind { _agent: None })
+        }
+        UpstreamKind::Agent => {
+            let directory = tempfile::tempdir().unwrap();
+            let agent = Agent::start(namespace, directory.path());
+            let mut opener = Opener::connect(directory.path()).unwrap();
+            let (sources, descriptors) = opener.agent_upstream().unwrap();
+            (opener.netns_cookie(), sources, descriptors, Behind { _agent: Some(agent) })
+        }
+        UpstreamKind::Dialler => {
+            let channels = (0..shards).map(|_| dialler(namespace)).collect();
+            (1 << 63, WatchSources::default(), channels, Behind { _agent: None })
+        }
+    }
+}
+
+/// A thread that is inside and hands out sockets to whoever connects to its socket. Dropping it ends the thread.
+#[derive(Debug)]
+pub struct Agent {
+    listener: OwnedFd,
+    serving: Option<JoinHandle<()>>,
+}
+
+impl Agent {
+    /// Makes its socket in `directory`.
+    ///
+    /// # Panics
+    /// When it cannot.
+    pub fn start(namespace: &Namespace, directory: &Path) -> Agent {
+        let listener = agents_listener(&directory.join(AGENT_SOCKET));
+        let served = listener.try_clone().unwrap();
+        let serving = Some(namespace.spawn(move || serve::agent(served).unwrap()));
+        Agent { listener, serving }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(&self.listener, Shutdown::Both);
+        if let Some(serving) = self.serving.take() {
+            let _ = serving.join();
+        }
+    }
+}
+
+/// A listening socket such as an agent has, at `path`.
+///
+/// # Panics
+/// When the path cannot be had.
+pub fn agents_listener(path: &Path) -> OwnedFd {
+    let kind = SocketType::SEQPACKET;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&socket, 16).unwrap();
+    socket
+}
+
+/// One end of a channel at whose other a thread dials inside, as long as the engine holds its end.
+fn dialler(namespace: &Namespace) -> OwnedFd {
+    let (engines, ours) = Channel::pair().unwrap();
+    namespace.spawn(move || {
+        while let Ok(Some((request, _))) = ours.recv::<Request>() {
+            let Request::Dial { dial, port } = request else { panic!("a driver was asked for {request:?}") };
+            let sent = match dial_inside(port) {
+                Ok(socket) => ours.send(&Answer::Dialled { dial }, &[socket.as_fd()]),
+                Err(why) => ours.send(&Answer::NotDialled { dial, why }, &[]),
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+    });
+    engines.into()
+}
+
+/// 127.0.0.1 first, then `::1`.
+fn dial_inside(port: NonZeroU16) -> Result<TcpStream, DialFailure> {
+    let addresses: Vec<SocketAddr> = Family::ALL.into_iter().map(|family| family.loopback(port)).collect();
+    let stream = TcpStream::connect(addresses.as_slice()).map_err(|_| DialFailure::Refused)?;
+    // It met itself, for nobody was there (RFC 9293, 3.5).
+    if stream.local_addr().ok() == stream.peer_addr().ok() {
+        crate::reset(stream);
+        return Err(DialFailure::Refused);
+    }
+    stream.set_nonblocking(true).map_err(|_| DialFailure::Exhausted)?;
+    Ok(stream)
+}
