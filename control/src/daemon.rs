@@ -38,18 +38,18 @@ use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
 use crate::liveness::Ways;
 use crate::paths::{Home, HomeError};
+use crate::reconcile::fleet::CONTAINER_PORT;
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
 use crate::registration::store::{Attendant, DropReason, Registry, RegistryOptions};
 use crate::rpc::answers::Answers;
 use crate::rpc::server::{self, Server};
 use crate::supervisor::Supervisor;
+use crate::tailscale::{Tailscale, TailscaleOptions};
 use crate::version;
 use claim::Claim;
 pub use claim::ClaimError;
 use stop::StopSwitch;
 
-/// The port of the container's own server (wire specification, A.0.1).
-const CONTAINER_PORT: u16 = 8973;
 /// How long a start waits to hear how containers reach the host. A Docker that answers later is heard later.
 const GATEWAY_PATIENCE: Duration = Duration::from_millis(500);
 /// How long the attendants have to drain when the stop was asked for over the socket: whoever asked waits 5 s for the
@@ -67,6 +67,10 @@ pub struct Options {
     pub http_bind: Vec<IpAddr>,
     /// Whether it restarts containers.
     pub restart: bool,
+    /// Whether what answers on the host is offered on the tailnet.
+    pub tailscale: bool,
+    /// How long a call of tailscale may take.
+    pub tailscale_timeout: Duration,
     /// How often it looks whether containers still exist.
     pub gc_interval: Duration,
     /// How many looks in a row have to miss a container.
@@ -120,6 +124,7 @@ struct Daemon {
     http: Http,
     /// What ends with the daemon and has nothing to finish: who listens to Docker, to forwarding and to signals.
     tasks: JoinSet<()>,
+    tailscale: Tailscale,
     server: Server,
     /// What the socket's file was when it was made.
     socket: Option<(u64, u64)>,
@@ -162,10 +167,18 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     });
     let links = forwarding.clone();
     brokers.connect(Box::new(move |name| links.broker(name)));
+    let tailscale = Tailscale::start(TailscaleOptions {
+        on: options.tailscale,
+        file: home.tailscale_file(),
+        timeout: options.tailscale_timeout,
+        journal: journal.clone(),
+        answering: forwarding.answering(),
+    });
     let answers = Arc::new(Answers {
         home: home.clone(),
         version: version::current(),
         http_port: bound.port(),
+        tailscale: options.tailscale,
         registry: registry.clone(),
         forwarding: forwarding.clone(),
         supervisor: options.restart.then_some(supervisor),
@@ -184,7 +197,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let server = Server::start(listener, Arc::clone(&answers));
     leave_number(&home.pid_file(), std::process::id());
     journal.tell(&Event::DaemonListening { socket: path.display().to_string() });
-    Ok(Daemon { options, answers, http, tasks, server, socket, claim })
+    Ok(Daemon { options, answers, http, tasks, tailscale, server, socket, claim })
 }
 
 impl Daemon {
@@ -196,7 +209,10 @@ impl Daemon {
         journal.tell(&Event::DaemonStopping);
         within(bound, "HTTP", journal, self.http.close()).await;
         let drain = if stop.was_asked() { bound.min(ASKED_DRAIN_TIME_MAX) } else { bound };
-        within(drain, "what runs beside containers", journal, registry.stop()).await;
+        tokio::join!(
+            within(drain, "what runs beside containers", journal, registry.stop()),
+            within(drain, "tailscale", journal, self.tailscale.stop()),
+        );
         if let Some(supervisor) = supervisor {
             within(bound, "a restart", journal, supervisor.stop()).await;
         }

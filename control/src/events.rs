@@ -41,6 +41,8 @@ pub enum Event {
     RestartFailed { container_name: String, reason: String },
     /// What became of a port.
     PortForwardEvent { event: PortForwardEvent },
+    /// What became of a host port on the tailnet.
+    TailscaleServeEvent { event: TailscaleServeEvent },
     /// A job's tick began. `job` is its name in the folder's configuration.
     JobTickStart { container_name: String, job: String },
     /// Its gate said no.
@@ -87,4 +89,22 @@ pub enum PortForwardEvent {
     PortForwardClosed { container_name: String, port: NonZeroU16, host_port: NonZeroU16, reason: String },
     /// It could not be listened on; `reason` holds the symbolic error name.
     PortForwardFailed { container_name: String, port: NonZeroU16, reason: String },
+}
+
+/// What became of a host port on the tailnet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
+#[expect(
+    missing_docs,
+    reason = "the fields are those of the wire specification, A.13, and say what they are"
+)]
+pub enum TailscaleServeEvent {
+    /// It is served.
+    TailscaleServeOpened { container_name: String, port: NonZeroU16 },
+    /// It no longer is.
+    TailscaleServeClosed { container_name: String, port: NonZeroU16 },
+    /// Tailscale does not run, so nothing was tried.
+    TailscaleServeSkipped { container_name: String, port: NonZeroU16, reason: String },
+    /// Tailscale refused; `command` is `serve` or `off`.
+    TailscaleServeFailed { container_name: String, port: NonZeroU16, command: String, reason: String },
 }

@@ -9,6 +9,7 @@
 //! - `agent` is the program inside a container; `broker` is what it and the daemon say to each other.
 //! - `daemon` puts together what runs as `landfall _hostd`: `registration` remembers, `rpc` and `http` are how it is asked,
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
+//! - `tailscale` offers what answers on the host on the user's tailnet, where that is wanted.
 //! - `paths` and `registration::file` name all state on disk: what a container was registered with, and the log.
 //!
 //! Absent on purpose: unsafe code, and signals by process id (a pidfd cannot hit a stranger).
@@ -34,8 +35,10 @@ pub mod processes;
 pub mod reconcile;
 pub mod registration;
 pub mod rpc;
+mod running;
 pub mod sandbox;
 pub mod secrets;
 pub mod supervisor;
+pub mod tailscale;
 pub mod version;
 pub mod waiting;

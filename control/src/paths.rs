@@ -126,6 +126,11 @@ impl Home {
         self.run().join("hostd.port")
     }
 
+    /// Which ports tailscale serves for the daemon; not there where there are none.
+    pub fn tailscale_file(&self) -> PathBuf {
+        self.run().join("tailscale.json")
+    }
+
     /// Held by `flock` while somebody starts a daemon. Never unlinked.
     pub fn spawn_lock(&self) -> PathBuf {
         self.run().join("hostd.lock")

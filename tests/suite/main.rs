@@ -33,6 +33,7 @@ mod rpc;
 mod secrets;
 mod stalled;
 mod streams;
+mod tailscale;
 mod tidy;
 mod upgrade;
 mod upstreams;
@@ -65,6 +66,7 @@ fn main() -> std::process::ExitCode {
             secrets::CASES,
             restart::CASES,
             jobs::CASES,
+            tailscale::CASES,
             walk::CASES,
             portbroker_container::CASES,
             portbroker_inside::CASES,

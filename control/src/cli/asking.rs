@@ -27,6 +27,9 @@ pub struct Description {
     /// Where its HTTP endpoint listens.
     #[serde(default)]
     pub http_port: Option<u16>,
+    /// Whether what is forwarded is served on the tailnet.
+    #[serde(default)]
+    pub tailscale: bool,
     /// Whether the registrations of the last daemon are back.
     #[serde(default)]
     pub replayed: bool,

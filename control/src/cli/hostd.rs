@@ -12,6 +12,7 @@ use crate::broker::message::Extensions;
 use crate::daemon::{self, Options, StartError};
 use crate::http::PREFERRED_PORT;
 use crate::paths::Home;
+use crate::tailscale::CALL_TIMEOUT;
 
 /// How often it is looked whether containers still exist; a duration such as `30s`.
 const GC_INTERVAL: &str = "LANDFALL_GC_INTERVAL";
@@ -19,6 +20,8 @@ const GC_INTERVAL: &str = "LANDFALL_GC_INTERVAL";
 const GC_MISSES: &str = "LANDFALL_GC_MISSES";
 /// How long one step of a teardown may take; a duration such as `60s`.
 const CLEANUP_TIMEOUT: &str = "LANDFALL_CLEANUP_TIMEOUT";
+/// How long a call of tailscale may take; a duration such as `30s`.
+const TAILSCALE_TIMEOUT: &str = "LANDFALL_TAILSCALE_TIMEOUT";
 
 /// Which extensions of the port broker's protocol are offered to containers: `all`, or `none` for a peer that does not
 /// bear to be offered any, and for comparison.
@@ -51,6 +54,8 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
         http_port: args.http_port.unwrap_or(PREFERRED_PORT),
         http_bind: args.http_bind,
         restart: !args.no_restart,
+        tailscale: args.tailscale,
+        tailscale_timeout: duration(TAILSCALE_TIMEOUT, set(TAILSCALE_TIMEOUT), CALL_TIMEOUT)?,
         gc_interval: duration(GC_INTERVAL, set(GC_INTERVAL), Duration::from_secs(30))?,
         gc_misses: misses(set(GC_MISSES))?,
         cleanup_timeout: duration(CLEANUP_TIMEOUT, set(CLEANUP_TIMEOUT), Duration::from_secs(60))?,

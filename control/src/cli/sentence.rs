@@ -5,7 +5,7 @@ use jiff::tz::TimeZone;
 use serde_json::Value;
 
 use super::output::{Colour, Talk};
-use crate::events::{Event, PortForwardEvent};
+use crate::events::{Event, PortForwardEvent, TailscaleServeEvent};
 use crate::name::escape;
 
 /// One line of the journal for people: when, a word, and what. What is no line of the journal, such as the last words of
@@ -52,6 +52,7 @@ fn in_words(event: &Event) -> (&'static str, Colour, String) {
             ("failed", Red, format!("{container_name}: {reason}"))
         }
         Event::PortForwardEvent { event } => port_in_words(event),
+        Event::TailscaleServeEvent { event } => serve_in_words(event),
         Event::JobTickStart { container_name, job } => {
             ("job", Green, format!("{job} of {container_name} began"))
         }
@@ -113,6 +114,26 @@ fn port_in_words(event: &PortForwardEvent) -> (&'static str, Colour, String) {
     }
 }
 
+fn serve_in_words(event: &TailscaleServeEvent) -> (&'static str, Colour, String) {
+    use TailscaleServeEvent::{
+        TailscaleServeClosed, TailscaleServeFailed, TailscaleServeOpened, TailscaleServeSkipped,
+    };
+    match event {
+        TailscaleServeOpened { container_name, port } => {
+            ("tailnet", Colour::Green, format!("port {port} of this host, for {container_name}"))
+        }
+        TailscaleServeClosed { container_name, port } => {
+            ("tailnet", Colour::Grey, format!("no longer port {port} of this host, for {container_name}"))
+        }
+        TailscaleServeSkipped { container_name, port, reason } => {
+            ("tailnet", Colour::Yellow, format!("not port {port} of {container_name}: {reason}"))
+        }
+        TailscaleServeFailed { container_name, port, command, reason } => {
+            ("failed", Colour::Red, format!("tailscale {command}, port {port} of {container_name}: {reason}"))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,7 +153,7 @@ mod tests {
 
     #[test]
     fn what_another_release_tells_is_told_as_it_is() {
-        let line = r#"{"time":"2026-01-02T03:04:05.678Z","kind":"tailscale-serve-event"}"#;
+        let line = r#"{"time":"2026-01-02T03:04:05.678Z","kind":"something-else"}"#;
         assert_eq!(told(line), format!("2026-01-02 03:04:05 note     {line}"));
         assert_eq!(told("thread 'main' panicked\u{1b}[2J"), "thread 'main' panicked\\u{1b}[2J");
     }

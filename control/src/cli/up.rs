@@ -29,7 +29,7 @@ pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
     } else {
         to_text(talk, &ensured, description.as_ref());
     }
-    warn_of_what_was_ignored(args, &ensured);
+    warn_of_what_was_ignored(args, &ensured, description.as_ref());
     Ok(Exit::Ok)
 }
 
@@ -95,11 +95,12 @@ pub(super) fn engine_in_words(engine: Option<&EngineFacts>) -> String {
 }
 
 /// A daemon that runs already keeps the options that it was started with.
-fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured) {
+fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured, description: Option<&Description>) {
     let talk = Talk::to_stderr(args.json);
     let mut ignored = args.daemon.clone();
     // It listens there, whoever said so.
     ignored.http_port = ignored.http_port.filter(|port| *port != ensured.http_port.get());
+    ignored.tailscale &= !description.is_some_and(|description| description.tailscale);
     let given = ignored.words();
     if !ensured.spawned && !given.is_empty() {
         let words: Vec<_> = given.iter().map(|word| word.to_string_lossy()).collect();

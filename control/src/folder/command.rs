@@ -10,13 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
 use thiserror::Error;
 use tokio::net::unix::pipe;
-use tokio::process::Child;
 
 use crate::name::escape;
 use crate::registration::model::Registration;
+use crate::running::Running;
 
 /// How much of the end of a command's output is kept, in bytes.
 const TAIL_BYTES_MAX: usize = 4_096;
@@ -171,20 +170,6 @@ impl Command {
             }
         }
         Ok(found)
-    }
-}
-
-/// A command that has begun.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // There is an id until the child has been waited for; until then its group is nobody else's.
-        let group = self.0.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-        if let Some(group) = group {
-            // It may have ended just now.
-            let _ = kill_process_group(group, Signal::KILL);
-        }
     }
 }
 

@@ -35,6 +35,15 @@ use crate::registration::model::ContainerName;
 use crate::registration::store::Registered;
 use driver::{Driver, Parts};
 
+/// What answers on the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answering {
+    /// Whether every registered container had the chance to be reached. Before, ports may be missing that answer.
+    pub settled: bool,
+    /// The container behind each host port.
+    pub ports: BTreeMap<NonZeroU16, String>,
+}
+
 /// How long fresh counters are waited for.
 const TABLE_MAX: Duration = Duration::from_millis(500);
 
@@ -62,6 +71,7 @@ pub struct Forwarding(Arc<Shared>);
 struct Shared {
     asks: mpsc::UnboundedSender<Ask>,
     published: Arc<Published>,
+    answering: watch::Receiver<Answering>,
     ended: Mutex<Option<mpsc::UnboundedReceiver<ContainerName>>>,
 }
 
@@ -102,9 +112,10 @@ impl Forwarding {
         let (asks, asked) = mpsc::unbounded_channel();
         let (ended, ends) = mpsc::unbounded_channel();
         let published = Arc::new(Published::default());
-        let parts = Parts { asked, ended, published: Arc::clone(&published) };
+        let (answers, answering) = watch::channel(Answering::default());
+        let parts = Parts { asked, ended, published: Arc::clone(&published), answers };
         tokio::spawn(Driver::new(options, parts).run());
-        Forwarding(Arc::new(Shared { asks, published, ended: Mutex::new(Some(ends)) }))
+        Forwarding(Arc::new(Shared { asks, published, answering, ended: Mutex::new(Some(ends)) }))
     }
 
     /// What is forwarded, with fresh counters where the engine answers within 500 ms.
@@ -124,6 +135,11 @@ impl Forwarding {
             let rows = container.into_iter().flat_map(|container| &container.forwards);
             rows.filter(|row| row.state == RowState::Open).map(|row| row.host_port).collect()
         })
+    }
+
+    /// The host ports that answer, as a level.
+    pub fn answering(&self) -> watch::Receiver<Answering> {
+        self.0.answering.clone()
     }
 
     /// Tells which registrations have ended, because the process that they stood for has. Can be taken once; later

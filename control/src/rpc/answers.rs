@@ -81,6 +81,8 @@ pub struct Answers {
     pub version: String,
     /// The HTTP port that is bound.
     pub http_port: NonZeroU16,
+    /// Whether what answers on the host is offered on the tailnet.
+    pub tailscale: bool,
     /// What it knows.
     pub registry: Registry,
     /// What it forwards.
@@ -205,6 +207,7 @@ impl Answers {
             pid: std::process::id(),
             home: self.home.root().display().to_string(),
             http_port: self.http_port.get(),
+            tailscale: self.tailscale,
             replayed: self.registry.replayed().now_or_never().is_some(),
             engine: table.engine,
         })
@@ -238,6 +241,8 @@ pub struct Description {
     pub home: String,
     /// The HTTP port that it has.
     pub http_port: u16,
+    /// Whether what answers on the host is offered on the tailnet.
+    pub tailscale: bool,
     /// Whether the registrations of the last daemon are back.
     pub replayed: bool,
     /// The engine, where one is attached.

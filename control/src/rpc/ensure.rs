@@ -38,6 +38,9 @@ const CLOCK_SLACK: Duration = Duration::from_secs(2);
 /// The option that says where the daemon's HTTP endpoint listens.
 const HTTP_PORT: &str = "--http-port";
 
+/// The option by which what is forwarded is served on the tailnet.
+pub const TAILSCALE: &str = "--tailscale";
+
 /// How long things may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {
@@ -168,13 +171,13 @@ pub fn ensure(wanted: &Wanted) -> Result<Ensured, EnsureError> {
     let ensured = match starter.look()? {
         Seen::Wanted(port) => Ok(starter.found(port)),
         Seen::Other => {
-            let port = starter.http_port();
+            let kept = starter.kept();
             starter.shut_down()?;
-            starter.spawn(port).map(|ensured| Ensured { respawned: true, ..ensured })
+            starter.spawn(&kept).map(|ensured| Ensured { respawned: true, ..ensured })
         }
         Seen::Nobody => match starter.adopt()? {
             Some(port) => Ok(starter.found(port)),
-            None => starter.spawn(None),
+            None => starter.spawn(&Kept::default()),
         },
     };
     drop(lock);
@@ -188,6 +191,15 @@ enum Seen {
     Other,
     /// The one that is wanted, with its HTTP port.
     Wanted(NonZeroU16),
+}
+
+/// What the daemon in the place of another one keeps.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Where it listens: containers that run have the URL that they were started with (wire specification, A.2).
+    http_port: Option<NonZeroU16>,
+    /// Whether it serves on the tailnet: others may be using it there.
+    tailscale: bool,
 }
 
 /// What came of asking for the spawn lock.
@@ -227,6 +239,13 @@ impl Starter<'_> {
     fn http_port(&self) -> Option<NonZeroU16> {
         let answer = self.client.within(self.wanted.times.probe).ask("http-info").ok()?;
         crate::policy::port_of(answer.get("port")?)
+    }
+
+    fn kept(&self) -> Kept {
+        // One that does not know the question serves nothing.
+        let answer = self.client.within(self.wanted.times.probe).ask("describe").unwrap_or_default();
+        let tailscale = answer.get("tailscale").and_then(Value::as_bool).unwrap_or(false);
+        Kept { http_port: self.http_port(), tailscale }
     }
 
     /// Reachable, and with a port.
@@ -296,12 +315,15 @@ impl Starter<'_> {
     /// Starts a daemon and waits until it is reachable. A daemon that is about to end, or that somebody else started
     /// without the spawn lock, may hold the daemon's own lock, and ours then ends at once: that one is waited for.
     ///
-    /// Unless the arguments say otherwise, the new daemon listens where the one before it did: containers that run keep
-    /// the URL that they were started with (wire specification, A.2).
-    fn spawn(&self, http_port_before: Option<NonZeroU16>) -> Result<Ensured, EnsureError> {
+    /// The new daemon keeps what the arguments do not say otherwise.
+    fn spawn(&self, kept: &Kept) -> Result<Ensured, EnsureError> {
         let mut arguments = self.wanted.arguments.clone();
-        if let Some(port) = http_port_before.filter(|_| !arguments.iter().any(|word| word == HTTP_PORT)) {
+        let said = |arguments: &[OsString], option| arguments.iter().any(|word| word == option);
+        if let Some(port) = kept.http_port.filter(|_| !said(&arguments, HTTP_PORT)) {
             arguments.extend([HTTP_PORT.into(), port.to_string().into()]);
+        }
+        if kept.tailscale && !said(&arguments, TAILSCALE) {
+            arguments.push(TAILSCALE.into());
         }
         let deadline = Instant::now() + self.wanted.times.ready;
         loop {

@@ -9,6 +9,7 @@ use clap::Args;
 
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::ContainerName;
+use crate::rpc::ensure::TAILSCALE;
 
 /// What `up` passes on to the daemon that it starts.
 #[derive(Clone, Debug, Default, Args)]
@@ -22,6 +23,9 @@ pub struct DaemonArgs {
     /// Restart no container, whoever asks
     #[arg(long)]
     pub no_restart: bool,
+    /// Serve what is forwarded on your tailnet, too, at the same port (tailscale serve)
+    #[arg(long)]
+    pub tailscale: bool,
 }
 
 impl DaemonArgs {
@@ -36,6 +40,9 @@ impl DaemonArgs {
         }
         if self.no_restart {
             words.push("--no-restart".into());
+        }
+        if self.tailscale {
+            words.push(TAILSCALE.into());
         }
         words
     }

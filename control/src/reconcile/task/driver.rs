@@ -12,7 +12,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::brokers::{Brokers, Heard};
 use super::containers::{Container, Visiting, wanted_way};
-use super::{Ask, ForwardingOptions, Owners, Published};
+use super::{Answering, Ask, ForwardingOptions, Owners, Published};
 use crate::docker::Docker;
 use crate::events::Journal;
 use crate::paths::Home;
@@ -33,6 +33,7 @@ pub(super) struct Parts {
     pub(super) asked: mpsc::UnboundedReceiver<Ask>,
     pub(super) ended: mpsc::UnboundedSender<ContainerName>,
     pub(super) published: Arc<Published>,
+    pub(super) answers: watch::Sender<Answering>,
 }
 
 /// Where the engine is.

@@ -141,6 +141,11 @@ impl Driver {
         attached && self.replayed.is_none() && self.containers.iter().all(tried)
     }
 
+    /// Whether there is no engine, and nobody who needs one.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.engine, Engine::Absent { .. }) && self.replayed.is_none() && !self.is_needed()
+    }
+
     pub(super) async fn compare_versions(&mut self) {
         let Engine::Attached(link, _) = &self.engine else { return };
         let (theirs, ours) = (link.version().to_owned(), version::current());

@@ -1,14 +1,15 @@
 //! What people and programs are told: events in the journal, and the table.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::Instant;
 
 use landfall_engine::command::Command;
 use tokio::sync::oneshot;
 
-use super::Owners;
 use super::driver::{Driver, ENTER_AGAIN, Engine};
+use super::{Answering, Owners};
 use crate::events::{Event as JournalEvent, PortForwardEvent};
 use crate::processes::{self, ProcessFact};
 use crate::reconcile::announced::BrokerWord;
@@ -96,8 +97,23 @@ impl Driver {
         if self.looking.is_none() && !unknown.is_empty() {
             self.looking = Some(tokio::task::spawn_blocking(move || owners_of(&unknown)));
         }
-        self.parts.published.publish(self.table());
+        let table = self.table();
+        let answering = Answering { settled: self.settled || self.is_idle(), ports: answering(&table) };
+        self.parts.answers.send_if_modified(|told| {
+            let news = *told != answering;
+            *told = answering;
+            news
+        });
+        self.parts.published.publish(table);
     }
+}
+
+fn answering(table: &ForwardTable) -> BTreeMap<NonZeroU16, String> {
+    let rows = table.containers.iter().flat_map(|container| {
+        let open = container.forwards.iter().filter(|row| row.state == RowState::Open);
+        open.filter_map(|row| Some((NonZeroU16::new(row.host_port)?, container.container_name.clone())))
+    });
+    rows.collect()
 }
 
 fn owners_of(inodes: &[u64]) -> Owners {
