@@ -22,4 +22,5 @@ pub mod message;
 pub mod outbox;
 pub mod pair;
 pub mod pump;
+mod stream;
 pub mod wire;

@@ -20,7 +20,7 @@ use bytes::Bytes;
 use tokio::sync::{AcquireError, Notify, OwnedSemaphorePermit, Semaphore};
 
 use self::schedule::Schedule;
-use super::message::{Frame, PAYLOAD_BYTES_MAX, StreamId, relay_text, to_binary};
+use super::message::{BINARY_HEADER_BYTES, Frame, PAYLOAD_BYTES_MAX, StreamId, binary_header, relay_text};
 use super::wire::{WireError, Writer};
 
 mod schedule;
@@ -84,7 +84,10 @@ enum Ending {
 
 #[derive(Debug)]
 enum Entry {
-    Payload { bytes: Bytes, binary: bool, _room: Room },
+    /// Payload to be written as text.
+    Text(Bytes, Room),
+    /// A whole binary frame.
+    Binary(Bytes, Room),
     End(Frame),
 }
 
@@ -147,9 +150,10 @@ impl Outbox {
         }
     }
 
-    /// The place of one stream.
+    /// The place of one stream. `binary`: whether both sides know binary frames.
     pub(super) fn lane(&self, stream: StreamId, binary: bool) -> Lane {
-        Lane { outbox: self.clone(), stream, binary, room: Arc::new(Semaphore::new(STREAM_BYTES_MAX)) }
+        let header = binary.then(|| binary_header(stream)).flatten();
+        Lane { outbox: self.clone(), stream, header, room: Arc::new(Semaphore::new(STREAM_BYTES_MAX)) }
     }
 }
 
@@ -158,11 +162,16 @@ impl Outbox {
 pub(super) struct Lane {
     outbox: Outbox,
     stream: StreamId,
-    binary: bool,
+    header: Option<[u8; BINARY_HEADER_BYTES]>,
     room: Arc<Semaphore>,
 }
 
 impl Lane {
+    /// What payload is to be preceded by in its buffer, so that it needs not be copied behind it.
+    pub(super) fn header(&self) -> &[u8] {
+        self.header.as_ref().map_or(&[], |header| header)
+    }
+
     /// Waits until there is room for so many bytes. Whoever waits longest is served first.
     ///
     /// # Errors
@@ -177,15 +186,23 @@ impl Lane {
         room.await.map_err(|_| Gone)
     }
 
-    /// Queues payload, for which there is room.
-    pub(super) fn payload(&self, bytes: Bytes, mut room: Room) {
-        room.keep(bytes.len());
-        self.push(Entry::Payload { bytes, binary: self.binary, _room: room });
+    /// Queues payload behind its [header](Lane::header). There is room for it.
+    pub(super) fn payload(&self, frame: Bytes, mut room: Room) {
+        room.keep(frame.len() - self.header().len());
+        self.push(match self.header {
+            Some(_) => Entry::Binary(frame, room),
+            None => Entry::Text(frame, room),
+        });
     }
 
     /// Queues what ends one direction or both, behind the payload.
     pub(super) fn end(&self, frame: Frame) {
         self.push(Entry::End(frame));
+    }
+
+    /// Says something of this stream ahead of its payload.
+    pub(super) fn say(&self, frame: &Frame) {
+        self.outbox.say(relay_text(self.stream, frame));
     }
 
     /// Drops what is queued, for a peer that takes nothing more.
@@ -214,11 +231,10 @@ impl Queue {
         loop {
             match self.next() {
                 Next::Said(text) => writer.text(text).await?,
-                Next::Entry(stream, Entry::Payload { bytes, binary, _room }) => {
-                    match binary.then(|| to_binary(stream, &bytes)).flatten() {
-                        Some(frame) => writer.binary(frame).await?,
-                        None => writer.text(relay_text(stream, &Frame::Data(bytes))).await?,
-                    }
+                // The room is free when the writer has taken it over.
+                Next::Entry(_, Entry::Binary(frame, _room)) => writer.binary(frame).await?,
+                Next::Entry(stream, Entry::Text(payload, _room)) => {
+                    writer.text(relay_text(stream, &Frame::Data(payload))).await?;
                 }
                 Next::Entry(stream, Entry::End(frame)) => writer.text(relay_text(stream, &frame)).await?,
                 Next::Empty => {

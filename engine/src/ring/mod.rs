@@ -38,7 +38,7 @@ mod work;
 pub use epoll::EpollRing;
 pub use fault::Fault;
 pub use pool::{Loan, Pool};
-pub use uring::{UringRing, netns_cookie};
+pub use uring::{UringRing, netns_cookie, unacknowledged_bytes};
 
 /// A shard's own name for an operation in flight, given back with its completion. No two operations in flight share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -444,7 +444,7 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
 }
 
 /// `SIOCOUTQ` (tcp(7)): bytes sent and not yet acknowledged; 0 where the kernel does not tell.
-pub(super) fn unacknowledged_bytes(socket: impl AsFd) -> usize {
+pub fn unacknowledged_bytes(socket: impl AsFd) -> usize {
     let mut bytes: libc::c_int = 0;
     // SAFETY: SIOCOUTQ, which has the number of TIOCOUTQ, writes one int to its argument (tcp_ioctl() in net/ipv4/tcp.c).
     // The argument points to a live, writable int, and the descriptor is open for as long as it is borrowed.

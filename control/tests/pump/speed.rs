@@ -1,0 +1,142 @@
+//! How fast streams are, alone and beside each other.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use landfall::broker::message::Extensions;
+
+use crate::link::{Link, PATIENCE, Stream};
+
+/// Reads as fast as is said, in bytes a second, and checks every byte.
+pub(crate) fn expect_slowly(socket: &TcpStream, seed: u64, bytes: usize, speed: u32) {
+    use crate::link::Pattern;
+    let started = Instant::now();
+    let (mut found, mut expected) = (vec![0; 50_000], vec![0; 50_000]);
+    let mut pattern = Pattern::new(seed);
+    let mut read = 0;
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    while read < bytes {
+        let piece = found.len().min(bytes - read);
+        (&*socket).read_exact(&mut found[..piece]).unwrap();
+        pattern.fill(&mut expected[..piece]);
+        assert!(found[..piece] == expected[..piece], "other bytes within 50000 from {read}");
+        read += piece;
+        let due = Duration::from_secs_f64(read as f64 / f64::from(speed));
+        // This is the pace of the reader, not a wait for something to happen.
+        std::thread::sleep(due.saturating_sub(started.elapsed()));
+    }
+}
+
+/// Bytes a second from server to client, over all of `streams` together, and the share of the slowest of them in the mean.
+fn downloads(streams: &[Stream], time: Duration) -> (f64, f64) {
+    measure(streams.iter().map(|stream| (&stream.server, &stream.client)).collect(), time)
+}
+
+fn uploads(streams: &[Stream], time: Duration) -> (f64, f64) {
+    measure(streams.iter().map(|stream| (&stream.client, &stream.server)).collect(), time)
+}
+
+fn measure(ways: Vec<(&TcpStream, &TcpStream)>, time: Duration) -> (f64, f64) {
+    let stop = AtomicBool::new(false);
+    let counts: Vec<AtomicU64> = ways.iter().map(|_| AtomicU64::new(0)).collect();
+    let mut measured = Vec::new();
+    std::thread::scope(|scope| {
+        for ((from, to), count) in ways.iter().copied().zip(&counts) {
+            let stop = &stop;
+            scope.spawn(move || {
+                let block = vec![7; 256 * 1024];
+                while !stop.load(Ordering::Relaxed) {
+                    (&*from).write_all(&block).unwrap();
+                }
+                // Another byte is the last one.
+                (&*from).write_all(&[1]).unwrap();
+            });
+            scope.spawn(move || {
+                let mut buffer = vec![0; 256 * 1024];
+                loop {
+                    let bytes = (&*to).read(&mut buffer).unwrap();
+                    count.fetch_add(bytes as u64, Ordering::Relaxed);
+                    if bytes == 0 || buffer[bytes - 1] == 1 {
+                        return;
+                    }
+                }
+            });
+        }
+        let read = || counts.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<u64>>();
+        std::thread::sleep(time / 4);
+        let (before, started) = (read(), Instant::now());
+        std::thread::sleep(time);
+        let (after, elapsed) = (read(), started.elapsed().as_secs_f64());
+        measured =
+            before.iter().zip(after).map(|(before, after)| (after - before) as f64 / elapsed).collect();
+        stop.store(true, Ordering::Relaxed);
+    });
+    let total: f64 = measured.iter().sum();
+    let slowest = measured.iter().copied().fold(f64::INFINITY, f64::min);
+    (total, slowest / (total / measured.len() as f64))
+}
+
+/// The speed of one stream while `count` others are full and nobody reads them, as a share of its speed without them. Both
+/// are the best of several, since a machine has other things to do; once it is `enough`, no more are taken.
+pub(crate) fn beside_stalled(count: usize, time: Duration, enough: f64) -> f64 {
+    let mut link = Link::new(Extensions::ALL);
+    let streams = [link.open()];
+    let alone = (0..3).map(|_| downloads(&streams, time).0).fold(0.0, f64::max);
+    let stalled: Vec<Stream> = (0..count).map(|_| link.open()).collect();
+    fill(&stalled);
+    let mut best: f64 = 0.0;
+    for _ in 0..10 {
+        best = best.max(downloads(&streams, time).0 / alone);
+        if best >= enough {
+            break;
+        }
+    }
+    best
+}
+
+/// Writes to all servers until nothing more is taken.
+fn fill(streams: &[Stream]) {
+    let block = vec![7; 64 * 1024];
+    let mut full_since = Instant::now();
+    while full_since.elapsed() < Duration::from_millis(200) {
+        for mut socket in streams.iter().map(|stream| &stream.server) {
+            socket.set_nonblocking(true).unwrap();
+            while socket.write(&block).is_ok() {
+                full_since = Instant::now();
+            }
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// What there is to know of speed, for people.
+#[test]
+#[ignore = "a measurement: run it by name, in a release build"]
+fn speed() {
+    let time = Duration::from_secs(2);
+    for (name, mode) in [
+        ("plain", Extensions::NONE),
+        ("credit, text", Extensions { binary: false, ..Extensions::ALL }),
+        ("binary, no credit", Extensions { credit: false, ..Extensions::ALL }),
+        ("all", Extensions::ALL),
+    ] {
+        for count in [1, 8, 32] {
+            if !mode.credit && count > 1 {
+                continue;
+            }
+            let mut link = Link::new(mode);
+            let streams: Vec<Stream> = (0..count).map(|_| link.open()).collect();
+            let gigabits = |bytes: f64| bytes * 8.0 / 1e9;
+            let (down, down_fair) = downloads(&streams, time);
+            let (up, up_fair) = uploads(&streams, time);
+            eprintln!(
+                "{name}, {count} streams: down {:.2} Gb/s (slowest {down_fair:.2} of the mean), up {:.2} Gb/s ({up_fair:.2})",
+                gigabits(down),
+                gigabits(up),
+            );
+        }
+    }
+    eprintln!("200 stalled: {:.2} of the speed alone", beside_stalled(200, time, 1.0));
+}
