@@ -9,23 +9,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from .haproxy import haproxy
 from .space import HOST, INSIDE, Invalid, Program
-
-HAPROXY = """\
-global
-    nbthread 1
-    maxconn 6000
-defaults
-    mode tcp
-    option splice-request
-    option splice-response
-    timeout connect 10s
-    timeout client 1h
-    timeout server 1h
-listen relay
-    bind 127.0.0.1:{port}
-    server server 127.0.0.1:{port} namespace {inside}
-"""
+from .ways import ways
 
 
 class Contender:
@@ -60,10 +46,16 @@ class Direct:
 def contenders(landfall, programs):
     """All of them, in the order in which they take their turns."""
     relays = [landfall_on(landfall, "landfall", "io_uring"), landfall_on(landfall, "landfall-epoll", "epoll")]
-    relays += [Contender("haproxy", haproxy, said("haproxy", "-v")), Contender("pasta", pasta, package("passt"))]
+    at_one_port = lambda directory, port: haproxy(directory, port, port)  # noqa: E731
+    relays += [Contender("haproxy", at_one_port, said("haproxy", "-v")), Contender("pasta", pasta, package("passt"))]
     for name, crate in (("tokio", "tokio"), ("tokio-uring", "tokio-uring"), ("monoio", "monoio")):
         relays.append(own_relay(programs, name, crate))
     return [Direct(), *relays]
+
+
+def landfall_ways(landfall):
+    """landfall alone, by each of its ways into a container."""
+    return [Direct(), *ways(landfall, said(landfall, "--version"))]
 
 
 def landfall_on(binary, name, ring):
@@ -78,12 +70,6 @@ def own_relay(programs, name, crate):
         return [programs / f"relay_{name.replace('-', '_')}", "--netns", f"/run/netns/{INSIDE}", port]
 
     return Contender(name, command, locked(crate))
-
-
-def haproxy(directory, port):
-    configuration = directory / "haproxy.cfg"
-    configuration.write_text(HAPROXY.format(port=port, inside=INSIDE))
-    return ["haproxy", "-db", "-q", "-f", configuration]
 
 
 def pasta(_directory, port):

@@ -14,10 +14,10 @@ from pathlib import Path
 class Results:
     """The file of a run. Each line is written as soon as it is known, so a run that was stopped is worth something."""
 
-    def __init__(self, facts, quick):
+    def __init__(self, facts, options):
         stem = f"{facts['began'][:19].replace(':', '')}-linux-{facts['kernel']}-{facts['processors']}cpu"
-        prefix = "quick-" if quick else ""
-        self.path = Path(__file__).resolve().parents[1] / "results" / f"{prefix}{stem}.jsonl"
+        prefix, suffix = "quick-" if options.quick else "", "-ways" if options.ways else ""
+        self.path = Path(__file__).resolve().parents[1] / "results" / f"{prefix}{stem}{suffix}.jsonl"
         self.path.parent.mkdir(exist_ok=True)
         self.lines = []
         self.path.touch(exist_ok=False)

@@ -7,13 +7,15 @@ import signal
 import sys
 from pathlib import Path
 
-from .contenders import Direct, contenders
+from .contenders import Direct, contenders, landfall_ways
 from .report import Results, facts
 from .space import HOST, INSIDE, Foreigners, Invalid, Space, enter_own_world
 from .works import WORKS, Trial, raise_descriptor_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ["haproxy", "ip", "iperf3", "nginx", "nsenter", "pasta", "taskset", "unshare", "wrk"]
+# What the ways differ in: bytes in both directions, small messages, and new connections.
+WORKS_OF_WAYS = ["bulk-1", "bulk-1-reverse", "http-64", "connect-fin"]
 PROGRAMS = ["dial", "echo", "idle", "ping", "relay_monoio", "relay_tokio", "relay_tokio_uring"]
 
 
@@ -36,10 +38,10 @@ def interrupted(_number, _frame):
 
 def compare(options):
     space = Space()
-    chosen = [each for each in contenders(options.landfall, options.programs) if each.name in options.only]
+    chosen = [each for each in offered(options) if each.name in options.only]
     works = [work for work in WORKS if work.name in options.work]
     conditions = facts(space, chosen, options)
-    results = Results(conditions, options.quick)
+    results = Results(conditions, options)
     if conditions["load_average"] > 0.5:
         note(f"the load of this machine is {conditions['load_average']:.1f}: others are at work, and figures suffer")
     for repetition in range(1, options.repetitions + 1):
@@ -82,12 +84,19 @@ def measured(options, space, work, contender):
         server, relay = running[0], running[1] if len(running) > 1 else None
         figures = work.measure(Trial(space, options.programs, server, relay, options))
         for program in running:
-            if program.process.poll() is not None:
-                raise Invalid(f"{program.name} ended meanwhile: {program.last_words()}")
+            ended = program.has_ended()
+            if ended:
+                raise Invalid(ended)
         return figures
     finally:
         for program in reversed(running):
             program.stop()
+
+
+def offered(options):
+    if options.ways:
+        return landfall_ways(options.landfall)
+    return contenders(options.landfall, options.programs)
 
 
 def note(text):
@@ -108,17 +117,24 @@ def check_tools(options):
 def parse():
     built = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
     names = [each.name for each in contenders(built / "landfall", built)]
+    own = [each.name for each in landfall_ways(built / "landfall")]
     works = [work.name for work in WORKS]
     parser = argparse.ArgumentParser(prog="compare", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="once, one second each: shows that it works, no more")
+    parser.add_argument("--ways", action="store_true", help="landfall's own ways into a container instead, side by side")
     parser.add_argument("--repetitions", type=positive, default=3, metavar="N")
     parser.add_argument("--seconds", type=positive, default=5, metavar="S", help="of each measurement")
     parser.add_argument("--idle", type=positive, default=2000, metavar="N", help="idle connections to hold")
-    parser.add_argument("--only", type=listed(names), default=names, metavar="NAME,...", help=", ".join(names))
-    parser.add_argument("--work", type=listed(works), default=works, metavar="NAME,...", help=", ".join(works))
+    told = f"{', '.join(names)}; with --ways {', '.join(own)}"
+    parser.add_argument("--only", type=listed(names + own), metavar="NAME,...", help=told)
+    parser.add_argument("--work", type=listed(works), metavar="NAME,...", help=", ".join(works))
     parser.add_argument("--landfall", type=Path, default=built / "landfall", metavar="PATH")
     parser.add_argument("--programs", type=Path, default=built, metavar="DIRECTORY", help="of this package's binaries")
     options = parser.parse_args()
+    options.only = options.only or (own if options.ways else names)
+    options.work = options.work or (WORKS_OF_WAYS if options.ways else works)
+    if not set(options.only) <= set(own if options.ways else names):
+        parser.error(f"--only takes {', '.join(own)} with --ways, and {', '.join(names)} without")
     if options.quick:
         options.repetitions, options.seconds, options.idle = 1, 1, 500
     options.landfall, options.programs = options.landfall.resolve(), options.programs.resolve()

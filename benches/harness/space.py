@@ -111,29 +111,8 @@ class Space:
         return sum(int(row[1]) + int(row[9]) for row in rows if row[0] != "lo")
 
 
-class Program:
-    """A program that runs until it is stopped, with its descendants."""
-
-    def __init__(self, name, namespace, command, log):
-        self.name, self.log = name, log
-        with open(log, "ab") as out:
-            self.process = start(namespace, command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-
-    def await_port(self, space, namespace, port, patience=10.0):
-        until = time.monotonic() + patience
-        while port not in space.listening(namespace):
-            if self.process.poll() is not None:
-                raise Invalid(f"{self.name} ended with {self.process.returncode}: {self.last_words()}")
-            if time.monotonic() > until:
-                raise Invalid(f"{self.name} does not listen at {port}: {self.last_words()}")
-            time.sleep(0.01)
-
-    def last_words(self):
-        lines = Path(self.log).read_text(errors="replace").strip().splitlines()
-        return lines[-1][:200] if lines else "it said nothing"
-
-    def pids(self):
-        return descendants(self.process.pid)
+class Group:
+    """Processes whose costs are told together: those of `pids`."""
 
     def cpu_seconds(self):
         return sum(cpu_ticks(pid) for pid in self.pids()) / TICKS
@@ -147,37 +126,78 @@ class Program:
             for thread in os.listdir(f"/proc/{pid}/task"):
                 os.sched_setaffinity(int(thread), cpus)
 
+
+class Program(Group):
+    """A program that runs until it is stopped, with its descendants."""
+
+    def __init__(self, name, namespace, command, log, env=None):
+        self.name, self.log = name, log
+        with open(log, "ab") as out:
+            self.process = start(namespace, command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env)
+
+    def await_port(self, space, namespace, port):
+        self.await_true(f"listen at {port}", lambda: port in space.listening(namespace))
+
+    def await_true(self, what, condition, patience=10.0):
+        until = time.monotonic() + patience
+        while not condition():
+            ended = self.has_ended()
+            if ended:
+                raise Invalid(ended)
+            if time.monotonic() > until:
+                raise Invalid(f"{self.name} does not {what}: {self.last_words()}")
+            time.sleep(0.01)
+
+    def has_ended(self):
+        """How it ended, if it has."""
+        if self.process.poll() is None:
+            return None
+        return f"{self.name} ended with {self.process.returncode}: {self.last_words()}"
+
+    def last_words(self):
+        lines = Path(self.log).read_text(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else "it said nothing"
+
+    def pids(self):
+        return descendants(self.process.pid)
+
     def stop(self):
-        """Ends it with all descendants, and returns when they are gone: a leftover would answer for the next one."""
-        handles = {}
-        for pid in self.pids():
+        end(self.pids(), {self.process.pid: self.process})
+
+
+def end(pids, own):
+    """Ends processes, and returns when they are gone: a leftover would answer for the next one. `own` are those among them
+    that were started here, by their ids."""
+    handles = {}
+    for pid in pids:
+        try:
+            handles[pid] = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+    for patience, number in ((3.0, signal.SIGTERM), (3.0, signal.SIGKILL)):
+        for handle in handles.values():
             try:
-                handles[pid] = os.pidfd_open(pid)
+                signal.pidfd_send_signal(handle, number)
             except ProcessLookupError:
                 continue
-        for patience, number in ((3.0, signal.SIGTERM), (3.0, signal.SIGKILL)):
-            for pid, handle in handles.items():
-                try:
-                    signal.pidfd_send_signal(handle, number)
-                except ProcessLookupError:
-                    continue
-            if self._join(handles, patience):
-                break
-        for handle in handles.values():
-            os.close(handle)
+        if join(handles, own, patience):
+            break
+    for handle in handles.values():
+        os.close(handle)
 
-    def _join(self, handles, patience):
-        until = time.monotonic() + patience
-        for pid, handle in handles.items():
-            poller = select.poll()
-            poller.register(handle, select.POLLIN)
-            if not poller.poll(max(0, until - time.monotonic()) * 1000):
-                return False
-            if pid == self.process.pid:
-                self.process.wait()
-            else:
-                reap(pid)
-        return True
+
+def join(handles, own, patience):
+    until = time.monotonic() + patience
+    for pid, handle in handles.items():
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        if not poller.poll(max(0, until - time.monotonic()) * 1000):
+            return False
+        if pid in own:
+            own[pid].wait()
+        else:
+            reap(pid)
+    return True
 
 
 def within(namespace, command):
@@ -224,6 +244,19 @@ def stat(pid):
 
 def everyone():
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def processes_of(binary):
+    """Every process that runs this file."""
+    file = os.stat(binary)
+
+    def runs(pid):
+        try:
+            return os.path.samestat(os.stat(f"/proc/{pid}/exe"), file)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            return False
+
+    return [pid for pid in everyone() if runs(pid)]
 
 
 def descendants(root):
