@@ -37,7 +37,7 @@ use crate::events::{Event, Journal};
 use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
 use crate::liveness::Ways;
-use crate::paths::{Home, HomeError};
+use crate::paths::{self, Home, HomeError};
 use crate::reconcile::fleet::CONTAINER_PORT;
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
 use crate::registration::store::{Attendant, DropReason, Registry, RegistryOptions};
@@ -193,7 +193,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
 
     let path = home.socket();
     let listener = server::listen(&path).map_err(|source| StartError::File { path: path.clone(), source })?;
-    let socket = claim::file_identity(&path);
+    let socket = paths::identity_of_name(&path);
     let server = Server::start(listener, Arc::clone(&answers));
     leave_number(&home.pid_file(), std::process::id());
     journal.tell(&Event::DaemonListening { socket: path.display().to_string() });

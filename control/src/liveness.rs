@@ -58,11 +58,10 @@ impl Probe for Ways {
 
 /// `started` is when the process that is meant began; without it, any process of this id is the one.
 fn process(pid: NonZeroU32, started: Option<&Started>) -> Liveness {
-    match (processes::started(pid), started) {
-        (Ok(None), _) => Liveness::Gone,
-        (Ok(Some(found)), Some(meant)) if found != *meant => Liveness::Gone,
-        (Ok(Some(_)), _) => Liveness::Alive,
-        (Err(_), _) => Liveness::Unknown,
+    match processes::still_runs(pid, started) {
+        Ok(true) => Liveness::Alive,
+        Ok(false) => Liveness::Gone,
+        Err(_) => Liveness::Unknown,
     }
 }
 

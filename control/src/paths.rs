@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
@@ -35,6 +36,17 @@ pub enum HomeError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// Device and inode of whatever has this name itself, even if it leads elsewhere: whether it is the very thing that was put
+/// there.
+pub fn identity_of_name(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
+}
+
+/// Device and inode of the file that a name leads to: whether it still means the same.
+pub fn identity_of_file(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// A home of one daemon.

@@ -102,6 +102,15 @@ pub fn started(pid: NonZeroU32) -> Result<Option<Started>, String> {
     Ok(Some(Started { boot, ticks: stat.starttime }))
 }
 
+/// Whether the process that a registration means still runs: the one of this id that began then, or any one of it where
+/// nobody noted when.
+///
+/// # Errors
+/// Those of [`started`].
+pub fn still_runs(pid: NonZeroU32, meant: Option<&Started>) -> Result<bool, String> {
+    Ok(started(pid)?.is_some_and(|found| meant.is_none_or(|meant| found == *meant)))
+}
+
 /// The name of a process by its id.
 pub fn process_name(pid: u32) -> Option<String> {
     let process = Process::new(i32::try_from(pid).ok()?).ok()?;

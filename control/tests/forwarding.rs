@@ -10,6 +10,10 @@
 mod cases;
 #[path = "forwarding/namespace.rs"]
 mod namespace;
+#[path = "forwarding/session.rs"]
+mod session;
+#[path = "forwarding/sessions.rs"]
+mod sessions;
 #[path = "forwarding/world.rs"]
 mod world;
 
@@ -31,7 +35,7 @@ fn main() -> ExitCode {
     let filter = arguments.iter().skip(1).find(|argument| !argument.starts_with('-'));
     let list = arguments.iter().any(|argument| argument == "--list");
     let mut failed = 0;
-    for (name, case) in cases::ALL {
+    for (name, case) in cases::ALL.iter().chain(sessions::ALL) {
         if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
             continue;
         }

@@ -1,9 +1,7 @@
 //! `landfall attach`: forwards what listens in a namespace that exists already.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::num::NonZeroU32;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +16,7 @@ use super::output::{Report, Talk};
 use super::register;
 use crate::forward::{ForwardError, Wakeup};
 use crate::name;
+use crate::paths::identity_of_file;
 use crate::processes;
 use crate::registration::model::Way;
 use crate::waiting::{Signals, Watched};
@@ -121,7 +120,7 @@ impl Place {
     fn identity(&self) -> Option<(u64, u64)> {
         match self {
             Place::Process(_) => None,
-            Place::Path(path) => fs::metadata(path).ok().map(|file| (file.dev(), file.ino())),
+            Place::Path(path) => identity_of_file(path),
         }
     }
 

@@ -109,7 +109,8 @@ fn namespaces() -> (Finding, Finding) {
         Err(error) => Finding::broken(
             ENTER,
             chain(&error),
-            "a sandbox around landfall (seccomp, AppArmor) forbids setns; run landfall outside of it",
+            "a sandbox around landfall (seccomp, AppArmor) forbids setns; run landfall outside of it, or reach containers \
+             by an agent inside them (landfall register --agent DIR) or by their WebSocket (--websocket)",
         ),
     };
     let make = if sandbox.has_user_namespace() {

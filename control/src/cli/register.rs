@@ -41,6 +41,14 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
         Failure::new(Exit::Usage, format!("the path {} is not UTF-8", cwd.display()))
             .hint("the daemon takes paths as JSON, which knows no other text")
     })?;
+    if args.way.websocket && (args.ws_host_port.is_none() || broker.is_none()) {
+        let what = if broker.is_none() { "a broker token" } else { "the host port" };
+        return Err(Failure::new(
+            Exit::Usage,
+            format!("--websocket needs {what} of the container's WebSocket"),
+        )
+        .hint("give --ws-host-port PORT, and --broker-token-file FILE or LANDFALL_BROKER_TOKEN"));
+    }
     let mut request = Map::new();
     request.insert("kind".to_owned(), "register".into());
     request.insert("containerName".to_owned(), args.name.as_str().into());
@@ -63,7 +71,27 @@ fn way(args: &WayArgs) -> Result<Option<Way>, Failure> {
     if let Some(path) = &args.netns {
         return netns(path).map(Some);
     }
+    if let Some(directory) = &args.agent {
+        return agent(directory).map(Some);
+    }
+    if args.websocket {
+        return Ok(Some(Way::Websocket));
+    }
     Ok(args.docker.then_some(Way::Docker))
+}
+
+/// The way by an agent in a directory. The directory has to be there; the agent may come later.
+fn agent(directory: &Path) -> Result<Way, Failure> {
+    let unusable = |why: &str| {
+        Failure::new(Exit::Missing, format!("the directory {} cannot be used: {why}", directory.display()))
+            .hint("make it on the host, and mount it into the container; `landfall agent` puts its socket there")
+    };
+    let path = std::path::absolute(directory).map_err(|error| unusable(&chain(&error)))?;
+    let found = path.metadata().map_err(|error| unusable(&chain(&error)))?;
+    if !found.is_dir() {
+        return Err(unusable("it is no directory"));
+    }
+    Ok(Way::Agent { directory: path })
 }
 
 /// The way by a file that stands for a namespace, and means the same to the daemon.

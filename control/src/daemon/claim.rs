@@ -7,7 +7,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::paths::Home;
+use crate::paths::{Home, identity_of_name};
 
 /// How long whoever listens at the socket has to say that it is a daemon (wire specification, A.1.3).
 const ANSWER_TIME_MAX: Duration = Duration::from_millis(500);
@@ -96,16 +96,11 @@ impl Claim {
     /// Gives the home up: the socket's file goes, which is what others wait for, and the lock after it. `identity` is
     /// what the socket's file was when it was made; another file there is somebody else's.
     pub(super) fn release(self, identity: Option<(u64, u64)>) {
-        if identity.is_some() && identity == file_identity(&self.socket) {
+        if identity.is_some() && identity == identity_of_name(&self.socket) {
             // What cannot be removed now is removed by the next daemon.
             let _ = std::fs::remove_file(&self.socket);
         }
     }
-}
-
-/// Device and inode of a file.
-pub(super) fn file_identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
 /// Whether a daemon listens at a socket: whether something there answers `list` and says that it worked.
@@ -176,7 +171,7 @@ mod tests {
         claim.release(Some((0, 0)));
         assert!(home.socket().exists());
         let claim = Claim { socket: home.socket(), _lock: File::open(home.daemon_lock()).unwrap() };
-        claim.release(file_identity(&home.socket()));
+        claim.release(identity_of_name(&home.socket()));
         assert!(!home.socket().exists());
     }
 }

@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -26,7 +26,7 @@ use tokio::time::{sleep, timeout};
 use super::fleet::Inventory;
 use super::readiness::watched;
 use super::table::EngineFacts;
-use crate::paths::Home;
+use crate::paths::{Home, identity_of_name};
 
 /// The program that an engine is: this one.
 const PROGRAM: &str = "/proc/self/exe";
@@ -212,7 +212,7 @@ fn is_absence(error: &io::Error) -> bool {
 /// Starts an engine, which takes the name `path`, and connects to it.
 async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
     let log = || OpenOptions::new().append(true).create(true).mode(0o600).open(home.log().join("engine.log"));
-    let before = identity(path);
+    let before = identity_of_name(path);
     let mut child = tokio::process::Command::new(PROGRAM)
         .arg0("landfall")
         .arg(landfall_engine::process::VERB)
@@ -228,7 +228,7 @@ async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
         .map_err(LinkError::Spawn)?;
     let named = async {
         loop {
-            if identity(path).is_some_and(|found| Some(found) != before) {
+            if identity_of_name(path).is_some_and(|found| Some(found) != before) {
                 return;
             }
             sleep(LOOK_INTERVAL).await;
@@ -244,11 +244,6 @@ async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
     // Somebody has to wait for it, or it stays behind as a zombie.
     tokio::spawn(async move { child.wait().await });
     Link::connect(path).await
-}
-
-/// Device and inode of what has this name.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// What the two engines of an upgrade are called. The socket's own name leads to one that has everything, at every moment:
@@ -307,7 +302,7 @@ async fn end_upgrades(home: &Home) {
     };
     for aside in entries.flatten().map(|entry| entry.path()).filter(is_aside) {
         // Killed before the names were exchanged, the older one has both.
-        if identity(&aside) != identity(&path)
+        if identity_of_name(&aside) != identity_of_name(&path)
             && let Ok(left) = Link::connect(&aside).await
         {
             let _ = left.send(&Command::Drain, &[]).await;

@@ -3,27 +3,27 @@
 //! A task for each container ([`Visit::run`]) tells the forwarding task in words what became of it. Being entered is
 //! asked for by the gate: each of its values is one request, since an engine that is started anew needs a new way in.
 //! What a container is reached by is held by a pidfd, which cannot mean a stranger, or by the file of a namespace, whose
-//! identity is looked at again. Nothing here keeps a namespace alive: the opener is gone when its descriptors are.
+//! identity is looked at again. Where an agent inside is met in a directory, the engine's word that it has lost the agent is
+//! what has it met again. Nothing here keeps a namespace alive: the opener is gone when its descriptors are.
 
-use std::io;
-use std::num::NonZeroU32;
+mod place;
+
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use landfall_engine::command::{Command, UpstreamId, UpstreamKind, WatchSources};
 use landfall_engine::opener::FailureKind;
-use landfall_engine::opener::client::{OpenError, Opener, Target};
-use tokio::io::Interest;
+use landfall_engine::opener::client::{OpenError, Opener};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::sleep;
 
-use super::readiness::watched;
 use crate::docker::{Docker, DockerError, FirstProcess};
-use crate::processes;
-use crate::registration::model::{ContainerName, Registration, Started, Way};
+use crate::paths::identity_of_file;
+use crate::registration::model::{ContainerName, Registration, Way};
+use place::{Absent, Door, Place};
 
 /// The program that an opener is: this one.
 const PROGRAM: &str = "/proc/self/exe";
@@ -112,25 +112,12 @@ pub(super) struct Visit {
     pub(super) words: mpsc::UnboundedSender<Told>,
 }
 
-/// Where a container was found.
-enum Place {
-    Process { pidfd: AsyncFd<OwnedFd>, container: Option<FirstProcess> },
-    File { path: PathBuf, identity: (u64, u64) },
-}
-
-/// Why it was not.
-enum Absent {
-    Missing(Certainty, String),
-    /// The process that the registration stands for has ended.
-    Ended,
-}
-
 impl Visit {
     /// Runs until the registration's process has ended; for other ways until it is aborted.
     pub(super) async fn run(mut self) {
         let mut told = None;
         loop {
-            match self.find().await {
+            match place::find(&self.way, &self.name, &self.docker).await {
                 Ok(place) => {
                     told = None;
                     let reason = self.stay(place).await;
@@ -159,39 +146,6 @@ impl Visit {
         let _ = self.words.send(Told { name: self.name.clone(), visit: self.number, word });
     }
 
-    async fn find(&self) -> Result<Place, Absent> {
-        match &self.way {
-            Way::Process { pid, started } => find_process(*pid, started.as_ref()),
-            Way::Netns { path } => {
-                let path = path.clone();
-                // The file may be on a file system that does not answer.
-                let looked = tokio::task::spawn_blocking(move || find_file(path)).await;
-                looked.unwrap_or_else(|error| Err(Absent::Missing(Certainty::Unknown, error.to_string())))
-            }
-            Way::Docker => self.find_container().await,
-            Way::Agent { .. } | Way::Websocket => {
-                let reason = format!("the way by {} is not built yet", self.way);
-                Err(Absent::Missing(Certainty::Refused, reason))
-            }
-        }
-    }
-
-    async fn find_container(&self) -> Result<Place, Absent> {
-        let found = self.docker.first_process(&self.name).await.map_err(docker_absent)?;
-        if found.host_network {
-            let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
-            return Err(Absent::Missing(Certainty::Refused, reason));
-        }
-        let pidfd = open_process(found.pid)?;
-        // Between Docker's word and the pidfd the process may have ended and its number been given to another one; if
-        // Docker says the same once more, it had not.
-        let again = self.docker.first_process(&self.name).await.map_err(docker_absent)?;
-        if again != found {
-            return Err(Absent::Missing(Certainty::Gone, "it is being restarted".to_owned()));
-        }
-        Ok(Place::Process { pidfd, container: Some(found) })
-    }
-
     /// Enters as often as the gate asks for it, until the container ends. Tells why it did.
     async fn stay(&mut self, place: Place) -> String {
         let mut done = None;
@@ -208,9 +162,9 @@ impl Visit {
                 },
             };
             let Some(Gate { serial, shards }) = asked else { continue };
-            let entered = match place.target() {
-                Ok(target) => {
-                    let work = tokio::task::spawn_blocking(move || enter(target, shards));
+            let entered = match place.door() {
+                Ok(door) => {
+                    let work = tokio::task::spawn_blocking(move || enter(door, shards));
                     work.await.unwrap_or_else(|error| Err((Certainty::Unknown, error.to_string())))
                 }
                 Err(error) => Err((Certainty::Unknown, error.to_string())),
@@ -227,7 +181,7 @@ impl Visit {
                         reason = self.end_of(&place) => return reason,
                         () = sleep(pause) => {}
                     }
-                    pause = (2 * pause).min(ENTER_AGAIN.1);
+                    pause = (2 * pause).min(place.pause_max());
                 }
             }
         }
@@ -246,8 +200,17 @@ impl Visit {
                     () = sleep(LOOK_INTERVAL) => {}
                     () = self.hint.notified() => {}
                 }
-                if file_identity(path) != Some(*identity) {
+                if identity_of_file(path) != Some(*identity) {
                     return format!("{} is no longer the same namespace", path.display());
+                }
+            },
+            Place::Directory { path } => loop {
+                tokio::select! {
+                    () = sleep(LOOK_INTERVAL) => {}
+                    () = self.hint.notified() => {}
+                }
+                if identity_of_file(path).is_none() {
+                    return format!("the directory {} is gone", path.display());
                 }
             },
         }
@@ -267,19 +230,8 @@ impl Visit {
     }
 }
 
-impl Place {
-    /// A descriptor of it, for an opener. That of a namespace is opened anew, since one that is held keeps the namespace
-    /// alive.
-    fn target(&self) -> io::Result<Target> {
-        match self {
-            Place::Process { pidfd, .. } => pidfd.get_ref().try_clone().map(Target::Process),
-            Place::File { path, .. } => Target::path(path).map_err(io::Error::other),
-        }
-    }
-}
-
-/// Enters, and brings what an engine with so many shards needs. Blocks for some milliseconds.
-fn enter(target: Target, shards: u16) -> Result<Entrance, (Certainty, String)> {
+/// Enters, and brings what an engine with so many shards needs. Blocks for some milliseconds, and on an agent for seconds.
+fn enter(door: Door, shards: u16) -> Result<Entrance, (Certainty, String)> {
     let failed = |error: OpenError| {
         let certainty = match error.kind() {
             Some(FailureKind::Gone) => Certainty::Gone,
@@ -289,6 +241,8 @@ fn enter(target: Target, shards: u16) -> Result<Entrance, (Certainty, String)> {
                 | FailureKind::Unsupported
                 | FailureKind::Other,
             ) => Certainty::Refused,
+            // An agent that does not answer as it should runs all the same.
+            None if matches!(error, OpenError::Agent { .. }) => Certainty::Refused,
             Some(FailureKind::Exhausted) | None => Certainty::Unknown,
         };
         let reason = match error.kind() {
@@ -299,38 +253,19 @@ fn enter(target: Target, shards: u16) -> Result<Entrance, (Certainty, String)> {
         };
         (certainty, reason)
     };
-    let mut opener = Opener::spawn(Path::new(PROGRAM), target).map_err(failed)?;
-    let (sources, descriptors) = opener.upstream(shards).map_err(failed)?;
-    Ok(Entrance { cookie: opener.netns_cookie(), sources, kind: UpstreamKind::Opener, descriptors })
-}
-
-fn find_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Place, Absent> {
-    let pidfd = match open_process(pid.get()) {
-        Err(Absent::Missing(Certainty::Gone, _)) => return Err(Absent::Ended),
-        done => done?,
+    let (opener, sources, descriptors, kind) = match door {
+        Door::Target(target) => {
+            let mut opener = Opener::spawn(Path::new(PROGRAM), target).map_err(failed)?;
+            let (sources, descriptors) = opener.upstream(shards).map_err(failed)?;
+            (opener, sources, descriptors, UpstreamKind::Opener)
+        }
+        Door::Agent(directory) => {
+            let mut opener = Opener::connect(&directory).map_err(failed)?;
+            let (sources, descriptors) = opener.agent_upstream().map_err(failed)?;
+            (opener, sources, descriptors, UpstreamKind::Agent)
+        }
     };
-    // Asked after the pidfd was opened: it then means the process that was asked about.
-    match (processes::started(pid), meant) {
-        (Ok(None), _) => Err(Absent::Ended),
-        (Ok(Some(found)), Some(meant)) if found != *meant => Err(Absent::Ended),
-        (Ok(Some(_)), _) => Ok(Place::Process { pidfd, container: None }),
-        (Err(reason), _) => Err(Absent::Missing(Certainty::Unknown, reason)),
-    }
-}
-
-fn open_process(pid: u32) -> Result<AsyncFd<OwnedFd>, Absent> {
-    let missing = |error: OpenError| {
-        let certainty = match error.kind() {
-            Some(FailureKind::Gone) => Certainty::Gone,
-            _ => Certainty::Refused,
-        };
-        Absent::Missing(certainty, error.to_string())
-    };
-    let Target::Process(pidfd) = Target::process(pid).map_err(missing)? else {
-        return Err(Absent::Missing(Certainty::Refused, format!("{pid} is no process")));
-    };
-    watched(pidfd, Interest::READABLE)
-        .map_err(|error| Absent::Missing(Certainty::Unknown, format!("process {pid}: {error}")))
+    Ok(Entrance { cookie: opener.netns_cookie(), sources, kind, descriptors })
 }
 
 /// A pidfd is readable when its process has ended (`pidfd_open(2)`).
@@ -339,32 +274,4 @@ async fn process_end(pidfd: &AsyncFd<OwnedFd>) -> String {
         Ok(_) => "its process has ended".to_owned(),
         Err(error) => format!("its process cannot be watched: {error}"),
     }
-}
-
-fn find_file(path: PathBuf) -> Result<Place, Absent> {
-    let opened = Target::path(&path).map_err(|error| {
-        let there = path.exists();
-        let certainty = if there { Certainty::Refused } else { Certainty::Gone };
-        Absent::Missing(certainty, error.to_string())
-    })?;
-    let Target::Path(file) = opened else {
-        return Err(Absent::Missing(Certainty::Refused, format!("{} is no file", path.display())));
-    };
-    let found = rustix::fs::fstat(&file).map_err(|errno| {
-        Absent::Missing(Certainty::Unknown, format!("{}: {}", path.display(), io::Error::from(errno)))
-    })?;
-    Ok(Place::File { path, identity: (found.st_dev, found.st_ino) })
-}
-
-fn file_identity(path: &Path) -> Option<(u64, u64)> {
-    rustix::fs::stat(path).ok().map(|found| (found.st_dev, found.st_ino))
-}
-
-fn docker_absent(error: DockerError) -> Absent {
-    let certainty = match &error {
-        DockerError::NoSuchContainer(_) | DockerError::NotRunning(_) => Certainty::Gone,
-        DockerError::Refused(_) | DockerError::Stop(_) | DockerError::Start(_) => Certainty::Refused,
-        DockerError::Unreachable { .. } => Certainty::Unknown,
-    };
-    Absent::Missing(certainty, error.to_string())
 }

@@ -274,6 +274,30 @@ fn register_by_a_process_names_that_very_one() {
 }
 
 #[test]
+fn register_by_an_agent_names_its_directory() {
+    let daemon = Scripted::current(json!([]));
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().to_str().unwrap();
+    let output = daemon.place.output(&["register", "shop", "--agent", directory]);
+    assert_eq!(stdout(&output), "register shop is registered\n", "{}", stderr(&output));
+    let asked = daemon.asked("register");
+    assert_eq!(asked["way"], json!({ "kind": "agent", "directory": directory }));
+    assert_eq!(asked.get("portForward"), None);
+}
+
+#[test]
+fn register_by_its_websocket_sends_all_that_this_takes() {
+    let daemon = Scripted::current(json!([]));
+    let arguments = ["register", "far", "--websocket", "--ws-host-port", "40001"];
+    let output = daemon.place.landfall(&arguments).env("LANDFALL_BROKER_TOKEN", "canary").output().unwrap();
+    assert_eq!(stdout(&output), "register far is registered\n", "{}", stderr(&output));
+    let asked = daemon.asked("register");
+    assert_eq!(asked["way"], json!({ "kind": "websocket" }));
+    assert_eq!((&asked["wsHostPort"], &asked["brokerToken"]), (&json!(40001), &json!("canary")));
+    assert_eq!(asked["portForward"], json!({ "allow": "*" }));
+}
+
+#[test]
 fn register_refuses_what_makes_no_sense_before_it_asks() {
     let place = Place::new();
     let folder = tempfile::tempdir().unwrap();
@@ -286,6 +310,10 @@ fn register_refuses_what_makes_no_sense_before_it_asks() {
         &["register", "x", "--pid", "4194305"],
         &["register", "x", "--pid", "1", "--docker"],
         &["register", "x", "--netns", "/run/netns/no-such-namespace"],
+        &["register", "x", "--agent", "/no/such/folder"],
+        &["register", "x", "--agent", empty],
+        &["register", "x", "--websocket"],
+        &["register", "x", "--websocket", "--docker"],
         &["register", "x", "--cwd", "/no/such/folder"],
         &["register", "x", "--ws-host-port", "0"],
         &["register", "x", "--restart-token-file", "/no/such/file"],

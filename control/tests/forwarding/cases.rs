@@ -11,7 +11,7 @@ use landfall::registration::model::Way;
 use crate::namespace::{Client, Namespace, ask, free_port, until};
 use crate::world::{Drive, World, way_of};
 
-type Case = (&'static str, fn());
+pub(crate) type Case = (&'static str, fn());
 
 pub(crate) const ALL: &[Case] = &[
     ("nothing_registered_starts_no_engine", nothing_registered_starts_no_engine),
@@ -26,11 +26,11 @@ pub(crate) const ALL: &[Case] = &[
     ("an_engine_that_is_stopped_closes_its_ports", an_engine_that_is_stopped_closes_its_ports),
 ];
 
-fn answers(port: u16, name: &str) {
+pub(crate) fn answers(port: u16, name: &str) {
     until(&format!("{name} answers on {port}"), || (ask(port)? == name).then_some(()));
 }
 
-fn refused(port: u16) {
+pub(crate) fn refused(port: u16) {
     until(&format!("{port} is refused"), || {
         std::net::TcpStream::connect(("127.0.0.1", port)).is_err().then_some(())
     });

@@ -107,7 +107,7 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn accept(listener: &TcpListener, name: &str) {
+pub(crate) fn accept(listener: &TcpListener, name: &str) {
     while let Ok((mut stream, _)) = listener.accept() {
         let name = format!("{name}\n");
         std::thread::spawn(move || {

@@ -113,9 +113,9 @@ pub struct RegisterArgs {
 }
 
 impl RegisterArgs {
-    /// The port policy, where one was asked for.
+    /// The port policy, where one was asked for, and where there has to be one.
     pub fn policy(&self) -> Option<PortForward> {
-        (self.allow.is_some() || self.deny.is_some()).then(|| {
+        (self.allow.is_some() || self.deny.is_some() || self.way.websocket).then(|| {
             let deny = self.deny.clone().unwrap_or_default();
             PortForward::from(&Policy { allow: self.allow.clone(), deny })
         })
@@ -135,6 +135,12 @@ pub struct WayArgs {
     /// By Docker, which knows a container of this name
     #[arg(long)]
     pub docker: bool,
+    /// By an agent inside it, whose socket is in this directory of the host that both see
+    #[arg(long, value_name = "DIR")]
+    pub agent: Option<PathBuf>,
+    /// By its WebSocket alone: --ws-host-port and a broker token say where and as whom
+    #[arg(long)]
+    pub websocket: bool,
 }
 
 /// `landfall deregister`

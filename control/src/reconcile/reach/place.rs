@@ -1,0 +1,168 @@
+//! Where a container is: looked for along its way, and referred to by something that cannot mean another one.
+
+use std::io;
+use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use landfall_engine::opener::FailureKind;
+use landfall_engine::opener::client::{OpenError, Target};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::{Certainty, ENTER_AGAIN, RETRY};
+use crate::docker::{Docker, DockerError, FirstProcess};
+use crate::paths::identity_of_file;
+use crate::processes;
+use crate::reconcile::readiness::watched;
+use crate::registration::model::{ContainerName, Started, Way};
+
+/// Where a container was found.
+pub(super) enum Place {
+    Process {
+        pidfd: AsyncFd<OwnedFd>,
+        container: Option<FirstProcess>,
+    },
+    File {
+        path: PathBuf,
+        identity: (u64, u64),
+    },
+    /// Where an agent's socket is, or will be.
+    Directory {
+        path: PathBuf,
+    },
+}
+
+/// Why it was not.
+pub(super) enum Absent {
+    Missing(Certainty, String),
+    /// The process that the registration stands for has ended.
+    Ended,
+}
+
+/// How it is entered.
+pub(super) enum Door {
+    /// By an opener that goes there.
+    Target(Target),
+    /// By an agent whose socket is in this directory.
+    Agent(PathBuf),
+}
+
+impl Place {
+    /// The way in. The descriptor of a namespace is opened anew, since one that is held keeps the namespace alive.
+    pub(super) fn door(&self) -> io::Result<Door> {
+        match self {
+            Place::Process { pidfd, .. } => {
+                pidfd.get_ref().try_clone().map(|pidfd| Door::Target(Target::Process(pidfd)))
+            }
+            Place::File { path, .. } => Target::path(path).map(Door::Target).map_err(io::Error::other),
+            Place::Directory { path } => Ok(Door::Agent(path.clone())),
+        }
+    }
+
+    /// How long after a failure to enter it is tried again, at most.
+    pub(super) fn pause_max(&self) -> Duration {
+        match self {
+            // To look for an agent's socket costs little, and it comes at any time.
+            Place::Directory { .. } => RETRY,
+            Place::Process { .. } | Place::File { .. } => ENTER_AGAIN.1,
+        }
+    }
+}
+
+/// Looks for a container along its way.
+pub(super) async fn find(way: &Way, name: &ContainerName, docker: &Docker) -> Result<Place, Absent> {
+    match way {
+        Way::Process { pid, started } => find_process(*pid, started.as_ref()),
+        Way::Netns { path } => {
+            let path = path.clone();
+            // The file may be on a file system that does not answer.
+            let looked = tokio::task::spawn_blocking(move || find_file(path)).await;
+            looked.unwrap_or_else(|error| Err(Absent::Missing(Certainty::Unknown, error.to_string())))
+        }
+        Way::Docker => find_container(name, docker).await,
+        Way::Agent { directory } => {
+            let path = directory.clone();
+            let there = tokio::task::spawn_blocking(move || identity_of_file(&path).is_some()).await;
+            if there.unwrap_or(false) {
+                return Ok(Place::Directory { path: directory.clone() });
+            }
+            let reason = format!("there is no directory {}", directory.display());
+            Err(Absent::Missing(Certainty::Gone, reason))
+        }
+        // Nobody sets out for it.
+        Way::Websocket => {
+            let reason = "its WebSocket alone leads to it".to_owned();
+            Err(Absent::Missing(Certainty::Refused, reason))
+        }
+    }
+}
+
+async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Place, Absent> {
+    let found = docker.first_process(name).await.map_err(docker_absent)?;
+    if found.host_network {
+        let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
+        return Err(Absent::Missing(Certainty::Refused, reason));
+    }
+    let pidfd = open_process(found.pid)?;
+    // Between Docker's word and the pidfd the process may have ended and its number been given to another one; if
+    // Docker says the same once more, it had not.
+    let again = docker.first_process(name).await.map_err(docker_absent)?;
+    if again != found {
+        return Err(Absent::Missing(Certainty::Gone, "it is being restarted".to_owned()));
+    }
+    Ok(Place::Process { pidfd, container: Some(found) })
+}
+
+fn find_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Place, Absent> {
+    let pidfd = match open_process(pid.get()) {
+        Err(Absent::Missing(Certainty::Gone, _)) => return Err(Absent::Ended),
+        done => done?,
+    };
+    // Asked after the pidfd was opened: it then means the process that was asked about.
+    match processes::still_runs(pid, meant) {
+        Ok(true) => Ok(Place::Process { pidfd, container: None }),
+        Ok(false) => Err(Absent::Ended),
+        Err(reason) => Err(Absent::Missing(Certainty::Unknown, reason)),
+    }
+}
+
+fn open_process(pid: u32) -> Result<AsyncFd<OwnedFd>, Absent> {
+    let missing = |error: OpenError| {
+        let certainty = match error.kind() {
+            Some(FailureKind::Gone) => Certainty::Gone,
+            _ => Certainty::Refused,
+        };
+        Absent::Missing(certainty, error.to_string())
+    };
+    let Target::Process(pidfd) = Target::process(pid).map_err(missing)? else {
+        return Err(Absent::Missing(Certainty::Refused, format!("{pid} is no process")));
+    };
+    watched(pidfd, Interest::READABLE)
+        .map_err(|error| Absent::Missing(Certainty::Unknown, format!("process {pid}: {error}")))
+}
+
+fn find_file(path: PathBuf) -> Result<Place, Absent> {
+    let opened = Target::path(&path).map_err(|error| {
+        let there = path.exists();
+        let certainty = if there { Certainty::Refused } else { Certainty::Gone };
+        Absent::Missing(certainty, error.to_string())
+    })?;
+    let Target::Path(file) = opened else {
+        return Err(Absent::Missing(Certainty::Refused, format!("{} is no file", path.display())));
+    };
+    let found = rustix::fs::fstat(&file).map_err(|errno| {
+        Absent::Missing(Certainty::Unknown, format!("{}: {}", path.display(), io::Error::from(errno)))
+    })?;
+    Ok(Place::File { path, identity: (found.st_dev, found.st_ino) })
+}
+
+fn docker_absent(error: DockerError) -> Absent {
+    let certainty = match &error {
+        DockerError::NoSuchContainer(_) | DockerError::NotRunning(_) => Certainty::Gone,
+        DockerError::Refused(_) | DockerError::Stop(_) | DockerError::Start(_) => Certainty::Refused,
+        DockerError::Unreachable { .. } => Certainty::Unknown,
+    };
+    Absent::Missing(certainty, error.to_string())
+}

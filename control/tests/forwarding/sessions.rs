@@ -1,0 +1,187 @@
+//! What has to hold where a broker's session says what listens.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use landfall::reconcile::announced::Announcement;
+use landfall::reconcile::table::{Reached, RowState};
+use landfall::registration::model::{Registration, Way};
+use landfall::registration::store::Registered;
+
+use crate::cases::{Case, answers, refused};
+use crate::namespace::{Client, Namespace, free_port, until};
+use crate::session::{Session, registration};
+use crate::world::{Drive, World, way_of};
+
+pub(crate) const ALL: &[Case] = &[
+    ("a_session_forwards_what_it_announces", a_session_forwards_what_it_announces),
+    ("a_reserved_port_outlives_sessions_and_engines", a_reserved_port_outlives_sessions_and_engines),
+    ("a_container_that_is_entered_is_only_answered", a_container_that_is_entered_is_only_answered),
+    ("an_engine_that_relieves_another_one_dials_as_well", an_engine_that_relieves_another_one_dials_as_well),
+    ("an_agents_directory_leads_in", an_agents_directory_leads_in),
+];
+
+fn register(world: &World, entries: Vec<Registration>) {
+    let entries = entries.into_iter().map(Arc::new).collect();
+    world.registered.send_replace(Arc::new(Registered { entries }));
+}
+
+fn way(world: &World) -> (Option<String>, Reached) {
+    world.container("a").map(|container| (container.way, container.state)).unwrap()
+}
+
+fn kill_engine(world: &World) {
+    let engine = until("the engine runs", || world.engine());
+    let pid = rustix::process::Pid::from_raw(i32::try_from(engine).unwrap()).unwrap();
+    // It is the one that this test's own driver started.
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    until("another engine runs", || world.engine().filter(|now| *now != engine));
+}
+
+fn a_session_forwards_what_it_announces() {
+    let mut world = World::new();
+    world.start();
+    let (port, other) = (free_port(), free_port());
+    // The broker is there before its registration.
+    let session = Session::begin(world.forwarding(), "a");
+    session.up(&[port, 8973]);
+    register(&world, vec![registration("a", Some(&Way::Websocket))]);
+    answers(port, "a");
+    let mut told = [session.result(), session.result()];
+    told.sort();
+    let mut expected = [(port, Ok(port)), (8973, Err("policy excluded".to_owned()))];
+    expected.sort();
+    assert_eq!(told, expected);
+    assert_eq!(way(&world), (Some("websocket".to_owned()), Reached::Reached));
+
+    kill_engine(&world);
+    answers(port, "a");
+    session.listening(&[other], &[], false);
+    assert_eq!(session.result(), (other, Ok(other)));
+    assert_eq!(session.served.load(Ordering::SeqCst), 2, "each engine has its own channels");
+    let mut client = Client::connect(other).unwrap();
+    assert!(client.works());
+    session.listening(&[], &[other], false);
+    refused(other);
+    assert!(!client.works(), "who is connected is cut off");
+
+    session.down();
+    refused(port);
+    assert_eq!(way(&world).1, Reached::Waiting);
+    session.up(&[port]);
+    assert_eq!(session.result(), (port, Ok(port)));
+    answers(port, "a");
+    let (done, stopped) = tokio::sync::oneshot::channel();
+    session.announce.send(Announcement::Stop(done)).unwrap();
+    world.runtime.block_on(stopped).unwrap();
+    refused(port);
+    assert!(session.is_silent());
+    let reasons: Vec<String> = until("all is told", || {
+        let told = world.log("port-forward-closed");
+        (told.len() == 4).then_some(told)
+    });
+    for (line, reason) in
+        reasons.iter().zip(["host-error", "container-released", "host-error", "broker-stopped"])
+    {
+        assert!(line.contains(reason), "{line}");
+    }
+}
+
+fn a_reserved_port_outlives_sessions_and_engines() {
+    let mut world = World::new();
+    world.start();
+    register(&world, vec![registration("a", Some(&Way::Websocket))]);
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let (first, second) = (taken.local_addr().unwrap().port(), free_port());
+    let session = Session::begin(world.forwarding(), "a");
+    session.up(&[]);
+    session.reserve(4848, &[first, second]);
+    assert_eq!(session.result(), (4848, Ok(second)));
+    answers(second, "a");
+    let row = world.container("a").unwrap().forwards.remove(0);
+    assert_eq!((row.port, row.host_port, row.state), (4848, second, RowState::Open));
+    assert_eq!(world.forwarding().forwarded_ports("a"), [second]);
+    session.down();
+    until("a client is closed", || {
+        assert!(std::net::TcpStream::connect(("127.0.0.1", second)).is_ok(), "it still listens");
+        Client::connect(second).is_none().then_some(())
+    });
+    session.up(&[]);
+    session.reserve(4848, &[first]);
+    assert_eq!(session.result(), (4848, Ok(second)));
+    kill_engine(&world);
+    answers(second, "a");
+    assert!(session.is_silent(), "nobody is answered twice");
+    drop(session);
+    refused(second);
+    let closed = world.log("port-forward-closed").pop().unwrap();
+    assert!(closed.contains("broker-stopped") && closed.contains("4848"), "{closed}");
+    assert!(closed.contains(&second.to_string()), "{closed}");
+}
+
+fn a_container_that_is_entered_is_only_answered() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("inside");
+    world.start();
+    let session = Session::begin(world.forwarding(), "a");
+    register(&world, vec![registration("a", Some(&way_of(&namespace)))]);
+    until("it is entered", || (world.container("a")?.state == Reached::Reached).then_some(()));
+    let (port, reserved, ghost) = (free_port(), free_port(), free_port());
+    session.up(&[]);
+    session.listening(&[port, ghost], &[], false);
+    namespace.listen(port);
+    assert_eq!(session.result(), (port, Ok(port)));
+    answers(port, "inside");
+    let (told, result) = session.result();
+    assert!(told == ghost && result.unwrap_err().contains("ECONNREFUSED"));
+    session.reserve(port, &[reserved]);
+    assert_eq!(session.result(), (port, Ok(reserved)));
+    answers(reserved, "inside");
+    refused(port);
+    assert_eq!(session.served.load(Ordering::SeqCst), 0, "nothing is dialled for it");
+    drop(session);
+    refused(reserved);
+    answers(port, "inside");
+}
+
+fn an_engine_that_relieves_another_one_dials_as_well() {
+    let mut world = World::new();
+    let mut namespace = Namespace::new("b");
+    let (port, direct) = (free_port(), free_port());
+    namespace.listen(direct);
+    let mut drive = Drive::start(&world.home, "another", "b", &namespace, direct);
+    drive.kill();
+    register(
+        &world,
+        vec![registration("a", Some(&Way::Websocket)), crate::world::registration("b", &way_of(&namespace))],
+    );
+    world.start();
+    let session = Session::begin(world.forwarding(), "a");
+    session.up(&[port]);
+    let ours = landfall::version::current();
+    until("ours has relieved it", || (world.table().engine?.version == ours).then_some(()));
+    answers(port, "a");
+    answers(direct, "b");
+    assert_eq!(session.result(), (port, Ok(port)));
+    assert!(session.is_silent());
+    assert_eq!(world.log("port-forward-closed"), [""; 0]);
+}
+
+fn an_agents_directory_leads_in() {
+    let mut world = World::new();
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("shared");
+    let way = Way::Agent { directory: directory.clone() };
+    world.start();
+    register(&world, vec![crate::world::registration("a", &way)]);
+    let state = |wanted: &str| {
+        until(wanted, || {
+            let container = world.container("a")?;
+            container.reason.filter(|reason| reason.contains(wanted))
+        })
+    };
+    state("there is no directory");
+    std::fs::create_dir(&directory).unwrap();
+    state("agent.sock");
+    assert_eq!(world.container("a").unwrap().way, Some(way.to_string()));
+}
