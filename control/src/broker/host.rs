@@ -152,7 +152,7 @@ pub struct Session {
     /// What people were told of the present outage.
     told: Told,
     streams: BTreeMap<StreamId, Stream>,
-    /// When dials have waited long enough, the earliest first. Some have been answered since.
+    /// When dials have waited long enough, the earliest first. Those behind one that waits may be answered.
     dials_due: VecDeque<(Instant, StreamId, DialKey)>,
     next_stream: i64,
     /// The ports that the container told of over this connection.
@@ -207,6 +207,16 @@ impl Session {
         if self.phase == Phase::Stopped {
             return self.on_after_stop(input, out);
         }
+        self.take(input, now, out);
+        // Nobody wakes up for a dial that was answered, and those that were do not pile up.
+        while let Some((_, stream, key)) = self.dials_due.front()
+            && self.streams.get(stream) != Some(&Stream::Opening { key: *key })
+        {
+            self.dials_due.pop_front();
+        }
+    }
+
+    fn take(&mut self, input: Input, now: Instant, out: &mut Vec<Action>) {
         match input {
             Input::Time => self.pass_time(now, out),
             Input::Opened => self.greet(now, out),

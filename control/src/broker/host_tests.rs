@@ -338,6 +338,23 @@ fn a_dial_that_waited_long_enough_is_refused_and_its_connection_not_kept() {
 }
 
 #[test]
+fn nobody_wakes_up_for_a_dial_that_was_answered() {
+    let mut bench = Bench::up(Extensions::NONE);
+    bench
+        .dial(41, 5173)
+        .pass(Duration::from_secs(1))
+        .dial(42, 5173)
+        .pass(Duration::from_secs(1))
+        .dial(43, 5173);
+    bench.hear(ack(2));
+    let first = bench.session.due().unwrap();
+    bench.hear(ack(1));
+    assert_eq!(bench.session.due().unwrap() - first, Duration::from_secs(2));
+    bench.hear(nack(3));
+    assert_eq!((bench.session.due(), bench.session.dials_due.len()), (None, 0));
+}
+
+#[test]
 fn nobody_waits_for_dials_of_a_channel_that_is_closed() {
     let mut bench = Bench::up(Extensions::NONE);
     bench.dial(41, 5173).dial(42, 5173).hear(ack(2));
