@@ -181,3 +181,7 @@ impl Attendant for Brokers {
         Box::pin(Brokers::drain(self))
     }
 }
+
+#[cfg(test)]
+#[path = "brokers_tests.rs"]
+mod tests;

@@ -60,6 +60,7 @@ pub(super) struct Driver {
     /// Forwarding has ended and says no more.
     is_deaf: bool,
     session: Session,
+    actions: Vec<Action>,
     attempt: Option<BoxFuture<'static, Result<Connection, String>>>,
     connection: Option<Connection>,
     dials: Dials,
@@ -85,6 +86,7 @@ impl Driver {
             link,
             is_deaf: false,
             session,
+            actions: Vec::new(),
             attempt: None,
             connection: None,
             dials: Dials::new(),
@@ -111,10 +113,11 @@ impl Driver {
 
     /// Has the session decide, and does what it says.
     fn decide(&mut self, input: Input) -> Option<String> {
-        let mut actions = Vec::new();
+        // Kept, so that a message of a stream costs no allocation here.
+        let mut actions = std::mem::take(&mut self.actions);
         self.session.on(input, now(), &mut actions);
         let mut rejected = None;
-        for action in actions {
+        for action in actions.drain(..) {
             match action {
                 Action::Connect => self.attempt = Some(Box::pin(connect(self.broker.clone()))),
                 Action::Disconnect => {
@@ -138,6 +141,7 @@ impl Driver {
                 Action::Rejected(reason) => rejected = Some(reason),
             }
         }
+        self.actions = actions;
         rejected
     }
 
