@@ -5,6 +5,9 @@
 //! what needs no privilege, as the user `nobody`. An argument runs the cases whose names contain it.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test, in a program with its own main")]
 
+#[path = "opener/agents.rs"]
+mod agents;
+
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -21,12 +24,11 @@ use landfall_engine::command::{
     WatchSources,
 };
 use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
-use landfall_engine::opener::{AGENT_SOCKET, Answer, FailureKind, Request, VERB, serve};
+use landfall_engine::opener::{Answer, FailureKind, Request, VERB, serve};
 use landfall_engine::process::{self, CommandSocket, shed_privileges};
 use landfall_engine::ring::netns_cookie;
 use landfall_engine::{Engine, EngineOptions};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
@@ -59,8 +61,8 @@ const CASES: [Case; 19] = [
     ("an_opener_that_a_person_starts_says_no", Needs::Nothing, started_by_hand),
     ("the_opener_has_no_privilege_left", Needs::Nothing, no_privilege),
     ("running_out_of_descriptors_leaks_none", Needs::Nothing, exhausted),
-    ("an_agent_hands_out_sockets_of_its_namespace", Needs::Nothing, agent_inside),
-    ("an_agent_of_our_own_namespace_is_refused", Needs::Nothing, agent_of_ours),
+    ("an_agent_hands_out_sockets_of_its_namespace", Needs::Nothing, agents::inside),
+    ("an_agent_of_our_own_namespace_is_refused", Needs::Nothing, agents::of_ours),
     ("a_namespace_is_entered_by_its_file", Needs::Root, by_file),
     ("another_users_namespace_is_refused", Needs::Root, anothers_namespace),
 ];
@@ -73,7 +75,7 @@ fn main() -> ExitCode {
         }
         Some("_listen") => listen(arguments.get(1).unwrap()),
         Some("_engine") => return engine(Path::new(arguments.get(1).unwrap())),
-        Some("_agent") => return agent(Path::new(arguments.get(1).unwrap())),
+        Some("_agent") => return agents::agent(Path::new(arguments.get(1).unwrap())),
         Some("_client") => client(arguments.get(1).unwrap()),
         _ => {}
     }
@@ -131,21 +133,6 @@ fn engine(path: &Path) -> ExitCode {
     let (handle, events) = engine.into_parts();
     process::serve(socket, &ready, &handle, events, process::IDLE_EXIT).unwrap();
     ExitCode::SUCCESS
-}
-
-/// The socket of an agent in `directory`.
-fn agents_listener(directory: &Path) -> OwnedFd {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-    rustix::net::bind(&socket, &SocketAddrUnix::new(directory.join(AGENT_SOCKET)).unwrap()).unwrap();
-    rustix::net::listen(&socket, 16).unwrap();
-    socket
-}
-
-/// `_agent DIRECTORY`: an agent, with a server beside it; prints the server's port when both are there.
-fn agent(directory: &Path) -> ExitCode {
-    let listener = agents_listener(directory);
-    std::thread::spawn(move || serve::agent(listener).unwrap());
-    listen("127.0.0.1:0")
 }
 
 /// A process in a network namespace of its own, with a server on its loopback.
@@ -556,41 +543,6 @@ fn exhausted() {
     assert!(matches!(short, Err(StockError::Exhausted(_))), "{short:?}");
     assert_eq!(std::fs::read_dir("/proc/self/fd").unwrap().count(), before);
     assert_eq!(sockets(&channel, Family::V4, 200, opener.netns_cookie()).unwrap().len(), 200);
-}
-
-fn agent_inside() {
-    let directory = tempfile::tempdir().unwrap();
-    let inside = Inside::with_agent(directory.path());
-    let mut opener = Opener::connect(directory.path()).unwrap();
-    let file = std::fs::metadata(format!("/proc/{}/ns/net", inside.pid())).unwrap();
-    assert_eq!(opener.netns_inode(), file.ino());
-    let cookie = opener.netns_cookie();
-    let (sources, descriptors) = opener.agent_upstream().unwrap();
-    assert_eq!(sources, WatchSources { sock_diag: true, ..WatchSources::default() });
-    assert_eq!(descriptors.len(), 2);
-    drop(opener);
-    let channel = &descriptors[0];
-    for socket in sockets(channel, Family::V4, 3, cookie).unwrap() {
-        assert_eq!(dial(socket, ([127, 0, 0, 1], inside.port).into()), "inside");
-    }
-    // A second one is served beside the first.
-    let second = Opener::connect(directory.path()).unwrap();
-    assert_eq!(second.netns_cookie(), cookie);
-    drop(inside);
-    readable(channel);
-    assert!(matches!(take(channel.as_fd(), Family::V4, cookie), Err(StockError::Gone)));
-}
-
-fn agent_of_ours() {
-    let directory = tempfile::tempdir().unwrap();
-    let listener = agents_listener(directory.path());
-    let ours = listener.try_clone().unwrap();
-    let serving = std::thread::spawn(move || serve::agent(ours));
-    let text = assert_refused(Opener::connect(directory.path()), FailureKind::OwnNamespace);
-    let socket = directory.path().join(AGENT_SOCKET);
-    assert!(text.starts_with(&format!("the agent at {}: it shares our own", socket.display())), "{text}");
-    rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
-    serving.join().unwrap().unwrap();
 }
 
 fn by_file() {

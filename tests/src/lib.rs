@@ -39,7 +39,7 @@ pub use tcp::{
 };
 pub use traffic::{Conversation, Flood, answer, visit};
 pub use wait::{PATIENCE, wait_until};
-pub use way::{Agent, Behind, Entered, agents_listener, enter, enter_by, way};
+pub use way::{Agent, Behind, Entered, Scripted, agents_listener, enter, enter_by, honest, way};
 
 /// Tells the person who runs the suite something that is no failure: a figure, or why something could not be tried here.
 #[macro_export]

@@ -3,11 +3,12 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use landfall_engine::command::{
     Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, Told,
-    UpstreamId,
+    UpstreamId, UpstreamKind, WatchSources,
 };
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
@@ -47,6 +48,11 @@ impl Driver {
     /// Gives a command.
     pub fn apply(&self, command: Command) {
         self.engine.apply(command, Vec::new());
+    }
+
+    /// Gives a command and its descriptors.
+    pub fn apply_with(&self, command: Command, descriptors: Vec<OwnedFd>) {
+        self.engine.apply(command, descriptors);
     }
 
     /// Waits for the first event that `choose` takes; those it does not are kept for later.
@@ -89,8 +95,21 @@ impl Driver {
         let (own_cookie, sources, descriptors, behind) = enter(namespace, self.shards);
         let netns_cookie = cookie.unwrap_or(own_cookie);
         self.behind.insert(upstream, behind);
-        let add = Command::AddUpstream { upstream, netns_cookie, sources, kind: way() };
-        self.engine.apply(add, descriptors);
+        self.add_entered(upstream, way(), (netns_cookie, sources, descriptors));
+    }
+
+    /// Adds an upstream of that cookie, those sources, and their descriptors.
+    ///
+    /// # Panics
+    /// When the engine refuses it.
+    #[track_caller]
+    pub fn add_entered(
+        &mut self,
+        upstream: UpstreamId,
+        kind: UpstreamKind,
+        (netns_cookie, sources, descriptors): (u64, WatchSources, Vec<OwnedFd>),
+    ) {
+        self.engine.apply(Command::AddUpstream { upstream, netns_cookie, sources, kind }, descriptors);
         self.expect("the upstream", |event| match event {
             Event::UpstreamAdded { upstream: added } if *added == upstream => Some(()),
             Event::Refused { reason } => panic!("refused: {reason}"),

@@ -11,7 +11,8 @@ use landfall_engine::channel::Channel;
 use landfall_engine::command::{Family, UpstreamKind, WatchSources};
 use landfall_engine::opener::client::Opener;
 use landfall_engine::opener::{AGENT_SOCKET, Answer, DialFailure, Request, serve};
-use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
+use landfall_engine::ring::netns_cookie;
+use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, ipproto, netlink};
 
 use crate::Namespace;
 
@@ -136,4 +137,74 @@ fn dial_inside(port: NonZeroU16) -> Result<TcpStream, DialFailure> {
     }
     stream.set_nonblocking(true).map_err(|_| DialFailure::Exhausted)?;
     Ok(stream)
+}
+
+/// An agent that answers as a script says, which may be anything.
+#[derive(Debug)]
+pub struct Scripted {
+    listener: OwnedFd,
+}
+
+impl Scripted {
+    /// Listens at `path`, inside. `script` is called on a thread of its own for each connection and each request; the
+    /// connection ends when it says false.
+    ///
+    /// # Panics
+    /// When the path cannot be had.
+    pub fn start(
+        namespace: &Namespace,
+        path: &Path,
+        script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static,
+    ) -> Scripted {
+        let listener = agents_listener(path);
+        let served = listener.try_clone().unwrap();
+        let script = std::sync::Arc::new(script);
+        namespace.spawn(move || {
+            while let Ok(socket) = rustix::net::accept_with(&served, SocketFlags::CLOEXEC) {
+                let script = script.clone();
+                std::thread::spawn(move || {
+                    let channel = Channel::try_from(socket).unwrap();
+                    while let Ok(Some((request, _))) = channel.recv::<Request>()
+                        && script(&channel, &request)
+                    {}
+                });
+            }
+        });
+        Scripted { listener }
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(&self.listener, Shutdown::Both);
+    }
+}
+
+/// What an honest agent answers, from the namespace of this thread.
+///
+/// # Panics
+/// When no sockets are left.
+pub fn honest(request: &Request) -> (Answer, Vec<OwnedFd>) {
+    let make = |domain, kind, protocol| {
+        rustix::net::socket_with(domain, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol)
+            .unwrap()
+    };
+    match request {
+        Request::Introduce => {
+            use std::os::unix::fs::MetadataExt;
+            let inode = std::fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+            let cookie = netns_cookie(make(AddressFamily::UNIX, SocketType::DGRAM, None)).unwrap();
+            (Answer::Entered { netns_inode: inode, netns_cookie: cookie }, Vec::new())
+        }
+        Request::Sockets { family, count, .. } => {
+            let domain = if *family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
+            let made = (0..*count).map(|_| make(domain, SocketType::STREAM, Some(ipproto::TCP))).collect();
+            (Answer::Made { count: *count, error: None }, made)
+        }
+        Request::SockDiag => {
+            let diag = make(AddressFamily::NETLINK, SocketType::DGRAM, Some(netlink::SOCK_DIAG));
+            (Answer::SockDiag, vec![diag])
+        }
+        other => panic!("an agent was asked for {other:?}"),
+    }
 }

@@ -1,6 +1,7 @@
 //! What landfall claims, each claim by the case that fails when it is broken. The number in a name is the claim's.
 #![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
 
+mod agent_hostile;
 mod bulk;
 mod control;
 mod crash;
@@ -56,6 +57,7 @@ fn main() -> std::process::ExitCode {
             reach::CASES,
             upstreams::CASES,
             ways::CASES,
+            agent_hostile::CASES,
             listeners::CASES,
             bulk::CASES,
             control::CASES,

@@ -7,13 +7,14 @@
 //! an operation on it is in flight.
 
 mod bytes;
+mod dials;
 mod faults;
 mod net;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
-use std::num::{NonZeroU16, NonZeroU64};
+use std::num::NonZeroU64;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 use self::bytes::Pool;
-use self::net::{AskedDial, What};
+use self::net::What;
 use super::{
     Borrowed, Completion, Dialled, Fault, Op, OpKey, Outcome, Received, Ring, RingError, Submitted, Token,
     Waker, Way,
@@ -29,7 +30,7 @@ use super::{
 use crate::command::Family;
 use crate::limits::Limits;
 use crate::opener::client::StockError;
-use crate::opener::{DialFailure, Failure, FailureKind};
+use crate::opener::{Failure, FailureKind};
 use crate::table::TokenParts;
 
 pub use self::bytes::{Bytes, FakeLoan, Run};
@@ -322,49 +323,6 @@ impl FakeRing {
             .collect();
         drop(net);
         Ok(ends.into_iter().map(|end| self.net.descriptor(What::End(end))).collect())
-    }
-
-    fn ask(&self, channel: &FakeSocket, dial: u64, port: NonZeroU16) -> Result<(), StockError> {
-        let What::Driver(namespace) = channel.0.what else { return Err(StockError::Gone) };
-        if self.net.net().is_gone(namespace) {
-            return Err(StockError::Gone);
-        }
-        if self.strikes(Knob::DialUnanswered) {
-            return Ok(());
-        }
-        let now = self.net.net().now;
-        let at = if self.strikes(Knob::DialSlow) { self.pause(Duration::from_secs(4)) } else { now };
-        let failures = [
-            (Knob::DialRefused, DialFailure::Refused),
-            (Knob::DialTimedOut, DialFailure::TimedOut),
-            (Knob::DialExhausted, DialFailure::Exhausted),
-        ];
-        let failure = failures.into_iter().find(|(knob, _)| self.strikes(*knob)).map(|(_, why)| why);
-        self.net.net().asked(namespace, AskedDial { at, dial, port, failure });
-        Ok(())
-    }
-
-    fn hear(&self, channel: &FakeSocket) -> Result<Dialled<FakeSocket>, StockError> {
-        let What::Driver(namespace) = channel.0.what else { return Err(StockError::Gone) };
-        if self.strikes(Knob::DriverGone) {
-            self.net.net().end_opener(namespace);
-        }
-        if self.net.net().is_gone(namespace) {
-            return Err(StockError::Gone);
-        }
-        let due = self.net.net().take_due_dial(namespace);
-        let Some(AskedDial { dial, port, failure, .. }) = due else { return Err(StockError::Gone) };
-        let result = match failure {
-            Some(why) => Err(why),
-            None if self.strikes(Knob::DialLost) => {
-                return Err(StockError::Exhausted("too many open files".into()));
-            }
-            None => {
-                let end = self.net.net().dial_inside(namespace, port);
-                end.map(|end| self.net.descriptor(What::End(end))).ok_or(DialFailure::Refused)
-            }
-        };
-        Ok(Dialled { dial, result })
     }
 
     /// One look at every operation in flight; tells whether one was put off.

@@ -91,12 +91,18 @@ fn knock(directory: &Path) -> Result<Channel, OpenError> {
     )
     .map_err(|errno| match errno {
         Errno::NOENT => refused(FailureKind::Gone, "no agent has made its socket there".to_owned()),
-        Errno::LOOP => refused(FailureKind::Other, "it is a symbolic link, and none is followed".to_owned()),
         errno => failed("it cannot be opened", errno),
     })?;
     let status = rustix::fs::fstat(&socket).map_err(|errno| failed("it cannot be looked at", errno))?;
-    if FileType::from_raw_mode(status.st_mode) != FileType::Socket {
-        return Err(refused(FailureKind::Other, "it is not a socket".to_owned()));
+    match FileType::from_raw_mode(status.st_mode) {
+        FileType::Socket => {}
+        FileType::Symlink => {
+            return Err(refused(
+                FailureKind::Other,
+                "it is a symbolic link, and none is followed".to_owned(),
+            ));
+        }
+        _ => return Err(refused(FailureKind::Other, "it is not a socket".to_owned())),
     }
     connect(&socket).map_err(|errno| match errno {
         Errno::CONNREFUSED => refused(FailureKind::Gone, "no agent listens on it".to_owned()),

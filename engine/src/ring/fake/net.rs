@@ -12,14 +12,13 @@
 use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::num::NonZeroU16;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::bytes::{Bytes, Run};
+use super::dials::AskedDial;
 use super::faults::{Dice, Faults, Knob};
 use crate::command::Family;
-use crate::opener::DialFailure;
 use crate::ring::Fault;
 use crate::table::SlotId;
 
@@ -62,17 +61,7 @@ pub(super) struct Namespace {
     servers: BTreeMap<SocketAddr, usize>,
     pub(super) gone: bool,
     /// What a driver was asked to dial there and has not answered.
-    dials: Vec<AskedDial>,
-}
-
-/// A dial that a driver was asked for.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct AskedDial {
-    pub(super) at: Instant,
-    pub(super) dial: u64,
-    pub(super) port: NonZeroU16,
-    /// Why it comes to nothing, where that was decided.
-    pub(super) failure: Option<DialFailure>,
+    pub(super) dials: Vec<AskedDial>,
 }
 
 /// A connection that reached a server inside.
@@ -330,40 +319,6 @@ impl Net {
         self.join(end, server);
         self.newcomers.push(Newcomer { end: server, namespace, address });
         true
-    }
-
-    /// Whether the opener or the driver of a namespace has ended.
-    pub(super) fn is_gone(&self, namespace: u64) -> bool {
-        self.namespaces.get(&namespace).is_none_or(|there| there.gone)
-    }
-
-    /// A driver has got the request to dial.
-    pub(super) fn asked(&mut self, namespace: u64, dial: AskedDial) {
-        self.namespaces.entry(namespace).or_default().dials.push(dial);
-    }
-
-    /// When a driver answers next.
-    pub(super) fn next_answer(&self, namespace: u64) -> Option<Instant> {
-        self.namespaces.get(&namespace)?.dials.iter().map(|dial| dial.at).min()
-    }
-
-    /// One of the dials whose answer is due, whichever.
-    pub(super) fn take_due_dial(&mut self, namespace: u64) -> Option<AskedDial> {
-        let now = self.now;
-        let dials = &mut self.namespaces.get_mut(&namespace)?.dials;
-        let due: Vec<usize> =
-            dials.iter().enumerate().filter(|(_, dial)| dial.at <= now).map(|(index, _)| index).collect();
-        let chosen = due.get(self.dice.size(0, due.len().saturating_sub(1)))?;
-        Some(dials.swap_remove(*chosen))
-    }
-
-    /// The driver's end of a way to the server on a port inside: 127.0.0.1 is tried first, then `::1`.
-    pub(super) fn dial_inside(&mut self, namespace: u64, port: NonZeroU16) -> Option<EndId> {
-        let family =
-            Family::ALL.into_iter().find(|family| self.is_served(namespace, family.loopback(port)))?;
-        let window = self.dice.size(1, 5000);
-        let end = self.end(Some(namespace), family, window);
-        self.reach(end, namespace, family.loopback(port)).then_some(end)
     }
 
     /// Remembers that one table entry works on this end.

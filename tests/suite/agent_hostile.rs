@@ -1,0 +1,530 @@
+//! Claim 25: an agent may be anybody. What it is not is told, nothing of it is kept, and nobody else's forwards notice.
+
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use landfall_engine::channel::Channel;
+use landfall_engine::command::{
+    Command, Ending, Event, ForwardId, Reach, UpstreamId, UpstreamKind, WatchSources,
+};
+use landfall_engine::limits::Limits;
+use landfall_engine::opener::client::{OpenError, Opener};
+use landfall_engine::opener::{AGENT_SOCKET, Answer, FailureKind, Request};
+use landfall_engine::ring::RingChoice;
+use landfall_tests::case::Case;
+use landfall_tests::process::{descriptors, threads};
+use landfall_tests::{
+    Conversation, Driver, End, Flood, Namespace, Scripted, Server, agents_listener, answer, connect, honest,
+    wait_until,
+};
+use rustix::fs::{CWD, Mode};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
+use crate::observe::ends_by;
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("c25_what_is_no_agents_socket_is_told", what_is_no_agents_socket),
+    Case::once("c25_an_agent_that_makes_no_sense_is_told", makes_no_sense),
+    Case::once("c25_an_agent_that_says_nothing_is_given_up", says_nothing),
+    Case::once("c25_what_an_agent_hands_over_is_looked_at", what_is_handed_over),
+    Case::each_ring("c25_an_agent_that_turns_hostile_is_let_go", turns_hostile),
+    Case::each_ring("c25_an_agent_that_falls_silent_resets_its_own_clients", falls_silent),
+    Case::each_ring("c25_a_socket_that_blocks_stops_nobody_else", blocks),
+    Case::each_ring("c25_stolen_bytes_are_nobody_elses", steals),
+    Case::each_ring("c25_a_wrong_number_of_channels_is_refused", wrong_numbers),
+    Case::each_ring("c25_an_engine_with_a_hanging_agent_drains", engine_drains),
+    Case::each_ring("c25_an_engine_with_a_hanging_agent_stops", engine_stops),
+];
+
+/// The container that behaves, and its forward.
+const GOOD: (UpstreamId, ForwardId, u16) = (UpstreamId(1), ForwardId(1), 3001);
+/// The one that does not.
+const BAD: (UpstreamId, ForwardId, u16) = (UpstreamId(2), ForwardId(2), 3002);
+
+#[track_caller]
+fn refused(directory: &Path, kind: FailureKind, words: &str) {
+    let before = descriptors();
+    let begun = Instant::now();
+    let error = Opener::connect(directory).expect_err(words);
+    assert!(begun.elapsed() < Duration::from_secs(2), "{words}: {:?}", begun.elapsed());
+    assert_eq!(error.kind(), Some(kind), "{error}");
+    assert!(error.to_string().contains(words), "{error}");
+    assert_eq!(descriptors(), before, "{words}");
+}
+
+fn what_is_no_agents_socket() {
+    let place = || tempfile::tempdir().unwrap();
+    let (elsewhere, directory) = (place(), place());
+    let real = agents_listener(&elsewhere.path().join(AGENT_SOCKET));
+    let socket = |directory: &tempfile::TempDir| directory.path().join(AGENT_SOCKET);
+    refused(directory.path(), FailureKind::Gone, "no agent has made its socket there");
+    refused(&directory.path().join("missing"), FailureKind::Gone, "there is no such directory");
+    std::fs::write(directory.path().join("file"), "").unwrap();
+    refused(&directory.path().join("file"), FailureKind::Other, "this is a file and not a directory");
+
+    for target in [socket(&elsewhere), "/nowhere".into(), AGENT_SOCKET.into()] {
+        let directory = place();
+        std::os::unix::fs::symlink(target, socket(&directory)).unwrap();
+        refused(directory.path(), FailureKind::Other, "it is a symbolic link");
+    }
+    let directory = place();
+    rustix::fs::mkfifoat(CWD, socket(&directory), Mode::RUSR | Mode::WUSR).unwrap();
+    refused(directory.path(), FailureKind::Other, "it is not a socket");
+    let directory = place();
+    std::fs::write(socket(&directory), "{}").unwrap();
+    refused(directory.path(), FailureKind::Other, "it is not a socket");
+    let directory = place();
+    std::fs::create_dir(socket(&directory)).unwrap();
+    refused(directory.path(), FailureKind::Other, "it is not a socket");
+    let directory = place();
+    let _stream = UnixListener::bind(socket(&directory)).unwrap();
+    refused(directory.path(), FailureKind::Other, "another type than SOCK_SEQPACKET");
+
+    let directory = place();
+    drop(agents_listener(&socket(&directory)));
+    refused(directory.path(), FailureKind::Gone, "no agent listens on it");
+    // Nobody accepts: as many wait as fit, and the next is not kept waiting.
+    let waiting: Vec<_> = std::iter::from_fn(|| try_connect(&socket(&elsewhere))).take(100).collect();
+    assert!(waiting.len() < 100);
+    refused(elsewhere.path(), FailureKind::Exhausted, "the agent takes no connection");
+    drop(real);
+}
+
+fn try_connect(path: &Path) -> Option<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let address = rustix::net::SocketAddrUnix::new(path).unwrap();
+    rustix::net::connect(&socket, &address).ok().map(|()| socket)
+}
+
+fn send(channel: &Channel, (answer, descriptors): (Answer, Vec<OwnedFd>)) -> bool {
+    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    channel.send(&answer, &descriptors).is_ok()
+}
+
+/// What comes of meeting an agent that answers so. Nothing of it may be left.
+#[track_caller]
+fn met(script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static) -> OpenError {
+    let (inside, directory) = (Namespace::new(), tempfile::tempdir().unwrap());
+    let agent = Scripted::start(&inside, &directory.path().join(AGENT_SOCKET), script);
+    let before = descriptors();
+    let error = match Opener::connect(directory.path()) {
+        Ok(mut opener) => {
+            let error = opener.agent_upstream().expect_err("nothing was wrong");
+            drop(opener);
+            error
+        }
+        Err(error) => error,
+    };
+    // Its side of the connection is closed by its own thread, and so are those of its start.
+    wait_until("descriptors to be as before", || match descriptors() {
+        now if now <= before => Ok(()),
+        now => Err((now, before)),
+    });
+    drop(agent);
+    error
+}
+
+fn makes_no_sense() {
+    let error = met(|channel, _| channel.send(&"let me think", &[]).is_ok());
+    assert!(error.to_string().contains("not a message that is understood"), "{error}");
+    let error = met(|_, _| false);
+    assert!(error.to_string().contains("ended without an answer"), "{error}");
+    let error = met(|channel, _| send(channel, (Answer::Channel, Vec::new())));
+    assert!(error.to_string().contains("makes no sense"), "{error}");
+    let error = met(|channel, _| {
+        while channel.try_send(&"and another thing".repeat(100), &[]).is_ok() {}
+        true
+    });
+    assert!(error.to_string().contains("not a message that is understood"), "{error}");
+    // It says that it is where we are, and has a socket from nowhere near.
+    let own = honest(&Request::Introduce).0;
+    let error = met(move |channel, request| match request {
+        Request::Introduce => send(channel, (own.clone(), Vec::new())),
+        other => send(channel, honest(other)),
+    });
+    assert_eq!(error.kind(), Some(FailureKind::OwnNamespace), "{error}");
+    // It says that it is where another container is.
+    let other = Namespace::new().run(|| honest(&Request::Introduce).0);
+    let error = met(move |channel, request| match request {
+        Request::Introduce => send(channel, (other.clone(), Vec::new())),
+        other => send(channel, honest(other)),
+    });
+    assert!(error.to_string().contains("a socket of another network namespace"), "{error}");
+}
+
+fn says_nothing() {
+    let begun = Instant::now();
+    let error = met(|_, _| true);
+    assert!(error.to_string().contains("did not answer within 5 s"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+}
+
+/// Descriptors that are no unused TCP socket of IPv4, and what each is told to be.
+fn wrong_descriptors() -> Vec<(&'static str, Vec<OwnedFd>)> {
+    let tcp = |family| socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // It is its own peer, and so needs nobody to stay connected.
+    let connected = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&connected, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+    let own = SocketAddr::try_from(rustix::net::getsockname(&connected).unwrap()).unwrap();
+    rustix::net::connect(&connected, &own).unwrap();
+    rustix::io::ioctl_fionbio(&connected, true).unwrap();
+    let bound = tcp(AddressFamily::INET);
+    rustix::net::bind(&bound, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+    let blocking = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    vec![
+        ("a socket that is connected", vec![connected]),
+        ("a socket that listens", vec![listener.into()]),
+        ("a socket that is bound", vec![bound]),
+        ("a socket that blocks", vec![blocking]),
+        ("a socket that is no stream", vec![UdpSocket::bind("127.0.0.1:0").unwrap().into()]),
+        ("a socket of another address family", vec![UnixStream::pair().unwrap().0.into()]),
+        ("a socket of another address family", vec![tcp(AddressFamily::INET6)]),
+        ("a descriptor that is no socket", vec![std::fs::File::open("/proc/self/status").unwrap().into()]),
+        ("a descriptor that is no socket", vec![std::fs::File::open("/dev/null").unwrap().into()]),
+        ("0 descriptors instead of 1", Vec::new()),
+        ("2 descriptors instead of 1", vec![tcp(AddressFamily::INET), tcp(AddressFamily::INET)]),
+    ]
+}
+
+fn what_is_handed_over() {
+    for index in 0..wrong_descriptors().len() {
+        let (words, _) = wrong_descriptors().swap_remove(index);
+        let error = met(move |channel, request| match request {
+            Request::Sockets { .. } => {
+                let bad = wrong_descriptors().swap_remove(index).1;
+                send(channel, (Answer::Made { count: 1, error: None }, bad))
+            }
+            other => send(channel, honest(other)),
+        });
+        assert!(error.to_string().contains(words), "{words}: {error}");
+    }
+    // A socket of ours that it got hold of.
+    let host = Arc::new(Mutex::new(Some(honest(&Request::SockDiag).1)));
+    let diags: [Arc<dyn Fn() -> Vec<OwnedFd> + Send + Sync>; 4] = [
+        Arc::new(|| {
+            vec![socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None).unwrap()]
+        }),
+        Arc::new(|| vec![std::fs::File::open("/proc/self/net/tcp").unwrap().into()]),
+        Arc::new(Vec::new),
+        Arc::new(move || host.lock().unwrap().take().unwrap_or_default()),
+    ];
+    for diag in diags {
+        let error = met(move |channel, request| match request {
+            Request::SockDiag => send(channel, (Answer::SockDiag, diag())),
+            other => send(channel, honest(other)),
+        });
+        assert!(error.to_string().contains("not a sock_diag socket of the namespace"), "{error}");
+    }
+}
+
+/// An engine with a container that behaves, whose forward is busy, and one whose agent follows a script from the moment
+/// when its upstream is there.
+struct Two {
+    driver: Driver,
+    /// Dropped first: it must have gone well to the end.
+    talk: Conversation,
+    flood: Flood,
+    bad: Namespace,
+    _agent: Scripted,
+    _good: Namespace,
+    _directory: tempfile::TempDir,
+}
+
+impl Two {
+    #[track_caller]
+    fn start(
+        ring: RingChoice,
+        limits: Limits,
+        script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static,
+    ) -> Two {
+        let mut driver = Driver::start(limits, ring);
+        let (good, bad, directory) = (Namespace::new(), Namespace::new(), tempfile::tempdir().unwrap());
+        driver.add_upstream(GOOD.0, &good, None);
+        driver.open(GOOD.1, GOOD.0, (GOOD.2, 3000), Reach { v4: true, v6: false }).unwrap();
+        driver.open(ForwardId(3), GOOD.0, (3003, 3003), Reach { v4: true, v6: false }).unwrap();
+        Server::listen(&good, "127.0.0.1:3000").serve(answer);
+        let partner = Server::listen(&good, "127.0.0.1:3003");
+        let talk = Conversation::begin(3003, &partner, 7);
+        let flood = Flood::start(GOOD.2, 2);
+        // Honest until the engine has it.
+        let agent = Scripted::start(&bad, &directory.path().join(AGENT_SOCKET), script);
+        let mut opener = Opener::connect(directory.path()).unwrap();
+        let (sources, descriptors) = opener.agent_upstream().unwrap();
+        let entered = (opener.netns_cookie(), sources, descriptors);
+        drop(opener);
+        driver.add_entered(BAD.0, UpstreamKind::Agent, entered);
+        Two { driver, talk, flood, bad, _agent: agent, _good: good, _directory: directory }
+    }
+
+    /// The other container's connections go on, and new ones come.
+    #[track_caller]
+    fn others_go_on(&mut self) {
+        self.talk.goes_on();
+        self.flood.goes_on(20);
+    }
+
+    #[track_caller]
+    fn removed(&mut self) -> Option<String> {
+        self.driver.expect("the hostile upstream to be removed", |event| match event {
+            Event::UpstreamRemoved { upstream, reason } if *upstream == BAD.0 => Some(reason.clone()),
+            _ => None,
+        })
+    }
+
+    /// Everything of the other container went well to the end.
+    #[track_caller]
+    fn end(self) {
+        assert!(self.talk.end() > 0);
+        assert!(self.flood.end() > 0);
+    }
+}
+
+/// The first request for sockets is the proof, answered honestly; from then on `rest` answers.
+fn after_the_proof(
+    rest: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static,
+) -> impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static {
+    move |channel, request| match request {
+        Request::Sockets { count: 1, .. } | Request::Introduce | Request::SockDiag => {
+            send(channel, honest(request))
+        }
+        other => rest(channel, other),
+    }
+}
+
+type Turn = Arc<dyn Fn(&Channel, &Request) -> bool + Send + Sync>;
+
+fn turns_hostile(ring: RingChoice) {
+    let mut turns: Vec<(&str, Turn)> = vec![
+        ("has ended", Arc::new(|_, _| false)),
+        ("not a message that is understood", Arc::new(|channel, _| channel.send(&"no", &[]).is_ok())),
+        (
+            "not a message that is understood",
+            Arc::new(|channel, _| {
+                while channel.send(&"no".repeat(1000), &[]).is_ok() {}
+                false
+            }),
+        ),
+        ("where sockets were asked for", Arc::new(|channel, _| send(channel, honest(&Request::SockDiag)))),
+    ];
+    for index in [0, 1, 4, 5, 7] {
+        turns.push((
+            "something else than asked for",
+            Arc::new(move |channel, _| {
+                let bad = wrong_descriptors().swap_remove(index).1;
+                send(channel, (Answer::Made { count: 1, error: None }, bad))
+            }),
+        ));
+    }
+    for (words, turn) in turns {
+        let mut two = Two::start(
+            ring,
+            Limits::default(),
+            after_the_proof(move |channel, request| turn(channel, request)),
+        );
+        let reason = two.removed().expect("nobody asked for it");
+        assert!(reason.contains(words), "{words}: {reason}");
+        two.others_go_on();
+        // It is told once, and its number is free.
+        two.driver.apply(Command::RemoveUpstream { upstream: BAD.0, ending: Ending::Reset });
+        assert_eq!(two.removed(), None);
+        two.end();
+    }
+}
+
+fn falls_silent(ring: RingChoice) {
+    let limits = Limits { connect_timeout: Duration::from_millis(300), ..Limits::default() };
+    let mut two = Two::start(ring, limits, after_the_proof(|_, _| true));
+    two.driver.open(BAD.1, BAD.0, (BAD.2, 3000), Reach::UNKNOWN).unwrap();
+    for _ in 0..3 {
+        assert_eq!(ends_by(&connect(([127, 0, 0, 1], BAD.2))), End::Reset);
+    }
+    two.others_go_on();
+    two.driver.remove_upstream(BAD.0, Ending::Drain);
+    two.end();
+}
+
+/// An agent that keeps a duplicate of each socket and makes them block when it is told to.
+struct Thief {
+    kept: Arc<Mutex<Vec<OwnedFd>>>,
+}
+
+impl Thief {
+    fn new() -> (Thief, impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static) {
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        let keeps = kept.clone();
+        let script = after_the_proof(move |channel, request| {
+            let (answer, sockets) = honest(request);
+            keeps.lock().unwrap().extend(sockets.iter().map(|socket| socket.try_clone().unwrap()));
+            send(channel, (answer, sockets))
+        });
+        (Thief { kept }, script)
+    }
+
+    fn make_them_block(&self) {
+        for socket in self.kept.lock().unwrap().iter() {
+            rustix::io::ioctl_fionbio(socket, false).unwrap();
+        }
+    }
+}
+
+/// A server whose queue is full: a connect to it gets no answer.
+fn server_that_does_not_answer(inside: &Namespace) -> (Server, Vec<TcpStream>) {
+    let address = ([127, 0, 0, 1], 3000).into();
+    let server = Server::listen_backlog(inside, address, 0, None);
+    let filling = inside.run(|| {
+        let knock = || TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
+        std::iter::from_fn(knock).collect()
+    });
+    (server, filling)
+}
+
+/// Brings the shard of the hostile container into a connect that does not return.
+#[track_caller]
+fn hang(two: &mut Two, thief: &Thief) -> (Server, Vec<TcpStream>, TcpStream) {
+    let (server, filling) = server_that_does_not_answer(&two.bad);
+    two.driver.open(BAD.1, BAD.0, (BAD.2, 3000), Reach { v4: true, v6: false }).unwrap();
+    // The stock is there, or a socket would be looked at after it blocks.
+    wait_until("both stocks", || match thief.kept.lock().unwrap().len() {
+        8.. => Ok(()),
+        few => Err(few),
+    });
+    two.driver.describe();
+    thief.make_them_block();
+    let client = connect(([127, 0, 0, 1], BAD.2));
+    wait_until("the shard to hang", || {
+        let stacks = std::fs::read_dir("/proc/self/task").unwrap();
+        let waits = |task: std::path::PathBuf| {
+            std::fs::read_to_string(task.join("wchan"))
+                .is_ok_and(|place| place.contains("inet_") || place.contains("wait_woken"))
+                && std::fs::read_to_string(task.join("comm"))
+                    .is_ok_and(|name| name.starts_with("landfall-shard"))
+        };
+        if stacks.map(|task| task.unwrap().path()).any(waits) { Ok(()) } else { Err("it does not") }
+    });
+    (server, filling, client)
+}
+
+fn blocks(ring: RingChoice) {
+    let before = threads();
+    let (thief, script) = Thief::new();
+    let mut two = Two::start(ring, Limits::default(), script);
+    let (server, filling, client) = hang(&mut two, &thief);
+    two.others_go_on();
+    // What is asked of all is answered without it, and tells of it.
+    let begun = Instant::now();
+    let state = two.driver.describe();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    let bad = state.iter().find(|state| state.forward == BAD.1).expect("its forward");
+    assert!(bad.listening && bad.host_port.get() == BAD.2);
+    // Its port is let go of, and may be another's.
+    two.driver.remove_upstream(BAD.0, Ending::Drain);
+    let after = TcpStream::connect(("127.0.0.1", BAD.2)).expect_err("nobody listens");
+    assert_eq!(after.kind(), std::io::ErrorKind::ConnectionRefused);
+    two.driver.open(ForwardId(4), GOOD.0, (BAD.2, 3000), Reach { v4: true, v6: false }).unwrap();
+    landfall_tests::visit(BAD.2, 2).unwrap();
+    two.others_go_on();
+    assert_eq!(two.driver.describe().len(), 3);
+    // With the container's end the thread has nothing to wait for any more.
+    drop((server, filling));
+    thief.kept.lock().unwrap().clear();
+    assert_eq!(ends_by(&client), End::Reset);
+    two.end();
+    wait_until("the threads to end", || match threads() {
+        now if now <= before + 8 => Ok(()),
+        now => Err((now, before)),
+    });
+}
+
+/// It reads what is meant for its own container's clients, from a socket that blocks.
+fn steals(ring: RingChoice) {
+    let (thief, script) = Thief::new();
+    let mut two = Two::start(ring, Limits::default(), script);
+    let server = Server::listen(&two.bad, "127.0.0.1:3000");
+    two.driver.open(BAD.1, BAD.0, (BAD.2, 3000), Reach { v4: true, v6: false }).unwrap();
+    let client = connect(([127, 0, 0, 1], BAD.2));
+    let accepted = server.accept();
+    // Bulk, so that the engine splices.
+    let pushing = std::thread::spawn(move || {
+        use std::io::Write;
+        let mut accepted = accepted;
+        let bytes = vec![7; 256 * 1024];
+        while accepted.write_all(&bytes).is_ok() {}
+    });
+    let mut buffer = vec![0; 64 * 1024];
+    for _ in 0..200 {
+        assert!(landfall_tests::read_some(&client, &mut buffer).unwrap() > 0);
+    }
+    thief.make_them_block();
+    for _ in 0..200 {
+        for socket in thief.kept.lock().unwrap().iter() {
+            let _ = rustix::net::recv(socket, buffer.as_mut_slice(), rustix::net::RecvFlags::DONTWAIT);
+        }
+    }
+    two.others_go_on();
+    two.driver.remove_upstream(BAD.0, Ending::Reset);
+    two.others_go_on();
+    drop((client, server));
+    // Whoever pushes is told when the last copy of its peer is closed.
+    for socket in thief.kept.lock().unwrap().drain(..) {
+        let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
+    }
+    pushing.join().unwrap();
+    two.end();
+}
+
+fn engine_drains(ring: RingChoice) {
+    engine_ends(ring, Command::Drain);
+}
+
+fn engine_stops(ring: RingChoice) {
+    engine_ends(ring, Command::Stop);
+}
+
+fn engine_ends(ring: RingChoice, command: Command) {
+    let (thief, script) = Thief::new();
+    let mut two = Two::start(ring, Limits::default(), script);
+    let (_server, _filling, _client) = hang(&mut two, &thief);
+    let Two { mut driver, talk, flood, .. } = two;
+    assert!(talk.end() > 0 && flood.end() > 0);
+    // Everything is lent, by whoever can.
+    driver.apply(Command::LendListeners);
+    let count = driver.expect("the listeners", |event| match event {
+        Event::ListenersLent { count } => Some(*count),
+        _ => None,
+    });
+    assert_eq!(count, 3);
+    let begun = Instant::now();
+    driver.apply(command);
+    driver.expect("the engine to stop", |event| (*event == Event::Stopped).then_some(()));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
+/// An upstream that came with something else than it must is refused with a sentence.
+fn wrong_numbers(ring: RingChoice) {
+    let mut driver = Driver::start(Limits::default(), ring);
+    let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    let proc = WatchSources { proc_tcp: true, ..WatchSources::default() };
+    for (kind, sources, count, words) in [
+        (UpstreamKind::Agent, WatchSources::default(), 0, "expected 1, one channel to its agent"),
+        (UpstreamKind::Agent, WatchSources::default(), 2, "expected 1, one channel to its agent"),
+        (UpstreamKind::Agent, proc, 2, "a file from an agent is not read"),
+        (UpstreamKind::Dialler, WatchSources::default(), 0, "a channel for each of 1 shards"),
+    ] {
+        let before = descriptors();
+        let descriptors_given = (0..count).map(|_| file()).collect();
+        let add = Command::AddUpstream { upstream: BAD.0, netns_cookie: 1, sources, kind };
+        driver.apply_with(add, descriptors_given);
+        let reason = driver.expect("a refusal", |event| match event {
+            Event::Refused { reason } => Some(reason.clone()),
+            _ => None,
+        });
+        assert!(reason.contains(words), "{words}: {reason}");
+        assert_eq!(descriptors(), before);
+    }
+}
