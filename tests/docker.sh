@@ -49,6 +49,16 @@ cp "$(command -v busybox)" "$work/root/bin/busybox"
 for applet in sh sleep touch cat echo find sort hostname test true false; do ln -s busybox "$work/root/bin/$applet"; done
 tar -C "$work/root" -c . | docker import - landfall-test-base >/dev/null
 
+# The same with the agent as a static binary, which any image can carry. A build for a named target leaves the flags of build
+# scripts, and so the host's own build, as they are.
+triple=$(rustc -vV | sed -n 's/^host: //p')
+RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet -p landfall --target "$triple"
+mkdir -p "$work/root/www" "$work/root/run/landfall"
+echo "from inside" >"$work/root/www/index.html"
+cp "${CARGO_TARGET_DIR:-target}/$triple/debug/landfall" "$work/root/landfall"
+strip "$work/root/landfall" 2>/dev/null || true
+tar -C "$work/root" -c . | docker import - landfall-test-agent >/dev/null
+
 # The suite's own names begin with lf-; no other container is touched.
 # With the features of the whole workspace, so that nothing is built twice.
 cargo test --quiet --workspace --all-features --test docker -- --ignored --test-threads=2

@@ -2,6 +2,9 @@
 //! which `tests/docker.sh` sees to; so these are run only when they are asked for.
 #![cfg(test)]
 
+#[path = "docker/agent.rs"]
+mod agent;
+
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;

@@ -1,0 +1,139 @@
+//! `landfall agent` in containers that have nothing but it and busybox, as a static binary, under Docker's own seccomp profile,
+//! and with everything taken away that Docker can take away. A daemon on the host reaches them by either way.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use landfall::rpc::client::Client;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{Container, docker, run};
+
+const IMAGE: &str = "landfall-test-agent";
+const TOKEN: &str = "a-broker-token-of-43-characters-0123456789-";
+const BARE: [&str; 5] = ["--cap-drop", "ALL", "--read-only", "--user", "65534"];
+const WAIT_MAX: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(20);
+
+fn wait_until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(reached) = state() {
+            return reached;
+        }
+        assert!(began.elapsed() < WAIT_MAX, "{what} did not happen");
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// A daemon of the test's own, which knows the Docker engine. Its relay engine ends with it.
+struct Daemon {
+    home: TempDir,
+    child: Child,
+}
+
+impl Daemon {
+    fn start() -> Daemon {
+        let home = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_landfall"));
+        command.args(["_hostd", "--http-port", "0"]).env("LANDFALL_HOME", home.path());
+        let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let daemon = Daemon { home, child };
+        wait_until("the daemon's answer", || UnixStream::connect(daemon.socket()).ok());
+        daemon
+    }
+
+    fn socket(&self) -> std::path::PathBuf {
+        self.home.path().join("run/hostd.sock")
+    }
+
+    fn register(&self, container: &Container, way: &Value) {
+        let mut fields = json!({"kind": "register", "containerName": container.0.as_str(), "cwd": "/",
+            "portForward": {"allow": "*"}, "brokerToken": TOKEN, "way": way});
+        let published = docker(&["port", container.0.as_str(), "8973/tcp"]);
+        let port: u16 = published.rsplit(':').next().unwrap().parse().unwrap();
+        fields["wsHostPort"] = json!(port);
+        Client::new(self.socket()).call(&fields).unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // In order, so that its relay engine ends, too.
+        let mut down = Command::new(env!("CARGO_BIN_EXE_landfall"));
+        let _ = down.arg("down").env("LANDFALL_HOME", self.home.path()).output();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port that was free on the host a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// What a web server at this port of the host answers, if one does.
+fn page(port: u16) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(WAIT_MAX)).ok()?;
+    stream.write_all(b"GET /index.html HTTP/1.0\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    answer.contains("from inside").then_some(answer)
+}
+
+/// A container whose first process is the agent, with a web server on its own loopback.
+fn container(name: &str, shared: &Path, options: &[&str], server: u16) -> Container {
+    let mount = format!("{}:/run/landfall", shared.display());
+    let token = format!("LANDFALL_HOSTD_BROKER_TOKEN={TOKEN}");
+    let common = ["-p", "127.0.0.1::8973", "-e", &token, "-v", &mount];
+    let script = format!("busybox httpd -p 127.0.0.1:{server} -h /www; exec /landfall agent");
+    Container::run(name, &[&common[..], options].concat(), IMAGE, &["sh", "-c", &script])
+}
+
+/// Both ways into a container with these options, and a port that it asks for.
+#[track_caller]
+fn is_reached(name: &str, options: &[&str]) {
+    let shared = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(shared.path(), PermissionsExt::from_mode(0o777)).unwrap();
+    for way in [json!({"kind": "websocket"}), json!({"kind": "agent", "directory": shared.path()})] {
+        let kind = way["kind"].as_str().unwrap();
+        let server = free_port();
+        let container = container(&format!("{name}-{kind}"), shared.path(), options, server);
+        let logs = || {
+            let output = run(&["logs", container.0.as_str()]);
+            String::from_utf8_lossy(&output.stderr).into_owned()
+        };
+        wait_until("the agent's start", || logs().contains("agent-listening").then_some(()));
+        let daemon = Daemon::start();
+        daemon.register(&container, &way);
+        wait_until("the page on the host", || page(server));
+        let wanted = free_port();
+        let ask = ["exec", container.0.as_str(), "/landfall", "agent", "forward", &server.to_string()];
+        let asked = docker(&[&ask[..], &["--host", &wanted.to_string(), "--wait", "30"]].concat());
+        assert_eq!(asked, wanted.to_string());
+        wait_until("the page at the port that was asked for", || page(wanted));
+        assert!(!logs().contains(TOKEN), "a token was told: {}", logs());
+        // As the first process it has to obey by itself.
+        docker(&["stop", "-t", "10", container.0.as_str()]);
+        assert_eq!(container.told("{{.State.ExitCode}}"), "0", "{}", logs());
+    }
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn an_agent_serves_under_the_default_profile() {
+    is_reached("agent", &[]);
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn an_agent_serves_as_nobody_without_capabilities_on_a_read_only_root() {
+    is_reached("agent-bare", &BARE);
+}
