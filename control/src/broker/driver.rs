@@ -37,6 +37,9 @@ const UNPUBLISHED_MAX: Duration = Duration::from_millis(500);
 const LOOK_UP_EVERY: Duration = Duration::from_millis(50);
 /// How long forwarding may take to tell the engine that the broker stops: longer than the engine may take to hear it.
 const FAREWELL_MAX: Duration = Duration::from_secs(15);
+/// How much payload is taken from the WebSocket before the pumps have their turn. They share this thread: whoever reads on as
+/// long as there is something has read tens of megabytes for a client that would have taken them.
+const TURN_BYTES: usize = 128 * 1024;
 /// When nothing is due.
 const IDLE: Duration = Duration::from_secs(3_600);
 
@@ -61,6 +64,8 @@ pub(super) struct Driver {
     is_deaf: bool,
     session: Session,
     actions: Vec<Action>,
+    /// Since the pumps last had their turn.
+    delivered_bytes: usize,
     attempt: Option<BoxFuture<'static, Result<Connection, String>>>,
     connection: Option<Connection>,
     dials: Dials,
@@ -87,6 +92,7 @@ impl Driver {
             is_deaf: false,
             session,
             actions: Vec::new(),
+            delivered_bytes: 0,
             attempt: None,
             connection: None,
             dials: Dials::new(),
@@ -104,6 +110,10 @@ impl Driver {
             let rejected = self.decide(input);
             if self.session.is_stopped() {
                 break rejected;
+            }
+            if self.delivered_bytes >= TURN_BYTES {
+                self.delivered_bytes = 0;
+                tokio::task::yield_now().await;
             }
             input = self.next(stop).await;
         };
@@ -215,6 +225,9 @@ impl Driver {
     }
 
     fn deliver(&mut self, stream: StreamId, frame: Frame) {
+        if let Frame::Data(payload) = &frame {
+            self.delivered_bytes += payload.len();
+        }
         if let Some(place) = self.place(stream) {
             place.inlet.deliver(frame);
         }
