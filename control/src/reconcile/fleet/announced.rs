@@ -61,7 +61,6 @@ impl Broker {
 /// A port that was announced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Known {
-    pub(super) loopback: bool,
     /// Since when a result is owed.
     pub(super) owed: Option<Instant>,
     /// The attempt that the announcement is worth has not been made.
@@ -126,12 +125,11 @@ impl Fleet {
                 changes.push(Change::result(name, port, Err(why)));
             }
         }
-        for Announced { port, loopback } in opened {
+        for Announced { port, .. } in opened {
             let reserved = broker.reserved.contains_key(port);
             let full = broker.known.len() >= KNOWN_MAX;
             match broker.known.get_mut(port) {
                 Some(known) => {
-                    known.loopback = *loopback;
                     if !reserved && known.owed.is_none() && !forwarded.contains(port) {
                         (known.owed, known.due, known.over) = (Some(now), true, None);
                     }
@@ -140,7 +138,7 @@ impl Fleet {
                 None if full => changes.push(Change::result(name, *port, Err(EXCLUDED.to_owned()))),
                 None => {
                     let owed = (!reserved).then_some(now);
-                    broker.known.insert(*port, Known { loopback: *loopback, owed, due: true, over: None });
+                    broker.known.insert(*port, Known { owed, due: true, over: None });
                 }
             }
         }

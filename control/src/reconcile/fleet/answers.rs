@@ -68,10 +68,10 @@ impl Fleet {
         if reserved {
             return self.on_reserved(&name, port, host_port);
         }
-        let bind = match self.brokers.get(&name).and_then(|broker| broker.known.get(&port)) {
-            Some(known) if upstream.dialled && known.loopback => "127.0.0.1",
-            _ => upstream.seen.as_ref().map_or("0.0.0.0", |seen| seen.bind_address(port)),
-        };
+        // Of what a session announces, the wire's event tells where it answers on the host.
+        let seen = upstream.seen.as_ref().filter(|_| !upstream.dialled);
+        let unseen = if upstream.dialled { "127.0.0.1" } else { "0.0.0.0" };
+        let bind = seen.map_or(unseen, |seen| seen.bind_address(port));
         self.failures.remove(&(name.clone(), port));
         vec![Change::Opened { name, port, host_port, bind }]
     }

@@ -5,8 +5,11 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::broker::message::Announced;
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
+/// This one cannot be entered: what it has is known from its session alone.
+const FAR: usize = 2;
 const PORTS: [u16; 5] = [80, 3000, 3001, 5173, 8973];
 
 #[derive(Clone, Copy, Debug)]
@@ -26,10 +29,17 @@ enum Step {
     /// The driver is killed; the next one takes over what the engine holds.
     DriverKilled,
     Sweep,
+    /// A broker's session begins, and tells what listens.
+    Session(usize),
+    SessionLost(usize),
+    BrokerStops(usize),
+    /// The container asks for a port of the host for one of its own.
+    Reserve(usize, usize),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let (who, what) = (0..NAMES.len(), 0..PORTS.len());
+    let brokered = who.clone();
     let step = prop_oneof![
         1 => who.clone().prop_map(Step::Register),
         1 => who.clone().prop_map(Step::Deregister),
@@ -37,12 +47,16 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => who.clone().prop_map(Step::Die),
         6 => (who.clone(), what.clone()).prop_map(|(who, what)| Step::Listen(who, what)),
         3 => (who, what.clone()).prop_map(|(who, what)| Step::Unlisten(who, what)),
-        1 => what.prop_map(Step::Host),
+        1 => what.clone().prop_map(Step::Host),
         8 => Just(Step::Answer),
         2 => Just(Step::Wait),
         1 => Just(Step::EngineKilled),
         1 => Just(Step::DriverKilled),
         1 => Just(Step::Sweep),
+        3 => brokered.clone().prop_map(Step::Session),
+        1 => brokered.clone().prop_map(Step::SessionLost),
+        1 => brokered.clone().prop_map(Step::BrokerStops),
+        2 => (brokered, what).prop_map(|(who, what)| Step::Reserve(who, what)),
     ];
     prop::collection::vec(step, 0..80)
 }
@@ -53,6 +67,10 @@ struct Container {
     /// The cookie of its namespace while it runs.
     cookie: Option<u64>,
     listening: BTreeSet<u16>,
+    /// Its broker has a session.
+    up: bool,
+    /// How many results it waits for, by port.
+    owed: BTreeMap<u16, usize>,
 }
 
 struct World {
@@ -100,9 +118,8 @@ impl World {
 
     /// The shell enters a container that runs and is registered.
     fn enter(&mut self, who: usize) {
-        let Some(cookie) = self.containers[who].cookie.filter(|_| self.containers[who].registered) else {
-            return;
-        };
+        let reachable = self.containers[who].registered && who != FAR;
+        let Some(cookie) = self.containers[who].cookie.filter(|_| reachable) else { return };
         match self.fleet.reached(&name(NAMES[who]), cookie) {
             Admission::Add(upstream) => {
                 assert!(self.used_upstreams.insert(upstream), "{upstream} is used twice");
@@ -122,7 +139,39 @@ impl World {
         (0..NAMES.len()).for_each(|who| self.enter(who));
     }
 
+    /// A session tells of one port, or of all.
+    fn announce(&mut self, who: usize, opened: &[u16], closed: &[u16], whole: bool) {
+        if !self.containers[who].up {
+            return;
+        }
+        for number in opened {
+            *self.containers[who].owed.entry(*number).or_default() += 1;
+        }
+        let opened: Vec<Announced> =
+            opened.iter().map(|number| Announced { port: port(*number), loopback: true }).collect();
+        let closed: Vec<NonZeroU16> = closed.iter().map(|number| port(*number)).collect();
+        let changes = self.fleet.announce(&name(NAMES[who]), &opened, &closed, whole, self.now);
+        self.told(&changes);
+    }
+
+    fn told(&mut self, changes: &[Change]) {
+        for change in changes {
+            let Change::Result { name: to, result } = change else { continue };
+            let who = NAMES.iter().position(|text| *to == name(text)).unwrap();
+            let owed = self.containers[who].owed.entry(result.port.get()).or_default();
+            assert!(self.containers[who].up && *owed > 0, "{change:?} answers nothing");
+            *owed -= 1;
+        }
+    }
+
+    fn lose_session(&mut self, who: usize) {
+        self.containers[who].up = false;
+        self.containers[who].owed.clear();
+    }
+
     fn observe(&mut self, who: usize, number: u16, opened: bool) {
+        let (begins, ends): (&[u16], &[u16]) = if opened { (&[number], &[]) } else { (&[], &[number]) };
+        self.announce(who, begins, ends, false);
         let Some(cookie) = self.containers[who].cookie else { return };
         let rows = vec![row(number, "127.0.0.1", u64::from(number))];
         let upstreams: Vec<UpstreamId> =
@@ -198,14 +247,33 @@ impl World {
             _ => Vec::new(),
         };
         for event in events {
-            self.fleet.hear(&event, self.now);
+            let changes = self.fleet.hear(&event, self.now);
+            self.told(&changes);
         }
         true
     }
 
     fn plan(&mut self) {
-        let (commands, _) = self.fleet.step(self.now);
+        let (commands, changes) = self.fleet.step(self.now);
         self.queue.extend(commands);
+        self.told(&changes);
+        for (who, text) in NAMES.iter().enumerate() {
+            let enterable = who != FAR && self.containers[who].cookie.is_some();
+            if let Some((upstream, netns_cookie)) =
+                (!enterable).then(|| self.fleet.dial(&name(text))).flatten()
+            {
+                assert!(self.used_upstreams.insert(upstream), "{upstream} is used twice");
+                self.queue.push_back(Command::AddUpstream {
+                    upstream,
+                    netns_cookie,
+                    sources: landfall_engine::command::WatchSources::default(),
+                    kind: landfall_engine::command::UpstreamKind::Dialler,
+                });
+            }
+        }
+        let (commands, changes) = self.fleet.step(self.now);
+        self.queue.extend(commands);
+        self.told(&changes);
         assert_eq!(self.fleet.step(self.now), (vec![], vec![]), "a step after a step is idle");
     }
 
@@ -229,7 +297,9 @@ impl World {
             }
             Step::Die(who) => {
                 self.containers[who].cookie = None;
-                self.containers[who].listening.clear();
+                let ended: Vec<u16> =
+                    std::mem::take(&mut self.containers[who].listening).into_iter().collect();
+                self.announce(who, &[], &ended, false);
                 self.fleet.left(&name(NAMES[who]));
             }
             Step::Listen(who, what) if self.containers[who].cookie.is_some() => {
@@ -264,6 +334,7 @@ impl World {
                 self.fleet = Fleet::new([port(8974)].into());
                 self.fleet.wish(self.wishes());
                 self.fleet.attach(self.inventory());
+                (0..NAMES.len()).for_each(|who| self.lose_session(who));
                 // A driver knows no numbers but those that the engine holds; one that is free may come again.
                 self.used.retain(|id| id.0 < self.fleet.next_forward);
                 self.used_upstreams.retain(|id| id.0 < self.fleet.next_upstream);
@@ -271,7 +342,27 @@ impl World {
                 self.enter_all();
             }
             Step::Sweep => self.fleet.sweep(),
-            Step::Register(_) | Step::Start(_) | Step::Listen(..) => {}
+            Step::Session(who) if !self.containers[who].up => {
+                self.containers[who].up = true;
+                self.fleet.broker_up(&name(NAMES[who]));
+                let all: Vec<u16> = self.containers[who].listening.iter().copied().collect();
+                self.announce(who, &all, &[], true);
+            }
+            Step::SessionLost(who) => {
+                self.lose_session(who);
+                self.fleet.broker_down(&name(NAMES[who]));
+            }
+            Step::BrokerStops(who) => {
+                self.lose_session(who);
+                self.fleet.broker_stopped(&name(NAMES[who]));
+            }
+            Step::Reserve(who, what) if self.containers[who].up => {
+                *self.containers[who].owed.entry(PORTS[what]).or_default() += 1;
+                let candidates = vec![port(PORTS[(what + 1) % PORTS.len()]), port(3500)];
+                let changes = self.fleet.reserve(&name(NAMES[who]), port(PORTS[what]), candidates);
+                self.told(&changes);
+            }
+            Step::Register(_) | Step::Start(_) | Step::Listen(..) | Step::Session(_) | Step::Reserve(..) => {}
         }
         self.plan();
     }
@@ -289,11 +380,12 @@ impl World {
         }
     }
 
-    /// Every port that somebody wants is open, for the right one of those who want it, and no other one is.
+    /// Without brokers, every port that somebody wants is open, for the right one of those who want it, and no other one is.
     fn check(&self) {
         let wants = |who: usize, number: u16| {
             let container = &self.containers[who];
-            container.registered && container.cookie.is_some() && container.listening.contains(&number)
+            let entered = container.registered && container.cookie.is_some() && who != FAR;
+            entered && container.listening.contains(&number)
         };
         for number in PORTS {
             let wanted = number >= 1024
@@ -330,6 +422,10 @@ proptest! {
         let mut world = World::new();
         for step in steps {
             world.take(step);
+        }
+        world.settle();
+        for who in 0..NAMES.len() {
+            world.take(Step::BrokerStops(who));
         }
         world.settle();
         world.check();
