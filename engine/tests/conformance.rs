@@ -12,6 +12,8 @@ mod bytes;
 mod cancel;
 #[path = "conformance/connect.rs"]
 mod connect;
+#[path = "conformance/dials.rs"]
+mod dials;
 #[path = "conformance/tenants.rs"]
 mod tenants;
 #[path = "conformance/turn.rs"]
@@ -67,6 +69,9 @@ on_both_rings! {
         accepts_take_the_queue_one_by_one
         an_accept_tells_the_family
         an_accept_without_descriptors_is_exhausted;
+    dials:
+        answers_to_dials_come_in_any_order
+        a_request_waits_while_the_channel_is_full;
     tenants:
         three_operations_wait_on_one_socket
         a_number_s_next_tenant_hears_nothing_of_the_last
