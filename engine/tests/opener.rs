@@ -45,7 +45,7 @@ enum Needs {
 
 type Case = (&'static str, Needs, fn());
 
-const CASES: [Case; 19] = [
+const CASES: [Case; 20] = [
     ("a_socket_made_inside_connects_from_outside", Needs::Nothing, connects_from_outside),
     ("both_families_and_an_ipv6_listener", Needs::Nothing, both_families),
     ("an_upstream_is_what_the_engine_wants", Needs::Nothing, upstream),
@@ -62,6 +62,7 @@ const CASES: [Case; 19] = [
     ("the_opener_has_no_privilege_left", Needs::Nothing, no_privilege),
     ("running_out_of_descriptors_leaks_none", Needs::Nothing, exhausted),
     ("an_agent_hands_out_sockets_of_its_namespace", Needs::Nothing, agents::inside),
+    ("an_agent_serves_on_beside_one_that_does_not_read", Needs::Nothing, agents::floods),
     ("an_agent_of_our_own_namespace_is_refused", Needs::Nothing, agents::of_ours),
     ("a_namespace_is_entered_by_its_file", Needs::Root, by_file),
     ("another_users_namespace_is_refused", Needs::Root, anothers_namespace),

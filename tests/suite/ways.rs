@@ -1,10 +1,18 @@
 //! Claims 1, 2, 3, 4 and 9 by the other ways into a container: sockets of an agent, and a driver that dials.
 
-use landfall_engine::command::UpstreamKind;
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use landfall_engine::channel::Channel;
+use landfall_engine::command::{Ending, Event, ForwardId, Reach, UpstreamKind, WatchSources};
+use landfall_engine::limits::Limits;
+use landfall_engine::opener::{Answer, DialFailure, Request};
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
-use landfall_tests::enter_by;
+use landfall_tests::{Driver, End, PATIENCE, Pattern, Relay, enter_by};
 
+use crate::observe::ends_by;
 use crate::{half_close, leaks, refusal, reset, streams};
 
 /// A case for a claim's test by each of the ways.
@@ -21,7 +29,11 @@ macro_rules! cases {
                 $test(ring);
             }
         )*
-        pub(crate) const CASES: &[Case] = &[$(
+        pub(crate) const CASES: &[Case] = &[
+            Case::each_ring("c04_a_driver_that_answers_late_or_not_is_a_reset", answers_late),
+            Case::each_ring("c04_what_a_driver_says_is_told_and_counted", says_why),
+            Case::each_ring("c04_a_driver_that_goes_takes_its_forwards_along", goes),
+            $(
             Case::each_ring(stringify!($dialler), $dialler),
             Case::each_ring(stringify!($agent), $agent),
         )*];
@@ -55,4 +67,121 @@ cases! {
         leaks::churn;
     c09_by_a_driver_nothing_is_left, c09_by_an_agent_nothing_is_left:
         leaks::engines_and_upstreams;
+}
+
+const FORWARD: ForwardId = ForwardId(1);
+const PORT: u16 = 3000;
+
+/// An engine with a forward whose dials this thread answers.
+fn driven(ring: RingChoice, limits: Limits) -> (Driver, Channel) {
+    let mut driver = Driver::start(limits, ring);
+    let (engines, ours) = Channel::pair().unwrap();
+    let entered = (1 << 63, WatchSources::default(), vec![engines.into()]);
+    driver.add_entered(Relay::UPSTREAM, UpstreamKind::Dialler, entered);
+    driver.open(FORWARD, Relay::UPSTREAM, (PORT, 80), Reach::UNKNOWN).unwrap();
+    (driver, ours)
+}
+
+fn client() -> TcpStream {
+    landfall_tests::connect(([127, 0, 0, 1], PORT))
+}
+
+#[track_caller]
+fn asked(ours: &Channel) -> u64 {
+    let (request, _) = ours.recv_timeout::<Request>(PATIENCE).unwrap().unwrap();
+    let Request::Dial { dial, port } = request else {
+        panic!("{request:?} where a dial was to be asked for")
+    };
+    assert_eq!(port.get(), 80);
+    dial
+}
+
+/// Both ends of a connection as a driver makes one.
+fn pair() -> (TcpStream, TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let one = landfall_tests::connect(listener.local_addr().unwrap());
+    (one, listener.accept().unwrap().0)
+}
+
+fn answers_late(ring: RingChoice) {
+    let limits = Limits { connect_timeout: Duration::from_millis(200), ..Limits::default() };
+    let (mut driver, ours) = driven(ring, limits);
+    let waiting = client();
+    let late = asked(&ours);
+    assert_eq!(ends_by(&waiting), End::Reset);
+    // The socket of an answer that comes now is reset; the next dial is none the worse.
+    let (theirs, far) = pair();
+    ours.send(&Answer::Dialled { dial: late }, &[theirs.as_fd()]).unwrap();
+    drop(theirs);
+    assert_eq!(ends_by(&far), End::Reset);
+    let waiting = client();
+    let dial = asked(&ours);
+    assert_ne!(dial, late);
+    let (theirs, far) = pair();
+    ours.send(&Answer::Dialled { dial }, &[theirs.as_fd()]).unwrap();
+    drop(theirs);
+    landfall_tests::send_all(&far, Pattern::new(1), 1000);
+    landfall_tests::finish(&far);
+    let mut checker = Pattern::new(1).checker();
+    assert_eq!(landfall_tests::read_to_end(&waiting, &mut checker), End::Eof);
+    assert_eq!(checker.position(), 1000);
+    landfall_tests::finish(&waiting);
+    assert_eq!(ends_by(&far), End::Eof);
+    let stats = driver.close(FORWARD, Ending::Drain);
+    assert_eq!((stats.accepted, stats.refused), (2, 1), "{stats:?}");
+}
+
+/// Answers in another order than the requests, each to its own client.
+fn says_why(ring: RingChoice) {
+    let (mut driver, ours) = driven(ring, Limits::default());
+    let clients: Vec<TcpStream> = (0..3).map(|_| client()).collect();
+    let dials: Vec<u64> = (0..3).map(|_| asked(&ours)).collect();
+    let whys = [DialFailure::Refused, DialFailure::TimedOut, DialFailure::Exhausted];
+    for (dial, why) in dials.into_iter().zip(whys).rev() {
+        ours.send(&Answer::NotDialled { dial, why }, &[]).unwrap();
+    }
+    for client in &clients {
+        assert_eq!(ends_by(client), End::Reset);
+    }
+    // A server that breaks off at once, after a byte: both are told.
+    let waiting = client();
+    let dial = asked(&ours);
+    let (theirs, far) = pair();
+    landfall_tests::send_all(&far, Pattern::new(1), 10);
+    landfall_tests::reset(far);
+    ours.send(&Answer::Dialled { dial }, &[theirs.as_fd()]).unwrap();
+    drop(theirs);
+    let mut checker = Pattern::new(1).checker();
+    assert_eq!(landfall_tests::read_to_end(&waiting, &mut checker), End::Reset);
+    assert_eq!(checker.position(), 10);
+    let stats = driver.close(FORWARD, Ending::Drain);
+    assert_eq!((stats.refused, stats.exhausted, stats.reset_by_upstream), (2, 1, 1), "{stats:?}");
+}
+
+fn goes(ring: RingChoice) {
+    let (mut driver, ours) = driven(ring, Limits::default());
+    // One is relayed, and one waits.
+    let open = client();
+    let dial = asked(&ours);
+    let (theirs, far) = pair();
+    ours.send(&Answer::Dialled { dial }, &[theirs.as_fd()]).unwrap();
+    drop(theirs);
+    let waiting = client();
+    asked(&ours);
+    drop(ours);
+    assert_eq!(ends_by(&waiting), End::Reset);
+    let reason = driver.expect("the upstream to be lost", |event| match event {
+        Event::UpstreamRemoved { reason, .. } => Some(reason.clone()),
+        _ => None,
+    });
+    assert!(
+        reason.as_ref().is_some_and(|reason| reason.contains("whoever dialled for it has gone")),
+        "{reason:?}"
+    );
+    assert!(TcpStream::connect(("127.0.0.1", PORT)).is_err());
+    // What is open ends in its own time.
+    landfall_tests::finish(&open);
+    assert_eq!(ends_by(&far), End::Eof);
+    landfall_tests::finish(&far);
+    assert_eq!(ends_by(&open), End::Eof);
 }

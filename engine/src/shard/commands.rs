@@ -285,7 +285,12 @@ impl<R: Ring> Shard<R> {
     pub(super) fn forget_upstream(&mut self, id: SlotId) {
         let Some(upstream) = self.upstreams.entry(id) else { return };
         let Some(closing) = &upstream.closing else { return };
-        if upstream.in_flight().next().is_some() {
+        // Its ports are told to be free before it is told to be gone.
+        let has_ports =
+            |listener: &Listener<R::Socket>| listener.upstream_slot == id && !listener.told_closed;
+        let ids = self.listeners.ids();
+        let mut listeners = ids.into_iter().filter_map(|listener| self.listeners.entry(listener));
+        if upstream.in_flight().next().is_some() || listeners.any(has_ports) {
             return;
         }
         let (upstream, reason) = (upstream.id, closing.reason.clone());
@@ -318,10 +323,11 @@ impl<R: Ring> Shard<R> {
         if listener.open || !listener.sockets.is_empty() {
             return;
         }
-        let (forward, stats) = (listener.forward, listener.stats);
+        let (forward, stats, upstream) = (listener.forward, listener.stats, listener.upstream_slot);
         if !std::mem::replace(&mut listener.told_closed, true) {
             self.forwards.remove(&forward);
             self.reports.push(Report::ListenerClosed { forward, stats });
+            self.forget_upstream(upstream);
         }
         if stats.open == 0 {
             self.listeners.remove(id);

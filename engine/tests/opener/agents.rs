@@ -4,10 +4,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
+use landfall_engine::channel::Channel;
 use landfall_engine::command::{Family, WatchSources};
 use landfall_engine::opener::client::{Opener, StockError, take};
-use landfall_engine::opener::{AGENT_SOCKET, FailureKind, serve};
+use landfall_engine::opener::{AGENT_SOCKET, Answer, FailureKind, Request, serve};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use crate::{Inside, assert_refused, dial, listen, readable, sockets};
@@ -48,6 +51,45 @@ pub(crate) fn inside() {
     drop(inside);
     readable(channel);
     assert!(matches!(take(channel.as_fd(), Family::V4, cookie), Err(StockError::Gone)));
+}
+
+pub(crate) fn floods() {
+    let directory = tempfile::tempdir().unwrap();
+    let inside = Inside::with_agent(directory.path());
+    let flooding = Channel::connect(&directory.path().join(AGENT_SOCKET)).unwrap();
+    // Its own channels have an end.
+    let mut channels = Vec::new();
+    let refused = loop {
+        flooding.send(&Request::Channel, &[]).unwrap();
+        match flooding.recv_timeout::<Answer>(Duration::from_secs(10)).unwrap().unwrap() {
+            (Answer::Channel, ends) => channels.extend(ends),
+            (other, _) => break other,
+        }
+        assert!(channels.len() < 100, "there is no end of channels");
+    };
+    assert!(matches!(refused, Answer::Failed { failure } if failure.kind == FailureKind::Exhausted));
+    // It asks and never takes an answer, until it cannot even ask.
+    let request = Request::Sockets { family: Family::V4, count: 253, congestion: None };
+    let mut asked = 0;
+    let pause = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+    while poll(&mut [PollFd::new(&flooding, PollFlags::OUT)], Some(&pause)).unwrap() == 1 {
+        while flooding.try_send(&request, &[]).is_ok() {
+            asked += 1;
+        }
+        assert!(asked < 100_000, "the agent goes on though nobody takes its answers");
+    }
+    let begun = Instant::now();
+    let opener = Opener::connect(directory.path()).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    // What is on its way to the one is little.
+    let held = std::fs::read_dir(format!("/proc/{}/fd", inside.pid())).unwrap().count();
+    assert!(held < 64, "the agent holds {held} descriptors");
+    for _ in 0..3 {
+        let (answer, sockets) = flooding.recv_timeout::<Answer>(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(answer, Answer::Made { count: 64, error: None });
+        assert_eq!(sockets.len(), 64);
+    }
+    drop(opener);
 }
 
 pub(crate) fn of_ours() {
