@@ -233,11 +233,12 @@ fn open_acks() {
     let inside = Inside::start(&home);
     let server = Server::listen(&inside.namespace, "127.0.0.1:5173");
     let mut peer = inside.host();
+    let mut kept = Vec::new();
     // It takes any integer.
     for id in [1, 2, 0, -7, i64::from(i32::MAX), 4_294_967_297, 9_007_199_254_740_991] {
         peer.say(&open(id, 5173));
         assert_eq!(peer.message(), ack(id));
-        server.accept();
+        kept.push(server.accept());
     }
 }
 

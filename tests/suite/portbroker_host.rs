@@ -10,7 +10,7 @@ use landfall_tests::broker::{
     nack, not_forwarded, open, opened, request, snapshot, stream,
 };
 use landfall_tests::case::Case;
-use landfall_tests::rpc::{ask, done, names};
+use landfall_tests::rpc::{done, names};
 use landfall_tests::{Daemon, End, FakeDocker, Home, MOMENT, connect, finish, read_these, reset, wait_until};
 use serde_json::{Value, json};
 
@@ -226,8 +226,8 @@ fn close_reconnects() {
 fn snapshot_installs() {
     let home = Home::new();
     let scene = Scene::forwarding(&home, &[5173, 8080]);
-    scene.events_become(&["opened 5173 5173 127.0.0.1", "opened 8080 8080 127.0.0.1"]);
-    let whole = json!({"kind": "port-forward-opened", "containerName": NAME, "port": 5173, "hostPort": 5173, "bindAddr": "127.0.0.1"});
+    scene.events_become(&["opened 5173 5173 0.0.0.0", "opened 8080 8080 0.0.0.0"]);
+    let whole = json!({"kind": "port-forward-opened", "containerName": NAME, "port": 5173, "hostPort": 5173, "bindAddr": "0.0.0.0"});
     assert!(forward_events(&home, NAME).contains(&whole), "{:?}", forward_events(&home, NAME));
     for port in [5173, 8080] {
         connect((Ipv4Addr::LOCALHOST, port));
@@ -241,7 +241,7 @@ fn deny_list() {
     scene.peer.hear_that(&not_forwarded(9229, "policy excluded"));
     scene.peer.hear_that(&forwarded(5173, 5173));
     assert_unbound(9229);
-    scene.events_become(&["opened 5173 5173 127.0.0.1"]);
+    scene.events_become(&["opened 5173 5173 0.0.0.0"]);
 }
 
 fn allowlist() {
@@ -254,7 +254,7 @@ fn allowlist() {
     scene.peer.hear_that(&forwarded(5173, 5173));
     assert_unbound(8080);
     assert_unbound(8973);
-    scene.events_become(&["opened 5173 5173 127.0.0.1"]);
+    scene.events_become(&["opened 5173 5173 0.0.0.0"]);
     // Highest and lowest of what a list may name.
     let other = Container::listen("another-token").allowing(json!({"allow": [1, 65535]}));
     other.register(&home, "other");
@@ -297,7 +297,7 @@ fn closed_tears_down() {
     scene.peer.say(&data(id, b"hello"));
     read_these(&client, b"hello");
     scene.peer.say(&closed(5173));
-    scene.events_become(&["opened 5173 5173 127.0.0.1", "closed 5173 5173 container-released"]);
+    scene.events_become(&["opened 5173 5173 0.0.0.0", "closed 5173 5173 container-released"]);
     assert_unbound(5173);
     // Its clients are ended, and the container is told so that its side does not stay.
     scene.peer.hear_that(&close_downstream(id));
@@ -417,8 +417,8 @@ fn disconnect_tears_down() {
     events_become(
         &home,
         &[
-            "opened 5173 5173 127.0.0.1",
-            "opened 8080 8080 127.0.0.1",
+            "opened 5173 5173 0.0.0.0",
+            "opened 8080 8080 0.0.0.0",
             "closed 5173 5173 host-error",
             "closed 8080 8080 host-error",
         ],
@@ -437,20 +437,11 @@ fn stop_ends_all() {
         if by_shutdown {
             scene.daemon.shut_down();
         } else {
-            assert_eq!(
-                ask(&home, &json!({"kind": "deregister", "containerName": NAME})),
-                json!({"ok": true})
-            );
+            done(&home, &json!({"kind": "deregister", "containerName": NAME}));
+            let closed = ["closed 5173 5173 broker-stopped", "closed 8080 8080 broker-stopped"];
+            let opened = ["opened 5173 5173 0.0.0.0", "opened 8080 8080 0.0.0.0"];
+            events_become(&home, &[opened, closed].concat());
         }
-        events_become(
-            &home,
-            &[
-                "opened 5173 5173 127.0.0.1",
-                "opened 8080 8080 127.0.0.1",
-                "closed 5173 5173 broker-stopped",
-                "closed 8080 8080 broker-stopped",
-            ],
-        );
         let over = scene.peer.ending();
         assert!(matches!(over, Heard::Closed(..)), "it closes the WebSocket in order: {over:?}");
         let _ = ends_by(&client);
@@ -488,7 +479,7 @@ fn dedups() {
     assert!(scene.peer.is_silent_for(MOMENT), "a duplicate is not answered");
     drop(taken);
     assert_unbound(4848);
-    scene.events_become(&["opened 5173 5173 127.0.0.1", "opened 4848 4849 127.0.0.1"]);
+    scene.events_become(&["opened 5173 5173 0.0.0.0", "opened 4848 4849 127.0.0.1"]);
 }
 
 fn connect_timeout() {

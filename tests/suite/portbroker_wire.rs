@@ -50,6 +50,9 @@ fn lists_at_once(home: &Home) -> Duration {
     took
 }
 
+/// How long it may take while a flood is understood by an unoptimised build that shares its processors. Without one it is [`AT_ONCE`].
+const IN_A_FLOOD: Duration = Duration::from_secs(5);
+
 /// The connection works: a port that is announced is forwarded and relayed.
 #[track_caller]
 fn works(scene: &mut Scene<'_>, port: u16) {
@@ -211,8 +214,9 @@ fn client_never_reads() {
             speaker.try_say(&block).unwrap();
         }
     });
-    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id), "a stream over its cap is closed");
+    // All of it is taken, however long that takes, and the stream was over its cap long before.
     flood.join().unwrap();
+    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id), "a stream over its cap is closed");
     // What the client had been given it may still read; then the end.
     let mut bytes = 0_u64;
     let mut buffer = vec![0; 1 << 20];
@@ -445,7 +449,10 @@ fn flood_holds_up_nobody() {
     });
     let mut slowest = Duration::ZERO;
     scene.peer.drop_all_until(|| {
-        slowest = slowest.max(lists_at_once(&home));
+        let begun = Instant::now();
+        assert!(!names(&home).is_empty());
+        slowest = slowest.max(begun.elapsed());
+        assert!(slowest < IN_A_FLOOD, "list took {slowest:?}");
         flood.is_finished()
     });
     let mut speaker = flood.join().unwrap();
