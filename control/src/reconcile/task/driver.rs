@@ -150,7 +150,12 @@ impl Driver {
                     self.meet_broker(name, announcements, words);
                 }
                 Turn::Registrations => self.sync(),
-                Turn::Broker(heard) => self.hear_broker(heard).await,
+                Turn::Broker(heard) => {
+                    self.hear_broker(heard).await;
+                    // What a container announces is as much as it likes, and planning after each takes a while: everybody else
+                    // on this thread has a turn in between.
+                    tokio::task::yield_now().await;
+                }
                 Turn::Word(word) => self.hear_word(word).await,
                 Turn::Engine(Ok(event)) => self.hear_engine(&event),
                 Turn::Engine(Err(error)) => self.lose_engine(&error.to_string()),
