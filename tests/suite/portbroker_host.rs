@@ -226,8 +226,8 @@ fn close_reconnects() {
 fn snapshot_installs() {
     let home = Home::new();
     let scene = Scene::forwarding(&home, &[5173, 8080]);
-    scene.events_become(&["opened 5173 5173 0.0.0.0", "opened 8080 8080 0.0.0.0"]);
-    let whole = json!({"kind": "port-forward-opened", "containerName": NAME, "port": 5173, "hostPort": 5173, "bindAddr": "0.0.0.0"});
+    scene.events_become(&["opened 5173 5173 127.0.0.1", "opened 8080 8080 127.0.0.1"]);
+    let whole = json!({"kind": "port-forward-opened", "containerName": NAME, "port": 5173, "hostPort": 5173, "bindAddr": "127.0.0.1"});
     assert!(forward_events(&home, NAME).contains(&whole), "{:?}", forward_events(&home, NAME));
     for port in [5173, 8080] {
         connect((Ipv4Addr::LOCALHOST, port));
@@ -241,7 +241,7 @@ fn deny_list() {
     scene.peer.hear_that(&not_forwarded(9229, "policy excluded"));
     scene.peer.hear_that(&forwarded(5173, 5173));
     assert_unbound(9229);
-    scene.events_become(&["opened 5173 5173 0.0.0.0"]);
+    scene.events_become(&["opened 5173 5173 127.0.0.1"]);
 }
 
 fn allowlist() {
@@ -254,7 +254,7 @@ fn allowlist() {
     scene.peer.hear_that(&forwarded(5173, 5173));
     assert_unbound(8080);
     assert_unbound(8973);
-    scene.events_become(&["opened 5173 5173 0.0.0.0"]);
+    scene.events_become(&["opened 5173 5173 127.0.0.1"]);
     // Highest and lowest of what a list may name.
     let other = Container::listen("another-token").allowing(json!({"allow": [1, 65535]}));
     other.register(&home, "other");
@@ -297,7 +297,7 @@ fn closed_tears_down() {
     scene.peer.say(&data(id, b"hello"));
     read_these(&client, b"hello");
     scene.peer.say(&closed(5173));
-    scene.events_become(&["opened 5173 5173 0.0.0.0", "closed 5173 5173 container-released"]);
+    scene.events_become(&["opened 5173 5173 127.0.0.1", "closed 5173 5173 container-released"]);
     assert_unbound(5173);
     // Its clients are ended, and the container is told so that its side does not stay.
     scene.peer.hear_that(&close_downstream(id));
@@ -417,8 +417,8 @@ fn disconnect_tears_down() {
     events_become(
         &home,
         &[
-            "opened 5173 5173 0.0.0.0",
-            "opened 8080 8080 0.0.0.0",
+            "opened 5173 5173 127.0.0.1",
+            "opened 8080 8080 127.0.0.1",
             "closed 5173 5173 host-error",
             "closed 8080 8080 host-error",
         ],
@@ -439,7 +439,7 @@ fn stop_ends_all() {
         } else {
             done(&home, &json!({"kind": "deregister", "containerName": NAME}));
             let closed = ["closed 5173 5173 broker-stopped", "closed 8080 8080 broker-stopped"];
-            let opened = ["opened 5173 5173 0.0.0.0", "opened 8080 8080 0.0.0.0"];
+            let opened = ["opened 5173 5173 127.0.0.1", "opened 8080 8080 127.0.0.1"];
             events_become(&home, &[opened, closed].concat());
         }
         let over = scene.peer.ending();
@@ -479,7 +479,7 @@ fn dedups() {
     assert!(scene.peer.is_silent_for(MOMENT), "a duplicate is not answered");
     drop(taken);
     assert_unbound(4848);
-    scene.events_become(&["opened 5173 5173 0.0.0.0", "opened 4848 4849 127.0.0.1"]);
+    scene.events_become(&["opened 5173 5173 127.0.0.1", "opened 4848 4849 127.0.0.1"]);
 }
 
 fn connect_timeout() {

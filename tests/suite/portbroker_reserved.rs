@@ -84,13 +84,13 @@ fn no_double_bind() {
     scene.peer.say(&opened(4848));
     assert!(scene.peer.is_silent_for(MOMENT));
     assert_unbound(4848);
-    scene.events_become(&["opened 4848 4900 127.0.0.1", "opened 5173 5173 0.0.0.0"]);
+    scene.events_become(&["opened 4848 4900 127.0.0.1", "opened 5173 5173 127.0.0.1"]);
     // The other way round, the automatic one gives way.
     scene.peer.say(&request(5173, &[5173]));
     scene.peer.hear_that(&forwarded(5173, 5173));
     scene.events_become(&[
         "opened 4848 4900 127.0.0.1",
-        "opened 5173 5173 0.0.0.0",
+        "opened 5173 5173 127.0.0.1",
         "closed 5173 5173 container-released",
         "opened 5173 5173 127.0.0.1",
     ]);
@@ -221,7 +221,7 @@ fn reserved_outlive() {
     let _ = ends_by(&client);
     events_become(
         &home,
-        &["opened 5173 5173 0.0.0.0", "opened 4848 4900 127.0.0.1", "closed 5173 5173 host-error"],
+        &["opened 5173 5173 127.0.0.1", "opened 4848 4900 127.0.0.1", "closed 5173 5173 host-error"],
     );
     let early = connect((Ipv4Addr::LOCALHOST, 4900));
     let _ = ends_by(&early);
@@ -381,7 +381,7 @@ fn replacement_waits() {
     let begun = Instant::now();
     scene.peer.ending();
     assert!(begun.elapsed() < MOMENT, "the old broker's connection outlived the new one's hello");
-    assert_eq!(scene.events(), ["opened 5173 5173 0.0.0.0", "closed 5173 5173 broker-stopped"]);
+    assert_eq!(scene.events(), ["opened 5173 5173 127.0.0.1", "closed 5173 5173 broker-stopped"]);
     assert_unbound(5173);
     peer.say(&json!({"type": "broker-hello-ack"}));
     peer.hear("port-watch-subscribe");
