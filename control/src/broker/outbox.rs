@@ -283,3 +283,7 @@ impl Drop for Queue {
         self.0.room.close();
     }
 }
+
+#[cfg(test)]
+#[path = "outbox_tests.rs"]
+mod tests;

@@ -265,13 +265,22 @@ impl<'a> Pump<'a> {
         }
     }
 
-    async fn close(self, closing: Closing) {
+    async fn close(&self, closing: Closing) {
         if matches!(closing, Closing::Acknowledged | Closing::ResetAcknowledged) {
             acknowledged(&self.socket).await;
         }
         if matches!(closing, Closing::Orderly | Closing::Acknowledged) {
             // Where it is refused, the socket is broken already.
             let _ = sockopt::set_socket_linger(&self.socket, None);
+        }
+    }
+}
+
+impl Drop for Pump<'_> {
+    fn drop(&mut self) {
+        // It was given up, so what it has sent is of no use without the rest.
+        if self.end.is_none() {
+            self.lane.discard();
         }
     }
 }

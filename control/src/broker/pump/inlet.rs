@@ -248,3 +248,65 @@ impl Drop for Outlet {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use futures_util::FutureExt as _;
+
+    fn data(bytes: usize) -> Frame {
+        Frame::Data(Bytes::from(vec![7; bytes]))
+    }
+
+    fn now(outlet: &Outlet) -> Option<Result<Option<Frame>, Overflow>> {
+        outlet.next().now_or_never()
+    }
+
+    #[test]
+    fn small_payload_is_taken_together_and_nothing_changes_its_place() {
+        let (inlet, outlet) = Inlets::new(true).inlet();
+        for frame in [data(0), data(3), data(4), data(SMALL_BYTES), data(5), Frame::Credit(1), data(6)] {
+            inlet.deliver(frame);
+        }
+        for frame in [data(7), data(SMALL_BYTES), data(5), Frame::Credit(1), data(6)] {
+            assert_eq!(now(&outlet), Some(Ok(Some(frame))));
+        }
+        assert_eq!(now(&outlet), None);
+        drop(inlet);
+        assert_eq!(now(&outlet), Some(Ok(None)));
+    }
+
+    #[test]
+    fn a_stream_beyond_its_bound_is_given_up_and_what_is_released_does_not_count() {
+        let (inlet, outlet) = Inlets::bounded(100, 1000).inlet();
+        for _ in 0..10 {
+            inlet.deliver(data(60));
+            assert_eq!(now(&outlet), Some(Ok(Some(data(60)))));
+            outlet.release(60);
+        }
+        inlet.deliver(data(60));
+        assert_eq!(now(&outlet), Some(Ok(Some(data(60)))));
+        // What was taken and not written yet counts.
+        inlet.deliver(data(41));
+        assert_eq!(now(&outlet), Some(Err(Overflow)));
+        inlet.deliver(data(1));
+        assert_eq!(now(&outlet), Some(Err(Overflow)));
+    }
+
+    #[test]
+    fn where_all_have_too_much_together_the_fattest_is_given_up() {
+        let inlets = Inlets::bounded(100, 150);
+        let (thin, thin_out) = inlets.inlet();
+        let (fat, fat_out) = inlets.inlet();
+        thin.deliver(data(60));
+        fat.deliver(data(90));
+        thin.deliver(data(1));
+        assert_eq!(now(&fat_out), Some(Err(Overflow)));
+        // All of the other's room is there again.
+        thin.deliver(data(39));
+        assert_eq!(now(&thin_out), Some(Ok(Some(data(100)))));
+        drop((thin, thin_out, fat, fat_out));
+        assert_eq!(inlets.0.state().bytes, 0);
+    }
+}
