@@ -44,8 +44,7 @@ use hub::Hub;
 use log::{AgentEvent, Log};
 use server::{Bound, Settings};
 
-/// The container's own port (wire specification, A.0.1).
-pub const PORT: u16 = 8973;
+pub use crate::policy::CONTAINER_PORT as PORT;
 /// How often what listens is read (wire specification, A.3.5).
 pub const INTERVAL: Duration = Duration::from_millis(500);
 

@@ -38,7 +38,7 @@ use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
 use crate::liveness::Ways;
 use crate::paths::{self, Home, HomeError};
-use crate::reconcile::fleet::CONTAINER_PORT;
+use crate::policy::CONTAINER_PORT;
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
 use crate::registration::store::{Attendant, DropReason, Registry, RegistryOptions};
 use crate::rpc::answers::Answers;

@@ -16,6 +16,10 @@ pub use wire::{Allow, PortForward, PortForwardError, port_of};
 
 mod wire;
 
+/// The port on which a container answers its daemon; never forwarded, even where it is listed (wire specification, A.0.1
+/// and A.5).
+pub const CONTAINER_PORT: u16 = 8973;
+
 /// The first port that needs no naming.
 pub const FIRST_UNPRIVILEGED: u16 = 1024;
 

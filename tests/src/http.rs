@@ -1,12 +1,11 @@
 //! A client of the daemon's HTTP endpoint that sends exact bytes over TCP.
 
-use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
-use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::{PATIENCE, rpc};
+use crate::peer::Peer;
+use crate::rpc;
 
 /// What came back.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,11 +39,7 @@ impl Answer {
 }
 
 /// A connection to the endpoint.
-#[derive(Debug)]
-pub struct Web {
-    stream: TcpStream,
-    unread: Vec<u8>,
-}
+pub type Web = Peer<TcpStream>;
 
 impl Web {
     /// Connects to 127.0.0.1.
@@ -55,54 +50,8 @@ impl Web {
     pub fn connect(port: u16) -> Web {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
             .unwrap_or_else(|error| panic!("connect to port {port}: {error}"));
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
-        Web { stream, unread: Vec::new() }
-    }
-
-    /// How long a read waits.
-    ///
-    /// # Panics
-    /// When it is no time at all.
-    pub fn patience(self, patience: Duration) -> Web {
-        self.stream.set_read_timeout(Some(patience)).unwrap();
-        self
-    }
-
-    /// Sends bytes.
-    ///
-    /// # Panics
-    /// When they are not taken.
-    #[track_caller]
-    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
-        self.stream.write_all(bytes.as_ref()).unwrap();
-    }
-
-    /// Sends bytes for as long as they are taken.
-    ///
-    /// # Errors
-    /// Those of `write(2)`.
-    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
-        self.stream.write_all(bytes.as_ref())
-    }
-
-    /// Reads more; false at the end, a reset included.
-    #[track_caller]
-    fn read_more(&mut self) -> bool {
-        let mut buffer = [0; 4096];
-        loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => return false,
-                Ok(count) => {
-                    self.unread.extend_from_slice(&buffer[..count]);
-                    return true;
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if crate::tcp::is_broken(error.kind()) => return false,
-                Err(error) => panic!("{error} after {:?}", String::from_utf8_lossy(&self.unread)),
-            }
-        }
+        Peer::new(stream).unwrap()
     }
 
     /// The next answer on this connection: its body is what `content-length` says.

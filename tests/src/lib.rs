@@ -18,6 +18,7 @@ mod docker;
 mod haproxy;
 pub mod http;
 mod namespace;
+pub mod peer;
 pub mod process;
 mod relay;
 pub mod rpc;

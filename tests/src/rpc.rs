@@ -1,19 +1,17 @@
 //! A client of the daemon's socket that knows nothing but the wire: it sends exact bytes and reads exact bytes.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::peer::Peer;
 use crate::{Home, PATIENCE};
 
 /// A connection to the daemon's socket.
-#[derive(Debug)]
-pub struct Wire {
-    stream: UnixStream,
-}
+pub type Wire = Peer<UnixStream>;
 
 impl Wire {
     /// Connects.
@@ -31,36 +29,7 @@ impl Wire {
     /// # Errors
     /// Those of `connect(2)`.
     pub fn try_connect(home: &Home) -> std::io::Result<Wire> {
-        let stream = UnixStream::connect(home.socket())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Wire { stream })
-    }
-
-    /// How long a read waits.
-    ///
-    /// # Panics
-    /// When it is no time at all.
-    pub fn patience(self, patience: Duration) -> Wire {
-        self.stream.set_read_timeout(Some(patience)).unwrap();
-        self
-    }
-
-    /// Sends bytes.
-    ///
-    /// # Panics
-    /// When the daemon does not take them.
-    #[track_caller]
-    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
-        self.stream.write_all(bytes.as_ref()).unwrap();
-    }
-
-    /// Sends bytes for as long as the daemon takes them; that it may refuse to is part of the case.
-    ///
-    /// # Errors
-    /// Those of `write(2)`.
-    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
-        self.stream.write_all(bytes.as_ref())
+        Peer::new(UnixStream::connect(home.socket())?)
     }
 
     /// Says that nothing more comes.
@@ -77,18 +46,8 @@ impl Wire {
     /// When no end comes.
     #[track_caller]
     pub fn rest(&mut self) -> String {
-        let mut all = Vec::new();
-        let mut buffer = [0; 4096];
-        loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => all.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if crate::tcp::is_broken(error.kind()) => break,
-                Err(error) => panic!("{error} after {:?}", String::from_utf8_lossy(&all)),
-            }
-        }
-        String::from_utf8(all).unwrap()
+        while self.read_more() {}
+        String::from_utf8(std::mem::take(&mut self.unread)).unwrap()
     }
 
     /// One line, without its newline.

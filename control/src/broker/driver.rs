@@ -25,11 +25,10 @@ use super::pair::Pairs;
 use super::pump::{self, Inlet, Outlet};
 use crate::docker::{Docker, DockerError};
 use crate::events::{Event, Journal};
+use crate::policy::CONTAINER_PORT;
 use crate::reconcile::announced::{Announcement, BrokerLink, BrokerWord};
 use crate::registration::model::{ContainerName, Token, Way};
 
-/// The port of the container's own server (wire specification, A.0.1).
-const CONTAINER_PORT: u16 = 8973;
 /// How long Docker may take to say where that is published, and how long it is asked again while it is not (wire
 /// specification, A.6.1).
 const LOOK_UP_MAX: Duration = Duration::from_secs(2);

@@ -53,12 +53,13 @@ use crate::policy::Policy;
 use crate::registration::model::ContainerName;
 use announced::Broker;
 
+pub use crate::policy::CONTAINER_PORT;
 pub use announced::OWED_MAX;
 pub use change::{Change, ClosedReason};
 pub use heirs::HEIR_PATIENCE;
 pub use rows::Row;
 pub use upstreams::Admission;
-pub use verdict::{CONTAINER_PORT, FORWARDS_MAX};
+pub use verdict::FORWARDS_MAX;
 
 /// How long a port that could not be opened rests. Short enough that a freed port feels as if it were taken at once,
 /// long enough to cost nothing.

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 
-use crate::policy::PortForward;
+use crate::policy::{PortForward, port_of};
 
 /// A container's name: `^[A-Za-z0-9][A-Za-z0-9_.-]*$`, so it is a file's name, too, and never leads out of a directory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -200,7 +200,7 @@ impl Registration {
         let broker_token = token(&mut fields, "brokerToken")?;
         let ws_host_port = match fields.remove("wsHostPort") {
             None => None,
-            Some(port) => Some(as_port(&port).ok_or(RegistrationError::Field("wsHostPort"))?),
+            Some(port) => Some(port_of(&port).ok_or(RegistrationError::Field("wsHostPort"))?),
         };
         let port_forward = match fields.remove("portForward") {
             None => None,
@@ -239,11 +239,6 @@ fn token(fields: &mut Map<String, Value>, name: &'static str) -> Result<Option<T
         Some(Value::String(text)) => Ok(Token::new(&text)),
         Some(_) => Err(RegistrationError::Field(name)),
     }
-}
-
-/// A JSON number that is a port; 5173.0 is one to the reference's clients.
-fn as_port(value: &Value) -> Option<NonZeroU16> {
-    crate::policy::port_of(value)
 }
 
 fn read_way(way: Value) -> Result<Way, RegistrationError> {

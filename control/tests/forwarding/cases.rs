@@ -36,6 +36,23 @@ pub(crate) fn refused(port: u16) {
     });
 }
 
+/// A world in which nobody drives yet, and a namespace with a server.
+fn listening() -> (World, Namespace, u16) {
+    let mut namespace = Namespace::new("a");
+    let port = free_port();
+    namespace.listen(port);
+    (World::new(), namespace, port)
+}
+
+/// The same, driven, and the server answers on the host.
+fn forwarded() -> (World, Namespace, u16) {
+    let (mut world, namespace, port) = listening();
+    world.start();
+    world.register(&[("a", &way_of(&namespace))]);
+    answers(port, "a");
+    (world, namespace, port)
+}
+
 fn nothing_registered_starts_no_engine() {
     let mut world = World::new();
     world.start();
@@ -71,13 +88,7 @@ fn of_two_namespaces_the_first_keeps_the_port() {
 }
 
 fn an_engine_that_is_killed_is_started_again() {
-    let mut world = World::new();
-    let mut namespace = Namespace::new("a");
-    let port = free_port();
-    namespace.listen(port);
-    world.start();
-    world.register(&[("a", &way_of(&namespace))]);
-    answers(port, "a");
+    let (world, _namespace, port) = forwarded();
     for _ in 0..2 {
         let engine = until("the engine runs", || world.engine());
         let pid = rustix::process::Pid::from_raw(i32::try_from(engine).unwrap()).unwrap();
@@ -137,10 +148,7 @@ impl Drop for Flood {
 }
 
 fn a_driver_that_comes_back_makes_no_duplicate() {
-    let mut world = World::new();
-    let mut namespace = Namespace::new("a");
-    let port = free_port();
-    namespace.listen(port);
+    let (mut world, mut namespace, port) = listening();
     let version = landfall::version::current();
     let mut drive = Drive::start(&world.home, &version, "a", &namespace, port);
     let mut client = Client::connect(port).unwrap();
@@ -169,10 +177,7 @@ fn a_driver_that_comes_back_makes_no_duplicate() {
 }
 
 fn an_engine_of_another_version_is_relieved() {
-    let mut world = World::new();
-    let mut namespace = Namespace::new("a");
-    let port = free_port();
-    namespace.listen(port);
+    let (mut world, namespace, port) = listening();
     world.register(&[("a", &way_of(&namespace))]);
     let mut flood: Option<Flood> = None;
     for round in 0..3 {
@@ -206,13 +211,7 @@ fn an_engine_of_another_version_is_relieved() {
 }
 
 fn a_process_that_ends_is_let_go_of() {
-    let mut world = World::new();
-    let mut namespace = Namespace::new("a");
-    let port = free_port();
-    namespace.listen(port);
-    world.start();
-    world.register(&[("a", &way_of(&namespace))]);
-    answers(port, "a");
+    let (world, mut namespace, port) = forwarded();
     let mut ended = world.forwarding().ended();
     namespace.kill();
     let begin = Instant::now();
@@ -273,14 +272,8 @@ fn a_file_becomes_another_namespace() {
 }
 
 fn one_namespace_is_forwarded_once() {
-    let mut world = World::new();
-    let mut namespace = Namespace::new("a");
-    let port = free_port();
-    namespace.listen(port);
-    world.start();
+    let (world, namespace, _port) = forwarded();
     let own = Way::Process { pid: std::process::id().try_into().unwrap(), started: None };
-    world.register(&[("a", &way_of(&namespace))]);
-    answers(port, "a");
     world.register(&[("a", &way_of(&namespace)), ("b", &way_of(&namespace)), ("host", &own)]);
     for (name, why) in [("b", "container \"a\""), ("host", "daemon's own network")] {
         let reason = until("it is refused", || world.container(name)?.reason);
@@ -290,13 +283,7 @@ fn one_namespace_is_forwarded_once() {
 }
 
 fn an_engine_that_is_stopped_closes_its_ports() {
-    let mut world = World::new();
-    let mut namespace = Namespace::new("a");
-    let port = free_port();
-    namespace.listen(port);
-    world.start();
-    world.register(&[("a", &way_of(&namespace))]);
-    answers(port, "a");
+    let (world, _namespace, port) = forwarded();
     world.runtime.block_on(world.forwarding().stop_engine());
     refused(port);
     assert!(world.log("port-forward-closed")[0].contains("broker-stopped"));

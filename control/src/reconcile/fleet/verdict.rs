@@ -6,10 +6,7 @@ use std::num::NonZeroU16;
 use landfall_engine::command::{Reach, UpstreamId};
 
 use super::{Fleet, Upstream};
-use crate::policy::{Decision, DenyReason, Policy};
-
-/// The port on which a container answers its daemon; never forwarded, even where it is listed (wire specification, A.5).
-pub const CONTAINER_PORT: u16 = 8973;
+use crate::policy::{CONTAINER_PORT, Decision, DenyReason, Policy};
 
 /// How many ports of one container are forwarded. A dev server has a handful; a program that listens on thousands is a
 /// mistake or an attack, and may not have all of the host's ports.
