@@ -1,10 +1,12 @@
 //! Tailscale (wire specification, A.11 and A.14): which calls are made and what is told of them, with a `tailscale` that
 //! writes down how it is called.
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use landfall_tests::broker::{Container, forwarded, request};
 use landfall_tests::case::Case;
 use landfall_tests::{Daemon, Home, Namespace, Server, Start, rpc, wait_until};
 use rustix::process::Signal;
@@ -22,6 +24,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("tailscale_that_hangs_is_killed_and_forwarding_goes_on", hangs),
     Case::once("tailscale_is_turned_off_when_its_container_is_deregistered", deregistered),
     Case::once("tailscale_is_never_called_for_a_policy_that_exposes_nothing", off_switch),
+    Case::once("tailscale_serves_the_bound_host_port_of_a_reserved_forward", reserved),
     Case::once("tailscale_is_never_called_unless_asked_for", not_asked_for),
     Case::once("tailscale_is_turned_off_when_the_daemon_stops", daemon_stops),
     Case::once("tailscale_of_a_killed_daemon_is_taken_over", killed_daemon),
@@ -261,6 +264,23 @@ fn off_switch() {
     rpc::register_with(&world.home, "open", &by_file(&elsewhere));
     world.wait_for_told(&["opened open 3001"]);
     assert_eq!(world.calls(), served(OTHER));
+}
+
+fn reserved() {
+    let world = World::new();
+    let _daemon = world.daemon();
+    let _taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 4848)).unwrap();
+    let container = Container::listen("a-broker-token").allowing(json!({"allow": "*"}));
+    container.register(&world.home, "a");
+    let mut peer = container.welcome();
+    peer.say(&request(4848, &[4848, 4849]));
+    peer.hear_that(&forwarded(4848, 4849));
+    world.wait_for_told(&["opened a 4849"]);
+    rpc::done(&world.home, &json!({"kind": "deregister", "containerName": "a"}));
+    world.wait_for_told(&["opened a 4849", "closed a 4849"]);
+    let mut calls = served(4849).to_vec();
+    calls.push(off(4849));
+    assert_eq!(world.calls(), calls);
 }
 
 fn not_asked_for() {
