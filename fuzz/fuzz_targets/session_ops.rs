@@ -1,0 +1,393 @@
+//! Both sides of a broker's session, each with whatever may happen to it in any order: messages before and after the hello,
+//! frames that are none, dials, outcomes, losses, time, the stop. What holds then is in the sources of the machines: nothing
+//! is said before its time, every dial has one answer, no number is given twice, and no list grows without a bound.
+
+#![no_main]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
+use std::time::{Duration, Instant};
+
+use landfall::broker::container::{self, Ask, Attempt, ContainerEvent, ForwardRequest, Heard, Reserved};
+use landfall::broker::host::{self, Action, DialKey, Input};
+use landfall::broker::message::{
+    Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost, Unreadable, from_binary,
+};
+use landfall::registration::model::Token;
+use landfall_engine::watch::parse::{BindAddr, WireListener};
+use libfuzzer_sys::fuzz_target;
+
+const TOKEN: &str = "the-token-of-this-container";
+
+/// What happens, as a kind, a number and some bytes.
+type Op = (u8, u16, Vec<u8>);
+
+fuzz_target!(|input: (bool, Vec<Op>)| {
+    let (of_host, ops) = input;
+    if of_host { drive_host(&ops) } else { drive_container(&ops) }
+});
+
+fn port(number: u16) -> NonZeroU16 {
+    NonZeroU16::new(number).unwrap_or(NonZeroU16::MIN)
+}
+
+fn token() -> Token {
+    Token::new(TOKEN).expect("it is not empty")
+}
+
+/// Few streams, so that messages meet those that there are; and a few that there cannot be.
+fn stream(number: u16) -> StreamId {
+    StreamId(match number % 16 {
+        15 => i64::MIN,
+        14 => i64::MAX,
+        13 => 0,
+        near => i64::from(near) + 1,
+    })
+}
+
+fn extensions(number: u16) -> Extensions {
+    Extensions {
+        binary: number & 1 != 0,
+        credit: number & 2 != 0,
+        half_close: number & 4 != 0,
+        reset: number & 8 != 0,
+    }
+}
+
+fn frame(number: u16, bytes: &[u8]) -> Frame {
+    match number / 16 % 5 {
+        0 => Frame::Data(bytes.to_vec().into()),
+        1 => Frame::Close(landfall::broker::message::Side::Upstream),
+        2 => Frame::Credit(u32::from(number)),
+        3 => Frame::Eof,
+        _ => Frame::Reset,
+    }
+}
+
+/// What the shell of the host's machine would know.
+#[derive(Default)]
+struct Host {
+    /// An attempt or a connection is there.
+    connected: bool,
+    /// It is open, and the hello was said.
+    greeted: bool,
+    up: bool,
+    stopped: bool,
+    /// The dials that wait for an answer.
+    waiting: BTreeSet<DialKey>,
+    dials: u64,
+    /// The numbers in use: those that opened, and those whose pump has begun.
+    opening: BTreeSet<StreamId>,
+    begun: BTreeSet<StreamId>,
+}
+
+fn drive_host(ops: &[Op]) {
+    let mut now = Instant::now();
+    let mut machine = host::Session::new(token(), Extensions::ALL, now);
+    let mut shell = Host::default();
+    for (kind, number, bytes) in ops {
+        let input = match kind % 11 {
+            0 => {
+                now += Duration::from_millis(u64::from(*number));
+                Input::Time
+            }
+            1 if shell.connected && !shell.greeted => Input::Opened,
+            2 if shell.connected => {
+                (shell.connected, shell.greeted, shell.up) = (false, false, false);
+                Input::Lost(String::from_utf8_lossy(bytes).into_owned())
+            }
+            3 if shell.greeted => Input::Text(to_host(*number, bytes)),
+            4 if shell.greeted => match ToHost::from_text(&String::from_utf8_lossy(bytes)) {
+                Ok(Some(message)) => Input::Text(message),
+                Ok(None) | Err(_) => continue,
+            },
+            5 if shell.greeted => match from_binary(bytes.clone().into()) {
+                Ok(Some((stream, frame))) => Input::Binary(stream, frame),
+                Ok(None) | Err(_) => continue,
+            },
+            6 => {
+                shell.dials += 1;
+                let key = DialKey { channel: u64::from(number % 3), dial: shell.dials };
+                assert!(shell.waiting.insert(key));
+                Input::Dial(key, port(*number))
+            }
+            7 => Input::ChannelClosed(u64::from(number % 3)),
+            8 => {
+                let result = if bytes.is_empty() { Ok(port(*number)) } else { Err("EADDRINUSE".to_owned()) };
+                Input::Result(ForwardResult { port: port(*number), result })
+            }
+            9 => match shell.begun.pop_first() {
+                Some(stream) => Input::StreamEnded(stream),
+                None => continue,
+            },
+            10 => Input::Stop,
+            _ => continue,
+        };
+        let stops = matches!(input, Input::Stop);
+        let mut actions = Vec::new();
+        machine.on(input, now, &mut actions);
+        shell.stopped |= stops;
+        for action in actions {
+            shell.obey(action);
+        }
+        assert_eq!(machine.is_stopped(), shell.stopped);
+        assert!(shell.opening.len() <= host::STREAMS_MAX);
+        assert!(!shell.stopped || shell.waiting.is_empty(), "a dial waits on after the stop");
+        assert!(machine.due().is_none_or(|due| due <= now + host::CONNECT_MAX));
+    }
+    // Whatever was dialled has an answer when its time is over.
+    let mut actions = Vec::new();
+    now += host::DIAL_MAX;
+    machine.on(Input::Time, now, &mut actions);
+    actions.into_iter().for_each(|action| shell.obey(action));
+    assert!(shell.waiting.is_empty(), "{:?} wait on", shell.waiting);
+}
+
+impl Host {
+    fn obey(&mut self, action: Action) {
+        match action {
+            Action::Connect => {
+                assert!(!self.connected && !self.stopped, "an attempt beside another, or after the stop");
+                self.connected = true;
+            }
+            Action::Disconnect => (self.connected, self.greeted, self.up) = (false, false, false),
+            Action::Say(ToContainer::Hello { token, .. }) => {
+                assert!(self.connected && !self.greeted && token == TOKEN);
+                self.greeted = true;
+            }
+            Action::Say(message) => self.say(&message),
+            Action::Announce(landfall::reconcile::announced::Announcement::Up) => {
+                assert!(self.greeted && !self.up);
+                self.up = true;
+            }
+            Action::Announce(landfall::reconcile::announced::Announcement::Down) => {}
+            Action::Announce(_) => assert!(self.up, "something was announced before the hello was answered"),
+            Action::Begin { stream, key } => {
+                assert!(self.waiting.remove(&key), "a second answer");
+                assert!(self.opening.remove(&stream), "a stream that was not opened");
+                self.begun.insert(stream);
+            }
+            Action::Refuse { key, .. } => assert!(self.waiting.remove(&key), "a second answer"),
+            Action::Deliver(stream, _) => {
+                assert!(self.opening.contains(&stream) || self.begun.contains(&stream));
+            }
+            Action::Cut(stream) => {
+                self.opening.remove(&stream);
+                self.begun.remove(&stream);
+            }
+            Action::Notice(text) => assert!(!text.contains(TOKEN), "the token was told"),
+            Action::Rejected(_) => self.stopped = true,
+        }
+    }
+
+    fn say(&mut self, message: &ToContainer) {
+        assert!(self.up, "said before the hello was answered: {message:?}");
+        let text = message.to_text();
+        assert_eq!(ToContainer::from_text(&text).as_ref(), Ok(&Some(message.clone())), "{text}");
+        if let ToContainer::Open { stream, .. } = message {
+            assert!((1..=2_147_483_647).contains(&stream.0));
+            assert!(!self.begun.contains(stream), "a number in use");
+            assert!(self.opening.insert(*stream), "a number in use");
+        }
+    }
+}
+
+fn to_host(number: u16, bytes: &[u8]) -> ToHost {
+    let listener = |byte: &u8| landfall::broker::message::Announced {
+        port: port(u16::from(*byte)),
+        loopback: byte % 2 == 0,
+    };
+    let (stream, port) = (stream(number >> 4), port(number >> 4));
+    let first = listener(bytes.first().unwrap_or(&0));
+    match number % 10 {
+        0 => ToHost::HelloAck { extensions: extensions(number >> 4) },
+        1 => ToHost::HelloNack { reason: nack_reason(number >> 4, bytes) },
+        2 => ToHost::ForwardRequest { target: port, candidates: vec![port; bytes.len()], reason: None },
+        3 => ToHost::Snapshot(bytes.iter().map(listener).collect()),
+        4 => ToHost::Opened(first),
+        5 => ToHost::Closed(first.port),
+        6 | 7 => ToHost::OpenAck(stream),
+        8 => ToHost::OpenNack { stream, reason: String::from_utf8_lossy(bytes).into_owned() },
+        _ => ToHost::Relay(stream, frame(number, bytes)),
+    }
+}
+
+fn nack_reason(number: u16, bytes: &[u8]) -> String {
+    match number % 8 {
+        0 => "invalid token".to_owned(),
+        1 => "expected broker-hello first".to_owned(),
+        2 => format!("not {TOKEN}"),
+        _ => String::from_utf8_lossy(bytes).into_owned(),
+    }
+}
+
+/// What the shell of the container's machine would know.
+#[derive(Default)]
+struct Container {
+    /// The extensions, once the host is let in.
+    let_in: Option<Extensions>,
+    ended: bool,
+    watching: bool,
+    connecting: BTreeMap<Attempt, StreamId>,
+    /// Streams whose pump runs and is delivered to.
+    open: BTreeMap<StreamId, Attempt>,
+    /// Pumps that run.
+    pumps: Vec<(Attempt, StreamId)>,
+    unexpected: usize,
+}
+
+fn drive_container(ops: &[Op]) {
+    let mut machine = container::Session::new(token());
+    let mut shell = Container::default();
+    let mut reserved = Reserved::default();
+    for (kind, number, bytes) in ops {
+        let asks = match kind % 9 {
+            0 | 1 => machine.heard(Heard::Message(to_container(*number, bytes)), &reserved),
+            2 => machine.heard(heard(&String::from_utf8_lossy(bytes)), &reserved),
+            3 => match from_binary(bytes.clone().into()) {
+                Ok(Some((stream, frame))) => {
+                    machine.heard(Heard::Message(ToContainer::Relay(stream, frame)), &reserved)
+                }
+                Ok(None) => machine.heard(Heard::OtherType, &reserved),
+                Err(error) => machine.heard(Heard::Noise(error.to_string()), &reserved),
+            },
+            4 => {
+                let candidates = vec![port(*number); bytes.len()];
+                reserved.remember(ForwardRequest { target: port(*number), candidates, reason: None });
+                assert!(reserved.last() <= ops.len() as u64);
+                machine.requested(&reserved)
+            }
+            5 if shell.watching => machine.reading(bytes.iter().map(reading).collect()),
+            6 => match shell.connecting.pop_first() {
+                Some((attempt, stream)) => {
+                    let outcome = if number % 2 == 0 { Ok(()) } else { Err("ECONNREFUSED".to_owned()) };
+                    machine.connected(attempt, stream, outcome)
+                }
+                None => continue,
+            },
+            7 => match shell.pumps.pop() {
+                Some((attempt, stream)) => {
+                    machine.over(attempt, stream, (number % 2 == 0).then(|| "EPIPE".to_owned()))
+                }
+                None => continue,
+            },
+            8 if number % 8 == 0 => machine.gone(),
+            8 if number % 8 == 1 => machine.hello_is_due(),
+            _ => continue,
+        };
+        let is_over = *kind % 9 == 8 && number % 8 == 0;
+        shell.obey(asks);
+        if is_over {
+            assert!(shell.open.is_empty() && shell.connecting.is_empty() && !shell.watching);
+            shell.ended = true;
+        }
+        assert!(shell.open.len() + shell.connecting.len() <= container::STREAMS_MAX);
+        assert_eq!(machine.is_authenticated(), shell.let_in.is_some() && !shell.ended);
+    }
+}
+
+impl Container {
+    fn obey(&mut self, asks: Vec<Ask>) {
+        let mut acknowledged = None;
+        for ask in asks {
+            assert!(
+                !self.ended || matches!(ask, Ask::Tell(ContainerEvent::RelayDataError { .. })),
+                "{ask:?}"
+            );
+            if let Some(stream) = acknowledged.take() {
+                assert!(
+                    matches!(ask, Ask::Relay(_, of) if of == stream),
+                    "an acknowledgement without a socket"
+                );
+            }
+            match ask {
+                Ask::Say(message) => {
+                    let first = matches!(message, ToHost::HelloAck { .. } | ToHost::HelloNack { .. });
+                    assert!(first != self.let_in.is_some(), "out of its time: {message:?}");
+                    let text = message.to_text();
+                    assert!(!text.contains(TOKEN));
+                    assert_eq!(ToHost::from_text(&text), Ok(Some(message.clone())), "{text}");
+                    if let ToHost::OpenAck(stream) = message {
+                        acknowledged = Some(stream);
+                    }
+                }
+                Ask::LetIn(extensions) => assert!(self.let_in.replace(extensions).is_none()),
+                Ask::Close { code, .. } => {
+                    assert!(self.let_in.is_none() && code == container::REFUSED);
+                    self.ended = true;
+                }
+                Ask::Tell(ContainerEvent::Unexpected { .. }) => {
+                    self.unexpected += 1;
+                    assert!(self.unexpected <= 100, "the log grows without a bound");
+                }
+                Ask::Tell(_) => {}
+                ask => self.act(ask),
+            }
+        }
+        assert!(acknowledged.is_none(), "an acknowledgement without a socket");
+    }
+
+    /// What only a host is asked for that was let in.
+    fn act(&mut self, ask: Ask) {
+        let extensions = self.let_in.expect("nothing is done before the hello");
+        match ask {
+            Ask::Watch => assert!(!std::mem::replace(&mut self.watching, true)),
+            Ask::Unwatch => assert!(std::mem::replace(&mut self.watching, false)),
+            Ask::Connect { attempt, stream, .. } => {
+                assert!(!self.open.contains_key(&stream), "the stream is open");
+                assert!(self.connecting.insert(attempt, stream).is_none());
+            }
+            Ask::Abandon(attempt) => assert!(self.connecting.remove(&attempt).is_some()),
+            Ask::Relay(attempt, stream) => {
+                assert!(self.open.insert(stream, attempt).is_none());
+                self.pumps.push((attempt, stream));
+            }
+            Ask::Deliver(stream, frame) => {
+                assert!(self.open.contains_key(&stream), "delivered to nobody");
+                assert!(match frame {
+                    Frame::Data(_) | Frame::Close(_) => true,
+                    Frame::Credit(_) => extensions.credit,
+                    Frame::Eof => extensions.half_close,
+                    Frame::Reset => extensions.reset,
+                });
+            }
+            Ask::Forget(stream) => assert!(self.open.remove(&stream).is_some()),
+            Ask::Result(_) => {}
+            Ask::Say(_) | Ask::LetIn(_) | Ask::Close { .. } | Ask::Tell(_) => {
+                unreachable!("dealt with above")
+            }
+        }
+    }
+}
+
+fn reading(byte: &u8) -> WireListener {
+    let bind_addr = if byte % 2 == 0 { BindAddr::Loopback } else { BindAddr::Any };
+    WireListener { port: port(u16::from(byte / 2)), bind_addr }
+}
+
+/// A text frame, as far as it can be read.
+fn heard(text: &str) -> Heard {
+    match ToContainer::from_text(text) {
+        Ok(Some(message)) => Heard::Message(message),
+        Ok(None) => Heard::OtherType,
+        Err(Unreadable::Field { kind: "broker-hello", .. }) => Heard::TokenlessHello,
+        Err(error @ Unreadable::Field { .. }) => Heard::Unfit(error.to_string()),
+        Err(error) => Heard::Noise(error.to_string()),
+    }
+}
+
+fn to_container(number: u16, bytes: &[u8]) -> ToContainer {
+    let (stream, port) = (stream(number >> 4), port(number >> 4));
+    match number % 10 {
+        0 | 1 => ToContainer::Hello { token: TOKEN.to_owned(), extensions: extensions(number >> 4) },
+        2 => {
+            let token = String::from_utf8_lossy(bytes).into_owned();
+            ToContainer::Hello { token, extensions: Extensions::ALL }
+        }
+        3 => ToContainer::Subscribe,
+        4 => ToContainer::Unsubscribe,
+        5 => ToContainer::ForwardResult(ForwardResult { port, result: Ok(port) }),
+        6 | 7 => ToContainer::Open { stream, port },
+        _ => ToContainer::Relay(stream, frame(number, bytes)),
+    }
+}
