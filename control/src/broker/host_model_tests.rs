@@ -1,0 +1,167 @@
+//! Whatever happens, in whatever order, the session keeps its promises.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// What may happen to a session, in a world of few numbers, so that things meet.
+fn inputs() -> impl Strategy<Value = (Input, u64)> {
+    let stream = || (0_i64..12).prop_map(StreamId);
+    let port = || (1_u16..6).prop_map(at);
+    let frame = prop_oneof![
+        Just(Frame::Data(Bytes::from_static(b"x"))),
+        Just(Frame::Close(Side::Upstream)),
+        Just(Frame::Credit(1)),
+        Just(Frame::Eof),
+        Just(Frame::Reset),
+    ];
+    let extensions = prop_oneof![Just(Extensions::ALL), Just(Extensions::NONE)];
+    let reason = prop_oneof![30 => Just("busy"), 1 => Just("invalid token")];
+    let message = prop_oneof![
+        4 => extensions.prop_map(|extensions| ToHost::HelloAck { extensions }),
+        1 => reason.prop_map(|reason| ToHost::HelloNack { reason: reason.to_owned() }),
+        2 => prop::collection::vec(port(), 0..4).prop_map(|ports| {
+            ToHost::Snapshot(ports.into_iter().map(|port| Announced { port, loopback: false }).collect())
+        }),
+        2 => port().prop_map(|port| ToHost::Opened(Announced { port, loopback: true })),
+        1 => port().prop_map(ToHost::Closed),
+        1 => port().prop_map(|target| ToHost::ForwardRequest { target, candidates: vec![target], reason: None }),
+        8 => stream().prop_map(ToHost::OpenAck),
+        2 => stream().prop_map(|stream| ToHost::OpenNack { stream, reason: String::new() }),
+        8 => (stream(), frame).prop_map(|(stream, frame)| ToHost::Relay(stream, frame)),
+    ];
+    let input = prop_oneof![
+        6 => Just(Input::Time),
+        6 => Just(Input::Opened),
+        2 => Just(lost()),
+        30 => message.prop_map(Input::Text),
+        2 => stream().prop_map(|stream| Input::Binary(stream, Frame::Data(Bytes::from_static(b"x")))),
+        10 => (1_u64..3, port()).prop_map(|(channel, port)| Input::Dial(DialKey { channel, dial: 0 }, port)),
+        1 => (1_u64..3).prop_map(Input::ChannelClosed),
+        3 => port().prop_map(|port| Input::Result(ForwardResult { port, result: Ok(port) })),
+        4 => stream().prop_map(Input::StreamEnded),
+    ];
+    (input, prop_oneof![3 => Just(0), 1 => 0_u64..12_000])
+}
+
+/// What an onlooker knows of a session from its words and deeds.
+#[derive(Default)]
+struct Onlooker {
+    attempt: bool,
+    open: bool,
+    greeted: bool,
+    up: bool,
+    stopped: bool,
+    /// Streams from their opening until they were cut or have ended, and whether they have begun.
+    streams: BTreeMap<StreamId, bool>,
+    unanswered: BTreeSet<DialKey>,
+    announced: BTreeSet<NonZeroU16>,
+}
+
+impl Onlooker {
+    /// What only happens where it can: an attempt that was not made does not succeed, and a stream that has not begun
+    /// has no pump.
+    fn is_possible(&self, input: &Input) -> bool {
+        match input {
+            Input::Opened => self.attempt,
+            Input::Lost(_) => self.attempt || self.open,
+            Input::Text(_) | Input::Binary(..) => self.open,
+            Input::StreamEnded(stream) => self.streams.get(stream) == Some(&true),
+            _ => true,
+        }
+    }
+
+    fn see_input(&mut self, input: &Input) {
+        match input {
+            Input::Opened => (self.attempt, self.open) = (false, true),
+            Input::Lost(_) => (self.attempt, self.open, self.greeted) = (false, false, false),
+            Input::StreamEnded(stream) => drop(self.streams.remove(stream)),
+            Input::Dial(key, _) => assert!(self.unanswered.insert(*key)),
+            Input::Stop => self.stopped = true,
+            Input::Text(ToHost::Snapshot(listeners)) if self.up => {
+                self.announced.extend(listeners.iter().map(|listener| listener.port));
+            }
+            Input::Text(
+                ToHost::Opened(Announced { port, .. }) | ToHost::ForwardRequest { target: port, .. },
+            ) if self.up => {
+                self.announced.insert(*port);
+            }
+            _ => {}
+        }
+    }
+
+    fn see(&mut self, action: &Action) {
+        match action {
+            Action::Connect => {
+                assert!(!self.attempt && !self.open && !self.stopped);
+                self.attempt = true;
+            }
+            Action::Disconnect => (self.attempt, self.open, self.greeted) = (false, false, false),
+            Action::Say(ToContainer::Hello { .. }) => {
+                assert!(self.open && !self.greeted);
+                self.greeted = true;
+                self.announced.clear();
+            }
+            Action::Say(message) => {
+                assert!(self.open && self.up, "{message:?}");
+                match message {
+                    ToContainer::Open { stream, .. } => {
+                        assert!((1..=STREAM_ID_MAX).contains(&stream.0));
+                        assert_eq!(self.streams.insert(*stream, false), None, "{stream:?} is in use");
+                    }
+                    ToContainer::ForwardResult(result) => assert!(self.announced.contains(&result.port)),
+                    _ => {}
+                }
+            }
+            Action::Announce(Announcement::Up) => assert!(!std::mem::replace(&mut self.up, true)),
+            Action::Announce(Announcement::Down) => assert!(std::mem::replace(&mut self.up, false)),
+            Action::Announce(_) => assert!(self.up),
+            Action::Begin { stream, key } => {
+                assert_eq!(self.streams.insert(*stream, true), Some(false));
+                assert!(self.unanswered.remove(key));
+            }
+            Action::Refuse { key, .. } => assert!(self.unanswered.remove(key)),
+            Action::Deliver(stream, _) => assert!(self.streams.contains_key(stream)),
+            Action::Cut(stream) => assert!(self.streams.remove(stream).is_some()),
+            Action::Notice(text) => assert!(!text.contains(TOKEN)),
+            Action::Rejected(_) => assert!(!std::mem::replace(&mut self.stopped, true)),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_the_session_keeps_its_promises(
+        happenings in prop::collection::vec(inputs(), 0..100),
+        first in prop_oneof![Just(1), Just(STREAM_ID_MAX - 3)],
+    ) {
+        let mut bench = Bench::new(Extensions::ALL);
+        bench.session.next_stream = first;
+        let mut onlooker = Onlooker::default();
+        let mut dials = 0;
+        let stop = (Input::Stop, 0);
+        for (mut input, later) in happenings.into_iter().chain([stop]) {
+            bench.now += Duration::from_millis(later);
+            if let Input::Dial(key, _) = &mut input {
+                dials += 1;
+                key.dial = dials;
+            }
+            if let Input::Text(ToHost::OpenAck(stream) | ToHost::Relay(stream, _))
+                | Input::StreamEnded(stream) = &mut input
+                && first != 1 && stream.0 > 4
+            {
+                stream.0 += STREAM_ID_MAX - 8;
+            }
+            if onlooker.is_possible(&input) {
+                onlooker.see_input(&input);
+                bench.on(input);
+                for action in std::mem::take(&mut bench.out) {
+                    onlooker.see(&action);
+                }
+            }
+        }
+        prop_assert!(onlooker.unanswered.is_empty());
+        prop_assert!(onlooker.streams.is_empty());
+        prop_assert_eq!(bench.session.due(), None);
+    }
+}
