@@ -438,10 +438,10 @@ fn stop_ends_all() {
             scene.daemon.shut_down();
         } else {
             done(&home, &json!({"kind": "deregister", "containerName": NAME}));
-            let closed = ["closed 5173 5173 broker-stopped", "closed 8080 8080 broker-stopped"];
-            let opened = ["opened 5173 5173 127.0.0.1", "opened 8080 8080 127.0.0.1"];
-            events_become(&home, &[opened, closed].concat());
         }
+        let closed = ["closed 5173 5173 broker-stopped", "closed 8080 8080 broker-stopped"];
+        let opened = ["opened 5173 5173 127.0.0.1", "opened 8080 8080 127.0.0.1"];
+        events_become(&home, &[opened, closed].concat());
         let over = scene.peer.ending();
         assert!(matches!(over, Heard::Closed(..)), "it closes the WebSocket in order: {over:?}");
         let _ = ends_by(&client);

@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::*;
 use crate::broker::message::ForwardResult;
-use crate::reconcile::announced::{Announcement, BrokerWord};
+use crate::reconcile::announced::{ANNOUNCEMENTS_MAX, Announcement, BrokerWord};
 
 const CANARY: &str = "canary-5b21";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -31,7 +31,7 @@ struct World {
 
 /// Forwarding's end of one link.
 struct Link {
-    announced: mpsc::UnboundedReceiver<Announcement>,
+    announced: mpsc::Receiver<Announcement>,
     words: mpsc::UnboundedSender<BrokerWord>,
 }
 
@@ -45,7 +45,7 @@ impl World {
         let (brokers, rejections) = Brokers::new(docker, journal, Extensions::NONE);
         let (links_in, links) = mpsc::unbounded_channel();
         brokers.connect(Box::new(move |_| {
-            let (announce, announced) = mpsc::unbounded_channel();
+            let (announce, announced) = mpsc::channel(ANNOUNCEMENTS_MAX);
             let (words, heard) = mpsc::unbounded_channel();
             links_in.send(Link { announced, words }).unwrap();
             BrokerLink { announce, words: heard }

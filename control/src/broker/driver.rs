@@ -4,7 +4,7 @@
 //! It never waits for one thing alone. Connecting is a future beside the others; the WebSocket is written by a task of its
 //! own; a stream's pump is another; and what the engine dials comes over channels that are served elsewhere.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::Ipv4Addr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
@@ -36,9 +36,6 @@ const UNPUBLISHED_MAX: Duration = Duration::from_millis(500);
 const LOOK_UP_EVERY: Duration = Duration::from_millis(50);
 /// How long forwarding may take to tell the engine that the broker stops: longer than the engine may take to hear it.
 const FAREWELL_MAX: Duration = Duration::from_secs(15);
-/// How much payload is taken from the WebSocket before the pumps have their turn. They share this thread: whoever reads on as
-/// long as there is something has read tens of megabytes for a client that would have taken them.
-const TURN_BYTES: usize = 128 * 1024;
 /// When nothing is due.
 const IDLE: Duration = Duration::from_secs(3_600);
 
@@ -63,8 +60,8 @@ pub(super) struct Driver {
     is_deaf: bool,
     session: Session,
     actions: Vec<Action>,
-    /// Since the pumps last had their turn.
-    delivered_bytes: usize,
+    /// What forwarding has had no room for. Nothing is read from the container while there is any.
+    owed: VecDeque<Announcement>,
     attempt: Option<BoxFuture<'static, Result<Connection, String>>>,
     connection: Option<Connection>,
     dials: Dials,
@@ -91,7 +88,7 @@ impl Driver {
             is_deaf: false,
             session,
             actions: Vec::new(),
-            delivered_bytes: 0,
+            owed: VecDeque::new(),
             attempt: None,
             connection: None,
             dials: Dials::new(),
@@ -109,10 +106,6 @@ impl Driver {
             let rejected = self.decide(input);
             if self.session.is_stopped() {
                 break rejected;
-            }
-            if self.delivered_bytes >= TURN_BYTES {
-                self.delivered_bytes = 0;
-                tokio::task::yield_now().await;
             }
             input = self.next(stop).await;
         };
@@ -140,8 +133,7 @@ impl Driver {
                         connection.outbox.say(message.to_text());
                     }
                 }
-                // Where forwarding has ended, the daemon does so as well.
-                Action::Announce(announcement) => drop(self.link.announce.send(announcement)),
+                Action::Announce(announcement) => self.owed.push_back(announcement),
                 Action::Begin { stream, key } => self.begin(stream, key),
                 Action::Refuse { key, why } => self.dials.owed(key).refused(why),
                 Action::Deliver(stream, frame) => self.deliver(stream, frame),
@@ -171,7 +163,12 @@ impl Driver {
                         Err(why) => Input::Lost(why),
                     };
                 }
-                heard = connection::heard(&mut self.connection) => match heard {
+                room = self.link.announce.reserve(), if !self.owed.is_empty() => match (room, self.owed.pop_front()) {
+                    (Ok(room), Some(announcement)) => room.send(announcement),
+                    // Where forwarding has ended, the daemon does so as well.
+                    _ => self.owed.clear(),
+                },
+                heard = connection::heard(&mut self.connection), if self.owed.is_empty() => match heard {
                     Heard::Text(message) => return Input::Text(message),
                     Heard::Binary(stream, frame) => return Input::Binary(stream, frame),
                     Heard::Unreadable(why) => self.tell(&format!("a message could not be read: {why}")),
@@ -224,9 +221,6 @@ impl Driver {
     }
 
     fn deliver(&mut self, stream: StreamId, frame: Frame) {
-        if let Frame::Data(payload) = &frame {
-            self.delivered_bytes += payload.len();
-        }
         if let Some(place) = self.place(stream) {
             place.inlet.deliver(frame);
         }
@@ -253,9 +247,15 @@ impl Driver {
     /// answer.
     async fn leave(mut self) {
         let (told, tells) = oneshot::channel();
-        if self.link.announce.send(Announcement::Stop(told)).is_err() {
-            return;
-        }
+        let (announce, mut owed) = (self.link.announce.clone(), std::mem::take(&mut self.owed));
+        owed.push_back(Announcement::Stop(told));
+        let farewell = async move {
+            for announcement in owed {
+                // Where forwarding has ended there is nobody to wait for.
+                announce.send(announcement).await.ok()?;
+            }
+            tells.await.ok()
+        };
         let refuse = async {
             loop {
                 let input = from_engine(self.dials.next().await);
@@ -263,7 +263,7 @@ impl Driver {
             }
         };
         tokio::select! {
-            answer = timeout(FAREWELL_MAX, tells) => if answer.is_err() {
+            answer = timeout(FAREWELL_MAX, farewell) => if answer.is_err() {
                 let text = format!("forwarding took longer than {} s to let go", FAREWELL_MAX.as_secs());
                 notice(&self.broker, &text);
             },

@@ -144,13 +144,23 @@ impl Socket {
     #[must_use]
     pub fn split(self) -> (Reader, Writer) {
         let (sink, stream) = self.0.split();
-        (Reader(stream), Writer(sink))
+        (Reader { stream, taken_bytes: 0 }, Writer(sink))
     }
 }
 
+/// How much is read before everybody else on the thread has a turn, the pumps of the WebSocket's own streams among them:
+/// whoever reads on as long as there is something has read tens of megabytes for a socket that would have taken them.
+const TURN_BYTES: usize = 128 * 1024;
+/// What a message costs beside its bytes, in bytes: a small one can be as much work as a kilobyte of payload.
+const MESSAGE_COST_BYTES: usize = 1_024;
+
 /// What is read from a WebSocket.
 #[derive(Debug)]
-pub struct Reader(SplitStream<WebSocketStream<TcpStream>>);
+pub struct Reader {
+    stream: SplitStream<WebSocketStream<TcpStream>>,
+    /// Since the others last had a turn.
+    taken_bytes: usize,
+}
 
 impl Reader {
     /// The next message. Dropping the future loses nothing.
@@ -159,8 +169,16 @@ impl Reader {
     /// [`WireError::Broken`], after which only `Closed` comes.
     pub async fn next(&mut self) -> Result<Incoming, WireError> {
         loop {
+            if self.taken_bytes >= TURN_BYTES {
+                self.taken_bytes = 0;
+                tokio::task::yield_now().await;
+            }
+            let message = self.stream.next().await;
+            if let Some(Ok(message)) = &message {
+                self.taken_bytes += MESSAGE_COST_BYTES + message.len();
+            }
             let closed = |code, reason: &str| Incoming::Closed { code, reason: reason.to_owned() };
-            return Ok(match self.0.next().await {
+            return Ok(match message {
                 Some(Ok(Message::Text(text))) => Incoming::Text(Text(text)),
                 Some(Ok(Message::Binary(bytes))) => Incoming::Binary(bytes),
                 Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,

@@ -13,6 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::broker::message::{Announced, ForwardResult};
 
+/// How many announcements of one session may wait for forwarding.
+pub(crate) const ANNOUNCEMENTS_MAX: usize = 16;
+
 /// What a session tells forwarding.
 #[derive(Debug)]
 pub enum Announcement {
@@ -37,8 +40,8 @@ pub enum Announcement {
     },
     /// The WebSocket is lost: automatic forwards that led over it close (`host-error`), reserved ones stay.
     Down,
-    /// The broker stops: every forward that led over it closes (`broker-stopped`), and the answer is given when the engine was
-    /// told so.
+    /// The broker stops: every forward that led over it closes (`broker-stopped`), and the answer is given when the last one
+    /// has.
     Stop(oneshot::Sender<()>),
 }
 
@@ -55,8 +58,9 @@ pub enum BrokerWord {
 /// A broker's end.
 #[derive(Debug)]
 pub struct BrokerLink {
-    /// To forwarding. Dropping it stops as [`Announcement::Stop`] does.
-    pub announce: mpsc::UnboundedSender<Announcement>,
+    /// To forwarding. Dropping it stops as [`Announcement::Stop`] does. It is bounded: a session that waits for room reads
+    /// nothing from its container meanwhile, so one that announces without end is slowed down and no other one is.
+    pub announce: mpsc::Sender<Announcement>,
     /// From forwarding.
     pub words: mpsc::UnboundedReceiver<BrokerWord>,
 }

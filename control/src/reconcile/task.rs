@@ -100,7 +100,7 @@ impl Published {
 enum Ask {
     Table(oneshot::Sender<ForwardTable>),
     LookAgain(String),
-    Broker(ContainerName, mpsc::UnboundedReceiver<Announcement>, mpsc::UnboundedSender<BrokerWord>),
+    Broker(ContainerName, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<BrokerWord>),
     Detach(oneshot::Sender<()>),
     StopEngine(oneshot::Sender<()>),
 }

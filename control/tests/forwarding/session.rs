@@ -13,7 +13,7 @@ use landfall::registration::model::{ContainerName, Registration, Way};
 use landfall_engine::channel::Channel;
 use landfall_engine::opener::{Answer, DialFailure, Request};
 use serde_json::json;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
 
 use crate::namespace::{WAIT_MAX, accept};
 
@@ -27,7 +27,7 @@ pub(crate) fn registration(name: &str, way: Option<&Way>) -> Registration {
 }
 
 pub(crate) struct Session {
-    pub(crate) announce: UnboundedSender<Announcement>,
+    pub(crate) announce: Sender<Announcement>,
     results: mpsc::Receiver<ForwardResult>,
     /// How often channels came.
     pub(crate) served: Arc<AtomicUsize>,
@@ -65,7 +65,7 @@ impl Session {
 
     pub(crate) fn up(&self, ports: &[u16]) {
         self.connected.store(true, Ordering::SeqCst);
-        self.announce.send(Announcement::Up).unwrap();
+        self.announce.blocking_send(Announcement::Up).unwrap();
         self.listening(ports, &[], true);
     }
 
@@ -73,18 +73,18 @@ impl Session {
         let port = |port: &u16| std::num::NonZeroU16::new(*port).unwrap();
         let opened = opened.iter().map(|number| Announced { port: port(number), loopback: true }).collect();
         let closed = closed.iter().map(port).collect();
-        self.announce.send(Announcement::Listening { opened, closed, whole }).unwrap();
+        self.announce.blocking_send(Announcement::Listening { opened, closed, whole }).unwrap();
     }
 
     pub(crate) fn reserve(&self, target: u16, candidates: &[u16]) {
         let port = |port: u16| std::num::NonZeroU16::new(port).unwrap();
         let candidates = candidates.iter().map(|candidate| port(*candidate)).collect();
-        self.announce.send(Announcement::Reserve { target: port(target), candidates }).unwrap();
+        self.announce.blocking_send(Announcement::Reserve { target: port(target), candidates }).unwrap();
     }
 
     pub(crate) fn down(&self) {
         self.connected.store(false, Ordering::SeqCst);
-        self.announce.send(Announcement::Down).unwrap();
+        self.announce.blocking_send(Announcement::Down).unwrap();
     }
 
     /// The next result: the port, and what became of it.

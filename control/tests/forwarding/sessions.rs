@@ -72,7 +72,7 @@ fn a_session_forwards_what_it_announces() {
     assert_eq!(session.result(), (port, Ok(port)));
     answers(port, "a");
     let (done, stopped) = tokio::sync::oneshot::channel();
-    session.announce.send(Announcement::Stop(done)).unwrap();
+    session.announce.blocking_send(Announcement::Stop(done)).unwrap();
     world.runtime.block_on(stopped).unwrap();
     refused(port);
     assert!(session.is_silent());

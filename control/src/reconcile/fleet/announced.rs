@@ -101,6 +101,13 @@ impl Fleet {
         }
     }
 
+    /// Whether the engine still holds a port that leads, or led, over the session of `name`.
+    pub fn holds_dialled(&self, name: &ContainerName) -> bool {
+        let dialled =
+            |forward: &Forward| self.upstreams.get(&forward.upstream).is_some_and(|one| one.dialled);
+        self.forwards_of(name).any(dialled)
+    }
+
     /// Takes in what listens, or what changed; `whole` replaces what was known.
     pub fn announce(
         &mut self,

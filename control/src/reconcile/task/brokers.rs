@@ -12,12 +12,12 @@ use std::time::Instant;
 
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{Command, UpstreamId, UpstreamKind, WatchSources};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::driver::{Driver, ENTER_AGAIN, Engine};
 use crate::events::Event as JournalEvent;
-use crate::reconcile::announced::{Announcement, BrokerLink, BrokerWord};
+use crate::reconcile::announced::{ANNOUNCEMENTS_MAX, Announcement, BrokerLink, BrokerWord};
 use crate::reconcile::engine_link::Link;
 use crate::reconcile::table::Reached;
 use crate::registration::model::{ContainerName, Way};
@@ -45,22 +45,25 @@ struct End {
 pub(super) struct Brokers {
     ends: BTreeMap<ContainerName, End>,
     next: u64,
-    announced: mpsc::UnboundedSender<Heard>,
-    heard: mpsc::UnboundedReceiver<Heard>,
+    announced: mpsc::Sender<Heard>,
+    heard: mpsc::Receiver<Heard>,
+    /// Brokers that stop, until the last of their ports is told as closed.
+    leaving: Vec<(ContainerName, oneshot::Sender<()>)>,
 }
 
 /// Both ends of a new link.
-pub(super) fn link() -> (BrokerLink, mpsc::UnboundedReceiver<Announcement>, mpsc::UnboundedSender<BrokerWord>)
-{
-    let (announce, announcements) = mpsc::unbounded_channel();
+pub(super) fn link() -> (BrokerLink, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<BrokerWord>) {
+    let (announce, announcements) = mpsc::channel(ANNOUNCEMENTS_MAX);
     let (words, receiver) = mpsc::unbounded_channel();
     (BrokerLink { announce, words: receiver }, announcements, words)
 }
 
 impl Brokers {
     pub(super) fn new() -> Brokers {
-        let (announced, heard) = mpsc::unbounded_channel();
-        Brokers { ends: BTreeMap::new(), next: 1, announced, heard }
+        // Room for one: those who wait for it get it in the order in which they came (tokio's channels are fair), so
+        // everybody has a turn whatever another one announces.
+        let (announced, heard) = mpsc::channel(1);
+        Brokers { ends: BTreeMap::new(), next: 1, announced, heard, leaving: Vec::new() }
     }
 
     /// Waits for what a session says next.
@@ -75,7 +78,7 @@ impl Brokers {
     fn add(
         &mut self,
         name: ContainerName,
-        mut announcements: mpsc::UnboundedReceiver<Announcement>,
+        mut announcements: mpsc::Receiver<Announcement>,
         words: mpsc::UnboundedSender<BrokerWord>,
     ) {
         let number = self.next;
@@ -86,7 +89,7 @@ impl Brokers {
                 let said = announcements.recv().await;
                 let gone = said.is_none();
                 // Nobody hears it any more where forwarding has ended.
-                if announced.send(Heard { name: own.clone(), link: number, said }).is_err() || gone {
+                if announced.send(Heard { name: own.clone(), link: number, said }).await.is_err() || gone {
                     return;
                 }
             }
@@ -123,7 +126,7 @@ impl Driver {
     pub(super) fn meet_broker(
         &mut self,
         name: ContainerName,
-        announcements: mpsc::UnboundedReceiver<Announcement>,
+        announcements: mpsc::Receiver<Announcement>,
         words: mpsc::UnboundedSender<BrokerWord>,
     ) {
         self.fleet.broker_stopped(&name);
@@ -140,8 +143,7 @@ impl Driver {
                 if known {
                     self.end_broker(&name).await;
                 }
-                // Whoever asked may have gone.
-                let _ = done.send(());
+                self.brokers.leaving.push((name, done));
                 return;
             }
             // One that was replaced has nothing to say any more.
@@ -163,6 +165,19 @@ impl Driver {
             }
         };
         self.tell_all(changes);
+    }
+
+    /// Answers the brokers that stop and of which nothing is left.
+    pub(super) fn see_off_brokers(&mut self) {
+        let attached = matches!(self.engine, Engine::Attached(..));
+        for (name, done) in std::mem::take(&mut self.brokers.leaving) {
+            if attached && self.fleet.holds_dialled(&name) {
+                self.brokers.leaving.push((name, done));
+            } else {
+                // Whoever asked may have gone.
+                let _ = done.send(());
+            }
+        }
     }
 
     async fn end_broker(&mut self, name: &ContainerName) {

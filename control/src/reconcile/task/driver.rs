@@ -129,6 +129,7 @@ impl Driver {
         }
         loop {
             self.step().await;
+            self.see_off_brokers();
             self.publish();
             match self.wait().await {
                 Turn::Ask(None) => return,
