@@ -493,13 +493,16 @@ fn cycles(kind: Kind) {
     let before = road.rest();
     let resident = [road.daemon.pid(), road.agent.pid()].map(resident_bytes_of);
     round(count);
+    // The engine keeps sockets of the agent in stock: at rest between a half and all of what it wants, which doubles when it
+    // runs dry. One left behind by each visit would be many more.
+    let stocked = [0, if kind == Kind::Descriptors { 32 } else { 0 }, 0];
     // Some are open when the agent's connection is lost.
     wait_until("the descriptors to be back", || {
         while quiet.has_caller() {
             drop(quiet.accept());
         }
         let now = road.held();
-        if now.iter().zip(&before).all(|(now, before)| now <= before) { Ok(()) } else { Err((now, before)) }
+        if (0..3).all(|who| now[who] <= before[who] + stocked[who]) { Ok(()) } else { Err((now, before)) }
     });
     let now = [road.daemon.pid(), road.agent.pid()].map(resident_bytes_of);
     let grown: Vec<usize> =

@@ -22,6 +22,9 @@ use crate::reconcile::engine_link::Link;
 use crate::reconcile::table::Reached;
 use crate::registration::model::{ContainerName, Way};
 
+/// How many announcements of all sessions together are taken in before the next planning.
+pub(super) const ANNOUNCED_MAX: usize = 64;
+
 /// What a session said, or that it has gone.
 #[derive(Debug)]
 pub(super) struct Heard {
@@ -60,9 +63,9 @@ pub(super) fn link() -> (BrokerLink, mpsc::Receiver<Announcement>, mpsc::Unbound
 
 impl Brokers {
     pub(super) fn new() -> Brokers {
-        // Room for one: those who wait for it get it in the order in which they came (tokio's channels are fair), so
-        // everybody has a turn whatever another one announces.
-        let (announced, heard) = mpsc::channel(1);
+        // Those who wait for room get it in the order in which they came (tokio's channels are fair), so everybody has a turn
+        // whatever another one announces.
+        let (announced, heard) = mpsc::channel(ANNOUNCED_MAX);
         Brokers { ends: BTreeMap::new(), next: 1, announced, heard, leaving: Vec::new() }
     }
 
@@ -73,6 +76,11 @@ impl Brokers {
             // It cannot end while this value holds one of its senders.
             None => std::future::pending().await,
         }
+    }
+
+    /// What a session has said already.
+    pub(super) fn heard_already(&mut self) -> Option<Heard> {
+        self.heard.try_recv().ok()
     }
 
     fn add(

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::brokers::{Brokers, Heard};
+use super::brokers::{ANNOUNCED_MAX, Brokers, Heard};
 use super::containers::{Container, Visiting, wanted_way};
 use super::{Answering, Ask, ForwardingOptions, Owners, Published};
 use crate::docker::Docker;
@@ -152,9 +152,13 @@ impl Driver {
                 }
                 Turn::Registrations => self.sync(),
                 Turn::Broker(heard) => {
+                    // What a container announces is as much as it likes, and planning takes a while: what is there already is
+                    // taken in first, and everybody else on this thread has a turn in between.
                     self.hear_broker(heard).await;
-                    // What a container announces is as much as it likes, and planning after each takes a while: everybody else
-                    // on this thread has a turn in between.
+                    for _ in 1..ANNOUNCED_MAX {
+                        let Some(heard) = self.brokers.heard_already() else { break };
+                        self.hear_broker(heard).await;
+                    }
                     tokio::task::yield_now().await;
                 }
                 Turn::Word(word) => self.hear_word(word).await,
