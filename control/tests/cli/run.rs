@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use crate::support::{Nobody, Running, landfall, output, stderr, stdout};
+use crate::support::{Nobody, Running, hearing_signals, landfall, output, stderr, stdout};
 use rustix::process::Signal;
 
 fn run(script: &str) -> Command {
@@ -132,9 +132,9 @@ fn signals_sent_to_landfall_reach_the_command() {
         (Signal::USR1, "USR1"),
         (Signal::USR2, "USR2"),
     ] {
-        let mut running = Running::start(run(&format!(
+        let mut running = Running::start(hearing_signals(&run(&format!(
             "trap 'echo got {name}; exit 3' {name}; echo ready; while :; do sleep 0.05; done"
-        )));
+        ))));
         running.out("ready");
         running.signal(signal);
         running.out(&format!("got {name}"));

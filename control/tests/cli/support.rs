@@ -36,6 +36,14 @@ fn program(path: &Path) -> Command {
     command
 }
 
+/// The same program with no signal ignored. What started the tests may ignore some (`nohup`, a shell's `&`), every program
+/// inherits that, and a shell does not trap a signal that was ignored when it began.
+pub(crate) fn hearing_signals(command: &Command) -> Command {
+    let mut hearing = program(Path::new("env"));
+    hearing.arg("--default-signal").arg(command.get_program()).args(command.get_args());
+    hearing
+}
+
 /// A copy of the binary that everybody may execute, to be run as `nobody`.
 pub(crate) struct Nobody {
     directory: tempfile::TempDir,
