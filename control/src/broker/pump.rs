@@ -1,5 +1,5 @@
 //! One stream: the bytes between a socket and the WebSocket, in both directions, until the stream is over. The same on both
-//! sides of the broker. What is to be done when is decided by the [machine](super::stream); this is the shell around it.
+//! sides of the broker. What is to be done when is decided by the machine in `stream`; this is the shell around it.
 //!
 //! The socket is read only when there is room for what it has: in the [outbox](super::outbox), and in what the peer has
 //! granted. That is all the backpressure there is in this direction. In the other one, what arrived waits in the [`Inlet`],

@@ -19,9 +19,9 @@
 //! driver, or needs it. What an earlier driver left and nobody claims is let go, but only after everybody had the
 //! chance to claim it ([`Fleet::sweep`]).
 //!
-//! Where a container has a broker, its session tells what listens ([`announced`]), which is forwarded over the WebSocket
+//! Where a container has a broker, its session tells what listens (`announced`), which is forwarded over the WebSocket
 //! where the container cannot be entered, by the wire's rules: one attempt for each announcement. Ports that it reserves
-//! ([`reserved`]) are forwarded whichever way there is.
+//! (`reserved`) are forwarded whichever way there is.
 //!
 //! When an engine is lost, its ports are kept for a moment for those who had them ([`HEIR_PATIENCE`]): who is entered
 //! first the next time is chance, and a port would change hands by it.
