@@ -195,7 +195,7 @@ impl Host {
 fn to_host(number: u16, bytes: &[u8]) -> ToHost {
     let listener = |byte: &u8| landfall::broker::message::Announced {
         port: port(u16::from(*byte)),
-        loopback: byte % 2 == 0,
+        loopback: byte.is_multiple_of(2),
     };
     let (stream, port) = (stream(number >> 4), port(number >> 4));
     let first = listener(bytes.first().unwrap_or(&0));
@@ -361,7 +361,7 @@ impl Container {
 }
 
 fn reading(byte: &u8) -> WireListener {
-    let bind_addr = if byte % 2 == 0 { BindAddr::Loopback } else { BindAddr::Any };
+    let bind_addr = if byte.is_multiple_of(2) { BindAddr::Loopback } else { BindAddr::Any };
     WireListener { port: port(u16::from(byte / 2)), bind_addr }
 }
 
