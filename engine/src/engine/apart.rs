@@ -50,9 +50,9 @@ impl Apart {
             // A container's share; beyond it, its clients wait in the kernel's queue.
             connections_max: limits.connections_max.min(4_096),
             leases_max: limits.leases_max.min(512),
-            leases_kept: limits.leases_kept.min(4),
+            leases_kept: limits.leases_kept.min(64),
             pipes_max: limits.pipes_max.min(16),
-            pipes_kept: limits.pipes_kept.min(2),
+            pipes_kept: limits.pipes_kept.min(8),
             stock_max: limits.stock_max.min(64),
             stock_min: limits.stock_min.min(4),
             ..limits.clone()
