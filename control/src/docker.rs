@@ -11,9 +11,10 @@ mod context;
 mod ignore;
 mod replace;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -21,6 +22,9 @@ use tokio::sync::mpsc;
 
 use crate::liveness::Liveness;
 use crate::registration::model::ContainerName;
+
+/// Where, inside, an agent puts its socket unless it is told otherwise.
+pub const AGENT_DIRECTORY: &str = "/run/landfall";
 
 /// How long a question may take. An engine under load answers in milliseconds; one that hangs never does.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -72,10 +76,44 @@ pub struct FirstProcess {
     pub id: String,
     /// The process in the engine's process namespace, which is the daemon's where both run on one machine.
     pub pid: u32,
-    /// The container shares the host's network, so there is nothing to forward.
-    pub host_network: bool,
+    /// Whose network it is in.
+    pub network: Network,
+    /// What Docker itself publishes of it where `localhost` answers: TCP ports inside, and those of the host.
+    pub published: BTreeMap<NonZeroU16, NonZeroU16>,
+    /// The directory of the host that is mounted where an agent puts its socket, [`AGENT_DIRECTORY`].
+    pub agent_directory: Option<PathBuf>,
     /// When it was started, as Docker tells it; another start of the same container has another one.
     pub started_at: String,
+}
+
+/// Whose network a container is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// One of its own, or none but loopback.
+    Own,
+    /// The host's: what listens there answers on the host already.
+    Host,
+    /// That of another container, by what it was called when this one was made: an id or a name.
+    Shared(String),
+}
+
+/// A container, running or not, in Docker's list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its id, which it keeps for life.
+    pub id: String,
+    /// Its name just now.
+    pub name: ContainerName,
+    /// The image, as it was named when the container was made.
+    pub image: String,
+    /// Whether it has processes; one that is paused has.
+    pub running: bool,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Whose network it is in.
+    pub network: Network,
+    /// What Docker publishes of it where `localhost` answers; only of one that runs.
+    pub published: BTreeMap<NonZeroU16, NonZeroU16>,
 }
 
 /// Something happened to a container.
@@ -125,6 +163,14 @@ impl Docker {
     /// [`DockerError`] says whether the container, its process or the engine is missing.
     pub async fn first_process(&self, name: &ContainerName) -> Result<FirstProcess, DockerError> {
         self.bounded(async { self.address.connect().await?.first_process(name).await }).await
+    }
+
+    /// Every container of the engine. One whose name could not be a registration's is left out; Docker gives no such names.
+    ///
+    /// # Errors
+    /// [`DockerError`] says why the engine cannot be asked.
+    pub async fn containers(&self) -> Result<Vec<Listed>, DockerError> {
+        self.bounded(async { self.address.connect().await?.containers().await }).await
     }
 
     /// The host port on which a TCP port of the container is published; none where Docker knows the container and publishes

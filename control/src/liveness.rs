@@ -50,7 +50,7 @@ impl Probe for Ways {
                     let looked = tokio::task::spawn_blocking(move || file(&path)).await;
                     looked.unwrap_or(Liveness::Unknown)
                 }
-                Some(Way::Docker) | None => self.docker.probe(&registration.container_name).await,
+                Some(Way::Docker { .. }) | None => self.docker.probe(registration.docker_name()).await,
             }
         })
     }

@@ -174,9 +174,9 @@ impl Supervisor {
     }
 
     async fn by_docker(&self, restart: &Restart) -> Result<(), String> {
-        let Registration { container_name: name, cwd, .. } = &*restart.registration;
+        let name = restart.registration.docker_name();
         let done = match restart.build {
-            true => self.0.docker.rebuild(name, cwd).await,
+            true => self.0.docker.rebuild(name, &restart.registration.cwd).await,
             false => self.0.docker.restart(name).await,
         };
         done.map_err(|error| error.to_string())

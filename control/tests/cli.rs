@@ -8,6 +8,8 @@ mod asking;
 mod daemon;
 #[path = "cli/forward.rs"]
 mod forward;
+#[path = "support/ports.rs"]
+mod ports;
 #[path = "cli/registered.rs"]
 mod registered;
 #[path = "cli/run.rs"]

@@ -4,12 +4,14 @@
 
 #[path = "docker/agent.rs"]
 mod agent;
+#[path = "support/ports.rs"]
+mod ports;
 
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use landfall::docker::{Docker, DockerError, LifeEvent};
+use landfall::docker::{Docker, DockerError, LifeEvent, Network};
 use landfall::events::Journal;
 use landfall::liveness::Liveness;
 use landfall::registration::model::{ContainerName, Registration};
@@ -140,9 +142,9 @@ async fn the_first_process_is_told_and_what_is_missing_is_named() {
     assert_eq!(first.id, container.id());
     assert_eq!(first.pid.to_string(), container.told("{{.State.Pid}}"));
     assert_eq!(first.started_at, container.told("{{.State.StartedAt}}"));
-    assert!(!first.host_network);
+    assert_eq!(first.network, Network::Own);
     let shared = Container::sleeping("shared", &["--network", "host"]);
-    assert!(engine.first_process(&shared.0).await.unwrap().host_network);
+    assert_eq!(engine.first_process(&shared.0).await.unwrap().network, Network::Host);
     docker(&["stop", "-t", "0", container.0.as_str()]);
     let error = engine.first_process(&container.0).await.unwrap_err();
     assert_eq!(error, DockerError::NotRunning(container.0.to_string()));

@@ -10,6 +10,8 @@
 mod cases;
 #[path = "forwarding/namespace.rs"]
 mod namespace;
+#[path = "support/ports.rs"]
+mod ports;
 #[path = "forwarding/session.rs"]
 mod session;
 #[path = "forwarding/sessions.rs"]

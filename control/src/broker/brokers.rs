@@ -17,7 +17,7 @@ use super::message::Extensions;
 use crate::docker::Docker;
 use crate::events::{Event, Journal};
 use crate::reconcile::announced::BrokerLink;
-use crate::registration::model::{ContainerName, Registration, Token};
+use crate::registration::model::{ContainerName, Registration, Token, Way};
 use crate::registration::store::{Attendant, StopReason};
 
 /// Where a broker gets its link to forwarding.
@@ -123,11 +123,12 @@ impl Brokers {
             self.journal.tell(&Event::Notice { text });
             return None;
         }
+        let by_docker = matches!(registration.way, None | Some(Way::Docker { .. }));
         Some(Broker {
             name: name.clone(),
             token: token.clone(),
             registered_port,
-            way: registration.way.clone(),
+            docker_name: by_docker.then(|| registration.docker_name().clone()),
             docker: self.docker.clone(),
             journal: self.journal.clone(),
             offered: self.offered,

@@ -27,7 +27,7 @@ use crate::docker::{Docker, DockerError};
 use crate::events::{Event, Journal};
 use crate::policy::CONTAINER_PORT;
 use crate::reconcile::announced::{Announcement, BrokerLink, BrokerWord};
-use crate::registration::model::{ContainerName, Token, Way};
+use crate::registration::model::{ContainerName, Token};
 
 /// How long Docker may take to say where that is published, and how long it is asked again while it is not (wire
 /// specification, A.6.1).
@@ -46,7 +46,8 @@ pub(super) struct Broker {
     pub(super) token: Token,
     /// Where the container's port was published when it was registered.
     pub(super) registered_port: NonZeroU16,
-    pub(super) way: Option<Way>,
+    /// What Docker calls the container, where Docker is to be asked.
+    pub(super) docker_name: Option<ContainerName>,
     pub(super) docker: Docker,
     pub(super) journal: Journal,
     pub(super) offered: Extensions,
@@ -311,13 +312,11 @@ async fn connect(broker: Broker) -> Result<Connection, String> {
 /// Where the container's port is published now: a container that was restarted may have got another one. Where Docker does
 /// not know the container, or says nothing, it is where it was registered.
 async fn look_up(broker: &Broker) -> NonZeroU16 {
-    if !matches!(broker.way, None | Some(Way::Docker)) {
-        return broker.registered_port;
-    }
+    let Some(name) = &broker.docker_name else { return broker.registered_port };
     let looked = async {
         let until = Instant::now() + UNPUBLISHED_MAX;
         loop {
-            match broker.docker.published_port(&broker.name, CONTAINER_PORT).await {
+            match broker.docker.published_port(name, CONTAINER_PORT).await {
                 Ok(None) if Instant::now() < until => tokio::time::sleep(LOOK_UP_EVERY).await,
                 answer => return answer,
             }

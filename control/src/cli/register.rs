@@ -77,7 +77,7 @@ fn way(args: &WayArgs) -> Result<Option<Way>, Failure> {
     if args.websocket {
         return Ok(Some(Way::Websocket));
     }
-    Ok(args.docker.then_some(Way::Docker))
+    Ok(args.docker.then_some(Way::DOCKER))
 }
 
 /// The way by an agent in a directory. The directory has to be there; the agent may come later.

@@ -1,8 +1,10 @@
-//! The only place that knows the Docker client: its types stop here, and in the two files below.
+//! The only place that knows the Docker client: its types stop here, and in the files below.
 //!
+//! - `facts` reads what Docker tells of a container. Pure.
 //! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
 //! - `image` builds.
 
+mod facts;
 mod image;
 mod recipe;
 
@@ -13,7 +15,7 @@ use std::num::NonZeroU16;
 use std::time::Duration;
 
 use bollard::errors::Error;
-use bollard::models::{self, ContainerInspectResponse, ContainerState, NetworkConnectRequest, PortBinding};
+use bollard::models::{self, ContainerInspectResponse, ContainerState, NetworkConnectRequest};
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions,
     ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
@@ -27,7 +29,7 @@ use tokio::time::Instant;
 
 use super::context::Context;
 use super::replace::{self, Hands};
-use super::{DockerError, FirstProcess, LifeEvent};
+use super::{DockerError, FirstProcess, LifeEvent, Listed};
 use crate::name::escape;
 use crate::registration::model::ContainerName;
 
@@ -114,13 +116,24 @@ impl Engine {
         let (Some(id), Some(pid), Some(true)) = (told.id, pid, state.running) else {
             return Err(DockerError::NotRunning(name.to_string()));
         };
-        let network = told.host_config.and_then(|config| config.network_mode);
+        let mode = told.host_config.and_then(|config| config.network_mode);
+        let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
         Ok(FirstProcess {
             id,
             pid,
-            host_network: network.as_deref() == Some("host"),
+            network: facts::network(mode.as_deref()),
+            published: facts::published(&ports),
+            agent_directory: facts::agent_directory(told.mounts.unwrap_or_default()),
             started_at: state.started_at.unwrap_or_default(),
         })
+    }
+
+    /// All containers.
+    pub(super) async fn containers(&self) -> Result<Vec<Listed>, DockerError> {
+        let options = ListContainersOptionsBuilder::default().all(true).build();
+        let listed =
+            self.client.list_containers(Some(options)).await.map_err(|error| self.refused(&error))?;
+        Ok(listed.into_iter().filter_map(facts::listed).collect())
     }
 
     /// Where Docker publishes a TCP port of the container.
@@ -134,7 +147,7 @@ impl Engine {
             .await?
             .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()))?;
         let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
-        Ok(host_port(ports.get(&format!("{port}/tcp")).into_iter().flatten().flatten()))
+        Ok(facts::host_port(ports.get(&format!("{port}/tcp")).into_iter().flatten().flatten()))
     }
 
     /// Stops and starts. What an earlier attempt to replace the container left is put in order first.
@@ -343,18 +356,6 @@ impl Engine {
     }
 }
 
-/// The host port of the first usable binding, IPv4 before IPv6 (wire specification, A.6.1).
-fn host_port<'a>(bindings: impl Iterator<Item = &'a PortBinding>) -> Option<NonZeroU16> {
-    let mut usable = bindings.filter_map(|binding| {
-        let address = binding.host_ip.as_deref().unwrap_or_default();
-        let port = binding.host_port.as_deref()?.trim().parse().ok()?;
-        Some((address.contains(':'), port))
-    });
-    let first = usable.next()?;
-    let chosen = if first.0 { usable.find(|(is_v6, _)| !is_v6).unwrap_or(first) } else { first };
-    Some(chosen.1)
-}
-
 /// What an error says, with what it says of its causes.
 fn reason(error: &Error) -> String {
     let mut text = error.to_string();
@@ -367,30 +368,4 @@ fn reason(error: &Error) -> String {
         cause = deeper.source();
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn binding(address: &str, port: &str) -> PortBinding {
-        PortBinding { host_ip: Some(address.to_owned()), host_port: Some(port.to_owned()) }
-    }
-
-    #[test]
-    fn a_published_port_is_that_of_the_first_usable_binding_and_of_ipv4_if_there_is_one() {
-        let port = |bindings: &[(&str, &str)]| {
-            let bindings: Vec<_> = bindings.iter().map(|(address, port)| binding(address, port)).collect();
-            host_port(bindings.iter()).map(NonZeroU16::get)
-        };
-        assert_eq!(port(&[("127.0.0.1", "32768")]), Some(32_768));
-        assert_eq!(port(&[("::", "32769"), ("0.0.0.0", "32768")]), Some(32_768));
-        assert_eq!(port(&[("::1", "32769")]), Some(32_769));
-        assert_eq!(port(&[("", " 32768 ")]), Some(32_768));
-        for unusable in ["", "0", "65536", "http", "-1"] {
-            assert_eq!(port(&[("127.0.0.1", unusable)]), None, "{unusable}");
-        }
-        assert_eq!(port(&[("127.0.0.1", "none"), ("::1", "32769")]), Some(32_769));
-        assert_eq!(port(&[]), None);
-    }
 }

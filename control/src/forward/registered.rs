@@ -401,7 +401,7 @@ fn report(news: News, wish: &Wish) -> Option<Report> {
 /// Whether what was registered still is what it was.
 fn is_there(way: &Way) -> bool {
     match way {
-        Way::Docker | Way::Websocket => true,
+        Way::Docker { .. } | Way::Websocket => true,
         Way::Process { pid, started } => {
             processes::started(*pid).is_ok_and(|now| now.is_some() && now == *started)
         }

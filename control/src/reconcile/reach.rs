@@ -96,7 +96,7 @@ pub(super) struct Told {
 
 /// The way of a registration, where it is to be forwarded at all.
 pub(super) fn way_of(registration: &Registration) -> Option<Way> {
-    registration.way.clone().or_else(|| registration.broker().map(|_| Way::Docker))
+    registration.way.clone().or_else(|| registration.broker().map(|_| Way::DOCKER))
 }
 
 /// The task of one container.
@@ -220,7 +220,8 @@ impl Visit {
     async fn becomes_another(&self, known: &FirstProcess) {
         loop {
             self.hint.notified().await;
-            match self.docker.first_process(&self.name).await {
+            let name = self.way.docker_name(&self.name);
+            match self.docker.first_process(name).await {
                 Ok(now) if now != *known => return,
                 Err(DockerError::NoSuchContainer(_)) => return,
                 // As before; or the pidfd knows better than an engine that does not answer.

@@ -7,7 +7,8 @@ use std::fmt;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -46,6 +47,12 @@ impl ContainerName {
     /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for ContainerName {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<ContainerName, D::Error> {
+        ContainerName::new(&String::deserialize(from)?).map_err(D::Error::custom)
     }
 }
 
@@ -88,8 +95,12 @@ impl fmt::Debug for Token {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
 pub enum Way {
-    /// Docker knows a container of this name; its first process is in the namespace.
-    Docker,
+    /// Docker knows a container; its first process is in the namespace.
+    Docker {
+        /// What Docker calls it, where that is not the registration's own name.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        container: Option<ContainerName>,
+    },
     /// A process is in the namespace, and the registration ends with it.
     Process {
         /// Its id in the daemon's process namespace.
@@ -117,11 +128,25 @@ impl fmt::Display for Way {
     /// The way, as people are told of it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Way::Docker => f.write_str("docker"),
+            Way::Docker { container: None } => f.write_str("docker"),
+            Way::Docker { container: Some(name) } => write!(f, "docker ({name})"),
             Way::Process { pid, .. } => write!(f, "process {pid}"),
             Way::Netns { path } => write!(f, "{}", path.display()),
             Way::Agent { directory } => write!(f, "agent in {}", directory.display()),
             Way::Websocket => f.write_str("websocket"),
+        }
+    }
+}
+
+impl Way {
+    /// By Docker, which calls the container as the registration does.
+    pub const DOCKER: Way = Way::Docker { container: None };
+
+    /// What Docker calls the container of a registration of the name `own`.
+    pub fn docker_name<'a>(&'a self, own: &'a ContainerName) -> &'a ContainerName {
+        match self {
+            Way::Docker { container: Some(name) } => name,
+            _ => own,
         }
     }
 }
@@ -134,6 +159,47 @@ pub struct Started {
     pub boot: String,
     /// Clock ticks since then.
     pub ticks: u64,
+}
+
+/// That the daemon keeps a registration by itself, from what Docker tells, and why. What somebody registers of the same name
+/// takes its place and is left alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Discovered {
+    /// What makes the container one that is forwarded.
+    pub by: FoundBy,
+    /// Docker's id of the container that was seen last; one that is renamed is known by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// See [`Discovered`]; the first that holds counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FoundBy {
+    /// Somebody named it (`landfall attach NAME`). It is remembered when the container is gone, for the next one of its name.
+    Name,
+    /// Its label says so.
+    Label,
+    /// Everything is forwarded (`landfall up --all`).
+    All,
+}
+
+/// What people are told of some ports of a container, and whether they are told at all. What may be exposed is the policy's
+/// business alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortNote {
+    /// The first port.
+    pub first: NonZeroU16,
+    /// The last one.
+    pub last: NonZeroU16,
+    /// What it is for, in the words of whoever made the container: escape it before it reaches a terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// It is forwarded without a word.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub silent: bool,
 }
 
 /// One container.
@@ -159,6 +225,12 @@ pub struct Registration {
     /// How it is reached without its help.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub way: Option<Way>,
+    /// The daemon made it itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discovered: Option<Discovered>,
+    /// What is told of its ports; for a port that several are about, the last one counts.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub port_notes: Vec<PortNote>,
     /// Fields that this release does not know, kept as they came.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,
@@ -213,6 +285,8 @@ impl Registration {
             None => None,
             Some(way) => Some(read_way(way)?),
         };
+        let discovered = ours(&mut fields, "discovered")?;
+        let port_notes = ours(&mut fields, "portNotes")?.unwrap_or_default();
         fields.remove("kind");
         let unknown = fields;
         Ok(Registration {
@@ -223,6 +297,8 @@ impl Registration {
             port_forward,
             broker_token,
             way,
+            discovered,
+            port_notes,
             unknown,
         })
     }
@@ -230,6 +306,17 @@ impl Registration {
     /// Host port, policy and token of the container's WebSocket: it is used when there are all three.
     pub fn broker(&self) -> Option<(NonZeroU16, &PortForward, &Token)> {
         Some((self.ws_host_port?, self.port_forward.as_ref()?, self.broker_token.as_ref()?))
+    }
+
+    /// What Docker calls the container.
+    pub fn docker_name(&self) -> &ContainerName {
+        let own = &self.container_name;
+        self.way.as_ref().map_or(own, |way| way.docker_name(own))
+    }
+
+    /// What is told of a port.
+    pub fn note_of(&self, port: NonZeroU16) -> Option<&PortNote> {
+        self.port_notes.iter().rev().find(|note| (note.first..=note.last).contains(&port))
     }
 }
 
@@ -239,6 +326,17 @@ fn token(fields: &mut Map<String, Value>, name: &'static str) -> Result<Option<T
         Some(Value::String(text)) => Ok(Token::new(&text)),
         Some(_) => Err(RegistrationError::Field(name)),
     }
+}
+
+/// A field of our own, whose type says what fits.
+fn ours<T: DeserializeOwned>(
+    fields: &mut Map<String, Value>,
+    name: &'static str,
+) -> Result<Option<T>, RegistrationError> {
+    let read = |value| {
+        serde_json::from_value(value).map_err(|error| RegistrationError::Because(name, error.to_string()))
+    };
+    fields.remove(name).map(read).transpose()
 }
 
 fn read_way(way: Value) -> Result<Way, RegistrationError> {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::net;
 use rustix::process::Signal;
 
+use crate::ports::free_port;
 use crate::support::{Nobody, Running, WAIT_MAX, landfall};
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -34,12 +35,6 @@ server.shutdown(socket.SHUT_RDWR)
 server.close()
 print('stopped', flush=True)
 sys.stdin.readline()";
-
-/// A port of the host that nobody has right now.
-fn free_port() -> u16 {
-    let listener = TcpListener::bind((V4, 0)).unwrap();
-    listener.local_addr().unwrap().port()
-}
 
 fn serve(options: &[&str], address: &str, port: u16, name: &str) -> Command {
     let mut command = landfall();

@@ -13,6 +13,7 @@ use landfall::rpc::client::Client;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::ports::free_port;
 use super::{Container, docker, run};
 
 const IMAGE: &str = "landfall-test-agent";
@@ -71,11 +72,6 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// A port that was free on the host a moment ago.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// What a web server at this port of the host answers, if one does.

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use landfall::reconcile::table::{Reached, RowState};
 use landfall::registration::model::Way;
 
-use crate::namespace::{Client, Namespace, ask, free_port, until};
+use crate::namespace::{Client, Namespace, ask, until};
+use crate::ports::free_port;
 use crate::world::{Drive, World, way_of};
 
 pub(crate) type Case = (&'static str, fn());

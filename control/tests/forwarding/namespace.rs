@@ -164,8 +164,3 @@ pub(crate) fn until<T>(what: &str, mut wanted: impl FnMut() -> Option<T>) -> T {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
-
-/// A port that is free on the host just now.
-pub(crate) fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
-}

@@ -9,7 +9,8 @@ use landfall::registration::model::{Registration, Way};
 use landfall::registration::store::Registered;
 
 use crate::cases::{Case, answers, refused};
-use crate::namespace::{Client, Namespace, free_port, until};
+use crate::namespace::{Client, Namespace, until};
+use crate::ports::free_port;
 use crate::session::{Session, registration};
 use crate::world::{Drive, World, way_of};
 
@@ -91,8 +92,8 @@ fn a_reserved_port_outlives_sessions_and_engines() {
     let mut world = World::new();
     world.start();
     register(&world, vec![registration("a", Some(&Way::Websocket))]);
-    let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    let (first, second) = (taken.local_addr().unwrap().port(), free_port());
+    let (first, second) = (free_port(), free_port());
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", first)).unwrap();
     let session = Session::begin(world.forwarding(), "a");
     session.up(&[]);
     session.reserve(4848, &[first, second]);

@@ -12,7 +12,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{Certainty, ENTER_AGAIN, RETRY};
-use crate::docker::{Docker, DockerError, FirstProcess};
+use crate::docker::{Docker, DockerError, FirstProcess, Network};
 use crate::paths::identity_of_file;
 use crate::processes;
 use crate::reconcile::readiness::watched;
@@ -81,7 +81,7 @@ pub(super) async fn find(way: &Way, name: &ContainerName, docker: &Docker) -> Re
             let looked = tokio::task::spawn_blocking(move || find_file(path)).await;
             looked.unwrap_or_else(|error| Err(Absent::Missing(Certainty::Unknown, error.to_string())))
         }
-        Way::Docker => find_container(name, docker).await,
+        Way::Docker { container } => find_container(container.as_ref().unwrap_or(name), docker).await,
         Way::Agent { directory } => {
             let path = directory.clone();
             let there = tokio::task::spawn_blocking(move || identity_of_file(&path).is_some()).await;
@@ -101,9 +101,12 @@ pub(super) async fn find(way: &Way, name: &ContainerName, docker: &Docker) -> Re
 
 async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Place, Absent> {
     let found = docker.first_process(name).await.map_err(docker_absent)?;
-    if found.host_network {
-        let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
-        return Err(Absent::Missing(Certainty::Refused, reason));
+    match found.network {
+        Network::Host => {
+            let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
+            return Err(Absent::Missing(Certainty::Refused, reason));
+        }
+        Network::Own | Network::Shared(_) => {}
     }
     let pidfd = open_process(found.pid)?;
     // Between Docker's word and the pidfd the process may have ended and its number been given to another one; if

@@ -1,0 +1,162 @@
+//! What Docker tells of a container, in our words. Pure.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+use std::path::PathBuf;
+
+use bollard::models::{
+    ContainerSummary, ContainerSummaryStateEnum, MountPoint, PortBinding, PortMap, PortSummaryTypeEnum,
+};
+
+use crate::docker::{AGENT_DIRECTORY, Listed, Network};
+use crate::registration::model::ContainerName;
+
+/// One of Docker's list. None where what makes it a container is missing.
+pub(super) fn listed(told: ContainerSummary) -> Option<Listed> {
+    use ContainerSummaryStateEnum::{PAUSED, RUNNING};
+    let mut names = told.names.unwrap_or_default().into_iter();
+    // A link is one more name, below that of another container.
+    let name = names.find_map(|name| ContainerName::new(name.strip_prefix('/').unwrap_or(&name)).ok())?;
+    let mode = told.host_config.and_then(|config| config.network_mode);
+    let ports = told.ports.unwrap_or_default().into_iter().filter_map(|port| {
+        let is_ours = port.typ == Some(PortSummaryTypeEnum::TCP) && answers_locally(port.ip.as_deref());
+        let (inside, outside) = (NonZeroU16::new(port.private_port)?, NonZeroU16::new(port.public_port?)?);
+        is_ours.then_some((inside, outside))
+    });
+    Some(Listed {
+        id: told.id?,
+        name,
+        image: told.image.unwrap_or_default(),
+        running: matches!(told.state, Some(RUNNING | PAUSED)),
+        labels: told.labels.unwrap_or_default().into_iter().collect(),
+        network: network(mode.as_deref()),
+        published: ports.collect(),
+    })
+}
+
+/// The network of a container of this mode.
+pub(super) fn network(mode: Option<&str>) -> Network {
+    match mode {
+        Some("host") => Network::Host,
+        Some(mode) => {
+            mode.strip_prefix("container:").map_or(Network::Own, |other| Network::Shared(other.to_owned()))
+        }
+        None => Network::Own,
+    }
+}
+
+/// What is published where `localhost` answers: TCP ports inside, and those of the host.
+pub(super) fn published(ports: &PortMap) -> BTreeMap<NonZeroU16, NonZeroU16> {
+    let published = ports.iter().filter_map(|(inside, bindings)| {
+        let inside = inside.strip_suffix("/tcp")?.parse().ok()?;
+        let bindings = bindings.iter().flatten();
+        let local = bindings.filter(|binding| answers_locally(binding.host_ip.as_deref()));
+        Some((inside, host_port(local)?))
+    });
+    published.collect()
+}
+
+/// Whether what is bound to this address of the host answers at `localhost`. Docker says nothing for all addresses.
+fn answers_locally(address: Option<&str>) -> bool {
+    match address {
+        None | Some("") => true,
+        Some(text) => text.parse().is_ok_and(|ip: IpAddr| ip.is_loopback() || ip.is_unspecified()),
+    }
+}
+
+/// The host port of the first usable binding, IPv4 before IPv6 (wire specification, A.6.1).
+pub(super) fn host_port<'a>(bindings: impl Iterator<Item = &'a PortBinding>) -> Option<NonZeroU16> {
+    let mut usable = bindings.filter_map(|binding| {
+        let address = binding.host_ip.as_deref().unwrap_or_default();
+        let port = binding.host_port.as_deref()?.trim().parse().ok()?;
+        Some((address.contains(':'), port))
+    });
+    let first = usable.next()?;
+    let chosen = if first.0 { usable.find(|(is_v6, _)| !is_v6).unwrap_or(first) } else { first };
+    Some(chosen.1)
+}
+
+/// The directory of the host that is mounted where an agent puts its socket.
+pub(super) fn agent_directory(mounts: Vec<MountPoint>) -> Option<PathBuf> {
+    let mount = mounts
+        .into_iter()
+        .find(|mount| mount.destination.as_deref() == Some(AGENT_DIRECTORY) && mount.rw == Some(true))?;
+    mount.source.map(PathBuf::from).filter(|source| source.is_absolute())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(number: u16) -> NonZeroU16 {
+        NonZeroU16::new(number).unwrap()
+    }
+
+    #[test]
+    fn a_container_of_the_list_is_read() {
+        let told: ContainerSummary = serde_json::from_value(serde_json::json!({
+            "Id": "abc", "Names": ["/other/alias", "/shop"], "Image": "node:22", "State": "paused",
+            "Labels": {"dev.landfall.forward": "true"}, "HostConfig": {"NetworkMode": "container:def"},
+            "Ports": [
+                {"IP": "0.0.0.0", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
+                {"IP": "::", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
+                {"IP": "192.0.2.1", "PrivatePort": 81, "PublicPort": 8081, "Type": "tcp"},
+                {"IP": "127.0.0.1", "PrivatePort": 82, "PublicPort": 8082, "Type": "udp"},
+                {"PrivatePort": 83, "Type": "tcp"}
+            ]
+        }))
+        .unwrap();
+        let listed = listed(told).unwrap();
+        assert_eq!((listed.id.as_str(), listed.name.as_str()), ("abc", "shop"));
+        assert!(listed.running);
+        assert_eq!(listed.network, Network::Shared("def".to_owned()));
+        assert_eq!(listed.published, BTreeMap::from([(port(80), port(8080))]));
+        assert_eq!(listed.labels["dev.landfall.forward"], "true");
+    }
+
+    #[test]
+    fn only_a_writable_mount_at_the_agents_place_is_its_directory() {
+        let mount = |destination: &str, rw| MountPoint {
+            source: Some("/home/u/shared".to_owned()),
+            destination: Some(destination.to_owned()),
+            rw: Some(rw),
+            ..MountPoint::default()
+        };
+        assert_eq!(agent_directory(vec![mount("/data", true)]), None);
+        assert_eq!(agent_directory(vec![mount(AGENT_DIRECTORY, false)]), None);
+        let found = agent_directory(vec![mount("/data", true), mount(AGENT_DIRECTORY, true)]);
+        assert_eq!(found, Some(PathBuf::from("/home/u/shared")));
+    }
+
+    #[test]
+    fn what_is_bound_elsewhere_is_not_published_on_localhost() {
+        let ports: PortMap = serde_json::from_value(serde_json::json!({
+            "80/tcp": [{"HostIp": "192.0.2.1", "HostPort": "80"}, {"HostIp": "::1", "HostPort": "8080"}],
+            "81/tcp": null, "82/udp": [{"HostIp": "", "HostPort": "82"}], "83/tcp": [{"HostIp": "", "HostPort": "83"}]
+        }))
+        .unwrap();
+        assert_eq!(published(&ports), BTreeMap::from([(port(80), port(8080)), (port(83), port(83))]));
+    }
+
+    fn binding(address: &str, port: &str) -> PortBinding {
+        PortBinding { host_ip: Some(address.to_owned()), host_port: Some(port.to_owned()) }
+    }
+
+    #[test]
+    fn a_published_port_is_that_of_the_first_usable_binding_and_of_ipv4_if_there_is_one() {
+        let port = |bindings: &[(&str, &str)]| {
+            let bindings: Vec<_> = bindings.iter().map(|(address, port)| binding(address, port)).collect();
+            host_port(bindings.iter()).map(NonZeroU16::get)
+        };
+        assert_eq!(port(&[("127.0.0.1", "32768")]), Some(32_768));
+        assert_eq!(port(&[("::", "32769"), ("0.0.0.0", "32768")]), Some(32_768));
+        assert_eq!(port(&[("::1", "32769")]), Some(32_769));
+        assert_eq!(port(&[("", " 32768 ")]), Some(32_768));
+        for unusable in ["", "0", "65536", "http", "-1"] {
+            assert_eq!(port(&[("127.0.0.1", unusable)]), None, "{unusable}");
+        }
+        assert_eq!(port(&[("127.0.0.1", "none"), ("::1", "32769")]), Some(32_769));
+        assert_eq!(port(&[]), None);
+    }
+}
