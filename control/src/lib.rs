@@ -9,6 +9,7 @@
 //! - `agent` is the program inside a container; `broker` is what it and the daemon say to each other.
 //! - `daemon` puts together what runs as `landfall _hostd`: `registration` remembers, `rpc` and `http` are how it is asked,
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
+//! - `devcontainer` reads what a folder or an image says of its ports.
 //! - `tailscale` offers what answers on the host on the user's tailnet, where that is wanted.
 //! - `paths` and `registration::file` name all state on disk: what a container was registered with, and the log.
 //!
@@ -20,6 +21,7 @@ pub mod agent;
 pub mod broker;
 pub mod cli;
 pub mod daemon;
+pub mod devcontainer;
 pub mod docker;
 pub mod events;
 pub mod folder;

@@ -2,7 +2,7 @@
 //! and with everything taken away that Docker can take away. A daemon on the host reaches them by either way.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;

@@ -1,0 +1,50 @@
+//! The file in a folder. Only verbs that a person of the host runs read it: whoever is in the container may write it.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use super::{BYTES_MAX, Devcontainer, DevcontainerError};
+
+/// Where it is looked for, below the folder; the first one counts (Dev Container reference, "devcontainer.json").
+const PLACES: [&str; 2] = [".devcontainer/devcontainer.json", ".devcontainer.json"];
+
+/// What the folder says; none where it has no such file.
+pub(super) fn read(folder: &Path) -> Result<Option<Devcontainer>, DevcontainerError> {
+    for place in PLACES {
+        let path = folder.join(place);
+        let wrong = |why: String| DevcontainerError::File { path: path.clone(), why };
+        let Some(text) = text(&path).map_err(wrong)? else { continue };
+        let mut read = Devcontainer::parse(&text).map_err(|error| wrong(error.to_string()))?;
+        // Its paths are relative to where it is.
+        let base = path.parent().unwrap_or(folder);
+        if let Some(build) = &mut read.build {
+            build.dockerfile = base.join(&build.dockerfile);
+            build.context = base.join(&build.context);
+        }
+        return Ok(Some(read));
+    }
+    Ok(None)
+}
+
+/// The text of the file; none where there is no file. The error completes a sentence that begins with the file's name.
+fn text(path: &Path) -> Result<Option<String>, String> {
+    // Without NONBLOCK, a FIFO in the file's place would keep us waiting for a writer.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+        Err(errno) => return Err(format!("it cannot be opened: {errno}")),
+    };
+    let about = file.metadata().map_err(|error| format!("it cannot be looked at: {error}"))?;
+    if !about.is_file() {
+        return Err("it is not a regular file".to_owned());
+    }
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(BYTES_MAX).unwrap_or(u64::MAX);
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(|error| format!("it cannot be read: {error}"))?;
+    String::from_utf8(bytes).map(Some).map_err(|_| "it is not UTF-8".to_owned())
+}
