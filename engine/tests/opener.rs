@@ -7,6 +7,8 @@
 
 #[path = "opener/agents.rs"]
 mod agents;
+#[path = "opener/helpers.rs"]
+mod helpers;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -45,7 +47,7 @@ enum Needs {
 
 type Case = (&'static str, Needs, fn());
 
-const CASES: [Case; 20] = [
+const CASES: [Case; 22] = [
     ("a_socket_made_inside_connects_from_outside", Needs::Nothing, connects_from_outside),
     ("both_families_and_an_ipv6_listener", Needs::Nothing, both_families),
     ("an_upstream_is_what_the_engine_wants", Needs::Nothing, upstream),
@@ -64,6 +66,8 @@ const CASES: [Case; 20] = [
     ("an_agent_hands_out_sockets_of_its_namespace", Needs::Nothing, agents::inside),
     ("an_agent_serves_on_beside_one_that_does_not_read", Needs::Nothing, agents::floods),
     ("an_agent_of_our_own_namespace_is_refused", Needs::Nothing, agents::of_ours),
+    ("a_helpers_opener_is_like_our_own", Needs::Nothing, helpers::enters),
+    ("a_helper_that_is_none_is_not_taken_for_the_container", Needs::Nothing, helpers::useless),
     ("a_namespace_is_entered_by_its_file", Needs::Root, by_file),
     ("another_users_namespace_is_refused", Needs::Root, anothers_namespace),
 ];

@@ -1,4 +1,4 @@
-//! The side outside: starts an opener, or connects to an agent, collects what an upstream needs from it, and checks what it is handed.
+//! The side outside: starts an opener, or has one started by a helper, or connects to an agent, collects what an upstream needs from it, and checks what it is handed.
 //!
 //! Whoever starts an upstream holds an [`Opener`] for as long as it takes to ask for the descriptors of
 //! [`Command::AddUpstream`](crate::command::Command::AddUpstream), and passes those to the engine. The process
@@ -6,6 +6,7 @@
 
 mod agent;
 mod dial;
+mod through;
 
 use std::io;
 use std::net::SocketAddr;
@@ -90,6 +91,15 @@ pub enum OpenError {
     /// An agent could not be reached, or did not do as asked.
     #[error("the agent at {}: {source}", socket.display())]
     Agent {
+        /// Where it was looked for.
+        socket: PathBuf,
+        /// What was wrong.
+        source: Box<OpenError>,
+    },
+    /// The helper that starts openers for us could not be had. Where to go was not refused by this: an opener that it
+    /// started answers for itself.
+    #[error("the helper at {}: {source}", socket.display())]
+    Helper {
         /// Where it was looked for.
         socket: PathBuf,
         /// What was wrong.

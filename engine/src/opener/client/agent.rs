@@ -55,7 +55,7 @@ impl Opener {
 }
 
 fn meet(directory: &Path) -> Result<Opener, OpenError> {
-    let channel = knock(directory)?;
+    let channel = knock(directory, AGENT_SOCKET, "agent")?;
     let (netns_inode, netns_cookie) = match exchange(&channel, &Request::Introduce, &[])?.0 {
         Answer::Entered { netns_inode, netns_cookie } => (netns_inode, netns_cookie),
         other => return Err(unasked(other)),
@@ -72,8 +72,8 @@ fn meet(directory: &Path) -> Result<Opener, OpenError> {
     Ok(opener)
 }
 
-/// Connects to the socket, and to nothing that only leads to one.
-fn knock(directory: &Path) -> Result<Channel, OpenError> {
+/// Connects to the socket `name` in `directory`, on which `whose` is to listen, and to nothing that only leads to one.
+pub(super) fn knock(directory: &Path, name: &str, whose: &str) -> Result<Channel, OpenError> {
     let failed = |what: &str, errno: Errno| OpenError::Refused(Failure::from_io(what, &errno.into()));
     let place =
         rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -84,13 +84,13 @@ fn knock(directory: &Path) -> Result<Channel, OpenError> {
             })?;
     let socket = rustix::fs::openat2(
         &place,
-        AGENT_SOCKET,
+        name,
         OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
         Mode::empty(),
         ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::BENEATH,
     )
     .map_err(|errno| match errno {
-        Errno::NOENT => refused(FailureKind::Gone, "no agent has made its socket there".to_owned()),
+        Errno::NOENT => refused(FailureKind::Gone, format!("no {whose} has made its socket there")),
         errno => failed("it cannot be opened", errno),
     })?;
     let status = rustix::fs::fstat(&socket).map_err(|errno| failed("it cannot be looked at", errno))?;
@@ -105,11 +105,11 @@ fn knock(directory: &Path) -> Result<Channel, OpenError> {
         _ => return Err(refused(FailureKind::Other, "it is not a socket".to_owned())),
     }
     connect(&socket).map_err(|errno| match errno {
-        Errno::CONNREFUSED => refused(FailureKind::Gone, "no agent listens on it".to_owned()),
+        Errno::CONNREFUSED => refused(FailureKind::Gone, format!("no {whose} listens on it")),
         Errno::PROTOTYPE => {
             refused(FailureKind::Other, "it is a socket of another type than SOCK_SEQPACKET".to_owned())
         }
-        Errno::AGAIN => refused(FailureKind::Exhausted, "the agent takes no connection".to_owned()),
+        Errno::AGAIN => refused(FailureKind::Exhausted, format!("the {whose} takes no connection")),
         Errno::NOENT => refused(FailureKind::Other, "/proc is needed to connect to it".to_owned()),
         errno => failed("it cannot be connected to", errno),
     })
@@ -135,7 +135,7 @@ fn own_cookie() -> Result<u64, OpenError> {
 
 impl Opener {
     /// Has it hand over a socket, which must be of the namespace that it named.
-    fn prove(&mut self) -> Result<(), OpenError> {
+    pub(super) fn prove(&mut self) -> Result<(), OpenError> {
         let request = Request::Sockets { family: Family::V4, count: 1, congestion: None };
         self.channel.send_timeout(&request, &[], super::ANSWER_TIMEOUT)?;
         self.channel.wait_readable(super::ANSWER_TIMEOUT)?;

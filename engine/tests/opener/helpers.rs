@@ -1,0 +1,83 @@
+//! Openers that somebody else starts for us.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+
+use landfall_engine::channel::Channel;
+use landfall_engine::command::Family;
+use landfall_engine::opener::client::{OpenError, Opener, Target};
+use landfall_engine::opener::{Answer, FailureKind, Request, VERB};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::{Inside, assert_refused, channel_of, dial, sockets, this};
+
+/// Listens in a directory of its own, and has `serve` do something with the one connection that comes.
+fn helper(serve: impl FnOnce(OwnedFd) + Send + 'static) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("opener.sock");
+    let flags = SocketFlags::CLOEXEC;
+    let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    rustix::net::listen(&listener, 4).unwrap();
+    thread::spawn(move || serve(rustix::net::accept_with(&listener, flags).unwrap()));
+    (folder, path)
+}
+
+/// Gives the connection to an opener.
+fn with_opener(connection: OwnedFd) {
+    let status = Command::new(this()).arg(VERB).stdin(Stdio::from(connection)).status();
+    drop(status);
+}
+
+pub(crate) fn enters() {
+    let inside = Inside::new();
+    let (_folder, path) = helper(with_opener);
+    let mut opener = Opener::through(&path, Target::process(inside.pid()).unwrap()).unwrap();
+    let channel = channel_of(&mut opener);
+    let address: SocketAddr = ([127, 0, 0, 1], inside.port).into();
+    for socket in sockets(&channel, Family::V4, 3, opener.netns_cookie()).unwrap() {
+        assert_eq!(dial(socket, address), "inside");
+    }
+    // What the opener refuses is its own answer.
+    let (_folder, path) = helper(with_opener);
+    let own = Opener::through(&path, Target::process(std::process::id()).unwrap());
+    assert_refused(own, FailureKind::OwnNamespace);
+}
+
+/// Whatever is wrong with the helper says nothing about the container.
+pub(crate) fn useless() {
+    let ours = || Target::process(std::process::id()).unwrap();
+    let told = |path: &Path| match Opener::through(path, ours()) {
+        Err(error @ OpenError::Helper { .. }) => {
+            assert_eq!(error.kind(), None);
+            error.to_string()
+        }
+        other => panic!("{}: {other:?}", path.display()),
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("opener.sock");
+    let said = |what: &str| format!("the helper at {}: {what}", path.display());
+    assert_eq!(told(&path), said("no helper has made its socket there"));
+    std::fs::write(&path, "").unwrap();
+    assert_eq!(told(&path), said("it is not a socket"));
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+    assert_eq!(told(&path), said("it is a symbolic link, and none is followed"));
+
+    let (_folder, path) = helper(drop);
+    assert!(told(&path).contains("ended without an answer"));
+    // One that lies about where it is.
+    let (_folder, path) = helper(|connection| {
+        let channel = Channel::try_from(connection).unwrap();
+        let _ = channel.recv::<Request>().unwrap().unwrap();
+        channel.send(&Answer::Entered { netns_inode: 1, netns_cookie: u64::MAX }, &[]).unwrap();
+        let _ = channel.recv::<Request>().unwrap().unwrap();
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        channel.send(&Answer::Made { count: 1, error: None }, &[socket.as_fd()]).unwrap();
+        let _ = channel.recv::<Request>();
+    });
+    assert!(told(&path).contains("makes no sense"));
+}
