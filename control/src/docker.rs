@@ -1,15 +1,17 @@
 //! Docker, as far as the daemon needs it: does a container exist, which process is its first, start it again, build it
 //! anew, and what happens to containers just now.
 //!
-//! An engine is asked where `DOCKER_HOST` says (`unix://PATH`, or `tcp://` on loopback), else at `/var/run/docker.sock`.
-//! Nothing is connected until something is asked, and nothing is kept: an engine that comes back after an outage, or
+//! `docker::address` says where an engine is looked for; Podman, which speaks Docker's language, is one as well. Nothing is
+//! connected until something is asked, and nothing but the address is kept: an engine that comes back after an outage, or
 //! that another release has replaced meanwhile, is met as it is. Every call is bounded in time. `docker::bollard` is the
 //! only place that knows how the engine is talked to.
 
+mod address;
 mod bollard;
 mod context;
 mod ignore;
 mod replace;
+mod seek;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -22,6 +24,9 @@ use tokio::sync::mpsc;
 
 use crate::liveness::Liveness;
 use crate::registration::model::ContainerName;
+use address::Environment;
+use bollard::Engine;
+use seek::Seek;
 
 /// Where, inside, an agent puts its socket unless it is told otherwise.
 pub const AGENT_DIRECTORY: &str = "/run/landfall";
@@ -133,23 +138,33 @@ pub enum LifeEvent {
 /// A Docker engine.
 #[derive(Clone, Debug)]
 pub struct Docker {
-    address: bollard::Address,
+    seek: Seek,
 }
 
 impl Docker {
     /// The engine that the environment names. It is connected to when it is used, so this never fails.
     pub fn from_environment() -> Docker {
-        Docker::at(std::env::var("DOCKER_HOST").ok())
+        let uid = rustix::process::geteuid().as_raw();
+        let environment = Environment::from_variables(|name| std::env::var_os(name), uid);
+        Docker { seek: Seek::new(&environment) }
     }
 
-    /// The engine at this address, in the form of `DOCKER_HOST`; the default one, if there is none.
+    /// The engine at this address, in the form of `DOCKER_HOST`; the machine's own, if there is none.
     pub fn at(host: Option<String>) -> Docker {
-        Docker { address: bollard::Address::from_variable(host) }
+        Docker { seek: Seek::new(&Environment::of_host(host)) }
+    }
+
+    /// Meets the engine where it is now.
+    async fn connect(&self) -> Result<Engine, DockerError> {
+        let address = self.seek.address()?;
+        let engine = Engine::connect(&address).await?;
+        self.seek.answered(&address);
+        Ok(engine)
     }
 
     /// Whether a container of exactly this name exists, running or not (wire specification, A.7.6).
     pub async fn probe(&self, name: &ContainerName) -> Liveness {
-        let asked = async { self.address.connect().await?.exists(name).await };
+        let asked = async { self.connect().await?.exists(name).await };
         match tokio::time::timeout(QUESTION_TIMEOUT, asked).await {
             Ok(Ok(true)) => Liveness::Alive,
             Ok(Ok(false)) => Liveness::Gone,
@@ -162,7 +177,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError`] says whether the container, its process or the engine is missing.
     pub async fn first_process(&self, name: &ContainerName) -> Result<FirstProcess, DockerError> {
-        self.bounded(async { self.address.connect().await?.first_process(name).await }).await
+        self.bounded(async { self.connect().await?.first_process(name).await }).await
     }
 
     /// Every container of the engine. One whose name could not be a registration's is left out; Docker gives no such names.
@@ -170,7 +185,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError`] says why the engine cannot be asked.
     pub async fn containers(&self) -> Result<Vec<Listed>, DockerError> {
-        self.bounded(async { self.address.connect().await?.containers().await }).await
+        self.bounded(async { self.connect().await?.containers().await }).await
     }
 
     /// The host port on which a TCP port of the container is published; none where Docker knows the container and publishes
@@ -183,7 +198,7 @@ impl Docker {
         name: &ContainerName,
         port: u16,
     ) -> Result<Option<NonZeroU16>, DockerError> {
-        self.bounded(async { self.address.connect().await?.published_port(name, port).await }).await
+        self.bounded(async { self.connect().await?.published_port(name, port).await }).await
     }
 
     /// Stops the container, with its own stop signal and its own time to obey it, starts it again, and sees that it stays.
@@ -191,7 +206,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError::Stop`] and [`DockerError::Start`] say how far it came.
     pub async fn restart(&self, name: &ContainerName) -> Result<(), DockerError> {
-        let engine = self.bounded(self.address.connect()).await.map_err(DockerError::stopping)?;
+        let engine = self.bounded(self.connect()).await.map_err(DockerError::stopping)?;
         engine.restart(name).await
     }
 
@@ -210,7 +225,7 @@ impl Docker {
         let opened = tokio::task::spawn_blocking(move || context::Context::open(&folder)).await;
         let context =
             opened.map_err(|error| DockerError::Start(error.to_string()))?.map_err(DockerError::Start)?;
-        let engine = self.bounded(self.address.connect()).await.map_err(DockerError::starting)?;
+        let engine = self.bounded(self.connect()).await.map_err(DockerError::starting)?;
         engine.rebuild(name, context).await.map_err(DockerError::starting)
     }
 
@@ -218,18 +233,18 @@ impl Docker {
     /// It ends when the receiver is dropped.
     pub fn life_events(&self) -> mpsc::Receiver<LifeEvent> {
         let (sender, receiver) = mpsc::channel(EVENTS_MAX);
-        tokio::spawn(bollard::tell_life(self.address.clone(), sender));
+        tokio::spawn(bollard::tell_life(self.clone(), sender));
         receiver
     }
 
     /// The host's own address on the network `bridge`, by which containers reach the host.
     pub async fn bridge_gateway(&self) -> Option<IpAddr> {
-        self.bounded(async { self.address.connect().await?.bridge_gateway().await }).await.ok().flatten()
+        self.bounded(async { self.connect().await?.bridge_gateway().await }).await.ok().flatten()
     }
 
     async fn bounded<T>(&self, work: impl Future<Output = Result<T, DockerError>>) -> Result<T, DockerError> {
         let late = |_| DockerError::Unreachable {
-            at: self.address.to_string(),
+            at: self.seek.address().map_or_else(|_| "its address".to_owned(), |address| address.to_string()),
             reason: format!("no answer within {} s", QUESTION_TIMEOUT.as_secs()),
         };
         tokio::time::timeout(QUESTION_TIMEOUT, work).await.map_err(late)?

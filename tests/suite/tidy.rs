@@ -33,6 +33,7 @@ const PURE: &[&str] = &[
     "control/src/devcontainer.rs",
     "control/src/devcontainer/jsonc.rs",
     "control/src/devcontainer/parse.rs",
+    "control/src/docker/address.rs",
     "control/src/policy.rs",
     "control/src/reconcile/plan.rs",
     "control/src/tailscale/machine.rs",

@@ -9,7 +9,6 @@ mod image;
 mod recipe;
 
 use std::collections::HashMap;
-use std::fmt;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::time::Duration;
@@ -27,14 +26,13 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::address::{Address, Endpoint};
 use super::context::Context;
 use super::replace::{self, Hands};
-use super::{DockerError, FirstProcess, LifeEvent, Listed};
+use super::{Docker, DockerError, FirstProcess, LifeEvent, Listed};
 use crate::name::escape;
 use crate::registration::model::ContainerName;
 
-/// Where an engine listens when nothing says otherwise.
-const SOCKET: &str = "unix:///var/run/docker.sock";
 /// The client's own bound for one answer, in seconds: longer than any stop timeout that is in use, since an answer to
 /// `stop` comes when the container has stopped. Questions are bounded more tightly by the caller.
 const ANSWER_SECONDS: u64 = 600;
@@ -49,48 +47,26 @@ const LINE_CHARS_MAX: usize = 300;
 const AGAIN_MIN: Duration = Duration::from_millis(250);
 const AGAIN_MAX: Duration = Duration::from_secs(10);
 
-/// Where an engine is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Address(String);
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Address {
-    /// What `DOCKER_HOST` says; empty counts as not set.
-    pub(super) fn from_variable(host: Option<String>) -> Address {
-        Address(host.filter(|host| !host.is_empty()).unwrap_or_else(|| SOCKET.to_owned()))
-    }
-
-    /// Meets the engine, and agrees on a version of the protocol with it.
-    pub(super) async fn connect(&self) -> Result<Engine, DockerError> {
-        let client = if self.0.starts_with("unix://") {
-            Client::connect_with_unix(&self.0, ANSWER_SECONDS, API_DEFAULT_VERSION)
-        } else if self.0.starts_with("tcp://") {
-            Client::connect_with_http(&self.0, ANSWER_SECONDS, API_DEFAULT_VERSION)
-        } else {
-            return Err(self.unreachable("DOCKER_HOST must begin with unix:// or tcp://".to_owned()));
-        };
-        let client = client.map_err(|error| self.unreachable(reason(&error)))?;
-        let client = client.negotiate_version().await.map_err(|error| self.unreachable(reason(&error)))?;
-        Ok(Engine { client, address: self.clone() })
-    }
-
-    fn unreachable(&self, reason: String) -> DockerError {
-        DockerError::Unreachable { at: self.0.clone(), reason }
-    }
-}
-
 /// An engine that has answered.
+#[derive(Debug)]
 pub(super) struct Engine {
     client: Client,
     address: Address,
 }
 
 impl Engine {
+    /// Meets the engine, and agrees on a version of the protocol with it.
+    pub(super) async fn connect(address: &Address) -> Result<Engine, DockerError> {
+        let at = address.to_string();
+        let client = match &address.endpoint {
+            Endpoint::Unix(_) => Client::connect_with_unix(&at, ANSWER_SECONDS, API_DEFAULT_VERSION),
+            Endpoint::Tcp(..) => Client::connect_with_http(&at, ANSWER_SECONDS, API_DEFAULT_VERSION),
+        };
+        let client = client.map_err(|error| unreachable(address, &error))?;
+        let client = client.negotiate_version().await.map_err(|error| unreachable(address, &error))?;
+        Ok(Engine { client, address: address.clone() })
+    }
+
     /// Whether a container of exactly this name exists, or one that is being replaced by it.
     pub(super) async fn exists(&self, name: &ContainerName) -> Result<bool, DockerError> {
         let wanted = [name.to_string(), replace::aside(name.as_str())].map(|name| format!("/{name}"));
@@ -267,7 +243,7 @@ impl Engine {
         match error {
             Error::DockerResponseServerError { message, .. } => DockerError::Refused(message.clone()),
             Error::DockerStreamError { error } => DockerError::Refused(error.clone()),
-            _ => self.address.unreachable(reason(error)),
+            _ => unreachable(&self.address, error),
         }
     }
 }
@@ -313,10 +289,10 @@ impl Hands for Engine {
 }
 
 /// Tells of containers' lives until nobody listens.
-pub(super) async fn tell_life(address: Address, listener: mpsc::Sender<LifeEvent>) {
+pub(super) async fn tell_life(docker: Docker, listener: mpsc::Sender<LifeEvent>) {
     let mut again = AGAIN_MIN;
     while !listener.is_closed() {
-        if let Ok(engine) = address.connect().await {
+        if let Ok(engine) = docker.connect().await {
             again = AGAIN_MIN;
             if engine.tell_life(&listener).await.is_err() {
                 return;
@@ -354,6 +330,10 @@ impl Engine {
             }
         }
     }
+}
+
+fn unreachable(address: &Address, error: &Error) -> DockerError {
+    DockerError::Unreachable { at: address.to_string(), reason: reason(error) }
 }
 
 /// What an error says, with what it says of its causes.
