@@ -17,7 +17,7 @@
 
 mod connection;
 mod dial;
-mod directory;
+pub(crate) mod directory;
 mod hub;
 pub mod local;
 pub mod log;

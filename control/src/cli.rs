@@ -11,6 +11,7 @@ pub mod down;
 pub mod events;
 pub mod exit;
 pub mod forwarding;
+pub mod helper;
 pub mod hostd;
 pub mod logs;
 pub mod ls;
@@ -71,6 +72,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         },
         // It has told whoever started it why.
         Verb::Opener => Ok(opener::serve::main(rustix::stdio::stdin()).map_or(Exit::Failed, |()| Exit::Ok)),
+        Verb::Helper(args) => helper::helper(&args),
         Verb::Tied(args) => Err(Failure::new(Exit::Failed, sandbox::pasta::tied(&args.command).to_string())),
     };
     match done {

@@ -34,6 +34,7 @@ use crate::broker::message::Extensions;
 use crate::cli::exit::chain;
 use crate::docker::{Docker, LifeEvent};
 use crate::events::{Event, Journal};
+use crate::helper::{Helper, HelperOptions};
 use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
 use crate::liveness::Ways;
@@ -69,6 +70,8 @@ pub struct Options {
     pub restart: bool,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
+    /// Whether containers are entered by a helper container.
+    pub docker_helper: bool,
     /// How long a call of tailscale may take.
     pub tailscale_timeout: Duration,
     /// How often it looks whether containers still exist.
@@ -157,6 +160,12 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let last = read_number(&home.http_port_file());
     let bound = http::Bound::listen(options.http_port, last, &addresses, &journal).await?;
     leave_number(&home.http_port_file(), bound.port());
+    let helper = Helper::start(HelperOptions {
+        on: options.docker_helper,
+        home: home.clone(),
+        docker: docker.clone(),
+        journal: journal.clone(),
+    });
     let forwarding = Forwarding::start(ForwardingOptions {
         home: home.clone(),
         journal: journal.clone(),
@@ -179,6 +188,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         version: version::current(),
         http_port: bound.port(),
         tailscale: options.tailscale,
+        helper: helper.clone(),
         registry: registry.clone(),
         forwarding: forwarding.clone(),
         supervisor: options.restart.then_some(supervisor),
@@ -187,7 +197,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     });
     let http = bound.serve(Arc::clone(&answers));
     let gateway_wanted = options.http_bind.is_empty().then(|| http.clone());
-    tasks.spawn(follow_docker(docker, registry.clone(), forwarding.clone(), gateway_wanted));
+    tasks.spawn(follow_docker(docker, registry.clone(), forwarding.clone(), helper, gateway_wanted));
     tasks.spawn(follow_ends(registry.clone(), forwarding));
     tasks.spawn(follow_rejections(registry, rejections));
 
@@ -204,7 +214,7 @@ impl Daemon {
     /// Stops: the HTTP port is free first, since the next daemon needs it; the socket's file goes last, since its going is
     /// what the next one waits for. The socket answers meanwhile: that it stops. Every step is bounded in time.
     async fn stop(mut self) {
-        let Answers { journal, registry, forwarding, supervisor, stop, .. } = &*self.answers;
+        let Answers { journal, registry, forwarding, supervisor, helper, stop, .. } = &*self.answers;
         let bound = self.options.cleanup_timeout;
         journal.tell(&Event::DaemonStopping);
         within(bound, "HTTP", journal, self.http.close()).await;
@@ -221,6 +231,8 @@ impl Daemon {
         } else {
             within(bound, "forwarding", journal, forwarding.detach()).await;
         }
+        // The openers that it started serve the engine for as long as that lives.
+        within(bound, "the helper", journal, helper.stop(stop.drains_engine())).await;
         take_pid(&self.options.home.pid_file());
         self.server.close().await;
         self.tasks.shutdown().await;
@@ -278,15 +290,23 @@ fn control_ports(http: NonZeroU16) -> BTreeSet<NonZeroU16> {
 }
 
 /// Hints from Docker go to whoever looks at containers, and its address to HTTP once there is one.
-async fn follow_docker(docker: Docker, registry: Registry, forwarding: Forwarding, http: Option<Http>) {
+async fn follow_docker(
+    docker: Docker,
+    registry: Registry,
+    forwarding: Forwarding,
+    helper: Helper,
+    http: Option<Http>,
+) {
     let mut events = docker.life_events();
     while let Some(event) = events.recv().await {
         match event {
             LifeEvent::Changed { name, .. } => {
                 registry.look_again(&name);
                 forwarding.look_again(&name);
+                helper.look_again(Some(&name));
             }
             LifeEvent::Resync => {
+                helper.look_again(None);
                 for entry in &registry.list().entries {
                     registry.look_again(entry.container_name.as_str());
                     forwarding.look_again(entry.container_name.as_str());

@@ -9,6 +9,7 @@
 mod address;
 mod bollard;
 mod context;
+pub mod helper;
 mod ignore;
 mod replace;
 mod seek;

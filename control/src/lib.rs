@@ -11,6 +11,7 @@
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
 //! - `devcontainer` reads what a folder or an image says of its ports.
 //! - `tailscale` offers what answers on the host on the user's tailnet, where that is wanted.
+//! - `helper` keeps a container that enters the others, where the daemon's own user may not.
 //! - `paths` and `registration::file` name all state on disk: what a container was registered with, and the log.
 //!
 //! Absent on purpose: unsafe code, and signals by process id (a pidfd cannot hit a stranger).
@@ -26,6 +27,7 @@ pub mod docker;
 pub mod events;
 pub mod folder;
 pub mod forward;
+pub mod helper;
 pub mod http;
 pub mod jobs;
 pub mod linger;

@@ -153,6 +153,11 @@ impl Home {
         self.run().join("hostd.alive")
     }
 
+    /// What is shared with the helper's container; not there where there is none.
+    pub fn helper_directory(&self) -> PathBuf {
+        self.run().join("helper")
+    }
+
     /// The registrations.
     pub fn registrations(&self) -> PathBuf {
         self.run().join("registrations")

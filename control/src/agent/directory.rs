@@ -70,19 +70,27 @@ pub(super) fn listen(directory: &Path) -> Result<(OwnedFd, Door), DirectoryError
         Ok(_) if is_served(&path) => return Err(DirectoryError::Taken(path)),
         _ => {}
     }
-    // Under a name of chance first: containers count their processes alike, so a process id would name nobody.
-    let aside = tempfile::Builder::new().prefix(".agent-").make_in(directory, bind).map_err(failed)?;
-    let file = aside.path().symlink_metadata().map_err(failed)?;
-    let socket = aside.persist(&path).map_err(|refused| failed(refused.error))?;
-    Ok((socket, Door { path, identity: Some((file.dev(), file.ino())) }))
+    // The socket is open to everybody, and the directory decides.
+    let (socket, identity) = appear(directory, AGENT_SOCKET, 0o666).map_err(failed)?;
+    Ok((socket, Door { path, identity: Some(identity) }))
 }
 
-fn bind(path: &Path) -> io::Result<OwnedFd> {
+/// Has a listening socket of this mode appear as `name` in `directory`, in the place of whatever had the name. Device and inode
+/// of its file come with it.
+pub(crate) fn appear(directory: &Path, name: &str, mode: u32) -> io::Result<(OwnedFd, (u64, u64))> {
+    // Under a name of chance first: containers count their processes alike, so a process id would name nobody.
+    let aside = tempfile::Builder::new().prefix(".socket-").make_in(directory, |path| bind(path, mode))?;
+    let file = aside.path().symlink_metadata()?;
+    let socket = aside.persist(directory.join(name)).map_err(|refused| refused.error)?;
+    Ok((socket, (file.dev(), file.ino())))
+}
+
+fn bind(path: &Path, mode: u32) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     rustix::net::bind(&socket, &address)?;
-    std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode))?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket)
 }

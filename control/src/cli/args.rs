@@ -11,8 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use agent::{AgentArgs, AgentForwardArgs, AgentServeArgs, AgentVerb, Candidates};
 pub use daemon::{
-    DaemonArgs, DeregisterArgs, EventsArgs, LogsArgs, PlainArgs, RegisterArgs, RestartArgs, StatusArgs,
-    UpArgs, WayArgs,
+    DaemonArgs, DeregisterArgs, EventsArgs, HelperArgs, LogsArgs, PlainArgs, RegisterArgs, RestartArgs,
+    StatusArgs, UpArgs, WayArgs,
 };
 
 use crate::policy::{Policy, PortList};
@@ -106,6 +106,9 @@ pub enum Verb {
     /// Makes sockets inside a namespace
     #[command(name = "_opener", hide = true)]
     Opener,
+    /// Starts openers for a user, inside the helper's container
+    #[command(name = "_helper", hide = true)]
+    Helper(HelperArgs),
     /// A program that ends with the process that started it
     #[command(name = "_tied", hide = true)]
     Tied(InnerArgs),
@@ -130,7 +133,12 @@ impl Verb {
                 Some(AgentVerb::Forward(args)) => args.json,
                 None => false,
             },
-            Verb::Sandbox(_) | Verb::Hostd(_) | Verb::Engine(_) | Verb::Opener | Verb::Tied(_) => false,
+            Verb::Sandbox(_)
+            | Verb::Hostd(_)
+            | Verb::Engine(_)
+            | Verb::Opener
+            | Verb::Helper(_)
+            | Verb::Tied(_) => false,
         }
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::exit::{Exit, Failure, chain};
+use crate::helper::HelperFacts;
 use crate::paths::{Home, HomeError};
 use crate::reconcile::table::{ContainerState, EngineFacts};
 use crate::rpc::client::{CallError, Client};
@@ -30,6 +31,9 @@ pub struct Description {
     /// Whether what is forwarded is served on the tailnet.
     #[serde(default)]
     pub tailscale: bool,
+    /// The container that enters others for it, where there is to be one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub docker_helper: Option<HelperFacts>,
     /// Whether the registrations of the last daemon are back.
     #[serde(default)]
     pub replayed: bool,

@@ -55,6 +55,7 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
         http_bind: args.http_bind,
         restart: !args.no_restart,
         tailscale: args.tailscale,
+        docker_helper: args.docker_helper,
         tailscale_timeout: duration(TAILSCALE_TIMEOUT, set(TAILSCALE_TIMEOUT), CALL_TIMEOUT)?,
         gc_interval: duration(GC_INTERVAL, set(GC_INTERVAL), Duration::from_secs(30))?,
         gc_misses: misses(set(GC_MISSES))?,

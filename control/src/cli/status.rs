@@ -9,7 +9,7 @@ use super::asking::{self, Container, Description};
 use super::exit::{Exit, Failure};
 use super::ls;
 use super::output::{Colour, Talk};
-use super::up::engine_in_words;
+use super::up::{engine_in_words, tell_helper};
 use crate::reconcile::table::{Reached, RowState};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 
@@ -34,10 +34,10 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     let ports: usize = description.containers.iter().map(open).sum();
     let count = description.containers.len();
     if json {
-        let Description { version, pid, home, http_port, replayed, engine, .. } = description;
+        let Description { version, pid, home, http_port, replayed, engine, docker_helper, .. } = description;
         let told = json!({
             "version": version, "pid": pid, "home": home, "httpPort": http_port, "replayed": replayed,
-            "engine": engine, "containers": count, "forwards": ports,
+            "engine": engine, "dockerHelper": docker_helper, "containers": count, "forwards": ports,
         });
         talk.plain(&told.to_string());
         return Ok(());
@@ -51,6 +51,9 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     talk.line("http", Colour::Green, &http);
     if ours {
         talk.line("engine", Colour::Green, &engine_in_words(description.engine.as_ref()));
+    }
+    if let Some(helper) = &description.docker_helper {
+        tell_helper(talk, helper);
     }
     let back = if description.replayed { "" } else { "; those of the last daemon are on their way back" };
     talk.line("serves", Colour::Green, &format!("containers: {count}, forwards: {ports}{back}"));

@@ -2,6 +2,8 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -9,10 +11,17 @@ use super::args::UpArgs;
 use super::asking::{self, Description};
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Report, Talk};
+use crate::helper::program::Program;
+use crate::helper::{ACCESS, HelperFacts, HelperState};
 use crate::reconcile::table::EngineFacts;
 use crate::rpc::client::Client;
 use crate::rpc::ensure::{Ensured, Wanted};
 use crate::version;
+
+/// How long a helper that is being made is waited for; its image is brought to the engine the first time.
+const HELPER_MAX: Duration = Duration::from_secs(30);
+/// How often it is looked at.
+const POLL: Duration = Duration::from_millis(50);
 
 /// Starts the daemon, or finds it, or puts this build in the place of another one.
 pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
@@ -21,8 +30,12 @@ pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
     if args.foreground {
         return become_daemon(args, &client);
     }
+    if args.daemon.docker_helper {
+        // The daemon is this program, too, and would find out when nobody looks.
+        Program::own().map_err(|error| Failure::new(Exit::Refused, chain(&error)).hint(error.hint()))?;
+    }
     let ensured = asking::ensured(home, args.daemon.words())?;
-    let description = asking::describe(&client)?;
+    let description = described_with_helper(&client)?;
     let talk = Talk::to_stdout(args.json);
     if args.json {
         talk.plain(&to_json(&ensured, description.as_ref()).to_string());
@@ -31,6 +44,20 @@ pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
     }
     warn_of_what_was_ignored(args, &ensured, description.as_ref());
     Ok(Exit::Ok)
+}
+
+/// What the daemon says about itself, once it knows whether it has a helper that it is to have.
+fn described_with_helper(client: &Client) -> Result<Option<Description>, Failure> {
+    let until = Instant::now() + HELPER_MAX;
+    loop {
+        let description = asking::describe(client)?;
+        let helper = description.as_ref().and_then(|description| description.docker_helper.as_ref());
+        let starts = helper.is_some_and(|helper| helper.state == HelperState::Starting);
+        if !starts || Instant::now() >= until {
+            return Ok(description);
+        }
+        thread::sleep(POLL);
+    }
 }
 
 fn become_daemon(args: &UpArgs, client: &Client) -> Result<Exit, Failure> {
@@ -63,6 +90,7 @@ fn to_json(ensured: &Ensured, description: Option<&Description>) -> serde_json::
         "httpPort": ensured.http_port,
         "version": description.map_or_else(version::current, |description| description.version.clone()),
         "engine": description.and_then(|description| description.engine.as_ref()),
+        "dockerHelper": description.and_then(|description| description.docker_helper.as_ref()),
     })
 }
 
@@ -76,6 +104,23 @@ fn to_text(talk: Talk, ensured: &Ensured, description: Option<&Description>) {
     talk.line("daemon", Colour::Green, &format!("{how} ({pid}HTTP port {})", ensured.http_port));
     let engine = description.and_then(|description| description.engine.as_ref());
     talk.line("engine", Colour::Green, &engine_in_words(engine));
+    if let Some(helper) = description.and_then(|description| description.docker_helper.as_ref()) {
+        tell_helper(talk, helper);
+    }
+}
+
+/// The container that enters others, on one line.
+pub(super) fn tell_helper(talk: Talk, helper: &HelperFacts) {
+    let name = &helper.container;
+    let (colour, words) = match (helper.state, &helper.reason) {
+        (HelperState::Running, _) => (Colour::Green, format!("{name} runs; {ACCESS}")),
+        (HelperState::Starting, _) => (Colour::Yellow, format!("{name} is being made")),
+        (HelperState::Failed, reason) => {
+            let reason = reason.as_deref().unwrap_or("for no reason that is known");
+            (Colour::Yellow, format!("{name} cannot be had: {reason}"))
+        }
+    };
+    talk.line("helper", colour, &words);
 }
 
 /// The engine on one line.
@@ -101,6 +146,7 @@ fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured, description: Optio
     // It listens there, whoever said so.
     ignored.http_port = ignored.http_port.filter(|port| *port != ensured.http_port.get());
     ignored.tailscale &= !description.is_some_and(|description| description.tailscale);
+    ignored.docker_helper &= description.is_none_or(|description| description.docker_helper.is_none());
     let given = ignored.words();
     if !ensured.spawned && !given.is_empty() {
         let words: Vec<_> = given.iter().map(|word| word.to_string_lossy()).collect();

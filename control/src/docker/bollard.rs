@@ -3,8 +3,10 @@
 //! - `facts` reads what Docker tells of a container. Pure.
 //! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
 //! - `image` builds.
+//! - `helper` makes the helper's image and its container.
 
 mod facts;
+mod helper;
 mod image;
 mod recipe;
 

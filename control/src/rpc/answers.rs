@@ -14,6 +14,7 @@ use tokio::sync::broadcast;
 use super::protocol::{Request, Response, Restart, SecretsPatch};
 use crate::daemon::stop::StopSwitch;
 use crate::events::{Event, Journal};
+use crate::helper::{Helper, HelperFacts};
 use crate::paths::Home;
 use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
 use crate::reconcile::task::Forwarding;
@@ -83,6 +84,8 @@ pub struct Answers {
     pub http_port: NonZeroU16,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
+    /// What enters containers where the daemon may not.
+    pub helper: Helper,
     /// What it knows.
     pub registry: Registry,
     /// What it forwards.
@@ -208,6 +211,7 @@ impl Answers {
             home: self.home.root().display().to_string(),
             http_port: self.http_port.get(),
             tailscale: self.tailscale,
+            docker_helper: self.helper.facts(),
             replayed: self.registry.replayed().now_or_never().is_some(),
             engine: table.engine,
         })
@@ -243,6 +247,9 @@ pub struct Description {
     pub http_port: u16,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
+    /// The container that enters others for the daemon, where there is to be one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub docker_helper: Option<HelperFacts>,
     /// Whether the registrations of the last daemon are back.
     pub replayed: bool,
     /// The engine, where one is attached.

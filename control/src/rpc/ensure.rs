@@ -41,6 +41,9 @@ const HTTP_PORT: &str = "--http-port";
 /// The option by which what is forwarded is served on the tailnet.
 pub const TAILSCALE: &str = "--tailscale";
 
+/// The option by which containers are entered by a helper container.
+pub const DOCKER_HELPER: &str = "--docker-helper";
+
 /// How long things may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {
@@ -200,6 +203,8 @@ struct Kept {
     http_port: Option<NonZeroU16>,
     /// Whether it serves on the tailnet: others may be using it there.
     tailscale: bool,
+    /// Whether containers are entered by a helper container: without it they would be reached no more.
+    docker_helper: bool,
 }
 
 /// What came of asking for the spawn lock.
@@ -245,7 +250,8 @@ impl Starter<'_> {
         // One that does not know the question serves nothing.
         let answer = self.client.within(self.wanted.times.probe).ask("describe").unwrap_or_default();
         let tailscale = answer.get("tailscale").and_then(Value::as_bool).unwrap_or(false);
-        Kept { http_port: self.http_port(), tailscale }
+        let docker_helper = answer.get("dockerHelper").is_some_and(Value::is_object);
+        Kept { http_port: self.http_port(), tailscale, docker_helper }
     }
 
     /// Reachable, and with a port.
@@ -324,6 +330,9 @@ impl Starter<'_> {
         }
         if kept.tailscale && !said(&arguments, TAILSCALE) {
             arguments.push(TAILSCALE.into());
+        }
+        if kept.docker_helper && !said(&arguments, DOCKER_HELPER) {
+            arguments.push(DOCKER_HELPER.into());
         }
         let deadline = Instant::now() + self.wanted.times.ready;
         loop {

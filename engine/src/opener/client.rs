@@ -26,6 +26,7 @@ use crate::channel::{self, Channel, ChannelError};
 use crate::command::{Family, WatchSources};
 use crate::ring::netns_cookie;
 pub use dial::{Heard, ask_to_dial, hear};
+pub use through::helper_listens;
 
 /// How long an opener may take to answer. It needs a millisecond; a machine that swaps needs more.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

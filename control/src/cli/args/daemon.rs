@@ -7,9 +7,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::docker::AGENT_DIRECTORY;
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::ContainerName;
-use crate::rpc::ensure::TAILSCALE;
+use crate::rpc::ensure::{DOCKER_HELPER, TAILSCALE};
 
 /// What `up` passes on to the daemon that it starts.
 #[derive(Clone, Debug, Default, Args)]
@@ -26,6 +27,9 @@ pub struct DaemonArgs {
     /// Serve what is forwarded on your tailnet, too, at the same port (tailscale serve)
     #[arg(long)]
     pub tailscale: bool,
+    /// Enter containers by a helper container that may, where you are not root but may use Docker
+    #[arg(long)]
+    pub docker_helper: bool,
 }
 
 impl DaemonArgs {
@@ -44,6 +48,9 @@ impl DaemonArgs {
         if self.tailscale {
             words.push(TAILSCALE.into());
         }
+        if self.docker_helper {
+            words.push(DOCKER_HELPER.into());
+        }
         words
     }
 }
@@ -60,6 +67,16 @@ pub struct UpArgs {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// `landfall _helper`
+#[derive(Debug, Args)]
+pub struct HelperArgs {
+    /// Whom it obeys, by the number of the user
+    pub user: u32,
+    /// Where its socket is to be
+    #[arg(long, value_name = "DIR", default_value = AGENT_DIRECTORY)]
+    pub directory: PathBuf,
 }
 
 /// A verb that takes nothing but `--json`.

@@ -17,8 +17,8 @@ use crate::name::escape;
 /// How long a build may take.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(1_800);
 /// How much of the folder is on its way at a time: pieces, and bytes of each.
-const PIECES_MAX: usize = 4;
-const PIECE_BYTES: usize = 64 * 1_024;
+pub(super) const PIECES_MAX: usize = 4;
+pub(super) const PIECE_BYTES: usize = 64 * 1_024;
 /// How much of the end of Docker's output is told when a build fails: lines, and characters of each.
 const LINES_MAX: usize = 8;
 const LINE_CHARS_MAX: usize = 300;
@@ -101,7 +101,7 @@ impl Engine {
 }
 
 /// Sends what is written.
-struct Pieces(mpsc::Sender<io::Result<Bytes>>);
+pub(super) struct Pieces(pub(super) mpsc::Sender<io::Result<Bytes>>);
 
 impl Write for Pieces {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {

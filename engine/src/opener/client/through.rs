@@ -13,7 +13,16 @@ use std::path::Path;
 
 use super::agent::knock;
 use super::{OpenError, Opener, Target, enter, refused};
+use crate::channel::Channel;
 use crate::opener::FailureKind;
+
+/// Whether a helper listens at `socket`. Never waits.
+///
+/// # Errors
+/// [`OpenError::Helper`] with what is wrong.
+pub fn helper_listens(socket: &Path) -> Result<(), OpenError> {
+    reach(socket).map(drop)
+}
 
 impl Opener {
     /// Has an opener go to `target` that is started by the helper which listens at `socket`, and waits until it is inside.
@@ -23,13 +32,8 @@ impl Opener {
     /// [`OpenError::Helper`] where the helper could not be had, or what came from it is not to be believed; else as
     /// [`Opener::spawn`].
     pub fn through(socket: &Path, target: Target) -> Result<Opener, OpenError> {
-        let unusable = |source| OpenError::Helper { socket: socket.to_owned(), source: Box::new(source) };
-        let no_name = || refused(FailureKind::Other, "this is no path of a socket".to_owned());
-        let (directory, name) = socket
-            .parent()
-            .zip(socket.file_name().and_then(|name| name.to_str()))
-            .ok_or_else(|| unusable(no_name()))?;
-        let channel = knock(directory, name, "helper").map_err(unusable)?;
+        let unusable = |source| unusable(socket, source);
+        let channel = reach(socket)?;
         let (netns_inode, netns_cookie) = enter(&channel, &target).map_err(|error| match error {
             OpenError::Refused(_) => error,
             error => unusable(error),
@@ -38,4 +42,17 @@ impl Opener {
         opener.prove().map_err(unusable)?;
         Ok(opener)
     }
+}
+
+fn unusable(socket: &Path, source: OpenError) -> OpenError {
+    OpenError::Helper { socket: socket.to_owned(), source: Box::new(source) }
+}
+
+fn reach(socket: &Path) -> Result<Channel, OpenError> {
+    let name = socket.file_name().and_then(|name| name.to_str());
+    let reached = match socket.parent().zip(name) {
+        Some((directory, name)) => knock(directory, name, "helper"),
+        None => Err(refused(FailureKind::Other, "this is no path of a socket".to_owned())),
+    };
+    reached.map_err(|source| unusable(socket, source))
 }

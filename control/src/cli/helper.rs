@@ -1,0 +1,19 @@
+//! `landfall _helper`: the first process of the helper's container.
+
+use super::args::HelperArgs;
+use super::exit::{Exit, Failure, chain};
+use crate::helper::serve::{Bounds, serve};
+
+/// The program that an opener is: this one.
+const PROGRAM: &str = "/proc/self/exe";
+
+/// Starts openers for one user until nobody has come for long.
+pub fn helper(args: &HelperArgs) -> Result<Exit, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
+    let served = serve(&args.directory, args.user, PROGRAM.as_ref(), Bounds::default());
+    runtime.block_on(served).map(|()| Exit::Ok).map_err(|error| {
+        let text = format!("no socket can be made in {}: {}", args.directory.display(), chain(&error));
+        Failure::new(Exit::Failed, text)
+    })
+}

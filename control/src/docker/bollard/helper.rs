@@ -1,0 +1,220 @@
+//! The helper's image and its container.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use bollard::body_try_stream;
+use bollard::errors::Error;
+use bollard::models::{
+    ContainerCreateBody, HostConfig, Mount, MountType, RestartPolicy, RestartPolicyNameEnum,
+};
+use bollard::query_parameters::{
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, ListImagesOptionsBuilder, RemoveImageOptions,
+    StartContainerOptions,
+};
+use futures_util::StreamExt;
+use futures_util::stream::unfold;
+use tokio::sync::mpsc;
+
+use super::image::{PIECE_BYTES, PIECES_MAX, Pieces};
+use super::{DockerError, Engine, Hands};
+use crate::docker::AGENT_DIRECTORY;
+use crate::docker::helper::{
+    BUILD_LABEL, CAPABILITIES, HelperPlan, HelperSeen, IMAGE, LABEL, PROCESSES_MAX, PROGRAM,
+};
+
+impl Engine {
+    /// The container of this name.
+    pub(in crate::docker) async fn helper(&self, name: &str) -> Result<Option<HelperSeen>, DockerError> {
+        let Some(told) = self.inspect(name).await? else { return Ok(None) };
+        let mut labels = told.config.and_then(|config| config.labels).unwrap_or_default();
+        Ok(Some(HelperSeen {
+            home: labels.remove(LABEL),
+            build: labels.remove(BUILD_LABEL),
+            running: told.state.and_then(|state| state.running).unwrap_or(false),
+        }))
+    }
+
+    /// Whether the engine runs without root.
+    pub(in crate::docker) async fn is_rootless(&self) -> Result<bool, DockerError> {
+        let told = self.client.info().await.map_err(|error| self.refused(&error))?;
+        let options = told.security_options.unwrap_or_default();
+        Ok(options
+            .iter()
+            .any(|option| option.split(',').any(|word| word == "name=rootless" || word == "rootless")))
+    }
+
+    /// Makes and starts it.
+    pub(in crate::docker) async fn make_helper(&self, plan: &HelperPlan) -> Result<(), DockerError> {
+        let image = format!("{IMAGE}:{}", plan.build);
+        match self.client.inspect_image(&image).await {
+            Ok(_) => {}
+            Err(Error::DockerResponseServerError { status_code: 404, .. }) => self.import(plan).await?,
+            Err(error) => return Err(self.refused(&error)),
+        }
+        let options = CreateContainerOptionsBuilder::default().name(&plan.name).build();
+        let created = self.client.create_container(Some(options), recipe(plan, &image)).await;
+        created.map_err(|error| self.refused(&error))?;
+        let started = self.client.start_container(&plan.name, None::<StartContainerOptions>).await;
+        started.map_err(|error| self.error(&plan.name, &error))?;
+        self.forget_other_images(&image).await;
+        Ok(())
+    }
+
+    /// How it ended, if it has.
+    pub(in crate::docker) async fn helper_end(&self, name: &str) -> Result<Option<String>, DockerError> {
+        let state = self.inspect(name).await?.and_then(|told| told.state).unwrap_or_default();
+        if state.running == Some(true) {
+            return Ok(None);
+        }
+        Ok(Some(self.how_it_ended(name, &state).await))
+    }
+
+    /// Ends and removes it.
+    pub(in crate::docker) async fn remove_helper(&self, name: &str) -> Result<(), DockerError> {
+        self.remove(name).await
+    }
+
+    /// Makes the image: a file system that has the program and nothing else.
+    async fn import(&self, plan: &HelperPlan) -> Result<(), DockerError> {
+        let (sender, receiver) = mpsc::channel(PIECES_MAX);
+        let program = plan.program.clone();
+        let writer = tokio::task::spawn_blocking(move || {
+            let packed = pack(&program, BufWriter::with_capacity(PIECE_BYTES, Pieces(sender.clone())));
+            if let Err(error) = &packed {
+                // The engine must not take half a program for a whole one.
+                let _ = sender.blocking_send(Err(io::Error::new(error.kind(), error.to_string())));
+            }
+            packed
+        });
+        let pieces =
+            unfold(receiver, |mut receiver| async { receiver.recv().await.map(|piece| (piece, receiver)) });
+        let options = CreateImageOptionsBuilder::default().from_src("-").repo(IMAGE).tag(&plan.build).build();
+        let mut told = Box::pin(self.client.create_image(Some(options), Some(body_try_stream(pieces)), None));
+        let failed = |why: String| DockerError::Refused(format!("the helper's image cannot be made: {why}"));
+        let mut imported = Ok(());
+        while let Some(word) = told.next().await {
+            imported = imported.and(word.map(drop).map_err(|error| match self.refused(&error) {
+                DockerError::Refused(why) => failed(why),
+                error => error,
+            }));
+        }
+        drop(told);
+        match writer.await {
+            Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => Err(failed(error.to_string())),
+            _ => imported,
+        }
+    }
+
+    /// Removes the images of other builds, as far as nobody uses them. What stays costs its room and nothing else.
+    async fn forget_other_images(&self, image: &str) {
+        let filters: HashMap<&str, Vec<String>> = HashMap::from([("reference", vec![IMAGE.to_owned()])]);
+        let options = ListImagesOptionsBuilder::default().filters(&filters).build();
+        let listed = self.client.list_images(Some(options)).await.unwrap_or_default();
+        for other in listed.into_iter().flat_map(|listed| listed.repo_tags).filter(|tag| tag != image) {
+            let _ = self.client.remove_image(&other, None::<RemoveImageOptions>, None).await;
+        }
+    }
+}
+
+/// Writes a file system of one file.
+fn pack(program: &Path, out: impl Write) -> io::Result<()> {
+    let mut file = File::open(program)?;
+    let mut header = tar::Header::new_ustar();
+    header.set_size(file.metadata()?.len());
+    header.set_mode(0o755);
+    header.set_entry_type(tar::EntryType::Regular);
+    let mut archive = tar::Builder::new(out);
+    archive.append_data(&mut header, PROGRAM.trim_start_matches('/'), &mut file)?;
+    archive.into_inner()?.flush()
+}
+
+/// The container.
+fn recipe(plan: &HelperPlan, image: &str) -> ContainerCreateBody {
+    let words = |words: &[&str]| Some(words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
+    let mount = Mount {
+        typ: Some(MountType::BIND),
+        source: Some(plan.directory.display().to_string()),
+        target: Some(AGENT_DIRECTORY.to_owned()),
+        ..Mount::default()
+    };
+    ContainerCreateBody {
+        image: Some(image.to_owned()),
+        entrypoint: words(&[PROGRAM]),
+        cmd: words(&["_helper", &plan.user.to_string()]),
+        // Root, and in the group of the directory.
+        user: Some(format!("0:{}", plan.group)),
+        labels: Some(HashMap::from([
+            (LABEL.to_owned(), plan.home.clone()),
+            (BUILD_LABEL.to_owned(), plan.build.clone()),
+        ])),
+        // It has nothing to finish, and a first process hears no other signal that it does not ask for.
+        stop_signal: Some("SIGKILL".to_owned()),
+        host_config: Some(HostConfig {
+            network_mode: Some("none".to_owned()),
+            userns_mode: Some("host".to_owned()),
+            readonly_rootfs: Some(true),
+            cap_drop: words(&["ALL"]),
+            cap_add: words(&CAPABILITIES),
+            security_opt: words(&["no-new-privileges"]),
+            pids_limit: Some(PROCESSES_MAX),
+            restart_policy: Some(RestartPolicy {
+                name: Some(RestartPolicyNameEnum::NO),
+                maximum_retry_count: None,
+            }),
+            mounts: Some(vec![mount]),
+            ..HostConfig::default()
+        }),
+        ..ContainerCreateBody::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_image_is_the_program_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("any-name");
+        std::fs::write(&program, "the program").unwrap();
+        let mut packed = Vec::new();
+        pack(&program, &mut packed).unwrap();
+        let mut archive = tar::Archive::new(packed.as_slice());
+        let mut entries = archive.entries().unwrap();
+        let entry = entries.next().unwrap().unwrap();
+        assert_eq!(entry.path().unwrap(), Path::new("landfall"));
+        assert_eq!((entry.header().mode().unwrap(), entry.size()), (0o755, 11));
+        assert!(entries.next().is_none());
+    }
+
+    /// Whoever changes this changes what a person agrees to, so it is said twice.
+    #[test]
+    fn it_is_given_no_more_than_it_says() {
+        let plan = HelperPlan {
+            name: "n".to_owned(),
+            home: "/h".to_owned(),
+            build: "b".to_owned(),
+            program: "/p".into(),
+            directory: "/h/run/helper".into(),
+            group: 7,
+            user: 1000,
+        };
+        let made = serde_json::to_value(recipe(&plan, "landfall-helper:b")).unwrap();
+        assert_eq!(
+            made,
+            serde_json::json!({
+                "Image": "landfall-helper:b", "Entrypoint": ["/landfall"], "Cmd": ["_helper", "1000"], "User": "0:7",
+                "Labels": {"dev.landfall.helper": "/h", "dev.landfall.build": "b"}, "StopSignal": "SIGKILL",
+                "HostConfig": {
+                    "NetworkMode": "none", "UsernsMode": "host", "ReadonlyRootfs": true, "CapDrop": ["ALL"],
+                    "CapAdd": ["SYS_ADMIN", "SYS_PTRACE"], "SecurityOpt": ["no-new-privileges"], "PidsLimit": 600,
+                    "RestartPolicy": {"Name": "no"},
+                    "Mounts": [{"Type": "bind", "Source": "/h/run/helper", "Target": "/run/landfall"}]
+                }
+            })
+        );
+    }
+}
