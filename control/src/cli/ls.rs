@@ -90,7 +90,11 @@ fn cells(row: &ForwardRow) -> [String; 7] {
     [
         row.port.to_string(),
         word(row.state).to_owned(),
-        only(format!("localhost:{}", row.host_port)),
+        if open || row.state == RowState::Published {
+            format!("localhost:{}", row.host_port)
+        } else {
+            NOTHING.to_owned()
+        },
         process,
         only(row.connections.to_string()),
         only(bytes(row.bytes_up.saturating_add(row.bytes_down))),
@@ -114,6 +118,7 @@ fn word(state: RowState) -> &'static str {
         RowState::Closing => "closing",
         RowState::Failed => "failed",
         RowState::Denied => "denied",
+        RowState::Published => "published",
     }
 }
 

@@ -56,7 +56,7 @@ impl Told {
         let next = match row.state {
             // On the way from one state to another.
             RowState::Opening | RowState::Closing => return news,
-            RowState::Denied => None,
+            RowState::Denied | RowState::Published => None,
             RowState::Open => Some(Last::Open),
             RowState::Failed => Some(Last::Failed(row.reason.clone())),
         };

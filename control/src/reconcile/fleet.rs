@@ -76,6 +76,8 @@ pub struct Wish {
     pub name: ContainerName,
     /// Which of its ports.
     pub policy: Policy,
+    /// Ports inside that Docker publishes on the host, and where: they are left to it.
+    pub published: BTreeMap<NonZeroU16, NonZeroU16>,
 }
 
 /// What an engine holds when a driver arrives.

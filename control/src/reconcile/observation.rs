@@ -46,6 +46,12 @@ impl Observation {
         self.rows.iter().filter(move |row| row.port == port).map(|row| row.inode)
     }
 
+    /// Whether a port is listened on at loopback addresses and nowhere else.
+    pub fn is_on_loopback_alone(&self, port: NonZeroU16) -> bool {
+        let mut rows = self.rows.iter().filter(|row| row.port == port).peekable();
+        rows.peek().is_some() && rows.all(|row| row.address.is_loopback())
+    }
+
     /// The address that a port is said to listen on (wire specification, A.4): `127.0.0.1` if any of its sockets is
     /// bound to a loopback address, else `0.0.0.0`.
     pub fn bind_address(&self, port: NonZeroU16) -> &'static str {

@@ -6,16 +6,17 @@
 //! identity is looked at again. Where an agent inside is met in a directory, the engine's word that it has lost the agent is
 //! what has it met again. Nothing here keeps a namespace alive: the opener is gone when its descriptors are.
 
+mod belongs;
+mod doors;
 mod place;
 
+use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use landfall_engine::command::{Command, UpstreamId, UpstreamKind, WatchSources};
-use landfall_engine::opener::FailureKind;
-use landfall_engine::opener::client::{OpenError, Opener};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::sleep;
@@ -23,10 +24,10 @@ use tokio::time::sleep;
 use crate::docker::{Docker, DockerError, FirstProcess};
 use crate::paths::identity_of_file;
 use crate::registration::model::{ContainerName, Registration, Way};
-use place::{Absent, Door, Place};
+pub(super) use doors::Means;
+use doors::enter;
+use place::{Absent, Place};
 
-/// The program that an opener is: this one.
-const PROGRAM: &str = "/proc/self/exe";
 /// How long a container that is not there rests before it is looked for again.
 const RETRY: Duration = Duration::from_secs(2);
 /// How often the file of a namespace is looked at.
@@ -62,6 +63,19 @@ pub(super) struct Entrance {
     sources: WatchSources,
     kind: UpstreamKind,
     pub(super) descriptors: Vec<OwnedFd>,
+    /// What it was entered by.
+    pub(super) means: Means,
+    /// Why by nothing faster.
+    pub(super) faster: Option<String>,
+}
+
+/// What Docker tells of a container that was entered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Circumstances {
+    /// What Docker publishes of it: ports inside, and those of the host.
+    pub(super) published: BTreeMap<NonZeroU16, NonZeroU16>,
+    /// The container whose network it uses, by its name at Docker.
+    pub(super) network_of: Option<String>,
 }
 
 impl Entrance {
@@ -76,7 +90,7 @@ impl Entrance {
 #[derive(Debug)]
 pub(super) enum Word {
     /// It is inside: what the engine needs for it.
-    Entered { serial: u64, entrance: Entrance },
+    Entered { serial: u64, entrance: Entrance, circumstances: Circumstances },
     /// It is not, for this reason.
     Missed { certainty: Certainty, reason: String },
     /// The container has ended, or became another one.
@@ -162,9 +176,9 @@ impl Visit {
                 },
             };
             let Some(Gate { serial, shards }) = asked else { continue };
-            let entered = match place.door() {
-                Ok(door) => {
-                    let work = tokio::task::spawn_blocking(move || enter(door, shards));
+            let entered = match place.doors() {
+                Ok(doors) => {
+                    let work = tokio::task::spawn_blocking(move || enter(doors, shards));
                     work.await.unwrap_or_else(|error| Err((Certainty::Unknown, error.to_string())))
                 }
                 Err(error) => Err((Certainty::Unknown, error.to_string())),
@@ -173,7 +187,8 @@ impl Visit {
                 Ok(entrance) => {
                     done = asked;
                     pause = ENTER_AGAIN.0;
-                    self.tell(Word::Entered { serial, entrance });
+                    let circumstances = place.circumstances();
+                    self.tell(Word::Entered { serial, entrance, circumstances });
                 }
                 Err((certainty, reason)) => {
                     self.tell(Word::Missed { certainty, reason });
@@ -229,44 +244,6 @@ impl Visit {
             }
         }
     }
-}
-
-/// Enters, and brings what an engine with so many shards needs. Blocks for some milliseconds, and on an agent for seconds.
-fn enter(door: Door, shards: u16) -> Result<Entrance, (Certainty, String)> {
-    let failed = |error: OpenError| {
-        let certainty = match error.kind() {
-            Some(FailureKind::Gone) => Certainty::Gone,
-            Some(
-                FailureKind::NotPermitted
-                | FailureKind::OwnNamespace
-                | FailureKind::Unsupported
-                | FailureKind::Other,
-            ) => Certainty::Refused,
-            // An agent that does not answer as it should runs all the same.
-            None if matches!(error, OpenError::Agent { .. }) => Certainty::Refused,
-            Some(FailureKind::Exhausted) | None => Certainty::Unknown,
-        };
-        let reason = match error.kind() {
-            Some(FailureKind::OwnNamespace) => {
-                "it shares the daemon's own network, so its ports answer on the host already".to_owned()
-            }
-            _ => error.to_string(),
-        };
-        (certainty, reason)
-    };
-    let (opener, sources, descriptors, kind) = match door {
-        Door::Target(target) => {
-            let mut opener = Opener::spawn(Path::new(PROGRAM), target).map_err(failed)?;
-            let (sources, descriptors) = opener.upstream(shards).map_err(failed)?;
-            (opener, sources, descriptors, UpstreamKind::Opener)
-        }
-        Door::Agent(directory) => {
-            let mut opener = Opener::connect(&directory).map_err(failed)?;
-            let (sources, descriptors) = opener.agent_upstream().map_err(failed)?;
-            (opener, sources, descriptors, UpstreamKind::Agent)
-        }
-    };
-    Ok(Entrance { cookie: opener.netns_cookie(), sources, kind, descriptors })
 }
 
 /// A pidfd is readable when its process has ended (`pidfd_open(2)`).

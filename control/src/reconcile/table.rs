@@ -106,6 +106,8 @@ pub enum RowState {
     Failed,
     /// It may not be.
     Denied,
+    /// Docker has it answer on the host by itself, so it is left to Docker.
+    Published,
 }
 
 #[cfg(test)]

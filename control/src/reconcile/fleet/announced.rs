@@ -338,6 +338,7 @@ impl Fleet {
         let verdicts = self.verdicts_of(id, watched).unwrap_or_default();
         match verdicts.get(&port) {
             Some(Verdict::Denied(_)) => excluded(),
+            Some(Verdict::Published(host_port, _)) => Some(Ok(*host_port)),
             _ if patient => None,
             Some(Verdict::Wanted(_)) => Some(Err("EAGAIN: the port is not open yet".to_owned())),
             None => Some(Err("ECONNREFUSED: nothing was seen to listen on the port".to_owned())),

@@ -66,6 +66,9 @@ impl Fleet {
         for (port, verdict) in verdicts.unwrap_or_default() {
             let failure = self.failures.get(&(name.clone(), port));
             match (verdict, failure) {
+                (Verdict::Published(host_port, reason), _) => {
+                    add(port, host_port, RowState::Published, Some(reason.to_owned()));
+                }
                 (Verdict::Denied(reason), _) => add(port, port, RowState::Denied, Some(reason.to_owned())),
                 (Verdict::Wanted(_), Some(failure)) => {
                     add(port, port, RowState::Failed, Some(failure.reason.clone()));

@@ -15,7 +15,7 @@ fn row(number: u16, address: &str, inode: u64) -> Listening {
 
 fn wish(text: &str, allow: Option<&str>) -> Wish {
     let allow = allow.map(|list| list.parse().unwrap());
-    Wish { name: name(text), policy: Policy { allow, ..Policy::default() } }
+    Wish { name: name(text), policy: Policy { allow, ..Policy::default() }, published: BTreeMap::new() }
 }
 
 const V4: Reach = Reach { v4: true, v6: false };
@@ -440,3 +440,38 @@ mod announced;
 mod model;
 #[path = "reserved_tests.rs"]
 mod reserved;
+
+#[test]
+fn what_docker_publishes_is_left_to_docker_and_shown_where_it_answers() {
+    let published =
+        BTreeMap::from([(port(3000), port(13_000)), (port(80), port(8080)), (port(4000), port(4000))]);
+    let shop = Wish { published, ..wish("shop", Some("3000-4001")) };
+    let mut bench = Bench::new(vec![shop.clone()]);
+    bench.fleet.reached(&name("shop"), 1);
+    bench.listen(
+        1,
+        &[row(3000, "0.0.0.0", 1), row(80, "0.0.0.0", 2), row(4000, "127.0.0.1", 3), row(4001, "0.0.0.0", 4)],
+        &[],
+    );
+    assert_eq!(bench.commands(), [open(1, 1, 4001)]);
+    let rows = bench.fleet.rows(&name("shop"));
+    let told: Vec<_> = rows.iter().map(|row| (row.port.get(), row.host_port.get(), row.state)).collect();
+    let published = RowState::Published;
+    assert_eq!(
+        told,
+        [
+            (80, 8080, published),
+            (3000, 13_000, published),
+            (4000, 4000, published),
+            (4001, 4001, RowState::Opening)
+        ]
+    );
+    let reasons: Vec<_> = rows.iter().filter_map(|row| row.reason.as_deref()).collect();
+    assert_eq!(reasons[0], "Docker publishes it");
+    assert!(reasons[2].contains("loopback"), "{reasons:?}");
+
+    // One that is published no longer is forwarded, and one that is from now on no more.
+    let published = BTreeMap::from([(port(4001), port(4001))]);
+    bench.fleet.wish(vec![Wish { published, ..shop }]);
+    assert_eq!(bench.commands(), [close(1), open(2, 1, 3000), open(3, 1, 4000)]);
+}

@@ -1,4 +1,5 @@
-//! What is to be done about each port that listens: the guard that no policy can lift, then the policy, then the quota.
+//! What is to be done about each port that listens: left to Docker where that publishes it, then the guard that no policy can
+//! lift, then the policy, then the quota.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -19,7 +20,14 @@ pub(super) const QUOTA: &str = "256 ports of this container are forwarded alread
 pub(super) enum Verdict {
     Wanted(Reach),
     Denied(&'static str),
+    /// Docker has it answer at this port of the host; what people are told of that.
+    Published(NonZeroU16, &'static str),
 }
+
+/// What people are told of a port that Docker publishes.
+const PUBLISHED: &str = "Docker publishes it";
+/// The same where that leads nowhere: a published port ends at the container's address in its network.
+const PUBLISHED_IN_VAIN: &str = "Docker publishes it, but inside it listens on loopback alone, which Docker does not reach: have it listen on 0.0.0.0, or do not publish it";
 
 impl Fleet {
     /// What is to become of every port that listens, for each upstream that stays, is watched and has been read.
@@ -34,10 +42,20 @@ impl Fleet {
         upstream: &Upstream,
     ) -> Option<BTreeMap<NonZeroU16, Verdict>> {
         let owner = upstream.owner.as_ref().filter(|_| !upstream.dialled)?;
-        let policy = &self.wishes.iter().find(|wish| wish.name == *owner)?.policy;
-        let ports = upstream.seen.as_ref()?.reach();
+        let wish = self.wishes.iter().find(|wish| wish.name == *owner)?;
+        let seen = upstream.seen.as_ref()?;
+        let verdict = |port, reach| {
+            let published = wish.published.get(&port).filter(|_| port.get() != CONTAINER_PORT);
+            match published {
+                Some(host_port) if seen.is_on_loopback_alone(port) => {
+                    Verdict::Published(*host_port, PUBLISHED_IN_VAIN)
+                }
+                Some(host_port) => Verdict::Published(*host_port, PUBLISHED),
+                None => self.verdict(&wish.policy, port, reach),
+            }
+        };
         let mut verdicts: BTreeMap<NonZeroU16, Verdict> =
-            ports.into_iter().map(|(port, reach)| (port, self.verdict(policy, port, reach))).collect();
+            seen.reach().into_iter().map(|(port, reach)| (port, verdict(port, reach))).collect();
         // Those that are open already come before those that would be new.
         let open = |port: &NonZeroU16| {
             let own = |forward: &super::Forward| forward.upstream == id && forward.target_port == *port;

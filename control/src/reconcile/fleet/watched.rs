@@ -46,7 +46,7 @@ impl Fleet {
                     }
                     false
                 }
-                Some(Verdict::Denied(_)) => true,
+                Some(Verdict::Denied(_) | Verdict::Published(..)) => true,
                 None => {
                     let since = *forward.unseen.get_or_insert(now);
                     now.saturating_duration_since(since) >= LINGER

@@ -11,7 +11,8 @@ use landfall_engine::opener::client::{OpenError, Target};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::{Certainty, ENTER_AGAIN, RETRY};
+use super::doors::Door;
+use super::{Certainty, Circumstances, ENTER_AGAIN, RETRY, belongs};
 use crate::docker::{Docker, DockerError, FirstProcess, Network};
 use crate::paths::identity_of_file;
 use crate::processes;
@@ -41,24 +42,31 @@ pub(super) enum Absent {
     Ended,
 }
 
-/// How it is entered.
-pub(super) enum Door {
-    /// By an opener that goes there.
-    Target(Target),
-    /// By an agent whose socket is in this directory.
-    Agent(PathBuf),
-}
-
 impl Place {
-    /// The way in. The descriptor of a namespace is opened anew, since one that is held keeps the namespace alive.
-    pub(super) fn door(&self) -> io::Result<Door> {
+    /// The ways in, fastest first. The descriptor of a namespace is opened anew, since one that is held keeps the namespace
+    /// alive.
+    pub(super) fn doors(&self) -> io::Result<Vec<Door>> {
         match self {
-            Place::Process { pidfd, .. } => {
-                pidfd.get_ref().try_clone().map(|pidfd| Door::Target(Target::Process(pidfd)))
+            Place::Process { pidfd, container } => {
+                let own = Door::Target(Target::Process(pidfd.get_ref().try_clone()?));
+                let agent = container.as_ref().and_then(|container| container.agent_directory.clone());
+                Ok([own].into_iter().chain(agent.map(Door::Agent)).collect())
             }
-            Place::File { path, .. } => Target::path(path).map(Door::Target).map_err(io::Error::other),
-            Place::Directory { path } => Ok(Door::Agent(path.clone())),
+            Place::File { path, .. } => {
+                Target::path(path).map(|target| vec![Door::Target(target)]).map_err(io::Error::other)
+            }
+            Place::Directory { path } => Ok(vec![Door::Agent(path.clone())]),
         }
+    }
+
+    /// What Docker tells of it, where it is Docker's.
+    pub(super) fn circumstances(&self) -> Circumstances {
+        let Place::Process { container: Some(container), .. } = self else { return Circumstances::default() };
+        let network_of = match &container.network {
+            Network::Shared(name) => Some(name.clone()),
+            Network::Own | Network::Host => None,
+        };
+        Circumstances { published: container.published.clone(), network_of }
     }
 
     /// How long after a failure to enter it is tried again, at most.
@@ -66,6 +74,7 @@ impl Place {
         match self {
             // To look for an agent's socket costs little, and it comes at any time.
             Place::Directory { .. } => RETRY,
+            Place::Process { container: Some(container), .. } if container.agent_directory.is_some() => RETRY,
             Place::Process { .. } | Place::File { .. } => ENTER_AGAIN.1,
         }
     }
@@ -101,14 +110,31 @@ pub(super) async fn find(way: &Way, name: &ContainerName, docker: &Docker) -> Re
 
 async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Place, Absent> {
     let found = docker.first_process(name).await.map_err(docker_absent)?;
-    match found.network {
-        Network::Host => {
-            let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
-            return Err(Absent::Missing(Certainty::Refused, reason));
-        }
-        Network::Own | Network::Shared(_) => {}
+    // "The host" of a rootless engine may be a network of its own, which shows where this user may look.
+    if found.network == Network::Host && belongs::is_in_our_network(found.pid) != Some(false) {
+        let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
+        return Err(Absent::Missing(Certainty::Refused, reason));
     }
     let pidfd = open_process(found.pid)?;
+    // Looked at after the pidfd was opened: it then means the process that was looked at.
+    match belongs::is_of(found.pid, &found.id) {
+        Ok(true) => {}
+        Ok(false) => {
+            let reason = format!(
+                "process {} is not of this container: is the engine on another machine, or in a virtual one?",
+                found.pid
+            );
+            return Err(Absent::Missing(Certainty::Refused, reason));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(Absent::Missing(Certainty::Gone, "its process has ended".to_owned()));
+        }
+        Err(error) => {
+            let reason =
+                format!("it cannot be seen whether process {} is of this container: {error}", found.pid);
+            return Err(Absent::Missing(Certainty::Refused, reason));
+        }
+    }
     // Between Docker's word and the pidfd the process may have ended and its number been given to another one; if
     // Docker says the same once more, it had not.
     let again = docker.first_process(name).await.map_err(docker_absent)?;

@@ -10,7 +10,7 @@ use super::Owners;
 use crate::docker::Docker;
 use crate::policy::{Policy, PortForward};
 use crate::reconcile::fleet::{Fleet, Wish};
-use crate::reconcile::reach::{self, Gate, Told, Visit};
+use crate::reconcile::reach::{self, Circumstances, Gate, Means, Told, Visit};
 use crate::reconcile::table::{ContainerState, ForwardRow, Reached};
 use crate::registration::model::{ContainerName, Registration, Way};
 
@@ -30,6 +30,10 @@ pub(super) struct Container {
     pub(super) again: Option<Instant>,
     /// When its session may dial again.
     pub(super) dial_again: Option<Instant>,
+    /// What it was entered by last.
+    pub(super) means: Option<Means>,
+    /// What Docker told of it then.
+    pub(super) circumstances: Circumstances,
     /// It was told to be reached over its session alone.
     pub(super) over_session: bool,
     pub(super) visit: Option<Visiting>,
@@ -96,6 +100,8 @@ impl Container {
             missed: !visited,
             again: None,
             dial_again: None,
+            means: None,
+            circumstances: Circumstances::default(),
             over_session: false,
             visit: None,
         }
@@ -125,7 +131,8 @@ impl Container {
         self.way.as_ref()?;
         let everything = PortForward::default();
         let policy = Policy::from(self.registration.port_forward.as_ref().unwrap_or(&everything));
-        Some(Wish { name: self.name().clone(), policy })
+        let published = self.circumstances.published.clone();
+        Some(Wish { name: self.name().clone(), policy, published })
     }
 
     /// What people are told of it.
@@ -148,22 +155,29 @@ impl Container {
         let (way, state, reason) = self.standing(fleet);
         ContainerState {
             container_name: self.name().as_str().to_owned(),
-            way: way.as_ref().map(ToString::to_string),
+            way,
             state,
             reason,
             forwards: rows.collect(),
         }
     }
 
+    /// Its way, with what it was entered by.
+    pub(super) fn way_in_words(&self) -> Option<String> {
+        let way = reach::way_of(&self.registration)?;
+        let means = self.means.as_ref().filter(|_| self.state == Reached::Reached);
+        Some(means.map_or_else(|| way.to_string(), |means| means.words(&way)))
+    }
+
     /// The way that its bytes go, how far it is reached by that, and why no further, or why by no faster way.
-    fn standing(&self, fleet: &Fleet) -> (Option<Way>, Reached, Option<String>) {
-        let way = reach::way_of(&self.registration);
+    fn standing(&self, fleet: &Fleet) -> (Option<String>, Reached, Option<String>) {
         if !self.is_dialled(fleet) {
-            return (way, self.state, self.reason.clone());
+            return (self.way_in_words(), self.state, self.reason.clone());
         }
+        let way = reach::way_of(&self.registration);
         let faster = way.filter(is_visited).zip(self.reason.as_ref());
         let reason = faster.map(|(way, reason)| format!("not by {way}: {reason}"));
-        (Some(Way::Websocket), Reached::Reached, reason)
+        (Some(Way::Websocket.to_string()), Reached::Reached, reason)
     }
 }
 

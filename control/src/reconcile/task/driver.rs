@@ -282,10 +282,15 @@ impl Driver {
         for at in unvisited {
             self.set_out(at);
         }
-        self.fleet.wish(self.containers.iter().filter_map(Container::wish).collect());
+        self.wish();
         if self.is_needed() && matches!(&self.engine, Engine::Absent { again } if *again <= Instant::now()) {
             self.look_for_engine(false);
         }
+    }
+
+    /// Tells the planner what is to be forwarded.
+    pub(super) fn wish(&mut self) {
+        self.fleet.wish(self.containers.iter().filter_map(Container::wish).collect());
     }
 
     fn set_out(&mut self, at: usize) {

@@ -142,7 +142,7 @@ impl Driver {
             let asked = waits.get(&told.name).copied();
             let wanted = |serial: u64| asked == Some(serial);
             match told {
-                Told { name, word: Word::Entered { serial, entrance }, .. } if wanted(serial) => {
+                Told { name, word: Word::Entered { serial, entrance, .. }, .. } if wanted(serial) => {
                     waits.remove(&name);
                     match self.fleet.reached(&name, entrance.cookie) {
                         Admission::Known(upstream) => drop(entered.insert(upstream, entrance)),

@@ -8,7 +8,7 @@ use crate::events::Event as JournalEvent;
 use crate::reconcile::fleet::Admission;
 use crate::reconcile::reach::{Certainty, Entrance, Told, Word};
 use crate::reconcile::table::Reached;
-use crate::registration::model::ContainerName;
+use crate::registration::model::{ContainerName, Way};
 
 impl Driver {
     /// Where a visit is that told this, unless it was replaced meanwhile.
@@ -23,9 +23,11 @@ impl Driver {
         let Some(at) = self.place_of(&told) else { return };
         let Some(container) = self.containers.get_mut(at) else { return };
         match told.word {
-            Word::Entered { serial, entrance } => {
+            Word::Entered { serial, entrance, circumstances } => {
                 let visit = container.visit.as_ref();
                 if visit.is_some_and(|visit| visit.gate.borrow().is_some_and(|gate| gate.serial == serial)) {
+                    container.circumstances = circumstances;
+                    self.wish();
                     self.admit(at, entrance).await;
                 }
             }
@@ -60,18 +62,32 @@ impl Driver {
     }
 
     async fn admit(&mut self, at: usize, entrance: Entrance) {
+        if let Some(owner) = self.forwarded_owner_of_network(at) {
+            return self.leave_to(at, &owner);
+        }
         let Some(container) = self.containers.get_mut(at) else { return };
         container.tried = true;
         let name = told_name(container);
-        let admission = self.fleet.reached(&name, entrance.cookie);
+        let docker_name = container.registration.docker_name().clone();
+        let mut admission = self.fleet.reached(&name, entrance.cookie);
+        // Who only uses this container's network has it as long as the container itself is not forwarded, and no longer.
+        while let Admission::Shared(guest) = &admission
+            && let Some(guest) = self.guest_of(&docker_name, guest)
+        {
+            self.leave_to(guest, &name);
+            admission = self.fleet.reached(&name, entrance.cookie);
+        }
+        let Some(container) = self.containers.get_mut(at) else { return };
         container.missed = matches!(admission, Admission::Shared(_));
+        container.means = Some(entrance.means.clone());
+        let faster = entrance.faster.as_ref().map(|reason| format!("not by its namespace: {reason}"));
         match admission {
-            Admission::Known(_) => self.mark(at, Reached::Reached, None, true),
+            Admission::Known(_) => self.mark(at, Reached::Reached, faster, true),
             Admission::Add(upstream) => {
                 // What the one before held has to be let go of first.
                 self.step_once().await;
                 if self.give(&entrance.command(upstream), &entrance.descriptors).await {
-                    self.mark(at, Reached::Reached, None, true);
+                    self.mark(at, Reached::Reached, faster, true);
                 }
             }
             Admission::Shared(other) => {
@@ -84,6 +100,37 @@ impl Driver {
         }
     }
 
+    /// The container whose network this one uses, where that one is forwarded itself.
+    fn forwarded_owner_of_network(&self, at: usize) -> Option<ContainerName> {
+        let owner = self.containers.get(at)?.circumstances.network_of.as_ref()?;
+        let is_owner = |container: &&Container| {
+            matches!(container.way, Some(Way::Docker { .. }))
+                && container.registration.docker_name().as_str() == owner
+        };
+        self.containers.iter().find(is_owner).map(told_name)
+    }
+
+    /// Where the container of this name is, if it only uses the network of the one that Docker calls `owner`.
+    fn guest_of(&self, owner: &ContainerName, guest: &ContainerName) -> Option<usize> {
+        let is_guest = |container: &Container| {
+            container.name() == guest && container.circumstances.network_of.as_deref() == Some(owner.as_str())
+        };
+        self.containers.iter().position(is_guest)
+    }
+
+    /// Leaves the ports of a container to the one whose network it uses.
+    fn leave_to(&mut self, at: usize, owner: &ContainerName) {
+        let Some(container) = self.containers.get_mut(at) else { return };
+        container.tried = true;
+        container.missed = true;
+        container.again = Some(Instant::now() + ENTER_AGAIN);
+        let name = told_name(container);
+        self.fleet.left(&name);
+        let reason =
+            format!("it uses the network of container \"{owner}\", under which its ports are forwarded");
+        self.mark(at, Reached::Unreachable, Some(reason), true);
+    }
+
     /// Notes how far a container is reached, and tells when that is news.
     pub(super) fn mark(&mut self, at: usize, state: Reached, reason: Option<String>, tell: bool) {
         let Some(container) = self.containers.get_mut(at) else { return };
@@ -94,7 +141,7 @@ impl Driver {
             return;
         }
         let container_name = container.name().as_str().to_owned();
-        let way = container.way.as_ref().map(ToString::to_string).unwrap_or_default();
+        let way = container.way_in_words().unwrap_or_default();
         self.journal.tell(&match state {
             Reached::Reached => JournalEvent::ContainerReached { container_name, way },
             _ => JournalEvent::ContainerUnreachable { container_name, reason: reason.unwrap_or_default() },

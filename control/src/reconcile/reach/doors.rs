@@ -1,0 +1,146 @@
+//! The ways into a container that was found, fastest first. The first that works is used; why no faster one did is kept.
+
+use std::path::{Path, PathBuf};
+
+use landfall_engine::command::UpstreamKind;
+use landfall_engine::opener::FailureKind;
+use landfall_engine::opener::client::{OpenError, Opener, Target};
+
+use super::{Certainty, Entrance};
+use crate::registration::model::Way;
+
+/// The program that an opener is: this one.
+const PROGRAM: &str = "/proc/self/exe";
+
+/// One way in.
+pub(super) enum Door {
+    /// By an opener that goes there.
+    Target(Target),
+    /// By an agent whose socket is in this directory.
+    Agent(PathBuf),
+}
+
+/// What a container was entered by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::reconcile) enum Means {
+    /// An opener of our own.
+    Opener,
+    /// The agent in this directory.
+    Agent(PathBuf),
+}
+
+impl Means {
+    /// The way of a container with what it was entered by, where the way leaves that open.
+    pub(in crate::reconcile) fn words(&self, way: &Way) -> String {
+        match (way, self) {
+            (Way::Docker { .. }, Means::Agent(directory)) => {
+                format!("{way}, agent in {}", directory.display())
+            }
+            _ => way.to_string(),
+        }
+    }
+}
+
+impl Door {
+    fn means(&self) -> Means {
+        match self {
+            Door::Target(_) => Means::Opener,
+            Door::Agent(directory) => Means::Agent(directory.clone()),
+        }
+    }
+
+    /// Goes through, and brings what an engine with so many shards needs.
+    fn open(self, shards: u16) -> Result<Entrance, OpenError> {
+        let means = self.means();
+        let (opener, sources, descriptors, kind) = match self {
+            Door::Target(target) => {
+                let mut opener = Opener::spawn(Path::new(PROGRAM), target)?;
+                let (sources, descriptors) = opener.upstream(shards)?;
+                (opener, sources, descriptors, UpstreamKind::Opener)
+            }
+            Door::Agent(directory) => {
+                let mut opener = Opener::connect(&directory)?;
+                let (sources, descriptors) = opener.agent_upstream()?;
+                (opener, sources, descriptors, UpstreamKind::Agent)
+            }
+        };
+        Ok(Entrance { cookie: opener.netns_cookie(), sources, kind, descriptors, means, faster: None })
+    }
+}
+
+/// Enters by the first of these doors that opens. Blocks for some milliseconds, and on an agent for seconds.
+pub(super) fn enter(doors: Vec<Door>, shards: u16) -> Result<Entrance, (Certainty, String)> {
+    let mut missed: Option<(Certainty, String)> = None;
+    for door in doors {
+        match door.open(shards) {
+            Ok(entrance) => return Ok(Entrance { faster: missed.map(|(_, reason)| reason), ..entrance }),
+            Err(error) => {
+                let (certainty, reason) = failed(&error);
+                // No other door leads further into a container that is gone, or that is where we are.
+                let final_word = matches!(error.kind(), Some(FailureKind::Gone | FailureKind::OwnNamespace));
+                missed = Some(match missed {
+                    None if final_word => return Err((certainty, reason)),
+                    None => (certainty, reason),
+                    // The first door is what people expect to be used, so what is wrong with it counts.
+                    Some((certainty, first)) => (certainty, format!("{first}; {reason}")),
+                });
+            }
+        }
+    }
+    Err(missed.unwrap_or((Certainty::Unknown, "there is no way in".to_owned())))
+}
+
+/// What a failure says of the container.
+fn failed(error: &OpenError) -> (Certainty, String) {
+    let certainty = match error.kind() {
+        Some(FailureKind::Gone) => Certainty::Gone,
+        Some(
+            FailureKind::NotPermitted
+            | FailureKind::OwnNamespace
+            | FailureKind::Unsupported
+            | FailureKind::Other,
+        ) => Certainty::Refused,
+        // An agent that does not answer as it should runs all the same.
+        None if matches!(error, OpenError::Agent { .. }) => Certainty::Refused,
+        Some(FailureKind::Exhausted) | None => Certainty::Unknown,
+    };
+    let reason = match error.kind() {
+        Some(FailureKind::OwnNamespace) => {
+            "it shares the daemon's own network, so its ports answer on the host already".to_owned()
+        }
+        _ => error.to_string(),
+    };
+    (certainty, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn way(container: Option<&str>) -> Way {
+        let container = container.map(|name| crate::registration::model::ContainerName::new(name).unwrap());
+        Way::Docker { container }
+    }
+
+    #[test]
+    fn a_way_by_docker_is_told_with_what_it_was_entered_by() {
+        let agent = Means::Agent("/home/u/shared".into());
+        assert_eq!(Means::Opener.words(&way(None)), "docker");
+        assert_eq!(agent.words(&way(None)), "docker, agent in /home/u/shared");
+        assert_eq!(agent.words(&way(Some("shop-1"))), "docker (shop-1), agent in /home/u/shared");
+        let own = Way::Agent { directory: "/d".into() };
+        assert_eq!(Means::Agent("/d".into()).words(&own), "agent in /d");
+    }
+
+    #[test]
+    fn without_any_way_in_every_reason_is_told_and_the_first_one_counts() {
+        let nowhere = tempfile::tempdir().unwrap();
+        let missing = nowhere.path().join("missing");
+        let (certainty, reason) =
+            enter(vec![Door::Agent(nowhere.path().to_owned()), Door::Agent(missing)], 1).unwrap_err();
+        assert_eq!(certainty, Certainty::Gone);
+        assert!(reason.contains("no agent has made its socket"), "{reason}");
+        let (certainty, _) = enter(Vec::new(), 1).unwrap_err();
+        assert_eq!(certainty, Certainty::Unknown);
+    }
+}
