@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # Docker itself: probes, restarts, builds, events, against a real engine. Uses the engine that answers; where none does, starts
 # one of its own in a temporary directory and ends it afterwards. Says so and succeeds where none can be started.
+# As root also the whole way (tests/docker/), from servers in containers to a browser on the host, each case with an engine of
+# its own.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 export PATH=$PATH:/usr/sbin:/sbin
 
 work=$(mktemp -d)
 engine=""
+images=""
 finish() {
+    if [[ -n $images ]]; then
+        kill "$images" 2>/dev/null || true
+        wait "$images" 2>/dev/null || true
+    fi
     if [[ -n $engine ]]; then
         kill "$engine" 2>/dev/null || true
         wait "$engine" 2>/dev/null || true
@@ -21,6 +28,12 @@ trap finish EXIT
 for program in docker dockerd busybox; do
     command -v "$program" >/dev/null || { echo "tests/docker.sh: $program is missing (apt-get install docker.io busybox-static)" >&2; exit 1; }
 done
+
+# While the rest is prepared: the dev server in one of them comes from npm.
+if ((EUID == 0)); then
+    tests/docker/images.sh "$work/images" >"$work/images.log" 2>&1 &
+    images=$!
+fi
 
 export DOCKER_HOST=${DOCKER_HOST:-unix:///var/run/docker.sock}
 if ! docker version >/dev/null 2>&1; then
@@ -61,4 +74,13 @@ tar -C "$work/root" -c . | docker import - landfall-test-agent >/dev/null
 
 # The suite's own names begin with lf-; no other container is touched.
 # With the features of the whole workspace, so that nothing is built twice.
-cargo test --quiet --workspace --all-features --test docker -- --ignored --test-threads=2
+packages=(-p landfall)
+if ((EUID == 0)); then
+    packages=(--workspace)
+    wait "$images" || { images=""; echo "tests/docker.sh: the images cannot be made:" >&2; tail -n 20 "$work/images.log" >&2; exit 1; }
+    images=""
+    export LANDFALL_IMAGES=$work/images
+else
+    echo "   skipped: the whole way with an engine of its own takes root"
+fi
+cargo test --quiet "${packages[@]}" --all-features --test docker -- --ignored --test-threads=2

@@ -62,6 +62,19 @@ const NOTE: &str = "landfall-note: ";
 /// # Panics
 /// When a case does, in that case's process.
 pub fn main(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
+    run(cases, verbs, false)
+}
+
+/// The main function of a suite that needs more than a machine has by itself: its cases are ignored until they are asked for
+/// with `--ignored`.
+///
+/// # Panics
+/// When a case does, in that case's process.
+pub fn main_when_asked(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
+    run(cases, verbs, true)
+}
+
+fn run(cases: &[&[Case]], verbs: &[Verb], when_asked: bool) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let verb = arguments.first().map_or("", String::as_str);
     let all = || cases.iter().copied().flatten();
@@ -81,7 +94,7 @@ pub fn main(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
         println!("io_uring cannot be used here, so its cases are ignored: {unusable}");
     }
     let trials = all().flat_map(Case::instances).map(|(name, ring)| {
-        let ignored = ring == RingChoice::IoUring && io_uring.is_err();
+        let ignored = when_asked || (ring == RingChoice::IoUring && io_uring.is_err());
         Trial::test(name.clone(), move || run_apart(&name)).with_ignored_flag(ignored)
     });
     libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()

@@ -42,6 +42,15 @@ impl Namespace {
         Namespace { file: File::open("/proc/thread-self/ns/net").unwrap().into() }
     }
 
+    /// The one that a process is in.
+    ///
+    /// # Panics
+    /// When there is no such process.
+    #[track_caller]
+    pub fn of(pid: u32) -> Namespace {
+        Namespace { file: File::open(format!("/proc/{pid}/ns/net")).unwrap().into() }
+    }
+
     /// Runs `work` inside, on a thread of its own, and waits for it. A socket that it makes belongs to this namespace
     /// wherever it is used later.
     ///

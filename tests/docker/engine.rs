@@ -1,0 +1,417 @@
+//! A Docker engine of the case's own, its containers, and who visits them.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use landfall_tests::process::running;
+use landfall_tests::{Home, note, rpc};
+use nix::sched::{CloneFlags, unshare};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// How long anything of Docker's may take. Nothing that works needs a tenth of it, on a machine with nothing else to do.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Looks again and again until `look` gives `Ok`.
+#[track_caller]
+pub(crate) fn until<T, S: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> Result<T, S>) -> T {
+    let start = Instant::now();
+    loop {
+        match look() {
+            Ok(found) => return found,
+            Err(seen) => {
+                assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; last seen: {seen:?}");
+            }
+        }
+        // Between two looks, so that whoever is waited for has the processor.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// An engine that listens where `home` looks for Docker. Dropping it removes its containers and ends it.
+pub(crate) struct Engine<'a> {
+    home: &'a Home,
+    files: TempDir,
+    child: Option<Child>,
+}
+
+impl<'a> Engine<'a> {
+    /// Starts one, with these images (names of files that `images.sh` made).
+    #[track_caller]
+    pub(crate) fn start(home: &'a Home, images: &[&str]) -> Engine<'a> {
+        Engine::start_with(home, images, &[])
+    }
+
+    /// The same with options of `dockerd`.
+    #[track_caller]
+    pub(crate) fn start_with(home: &'a Home, images: &[&str], options: &[&str]) -> Engine<'a> {
+        // What the engine mounts is nobody else's, and goes away with the last process of this case.
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let private = Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap();
+        assert!(private.success(), "the mounts cannot be made private");
+        let files = tempfile::Builder::new().prefix("landfall-docker-").tempdir().unwrap();
+        let mut engine = Engine { home, files, child: None };
+        engine.begin(options);
+        for image in images {
+            let from = images_directory().join(format!("{image}.tar"));
+            engine.docker(&["import", from.to_str().unwrap(), image]);
+        }
+        engine
+    }
+
+    /// Starts `dockerd`, on what an earlier one left, and waits until it answers.
+    #[track_caller]
+    pub(crate) fn begin(&mut self, options: &[&str]) {
+        assert!(self.child.is_none(), "one at a time");
+        let said = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL", "dockerd", "--data-root"])
+            .arg(self.path("data"))
+            .arg("--exec-root")
+            .arg(self.path("exec"))
+            .arg("--pidfile")
+            .arg(self.path("pid"))
+            .arg("-H")
+            .arg(self.address())
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(said.try_clone().unwrap())
+            .stderr(said);
+        self.child = Some(command.spawn().unwrap());
+        until("the engine's answer", || {
+            let output = self.try_docker(&["version", "-f", "{{.Server.Version}}"]);
+            if output.status.success() { Ok(()) } else { Err(self.last_words()) }
+        });
+    }
+
+    /// Ends `dockerd` in order, or without a warning.
+    #[track_caller]
+    pub(crate) fn end(&mut self, signal: Signal) {
+        let mut child = self.child.take().unwrap();
+        let containerd = std::fs::read_to_string(self.path("exec/containerd/containerd.pid")).unwrap();
+        let containerd = Pid::from_raw(containerd.trim().parse().unwrap()).unwrap();
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        until("the engine's end", || match child.try_wait().unwrap() {
+            Some(_) => Ok(()),
+            None => Err(self.last_words()),
+        });
+        // Its own child ends with it, and is then this process's to wait for, as that of every orphan here: the next engine
+        // takes one that nobody has waited for to be running.
+        until("the end of containerd", || match waitpid(Some(containerd), WaitOptions::NOHANG) {
+            Ok(None) => Err("it runs"),
+            Ok(Some(_)) | Err(_) => Ok(()),
+        });
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+
+    fn address(&self) -> String {
+        format!("unix://{}", self.home.docker_socket().display())
+    }
+
+    fn last_words(&self) -> String {
+        let text = std::fs::read_to_string(self.path("log")).unwrap_or_default();
+        let lines: Vec<_> = text.lines().rev().take(5).collect();
+        lines.join("\n")
+    }
+
+    fn try_docker(&self, arguments: &[&str]) -> Output {
+        Command::new("docker")
+            .args(arguments)
+            .env("DOCKER_HOST", self.address())
+            .env_remove("DOCKER_CONTEXT")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    /// Runs Docker's own client, and gives what it says.
+    #[track_caller]
+    pub(crate) fn docker(&self, arguments: &[&str]) -> String {
+        let output = self.try_docker(arguments);
+        let wrong = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "docker {arguments:?}: {wrong}\n{}", self.last_words());
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Runs a command in a container.
+    #[track_caller]
+    pub(crate) fn exec(&self, name: &str, script: &str) -> String {
+        self.docker(&["exec", name, "sh", "-c", script])
+    }
+
+    /// A container whose web server answers with the container's first name, on its own loopback alone.
+    #[track_caller]
+    pub(crate) fn serve(&self, name: &str, port: u16, options: &[&str]) {
+        let script = format!(
+            "mkdir -p /www; echo {name} >/www/index.html; exec busybox httpd -f -p 127.0.0.1:{port} -h /www"
+        );
+        self.run(name, options, "base", &["sh", "-c", &script]);
+    }
+
+    /// A container with whatever in it.
+    #[track_caller]
+    pub(crate) fn run(&self, name: &str, options: &[&str], image: &str, command: &[&str]) {
+        let head = ["run", "-d", "--name", name];
+        self.docker(&[&head[..], options, &[image], command].concat());
+    }
+
+    /// The container's first process.
+    #[track_caller]
+    pub(crate) fn first_process(&self, name: &str) -> u32 {
+        self.docker(&["inspect", "--type", "container", "-f", "{{.State.Pid}}", name]).parse().unwrap()
+    }
+}
+
+impl Drop for Engine<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let list = self.try_docker(&["ps", "-a"]);
+            let containers = String::from_utf8_lossy(&list.stdout);
+            note!("the engine's last words:\n{}\nits containers:\n{containers}", self.last_words());
+        }
+        let list = self.try_docker(&["ps", "-aq"]);
+        let text = String::from_utf8_lossy(&list.stdout);
+        let ids: Vec<_> = text.split_whitespace().collect();
+        if !ids.is_empty() {
+            self.try_docker(&[&["rm", "-f", "-v"], &ids[..]].concat());
+        }
+        if let Some(child) = &mut self.child {
+            let _ = kill_process(Pid::from_child(child), Signal::TERM);
+            let _ = child.wait();
+        }
+        // What is mounted below cannot be removed: the handle on the host's network, and what a killed engine left.
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let below = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+        for path in below.filter(|path| Path::new(path).starts_with(self.files.path())) {
+            let _ = Command::new("umount").args(["-l", path]).output();
+        }
+    }
+}
+
+/// Where `images.sh` has put the images.
+pub(crate) fn images_directory() -> PathBuf {
+    std::env::var_os("LANDFALL_IMAGES").expect("LANDFALL_IMAGES names them; run tests/docker.sh").into()
+}
+
+/// Starts the daemon as a person does.
+#[track_caller]
+pub(crate) fn up(home: &Home, options: &[&str]) {
+    landfall(home, &[&["up"], options].concat());
+}
+
+/// Runs a verb that must succeed, and gives what it says.
+#[track_caller]
+pub(crate) fn landfall(home: &Home, arguments: &[&str]) -> String {
+    let output = home.run(arguments);
+    let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "landfall {arguments:?}: {}\n{said}{wrong}", output.status);
+    said.into_owned()
+}
+
+/// What the relay holds when it has had a container and some visitors, and both are gone.
+#[track_caller]
+pub(crate) fn held_at_rest(home: &Home, engine: &Engine<'_>) -> Held {
+    const PORT: u16 = 2999;
+    engine.serve("warm", PORT, &[]);
+    forward(home, "warm");
+    answers(PORT, "warm");
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..50).for_each(|turn| drop(page(PORT, turn).unwrap())));
+        }
+    });
+    forget(home, engine, "warm");
+    Held::without_containers(home)
+}
+
+/// Removes a container, and has the daemon forget it.
+#[track_caller]
+pub(crate) fn forget(home: &Home, engine: &Engine<'_>, name: &str) {
+    engine.docker(&["rm", "-f", name]);
+    landfall(home, &["deregister", name]);
+}
+
+/// Has a container forwarded.
+#[track_caller]
+pub(crate) fn forward(home: &Home, name: &str) {
+    landfall(home, &["register", name, "--docker"]);
+}
+
+/// Asks a web server on the host for its page, by one address, and gives it without the white space at its end.
+pub(crate) fn page_at(address: IpAddr, port: u16, path: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(SocketAddr::new(address, port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost:{port}\r\nconnection: close\r\n\r\n")?;
+    let mut reader = BufReader::new(stream);
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        if reader.read_line(&mut head)? == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+    }
+    if head.split_whitespace().nth(1) != Some("200") {
+        return Err(std::io::Error::other(head));
+    }
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        if name.eq_ignore_ascii_case("content-length") { value.trim().parse::<u64>().ok() } else { None }
+    });
+    let mut body = String::new();
+    reader.take(length.unwrap_or(u64::MAX)).read_to_string(&mut body)?;
+    let is_whole = length.is_none_or(|length| body.len() as u64 == length);
+    if is_whole { Ok(body.trim_end().to_owned()) } else { Err(ErrorKind::UnexpectedEof.into()) }
+}
+
+/// The page by the address that this number says: a browser uses either.
+pub(crate) fn page(port: u16, turn: usize) -> std::io::Result<String> {
+    let address: IpAddr =
+        if turn.is_multiple_of(2) { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    page_at(address, port, "/")
+}
+
+/// Waits until this container's page comes by both addresses.
+#[track_caller]
+pub(crate) fn answers(port: u16, wanted: &str) {
+    for turn in 0..2 {
+        until(&format!("{wanted}'s page at port {port}"), || match page(port, turn) {
+            Ok(text) if text == wanted => Ok(()),
+            other => Err(other),
+        });
+    }
+}
+
+/// Whether nobody is there, by either address.
+pub(crate) fn is_refused(port: u16) -> bool {
+    let refuses = |address: IpAddr| {
+        TcpStream::connect((address, port)).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+    };
+    refuses(Ipv4Addr::LOCALHOST.into()) && refuses(Ipv6Addr::LOCALHOST.into())
+}
+
+/// Waits until nobody is there.
+#[track_caller]
+pub(crate) fn refuses(port: u16) {
+    until(
+        &format!("port {port} to be refused"),
+        || if is_refused(port) { Ok(()) } else { Err("it answers") },
+    );
+}
+
+/// What the daemon says of everything.
+pub(crate) fn described(home: &Home) -> Value {
+    rpc::done(home, &json!({"kind": "describe"}))
+}
+
+/// A container's part of the description; null where it has none.
+pub(crate) fn container(home: &Home, name: &str) -> Value {
+    let description = described(home);
+    let mut all = description["containers"].as_array().unwrap().iter();
+    all.find(|one| one["containerName"] == name).cloned().unwrap_or_default()
+}
+
+/// A container's rows: port and state, the lowest port first.
+pub(crate) fn rows(container: &Value) -> Vec<(u16, String)> {
+    let rows = container["forwards"].as_array().into_iter().flatten();
+    rows.map(|row| {
+        let port = u16::try_from(row["port"].as_u64().unwrap()).unwrap();
+        (port, row["state"].as_str().unwrap().to_owned())
+    })
+    .collect()
+}
+
+/// Waits until a container has exactly these ports open.
+#[track_caller]
+pub(crate) fn is_open(home: &Home, name: &str, ports: &[u16]) {
+    let wanted: Vec<_> = ports.iter().map(|port| (*port, "open".to_owned())).collect();
+    until(&format!("{name} to have {ports:?} open"), || match container(home, name) {
+        found if rows(&found) == wanted && found["state"] == "reached" => Ok(()),
+        found => Err(found),
+    });
+}
+
+/// What the relay engine and its openers hold.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    engines: usize,
+    openers: usize,
+    connections: u64,
+    /// How many descriptors there are of each kind.
+    descriptors: BTreeMap<String, usize>,
+}
+
+impl Held {
+    fn now(home: &Home) -> Held {
+        let description = described(home);
+        let containers = description["containers"].as_array().unwrap().iter();
+        let rows = containers.flat_map(|one| one["forwards"].as_array().unwrap());
+        let engines = running("_engine");
+        Held {
+            engines: engines.len(),
+            openers: running("_opener").len(),
+            connections: rows.map(|row| row["connections"].as_u64().unwrap()).sum(),
+            descriptors: kinds_of_descriptors(&engines),
+        }
+    }
+
+    /// Waits until nothing is held for any container, and gives what is held then. It takes a container to be gone, since the
+    /// relay is started for the first one.
+    #[track_caller]
+    pub(crate) fn without_containers(home: &Home) -> Held {
+        until("the relay to have let go of everything", || match Held::now(home) {
+            held if (held.engines, held.openers, held.connections) == (1, 0, 0)
+                && described(home)["containers"].as_array().unwrap().is_empty() =>
+            {
+                Ok(held)
+            }
+            held => Err(held),
+        })
+    }
+
+    /// Waits until no more is held than `self`.
+    #[track_caller]
+    pub(crate) fn comes_back(&self, home: &Home) {
+        let few =
+            |(kind, count): (&String, &usize)| *count <= self.descriptors.get(kind).copied().unwrap_or(0);
+        until("no more to be held than before", || match Held::without_containers(home) {
+            now if now.descriptors.iter().all(few) => Ok(()),
+            now => Err((now, format!("before: {self:?}"))),
+        });
+    }
+}
+
+/// Waits until one relay holds one opener for each of so many containers, and nobody is connected.
+#[track_caller]
+pub(crate) fn has_openers(home: &Home, count: usize) {
+    until("one relay and its openers", || match Held::now(home) {
+        held if (held.engines, held.openers, held.connections) == (1, count, 0) => Ok(()),
+        held => Err(held),
+    });
+}
+
+/// The descriptors of processes, counted by what they are: `socket`, `pipe`, `anon_inode:[eventfd]`, a path.
+fn kinds_of_descriptors(pids: &[u32]) -> BTreeMap<String, usize> {
+    let mut kinds = BTreeMap::new();
+    for pid in pids {
+        let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        for target in entries.filter_map(|entry| std::fs::read_link(entry.path()).ok()) {
+            let target = target.to_string_lossy();
+            // The number in `socket:[4242]` is its own, as is that of a process.
+            let kind = match target.split_once(":[") {
+                Some((kind, _)) if !target.starts_with("anon_inode") => kind,
+                _ => &target,
+            };
+            let kind = if kind.starts_with("/proc/") { "/proc" } else { kind };
+            *kinds.entry(kind.to_owned()).or_default() += 1;
+        }
+    }
+    kinds
+}

@@ -1,0 +1,252 @@
+//! What happens to a container in its life, and what its visitors on the host see of it.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use landfall_tests::case::Case;
+use landfall_tests::{Home, Namespace, Pattern, is_long, note};
+
+use super::engine::{
+    Engine, answers, container, forget, forward, has_openers, held_at_rest, is_open, is_refused, page,
+    refuses, until, up,
+};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("restarts_under_load_end_well", restarts),
+    Case::once("a_transfer_outlives_a_pause", pause),
+    Case::once("a_killed_container_refuses_at_once_and_is_let_go_of", kill),
+    Case::once("networks_of_others_are_explained", networks),
+];
+
+/// Visitors of one port, one after another, until the end. Whoever is served at all is served by the right container.
+pub(crate) struct Visitors<'a> {
+    over: &'a AtomicBool,
+    served: AtomicUsize,
+    failed: Mutex<Vec<String>>,
+}
+
+impl<'a> Visitors<'a> {
+    pub(crate) fn new(over: &'a AtomicBool) -> Visitors<'a> {
+        Visitors { over, served: AtomicUsize::new(0), failed: Mutex::new(Vec::new()) }
+    }
+
+    pub(crate) fn come(&self, port: u16, wanted: &str) {
+        let mut turn = 0;
+        while !self.over.load(Ordering::Relaxed) {
+            match page(port, turn) {
+                Ok(text) => {
+                    assert_eq!(text, wanted, "port {port} led to another one");
+                    self.served.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => {
+                    self.failed.lock().unwrap().push(error.to_string());
+                    // Whoever would serve the next one needs the processor, too.
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            turn += 1;
+        }
+    }
+
+    pub(crate) fn served(&self) -> usize {
+        self.served.load(Ordering::Relaxed)
+    }
+
+    /// What went wrong, in the order in which it did.
+    pub(crate) fn failed(&self) -> Vec<String> {
+        self.failed.lock().unwrap().clone()
+    }
+
+    /// Waits until some more were served.
+    #[track_caller]
+    pub(crate) fn go_on(&self) {
+        let wanted = self.served() + 5;
+        until("visitors to be served", || match self.served() {
+            served if served >= wanted => Ok(()),
+            served => Err(served),
+        });
+    }
+}
+
+/// Ends the visitors also when the case fails between.
+pub(crate) struct Over<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn restarts() {
+    const RESTARTED: u16 = 3000;
+    const OTHER: u16 = 3001;
+    let rounds = if is_long() { 50 } else { 8 };
+    let home = Home::new();
+    let engine = Engine::start(&home, &["base"]);
+    up(&home, &[]);
+    let before = held_at_rest(&home, &engine);
+    for (name, port) in [("restarted", RESTARTED), ("other", OTHER)] {
+        engine.serve(name, port, &[]);
+        forward(&home, name);
+        answers(port, name);
+        is_open(&home, name, &[port]);
+    }
+
+    let over = AtomicBool::new(false);
+    let (restarted, other) = (Visitors::new(&over), Visitors::new(&over));
+    std::thread::scope(|scope| {
+        let over = Over(&over);
+        for _ in 0..2 {
+            scope.spawn(|| restarted.come(RESTARTED, "restarted"));
+        }
+        scope.spawn(|| other.come(OTHER, "other"));
+        for _ in 0..rounds {
+            restarted.go_on();
+            let pid = engine.first_process("restarted");
+            engine.docker(&["restart", "-t", "0", "restarted"]);
+            assert_ne!(engine.first_process("restarted"), pid);
+        }
+        // Again while it is being entered: nobody waits between.
+        for _ in 0..2 {
+            engine.docker(&["restart", "-t", "0", "restarted"]);
+        }
+        restarted.go_on();
+        other.go_on();
+        drop(over);
+    });
+    assert_eq!(other.failed(), [""; 0], "the other one's visitors noticed");
+    is_open(&home, "restarted", &[RESTARTED]);
+    is_open(&home, "other", &[OTHER]);
+    answers(RESTARTED, "restarted");
+    answers(OTHER, "other");
+    has_openers(&home, 2);
+    forget(&home, &engine, "restarted");
+    forget(&home, &engine, "other");
+    before.comes_back(&home);
+    note!(
+        "{} restarts, {} visitors served and {} not, {} of another container all served",
+        rounds + 2,
+        restarted.served(),
+        restarted.failed().len(),
+        other.served()
+    );
+}
+
+/// What is sent of a big file, in bytes: more than all buffers between the ends hold.
+const BIG: u64 = 64 << 20;
+
+fn pause() {
+    const PORT: u16 = 3000;
+    let home = Home::new();
+    let engine = Engine::start(&home, &["base"]);
+    up(&home, &[]);
+    let folder = home.folder("big");
+    let mut bytes = vec![0; 1 << 20];
+    let mut file = File::create(folder.join("big")).unwrap();
+    for position in (0..BIG).step_by(bytes.len()) {
+        Pattern::new(7).fill(position, &mut bytes);
+        file.write_all(&bytes).unwrap();
+    }
+    engine.serve("paused", PORT, &["-v", &format!("{}:/www/files", folder.display())]);
+    forward(&home, "paused");
+    answers(PORT, "paused");
+
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    stream.write_all(b"GET /files/big HTTP/1.0\r\n\r\n").unwrap();
+    let mut reader = BufReader::new(stream);
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        reader.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    let mut checker = Pattern::new(7).checker();
+    read(&mut reader, &mut bytes[..1 << 20], &mut checker).unwrap();
+    engine.docker(&["pause", "paused"]);
+    // What was on its way still comes, and then nothing; neither end of the connection is told anything.
+    let silence = loop {
+        if let Err(error) = read(&mut reader, &mut bytes, &mut checker) {
+            break error;
+        }
+    };
+    assert_eq!(silence.kind(), std::io::ErrorKind::WouldBlock, "{silence}");
+    let sent = checker.position();
+    assert!(sent < BIG, "all of it had been sent before the pause");
+    // A new visitor waits, and is not refused.
+    let waiting = std::thread::spawn(|| page(PORT, 0));
+    until("the new visitor to be taken in", || match container(&home, "paused") {
+        found if found["forwards"][0]["connections"] == 2 => Ok(()),
+        found => Err(found),
+    });
+    engine.docker(&["unpause", "paused"]);
+    reader.get_ref().set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    while checker.position() < BIG {
+        read(&mut reader, &mut bytes, &mut checker).unwrap();
+    }
+    assert_eq!(waiting.join().unwrap().unwrap(), "paused");
+    note!("{sent} of {BIG} bytes came before the pause, and all of them in the end, each the right one");
+}
+
+/// Takes in what comes next, and checks every byte.
+fn read(
+    reader: &mut impl Read,
+    bytes: &mut [u8],
+    checker: &mut landfall_tests::Checker,
+) -> std::io::Result<()> {
+    let count = reader.read(bytes)?;
+    assert_ne!(count, 0, "the connection ended after {} bytes", checker.position());
+    checker.check(&bytes[..count]);
+    Ok(())
+}
+
+fn kill() {
+    const PORT: u16 = 3000;
+    /// How long a port of a container that was killed may still be had.
+    const REFUSED_WITHIN: Duration = Duration::from_secs(1);
+    let home = Home::new();
+    let engine = Engine::start(&home, &["base"]);
+    up(&home, &[]);
+    let mut longest = Duration::ZERO;
+    for round in 0..5 {
+        engine.serve("killed", PORT, &[]);
+        if round == 0 {
+            forward(&home, "killed");
+        }
+        answers(PORT, "killed");
+        let end = Namespace::of(engine.first_process("killed")).watch_for_end();
+        let asked = Instant::now();
+        engine.docker(&["kill", "killed"]);
+        let killed = Instant::now();
+        until("the port to be refused", || if is_refused(PORT) { Ok(()) } else { Err(killed.elapsed()) });
+        assert!(killed.elapsed() < REFUSED_WITHIN, "{:?}", killed.elapsed());
+        longest = longest.max(asked.elapsed());
+        until("the network namespace to be let go of", || {
+            if end.is_gone() { Ok(()) } else { Err("it is there") }
+        });
+        engine.docker(&["rm", "-f", "killed"]);
+    }
+    note!("refused at most {} ms after `docker kill` was begun", longest.as_millis());
+}
+
+fn networks() {
+    let home = Home::new();
+    let engine = Engine::start(&home, &["base"]);
+    up(&home, &[]);
+    // One on the host's network answers there by itself, and must not be forwarded to itself.
+    engine.serve("on-the-host", 3000, &["--network", "host"]);
+    forward(&home, "on-the-host");
+    let told = until("its state", || match container(&home, "on-the-host") {
+        found if found["reason"].is_string() => Ok(found),
+        found => Err(found),
+    });
+    assert!(told["reason"].as_str().unwrap().contains("host's network"), "{told}");
+    assert_eq!(told["forwards"].as_array().unwrap().len(), 0, "{told}");
+    assert_eq!(page(3000, 0).unwrap(), "on-the-host");
+    engine.docker(&["rm", "-f", "on-the-host"]);
+    refuses(3000);
+}

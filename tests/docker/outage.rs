@@ -1,0 +1,126 @@
+//! The engine, the daemon and the relay end and come back, in whatever order; what is left goes on meanwhile, and in the end
+//! every forward is right.
+
+use std::sync::atomic::AtomicBool;
+
+use landfall_tests::case::Case;
+use landfall_tests::process::{kill, running};
+use landfall_tests::{Home, note};
+use rustix::process::Signal;
+
+use super::engine::{
+    Engine, Held, answers, described, forget, forward, has_openers, held_at_rest, is_open, refuses, up,
+};
+use super::life::{Over, Visitors};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("an_engine_that_keeps_its_containers_may_restart_unnoticed", live_restore),
+    Case::once("an_engine_that_restarts_its_containers_is_followed", without_live_restore),
+    Case::once("engine_daemon_and_relay_may_all_be_killed", all_killed),
+];
+
+const PORTS: [(&str, u16); 2] = [("one", 3000), ("two", 3001)];
+
+#[track_caller]
+fn both_served(home: &Home, engine: &Engine<'_>, options: &[&str]) -> Held {
+    up(home, &[]);
+    let before = held_at_rest(home, engine);
+    for (name, port) in PORTS {
+        engine.serve(name, port, options);
+        forward(home, name);
+        answers(port, name);
+        is_open(home, name, &[port]);
+    }
+    before
+}
+
+#[track_caller]
+fn all_is_right(home: &Home) {
+    for (name, port) in PORTS {
+        answers(port, name);
+        is_open(home, name, &[port]);
+    }
+    has_openers(home, PORTS.len());
+}
+
+#[track_caller]
+fn nothing_is_left(home: &Home, engine: &Engine<'_>, before: &Held) {
+    PORTS.iter().for_each(|(name, _)| forget(home, engine, name));
+    before.comes_back(home);
+}
+
+fn live_restore() {
+    const KEEPS: &[&str] = &["--live-restore"];
+    let home = Home::new();
+    let mut engine = Engine::start_with(&home, &["base"], KEEPS);
+    let before = both_served(&home, &engine, &[]);
+    let pid = engine.first_process("one");
+    let over = AtomicBool::new(false);
+    let visitors = Visitors::new(&over);
+    std::thread::scope(|scope| {
+        let over = Over(&over);
+        scope.spawn(|| visitors.come(3000, "one"));
+        for signal in [Signal::TERM, Signal::KILL] {
+            engine.end(signal);
+            visitors.go_on();
+            engine.begin(KEEPS);
+            assert_eq!(engine.first_process("one"), pid, "the engine did not keep its containers");
+            visitors.go_on();
+        }
+        // What happens after the outage is heard of again.
+        engine.docker(&["restart", "-t", "0", "two"]);
+        is_open(&home, "two", &[3001]);
+        answers(3001, "two");
+        drop(over);
+    });
+    assert_eq!(visitors.failed(), [""; 0], "visitors noticed");
+    all_is_right(&home);
+    nothing_is_left(&home, &engine, &before);
+    note!("{} visitors, none of whom noticed", visitors.served());
+}
+
+fn without_live_restore() {
+    let home = Home::new();
+    let mut engine = Engine::start(&home, &["base"]);
+    let before = both_served(&home, &engine, &["--restart", "always", "--stop-timeout", "1"]);
+    let pid = engine.first_process("one");
+    // In order, it ends its containers with itself.
+    engine.end(Signal::TERM);
+    PORTS.iter().for_each(|(_, port)| refuses(*port));
+    engine.begin(&[]);
+    all_is_right(&home);
+    assert_ne!(engine.first_process("one"), pid);
+    // Killed, it leaves them, and ends them as it begins again.
+    engine.end(Signal::KILL);
+    PORTS.iter().for_each(|(name, port)| answers(*port, name));
+    engine.begin(&[]);
+    all_is_right(&home);
+    nothing_is_left(&home, &engine, &before);
+}
+
+fn all_killed() {
+    let home = Home::new();
+    let mut engine = Engine::start(&home, &["base"]);
+    let before = both_served(&home, &engine, &["--restart", "always", "--stop-timeout", "1"]);
+    for round in 0..3 {
+        let (relay, daemon) = (running("_engine"), running("_hostd"));
+        let server = engine.first_process("two");
+        assert_eq!((relay.len(), daemon.len()), (1, 1), "{round}: {relay:?} {daemon:?}");
+        engine.end(Signal::KILL);
+        // Who of them dies, and who first, makes a difference.
+        match round {
+            0 => kill(relay[0]),
+            1 => kill(daemon[0]),
+            _ => [relay[0], daemon[0]].into_iter().for_each(kill),
+        }
+        if round > 0 {
+            // What ends while nobody looks, and nobody can be asked.
+            kill(server);
+            up(&home, &[]);
+        }
+        engine.begin(&[]);
+        all_is_right(&home);
+    }
+    assert_eq!(described(&home)["containers"].as_array().unwrap().len(), PORTS.len());
+    nothing_is_left(&home, &engine, &before);
+}
