@@ -8,6 +8,8 @@ cd "$(dirname "$(readlink -f "$0")")/.."
 export PATH=$PATH:/usr/sbin:/sbin
 
 work=$(mktemp -d)
+# Cases that run as another user reach the socket in it.
+chmod 755 "$work"
 engine=""
 images=""
 finish() {
@@ -71,6 +73,7 @@ echo "from inside" >"$work/root/www/index.html"
 cp "${CARGO_TARGET_DIR:-target}/$triple/debug/landfall" "$work/root/landfall"
 strip "$work/root/landfall" 2>/dev/null || true
 tar -C "$work/root" -c . | docker import - landfall-test-agent >/dev/null
+export LANDFALL_TEST_STATIC=$work/root/landfall
 
 # The suite's own names begin with lf-; no other container is touched.
 # With the features of the whole workspace, so that nothing is built twice.

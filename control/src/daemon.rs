@@ -170,6 +170,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         home: home.clone(),
         journal: journal.clone(),
         docker: docker.clone(),
+        helper: helper.socket(),
         replayed: replayed(registry.clone()),
         registrations: registry.watch(),
         control_ports: control_ports(bound.port()),

@@ -7,7 +7,7 @@
 //!
 //! Here it is kept: made where it is not there, made anew where it is of another build or does not answer, looked at when Docker tells
 //! of it and once in a while, and removed when the daemon and its relay engine end. A daemon that is replaced leaves it to its
-//! successor, since the engine goes on. What is done about what is seen is decided in [`verdict`]; nothing waits for it, and where it
+//! successor, since the engine goes on. What is done about what is seen is decided in `verdict`; nothing waits for it, and where it
 //! cannot be had, forwarding goes on without.
 
 pub mod program;
@@ -45,6 +45,8 @@ pub const ACCESS: &str = "it may enter the network of every container of the eng
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 /// How long after a failure it is tried again: the first time, and at most.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// How long after it was lost.
+const SOON: Duration = Duration::from_millis(250);
 /// How long one that was started may take to answer, and one that runs.
 const ANSWERS_WITHIN: (Duration, Duration) = (Duration::from_secs(10), Duration::from_millis(500));
 /// How often that is looked at.
@@ -201,11 +203,20 @@ impl Keeper {
     /// Sees to it that it is there, for ever.
     async fn keep(&self) {
         let mut pause = AGAIN.0;
+        let mut ran = false;
         loop {
             let done = self.see_to_it().await;
-            let rest = if done.is_ok() { LOOK_INTERVAL } else { pause };
+            let rest = match &done {
+                Ok(()) => LOOK_INTERVAL,
+                // Somebody is about to remove it, most likely, and Docker not done with that.
+                Err(_) if ran => SOON,
+                Err(_) => pause,
+            };
             pause = if done.is_ok() { AGAIN.0 } else { (2 * pause).min(AGAIN.1) };
-            self.tell(done.err());
+            if !(ran && done.is_err()) {
+                self.tell(done.as_ref().err().cloned());
+            }
+            ran = done.is_ok();
             tokio::select! {
                 () = sleep(rest) => {}
                 () = self.hint.notified() => {}

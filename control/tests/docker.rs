@@ -4,6 +4,8 @@
 
 #[path = "docker/agent.rs"]
 mod agent;
+#[path = "docker/helper.rs"]
+mod helper;
 #[path = "support/ports.rs"]
 mod ports;
 

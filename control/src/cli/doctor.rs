@@ -1,5 +1,7 @@
 //! `landfall doctor`: tells what this machine allows, by trying it.
 
+mod helper;
+
 use std::fs;
 use std::io;
 use std::net::TcpListener;
@@ -54,6 +56,8 @@ impl Finding {
 /// Looks at everything, prints it, and answers whether forwarding works.
 pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
     let (namespaces, way_in) = namespaces();
+    let docker = docker();
+    let helper = helper::helper(docker.state == State::Ok);
     let findings = [
         namespaces,
         way_in,
@@ -61,7 +65,8 @@ pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
         loopback_v6(),
         io_uring(),
         tracefs(),
-        docker(),
+        docker,
+        helper,
         congestion(),
         outbound(),
         descriptors(),

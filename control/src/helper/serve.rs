@@ -146,3 +146,117 @@ fn refuse(channel: OwnedFd, detail: String) {
         let _ = channel.try_send(&Answer::Failed { failure }, &[]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use landfall_engine::channel::ChannelError;
+    use landfall_engine::opener::{Request, TargetKind};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+    const BOUNDS: Bounds =
+        Bounds { openers: 4, knocking: 4, patience: PATIENCE, idle: Duration::from_secs(600) };
+
+    fn own_user() -> u32 {
+        rustix::process::geteuid().as_raw()
+    }
+
+    /// A helper in a directory of its own, with a program that cannot be started.
+    fn helper(user: u32, bounds: Bounds) -> (TempDir, JoinSet<io::Result<()>>) {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = folder.path().to_owned();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { serve(&directory, user, Path::new("/no/such/program"), bounds).await });
+        (folder, tasks)
+    }
+
+    /// What a client does, on a thread that may wait.
+    async fn client<T: Send + 'static>(
+        folder: &TempDir,
+        does: impl FnOnce(&Path) -> T + Send + 'static,
+    ) -> T {
+        let path = folder.path().join(SOCKET);
+        while !path.exists() {
+            tokio::task::yield_now().await;
+        }
+        tokio::task::spawn_blocking(move || does(&path)).await.unwrap()
+    }
+
+    fn says(channel: &Channel) -> Option<Answer> {
+        match channel.recv_timeout(PATIENCE) {
+            Ok(said) => said.map(|(answer, _)| answer),
+            Err(ChannelError::Gone) => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn refusal(channel: &Channel) -> String {
+        match says(channel) {
+            Some(Answer::Failed { failure }) => {
+                assert_eq!(failure.kind, FailureKind::Exhausted);
+                failure.detail
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    const ENTER: Request = Request::Enter { target: TargetKind::Process };
+
+    #[tokio::test]
+    async fn another_user_is_turned_away_unheard() {
+        let (folder, _tasks) = helper(own_user() + 1, BOUNDS);
+        client(&folder, |path| {
+            for _ in 0..100 {
+                let channel = Channel::connect(path).unwrap();
+                let _ = channel.send(&ENTER, &[]);
+                assert_eq!(says(&channel), None);
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_turned_away_and_stops_nobody() {
+        let bounds = Bounds { knocking: 2, patience: Duration::from_millis(100), ..BOUNDS };
+        let (folder, _tasks) = helper(own_user(), bounds);
+        client(&folder, |path| {
+            let silent: Vec<_> = (0..20).map(|_| Channel::connect(path).unwrap()).collect();
+            assert!(silent.iter().all(|channel| says(channel).is_none()));
+            let channel = Channel::connect(path).unwrap();
+            channel.send(&ENTER, &[]).unwrap();
+            assert!(refusal(&channel).contains("cannot start an opener"));
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn with_every_opener_in_use_the_next_one_is_told() {
+        let (folder, _tasks) = helper(own_user(), Bounds { openers: 0, ..BOUNDS });
+        client(&folder, |path| {
+            // What is sent makes no difference, since nobody reads it.
+            for request in [serde_json::to_value(ENTER).unwrap(), serde_json::json!("let me in".repeat(400))]
+            {
+                let channel = Channel::connect(path).unwrap();
+                channel.send(&request, &[]).unwrap();
+                assert!(refusal(&channel).contains("as many namespaces"));
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_ends_when_nobody_comes() {
+        let began = tokio::time::Instant::now();
+        let (_folder, mut tasks) = helper(own_user(), BOUNDS);
+        tasks.join_next().await.unwrap().unwrap().unwrap();
+        assert_eq!(began.elapsed(), BOUNDS.idle);
+    }
+
+    #[tokio::test]
+    async fn without_a_directory_it_does_not_start() {
+        let served = serve(Path::new("/no/such/place"), 0, Path::new("/"), BOUNDS).await;
+        assert!(served.is_err());
+    }
+}

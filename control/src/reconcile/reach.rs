@@ -13,6 +13,7 @@ mod place;
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,6 +121,8 @@ pub(super) struct Visit {
     pub(super) number: u64,
     pub(super) way: Way,
     pub(super) docker: Docker,
+    /// Where a helper listens that may enter containers.
+    pub(super) helper: Option<PathBuf>,
     pub(super) gate: watch::Receiver<Option<Gate>>,
     /// Something may have changed.
     pub(super) hint: Arc<Notify>,
@@ -176,7 +179,7 @@ impl Visit {
                 },
             };
             let Some(Gate { serial, shards }) = asked else { continue };
-            let entered = match place.doors() {
+            let entered = match place.doors(self.helper.as_deref()) {
                 Ok(doors) => {
                     let work = tokio::task::spawn_blocking(move || enter(doors, shards));
                     work.await.unwrap_or_else(|error| Err((Certainty::Unknown, error.to_string())))
@@ -196,7 +199,7 @@ impl Visit {
                         reason = self.end_of(&place) => return reason,
                         () = sleep(pause) => {}
                     }
-                    pause = (2 * pause).min(place.pause_max());
+                    pause = (2 * pause).min(place.pause_max(self.helper.as_deref()));
                 }
             }
         }

@@ -19,6 +19,7 @@ mod words;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::num::NonZeroU16;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ pub struct ForwardingOptions {
     pub journal: Journal,
     /// Where containers are looked for by name.
     pub docker: Docker,
+    /// Where a helper listens that may enter Docker's containers, if there is to be one.
+    pub helper: Option<PathBuf>,
     /// Ready when every registration that was kept on disk is among `registrations`: what the engine still holds for
     /// nobody is let go of after that, and not before.
     pub replayed: BoxFuture<'static, ()>,

@@ -117,6 +117,7 @@ fn start(home: &Home, registrations: watch::Receiver<Arc<Registered>>) -> Forwar
         home: home.clone(),
         journal: Journal::open(&home.daemon_log()).unwrap(),
         docker: Docker::from_environment(),
+        helper: None,
         replayed: Box::pin(std::future::ready(())),
         registrations,
         control_ports: BTreeSet::new(),

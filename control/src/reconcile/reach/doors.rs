@@ -18,6 +18,8 @@ pub(super) enum Door {
     Target(Target),
     /// By an agent whose socket is in this directory.
     Agent(PathBuf),
+    /// By an opener that the helper starts, which listens at this socket.
+    Helper(PathBuf, Target),
 }
 
 /// What a container was entered by.
@@ -27,6 +29,8 @@ pub(in crate::reconcile) enum Means {
     Opener,
     /// The agent in this directory.
     Agent(PathBuf),
+    /// An opener of the helper's.
+    Helper,
 }
 
 impl Means {
@@ -36,6 +40,7 @@ impl Means {
             (Way::Docker { .. }, Means::Agent(directory)) => {
                 format!("{way}, agent in {}", directory.display())
             }
+            (Way::Docker { .. }, Means::Helper) => format!("{way}, helper"),
             _ => way.to_string(),
         }
     }
@@ -46,6 +51,7 @@ impl Door {
         match self {
             Door::Target(_) => Means::Opener,
             Door::Agent(directory) => Means::Agent(directory.clone()),
+            Door::Helper(..) => Means::Helper,
         }
     }
 
@@ -55,6 +61,11 @@ impl Door {
         let (opener, sources, descriptors, kind) = match self {
             Door::Target(target) => {
                 let mut opener = Opener::spawn(Path::new(PROGRAM), target)?;
+                let (sources, descriptors) = opener.upstream(shards)?;
+                (opener, sources, descriptors, UpstreamKind::Opener)
+            }
+            Door::Helper(socket, target) => {
+                let mut opener = Opener::through(&socket, target)?;
                 let (sources, descriptors) = opener.upstream(shards)?;
                 (opener, sources, descriptors, UpstreamKind::Opener)
             }
@@ -128,6 +139,7 @@ mod tests {
         assert_eq!(Means::Opener.words(&way(None)), "docker");
         assert_eq!(agent.words(&way(None)), "docker, agent in /home/u/shared");
         assert_eq!(agent.words(&way(Some("shop-1"))), "docker (shop-1), agent in /home/u/shared");
+        assert_eq!(Means::Helper.words(&way(Some("shop-1"))), "docker (shop-1), helper");
         let own = Way::Agent { directory: "/d".into() };
         assert_eq!(Means::Agent("/d".into()).words(&own), "agent in /d");
     }
@@ -140,6 +152,10 @@ mod tests {
             enter(vec![Door::Agent(nowhere.path().to_owned()), Door::Agent(missing)], 1).unwrap_err();
         assert_eq!(certainty, Certainty::Gone);
         assert!(reason.contains("no agent has made its socket"), "{reason}");
+        let process = Target::process(std::process::id()).unwrap();
+        let helper = Door::Helper(nowhere.path().join("opener.sock"), process);
+        let (certainty, reason) = enter(vec![helper], 1).unwrap_err();
+        assert_eq!(certainty, Certainty::Unknown, "{reason}");
         let (certainty, _) = enter(Vec::new(), 1).unwrap_err();
         assert_eq!(certainty, Certainty::Unknown);
     }

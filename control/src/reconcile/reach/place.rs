@@ -3,7 +3,7 @@
 use std::io;
 use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use landfall_engine::opener::FailureKind;
@@ -44,13 +44,19 @@ pub(super) enum Absent {
 
 impl Place {
     /// The ways in, fastest first. The descriptor of a namespace is opened anew, since one that is held keeps the namespace
-    /// alive.
-    pub(super) fn doors(&self) -> io::Result<Vec<Door>> {
+    /// alive. `helper` is where one listens.
+    pub(super) fn doors(&self, helper: Option<&Path>) -> io::Result<Vec<Door>> {
         match self {
             Place::Process { pidfd, container } => {
-                let own = Door::Target(Target::Process(pidfd.get_ref().try_clone()?));
-                let agent = container.as_ref().and_then(|container| container.agent_directory.clone());
-                Ok([own].into_iter().chain(agent.map(Door::Agent)).collect())
+                let process = || pidfd.get_ref().try_clone().map(Target::Process);
+                let mut doors = vec![Door::Target(process()?)];
+                if let Some(container) = container {
+                    doors.extend(container.agent_directory.clone().map(Door::Agent));
+                    if let Some(helper) = helper {
+                        doors.push(Door::Helper(helper.to_owned(), process()?));
+                    }
+                }
+                Ok(doors)
             }
             Place::File { path, .. } => {
                 Target::path(path).map(|target| vec![Door::Target(target)]).map_err(io::Error::other)
@@ -70,11 +76,15 @@ impl Place {
     }
 
     /// How long after a failure to enter it is tried again, at most.
-    pub(super) fn pause_max(&self) -> Duration {
+    pub(super) fn pause_max(&self, helper: Option<&Path>) -> Duration {
         match self {
-            // To look for an agent's socket costs little, and it comes at any time.
+            // To look for an agent's socket, or a helper's, costs little, and it comes at any time.
             Place::Directory { .. } => RETRY,
-            Place::Process { container: Some(container), .. } if container.agent_directory.is_some() => RETRY,
+            Place::Process { container: Some(container), .. }
+                if container.agent_directory.is_some() || helper.is_some() =>
+            {
+                RETRY
+            }
             Place::Process { .. } | Place::File { .. } => ENTER_AGAIN.1,
         }
     }

@@ -1,5 +1,6 @@
 //! What is known of each registered container beside its ports.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -61,6 +62,7 @@ impl Visiting {
         number: u64,
         way: &Way,
         docker: &Docker,
+        helper: Option<&PathBuf>,
         gate: Option<Gate>,
         words: &mpsc::UnboundedSender<Told>,
     ) -> Visiting {
@@ -71,6 +73,7 @@ impl Visiting {
             number,
             way: way.clone(),
             docker: docker.clone(),
+            helper: helper.cloned(),
             gate: opened,
             hint: Arc::clone(&hint),
             words: words.clone(),

@@ -1,5 +1,6 @@
 //! The loop: what happens comes in, commands go out.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,7 @@ pub(super) struct Driver {
     pub(super) home: Home,
     pub(super) journal: Journal,
     pub(super) docker: Docker,
+    pub(super) helper: Option<PathBuf>,
     pub(super) replayed: Option<BoxFuture<'static, ()>>,
     pub(super) registrations: watch::Receiver<Arc<Registered>>,
     pub(super) parts: Parts,
@@ -92,12 +94,14 @@ enum Turn {
 
 impl Driver {
     pub(super) fn new(options: ForwardingOptions, parts: Parts) -> Driver {
-        let ForwardingOptions { home, journal, docker, replayed, registrations, control_ports } = options;
+        let ForwardingOptions { home, journal, docker, helper, replayed, registrations, control_ports } =
+            options;
         let (words, told) = mpsc::unbounded_channel();
         Driver {
             home,
             journal,
             docker,
+            helper,
             replayed: Some(replayed),
             registrations,
             parts,
@@ -304,6 +308,7 @@ impl Driver {
                 number,
                 &way,
                 &self.docker,
+                self.helper.as_ref(),
                 gate,
                 &self.words,
             );

@@ -1,0 +1,211 @@
+//! The helper's container, by a user who is not root and has nothing but access to Docker's socket.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use landfall_engine::channel::Channel;
+use landfall_engine::opener::client::{OpenError, Opener, Target};
+use tempfile::TempDir;
+
+use super::ports::free_port;
+use super::{Container, docker, host, run};
+
+const WAIT_MAX: Duration = Duration::from_secs(60);
+const IMAGE: &str = "landfall-test-agent";
+/// Nobody that there is.
+const USER: u32 = 54_321;
+
+/// A user's home, and the program that they use, which is static.
+struct User {
+    folder: TempDir,
+    program: PathBuf,
+    group: u32,
+}
+
+impl User {
+    fn new() -> User {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let program = folder.path().join("landfall");
+        let built = std::env::var_os("LANDFALL_TEST_STATIC").expect("a static build; run tests/docker.sh");
+        std::fs::copy(built, &program).unwrap();
+        std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+        let socket = host().strip_prefix("unix://").unwrap().to_owned();
+        let group = std::fs::metadata(socket).unwrap().gid();
+        let user = User { folder, program, group };
+        std::fs::create_dir(user.home()).unwrap();
+        std::os::unix::fs::chown(user.home(), Some(USER), Some(USER)).unwrap();
+        user
+    }
+
+    fn home(&self) -> PathBuf {
+        self.folder.path().join("home")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.home().join("run/helper/opener.sock")
+    }
+
+    /// What `program` does as that user.
+    fn run(&self, program: &Path, arguments: &[&str]) -> Output {
+        let (user, group) = (USER.to_string(), self.group.to_string());
+        Command::new("setpriv")
+            .args(["--reuid", &user, "--regid", &user, "--groups", &group, "--inh-caps=-all"])
+            .args(["--bounding-set=-all", "--no-new-privs"])
+            .arg(program)
+            .args(arguments)
+            .env("LANDFALL_HOME", self.home())
+            .env_remove("HOME")
+            .current_dir("/")
+            .output()
+            .unwrap()
+    }
+
+    #[track_caller]
+    fn landfall(&self, arguments: &[&str]) -> String {
+        let output = self.run(&self.program, arguments);
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{arguments:?}: {said}");
+        said
+    }
+
+    fn helper(&self) -> Option<String> {
+        let filter = format!("label=dev.landfall.helper={}", self.home().display());
+        let listed = docker(&["ps", "-a", "--no-trunc", "-q", "--filter", &filter]);
+        listed.lines().next().map(str::to_owned)
+    }
+
+    fn helper_runs(&self) -> Option<String> {
+        let status: serde_json::Value = serde_json::from_str(&self.landfall(&["status", "--json"])).unwrap();
+        (status["dockerHelper"]["state"] == "running").then(|| self.helper()).flatten()
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        let _ = self.run(&self.program, &["down"]);
+        if let Some(helper) = self.helper() {
+            run(&["rm", "-f", &helper]);
+        }
+    }
+}
+
+#[track_caller]
+fn wait_until<T>(what: &str, mut seen: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + WAIT_MAX;
+    loop {
+        if let Some(seen) = seen() {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come within {} s", WAIT_MAX.as_secs());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What a web server at this port of the host answers, if one does.
+fn page(port: u16) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    stream.write_all(b"GET /index.html HTTP/1.0\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    answer.contains("from inside").then_some(answer)
+}
+
+/// A container with a web server on its own loopback.
+fn server(name: &str, port: u16, options: &[&str]) -> Container {
+    let address = format!("127.0.0.1:{port}");
+    Container::run(name, options, IMAGE, &["busybox", "httpd", "-f", "-p", &address, "-h", "/www"])
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
+    let user = User::new();
+    let up = user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
+    assert!(up.contains("CAP_SYS_ADMIN, CAP_SYS_PTRACE"), "{up}");
+    let first = user.helper_runs().expect("a helper that runs");
+    let given = "{{.HostConfig.NetworkMode}} {{.HostConfig.CapAdd}} {{.HostConfig.CapDrop}} {{.HostConfig.ReadonlyRootfs}} \
+                 {{.HostConfig.Privileged}} {{len .Mounts}}";
+    let told = docker(&["inspect", "-f", given, &first]);
+    // Docker may write the names with their prefix.
+    assert_eq!(told.replace("CAP_", ""), "none [SYS_ADMIN SYS_PTRACE] [ALL] true false 1");
+
+    // One as most are, and one that is another user's without any capability.
+    let (one, other) = (free_port(), free_port());
+    let web = server("helped", one, &[]);
+    let bare =
+        server("helped-bare", other, &["--user", "4242:4242", "--cap-drop", "ALL", "--network", "none"]);
+    for container in [&web, &bare] {
+        user.landfall(&["register", container.0.as_str(), "--docker", "--cwd", "/"]);
+    }
+    wait_until("the page on the host", || page(one));
+    wait_until("the other page on the host", || page(other));
+    let status = user.landfall(&["status", web.0.as_str()]);
+    assert!(status.contains("docker, helper"), "{status}");
+
+    // The containers are restarted, the helper is killed, and removed: each time all is as before.
+    docker(&["restart", "-t", "0", web.0.as_str()]);
+    wait_until("the page after a restart", || page(one));
+    docker(&["kill", &first]);
+    let second = wait_until("another helper", || user.helper_runs().filter(|id| *id != first));
+    docker(&["restart", "-t", "0", web.0.as_str(), bare.0.as_str()]);
+    wait_until("the page through another helper", || page(one));
+    wait_until("the other page through another helper", || page(other));
+    docker(&["rm", "-f", &second]);
+    wait_until("a third helper", || user.helper_runs().filter(|id| *id != second));
+    wait_until("the page through a third helper", || page(one));
+    wait_until("the other page through a third helper", || page(other));
+
+    user.landfall(&["down"]);
+    assert_eq!(user.helper(), None);
+    assert!(!user.socket().parent().unwrap().exists());
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn the_helper_obeys_its_user_alone_and_bears_whatever_is_sent() {
+    let user = User::new();
+    user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
+    let helper = user.helper_runs().expect("a helper that runs");
+    let port = free_port();
+    let web = server("hostile", port, &[]);
+    let pid: u32 = web.told("{{.State.Pid}}").parse().unwrap();
+    // Even root, who gets at the socket, is another user.
+    let refused = Opener::through(&user.socket(), Target::process(pid).unwrap());
+    assert!(matches!(refused, Err(OpenError::Helper { .. })), "{refused:?}");
+    for _ in 0..500 {
+        let channel = Channel::connect(&user.socket()).unwrap();
+        let _ = channel.send(&serde_json::json!({"request": "enter", "target": "process"}), &[]);
+    }
+    // Somebody else does not even get that far.
+    let other = Command::new("setpriv")
+        .args(["--reuid", "54322", "--regid", "54322", "--clear-groups", "test", "-e"])
+        .arg(user.socket())
+        .status()
+        .unwrap();
+    assert!(!other.success());
+    user.landfall(&["register", web.0.as_str(), "--docker", "--cwd", "/"]);
+    wait_until("the page on the host", || page(port));
+    assert_eq!(user.helper_runs(), Some(helper.clone()), "it is the same helper as before");
+    let processes = docker(&["top", &helper, "-eo", "pid,args"]);
+    assert_eq!(processes.lines().filter(|line| line.contains("_opener")).count(), 1, "{processes}");
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn a_program_that_is_not_static_is_refused_before_anything_starts() {
+    let user = User::new();
+    let program = user.folder.path().join("dynamic");
+    std::fs::copy(env!("CARGO_BIN_EXE_landfall"), &program).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let output = user.run(&program, &["up", "--http-port", "0", "--docker-helper"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("crt-static"), "{said}");
+    assert!(!user.home().join("run/hostd.sock").exists());
+}
