@@ -6,6 +6,7 @@ pub mod args;
 pub mod asking;
 pub mod attach;
 pub mod deregister;
+pub mod detach;
 pub mod doctor;
 pub mod down;
 pub mod events;
@@ -49,6 +50,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let done = match cli.verb {
         Verb::Run(args) => run::run(args),
         Verb::Attach(args) => attach::attach(args),
+        Verb::Detach(args) => detach::detach(&args),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Up(args) => up::up(&args),
         Verb::Down(args) => down::down(&args),
@@ -104,9 +106,10 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     Exit::Usage.into()
 }
 
-const VERBS: [&str; 15] = [
+const VERBS: [&str; 16] = [
     "run",
     "attach",
+    "detach",
     "doctor",
     "up",
     "down",
@@ -134,12 +137,14 @@ fn usage(error: &clap::Error, verb: Option<&str>) -> Failure {
             ("no command is given", "say it after --, such as: landfall run -- npm run dev".to_owned())
         }
         (Some("attach"), ErrorKind::MissingRequiredArgument, _) => (
-            "neither --pid nor --netns is given",
-            "say whose namespace, such as: landfall attach --pid 4242".to_owned(),
+            "no container is named, and neither --pid nor --netns is given",
+            "say which, such as: landfall attach shop".to_owned(),
         ),
-        (Some(verb @ ("register" | "deregister" | "restart")), ErrorKind::MissingRequiredArgument, _) => {
-            ("no container is named", format!("say which, such as: landfall {verb} shop"))
-        }
+        (
+            Some(verb @ ("register" | "deregister" | "detach" | "restart")),
+            ErrorKind::MissingRequiredArgument,
+            _,
+        ) => ("no container is named", format!("say which, such as: landfall {verb} shop")),
         (Some("run"), ErrorKind::UnknownArgument, _) if !message.contains("'-") => {
             (message, "put -- before the command: landfall run -- npm run dev".to_owned())
         }

@@ -32,6 +32,7 @@ use tokio::time::timeout;
 use crate::broker::brokers::{Brokers, Rejected};
 use crate::broker::message::Extensions;
 use crate::cli::exit::chain;
+use crate::discovery::Discovery;
 use crate::docker::{Docker, LifeEvent};
 use crate::events::{Event, Journal};
 use crate::helper::{Helper, HelperOptions};
@@ -68,6 +69,8 @@ pub struct Options {
     pub http_bind: Vec<IpAddr>,
     /// Whether it restarts containers.
     pub restart: bool,
+    /// Whether every container of Docker's is forwarded.
+    pub discover_all: bool,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
     /// Whether containers are entered by a helper container.
@@ -184,6 +187,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         journal: journal.clone(),
         answering: forwarding.answering(),
     });
+    let discovery = Discovery::new(docker.clone(), registry.clone(), journal.clone(), options.discover_all);
     let answers = Arc::new(Answers {
         home: home.clone(),
         version: version::current(),
@@ -192,13 +196,16 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         helper: helper.clone(),
         registry: registry.clone(),
         forwarding: forwarding.clone(),
+        discovery: discovery.clone(),
         supervisor: options.restart.then_some(supervisor),
         journal: journal.clone(),
         stop,
     });
     let http = bound.serve(Arc::clone(&answers));
     let gateway_wanted = options.http_bind.is_empty().then(|| http.clone());
-    tasks.spawn(follow_docker(docker, registry.clone(), forwarding.clone(), helper, gateway_wanted));
+    tasks.spawn(discovery.clone().run());
+    let hinted = Hinted { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
+    tasks.spawn(follow_docker(docker, hinted, gateway_wanted));
     tasks.spawn(follow_ends(registry.clone(), forwarding));
     tasks.spawn(follow_rejections(registry, rejections));
 
@@ -290,37 +297,51 @@ fn control_ports(http: NonZeroU16) -> BTreeSet<NonZeroU16> {
     [CONTAINER_PORT, http::PREFERRED_PORT].into_iter().filter_map(NonZeroU16::new).chain([http]).collect()
 }
 
-/// Hints from Docker go to whoever looks at containers, and its address to HTTP once there is one.
-async fn follow_docker(
-    docker: Docker,
+/// Who looks at containers.
+struct Hinted {
     registry: Registry,
     forwarding: Forwarding,
     helper: Helper,
-    http: Option<Http>,
-) {
-    let mut events = docker.life_events();
-    while let Some(event) = events.recv().await {
+    discovery: Discovery,
+}
+
+impl Hinted {
+    /// Something has happened to a container of Docker's, or to any.
+    fn hint(&self, event: &LifeEvent) {
+        self.discovery.look_again();
         match event {
-            LifeEvent::Changed { name, .. } => {
-                registry.look_again(&name);
-                forwarding.look_again(&name);
-                helper.look_again(Some(&name));
-            }
-            LifeEvent::Resync => {
-                helper.look_again(None);
-                for entry in &registry.list().entries {
-                    registry.look_again(entry.container_name.as_str());
-                    forwarding.look_again(entry.container_name.as_str());
+            LifeEvent::Resync => self.helper.look_again(None),
+            LifeEvent::Changed { name, .. } => self.helper.look_again(Some(name)),
+        }
+        for entry in &self.registry.list().entries {
+            let is_meant = match event {
+                LifeEvent::Resync => true,
+                LifeEvent::Changed { id, name, .. } => {
+                    let known = entry.discovered.as_ref().and_then(|found| found.id.as_ref());
+                    entry.docker_name().as_str() == name || known == Some(id)
                 }
-                if let Some(http) = &http {
-                    join_gateway(http, &docker).await;
-                }
+            };
+            if is_meant {
+                self.registry.look_again(entry.container_name.as_str());
+                self.forwarding.look_again(entry.container_name.as_str());
             }
         }
     }
 }
 
-async fn join_gateway(http: &Http, docker: &Docker) {
+/// Hints from Docker go to whoever looks at containers, and its address to HTTP once there is one.
+async fn follow_docker(docker: Docker, hinted: Hinted, http: Option<Http>) {
+    let mut events = docker.life_events();
+    while let Some(event) = events.recv().await {
+        hinted.hint(&event);
+        if let (LifeEvent::Resync, Some(http)) = (&event, &http) {
+            // What is told meanwhile does not wait for it.
+            tokio::spawn(join_gateway(http.clone(), docker.clone()));
+        }
+    }
+}
+
+async fn join_gateway(http: Http, docker: Docker) {
     let Some(gateway) = docker.bridge_gateway().await else { return };
     if let Err(error) = http.listen_also(gateway).await {
         let text = format!("containers cannot reach the daemon over HTTP: {}", chain(&error));

@@ -32,6 +32,9 @@ use seek::Seek;
 /// Where, inside, an agent puts its socket unless it is told otherwise.
 pub const AGENT_DIRECTORY: &str = "/run/landfall";
 
+/// What the name of a container ends with while another one takes its place.
+pub(crate) const ASIDE: &str = ".landfall-old";
+
 /// How long a question may take. An engine under load answers in milliseconds; one that hangs never does.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many life events may wait to be taken.
@@ -118,6 +121,8 @@ pub struct Listed {
     pub labels: BTreeMap<String, String>,
     /// Whose network it is in.
     pub network: Network,
+    /// When it was made, in seconds since 1970.
+    pub created: i64,
     /// What Docker publishes of it where `localhost` answers; only of one that runs.
     pub published: BTreeMap<NonZeroU16, NonZeroU16>,
 }
@@ -127,7 +132,10 @@ pub struct Listed {
 pub enum LifeEvent {
     /// To the one of this name; `what` is Docker's word: `start`, `die`, `destroy`, `rename`, and so on.
     Changed {
-        /// The container's name, which need not be one that a registration could have.
+        /// Its id.
+        id: String,
+        /// The container's name, which need not be one that a registration could have. One that is renamed is told of twice,
+        /// by both of its names; of one that only its network knows, the name is empty.
         name: String,
         /// Docker's word for it.
         what: String,

@@ -10,6 +10,7 @@
 //! - `daemon` puts together what runs as `landfall _hostd`: `registration` remembers, `rpc` and `http` are how it is asked,
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
 //! - `devcontainer` reads what a folder or an image says of its ports.
+//! - `discovery` registers the containers that Docker has, as their labels or people say.
 //! - `tailscale` offers what answers on the host on the user's tailnet, where that is wanted.
 //! - `helper` keeps a container that enters the others, where the daemon's own user may not.
 //! - `paths` and `registration::file` name all state on disk: what a container was registered with, and the log.
@@ -23,6 +24,7 @@ pub mod broker;
 pub mod cli;
 pub mod daemon;
 pub mod devcontainer;
+pub mod discovery;
 pub mod docker;
 pub mod events;
 pub mod folder;

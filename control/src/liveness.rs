@@ -2,7 +2,8 @@
 //! cannot be asked about is unknown, and unknown never counts as gone.
 //!
 //! How it is looked for follows from its way: a process by its id and the moment it began, so that a later process of the
-//! same id is not taken for it; a namespace's file by its being there; everything else by its name at Docker.
+//! same id is not taken for it; a namespace's file by its being there; everything else by its name at Docker. What the
+//! daemon registered by itself is not looked for here: `discovery` looks after that.
 
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -40,6 +41,10 @@ pub struct Ways {
 impl Probe for Ways {
     fn probe<'a>(&'a self, registration: &'a Registration) -> BoxFuture<'a, Liveness> {
         Box::pin(async move {
+            // It follows Docker's list as a whole, or a person's word, and neither is up to a look at one name.
+            if registration.discovered.is_some() {
+                return Liveness::Unknown;
+            }
             match &registration.way {
                 Some(Way::Process { pid, started }) => process(*pid, started.as_ref()),
                 // It may be on another machine: it lives until somebody says otherwise.

@@ -39,9 +39,19 @@ fn help_tells_the_verbs_and_the_exit_codes() {
     insta::assert_snapshot!("help_doctor", landfall(&["doctor", "--help"]));
     insta::assert_snapshot!("help_agent", landfall(&["agent", "--help"]));
     insta::assert_snapshot!("help_agent_forward", landfall(&["agent", "forward", "--help"]));
-    for verb in
-        ["up", "down", "status", "ls", "register", "deregister", "restart", "events", "logs", "version"]
-    {
+    for verb in [
+        "up",
+        "down",
+        "status",
+        "ls",
+        "register",
+        "deregister",
+        "detach",
+        "restart",
+        "events",
+        "logs",
+        "version",
+    ] {
         insta::assert_snapshot!(format!("help_{verb}"), landfall(&[verb, "--help"]));
     }
 }

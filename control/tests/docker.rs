@@ -390,7 +390,12 @@ async fn life_is_told_and_outages_are_outlived() {
     let mut until = async |wanted: LifeEvent| {
         tokio::time::timeout(LONG, async { while life.recv().await.unwrap() != wanted {} }).await.unwrap();
     };
-    let changed = |what: &str| LifeEvent::Changed { name: container.0.to_string(), what: what.to_owned() };
+    let id = container.told("{{.Id}}");
+    let changed = |what: &str| LifeEvent::Changed {
+        id: id.clone(),
+        name: container.0.to_string(),
+        what: what.to_owned(),
+    };
     until(changed("start")).await;
     docker(&["kill", container.0.as_str()]);
     until(changed("die")).await;

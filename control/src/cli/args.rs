@@ -11,11 +11,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use agent::{AgentArgs, AgentForwardArgs, AgentServeArgs, AgentVerb, Candidates};
 pub use daemon::{
-    DaemonArgs, DeregisterArgs, EventsArgs, HelperArgs, LogsArgs, PlainArgs, RegisterArgs, RestartArgs,
-    StatusArgs, UpArgs, WayArgs,
+    DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, HelperArgs, LogsArgs, LsArgs, PlainArgs,
+    RegisterArgs, RestartArgs, StatusArgs, UpArgs, WayArgs,
 };
 
 use crate::policy::{Policy, PortList};
+use crate::registration::model::ContainerName;
 
 /// What listens in a container answers on the host's localhost.
 #[derive(Debug, Parser)]
@@ -48,6 +49,12 @@ command ends, so does what it left running in its network: nobody could reach th
 
 Example: landfall run -- npm run dev";
 
+const ATTACH_NOTES: &str = "\
+A container is forwarded by the daemon, from now on and whenever it runs, also when it is made anew
+under its name. Containers whose label dev.landfall.forward is true need no attach.
+
+Example: landfall attach shop";
+
 const UP_NOTES: &str = "\
 The daemon keeps what it keeps in $LANDFALL_HOME, else $TYPECLAW_HOME, else ~/.landfall: its socket in run/,
 its registrations in run/registrations/, its log in log/. There is one daemon for each of them.";
@@ -64,8 +71,11 @@ pub enum Verb {
     /// Run a command in a network of its own; what it listens on answers on localhost
     #[command(after_help = RUN_NOTES)]
     Run(RunArgs),
-    /// Forward what listens in a network namespace that exists already
+    /// Forward what listens in a container of Docker's, or in a network namespace that exists already
+    #[command(after_help = ATTACH_NOTES)]
     Attach(AttachArgs),
+    /// Forward a container of Docker's no longer, whatever its labels say
+    Detach(DetachArgs),
     /// Tell what this machine allows, and whether forwarding works
     Doctor(DoctorArgs),
     /// Start the daemon, or replace one of another build; it remembers containers and forwards them
@@ -77,7 +87,7 @@ pub enum Verb {
     Status(StatusArgs),
     /// List what is registered and what is forwarded
     #[command(visible_alias = "list")]
-    Ls(PlainArgs),
+    Ls(LsArgs),
     /// Have the daemon remember a container and forward what listens in it
     #[command(after_help = REGISTER_NOTES)]
     Register(RegisterArgs),
@@ -122,7 +132,9 @@ impl Verb {
             Verb::Attach(args) => args.common.json,
             Verb::Doctor(args) => args.json,
             Verb::Up(args) => args.json,
-            Verb::Down(args) | Verb::Ls(args) | Verb::Version(args) => args.json,
+            Verb::Down(args) | Verb::Version(args) => args.json,
+            Verb::Ls(args) => args.json,
+            Verb::Detach(args) => args.json,
             Verb::Status(args) => args.json,
             Verb::Register(args) => args.json,
             Verb::Deregister(args) => args.json,
@@ -196,12 +208,18 @@ pub struct AttachArgs {
     /// What `run` has, too.
     #[command(flatten)]
     pub common: Common,
+    /// The container's folder on the host
+    #[arg(long, value_name = "DIR", requires = "container")]
+    pub cwd: Option<PathBuf>,
 }
 
 /// Exactly one way to name a namespace.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub struct TargetArgs {
+    /// A container, as Docker calls it; the daemon remembers it until `detach`
+    #[arg(value_name = "NAME", value_parser = daemon::container_name)]
+    pub container: Option<ContainerName>,
     /// A process that is in the namespace
     #[arg(long, value_parser = parse_pid)]
     pub pid: Option<NonZeroU32>,

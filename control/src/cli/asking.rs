@@ -7,10 +7,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::exit::{Exit, Failure, chain};
+use crate::discovery::report::Found;
 use crate::helper::HelperFacts;
 use crate::paths::{Home, HomeError};
 use crate::reconcile::table::{ContainerState, EngineFacts};
-use crate::rpc::client::{CallError, Client};
+use crate::registration::model::FoundBy;
+use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::rpc::ensure::{self, EnsureError, Ensured, Wanted};
 
 /// What `describe` answers. A daemon may leave out what it does not know.
@@ -34,6 +36,9 @@ pub struct Description {
     /// The container that enters others for it, where there is to be one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,
+    /// Whether every container of Docker's is forwarded.
+    #[serde(default)]
+    pub all: bool,
     /// Whether the registrations of the last daemon are back.
     #[serde(default)]
     pub replayed: bool,
@@ -47,10 +52,14 @@ pub struct Description {
 
 /// One registered container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Container {
     /// Its folder.
     #[serde(default)]
     pub cwd: String,
+    /// What makes the daemon forward it by itself, where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub found_by: Option<FoundBy>,
     /// How far it is reached, and its ports.
     #[serde(flatten)]
     pub state: ContainerState,
@@ -99,10 +108,34 @@ pub fn described(client: &Client) -> Result<Description, Failure> {
 }
 
 fn read_description(answer: Value) -> Result<Description, Failure> {
-    serde_json::from_value(answer).map_err(|error| {
-        Failure::new(Exit::Failed, format!("the daemon describes itself in words of another build: {error}"))
-            .hint("landfall up puts this build in its place")
-    })
+    serde_json::from_value(answer).map_err(|error| other_build(&error))
+}
+
+fn other_build(error: &serde_json::Error) -> Failure {
+    Failure::new(Exit::Failed, format!("the daemon describes itself in words of another build: {error}"))
+        .hint("landfall up puts this build in its place")
+}
+
+/// Every container that Docker has, as the daemon sees it.
+pub fn containers(client: &Client) -> Result<Vec<Found>, Failure> {
+    #[derive(Deserialize)]
+    struct Answer {
+        containers: Vec<Found>,
+    }
+    let answer = client.within(PATIENT_BUDGET).ask("containers").map_err(|error| match error {
+        CallError::Refused(reason) if reason.starts_with("Docker cannot be reached") => {
+            Failure::new(Exit::Refused, reason).hint("landfall doctor says what there is to reach")
+        }
+        CallError::Refused(reason) if reason == "unknown request kind" => Failure::new(
+            Exit::Refused,
+            "the daemon that runs is another one, and does not look for containers",
+        )
+        .hint("landfall up puts ours in its place"),
+        error => failed(&error),
+    })?;
+    serde_json::from_value::<Answer>(answer)
+        .map(|answer| answer.containers)
+        .map_err(|error| other_build(&error))
 }
 
 /// What people are told when the daemon was asked and did not do it.

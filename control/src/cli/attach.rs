@@ -1,4 +1,6 @@
-//! `landfall attach`: forwards what listens in a namespace that exists already.
+//! `landfall attach`: forwards what listens in a namespace that exists already, or has the daemon forward a container.
+
+mod container;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -29,6 +31,9 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// Forwards until it is told to end, or the namespace is gone.
 pub fn attach(args: AttachArgs) -> Result<Exit, Failure> {
+    if let Some(name) = &args.target.container {
+        return container::attach(name, &args);
+    }
     let talk = Talk::to_stdout(args.common.json);
     let signals = Signals::block().map_err(|error| other(&error))?;
     let place = Place::of(&args.target)?;

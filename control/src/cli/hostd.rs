@@ -54,6 +54,7 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
         http_port: args.http_port.unwrap_or(PREFERRED_PORT),
         http_bind: args.http_bind,
         restart: !args.no_restart,
+        discover_all: args.all,
         tailscale: args.tailscale,
         docker_helper: args.docker_helper,
         tailscale_timeout: duration(TAILSCALE_TIMEOUT, set(TAILSCALE_TIMEOUT), CALL_TIMEOUT)?,

@@ -2,18 +2,24 @@
 
 use serde_json::json;
 
-use super::args::PlainArgs;
+use super::args::LsArgs;
 use super::asking::{self, Container};
 use super::exit::{Exit, Failure};
 use super::output::{Report, Talk};
 use super::table::{NOTHING, bytes, table};
+use crate::discovery::report::{Forwarded, Found};
 use crate::reconcile::table::{ForwardRow, Reached, RowState};
+use crate::registration::model::FoundBy;
+use crate::rpc::client::Client;
 
 const HEADING: [&str; 8] = ["NAME", "STATE", "PORT", "HOST", "PROCESS", "CONNS", "BYTES", "WHY"];
 
 /// Lists.
-pub fn ls(args: &PlainArgs) -> Result<Exit, Failure> {
+pub fn ls(args: &LsArgs) -> Result<Exit, Failure> {
     let client = asking::client()?;
+    if args.all {
+        return every_container(&client, args.json);
+    }
     let description = asking::described(&client)?;
     let talk = Talk::to_stdout(args.json);
     if args.json {
@@ -22,7 +28,8 @@ pub fn ls(args: &PlainArgs) -> Result<Exit, Failure> {
         return Ok(Exit::Ok);
     }
     if description.containers.is_empty() {
-        let hint = "landfall run, attach and register bring something here".to_owned();
+        let hint = "landfall run and attach bring something here; landfall ls --all shows what Docker has"
+            .to_owned();
         let text = if description.replayed {
             "nothing is registered"
         } else {
@@ -33,6 +40,55 @@ pub fn ls(args: &PlainArgs) -> Result<Exit, Failure> {
         talk.plain(&listing(&description.containers));
     }
     Ok(Exit::Ok)
+}
+
+/// What Docker has, and why it is forwarded or not.
+fn every_container(client: &Client, json: bool) -> Result<Exit, Failure> {
+    let found = asking::containers(client)?;
+    let talk = Talk::to_stdout(json);
+    if json {
+        talk.plain(&json!({ "containers": found }).to_string());
+    } else if found.is_empty() {
+        let text = "Docker has no containers".to_owned();
+        talk.report(&Report::Note { text, hint: None });
+    } else {
+        talk.plain(&all_of(&found));
+    }
+    Ok(Exit::Ok)
+}
+
+/// One row a container of Docker's.
+fn all_of(found: &[Found]) -> String {
+    let rows: Vec<_> = found
+        .iter()
+        .map(|one| {
+            let runs = if one.running { "yes" } else { "no" };
+            [
+                one.name.clone(),
+                one.image.clone(),
+                runs.to_owned(),
+                forwarded(one),
+                one.why.clone().unwrap_or_default(),
+            ]
+        })
+        .collect();
+    let text = table(["CONTAINER", "IMAGE", "RUNS", "FORWARDED", "WHY"], &rows);
+    without_empty_end(&text, &rows.iter().map(|row| row[4].as_str()).collect::<Vec<_>>())
+}
+
+fn forwarded(one: &Found) -> String {
+    let how = match (one.forwarded, one.by) {
+        (Forwarded::No, _) => return "no".to_owned(),
+        (Forwarded::Off, _) => return "off".to_owned(),
+        (Forwarded::Yes, Some(FoundBy::Name)) => "attached",
+        (Forwarded::Yes, Some(FoundBy::Label)) => "by label",
+        (Forwarded::Yes, Some(FoundBy::All)) => "as all are",
+        (Forwarded::Yes, None) => "registered",
+    };
+    match one.registered.as_ref().filter(|registered| **registered != one.name) {
+        Some(other) => format!("{how}, as {other}"),
+        None => how.to_owned(),
+    }
 }
 
 /// One row a port; a container without ports has one for itself.

@@ -145,6 +145,7 @@ fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured, description: Optio
     let mut ignored = args.daemon.clone();
     // It listens there, whoever said so.
     ignored.http_port = ignored.http_port.filter(|port| *port != ensured.http_port.get());
+    ignored.all &= !description.is_some_and(|description| description.all);
     ignored.tailscale &= !description.is_some_and(|description| description.tailscale);
     ignored.docker_helper &= description.is_none_or(|description| description.docker_helper.is_none());
     let given = ignored.words();

@@ -313,7 +313,7 @@ struct Unheard;
 impl Engine {
     /// Tells what this engine says until it says no more.
     async fn tell_life(&self, listener: &mpsc::Sender<LifeEvent>) -> Result<(), Unheard> {
-        let filters = HashMap::from([("type", vec!["container"])]);
+        let filters = HashMap::from([("type", vec!["container", "network"])]);
         // The engine is only asked when the stream is first polled, and says nothing when it has begun to listen: so it is
         // asked for what happened since before the resync, too. An event told twice is two looks.
         let since = (Timestamp::now().as_second() - SINCE_SECONDS).to_string();
@@ -326,9 +326,8 @@ impl Engine {
                 () = listener.closed() => return Err(Unheard),
             };
             let Some(Ok(event)) = event else { return Ok(()) };
-            let name = event.actor.and_then(|actor| actor.attributes?.remove("name"));
-            if let (Some(name), Some(what)) = (name, event.action) {
-                listener.send(LifeEvent::Changed { name, what }).await.map_err(|_| Unheard)?;
+            for event in facts::life_events(event) {
+                listener.send(event).await.map_err(|_| Unheard)?;
             }
         }
     }

@@ -8,7 +8,7 @@
 //! A daemon that dies half way leaves the old one under its other name ([`aside`]). [`mend`], before the next attempt,
 //! finishes or undoes what was begun.
 
-use super::DockerError;
+use super::{ASIDE, DockerError};
 
 /// What is done to containers here, by name.
 pub(super) trait Hands {
@@ -26,7 +26,7 @@ pub(super) trait Hands {
 /// The name of an old container while there are two. A container that was registered has a name without this ending only
 /// by the will of whoever named it.
 pub(super) fn aside(name: &str) -> String {
-    format!("{name}.landfall-old")
+    format!("{name}{ASIDE}")
 }
 
 /// Puts a new container, which `create` makes under the name that it is given, in the place of the one with this name.

@@ -139,14 +139,20 @@ impl Shared {
     pub(super) fn drop_gone(self: &Arc<Self>, registration: Arc<Registration>) {
         let (shared, name) = (Arc::clone(self), registration.container_name.clone());
         // Nobody waits for it: a container whose teardown takes long does not keep others from being looked at.
-        drop(self.queues.enqueue(name.as_str(), async move {
-            if shared.is_current(&registration) {
-                let name = &registration.container_name;
-                shared.forget(name, StopReason::Deregistered).await;
-                let (container_name, reason) = (name.to_string(), DropReason::Gone.as_str().to_owned());
-                shared.options.journal.tell(&Event::Deregister { container_name, reason });
-            }
-        }));
+        let work = async move { shared.drop_current(&registration, DropReason::Gone).await };
+        drop(self.queues.enqueue(name.as_str(), work));
+    }
+
+    /// Forgets this very registration, and none that has taken its place since; whether it was there. Inside its queue.
+    pub(super) async fn drop_current(&self, registration: &Arc<Registration>, reason: DropReason) -> bool {
+        let is_current = self.is_current(registration);
+        if is_current {
+            let name = &registration.container_name;
+            self.forget(name, StopReason::Deregistered).await;
+            let (container_name, reason) = (name.to_string(), reason.as_str().to_owned());
+            self.options.journal.tell(&Event::Deregister { container_name, reason });
+        }
+        is_current
     }
 
     pub(super) async fn fatal_auth(&self, name: &ContainerName, token: &Token, reason: &str) {

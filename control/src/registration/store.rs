@@ -176,6 +176,36 @@ impl Registry {
         answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
     }
 
+    /// Registers what was found in Docker, if the name still stands for `before`; whether it did. Somebody may have
+    /// registered the name meanwhile, and then that is what counts.
+    ///
+    /// # Errors
+    /// [`RegisterError`]; the container is then registered as it was before.
+    pub async fn register_found(
+        &self,
+        registration: Registration,
+        before: Option<Arc<Registration>>,
+    ) -> Result<bool, RegisterError> {
+        let (shared, name) = (Arc::clone(&self.shared), registration.container_name.clone());
+        let work = async move {
+            shared.replayed().await;
+            let current = shared.find(registration.container_name.as_str());
+            if current.as_ref().map(Arc::as_ptr) != before.as_ref().map(Arc::as_ptr) {
+                return Ok(false);
+            }
+            shared.register(registration).await.map(|()| true)
+        };
+        let answer = self.shared.queues.enqueue(name.as_str(), work).await;
+        answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
+    }
+
+    /// Forgets what was found in Docker and is no more, unless it was registered anew since; whether it did.
+    pub async fn drop_found(&self, registration: Arc<Registration>, reason: DropReason) -> bool {
+        let (shared, name) = (Arc::clone(&self.shared), registration.container_name.clone());
+        let work = async move { shared.drop_current(&registration, reason).await };
+        self.shared.queues.enqueue(name.as_str(), work).await.unwrap_or(false)
+    }
+
     /// Forgets a container; one that is not known, or that could not be, is forgotten already. A container that was
     /// reported [`DropReason::Gone`] and is there when its turn comes, since it was registered anew, stays.
     pub async fn deregister(&self, name: &str, reason: DropReason) {

@@ -13,12 +13,13 @@ use tokio::sync::broadcast;
 
 use super::protocol::{Request, Response, Restart, SecretsPatch};
 use crate::daemon::stop::StopSwitch;
+use crate::discovery::{Detached, Discovery};
 use crate::events::{Event, Journal};
 use crate::helper::{Helper, HelperFacts};
 use crate::paths::Home;
 use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
 use crate::reconcile::task::Forwarding;
-use crate::registration::model::Registration;
+use crate::registration::model::{FoundBy, Registration};
 use crate::registration::store::{DropReason, Registry};
 use crate::supervisor::{NOT_ENABLED, Supervisor};
 
@@ -90,6 +91,8 @@ pub struct Answers {
     pub registry: Registry,
     /// What it forwards.
     pub forwarding: Forwarding,
+    /// Who finds containers.
+    pub discovery: Discovery,
     /// Who restarts; nobody where the daemon was started without.
     pub supervisor: Option<Supervisor>,
     /// What happens.
@@ -126,6 +129,8 @@ impl Answers {
             Request::Version => Response::result(json!({ "version": self.version })).into(),
             Request::Shutdown { drain_engine } => self.shutdown(drain_engine),
             Request::Describe => self.describe().await.into(),
+            Request::Containers => self.containers().await.into(),
+            Request::Detach { container_name } => self.detach(&container_name).await.into(),
             Request::Events { container_name } => Answer::Follow(self.journal.listen(), container_name),
         }
     }
@@ -169,6 +174,21 @@ impl Answers {
         }
     }
 
+    async fn containers(&self) -> Response {
+        match self.discovery.containers().await {
+            Ok(containers) => Response::result(json!({ "containers": containers })),
+            Err(error) => Response::refused(error),
+        }
+    }
+
+    async fn detach(&self, name: &str) -> Response {
+        match self.discovery.detach(name).await {
+            Ok(Detached::Forgotten(name)) => Response::result(json!({ "containerName": name, "off": false })),
+            Ok(Detached::TurnedOff(name)) => Response::result(json!({ "containerName": name, "off": true })),
+            Err(why) => Response::Refused(why),
+        }
+    }
+
     fn list(&self) -> Response {
         let registered = self.registry.list();
         let entry = |entry: &Arc<Registration>| json!({ "containerName": entry.container_name.as_str(), "cwd": entry.cwd });
@@ -202,7 +222,8 @@ impl Answers {
                 Some(index) => table.containers.swap_remove(index),
                 None => just_registered(name),
             };
-            DescribedContainer { cwd: entry.cwd.display().to_string(), state }
+            let found_by = entry.discovered.as_ref().map(|discovered| discovered.by);
+            DescribedContainer { cwd: entry.cwd.display().to_string(), found_by, state }
         });
         Response::result(Description {
             containers: containers.collect(),
@@ -212,6 +233,7 @@ impl Answers {
             http_port: self.http_port.get(),
             tailscale: self.tailscale,
             docker_helper: self.helper.facts(),
+            all: self.discovery.is_all(),
             replayed: self.registry.replayed().now_or_never().is_some(),
             engine: table.engine,
         })
@@ -250,6 +272,8 @@ pub struct Description {
     /// The container that enters others for the daemon, where there is to be one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,
+    /// Whether every container of Docker's is forwarded.
+    pub all: bool,
     /// Whether the registrations of the last daemon are back.
     pub replayed: bool,
     /// The engine, where one is attached.
@@ -260,9 +284,13 @@ pub struct Description {
 
 /// One registration in a [`Description`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct DescribedContainer {
     /// Its folder on the host.
     pub cwd: String,
+    /// What makes the daemon forward it by itself, where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub found_by: Option<FoundBy>,
     /// What became of it.
     #[serde(flatten)]
     pub state: ContainerState,

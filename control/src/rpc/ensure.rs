@@ -44,6 +44,9 @@ pub const TAILSCALE: &str = "--tailscale";
 /// The option by which containers are entered by a helper container.
 pub const DOCKER_HELPER: &str = "--docker-helper";
 
+/// The option by which every container of Docker's is forwarded.
+pub const ALL: &str = "--all";
+
 /// How long things may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {
@@ -205,6 +208,8 @@ struct Kept {
     tailscale: bool,
     /// Whether containers are entered by a helper container: without it they would be reached no more.
     docker_helper: bool,
+    /// Whether it forwards every container.
+    all: bool,
 }
 
 /// What came of asking for the spawn lock.
@@ -249,9 +254,10 @@ impl Starter<'_> {
     fn kept(&self) -> Kept {
         // One that does not know the question serves nothing.
         let answer = self.client.within(self.wanted.times.probe).ask("describe").unwrap_or_default();
-        let tailscale = answer.get("tailscale").and_then(Value::as_bool).unwrap_or(false);
+        let on = |what| answer.get(what).and_then(Value::as_bool).unwrap_or(false);
+        let (tailscale, all) = (on("tailscale"), on("all"));
         let docker_helper = answer.get("dockerHelper").is_some_and(Value::is_object);
-        Kept { http_port: self.http_port(), tailscale, docker_helper }
+        Kept { http_port: self.http_port(), tailscale, docker_helper, all }
     }
 
     /// Reachable, and with a port.
@@ -328,11 +334,11 @@ impl Starter<'_> {
         if let Some(port) = kept.http_port.filter(|_| !said(&arguments, HTTP_PORT)) {
             arguments.extend([HTTP_PORT.into(), port.to_string().into()]);
         }
-        if kept.tailscale && !said(&arguments, TAILSCALE) {
-            arguments.push(TAILSCALE.into());
-        }
-        if kept.docker_helper && !said(&arguments, DOCKER_HELPER) {
-            arguments.push(DOCKER_HELPER.into());
+        let kept_on = [(TAILSCALE, kept.tailscale), (ALL, kept.all), (DOCKER_HELPER, kept.docker_helper)];
+        for (option, was_on) in kept_on {
+            if was_on && !said(&arguments, option) {
+                arguments.push(option.into());
+            }
         }
         let deadline = Instant::now() + self.wanted.times.ready;
         loop {

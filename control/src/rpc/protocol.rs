@@ -93,6 +93,10 @@ impl Envelope {
             "version" => Request::Version,
             "shutdown" => Request::Shutdown { drain_engine: self.drain_engine()? },
             "describe" => Request::Describe,
+            "containers" => Request::Containers,
+            "detach" => {
+                Request::Detach { container_name: self.name().ok_or(field("detach", "containerName"))? }
+            }
             "events" => Request::Events { container_name: self.filter()? },
             _ => return Err(RequestError::UnknownKind),
         })
@@ -158,6 +162,13 @@ pub enum Request {
     },
     /// Everything there is to show, except what is secret. Never waits for replay.
     Describe,
+    /// Every container that Docker has, and whether it is forwarded. Never waits for replay.
+    Containers,
+    /// Forward a container no longer, whatever its labels say.
+    Detach {
+        /// Which.
+        container_name: String,
+    },
     /// Every event from now on. Never waits for replay.
     Events {
         /// Of this container alone.
@@ -181,12 +192,14 @@ impl Request {
             | Request::Deregister { .. }
             | Request::Status { .. }
             | Request::Restart(_)
+            | Request::Detach { .. }
             | Request::SecretsPatch(_) => true,
             Request::List
             | Request::HttpInfo
             | Request::Version
             | Request::Shutdown { .. }
             | Request::Describe
+            | Request::Containers
             | Request::Events { .. } => false,
         }
     }

@@ -10,7 +10,7 @@ use clap::Args;
 use crate::docker::AGENT_DIRECTORY;
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::ContainerName;
-use crate::rpc::ensure::{DOCKER_HELPER, TAILSCALE};
+use crate::rpc::ensure::{ALL, DOCKER_HELPER, TAILSCALE};
 
 /// What `up` passes on to the daemon that it starts.
 #[derive(Clone, Debug, Default, Args)]
@@ -24,6 +24,9 @@ pub struct DaemonArgs {
     /// Restart no container, whoever asks
     #[arg(long)]
     pub no_restart: bool,
+    /// Forward every container of Docker's, but those whose label dev.landfall.forward is false
+    #[arg(long)]
+    pub all: bool,
     /// Serve what is forwarded on your tailnet, too, at the same port (tailscale serve)
     #[arg(long)]
     pub tailscale: bool,
@@ -44,6 +47,9 @@ impl DaemonArgs {
         }
         if self.no_restart {
             words.push("--no-restart".into());
+        }
+        if self.all {
+            words.push(ALL.into());
         }
         if self.tailscale {
             words.push(TAILSCALE.into());
@@ -82,6 +88,27 @@ pub struct HelperArgs {
 /// A verb that takes nothing but `--json`.
 #[derive(Debug, Args)]
 pub struct PlainArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall ls`
+#[derive(Debug, Args)]
+pub struct LsArgs {
+    /// List every container that Docker has, and why it is forwarded or not
+    #[arg(long)]
+    pub all: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall detach`
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// Which container
+    pub name: String,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -214,7 +241,7 @@ pub struct LogsArgs {
     pub json: bool,
 }
 
-fn container_name(text: &str) -> Result<ContainerName, String> {
+pub(super) fn container_name(text: &str) -> Result<ContainerName, String> {
     ContainerName::new(text).map_err(|_| {
         "a name starts with a letter or digit and consists of at most 200 letters, digits, '_', '.' and '-'".to_owned()
     })

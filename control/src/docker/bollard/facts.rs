@@ -6,10 +6,11 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 
 use bollard::models::{
-    ContainerSummary, ContainerSummaryStateEnum, MountPoint, PortBinding, PortMap, PortSummaryTypeEnum,
+    ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, MountPoint, PortBinding,
+    PortMap, PortSummaryTypeEnum,
 };
 
-use crate::docker::{AGENT_DIRECTORY, Listed, Network};
+use crate::docker::{AGENT_DIRECTORY, LifeEvent, Listed, Network};
 use crate::registration::model::ContainerName;
 
 /// One of Docker's list. None where what makes it a container is missing.
@@ -31,8 +32,33 @@ pub(super) fn listed(told: ContainerSummary) -> Option<Listed> {
         running: matches!(told.state, Some(RUNNING | PAUSED)),
         labels: told.labels.unwrap_or_default().into_iter().collect(),
         network: network(mode.as_deref()),
+        created: told.created.unwrap_or_default(),
         published: ports.collect(),
     })
+}
+
+/// What happens to containers and changes where they are or whether they run. The rest is more and says nothing: every check
+/// of a container's health is three events.
+const LIFE: [&str; 9] =
+    ["create", "start", "restart", "die", "stop", "pause", "unpause", "rename", "destroy"];
+
+/// What one of Docker's events says about containers.
+pub(super) fn life_events(told: EventMessage) -> Vec<LifeEvent> {
+    let (Some(what), Some(actor)) = (told.action, told.actor) else { return Vec::new() };
+    let mut attributes = actor.attributes.unwrap_or_default();
+    let changed = |id: &str, name: String| LifeEvent::Changed { id: id.to_owned(), name, what: what.clone() };
+    match told.typ {
+        Some(EventMessageTypeEnum::NETWORK) if matches!(what.as_str(), "connect" | "disconnect") => {
+            attributes.remove("container").map(|id| changed(&id, String::new())).into_iter().collect()
+        }
+        Some(EventMessageTypeEnum::CONTAINER) if LIFE.contains(&what.as_str()) => {
+            let Some(id) = actor.id else { return Vec::new() };
+            let old = attributes.remove("oldName");
+            let old = old.map(|old| old.strip_prefix('/').unwrap_or(&old).to_owned());
+            attributes.remove("name").into_iter().chain(old).map(|name| changed(&id, name)).collect()
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// The network of a container of this mode.

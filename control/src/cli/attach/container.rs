@@ -1,0 +1,196 @@
+//! `landfall attach NAME`: the daemon forwards a container of Docker's from now on, and remembers that it is to.
+
+use std::num::NonZeroU16;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use crate::cli::args::{AttachArgs, Ring};
+use crate::cli::asking::{self, Container};
+use crate::cli::exit::{Exit, Failure, chain};
+use crate::cli::output::{Colour, Report, Talk};
+use crate::discovery::report::{Forwarded, Found};
+use crate::folder::FOREGROUND;
+use crate::policy::PortForward;
+use crate::processes::ProcessFact;
+use crate::reconcile::table::{ForwardRow, Reached, RowState};
+use crate::registration::model::{ContainerName, Discovered, FoundBy, Way};
+use crate::rpc::client::{Client, PATIENT_BUDGET};
+
+/// How long the daemon may take to reach a container that runs, and its ports to settle. It takes milliseconds.
+const REACH_MAX: Duration = Duration::from_secs(5);
+/// How long a container in which nothing listens is looked at before that is believed: what listens is known a moment after
+/// it is entered.
+const LISTEN_MAX: Duration = Duration::from_millis(250);
+/// How often that is looked at.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Attaches, and tells what is forwarded of it now.
+pub(super) fn attach(container: &ContainerName, args: &AttachArgs) -> Result<Exit, Failure> {
+    if args.common.no_daemon || args.common.ring != Ring::Auto {
+        return Err(Failure::new(Exit::Usage, "a container of Docker's is forwarded by the daemon")
+            .hint("leave out --no-daemon and --ring, or attach to its process with --pid"));
+    }
+    let client = asking::client_of_running()?;
+    let found = find(&client, container)?;
+    let name = match (&args.common.name, &found.registered) {
+        (Some(name), _) => name.clone(),
+        (None, Some(registered)) => registered.clone(),
+        (None, None) => container.to_string(),
+    };
+    let is_anothers = found.by.is_none() && found.forwarded == Forwarded::Yes;
+    if is_anothers {
+        refuse_change(args, &name)?;
+    } else {
+        let request = request(&name, container, &found, args)?;
+        client.within(PATIENT_BUDGET).call(&request).map_err(|error| asking::failed(&error))?;
+    }
+    tell(args, &found, &name, wait_until_reached(&client, &name, found.running)?)
+}
+
+/// The container of this name.
+fn find(client: &Client, name: &ContainerName) -> Result<Found, Failure> {
+    let found = asking::containers(client)?.into_iter().find(|found| found.name == name.as_str());
+    found.ok_or_else(|| {
+        Failure::new(Exit::Missing, format!("Docker has no container {name}"))
+            .hint("landfall ls --all shows what it has")
+    })
+}
+
+/// What somebody registered is forwarded as they said.
+fn refuse_change(args: &AttachArgs, name: &str) -> Result<(), Failure> {
+    let common = &args.common;
+    if common.allow.is_none() && common.deny.is_none() && common.name.is_none() && args.cwd.is_none() {
+        return Ok(());
+    }
+    Err(Failure::new(Exit::Refused, format!("{name} is registered already, and stays as it is"))
+        .hint(format!("landfall deregister {name}, and attach then")))
+}
+
+/// The request to remember it. What the command line says of ports counts, else what the container's labels say.
+fn request(
+    name: &str,
+    container: &ContainerName,
+    found: &Found,
+    args: &AttachArgs,
+) -> Result<Value, Failure> {
+    let common = &args.common;
+    let way = Way::Docker { container: (container.as_str() != name).then(|| container.clone()) };
+    let mut request = Map::new();
+    let mut add = |field: &str, value: Value| request.insert(field.to_owned(), value);
+    add("kind", "register".into());
+    add("containerName", name.into());
+    add("way", json!(way));
+    add("discovered", json!(Discovered { by: FoundBy::Name, id: Some(found.id.clone()) }));
+    match &args.cwd {
+        Some(folder) => add("cwd", absolute(folder)?.into()),
+        None => {
+            add(FOREGROUND, true.into());
+            add("cwd", "/".into())
+        }
+    };
+    let said =
+        (common.allow.is_some() || common.deny.is_some()).then(|| json!(PortForward::from(&common.policy())));
+    if let Some(policy) = said.or_else(|| found.port_forward.clone()) {
+        add("portForward", policy);
+    }
+    Ok(Value::Object(request))
+}
+
+fn absolute(folder: &Path) -> Result<String, Failure> {
+    let unusable = |why: &str| {
+        Failure::new(Exit::Usage, format!("the folder {} cannot be used: {why}", folder.display()))
+            .hint("give the container's folder on the host with --cwd")
+    };
+    let path = folder.canonicalize().map_err(|error| unusable(&chain(&error)))?;
+    path.to_str().map(str::to_owned).ok_or_else(|| unusable("its path is not UTF-8"))
+}
+
+/// Waits until what listens in the container is known and forwarded, or cannot be, or there is nothing to wait for.
+fn wait_until_reached(client: &Client, name: &str, running: bool) -> Result<Option<Container>, Failure> {
+    let deadline = Instant::now() + REACH_MAX;
+    let mut reached = None;
+    loop {
+        let containers = asking::described(client)?.containers;
+        let own = containers.into_iter().find(|own| own.state.container_name == name);
+        let is_settled = own.as_ref().is_some_and(|own| match own.state.state {
+            Reached::Reached if own.state.forwards.is_empty() => {
+                reached.get_or_insert_with(Instant::now).elapsed() >= LISTEN_MAX
+            }
+            Reached::Reached => own.state.forwards.iter().all(|row| row.state != RowState::Opening),
+            Reached::Unreachable | Reached::Off => true,
+            Reached::Waiting => !running,
+        });
+        if is_settled || Instant::now() >= deadline {
+            return Ok(own);
+        }
+        thread::sleep(POLL);
+    }
+}
+
+fn tell(args: &AttachArgs, found: &Found, name: &str, own: Option<Container>) -> Result<Exit, Failure> {
+    let talk = Talk::to_stdout(args.common.json);
+    let Some(Container { state, .. }) = own else {
+        return Err(Failure::new(
+            Exit::Refused,
+            format!("{name} was attached, and somebody deregistered it"),
+        ));
+    };
+    let exit = if state.state == Reached::Unreachable { Exit::Refused } else { Exit::Ok };
+    if args.common.json {
+        let mut told = json!({ "attached": name, "container": found.name, "running": found.running });
+        if let (Some(told), Ok(Value::Object(state))) = (told.as_object_mut(), serde_json::to_value(&state)) {
+            told.extend(state);
+        }
+        talk.plain(&told.to_string());
+        return Ok(exit);
+    }
+    talk.line("attached", Colour::Green, &format!("{name} is forwarded whenever it runs"));
+    let why = state.reason.clone();
+    match state.state {
+        Reached::Reached if state.forwards.is_empty() => {
+            note(talk, "nothing listens in it just now; what will is forwarded at once".to_owned());
+        }
+        Reached::Reached => {}
+        Reached::Unreachable => {
+            let why = why.unwrap_or_else(|| "it cannot be entered".to_owned());
+            let text = format!("{name} is not reached: {why}");
+            talk.report(&Report::Warning { text, hint: None });
+        }
+        Reached::Off => note(talk, "its ports are all denied".to_owned()),
+        Reached::Waiting if !found.running => note(talk, "it does not run just now".to_owned()),
+        Reached::Waiting => {
+            let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+            note(talk, format!("it is not reached yet{why}"));
+        }
+    }
+    for row in state.forwards {
+        tell_row(talk, name, row);
+    }
+    Ok(exit)
+}
+
+fn tell_row(talk: Talk, name: &str, row: ForwardRow) {
+    let (Some(port), Some(host_port)) = (NonZeroU16::new(row.port), NonZeroU16::new(row.host_port)) else {
+        return;
+    };
+    let process = row.process.zip(row.pid).map(|(name, pid)| ProcessFact { name, pid });
+    let why = row.reason.unwrap_or_else(|| "the daemon does not say why".to_owned());
+    talk.report(&match row.state {
+        RowState::Open | RowState::Closing | RowState::Opening => {
+            Report::Forward { port: host_port, name: name.to_owned(), process }
+        }
+        RowState::Failed => Report::Failed { port: host_port, detail: why },
+        RowState::Denied => Report::Withheld { port, reason: why },
+        RowState::Published => {
+            let text = format!("port {port} answers at localhost:{host_port}: {why}");
+            Report::Note { text, hint: None }
+        }
+    });
+}
+
+fn note(talk: Talk, text: String) {
+    talk.report(&Report::Note { text, hint: None });
+}

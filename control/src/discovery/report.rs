@@ -1,0 +1,96 @@
+//! What is told of every container that Docker has: plain values, the same in the daemon and in its client. Pure.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::labels;
+use super::machine::{Verdict, Why};
+use crate::docker::{Listed, Network};
+use crate::registration::model::FoundBy;
+
+/// One container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Found {
+    /// Docker's name for it.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// Its image, as it was named when the container was made.
+    pub image: String,
+    /// Whether it runs.
+    pub running: bool,
+    /// Whether it is forwarded, when it runs.
+    pub forwarded: Forwarded,
+    /// Under which name it is registered, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registered: Option<String>,
+    /// What makes it one that is forwarded, where the daemon found it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<FoundBy>,
+    /// Why it is not forwarded, or what there is to know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// Which of its ports its labels allow, as a registration has it; none where they do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port_forward: Option<Value>,
+}
+
+/// Whether a container is forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Forwarded {
+    /// It is.
+    Yes,
+    /// It is not.
+    No,
+    /// It would be, and somebody has turned it off.
+    Off,
+}
+
+impl Found {
+    /// What is told of a container about which this was decided.
+    pub fn new(container: &Listed, verdict: &Verdict) -> Found {
+        let (forwarded, registered, by) = match verdict {
+            Verdict::Forwarded(name, by) => (Forwarded::Yes, Some(name), Some(*by)),
+            Verdict::Off(name) => (Forwarded::Off, Some(name), None),
+            Verdict::Registered(name) => (Forwarded::Yes, Some(name), None),
+            Verdict::Not(_) => (Forwarded::No, None, None),
+        };
+        let network = match &container.network {
+            Network::Own => None,
+            Network::Host => {
+                Some("it uses the host's network, so its ports answer on the host already".to_owned())
+            }
+            Network::Shared(_) => Some("it is in the network of another container".to_owned()),
+        };
+        let why = match verdict {
+            Verdict::Not(why) => Some(in_words(why)),
+            Verdict::Off(_) => Some("it was detached".to_owned()),
+            Verdict::Forwarded(..) | Verdict::Registered(_) => network,
+        };
+        let policy = labels::read(&container.labels).policy.ok().flatten();
+        Found {
+            name: container.name.to_string(),
+            id: container.id.clone(),
+            image: container.image.clone(),
+            running: container.running,
+            forwarded,
+            registered: registered.map(ToString::to_string),
+            by,
+            why,
+            port_forward: policy.and_then(|policy| serde_json::to_value(policy).ok()),
+        }
+    }
+}
+
+fn in_words(why: &Why) -> String {
+    match why {
+        Why::Unasked => "nobody asked for it".to_owned(),
+        Why::NotRunning => "it will be when it runs".to_owned(),
+        Why::Excluded => format!("its label {} says so", labels::FORWARD),
+        Why::Ours => "landfall itself uses it".to_owned(),
+        Why::Unreadable(why) => why.clone(),
+        Why::NameTaken { name, holder } => format!("{holder} the name {name}"),
+    }
+}
