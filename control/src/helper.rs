@@ -153,7 +153,7 @@ impl Helper {
     /// Keeps it no longer, and removes it, where nobody is left who needs what it started.
     pub async fn stop(&self, remove: bool) {
         self.0.stop.cancel();
-        if self.0.on && remove && self.0.docker.remove_helper(&self.0.name).await.is_ok() {
+        if self.0.on && remove && self.0.docker.forget_helper(&self.0.name).await.is_ok() {
             remove_directory(&self.0.directory);
         }
     }
@@ -231,7 +231,7 @@ impl Keeper {
         }
         let ours = |seen: &HelperSeen| seen.home.as_deref() == Some(self.home.as_str());
         let removed = match self.docker.helper(&self.name).await {
-            Ok(Some(seen)) if ours(&seen) => self.docker.remove_helper(&self.name).await.is_ok(),
+            Ok(Some(seen)) if ours(&seen) => self.docker.forget_helper(&self.name).await.is_ok(),
             Ok(_) => true,
             Err(_) => false,
         };

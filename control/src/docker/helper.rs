@@ -1,6 +1,7 @@
 //! The helper's container, as far as Docker has to do with it: what it is made of, and whether one is there.
 //!
-//! Its image is this program and nothing else, brought to the engine by an import: no registry is asked. What the container may do
+//! Its image is this program and nothing else, brought to the engine by an import: no registry is asked. It is called like the
+//! container, with the build as its tag, so that nobody else's is ever in its way, and it goes when it is no longer used. What the container may do
 //! is said here once, and is as little as enters a network namespace:
 //!
 //! - `CAP_SYS_ADMIN` is what `setns(2)` asks for, in the user namespace that the network belongs to.
@@ -22,8 +23,6 @@ use super::{Docker, DockerError};
 pub const LABEL: &str = "dev.landfall.helper";
 /// Which program is in it.
 pub(super) const BUILD_LABEL: &str = "dev.landfall.build";
-/// The image, without the tag, which is the build.
-pub(super) const IMAGE: &str = "landfall-helper";
 /// The program in the image.
 pub(super) const PROGRAM: &str = "/landfall";
 /// What it may do.
@@ -37,7 +36,7 @@ const MAKE_TIMEOUT: Duration = Duration::from_secs(120);
 /// The helper that is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HelperPlan {
-    /// The container's name.
+    /// The container's name, and its image's without the tag.
     pub name: String,
     /// The daemon's home.
     pub home: String,
@@ -103,5 +102,19 @@ impl Docker {
     /// [`DockerError`] says why it is still there.
     pub async fn remove_helper(&self, name: &str) -> Result<(), DockerError> {
         self.bounded(async { self.connect().await?.remove_helper(name).await }).await
+    }
+
+    /// The same, and its images go with it.
+    ///
+    /// # Errors
+    /// [`DockerError`] says why it is still there.
+    pub async fn forget_helper(&self, name: &str) -> Result<(), DockerError> {
+        self.bounded(async {
+            let engine = self.connect().await?;
+            engine.remove_helper(name).await?;
+            engine.forget_images(name, None).await;
+            Ok(())
+        })
+        .await
     }
 }

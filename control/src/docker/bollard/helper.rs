@@ -22,7 +22,7 @@ use super::image::{PIECE_BYTES, PIECES_MAX, Pieces};
 use super::{DockerError, Engine, Hands};
 use crate::docker::AGENT_DIRECTORY;
 use crate::docker::helper::{
-    BUILD_LABEL, CAPABILITIES, HelperPlan, HelperSeen, IMAGE, LABEL, PROCESSES_MAX, PROGRAM,
+    BUILD_LABEL, CAPABILITIES, HelperPlan, HelperSeen, LABEL, PROCESSES_MAX, PROGRAM,
 };
 
 impl Engine {
@@ -48,7 +48,7 @@ impl Engine {
 
     /// Makes and starts it.
     pub(in crate::docker) async fn make_helper(&self, plan: &HelperPlan) -> Result<(), DockerError> {
-        let image = format!("{IMAGE}:{}", plan.build);
+        let image = format!("{}:{}", plan.name, plan.build);
         match self.client.inspect_image(&image).await {
             Ok(_) => {}
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => self.import(plan).await?,
@@ -59,7 +59,7 @@ impl Engine {
         created.map_err(|error| self.refused(&error))?;
         let started = self.client.start_container(&plan.name, None::<StartContainerOptions>).await;
         started.map_err(|error| self.error(&plan.name, &error))?;
-        self.forget_other_images(&image).await;
+        self.forget_images(&plan.name, Some(&image)).await;
         Ok(())
     }
 
@@ -91,7 +91,8 @@ impl Engine {
         });
         let pieces =
             unfold(receiver, |mut receiver| async { receiver.recv().await.map(|piece| (piece, receiver)) });
-        let options = CreateImageOptionsBuilder::default().from_src("-").repo(IMAGE).tag(&plan.build).build();
+        let options =
+            CreateImageOptionsBuilder::default().from_src("-").repo(&plan.name).tag(&plan.build).build();
         let mut told = Box::pin(self.client.create_image(Some(options), Some(body_try_stream(pieces)), None));
         let failed = |why: String| DockerError::Refused(format!("the helper's image cannot be made: {why}"));
         let mut imported = Ok(());
@@ -108,12 +109,13 @@ impl Engine {
         }
     }
 
-    /// Removes the images of other builds, as far as nobody uses them. What stays costs its room and nothing else.
-    async fn forget_other_images(&self, image: &str) {
-        let filters: HashMap<&str, Vec<String>> = HashMap::from([("reference", vec![IMAGE.to_owned()])]);
+    /// Removes the helper's images but the one to keep. What cannot be removed costs its room and nothing else.
+    pub(in crate::docker) async fn forget_images(&self, name: &str, keep: Option<&str>) {
+        let filters: HashMap<&str, Vec<String>> = HashMap::from([("reference", vec![name.to_owned()])]);
         let options = ListImagesOptionsBuilder::default().filters(&filters).build();
         let listed = self.client.list_images(Some(options)).await.unwrap_or_default();
-        for other in listed.into_iter().flat_map(|listed| listed.repo_tags).filter(|tag| tag != image) {
+        let tags = listed.into_iter().flat_map(|listed| listed.repo_tags);
+        for other in tags.filter(|tag| Some(tag.as_str()) != keep) {
             let _ = self.client.remove_image(&other, None::<RemoveImageOptions>, None).await;
         }
     }
