@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -31,6 +32,9 @@ struct Container {
     image: String,
     /// Where port 8973 is published on the host.
     published: Option<u16>,
+    labels: BTreeMap<String, String>,
+    /// When it was made; each is made in a second of its own.
+    created: u32,
 }
 
 #[derive(Debug)]
@@ -124,8 +128,52 @@ impl FakeDocker {
             pid: 0,
             image: format!("image-of-{name}"),
             published: None,
+            labels: BTreeMap::new(),
+            created: state.made,
         };
         state.containers.insert(name.to_owned(), container);
+    }
+
+    /// Makes a container with labels and starts it, and tells of both.
+    ///
+    /// # Panics
+    /// When there is one of that name.
+    pub fn launch(&self, name: &str, labels: &[(&str, &str)]) {
+        assert!(self.name_of(name).is_none(), "{name} is there already");
+        self.add(name, true);
+        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        self.state().containers.get_mut(name).unwrap().labels = labels;
+        self.announce("create", name);
+        self.announce("start", name);
+    }
+
+    /// Gives a container another name, and tells of it.
+    ///
+    /// # Panics
+    /// When there is no such container.
+    pub fn rename_to(&self, old: &str, new: &str) {
+        let mut state = self.state();
+        let container = state.containers.remove(old).unwrap();
+        let id = container.id.clone();
+        state.containers.insert(new.to_owned(), container);
+        drop(state);
+        self.tell_with("rename", &id, &json!({"name": new, "oldName": format!("/{old}")}));
+    }
+
+    /// The id of a container.
+    ///
+    /// # Panics
+    /// When there is no such container.
+    pub fn id(&self, name: &str) -> String {
+        self.state().containers[name].id.clone()
+    }
+
+    /// Ends every stream of events, as an engine does that is stopped.
+    pub fn hang_up(&self) {
+        for listener in self.state().listeners.drain(..) {
+            // One that is gone has ended already.
+            let _ = listener.shutdown(Shutdown::Both);
+        }
     }
 
     /// Publishes a container's port 8973 on a port of the host, or no longer.
@@ -206,8 +254,12 @@ impl FakeDocker {
     }
 
     fn tell(&self, action: &str, name: &str, id: &str) {
+        self.tell_with(action, id, &json!({"name": name}));
+    }
+
+    fn tell_with(&self, action: &str, id: &str, attributes: &Value) {
         let event = json!({"Type": "container", "Action": action, "scope": "local", "time": 1, "timeNano": 1,
-            "Actor": {"ID": id, "Attributes": {"name": name}}});
+            "Actor": {"ID": id, "Attributes": attributes}});
         let line = format!("{event}\n");
         let chunk = format!("{:x}\r\n{line}\r\n", line.len());
         self.state().listeners.retain_mut(|listener| listener.write_all(chunk.as_bytes()).is_ok());
@@ -295,7 +347,8 @@ impl FakeDocker {
         let found: Vec<Value> = found
             .map(|(name, container)| {
                 let running = if container.running { "running" } else { "exited" };
-                json!({"Id": container.id, "Names": [format!("/{name}")], "Image": container.image, "State": running})
+                json!({"Id": container.id, "Names": [format!("/{name}")], "Image": container.image, "State": running,
+                    "Labels": container.labels, "Created": container.created, "HostConfig": {"NetworkMode": "bridge"}})
             })
             .collect();
         Reply::Json(200, Value::Array(found))
@@ -376,10 +429,7 @@ impl FakeDocker {
         let (Some(name), Some(new)) = (self.name_of(wanted), parameter(query, "name")) else {
             return no_such(wanted);
         };
-        let mut state = self.state();
-        if let Some(container) = state.containers.remove(&name) {
-            state.containers.insert(new, container);
-        }
+        self.rename_to(&name, &new);
         Reply::Nothing(204)
     }
 }

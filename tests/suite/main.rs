@@ -7,6 +7,7 @@ mod control;
 mod crash;
 mod crash_files;
 mod crash_upgrade;
+mod discovery;
 mod ensure;
 mod exhaustion;
 mod fallback;
@@ -67,6 +68,7 @@ fn main() -> std::process::ExitCode {
             replay::CASES,
             secrets::CASES,
             restart::CASES,
+            discovery::CASES,
             jobs::CASES,
             tailscale::CASES,
             walk::CASES,

@@ -1,0 +1,319 @@
+//! Containers that the daemon finds by itself, through every event of their lives, against a Docker that says what a case
+//! says. What is forwarded of them is the business of other cases.
+
+use landfall_tests::case::Case;
+use landfall_tests::rpc::{done, names, refused, register};
+use landfall_tests::{DockerMode, FakeDocker, Home, MOMENT, wait_until};
+use serde_json::{Value, json};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("a_labelled_container_is_registered_while_it_exists", labelled),
+    Case::once("a_container_without_a_label_is_forwarded_only_where_all_are", unlabelled),
+    Case::once("a_renamed_container_is_known_by_its_new_name", renamed),
+    Case::once("a_container_made_anew_is_registered_as_it_says_then", made_anew),
+    Case::once("while_docker_is_away_nothing_is_dropped_and_then_everything_is_right", docker_away),
+    Case::once("containers_that_came_and_went_between_two_daemons_are_noticed", between_daemons),
+    Case::once("what_somebody_registered_is_left_alone", left_alone),
+    Case::once("labels_without_sense_are_told_once", nonsense),
+    Case::once("of_two_that_want_one_name_one_has_it_and_the_other_is_told", one_name),
+    Case::once("a_hundred_containers_at_once_are_a_few_lists", a_hundred),
+    Case::once("what_docker_tells_beside_lives_is_no_reason_to_look", no_reason),
+    Case::once("attach_is_remembered_until_detach_even_without_a_container", attached),
+    Case::once("detach_turns_off_what_would_come_back", turned_off),
+    Case::once("ls_all_says_of_every_container_why", every_container),
+];
+
+const FORWARD: (&str, &str) = ("dev.landfall.forward", "true");
+
+/// Waits until exactly these are registered.
+#[track_caller]
+fn wait_for_names(home: &Home, wanted: &[&str]) {
+    wait_until(&format!("{wanted:?} to be registered"), || {
+        let mut names = names(home);
+        names.sort();
+        if names == wanted { Ok(()) } else { Err((names, home.events())) }
+    });
+}
+
+#[track_caller]
+fn wait_for_discovered(home: &Home, name: &str, by: &str, id: &str) {
+    let wanted = json!({"by": by, "id": id});
+    wait_until(&format!("{name} to be found"), || {
+        let found = home.registered(name).unwrap_or_default();
+        if found["discovered"] == wanted { Ok(()) } else { Err((found, home.events())) }
+    });
+}
+
+/// What a verb prints as one object of JSON, when it succeeds.
+#[track_caller]
+fn told(home: &Home, arguments: &[&str]) -> Value {
+    let output = home.run(arguments);
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn notices(home: &Home, part: &str) -> usize {
+    let notices = home.events().into_iter().filter(|event| event["kind"] == "notice");
+    notices.filter(|event| event["text"].as_str().is_some_and(|text| text.contains(part))).count()
+}
+
+fn labelled() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &["other"]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD, ("dev.landfall.allow", "80,3000")]);
+    wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
+    let kept = home.registered("shop").unwrap();
+    assert_eq!(kept["portForward"], json!({"allow": [80, 3000]}));
+    assert_eq!(kept["way"], json!({"kind": "docker"}));
+    wait_for_names(&home, &["shop"]);
+    docker.remove("shop", false);
+    wait_for_names(&home, &[]);
+    assert!(home.registered("shop").is_none());
+    let event = home.wait_for_event("deregister", |event| event["containerName"] == "shop");
+    assert_eq!(event["reason"], "gone");
+}
+
+fn unlabelled() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &["plain"]);
+    docker.launch("private", &[("dev.landfall.forward", "false")]);
+    docker.launch("landfall-helper-0", &[("dev.landfall.helper", "1")]);
+    docker.add("idle", false);
+    let daemon = home.start().argument("--all").and_wait();
+    wait_for_names(&home, &["plain"]);
+    assert_eq!(done(&home, &json!({"kind": "describe"}))["all"], true);
+    daemon.shut_down();
+    let _daemon = home.daemon();
+    // Registered only because all were.
+    wait_for_names(&home, &[]);
+}
+
+fn renamed() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD]);
+    docker.launch("cache", &[]);
+    wait_for_names(&home, &["shop"]);
+    told(&home, &["attach", "cache", "--allow", "6379", "--json"]);
+    docker.rename_to("shop", "store");
+    docker.rename_to("cache", "redis");
+    wait_for_names(&home, &["redis", "store"]);
+    wait_for_discovered(&home, "redis", "name", &docker.id("redis"));
+    assert_eq!(home.registered("redis").unwrap()["portForward"], json!({"allow": [6379]}));
+}
+
+fn made_anew() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD]);
+    wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
+    docker.remove("shop", false);
+    docker.launch("shop", &[FORWARD, ("dev.landfall.deny", "9229")]);
+    wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
+    assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": "*", "deny": [9229]}));
+    docker.remove("shop", false);
+    docker.launch("shop", &[]);
+    wait_for_names(&home, &[]);
+}
+
+fn docker_away() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.start().variable("LANDFALL_GC_INTERVAL", "20ms").and_wait();
+    docker.launch("shop", &[FORWARD]);
+    docker.launch("cache", &[FORWARD]);
+    wait_for_names(&home, &["cache", "shop"]);
+    docker.set_mode(DockerMode::Fails);
+    docker.hang_up();
+    docker.remove("shop", true);
+    docker.launch("late", &[FORWARD]);
+    let lists = docker.calls("GET /");
+    docker.wait_for_calls("GET /", lists + 2);
+    wait_for_names(&home, &["cache", "shop"]);
+    docker.set_mode(DockerMode::Answers);
+    wait_for_names(&home, &["cache", "late"]);
+}
+
+fn between_daemons() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let daemon = home.daemon();
+    for name in ["goes", "moves", "stays"] {
+        docker.launch(name, &[FORWARD]);
+    }
+    docker.launch("named", &[]);
+    wait_for_names(&home, &["goes", "moves", "stays"]);
+    told(&home, &["attach", "named", "--json"]);
+    daemon.shut_down();
+    docker.remove("goes", false);
+    docker.rename_to("moves", "moved");
+    docker.rename_to("named", "renamed");
+    docker.launch("came", &[FORWARD]);
+    let _daemon = home.daemon();
+    wait_for_names(&home, &["came", "moved", "renamed", "stays"]);
+}
+
+fn left_alone() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    register(&home, "shop");
+    let before = home.registered("shop").unwrap();
+    docker.launch("shop", &[FORWARD, ("dev.landfall.allow", "80")]);
+    docker.launch("next", &[FORWARD]);
+    wait_for_names(&home, &["next", "shop"]);
+    assert_eq!(home.registered("shop").unwrap(), before);
+    // Whoever registers a name that was found takes it, and when they leave it is found again.
+    register(&home, "next");
+    assert_eq!(home.registered("next").unwrap().get("discovered"), None);
+    done_deregister(&home, "next");
+    wait_for_discovered(&home, "next", "label", &docker.id("next"));
+}
+
+fn done_deregister(home: &Home, name: &str) {
+    let answer = landfall_tests::rpc::ask(home, &json!({"kind": "deregister", "containerName": name}));
+    assert_eq!(answer, json!({"ok": true}));
+}
+
+fn nonsense() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[("dev.landfall.forward", "perhaps")]);
+    docker.launch("db", &[FORWARD, ("dev.landfall.deny", "ssh")]);
+    for number in 0..5 {
+        let name = format!("next-{number}");
+        docker.launch(&name, &[FORWARD]);
+        wait_until("the next one", || home.registered(&name).map(drop).ok_or("not there"));
+    }
+    assert_eq!(notices(&home, "container shop: its label dev.landfall.forward is \"perhaps\""), 1);
+    assert_eq!(notices(&home, "container db: nothing of it is forwarded"), 1);
+    assert!(home.registered("shop").is_none() && home.registered("db").is_none());
+}
+
+fn one_name() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    let web = [FORWARD, ("dev.landfall.name", "web")];
+    docker.launch("one", &web);
+    wait_for_discovered(&home, "web", "label", &docker.id("one"));
+    docker.launch("two", &web);
+    let text = "container two is not forwarded: container one has the name web";
+    home.wait_for_event("notice", |event| event["text"] == text);
+    assert_eq!(home.registered("web").unwrap()["way"], json!({"kind": "docker", "container": "one"}));
+    docker.remove("one", false);
+    wait_for_discovered(&home, "web", "label", &docker.id("two"));
+}
+
+fn a_hundred() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("first", &[FORWARD]);
+    wait_for_names(&home, &["first"]);
+    let lists = docker.calls("GET /containers/json");
+    for number in 0..100 {
+        docker.launch(&format!("c{number}"), &[FORWARD]);
+    }
+    wait_until("all of them", || {
+        let count = names(&home).len();
+        if count == 101 { Ok(()) } else { Err(count) }
+    });
+    // Two hundred events, within much less than a second where nothing else runs.
+    let lists = docker.calls("GET /containers/json") - lists;
+    assert!(lists < 70, "{lists} lists");
+}
+
+fn no_reason() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD]);
+    wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
+    // The list for the last of these events may be on its way.
+    std::thread::sleep(MOMENT);
+    let lists = docker.calls("GET /containers/json");
+    for what in
+        ["exec_create: true", "exec_start: true", "exec_die", "health_status: healthy", "top", "attach"]
+    {
+        docker.announce(what, "shop");
+    }
+    std::thread::sleep(MOMENT);
+    assert_eq!(docker.calls("GET /containers/json"), lists);
+}
+
+fn attached() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    docker.add("shop", false);
+    let daemon = home.start().variable("LANDFALL_GC_INTERVAL", "20ms").and_wait();
+    let output = home.run(&["attach", "nobody"]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let attached = told(&home, &["attach", "shop", "--deny", "9229", "--json"]);
+    assert_eq!((&attached["attached"], &attached["running"]), (&json!("shop"), &json!(false)));
+    let policy = json!({"allow": "*", "deny": [9229]});
+    assert_eq!(home.registered("shop").unwrap()["portForward"], policy);
+    docker.remove("shop", false);
+    // Longer than others have.
+    std::thread::sleep(MOMENT);
+    wait_for_names(&home, &["shop"]);
+    daemon.shut_down();
+    let _daemon = home.daemon();
+    wait_for_names(&home, &["shop"]);
+    docker.launch("shop", &[]);
+    wait_for_discovered(&home, "shop", "name", &docker.id("shop"));
+    assert_eq!(home.registered("shop").unwrap()["portForward"], policy);
+    assert_eq!(told(&home, &["detach", "shop", "--json"]), json!({"detached": "shop", "off": false}));
+    wait_for_names(&home, &[]);
+    assert_eq!(refused(&home, &json!({"kind": "detach", "containerName": "shop"})), "shop is not forwarded");
+    assert_eq!(home.run(&["detach", "nobody"]).status.code(), Some(3));
+}
+
+fn turned_off() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD, ("dev.landfall.allow", "80")]);
+    wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
+    assert_eq!(told(&home, &["detach", "shop", "--json"]), json!({"detached": "shop", "off": true}));
+    assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": []}));
+    docker.remove("shop", false);
+    docker.launch("shop", &[FORWARD, ("dev.landfall.allow", "80")]);
+    wait_for_discovered(&home, "shop", "name", &docker.id("shop"));
+    assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": []}));
+    // Nobody is in this one, so it is attached and cannot be reached.
+    home.run(&["attach", "shop"]);
+    assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": [80]}));
+    let output = home.run(&["deregister", "shop"]);
+    assert!(output.status.success(), "{output:?}");
+    wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
+    // It would come back.
+    let output = home.run(&["deregister", "shop"]);
+    assert_eq!(output.status.code(), Some(6), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("landfall detach shop"), "{output:?}");
+}
+
+fn every_container() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD, ("dev.landfall.name", "web")]);
+    docker.launch("db", &[]);
+    docker.add("idle", false);
+    let found = told(&home, &["ls", "--all", "--json"]);
+    let of = |name: &str| {
+        let found = found["containers"].as_array().unwrap().iter().find(|one| one["name"] == name);
+        let one = found.unwrap();
+        json!([one["running"], one["forwarded"], one["registered"], one["by"], one["why"]])
+    };
+    assert_eq!(of("shop"), json!([true, "yes", "web", "label", null]));
+    assert_eq!(of("db"), json!([true, "no", null, null, "nobody asked for it"]));
+    assert_eq!(of("idle"), json!([false, "no", null, null, "nobody asked for it"]));
+    docker.set_mode(DockerMode::Fails);
+    let output = home.run(&["ls", "--all"]);
+    assert_eq!(output.status.code(), Some(6), "{output:?}");
+}
