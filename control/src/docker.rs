@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -26,7 +27,7 @@ use tokio::sync::mpsc;
 use crate::liveness::Liveness;
 use crate::registration::model::ContainerName;
 use address::Environment;
-use bollard::Engine;
+use bollard::{Agreed, Engine};
 use seek::Seek;
 
 /// Where, inside, an agent puts its socket unless it is told otherwise.
@@ -102,7 +103,8 @@ pub enum Network {
     Own,
     /// The host's: what listens there answers on the host already.
     Host,
-    /// That of another container, by what it was called when this one was made: an id or a name.
+    /// That of another container: its name where that was asked for, else what it was called when this one was made, an id or
+    /// a name.
     Shared(String),
 }
 
@@ -144,10 +146,26 @@ pub enum LifeEvent {
     Resync,
 }
 
+/// What an engine says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct About {
+    /// Where it is asked.
+    pub at: String,
+    /// Who named that place: `DOCKER_HOST`, say; nobody where it is one of the usual places.
+    pub said_by: Option<String>,
+    /// Its socket, if it is asked at one.
+    pub socket: Option<PathBuf>,
+    /// What it is: `Docker Engine 27.1` or `Podman Engine 5.2`, say.
+    pub name: String,
+    /// The release of the kernel that its containers run on.
+    pub kernel: Option<String>,
+}
+
 /// A Docker engine.
 #[derive(Clone, Debug)]
 pub struct Docker {
     seek: Seek,
+    agreed: Arc<Agreed>,
 }
 
 impl Docker {
@@ -155,20 +173,32 @@ impl Docker {
     pub fn from_environment() -> Docker {
         let uid = rustix::process::geteuid().as_raw();
         let environment = Environment::from_variables(|name| std::env::var_os(name), uid);
-        Docker { seek: Seek::new(&environment) }
+        Docker::from(&environment)
     }
 
     /// The engine at this address, in the form of `DOCKER_HOST`; the machine's own, if there is none.
     pub fn at(host: Option<String>) -> Docker {
-        Docker { seek: Seek::new(&Environment::of_host(host)) }
+        Docker::from(&Environment::of_host(host))
+    }
+
+    fn from(environment: &Environment) -> Docker {
+        Docker { seek: Seek::new(environment), agreed: Arc::default() }
     }
 
     /// Meets the engine where it is now.
     async fn connect(&self) -> Result<Engine, DockerError> {
         let address = self.seek.address()?;
-        let engine = Engine::connect(&address).await?;
+        let engine = Engine::connect(&address, &self.agreed).await?;
         self.seek.answered(&address);
         Ok(engine)
+    }
+
+    /// What the engine says of itself.
+    ///
+    /// # Errors
+    /// [`DockerError::Unreachable`] with where it was looked for.
+    pub async fn about(&self) -> Result<About, DockerError> {
+        self.bounded(async { self.connect().await?.about().await }).await
     }
 
     /// Whether a container of exactly this name exists, running or not (wire specification, A.7.6).
@@ -189,7 +219,7 @@ impl Docker {
         self.bounded(async { self.connect().await?.first_process(name).await }).await
     }
 
-    /// Every container of the engine. One whose name could not be a registration's is left out; Docker gives no such names.
+    /// Every container of the engine, but those that Podman makes for a pod: they hold its network and run nothing. One whose name could not be a registration's is left out; Docker gives no such names.
     ///
     /// # Errors
     /// [`DockerError`] says why the engine cannot be asked.

@@ -1,5 +1,6 @@
 //! `landfall doctor`: tells what this machine allows, by trying it.
 
+mod docker;
 mod helper;
 
 use std::fs;
@@ -8,7 +9,6 @@ use std::net::TcpListener;
 use std::path::Path;
 
 use landfall_engine::opener::client::{Opener, Target};
-use rustix::fs::Access;
 use rustix::process::Resource;
 use serde::Serialize;
 
@@ -56,7 +56,7 @@ impl Finding {
 /// Looks at everything, prints it, and answers whether forwarding works.
 pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
     let (namespaces, way_in) = namespaces();
-    let docker = docker();
+    let (docker, way_into_docker) = docker::docker();
     let helper = helper::helper(docker.state == State::Ok);
     let findings = [
         namespaces,
@@ -66,6 +66,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
         io_uring(),
         tracefs(),
         docker,
+        way_into_docker,
         helper,
         congestion(),
         outbound(),
@@ -224,32 +225,6 @@ fn tracefs() -> Finding {
             "not mounted",
             "mount -t tracefs tracefs /sys/kernel/tracing, for faster news of listeners",
         ),
-    }
-}
-
-fn docker() -> Finding {
-    const WHAT: &str = "Docker socket";
-    let path = match std::env::var("DOCKER_HOST") {
-        Ok(host) => match host.strip_prefix("unix://") {
-            Some(path) => path.to_owned(),
-            None => {
-                return Finding::lack(
-                    WHAT,
-                    format!("DOCKER_HOST is {host}"),
-                    "landfall works with containers on this machine",
-                );
-            }
-        },
-        Err(_) => "/var/run/docker.sock".to_owned(),
-    };
-    match rustix::fs::access(&path, Access::READ_OK | Access::WRITE_OK) {
-        Ok(()) => Finding::ok(WHAT, path),
-        Err(rustix::io::Errno::NOENT) => {
-            Finding::lack(WHAT, format!("{path} does not exist"), "`run` and `attach` need no Docker")
-        }
-        Err(errno) => {
-            Finding::lack(WHAT, format!("{path}: {}", chain(&errno)), "join the group docker, or run as root")
-        }
     }
 }
 

@@ -87,6 +87,16 @@ pub(super) struct Address {
     pub(super) said_by: Option<String>,
 }
 
+impl Address {
+    /// The socket, if it is one.
+    pub(super) fn socket(&self) -> Option<&Path> {
+        match &self.endpoint {
+            Endpoint::Unix(path) => Some(path),
+            Endpoint::Tcp(..) => None,
+        }
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.endpoint {

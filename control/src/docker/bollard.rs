@@ -13,16 +13,18 @@ mod recipe;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bollard::errors::Error;
-use bollard::models::{self, ContainerInspectResponse, ContainerState, NetworkConnectRequest};
+use bollard::models::{self, ContainerInspectResponse, ContainerState, NetworkConnectRequest, PortMap};
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions,
     ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
     RenameContainerOptionsBuilder, RestartContainerOptions, StartContainerOptions, StopContainerOptions,
 };
-use bollard::{API_DEFAULT_VERSION, Docker as Client};
+use bollard::{API_DEFAULT_VERSION, ClientVersion, Docker as Client};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::mpsc;
@@ -31,13 +33,15 @@ use tokio::time::Instant;
 use super::address::{Address, Endpoint};
 use super::context::Context;
 use super::replace::{self, Hands};
-use super::{Docker, DockerError, FirstProcess, LifeEvent, Listed};
+use super::{About, Docker, DockerError, FirstProcess, LifeEvent, Listed, Network};
 use crate::name::escape;
 use crate::registration::model::ContainerName;
 
 /// The client's own bound for one answer, in seconds: longer than any stop timeout that is in use, since an answer to
 /// `stop` comes when the container has stopped. Questions are bounded more tightly by the caller.
 const ANSWER_SECONDS: u64 = 600;
+/// How long a version of the protocol is used that was agreed on.
+const AGREED_MAX: Duration = Duration::from_secs(30);
 /// How far back events are asked for, in seconds: clocks are read in whole ones.
 const SINCE_SECONDS: i64 = 1;
 /// How long a container that was started is watched, and how often: one that cannot run mostly ends at once.
@@ -49,6 +53,26 @@ const LINE_CHARS_MAX: usize = 300;
 const AGAIN_MIN: Duration = Duration::from_millis(250);
 const AGAIN_MAX: Duration = Duration::from_secs(10);
 
+/// The version of the protocol that was agreed on last, with whom and when. To ask costs an engine little, and Podman, which starts
+/// programs to answer, very much. One that is replaced by an older release is asked again soon.
+#[derive(Debug, Default)]
+pub(super) struct Agreed(Mutex<Option<(Instant, Address, ClientVersion)>>);
+
+impl Agreed {
+    fn at(&self, address: &Address) -> Option<ClientVersion> {
+        let agreed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |(since, with, _): &&(Instant, Address, ClientVersion)| {
+            with == address && since.elapsed() < AGREED_MAX
+        };
+        agreed.as_ref().filter(fits).map(|(.., version)| *version)
+    }
+
+    fn note(&self, address: &Address, version: ClientVersion) {
+        let mut agreed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *agreed = Some((Instant::now(), address.clone(), version));
+    }
+}
+
 /// An engine that has answered.
 #[derive(Debug)]
 pub(super) struct Engine {
@@ -57,23 +81,45 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Meets the engine, and agrees on a version of the protocol with it.
-    pub(super) async fn connect(address: &Address) -> Result<Engine, DockerError> {
+    /// Meets the engine in the version of the protocol that was agreed on, and agrees on one where that is long ago.
+    pub(super) async fn connect(address: &Address, agreed: &Agreed) -> Result<Engine, DockerError> {
         let at = address.to_string();
+        let known = agreed.at(address);
+        let version = known.as_ref().unwrap_or(API_DEFAULT_VERSION);
         let client = match &address.endpoint {
-            Endpoint::Unix(_) => Client::connect_with_unix(&at, ANSWER_SECONDS, API_DEFAULT_VERSION),
-            Endpoint::Tcp(..) => Client::connect_with_http(&at, ANSWER_SECONDS, API_DEFAULT_VERSION),
+            Endpoint::Unix(_) => Client::connect_with_unix(&at, ANSWER_SECONDS, version),
+            Endpoint::Tcp(..) => Client::connect_with_http(&at, ANSWER_SECONDS, version),
         };
-        let client = client.map_err(|error| unreachable(address, &error))?;
-        let client = client.negotiate_version().await.map_err(|error| unreachable(address, &error))?;
+        let mut client = client.map_err(|error| unreachable(address, &error))?;
+        if known.is_none() {
+            client = client.negotiate_version().await.map_err(|error| unreachable(address, &error))?;
+            agreed.note(address, client.client_version());
+        }
         Ok(Engine { client, address: address.clone() })
+    }
+
+    pub(super) async fn about(&self) -> Result<About, DockerError> {
+        let told = self.client.version().await.map_err(|error| self.refused(&error))?;
+        let first = told.components.and_then(|components| components.into_iter().next());
+        let name = first.map_or_else(|| "Engine".to_owned(), |component| component.name);
+        // Docker's own calls itself nothing but an engine.
+        let name = if name == "Engine" { "Docker Engine".to_owned() } else { name };
+        let version = told.version.unwrap_or_default();
+        Ok(About {
+            at: self.address.to_string(),
+            said_by: self.address.said_by.clone(),
+            socket: self.address.socket().map(Path::to_owned),
+            name: escape(&format!("{name} {version}")).into_owned(),
+            kernel: told.kernel_version,
+        })
     }
 
     /// Whether a container of exactly this name exists, or one that is being replaced by it.
     pub(super) async fn exists(&self, name: &ContainerName) -> Result<bool, DockerError> {
         let wanted = [name.to_string(), replace::aside(name.as_str())].map(|name| format!("/{name}"));
-        // The filters are patterns in which a dot means anything; the comparison afterwards is exact.
-        let patterns = wanted.iter().map(|name| format!("^{name}$")).collect();
+        // The filters are patterns in which a dot means anything; the comparison afterwards is exact. Docker's names begin with
+        // a slash, Podman's do so in its answers alone.
+        let patterns = wanted.iter().map(|name| format!("^/?{}$", &name[1..])).collect();
         let filters: HashMap<&str, Vec<String>> = HashMap::from([("name", patterns)]);
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
         let listed =
@@ -95,15 +141,37 @@ impl Engine {
             return Err(DockerError::NotRunning(name.to_string()));
         };
         let mode = told.host_config.and_then(|config| config.network_mode);
-        let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
+        let mut ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
+        let mut network = facts::network(mode.as_deref());
+        if let Network::Shared(owner) = &mut network
+            && let Some((name, owners)) = self.owner_of_network(owner).await?
+        {
+            *owner = name;
+            ports = owners;
+        }
         Ok(FirstProcess {
             id,
             pid,
-            network: facts::network(mode.as_deref()),
+            network,
             published: facts::published(&ports),
             agent_directory: facts::agent_directory(told.mounts.unwrap_or_default()),
             started_at: state.started_at.unwrap_or_default(),
         })
+    }
+
+    /// The name and the published ports of a container whose network another one uses, by its id or its name; none where it
+    /// has been removed, which leaves its network to the other one.
+    async fn owner_of_network(&self, owner: &str) -> Result<Option<(String, PortMap)>, DockerError> {
+        match self.client.inspect_container(owner, None::<InspectContainerOptions>).await {
+            Ok(told) => {
+                let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
+                let name = told.name.unwrap_or_default();
+                let name = name.strip_prefix('/').unwrap_or(&name);
+                Ok((!name.is_empty()).then(|| (name.to_owned(), ports)))
+            }
+            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
+            Err(error) => Err(self.refused(&error)),
+        }
     }
 
     /// All containers.
@@ -325,7 +393,8 @@ impl Engine {
                 event = events.next() => event,
                 () = listener.closed() => return Err(Unheard),
             };
-            let Some(Ok(event)) = event else { return Ok(()) };
+            let Some(Ok(mut event)) = event else { return Ok(()) };
+            event.action = event.action.map(facts::in_dockers_words);
             for event in facts::life_events(event) {
                 listener.send(event).await.map_err(|_| Unheard)?;
             }

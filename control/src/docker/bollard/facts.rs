@@ -13,9 +13,29 @@ use bollard::models::{
 use crate::docker::{AGENT_DIRECTORY, LifeEvent, Listed, Network};
 use crate::registration::model::ContainerName;
 
-/// One of Docker's list. None where what makes it a container is missing.
+/// Podman's images of the containers that hold the network of a pod, without their tag.
+const POD_IMAGE: &str = "localhost/podman-pause";
+
+/// What happened to a container, in Docker's words: Podman has some of its own.
+pub(super) fn in_dockers_words(what: String) -> String {
+    match what.as_str() {
+        "died" => "die".to_owned(),
+        "remove" => "destroy".to_owned(),
+        _ => what,
+    }
+}
+
+/// One of Docker's list. None where what makes it a container is missing, and for what holds the network of a pod.
 pub(super) fn listed(told: ContainerSummary) -> Option<Listed> {
     use ContainerSummaryStateEnum::{PAUSED, RUNNING};
+    if told
+        .image
+        .as_ref()
+        .and_then(|image| image.strip_prefix(POD_IMAGE))
+        .is_some_and(|tag| tag.starts_with(':'))
+    {
+        return None;
+    }
     let mut names = told.names.unwrap_or_default().into_iter();
     // A link is one more name, below that of another container.
     let name = names.find_map(|name| ContainerName::new(name.strip_prefix('/').unwrap_or(&name)).ok())?;
@@ -139,6 +159,26 @@ mod tests {
         assert_eq!(listed.network, Network::Shared("def".to_owned()));
         assert_eq!(listed.published, BTreeMap::from([(port(80), port(8080))]));
         assert_eq!(listed.labels["dev.landfall.forward"], "true");
+    }
+
+    #[test]
+    fn what_podman_tells_is_read_like_dockers() {
+        // Its list tells no network mode, and an empty one is no other container's.
+        let told = |image: &str| -> ContainerSummary {
+            serde_json::from_value(serde_json::json!({
+                "Id": "abc", "Names": ["/8abeaf822805-infra"], "Image": image, "State": "running", "HostConfig": null,
+                "Ports": [], "Labels": {}
+            }))
+            .unwrap()
+        };
+        assert!(listed(told("localhost/podman-pause:4.3.1-0")).is_none());
+        assert_eq!(listed(told("localhost/podman-pauser:1")).unwrap().network, Network::Own);
+        for (mode, own) in [("slirp4netns", true), ("pasta", true), ("bridge", true), ("container:x", false)]
+        {
+            assert_eq!(network(Some(mode)) == Network::Own, own, "{mode}");
+        }
+        let words = ["died", "remove", "start"].map(|word| in_dockers_words(word.to_owned()));
+        assert_eq!(words, ["die", "destroy", "start"]);
     }
 
     #[test]

@@ -38,8 +38,15 @@ pub(super) fn recipe(told: ContainerInspectResponse, defaults: &ImageConfig, ima
     keep_volumes(&mut host, &told.mounts.unwrap_or_default());
     // A file that Docker's client wrote once, and refuses to write again.
     host.container_id_file = None;
-    let mode = host.network_mode.clone().unwrap_or_default();
     let told_networks = told.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    // Podman says "bridge" whatever the network's name is, which would add the one of that name.
+    if matches!(host.network_mode.as_deref(), Some("bridge" | "default"))
+        && !told_networks.contains_key("bridge")
+        && let Some(name) = told_networks.keys().min()
+    {
+        host.network_mode = Some(name.clone());
+    }
+    let mode = host.network_mode.clone().unwrap_or_default();
     let (first, networks) = networks(&mode, told_networks, short_id);
     let mut body = own(told.config.unwrap_or_default(), defaults, short_id);
     if mode.starts_with("container:") || host.uts_mode.as_deref() == Some("host") {
@@ -128,7 +135,9 @@ fn networks(
     told: HashMap<String, EndpointSettings>,
     short_id: &str,
 ) -> (Option<(String, EndpointSettings)>, Vec<(String, EndpointSettings)>) {
-    if mode == "host" || mode == "none" || mode.starts_with("container:") {
+    // Podman's ways of giving a container the host's outbound network without one of its own may carry options.
+    let outbound = ["slirp4netns", "pasta", "private"].contains(&mode.split(':').next().unwrap_or_default());
+    if mode == "host" || mode == "none" || mode.starts_with("container:") || outbound {
         return (None, Vec::new());
     }
     let mut rest: Vec<(String, EndpointSettings)> = told

@@ -102,3 +102,18 @@ fn an_image_is_built_under_its_name_if_it_has_one() {
         assert_eq!(image_name(nameless), None, "{nameless}");
     }
 }
+
+#[test]
+fn a_container_of_podmans_keeps_the_network_that_it_is_on() {
+    let told = |mode: &str, networks: Value| json!({"Id": ID, "HostConfig": {"NetworkMode": mode}, "NetworkSettings": {"Networks": networks}});
+    let named = body(told("bridge", json!({"mine": {"IPAddress": "10.89.0.2"}})), json!({}));
+    assert_eq!(named["HostConfig"]["NetworkMode"], "mine");
+    assert_eq!(named["NetworkingConfig"]["EndpointsConfig"], json!({"mine": {}}));
+    for mode in ["slirp4netns", "slirp4netns:mtu=1500", "pasta"] {
+        let outbound = body(told(mode, json!({})), json!({}));
+        assert_eq!(outbound["HostConfig"]["NetworkMode"], mode);
+        assert!(outbound.get("NetworkingConfig").is_none());
+    }
+    let dockers = body(told("default", json!({"bridge": {}})), json!({}));
+    assert_eq!(dockers["HostConfig"]["NetworkMode"], "default");
+}
