@@ -181,7 +181,8 @@ impl Visit {
             let Some(Gate { serial, shards }) = asked else { continue };
             let entered = match place.doors(self.helper.as_deref()) {
                 Ok(doors) => {
-                    let work = tokio::task::spawn_blocking(move || enter(doors, shards));
+                    let advice = place.advice(self.helper.as_deref());
+                    let work = tokio::task::spawn_blocking(move || enter(doors, advice, shards));
                     work.await.unwrap_or_else(|error| Err((Certainty::Unknown, error.to_string())))
                 }
                 Err(error) => Err((Certainty::Unknown, error.to_string())),

@@ -138,6 +138,18 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
         return;
     }
     let mut user = User::new();
+    // Without the helper there is advice.
+    let (one, other) = (free_port(), free_port());
+    let web = server("helped", one, &[]);
+    user.landfall(&["up", "--http-port", "0"]);
+    user.landfall(&["register", web.0.as_str(), "--docker", "--cwd", "/"]);
+    wait_until("the advice", || {
+        user.landfall(&["ls"])
+            .contains("another user; enter it as that user, or as root (landfall up --docker-helper")
+            .then_some(())
+    });
+    user.landfall(&["down"]);
+
     let up = user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
     assert!(up.contains("CAP_SYS_ADMIN, CAP_SYS_PTRACE"), "{up}");
     let first = user.helper_runs().expect("a helper that runs");
@@ -148,13 +160,9 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     assert_eq!(told.replace("CAP_", ""), "none [SYS_ADMIN SYS_PTRACE] [ALL] true false 1");
 
     // One as most are, and one that is another user's without any capability.
-    let (one, other) = (free_port(), free_port());
-    let web = server("helped", one, &[]);
     let bare =
         server("helped-bare", other, &["--user", "4242:4242", "--cap-drop", "ALL", "--network", "none"]);
-    for container in [&web, &bare] {
-        user.landfall(&["register", container.0.as_str(), "--docker", "--cwd", "/"]);
-    }
+    user.landfall(&["register", bare.0.as_str(), "--docker", "--cwd", "/"]);
     wait_until("the page on the host", || page(one));
     wait_until("the other page on the host", || page(other));
     let status = user.landfall(&["status", web.0.as_str()]);

@@ -69,6 +69,16 @@ pub(crate) fn useless() {
 
     let (_folder, path) = helper(drop);
     assert!(told(&path).contains("ended without an answer"));
+    // One that leads to where we are.
+    let (_folder, path) = helper(|connection| {
+        let channel = Channel::try_from(connection).unwrap();
+        let _ = channel.recv::<Request>().unwrap().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let netns_cookie = landfall_engine::ring::netns_cookie(&listener).unwrap();
+        channel.send(&Answer::Entered { netns_inode: 1, netns_cookie }, &[]).unwrap();
+        let _ = channel.recv::<Request>();
+    });
+    assert_refused(Opener::through(&path, ours()), FailureKind::OwnNamespace);
     // One that lies about where it is.
     let (_folder, path) = helper(|connection| {
         let channel = Channel::try_from(connection).unwrap();

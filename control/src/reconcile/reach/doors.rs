@@ -79,14 +79,24 @@ impl Door {
     }
 }
 
-/// Enters by the first of these doors that opens. Blocks for some milliseconds, and on an agent for seconds.
-pub(super) fn enter(doors: Vec<Door>, shards: u16) -> Result<Entrance, (Certainty, String)> {
+/// Enters by the first of these doors that opens. Blocks for some milliseconds, and on an agent for seconds. `advice` is what would
+/// help whoever is not permitted to.
+pub(super) fn enter(
+    doors: Vec<Door>,
+    advice: Option<&str>,
+    shards: u16,
+) -> Result<Entrance, (Certainty, String)> {
     let mut missed: Option<(Certainty, String)> = None;
     for door in doors {
         match door.open(shards) {
+            // Nothing is faster than a helper's opener, which is like our own.
+            Ok(entrance) if entrance.means == Means::Helper => return Ok(entrance),
             Ok(entrance) => return Ok(Entrance { faster: missed.map(|(_, reason)| reason), ..entrance }),
             Err(error) => {
-                let (certainty, reason) = failed(&error);
+                let (certainty, mut reason) = failed(&error);
+                if let (Some(FailureKind::NotPermitted), Some(advice)) = (error.kind(), advice) {
+                    reason = format!("{reason} ({advice})");
+                }
                 // No other door leads further into a container that is gone, or that is where we are.
                 let final_word = matches!(error.kind(), Some(FailureKind::Gone | FailureKind::OwnNamespace));
                 missed = Some(match missed {
@@ -149,14 +159,14 @@ mod tests {
         let nowhere = tempfile::tempdir().unwrap();
         let missing = nowhere.path().join("missing");
         let (certainty, reason) =
-            enter(vec![Door::Agent(nowhere.path().to_owned()), Door::Agent(missing)], 1).unwrap_err();
+            enter(vec![Door::Agent(nowhere.path().to_owned()), Door::Agent(missing)], None, 1).unwrap_err();
         assert_eq!(certainty, Certainty::Gone);
         assert!(reason.contains("no agent has made its socket"), "{reason}");
         let process = Target::process(std::process::id()).unwrap();
         let helper = Door::Helper(nowhere.path().join("opener.sock"), process);
-        let (certainty, reason) = enter(vec![helper], 1).unwrap_err();
+        let (certainty, reason) = enter(vec![helper], None, 1).unwrap_err();
         assert_eq!(certainty, Certainty::Unknown, "{reason}");
-        let (certainty, _) = enter(Vec::new(), 1).unwrap_err();
+        let (certainty, _) = enter(Vec::new(), None, 1).unwrap_err();
         assert_eq!(certainty, Certainty::Unknown);
     }
 }

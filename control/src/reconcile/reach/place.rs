@@ -19,6 +19,9 @@ use crate::processes;
 use crate::reconcile::readiness::watched;
 use crate::registration::model::{ContainerName, Started, Way};
 
+/// To whom Docker is open, and its containers are not.
+const HELPER_ADVICE: &str = "landfall up --docker-helper keeps a container that may";
+
 /// Where a container was found.
 pub(super) enum Place {
     Process {
@@ -63,6 +66,12 @@ impl Place {
             }
             Place::Directory { path } => Ok(vec![Door::Agent(path.clone())]),
         }
+    }
+
+    /// What would help somebody who may not enter it.
+    pub(super) fn advice(&self, helper: Option<&Path>) -> Option<&'static str> {
+        let is_dockers = matches!(self, Place::Process { container: Some(_), .. });
+        (is_dockers && helper.is_none()).then_some(HELPER_ADVICE)
     }
 
     /// What Docker tells of it, where it is Docker's.

@@ -26,6 +26,10 @@ use crate::command::{Family, WatchSources};
 use crate::opener::{AGENT_SOCKET, Answer, Failure, FailureKind, Request};
 use crate::ring::netns_cookie;
 
+/// What is said of a container that is where we are.
+pub(super) const OWN_NAMESPACE: &str =
+    "it shares our own network namespace (host networking), where its ports answer already";
+
 impl Opener {
     /// Connects to the agent whose socket is [`AGENT_SOCKET`] in `directory`, asks it where it is, and checks that by a socket
     /// from there. Waits for some seconds at most, but for what the module says of closing.
@@ -61,11 +65,7 @@ fn meet(directory: &Path) -> Result<Opener, OpenError> {
         other => return Err(unasked(other)),
     };
     if own_cookie()? == netns_cookie {
-        return Err(refused(
-            FailureKind::OwnNamespace,
-            "it shares our own network namespace (host networking), where its ports answer already"
-                .to_owned(),
-        ));
+        return Err(refused(FailureKind::OwnNamespace, OWN_NAMESPACE.to_owned()));
     }
     let mut opener = Opener { channel, netns_inode, netns_cookie };
     opener.prove()?;
@@ -125,7 +125,7 @@ fn connect(file: &OwnedFd) -> Result<Channel, Errno> {
     Channel::try_from(socket).map_err(|_| Errno::PROTOTYPE)
 }
 
-fn own_cookie() -> Result<u64, OpenError> {
+pub(super) fn own_cookie() -> Result<u64, OpenError> {
     // The family of the socket to ask does not matter.
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
     socket.map_err(std::io::Error::from).and_then(netns_cookie).map_err(|error| {

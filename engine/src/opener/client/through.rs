@@ -11,7 +11,7 @@
 
 use std::path::Path;
 
-use super::agent::knock;
+use super::agent::{OWN_NAMESPACE, knock, own_cookie};
 use super::{OpenError, Opener, Target, enter, refused};
 use crate::channel::Channel;
 use crate::opener::FailureKind;
@@ -38,6 +38,9 @@ impl Opener {
             OpenError::Refused(_) => error,
             error => unusable(error),
         })?;
+        if own_cookie()? == netns_cookie {
+            return Err(refused(FailureKind::OwnNamespace, OWN_NAMESPACE.to_owned()));
+        }
         let mut opener = Opener { channel, netns_inode, netns_cookie };
         opener.prove().map_err(unusable)?;
         Ok(opener)
