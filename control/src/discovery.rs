@@ -24,12 +24,12 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-use crate::docker::{Docker, DockerError, Listed};
+use crate::docker::{Docker, DockerError};
 use crate::events::{Event, Journal};
 use crate::name::escape;
 use crate::registration::model::ContainerName;
 use crate::registration::store::{DropReason, RegisterError, Registered, Registry};
-use machine::{Detach, Judged, Remark, Step, detach, judge};
+use machine::{Candidate, Detach, Judged, Remark, Step, detach, judge};
 use report::Found;
 
 /// How long after one list began the next one does, at least: what comes in between is one more.
@@ -49,7 +49,7 @@ struct Shared {
     /// Rings when the list may have changed.
     changed: Notify,
     /// The list as it was read last.
-    last: Mutex<Option<Arc<[Listed]>>>,
+    last: Mutex<Option<Arc<[Candidate]>>>,
 }
 
 /// What became of a container that was detached.
@@ -129,13 +129,16 @@ impl Discovery {
         }
     }
 
-    async fn read(&self) -> Result<Arc<[Listed]>, DockerError> {
-        let listed: Arc<[Listed]> = self.0.docker.containers().await?.into();
+    async fn read(&self) -> Result<Arc<[Candidate]>, DockerError> {
+        let listed = self.0.docker.containers().await?;
+        let before = self.last().unwrap_or_default();
+        let listed: Arc<[Candidate]> =
+            listed.into_iter().map(|container| Candidate::new(container, &before)).collect();
         *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&listed));
         Ok(listed)
     }
 
-    fn last(&self) -> Option<Arc<[Listed]>> {
+    fn last(&self) -> Option<Arc<[Candidate]>> {
         self.0.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -207,7 +210,7 @@ impl Work {
         let registered: Arc<Registered> = shared.registry.list();
         let Judged { steps, remarks, .. } = judge(&listed, &registered, shared.all);
         // A container that is gone may come again under the same id only from a backup.
-        let there: BTreeSet<&str> = listed.iter().map(|container| container.id.as_str()).collect();
+        let there: BTreeSet<&str> = listed.iter().map(|one| one.container.id.as_str()).collect();
         self.told.retain(|remark| there.contains(remark.id.as_str()));
         for remark in remarks {
             if self.told.insert(remark.clone()) {

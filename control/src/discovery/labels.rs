@@ -5,8 +5,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::devcontainer::{self, Devcontainer};
 use crate::policy::{Policy, PortForward, PortList};
-use crate::registration::model::ContainerName;
+use crate::registration::model::{ContainerName, PortNote};
 
 /// Whether it is forwarded: `true`, `false`, and what people write for these.
 pub const FORWARD: &str = "dev.landfall.forward";
@@ -16,6 +17,8 @@ pub const ALLOW: &str = "dev.landfall.allow";
 pub const DENY: &str = "dev.landfall.deny";
 /// Under which name, where that is not Docker's.
 pub const NAME: &str = "dev.landfall.name";
+/// What its `devcontainer.json` said when its image was made; weaker than the labels above.
+pub const METADATA: &str = "devcontainer.metadata";
 /// On a container of the daemon's own, which is never forwarded.
 pub const HELPER: &str = "dev.landfall.helper";
 
@@ -32,6 +35,8 @@ pub struct Labels {
     /// Which ports; none where they do not say. An error stands for a list that cannot be read: what it was to keep in
     /// is not let out for that.
     pub policy: Result<Option<PortForward>, String>,
+    /// What people are told of its ports.
+    pub notes: Vec<PortNote>,
     /// Whether it is a container of the daemon's own.
     pub is_ours: bool,
     /// What makes no sense in them, as sentences without the container's name.
@@ -55,11 +60,23 @@ pub fn read(labels: &BTreeMap<String, String>) -> Labels {
         }
         name
     });
-    let policy = policy(labels);
+    let metadata = metadata(labels).unwrap_or_else(|why| {
+        nonsense.push(why);
+        Devcontainer::default()
+    });
+    let policy = policy(labels).map(|said| said.or_else(|| metadata.port_forward()));
     if let Err(why) = &policy {
         nonsense.push(why.clone());
     }
-    Labels { forward, name, policy, is_ours: labels.contains_key(HELPER), nonsense }
+    let is_ours = labels.contains_key(HELPER);
+    Labels { forward, name, policy, notes: metadata.notes(), is_ours, nonsense }
+}
+
+/// What the image's `devcontainer.json` said. It narrows nothing that somebody relies on, so without it all goes on.
+fn metadata(labels: &BTreeMap<String, String>) -> Result<Devcontainer, String> {
+    let Some(label) = labels.get(METADATA) else { return Ok(Devcontainer::default()) };
+    devcontainer::from_metadata(label)
+        .map_err(|error| format!("its label {METADATA} is not used: {}", shown(&error.to_string())))
 }
 
 /// Which ports the labels allow, where they say so.
@@ -133,6 +150,21 @@ mod tests {
         assert_eq!(policy(&[(ALLOW, "3000,9229"), (DENY, "9229")]), Ok(Some(json!({"allow": [3000]}))));
         let text = "nothing of it is forwarded, since its label dev.landfall.deny is \"\": a port is missing in \"\"";
         assert_eq!(policy(&[(DENY, "")]), Err(text.to_owned()));
+    }
+
+    #[test]
+    fn what_an_image_says_counts_where_our_own_labels_say_nothing() {
+        let metadata =
+            r#"[{"portsAttributes": {"3000": {"label": "shop"}, "9229": {"onAutoForward": "ignore"}}}]"#;
+        let read = labels(&[(METADATA, metadata)]);
+        assert_eq!(read.notes[0].label.as_deref(), Some("shop"));
+        let policy = |read: Labels| serde_json::to_value(read.policy.unwrap()).unwrap();
+        assert_eq!(policy(read), json!({"allow": "*", "deny": [9229]}));
+        let read = labels(&[(METADATA, metadata), (ALLOW, "9229")]);
+        assert_eq!(read.notes[0].label.as_deref(), Some("shop"));
+        assert_eq!(policy(read), json!({"allow": [9229]}));
+        let read = labels(&[(METADATA, "{")]);
+        assert_eq!((read.policy, read.nonsense.len()), (Ok(None), 1));
     }
 
     #[test]

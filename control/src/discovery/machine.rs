@@ -27,6 +27,27 @@ use crate::policy::{Allow, PortForward};
 use crate::registration::model::{ContainerName, Discovered, FoundBy, Registration, Way};
 use crate::registration::store::Registered;
 
+/// A container of Docker's list, its labels read. They never change, and to read them takes a while where there are many.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// What Docker tells of it.
+    pub container: Listed,
+    /// What its labels say.
+    pub labels: Arc<Labels>,
+}
+
+impl Candidate {
+    /// A container, as it was read before if that was among `before`.
+    pub fn new(container: Listed, before: &[Candidate]) -> Candidate {
+        let known = before
+            .iter()
+            .find(|known| known.container.id == container.id && known.container.labels == container.labels);
+        let labels = known.map(|known| Arc::clone(&known.labels));
+        let labels = labels.unwrap_or_else(|| Arc::new(labels::read(&container.labels)));
+        Candidate { container, labels }
+    }
+}
+
 /// What is to be done. Steps about different names may be done in any order, and side by side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -107,7 +128,7 @@ pub struct Judged {
 }
 
 /// Judges every container. `all` is whether everything is forwarded.
-pub fn judge(listed: &[Listed], registered: &Registered, all: bool) -> Judged {
+pub fn judge(listed: &[Candidate], registered: &Registered, all: bool) -> Judged {
     let mut look = Look::new(listed, registered, all);
     look.follow_named();
     look.leave_what_is_registered();
@@ -124,7 +145,7 @@ pub fn judge(listed: &[Listed], registered: &Registered, all: bool) -> Judged {
 
 /// One look at everything.
 struct Look<'a> {
-    listed: &'a [Listed],
+    listed: &'a [Candidate],
     registered: &'a Registered,
     all: bool,
     /// What each container is called, which for one that is being replaced is not what Docker says. A container that is to go
@@ -144,14 +165,15 @@ struct Claim {
     at: usize,
     by: FoundBy,
     docker_name: ContainerName,
-    policy: Option<PortForward>,
+    labels: Arc<Labels>,
 }
 
 impl<'a> Look<'a> {
-    fn new(listed: &'a [Listed], registered: &'a Registered, all: bool) -> Look<'a> {
-        let there: BTreeSet<&str> = listed.iter().map(|container| container.name.as_str()).collect();
+    fn new(listed: &'a [Candidate], registered: &'a Registered, all: bool) -> Look<'a> {
+        let there: BTreeSet<&str> = listed.iter().map(|one| one.container.name.as_str()).collect();
         // While a container is replaced, the old one has another name for a moment: it is what it was until there is a new one.
-        let name = |container: &Listed| match container.name.as_str().strip_suffix(ASIDE) {
+        let name = |Candidate { container, .. }: &Candidate| match container.name.as_str().strip_suffix(ASIDE)
+        {
             Some(meant) if there.contains(meant) => None,
             Some(meant) => ContainerName::new(meant).ok(),
             None => Some(container.name.clone()),
@@ -180,7 +202,7 @@ impl<'a> Look<'a> {
     }
 
     fn remark(&mut self, at: usize, text: String) {
-        if let Some(container) = self.listed.get(at) {
+        if let Some(Candidate { container, .. }) = self.listed.get(at) {
             self.remarks.push(Remark { id: container.id.clone(), text });
         }
     }
@@ -190,7 +212,10 @@ impl<'a> Look<'a> {
         for registration in &self.registered.entries {
             let Some(Discovered { by: FoundBy::Name, id }) = &registration.discovered else { continue };
             let at = self.named(registration.docker_name()).or_else(|| self.moved(id.as_deref()));
-            let Some((at, container)) = at.and_then(|at| Some((at, self.listed.get(at)?))) else { continue };
+            let Some((at, Candidate { container, .. })) = at.and_then(|at| Some((at, self.listed.get(at)?)))
+            else {
+                continue;
+            };
             let name = self.follow(registration, at, container);
             let is_off = registration.port_forward.as_ref().is_some_and(PortForward::is_off);
             let verdict = if is_off { Verdict::Off(name) } else { Verdict::Forwarded(name, FoundBy::Name) };
@@ -200,7 +225,7 @@ impl<'a> Look<'a> {
 
     /// The container of this id, under whatever name.
     fn moved(&self, id: Option<&str>) -> Option<usize> {
-        let at = self.listed.iter().position(|container| Some(container.id.as_str()) == id)?;
+        let at = self.listed.iter().position(|one| Some(one.container.id.as_str()) == id)?;
         self.names.get(at)?.is_some().then_some(at)
     }
 
@@ -260,8 +285,7 @@ impl<'a> Look<'a> {
     /// Who is to be forwarded under which name, of those about whom nothing is decided.
     fn claims(&mut self) -> BTreeMap<ContainerName, Vec<Claim>> {
         let mut claims: BTreeMap<ContainerName, Vec<Claim>> = BTreeMap::new();
-        for (at, container) in self.listed.iter().enumerate() {
-            let labels = labels::read(&container.labels);
+        for (at, Candidate { container, labels }) in self.listed.iter().enumerate() {
             for what in &labels.nonsense {
                 self.remark(at, format!("container {}: {what}", container.name));
             }
@@ -276,7 +300,7 @@ impl<'a> Look<'a> {
         claims
     }
 
-    fn asked(&self, at: usize, labels: Labels) -> Result<(ContainerName, Claim), Why> {
+    fn asked(&self, at: usize, labels: &Arc<Labels>) -> Result<(ContainerName, Claim), Why> {
         let by = match labels.forward {
             _ if labels.is_ours => return Err(Why::Ours),
             Some(false) => return Err(Why::Excluded),
@@ -284,10 +308,12 @@ impl<'a> Look<'a> {
             None if self.all => FoundBy::All,
             None => return Err(Why::Unasked),
         };
-        let policy = labels.policy.map_err(Why::Unreadable)?;
+        if let Err(why) = &labels.policy {
+            return Err(Why::Unreadable(why.clone()));
+        }
         let docker_name = self.names.get(at).cloned().flatten().ok_or(Why::Unasked)?;
-        let name = labels.name.unwrap_or_else(|| docker_name.clone());
-        Ok((name, Claim { at, by, docker_name, policy }))
+        let name = labels.name.clone().unwrap_or_else(|| docker_name.clone());
+        Ok((name, Claim { at, by, docker_name, labels: Arc::clone(labels) }))
     }
 
     /// Gives each name to one container.
@@ -302,7 +328,7 @@ impl<'a> Look<'a> {
             }
             let holder = current.as_ref().and_then(|current| current.discovered.as_ref()?.id.clone());
             let place = |claim: &Claim| {
-                let container = self.listed.get(claim.at);
+                let container = self.listed.get(claim.at).map(|one| &one.container);
                 let holds = container.is_some_and(|container| Some(&container.id) == holder.as_ref());
                 let runs = container.is_some_and(|container| container.running);
                 let made = container.map_or(i64::MAX, |container| container.created);
@@ -320,7 +346,7 @@ impl<'a> Look<'a> {
     }
 
     fn give(&mut self, name: &ContainerName, claim: Claim, current: Option<Arc<Registration>>) {
-        let Some(container) = self.listed.get(claim.at) else { return };
+        let Some(Candidate { container, .. }) = self.listed.get(claim.at) else { return };
         let known = current.as_ref().and_then(|current| current.discovered.as_ref());
         let is_same = known.is_some_and(|known| known.id.as_ref() == Some(&container.id));
         if !is_same && !container.running {
@@ -329,7 +355,9 @@ impl<'a> Look<'a> {
         }
         self.settle(claim.at, Verdict::Forwarded(name.clone(), claim.by));
         self.kept.insert(name.clone());
-        let wanted = registration(name, &claim.docker_name, &container.id, claim.by, claim.policy);
+        let mut wanted = registration(name, &claim.docker_name, &container.id, claim.by);
+        wanted.port_forward = claim.labels.policy.clone().ok().flatten();
+        wanted.port_notes.clone_from(&claim.labels.notes);
         if !current.as_ref().is_some_and(|current| **current == wanted) {
             self.steps.push(Step::Register { registration: Box::new(wanted), before: current });
         }
@@ -357,20 +385,14 @@ fn is_derived(registration: &Registration) -> bool {
 }
 
 /// A registration of the daemon's making. It is about no folder of the host: nobody of the host named one.
-fn registration(
-    name: &ContainerName,
-    docker_name: &ContainerName,
-    id: &str,
-    by: FoundBy,
-    port_forward: Option<PortForward>,
-) -> Registration {
+fn registration(name: &ContainerName, docker_name: &ContainerName, id: &str, by: FoundBy) -> Registration {
     let container = (docker_name != name).then(|| docker_name.clone());
     Registration {
         container_name: name.clone(),
         cwd: PathBuf::from("/"),
         restart_token: None,
         ws_host_port: None,
-        port_forward,
+        port_forward: None,
         broker_token: None,
         way: Some(Way::Docker { container }),
         discovered: Some(Discovered { by, id: Some(id.to_owned()) }),
@@ -394,7 +416,7 @@ pub enum Detach {
 
 /// How the container of this name, Docker's or that of its registration, is no longer forwarded, whatever its labels say.
 /// Without a list of containers it is taken that none would be forwarded by itself.
-pub fn detach(name: &ContainerName, listed: &[Listed], registered: &Registered, all: bool) -> Detach {
+pub fn detach(name: &ContainerName, listed: &[Candidate], registered: &Registered, all: bool) -> Detach {
     let by_docker =
         || registered.entries.iter().find(|entry| entry.discovered.is_some() && entry.docker_name() == name);
     let Some(current) = registered.find(name.as_str()).or_else(by_docker) else {
@@ -409,8 +431,8 @@ pub fn detach(name: &ContainerName, listed: &[Listed], registered: &Registered, 
         entries: registered.entries.iter().filter(|entry| !Arc::ptr_eq(entry, current)).cloned().collect(),
     };
     let again = judge(listed, &without, all).verdicts;
-    let comes_back = listed.iter().zip(again).any(|(container, verdict)| {
-        container.name == *current.docker_name()
+    let comes_back = listed.iter().zip(again).any(|(one, verdict)| {
+        one.container.name == *current.docker_name()
             && matches!(verdict, Verdict::Forwarded(..) | Verdict::Not(Why::NotRunning))
     });
     match discovered.by {
@@ -424,12 +446,12 @@ pub fn detach(name: &ContainerName, listed: &[Listed], registered: &Registered, 
 }
 
 /// The same for a container that is not registered, and would be as soon as it runs.
-fn detach_unknown(name: &ContainerName, listed: &[Listed], registered: &Registered, all: bool) -> Detach {
+fn detach_unknown(name: &ContainerName, listed: &[Candidate], registered: &Registered, all: bool) -> Detach {
     let verdicts = judge(listed, registered, all).verdicts;
-    let found = listed.iter().zip(verdicts).find(|(container, _)| container.name == *name);
+    let found = listed.iter().zip(verdicts).find(|(one, _)| one.container.name == *name);
     match found {
-        Some((container, Verdict::Not(Why::NotRunning) | Verdict::Forwarded(..))) => {
-            let new = registration(name, name, &container.id, FoundBy::Name, None);
+        Some((Candidate { container, .. }, Verdict::Not(Why::NotRunning) | Verdict::Forwarded(..))) => {
+            let new = registration(name, name, &container.id, FoundBy::Name);
             Detach::TurnOff(turned_off(new, Some(container.id.clone()), None))
         }
         Some(_) => Detach::Refused(format!("{name} is not forwarded")),

@@ -28,11 +28,7 @@ fn stopped(container: Listed) -> Listed {
 
 /// Registered by somebody, in this way.
 fn registered(called: &str, way: Option<Way>) -> Registration {
-    Registration {
-        way,
-        discovered: None,
-        ..registration(&name(called), &name(called), "", FoundBy::Label, None)
-    }
+    Registration { way, discovered: None, ..registration(&name(called), &name(called), "", FoundBy::Label) }
 }
 
 fn attached(called: &str, id: Option<&str>) -> Registration {
@@ -40,12 +36,17 @@ fn attached(called: &str, id: Option<&str>) -> Registration {
     Registration { discovered, ..registered(called, Some(Way::DOCKER)) }
 }
 
+fn read(listed: &[Listed]) -> Vec<Candidate> {
+    listed.iter().map(|container| Candidate::new(container.clone(), &[])).collect()
+}
+
 /// The registrations as they are after the steps of a look, and what was decided.
 fn after(listed: &[Listed], before: Vec<Registration>, all: bool) -> (Vec<Registration>, Judged) {
     let mut known = Registered { entries: before.into_iter().map(Arc::new).collect() };
-    let judged = judge(listed, &known, all);
+    let listed = read(listed);
+    let judged = judge(&listed, &known, all);
     apply(&mut known, &judged.steps);
-    let again = judge(listed, &known, all);
+    let again = judge(&listed, &known, all);
     assert_eq!(again.steps, [], "it is a level: {judged:?}");
     assert_eq!(again.verdicts, judged.verdicts);
     (known.entries.iter().map(|entry| Registration::clone(entry)).collect(), judged)
@@ -114,6 +115,16 @@ fn labels_choose_name_and_ports() {
     assert_eq!(in_short(&known), [entry("web", "shop", "1")]);
     let policy = serde_json::to_value(known[0].port_forward.as_ref().unwrap()).unwrap();
     assert_eq!(policy, serde_json::json!({"allow": [3000]}));
+}
+
+#[test]
+fn labels_are_read_once_for_each_container() {
+    let shop = container("1", "shop", &[FORWARD]);
+    let first = Candidate::new(shop.clone(), &[]);
+    let again = Candidate::new(stopped(shop.clone()), std::slice::from_ref(&first));
+    assert!(Arc::ptr_eq(&first.labels, &again.labels) && !again.container.running);
+    let other = Listed { labels: BTreeMap::new(), ..shop };
+    assert_eq!(Candidate::new(other, &[first]).labels.forward, None);
 }
 
 #[test]
@@ -267,7 +278,7 @@ fn detached(
     all: bool,
 ) -> (Detach, Vec<Registration>) {
     let mut known = Registered { entries: before.iter().cloned().map(Arc::new).collect() };
-    let done = detach(&name(called), listed, &known, all);
+    let done = detach(&name(called), &read(listed), &known, all);
     if let Detach::Forget(step) | Detach::TurnOff(step) = &done {
         apply(&mut known, std::slice::from_ref(step));
     }
@@ -356,7 +367,7 @@ fn any_registration() -> impl Strategy<Value = Registration> {
         (names(), id()).prop_map(|(called, id)| attached(called, id.as_deref())),
         names().prop_map(|called| registered(called, None)),
         (names(), names(), id()).prop_map(|(called, docker, id)| {
-            registration(&name(called), &name(docker), &id.unwrap_or_default(), FoundBy::Label, None)
+            registration(&name(called), &name(docker), &id.unwrap_or_default(), FoundBy::Label)
         }),
     ]
 }
@@ -390,7 +401,7 @@ proptest! {
             // A name that is freed in one look may be given in the next.
             let mut looks = 0;
             loop {
-                let judged = judge(&listed, &known, all);
+                let judged = judge(&read(&listed), &known, all);
                 prop_assert_eq!(judged.verdicts.len(), listed.len());
                 if judged.steps.is_empty() {
                     break;

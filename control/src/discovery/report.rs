@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::labels;
-use super::machine::{Verdict, Why};
-use crate::docker::{Listed, Network};
-use crate::registration::model::FoundBy;
+use super::machine::{Candidate, Verdict, Why};
+use crate::docker::Network;
+use crate::registration::model::{FoundBy, PortNote};
 
 /// One container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,9 @@ pub struct Found {
     /// Which of its ports its labels allow, as a registration has it; none where they do not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_forward: Option<Value>,
+    /// What its labels would have people told of its ports.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub port_notes: Vec<PortNote>,
 }
 
 /// Whether a container is forwarded.
@@ -50,7 +53,8 @@ pub enum Forwarded {
 
 impl Found {
     /// What is told of a container about which this was decided.
-    pub fn new(container: &Listed, verdict: &Verdict) -> Found {
+    pub fn new(candidate: &Candidate, verdict: &Verdict) -> Found {
+        let Candidate { container, labels } = candidate;
         let (forwarded, registered, by) = match verdict {
             Verdict::Forwarded(name, by) => (Forwarded::Yes, Some(name), Some(*by)),
             Verdict::Off(name) => (Forwarded::Off, Some(name), None),
@@ -69,7 +73,7 @@ impl Found {
             Verdict::Off(_) => Some("it was detached".to_owned()),
             Verdict::Forwarded(..) | Verdict::Registered(_) => network,
         };
-        let policy = labels::read(&container.labels).policy.ok().flatten();
+        let policy = labels.policy.as_ref().ok().and_then(Option::as_ref);
         Found {
             name: container.name.to_string(),
             id: container.id.clone(),
@@ -80,6 +84,7 @@ impl Found {
             by,
             why,
             port_forward: policy.and_then(|policy| serde_json::to_value(policy).ok()),
+            port_notes: labels.notes.clone(),
         }
     }
 }

@@ -96,6 +96,9 @@ fn request(
     if let Some(policy) = said.or_else(|| found.port_forward.clone()) {
         add("portForward", policy);
     }
+    if !found.port_notes.is_empty() {
+        add("portNotes", json!(found.port_notes));
+    }
     Ok(Value::Object(request))
 }
 
