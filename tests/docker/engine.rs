@@ -17,6 +17,9 @@ use tempfile::TempDir;
 /// How long anything of Docker's may take. Nothing that works needs a tenth of it, on a machine with nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// By it a container is forwarded.
+pub(crate) const LABEL: &str = "dev.landfall.forward=true";
+
 /// Looks again and again until `look` gives `Ok`.
 #[track_caller]
 pub(crate) fn until<T, S: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> Result<T, S>) -> T {
@@ -50,10 +53,7 @@ impl<'a> Engine<'a> {
     /// The same with options of `dockerd`.
     #[track_caller]
     pub(crate) fn start_with(home: &'a Home, images: &[&str], options: &[&str]) -> Engine<'a> {
-        // What the engine mounts is nobody else's, and goes away with the last process of this case.
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        let private = Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap();
-        assert!(private.success(), "the mounts cannot be made private");
+        private_mounts();
         let files = tempfile::Builder::new().prefix("landfall-docker-").tempdir().unwrap();
         let mut engine = Engine { home, files, child: None };
         engine.begin(options);
@@ -148,9 +148,16 @@ impl<'a> Engine<'a> {
         self.docker(&["exec", name, "sh", "-c", script])
     }
 
-    /// A container whose web server answers with the container's first name, on its own loopback alone.
+    /// A container that is forwarded by its label, whose web server answers with the container's first name, on its own
+    /// loopback alone.
     #[track_caller]
     pub(crate) fn serve(&self, name: &str, port: u16, options: &[&str]) {
+        self.serve_plainly(name, port, &[&["--label", LABEL], options].concat());
+    }
+
+    /// The same without the label.
+    #[track_caller]
+    pub(crate) fn serve_plainly(&self, name: &str, port: u16, options: &[&str]) {
         let script = format!(
             "mkdir -p /www; echo {name} >/www/index.html; exec busybox httpd -f -p 127.0.0.1:{port} -h /www"
         );
@@ -197,6 +204,13 @@ impl Drop for Engine<'_> {
     }
 }
 
+/// What is mounted from now on is nobody else's, and goes away with the last process of this case. No thread may run yet.
+pub(crate) fn private_mounts() {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let private = Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap();
+    assert!(private.success(), "the mounts cannot be made private");
+}
+
 /// Where `images.sh` has put the images.
 pub(crate) fn images_directory() -> PathBuf {
     std::env::var_os("LANDFALL_IMAGES").expect("LANDFALL_IMAGES names them; run tests/docker.sh").into()
@@ -222,28 +236,14 @@ pub(crate) fn landfall(home: &Home, arguments: &[&str]) -> String {
 pub(crate) fn held_at_rest(home: &Home, engine: &Engine<'_>) -> Held {
     const PORT: u16 = 2999;
     engine.serve("warm", PORT, &[]);
-    forward(home, "warm");
     answers(PORT, "warm");
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| (0..50).for_each(|turn| drop(page(PORT, turn).unwrap())));
         }
     });
-    forget(home, engine, "warm");
+    engine.docker(&["rm", "-f", "warm"]);
     Held::without_containers(home)
-}
-
-/// Removes a container, and has the daemon forget it.
-#[track_caller]
-pub(crate) fn forget(home: &Home, engine: &Engine<'_>, name: &str) {
-    engine.docker(&["rm", "-f", name]);
-    landfall(home, &["deregister", name]);
-}
-
-/// Has a container forwarded.
-#[track_caller]
-pub(crate) fn forward(home: &Home, name: &str) {
-    landfall(home, &["register", name, "--docker"]);
 }
 
 /// Asks a web server on the host for its page, by one address, and gives it without the white space at its end.

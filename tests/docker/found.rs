@@ -3,12 +3,53 @@
 use landfall_tests::Home;
 use landfall_tests::case::Case;
 
-use super::engine::{Engine, answers, forward, is_open, is_refused, page, refuses, until, up};
+use super::engine::{
+    Engine, LABEL, answers, container, is_open, is_refused, landfall, page, refuses, until, up,
+};
 
 pub(crate) const CASES: &[Case] = &[
+    Case::once("by_label_by_name_or_all_of_them", found),
     Case::once("of_containers_with_one_port_the_next_follows_when_the_first_ends", same_port),
     Case::once("twenty_containers_at_once", twenty),
 ];
+
+fn found() {
+    let home = Home::new();
+    let engine = Engine::start(&home, &["base", "nginx"]);
+    engine.serve("before", 3000, &[]);
+    engine.serve_plainly("plain", 3001, &[]);
+    engine.serve_plainly("never", 3002, &["--label", "dev.landfall.forward=false"]);
+    engine.run("static", &["--label", LABEL], "nginx", &["nginx", "-c", "/etc/nginx.conf"]);
+    up(&home, &[]);
+    answers(3000, "before");
+    answers(8080, "from nginx");
+    engine.serve("after", 3003, &[]);
+    answers(3003, "after");
+    for port in [3001, 3002] {
+        assert!(is_refused(port), "{port} answers, and nobody asked for it");
+    }
+
+    landfall(&home, &["attach", "plain"]);
+    answers(3001, "plain");
+    landfall(&home, &["detach", "plain"]);
+    refuses(3001);
+    // What a label asks for stays off when a person has said so.
+    landfall(&home, &["detach", "after"]);
+    refuses(3003);
+    engine.docker(&["restart", "-t", "0", "after"]);
+
+    landfall(&home, &["down"]);
+    refuses(3000);
+    up(&home, &["--all"]);
+    answers(3000, "before");
+    answers(3001, "plain");
+    answers(8080, "from nginx");
+    for port in [3002, 3003] {
+        assert!(is_refused(port), "{port} answers, and that was forbidden");
+    }
+    landfall(&home, &["attach", "after"]);
+    answers(3003, "after");
+}
 
 fn same_port() {
     let home = Home::new();
@@ -16,15 +57,14 @@ fn same_port() {
     up(&home, &[]);
     for name in ["first", "second", "third"] {
         engine.serve(name, 3000, &[]);
-        forward(&home, name);
         // Whoever comes first has it, so they come one after another.
-        until("it to be seen", || match super::engine::container(&home, name) {
+        until("it to be seen", || match container(&home, name) {
             found if found["forwards"][0]["port"] == 3000 => Ok(()),
             found => Err(found),
         });
         answers(3000, "first");
     }
-    let told = super::engine::container(&home, "second")["forwards"][0].clone();
+    let told = container(&home, "second")["forwards"][0].clone();
     assert_eq!(told["state"], "failed", "{told}");
     assert!(told["reason"].as_str().unwrap().contains("first"), "who has it: {told}");
     engine.docker(&["rm", "-f", "first"]);
@@ -50,10 +90,9 @@ fn twenty() {
     // All at once, as a compose file has it.
     std::thread::scope(|scope| {
         for (number, name) in (0..).zip(&names) {
-            let (home, engine) = (&home, &engine);
+            let engine = &engine;
             scope.spawn(move || {
                 engine.serve(name, port(number), &[]);
-                forward(home, name);
             });
         }
     });

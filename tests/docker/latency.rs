@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use landfall_tests::case::Case;
 use landfall_tests::{Home, Namespace, PATIENCE, Server, is_long, note};
 
-use super::engine::{Engine, answers, described, forward, page, refuses, until, up};
+use super::engine::{Engine, answers, page, refuses, until, up};
 
 pub(crate) const CASES: &[Case] = &[Case::once("how_soon_a_server_answers", latency)];
 
 const PORT: u16 = 3000;
-const LISTENS: u16 = 3001;
+/// The first of as many as there are rounds: a port that was visited before may have a visitor on the way who is too late.
+const LISTENS: u16 = 4000;
 
 fn latency() {
     let rounds = if is_long() { 50 } else { 10 };
@@ -21,7 +22,6 @@ fn latency() {
     let engine = Engine::start(&home, &["base"]);
     up(&home, &[]);
     engine.serve("server", PORT, &[]);
-    forward(&home, "server");
     answers(PORT, "server");
 
     // From the moment at which a person asks for it to the first byte; and how much of that is Docker's own.
@@ -44,15 +44,13 @@ fn latency() {
     // From the return of listen(2) inside to the first byte outside.
     let inside = Namespace::of(engine.first_process("server"));
     let mut firsts = Vec::new();
-    for _ in 0..50 {
-        refuses(LISTENS);
-        let server = Server::listen(&inside, &format!("127.0.0.1:{LISTENS}"));
+    for port in LISTENS..LISTENS + 50 {
+        let server = Server::listen(&inside, &format!("127.0.0.1:{port}"));
         let listens = Instant::now();
-        let mut client = until("the port to be had", || TcpStream::connect((Ipv4Addr::LOCALHOST, LISTENS)));
+        let mut client = until("the port to be had", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)));
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         server.accept().write_all(b"x").unwrap();
-        let first = client.read_exact(&mut [0]);
-        first.unwrap_or_else(|error| panic!("{error}: {}", described(&home)));
+        client.read_exact(&mut [0]).unwrap();
         firsts.push(listens.elapsed());
     }
     note!("from listen() inside to the first byte outside: {}", told(&mut firsts));

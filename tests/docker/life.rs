@@ -11,14 +11,15 @@ use landfall_tests::case::Case;
 use landfall_tests::{Home, Namespace, Pattern, is_long, note};
 
 use super::engine::{
-    Engine, answers, container, forget, forward, has_openers, held_at_rest, is_open, is_refused, page,
-    refuses, until, up,
+    Engine, answers, container, has_openers, held_at_rest, is_open, is_refused, landfall, page, refuses,
+    rows, until, up,
 };
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("restarts_under_load_end_well", restarts),
     Case::once("a_transfer_outlives_a_pause", pause),
     Case::once("a_killed_container_refuses_at_once_and_is_let_go_of", kill),
+    Case::once("renamed_and_made_anew_a_container_keeps_its_ports_and_its_policy", names),
     Case::once("networks_of_others_are_explained", networks),
 ];
 
@@ -91,7 +92,6 @@ fn restarts() {
     let before = held_at_rest(&home, &engine);
     for (name, port) in [("restarted", RESTARTED), ("other", OTHER)] {
         engine.serve(name, port, &[]);
-        forward(&home, name);
         answers(port, name);
         is_open(&home, name, &[port]);
     }
@@ -124,8 +124,8 @@ fn restarts() {
     answers(RESTARTED, "restarted");
     answers(OTHER, "other");
     has_openers(&home, 2);
-    forget(&home, &engine, "restarted");
-    forget(&home, &engine, "other");
+    engine.docker(&["rm", "-f", "restarted"]);
+    engine.docker(&["rm", "-f", "other"]);
     before.comes_back(&home);
     note!(
         "{} restarts, {} visitors served and {} not, {} of another container all served",
@@ -152,7 +152,6 @@ fn pause() {
         file.write_all(&bytes).unwrap();
     }
     engine.serve("paused", PORT, &["-v", &format!("{}:/www/files", folder.display())]);
-    forward(&home, "paused");
     answers(PORT, "paused");
 
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).unwrap();
@@ -212,11 +211,8 @@ fn kill() {
     let engine = Engine::start(&home, &["base"]);
     up(&home, &[]);
     let mut longest = Duration::ZERO;
-    for round in 0..5 {
+    for _ in 0..5 {
         engine.serve("killed", PORT, &[]);
-        if round == 0 {
-            forward(&home, "killed");
-        }
         answers(PORT, "killed");
         let end = Namespace::of(engine.first_process("killed")).watch_for_end();
         let asked = Instant::now();
@@ -239,14 +235,68 @@ fn networks() {
     up(&home, &[]);
     // One on the host's network answers there by itself, and must not be forwarded to itself.
     engine.serve("on-the-host", 3000, &["--network", "host"]);
-    forward(&home, "on-the-host");
-    let told = until("its state", || match container(&home, "on-the-host") {
-        found if found["reason"].is_string() => Ok(found),
-        found => Err(found),
-    });
-    assert!(told["reason"].as_str().unwrap().contains("host's network"), "{told}");
-    assert_eq!(told["forwards"].as_array().unwrap().len(), 0, "{told}");
+    is_explained(&home, "on-the-host", "host's network");
     assert_eq!(page(3000, 0).unwrap(), "on-the-host");
+    // One on another's network has that one's ports, which are forwarded once.
+    engine.serve("owner", 3001, &[]);
+    answers(3001, "owner");
+    engine.serve("guest", 3002, &["--network", "container:owner"]);
+    answers(3002, "guest");
+    is_explained(&home, "guest", "owner");
+    is_open(&home, "owner", &[3001, 3002]);
     engine.docker(&["rm", "-f", "on-the-host"]);
     refuses(3000);
+}
+
+/// Waits until a container is not forwarded, and its reason names this.
+#[track_caller]
+fn is_explained(home: &Home, name: &str, wanted: &str) {
+    let told = until(&format!("{name} to be explained"), || match container(home, name) {
+        found if found["reason"].as_str().is_some_and(|reason| reason.contains(wanted)) => Ok(found),
+        found => Err(found),
+    });
+    assert_eq!(told["forwards"].as_array().unwrap().len(), 0, "{told}");
+}
+
+/// What people have said about a container holds when it is called otherwise, and when another is made under its name.
+fn names() {
+    const ONLY: &str = "dev.landfall.allow=3000";
+    let home = Home::new();
+    let engine = Engine::start(&home, &["base"]);
+    up(&home, &[]);
+    engine.serve("labelled", 3000, &["--label", ONLY]);
+    engine.exec("labelled", "busybox httpd -p 127.0.0.1:3009 -h /www");
+    engine.serve_plainly("attached", 3001, &[]);
+    engine.exec("attached", "busybox httpd -p 127.0.0.1:3010 -h /www");
+    landfall(&home, &["attach", "attached", "--deny", "3010"]);
+    let check = |labelled: &str, attached: &str| {
+        for (name, port, denied) in [(labelled, 3000, 3009), (attached, 3001, 3010)] {
+            until(&format!("{name} to have one of its ports open"), || match container(&home, name) {
+                found
+                    if rows(&found).iter().filter(|row| row.1 == "open").eq([&(port, "open".to_owned())]) =>
+                {
+                    Ok(())
+                }
+                found => Err(found),
+            });
+            assert!(is_refused(denied), "{denied} answers");
+        }
+        answers(3000, "labelled");
+        answers(3001, "attached");
+    };
+    check("labelled", "attached");
+    engine.docker(&["rename", "labelled", "labelled-2"]);
+    engine.docker(&["rename", "attached", "attached-2"]);
+    check("labelled-2", "attached-2");
+    engine.docker(&["rename", "labelled-2", "labelled"]);
+    engine.docker(&["rename", "attached-2", "attached"]);
+    check("labelled", "attached");
+    engine.docker(&["rm", "-f", "labelled", "attached"]);
+    refuses(3000);
+    refuses(3001);
+    engine.serve("labelled", 3000, &["--label", ONLY]);
+    engine.exec("labelled", "busybox httpd -p 127.0.0.1:3009 -h /www");
+    engine.serve_plainly("attached", 3001, &[]);
+    engine.exec("attached", "busybox httpd -p 127.0.0.1:3010 -h /www");
+    check("labelled", "attached");
 }

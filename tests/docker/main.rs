@@ -11,11 +11,12 @@ mod found;
 mod latency;
 mod life;
 mod outage;
+mod podman;
 mod vite;
 
 fn main() -> std::process::ExitCode {
     landfall_tests::case::main_when_asked(
-        &[found::CASES, life::CASES, outage::CASES, vite::CASES, latency::CASES],
+        &[found::CASES, life::CASES, outage::CASES, vite::CASES, podman::CASES, latency::CASES],
         &[],
     )
 }

@@ -8,9 +8,7 @@ use landfall_tests::process::{kill, running};
 use landfall_tests::{Home, note};
 use rustix::process::Signal;
 
-use super::engine::{
-    Engine, Held, answers, described, forget, forward, has_openers, held_at_rest, is_open, refuses, up,
-};
+use super::engine::{Engine, Held, answers, described, has_openers, held_at_rest, is_open, refuses, up};
 use super::life::{Over, Visitors};
 
 pub(crate) const CASES: &[Case] = &[
@@ -27,7 +25,6 @@ fn both_served(home: &Home, engine: &Engine<'_>, options: &[&str]) -> Held {
     let before = held_at_rest(home, engine);
     for (name, port) in PORTS {
         engine.serve(name, port, options);
-        forward(home, name);
         answers(port, name);
         is_open(home, name, &[port]);
     }
@@ -45,7 +42,7 @@ fn all_is_right(home: &Home) {
 
 #[track_caller]
 fn nothing_is_left(home: &Home, engine: &Engine<'_>, before: &Held) {
-    PORTS.iter().for_each(|(name, _)| forget(home, engine, name));
+    PORTS.iter().for_each(|(name, _)| drop(engine.docker(&["rm", "-f", name])));
     before.comes_back(home);
 }
 

@@ -5,7 +5,7 @@ use landfall_tests::case::Case;
 use serde_json::json;
 
 use super::browser::{Browser, Tab};
-use super::engine::{Engine, forward, page, until, up};
+use super::engine::{Engine, LABEL, page, until, up};
 
 pub(crate) const CASES: &[Case] = &[Case::once("vite_updates_an_open_page_also_after_a_restart", vite)];
 
@@ -18,8 +18,7 @@ fn vite() {
     let engine = Engine::start(&home, &["node"]);
     up(&home, &[]);
     let command = ["node", "node_modules/vite/bin/vite.js", "--host", "127.0.0.1", "--strictPort"];
-    engine.run("shop", &["-w", "/app"], "node", &command);
-    forward(&home, "shop");
+    engine.run("shop", &["--label", LABEL, "-w", "/app"], "node", &command);
     until("Vite's page", || match page(PORT, 0) {
         Ok(text) if text.contains("/@vite/client") => Ok(()),
         other => Err(other),

@@ -55,6 +55,9 @@ impl Dial {
                 EndReason::Refused
             }
             Err(Fault::TimedOut) => EndReason::TimedOut,
+            // The kernel says the same (EADDRNOTAVAIL) where every port of a client is taken and where there is no `::1`, as in
+            // a container of Docker's; what listens on all addresses then answers on 127.0.0.1 alone.
+            Err(Fault::PortsExhausted) if self.family == Family::V6 => EndReason::PortsExhausted,
             // The other family would find the same shortage, and a client that is told may try again.
             Err(Fault::PortsExhausted) => return DialStep::Failed(EndReason::PortsExhausted),
             Err(Fault::Exhausted) => return DialStep::Failed(EndReason::DescriptorsExhausted),
@@ -109,5 +112,15 @@ mod tests {
             dial.on_connected(Err(Fault::PortsExhausted), false),
             DialStep::Failed(EndReason::PortsExhausted)
         );
+    }
+
+    #[test]
+    fn a_container_that_has_no_ipv6_loopback_is_reached_by_the_other() {
+        let shortage = Err(Fault::PortsExhausted);
+        let mut dial = Dial::new(Family::V6, Reach { v4: true, v6: true }, PORT);
+        assert_eq!(dial.on_connected(shortage, false), attempt(Family::V4));
+        assert_eq!(dial.on_connected(Ok(()), false), DialStep::Established);
+        let mut dial = Dial::new(Family::V6, Reach { v4: false, v6: true }, PORT);
+        assert_eq!(dial.on_connected(shortage, false), DialStep::Failed(EndReason::PortsExhausted));
     }
 }
