@@ -35,6 +35,8 @@ struct Container {
     labels: BTreeMap<String, String>,
     /// When it was made; each is made in a second of its own.
     created: u32,
+    /// What an inspection tells otherwise.
+    told: Value,
 }
 
 #[derive(Debug)]
@@ -130,6 +132,7 @@ impl FakeDocker {
             published: None,
             labels: BTreeMap::new(),
             created: state.made,
+            told: Value::Null,
         };
         state.containers.insert(name.to_owned(), container);
     }
@@ -182,6 +185,16 @@ impl FakeDocker {
     /// When there is no such container.
     pub fn publish(&self, name: &str, port: Option<u16>) {
         self.state().containers.get_mut(name).unwrap().published = port;
+    }
+
+    /// Has a container have this first process, and an inspection tell this of it beside or instead of the usual.
+    ///
+    /// # Panics
+    /// When there is no such container.
+    pub fn inhabit(&self, name: &str, pid: u32, told: Value) {
+        let mut state = self.state();
+        let container = state.containers.get_mut(name).unwrap();
+        (container.pid, container.told) = (pid, told);
     }
 
     /// Forgets a container, without an event when `quietly`.
@@ -370,16 +383,15 @@ impl FakeDocker {
                 {"HostIp": "127.0.0.1", "HostPort": port.to_string()}]}),
             None => json!({}),
         };
-        Reply::Json(
-            200,
-            json!({
-                "Id": container.id, "Name": format!("/{name}"), "Image": format!("sha256:{}", container.id),
-                "State": {"Running": container.running, "Pid": container.pid, "StartedAt": "2026-01-01T00:00:00Z",
-                    "Status": if container.running { "running" } else { "exited" }},
-                "Config": {"Image": container.image, "Env": [], "Cmd": ["sleep"]},
-                "HostConfig": {"NetworkMode": "bridge", "AutoRemove": false}, "NetworkSettings": {"Networks": {}, "Ports": ports},
-            }),
-        )
+        let mut answer = json!({
+            "Id": container.id, "Name": format!("/{name}"), "Image": format!("sha256:{}", container.id),
+            "State": {"Running": container.running, "Pid": container.pid, "StartedAt": "2026-01-01T00:00:00Z",
+                "Status": if container.running { "running" } else { "exited" }},
+            "Config": {"Image": container.image, "Env": [], "Cmd": ["sleep"]},
+            "HostConfig": {"NetworkMode": "bridge", "AutoRemove": false}, "NetworkSettings": {"Networks": {}, "Ports": ports},
+        });
+        merge(&mut answer, &container.told);
+        Reply::Json(200, answer)
     }
 
     fn stop(&self, wanted: &str) -> Reply {
@@ -431,6 +443,19 @@ impl FakeDocker {
         };
         self.rename_to(&name, &new);
         Reply::Nothing(204)
+    }
+}
+
+/// Puts what `more` tells in the place of what `answer` tells.
+fn merge(answer: &mut Value, more: &Value) {
+    match (answer, more) {
+        (Value::Object(answer), Value::Object(more)) => {
+            for (key, value) in more {
+                merge(answer.entry(key.clone()).or_insert(Value::Null), value);
+            }
+        }
+        (_, Value::Null) => {}
+        (answer, more) => *answer = more.clone(),
     }
 }
 

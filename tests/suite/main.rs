@@ -8,6 +8,7 @@ mod crash;
 mod crash_files;
 mod crash_upgrade;
 mod discovery;
+mod docker_ways;
 mod ensure;
 mod exhaustion;
 mod fallback;
@@ -65,6 +66,7 @@ fn main() -> std::process::ExitCode {
             rpc::CASES,
             http::CASES,
             registrations::CASES,
+            docker_ways::CASES,
             replay::CASES,
             secrets::CASES,
             restart::CASES,

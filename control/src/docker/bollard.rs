@@ -255,6 +255,10 @@ impl Engine {
             // Docker also takes the beginning of an id for a name; that is not what was asked for.
             Ok(told) => Ok(Some(told).filter(|told| told.name.as_deref() == Some(&format!("/{name}")))),
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
+            // Podman has states that Docker has not, such as "stopped" before it has cleaned up; nothing runs in any of them.
+            Err(Error::JsonDataError { message, .. }) if message.starts_with("unknown variant") => {
+                Err(DockerError::NotRunning(name.to_owned()))
+            }
             Err(error) => Err(self.refused(&error)),
         }
     }
