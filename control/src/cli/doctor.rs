@@ -56,8 +56,8 @@ impl Finding {
 /// Looks at everything, prints it, and answers whether forwarding works.
 pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
     let (namespaces, way_in) = namespaces();
-    let (docker, way_into_docker) = docker::docker();
-    let helper = helper::helper(docker.state == State::Ok);
+    let (docker, way_into_docker, is_closed) = docker::docker();
+    let helper = helper::helper(is_closed);
     let findings = [
         namespaces,
         way_in,

@@ -9,21 +9,23 @@ use crate::docker::{About, Docker, DockerError};
 const ENGINE: &str = "Docker engine";
 const WAY: &str = "Docker containers";
 
-/// What is found about the engine, and about the way into its containers.
-pub(super) fn docker() -> (Finding, Finding) {
+/// What is found about the engine, about the way into its containers, and whether that is closed to a user to whom Docker is open.
+pub(super) fn docker() -> (Finding, Finding, bool) {
     let unasked = || {
         Finding::lack(WAY, "not known, since no engine answers", "`run` and `attach --pid` need no Docker")
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return (Finding::lack(ENGINE, error.to_string(), "see ulimit -n"), unasked()),
+        Err(error) => return (Finding::lack(ENGINE, error.to_string(), "see ulimit -n"), unasked(), false),
     };
     match runtime.block_on(Docker::from_environment().about()) {
         Ok(about) => {
             let owner = about.socket.as_deref().and_then(owner);
-            (engine(&about, owner), way(&about, owner, rustix::process::geteuid().as_raw(), &kernel()))
+            let user = rustix::process::geteuid().as_raw();
+            let is_closed = user != 0 && owner != Some(user);
+            (engine(&about, owner), way(&about, owner, user, &kernel()), is_closed)
         }
-        Err(error) => (absent(&error), unasked()),
+        Err(error) => (absent(&error), unasked(), false),
     }
 }
 

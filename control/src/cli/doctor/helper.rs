@@ -8,17 +8,16 @@ use crate::rpc::client::Client;
 
 const WHAT: &str = "Docker helper";
 
-/// What the daemon says of its helper; without one, whether somebody who is (not) root and who may (not) use Docker has a use
-/// for it.
-pub(super) fn helper(may_use_docker: bool) -> Finding {
+/// What the daemon says of its helper; without one, whether there is a use for it: Docker is open to this user, and its
+/// containers are closed.
+pub(super) fn helper(is_of_use: bool) -> Finding {
     let description = crate::paths::Home::from_environment()
         .ok()
         .and_then(|home| asking::describe(&Client::new(home.socket())).ok().flatten());
-    let is_root = rustix::process::geteuid().is_root();
-    finding(description.as_ref(), is_root, may_use_docker)
+    finding(description.as_ref(), is_of_use)
 }
 
-fn finding(description: Option<&Description>, is_root: bool, may_use_docker: bool) -> Finding {
+fn finding(description: Option<&Description>, is_of_use: bool) -> Finding {
     if let Some(helper) = description.and_then(|description| description.docker_helper.as_ref()) {
         let name = &helper.container;
         return match (helper.state, &helper.reason) {
@@ -31,15 +30,11 @@ fn finding(description: Option<&Description>, is_root: bool, may_use_docker: boo
             }
         };
     }
-    if is_root {
-        return Finding::ok(WHAT, "not needed: root enters containers itself");
-    }
-    if !may_use_docker {
-        return Finding::ok(WHAT, "not in use; it takes access to Docker");
+    if !is_of_use {
+        return Finding::ok(WHAT, "not in use, and of no use to this user here");
     }
     let hint = format!(
-        "landfall up --docker-helper runs a container of landfall alone that may (CAP_{}): {ACCESS}. Not needed where Docker \
-         runs without root",
+        "landfall up --docker-helper runs a container of landfall alone that may (CAP_{}): {ACCESS}",
         CAPABILITIES.join(", CAP_")
     );
     Finding::lack(WHAT, "not in use; containers of root's Docker are entered by root alone", hint)
@@ -59,22 +54,21 @@ mod tests {
 
     #[test]
     fn what_the_helper_is_given_is_told_before_and_after() {
-        let before = finding(None, false, true);
+        let before = finding(None, true);
         assert_eq!(before.state, State::Lack);
         let hint = before.hint.unwrap();
         assert!(hint.contains("CAP_SYS_ADMIN, CAP_SYS_PTRACE") && hint.contains("no network"), "{hint}");
         let running = HelperFacts { container: "h".to_owned(), state: HelperState::Running, reason: None };
-        let after = finding(Some(&described(running.clone())), false, true);
+        let after = finding(Some(&described(running.clone())), true);
         assert_eq!(after.state, State::Ok);
         assert!(after.detail.contains("CAP_SYS_ADMIN, CAP_SYS_PTRACE"), "{}", after.detail);
         let failed =
             HelperFacts { state: HelperState::Failed, reason: Some("no room".to_owned()), ..running };
-        assert!(finding(Some(&described(failed)), false, true).detail.contains("no room"));
+        assert!(finding(Some(&described(failed)), true).detail.contains("no room"));
     }
 
     #[test]
     fn who_has_no_use_for_it_is_not_urged() {
-        assert_eq!(finding(None, true, true).state, State::Ok);
-        assert_eq!(finding(None, false, false).state, State::Ok);
+        assert_eq!(finding(None, false).state, State::Ok);
     }
 }
