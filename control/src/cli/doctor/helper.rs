@@ -2,7 +2,6 @@
 
 use super::Finding;
 use crate::cli::asking::{self, Description};
-use crate::docker::helper::CAPABILITIES;
 use crate::helper::{ACCESS, HelperState};
 use crate::rpc::client::Client;
 
@@ -33,10 +32,8 @@ fn finding(description: Option<&Description>, is_of_use: bool) -> Finding {
     if !is_of_use {
         return Finding::ok(WHAT, "not in use, and of no use to this user here");
     }
-    let hint = format!(
-        "landfall up --docker-helper runs a container of landfall alone that may (CAP_{}): {ACCESS}",
-        CAPABILITIES.join(", CAP_")
-    );
+    let hint =
+        format!("landfall up --docker-helper keeps a container, of landfall alone, that may: {ACCESS}");
     Finding::lack(WHAT, "not in use; containers of root's Docker are entered by root alone", hint)
 }
 
