@@ -96,9 +96,13 @@ fn listing(containers: &[Container]) -> String {
     let mut rows = Vec::new();
     for Container { state, .. } in containers {
         let name = &state.container_name;
-        if state.forwards.is_empty() || state.state == Reached::Unreachable {
+        // A container that is reached has something to say only where that is by no faster way.
+        if state.forwards.is_empty() || state.state == Reached::Unreachable || state.reason.is_some() {
             let [none1, none2, none3, none4, none5] = [NOTHING; 5].map(str::to_owned);
-            let why = state.reason.clone().unwrap_or_default();
+            let why = match (state.state, &state.way, state.reason.clone().unwrap_or_default()) {
+                (Reached::Reached, Some(way), why) if !why.is_empty() => format!("{way}, {why}"),
+                (_, _, why) => why,
+            };
             rows.push([
                 name.clone(),
                 reached(state.state).to_owned(),

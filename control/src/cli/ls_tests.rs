@@ -36,3 +36,21 @@ fn a_column_in_which_nothing_stands_is_left_out() {
 fn a_process_cannot_write_to_the_terminal_by_its_name() {
     assert!(!listing(&containers()).replace('\n', "").contains(char::is_control));
 }
+
+#[test]
+fn a_slower_way_has_a_row_that_says_why_and_a_published_port_says_where_it_answers() {
+    let told = json!([{
+        "containerName": "shop", "cwd": "/w/shop", "way": "docker, agent in /d", "state": "reached",
+        "reason": "not by its namespace: it belongs to another user", "forwards": [
+            { "port": 80, "hostPort": 8080, "state": "published", "reason": "Docker publishes it",
+              "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },
+        ],
+    }]);
+    let listing = listing(&serde_json::from_value::<Vec<Container>>(told).unwrap());
+    let rows: Vec<&str> = listing.lines().collect();
+    assert!(
+        rows[1].contains("reached") && rows[1].contains("docker, agent in /d, not by its namespace"),
+        "{listing}"
+    );
+    assert!(rows[2].contains("published") && rows[2].contains("localhost:8080"), "{listing}");
+}
