@@ -34,6 +34,8 @@ use report::Found;
 
 /// How long after one list began the next one does, at least: what comes in between is one more.
 const SPACING: Duration = Duration::from_millis(20);
+/// How often it is tried to detach what somebody registers anew at the same moment.
+const DETACH_TRIES: u32 = 5;
 /// How often the list is read when nothing is told. Docker tells everything; this is for the time when it does not.
 const TURN: Duration = Duration::from_secs(60);
 
@@ -102,31 +104,20 @@ impl Discovery {
             // What is known of an engine that is away is what it said last.
             Err(_) => self.last().unwrap_or_default(),
         };
-        let changed = || format!("{name} was registered anew at the same moment");
-        match detach(&name, &listed, &registry.list(), self.0.all) {
-            Detach::IsOff(name) => Ok(Detached::TurnedOff(name)),
-            Detach::Refused(why) => Err(why),
-            Detach::Forget(step) => {
-                let told = step.name().clone();
-                if carry_out(registry, step, DropReason::Requested)
-                    .await
-                    .map_err(|error| error.to_string())?
-                {
-                    return Ok(Detached::Forgotten(told));
-                }
-                Err(changed())
+        for _ in 0..DETACH_TRIES {
+            let (step, detached) = match detach(&name, &listed, &registry.list(), self.0.all) {
+                Detach::IsOff(name) => return Ok(Detached::TurnedOff(name)),
+                Detach::Refused(why) => return Err(why),
+                Detach::Forget(step) => (step.clone(), Detached::Forgotten(step.name().clone())),
+                Detach::TurnOff(step) => (step.clone(), Detached::TurnedOff(step.name().clone())),
+            };
+            let done = carry_out(registry, step, DropReason::Requested).await;
+            if done.map_err(|error| error.to_string())? {
+                return Ok(detached);
             }
-            Detach::TurnOff(step) => {
-                let told = step.name().clone();
-                if carry_out(registry, step, DropReason::Requested)
-                    .await
-                    .map_err(|error| error.to_string())?
-                {
-                    return Ok(Detached::TurnedOff(told));
-                }
-                Err(changed())
-            }
+            // It was registered anew at the same moment, as when its container was: then that is what is detached.
         }
+        Err(format!("{name} is being registered again and again"))
     }
 
     async fn read(&self) -> Result<Arc<[Candidate]>, DockerError> {

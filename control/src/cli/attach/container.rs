@@ -150,7 +150,11 @@ fn tell(args: &AttachArgs, found: &Found, name: &str, own: Option<Container>) ->
         talk.plain(&told.to_string());
         return Ok(exit);
     }
-    talk.line("attached", Colour::Green, &format!("{name} is forwarded whenever it runs"));
+    let what = match state.state {
+        Reached::Unreachable => "is remembered",
+        _ => "is forwarded whenever it runs",
+    };
+    talk.line("attached", Colour::Green, &format!("{name} {what}"));
     let why = state.reason.clone();
     match state.state {
         Reached::Reached if state.forwards.is_empty() => {
