@@ -21,7 +21,9 @@ pub mod register;
 pub mod restart;
 pub mod run;
 pub mod sentence;
+pub mod start;
 pub mod status;
+pub mod stop;
 pub mod table;
 pub mod up;
 pub mod version;
@@ -59,6 +61,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Register(args) => register::register(&args),
         Verb::Deregister(args) => deregister::deregister(&args),
         Verb::Restart(args) => restart::restart(&args),
+        Verb::Start(args) => start::start(&args),
+        Verb::Stop(args) => stop::stop(&args),
         Verb::Events(args) => events::events(&args),
         Verb::Logs(args) => logs::logs(&args),
         Verb::Version(args) => version::version(&args),
@@ -106,7 +110,7 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     Exit::Usage.into()
 }
 
-const VERBS: [&str; 16] = [
+const VERBS: [&str; 18] = [
     "run",
     "attach",
     "detach",
@@ -119,6 +123,8 @@ const VERBS: [&str; 16] = [
     "register",
     "deregister",
     "restart",
+    "start",
+    "stop",
     "events",
     "logs",
     "version",

@@ -29,7 +29,8 @@
 //!
 //! From the strongest: options on the command line (`--allow`, `--deny`), the labels `dev.landfall.allow` and
 //! `dev.landfall.deny`, the folder's file, the label `devcontainer.metadata`, and the default, everything from 1024.
-//! Each replaces all that is weaker but the last two before the default, which are put together as above.
+//! Each replaces all that is weaker, but `landfall start` puts the file on top of the image's label as above. To `landfall attach
+//! NAME --cwd DIR` the label is stronger than the file, since the container was made with it.
 //!
 //! What landfall does not act on is listed by [`Devcontainer::not_used`]: regular expressions, ports of other hosts, and
 //! every other field.

@@ -14,7 +14,7 @@ mod ignore;
 mod replace;
 mod seek;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
@@ -61,6 +61,9 @@ pub enum DockerError {
     /// The engine answered, and the answer is no.
     #[error("{0}")]
     Refused(String),
+    /// Somebody has the host port on which it was to be published.
+    #[error("{0}")]
+    PortTaken(String),
     /// A restart failed before the container was stopped.
     #[error("stop failed: {0}")]
     Stop(String),
@@ -129,6 +132,68 @@ pub struct Listed {
     pub published: BTreeMap<NonZeroU16, NonZeroU16>,
 }
 
+/// Which folder of the host a container was made of: the value is its path.
+pub const FOLDER_LABEL: &str = "dev.landfall.folder";
+/// What its image was built from, relative to that folder, and where the Dockerfile is in there.
+const CONTEXT_LABEL: &str = "dev.landfall.context";
+const DOCKERFILE_LABEL: &str = "dev.landfall.dockerfile";
+
+/// What an image is built from. Both paths go nowhere but down.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BuildFrom {
+    /// What is sent to Docker, relative to the container's folder.
+    pub context: PathBuf,
+    /// The Dockerfile in there.
+    pub dockerfile: PathBuf,
+}
+
+impl Default for BuildFrom {
+    fn default() -> BuildFrom {
+        BuildFrom { context: PathBuf::new(), dockerfile: PathBuf::from(context::DOCKERFILE) }
+    }
+}
+
+impl BuildFrom {
+    fn of(labels: &HashMap<String, String>) -> BuildFrom {
+        let path = |label: &str| labels.get(label).map(PathBuf::from);
+        let usual = BuildFrom::default();
+        BuildFrom {
+            context: path(CONTEXT_LABEL).unwrap_or(usual.context),
+            dockerfile: path(DOCKERFILE_LABEL).unwrap_or(usual.dockerfile),
+        }
+    }
+
+    /// The labels that say the same of a container.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        [(CONTEXT_LABEL, text(&self.context)), (DOCKERFILE_LABEL, text(&self.dockerfile))]
+            .map(|(name, value)| (name.to_owned(), value))
+            .into()
+    }
+}
+
+/// Whether this is a container that is about to be replaced by one of its name.
+pub fn is_aside(name: &ContainerName) -> bool {
+    name.as_str().ends_with(ASIDE)
+}
+
+/// A container that is to be made.
+#[derive(Clone, PartialEq, Eq)]
+pub struct NewContainer {
+    /// Its name.
+    pub name: ContainerName,
+    /// Its image, which is here.
+    pub image: String,
+    /// Its environment beside what the image has. There are tokens in it.
+    pub environment: Vec<(String, String)>,
+    /// Folder of the host, and where it is seen inside.
+    pub folder: (String, String),
+    /// Port of the host's loopback, and the TCP port inside that is published there.
+    pub published: (NonZeroU16, u16),
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+}
+
 /// Something happened to a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LifeEvent {
@@ -166,6 +231,13 @@ pub struct About {
 pub struct Docker {
     seek: Seek,
     agreed: Arc<Agreed>,
+}
+
+/// Looks at what is to be built. The error is for people.
+async fn open(folder: &Path, from: BuildFrom) -> Result<context::Context, String> {
+    let folder = folder.to_owned();
+    let opened = tokio::task::spawn_blocking(move || context::Context::open(&folder, &from)).await;
+    opened.map_err(|error| error.to_string())?
 }
 
 impl Docker {
@@ -260,12 +332,48 @@ impl Docker {
     /// [`DockerError::Start`]; the old container is then as it was, or the error says what became of it. One that Docker
     /// removes when it stops (`--rm`) is lost if the new one does not start.
     pub async fn rebuild(&self, name: &ContainerName, folder: &Path) -> Result<(), DockerError> {
-        let folder = folder.to_owned();
-        let opened = tokio::task::spawn_blocking(move || context::Context::open(&folder)).await;
-        let context =
-            opened.map_err(|error| DockerError::Start(error.to_string()))?.map_err(DockerError::Start)?;
         let engine = self.bounded(self.connect()).await.map_err(DockerError::starting)?;
+        let from = self.bounded(engine.built_from(name)).await.map_err(DockerError::starting)?;
+        let context = open(folder, from).await.map_err(DockerError::Start)?;
         engine.rebuild(name, context).await.map_err(DockerError::starting)
+    }
+
+    /// Builds an image of a folder.
+    ///
+    /// # Errors
+    /// [`DockerError`] says what Docker said at the end.
+    pub async fn build(&self, folder: &Path, from: &BuildFrom, image: &str) -> Result<(), DockerError> {
+        let context = open(folder, from.clone()).await.map_err(DockerError::Refused)?;
+        if context.starts_from(image) {
+            let why = format!("the Dockerfile starts from {image}, which is what the image is to be called");
+            return Err(DockerError::Refused(why));
+        }
+        self.bounded(self.connect()).await?.build(context, image).await
+    }
+
+    /// The labels of an image, which is pulled if it is not here.
+    ///
+    /// # Errors
+    /// [`DockerError`] says what Docker said of pulling it.
+    pub async fn image_labels(&self, image: &str) -> Result<BTreeMap<String, String>, DockerError> {
+        let engine = self.bounded(self.connect()).await?;
+        Ok(engine.image_labels(image).await?.into_iter().collect())
+    }
+
+    /// Makes a container, starts it, and sees that it stays. Of one that does not, nothing is left.
+    ///
+    /// # Errors
+    /// [`DockerError::PortTaken`], or what else is in the way; of a container that ended, its last line.
+    pub async fn run(&self, new: &NewContainer) -> Result<(), DockerError> {
+        self.bounded(self.connect()).await?.run(new).await
+    }
+
+    /// Stops a container in its own time and removes it, and says whether there was one. Its volumes are kept.
+    ///
+    /// # Errors
+    /// [`DockerError`].
+    pub async fn remove(&self, name: &ContainerName) -> Result<bool, DockerError> {
+        self.bounded(self.connect()).await?.take_away(name.as_str()).await
     }
 
     /// What happens to containers from now on, beginning with a [`LifeEvent::Resync`]. It outlives outages of the engine.

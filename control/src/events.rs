@@ -84,7 +84,18 @@ pub enum Event {
 )]
 pub enum PortForwardEvent {
     /// It answers on the host.
-    PortForwardOpened { container_name: String, port: NonZeroU16, host_port: NonZeroU16, bind_addr: String },
+    PortForwardOpened {
+        container_name: String,
+        port: NonZeroU16,
+        host_port: NonZeroU16,
+        bind_addr: String,
+        /// Ours alone: what the port is for, where the registration says so.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        label: Option<String>,
+        /// Ours alone: people are not to be told.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        silent: bool,
+    },
     /// It no longer does; `reason` is one of A.13's.
     PortForwardClosed { container_name: String, port: NonZeroU16, host_port: NonZeroU16, reason: String },
     /// It could not be listened on; `reason` holds the symbolic error name.

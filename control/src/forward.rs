@@ -313,7 +313,7 @@ impl Forwarder {
             Change::Opened(port) => {
                 let inodes: Vec<u64> = self.seen.inodes(port).collect();
                 let process = processes::owner_of_sockets(&inodes);
-                Report::Forward { port, name: self.name.clone(), process }
+                Report::Forward { port, name: self.name.clone(), process, label: None }
             }
             Change::Closed(port) => Report::Closed { port },
             Change::Failed(port, ListenFailure { kind: ListenFailureKind::Taken, .. }) => {

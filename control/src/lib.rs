@@ -11,6 +11,7 @@
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
 //! - `devcontainer` reads what a folder or an image says of its ports.
 //! - `discovery` registers the containers that Docker has, as their labels or people say.
+//! - `start` turns a folder into a container that runs.
 //! - `tailscale` offers what answers on the host on the user's tailnet, where that is wanted.
 //! - `helper` keeps a container that enters the others, where the daemon's own user may not.
 //! - `paths` and `registration::file` name all state on disk: what a container was registered with, and the log.
@@ -44,6 +45,7 @@ pub mod rpc;
 mod running;
 pub mod sandbox;
 pub mod secrets;
+pub mod start;
 pub mod supervisor;
 pub mod tailscale;
 pub mod version;

@@ -8,6 +8,8 @@ mod agent;
 mod helper;
 #[path = "support/ports.rs"]
 mod ports;
+#[path = "docker/start.rs"]
+mod start;
 
 use std::path::Path;
 use std::process::{Command, Output};

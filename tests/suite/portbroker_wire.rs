@@ -305,7 +305,7 @@ fn fair() {
     // Round robin lets at most what was queued for the socket go first: its buffers, not the megabyte of the stream's own.
     let median = between[between.len() / 2];
     assert!(median < 120, "pieces of 64 KiB before each small one: {between:?}");
-    note!("64 KiB pieces of a large stream that go before one byte of another: median {median}");
+    note!("64 KiB pieces of a large stream that go before one byte of another: {between:?}");
 }
 
 fn only_for_itself() {

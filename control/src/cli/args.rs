@@ -2,6 +2,7 @@
 
 mod agent;
 mod daemon;
+mod start;
 
 use std::ffi::OsString;
 use std::num::NonZeroU32;
@@ -14,6 +15,8 @@ pub use daemon::{
     DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, HelperArgs, LogsArgs, LsArgs, PlainArgs,
     RegisterArgs, RestartArgs, StatusArgs, UpArgs, WayArgs,
 };
+
+pub use start::{StartArgs, StopArgs};
 
 use crate::policy::{Policy, PortList};
 use crate::registration::model::ContainerName;
@@ -95,6 +98,12 @@ pub enum Verb {
     Deregister(DeregisterArgs),
     /// Have the daemon stop and start a container
     Restart(RestartArgs),
+    /// Make a container of a folder and run it; what listens in it answers on localhost
+    #[command(after_help = start::START_NOTES)]
+    Start(StartArgs),
+    /// Stop and remove what `start` has made
+    #[command(after_help = start::STOP_NOTES)]
+    Stop(StopArgs),
     /// Tell what happens in the daemon, as it happens
     Events(EventsArgs),
     /// Tell what has happened in the daemon
@@ -139,6 +148,8 @@ impl Verb {
             Verb::Register(args) => args.json,
             Verb::Deregister(args) => args.json,
             Verb::Restart(args) => args.json,
+            Verb::Start(args) => args.json,
+            Verb::Stop(args) => args.json,
             Verb::Events(args) => args.json,
             Verb::Logs(args) => args.json,
             Verb::Agent(args) => match &args.verb {

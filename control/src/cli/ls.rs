@@ -147,8 +147,9 @@ fn cells(row: &ForwardRow) -> [String; 7] {
         (Some(process), None) => process.clone(),
         (None, _) => NOTHING.to_owned(),
     };
+    let label = row.label.as_ref().map(|label| format!(" \"{label}\"")).unwrap_or_default();
     [
-        row.port.to_string(),
+        format!("{}{label}", row.port),
         word(row.state).to_owned(),
         if open || row.state == RowState::Published {
             format!("localhost:{}", row.host_port)

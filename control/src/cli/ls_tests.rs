@@ -5,6 +5,7 @@ fn containers() -> Vec<Container> {
     let told = json!([
         { "containerName": "shop", "cwd": "/w/shop", "way": "process 42", "state": "reached", "forwards": [
             { "port": 3000, "hostPort": 3000, "state": "open", "process": "node", "pid": 77, "connections": 2,
+              "label": "W\u{1b}eb", "silent": true,
               "accepted": 9, "bytesUp": 1000, "bytesDown": 1_500_000 },
             { "port": 5432, "hostPort": 5432, "state": "failed", "reason": "EADDRINUSE: coder has it",
               "process": "no\u{1b}]0;de", "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },

@@ -25,6 +25,8 @@ pub enum Report {
         name: String,
         /// Who listens, where that could be found out.
         process: Option<ProcessFact>,
+        /// What it is for, where somebody says so.
+        label: Option<String>,
     },
     /// It no longer does.
     Closed {
@@ -151,11 +153,12 @@ impl Talk {
 
     fn text(&self, report: &Report) -> String {
         match report {
-            Report::Forward { port, name, process } => {
+            Report::Forward { port, name, process, label } => {
+                let label = label.as_ref().map(|label| format!(" \"{}\"", escape(label))).unwrap_or_default();
                 let who =
                     process.as_ref().map(|process| format!(" ({})", person(process))).unwrap_or_default();
                 let word = self.paint("forward ", Colour::Green);
-                format!("{word} http://localhost:{port}  →  {}:{port}{who}", escape(name))
+                format!("{word} http://localhost:{port}  →  {}:{port}{label}{who}", escape(name))
             }
             Report::Closed { port } => {
                 format!("{} http://localhost:{port}", self.paint("closed  ", Colour::Grey))
@@ -257,10 +260,16 @@ fn taken_hint(holder: &Holder) -> String {
 
 fn to_json(report: &Report) -> Value {
     match report {
-        Report::Forward { port, name, process } => json!({
-            "event": "forward", "port": port, "url": format!("http://localhost:{port}"), "name": name,
-            "process": process.as_ref().map(|process| json!({ "name": process.name, "pid": process.pid })),
-        }),
+        Report::Forward { port, name, process, label } => {
+            let mut told = json!({
+                "event": "forward", "port": port, "url": format!("http://localhost:{port}"), "name": name,
+                "process": process.as_ref().map(|process| json!({ "name": process.name, "pid": process.pid })),
+            });
+            if let Some(label) = label {
+                told["label"] = label.as_str().into();
+            }
+            told
+        }
         Report::Closed { port } => json!({ "event": "closed", "port": port }),
         Report::Taken { port, holder } => {
             let holder_json = match holder {

@@ -14,10 +14,15 @@ fn python() -> ProcessFact {
 
 #[test]
 fn a_forward_says_where_it_leads() {
-    let report = Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()) };
+    let report =
+        Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()), label: None };
     assert_eq!(plain().text(&report), "forward  http://localhost:5173  →  web:5173 (python3, pid 77)");
-    let report = Report::Forward { port: port(5173), name: "web".to_owned(), process: None };
+    let report = Report::Forward { port: port(5173), name: "web".to_owned(), process: None, label: None };
     assert_eq!(plain().text(&report), "forward  http://localhost:5173  →  web:5173");
+    let label = Some("W\u{1b}eb".to_owned());
+    let report = Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()), label };
+    let told = "forward  http://localhost:5173  →  web:5173 \"W\\u{1b}eb\" (python3, pid 77)";
+    assert_eq!(plain().text(&report), told);
     assert_eq!(plain().text(&Report::Closed { port: port(5173) }), "closed   http://localhost:5173");
 }
 
@@ -35,7 +40,12 @@ fn a_taken_port_names_its_holder_and_what_to_do() {
 #[test]
 fn a_process_cannot_write_to_the_terminal_by_its_name() {
     let process = ProcessFact { name: "no\u{1b}]0;de\u{7}".to_owned(), pid: 1 };
-    let report = Report::Forward { port: port(1), name: "web".to_owned(), process: Some(process.clone()) };
+    let report = Report::Forward {
+        port: port(1),
+        name: "web".to_owned(),
+        process: Some(process.clone()),
+        label: None,
+    };
     assert!(!plain().text(&report).contains(char::is_control));
     let line = Holder::Process(process, "x\r\n\u{1b}[2J".to_owned());
     let taken = plain().text(&Report::Taken { port: port(1), holder: line });
@@ -55,7 +65,8 @@ fn a_privileged_port_comes_with_the_way_to_allow_it() {
 
 #[test]
 fn json_is_one_object_a_line() {
-    let report = Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()) };
+    let report =
+        Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()), label: None };
     let text = to_json(&report).to_string();
     assert!(!text.contains('\n'));
     let value: Value = serde_json::from_str(&text).unwrap();

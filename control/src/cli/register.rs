@@ -8,6 +8,7 @@ use super::args::{RegisterArgs, WayArgs};
 use super::asking;
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Talk};
+use super::start;
 use crate::processes;
 use crate::registration::model::{Token, Way};
 use crate::rpc::client::PATIENT_BUDGET;
@@ -35,6 +36,7 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
         Failure::new(Exit::Usage, format!("the folder {} cannot be used: {}", cwd.display(), chain(&error)))
             .hint("give the container's folder on the host with --cwd")
     })?;
+    let attachment = start::attachment(&cwd, Talk::to_stderr(args.json))?;
     let restart = token(args.restart_token_file.as_deref(), "LANDFALL_RESTART_TOKEN")?;
     let broker = token(args.broker_token_file.as_deref(), "LANDFALL_BROKER_TOKEN")?;
     let cwd = cwd.to_str().ok_or_else(|| {
@@ -59,7 +61,12 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
     add("restartToken", restart.map(|token| token.reveal().into()));
     add("brokerToken", broker.map(|token| token.reveal().into()));
     add("wsHostPort", args.ws_host_port.map(|port| port.get().into()));
-    add("portForward", args.policy().and_then(|policy| serde_json::to_value(policy).ok()));
+    let (said, notes) = attachment;
+    add("portForward", args.policy(said).and_then(|policy| serde_json::to_value(policy).ok()));
+    add(
+        "portNotes",
+        Some(notes).filter(|notes| !notes.is_empty()).and_then(|notes| serde_json::to_value(notes).ok()),
+    );
     add("way", way(&args.way)?.and_then(|way| serde_json::to_value(way).ok()));
     Ok(Value::Object(request))
 }

@@ -101,8 +101,10 @@ fn in_words(event: &Event) -> (&'static str, Colour, String) {
 
 fn port_in_words(event: &PortForwardEvent) -> (&'static str, Colour, String) {
     match event {
-        PortForwardEvent::PortForwardOpened { container_name, port, host_port, .. } => {
-            ("forward", Colour::Green, format!("http://localhost:{host_port}  →  {container_name}:{port}"))
+        PortForwardEvent::PortForwardOpened { container_name, port, host_port, label, silent, .. } => {
+            let label = label.as_ref().map(|label| format!(" \"{label}\"")).unwrap_or_default();
+            let colour = if *silent { Colour::Grey } else { Colour::Green };
+            ("forward", colour, format!("http://localhost:{host_port}  →  {container_name}:{port}{label}"))
         }
         PortForwardEvent::PortForwardClosed { container_name, port, host_port, reason } => {
             let text = format!("http://localhost:{host_port}  →  {container_name}:{port} ({reason})");
@@ -149,6 +151,9 @@ mod tests {
         let line = r#"{"kind":"port-forward-event","event":{"kind":"port-forward-closed","containerName":"shop",
             "port":3000,"hostPort":3001,"reason":"container-released"}}"#;
         assert_eq!(told(line), "closed   http://localhost:3001  →  shop:3000 (container-released)");
+        let line = r#"{"kind":"port-forward-event","event":{"kind":"port-forward-opened","containerName":"shop",
+            "port":3000,"hostPort":3000,"bindAddr":"127.0.0.1","label":"W\u001beb"}}"#;
+        assert_eq!(told(line), "forward  http://localhost:3000  →  shop:3000 \"W\\u{1b}eb\"");
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The only place that knows the Docker client: its types stop here, and in the files below.
 //!
+//! - `create` makes a container that was not there.
 //! - `facts` reads what Docker tells of a container. Pure.
 //! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
 //! - `image` builds.
 //! - `helper` makes the helper's image and its container.
 
+mod create;
 mod facts;
 mod helper;
 mod image;
@@ -33,7 +35,7 @@ use tokio::time::Instant;
 use super::address::{Address, Endpoint};
 use super::context::Context;
 use super::replace::{self, Hands};
-use super::{About, Docker, DockerError, FirstProcess, LifeEvent, Listed, Network};
+use super::{About, BuildFrom, Docker, DockerError, FirstProcess, LifeEvent, Listed, Network, NewContainer};
 use crate::name::escape;
 use crate::registration::model::ContainerName;
 
@@ -247,6 +249,12 @@ impl Engine {
             connected.map_err(|error| self.refused(&error))?;
         }
         Ok(())
+    }
+
+    /// What its image is built from, as its labels say.
+    pub(super) async fn built_from(&self, name: &ContainerName) -> Result<BuildFrom, DockerError> {
+        let labels = self.inspect(name.as_str()).await?.and_then(|told| told.config?.labels);
+        Ok(BuildFrom::of(&labels.unwrap_or_default()))
     }
 
     /// What Docker tells of the container of exactly this name.

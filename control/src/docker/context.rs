@@ -10,16 +10,17 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
 
+use super::BuildFrom;
 use super::ignore::Ignored;
 
-/// What Docker builds by.
-const DOCKERFILE: &str = "Dockerfile";
+/// What Docker builds by, unless something else is said.
+pub(super) const DOCKERFILE: &str = "Dockerfile";
 /// What it leaves out by.
 const DOCKERIGNORE: &str = ".dockerignore";
 /// The largest of either, in bytes.
@@ -30,22 +31,39 @@ const TEXT_BYTES_MAX: u64 = 1024 * 1024;
 pub(super) struct Context {
     folder: OwnedFd,
     ignored: Ignored,
+    /// The text of the Dockerfile, and where it lies.
     dockerfile: String,
+    place: PathBuf,
 }
 
 impl Context {
-    /// Looks at the folder: there is a Dockerfile, and `.dockerignore` means something.
+    /// Looks at what is to be built of a folder: there is a Dockerfile, and `.dockerignore` means something.
     ///
     /// # Errors
     /// What is missing or wrong, as people are to read it.
-    pub(super) fn open(path: &Path) -> Result<Context, String> {
-        let folder =
-            rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(|errno| format!("{} cannot be opened: {errno}", path.display()))?;
-        let dockerfile = text(&folder, DOCKERFILE)?
-            .ok_or_else(|| format!("there is no Dockerfile in {}", path.display()))?;
-        let ignored = Ignored::parse(&text(&folder, DOCKERIGNORE)?.unwrap_or_default())?;
-        Ok(Context { folder, ignored, dockerfile })
+    pub(super) fn open(path: &Path, from: &BuildFrom) -> Result<Context, String> {
+        let unusable =
+            |errno: Errno| format!("{} cannot be opened: {errno}", path.join(&from.context).display());
+        if ![&from.context, &from.dockerfile].into_iter().all(|path| leads_down(path)) {
+            return Err(format!("{} cannot be built: a path leads out of it", path.display()));
+        }
+        let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut folder = rustix::fs::open(path, directory, Mode::empty()).map_err(unusable)?;
+        if from.context != Path::new("") {
+            let context =
+                rustix::fs::openat2(&folder, &from.context, directory, Mode::empty(), STRAIGHT_DOWN);
+            folder = context.map_err(unusable)?;
+        }
+        let dockerfile = text(&folder, &from.dockerfile)?.ok_or_else(|| {
+            format!("there is no {} in {}", from.dockerfile.display(), path.join(&from.context).display())
+        })?;
+        let ignored = Ignored::parse(&text(&folder, Path::new(DOCKERIGNORE))?.unwrap_or_default())?;
+        Ok(Context { folder, ignored, dockerfile, place: from.dockerfile.clone() })
+    }
+
+    /// Where the Dockerfile lies.
+    pub(super) fn dockerfile(&self) -> &Path {
+        &self.place
     }
 
     /// Whether a stage of the build starts from the image: building under that name would put it on top of itself.
@@ -112,7 +130,9 @@ impl Context {
             FileType::from_raw_mode(rustix::fs::statat(within, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode);
         let belongs = self.belongs(path);
         match kind {
-            FileType::Directory if belongs || self.ignored.has_exceptions() => {
+            FileType::Directory
+                if belongs || self.ignored.has_exceptions() || self.place.starts_with(path) =>
+            {
                 let directory = open(within, name, OFlags::DIRECTORY)?;
                 if belongs {
                     let mut header = header(&directory.try_clone()?.into(), EntryType::Directory)?;
@@ -145,7 +165,7 @@ impl Context {
 
     /// The two files that Docker itself reads always travel; Docker leaves them out of the image if they are ignored.
     fn belongs(&self, path: &Path) -> bool {
-        path == Path::new(DOCKERFILE)
+        path == self.place
             || path == Path::new(DOCKERIGNORE)
             || !self.ignored.ignores(&path.to_string_lossy())
     }
@@ -166,14 +186,23 @@ fn header(file: &File, kind: EntryType) -> io::Result<Header> {
     Ok(header)
 }
 
+/// No link on the way, and nothing above.
+const STRAIGHT_DOWN: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
+
+/// Whether a path is relative and goes nowhere but down.
+fn leads_down(path: &Path) -> bool {
+    path.components().all(|component| matches!(component, Component::Normal(_)))
+}
+
 /// A small text in the folder; none where there is no such file.
-fn text(folder: &OwnedFd, name: &str) -> Result<Option<String>, String> {
-    let wrong = |why: &dyn std::fmt::Display| format!("{name} cannot be read: {why}");
-    let file = match rustix::fs::openat(
+fn text(folder: &OwnedFd, name: &Path) -> Result<Option<String>, String> {
+    let wrong = |why: &dyn std::fmt::Display| format!("{} cannot be read: {why}", name.display());
+    let file = match rustix::fs::openat2(
         folder,
         name,
-        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
         Mode::empty(),
+        STRAIGHT_DOWN,
     ) {
         Ok(file) => File::from(file),
         Err(Errno::NOENT) => return Ok(None),

@@ -6,7 +6,7 @@ use super::*;
 /// What a tar of the folder holds: a path's kind and content.
 fn packed(folder: &Path) -> BTreeMap<String, String> {
     let mut bytes = Vec::new();
-    Context::open(folder).unwrap().write(&mut bytes).unwrap();
+    Context::open(folder, &BuildFrom::default()).unwrap().write(&mut bytes).unwrap();
     let mut found = BTreeMap::new();
     for entry in tar::Archive::new(&bytes[..]).entries().unwrap() {
         let mut entry = entry.unwrap();
@@ -72,7 +72,7 @@ fn pipes_and_sockets_are_left_out_and_long_names_and_modes_are_not() {
     std::fs::write(path.join(&long), "x").unwrap();
     std::fs::set_permissions(path.join(&long), std::fs::Permissions::from_mode(0o755)).unwrap();
     let mut bytes = Vec::new();
-    Context::open(path).unwrap().write(&mut bytes).unwrap();
+    Context::open(path, &BuildFrom::default()).unwrap().write(&mut bytes).unwrap();
     let mut archive = tar::Archive::new(&bytes[..]);
     let entries: Vec<_> = archive.entries().unwrap().map(Result::unwrap).collect();
     assert_eq!(entries.len(), 3);
@@ -84,11 +84,15 @@ fn pipes_and_sockets_are_left_out_and_long_names_and_modes_are_not() {
 #[test]
 fn a_folder_that_cannot_be_built_says_why() {
     let folder = tempfile::tempdir().unwrap();
-    let error = || Context::open(folder.path()).unwrap_err();
+    let error = || Context::open(folder.path(), &BuildFrom::default()).unwrap_err();
     assert!(error().starts_with("there is no Dockerfile in /"));
     symlink("/etc/hostname", folder.path().join(DOCKERFILE)).unwrap();
     assert_eq!(error(), "Dockerfile cannot be read: it is a symbolic link");
-    assert!(Context::open(Path::new("/nowhere/at/all")).unwrap_err().contains("cannot be opened"));
+    assert!(
+        Context::open(Path::new("/nowhere/at/all"), &BuildFrom::default())
+            .unwrap_err()
+            .contains("cannot be opened")
+    );
 }
 
 #[test]
@@ -96,7 +100,40 @@ fn an_image_that_is_its_own_base_is_noticed() {
     let folder = folder();
     let dockerfile = "ARG X\nfrom --platform=linux/amd64 node:20 AS build\nFROM app:latest\nCOPY FROM /\n";
     std::fs::write(folder.path().join(DOCKERFILE), dockerfile).unwrap();
-    let context = Context::open(folder.path()).unwrap();
+    let context = Context::open(folder.path(), &BuildFrom::default()).unwrap();
     assert!(context.starts_from("node:20") && context.starts_from("app"));
     assert!(!context.starts_from("node") && !context.starts_from("/"));
+}
+
+#[test]
+fn a_dockerfile_may_lie_below_and_nowhere_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    std::fs::create_dir_all(path.join("app/.devcontainer")).unwrap();
+    std::fs::write(path.join("app/.devcontainer/Dockerfile"), "FROM scratch\n").unwrap();
+    std::fs::write(path.join("app/.devcontainer/other"), "x").unwrap();
+    std::fs::write(path.join("app/.dockerignore"), ".devcontainer\n").unwrap();
+    let from = |context: &str, dockerfile: &str| BuildFrom {
+        context: PathBuf::from(context),
+        dockerfile: PathBuf::from(dockerfile),
+    };
+    let context = Context::open(path, &from("app", ".devcontainer/Dockerfile")).unwrap();
+    let mut bytes = Vec::new();
+    context.write(&mut bytes).unwrap();
+    let mut tar = tar::Archive::new(&bytes[..]);
+    let names = tar.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().display().to_string());
+    assert_eq!(names.collect::<Vec<_>>(), [".devcontainer/Dockerfile", ".dockerignore"]);
+    symlink("app", path.join("link")).unwrap();
+    symlink(".devcontainer/Dockerfile", path.join("app/Dockerfile")).unwrap();
+    for (context, dockerfile, why) in [
+        ("..", "Dockerfile", "a path leads out of it"),
+        ("/", "Dockerfile", "a path leads out of it"),
+        ("app", "../Dockerfile", "a path leads out of it"),
+        ("link", ".devcontainer/Dockerfile", "cannot be opened"),
+        ("app", "Dockerfile", "it is a symbolic link"),
+        ("app", "none", "there is no none in"),
+    ] {
+        let error = Context::open(path, &from(context, dockerfile)).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    }
 }

@@ -369,9 +369,9 @@ fn request(wish: &Wish) -> Value {
 
 fn report(news: News, wish: &Wish) -> Option<Report> {
     Some(match news {
-        News::Open(ForwardRow { host_port, process, pid, .. }) => {
+        News::Open(ForwardRow { host_port, process, pid, label, .. }) => {
             let process = process.zip(pid).map(|(name, pid)| ProcessFact { name, pid });
-            Report::Forward { port: NonZeroU16::new(host_port)?, name: wish.name.clone(), process }
+            Report::Forward { port: NonZeroU16::new(host_port)?, name: wish.name.clone(), process, label }
         }
         News::Closed(port) => Report::Closed { port: NonZeroU16::new(port)? },
         News::Failed(row) => {

@@ -57,10 +57,12 @@ impl Told {
             // On the way from one state to another.
             RowState::Opening | RowState::Closing => return news,
             RowState::Denied | RowState::Published => None,
+            // Without a word.
+            RowState::Open if row.silent => None,
             RowState::Open => Some(Last::Open),
             RowState::Failed => Some(Last::Failed(row.reason.clone())),
         };
-        if next.is_none() && self.denied.insert(row.port) {
+        if row.state == RowState::Denied && self.denied.insert(row.port) {
             news.push(News::Denied(row.clone()));
         }
         let last = match &next {
@@ -95,6 +97,8 @@ mod tests {
             reason: None,
             process: None,
             pid: None,
+            label: None,
+            silent: false,
             connections: counters.0,
             accepted: counters.1,
             bytes_up: counters.2,
@@ -127,6 +131,16 @@ mod tests {
         assert_eq!(told.hear(std::slice::from_ref(&open)), [News::Open(open.clone())]);
         assert_eq!(told.hear(&[because("b")]), [News::Closed(80), News::Failed(because("b"))]);
         assert_eq!(told.hear(&[]), [], "what never answered does not close");
+    }
+
+    #[test]
+    fn a_silent_port_is_told_of_only_when_it_fails() {
+        let mut told = Told::default();
+        let silent = |state| ForwardRow { silent: true, ..row(80, state) };
+        assert_eq!(told.hear(&[silent(RowState::Open)]), []);
+        assert_eq!(told.hear(&[silent(RowState::Failed)]), [News::Failed(silent(RowState::Failed))]);
+        assert_eq!(told.hear(&[silent(RowState::Open)]), []);
+        assert_eq!(told.hear(&[]), []);
     }
 
     #[test]

@@ -1,26 +1,27 @@
 //! The policy as registrations carry it (wire specification, A.5): `{"allow": "*" | int[], "deny"?: int[]}`. Pure.
 //!
-//! Ours may carry one more field, `privileged`: ports below 1024 that somebody named beside `*`.
+//! Ours may carry more fields. `privileged` holds ports below 1024 that somebody named beside `*`. A long run of ports, such as
+//! 40000 to 55000, would fill a request by itself, so it stands in `allowRanges` or `denyRanges` as a pair of its ends,
+//! beside the list that holds the others.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU16;
 
+use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use thiserror::Error;
 
 use super::{Policy, PortList};
 
 /// Which ports of a container may be exposed.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortForward {
     /// What may be.
     pub allow: Allow,
     /// What may not be, of all.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub deny: Option<BTreeSet<NonZeroU16>>,
     /// What may be below 1024, beside all from there on.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub privileged: Option<BTreeSet<NonZeroU16>>,
 }
 
@@ -34,13 +35,38 @@ pub enum Allow {
     Ports(BTreeSet<NonZeroU16>),
 }
 
-impl Serialize for Allow {
+/// From how many ports on a run of them is told by its ends.
+const RUN: usize = 16;
+
+impl Serialize for PortForward {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Allow::All => serializer.serialize_str("*"),
-            Allow::Ports(ports) => ports.serialize(serializer),
+        let mut fields = serializer.serialize_map(None)?;
+        match &self.allow {
+            Allow::All => fields.serialize_entry("allow", "*")?,
+            Allow::Ports(ports) => entries(&mut fields, ["allow", "allowRanges"], ports)?,
         }
+        if let Some(deny) = &self.deny {
+            entries(&mut fields, ["deny", "denyRanges"], deny)?;
+        }
+        if let Some(privileged) = &self.privileged {
+            fields.serialize_entry("privileged", privileged)?;
+        }
+        fields.end()
     }
+}
+
+/// A list, and the runs in it where there are any.
+fn entries<M: SerializeMap>(
+    fields: &mut M,
+    [list, ranges]: [&str; 2],
+    ports: &BTreeSet<NonZeroU16>,
+) -> Result<(), M::Error> {
+    let ports: Vec<NonZeroU16> = ports.iter().copied().collect();
+    let runs = ports.chunk_by(|one, next| one.checked_add(1) == Some(*next));
+    let (long, short): (Vec<_>, Vec<_>) = runs.partition(|run| run.len() >= RUN);
+    fields.serialize_entry(list, &short.concat())?;
+    let ends: Vec<_> = long.iter().filter_map(|run| Some([run.first()?, run.last()?])).collect();
+    if ends.is_empty() { Ok(()) } else { fields.serialize_entry(ranges, &ends) }
 }
 
 /// What is wrong with a policy.
@@ -52,6 +78,9 @@ pub enum PortForwardError {
     /// A list with something else than ports in it, or no list.
     #[error("portForward.{0} must be {expected}", expected = if *.0 == "allow" { "\"*\" or a list of ports from 1 to 65535" } else { "a list of ports from 1 to 65535" })]
     List(&'static str),
+    /// Ranges that are none.
+    #[error("portForward.{0} must be a list of pairs of ports, the lower one first")]
+    Ranges(&'static str),
     /// A list of what is denied, beside a list of what is allowed.
     #[error("portForward.deny is only meaningful when allow is \"*\"")]
     Both,
@@ -67,13 +96,13 @@ impl PortForward {
         let allow = match fields.get("allow") {
             None | Some(Value::Null) => Allow::All,
             Some(Value::String(all)) if all == "*" => Allow::All,
-            Some(list) => Allow::Ports(ports(list, "allow")?),
+            Some(list) => Allow::Ports(with_ranges(ports(list, "allow")?, fields, "allowRanges")?),
         };
         let list = |name| match fields.get(name) {
             None | Some(Value::Null) => Ok(None),
             Some(list) => ports(list, name).map(Some),
         };
-        let deny = list("deny")?;
+        let deny = list("deny")?.map(|deny| with_ranges(deny, fields, "denyRanges")).transpose()?;
         let privileged = list("privileged")?;
         if matches!(allow, Allow::Ports(_)) && deny.as_ref().is_some_and(|deny| !deny.is_empty()) {
             return Err(PortForwardError::Both);
@@ -140,6 +169,24 @@ fn ports(list: &Value, name: &'static str) -> Result<BTreeSet<NonZeroU16>, PortF
     list.iter().map(|port| port_of(port).ok_or(PortForwardError::List(name))).collect()
 }
 
+fn with_ranges(
+    mut ports: BTreeSet<NonZeroU16>,
+    fields: &Map<String, Value>,
+    name: &'static str,
+) -> Result<BTreeSet<NonZeroU16>, PortForwardError> {
+    let Some(ranges) = fields.get(name).filter(|ranges| !ranges.is_null()) else { return Ok(ports) };
+    let wrong = PortForwardError::Ranges(name);
+    for range in ranges.as_array().ok_or_else(|| wrong.clone())? {
+        let ends = match range.as_array().map(Vec::as_slice) {
+            Some([first, last]) => port_of(first).zip(port_of(last)),
+            _ => None,
+        };
+        let (first, last) = ends.filter(|(first, last)| first <= last).ok_or_else(|| wrong.clone())?;
+        ports.extend((first.get()..=last.get()).filter_map(NonZeroU16::new));
+    }
+    Ok(ports)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{Decision, DenyReason};
@@ -178,6 +225,25 @@ mod tests {
             assert_eq!(PortForward::from_value(&wrong).unwrap_err().to_string(), error);
         }
         assert!(PortForward::from_value(&json!({"allow": [1], "deny": []})).is_ok());
+    }
+
+    #[test]
+    fn a_long_run_of_ports_takes_no_room() {
+        let policy = json!({"allow": "*", "deny": [80, 9229], "denyRanges": [[3000, 3015], [40000, 65535]]});
+        let read = PortForward::from_value(&policy).unwrap();
+        assert_eq!(read.deny.as_ref().unwrap().len(), 2 + 16 + 25_536);
+        assert_eq!(serde_json::to_value(&read).unwrap(), policy);
+        let policy = json!({"allow": [80], "allowRanges": [[1024, 65535]]});
+        let read = PortForward::from_value(&policy).unwrap();
+        assert!(!read.is_off());
+        assert_eq!(serde_json::to_value(&read).unwrap(), policy);
+        for wrong in [json!(5), json!([5]), json!([[2, 1]]), json!([[1, 2, 3]]), json!([[0, 1]])] {
+            let error = PortForward::from_value(&json!({"allow": [], "allowRanges": wrong})).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                "portForward.allowRanges must be a list of pairs of ports, the lower one first"
+            );
+        }
     }
 
     #[test]

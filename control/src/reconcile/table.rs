@@ -82,6 +82,12 @@ pub struct ForwardRow {
     /// That process, as the host numbers it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
+    /// What it is for, in the words of whoever made the container: escape it before it reaches a terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// People are not told of it as it comes and goes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub silent: bool,
     /// Connections open now.
     pub connections: u64,
     /// Connections accepted since it was opened.
@@ -137,6 +143,8 @@ mod tests {
                     reason: None,
                     process: Some("node".to_owned()),
                     pid: Some(42),
+                    label: Some("Web".to_owned()),
+                    silent: true,
                     connections: 1,
                     accepted: 2,
                     bytes_up: 3,
@@ -152,6 +160,7 @@ mod tests {
                 "containerName": "coder", "way": "docker", "state": "reached",
                 "forwards": [{
                     "port": 5173, "hostPort": 5173, "state": "open", "process": "node", "pid": 42,
+                    "label": "Web", "silent": true,
                     "connections": 1, "accepted": 2, "bytesUp": 3, "bytesDown": 4
                 }]
             }]

@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
 use serde_json::{Value, json};
 use tungstenite::handshake::server::{Callback, ErrorResponse, Request, Response};
 use tungstenite::protocol::Role;
@@ -10,6 +11,10 @@ use tungstenite::protocol::Role;
 use super::peer::{Carrier, Peer, generous};
 use super::{PATH, hello};
 use crate::{Home, PATIENCE, rpc};
+
+/// What a connection holds that a case has not read, in bytes; the kernel doubles it for its own account (socket(7)). Left to
+/// itself it grows to whatever the machine allows (tcp_rmem), and a case would measure that.
+const RECEIVE_BYTES: usize = 256 * 1024;
 
 /// A listener where a container's port 8973 would be published, and the token that it expects.
 #[derive(Debug)]
@@ -36,6 +41,8 @@ impl Container {
     /// When it is taken.
     pub fn at(port: u16, token: &str) -> Container {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+        // Its connections take it over.
+        sockopt::set_socket_recv_buffer_size(&listener, RECEIVE_BYTES).unwrap();
         Container { listener, token: token.to_owned(), policy: json!({"allow": "*"}) }
     }
 

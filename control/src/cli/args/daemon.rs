@@ -157,8 +157,11 @@ pub struct RegisterArgs {
 }
 
 impl RegisterArgs {
-    /// The port policy, where one was asked for, and where there has to be one.
-    pub fn policy(&self) -> Option<PortForward> {
+    /// The port policy: the one that was asked for, else what the folder `said`, else the default where there has to be one.
+    pub fn policy(&self, said: Option<PortForward>) -> Option<PortForward> {
+        if self.allow.is_none() && self.deny.is_none() && said.is_some() {
+            return said;
+        }
         (self.allow.is_some() || self.deny.is_some() || self.way.websocket).then(|| {
             let deny = self.deny.clone().unwrap_or_default();
             PortForward::from(&Policy { allow: self.allow.clone(), deny })

@@ -11,6 +11,7 @@ use crate::cli::args::{AttachArgs, Ring};
 use crate::cli::asking::{self, Container};
 use crate::cli::exit::{Exit, Failure, chain};
 use crate::cli::output::{Colour, Report, Talk};
+use crate::cli::start;
 use crate::discovery::report::{Forwarded, Found};
 use crate::folder::FOREGROUND;
 use crate::policy::PortForward;
@@ -69,7 +70,8 @@ fn refuse_change(args: &AttachArgs, name: &str) -> Result<(), Failure> {
         .hint(format!("landfall deregister {name}, and attach then")))
 }
 
-/// The request to remember it. What the command line says of ports counts, else what the container's labels say.
+/// The request to remember it. What the command line says of ports counts, else what the container's labels say, else the
+/// folder's `devcontainer.json`.
 fn request(
     name: &str,
     container: &ContainerName,
@@ -93,11 +95,18 @@ fn request(
     };
     let said =
         (common.allow.is_some() || common.deny.is_some()).then(|| json!(PortForward::from(&common.policy())));
-    if let Some(policy) = said.or_else(|| found.port_forward.clone()) {
+    let (of_folder, notes) = match &args.cwd {
+        Some(folder) => start::attachment(folder, Talk::to_stderr(common.json))?,
+        None => (None, Vec::new()),
+    };
+    let said = said.or_else(|| found.port_forward.clone());
+    if let Some(policy) = said.or_else(|| of_folder.map(|policy| json!(policy))) {
         add("portForward", policy);
     }
-    if !found.port_notes.is_empty() {
-        add("portNotes", json!(found.port_notes));
+    // For a port that both are about, the folder's word is the last.
+    let notes: Vec<_> = found.port_notes.iter().cloned().chain(notes).collect();
+    if !notes.is_empty() {
+        add("portNotes", json!(notes));
     }
     Ok(Value::Object(request))
 }
@@ -173,7 +182,7 @@ fn tell(args: &AttachArgs, found: &Found, name: &str, own: Option<Container>) ->
             note(talk, format!("it is not reached yet{why}"));
         }
     }
-    for row in state.forwards {
+    for row in state.forwards.into_iter().filter(|row| !(row.silent && row.state == RowState::Open)) {
         tell_row(talk, name, row);
     }
     Ok(exit)
@@ -187,7 +196,7 @@ fn tell_row(talk: Talk, name: &str, row: ForwardRow) {
     let why = row.reason.unwrap_or_else(|| "the daemon does not say why".to_owned());
     talk.report(&match row.state {
         RowState::Open | RowState::Closing | RowState::Opening => {
-            Report::Forward { port: host_port, name: name.to_owned(), process }
+            Report::Forward { port: host_port, name: name.to_owned(), process, label: row.label }
         }
         RowState::Failed => Report::Failed { port: host_port, detail: why },
         RowState::Denied => Report::Withheld { port, reason: why },

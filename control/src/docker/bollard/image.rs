@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::io::{self, BufWriter, Write};
 use std::time::Duration;
 
-use bollard::query_parameters::{BuildImageOptionsBuilder, TagImageOptionsBuilder};
+use bollard::query_parameters::{
+    BuildImageOptionsBuilder, CreateImageOptionsBuilder, TagImageOptionsBuilder,
+};
 use bollard::{body_try_stream, models::BuildInfo};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -25,8 +27,11 @@ const LINE_CHARS_MAX: usize = 300;
 
 impl Engine {
     /// Builds an image of this name.
-    pub(super) async fn build(&self, context: Context, image: &str) -> Result<(), DockerError> {
+    pub(in crate::docker) async fn build(&self, context: Context, image: &str) -> Result<(), DockerError> {
         let (sender, receiver) = mpsc::channel(PIECES_MAX);
+        let dockerfile = context.dockerfile().to_string_lossy().into_owned();
+        let options =
+            BuildImageOptionsBuilder::default().dockerfile(&dockerfile).t(image).rm(true).forcerm(true);
         let writer = tokio::task::spawn_blocking(move || {
             let packed = context.write(BufWriter::with_capacity(PIECE_BYTES, Pieces(sender.clone())));
             if let Err(error) = &packed {
@@ -37,8 +42,6 @@ impl Engine {
         });
         let pieces =
             unfold(receiver, |mut receiver| async { receiver.recv().await.map(|piece| (piece, receiver)) });
-        let options =
-            BuildImageOptionsBuilder::default().dockerfile("Dockerfile").t(image).rm(true).forcerm(true);
         let output = self.client.build_image(options.build(), None, Some(body_try_stream(pieces)));
         let built = tokio::time::timeout(BUILD_TIMEOUT, self.follow(output)).await.unwrap_or_else(|_| {
             Err(DockerError::Refused(format!("it took longer than {} s", BUILD_TIMEOUT.as_secs())))
@@ -55,13 +58,32 @@ impl Engine {
         }
     }
 
+    /// Fetches an image from its registry.
+    pub(in crate::docker) async fn pull(&self, image: &str) -> Result<(), DockerError> {
+        let (repository, tag) = tagged(image);
+        let options = match image.contains('@') {
+            true => CreateImageOptionsBuilder::default().from_image(image),
+            false => CreateImageOptionsBuilder::default().from_image(repository).tag(tag),
+        };
+        let mut told = Box::pin(self.client.create_image(Some(options.build()), None, None));
+        let pulled = async {
+            while let Some(told) = told.next().await {
+                told.map_err(|error| self.refused(&error))?;
+            }
+            Ok(())
+        };
+        let late = || DockerError::Refused(format!("it took longer than {} s", BUILD_TIMEOUT.as_secs()));
+        match tokio::time::timeout(BUILD_TIMEOUT, pulled).await.unwrap_or_else(|_| Err(late())) {
+            Err(DockerError::Refused(why)) => Err(DockerError::Refused(format!(
+                "the image {image} is not here and cannot be pulled: {why}"
+            ))),
+            done => done,
+        }
+    }
+
     /// Gives an image a name.
     pub(super) async fn tag(&self, image: &str, name: &str) -> Result<(), DockerError> {
-        // The last colon begins the tag, unless it belongs to a registry's port.
-        let (repository, tag) = match name.rsplit_once(':') {
-            Some((repository, tag)) if !tag.contains('/') => (repository, tag),
-            _ => (name, "latest"),
-        };
+        let (repository, tag) = tagged(name);
         let options = TagImageOptionsBuilder::default().repo(repository).tag(tag).build();
         self.client.tag_image(image, Some(options)).await.map_err(|error| self.refused(&error))
     }
@@ -97,6 +119,14 @@ impl Engine {
             }
         }
         Ok(())
+    }
+}
+
+/// A name and its tag. The last colon begins the tag, unless it belongs to a registry's port.
+fn tagged(name: &str) -> (&str, &str) {
+    match name.rsplit_once(':') {
+        Some((repository, tag)) if !tag.contains('/') => (repository, tag),
+        _ => (name, "latest"),
     }
 }
 

@@ -209,7 +209,10 @@ fn find_file(path: PathBuf) -> Result<Place, Absent> {
 fn docker_absent(error: DockerError) -> Absent {
     let certainty = match &error {
         DockerError::NoSuchContainer(_) | DockerError::NotRunning(_) => Certainty::Gone,
-        DockerError::Refused(_) | DockerError::Stop(_) | DockerError::Start(_) => Certainty::Refused,
+        DockerError::Refused(_)
+        | DockerError::PortTaken(_)
+        | DockerError::Stop(_)
+        | DockerError::Start(_) => Certainty::Refused,
         DockerError::Unreachable { .. } => Certainty::Unknown,
     };
     Absent::Missing(certainty, error.to_string())

@@ -142,6 +142,7 @@ impl Container {
     pub(super) fn told(&self, fleet: &Fleet, owners: &Owners) -> ContainerState {
         let rows = fleet.rows(self.name()).into_iter().map(|row| {
             let owner = row.inodes.iter().find_map(|inode| owners.get(inode)?.as_ref());
+            let note = self.registration.note_of(row.port);
             ForwardRow {
                 port: row.port.get(),
                 host_port: row.host_port.get(),
@@ -149,6 +150,8 @@ impl Container {
                 reason: row.reason,
                 process: owner.map(|owner| owner.name.clone()),
                 pid: owner.map(|owner| owner.pid),
+                label: note.and_then(|note| note.label.clone()),
+                silent: note.is_some_and(|note| note.silent),
                 connections: row.stats.open,
                 accepted: row.stats.accepted,
                 bytes_up: row.stats.bytes_up,

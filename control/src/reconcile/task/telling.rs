@@ -20,12 +20,18 @@ impl Driver {
     pub(super) fn tell_all(&mut self, changes: Vec<Change>) {
         for change in changes {
             let event = match change {
-                Change::Opened { name, port, host_port, bind } => PortForwardEvent::PortForwardOpened {
-                    container_name: name.as_str().to_owned(),
-                    port,
-                    host_port,
-                    bind_addr: bind.to_owned(),
-                },
+                Change::Opened { name, port, host_port, bind } => {
+                    let container = self.containers.iter().find(|container| *container.name() == name);
+                    let note = container.and_then(|container| container.registration.note_of(port));
+                    PortForwardEvent::PortForwardOpened {
+                        container_name: name.as_str().to_owned(),
+                        port,
+                        host_port,
+                        bind_addr: bind.to_owned(),
+                        label: note.and_then(|note| note.label.clone()),
+                        silent: note.is_some_and(|note| note.silent),
+                    }
+                }
                 Change::Closed { name, port, host_port, why } => PortForwardEvent::PortForwardClosed {
                     container_name: name.as_str().to_owned(),
                     port,

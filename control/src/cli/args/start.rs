@@ -1,0 +1,68 @@
+//! The arguments of the verbs that are about folders.
+
+use std::num::NonZeroU16;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::daemon::container_name;
+use crate::policy::{Policy, PortForward, PortList};
+use crate::registration::model::ContainerName;
+
+pub(super) const START_NOTES: &str = "\
+The image is what --image names, else what the folder's devcontainer.json says, else it is built by
+the folder's Dockerfile. Its own command runs, with the folder at /workspaces/NAME, and may ask to be
+restarted: the address and the token are in LANDFALL_HOSTD_URL and LANDFALL_HOSTD_TOKEN. It has 3 s
+to end when it is stopped.
+
+Example: landfall start ~/shop";
+
+pub(super) const STOP_NOTES: &str = "\
+Only a container that `landfall start` has made is stopped. It is removed; its volumes are kept.";
+
+/// `landfall start`
+#[derive(Debug, Args)]
+pub struct StartArgs {
+    /// The folder [default: this one]
+    #[arg(value_name = "DIR")]
+    pub folder: Option<PathBuf>,
+    /// What the container is called [default: as the folder]
+    #[arg(long, value_parser = container_name)]
+    pub name: Option<ContainerName>,
+    /// The image that it is made from
+    #[arg(long)]
+    pub image: Option<String>,
+    /// Forward this port, too, whatever the folder says; may be repeated
+    #[arg(long, value_name = "PORT", conflicts_with_all = ["allow", "deny"])]
+    pub port: Vec<NonZeroU16>,
+    /// Forward only these ports: 3000,8000-8100 or 80,* (below 1024 only what is named)
+    #[arg(long, value_name = "PORTS")]
+    pub allow: Option<PortList>,
+    /// Never forward these ports
+    #[arg(long, value_name = "PORTS")]
+    pub deny: Option<PortList>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl StartArgs {
+    /// The port policy, where one was asked for.
+    pub fn policy(&self) -> Option<PortForward> {
+        (self.allow.is_some() || self.deny.is_some()).then(|| {
+            let deny = self.deny.clone().unwrap_or_default();
+            PortForward::from(&Policy { allow: self.allow.clone(), deny })
+        })
+    }
+}
+
+/// `landfall stop`
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// The folder, or what its container is called [default: this folder]
+    #[arg(value_name = "DIR|NAME")]
+    pub what: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,283 @@
+//! `landfall start`: a folder becomes a container that runs, and what listens in it answers on localhost.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU16;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use super::args::StartArgs;
+use super::asking;
+use super::exit::{Exit, Failure, chain};
+use super::output::{Colour, Report, Talk};
+use crate::devcontainer::{self, Devcontainer};
+use crate::discovery::labels;
+use crate::docker::{Docker, DockerError, FOLDER_LABEL, Listed};
+use crate::paths::Home;
+use crate::policy::PortForward;
+use crate::processes::ProcessFact;
+use crate::reconcile::table::{ForwardRow, RowState};
+use crate::registration::file;
+use crate::registration::model::{ContainerName, PortNote, Way};
+use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
+use crate::start::{self, Hands, Image, NotRunning, Recipe, Tokens};
+
+/// Starts.
+pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
+    let folder = folder(args.folder.as_deref())?;
+    let name = args.name.clone().or_else(|| start::name_of(&folder.path)).ok_or_else(|| {
+        Failure::new(Exit::Usage, format!("{} has no name that a container could have", folder.text))
+            .hint("say one with --name")
+    })?;
+    let said = read(&folder.path)?.unwrap_or_default();
+    let image = Image::of(&folder.path, args.image.as_deref(), &said).map_err(|why| {
+        Failure::new(Exit::Usage, why)
+            .hint("add a Dockerfile or a devcontainer.json to the folder, or say --image IMAGE")
+    })?;
+    let runtime = runtime()?;
+    let docker = Docker::from_environment();
+    let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
+    if let Some(other) = listed.iter().find(|other| other.name == name) {
+        return Err(exists(other, &folder.text));
+    }
+    let home = asking::home()?;
+    let client = Client::new(home.socket()).within(PATIENT_BUDGET);
+    let http_port = asking::ensured(home.clone(), Vec::new())?.http_port;
+    is_free(&client, &name)?;
+
+    let talk = Talk::to_stdout(args.json);
+    let mut prepared = runtime.block_on(prepare(&docker, &folder, &name, &image, talk, args.json))?;
+    let aside = Talk::to_stderr(args.json);
+    let metadata = prepared.labels.remove(labels::METADATA);
+    let metadata =
+        metadata.map(|label| devcontainer::from_metadata(&label)).transpose().unwrap_or_else(|error| {
+            let text = format!("the image's label {} is not used: {error}", labels::METADATA);
+            aside.report(&Report::Note { text, hint: None });
+            None
+        });
+    // Without that label what is read is our own ones' word alone.
+    let of_labels = labels::read(&prepared.labels).policy.map_err(|why| Failure::new(Exit::Refused, why))?;
+    let said =
+        metadata.unwrap_or_default().merge(said).merge(Devcontainer::forwarding(args.port.iter().copied()));
+    tell_not_used(&said, aside);
+    let policy = args.policy().or(of_labels).or_else(|| said.port_forward()).unwrap_or_default();
+    let built = match &image {
+        Image::Built(from) => Some(from),
+        Image::Named(_) => None,
+    };
+    let recipe = Recipe { name: &name, folder: &folder.text, image: &prepared.image, built, http_port };
+    let fixed = json!({
+        "kind": "register", "containerName": name.as_str(), "cwd": folder.text, "way": Way::DOCKER,
+        "portForward": policy, "portNotes": said.notes(),
+    });
+    let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
+    runtime.block_on(start::start(&mut hands, last_port(&home, &name)))?;
+    tell(&client, &name, &prepared.image, talk, args.json);
+    Ok(Exit::Ok)
+}
+
+/// A folder, by its real path.
+pub(super) struct Folder {
+    pub(super) path: PathBuf,
+    pub(super) text: String,
+}
+
+/// The folder that is named, or this one.
+pub(super) fn folder(named: Option<&Path>) -> Result<Folder, Failure> {
+    let named = named.unwrap_or(Path::new("."));
+    let unusable = |why: &str| {
+        Failure::new(Exit::Missing, format!("the folder {} cannot be used: {why}", named.display()))
+    };
+    let path = named.canonicalize().map_err(|error| unusable(&chain(&error)))?;
+    if !path.is_dir() {
+        return Err(unusable("it is no directory").hint("say the folder that the container is made of"));
+    }
+    let text = path.to_str().ok_or_else(|| unusable("its path is not UTF-8"))?.to_owned();
+    Ok(Folder { path, text })
+}
+
+/// What the folder's `devcontainer.json` says.
+pub(super) fn read(folder: &Path) -> Result<Option<Devcontainer>, Failure> {
+    Devcontainer::read(folder).map_err(|error| {
+        Failure::new(Exit::Usage, error.to_string())
+            .hint("mend it; comments and trailing commas are fine, everything else is as in JSON")
+    })
+}
+
+/// What a folder has to say to a registration of it: policy and notes. Fields that nothing is done about are told.
+pub(super) fn attachment(
+    folder: &Path,
+    aside: Talk,
+) -> Result<(Option<PortForward>, Vec<PortNote>), Failure> {
+    let Some(said) = read(folder)? else { return Ok((None, Vec::new())) };
+    tell_not_used(&said, aside);
+    Ok((said.port_forward(), said.notes()))
+}
+
+/// A runtime for what only Docker's client does.
+pub(super) fn runtime() -> Result<Runtime, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))
+}
+
+/// What people are told when Docker did not do it.
+pub(super) fn refused(error: &DockerError) -> Failure {
+    match error {
+        DockerError::Unreachable { .. } => Failure::new(Exit::Refused, error.to_string())
+            .hint("start Docker, or say where it is with DOCKER_HOST; landfall doctor looks at it"),
+        DockerError::NoSuchContainer(_) => Failure::new(Exit::Missing, error.to_string()),
+        _ => Failure::new(Exit::Refused, error.to_string()),
+    }
+}
+
+fn exists(other: &Listed, folder: &str) -> Failure {
+    let name = &other.name;
+    let ours = other.labels.get(FOLDER_LABEL).is_some_and(|made_of| made_of == folder);
+    let (what, hint) = match (ours, other.running) {
+        (true, true) => (
+            format!("{name} runs already"),
+            format!(
+                "landfall restart {name} restarts it, with --build from a new image; landfall stop {name} ends it"
+            ),
+        ),
+        (true, false) => (
+            format!("{name} is there already, stopped"),
+            format!("landfall restart {name} starts it as it is; landfall stop {name} removes it"),
+        ),
+        (false, _) => (
+            format!("another container is called {name}"),
+            "say another --name, or remove it; docker ps -a shows it".to_owned(),
+        ),
+    };
+    Failure::new(Exit::Refused, what).hint(hint)
+}
+
+/// What somebody registered under the name in another way is not replaced.
+fn is_free(client: &Client, name: &ContainerName) -> Result<(), Failure> {
+    let Some(description) = asking::describe(client)? else { return Ok(()) };
+    let holder = description.containers.iter().find(|other| other.state.container_name == name.as_str());
+    match holder.and_then(|holder| holder.state.way.as_ref()) {
+        Some(way) if !way.starts_with("docker") && way != "websocket" => {
+            let text = format!("the name {name} is taken, by {way}");
+            Err(Failure::new(Exit::Refused, text).hint("say another --name; landfall ls shows what there is"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An image that is here.
+struct Prepared {
+    image: String,
+    labels: BTreeMap<String, String>,
+}
+
+async fn prepare(
+    docker: &Docker,
+    folder: &Folder,
+    name: &ContainerName,
+    image: &Image,
+    talk: Talk,
+    json: bool,
+) -> Result<Prepared, Failure> {
+    let image = match image {
+        Image::Named(image) => image.clone(),
+        Image::Built(from) => {
+            let image = format!("landfall-{}", name.as_str().to_ascii_lowercase());
+            if !json {
+                talk.line("build", Colour::Grey, &format!("{image}, of {}", folder.text));
+            }
+            docker.build(&folder.path, from, &image).await.map_err(|error| refused(&error))?;
+            image
+        }
+    };
+    let labels = docker.image_labels(&image).await.map_err(|error| refused(&error))?;
+    Ok(Prepared { image, labels })
+}
+
+fn tell_not_used(said: &Devcontainer, talk: Talk) {
+    if !said.not_used().is_empty() {
+        let text =
+            format!("landfall does nothing about these of devcontainer.json: {}", said.not_used().join(", "));
+        talk.report(&Report::Note { text, hint: None });
+    }
+}
+
+/// Where the container's own port was published the last time, if it is still known.
+fn last_port(home: &Home, name: &ContainerName) -> Option<NonZeroU16> {
+    let content = std::fs::read(home.registration(name)).ok()?;
+    file::parse(name.as_str(), &content).ok()?.ws_host_port
+}
+
+/// The hands of this verb.
+struct Doing<'a> {
+    docker: &'a Docker,
+    client: &'a Client,
+    recipe: &'a Recipe<'a>,
+    /// The request to register, but for port and tokens.
+    fixed: Value,
+}
+
+impl Hands for Doing<'_> {
+    type Error = Failure;
+
+    fn port(&mut self, preferred: Option<NonZeroU16>) -> Result<NonZeroU16, Failure> {
+        let seed = u16::try_from(std::process::id() % 16_384).unwrap_or(0);
+        start::free_port(preferred, seed).map_err(|error| {
+            Failure::new(Exit::Failed, format!("no port of this host is free: {}", chain(&error)))
+        })
+    }
+
+    fn tokens(&mut self) -> Result<Tokens, Failure> {
+        Tokens::fresh().map_err(|error| Failure::new(Exit::Failed, chain(&error)))
+    }
+
+    fn register(&mut self, port: NonZeroU16, tokens: &Tokens) -> Result<(), Failure> {
+        let mut request = self.fixed.clone();
+        request["wsHostPort"] = port.get().into();
+        request["restartToken"] = tokens.restart.reveal().into();
+        request["brokerToken"] = tokens.broker.reveal().into();
+        self.client.call(&request).map(drop).map_err(|error| asking::failed(&error))
+    }
+
+    fn deregister(&mut self) {
+        // What is not heard of here ends when the daemon sees that there is no such container.
+        let _ = deregister(self.client, self.recipe.name);
+    }
+
+    async fn run(&mut self, port: NonZeroU16, tokens: &Tokens) -> Result<(), NotRunning<Failure>> {
+        self.docker.run(&self.recipe.container(port, tokens)).await.map_err(|error| {
+            let failure = refused(&error);
+            match error {
+                DockerError::PortTaken(_) => NotRunning::PortTaken(failure),
+                _ => NotRunning::Because(failure),
+            }
+        })
+    }
+}
+
+/// Has the daemon forget a container.
+pub(super) fn deregister(client: &Client, name: &ContainerName) -> Result<(), CallError> {
+    client.call(&json!({ "kind": "deregister", "containerName": name.as_str() })).map(drop)
+}
+
+fn tell(client: &Client, name: &ContainerName, image: &str, talk: Talk, as_json: bool) {
+    let described = asking::describe(client).ok().flatten();
+    let containers = described.into_iter().flat_map(|described| described.containers);
+    let rows: Vec<ForwardRow> = containers
+        .filter(|container| container.state.container_name == name.as_str())
+        .flat_map(|container| container.state.forwards)
+        .filter(|row| row.state == RowState::Open)
+        .collect();
+    if as_json {
+        let ports: Vec<u16> = rows.iter().map(|row| row.host_port).collect();
+        talk.plain(&json!({ "started": name, "image": image, "forwardedPorts": ports }).to_string());
+        return;
+    }
+    talk.line("start", Colour::Green, &format!("{name} runs, from {image}; landfall ls shows what answers"));
+    for row in rows.into_iter().filter(|row| !row.silent) {
+        let process = row.process.zip(row.pid).map(|(name, pid)| ProcessFact { name, pid });
+        let Some(port) = NonZeroU16::new(row.host_port) else { continue };
+        talk.report(&Report::Forward { port, name: name.to_string(), process, label: row.label });
+    }
+}

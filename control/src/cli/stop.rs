@@ -1,0 +1,122 @@
+//! `landfall stop`: what `landfall start` has made is stopped, removed and forgotten.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::args::StopArgs;
+use super::asking;
+use super::exit::{Exit, Failure};
+use super::output::{Colour, Talk};
+use super::start::{self, refused};
+use crate::docker::{self, Docker, FOLDER_LABEL, Listed};
+use crate::registration::model::ContainerName;
+use crate::rpc::client::{Client, PATIENT_BUDGET};
+
+/// Stops.
+pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
+    let runtime = start::runtime()?;
+    let docker = Docker::from_environment();
+    let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
+    let name = which(args.what.as_deref(), &listed)?;
+    let client = Client::new(asking::home()?.socket()).within(PATIENT_BUDGET);
+    // First, as nothing is to be forwarded to what is being stopped (wire specification, A.9). A daemon that does not run
+    // forgets the container when it starts and does not find it.
+    match start::deregister(&client, &name) {
+        Err(error) if !error.is_absent() => return Err(asking::failed(&error)),
+        _ => {}
+    }
+    runtime.block_on(docker.remove(&name)).map_err(|error| refused(&error))?;
+    let talk = Talk::to_stdout(args.json);
+    if args.json {
+        talk.plain(&json!({ "stopped": name }).to_string());
+    } else {
+        talk.line("stopped", Colour::Grey, &format!("{name}, and removed"));
+    }
+    Ok(Exit::Ok)
+}
+
+/// The container that is meant: by its name, or by the folder that it was made of.
+fn which(what: Option<&str>, listed: &[Listed]) -> Result<ContainerName, Failure> {
+    let named = what.and_then(|what| listed.iter().find(|listed| listed.name.as_str() == what));
+    if let Some(named) = named {
+        return match named.labels.contains_key(FOLDER_LABEL) {
+            true => Ok(named.name.clone()),
+            false => Err(Failure::new(Exit::Refused, format!("{} was not started by landfall", named.name))
+                .hint(format!(
+                    "docker stop {name} stops it; landfall ls shows whether it is forwarded",
+                    name = named.name
+                ))),
+        };
+    }
+    if let Some(what) = what.filter(|what| !Path::new(what).is_dir()) {
+        return Err(Failure::new(Exit::Missing, format!("no container and no folder is named {what}"))
+            .hint("docker ps -a shows the containers that there are"));
+    }
+    let folder = start::folder(what.map(Path::new))?;
+    // While a container is replaced there are two.
+    let of_folder = |listed: &&Listed| {
+        listed.labels.get(FOLDER_LABEL) == Some(&folder.text) && !docker::is_aside(&listed.name)
+    };
+    let mut of_folder = listed.iter().filter(of_folder);
+    match (of_folder.next(), of_folder.next()) {
+        (Some(only), None) => Ok(only.name.clone()),
+        (None, _) => Err(Failure::new(
+            Exit::Missing,
+            format!("no container was started of the folder {}", folder.text),
+        )
+        .hint("landfall ls shows what is registered")),
+        (Some(one), Some(other)) => Err(Failure::new(
+            Exit::Usage,
+            format!("several containers were started of {}: {}, {}, …", folder.text, one.name, other.name),
+        )
+        .hint("say which, by its name")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::docker::Network;
+    use std::collections::BTreeMap;
+
+    fn listed(name: &str, folder: Option<&str>) -> Listed {
+        let labels = folder.map(|folder| (FOLDER_LABEL.to_owned(), folder.to_owned()));
+        Listed {
+            id: name.to_owned(),
+            name: ContainerName::new(name).unwrap(),
+            image: "x".to_owned(),
+            created: 0,
+            running: true,
+            labels: labels.into_iter().collect(),
+            network: Network::Own,
+            published: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn only_what_was_started_of_a_folder_is_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().canonicalize().unwrap();
+        let path = path.to_str().unwrap();
+        let all = [
+            listed("shop", Some(path)),
+            listed("shop.landfall-old", Some(path)),
+            listed("db", None),
+            listed("other", Some("/else")),
+        ];
+        let name = |what: Option<&str>| which(what, &all).map(|name| name.to_string());
+        assert_eq!(name(Some("shop")).unwrap(), "shop");
+        assert_eq!(name(Some(path)).unwrap(), "shop");
+        assert_eq!(name(Some("other")).unwrap(), "other");
+        assert_eq!(name(Some("db")).unwrap_err().message, "db was not started by landfall");
+        let none = name(Some("nobody")).unwrap_err();
+        assert_eq!(
+            (none.exit, none.message.as_str()),
+            (Exit::Missing, "no container and no folder is named nobody")
+        );
+        assert!(name(None).unwrap_err().message.starts_with("no container was started of the folder"));
+        let twice = [listed("shop", Some(path)), listed("shop-2", Some(path))];
+        assert!(which(Some(path), &twice).unwrap_err().message.contains("shop, shop-2"));
+    }
+}

@@ -1,0 +1,208 @@
+//! `landfall start` and `stop` as a person uses them, and the restart that a process in the container asks for.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::ports::free_port;
+use super::{docker, run};
+
+const WAIT_MAX: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(20);
+
+fn wait_until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(reached) = state() {
+            return reached;
+        }
+        assert!(began.elapsed() < WAIT_MAX, "{what} did not happen");
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// A folder, a daemon of the test's own, and what comes of them. All of it is gone in the end.
+struct Shop {
+    root: TempDir,
+    name: String,
+    port: u16,
+}
+
+impl Shop {
+    /// A folder that serves `www` on its own loopback, and is described in the way of a dev container.
+    fn new(name: &str, command: &str) -> Shop {
+        let name = format!("lf-{}-{name}", std::process::id());
+        let shop = Shop { root: tempfile::tempdir().unwrap(), name, port: free_port() };
+        let command = command.replace("PORT", &shop.port.to_string());
+        std::fs::create_dir_all(shop.folder().join(".devcontainer")).unwrap();
+        std::fs::create_dir(shop.folder().join("www")).unwrap();
+        let dockerfile =
+            format!("FROM {}\nCOPY www /www\nCMD [\"sh\", \"-c\", \"{command}\"]\n", super::BASE);
+        shop.write(".devcontainer/Dockerfile", &dockerfile);
+        let said = format!(
+            r#"{{
+                // The build is of the whole folder.
+                "build": {{ "dockerfile": "Dockerfile", "context": "..", "args": {{}} }},
+                "portsAttributes": {{ "{}": {{ "label": "Web" }}, }},
+            }}"#,
+            shop.port
+        );
+        shop.write(".devcontainer/devcontainer.json", &said);
+        shop.write("www/index.html", "one");
+        // Any port for HTTP: another daemon of this machine may have the usual one.
+        assert!(shop.landfall(&["up", "--http-port", "0"]).status.success());
+        shop
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.root.path().join(&self.name)
+    }
+
+    fn home(&self) -> PathBuf {
+        self.root.path().join("home")
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.folder().join(name), text).unwrap();
+    }
+
+    fn landfall(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_landfall"));
+        command.args(arguments).env("LANDFALL_HOME", self.home());
+        let folder = self.folder();
+        command.current_dir(if folder.exists() { folder.as_path() } else { Path::new("/") });
+        command.output().unwrap()
+    }
+
+    #[track_caller]
+    fn says(&self, arguments: &[&str]) -> String {
+        let output = self.landfall(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What the container's web server answers on the host.
+    fn page(&self) -> Option<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+        stream.set_read_timeout(Some(WAIT_MAX)).ok()?;
+        stream.write_all(b"GET /index.html HTTP/1.0\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        answer.split_once("\r\n\r\n").map(|(_, page)| page.trim().to_owned()).filter(|page| !page.is_empty())
+    }
+
+    fn started_at(&self) -> Option<String> {
+        let told = run(&["inspect", "-f", "{{.State.Running}} {{.State.StartedAt}}", &self.name]);
+        let told = String::from_utf8(told.stdout).unwrap();
+        told.starts_with("true").then_some(told)
+    }
+
+    /// Has a process in the container ask for a restart, with a token, and says what it was answered.
+    fn ask(&self, build: bool, token: &str) -> Output {
+        let script = format!(
+            "busybox wget -q -O - --header \"Authorization: Bearer {token}\" --post-data \
+             \"{{\\\"kind\\\":\\\"restart\\\",\\\"containerName\\\":\\\"$LANDFALL_CONTAINER_NAME\\\",\\\"build\\\":{build}}}\" \
+             $LANDFALL_HOSTD_URL/rpc"
+        );
+        run(&["exec", &self.name, "sh", "-c", &script])
+    }
+
+    fn registration(&self) -> PathBuf {
+        self.home().join(format!("run/registrations/{}.json", self.name))
+    }
+}
+
+impl Drop for Shop {
+    fn drop(&mut self) {
+        run(&["rm", "-f", "-v", &self.name, &format!("{}.landfall-old", self.name)]);
+        self.landfall(&["down"]);
+        run(&["rmi", "-f", &format!("landfall-{}", self.name)]);
+    }
+}
+
+/// The first process of a container gets no signal that it does not ask for.
+const SERVE: &str = "trap 'exit 0' TERM; busybox httpd -f -p 127.0.0.1:PORT -h /www & wait";
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn a_started_folder_restarts_itself_and_answers_where_it_did() {
+    let shop = Shop::new("shop", SERVE);
+    let started = shop.landfall(&["start"]);
+    let told = String::from_utf8_lossy(&started.stderr);
+    assert!(started.status.success() && told.contains("build.args"), "what is not used is told: {told}");
+    wait_until("the first page", || shop.page().filter(|page| page == "one"));
+    let again = shop.landfall(&["start"]);
+    assert_eq!(again.status.code(), Some(6), "{}", String::from_utf8_lossy(&again.stderr));
+
+    let listed: Value = serde_json::from_str(&shop.says(&["ls", "--json"])).unwrap();
+    assert_eq!(listed["containers"][0]["forwards"][0]["label"], "Web", "{listed}");
+    let environment = docker(&["exec", &shop.name, "busybox", "env"]);
+    let value = |name: &str| {
+        let mut lines = environment.lines().filter_map(|line| line.split_once('='));
+        lines.find(|(known, _)| *known == name).unwrap().1.to_owned()
+    };
+    for name in ["CONTAINER_NAME", "HOSTD_URL", "HOSTD_TOKEN", "HOSTD_BROKER_TOKEN"] {
+        assert_eq!(value(&format!("LANDFALL_{name}")), value(&format!("TYPECLAW_{name}")));
+    }
+
+    let refused = shop.ask(false, "somebody-elses-token");
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("403"));
+
+    // Without a rebuild: the same image, whatever is in the folder by now.
+    shop.write("www/index.html", "two");
+    let before = shop.started_at().unwrap();
+    let asked = shop.ask(false, "$LANDFALL_HOSTD_TOKEN");
+    assert!(String::from_utf8_lossy(&asked.stdout).contains("\"scheduled\":true"), "{asked:?}");
+    wait_until("the restart", || shop.started_at().filter(|now| *now != before));
+    wait_until("the page after it", || shop.page().filter(|page| page == "one"));
+
+    // With one: from the folder as it is, by the same Dockerfile. The token is still good.
+    let asked = shop.ask(true, "$LANDFALL_HOSTD_TOKEN");
+    assert!(String::from_utf8_lossy(&asked.stdout).contains("\"scheduled\":true"), "{asked:?}");
+    wait_until("the page of the new image", || shop.page().filter(|page| page == "two"));
+    wait_until("its old container's end", || {
+        let old = run(&["inspect", &format!("{}.landfall-old", shop.name)]);
+        (!old.status.success()).then_some(())
+    });
+    let log = std::fs::read_to_string(shop.home().join("log/hostd.log")).unwrap();
+    for token in [value("LANDFALL_HOSTD_TOKEN"), value("LANDFALL_HOSTD_BROKER_TOKEN")] {
+        assert!(!log.contains(&token), "a token was told: {log}");
+    }
+
+    shop.says(&["stop"]);
+    wait_until("the port's end", || TcpStream::connect(("127.0.0.1", shop.port)).is_err().then_some(()));
+    assert!(!run(&["inspect", &shop.name]).status.success(), "the container is still there");
+    assert!(!shop.registration().exists());
+    assert_eq!(shop.landfall(&["stop"]).status.code(), Some(3));
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn a_container_that_ends_at_once_says_why_and_leaves_nothing() {
+    let shop = Shop::new("broken", "echo no such module; exit 3");
+    let output = shop.landfall(&["start"]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{told}");
+    assert!(told.contains("ended at once with status 3: no such module"), "{told}");
+    assert!(!run(&["inspect", &shop.name]).status.success(), "the container is still there");
+    assert!(!shop.registration().exists());
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn only_what_was_started_of_a_folder_is_stopped() {
+    let shop = Shop::new("own", SERVE);
+    docker(&["run", "-d", "--name", &shop.name, super::BASE, "sleep", "100000"]);
+    let output = shop.landfall(&["stop", &shop.name]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{told}");
+    let output = shop.landfall(&["start"]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(told.contains("another container is called"), "{told}");
+    assert!(run(&["inspect", &shop.name]).status.success(), "it was removed");
+}

@@ -1,0 +1,20 @@
+//! `devcontainer.json`, and a container's label that says the same: nothing in them ends the daemon, and what they say can be
+//! told on the wire and is read there as the same.
+
+#![no_main]
+
+use landfall::devcontainer::{Devcontainer, from_metadata};
+use landfall::policy::PortForward;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let _ = Devcontainer::parse(text);
+    let Ok(said) = from_metadata(text) else { return };
+    if let Some(policy) = said.port_forward() {
+        let told = serde_json::to_value(&policy).unwrap();
+        assert_eq!(PortForward::from_value(&told), Ok(policy), "{told}");
+    }
+    for note in said.notes() {
+        assert!(note.first <= note.last, "{note:?}");
+    }
+});
