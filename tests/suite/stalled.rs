@@ -7,14 +7,21 @@ use landfall_engine::limits::Limits;
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::process::{engine_load, resident_bytes};
-use landfall_tests::{Pattern, Relay, Server, connect, is_long, note, read_exactly, reset, wait_until};
+use landfall_tests::{
+    Namespace, Pattern, Relay, Server, connect, is_long, note, read_exactly, reset, wait_until,
+};
 
 pub(crate) const CASES: &[Case] =
     &[Case::each_ring("c05_stalled_readers_bound_memory_and_hold_up_nobody", stalled_readers)];
 
 fn stalled_readers(ring: RingChoice) {
     let count = if is_long() { 1000 } else { 200 };
+    // What waits in the kernel is bounded as well, or it would be the case that fails: where TCP's memory runs out, the kernel
+    // resets what is closed before it was sent (tcp_mem, tcp_check_oom() in net/ipv4/tcp.c), and a thousand ways that are
+    // full take gigabytes by default.
+    kernel_holds_little(&Namespace::current());
     let mut relay = Relay::start(ring);
+    kernel_holds_little(&relay.inside);
     let sources = Server::listen(&relay.inside, "127.0.0.1:3000");
     let source = relay.forward(3000);
     Server::listen(&relay.inside, "127.0.0.1:3001").serve(|mut stream| {
@@ -28,23 +35,23 @@ fn stalled_readers(ring: RingChoice) {
     let echo = relay.forward(3001);
     round_trips(echo, 1);
 
+    // More than the buffers of one way hold.
+    let pattern = Pattern::new(1).bytes(8 << 20);
     let before = resident_bytes();
     let mut stalled = Vec::new();
-    let mut block = Pattern::new(1).bytes(1 << 20);
     for _ in 0..count {
         let client = connect(source.v4());
         let server = sources.accept();
         server.set_nonblocking(true).unwrap();
-        stalled.push((client, server, 0_u64));
+        stalled.push((client, server, 0));
     }
     // Everything is full once no server could send a byte for a while.
     let mut quiet = 0;
     wait_until("every way to be full", || {
         let mut moved = 0;
         for (_, server, sent) in &mut stalled {
-            Pattern::new(1).fill(*sent, &mut block[..64 * 1024]);
-            if let Ok(bytes) = server.write(&block[..64 * 1024]) {
-                *sent += bytes as u64;
+            if let Ok(bytes) = server.write(&pattern[*sent..][..64 * 1024]) {
+                *sent += bytes;
                 moved += bytes;
             }
         }
@@ -69,13 +76,19 @@ fn stalled_readers(ring: RingChoice) {
     for (index, (client, server, sent)) in stalled.into_iter().enumerate() {
         if index % 10 == 0 {
             drop(server);
-            read_exactly(&client, &mut Pattern::new(1).checker(), sent);
+            read_exactly(&client, &mut Pattern::new(1).checker(), sent as u64);
         } else {
             reset(client);
         }
     }
     relay.stats_become(source, "all to be over", |stats| stats.open == 0);
     note!("{count} stalled readers: {} KiB of memory each", grown / count / 1024);
+}
+
+/// At most 128 KiB in each buffer of a socket that is made in `namespace` from now on.
+fn kernel_holds_little(namespace: &Namespace) {
+    namespace.set_sysctl("ipv4/tcp_rmem", "4096 65536 131072");
+    namespace.set_sysctl("ipv4/tcp_wmem", "4096 65536 131072");
 }
 
 /// A hundred times there and back.
