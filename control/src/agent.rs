@@ -100,14 +100,17 @@ pub async fn run(options: Options) -> Result<(), StartError> {
     if options.token.is_none() && door.is_none() {
         return Err(StartError::Useless);
     }
-    let bound = Bound::listen(options.address, options.port, &log).await?;
+    let bound = Bound::listen(options.address, options.port)?;
+    let asked = local::listen(bound.port());
+    // What is told holds already: who starts something at the first word finds an agent that can be asked.
+    bound.tell(&log);
     if options.token.is_none() {
         let text = "there is no broker token in the environment, so only the directory is served";
         log.tell(&AgentEvent::AgentNotice { text: text.to_owned() });
     }
     let hub = Hub::new();
     let has_token = options.token.is_some();
-    match local::listen(bound.port()) {
+    match asked {
         Ok(listener) => drop(tokio::spawn(local::serve(listener, hub.clone(), has_token))),
         Err(error) => {
             let text = format!("programs in the container cannot ask for ports: {}", chain(&error));

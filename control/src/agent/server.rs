@@ -78,7 +78,7 @@ impl Bound {
     ///
     /// # Errors
     /// [`StartError::Listen`].
-    pub(super) async fn listen(address: Option<IpAddr>, port: u16, log: &Log) -> Result<Bound, StartError> {
+    pub(super) fn listen(address: Option<IpAddr>, port: u16) -> Result<Bound, StartError> {
         let first = SocketAddr::new(address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port);
         let failed = |source| StartError::Listen { address: first, source };
         let listener = listen(first).map_err(failed)?;
@@ -88,10 +88,14 @@ impl Bound {
             // A container without IPv6 does without it.
             listeners.extend(listen(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)));
         }
-        for address in listeners.iter().filter_map(|listener| listener.local_addr().ok()) {
+        Ok(Bound { listeners, port })
+    }
+
+    /// Tells where.
+    pub(super) fn tell(&self, log: &Log) {
+        for address in self.listeners.iter().filter_map(|listener| listener.local_addr().ok()) {
             log.tell(&AgentEvent::AgentListening { address });
         }
-        Ok(Bound { listeners, port })
     }
 
     /// The port.
