@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -49,6 +49,8 @@ struct State {
     calls: Vec<String>,
     /// One for each `/events` that is open.
     listeners: Vec<UnixStream>,
+    /// What it told so far, as it was sent, and when.
+    told: Vec<(SystemTime, String)>,
     made: u32,
 }
 
@@ -92,6 +94,7 @@ impl FakeDocker {
             stops_held: false,
             calls: Vec::new(),
             listeners: Vec::new(),
+            told: Vec::new(),
             made: 0,
         };
         let fake = FakeDocker(Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }));
@@ -275,7 +278,9 @@ impl FakeDocker {
             "Actor": {"ID": id, "Attributes": attributes}});
         let line = format!("{event}\n");
         let chunk = format!("{:x}\r\n{line}\r\n", line.len());
-        self.state().listeners.retain_mut(|listener| listener.write_all(chunk.as_bytes()).is_ok());
+        let mut state = self.state();
+        state.listeners.retain_mut(|listener| listener.write_all(chunk.as_bytes()).is_ok());
+        state.told.push((SystemTime::now(), chunk));
     }
 
     fn serve(&self, stream: &UnixStream) {
@@ -290,8 +295,15 @@ impl FakeDocker {
                 Reply::Hang => return self.hang(),
                 Reply::Events => {
                     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
-                    if writer.write_all(head.as_bytes()).is_ok() {
-                        self.state().listeners.extend(stream.try_clone());
+                    // Whoever asks for them hears what was told since then, and misses nothing in between.
+                    let since = parameter(&request.query, "since").and_then(|since| since.parse().ok());
+                    let since = since.map(|since| SystemTime::UNIX_EPOCH + Duration::from_secs(since));
+                    let mut state = self.state();
+                    let mut text = head.to_owned();
+                    let missed = state.told.iter().filter(|(at, _)| since.is_some_and(|since| *at >= since));
+                    text.extend(missed.map(|(_, chunk)| chunk.as_str()));
+                    if writer.write_all(text.as_bytes()).is_ok() {
+                        state.listeners.extend(stream.try_clone());
                     }
                     return;
                 }
