@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
 use std::time::Duration;
 
+use landfall_engine::ring::tune;
 use nix::errno::Errno;
-use rustix::net::sockopt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
@@ -30,12 +30,7 @@ pub(super) async fn dial(port: NonZeroU16) -> Result<TcpStream, String> {
 
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    socket.set_nodelay(true)?;
-    // An urgent byte that is not in line vanishes from the stream.
-    sockopt::set_socket_oobinline(&socket, true)?;
-    // Others pace loopback (BBR to a third of its speed). Where neither may be chosen, the default serves.
-    let _ = sockopt::set_tcp_congestion(&socket, "cubic")
-        .or_else(|_| sockopt::set_tcp_congestion(&socket, "reno"));
+    tune(&socket);
     let stream = timeout(CONNECT_TIME_MAX, socket.connect(address))
         .await
         .unwrap_or_else(|_| Err(io::Error::from(Errno::ETIMEDOUT)))?;

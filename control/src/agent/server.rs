@@ -47,11 +47,6 @@ const BACKLOG: u32 = 128;
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// How long hosts have to hear that the agent ends.
 const STOP_TIME_MAX: Duration = Duration::from_secs(1);
-/// After how long without a word the kernel asks whether the peer is still there, and how often then: a host whose machine
-/// went away without a word gives its place back within two minutes.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-const KEEPALIVE_PROBES: u32 = 4;
 
 /// What connections need.
 #[derive(Clone, Debug)]
@@ -166,7 +161,7 @@ async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
 
 /// One connection, until it ends or becomes a WebSocket, which goes on as a task of its own.
 async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: Guest) {
-    prepare(&stream);
+    wire::prepare(&stream);
     let guest = Arc::new(Mutex::new(Some(guest)));
     let asked_to_leave = locked(&guest).as_ref().map(|guest| guest.leave.clone()).unwrap_or_default();
     let service = service_fn(|request| {
@@ -185,15 +180,6 @@ async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: Guest) {
         () = asked_to_leave.cancelled() => {}
         () = inner.stopping.cancelled() => {}
     }
-}
-
-/// What cannot be set is done without.
-fn prepare(stream: &TcpStream) {
-    let _ = stream.set_nodelay(true);
-    let _ = sockopt::set_socket_keepalive(stream, true);
-    let _ = sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE);
-    let _ = sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL);
-    let _ = sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES);
 }
 
 type Text = Response<Full<Bytes>>;

@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use rustix::net::sockopt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -14,11 +13,6 @@ use super::pump::Inlets;
 use super::wire::{self, Incoming, Reader, WireError};
 use crate::cli::exit::chain;
 
-/// After how long without a byte the kernel asks whether the other end is still there, how often, and how many times. A
-/// container that was frozen answers; a machine that is gone does not.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
-const KEEPALIVE_MISSES: u32 = 4;
 /// How long the container may take to answer that we close.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 /// The code of a close without a complaint (RFC 6455, 7.4.1).
@@ -134,16 +128,6 @@ pub(super) async fn heard(connection: &mut Option<Connection>) -> Heard {
 
 async fn dial(address: SocketAddr) -> std::io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
-    for name in ["cubic", "reno"] {
-        // A default that paces (bbr) is slow on loopback.
-        if sockopt::set_tcp_congestion(&socket, name).is_ok() {
-            break;
-        }
-    }
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    sockopt::set_socket_keepalive(&socket, true)?;
-    sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE)?;
-    sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_EVERY)?;
-    sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_MISSES)?;
+    wire::prepare(&socket);
     socket.connect(address).await
 }

@@ -13,6 +13,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use landfall_engine::ring::tune;
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Mutex;
@@ -57,14 +58,14 @@ impl Pairs {
 
 fn listen() -> io::Result<TcpListener> {
     let socket = TcpSocket::new_v4()?;
-    tune(&socket)?;
+    prepare(&socket)?;
     socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
     socket.listen(BACKLOG)
 }
 
 async fn connect(listener: &TcpListener) -> io::Result<(OwnedFd, TcpStream)> {
     let socket = TcpSocket::new_v4()?;
-    tune(&socket)?;
+    prepare(&socket)?;
     let theirs = socket.connect(listener.local_addr()?).await?;
     let address = theirs.local_addr()?;
     loop {
@@ -78,16 +79,10 @@ async fn connect(listener: &TcpListener) -> io::Result<(OwnedFd, TcpStream)> {
 }
 
 /// An accepted socket takes these over from its listener, except for `TCP_NODELAY`.
-fn tune(socket: &TcpSocket) -> io::Result<()> {
+fn prepare(socket: &TcpSocket) -> io::Result<()> {
     sockopt::set_socket_send_buffer_size(socket, BUFFER_BYTES)?;
     sockopt::set_socket_recv_buffer_size(socket, BUFFER_BYTES)?;
-    sockopt::set_tcp_nodelay(socket, true)?;
-    for name in ["cubic", "reno"] {
-        // A default that paces (bbr) is slow on loopback.
-        if sockopt::set_tcp_congestion(socket, name).is_ok() {
-            break;
-        }
-    }
+    tune(socket);
     Ok(())
 }
 

@@ -5,7 +5,9 @@
 //! two minutes, and asks with a ping before it does.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
@@ -16,6 +18,8 @@ use hyper::header::{
 };
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use landfall_engine::ring::tune;
+use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
@@ -35,6 +39,12 @@ const WRITE_BYTES: usize = 128 * 1024;
 /// room for one message of ours, the largest of which tells of 65535 listeners.
 const WRITE_BYTES_MAX: usize = 8 * 1024 * 1024;
 const READ_BYTES: usize = 128 * 1024;
+
+/// After how long without a byte the kernel asks whether the other end is still there, how often, and how many times: a
+/// machine that went away without a word is noticed within two minutes. A container that was frozen answers.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
+const KEEPALIVE_MISSES: u32 = 4;
 
 /// Why a WebSocket did not come to be, or is no more.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +96,16 @@ impl Text {
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
+}
+
+/// Sets the options of a socket that is to carry a WebSocket. What cannot be set is done without.
+pub fn prepare(socket: impl AsFd) {
+    let socket = socket.as_fd();
+    tune(socket);
+    let _ = sockopt::set_socket_keepalive(socket, true);
+    let _ = sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE);
+    let _ = sockopt::set_tcp_keepintvl(socket, KEEPALIVE_EVERY);
+    let _ = sockopt::set_tcp_keepcnt(socket, KEEPALIVE_MISSES);
 }
 
 /// Dials the WebSocket of a broker over a connection that stands. There is no limit of time here.

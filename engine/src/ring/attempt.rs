@@ -167,9 +167,9 @@ pub(crate) fn congestion() -> Option<&'static str> {
     })
 }
 
-/// Sets the TCP options of a relayed connection, or of a listener, whose connections inherit them: small messages leave at once, an urgent byte
-/// stays in the stream, and nothing is paced.
-pub(crate) fn tune(socket: impl AsFd) {
+/// Sets the TCP options of a relayed connection, or of a listener, whose connections inherit them except for `TCP_NODELAY`:
+/// small messages leave at once, an urgent byte stays in the stream, and nothing is paced. What is refused is done without.
+pub fn tune(socket: impl AsFd) {
     let socket = socket.as_fd();
     // Each of these only makes a connection faster or more faithful; none is worth refusing one for.
     let _ = sockopt::set_tcp_nodelay(socket, true);

@@ -35,6 +35,7 @@ mod pool;
 mod uring;
 mod work;
 
+pub use attempt::tune;
 pub use epoll::EpollRing;
 pub use fault::Fault;
 pub use pool::{Loan, Pool};
