@@ -32,7 +32,8 @@ use std::thread;
 use std::time::Duration;
 
 use landfall_engine::opener::serve;
-use rustix::process::{Resource, Rlimit, WaitOptions, getrlimit, setrlimit, wait};
+use landfall_engine::process::raise_descriptor_limit;
+use rustix::process::{WaitOptions, wait};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -94,6 +95,7 @@ pub enum StartError {
 /// [`StartError`]; then nothing of it is left.
 pub async fn run(options: Options) -> Result<(), StartError> {
     let mut signals = Signals::take().map_err(StartError::Signals)?;
+    // Every stream holds a descriptor.
     raise_descriptor_limit();
     let log = Log::to_stderr();
     let door = open_door(&options, &log)?;
@@ -188,10 +190,4 @@ impl Signals {
             }
         }
     }
-}
-
-/// Every stream holds a descriptor. A limit that cannot be raised is lived with.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }

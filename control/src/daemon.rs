@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use landfall_engine::process::raise_descriptor_limit;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -147,6 +147,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let mut tasks = JoinSet::new();
     tasks.spawn(obey_signals(stop.clone())?);
     let journal = open_journal(&home)?;
+    // Clients may hold hundreds of descriptors.
     raise_descriptor_limit();
 
     let docker = Docker::from_environment();
@@ -392,12 +393,6 @@ fn open_journal(home: &Home) -> Result<Journal, StartError> {
         told.tell(&Event::Notice { text: panic.to_string() });
     }));
     Ok(journal)
-}
-
-/// Clients may hold hundreds of descriptors. A limit that cannot be raised is lived with.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 /// Leaves a number for people, or for the next daemon. It is a hint, so that it cannot be written is no reason not to
