@@ -346,16 +346,7 @@ pub fn take(
     family: Family,
     netns_cookie: u64,
 ) -> Result<Option<Vec<OwnedFd>>, StockError> {
-    let received = channel::receive::<Answer>(channel, ANSWER_BYTES_MAX, RecvFlags::DONTWAIT);
-    let (answer, sockets) = match received {
-        Ok(Some(received)) => received,
-        Err(ChannelError::WouldBlock) => return Ok(None),
-        Ok(None) | Err(ChannelError::Gone) => return Err(StockError::Gone),
-        Err(error @ (ChannelError::DescriptorsLost | ChannelError::System(_))) => {
-            return Err(StockError::Exhausted(error.to_string()));
-        }
-        Err(error) => return Err(StockError::Hostile(error.to_string())),
-    };
+    let Some((answer, sockets)) = answered(channel)? else { return Ok(None) };
     let (count, error) = match answer {
         Answer::Made { count, error } => (usize::from(count), error),
         Answer::Failed { failure } => (0, Some(failure)),
@@ -372,6 +363,19 @@ pub fn take(
         Some(failure) if failure.kind == FailureKind::Exhausted => Err(StockError::Exhausted(failure.detail)),
         Some(failure) => Err(StockError::Refused(failure)),
         None => Err(StockError::Hostile("an answer without sockets and without a reason".to_owned())),
+    }
+}
+
+/// The next answer and what came with it, without waiting; `None` when it is not there yet.
+fn answered(channel: BorrowedFd<'_>) -> Result<Option<(Answer, Vec<OwnedFd>)>, StockError> {
+    match channel::receive::<Answer>(channel, ANSWER_BYTES_MAX, RecvFlags::DONTWAIT) {
+        Ok(Some(received)) => Ok(Some(received)),
+        Err(ChannelError::WouldBlock) => Ok(None),
+        Ok(None) | Err(ChannelError::Gone) => Err(StockError::Gone),
+        Err(error @ (ChannelError::DescriptorsLost | ChannelError::System(_))) => {
+            Err(StockError::Exhausted(error.to_string()))
+        }
+        Err(error) => Err(StockError::Hostile(error.to_string())),
     }
 }
 

@@ -3,11 +3,11 @@
 use std::num::NonZeroU16;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, sockopt};
+use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sockopt};
 
-use super::StockError;
+use super::{StockError, answered};
 use crate::channel::{self, ChannelError};
-use crate::opener::{ANSWER_BYTES_MAX, Answer, DialFailure, Request};
+use crate::opener::{Answer, DialFailure, Request};
 use crate::ring::attempt;
 
 /// Asks for a connection to a port inside. Never waits; [`hear`] brings the answer.
@@ -29,16 +29,7 @@ pub type Heard = (u64, Result<OwnedFd, DialFailure>);
 /// # Errors
 /// See [`StockError`]; [`StockError::Exhausted`] where the socket got lost, so that its dial is never answered.
 pub fn hear(channel: BorrowedFd<'_>) -> Result<Option<Heard>, StockError> {
-    let (answer, mut sockets) =
-        match channel::receive::<Answer>(channel, ANSWER_BYTES_MAX, RecvFlags::DONTWAIT) {
-            Ok(Some(received)) => received,
-            Err(ChannelError::WouldBlock) => return Ok(None),
-            Ok(None) | Err(ChannelError::Gone) => return Err(StockError::Gone),
-            Err(error @ (ChannelError::DescriptorsLost | ChannelError::System(_))) => {
-                return Err(StockError::Exhausted(error.to_string()));
-            }
-            Err(error) => return Err(StockError::Hostile(error.to_string())),
-        };
+    let Some((answer, mut sockets)) = answered(channel)? else { return Ok(None) };
     match (answer, sockets.pop()) {
         (Answer::Dialled { dial }, Some(socket)) if sockets.is_empty() => {
             check(&socket).map_err(|what| StockError::Hostile(what.to_owned()))?;
