@@ -21,6 +21,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
+use crate::paths::identity_of_name;
+
 /// Where the directory is mounted, unless another one is named.
 pub(super) const DIRECTORY: &str = "/run/landfall";
 /// Hosts that wait to be accepted.
@@ -49,7 +51,7 @@ pub enum DirectoryError {
 #[derive(Debug)]
 pub(super) struct Door {
     path: PathBuf,
-    identity: Option<(u64, u64)>,
+    identity: (u64, u64),
 }
 
 /// Whether the usual directory is there and can be written to.
@@ -72,7 +74,7 @@ pub(super) fn listen(directory: &Path) -> Result<(OwnedFd, Door), DirectoryError
     }
     // The socket is open to everybody, and the directory decides.
     let (socket, identity) = appear(directory, AGENT_SOCKET, 0o666).map_err(failed)?;
-    Ok((socket, Door { path, identity: Some(identity) }))
+    Ok((socket, Door { path, identity }))
 }
 
 /// Has a listening socket of this mode appear as `name` in `directory`, in the place of whatever had the name. Device and inode
@@ -108,8 +110,7 @@ fn is_served(path: &Path) -> bool {
 
 impl Drop for Door {
     fn drop(&mut self) {
-        let found = self.path.symlink_metadata().ok().map(|file| (file.dev(), file.ino()));
-        if found.is_some() && found == self.identity {
+        if identity_of_name(&self.path) == Some(self.identity) {
             // What stays is taken for what it is by the next agent.
             let _ = std::fs::remove_file(&self.path);
         }
