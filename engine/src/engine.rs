@@ -92,7 +92,6 @@ impl Engine {
         }
         let report = ring::choose(ring, &limits)?;
         let limits = within_descriptors(limits);
-        let report_kind = report.kind;
         let (messages, inbox) = mpsc::channel();
         let mut shards = Vec::with_capacity(usize::from(limits.shards));
         for index in 0..usize::from(limits.shards) {
@@ -112,6 +111,7 @@ impl Engine {
         let watcher = Watcher::start(move |event| {
             let _ = watch_messages.send(Message::Watch(event));
         })?;
+        let apart = Apart::new(report.kind, &limits, messages.clone());
         let ready = Event::Ready {
             ring: report,
             shards: limits.shards,
@@ -121,7 +121,6 @@ impl Engine {
         let (told, events) = mpsc::channel();
         // The receiver is held here, so it takes the event.
         let _ = told.send(ready.clone().into());
-        let apart = Apart::new(report_kind, &limits, messages.clone());
         let conductor = Conductor::new(shards, apart, watcher, limits.backlog, told);
         let thread = std::thread::Builder::new().name("landfall-engine".to_owned());
         let conductor = thread.spawn(move || conductor.run(&inbox))?;

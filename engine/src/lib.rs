@@ -5,9 +5,9 @@
 //!
 //! A client dials 127.0.0.1 or `::1`. [`shard`] accepts, takes a socket from the stock that an [`opener`] made inside the
 //! namespace, and connects it to the server's loopback address there. Where nobody of ours may go in, the sockets come from
-//! an agent inside, which is believed nothing, or the driver dials for each client. From then on the connection is a pure machine of
-//! [`relay`]: two halves that read, write, and read again, through a buffer while messages are small and through a pipe
-//! (splice(2)) when they are bulk. What the machine asks for is done by a [`ring`]: io_uring, or epoll where that is
+//! an agent inside, which is believed nothing, or the driver dials for each client. From then on the connection is a pure
+//! machine of [`relay`]: two halves that read, write, and read again, through a buffer while messages are small and through
+//! a pipe (splice(2)) when they are bulk. What the machine asks for is done by a [`ring`]: io_uring, or epoll where that is
 //! forbidden.
 //!
 //! # Map
