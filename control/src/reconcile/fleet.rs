@@ -106,6 +106,13 @@ struct Upstream {
     leaving: bool,
 }
 
+impl Upstream {
+    /// Whether it is there to stay: new connections may be led over it.
+    fn stays(&self) -> bool {
+        self.dismissed.is_none() && !self.leaving
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Status {
     Opening,
@@ -274,7 +281,7 @@ impl Fleet {
         self.close_watched(&verdicts, now, &mut commands);
         self.close_announced(&mut commands);
         for name in &names {
-            let Some(upstream) = self.upstream_of(name) else { continue };
+            let Some((upstream, _)) = self.upstream_of(name) else { continue };
             match verdicts.get(&upstream) {
                 Some(ports) => self.open_watched(name, upstream, ports, now, &mut commands, &mut changes),
                 None => self.open_announced(name, upstream, &mut commands, &mut changes),

@@ -254,7 +254,7 @@ impl Fleet {
         if let Err(reason) = self.judge(policy, port) {
             return Attempt::Over(Over::Denied(reason));
         }
-        let own = self.forwards_of(name).find(|forward| !forward.reserved && forward.target_port == port);
+        let own = self.announced_at(name, port);
         match own.map(Forward::is_live) {
             Some(true) => return Attempt::Made(None),
             Some(false) => return Attempt::Wait,
@@ -269,6 +269,11 @@ impl Fleet {
             Holder::Soon | Holder::Heir(_) => Attempt::Wait,
             Holder::Taken(reason) => Attempt::Over(Over::Failed(reason)),
         }
+    }
+
+    /// The forward to a port inside that is not there by a reservation.
+    fn announced_at(&self, name: &ContainerName, port: NonZeroU16) -> Option<&Forward> {
+        self.forwards_of(name).find(|forward| !forward.reserved && forward.target_port == port)
     }
 
     /// Notes what became of the attempt for a port.
@@ -321,7 +326,7 @@ impl Fleet {
         if self.judge(self.policy_of(name)?, port).is_err() {
             return excluded();
         }
-        let own = self.forwards_of(name).find(|forward| !forward.reserved && forward.target_port == port);
+        let own = self.announced_at(name, port);
         if let Some(open) = own.filter(|forward| forward.status == Status::Open) {
             return Some(Ok(open.host_port));
         }
@@ -330,8 +335,7 @@ impl Fleet {
             Some(Over::Failed(reason)) => return Some(Err(reason.clone())),
             None => {}
         }
-        let upstream = self.upstream_of(name).and_then(|id| Some((id, self.upstreams.get(&id)?)));
-        let (id, watched) = upstream.filter(|(_, upstream)| !upstream.dialled)?;
+        let (id, watched) = self.upstream_of(name).filter(|(_, upstream)| !upstream.dialled)?;
         if let Some(failure) = self.failures.get(&(name.clone(), port)) {
             return Some(Err(failure.reason.clone()));
         }
@@ -347,10 +351,10 @@ impl Fleet {
 
     /// When the debts of ports that the watch does not see are due.
     pub(super) fn debts_due(&self) -> impl Iterator<Item = Instant> {
-        let watched = self.brokers.iter().filter(|(name, _)| {
-            let upstream = self.upstream_of(name).and_then(|id| self.upstreams.get(&id));
-            upstream.is_some_and(|upstream| !upstream.dialled)
-        });
+        let watched = self
+            .brokers
+            .iter()
+            .filter(|(name, _)| self.upstream_of(name).is_some_and(|(_, upstream)| !upstream.dialled));
         let owed = watched.flat_map(|(_, broker)| {
             broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port))
         });

@@ -59,7 +59,7 @@ impl Fleet {
         if self.holds_reserved(name, port) {
             return Some(true);
         }
-        let upstream = self.upstream_of(name)?;
+        let (upstream, _) = self.upstream_of(name)?;
         if self.dialled(name).is_some() {
             return Some(self.waits_for(name, port));
         }

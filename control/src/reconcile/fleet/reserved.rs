@@ -228,8 +228,7 @@ impl Fleet {
 
     /// The upstream over which a port can be opened now: the engine has one, and nothing leads to the port any more.
     fn free_upstream(&self, name: &ContainerName, target: NonZeroU16) -> Option<UpstreamId> {
-        let id = self.upstream_of(name)?;
-        let upstream = self.upstreams.get(&id)?;
+        let (id, upstream) = self.upstream_of(name)?;
         let taken = self.forwards_of(name).any(|forward| forward.target_port == target);
         // One that is watched may not have been given to the engine before it was read.
         ((upstream.dialled || upstream.seen.is_some()) && !taken).then_some(id)

@@ -62,7 +62,7 @@ impl Fleet {
                 }
             }
         }
-        let verdicts = self.upstream_of(name).and_then(|id| self.verdicts_of(id, self.upstreams.get(&id)?));
+        let verdicts = self.upstream_of(name).and_then(|(id, upstream)| self.verdicts_of(id, upstream));
         for (port, verdict) in verdicts.unwrap_or_default() {
             let failure = self.failures.get(&(name.clone(), port));
             match (verdict, failure) {
@@ -108,7 +108,7 @@ impl Fleet {
     }
 
     fn inodes(&self, name: &ContainerName, port: NonZeroU16) -> Vec<u64> {
-        let seen = self.upstream_of(name).and_then(|id| self.upstreams.get(&id)?.seen.as_ref());
+        let seen = self.upstream_of(name).and_then(|(_, upstream)| upstream.seen.as_ref());
         seen.map(|seen| seen.inodes(port).collect()).unwrap_or_default()
     }
 }

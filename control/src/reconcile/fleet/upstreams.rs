@@ -34,8 +34,7 @@ impl Fleet {
         if !self.wishes.iter().any(|wish| wish.name == *name) {
             return Admission::Unwanted;
         }
-        let staying = |upstream: &Upstream| upstream.dismissed.is_none() && !upstream.leaving;
-        let same = |upstream: &Upstream| staying(upstream) && upstream.cookie == cookie;
+        let same = |upstream: &Upstream| upstream.stays() && upstream.cookie == cookie;
         let fellow = self.upstreams.values().filter(|upstream| same(upstream));
         if let Some(fellow) =
             fellow.filter_map(|upstream| upstream.owner.as_ref()).find(|owner| *owner != name)
@@ -43,7 +42,7 @@ impl Fleet {
             return Admission::Shared(fellow.clone());
         }
         for upstream in self.upstreams.values_mut() {
-            if staying(upstream) && upstream.owner.as_ref() == Some(name) && upstream.cookie != cookie {
+            if upstream.stays() && upstream.owner.as_ref() == Some(name) && upstream.cookie != cookie {
                 upstream.dismissed = Some(ClosedReason::HostError);
             }
         }
@@ -103,8 +102,9 @@ impl Fleet {
 
     /// The upstream for which the driver dials, where that is how a container is reached; with its cookie.
     pub fn dialled(&self, name: &ContainerName) -> Option<(UpstreamId, u64)> {
-        let id = self.upstream_of(name)?;
-        self.upstreams.get(&id).filter(|upstream| upstream.dialled).map(|upstream| (id, upstream.cookie))
+        self.upstream_of(name)
+            .filter(|(_, upstream)| upstream.dialled)
+            .map(|(id, upstream)| (id, upstream.cookie))
     }
 
     fn add_upstream(&mut self, name: &ContainerName, cookie: impl Fn(UpstreamId) -> u64) -> UpstreamId {
@@ -146,9 +146,8 @@ impl Fleet {
     }
 
     /// The upstream of a container that stays.
-    pub(super) fn upstream_of(&self, name: &ContainerName) -> Option<UpstreamId> {
-        let staying = |upstream: &Upstream| upstream.dismissed.is_none() && !upstream.leaving;
-        let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name) && staying(upstream);
-        self.upstreams.iter().find(|(_, upstream)| own(upstream)).map(|(id, _)| *id)
+    pub(super) fn upstream_of(&self, name: &ContainerName) -> Option<(UpstreamId, &Upstream)> {
+        let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name) && upstream.stays();
+        self.upstreams.iter().find(|(_, upstream)| own(upstream)).map(|(id, upstream)| (*id, upstream))
     }
 }
