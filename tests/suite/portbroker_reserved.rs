@@ -3,6 +3,7 @@
 
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use landfall_tests::broker::{
@@ -335,16 +336,18 @@ fn replay_revives() {
     peer.hear_that(&forwarded(5173, 5173));
 }
 
+/// What an earlier daemon remembered of a container.
+fn plant(home: &Home, container: &Container) -> PathBuf {
+    let remembered = json!({"containerName": NAME, "cwd": home.folder(NAME), "wsHostPort": container.port(),
+        "portForward": {"allow": "*"}, "brokerToken": TOKEN});
+    home.plant(NAME, remembered.to_string())
+}
+
 fn replay_skips() {
     let home = Home::new();
     let _docker = FakeDocker::start(&home, &["another"]);
     let container = Container::listen(TOKEN);
-    let path = home.plant(
-        NAME,
-        json!({"containerName": NAME, "cwd": home.folder(NAME), "wsHostPort": container.port(),
-            "portForward": {"allow": "*"}, "brokerToken": TOKEN})
-        .to_string(),
-    );
+    let path = plant(&home, &container);
     let _daemon = home.daemon();
     wait_until("the file to go", || if path.exists() { Err("there") } else { Ok(()) });
     assert_eq!(names(&home), Vec::<String>::new());
@@ -357,12 +360,7 @@ fn replay_tolerates() {
     let docker = FakeDocker::start(&home, &[NAME]);
     docker.set_mode(DockerMode::Fails);
     let container = Container::listen(TOKEN);
-    let path = home.plant(
-        NAME,
-        json!({"containerName": NAME, "cwd": home.folder(NAME), "wsHostPort": container.port(),
-            "portForward": {"allow": "*"}, "brokerToken": TOKEN})
-        .to_string(),
-    );
+    let path = plant(&home, &container);
     let _daemon = home.daemon();
     // Docker says nothing, so what was registered counts.
     container.welcome().ping();
