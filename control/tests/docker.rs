@@ -13,7 +13,7 @@ mod start;
 
 use std::path::Path;
 use std::process::{Command, Output};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use landfall::docker::{Docker, DockerError, LifeEvent, Network};
 use landfall::events::Journal;
@@ -24,8 +24,21 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::{UnixListener, UnixStream};
 
+const WAIT_MAX: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(20);
 const LONG: Duration = Duration::from_secs(60);
 const BASE: &str = "landfall-test-base";
+
+fn wait_until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(reached) = state() {
+            return reached;
+        }
+        assert!(began.elapsed() < WAIT_MAX, "{what} did not happen");
+        std::thread::sleep(PAUSE);
+    }
+}
 
 fn host() -> String {
     std::env::var("DOCKER_HOST").expect("DOCKER_HOST names the engine; run tests/docker.sh")

@@ -7,31 +7,17 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use landfall::rpc::client::Client;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::ports::free_port;
-use super::{Container, docker, run};
+use super::{Container, WAIT_MAX, docker, run, wait_until};
 
 const IMAGE: &str = "landfall-test-agent";
 const TOKEN: &str = "a-broker-token-of-43-characters-0123456789-";
 const BARE: [&str; 5] = ["--cap-drop", "ALL", "--read-only", "--user", "65534"];
-const WAIT_MAX: Duration = Duration::from_secs(60);
-const PAUSE: Duration = Duration::from_millis(20);
-
-fn wait_until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(reached) = state() {
-            return reached;
-        }
-        assert!(began.elapsed() < WAIT_MAX, "{what} did not happen");
-        std::thread::sleep(PAUSE);
-    }
-}
 
 /// A daemon of the test's own, which knows the Docker engine. Its relay engine ends with it.
 struct Daemon {

@@ -4,27 +4,12 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::ports::free_port;
-use super::{docker, run};
-
-const WAIT_MAX: Duration = Duration::from_secs(60);
-const PAUSE: Duration = Duration::from_millis(20);
-
-fn wait_until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(reached) = state() {
-            return reached;
-        }
-        assert!(began.elapsed() < WAIT_MAX, "{what} did not happen");
-        std::thread::sleep(PAUSE);
-    }
-}
+use super::{WAIT_MAX, docker, run, wait_until};
 
 /// A folder, a daemon of the test's own, and what comes of them. All of it is gone in the end.
 struct Shop {
