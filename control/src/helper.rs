@@ -31,6 +31,7 @@ use crate::cli::exit::chain;
 use crate::docker::Docker;
 use crate::docker::helper::{HelperPlan, HelperSeen};
 use crate::events::{Event, Journal};
+use crate::name::hex;
 use crate::paths::Home;
 use program::Program;
 
@@ -162,8 +163,7 @@ impl Helper {
 /// What its container is called: its user is for people, the rest tells the homes of one user apart.
 fn container_name(home: &Home, user: u32) -> String {
     let digest = Sha256::digest(home.root().as_os_str().as_encoded_bytes());
-    let home: String = digest.iter().take(3).map(|byte| format!("{byte:02x}")).collect();
-    format!("landfall-helper-{user}-{home}")
+    format!("landfall-helper-{user}-{}", hex(&digest[..3]))
 }
 
 /// What is to be done about the container that has the helper's name.

@@ -19,12 +19,18 @@ pub fn sanitise(component: &str) -> String {
     }
     if !component.is_ascii() {
         name.push('-');
-        for byte in Sha256::digest(component.as_bytes()).iter().take(4) {
-            // Writing to a String cannot fail.
-            let _ = write!(name, "{byte:02x}");
-        }
+        name.push_str(&hex(&Sha256::digest(component.as_bytes())[..4]));
     }
     name
+}
+
+/// The bytes, two digits each.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Replaces what could move the cursor, colour, reorder or hide text on a terminal by its escape. For every string

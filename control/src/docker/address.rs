@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::name::hex;
+
 /// Where the machine's Docker listens.
 const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 /// Where the machine's Podman does.
@@ -195,7 +197,7 @@ fn context(
         return Ok(None);
     }
     let misled = |reason: &str| Misled { at: format!("context {name}"), reason: reason.to_owned() };
-    let id: String = Sha256::digest(name.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    let id = hex(&Sha256::digest(name.as_bytes()));
     let about = file(&configuration.join("contexts/meta").join(id).join("meta.json"))?
         .ok_or_else(|| misled("there is no such context; `docker context ls` shows those that there are"))?;
     match about["Endpoints"]["docker"]["Host"].as_str().filter(|host| !host.is_empty()) {

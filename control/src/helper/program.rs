@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
+use crate::name::hex;
 use crate::version;
 
 /// This program's file, whatever became of its name.
@@ -72,8 +73,7 @@ impl Program {
         }
         let named =
             format!("{}\n{}\n{}.{:09}", version::FINGERPRINT, told.len(), told.mtime(), told.mtime_nsec());
-        let digest = Sha256::digest(named.as_bytes());
-        let mut build: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut build = hex(&Sha256::digest(named.as_bytes()));
         build.truncate(BUILD_CHARS);
         Ok(Program { path: path.to_owned(), build })
     }
