@@ -34,11 +34,12 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use landfall_engine::opener;
+use tokio::runtime::{Builder, Runtime};
 
 use crate::forward;
 use crate::sandbox;
 use args::{Cli, Verb};
-use exit::{Exit, Failure};
+use exit::{Exit, Failure, chain};
 use output::Talk;
 
 /// Parses `arguments`, the program's name first, and does what they say.
@@ -88,6 +89,12 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             failure.exit.into()
         }
     }
+}
+
+/// A runtime for a verb that does what only asynchronous clients and servers do.
+fn runtime() -> Result<Runtime, Failure> {
+    let runtime = Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))
 }
 
 /// Help and version go to standard output as clap has them; everything else is a usage error, in our own form.

@@ -31,8 +31,7 @@ fn serve(args: AgentServeArgs) -> Result<Exit, Failure> {
         directory: args.directory,
         interval: args.interval,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
+    let runtime = super::runtime()?;
     let done = runtime.block_on(agent::run(options));
     // What still blocks somewhere is not waited for: everything that had to be finished is.
     runtime.shutdown_background();

@@ -9,8 +9,7 @@ const PROGRAM: &str = "/proc/self/exe";
 
 /// Starts openers for one user until nobody has come for long.
 pub fn helper(args: &HelperArgs) -> Result<Exit, Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
+    let runtime = super::runtime()?;
     let served = serve(&args.directory, args.user, PROGRAM.as_ref(), Bounds::default());
     runtime.block_on(served).map(|()| Exit::Ok).map_err(|error| {
         let text = format!("no socket can be made in {}: {}", args.directory.display(), chain(&error));

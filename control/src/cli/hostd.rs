@@ -35,8 +35,7 @@ pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
     if !std::io::stdin().is_terminal() {
         let _ = rustix::process::setsid();
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
+    let runtime = super::runtime()?;
     let done = runtime.block_on(daemon::run(options));
     // What still blocks somewhere is not waited for: everything that had to be finished is.
     runtime.shutdown_background();

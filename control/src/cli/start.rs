@@ -5,7 +5,6 @@ use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tokio::runtime::Runtime;
 
 use super::args::StartArgs;
 use super::asking;
@@ -35,7 +34,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
         Failure::new(Exit::Usage, why)
             .hint("add a Dockerfile or a devcontainer.json to the folder, or say --image IMAGE")
     })?;
-    let runtime = runtime()?;
+    let runtime = super::runtime()?;
     let docker = Docker::from_environment();
     let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
     if let Some(other) = listed.iter().find(|other| other.name == name) {
@@ -113,12 +112,6 @@ pub(super) fn attachment(
     let Some(said) = read(folder)? else { return Ok((None, Vec::new())) };
     tell_not_used(&said, aside);
     Ok((said.port_forward(), said.notes()))
-}
-
-/// A runtime for what only Docker's client does.
-pub(super) fn runtime() -> Result<Runtime, Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))
 }
 
 /// What people are told when Docker did not do it.

@@ -15,7 +15,7 @@ use crate::rpc::client::{Client, PATIENT_BUDGET};
 
 /// Stops.
 pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
-    let runtime = start::runtime()?;
+    let runtime = super::runtime()?;
     let docker = Docker::from_environment();
     let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
     let name = which(args.what.as_deref(), &listed)?;
