@@ -29,6 +29,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 const LONG: Duration = Duration::from_secs(60);
 const BASE: &str = "landfall-test-base";
 
+#[track_caller]
 fn wait_until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {

@@ -5,16 +5,15 @@ use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use landfall_engine::channel::Channel;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
 use tempfile::TempDir;
 
 use super::ports::free_port;
-use super::{Container, docker, host, run};
+use super::{Container, docker, host, run, wait_until};
 
-const WAIT_MAX: Duration = Duration::from_secs(60);
 const IMAGE: &str = "landfall-test-agent";
 /// Nobody that there is.
 const USER: u32 = 54_321;
@@ -101,18 +100,6 @@ impl Drop for User {
 /// Root alone may be whoever it likes. The others have the rest of the cases.
 fn may_be_another() -> bool {
     rustix::process::geteuid().is_root()
-}
-
-#[track_caller]
-fn wait_until<T>(what: &str, mut seen: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + WAIT_MAX;
-    loop {
-        if let Some(seen) = seen() {
-            return seen;
-        }
-        assert!(Instant::now() < deadline, "{what} did not come within {} s", WAIT_MAX.as_secs());
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// What a web server at this port of the host answers, if one does.
