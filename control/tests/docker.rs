@@ -111,7 +111,11 @@ impl Built {
         built
     }
 
+    /// Writes it, with a first layer that no other case builds on: a layer goes with the last image that has it, also from
+    /// under a build that was about to use it.
     fn dockerfile(&self, text: &str) {
+        let (from, rest) = text.split_once('\n').unwrap();
+        let text = format!("{from}\nLABEL case={}\n{rest}", self.image);
         std::fs::write(self.path().join("Dockerfile"), text).unwrap();
     }
 

@@ -334,7 +334,8 @@ fn two_shutdowns() {
     first.send("{\"kind\":\"shutdown\"}");
     second.send("{\"kind\":\"shutdown\"}");
     first.send("\n");
-    second.send("\n");
+    // The daemon may be gone before this one is heard.
+    let _ = second.try_send("\n");
     let scheduled = json!({"ok": true, "result": {"scheduled": true}});
     assert_eq!(first.answer(), scheduled);
     let other = second.rest();
