@@ -309,14 +309,19 @@ struct Hinted {
 impl Hinted {
     /// Something has happened to a container of Docker's, or to any.
     fn hint(&self, event: &LifeEvent) {
-        self.discovery.look_again();
         match event {
-            LifeEvent::Resync => self.helper.look_again(None),
+            LifeEvent::Resync => {
+                self.forwarding.followed(true);
+                self.helper.look_again(None);
+            }
             LifeEvent::Changed { name, .. } => self.helper.look_again(Some(name)),
+            LifeEvent::Lost => return self.forwarding.followed(false),
         }
+        self.discovery.look_again();
         for entry in &self.registry.list().entries {
             let is_meant = match event {
                 LifeEvent::Resync => true,
+                LifeEvent::Lost => false,
                 LifeEvent::Changed { id, name, .. } => {
                     let known = entry.discovered.as_ref().and_then(|found| found.id.as_ref());
                     entry.docker_name().as_str() == name || known == Some(id)

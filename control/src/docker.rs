@@ -50,6 +50,9 @@ pub enum DockerError {
     /// There is, but it has no first process.
     #[error("container {0} is not running")]
     NotRunning(String),
+    /// There is, and it is neither one that runs nor one that does not: Docker is starting, stopping or restarting it.
+    #[error("container {0} is being started or stopped")]
+    Changing(String),
     /// The engine cannot be asked.
     #[error("Docker cannot be reached at {at}: {reason}")]
     Unreachable {
@@ -208,7 +211,10 @@ pub enum LifeEvent {
         what: String,
     },
     /// Events may have been missed (the engine was away, or this is the beginning): everything has to be looked at again.
+    /// What happens from now on is told.
     Resync,
+    /// The engine tells no more: what happens before the next resync is not told.
+    Lost,
 }
 
 /// What an engine says of itself.
@@ -376,7 +382,8 @@ impl Docker {
         self.bounded(self.connect()).await?.take_away(name.as_str()).await
     }
 
-    /// What happens to containers from now on, beginning with a [`LifeEvent::Resync`]. It outlives outages of the engine.
+    /// What happens to containers from now on, beginning with a [`LifeEvent::Resync`]. It outlives outages of the engine,
+    /// each of which is a [`LifeEvent::Lost`].
     /// It ends when the receiver is dropped.
     pub fn life_events(&self) -> mpsc::Receiver<LifeEvent> {
         let (sender, receiver) = mpsc::channel(EVENTS_MAX);

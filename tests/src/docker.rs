@@ -45,6 +45,8 @@ struct State {
     containers: BTreeMap<String, Container>,
     /// Stops wait while this holds.
     stops_held: bool,
+    /// It does not tell what happens while this holds.
+    is_silent: bool,
     /// What it was asked, as `METHOD path`, in order.
     calls: Vec<String>,
     /// One for each `/events` that is open.
@@ -92,6 +94,7 @@ impl FakeDocker {
             mode: DockerMode::Answers,
             containers: BTreeMap::new(),
             stops_held: false,
+            is_silent: false,
             calls: Vec::new(),
             listeners: Vec::new(),
             told: Vec::new(),
@@ -180,6 +183,23 @@ impl FakeDocker {
             // One that is gone has ended already.
             let _ = listener.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Tells nobody what happens, and refuses whoever asks for that; or does so no longer.
+    pub fn silence(&self, silent: bool) {
+        self.state().is_silent = silent;
+        if silent {
+            self.hang_up();
+        }
+    }
+
+    /// Has a container run from now on, and tells of it.
+    ///
+    /// # Panics
+    /// When there is no such container.
+    pub fn run(&self, name: &str) {
+        self.state().containers.get_mut(name).unwrap().running = true;
+        self.announce("start", name);
     }
 
     /// Publishes a container's port 8973 on a port of the host, or no longer.
@@ -333,6 +353,9 @@ impl FakeDocker {
             ("GET" | "HEAD", ["_ping"]) => Reply::Json(200, json!("OK")),
             ("GET", ["version"]) => {
                 Reply::Json(200, json!({"Version": "29.0.0", "ApiVersion": "1.53", "MinAPIVersion": "1.24"}))
+            }
+            ("GET", ["events"]) if self.state().is_silent => {
+                Reply::Json(500, json!({"message": "nothing is told"}))
             }
             ("GET", ["events"]) => Reply::Events,
             ("GET", ["networks", "bridge"]) => {

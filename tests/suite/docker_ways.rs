@@ -3,6 +3,7 @@
 
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{ask, register_with};
@@ -16,6 +17,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c17_a_container_on_the_hosts_network_is_explained", host_network),
     Case::once("what_docker_publishes_is_left_to_docker", published),
     Case::once("who_uses_anothers_network_leaves_its_ports_to_that_one", guest),
+    Case::once("stopped_containers_are_not_asked_about_until_docker_tells_of_them", stopped),
+    Case::once("a_container_that_starts_while_docker_tells_nothing_is_found", untold),
 ];
 
 /// The first process of a container: in a network, and known to be the container's by what is mounted for it.
@@ -164,4 +167,80 @@ fn guest() {
     assert!(answers(3000));
     ask(&home, &json!({"kind": "deregister", "containerName": "shop"}));
     wait_for_ports(&home, "side", &open);
+}
+
+/// How often Docker was asked about the containers whose path begins so.
+fn inspections(docker: &FakeDocker, beginning: &str) -> usize {
+    docker.calls(&format!("GET /containers/{beginning}"))
+}
+
+/// Stopped containers, registered and looked at.
+fn idle(home: &Home, docker: &FakeDocker, names: &[String]) {
+    for name in names {
+        docker.add(name, false);
+        register(home, name);
+    }
+    for name in names {
+        let reason = wait_for_state(home, name, "waiting");
+        assert_eq!(reason, format!("container {name} is not running"));
+    }
+}
+
+fn stopped() {
+    // The second pause of a container that is not to be had, a little less than it is.
+    const WINDOW: Duration = Duration::from_millis(3_500);
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &["odd"]);
+    docker.inhabit("odd", std::process::id(), json!({"HostConfig": {"NetworkMode": "host"}}));
+    let network = Namespace::new();
+    let _server = Server::listen(&network, "127.0.0.1:3000");
+    let _daemon = home.daemon();
+    docker.wait_for_calls("GET /events", 1);
+    let names: Vec<String> = (0..20).map(|number| format!("idle-{number}")).collect();
+    idle(&home, &docker, &names);
+    // The looks at a container that nobody may enter are the clock: at once, then after 2 s, then after 4 s.
+    register(&home, "odd");
+    wait_for_state(&home, "odd", "unreachable");
+    let odd = "GET /containers/odd/json";
+    docker.wait_for_calls(odd, docker.calls(odd) + 1);
+    let (begin, before) = (Instant::now(), inspections(&docker, "idle-"));
+    docker.wait_for_calls(odd, docker.calls(odd) + 1);
+    let pause = begin.elapsed();
+    assert_eq!(inspections(&docker, "idle-"), before, "in {pause:?}");
+    assert!(pause > WINDOW, "the pauses do not grow: {pause:?}");
+    // An event is at once a look, at this one alone.
+    let first = First::start(&home, &network, &docker.id("idle-7"));
+    docker.inhabit("idle-7", first.pid(), json!({}));
+    let own = inspections(&docker, "idle-7/");
+    docker.run("idle-7");
+    wait_for_ports(&home, "idle-7", &[(3000, 3000, "open")]);
+    assert!(answers(3000));
+    let others = inspections(&docker, "idle-") - inspections(&docker, "idle-7/");
+    assert_eq!(others, before - own);
+    // So is whatever is told of one that nobody may enter, or that is registered again.
+    let looks = docker.calls(odd);
+    docker.announce("unpause", "odd");
+    docker.wait_for_calls(odd, looks + 1);
+    register(&home, "idle-3");
+    docker.wait_for_calls("GET /containers/idle-3/json", 2);
+    // When events may have been missed, everything is looked at.
+    docker.hang_up();
+    for name in names.iter().filter(|name| *name != "idle-7") {
+        docker.wait_for_calls(&format!("GET /containers/{name}/json"), 2);
+    }
+}
+
+fn untold() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let network = Namespace::new();
+    let _server = Server::listen(&network, "127.0.0.1:3000");
+    let _daemon = home.daemon();
+    idle(&home, &docker, &["shop".to_owned()]);
+    docker.silence(true);
+    let first = First::start(&home, &network, &docker.id("shop"));
+    docker.inhabit("shop", first.pid(), json!({}));
+    docker.run("shop");
+    wait_for_ports(&home, "shop", &[(3000, 3000, "open")]);
+    assert!(answers(3000));
 }

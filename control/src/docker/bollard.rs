@@ -54,6 +54,10 @@ const LINE_CHARS_MAX: usize = 300;
 /// How long to wait before an engine that went away is asked again: doubling between these two.
 const AGAIN_MIN: Duration = Duration::from_millis(250);
 const AGAIN_MAX: Duration = Duration::from_secs(10);
+/// The most of that for an engine that is there, and tells nothing for longer than [`STOOD`]: each attempt has everything
+/// looked at again.
+const AGAIN_THERE_MAX: Duration = Duration::from_secs(2);
+const STOOD: Duration = Duration::from_secs(1);
 
 /// The version of the protocol that was agreed on last, with whom and when. To ask costs an engine little, and Podman, which starts
 /// programs to answer, very much. One that is replaced by an older release is asked again soon.
@@ -139,8 +143,12 @@ impl Engine {
             .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()))?;
         let state = told.state.unwrap_or_default();
         let pid = state.pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
-        let (Some(id), Some(pid), Some(true)) = (told.id, pid, state.running) else {
+        if state.running != Some(true) {
             return Err(DockerError::NotRunning(name.to_string()));
+        }
+        // One that waits to be restarted runs, as Docker has it, and has no process.
+        let (Some(id), Some(pid)) = (told.id, pid) else {
+            return Err(DockerError::Changing(name.to_string()));
         };
         let mode = told.host_config.and_then(|config| config.network_mode);
         let mut ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
@@ -263,9 +271,10 @@ impl Engine {
             // Docker also takes the beginning of an id for a name; that is not what was asked for.
             Ok(told) => Ok(Some(told).filter(|told| told.name.as_deref() == Some(&format!("/{name}")))),
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
-            // Podman has states that Docker has not, such as "stopped" before it has cleaned up; nothing runs in any of them.
+            // Podman has states that Docker has not, such as "stopped" before it has cleaned up; nothing runs in any of them,
+            // and none of them stays.
             Err(Error::JsonDataError { message, .. }) if message.starts_with("unknown variant") => {
-                Err(DockerError::NotRunning(name.to_owned()))
+                Err(DockerError::Changing(name.to_owned()))
             }
             Err(error) => Err(self.refused(&error)),
         }
@@ -374,14 +383,17 @@ impl Hands for Engine {
 pub(super) async fn tell_life(docker: Docker, listener: mpsc::Sender<LifeEvent>) {
     let mut again = AGAIN_MIN;
     while !listener.is_closed() {
+        let mut most = AGAIN_MAX;
         if let Ok(engine) = docker.connect().await {
-            again = AGAIN_MIN;
-            if engine.tell_life(&listener).await.is_err() {
+            let began = Instant::now();
+            if engine.tell_life(&listener).await.is_err() || listener.send(LifeEvent::Lost).await.is_err() {
                 return;
             }
+            most = AGAIN_THERE_MAX;
+            again = if began.elapsed() < STOOD { again.min(most) } else { AGAIN_MIN };
         }
         tokio::select! {
-            () = tokio::time::sleep(again) => again = (again * 2).min(AGAIN_MAX),
+            () = tokio::time::sleep(again) => again = (again * 2).min(most),
             () = listener.closed() => return,
         }
     }

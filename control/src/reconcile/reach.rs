@@ -5,10 +5,14 @@
 //! What a container is reached by is held by a pidfd, which cannot mean a stranger, or by the file of a namespace, whose
 //! identity is looked at again. Where an agent inside is met in a directory, the engine's word that it has lost the agent is
 //! what has it met again. Nothing here keeps a namespace alive: the opener is gone when its descriptors are.
+//!
+//! A container that is not there is looked for again when a hint says that something has changed about it, and after the
+//! pauses of `rest`. Every hint that comes while a look is under way is one more look, so that none is lost.
 
 mod belongs;
 mod doors;
 mod place;
+mod rest;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -28,9 +32,8 @@ use crate::registration::model::{ContainerName, Registration, Way};
 pub(super) use doors::Means;
 use doors::enter;
 use place::{Absent, Place};
+use rest::{Finding, Rest};
 
-/// How long a container that is not there rests before it is looked for again.
-const RETRY: Duration = Duration::from_secs(2);
 /// How often the file of a namespace is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long after a failure to enter it is tried again: the first time, and at most.
@@ -126,6 +129,8 @@ pub(super) struct Visit {
     pub(super) gate: watch::Receiver<Option<Gate>>,
     /// Something may have changed.
     pub(super) hint: Arc<Notify>,
+    /// Whether everything that Docker tells is such a hint.
+    pub(super) followed: watch::Receiver<bool>,
     pub(super) words: mpsc::UnboundedSender<Told>,
 }
 
@@ -133,27 +138,50 @@ impl Visit {
     /// Runs until the registration's process has ended; for other ways until it is aborted.
     pub(super) async fn run(mut self) {
         let mut told = None;
+        let mut rest = Rest::new();
         loop {
-            match place::find(&self.way, &self.name, &self.docker).await {
+            let (finding, certainty, reason) = match place::find(&self.way, &self.name, &self.docker).await {
                 Ok(place) => {
-                    told = None;
+                    (told, rest) = (None, Rest::new());
                     let reason = self.stay(place).await;
                     self.tell(Word::Left { reason });
                     // A container that is restarted is there again soon, and a process has ended for good.
                     tokio::task::yield_now().await;
+                    continue;
                 }
                 Err(Absent::Ended) => return self.tell(Word::Ended),
+                Err(Absent::Stopped(reason)) => (Finding::Stopped, Certainty::Gone, reason),
                 Err(Absent::Missing(certainty, reason)) => {
-                    let missed = Some((certainty, reason.clone()));
-                    if told != missed {
-                        told = missed;
-                        self.tell(Word::Missed { certainty, reason });
-                    }
-                    tokio::select! {
-                        () = sleep(RETRY) => {}
-                        () = self.hint.notified() => {}
-                    }
+                    let is_dockers = matches!(self.way, Way::Docker { .. });
+                    let finding = if is_dockers { Finding::Withheld } else { Finding::Untold };
+                    (finding, certainty, reason)
                 }
+            };
+            let missed = Some((certainty, reason.clone()));
+            if told != missed {
+                told = missed;
+                self.tell(Word::Missed { certainty, reason });
+            }
+            rest = self.rest(finding, rest).await;
+        }
+    }
+
+    /// Returns when it is time to look again, with the rest after that.
+    async fn rest(&mut self, finding: Finding, rest: Rest) -> Rest {
+        loop {
+            // Whoever follows Docker says so before the hints that come with it, so none of them is waited for in vain.
+            let pause = rest.pause(finding, *self.followed.borrow_and_update());
+            let over = async {
+                match pause {
+                    Some(pause) => sleep(pause).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = over => return rest.passed(),
+                () = self.hint.notified() => return Rest::new(),
+                // How long it rests is another matter from here on.
+                Ok(()) = self.followed.changed() => {}
             }
         }
     }
@@ -196,9 +224,12 @@ impl Visit {
                 }
                 Err((certainty, reason)) => {
                     self.tell(Word::Missed { certainty, reason });
-                    tokio::select! {
-                        reason = self.end_of(&place) => return reason,
-                        () = sleep(pause) => {}
+                    let disturbed = tokio::select! {
+                        disturbed = self.disturbed(&place) => disturbed,
+                        () = sleep(pause) => None,
+                    };
+                    if let Some(reason) = disturbed {
+                        return reason;
                     }
                     pause = (2 * pause).min(place.pause_max(self.helper.as_deref()));
                 }
@@ -208,45 +239,59 @@ impl Visit {
 
     /// Returns when the container is no longer where it was found.
     async fn end_of(&self, place: &Place) -> String {
-        match place {
-            Place::Process { pidfd, container: None } => process_end(pidfd).await,
-            Place::Process { pidfd, container: Some(known) } => tokio::select! {
-                reason = process_end(pidfd) => reason,
-                () = self.becomes_another(known) => "another container has its name now".to_owned(),
-            },
-            Place::File { path, identity } => loop {
-                tokio::select! {
-                    () = sleep(LOOK_INTERVAL) => {}
-                    () = self.hint.notified() => {}
-                }
-                if identity_of_file(path) != Some(*identity) {
-                    return format!("{} is no longer the same namespace", path.display());
-                }
-            },
-            Place::Directory { path } => loop {
-                tokio::select! {
-                    () = sleep(LOOK_INTERVAL) => {}
-                    () = self.hint.notified() => {}
-                }
-                if identity_of_file(path).is_none() {
-                    return format!("the directory {} is gone", path.display());
-                }
-            },
+        loop {
+            if let Some(reason) = self.disturbed(place).await {
+                return reason;
+            }
         }
     }
 
-    /// Returns when Docker has, after a hint, another process for the name, or none.
-    async fn becomes_another(&self, known: &FirstProcess) {
-        loop {
-            self.hint.notified().await;
-            let name = self.way.docker_name(&self.name);
-            match self.docker.first_process(name).await {
-                Ok(now) if now != *known => return,
-                Err(DockerError::NoSuchContainer(_)) => return,
-                // As before; or the pidfd knows better than an engine that does not answer.
-                _ => {}
+    /// Returns when the container is no longer where it was found, and why; or with nothing, when a hint has shown that it
+    /// is.
+    async fn disturbed(&self, place: &Place) -> Option<String> {
+        match place {
+            Place::Process { pidfd, container: None } => Some(process_end(pidfd).await),
+            Place::Process { pidfd, container: Some(known) } => tokio::select! {
+                reason = process_end(pidfd) => Some(reason),
+                another = self.has_become_another(known) => another,
+            },
+            Place::File { path, identity } => {
+                let is_hint = self.until_a_look(|| identity_of_file(path) == Some(*identity)).await;
+                (!is_hint).then(|| format!("{} is no longer the same namespace", path.display()))
+            }
+            Place::Directory { path } => {
+                let is_hint = self.until_a_look(|| identity_of_file(path).is_some()).await;
+                (!is_hint).then(|| format!("the directory {} is gone", path.display()))
             }
         }
+    }
+
+    /// Looks now and then, and at a hint. Returns whether it was a hint that has shown that all is as before.
+    async fn until_a_look(&self, is_as_before: impl Fn() -> bool) -> bool {
+        loop {
+            let is_hint = tokio::select! {
+                () = sleep(LOOK_INTERVAL) => false,
+                () = self.hint.notified() => true,
+            };
+            match (is_as_before(), is_hint) {
+                (false, _) => return false,
+                (true, true) => return true,
+                (true, false) => {}
+            }
+        }
+    }
+
+    /// Waits for a hint; whether Docker then has another process for the name, or none.
+    async fn has_become_another(&self, known: &FirstProcess) -> Option<String> {
+        self.hint.notified().await;
+        let name = self.way.docker_name(&self.name);
+        let another = match self.docker.first_process(name).await {
+            Ok(now) => now != *known,
+            Err(DockerError::NoSuchContainer(_)) => true,
+            // The pidfd knows better than an engine that does not answer.
+            Err(_) => false,
+        };
+        another.then(|| "another container has its name now".to_owned())
     }
 }
 

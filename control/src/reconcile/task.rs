@@ -103,6 +103,7 @@ impl Published {
 enum Ask {
     Table(oneshot::Sender<ForwardTable>),
     LookAgain(String),
+    Followed(bool),
     Broker(ContainerName, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<BrokerWord>),
     Detach(oneshot::Sender<()>),
     StopEngine(oneshot::Sender<()>),
@@ -165,6 +166,13 @@ impl Forwarding {
     pub fn look_again(&self, name: &str) {
         // A task that has ended looks at nothing.
         let _ = self.0.asks.send(Ask::LookAgain(name.to_owned()));
+    }
+
+    /// Whether [`Forwarding::look_again`] is called for all that happens from now on. As long as it is not, containers that do
+    /// not run are looked at again and again.
+    pub fn followed(&self, followed: bool) {
+        // A task that has ended looks at nothing.
+        let _ = self.0.asks.send(Ask::Followed(followed));
     }
 
     /// Lets go of the engine, which goes on: the daemon stops.

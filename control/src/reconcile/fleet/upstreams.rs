@@ -34,13 +34,10 @@ impl Fleet {
         if !self.wishes.iter().any(|wish| wish.name == *name) {
             return Admission::Unwanted;
         }
-        let same = |upstream: &Upstream| upstream.stays() && upstream.cookie == cookie;
-        let fellow = self.upstreams.values().filter(|upstream| same(upstream));
-        if let Some(fellow) =
-            fellow.filter_map(|upstream| upstream.owner.as_ref()).find(|owner| *owner != name)
-        {
+        if let Some(fellow) = self.fellow(name, cookie) {
             return Admission::Shared(fellow.clone());
         }
+        let same = |upstream: &Upstream| upstream.stays() && upstream.cookie == cookie;
         for upstream in self.upstreams.values_mut() {
             if upstream.stays() && upstream.owner.as_ref() == Some(name) && upstream.cookie != cookie {
                 upstream.dismissed = Some(ClosedReason::HostError);
@@ -59,6 +56,12 @@ impl Fleet {
             upstream.owner = Some(name.clone());
         }
         Admission::Known(id)
+    }
+
+    /// Another container than this one that has the namespace with this cookie.
+    pub fn fellow(&self, name: &ContainerName, cookie: u64) -> Option<&ContainerName> {
+        let same = self.upstreams.values().filter(|upstream| upstream.stays() && upstream.cookie == cookie);
+        same.filter_map(|upstream| upstream.owner.as_ref()).find(|owner| *owner != name)
     }
 
     /// A container cannot be entered any more; the ports that were watched are let go of with the next step.

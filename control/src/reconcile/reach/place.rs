@@ -12,7 +12,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::doors::Door;
-use super::{Certainty, Circumstances, ENTER_AGAIN, RETRY, belongs};
+use super::rest::RETRY;
+use super::{Certainty, Circumstances, ENTER_AGAIN, belongs};
 use crate::docker::{Docker, DockerError, FirstProcess, Network};
 use crate::paths::identity_of_file;
 use crate::processes;
@@ -40,6 +41,8 @@ pub(super) enum Place {
 
 /// Why it was not.
 pub(super) enum Absent {
+    /// Docker says that it does not run, or that there is none.
+    Stopped(String),
     Missing(Certainty, String),
     /// The process that the registration stands for has ended.
     Ended,
@@ -208,7 +211,10 @@ fn find_file(path: PathBuf) -> Result<Place, Absent> {
 
 fn docker_absent(error: DockerError) -> Absent {
     let certainty = match &error {
-        DockerError::NoSuchContainer(_) | DockerError::NotRunning(_) => Certainty::Gone,
+        DockerError::NoSuchContainer(_) | DockerError::NotRunning(_) => {
+            return Absent::Stopped(error.to_string());
+        }
+        DockerError::Changing(_) => Certainty::Gone,
         DockerError::Refused(_)
         | DockerError::PortTaken(_)
         | DockerError::Stop(_)

@@ -29,6 +29,8 @@ pub(super) struct Container {
     pub(super) missed: bool,
     /// When it is to be entered once more.
     pub(super) again: Option<Instant>,
+    /// The cookie of a namespace that it shares with another container, to which its ports are left.
+    pub(super) shares: Option<u64>,
     /// When its session may dial again.
     pub(super) dial_again: Option<Instant>,
     /// What it was entered by last.
@@ -49,6 +51,16 @@ pub(super) struct Visiting {
     task: AbortHandle,
 }
 
+/// What every visit is given.
+#[derive(Debug)]
+pub(super) struct Errand {
+    pub(super) docker: Docker,
+    pub(super) helper: Option<PathBuf>,
+    /// Whether Docker's events are followed.
+    pub(super) followed: watch::Sender<bool>,
+    pub(super) words: mpsc::UnboundedSender<Told>,
+}
+
 impl Drop for Visiting {
     fn drop(&mut self) {
         self.task.abort();
@@ -61,10 +73,8 @@ impl Visiting {
         name: &ContainerName,
         number: u64,
         way: &Way,
-        docker: &Docker,
-        helper: Option<&PathBuf>,
         gate: Option<Gate>,
-        words: &mpsc::UnboundedSender<Told>,
+        errand: &Errand,
     ) -> Visiting {
         let (gate, opened) = watch::channel(gate);
         let hint = Arc::new(Notify::new());
@@ -72,11 +82,12 @@ impl Visiting {
             name: name.clone(),
             number,
             way: way.clone(),
-            docker: docker.clone(),
-            helper: helper.cloned(),
+            docker: errand.docker.clone(),
+            helper: errand.helper.clone(),
             gate: opened,
             hint: Arc::clone(&hint),
-            words: words.clone(),
+            followed: errand.followed.subscribe(),
+            words: errand.words.clone(),
         };
         let task = tokio::spawn(visit.run()).abort_handle();
         Visiting { number, gate, hint, task }
@@ -102,6 +113,7 @@ impl Container {
             tried: !visited,
             missed: !visited,
             again: None,
+            shares: None,
             dial_again: None,
             means: None,
             circumstances: Circumstances::default(),

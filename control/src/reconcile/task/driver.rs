@@ -1,6 +1,5 @@
 //! The loop: what happens comes in, commands go out.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,9 +11,8 @@ use tokio::time::sleep_until;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::brokers::{ANNOUNCED_MAX, Brokers, Heard};
-use super::containers::{Container, Visiting, wanted_way};
+use super::containers::{Container, Errand, Visiting, wanted_way};
 use super::{Answering, Ask, ForwardingOptions, Owners, Published};
-use crate::docker::Docker;
 use crate::events::Journal;
 use crate::paths::Home;
 use crate::reconcile::engine_link::{Attached, Link, LinkError};
@@ -50,8 +48,7 @@ pub(super) enum Engine {
 pub(super) struct Driver {
     pub(super) home: Home,
     pub(super) journal: Journal,
-    pub(super) docker: Docker,
-    pub(super) helper: Option<PathBuf>,
+    pub(super) errand: Errand,
     pub(super) replayed: Option<BoxFuture<'static, ()>>,
     pub(super) registrations: watch::Receiver<Arc<Registered>>,
     pub(super) parts: Parts,
@@ -63,7 +60,6 @@ pub(super) struct Driver {
     /// In the order of registration.
     pub(super) containers: Vec<Container>,
     pub(super) brokers: Brokers,
-    pub(super) words: mpsc::UnboundedSender<Told>,
     pub(super) told: mpsc::UnboundedReceiver<Told>,
     /// Numbers of visits and of requests to enter.
     pub(super) serial: u64,
@@ -100,8 +96,7 @@ impl Driver {
         Driver {
             home,
             journal,
-            docker,
-            helper,
+            errand: Errand { docker, helper, followed: watch::Sender::new(false), words },
             replayed: Some(replayed),
             registrations,
             parts,
@@ -111,7 +106,6 @@ impl Driver {
             failure: None,
             containers: Vec::new(),
             brokers: Brokers::new(),
-            words,
             told,
             serial: 0,
             settled: false,
@@ -151,6 +145,7 @@ impl Driver {
                 }
                 Turn::Ask(Some(Ask::Table(answer))) => self.describe(answer).await,
                 Turn::Ask(Some(Ask::LookAgain(name))) => self.look_again(&name),
+                Turn::Ask(Some(Ask::Followed(followed))) => drop(self.errand.followed.send_replace(followed)),
                 Turn::Ask(Some(Ask::Broker(name, announcements, words))) => {
                     self.meet_broker(name, announcements, words);
                 }
@@ -255,7 +250,12 @@ impl Driver {
         let again: Vec<usize> =
             (0..self.containers.len()).filter(|at| self.containers.get(*at).is_some_and(due)).collect();
         for at in again {
-            self.enter(at);
+            if self.is_shared_still(at) {
+                // To enter it would show the same.
+                self.enter_later(at);
+            } else {
+                self.enter(at);
+            }
         }
     }
 
@@ -268,6 +268,12 @@ impl Driver {
             let known = before.iter().position(same).map(|at| before.swap_remove(at));
             let container = match known {
                 Some(known) if known.way == wanted_way(registration) => {
+                    if let Some(visit) = &known.visit
+                        && !Arc::ptr_eq(&known.registration, registration)
+                    {
+                        // Whoever registers it again may know that it is there.
+                        visit.hint.notify_one();
+                    }
                     Container { registration: Arc::clone(registration), ..known }
                 }
                 other => {
@@ -303,15 +309,8 @@ impl Driver {
         let Some(container) = self.containers.get_mut(at) else { return };
         // A process that has ended does not come again under the same registration.
         if let Some(way) = container.way.clone() {
-            let visit = Visiting::begin(
-                &container.registration.container_name,
-                number,
-                &way,
-                &self.docker,
-                self.helper.as_ref(),
-                gate,
-                &self.words,
-            );
+            let visit =
+                Visiting::begin(&container.registration.container_name, number, &way, gate, &self.errand);
             container.visit = Some(visit);
         }
     }

@@ -45,13 +45,13 @@ impl Driver {
             }
             Word::Left { reason } => {
                 container.tried = true;
-                container.again = None;
+                (container.again, container.shares) = (None, None);
                 self.fleet.left(&told_name(container));
                 self.mark(at, Reached::Waiting, Some(reason), true);
             }
             Word::Ended => {
                 container.tried = true;
-                container.again = None;
+                (container.again, container.shares) = (None, None);
                 let name = told_name(container);
                 self.fleet.left(&name);
                 self.mark(at, Reached::Waiting, Some("its process has ended".to_owned()), false);
@@ -63,7 +63,7 @@ impl Driver {
 
     async fn admit(&mut self, at: usize, entrance: Entrance) {
         if let Some(owner) = self.forwarded_owner_of_network(at) {
-            return self.leave_to(at, &owner);
+            return self.leave_to(at, &owner, entrance.cookie);
         }
         let Some(container) = self.containers.get_mut(at) else { return };
         container.tried = true;
@@ -74,11 +74,12 @@ impl Driver {
         while let Admission::Shared(guest) = &admission
             && let Some(guest) = self.guest_of(&docker_name, guest)
         {
-            self.leave_to(guest, &name);
+            self.leave_to(guest, &name, entrance.cookie);
             admission = self.fleet.reached(&name, entrance.cookie);
         }
         let Some(container) = self.containers.get_mut(at) else { return };
         container.missed = matches!(admission, Admission::Shared(_));
+        container.shares = container.missed.then_some(entrance.cookie);
         container.means = Some(entrance.means.clone());
         let faster = entrance.faster.as_ref().map(|reason| format!("not by its namespace: {reason}"));
         match admission {
@@ -91,7 +92,7 @@ impl Driver {
                 }
             }
             Admission::Shared(other) => {
-                container.again = Some(Instant::now() + ENTER_AGAIN);
+                self.enter_later(at);
                 let reason =
                     format!("it shares the network of container \"{other}\", which is forwarded already");
                 self.mark(at, Reached::Unreachable, Some(reason), true);
@@ -119,16 +120,30 @@ impl Driver {
     }
 
     /// Leaves the ports of a container to the one whose network it uses.
-    fn leave_to(&mut self, at: usize, owner: &ContainerName) {
+    fn leave_to(&mut self, at: usize, owner: &ContainerName, cookie: u64) {
         let Some(container) = self.containers.get_mut(at) else { return };
         container.tried = true;
         container.missed = true;
-        container.again = Some(Instant::now() + ENTER_AGAIN);
+        container.shares = Some(cookie);
         let name = told_name(container);
+        self.enter_later(at);
         self.fleet.left(&name);
         let reason =
             format!("it uses the network of container \"{owner}\", under which its ports are forwarded");
         self.mark(at, Reached::Unreachable, Some(reason), true);
+    }
+
+    pub(super) fn enter_later(&mut self, at: usize) {
+        if let Some(container) = self.containers.get_mut(at) {
+            container.again = Some(Instant::now() + ENTER_AGAIN);
+        }
+    }
+
+    /// Whether a container would be left to another one again, as it was, if it were entered now.
+    pub(super) fn is_shared_still(&self, at: usize) -> bool {
+        let Some(container) = self.containers.get(at) else { return false };
+        let Some(cookie) = container.shares else { return false };
+        self.forwarded_owner_of_network(at).is_some() || self.fleet.fellow(container.name(), cookie).is_some()
     }
 
     /// Notes how far a container is reached, and tells when that is news.
