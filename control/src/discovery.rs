@@ -174,8 +174,8 @@ impl Discovery {
     }
 }
 
-/// What a step came to, and about which name it was.
-type Done = (ContainerName, Result<bool, RegisterError>);
+/// What a step came to, and about which names it was, the one that was registered first.
+type Done = (Vec<ContainerName>, Result<bool, RegisterError>);
 
 /// What is being done about the containers.
 struct Work {
@@ -209,12 +209,13 @@ impl Work {
             }
         }
         for step in steps {
-            let name = step.name().clone();
-            if self.busy.insert(name.clone()) {
+            let names: Vec<ContainerName> = step.names().cloned().collect();
+            if !names.iter().any(|name| self.busy.contains(name)) {
+                self.busy.extend(names.iter().cloned());
                 let registry = shared.registry.clone();
                 self.under_way.spawn(async move {
                     let done = carry_out(&registry, step, DropReason::Gone).await;
-                    (name, done)
+                    (names, done)
                 });
             }
         }
@@ -223,8 +224,9 @@ impl Work {
     /// Whether it is to be judged again.
     fn is_done(&mut self, done: Option<Done>) -> bool {
         // A step that panicked was told of where that happened; its name rests until the next start.
-        let Some((name, done)) = done else { return false };
-        self.busy.remove(&name);
+        let Some((names, done)) = done else { return false };
+        self.busy.retain(|name| !names.contains(name));
+        let Some(name) = names.into_iter().next() else { return false };
         match done {
             Ok(_) => {
                 self.failed.remove(&name);
@@ -247,6 +249,13 @@ impl Work {
 async fn carry_out(registry: &Registry, step: Step, reason: DropReason) -> Result<bool, RegisterError> {
     match step {
         Step::Register { registration, before } => registry.register_found(*registration, before).await,
+        Step::Move { from, registration, before } => {
+            let is_registered = registry.register_found(*registration, before).await?;
+            if is_registered {
+                registry.drop_found(from, reason).await;
+            }
+            Ok(is_registered)
+        }
         Step::Drop(registration) => Ok(registry.drop_found(registration, reason).await),
     }
 }

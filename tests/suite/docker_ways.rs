@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{ask, register_with};
-use landfall_tests::{FakeDocker, Home, Namespace, Server, wait_until};
+
+use landfall_tests::{Conversation, FakeDocker, Flood, Home, Namespace, Server, answer, wait_until};
 use serde_json::{Value, json};
 
 use crate::crash::describe;
@@ -19,6 +20,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("who_uses_anothers_network_leaves_its_ports_to_that_one", guest),
     Case::once("stopped_containers_are_not_asked_about_until_docker_tells_of_them", stopped),
     Case::once("a_container_that_starts_while_docker_tells_nothing_is_found", untold),
+    Case::once("a_labelled_container_that_is_renamed_keeps_its_ports", renamed),
 ];
 
 /// The first process of a container: in a network, and known to be the container's by what is mounted for it.
@@ -243,4 +245,49 @@ fn untold() {
     docker.run("shop");
     wait_for_ports(&home, "shop", &[(3000, 3000, "open")]);
     assert!(answers(3000));
+}
+
+fn renamed() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let network = Namespace::new();
+    Server::listen(&network, "[::]:3000").serve(answer);
+    let talked = Server::listen(&network, "127.0.0.1:3001");
+    let _daemon = home.daemon();
+    docker.launch("shop", &[("dev.landfall.forward", "true")]);
+    let first = First::start(&home, &network, &docker.id("shop"));
+    docker.inhabit("shop", first.pid(), json!({}));
+    docker.announce("start", "shop");
+    let open = [(3000, 3000, "open"), (3001, 3001, "open")];
+    wait_for_ports(&home, "shop", &open);
+    let mut conversation = Conversation::begin(3001, &talked, 1);
+    let flood = Flood::start(3000, 3);
+    flood.goes_on(20);
+    for (old, new) in [("shop", "store"), ("store", "stall"), ("stall", "shop")] {
+        docker.rename_to(old, new);
+        wait_until(&format!("{old} to be {new}"), || {
+            let told = describe(&home)["containers"].take();
+            let names: Vec<&str> =
+                told.as_array().unwrap().iter().filter_map(|one| one["containerName"].as_str()).collect();
+            if names == [new] { Ok(()) } else { Err(told.clone()) }
+        });
+        wait_for_ports(&home, new, &open);
+        assert_eq!(container(&home, new)["state"], "reached");
+        flood.goes_on(50);
+        conversation.goes_on();
+    }
+    flood.end();
+    conversation.end();
+    // The listeners are the very same ones, and whoever listens is told whose they are.
+    let told = |kind: &str, name: &str| {
+        let events = home.events();
+        let events = events.iter().filter(|event| event["event"]["kind"] == kind);
+        events
+            .filter(|event| event["event"]["containerName"] == name && event["event"]["port"] == 3000)
+            .count()
+    };
+    assert_eq!((told("port-forward-opened", "stall"), told("port-forward-closed", "stall")), (1, 1));
+    // It goes with the container, whatever that is called.
+    docker.remove("shop", false);
+    wait_until("the port to close", || if answers(3000) { Err("open") } else { Ok(()) });
 }

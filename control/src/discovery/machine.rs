@@ -58,17 +58,38 @@ pub enum Step {
         /// What the name stood for when this was decided; if it stands for something else by now, nothing is done.
         before: Option<Arc<Registration>>,
     },
+    /// Register the same way, and then forget the name under which the same container was registered. In this order, whoever
+    /// follows the registrations sees that it is the same one, and keeps what it has.
+    Move {
+        /// What it was registered as; forgotten unless it was registered anew.
+        from: Arc<Registration>,
+        /// What it is registered as from now on.
+        registration: Box<Registration>,
+        /// What that name stood for when this was decided; if it stands for something else by now, nothing is done.
+        before: Option<Arc<Registration>>,
+    },
     /// Forget, unless it was registered anew.
     Drop(Arc<Registration>),
 }
 
 impl Step {
-    /// Whose turn it is.
+    /// The name that it is about; of two the one that is registered.
     pub fn name(&self) -> &ContainerName {
         match self {
-            Step::Register { registration, .. } => &registration.container_name,
+            Step::Register { registration, .. } | Step::Move { registration, .. } => {
+                &registration.container_name
+            }
             Step::Drop(registration) => &registration.container_name,
         }
+    }
+
+    /// Every name that it changes.
+    pub fn names(&self) -> impl Iterator<Item = &ContainerName> {
+        let old = match self {
+            Step::Move { from, .. } => Some(&from.container_name),
+            Step::Register { .. } | Step::Drop(_) => None,
+        };
+        std::iter::once(self.name()).chain(old)
     }
 }
 
@@ -137,10 +158,36 @@ pub fn judge(listed: &[Candidate], registered: &Registered, all: bool) -> Judged
     look.drop_what_nobody_claims();
     let unasked = |verdict: Option<Verdict>| verdict.unwrap_or(Verdict::Not(Why::Unasked));
     Judged {
-        steps: look.steps,
+        steps: joined(look.steps),
         verdicts: look.verdicts.into_iter().map(unasked).collect(),
         remarks: look.remarks,
     }
+}
+
+/// The steps, where one that drops a container and one that registers it under another name are one that moves it.
+fn joined(steps: Vec<Step>) -> Vec<Step> {
+    let (drops, mut steps): (Vec<Step>, Vec<Step>) =
+        steps.into_iter().partition(|step| matches!(step, Step::Drop(_)));
+    for drop in drops {
+        let Step::Drop(from) = &drop else { continue };
+        let id = from.discovered.as_ref().and_then(|found| found.id.as_ref());
+        let is_same = |step: &&mut Step| match step {
+            Step::Register { registration, .. } => {
+                id.is_some() && registration.discovered.as_ref().and_then(|found| found.id.as_ref()) == id
+            }
+            Step::Move { .. } | Step::Drop(_) => false,
+        };
+        match steps.iter_mut().find(is_same) {
+            Some(step) => {
+                if let Step::Register { registration, before } = step {
+                    let (from, registration, before) = (from.clone(), registration.clone(), before.take());
+                    *step = Step::Move { from, registration, before };
+                }
+            }
+            None => steps.push(drop),
+        }
+    }
+    steps
 }
 
 /// One look at everything.

@@ -55,6 +55,10 @@ fn after(listed: &[Listed], before: Vec<Registration>, all: bool) -> (Vec<Regist
 fn apply(known: &mut Registered, steps: &[Step]) {
     for step in steps {
         match step {
+            Step::Move { from, registration, before } => {
+                let (registration, before) = (registration.clone(), before.clone());
+                apply(known, &[Step::Register { registration, before }, Step::Drop(Arc::clone(from))]);
+            }
             Step::Drop(gone) => known.entries.retain(|entry| !Arc::ptr_eq(entry, gone)),
             Step::Register { registration, before } => {
                 let current = known.find(&registration.container_name.to_string()).cloned();
@@ -161,8 +165,14 @@ fn a_container_that_is_made_anew_says_anew_how_it_is_forwarded() {
 #[test]
 fn what_is_labelled_is_known_by_its_new_name_when_it_is_renamed() {
     let (known, _) = after(&[container("1", "shop", &[FORWARD])], vec![], false);
-    let (known, _) = after(&[container("1", "store", &[FORWARD])], known, false);
+    let (known, judged) = after(&[container("1", "store", &[FORWARD])], known, false);
     assert_eq!(in_short(&known), [entry("store", "store", "1")]);
+    let [step @ Step::Move { from, .. }] = &judged.steps[..] else { panic!("{:?}", judged.steps) };
+    assert_eq!(from.container_name, name("shop"));
+    assert!(step.names().eq([&name("store"), &name("shop")]));
+    // Another container is no reason to keep what the one that is gone has.
+    let (_, judged) = after(&[container("2", "shop-2", &[FORWARD])], known, false);
+    assert!(matches!(&judged.steps[..], [Step::Register { .. }, Step::Drop(_)]), "{:?}", judged.steps);
 }
 
 #[test]
@@ -172,6 +182,7 @@ fn what_somebody_named_moves_with_its_container() {
     let shop = Registration { port_forward: policy.clone(), ..attached("shop", Some("1")) };
     let (known, judged) = after(&[container("1", "store", &[])], vec![shop], false);
     assert_eq!(in_short(&known), [entry("store", "store", "1")]);
+    assert!(matches!(&judged.steps[..], [Step::Move { .. }]), "{:?}", judged.steps);
     assert_eq!(known[0].port_forward, policy);
     assert_eq!(judged.verdicts, [Verdict::Forwarded(name("store"), FoundBy::Name)]);
 }

@@ -127,6 +127,8 @@ pub(super) struct Visit {
     /// Where a helper listens that may enter containers.
     pub(super) helper: Option<PathBuf>,
     pub(super) gate: watch::Receiver<Option<Gate>>,
+    /// Docker's id of the container that is meant, where its registration follows that and not a name.
+    pub(super) id: watch::Receiver<Option<String>>,
     /// Something may have changed.
     pub(super) hint: Arc<Notify>,
     /// Whether everything that Docker tells is such a hint.
@@ -281,17 +283,32 @@ impl Visit {
         }
     }
 
-    /// Waits for a hint; whether Docker then has another process for the name, or none.
+    /// Waits for a hint; whether Docker then has another process for the name, or none. One that is renamed stays what it is
+    /// where its registration follows it: that is moved to the new name.
     async fn has_become_another(&self, known: &FirstProcess) -> Option<String> {
         self.hint.notified().await;
+        let owed = Owed(&self.hint);
         let name = self.way.docker_name(&self.name);
-        let another = match self.docker.first_process(name).await {
+        let told = self.docker.first_process(name).await;
+        std::mem::forget(owed);
+        let is_meant = self.id.borrow().as_ref() == Some(&known.id);
+        let another = match told {
+            Ok(now) if is_meant && now.id != known.id => false,
             Ok(now) => now != *known,
-            Err(DockerError::NoSuchContainer(_)) => true,
+            Err(DockerError::NoSuchContainer(_)) => !is_meant,
             // The pidfd knows better than an engine that does not answer.
             Err(_) => false,
         };
         another.then(|| "another container has its name now".to_owned())
+    }
+}
+
+/// A hint that was taken and not followed yet. A look that is given up for something else gives it back.
+struct Owed<'a>(&'a Notify);
+
+impl Drop for Owed<'_> {
+    fn drop(&mut self) {
+        self.0.notify_one();
     }
 }
 

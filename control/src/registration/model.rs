@@ -314,6 +314,11 @@ impl Registration {
         self.way.as_ref().map_or(own, |way| way.docker_name(own))
     }
 
+    /// Docker's id of the container that it follows, where it was made for a container that was found.
+    pub fn found_id(&self) -> Option<&str> {
+        self.discovered.as_ref()?.id.as_deref()
+    }
+
     /// What is told of a port.
     pub fn note_of(&self, port: NonZeroU16) -> Option<&PortNote> {
         self.port_notes.iter().rev().find(|note| (note.first..=note.last).contains(&port))

@@ -475,3 +475,25 @@ fn what_docker_publishes_is_left_to_docker_and_shown_where_it_answers() {
     bench.fleet.wish(vec![Wish { published, ..shop }]);
     assert_eq!(bench.commands(), [close(1), open(2, 1, 3000), open(3, 1, 4000)]);
 }
+
+#[test]
+fn what_a_container_has_is_its_own_under_another_name() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 1), row(3001, "127.0.0.1", 2)], &[]);
+    assert_eq!(bench.commands(), [open(1, 1, 3000), open(2, 1, 3001)]);
+    bench.opened(1, 3000);
+    bench.failed(2, 3001);
+    let why = ClosedReason::Deregistered;
+    let closed = Change::Closed { name: name("a"), port: port(3000), host_port: port(3000), why };
+    assert_eq!(bench.fleet.renamed(&name("a"), &name("b")), [closed, told_opened("b", 3000, "127.0.0.1")]);
+    bench.fleet.wish(vec![wish("b", None)]);
+    assert_eq!(bench.commands(), [], "nothing closes, and what failed is not tried at once");
+    assert_eq!(bench.states("b"), [(3000, RowState::Open), (3001, RowState::Failed)]);
+    assert_eq!(bench.fleet.reached(&name("b"), 1), Admission::Known(UpstreamId(1)));
+    // Also in the moment in which both names are registered.
+    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Unwanted);
+    bench.fleet.left(&name("a"));
+    assert_eq!(bench.commands(), []);
+    bench.fleet.left(&name("b"));
+    assert_eq!(bench.commands(), [remove(1)]);
+}

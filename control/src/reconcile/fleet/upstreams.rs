@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use landfall_engine::command::{Command, Ending, ForwardId, UpstreamId};
 
-use super::{Change, ClosedReason, Fleet, Status, Upstream};
+use super::{Change, ClosedReason, Fleet, Forward, Status, Upstream};
 use crate::registration::model::ContainerName;
 
 /// The bit of a cookie that says that the driver chose it. The kernel counts those of namespaces up from one.
@@ -71,6 +71,35 @@ impl Fleet {
                 upstream.dismissed.get_or_insert(ClosedReason::HostError);
             }
         }
+    }
+
+    /// A container is known by another name from now on, and what it has stays as it is. Whoever is told hears that its ports
+    /// are the other name's.
+    pub fn renamed(&mut self, from: &ContainerName, to: &ContainerName) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for (id, upstream) in &mut self.upstreams {
+            let is_own = upstream.owner.as_ref() == Some(from) && upstream.stays() && !upstream.dialled;
+            if !is_own {
+                continue;
+            }
+            upstream.owner = Some(to.clone());
+            let told = |forward: &&Forward| forward.upstream == *id && forward.status == Status::Open;
+            for forward in self.forwards.values().filter(told) {
+                let (port, host_port) = (forward.target_port, forward.host_port);
+                let bind = upstream.seen.as_ref().map_or("0.0.0.0", |seen| seen.bind_address(port));
+                let why = ClosedReason::Deregistered;
+                changes.push(Change::Closed { name: from.clone(), port, host_port, why });
+                changes.push(Change::Opened { name: to.clone(), port, host_port, bind });
+            }
+        }
+        let failures = std::mem::take(&mut self.failures).into_iter();
+        self.failures = failures
+            .map(|((name, port), failure)| ((if name == *from { to.clone() } else { name }, port), failure))
+            .collect();
+        for heir in self.heirs.values_mut().filter(|heir| *heir == from) {
+            *heir = to.clone();
+        }
+        changes
     }
 
     /// The engine was relieved by another one, which holds these upstreams and these forwards under the same numbers and

@@ -47,6 +47,7 @@ pub(super) struct Container {
 pub(super) struct Visiting {
     pub(super) number: u64,
     pub(super) gate: watch::Sender<Option<Gate>>,
+    pub(super) id: watch::Sender<Option<String>>,
     pub(super) hint: Arc<Notify>,
     task: AbortHandle,
 }
@@ -70,16 +71,18 @@ impl Drop for Visiting {
 impl Visiting {
     /// Sets out.
     pub(super) fn begin(
-        name: &ContainerName,
+        registration: &Registration,
         number: u64,
         way: &Way,
         gate: Option<Gate>,
         errand: &Errand,
     ) -> Visiting {
         let (gate, opened) = watch::channel(gate);
+        let (id, meant) = watch::channel(registration.found_id().map(str::to_owned));
         let hint = Arc::new(Notify::new());
         let visit = Visit {
-            name: name.clone(),
+            name: registration.container_name.clone(),
+            id: meant,
             number,
             way: way.clone(),
             docker: errand.docker.clone(),
@@ -90,7 +93,7 @@ impl Visiting {
             words: errand.words.clone(),
         };
         let task = tokio::spawn(visit.run()).abort_handle();
-        Visiting { number, gate, hint, task }
+        Visiting { number, gate, id, hint, task }
     }
 }
 
@@ -120,6 +123,35 @@ impl Container {
             over_session: false,
             visit: None,
         }
+    }
+
+    /// It is registered again, in the same way.
+    pub(super) fn registered_again(self, registration: &Arc<Registration>) -> Container {
+        if let Some(visit) = &self.visit
+            && !Arc::ptr_eq(&self.registration, registration)
+        {
+            visit.id.send_replace(registration.found_id().map(str::to_owned));
+            // Whoever registers it again may know that it is there.
+            visit.hint.notify_one();
+        }
+        Container { registration: Arc::clone(registration), ..self }
+    }
+
+    /// Whether another one is the same container of Docker's, under whatever name.
+    pub(super) fn is_same(&self, other: &Container) -> bool {
+        let id = |container: &Container| {
+            let is_dockers = matches!(container.way, Some(Way::Docker { .. }));
+            container.registration.found_id().filter(|_| is_dockers).map(str::to_owned)
+        };
+        id(self).is_some_and(|own| id(other) == Some(own))
+    }
+
+    /// What is known of it, where it is the same as this one was.
+    pub(super) fn go_on_from(&mut self, before: &Container) {
+        (self.state, self.reason) = (before.state, before.reason.clone());
+        (self.tried, self.missed, self.shares) = (before.tried, before.missed, before.shares);
+        self.means.clone_from(&before.means);
+        self.circumstances = before.circumstances.clone();
     }
 
     /// Whether there is a way in that is gone by a visit.

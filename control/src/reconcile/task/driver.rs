@@ -16,10 +16,10 @@ use super::{Answering, Ask, ForwardingOptions, Owners, Published};
 use crate::events::Journal;
 use crate::paths::Home;
 use crate::reconcile::engine_link::{Attached, Link, LinkError};
-use crate::reconcile::fleet::Fleet;
+use crate::reconcile::fleet::{Change, Fleet};
 use crate::reconcile::reach::{Gate, Told};
 use crate::reconcile::table::ForwardTable;
-use crate::registration::model::ContainerName;
+use crate::registration::model::{ContainerName, Registration};
 use crate::registration::store::Registered;
 
 /// How long an engine rests between attempts to start it: the first time, and at most.
@@ -263,29 +263,18 @@ impl Driver {
     fn sync(&mut self) {
         let registered = self.registrations.borrow_and_update().clone();
         let mut before = std::mem::take(&mut self.containers);
+        let mut changes = Vec::new();
         for registration in &registered.entries {
             let same = |known: &Container| known.name() == &registration.container_name;
             let known = before.iter().position(same).map(|at| before.swap_remove(at));
             let container = match known {
-                Some(known) if known.way == wanted_way(registration) => {
-                    if let Some(visit) = &known.visit
-                        && !Arc::ptr_eq(&known.registration, registration)
-                    {
-                        // Whoever registers it again may know that it is there.
-                        visit.hint.notify_one();
-                    }
-                    Container { registration: Arc::clone(registration), ..known }
-                }
-                other => {
-                    if let Some(other) = other {
-                        self.fleet.left(other.name());
-                    }
-                    Container::new(Arc::clone(registration))
-                }
+                Some(known) if known.way == wanted_way(registration) => known.registered_again(registration),
+                known => self.newcomer(registration, known, &before, &mut changes),
             };
             self.containers.push(container);
         }
         drop(before);
+        self.tell_all(changes);
         let unvisited = |container: &Container| container.visit.is_none() && container.is_visited();
         let unvisited: Vec<usize> =
             (0..self.containers.len()).filter(|at| self.containers.get(*at).is_some_and(unvisited)).collect();
@@ -296,6 +285,29 @@ impl Driver {
         if self.is_needed() && matches!(&self.engine, Engine::Absent { again } if *again <= Instant::now()) {
             self.look_for_engine(false);
         }
+    }
+
+    /// A container under a name or in a way that is new to it; `known` had the name before. What it has stays open where it is
+    /// the container that had that under another name, or in another way.
+    fn newcomer(
+        &mut self,
+        registration: &Arc<Registration>,
+        known: Option<Container>,
+        before: &[Container],
+        changes: &mut Vec<Change>,
+    ) -> Container {
+        let mut new = Container::new(Arc::clone(registration));
+        if let Some(known) = known {
+            if new.is_same(&known) {
+                new.go_on_from(&known);
+            } else {
+                self.fleet.left(known.name());
+            }
+        } else if let Some(same) = before.iter().chain(&self.containers).find(|other| new.is_same(other)) {
+            changes.extend(self.fleet.renamed(same.name(), new.name()));
+            new.go_on_from(same);
+        }
+        new
     }
 
     /// Tells the planner what is to be forwarded.
@@ -309,8 +321,7 @@ impl Driver {
         let Some(container) = self.containers.get_mut(at) else { return };
         // A process that has ended does not come again under the same registration.
         if let Some(way) = container.way.clone() {
-            let visit =
-                Visiting::begin(&container.registration.container_name, number, &way, gate, &self.errand);
+            let visit = Visiting::begin(&container.registration, number, &way, gate, &self.errand);
             container.visit = Some(visit);
         }
     }
