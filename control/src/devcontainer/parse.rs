@@ -48,7 +48,7 @@ fn json(text: &str) -> Result<Value, DevcontainerError> {
     if text.len() > BYTES_MAX {
         return Err(DevcontainerError::TooLong);
     }
-    serde_json::from_str(&jsonc::plain(text)).map_err(|error| DevcontainerError::NotJson(error.to_string()))
+    jsonc::read(text).map_err(DevcontainerError::NotJson)
 }
 
 fn object(mut fields: Map<String, Value>) -> Result<Devcontainer, DevcontainerError> {
