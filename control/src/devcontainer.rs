@@ -28,9 +28,9 @@
 //! # What else says which ports
 //!
 //! From the strongest: options on the command line (`--allow`, `--deny`), the labels `dev.landfall.allow` and
-//! `dev.landfall.deny`, the folder's file, the label `devcontainer.metadata`, and the default, everything from 1024.
-//! Each replaces all that is weaker, but `landfall start` puts the file on top of the image's label as above. To `landfall attach
-//! NAME --cwd DIR` the label is stronger than the file, since the container was made with it.
+//! `dev.landfall.deny`, the folder's file on top of the label `devcontainer.metadata` as above, and the default, everything
+//! from 1024. Each replaces all that is weaker; what people are told of ports comes from the file and the label in any
+//! case. [`exposure`] is that rule, for every verb and for the daemon.
 //!
 //! What landfall does not act on is listed by [`Devcontainer::not_used`]: regular expressions, ports of other hosts, and
 //! every other field.
@@ -38,6 +38,7 @@
 mod file;
 mod jsonc;
 mod parse;
+mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
@@ -104,6 +105,30 @@ pub struct Build {
     pub dockerfile: PathBuf,
     /// The folder that is sent to Docker.
     pub context: PathBuf,
+}
+
+/// What comes of all that is said of a container's ports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exposure {
+    /// Which may be exposed; none where nothing is said that differs from the default.
+    pub policy: Option<PortForward>,
+    /// What people are told of them.
+    pub notes: Vec<PortNote>,
+    /// What landfall does not act on, as [`Devcontainer::not_used`].
+    pub not_used: Vec<String>,
+}
+
+/// Puts together what is said of a container's ports: on the command line, in its own labels `dev.landfall.*`, in its label
+/// `devcontainer.metadata`, and in the folder's file.
+pub fn exposure(
+    options: Option<PortForward>,
+    labels: Option<PortForward>,
+    metadata: Devcontainer,
+    folder: Devcontainer,
+) -> Exposure {
+    let said = metadata.merge(folder);
+    let policy = options.or(labels).or_else(|| said.port_forward());
+    Exposure { policy, notes: said.notes(), not_used: said.not_used }
 }
 
 /// A port or a range of them; wide ones come first.

@@ -14,6 +14,10 @@ fuzz_target!(|text: &str| {
         let told = serde_json::to_value(&policy).unwrap();
         assert_eq!(PortForward::from_value(&told), Ok(policy), "{told}");
     }
+    if let Some(told) = said.ports_as_metadata() {
+        let read = from_metadata(&told.to_string()).map(|read| read.port_forward());
+        assert_eq!(read, Ok(said.port_forward()), "{told}");
+    }
     for note in said.notes() {
         assert!(note.first <= note.last, "{note:?}");
     }

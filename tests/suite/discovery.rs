@@ -19,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("a_hundred_containers_at_once_are_a_few_lists", a_hundred),
     Case::once("what_docker_tells_beside_lives_is_no_reason_to_look", no_reason),
     Case::once("attach_is_remembered_until_detach_even_without_a_container", attached),
+    Case::once("attach_puts_a_folder_on_top_of_what_the_image_says", on_top),
     Case::once("detach_turns_off_what_would_come_back", turned_off),
     Case::once("ls_all_says_of_every_container_why", every_container),
 ];
@@ -271,6 +272,23 @@ fn attached() {
     wait_for_names(&home, &[]);
     assert_eq!(refused(&home, &json!({"kind": "detach", "containerName": "shop"})), "shop is not forwarded");
     assert_eq!(home.run(&["detach", "nobody"]).status.code(), Some(3));
+}
+
+fn on_top() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    let said = r#"[{"forwardPorts": [80], "portsAttributes": {"3000": {"label": "image"}}},
+        {"portsAttributes": {"9229": {"onAutoForward": "ignore", "label": "debug"}}}]"#;
+    docker.launch("shop", &[("devcontainer.metadata", said)]);
+    let folder = home.folder("shop");
+    let said = r#"{"forwardPorts": [81], "portsAttributes": {"3000": {"onAutoForward": "ignore"}}}"#;
+    std::fs::write(folder.join(".devcontainer.json"), said).unwrap();
+    // Nobody is in it, so it is attached and cannot be reached.
+    home.run(&["attach", "shop", "--cwd", folder.to_str().unwrap()]);
+    let both = home.registered("shop").unwrap();
+    assert_eq!(both["portForward"], json!({"allow": "*", "deny": [3000, 9229], "privileged": [80, 81]}));
+    assert_eq!(both["portNotes"], json!([{"first": 9229, "last": 9229, "label": "debug"}]));
 }
 
 fn turned_off() {

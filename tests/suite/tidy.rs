@@ -33,6 +33,7 @@ const PURE: &[&str] = &[
     "control/src/devcontainer.rs",
     "control/src/devcontainer/jsonc.rs",
     "control/src/devcontainer/parse.rs",
+    "control/src/devcontainer/wire.rs",
     "control/src/docker/address.rs",
     "control/src/discovery/labels.rs",
     "control/src/discovery/machine.rs",

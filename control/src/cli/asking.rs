@@ -111,7 +111,8 @@ fn read_description(answer: Value) -> Result<Description, Failure> {
     serde_json::from_value(answer).map_err(|error| other_build(&error))
 }
 
-fn other_build(error: &serde_json::Error) -> Failure {
+/// What people are told when the daemon's answer makes no sense.
+pub fn other_build(error: &dyn std::fmt::Display) -> Failure {
     Failure::new(Exit::Failed, format!("the daemon describes itself in words of another build: {error}"))
         .hint("landfall up puts this build in its place")
 }

@@ -9,6 +9,7 @@ use super::asking;
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Talk};
 use super::start;
+use crate::devcontainer::{Devcontainer, Exposure, exposure};
 use crate::processes;
 use crate::registration::model::{Token, Way};
 use crate::rpc::client::PATIENT_BUDGET;
@@ -36,7 +37,9 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
         Failure::new(Exit::Usage, format!("the folder {} cannot be used: {}", cwd.display(), chain(&error)))
             .hint("give the container's folder on the host with --cwd")
     })?;
-    let attachment = start::attachment(&cwd, Talk::to_stderr(args.json))?;
+    let said = start::read_and_tell(&cwd, Talk::to_stderr(args.json))?;
+    // Whether there is such a container, and what its labels say, only the daemon may ever know.
+    let Exposure { policy, notes, .. } = exposure(None, None, Devcontainer::default(), said);
     let restart = token(args.restart_token_file.as_deref(), "LANDFALL_RESTART_TOKEN")?;
     let broker = token(args.broker_token_file.as_deref(), "LANDFALL_BROKER_TOKEN")?;
     let cwd = cwd.to_str().ok_or_else(|| {
@@ -61,8 +64,7 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
     add("restartToken", restart.map(|token| token.reveal().into()));
     add("brokerToken", broker.map(|token| token.reveal().into()));
     add("wsHostPort", args.ws_host_port.map(|port| port.get().into()));
-    let (said, notes) = attachment;
-    add("portForward", args.policy(said).and_then(|policy| serde_json::to_value(policy).ok()));
+    add("portForward", args.policy(policy).and_then(|policy| serde_json::to_value(policy).ok()));
     add(
         "portNotes",
         Some(notes).filter(|notes| !notes.is_empty()).and_then(|notes| serde_json::to_value(notes).ok()),

@@ -10,15 +10,14 @@ use super::args::StartArgs;
 use super::asking;
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Report, Talk};
-use crate::devcontainer::{self, Devcontainer};
+use crate::devcontainer::{self, Devcontainer, Exposure, exposure};
 use crate::discovery::labels;
 use crate::docker::{Docker, DockerError, FOLDER_LABEL, Listed};
 use crate::paths::Home;
-use crate::policy::PortForward;
 use crate::processes::ProcessFact;
 use crate::reconcile::table::{ForwardRow, RowState};
 use crate::registration::file;
-use crate::registration::model::{ContainerName, PortNote, Way};
+use crate::registration::model::{ContainerName, Way};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::start::{self, Hands, Image, NotRunning, Recipe, Tokens};
 
@@ -55,12 +54,12 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
             aside.report(&Report::Note { text, hint: None });
             None
         });
-    // Without that label what is read is our own ones' word alone.
-    let of_labels = labels::read(&prepared.labels).policy.map_err(|why| Failure::new(Exit::Refused, why))?;
-    let said =
-        metadata.unwrap_or_default().merge(said).merge(Devcontainer::forwarding(args.port.iter().copied()));
-    tell_not_used(&said, aside);
-    let policy = args.policy().or(of_labels).or_else(|| said.port_forward()).unwrap_or_default();
+    let own = labels::read(&prepared.labels).own_policy.map_err(|why| Failure::new(Exit::Refused, why))?;
+    // A port that is named here is one more of the file's.
+    let said = said.merge(Devcontainer::forwarding(args.port.iter().copied()));
+    let Exposure { policy, notes, not_used } =
+        exposure(args.policy(), own, metadata.unwrap_or_default(), said);
+    tell_not_used(&not_used, aside);
     let built = match &image {
         Image::Built(from) => Some(from),
         Image::Named(_) => None,
@@ -68,7 +67,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     let recipe = Recipe { name: &name, folder: &folder.text, image: &prepared.image, built, http_port };
     let fixed = json!({
         "kind": "register", "containerName": name.as_str(), "cwd": folder.text, "way": Way::DOCKER,
-        "portForward": policy, "portNotes": said.notes(),
+        "portForward": policy.unwrap_or_default(), "portNotes": notes,
     });
     let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
     runtime.block_on(start::start(&mut hands, last_port(&home, &name)))?;
@@ -104,14 +103,11 @@ pub(super) fn read(folder: &Path) -> Result<Option<Devcontainer>, Failure> {
     })
 }
 
-/// What a folder has to say to a registration of it: policy and notes. Fields that nothing is done about are told.
-pub(super) fn attachment(
-    folder: &Path,
-    aside: Talk,
-) -> Result<(Option<PortForward>, Vec<PortNote>), Failure> {
-    let Some(said) = read(folder)? else { return Ok((None, Vec::new())) };
-    tell_not_used(&said, aside);
-    Ok((said.port_forward(), said.notes()))
+/// The same for a registration of the folder. Fields that nothing is done about are told.
+pub(super) fn read_and_tell(folder: &Path, aside: Talk) -> Result<Devcontainer, Failure> {
+    let said = read(folder)?.unwrap_or_default();
+    tell_not_used(said.not_used(), aside);
+    Ok(said)
 }
 
 /// What people are told when Docker did not do it.
@@ -188,10 +184,9 @@ async fn prepare(
     Ok(Prepared { image, labels })
 }
 
-fn tell_not_used(said: &Devcontainer, talk: Talk) {
-    if !said.not_used().is_empty() {
-        let text =
-            format!("landfall does nothing about these of devcontainer.json: {}", said.not_used().join(", "));
+fn tell_not_used(not_used: &[String], talk: Talk) {
+    if !not_used.is_empty() {
+        let text = format!("landfall does nothing about these of devcontainer.json: {}", not_used.join(", "));
         talk.report(&Report::Note { text, hint: None });
     }
 }

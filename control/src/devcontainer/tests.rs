@@ -1,5 +1,5 @@
 use super::*;
-use crate::policy::{Decision, Policy};
+use crate::policy::{Allow, Decision, Policy};
 use proptest::prelude::*;
 
 fn parse(text: &str) -> Devcontainer {
@@ -121,6 +121,48 @@ fn the_entries_of_a_label_go_on_top_of_each_other() {
     assert_eq!(from_metadata(" ").unwrap(), Devcontainer::default());
 }
 
+/// What an image and a folder say, both about 3000 and each about something else.
+const METADATA: &str = r#"[{"forwardPorts": [80], "otherPortsAttributes": {"onAutoForward": "ignore"},
+    "portsAttributes": {"3000": {"label": "image", "onAutoForward": "ignore"}, "9229": {"label": "debug"}},
+    "customizations": {}}]"#;
+const FOLDER: &str =
+    r#"{"forwardPorts": [81], "portsAttributes": {"3000": {"label": "folder"}}, "runArgs": []}"#;
+
+#[test]
+fn a_folder_goes_on_top_of_the_image_port_by_port() {
+    let folder = || parse(FOLDER);
+    let both = exposure(None, None, from_metadata(METADATA).unwrap(), folder());
+    let said = from_metadata(METADATA).unwrap().merge(folder());
+    assert_eq!((&both.policy, &both.notes), (&said.port_forward(), &said.notes()));
+    let policy = Policy::from(&both.policy.unwrap());
+    for (port, exposed) in [(80, true), (81, true), (3000, true), (9229, true), (5000, false)] {
+        let decision = policy.decide(NonZeroU16::new(port).unwrap());
+        assert_eq!(decision == Decision::Allow, exposed, "{port}");
+    }
+    assert_eq!(note(&said, 3000), (Some("folder".to_owned()), false));
+    assert_eq!(note(&said, 9229), (Some("debug".to_owned()), false));
+    assert_eq!(both.not_used, ["customizations", "runArgs"]);
+    // What neither says is the default, and one of them alone says it all.
+    assert_eq!(exposure(None, None, parse("{}"), parse("{}")), Exposure::default());
+    let alone = exposure(None, None, parse("{}"), folder());
+    assert_eq!((alone.policy, alone.notes), (folder().port_forward(), folder().notes()));
+}
+
+#[test]
+fn options_replace_labels_and_labels_replace_image_and_folder_but_no_note() {
+    let only = |port: u16| {
+        let ports = [NonZeroU16::new(port).unwrap()].into();
+        PortForward { allow: Allow::Ports(ports), ..PortForward::default() }
+    };
+    let exposed = |options, labels| {
+        let said = exposure(options, labels, from_metadata(METADATA).unwrap(), parse(FOLDER));
+        assert_eq!(said.notes, from_metadata(METADATA).unwrap().merge(parse(FOLDER)).notes());
+        said.policy
+    };
+    assert_eq!(exposed(Some(only(1)), Some(only(2))), Some(only(1)));
+    assert_eq!(exposed(None, Some(only(2))), Some(only(2)));
+}
+
 #[test]
 fn a_build_takes_the_place_of_an_image() {
     let build = |text: &str| {
@@ -198,17 +240,20 @@ proptest! {
         let entries: Vec<String> = entries
             .iter()
             .map(|(first, more, what)| {
-                format!(r#""{first}-{}": {{"onAutoForward": "{}"}}"#, first.saturating_add(*more), word(*what))
+                let last = first.saturating_add(*more);
+                format!(r#""{first}-{last}": {{"onAutoForward": "{}", "label": "{more}"}}"#, word(*what))
             })
             .collect();
         let text = format!(
-            r#"{{"portsAttributes": {{{}}}, "otherPortsAttributes": {{"onAutoForward": "{}"}}}}"#,
+            r#"{{"forwardPorts": [80, 9229], "portsAttributes": {{{}}}, "otherPortsAttributes": {{"onAutoForward": "{}"}}}}"#,
             entries.join(","), word(other)
         );
         let said = parse(&text);
         let sent = serde_json::to_value(said.port_forward()).unwrap();
         let arrived = if sent.is_null() { None } else { Some(PortForward::from_value(&sent).unwrap()) };
         prop_assert_eq!(arrived, said.port_forward());
-        let _ = said.notes();
+        let label = said.ports_as_metadata().unwrap().to_string();
+        let told = from_metadata(&label).unwrap();
+        prop_assert_eq!((told.port_forward(), told.notes()), (said.port_forward(), said.notes()));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::devcontainer::{self, Devcontainer};
+use crate::devcontainer::{self, Devcontainer, Exposure, exposure};
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::{ContainerName, PortNote};
 
@@ -32,9 +32,13 @@ pub struct Labels {
     pub forward: Option<bool>,
     /// Under which name.
     pub name: Option<ContainerName>,
-    /// Which ports; none where they do not say. An error stands for a list that cannot be read: what it was to keep in
-    /// is not let out for that.
-    pub policy: Result<Option<PortForward>, String>,
+    /// Which ports, by our own labels alone; none where they do not say. An error stands for a list that cannot be read:
+    /// what it was to keep in is not let out for that.
+    pub own_policy: Result<Option<PortForward>, String>,
+    /// What the image's `devcontainer.json` said.
+    pub metadata: Devcontainer,
+    /// Which ports, by all of them.
+    pub policy: Option<PortForward>,
     /// What people are told of its ports.
     pub notes: Vec<PortNote>,
     /// Whether it is a container of the daemon's own.
@@ -64,12 +68,14 @@ pub fn read(labels: &BTreeMap<String, String>) -> Labels {
         nonsense.push(why);
         Devcontainer::default()
     });
-    let policy = policy(labels).map(|said| said.or_else(|| metadata.port_forward()));
-    if let Err(why) = &policy {
+    let own_policy = policy(labels);
+    if let Err(why) = &own_policy {
         nonsense.push(why.clone());
     }
+    let own = own_policy.clone().ok().flatten();
+    let Exposure { policy, notes, .. } = exposure(None, own, metadata.clone(), Devcontainer::default());
     let is_ours = labels.contains_key(HELPER);
-    Labels { forward, name, policy, notes: metadata.notes(), is_ours, nonsense }
+    Labels { forward, name, own_policy, metadata, policy, notes, is_ours, nonsense }
 }
 
 /// What the image's `devcontainer.json` said. It narrows nothing that somebody relies on, so without it all goes on.
@@ -142,7 +148,7 @@ mod tests {
     #[test]
     fn lists_are_those_of_the_command_line() {
         let policy = |pairs: &[(&str, &str)]| {
-            labels(pairs).policy.map(|policy| policy.map(|policy| serde_json::to_value(policy).unwrap()))
+            labels(pairs).own_policy.map(|policy| policy.map(|policy| serde_json::to_value(policy).unwrap()))
         };
         assert_eq!(policy(&[]), Ok(None));
         assert_eq!(policy(&[(ALLOW, "80, 3000-3001")]), Ok(Some(json!({"allow": [80, 3000, 3001]}))));
@@ -158,13 +164,19 @@ mod tests {
             r#"[{"portsAttributes": {"3000": {"label": "shop"}, "9229": {"onAutoForward": "ignore"}}}]"#;
         let read = labels(&[(METADATA, metadata)]);
         assert_eq!(read.notes[0].label.as_deref(), Some("shop"));
+        // Its word is not ours: a folder's file goes on top of it, and not on top of ours.
+        assert_eq!(
+            (&read.own_policy, &read.metadata),
+            (&Ok(None), &devcontainer::from_metadata(metadata).unwrap())
+        );
         let policy = |read: Labels| serde_json::to_value(read.policy.unwrap()).unwrap();
         assert_eq!(policy(read), json!({"allow": "*", "deny": [9229]}));
         let read = labels(&[(METADATA, metadata), (ALLOW, "9229")]);
         assert_eq!(read.notes[0].label.as_deref(), Some("shop"));
+        assert_eq!(read.own_policy.clone().unwrap(), read.policy);
         assert_eq!(policy(read), json!({"allow": [9229]}));
         let read = labels(&[(METADATA, "{")]);
-        assert_eq!((read.policy, read.nonsense.len()), (Ok(None), 1));
+        assert_eq!((read.policy, read.nonsense.len()), (None, 1));
     }
 
     #[test]

@@ -355,7 +355,7 @@ impl<'a> Look<'a> {
             None if self.all => FoundBy::All,
             None => return Err(Why::Unasked),
         };
-        if let Err(why) = &labels.policy {
+        if let Err(why) = &labels.own_policy {
             return Err(Why::Unreadable(why.clone()));
         }
         let docker_name = self.names.get(at).cloned().flatten().ok_or(Why::Unasked)?;
@@ -403,7 +403,7 @@ impl<'a> Look<'a> {
         self.settle(claim.at, Verdict::Forwarded(name.clone(), claim.by));
         self.kept.insert(name.clone());
         let mut wanted = registration(name, &claim.docker_name, &container.id, claim.by);
-        wanted.port_forward = claim.labels.policy.clone().ok().flatten();
+        wanted.port_forward.clone_from(&claim.labels.policy);
         wanted.port_notes.clone_from(&claim.labels.notes);
         if !current.as_ref().is_some_and(|current| **current == wanted) {
             self.steps.push(Step::Register { registration: Box::new(wanted), before: current });

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::labels;
 use super::machine::{Candidate, Verdict, Why};
 use crate::docker::Network;
-use crate::registration::model::{FoundBy, PortNote};
+use crate::registration::model::FoundBy;
 
 /// One container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,12 +31,12 @@ pub struct Found {
     /// Why it is not forwarded, or what there is to know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
-    /// Which of its ports its labels allow, as a registration has it; none where they do not say.
+    /// Which of its ports its own labels allow, as a registration has it; none where they do not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_forward: Option<Value>,
-    /// What its labels would have people told of its ports.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub port_notes: Vec<PortNote>,
+    /// What its label `devcontainer.metadata` says of its ports, as that label has it; none where it says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devcontainer: Option<Value>,
 }
 
 /// Whether a container is forwarded.
@@ -73,7 +73,7 @@ impl Found {
             Verdict::Off(_) => Some("it was detached".to_owned()),
             Verdict::Forwarded(..) | Verdict::Registered(_) => network,
         };
-        let policy = labels.policy.as_ref().ok().and_then(Option::as_ref);
+        let policy = labels.own_policy.as_ref().ok().and_then(Option::as_ref);
         Found {
             name: container.name.to_string(),
             id: container.id.clone(),
@@ -84,7 +84,7 @@ impl Found {
             by,
             why,
             port_forward: policy.and_then(|policy| serde_json::to_value(policy).ok()),
-            port_notes: labels.notes.clone(),
+            devcontainer: labels.metadata.ports_as_metadata(),
         }
     }
 }

@@ -187,6 +187,47 @@ fn json_is_one_object_with_the_names_of_the_wire() {
     }
 }
 
+/// The request by which `attach` has a container remembered that Docker has with what `said` holds of its labels.
+fn attached(said: &Value, folder: &str, options: &[&str]) -> Value {
+    let mut found = json!({ "name": "shop", "id": "1", "image": "x", "running": true, "forwarded": "no" });
+    found.as_object_mut().unwrap().extend(said.as_object().unwrap().clone());
+    let shop = json!([{ "containerName": "shop", "state": "off", "forwards": [] }]);
+    let daemon = Scripted::new(move |request, _| match request["kind"].as_str().unwrap() {
+        "containers" => json!({ "ok": true, "result": { "containers": [found] } }),
+        _ => ours(request, &shop),
+    });
+    let path = daemon.place.home.root().join("shop");
+    std::fs::create_dir(&path).unwrap();
+    std::fs::write(path.join(".devcontainer.json"), folder).unwrap();
+    let output =
+        daemon.place.output(&[&["attach", "shop", "--cwd", path.to_str().unwrap()], options].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    daemon.asked("register")
+}
+
+#[test]
+fn a_folder_is_attached_on_top_of_what_the_containers_image_says() {
+    let said = json!({ "devcontainer": {
+        "otherPortsAttributes": { "onAutoForward": "ignore" },
+        "portsAttributes": { "3000": { "label": "image", "onAutoForward": "ignore" }, "9229": { "label": "debug" } },
+    } });
+    let folder = r#"{ "forwardPorts": [80], "portsAttributes": { "3000": { "label": "folder" }, } } // mine"#;
+    let request = attached(&said, folder, &[]);
+    assert_eq!(request["portForward"], json!({ "allow": [80, 3000, 9229] }));
+    let labels: Vec<&Value> =
+        request["portNotes"].as_array().unwrap().iter().map(|note| &note["label"]).collect();
+    assert_eq!(labels, ["folder", "debug"]);
+
+    // The container's own labels replace both, and options replace those; what people are told of ports stays.
+    let mut of_labels = said.clone();
+    of_labels["portForward"] = json!({ "allow": [9229] });
+    let replaced = attached(&of_labels, folder, &[]);
+    assert_eq!(replaced["portForward"], json!({ "allow": [9229] }));
+    assert_eq!(replaced["portNotes"], request["portNotes"]);
+    let replaced = attached(&of_labels, folder, &["--allow", "5000"]);
+    assert_eq!(replaced["portForward"], json!({ "allow": [5000] }));
+}
+
 #[test]
 fn nothing_registered_is_said_and_not_an_empty_table() {
     insta::assert_snapshot!(Scripted::current(json!([])).place.seen(&["ls"]));

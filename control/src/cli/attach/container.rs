@@ -12,6 +12,7 @@ use crate::cli::asking::{self, Container};
 use crate::cli::exit::{Exit, Failure, chain};
 use crate::cli::output::{Colour, Report, Talk};
 use crate::cli::start;
+use crate::devcontainer::{self, Devcontainer, Exposure, exposure};
 use crate::discovery::report::{Forwarded, Found};
 use crate::folder::FOREGROUND;
 use crate::policy::PortForward;
@@ -70,8 +71,7 @@ fn refuse_change(args: &AttachArgs, name: &str) -> Result<(), Failure> {
         .hint(format!("landfall deregister {name}, and attach then")))
 }
 
-/// The request to remember it. What the command line says of ports counts, else what the container's labels say, else the
-/// folder's `devcontainer.json`.
+/// The request to remember it, with what [`exposure`] makes of all that is said of its ports.
 fn request(
     name: &str,
     container: &ContainerName,
@@ -93,18 +93,20 @@ fn request(
             add("cwd", "/".into())
         }
     };
-    let said =
-        (common.allow.is_some() || common.deny.is_some()).then(|| json!(PortForward::from(&common.policy())));
-    let (of_folder, notes) = match &args.cwd {
-        Some(folder) => start::attachment(folder, Talk::to_stderr(common.json))?,
-        None => (None, Vec::new()),
+    let options =
+        (common.allow.is_some() || common.deny.is_some()).then(|| PortForward::from(&common.policy()));
+    let own = found.port_forward.as_ref().map(PortForward::from_value).transpose();
+    let own = own.map_err(|error| asking::other_build(&error))?;
+    let metadata = found.devcontainer.as_ref().map(|said| devcontainer::from_metadata(&said.to_string()));
+    let metadata = metadata.transpose().map_err(|error| asking::other_build(&error))?.unwrap_or_default();
+    let said = match &args.cwd {
+        Some(folder) => start::read_and_tell(folder, Talk::to_stderr(common.json))?,
+        None => Devcontainer::default(),
     };
-    let said = said.or_else(|| found.port_forward.clone());
-    if let Some(policy) = said.or_else(|| of_folder.map(|policy| json!(policy))) {
-        add("portForward", policy);
+    let Exposure { policy, notes, .. } = exposure(options, own, metadata, said);
+    if let Some(policy) = policy {
+        add("portForward", json!(policy));
     }
-    // For a port that both are about, the folder's word is the last.
-    let notes: Vec<_> = found.port_notes.iter().cloned().chain(notes).collect();
     if !notes.is_empty() {
         add("portNotes", json!(notes));
     }
