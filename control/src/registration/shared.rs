@@ -24,8 +24,9 @@ pub(super) struct Shared {
     pub(super) queues: Queues,
     /// No new registration is taken from here on.
     pub(super) stopping: CancellationToken,
-    /// Whether everything on disk has been taken in.
-    settled: watch::Sender<bool>,
+    /// Cancelled once everything on disk has been taken in. Not a `watch`, which wakes those who wait in any order: who
+    /// registered before somebody else deregistered must go first.
+    settled: CancellationToken,
     /// Rings when there is a hint.
     pub(super) hinted: Notify,
     hints: Mutex<Hints>,
@@ -36,7 +37,7 @@ pub(super) struct Settling<'a>(&'a Shared);
 
 impl Drop for Settling<'_> {
     fn drop(&mut self) {
-        self.0.settled.send_replace(true);
+        self.0.settled.cancel();
     }
 }
 
@@ -47,7 +48,7 @@ impl Shared {
             known: watch::Sender::new(Arc::default()),
             queues: Queues::default(),
             stopping: CancellationToken::new(),
-            settled: watch::Sender::new(false),
+            settled: CancellationToken::new(),
             hinted: Notify::new(),
             hints: Mutex::default(),
         }
@@ -57,9 +58,9 @@ impl Shared {
         Settling(self)
     }
 
+    /// Waits until everything on disk has been taken in. Those who wait go on in the order in which they came.
     pub(super) async fn replayed(&self) {
-        // The sender is ours, so it does not go away.
-        let _ = self.settled.subscribe().wait_for(|settled| *settled).await;
+        self.settled.cancelled().await;
     }
 
     pub(super) fn find(&self, name: &str) -> Option<Arc<Registration>> {

@@ -326,6 +326,21 @@ fn put_every_case(bench: &Bench) {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_waits_for_the_replay_goes_on_in_the_order_of_asking() {
+    let bench = Bench::new();
+    bench.registry.register(bare("a", "/a")).await.unwrap();
+    *bench.script.takes.lock().unwrap() = Duration::from_secs(1);
+    let bench = bench.next().await;
+    let (registry, order) = (&bench.registry, &Mutex::new(Vec::new()));
+    let waiting = (0..50).map(|number| async move {
+        registry.replayed().await;
+        order.lock().unwrap().push(number);
+    });
+    futures_util::future::join_all(waiting).await;
+    assert_eq!(*order.lock().unwrap(), Vec::from_iter(0..50));
+}
+
+#[tokio::test(start_paused = true)]
 async fn replay_takes_in_what_is_alive_or_unknown_and_tells_of_the_rest() {
     let bench = Bench::new();
     bench.registry.replayed().await;
