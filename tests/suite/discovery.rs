@@ -306,10 +306,15 @@ fn turned_off() {
     // Nobody is in this one, so it is attached and cannot be reached.
     home.run(&["attach", "shop"]);
     assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": [80]}));
+    let before = home.count_events("register", "shop");
     let output = home.run(&["deregister", "shop"]);
     assert!(output.status.success(), "{output:?}");
+    wait_until("it to come back", || match home.count_events("register", "shop") {
+        count if count > before => Ok(()),
+        count => Err(count),
+    });
     wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
-    // It would come back.
+    // It would come back again.
     let output = home.run(&["deregister", "shop"]);
     assert_eq!(output.status.code(), Some(6), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("landfall detach shop"), "{output:?}");

@@ -73,7 +73,7 @@ fn of_two_namespaces_the_first_keeps_the_port() {
     answers(port, "two");
     one.listen(port);
     until("one is told", || (world.row_state("one", port)? == RowState::Failed).then_some(()));
-    let [told] = <[String; 1]>::try_from(world.log("port-forward-failed")).unwrap();
+    let [told] = <[String; 1]>::try_from(world.told("port-forward-failed", 1)).unwrap();
     assert!(told.contains("EADDRINUSE") && told.contains("\\\"two\\\""), "{told}");
     let row = world.container("two").unwrap().forwards.into_iter().find(|row| row.port == port).unwrap();
     assert_eq!((row.state, row.accepted > 0), (RowState::Open, true));
@@ -84,7 +84,7 @@ fn of_two_namespaces_the_first_keeps_the_port() {
     assert_eq!(world.forwarding().forwarded_ports("two"), [port]);
     two.close(port);
     answers(port, "one");
-    let closed = until("it is told", || world.log("port-forward-closed").into_iter().next());
+    let closed = world.told("port-forward-closed", 1).remove(0);
     assert!(closed.contains("container-released"), "{closed}");
 }
 
@@ -98,8 +98,8 @@ fn an_engine_that_is_killed_is_started_again() {
         until("another engine runs", || world.engine().filter(|now| *now != engine));
         answers(port, "a");
     }
-    assert_eq!(world.log("engine-lost").len(), 2);
-    assert!(world.log("port-forward-closed")[0].contains("host-error"));
+    assert_eq!(world.told("engine-lost", 2).len(), 2);
+    assert!(world.told("port-forward-closed", 1)[0].contains("host-error"));
 }
 
 /// Connects all the time until it is dropped; counts what was refused or cut off.
@@ -169,10 +169,10 @@ fn a_driver_that_comes_back_makes_no_duplicate() {
     world.start();
     until("it is open", || (world.row_state("a", port)? == RowState::Open).then_some(()));
     assert_eq!(world.container("a").unwrap().forwards.len(), 1);
-    let attached = world.log("engine-attached");
+    let attached = world.told("engine-attached", 4);
     assert_eq!(attached.iter().filter(|line| line.contains("\"started\":true")).count(), 1, "{attached:?}");
     assert_eq!(world.log("port-forward-closed"), [""; 0]);
-    assert_eq!(world.log("port-forward-opened").len(), 1);
+    assert_eq!(world.told("port-forward-opened", 1).len(), 1);
     namespace.close(port);
     refused(port);
 }
@@ -204,7 +204,7 @@ fn an_engine_of_another_version_is_relieved() {
     }
     let mut flood = flood.unwrap();
     assert_eq!(flood.stop(), 0);
-    assert!(world.log("engine-upgraded").len() >= 3);
+    world.told("engine-upgraded", 3);
     assert_eq!(world.log("port-forward-closed"), [""; 0]);
     let names = std::fs::read_dir(world.home.run()).unwrap().map(|entry| entry.unwrap().file_name());
     let engines = names.filter(|name| name.to_string_lossy().starts_with("engine."));
@@ -232,9 +232,11 @@ fn what_nobody_registers_any_more_is_let_go_of() {
     world.register(&[("one", &way_of(&one)), ("two", &way_of(&two))]);
     answers(first, "one");
     answers(second, "two");
+    // The engine answers before the driver has heard that it does.
+    world.told("port-forward-opened", 2);
     world.register(&[("one", &way_of(&one))]);
     refused(second);
-    let closed = until("it is told", || world.log("port-forward-closed").into_iter().next());
+    let closed = world.told("port-forward-closed", 1).remove(0);
     assert!(closed.contains("deregistered"), "{closed}");
     // While nobody drives, too.
     world.detach();
@@ -287,6 +289,6 @@ fn an_engine_that_is_stopped_closes_its_ports() {
     let (world, _namespace, port) = forwarded();
     world.runtime.block_on(world.forwarding().stop_engine());
     refused(port);
-    assert!(world.log("port-forward-closed")[0].contains("broker-stopped"));
+    assert!(world.told("port-forward-closed", 1)[0].contains("broker-stopped"));
     assert!(!world.home.engine_socket().exists());
 }

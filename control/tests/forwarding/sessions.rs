@@ -77,10 +77,8 @@ fn a_session_forwards_what_it_announces() {
     world.runtime.block_on(stopped).unwrap();
     refused(port);
     assert!(session.is_silent());
-    let reasons: Vec<String> = until("all is told", || {
-        let told = world.log("port-forward-closed");
-        (told.len() == 4).then_some(told)
-    });
+    let reasons = world.told("port-forward-closed", 4);
+    assert_eq!(reasons.len(), 4, "{reasons:?}");
     for (line, reason) in
         reasons.iter().zip(["host-error", "container-released", "host-error", "broker-stopped"])
     {
@@ -115,8 +113,10 @@ fn a_reserved_port_outlives_sessions_and_engines() {
     assert!(session.is_silent(), "nobody is answered twice");
     drop(session);
     refused(second);
-    let closed = world.log("port-forward-closed").pop().unwrap();
-    assert!(closed.contains("broker-stopped") && closed.contains("4848"), "{closed}");
+    let closed = until("it is told", || {
+        world.log("port-forward-closed").pop().filter(|line| line.contains("broker-stopped"))
+    });
+    assert!(closed.contains("4848"), "{closed}");
     assert!(closed.contains(&second.to_string()), "{closed}");
 }
 

@@ -88,6 +88,12 @@ impl World {
         self.runtime.block_on(forwarding.detach());
     }
 
+    /// Every line of the journal that has this text, once there are so many of them: a line is written a moment after
+    /// what it tells.
+    pub(crate) fn told(&self, text: &str, count: usize) -> Vec<String> {
+        until(text, || Some(self.log(text)).filter(|lines| lines.len() >= count))
+    }
+
     /// Every line of the journal so far that has this text.
     pub(crate) fn log(&self, text: &str) -> Vec<String> {
         let log = std::fs::read_to_string(self.home.daemon_log()).unwrap_or_default();
