@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use landfall_tests::process::running;
+use landfall_tests::process::{private_mounts, running};
 use landfall_tests::{Home, note, rpc};
-use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -202,13 +201,6 @@ impl Drop for Engine<'_> {
             let _ = Command::new("umount").args(["-l", path]).output();
         }
     }
-}
-
-/// What is mounted from now on is nobody else's, and goes away with the last process of this case. No thread may run yet.
-pub(crate) fn private_mounts() {
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-    let private = Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap();
-    assert!(private.success(), "the mounts cannot be made private");
 }
 
 /// Where `images.sh` has put the images.

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use landfall_tests::case::Case;
+use landfall_tests::process::private_mounts;
 use landfall_tests::{Home, note};
 use tempfile::TempDir;
 
-use super::engine::{LABEL, answers, images_directory, private_mounts, refuses, until};
+use super::engine::{LABEL, answers, images_directory, refuses, until};
 
 pub(crate) const CASES: &[Case] = &[Case::once("podman_without_root_is_walked_the_same_way", podman)];
 

@@ -1,9 +1,21 @@
 //! What this process uses, as the kernel counts it.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
+
+/// What is mounted from now on is nobody else's, and goes away with the last process of this case. No thread may run yet.
+///
+/// # Panics
+/// When this is not root.
+pub fn private_mounts() {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let private = Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap();
+    assert!(private.success(), "the mounts cannot be made private");
+}
 
 /// Descriptors open in this process.
 ///

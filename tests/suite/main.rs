@@ -13,6 +13,7 @@ mod ensure;
 mod exhaustion;
 mod fallback;
 mod half_close;
+mod hints;
 mod http;
 mod jobs;
 mod leaks;
@@ -57,6 +58,7 @@ fn main() -> std::process::ExitCode {
             fallback::CASES,
             parity::CASES,
             reach::CASES,
+            hints::CASES,
             upstreams::CASES,
             ways::CASES,
             agent_hostile::CASES,

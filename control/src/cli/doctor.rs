@@ -4,11 +4,11 @@ mod docker;
 mod helper;
 
 use std::fs;
-use std::io;
 use std::net::TcpListener;
 use std::path::Path;
 
 use landfall_engine::opener::client::{Opener, Target};
+use landfall_engine::watch::hint::{HintError, Hints};
 use rustix::process::Resource;
 use serde::Serialize;
 
@@ -202,30 +202,17 @@ fn io_uring() -> Finding {
 /// The tracepoint that tells of a new listener at once; without it the tables are read at a pace.
 fn tracefs() -> Finding {
     const WHAT: &str = "tracefs";
-    let id = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
-        .map(|root| format!("{root}/events/sock/inet_sock_set_state/id"))
-        .into_iter()
-        .map(fs::read_to_string);
-    let mut refusal = None;
-    for found in id {
-        match found {
-            Ok(_) => return Finding::ok(WHAT, "sock:inet_sock_set_state can be read"),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => refusal = Some(error),
-            Err(_) => {}
+    let error = match Hints::open() {
+        Ok(_) => return Finding::ok(WHAT, "the kernel tells at once of what begins to listen"),
+        Err(error) => error,
+    };
+    let hint = match &error {
+        HintError::Absent => "mount -t tracefs tracefs /sys/kernel/tracing, for faster news of listeners",
+        HintError::Forbidden | HintError::Refused { .. } => {
+            "new listeners are found by reading tables, some 20 ms later"
         }
-    }
-    match refusal {
-        Some(_) => Finding::lack(
-            WHAT,
-            "readable by root alone",
-            "new listeners are found by reading tables, a little later",
-        ),
-        None => Finding::lack(
-            WHAT,
-            "not mounted",
-            "mount -t tracefs tracefs /sys/kernel/tracing, for faster news of listeners",
-        ),
-    }
+    };
+    Finding::lack(WHAT, chain(&error), hint)
 }
 
 /// BBR paces loopback to a third; the relay asks for cubic on its own sockets, the servers inside do not.

@@ -9,9 +9,11 @@
 //! - `sock_diag` is preferred. When it does not work, the files of `/proc/net` take over, once and for good.
 //! - When nothing is left to read with, that is told once as [`WatchEvent::Lost`]; what listened is not told as closed.
 //! - Between scans the thread sleeps on its channel, so that adding, removing and hurrying act at once.
+//! - Where the kernel gives hints (`hint.rs`), a second thread waits for them and has everything scanned at once.
 
 pub mod diag_message;
 pub mod diff;
+pub mod hint;
 mod pace;
 pub mod parse;
 pub mod procfs;
@@ -20,7 +22,7 @@ pub mod sock_diag;
 mod source;
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, PipeWriter};
 use std::mem;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -28,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use self::hint::Hints;
 use self::pace::Pace;
 use self::reading::Reading;
 pub use self::source::{ReadError, Source, Sources, Wholeness};
@@ -55,11 +58,20 @@ pub enum WatchEvent {
     },
 }
 
-/// The thread that watches. Dropping it ends the thread and waits for it.
+/// The threads that watch. Dropping it ends them and waits for them.
 #[derive(Debug)]
 pub struct Watcher {
     requests: Option<Sender<Request>>,
     thread: Option<JoinHandle<()>>,
+    hints: Option<Hinted>,
+}
+
+/// The thread that waits for hints.
+#[derive(Debug)]
+struct Hinted {
+    /// Its end ends the thread.
+    running: PipeWriter,
+    thread: JoinHandle<()>,
 }
 
 enum Request {
@@ -69,8 +81,8 @@ enum Request {
 }
 
 impl Watcher {
-    /// Starts the thread. It calls `sink` for each event; a sink that blocks delays all namespaces, and one that
-    /// panics ends the watch.
+    /// Starts the threads. One calls `sink` for each event; a sink that blocks delays all namespaces, and one that
+    /// panics ends the watch. The other has hints, as soon as the kernel gives them, if it does.
     ///
     /// # Errors
     /// Those of starting a thread.
@@ -85,7 +97,8 @@ impl Watcher {
             }
             .run(&inbox);
         })?;
-        Ok(Watcher { requests: Some(requests), thread: Some(thread) })
+        let hints = Hinted::start(requests.clone()).ok();
+        Ok(Watcher { requests: Some(requests), thread: Some(thread), hints })
     }
 
     /// Watches a namespace. One that is watched already is begun anew: its next event tells all that listens.
@@ -111,8 +124,33 @@ impl Watcher {
     }
 }
 
+impl Hinted {
+    fn start(requests: Sender<Request>) -> io::Result<Hinted> {
+        let (stop, running) = io::pipe()?;
+        let thread = thread::Builder::new().name("landfall-hint".to_owned()).spawn(move || {
+            // Where there are none, and it is no failure, scans find everything.
+            if let Ok(hints) = Hints::open() {
+                hints.follow(stop, || {
+                    let _ = requests.send(Request::Rescan);
+                });
+            }
+        })?;
+        Ok(Hinted { running, thread })
+    }
+
+    fn end(self) {
+        drop(self.running);
+        // A panic was reported when it happened.
+        let _ = self.thread.join();
+    }
+}
+
 impl Drop for Watcher {
     fn drop(&mut self) {
+        // It sends requests, and without any sender the watch ends.
+        if let Some(hints) = self.hints.take() {
+            hints.end();
+        }
         self.requests = None;
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()

@@ -1,0 +1,231 @@
+//! Hints of the kernel that something began or ceased to listen, in whichever namespace: the tracepoint
+//! `sock:inet_sock_set_state`, read through an ftrace instance of our own.
+//!
+//! A hint says that it is worth looking, never what there is: the watch scans when it gets one. Without hints, which
+//! take root and a mounted tracefs, it finds the same a little later.
+//!
+//! An instance (`Documentation/trace/ftrace.rst`, "Instances") has its own buffers, events and filters, so what else is
+//! traced on this host goes on as it was. It goes with [`Hints`]. One that a killed process left behind is removed by the next
+//! that opens; the kernel keeps those that are in use (EBUSY).
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::channel::timespec;
+
+/// Where tracefs is mounted: today, and before Linux 4.1.
+const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+
+/// The directory of the tracepoint, in tracefs and in each instance.
+const EVENT: &str = "events/sock/inet_sock_set_state";
+
+/// Into LISTEN, or out of it (`TCP_LISTEN`, `include/net/tcp_states.h`).
+const FILTER: &str = "newstate==10||oldstate==10";
+
+/// What the names of our instances begin with.
+const PREFIX: &str = "landfall-";
+
+/// How long after a hint it is looked once more. The kernel tells of a listener before it has it in its table
+/// (`inet_csk_listen_start`, `net/ipv4/inet_connection_sock.c`). What is told meanwhile is looked at together, so that
+/// no program can keep the watch busy by opening and closing listeners.
+const SETTLE: Duration = Duration::from_millis(3);
+
+/// How often an instance is made again that somebody else's clearing removed.
+const ATTEMPTS_MAX: u32 = 4;
+
+/// Why there are no hints. None of it is a failure: listeners are found by scanning.
+#[derive(Debug, thiserror::Error)]
+pub enum HintError {
+    /// tracefs is not mounted, or the kernel has no such tracepoint.
+    #[error("there is no tracepoint sock:inet_sock_set_state in {}", ROOTS[0])]
+    Absent,
+    /// Only root may trace.
+    #[error("tracing the kernel takes root")]
+    Forbidden,
+    /// The kernel refused a step.
+    #[error("{}: {source}", path.display())]
+    Refused {
+        /// The file of tracefs.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The kernel's hints. Readable whenever something began or ceased to listen since they were last drained.
+#[derive(Debug)]
+pub struct Hints {
+    // Closed before the instance is removed, which would be busy.
+    pipe: File,
+    instance: Instance,
+}
+
+/// A directory of tracefs that goes with it.
+#[derive(Debug)]
+struct Instance(PathBuf);
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        // What remains is removed by the next one that opens.
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+impl Hints {
+    /// Makes an instance and turns its one event on. Takes some ten milliseconds.
+    ///
+    /// # Errors
+    /// Why the kernel gives no hints here.
+    pub fn open() -> Result<Hints, HintError> {
+        let mut why = HintError::Absent;
+        for root in ROOTS.map(Path::new) {
+            match fs::metadata(root.join(EVENT)) {
+                Ok(_) => return Hints::open_in(&root.join("instances")),
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => why = HintError::Forbidden,
+                Err(_) => {}
+            }
+        }
+        Err(why)
+    }
+
+    fn open_in(instances: &Path) -> Result<Hints, HintError> {
+        remove_leftovers(instances);
+        let (instance, pipe) = make(instances)?;
+        let hints = Hints { pipe, instance };
+        // The least there is: a hint that found no room would say the same as those that did.
+        hints.set("buffer_size_kb", "4")?;
+        // Readable from the first event on, not when the buffer is half full.
+        hints.set("buffer_percent", "0")?;
+        hints.set(&format!("{EVENT}/filter"), FILTER)?;
+        hints.set(&format!("{EVENT}/enable"), "1")?;
+        Ok(hints)
+    }
+
+    fn set(&self, name: &str, value: &str) -> Result<(), HintError> {
+        let path = self.instance.0.join(name);
+        fs::write(&path, value).map_err(|source| HintError::Refused { path, source })
+    }
+
+    /// Calls `look` after each hint, and once more a moment later, until the other end of `stop` is closed.
+    pub fn follow(self, stop: impl AsFd, look: impl Fn()) {
+        follow(&self.pipe, stop, look);
+    }
+}
+
+/// An instance with a name that nobody has, held open.
+fn make(instances: &Path) -> Result<(Instance, File), HintError> {
+    let (mut number, mut attempts) = (0_u32, 0);
+    loop {
+        let path = instances.join(format!("{PREFIX}{}-{number}", std::process::id()));
+        match fs::create_dir(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists && number < u32::MAX => {
+                number += 1;
+                continue;
+            }
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(HintError::Forbidden),
+            Err(source) => return Err(HintError::Refused { path, source }),
+        }
+        let instance = Instance(path);
+        let path = instance.0.join("trace_pipe");
+        let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+        match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
+            Ok(pipe) => return Ok((instance, pipe)),
+            // Another process was clearing up in this very moment.
+            Err(error) if error.kind() == ErrorKind::NotFound && attempts < ATTEMPTS_MAX => attempts += 1,
+            Err(source) => return Err(HintError::Refused { path, source }),
+        }
+    }
+}
+
+/// Removes what killed processes left: the kernel refuses for those in use.
+fn remove_leftovers(instances: &Path) {
+    for entry in fs::read_dir(instances).into_iter().flatten().flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
+fn follow(mut pipe: impl Read + AsFd, stop: impl AsFd, look: impl Fn()) {
+    // The text of an event, which says nothing that a scan does not.
+    let mut text = [0; 4096];
+    loop {
+        let mut waits = [
+            PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN),
+        ];
+        match poll(&mut waits, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
+        let [stopped, hinted] = waits.map(|wait| !wait.revents().is_empty());
+        if stopped {
+            return;
+        }
+        if !hinted {
+            continue;
+        }
+        match pipe.read(&mut text) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => continue,
+            Err(_) => return,
+        }
+        look();
+        let mut waits = [PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
+        if poll(&mut waits, timespec(SETTLE).as_ref()).is_ok_and(|ready| ready > 0) {
+            return;
+        }
+        look();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn each_hint_is_looked_after_at_once_and_once_more() {
+        let (pipe, mut kernel) = io::pipe().unwrap();
+        let (stop, running) = io::pipe().unwrap();
+        let (looks, looked) = mpsc::channel();
+        let thread = std::thread::spawn(move || follow(pipe, stop, || looks.send(()).unwrap()));
+        for _ in 0..3 {
+            kernel.write_all(b"a line of the kernel's").unwrap();
+            for _ in 0..2 {
+                looked.recv_timeout(Duration::from_secs(20)).unwrap();
+            }
+        }
+        drop(running);
+        thread.join().unwrap();
+        assert_eq!(looked.try_iter().count(), 0, "it looks only when there is a hint");
+    }
+
+    #[test]
+    fn it_ends_with_the_kernels_end() {
+        let (pipe, kernel) = io::pipe().unwrap();
+        let (stop, _running) = io::pipe().unwrap();
+        drop(kernel);
+        follow(pipe, stop, || panic!("there was no hint"));
+    }
+
+    #[test]
+    fn a_place_that_is_no_tracefs_is_refused_and_left_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let told = Hints::open_in(folder.path()).unwrap_err().to_string();
+        assert!(told.contains("trace_pipe"), "{told}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,172 @@
+//! Claim 14: a new listener is usable at once, with the kernel's hints and without; and nothing of them stays behind.
+//!
+//! Tracing is mounted, or hidden, in a mount namespace of the case's own; the instances in it are the whole machine's.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use landfall_engine::watch::hint::Hints;
+use landfall_tests::case::Case;
+use landfall_tests::process::kill;
+use landfall_tests::{Home, Namespace, PATIENCE, Server, is_long, note, rpc, wait_until};
+
+use crate::crash::{by_file, describe, engine_pid};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("c14_a_listener_in_another_namespace_is_hinted_at", hinted),
+    Case::once("c14_a_new_listener_is_usable_at_once", usable_at_once),
+    Case::once("c14_nothing_stays_of_an_engines_hints", nothing_stays),
+];
+
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// Hides the kernel's tracing from this case.
+fn hide_tracing() {
+    landfall_tests::process::private_mounts();
+    for place in [TRACING, "/sys/kernel/debug"] {
+        mount(&["-t", "tmpfs", "none", place]);
+    }
+}
+
+/// Shows it, hidden or not.
+fn show_tracing() {
+    mount(&["-t", "tracefs", "none", TRACING]);
+}
+
+fn mount(arguments: &[&str]) {
+    assert!(Command::new("mount").args(arguments).status().unwrap().success(), "mount {arguments:?}");
+}
+
+/// Whether this may mount and trace: root may, and not that of a user namespace, which cases have where they are not started by root.
+fn may_trace() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap();
+    let may = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    if !may {
+        note!("tracing takes root");
+    }
+    may
+}
+
+fn hinted() {
+    if !may_trace() {
+        return;
+    }
+    hide_tracing();
+    assert!(Hints::open().is_err(), "there is nothing to be had from");
+    show_tracing();
+    let hints = Hints::open().unwrap();
+    let (stop, running) = std::io::pipe().unwrap();
+    let (looks, looked) = mpsc::channel();
+    let thread = std::thread::spawn(move || hints.follow(stop, || looks.send(()).unwrap()));
+    let inside = Namespace::new();
+    for port in 3000..3010 {
+        // What other cases do is hinted at as well.
+        looked.try_iter().for_each(drop);
+        let server = Server::listen(&inside, &format!("127.0.0.1:{port}"));
+        looked.recv_timeout(PATIENCE).expect("it listens");
+        looked.try_iter().for_each(drop);
+        drop(server);
+        looked.recv_timeout(PATIENCE).expect("it listens no more");
+    }
+    drop(running);
+    thread.join().unwrap();
+}
+
+/// Told, not judged: the machine has other things to do.
+fn usable_at_once() {
+    if !may_trace() {
+        return;
+    }
+    hide_tracing();
+    for hints in [false, true] {
+        if hints {
+            show_tracing();
+        }
+        let home = Home::new();
+        let daemon = home.daemon();
+        let inside = Namespace::new();
+        rpc::register_with(&home, "a", &by_file(&inside));
+        let pid = wait_for_engine(&home, None);
+        if hints {
+            wait_for_instance(pid);
+        }
+        let mut times: Vec<Duration> = (0..if is_long() { 500 } else { 50 })
+            .map(|round| {
+                let port = 4000 + round;
+                let server = Server::listen(&inside, &format!("127.0.0.1:{port}"));
+                let listens = Instant::now();
+                // More often than `wait_until` looks, which would be most of what is measured.
+                let mut client = loop {
+                    match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
+                        Ok(client) => break client,
+                        Err(error) => assert!(listens.elapsed() < PATIENCE, "{error}"),
+                    }
+                    std::thread::sleep(Duration::from_micros(100));
+                };
+                client.set_read_timeout(Some(PATIENCE)).unwrap();
+                server.accept().write_all(b"x").unwrap();
+                client.read_exact(&mut [0]).unwrap();
+                listens.elapsed()
+            })
+            .collect();
+        times.sort_unstable();
+        let at = |share: usize| times[(times.len() * share).div_ceil(100) - 1].as_secs_f64() * 1000.0;
+        let with = if hints { "with" } else { "without" };
+        note!("from listen() to the first byte {with} hints: p50 {:.1} ms, p99 {:.1} ms", at(50), at(99));
+        daemon.shut_down();
+    }
+}
+
+fn nothing_stays() {
+    if !may_trace() {
+        return;
+    }
+    hide_tracing();
+    show_tracing();
+    let home = Home::new();
+    let daemon = home.daemon();
+    let inside = Namespace::new();
+    rpc::register_with(&home, "a", &by_file(&inside));
+    let first = wait_for_engine(&home, None);
+    wait_for_instance(first);
+    // What a killed engine leaves is removed by the next one.
+    kill(first);
+    let second = wait_for_engine(&home, Some(first));
+    wait_for_instance(second);
+    assert!(!instance(first).exists(), "that of the killed engine is left");
+    rpc::done(&home, &serde_json::json!({"kind": "shutdown", "engine": "drain"}));
+    assert!(daemon.end().success());
+    wait_until("the engine's own to be removed", || match instance(second).exists() {
+        true => Err("it is there"),
+        false => Ok(()),
+    });
+}
+
+fn instance(pid: u32) -> PathBuf {
+    PathBuf::from(format!("{TRACING}/instances/landfall-{pid}-0"))
+}
+
+/// Waits until the kernel has been asked for hints.
+fn wait_for_instance(pid: u32) {
+    let enabled = instance(pid).join("events/sock/inet_sock_set_state/enable");
+    wait_until("the event to be enabled", || match fs::read_to_string(&enabled) {
+        Ok(text) if text.trim() == "1" => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+}
+
+/// Waits for an engine that is not `before`.
+fn wait_for_engine(home: &Home, before: Option<u32>) -> u32 {
+    wait_until("an engine", || {
+        let description = describe(home);
+        match description["engine"]["pid"].is_u64().then(|| engine_pid(&description)) {
+            Some(pid) if Some(pid) != before => Ok(pid),
+            _ => Err(description),
+        }
+    })
+}
