@@ -16,8 +16,10 @@ use std::time::Duration;
 use landfall_engine::channel::{self, ChannelError};
 use landfall_engine::command::{Command, Event, RingReport};
 use landfall_engine::limits::MESSAGE_BYTES_MAX;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -74,8 +76,9 @@ impl Link {
             .map_err(|errno| failed(errno.into()))?;
         let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
         rustix::net::connect(&socket, &address).map_err(|errno| failed(errno.into()))?;
-        let pid = sockopt::socket_peercred(&socket).ok().map(|peer| peer.pid.as_raw_nonzero().get());
-        let pid = pid.and_then(|pid| u32::try_from(pid).ok());
+        // None of an engine outside of this pid namespace (`unix(7)`).
+        let pid = getsockopt(&socket, PeerCredentials).ok().and_then(|peer| u32::try_from(peer.pid()).ok());
+        let pid = pid.filter(|pid| *pid != 0);
         let socket = watched(socket, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
         loop {
             match timeout(BEGIN_MAX, receive(&socket)).await.map_err(|_| LinkError::Silent)?? {

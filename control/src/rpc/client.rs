@@ -9,6 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -226,9 +228,10 @@ fn connect(path: &Path, spent: &Spent) -> Result<UnixStream, CallError> {
     sockopt::set_socket_timeout(&socket, Timeout::Send, Some(spent.left()?)).map_err(failed)?;
     rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address)).map_err(failed)?;
     // Of the one who listened there, at the time of listen(2) (`unix(7)`, SO_PEERCRED).
-    let listener = sockopt::socket_peercred(&socket).map_err(failed)?.uid;
-    if !listener.is_root() && listener != rustix::process::geteuid() {
-        return Err(CallError::Stranger(listener.as_raw()));
+    let listener =
+        getsockopt(&socket, PeerCredentials).map_err(|errno| CallError::Connect(errno.into()))?.uid();
+    if listener != 0 && listener != rustix::process::geteuid().as_raw() {
+        return Err(CallError::Stranger(listener));
     }
     Ok(UnixStream::from(socket))
 }

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use super::Finding;
 use crate::docker::{About, Docker, DockerError};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 const ENGINE: &str = "Docker engine";
 const WAY: &str = "Docker containers";
@@ -32,7 +34,7 @@ pub(super) fn docker() -> (Finding, Finding, bool) {
 /// The user that an engine runs as: rootless ones run as their user.
 fn owner(socket: &Path) -> Option<u32> {
     let peer = UnixStream::connect(socket).ok()?;
-    rustix::net::sockopt::socket_peercred(&peer).ok().map(|peer| peer.uid.as_raw())
+    getsockopt(&peer, PeerCredentials).ok().map(|peer| peer.uid())
 }
 
 fn kernel() -> String {
