@@ -70,9 +70,10 @@ fn labelled() {
     wait_for_names(&home, &["shop"]);
     docker.remove("shop", false);
     wait_for_names(&home, &[]);
-    assert!(home.registered("shop").is_none());
+    // Told last, after the file is gone.
     let event = home.wait_for_event("deregister", |event| event["containerName"] == "shop");
     assert_eq!(event["reason"], "gone");
+    assert!(home.registered("shop").is_none());
 }
 
 fn unlabelled() {
@@ -193,6 +194,12 @@ fn nonsense() {
     assert_eq!(notices(&home, "container shop: its label dev.landfall.forward is \"perhaps\""), 1);
     assert_eq!(notices(&home, "container db: nothing of it is forwarded"), 1);
     assert!(home.registered("shop").is_none() && home.registered("db").is_none());
+    // Nor is it when somebody asks for it by name, and does not say which ports.
+    let output = home.run(&["attach", "db"]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{told}");
+    assert!(told.contains("its label dev.landfall.deny is \"ssh\"") && told.contains("--allow"), "{told}");
+    assert!(home.registered("db").is_none());
 }
 
 fn one_name() {

@@ -34,6 +34,9 @@ pub struct Found {
     /// Which of its ports its own labels allow, as a registration has it; none where they do not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_forward: Option<Value>,
+    /// Why its own labels let nothing out, where they have a list of ports that cannot be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreadable: Option<String>,
     /// What its label `devcontainer.metadata` says of its ports, as that label has it; none where it says nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub devcontainer: Option<Value>,
@@ -84,6 +87,7 @@ impl Found {
             by,
             why,
             port_forward: policy.and_then(|policy| serde_json::to_value(policy).ok()),
+            unreadable: labels.own_policy.as_ref().err().cloned(),
             devcontainer: labels.metadata.ports_as_metadata(),
         }
     }

@@ -95,6 +95,10 @@ fn request(
     };
     let options =
         (common.allow.is_some() || common.deny.is_some()).then(|| PortForward::from(&common.policy()));
+    if let (None, Some(why)) = (&options, &found.unreadable) {
+        return Err(Failure::new(Exit::Refused, format!("{container} is not attached: {why}"))
+            .hint("say which of its ports with --allow or --deny, or mend the label"));
+    }
     let own = found.port_forward.as_ref().map(PortForward::from_value).transpose();
     let own = own.map_err(|error| asking::other_build(&error))?;
     let metadata = found.devcontainer.as_ref().map(|said| devcontainer::from_metadata(&said.to_string()));
