@@ -44,6 +44,8 @@ pub struct EngineOptions {
     pub limits: Limits,
     /// Its ring.
     pub ring: RingChoice,
+    /// Whether to have the kernel tell of new listeners, where it does ([`crate::watch::hint`]).
+    pub hints: bool,
     /// Which build of the program this is, for [`Event::Ready`].
     pub version: String,
 }
@@ -86,7 +88,7 @@ impl Engine {
     /// # Errors
     /// See [`StartError`].
     pub fn start(options: EngineOptions) -> Result<Engine, StartError> {
-        let EngineOptions { limits, ring, version } = options;
+        let EngineOptions { limits, ring, hints, version } = options;
         if limits.shards == 0 || limits.leases_max == 0 || limits.lease_bytes == 0 {
             return Err(StartError::Limits("an engine needs at least one shard and one lease of one byte"));
         }
@@ -108,7 +110,7 @@ impl Engine {
             }
         }
         let watch_messages = messages.clone();
-        let watcher = Watcher::start(move |event| {
+        let watcher = Watcher::start(hints, move |event| {
             let _ = watch_messages.send(Message::Watch(event));
         })?;
         let apart = Apart::new(report.kind, &limits, messages.clone());

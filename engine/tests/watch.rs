@@ -93,7 +93,7 @@ type Events = Receiver<(WatchEvent, Instant)>;
 fn watcher() -> (Watcher, Events) {
     let (sender, receiver) = mpsc::channel();
     let sink = move |event| drop(sender.send((event, Instant::now())));
-    (Watcher::start(sink).unwrap(), receiver)
+    (Watcher::start(false, sink).unwrap(), receiver)
 }
 
 /// The next event, which must be of `from` and tell listeners: what opened, what closed.

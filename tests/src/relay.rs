@@ -31,7 +31,7 @@ impl Driver {
     /// # Panics
     /// When it does not.
     pub fn start(limits: Limits, ring: RingChoice) -> Driver {
-        let engine = Engine::start(EngineOptions { limits, ring, version: String::new() }).unwrap();
+        let engine = Engine::start(EngineOptions { limits, ring, ..EngineOptions::default() }).unwrap();
         let mut driver = Driver { engine, shards: 0, waiting: VecDeque::new(), behind: HashMap::new() };
         driver.shards = driver.expect("the engine to be ready", |event| match event {
             Event::Ready { shards, .. } => Some(*shards),

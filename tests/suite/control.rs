@@ -7,7 +7,6 @@ use std::process::{Child, Command, Stdio};
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{self, Event, ForwardState, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::engine::{Engine, EngineOptions};
-use landfall_engine::limits::Limits;
 use landfall_engine::opener::client::Opener;
 use landfall_engine::process::{self, CommandSocket};
 use landfall_engine::ring::RingChoice;
@@ -25,7 +24,7 @@ pub(crate) fn engine(arguments: &[String]) {
     let socket = CommandSocket::bind(FilePath::new(&arguments[1])).unwrap();
     process::shed_privileges().unwrap();
     let engine =
-        Engine::start(EngineOptions { limits: Limits::default(), ring, version: "suite".to_owned() })
+        Engine::start(EngineOptions { ring, version: "suite".to_owned(), ..EngineOptions::default() })
             .unwrap();
     let ready = engine.ready().clone();
     let (handle, events) = engine.into_parts();

@@ -388,11 +388,11 @@ fn killed_container() {
             names if names.is_empty() => Ok(()),
             names => Err(names),
         });
-        assert!(home.registered("a").is_none());
         wait_until("the end to be told", || match home.count_events("deregister", "a") {
             count if count == round + 1 => Ok(()),
             count => Err(count),
         });
+        assert!(home.registered("a").is_none());
         home.wait_for_event("deregister", |event| event["reason"] == "gone");
         wait_until("its opener to end", || match running("_opener") {
             openers if openers.is_empty() => Ok(()),

@@ -36,5 +36,5 @@ pub(super) fn engine(ring: Ring) -> Result<Engine, StartError> {
         Ring::IoUring => RingChoice::IoUring,
         Ring::Epoll => RingChoice::Epoll,
     };
-    Engine::start(EngineOptions { limits: Limits::default(), ring, version: version::current() })
+    Engine::start(EngineOptions { limits: Limits::default(), ring, hints: true, version: version::current() })
 }

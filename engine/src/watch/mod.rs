@@ -82,11 +82,12 @@ enum Request {
 
 impl Watcher {
     /// Starts the threads. One calls `sink` for each event; a sink that blocks delays all namespaces, and one that
-    /// panics ends the watch. The other has hints, as soon as the kernel gives them, if it does.
+    /// panics ends the watch. The other one, where `hints` are wanted, has everything scanned when the kernel tells of
+    /// something new.
     ///
     /// # Errors
     /// Those of starting a thread.
-    pub fn start(sink: impl Fn(WatchEvent) + Send + 'static) -> io::Result<Watcher> {
+    pub fn start(hints: bool, sink: impl Fn(WatchEvent) + Send + 'static) -> io::Result<Watcher> {
         let (requests, inbox) = mpsc::channel();
         let thread = thread::Builder::new().name("landfall-watch".to_owned()).spawn(move || {
             Watch {
@@ -97,7 +98,8 @@ impl Watcher {
             }
             .run(&inbox);
         })?;
-        let hints = Hinted::start(requests.clone()).ok();
+        // One that cannot be started is as much of a lack as a kernel that gives none.
+        let hints = hints.then(|| Hinted::start(requests.clone()).ok()).flatten();
         Ok(Watcher { requests: Some(requests), thread: Some(thread), hints })
     }
 
