@@ -102,13 +102,17 @@ pub struct Answers {
 }
 
 impl Answers {
-    /// Answers a request that came over the socket, where everything may be asked.
+    /// Waits until a request may be answered: some need to know the registrations of the last daemon.
+    pub async fn ready_for(&self, request: &Request) {
+        if request.waits_for_replay() && !self.stop.is_pulled() {
+            self.registry.replayed().await;
+        }
+    }
+
+    /// Answers a request that came over the socket, where everything may be asked, and that it is ready for.
     pub async fn answer(&self, request: Request) -> Answer {
         if self.stop.is_pulled() && !matches!(request, Request::Shutdown { .. }) {
             return Response::refused(STOPPING).into();
-        }
-        if request.waits_for_replay() {
-            self.registry.replayed().await;
         }
         match request {
             Request::Register(registration) => match self.registry.register(*registration).await {

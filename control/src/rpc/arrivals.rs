@@ -53,6 +53,7 @@ impl Arrivals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio_util::sync::CancellationToken;
 
     /// Takes up connections in this order of their lines, and gives back the order in which they go on.
     async fn order_of(lines: &[u64]) -> Vec<u64> {
@@ -80,6 +81,28 @@ mod tests {
         assert_eq!(order_of(&[2, 1]).await, [1, 2]);
         assert_eq!(order_of(&[1, 2, 3]).await, [1, 2, 3]);
         assert_eq!(order_of(&[7, 9, 8, 3]).await, [3, 7, 8, 9]);
+    }
+
+    #[tokio::test]
+    async fn one_that_had_to_wait_for_something_goes_before_a_later_one_that_had_not() {
+        let (arrivals, settled) = (Arrivals::default(), CancellationToken::new());
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let taker = |number| {
+            let (arrivals, settled, order) = (arrivals.clone(), settled.clone(), Arc::clone(&order));
+            async move {
+                settled.cancelled().await;
+                arrivals.turn(number).await;
+                order.lock().unwrap().push(number);
+            }
+        };
+        let earlier = tokio::spawn(taker(1));
+        // It waits; and the later one meets what it waits for just when that happens.
+        yield_now().await;
+        let later = tokio::spawn(taker(2));
+        settled.cancel();
+        earlier.await.unwrap();
+        later.await.unwrap();
+        assert_eq!(*order.lock().unwrap(), [1, 2]);
     }
 
     #[tokio::test]

@@ -139,21 +139,27 @@ async fn converse(
         },
         false => Err("only the user who runs the daemon, and root, are answered".to_owned()),
     };
-    turn.await;
-    let following = answering.track_future(answer(&mut stream, line, answers)).await;
-    match following {
+    let request = line.and_then(|line| Request::from_line(&line).map_err(|error| error.to_string()));
+    let following = async {
+        // Before its turn comes: whoever waited while a later one was on its way has an earlier turn.
+        if let Ok(request) = &request {
+            answers.ready_for(request).await;
+        }
+        turn.await;
+        answer(&mut stream, request, answers).await
+    };
+    match answering.track_future(following).await {
         Some((events, of)) => follow(stream, events, of.as_deref()).await,
         None => linger(stream).await,
     }
 }
 
-/// Answers a line, and makes happen what the answer promised. Gives back what is to be followed, if anything is.
+/// Answers a request, and makes happen what the answer promised. Gives back what is to be followed, if anything is.
 async fn answer(
     stream: &mut UnixStream,
-    line: Result<Vec<u8>, String>,
+    request: Result<Request, String>,
     answers: &Answers,
 ) -> Option<(Receiver<Arc<str>>, Option<String>)> {
-    let request = line.and_then(|line| Request::from_line(&line).map_err(|error| error.to_string()));
     let answer = match request {
         Ok(request) => answers.answer(request).await,
         Err(reason) => Response::Refused(reason).into(),
