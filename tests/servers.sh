@@ -82,11 +82,20 @@ says() {
 said_or_gone() { grep -qE -- "$3" "$tmp/log/$1.$2" || gone "$1"; }
 word() { sed -nE "s/$3/\\1/p" "$tmp/log/$1.$2" | head -n 1; }
 
+# remains TAG: its processes, what they wait for, and its last words.
+remains() {
+    local process
+    for process in "${pid[$1]}" $(descendants "${pid[$1]}"); do
+        echo "$process ($(tr '\0' ' ' <"/proc/$process/cmdline")) in $(cat "/proc/$process/wchan" 2>/dev/null);"
+    done
+    tail -n 5 "$tmp/log/$1.out" "$tmp/log/$1.err"
+}
+
 # end TAG SIGNAL: sends it, waits, and leaves the exit code in code[TAG].
 end() {
     if runs "$1"; then kill -s "$2" "${pid[$1]}"; fi
     # The shell tells of a child that was killed when it comes to see it.
-    { until_true 20 gone "$1"; } 2>/dev/null || { fail "$1 does not end at SIG$2"; return; }
+    { until_true 20 gone "$1"; } 2>/dev/null || { fail "$1 does not end at SIG$2: $(remains "$1")"; return; }
     wait "${pid[$1]}" 2>/dev/null
     code[$1]=$?
 }
