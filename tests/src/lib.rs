@@ -17,6 +17,7 @@ mod daemon;
 mod docker;
 mod haproxy;
 pub mod http;
+pub mod latency;
 mod namespace;
 pub mod peer;
 pub mod process;

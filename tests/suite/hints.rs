@@ -3,16 +3,14 @@
 //! Tracing is mounted, or hidden, in a mount namespace of the case's own; the instances in it are the whole machine's.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
 
 use landfall_engine::watch::hint::Hints;
 use landfall_tests::case::Case;
-use landfall_tests::process::kill;
+use landfall_tests::latency::{from_listen_to_first_byte, percentiles};
+use landfall_tests::process::{kill, private_mounts};
 use landfall_tests::{Home, Namespace, PATIENCE, Server, is_long, note, rpc, wait_until};
 
 use crate::crash::{by_file, describe, engine_pid};
@@ -27,7 +25,7 @@ const TRACING: &str = "/sys/kernel/tracing";
 
 /// Hides the kernel's tracing from this case.
 fn hide_tracing() {
-    landfall_tests::process::private_mounts();
+    private_mounts();
     for place in [TRACING, "/sys/kernel/debug"] {
         mount(&["-t", "tmpfs", "none", place]);
     }
@@ -95,29 +93,10 @@ fn usable_at_once() {
         if hints {
             wait_for_instance(pid);
         }
-        let mut times: Vec<Duration> = (0..if is_long() { 500 } else { 50 })
-            .map(|round| {
-                let port = 4000 + round;
-                let server = Server::listen(&inside, &format!("127.0.0.1:{port}"));
-                let listens = Instant::now();
-                // More often than `wait_until` looks, which would be most of what is measured.
-                let mut client = loop {
-                    match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
-                        Ok(client) => break client,
-                        Err(error) => assert!(listens.elapsed() < PATIENCE, "{error}"),
-                    }
-                    std::thread::sleep(Duration::from_micros(100));
-                };
-                client.set_read_timeout(Some(PATIENCE)).unwrap();
-                server.accept().write_all(b"x").unwrap();
-                client.read_exact(&mut [0]).unwrap();
-                listens.elapsed()
-            })
-            .collect();
-        times.sort_unstable();
-        let at = |share: usize| times[(times.len() * share).div_ceil(100) - 1].as_secs_f64() * 1000.0;
+        let rounds = if is_long() { 500 } else { 50 };
+        let times = from_listen_to_first_byte(&inside, 4000..4000 + rounds);
         let with = if hints { "with" } else { "without" };
-        note!("from listen() to the first byte {with} hints: p50 {:.1} ms, p99 {:.1} ms", at(50), at(99));
+        note!("from listen() to the first byte {with} hints: {}", percentiles(times));
         daemon.shut_down();
     }
 }

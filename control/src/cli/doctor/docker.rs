@@ -3,10 +3,11 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::Finding;
-use crate::docker::{About, Docker, DockerError};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+
+use super::Finding;
+use crate::docker::{About, Docker, DockerError};
 
 const ENGINE: &str = "Docker engine";
 const WAY: &str = "Docker containers";

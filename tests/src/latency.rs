@@ -1,0 +1,45 @@
+//! How soon something happens: measured and told, never judged, since the machine has other things to do.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::{Namespace, PATIENCE, Server};
+
+/// How long it takes, for each of these ports in turn, from the return of `listen(2)` inside to the first byte outside. A port
+/// that was visited before may have a visitor on the way who is too late, so none should come twice.
+///
+/// # Panics
+/// When one never answers.
+#[must_use]
+pub fn from_listen_to_first_byte(inside: &Namespace, ports: Range<u16>) -> Vec<Duration> {
+    let first_byte = |port| {
+        let server = Server::listen(inside, &format!("127.0.0.1:{port}"));
+        let listens = Instant::now();
+        // More often than `wait_until` looks, which would be most of what is measured.
+        let mut client = loop {
+            match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
+                Ok(client) => break client,
+                Err(error) => assert!(listens.elapsed() < PATIENCE, "port {port}: {error}"),
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        };
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        server.accept().write_all(b"x").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+        listens.elapsed()
+    };
+    ports.map(first_byte).collect()
+}
+
+/// The median and the 99th percentile, in milliseconds.
+///
+/// # Panics
+/// When nothing was measured.
+#[must_use]
+pub fn percentiles(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let at = |share: usize| times[(times.len() * share).div_ceil(100) - 1].as_secs_f64() * 1000.0;
+    format!("p50 {:.1} ms, p99 {:.1} ms of {}", at(50), at(99), times.len())
+}
