@@ -25,6 +25,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{sleep, timeout};
 
+use super::departed::{Departed, Process};
 use super::fleet::Inventory;
 use super::readiness::watched;
 use super::table::EngineFacts;
@@ -63,6 +64,7 @@ pub(super) struct Link {
     ring: RingReport,
     version: String,
     pid: Option<u32>,
+    process: Option<Process>,
     /// How many opener channels it takes for one upstream.
     pub(super) shards: u16,
 }
@@ -79,11 +81,12 @@ impl Link {
         // None of an engine outside of this pid namespace (`unix(7)`).
         let pid = getsockopt(&socket, PeerCredentials).ok().and_then(|peer| u32::try_from(peer.pid()).ok());
         let pid = pid.filter(|pid| *pid != 0);
+        let process = pid.and_then(Process::of);
         let socket = watched(socket, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
         loop {
             match timeout(BEGIN_MAX, receive(&socket)).await.map_err(|_| LinkError::Silent)?? {
                 (Event::Ready { ring, shards, version, .. }, _) => {
-                    return Ok(Link { socket, ring, version, pid, shards });
+                    return Ok(Link { socket, ring, version, pid, process, shards });
                 }
                 _ => continue,
             }
@@ -140,6 +143,11 @@ impl Link {
         timeout(BEGIN_MAX, gather).await.map_err(|_| LinkError::Silent)?
     }
 
+    /// Where it is seen to end, if it can be.
+    pub(super) fn process(&self) -> Option<Process> {
+        self.process.clone()
+    }
+
     /// Its build.
     pub(super) fn version(&self) -> &str {
         &self.version
@@ -180,8 +188,12 @@ pub(super) struct Attached {
     pub(super) started: bool,
 }
 
-/// Attaches to the engine that runs; where there is none, starts one if `may_start`.
-pub(super) async fn obtain(home: &Home, may_start: bool) -> Result<Option<Attached>, LinkError> {
+/// Attaches to the engine that runs; where there is none, starts one if `may_start`, once the one before is gone.
+pub(super) async fn obtain(
+    home: &Home,
+    may_start: bool,
+    before: Option<Departed>,
+) -> Result<Option<Attached>, LinkError> {
     let path = home.engine_socket();
     end_upgrades(home).await;
     match Link::connect(&path).await {
@@ -203,6 +215,9 @@ pub(super) async fn obtain(home: &Home, may_start: bool) -> Result<Option<Attach
     }
     if !may_start {
         return Ok(None);
+    }
+    if let Some(before) = before {
+        before.gone().await;
     }
     let link = start(home, &path).await?;
     Ok(Some(Attached { link, inventory: Inventory::default(), started: true }))

@@ -249,6 +249,11 @@ impl Fleet {
         changes
     }
 
+    /// The ports of the host that the engine has, or is about to have.
+    pub fn held_ports(&self) -> BTreeSet<NonZeroU16> {
+        self.forwards.values().map(|forward| forward.host_port).collect()
+    }
+
     /// Whether a forward listens, as far as is known, and is to go on.
     pub fn is_open(&self, id: ForwardId) -> bool {
         self.forwards.get(&id).is_some_and(|forward| forward.status == Status::Open)

@@ -51,6 +51,8 @@ fn forwarded() -> (World, Namespace, u16) {
     world.start();
     world.register(&[("a", &way_of(&namespace))]);
     answers(port, "a");
+    // The engine listens a moment before whoever drives it hears of that.
+    until("its driver knows", || (world.row_state("a", port)? == RowState::Open).then_some(()));
     (world, namespace, port)
 }
 

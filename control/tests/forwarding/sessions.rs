@@ -1,12 +1,17 @@
 //! What has to hold where a broker's session says what listens.
 
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use landfall::reconcile::announced::Announcement;
 use landfall::reconcile::table::{Reached, RowState};
 use landfall::registration::model::{Registration, Way};
 use landfall::registration::store::Registered;
+use rustix::net::sockopt::socket_acceptconn;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::cases::{Case, answers, refused};
 use crate::namespace::{Client, Namespace, until};
@@ -20,6 +25,7 @@ pub(crate) const ALL: &[Case] = &[
     ("a_container_that_is_entered_is_only_answered", a_container_that_is_entered_is_only_answered),
     ("an_engine_that_relieves_another_one_dials_as_well", an_engine_that_relieves_another_one_dials_as_well),
     ("an_agents_directory_leads_in", an_agents_directory_leads_in),
+    ("the_ports_of_a_killed_engine_are_asked_for_when_they_are_free", ports_of_a_killed_engine),
 ];
 
 fn register(world: &World, entries: Vec<Registration>) {
@@ -31,11 +37,14 @@ fn way(world: &World) -> (Option<String>, Reached) {
     world.container("a").map(|container| (container.way, container.state)).unwrap()
 }
 
+fn pid(number: u32) -> Pid {
+    Pid::from_raw(i32::try_from(number).unwrap()).unwrap()
+}
+
 fn kill_engine(world: &World) {
     let engine = until("the engine runs", || world.engine());
-    let pid = rustix::process::Pid::from_raw(i32::try_from(engine).unwrap()).unwrap();
     // It is the one that this test's own driver started.
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(pid(engine), rustix::process::Signal::KILL).unwrap();
     until("another engine runs", || world.engine().filter(|now| *now != engine));
 }
 
@@ -185,4 +194,38 @@ fn an_agents_directory_leads_in() {
     std::fs::create_dir(&directory).unwrap();
     state("agent.sock");
     assert_eq!(world.container("a").unwrap().way, Some(way.to_string()));
+}
+
+/// On a busy machine the kernel lets go of the ports milliseconds after the engine has ended; here it is this test that does.
+fn ports_of_a_killed_engine() {
+    let mut world = World::new();
+    world.start();
+    let port = free_port();
+    let session = Session::begin(world.forwarding(), "a");
+    session.up(&[port]);
+    register(&world, vec![registration("a", Some(&Way::Websocket))]);
+    answers(port, "a");
+    let engine = until("the engine runs", || world.engine());
+    let held = listeners_of(engine, port);
+    assert!(!held.is_empty(), "the engine listens on {port}");
+    rustix::process::kill_process(pid(engine), rustix::process::Signal::KILL).unwrap();
+    world.told("engine-lost", 1);
+    // Long enough for another engine to begin and to fail.
+    std::thread::sleep(Duration::from_millis(300));
+    drop(held);
+    answers(port, "a");
+    assert_eq!(world.log("port-forward-failed"), [""; 0]);
+}
+
+/// Copies of the sockets of a process that listen on a port.
+fn listeners_of(process: u32, port: u16) -> Vec<OwnedFd> {
+    let pidfd = pidfd_open(pid(process), PidfdFlags::empty()).unwrap();
+    let numbers = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+    let numbers = numbers.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap());
+    let copies = numbers.filter_map(|number| pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).ok());
+    let listens = |copy: &OwnedFd| {
+        let address = rustix::net::getsockname(copy).and_then(SocketAddr::try_from);
+        address.is_ok_and(|address| address.port() == port) && socket_acceptconn(copy).unwrap()
+    };
+    copies.filter(listens).collect()
 }

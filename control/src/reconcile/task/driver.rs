@@ -15,6 +15,7 @@ use super::containers::{Container, Errand, Visiting, wanted_way};
 use super::{Answering, Ask, ForwardingOptions, Owners, Published};
 use crate::events::Journal;
 use crate::paths::Home;
+use crate::reconcile::departed::Departed;
 use crate::reconcile::engine_link::{Attached, Link, LinkError};
 use crate::reconcile::fleet::{Change, Fleet};
 use crate::reconcile::reach::{Gate, Told};
@@ -54,6 +55,8 @@ pub(super) struct Driver {
     pub(super) parts: Parts,
     pub(super) fleet: Fleet,
     pub(super) engine: Engine,
+    /// The one that was lost, until there is another one.
+    pub(super) departed: Option<Departed>,
     pub(super) rest: Duration,
     /// The last failure to have an engine, told once.
     pub(super) failure: Option<String>,
@@ -102,6 +105,7 @@ impl Driver {
             parts,
             fleet: Fleet::new(control_ports),
             engine: Engine::Absent { again: Instant::now() },
+            departed: None,
             rest: REST.0,
             failure: None,
             containers: Vec::new(),

@@ -10,6 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::containers::Container;
 use super::driver::{Driver, Engine, REST};
 use crate::events::Event as JournalEvent;
+use crate::reconcile::departed::Departed;
 use crate::reconcile::engine_link::{self, Attached, LinkError};
 use crate::reconcile::table::Reached;
 use crate::version;
@@ -25,7 +26,8 @@ impl Driver {
     pub(super) fn look_for_engine(&mut self, first: bool) {
         let home = self.home.clone();
         let may_start = self.is_needed() || !first;
-        let coming = tokio::spawn(async move { engine_link::obtain(&home, may_start).await });
+        let before = self.departed.clone();
+        let coming = tokio::spawn(async move { engine_link::obtain(&home, may_start, before).await });
         self.engine = Engine::Coming(AbortOnDropHandle::new(coming));
     }
 
@@ -42,6 +44,7 @@ impl Driver {
                     reason: facts.reason,
                     started,
                 });
+                self.departed = None;
                 self.fleet.attach(inventory);
                 self.settled = false;
                 self.compared = false;
@@ -68,7 +71,8 @@ impl Driver {
 
     pub(super) fn lose_engine(&mut self, reason: &str) {
         let now = Instant::now();
-        if let Engine::Attached(_, since) = &self.engine {
+        if let Engine::Attached(link, since) = &self.engine {
+            self.departed = Some(Departed::new(link.process(), self.fleet.held_ports()));
             let lived = now.saturating_duration_since(*since) >= LIVED;
             self.rest = if lived { REST.0 } else { self.rest };
             self.journal.tell(&JournalEvent::EngineLost { reason: reason.to_owned() });
