@@ -43,6 +43,8 @@ struct Container {
 struct State {
     mode: DockerMode,
     containers: BTreeMap<String, Container>,
+    /// Those that the next list by name leaves out, once each.
+    missed: Vec<String>,
     /// Stops wait while this holds.
     stops_held: bool,
     /// It does not tell what happens while this holds.
@@ -93,6 +95,7 @@ impl FakeDocker {
         let state = State {
             mode: DockerMode::Answers,
             containers: BTreeMap::new(),
+            missed: Vec::new(),
             stops_held: false,
             is_silent: false,
             calls: Vec::new(),
@@ -226,6 +229,11 @@ impl FakeDocker {
         if let (Some(container), false) = (gone, quietly) {
             self.tell("destroy", name, &container.id);
         }
+    }
+
+    /// Leaves a container out of the next list that is asked for by its name, and of that one only.
+    pub fn miss_once(&self, name: &str) {
+        self.state().missed.push(name.to_owned());
     }
 
     /// Tells whoever listens that something happened to a container.
@@ -385,9 +393,14 @@ impl FakeDocker {
             .unwrap_or_default();
         let pattern = filters["name"][0].as_str().unwrap_or_default().replace('\\', "");
         let anchored = pattern.strip_prefix('^').and_then(|rest| rest.strip_suffix('$'));
-        let state = self.state();
-        let fits = |name: &str| match anchored {
-            Some(exact) => name == exact.trim_start_matches(['/', '?']),
+        let exact = anchored.map(|exact| exact.trim_start_matches(['/', '?']));
+        let mut state = self.state();
+        if let Some(at) = state.missed.iter().position(|missed| Some(missed.as_str()) == exact) {
+            state.missed.remove(at);
+            return Reply::Json(200, json!([]));
+        }
+        let fits = |name: &str| match exact {
+            Some(exact) => name == exact,
             None => name.contains(&pattern),
         };
         let found =

@@ -78,25 +78,42 @@ pub fn engine_cpu() -> Duration {
     Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
 }
 
-/// The share of one processor that the engine's threads take over the next `window`.
+/// The share of one processor that the engine's threads take at rest.
 ///
 /// # Panics
-/// Without `/proc`.
-pub fn engine_load(window: Duration) -> f64 {
-    let (start, before) = (Instant::now(), engine_cpu());
-    std::thread::sleep(window);
-    (engine_cpu() - before).as_secs_f64() / start.elapsed().as_secs_f64()
+/// When they are never at rest; without `/proc`.
+#[track_caller]
+pub fn engine_at_rest(what: &str) -> f64 {
+    at_rest(what, engine_cpu)
 }
 
-/// The share of one processor that this whole process takes over the next `window`; needs no descriptor to look.
-pub fn process_load(window: Duration) -> f64 {
-    let used = || {
-        let time = clock_gettime(ClockId::ProcessCPUTime);
-        Duration::try_from(time).unwrap_or_default()
-    };
-    let (start, before) = (Instant::now(), used());
-    std::thread::sleep(window);
-    (used() - before).as_secs_f64() / start.elapsed().as_secs_f64()
+/// The share of one processor that this whole process takes at rest; needs no descriptor to look.
+///
+/// # Panics
+/// When it is never at rest.
+#[track_caller]
+pub fn process_at_rest(what: &str) -> f64 {
+    at_rest(what, || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default())
+}
+
+/// What spins spins in every window. One window alone tells less: on a virtual machine the time that another one takes
+/// away from us may be counted as used by whoever had the processor.
+#[track_caller]
+fn at_rest(what: &str, used: impl Fn() -> Duration) -> f64 {
+    const WINDOWS: usize = 8;
+    const WINDOW: Duration = Duration::from_millis(300);
+    const REST: f64 = 0.2;
+    let mut loads = Vec::new();
+    for _ in 0..WINDOWS {
+        let (start, before) = (Instant::now(), used());
+        std::thread::sleep(WINDOW);
+        let load = (used() - before).as_secs_f64() / start.elapsed().as_secs_f64();
+        if load < REST {
+            return load;
+        }
+        loads.push(load);
+    }
+    panic!("{what}: the shares of a processor taken are {loads:.2?}");
 }
 
 /// Lets this process have no more than `count` descriptors.

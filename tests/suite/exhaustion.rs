@@ -3,12 +3,11 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use landfall_engine::command::{Ending, Event, Reach};
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
-use landfall_tests::process::{descriptors, engine_load, limit_descriptors, process_load};
+use landfall_tests::process::{descriptors, engine_at_rest, limit_descriptors, process_at_rest};
 use landfall_tests::{End, Forward, Relay, Server, connect, note, reset, wait_until};
 
 use crate::observe::ends_by;
@@ -82,8 +81,7 @@ fn running_out_of_descriptors(ring: RingChoice) {
     relay
         .driver
         .expect("the shortage to be told", |event| matches!(event, Event::Degraded { .. }).then_some(()));
-    let load = process_load(Duration::from_millis(700));
-    assert!(load < 0.3, "without descriptors the engine takes {:.0} % of a processor", load * 100.0);
+    let load = process_at_rest("without descriptors");
     let told = relay.driver.pending();
     assert!(
         !told.iter().any(|event| matches!(event, Event::Degraded { .. })),
@@ -125,8 +123,7 @@ fn running_out_of_ports(ring: RingChoice) {
             stats.exhausted == round * 2 * PORTS as u64
         });
         assert_eq!(over.open, PORTS as u64, "{over:?}");
-        let load = engine_load(Duration::from_millis(300));
-        assert!(load < 0.2, "without ports the engine takes {:.0} % of a processor", load * 100.0);
+        engine_at_rest("without ports");
         let held: Vec<TcpStream> = (0..PORTS).map(|_| server.accept()).collect();
         let mut living = Vec::new();
         for client in clients {

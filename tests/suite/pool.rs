@@ -1,12 +1,11 @@
 //! Claim 10: an empty pool of buffers neither deadlocks nor spins.
 
 use std::io::Write;
-use std::time::Duration;
 
 use landfall_engine::limits::Limits;
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
-use landfall_tests::process::engine_load;
+use landfall_tests::process::engine_at_rest;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_to_end, send_all};
 
 pub(crate) const CASES: &[Case] = &[
@@ -37,8 +36,7 @@ fn five_hundred(ring: RingChoice, limits: Limits) {
     });
     let forward = relay.forward(3000);
     let clients: Vec<_> = (0..COUNT).map(|_| connect(forward.v4())).collect();
-    let load = engine_load(Duration::from_millis(300));
-    assert!(load < 0.2, "idle connections take {:.0} % of a processor", load * 100.0);
+    engine_at_rest("idle connections");
     std::thread::scope(|scope| {
         for (seed, client) in (0..).zip(&clients) {
             // One in ten is a bulk stream, the others say little.

@@ -1,7 +1,7 @@
 //! What a daemon finds when it starts: registrations of the one before, whole and torn (wire specification, A.7.5).
 
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{Wire, done, http_port, names, register, register_with, registration};
@@ -164,12 +164,11 @@ fn slow_replay() {
     let docker = replaying(&home);
     let _daemon = home.daemon();
     docker.wait_for_probes(0);
-    let start = Instant::now();
+    // Docker says nothing until it is told to, so who waited for the replay would wait for ever.
     for kind in ["http-info", "list", "version"] {
         done(&home, &json!({"kind": kind}));
     }
     let described = done(&home, &json!({"kind": "describe"}));
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     assert_eq!(described["replayed"], false, "{described}");
     docker.set_mode(DockerMode::Answers);
     wait_for_replay(&home);

@@ -4,7 +4,6 @@
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use landfall_tests::broker::{Container, forwarded, request};
 use landfall_tests::case::Case;
@@ -230,11 +229,9 @@ fn hangs() {
     world.answers("status", "sleep 600 & sleep 600");
     let _daemon =
         world.start().argument("--tailscale").variable("LANDFALL_TAILSCALE_TIMEOUT", "50ms").and_wait();
-    let start = Instant::now();
     let _server = world.listen(PORT);
     world.register();
     world.wait_for_told(&["skipped a 3000 timed out after 50ms"]);
-    assert!(start.elapsed() < Duration::from_secs(5));
     wait_for_open(&world.home, &[("a", PORT)]);
 }
 

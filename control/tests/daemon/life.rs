@@ -58,7 +58,7 @@ fn clients_that_hold_on_do_not_hold_up_the_end() {
     let began = std::time::Instant::now();
     assert_eq!(daemon.ask(&json!({"kind": "shutdown"}))["ok"], true);
     assert!(daemon.wait().success());
-    assert!(began.elapsed().as_millis() < 1_500, "{:?}", began.elapsed());
+    assert!(began.elapsed().as_millis() < 1_900, "{:?}", began.elapsed());
     let mut rest = String::new();
     listening.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("daemon-stopping"), "{rest}");

@@ -78,16 +78,16 @@ fn measure(ways: Vec<(&TcpStream, &TcpStream)>, time: Duration) -> (f64, f64) {
     (total, slowest / (total / measured.len() as f64))
 }
 
-/// The speed of one stream while `count` others are full and nobody reads them, as a share of its speed without them. Both
-/// are the best of several, since a machine has other things to do; once it is `enough`, no more are taken.
+/// The speed of one stream while `count` others are full and nobody reads them, as a share of its speed just before. It is
+/// the best of several, since a machine has other things to do; once it is `enough`, no more are taken.
 pub(crate) fn beside_stalled(count: usize, time: Duration, enough: f64) -> f64 {
-    let mut link = Link::new(Extensions::ALL);
-    let streams = [link.open()];
-    let alone = (0..3).map(|_| downloads(&streams, time).0).fold(0.0, f64::max);
-    let stalled: Vec<Stream> = (0..count).map(|_| link.open()).collect();
-    fill(&stalled);
     let mut best: f64 = 0.0;
     for _ in 0..10 {
+        let mut link = Link::new(Extensions::ALL);
+        let streams = [link.open()];
+        let alone = downloads(&streams, time).0;
+        let stalled: Vec<Stream> = (0..count).map(|_| link.open()).collect();
+        fill(&stalled);
         best = best.max(downloads(&streams, time).0 / alone);
         if best >= enough {
             break;

@@ -318,6 +318,20 @@ impl Peer {
         }
     }
 
+    /// Whether the other side has ended the connection by now: what it said before is dropped.
+    ///
+    /// # Panics
+    /// When the connection cannot be asked.
+    pub fn has_ended(&mut self) -> bool {
+        // What has come is read without waiting for it.
+        while !self.is_silent_for(Duration::from_millis(1)) {
+            if let Some(Heard::Closed(..) | Heard::Lost) = self.kept.pop_front() {
+                return true;
+            }
+        }
+        false
+    }
+
     /// Closes the WebSocket in order.
     ///
     /// # Panics
