@@ -23,7 +23,6 @@ pub mod peer;
 pub mod process;
 mod relay;
 pub mod rpc;
-mod stream;
 mod tcp;
 mod traffic;
 mod wait;
@@ -32,9 +31,9 @@ mod way;
 pub use daemon::{Daemon, Home, Start};
 pub use docker::{DockerMode, FakeDocker, MOMENT};
 pub use haproxy::Haproxy;
+pub use landfall_pattern::{Checker, Pattern, Rng};
 pub use namespace::Namespace;
 pub use relay::{Driver, Forward, Relay};
-pub use stream::{Checker, Pattern, Rng};
 pub use tcp::{
     End, Server, connect, connect_from, finish, read_exactly, read_some, read_these, read_to_end, reset,
     send_all,

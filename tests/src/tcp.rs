@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_linger, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::stream::{Checker, Pattern};
+use crate::{Checker, Pattern};
 use crate::{Namespace, PATIENCE};
 
 /// How what one can read of a connection ended.

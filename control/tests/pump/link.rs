@@ -19,6 +19,7 @@ use landfall::broker::outbox::{Outbox, outbox};
 use landfall::broker::pair::Pairs;
 use landfall::broker::pump::{Ended, Inlet, Inlets, relay};
 use landfall::broker::wire::{self, Incoming, Socket};
+use landfall_pattern::Pattern;
 use rustix::net::sockopt;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
@@ -241,34 +242,15 @@ fn tcp() -> (TcpStream, TcpStream) {
     (accepted, dialled)
 }
 
-/// Bytes that tell their place, so that none can be lost or exchanged without being noticed.
-pub(crate) struct Pattern {
-    state: u64,
-}
-
-impl Pattern {
-    pub(crate) fn new(seed: u64) -> Pattern {
-        Pattern { state: seed | 1 }
-    }
-
-    pub(crate) fn fill(&mut self, buffer: &mut [u8]) {
-        for byte in buffer {
-            self.state =
-                self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            *byte = self.state.to_be_bytes()[0];
-        }
-    }
-}
-
 pub(crate) fn send(mut socket: &TcpStream, seed: u64, bytes: usize) -> io::Result<()> {
-    let mut pattern = Pattern::new(seed);
+    let pattern = Pattern::new(seed);
     let mut buffer = vec![0; 100_000];
-    let mut left = bytes;
-    while left > 0 {
-        let piece = left.min(buffer.len());
-        pattern.fill(&mut buffer[..piece]);
+    let mut sent = 0;
+    while sent < bytes {
+        let piece = buffer.len().min(bytes - sent);
+        pattern.fill(sent as u64, &mut buffer[..piece]);
         socket.write_all(&buffer[..piece])?;
-        left -= piece;
+        sent += piece;
     }
     Ok(())
 }
@@ -278,16 +260,15 @@ pub(crate) fn send(mut socket: &TcpStream, seed: u64, bytes: usize) -> io::Resul
 pub(crate) fn expect(socket: &TcpStream, seed: u64, bytes: usize) {
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut reader = io::BufReader::with_capacity(256 * 1024, socket);
-    let mut pattern = Pattern::new(seed);
+    let mut checker = Pattern::new(seed).checker();
+    let mut found = vec![0; 64 * 1024];
     let mut left = bytes;
-    let (mut expected, mut found) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     while left > 0 {
-        let piece = left.min(expected.len());
-        pattern.fill(&mut expected[..piece]);
+        let piece = left.min(found.len());
         if let Err(error) = reader.read_exact(&mut found[..piece]) {
             panic!("{error} with up to {left} of {bytes} bytes missing");
         }
-        assert!(expected[..piece] == found[..piece], "other bytes, {} before the end", left);
+        checker.check(&found[..piece]);
         left -= piece;
     }
     assert!(reader.buffer().is_empty(), "more than {bytes} bytes");

@@ -6,22 +6,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use landfall::broker::message::Extensions;
+use landfall_pattern::Pattern;
 
 use crate::link::{Link, PATIENCE, Stream};
 
 /// Reads as fast as is said, in bytes a second, and checks every byte.
 pub(crate) fn expect_slowly(socket: &TcpStream, seed: u64, bytes: usize, speed: u32) {
-    use crate::link::Pattern;
     let started = Instant::now();
-    let (mut found, mut expected) = (vec![0; 50_000], vec![0; 50_000]);
-    let mut pattern = Pattern::new(seed);
+    let mut found = vec![0; 50_000];
+    let mut checker = Pattern::new(seed).checker();
     let mut read = 0;
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     while read < bytes {
         let piece = found.len().min(bytes - read);
         (&*socket).read_exact(&mut found[..piece]).unwrap();
-        pattern.fill(&mut expected[..piece]);
-        assert!(found[..piece] == expected[..piece], "other bytes within 50000 from {read}");
+        checker.check(&found[..piece]);
         read += piece;
         let due = Duration::from_secs_f64(read as f64 / f64::from(speed));
         // This is the pace of the reader, not a wait for something to happen.

@@ -3,6 +3,9 @@
 //! A [`Pattern`] is a function from position to byte, so a receiver checks each slice as it comes, keeps nothing, and
 //! names the first byte that is not what was sent there. That catches what a length or a sum would not: two slices
 //! in the wrong order, one twice, a hole.
+//!
+//! A package of its own, so that this little is optimised where the tests around it need not be.
+#![expect(clippy::unwrap_used, reason = "for tests: what surprises it fails the test")]
 
 /// A stream of bytes, endless, given by a seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
