@@ -18,9 +18,7 @@ use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use landfall_engine::command::{
-    Command, Event, ListenFailure, ListenFailureKind, RingKind, RingReport, UpstreamId, UpstreamKind,
-};
+use landfall_engine::command::{Command, Event, RingKind, RingReport, UpstreamId, UpstreamKind};
 use landfall_engine::engine::StartError;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
 use landfall_engine::process::{self, CommandSocket};
@@ -31,13 +29,12 @@ use crate::cli::args::Ring;
 use crate::cli::output::{Report, Talk};
 use crate::policy::{Decision, Policy};
 use crate::processes;
-use crate::reconcile::observation::Observation;
-use crate::reconcile::plan::{Change, Forwards};
+use crate::reconcile::fleet::{Admission, Change, Fleet, Row, Wish};
+use crate::reconcile::table::RowState;
+use crate::registration::model::ContainerName;
 use crate::waiting::{self, Happening, Origin, Signals, Watched};
 use engine::Driver;
 
-/// There is one namespace in a session.
-const UPSTREAM: UpstreamId = UpstreamId(1);
 /// How long the engine may take to begin, and to take a namespace in. It takes milliseconds.
 const BEGIN_MAX: Duration = Duration::from_secs(10);
 
@@ -113,9 +110,10 @@ impl Session {
         let mut opener = Opener::spawn(Path::new("/proc/self/exe"), target)?;
         let (sources, descriptors) = opener.upstream(shards)?;
         let netns_cookie = opener.netns_cookie();
-        let add =
-            Command::AddUpstream { upstream: UPSTREAM, netns_cookie, sources, kind: UpstreamKind::Opener };
-        session.engine.apply(add, descriptors);
+        if let Some(upstream) = session.forwarder.reached(netns_cookie) {
+            let kind = UpstreamKind::Opener;
+            session.engine.apply(Command::AddUpstream { upstream, netns_cookie, sources, kind }, descriptors);
+        }
         session.expect(|event| matches!(event, Event::Listeners { .. }).then_some(()))?;
         Ok(session)
     }
@@ -129,7 +127,7 @@ impl Session {
     pub fn next(&mut self, tick: Option<Duration>) -> Wakeup {
         let end = tick.map(|tick| Instant::now() + tick);
         loop {
-            let due = [end, self.forwarder.forwards.due()].into_iter().flatten().min();
+            let due = [end, self.forwarder.fleet.due()].into_iter().flatten().min();
             let happening = match due {
                 None => self.happenings.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(due) => self.happenings.recv_timeout(due.saturating_duration_since(Instant::now())),
@@ -145,7 +143,7 @@ impl Session {
                     return Wakeup::Tick;
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    self.replan();
+                    self.step();
                     None
                 }
             };
@@ -218,12 +216,14 @@ impl Session {
         if let Some(reason) = lost {
             return Err(ForwardError::Lost(reason));
         }
-        self.replan();
+        self.step();
         Ok(())
     }
 
-    fn replan(&mut self) {
-        for command in self.forwarder.commands(Instant::now()) {
+    fn step(&mut self) {
+        let (commands, reports) = self.forwarder.step(Instant::now());
+        reports.iter().for_each(|report| self.talk.report(report));
+        for command in commands {
             self.engine.apply(command, Vec::new());
         }
     }
@@ -252,74 +252,105 @@ pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
 
 /// What is known of one namespace: events in, commands and reports out.
 struct Forwarder {
+    /// What people call it.
     name: String,
+    /// What the planner calls it.
+    only: ContainerName,
     policy: Policy,
-    seen: Observation,
-    forwards: Forwards,
+    fleet: Fleet,
     told_denied: BTreeSet<NonZeroU16>,
 }
 
 impl Forwarder {
     fn new(name: String, policy: Policy) -> Forwarder {
-        let forwards = Forwards::new(UPSTREAM);
-        Forwarder { name, policy, seen: Observation::default(), forwards, told_denied: BTreeSet::new() }
+        let only = ContainerName::only();
+        let mut fleet = Fleet::new(BTreeSet::new());
+        fleet.wish(vec![Wish { name: only.clone(), policy: policy.clone(), published: BTreeMap::new() }]);
+        Forwarder { name, only, policy, fleet, told_denied: BTreeSet::new() }
+    }
+
+    /// The namespace was entered. Answers with the number under which the engine is to have it, if it has not.
+    fn reached(&mut self, cookie: u64) -> Option<UpstreamId> {
+        match self.fleet.reached(&self.only, cookie) {
+            Admission::Add(upstream) => Some(upstream),
+            Admission::Known(_) | Admission::Shared(_) | Admission::Unwanted => None,
+        }
     }
 
     /// Takes an event in. Answers with what people are told, and why there will be no more, if so.
     fn hear(&mut self, event: &Event, now: Instant) -> (Vec<Report>, Option<String>) {
         let mut reports = Vec::new();
         match event {
-            Event::Listeners { opened, closed, .. } => {
-                self.seen.update(opened, closed);
-                reports.extend(self.newly_denied());
-            }
-            Event::UpstreamRemoved { reason, .. } => {
-                let reason = reason.clone().unwrap_or_else(|| "it was asked to".to_owned());
-                return (reports, Some(format!("let the namespace go: {reason}")));
-            }
             Event::Refused { reason } => reports.push(warning(format!("the relay engine refused: {reason}"))),
             Event::Degraded { what } => reports.push(warning(what.clone())),
             Event::Recovered { what } => {
                 reports.push(Report::Note { text: format!("recovered: {what}"), hint: None });
             }
             Event::Stopped => return (reports, Some("has ended".to_owned())),
-            _ => reports.extend(self.forwards.answered(event, now).map(|change| self.tell(change))),
+            _ => {}
         }
+        let changes = self.fleet.hear(event, now);
+        if let Some(reason) = changes.iter().find_map(reason_of_loss) {
+            return (reports, Some(format!("let the namespace go: {reason}")));
+        }
+        reports.extend(self.tell(changes));
         (reports, None)
     }
 
-    /// What the engine is to do now; noted as asked.
-    fn commands(&mut self, now: Instant) -> Vec<Command> {
-        let commands = self.forwards.plan(&self.seen, &self.policy, now);
-        self.forwards.issued(&commands, &self.seen, &self.policy, now);
-        commands
-    }
-
-    /// Each denied port is told once, however often its server restarts.
-    fn newly_denied(&mut self) -> Vec<Report> {
-        let mut reports = Vec::new();
-        for port in self.seen.reach().into_keys() {
-            if let Decision::Deny(reason) = self.policy.decide(port)
-                && self.told_denied.insert(port)
-            {
-                reports.push(Report::Denied { port, reason });
+    /// What the engine is to do now, and what people are told; noted as asked and as told.
+    fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Report>) {
+        let (commands, changes) = self.fleet.step(now);
+        let mut reports = self.tell(changes);
+        // Each denied port is told once, however often its server restarts.
+        for Row { port, state, reason, .. } in self.fleet.rows(&self.only) {
+            if state == RowState::Denied && self.told_denied.insert(port) {
+                reports.push(denied(port, reason, &self.policy));
             }
         }
-        reports
+        (commands, reports)
     }
 
-    fn tell(&self, change: Change) -> Report {
-        match change {
-            Change::Opened(port) => {
-                let inodes: Vec<u64> = self.seen.inodes(port).collect();
+    fn tell(&self, changes: Vec<Change>) -> Vec<Report> {
+        let told = |change| match change {
+            Change::Opened { port, host_port, .. } => {
+                let mut rows = self.fleet.rows(&self.only).into_iter();
+                let inodes = rows.find(|row| row.port == port).map(|row| row.inodes).unwrap_or_default();
                 let process = processes::owner_of_sockets(&inodes);
-                Report::Forward { port, name: self.name.clone(), process, label: None }
+                Some(Report::Forward { port: host_port, name: self.name.clone(), process, label: None })
             }
-            Change::Closed(port) => Report::Closed { port },
-            Change::Failed(port, ListenFailure { kind: ListenFailureKind::Taken, .. }) => {
-                Report::Taken { port, holder: processes::holder_of_port(port) }
-            }
-            Change::Failed(port, failure) => Report::Failed { port, detail: failure.detail },
+            Change::Closed { host_port, .. } => Some(Report::Closed { port: host_port }),
+            Change::Failed { port, reason, .. } => Some(failed(port, reason)),
+            // There is no broker, and the end of everything is told by whoever runs this.
+            Change::Lost { .. } | Change::Result { .. } => None,
+        };
+        changes.into_iter().filter_map(told).collect()
+    }
+}
+
+fn reason_of_loss(change: &Change) -> Option<&str> {
+    match change {
+        Change::Lost { reason, .. } => Some(reason),
+        _ => None,
+    }
+}
+
+/// What people are told of a port of the host that could not be opened.
+fn failed(port: NonZeroU16, detail: String) -> Report {
+    // Of another container the planner knows the name; the process is its own engine.
+    let by_a_process = detail.contains("EADDRINUSE") && !detail.contains("is forwarded");
+    match processes::holder_of_port(port) {
+        holder if by_a_process => Report::Taken { port, holder },
+        _ => Report::Failed { port, detail },
+    }
+}
+
+/// What people are told of a port inside that may not be exposed.
+fn denied(port: NonZeroU16, reason: Option<String>, policy: &Policy) -> Report {
+    match policy.decide(port) {
+        Decision::Deny(reason) => Report::Denied { port, reason },
+        // It is no rule of theirs, and whoever made it says which.
+        Decision::Allow => {
+            Report::Withheld { port, reason: reason.unwrap_or_else(|| "it may not be".to_owned()) }
         }
     }
 }

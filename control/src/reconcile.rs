@@ -1,8 +1,7 @@
 //! From what is seen to what the engine is asked to do.
 //!
-//! - `fleet` is the planner of all containers. Pure.
+//! - `fleet` is the planner of all containers, and of the one namespace of `run` and `attach`. Pure.
 //! - `observation` is what listens inside one namespace. Pure.
-//! - `plan` is the planner of one namespace. Pure.
 //! - `announced` is what a port broker tells, and is told.
 //! - `engine_link` is the engine's process, `departed` what is left of the one before, `reach` the way into one container.
 //! - `table` is what people and programs are told of it all.
@@ -13,7 +12,6 @@ mod departed;
 mod engine_link;
 pub mod fleet;
 pub mod observation;
-pub mod plan;
 mod reach;
 pub(crate) mod readiness;
 pub mod table;

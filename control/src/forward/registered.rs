@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use super::Wakeup;
 use super::told::{News, Told};
+use super::{Wakeup, denied, failed};
 use crate::cli::asking::{self, Container, Description};
 use crate::cli::output::{Report, Talk};
-use crate::policy::{Decision, Policy, PortForward};
+use crate::policy::{Policy, PortForward};
 use crate::processes::{self, ProcessFact};
 use crate::reconcile::table::{ForwardRow, Reached};
 use crate::registration::model::Way;
@@ -375,26 +375,10 @@ fn report(news: News, wish: &Wish) -> Option<Report> {
         }
         News::Closed(port) => Report::Closed { port: NonZeroU16::new(port)? },
         News::Failed(row) => {
-            let port = NonZeroU16::new(row.host_port)?;
             let detail = row.reason.unwrap_or_else(|| "the daemon does not say why".to_owned());
-            // Of another container the daemon knows the name; the process is its own engine.
-            let by_a_process = detail.contains("EADDRINUSE") && !detail.contains("is forwarded");
-            match processes::holder_of_port(port) {
-                holder if by_a_process => Report::Taken { port, holder },
-                _ => Report::Failed { port, detail },
-            }
+            failed(NonZeroU16::new(row.host_port)?, detail)
         }
-        News::Denied(row) => {
-            let port = NonZeroU16::new(row.port)?;
-            match wish.policy.decide(port) {
-                Decision::Deny(reason) => Report::Denied { port, reason },
-                // It is the daemon's own rule, and the daemon says which.
-                Decision::Allow => Report::Withheld {
-                    port,
-                    reason: row.reason.unwrap_or_else(|| "it may not be".to_owned()),
-                },
-            }
-        }
+        News::Denied(row) => denied(NonZeroU16::new(row.port)?, row.reason, &wish.policy),
     })
 }
 

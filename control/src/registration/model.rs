@@ -44,6 +44,11 @@ impl ContainerName {
         }
     }
 
+    /// The name of the only one, where nobody registers any: that of `run` and `attach` without a daemon.
+    pub(crate) fn only() -> ContainerName {
+        ContainerName("only".to_owned())
+    }
+
     /// The text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -157,6 +157,50 @@ fn a_port_is_said_to_listen_on_every_address_unless_one_is_loopback() {
 }
 
 #[test]
+fn rows_of_one_port_make_one_listener_and_later_a_new_reach() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7), row(3000, "127.0.0.1", 8)], &[]);
+    assert_eq!(bench.commands(), [open(1, 1, 3000)]);
+    bench.listen(1, &[row(3000, "::", 9)], &[]);
+    let reach = Reach { v4: true, v6: true };
+    assert_eq!(bench.commands(), [Command::SetReach { forward: ForwardId(1), reach }]);
+}
+
+#[test]
+fn a_port_that_comes_back_waits_until_its_forward_is_closed() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    bench.listen(1, &[], &[row(3000, "127.0.0.1", 7)]);
+    bench.commands();
+    bench.now += LINGER;
+    assert_eq!(bench.commands(), [close(1)]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 8)], &[]);
+    assert_eq!(bench.commands(), []);
+    assert_eq!(bench.opened(1, 3000), [], "it is closing; nobody is told that it opened");
+    bench.closed(1);
+    assert_eq!(bench.commands(), [open(2, 1, 3000)]);
+}
+
+#[test]
+fn a_server_that_restarts_keeps_its_port() {
+    let mut bench = Bench::reached(&["a"]);
+    bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
+    bench.commands();
+    bench.opened(1, 3000);
+    for inode in 8..12 {
+        bench.listen(1, &[], &[row(3000, "127.0.0.1", inode - 1)]);
+        assert_eq!(bench.commands(), []);
+        bench.now += LINGER / 2;
+        bench.listen(1, &[row(3000, "127.0.0.1", inode)], &[]);
+        assert_eq!(bench.commands(), []);
+        assert_eq!(bench.fleet.due(), None);
+        bench.now += LINGER;
+        assert_eq!(bench.commands(), []);
+    }
+}
+
+#[test]
 fn of_two_containers_the_first_keeps_the_port_and_the_second_follows() {
     let mut bench = Bench::reached(&["a", "b"]);
     bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
