@@ -31,10 +31,12 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{CWD, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
@@ -314,8 +316,9 @@ impl Reader<'_> {
             // It went away again.
             Err(_) => return,
         };
-        let known = sockopt::socket_peercred(&knocking)
-            .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid());
+        // Not by rustix, whose process id is never 0: the kernel has that for a peer outside of our pid namespace.
+        let known = getsockopt(&knocking, PeerCredentials)
+            .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == rustix::process::geteuid().as_raw());
         let Ok(driver) = Channel::try_from(knocking) else { return };
         if known {
             self.seat.take(driver, self.ready);
