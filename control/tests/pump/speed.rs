@@ -77,6 +77,36 @@ fn measure(ways: Vec<(&TcpStream, &TcpStream)>, time: Duration) -> (f64, f64) {
     (total, slowest / (total / measured.len() as f64))
 }
 
+/// How long 64 bytes take there and back on a stream of their own beside `count` downloads: the median, and 99 of 100.
+fn round_trips(count: usize, time: Duration) -> (Duration, Duration) {
+    let mut link = Link::new(Extensions::ALL);
+    let busy: Vec<Stream> = (0..count).map(|_| link.open()).collect();
+    let quiet = link.open();
+    let mut taken = Vec::new();
+    std::thread::scope(|scope| {
+        let answering = scope.spawn(|| {
+            let mut question = [0; 64];
+            while (&quiet.server).read_exact(&mut question).is_ok() {
+                (&quiet.server).write_all(&question).unwrap();
+            }
+        });
+        if count > 0 {
+            scope.spawn(|| downloads(&busy, time));
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < time {
+            let asked = Instant::now();
+            (&quiet.client).write_all(&[7; 64]).unwrap();
+            (&quiet.client).read_exact(&mut [0; 64]).unwrap();
+            taken.push(asked.elapsed());
+        }
+        quiet.client.shutdown(std::net::Shutdown::Write).unwrap();
+        answering.join().unwrap();
+    });
+    taken.sort_unstable();
+    (taken[taken.len() / 2], taken[taken.len() * 99 / 100])
+}
+
 /// The speed of one stream while `count` others are full and nobody reads them, as a share of its speed just before. It is
 /// the best of several, since a machine has other things to do; once it is `enough`, no more are taken.
 pub(crate) fn beside_stalled(count: usize, time: Duration, enough: f64) -> f64 {
@@ -131,6 +161,10 @@ fn speed() {
                 gigabits(up),
             );
         }
+    }
+    for count in [0, 1, 8] {
+        let (median, most) = round_trips(count, time);
+        eprintln!("64 bytes there and back beside {count} downloads: {median:?}, 99 of 100 within {most:?}");
     }
     eprintln!("200 stalled: {:.2} of the speed alone", beside_stalled(200, time, 1.0));
 }
