@@ -59,12 +59,13 @@ until_true() {
 start() {
     local tag=$1 who=$2 directory=$3
     shift 3
-    local as=(env)
+    local as=(env --default-signal=INT,QUIT)
     : >"$tmp/log/$tag.out" 2>"$tmp/log/$tag.err"
     if [[ $who == nobody ]]; then
-        as=(setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all env HOME="$tmp/nobody")
+        # What comes behind a variable is no option of env's.
+        as=(setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all "${as[@]}" HOME="$tmp/nobody")
     fi
-    (cd "$directory" && exec "${as[@]}" --default-signal=INT,QUIT "$@") \
+    (cd "$directory" && exec "${as[@]}" "$@") \
         </dev/null >"$tmp/log/$tag.out" 2>"$tmp/log/$tag.err" &
     pid[$tag]=$!
 }
