@@ -164,7 +164,7 @@ fn slow_replay() {
     let docker = replaying(&home);
     let _daemon = home.daemon();
     docker.wait_for_probes(0);
-    // Docker says nothing until it is told to, so who waited for the replay would wait for ever.
+    // Docker says nothing until it is told to, so who waited for the replay would find it given up and over.
     for kind in ["http-info", "list", "version"] {
         done(&home, &json!({"kind": kind}));
     }

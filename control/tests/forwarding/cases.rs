@@ -93,11 +93,7 @@ fn of_two_namespaces_the_first_keeps_the_port() {
 fn an_engine_that_is_killed_is_started_again() {
     let (world, _namespace, port) = forwarded();
     for _ in 0..2 {
-        let engine = until("the engine runs", || world.engine());
-        let pid = rustix::process::Pid::from_raw(i32::try_from(engine).unwrap()).unwrap();
-        // It is the one that this test's own driver started.
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-        until("another engine runs", || world.engine().filter(|now| *now != engine));
+        world.lose_engine();
         answers(port, "a");
     }
     assert_eq!(world.told("engine-lost", 2).len(), 2);

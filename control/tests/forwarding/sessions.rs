@@ -11,13 +11,13 @@ use landfall::reconcile::table::{Reached, RowState};
 use landfall::registration::model::{Registration, Way};
 use landfall::registration::store::Registered;
 use rustix::net::sockopt::socket_acceptconn;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::cases::{Case, answers, refused};
 use crate::namespace::{Client, Namespace, until};
 use crate::ports::free_port;
 use crate::session::{Session, registration};
-use crate::world::{Drive, World, way_of};
+use crate::world::{Drive, World, pid, way_of};
 
 pub(crate) const ALL: &[Case] = &[
     ("a_session_forwards_what_it_announces", a_session_forwards_what_it_announces),
@@ -37,17 +37,6 @@ fn way(world: &World) -> (Option<String>, Reached) {
     world.container("a").map(|container| (container.way, container.state)).unwrap()
 }
 
-fn pid(number: u32) -> Pid {
-    Pid::from_raw(i32::try_from(number).unwrap()).unwrap()
-}
-
-fn kill_engine(world: &World) {
-    let engine = until("the engine runs", || world.engine());
-    // It is the one that this test's own driver started.
-    rustix::process::kill_process(pid(engine), rustix::process::Signal::KILL).unwrap();
-    until("another engine runs", || world.engine().filter(|now| *now != engine));
-}
-
 fn a_session_forwards_what_it_announces() {
     let mut world = World::new();
     world.start();
@@ -64,7 +53,7 @@ fn a_session_forwards_what_it_announces() {
     assert_eq!(told, expected);
     assert_eq!(way(&world), (Some("websocket".to_owned()), Reached::Reached));
 
-    kill_engine(&world);
+    world.lose_engine();
     answers(port, "a");
     session.listening(&[other], &[], false);
     assert_eq!(session.result(), (other, Ok(other)));
@@ -117,7 +106,7 @@ fn a_reserved_port_outlives_sessions_and_engines() {
     session.up(&[]);
     session.reserve(4848, &[first]);
     assert_eq!(session.result(), (4848, Ok(second)));
-    kill_engine(&world);
+    world.lose_engine();
     answers(second, "a");
     assert!(session.is_silent(), "nobody is answered twice");
     drop(session);
@@ -208,7 +197,7 @@ fn ports_of_a_killed_engine() {
     let engine = until("the engine runs", || world.engine());
     let held = listeners_of(engine, port);
     assert!(!held.is_empty(), "the engine listens on {port}");
-    rustix::process::kill_process(pid(engine), rustix::process::Signal::KILL).unwrap();
+    world.kill_engine(engine);
     world.told("engine-lost", 1);
     // Long enough for another engine to begin and to fail.
     std::thread::sleep(Duration::from_millis(300));

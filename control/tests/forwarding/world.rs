@@ -13,6 +13,7 @@ use landfall::reconcile::table::{ContainerState, ForwardTable, RowState};
 use landfall::reconcile::task::{Forwarding, ForwardingOptions};
 use landfall::registration::model::{Registration, Way};
 use landfall::registration::store::Registered;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -83,6 +84,18 @@ impl World {
         self.table().engine?.pid
     }
 
+    /// Kills the engine, which this test's own driver started.
+    pub(crate) fn kill_engine(&self, engine: u32) {
+        kill_process(pid(engine), Signal::KILL).unwrap();
+    }
+
+    /// Kills the engine and waits for the next one.
+    pub(crate) fn lose_engine(&self) {
+        let engine = until("the engine runs", || self.engine());
+        self.kill_engine(engine);
+        until("another engine runs", || self.engine().filter(|now| *now != engine));
+    }
+
     pub(crate) fn detach(&mut self) {
         let forwarding = self.forwarding.take().unwrap();
         self.runtime.block_on(forwarding.detach());
@@ -99,6 +112,10 @@ impl World {
         let log = std::fs::read_to_string(self.home.daemon_log()).unwrap_or_default();
         log.lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
     }
+}
+
+pub(crate) fn pid(number: u32) -> Pid {
+    Pid::from_raw(i32::try_from(number).unwrap()).unwrap()
 }
 
 impl Drop for World {
