@@ -3,6 +3,7 @@
 //! Docker's events say that something has changed, and nothing else is taken from them: its list is read whole, and
 //! `machine` compares it with what is registered. A burst of events is one list. The first of them is not waited upon, so that
 //! a container's way to the host begins when Docker has told of its start. While Docker cannot be asked, nothing changes.
+//! A list that could not be had, or that shows a container between two names, is read again soon, then ever later.
 //!
 //! Each step is carried out in its name's queue and only if the name still stands for what it was decided upon, so somebody
 //! who registers at the same moment always wins. Nothing here waits for a step: what is under way is left out of the next
@@ -15,11 +16,11 @@ pub mod machine;
 pub mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -51,6 +52,8 @@ struct Shared {
     /// Rings when the list may have changed.
     changed: Notify,
     /// The list as it was read last.
+    ///
+    /// Written by [`Discovery::run`] alone: an answer that somebody else waits for may be older than the one that is here.
     last: Mutex<Option<Arc<[Candidate]>>>,
 }
 
@@ -123,10 +126,7 @@ impl Discovery {
     async fn read(&self) -> Result<Arc<[Candidate]>, DockerError> {
         let listed = self.0.docker.containers().await?;
         let before = self.last().unwrap_or_default();
-        let listed: Arc<[Candidate]> =
-            listed.into_iter().map(|container| Candidate::new(container, &before)).collect();
-        *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&listed));
-        Ok(listed)
+        Ok(listed.into_iter().map(|container| Candidate::new(container, &before)).collect())
     }
 
     fn last(&self) -> Option<Arc<[Candidate]>> {
@@ -138,22 +138,36 @@ impl Discovery {
         self.0.registry.replayed().await;
         let mut registered = self.0.registry.watch();
         let mut work = Work::new(self.clone());
-        let mut listing: Pin<Box<dyn Future<Output = bool> + Send>> = Box::pin(std::future::pending());
+        let mut listing: BoxFuture<'static, Result<Arc<[Candidate]>, DockerError>> =
+            Box::pin(std::future::pending());
         let mut is_listing = false;
         let mut not_before = Instant::now();
+        let (mut not_after, mut again) = (not_before + TURN, SPACING);
         loop {
             tokio::select! {
                 () = self.0.changed.notified(), if !is_listing => {
                     listing = Box::pin(self.clone().list_after(not_before));
                     is_listing = true;
                 }
-                () = tokio::time::sleep(TURN), if !is_listing => self.look_again(),
+                () = sleep_until(not_after), if !is_listing => {
+                    listing = Box::pin(self.clone().list_after(not_before));
+                    is_listing = true;
+                }
                 read = &mut listing, if is_listing => {
                     is_listing = false;
+                    let is_settled = match read {
+                        Ok(listed) => {
+                            let is_settled = !listed.iter().any(|one| one.container.is_between_names);
+                            *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(listed);
+                            work.judge_again();
+                            is_settled
+                        }
+                        Err(_) => false,
+                    };
                     not_before = Instant::now() + SPACING;
-                    if read {
-                        work.judge_again();
-                    }
+                    let turn = if is_settled { TURN } else { again };
+                    again = if is_settled { SPACING } else { TURN.min(again * 2) };
+                    not_after = Instant::now() + turn;
                 }
                 Ok(()) = registered.changed() => work.judge_again(),
                 Some(done) = work.under_way.join_next() => {
@@ -165,12 +179,12 @@ impl Discovery {
         }
     }
 
-    /// Reads the list when it is time; whether it could be read.
-    async fn list_after(self, not_before: Instant) -> bool {
+    /// Reads the list when it is time.
+    async fn list_after(self, not_before: Instant) -> Result<Arc<[Candidate]>, DockerError> {
         sleep_until(not_before).await;
         // What was told until now is in the list that is read now.
         let _ = self.0.changed.notified().now_or_never();
-        self.read().await.is_ok()
+        self.read().await
     }
 }
 

@@ -121,6 +121,9 @@ pub struct Listed {
     pub id: String,
     /// Its name just now.
     pub name: ContainerName,
+    /// Whether Docker is giving it another name: for a moment, which may be after it has told of it, it lists both and does
+    /// not say which is the new one. `name` is either.
+    pub is_between_names: bool,
     /// The image, as it was named when the container was made.
     pub image: String,
     /// Whether it has processes; one that is paused has.

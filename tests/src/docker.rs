@@ -1,7 +1,7 @@
 //! A Docker Engine that does what a case says: it knows containers by name, counts what it is asked, and can fail, hang
 //! or hold a stop until it is let go. A thread for each connection; enough of the API for one daemon and no more.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -39,12 +39,25 @@ struct Container {
     told: Value,
 }
 
+/// Whether an answer is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    No,
+    /// The next one will be.
+    Next,
+    Yes,
+}
+
 #[derive(Debug)]
 struct State {
     mode: DockerMode,
     containers: BTreeMap<String, Container>,
     /// Those that the next list by name leaves out, once each.
     missed: Vec<String>,
+    /// Former names, by the id: so many whole lists more tell them beside the name.
+    former: BTreeMap<String, (String, u32)>,
+    /// Whether a whole list waits, with what it is to tell, until it is let go.
+    list: Held,
     /// Stops wait while this holds.
     stops_held: bool,
     /// It does not tell what happens while this holds.
@@ -96,6 +109,8 @@ impl FakeDocker {
             mode: DockerMode::Answers,
             containers: BTreeMap::new(),
             missed: Vec::new(),
+            former: BTreeMap::new(),
+            list: Held::No,
             stops_held: false,
             is_silent: false,
             calls: Vec::new(),
@@ -170,6 +185,39 @@ impl FakeDocker {
         state.containers.insert(new.to_owned(), container);
         drop(state);
         self.tell_with("rename", &id, &json!({"name": new, "oldName": format!("/{old}")}));
+    }
+
+    /// The same as Docker may do it: so many whole lists after it was told show both names.
+    ///
+    /// # Panics
+    /// When there is no such container.
+    pub fn rename_slowly(&self, old: &str, new: &str, lists: u32) {
+        let id = self.id(old);
+        self.state().former.insert(id, (old.to_owned(), lists));
+        self.rename_to(old, new);
+    }
+
+    /// Has the next whole list wait, with what it is to tell by then.
+    pub fn hold_list(&self) {
+        self.state().list = Held::Next;
+    }
+
+    /// Waits until a list is held.
+    ///
+    /// # Panics
+    /// When none is asked for.
+    #[track_caller]
+    pub fn wait_for_held_list(&self) {
+        wait_until("a list to be held", || match self.state().list {
+            Held::Yes => Ok(()),
+            held => Err(held),
+        });
+    }
+
+    /// Lets go of the list that is held.
+    pub fn let_list_go(&self) {
+        self.state().list = Held::No;
+        self.0.changed.notify_all();
     }
 
     /// The id of a container.
@@ -408,10 +456,24 @@ impl FakeDocker {
         let found: Vec<Value> = found
             .map(|(name, container)| {
                 let running = if container.running { "running" } else { "exited" };
-                json!({"Id": container.id, "Names": [format!("/{name}")], "Image": container.image, "State": running,
+                let former = state.former.get(&container.id).map(|(former, _)| former);
+                let names: BTreeSet<String> = former.into_iter().chain([name]).map(|name| format!("/{name}")).collect();
+                json!({"Id": container.id, "Names": names, "Image": container.image, "State": running,
                     "Labels": container.labels, "Created": container.created, "HostConfig": {"NetworkMode": "bridge"}})
             })
             .collect();
+        if pattern.is_empty() {
+            state.former.retain(|_, (_, lists)| {
+                *lists -= 1;
+                *lists > 0
+            });
+            if state.list == Held::Next {
+                state.list = Held::Yes;
+                while state.list == Held::Yes {
+                    state = self.0.changed.wait(state).unwrap();
+                }
+            }
+        }
         Reply::Json(200, Value::Array(found))
     }
 

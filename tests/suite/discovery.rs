@@ -10,6 +10,9 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("a_labelled_container_is_registered_while_it_exists", labelled),
     Case::once("a_container_without_a_label_is_forwarded_only_where_all_are", unlabelled),
     Case::once("a_renamed_container_is_known_by_its_new_name", renamed),
+    Case::once("a_list_with_both_names_is_read_again", both_names),
+    Case::once("a_list_that_could_not_be_had_is_asked_for_again", list_again),
+    Case::once("what_somebody_else_read_is_not_what_is_judged", late_list),
     Case::once("a_container_made_anew_is_registered_as_it_says_then", made_anew),
     Case::once("while_docker_is_away_nothing_is_dropped_and_then_everything_is_right", docker_away),
     Case::once("containers_that_came_and_went_between_two_daemons_are_noticed", between_daemons),
@@ -104,6 +107,59 @@ fn renamed() {
     wait_for_names(&home, &["redis", "store"]);
     wait_for_discovered(&home, "redis", "name", &docker.id("redis"));
     assert_eq!(home.registered("redis").unwrap()["portForward"], json!({"allow": [6379]}));
+}
+
+fn both_names() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD]);
+    docker.launch("cache", &[]);
+    wait_for_names(&home, &["shop"]);
+    told(&home, &["attach", "cache", "--json"]);
+    docker.rename_slowly("shop", "store", 3);
+    wait_for_names(&home, &["cache", "store"]);
+    docker.rename_slowly("cache", "redis", 3);
+    wait_for_names(&home, &["redis", "store"]);
+    // It moved, and nobody had to be told anything.
+    assert_eq!(notices(&home, ""), 0);
+}
+
+fn list_again() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("first", &[FORWARD]);
+    wait_for_names(&home, &["first"]);
+    docker.set_mode(DockerMode::Fails);
+    let asked = docker.calls("GET /containers/json");
+    docker.launch("shop", &[FORWARD]);
+    docker.wait_for_calls("GET /containers/json", asked + 1);
+    docker.set_mode(DockerMode::Answers);
+    // Nothing more is told.
+    wait_for_names(&home, &["first", "shop"]);
+}
+
+fn late_list() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let _daemon = home.daemon();
+    docker.launch("shop", &[FORWARD]);
+    wait_for_names(&home, &["shop"]);
+    std::thread::scope(|scope| {
+        docker.hold_list();
+        let asked = scope.spawn(|| told(&home, &["ls", "--all", "--json"]));
+        docker.wait_for_held_list();
+        docker.rename_to("shop", "store");
+        wait_for_names(&home, &["store"]);
+        docker.let_list_go();
+        assert_eq!(asked.join().unwrap()["containers"][0]["name"], "shop");
+    });
+    // Has everything judged.
+    register(&home, "other");
+    docker.launch("next", &[FORWARD]);
+    wait_for_names(&home, &["next", "other", "store"]);
+    assert_eq!(home.count_events("register", "shop"), 1, "{:?}", home.events());
 }
 
 fn made_anew() {

@@ -85,6 +85,7 @@ mod tests {
         Listed {
             id: name.to_owned(),
             name: ContainerName::new(name).unwrap(),
+            is_between_names: false,
             image: "x".to_owned(),
             created: 0,
             running: true,

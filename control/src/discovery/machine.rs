@@ -283,6 +283,10 @@ impl<'a> Look<'a> {
         let renamed = docker_name != *registration.docker_name();
         let has_docker_name = registration.docker_name() == &old;
         let new = if renamed && has_docker_name { docker_name.clone() } else { old.clone() };
+        if new != old && self.is_moved(&new, &container.id) {
+            self.steps.push(Step::Drop(Arc::clone(registration)));
+            return new;
+        }
         if new != old && !self.is_free(&new) {
             let text = format!(
                 "{old} is called {new} by Docker now, and stays attached as it was, since {new} stands for something else"
@@ -308,6 +312,13 @@ impl<'a> Look<'a> {
             self.steps.push(Step::Register { registration: Box::new(wanted), before });
         }
         new
+    }
+
+    /// Whether the name is that of a registration of somebody for the container of this id: one that was on its way there has
+    /// arrived, and is only to be forgotten where it came from.
+    fn is_moved(&self, name: &ContainerName, id: &str) -> bool {
+        let found = self.registered.find(name.as_str()).and_then(|other| other.discovered.as_ref());
+        found.is_some_and(|found| found.by == FoundBy::Name && found.id.as_deref() == Some(id))
     }
 
     /// Whether a registration of somebody may have the name: nobody's does, or what is only derived.

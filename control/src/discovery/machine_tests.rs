@@ -13,6 +13,7 @@ fn container(id: &str, called: &str, labels: &[(&str, &str)]) -> Listed {
     Listed {
         id: id.to_owned(),
         name: name(called),
+        is_between_names: false,
         image: "image".to_owned(),
         running: true,
         labels: labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
@@ -185,6 +186,14 @@ fn what_somebody_named_moves_with_its_container() {
     assert!(matches!(&judged.steps[..], [Step::Move { .. }]), "{:?}", judged.steps);
     assert_eq!(known[0].port_forward, policy);
     assert_eq!(judged.verdicts, [Verdict::Forwarded(name("store"), FoundBy::Name)]);
+}
+
+#[test]
+fn of_a_move_that_is_half_done_the_other_half_is_left() {
+    let before = vec![attached("shop", Some("1")), attached("store", Some("1"))];
+    let (known, judged) = after(&[container("1", "store", &[])], before, false);
+    assert_eq!(in_short(&known), [entry("store", "store", "1")]);
+    assert_eq!((judged.steps.len(), judged.remarks), (1, vec![]));
 }
 
 #[test]
@@ -399,13 +408,11 @@ proptest! {
         let own = |known: &Registered| -> Vec<Arc<Registration>> {
             known.entries.iter().filter(|entry| entry.discovered.is_none()).cloned().collect()
         };
-        let named = |known: &Registered| {
-            let by_name = |entry: &&Arc<Registration>| {
-                entry.discovered.as_ref().is_some_and(|discovered| discovered.by == FoundBy::Name)
-            };
-            known.entries.iter().filter(by_name).count()
+        let by_name = |entry: &&Arc<Registration>| {
+            entry.discovered.as_ref().is_some_and(|discovered| discovered.by == FoundBy::Name)
         };
-        let (own_before, named_before) = (own(&known), named(&known));
+        let named = |known: &Registered| known.entries.iter().filter(by_name).count();
+        let (own_before, mut named_before) = (own(&known), named(&known));
         for mut listed in moments {
             let (mut ids, mut names) = (BTreeSet::new(), BTreeSet::new());
             listed.retain(|one| ids.insert(one.id.clone()) && names.insert(one.name.clone()));
@@ -416,6 +423,14 @@ proptest! {
                 prop_assert_eq!(judged.verdicts.len(), listed.len());
                 if judged.steps.is_empty() {
                     break;
+                }
+                for step in &judged.steps {
+                    if let Step::Drop(dropped) = step && by_name(&dropped) {
+                        // Only one of two for the same container.
+                        let same = |entry: &&Arc<Registration>| entry.discovered == dropped.discovered;
+                        prop_assert!(known.entries.iter().filter(same).count() > 1, "{:?} is lost", dropped);
+                        named_before -= 1;
+                    }
                 }
                 apply(&mut known, &judged.steps);
                 looks += 1;

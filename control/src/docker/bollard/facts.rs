@@ -36,9 +36,13 @@ pub(super) fn listed(told: ContainerSummary) -> Option<Listed> {
     {
         return None;
     }
-    let mut names = told.names.unwrap_or_default().into_iter();
     // A link is one more name, below that of another container.
-    let name = names.find_map(|name| ContainerName::new(name.strip_prefix('/').unwrap_or(&name)).ok())?;
+    let mut names = told
+        .names
+        .into_iter()
+        .flatten()
+        .filter_map(|name| ContainerName::new(name.strip_prefix('/').unwrap_or(&name)).ok());
+    let name = names.next()?;
     let mode = told.host_config.and_then(|config| config.network_mode);
     let ports = told.ports.unwrap_or_default().into_iter().filter_map(|port| {
         let is_ours = port.typ == Some(PortSummaryTypeEnum::TCP) && answers_locally(port.ip.as_deref());
@@ -48,6 +52,7 @@ pub(super) fn listed(told: ContainerSummary) -> Option<Listed> {
     Some(Listed {
         id: told.id?,
         name,
+        is_between_names: names.next().is_some(),
         image: told.image.unwrap_or_default(),
         running: matches!(told.state, Some(RUNNING | PAUSED)),
         labels: told.labels.unwrap_or_default().into_iter().collect(),
@@ -155,10 +160,17 @@ mod tests {
         .unwrap();
         let listed = listed(told).unwrap();
         assert_eq!((listed.id.as_str(), listed.name.as_str()), ("abc", "shop"));
+        assert!(!listed.is_between_names);
         assert!(listed.running);
         assert_eq!(listed.network, Network::Shared("def".to_owned()));
         assert_eq!(listed.published, BTreeMap::from([(port(80), port(8080))]));
         assert_eq!(listed.labels["dev.landfall.forward"], "true");
+    }
+
+    #[test]
+    fn one_with_two_names_of_its_own_is_between_them() {
+        let told = serde_json::json!({"Id": "abc", "Names": ["/shop", "/other/alias", "/store"]});
+        assert!(listed(serde_json::from_value(told).unwrap()).unwrap().is_between_names);
     }
 
     #[test]
