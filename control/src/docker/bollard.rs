@@ -317,8 +317,11 @@ impl Engine {
             .inspect_network("bridge", None::<InspectNetworkOptions>)
             .await
             .map_err(|error| self.refused(&error))?;
-        let pools = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
-        Ok(pools.into_iter().find_map(|pool| pool.gateway?.parse().ok()))
+        Ok(match facts::gateway(network) {
+            Some(facts::Gateway::Address(address)) => Some(address),
+            Some(facts::Gateway::Interface(name)) => address_of_interface(&name),
+            None => None,
+        })
     }
 
     fn error(&self, name: &str, error: &Error) -> DockerError {
@@ -426,6 +429,12 @@ impl Engine {
     }
 }
 
+/// The IPv4 address of an interface of this machine.
+fn address_of_interface(name: &str) -> Option<IpAddr> {
+    let mut all = nix::ifaddrs::getifaddrs().ok()?.filter(|one| one.interface_name == name);
+    all.find_map(|one| Some(IpAddr::V4(one.address?.as_sockaddr_in()?.ip())))
+}
+
 fn unreachable(address: &Address, error: &Error) -> DockerError {
     DockerError::Unreachable { at: address.to_string(), reason: reason(error) }
 }
@@ -442,4 +451,15 @@ fn reason(error: &Error) -> String {
         cause = deeper.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_has_the_address_that_this_machine_gave_it() {
+        assert_eq!(address_of_interface("lo"), Some([127, 0, 0, 1].into()));
+        assert_eq!(address_of_interface("no-such-interface"), None);
+    }
 }

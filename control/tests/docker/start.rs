@@ -138,7 +138,8 @@ fn a_started_folder_restarts_itself_and_answers_where_it_did() {
     }
 
     let refused = shop.ask(false, "somebody-elses-token");
-    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("403"));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("403"), "{refused:?}");
 
     // Without a rebuild: the same image, whatever is in the folder by now.
     shop.write("www/index.html", "two");

@@ -6,8 +6,8 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 
 use bollard::models::{
-    ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, MountPoint, PortBinding,
-    PortMap, PortSummaryTypeEnum,
+    ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, MountPoint,
+    NetworkInspect, PortBinding, PortMap, PortSummaryTypeEnum,
 };
 
 use crate::docker::{AGENT_DIRECTORY, LifeEvent, Listed, Network};
@@ -95,6 +95,26 @@ pub(super) fn network(mode: Option<&str>) -> Network {
         }
         None => Network::Own,
     }
+}
+
+/// Where the host is on a network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Gateway {
+    Address(IpAddr),
+    /// At the address of this interface of the engine's machine.
+    Interface(String),
+}
+
+/// The option of a network that tells its interface.
+const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
+
+/// Where the host is on a network of this kind. An engine that has just made its bridge tells the interface alone, until it
+/// is started again.
+pub(super) fn gateway(network: NetworkInspect) -> Option<Gateway> {
+    let pools = network.ipam.and_then(|ipam| ipam.config).into_iter().flatten();
+    let address = pools.filter_map(|pool| pool.gateway?.parse().ok()).next();
+    let interface = || network.options?.remove(BRIDGE_NAME);
+    address.map(Gateway::Address).or_else(|| interface().map(Gateway::Interface))
 }
 
 /// What is published where `localhost` answers: TCP ports inside, and those of the host.
@@ -191,6 +211,18 @@ mod tests {
         }
         let words = ["died", "remove", "start"].map(|word| in_dockers_words(word.to_owned()));
         assert_eq!(words, ["die", "destroy", "start"]);
+    }
+
+    #[test]
+    fn the_host_is_at_the_gateway_or_at_the_interface() {
+        let at = |told: serde_json::Value| gateway(serde_json::from_value(told).unwrap());
+        let options = serde_json::json!({(BRIDGE_NAME): "docker0"});
+        let both = serde_json::json!({"IPAM": {"Config": [{"Subnet": "172.17.0.0/16", "Gateway": "172.17.0.1"}]},
+            "Options": options});
+        assert_eq!(at(both), Some(Gateway::Address([172, 17, 0, 1].into())));
+        let new = serde_json::json!({"IPAM": {"Config": [{"Subnet": "172.17.0.0/16"}]}, "Options": options});
+        assert_eq!(at(new), Some(Gateway::Interface("docker0".to_owned())));
+        assert_eq!(at(serde_json::json!({"IPAM": {"Config": []}})), None);
     }
 
     #[test]
