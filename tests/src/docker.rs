@@ -1,8 +1,10 @@
 //! A Docker Engine that does what a case says: it knows containers by name, counts what it is asked, and can fail, hang
 //! or hold a stop until it is let go. A thread for each connection; enough of the API for one daemon and no more.
 
+mod request;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -11,6 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
+use self::request::{Request, parameter, read_request, respond};
 use crate::{Home, PATIENCE, wait_until};
 
 /// How it treats whoever asks.
@@ -80,13 +83,6 @@ struct Shared {
 /// The fake engine; it listens until the case ends.
 #[derive(Clone, Debug)]
 pub struct FakeDocker(Arc<Shared>);
-
-struct Request {
-    method: String,
-    path: String,
-    query: String,
-    body: Vec<u8>,
-}
 
 enum Reply {
     Json(u16, Value),
@@ -571,83 +567,6 @@ fn merge(answer: &mut Value, more: &Value) {
 
 fn no_such(name: &str) -> Reply {
     Reply::Json(404, json!({"message": format!("No such container: {name}")}))
-}
-
-fn respond(mut stream: &UnixStream, status: u16, body: &str) -> std::io::Result<()> {
-    let length = if status == 204 || status == 304 {
-        String::new()
-    } else {
-        format!("content-length: {}\r\n", body.len())
-    };
-    let head = format!(
-        "HTTP/1.1 {status} As-Told\r\napi-version: 1.53\r\ncontent-type: application/json\r\n{length}\r\n"
-    );
-    stream.write_all(format!("{head}{body}").as_bytes())
-}
-
-fn read_request(reader: &mut BufReader<&UnixStream>) -> Option<Request> {
-    let mut line = String::new();
-    if reader.read_line(&mut line).ok()? == 0 {
-        return None;
-    }
-    let mut words = line.split_whitespace();
-    let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let (mut length, mut chunked) = (0, false);
-    loop {
-        let mut header = String::new();
-        reader.read_line(&mut header).ok()?;
-        let header = header.trim().to_ascii_lowercase();
-        if header.is_empty() {
-            break;
-        }
-        if let Some(value) = header.strip_prefix("content-length:") {
-            length = value.trim().parse().ok()?;
-        }
-        chunked |= header == "transfer-encoding: chunked";
-    }
-    let body = if chunked { read_chunks(reader)? } else { read_bytes(reader, length)? };
-    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
-    // The API's version in front means nothing here.
-    let rest = path.strip_prefix("/v1.").and_then(|rest| rest.find('/').map(|at| &rest[at..]));
-    Some(Request { method, path: rest.unwrap_or(path).to_owned(), query: query.to_owned(), body })
-}
-
-fn read_bytes(reader: &mut BufReader<&UnixStream>, length: usize) -> Option<Vec<u8>> {
-    let mut bytes = vec![0; length];
-    reader.read_exact(&mut bytes).ok()?;
-    Some(bytes)
-}
-
-fn read_chunks(reader: &mut BufReader<&UnixStream>) -> Option<Vec<u8>> {
-    let mut body = Vec::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let length = usize::from_str_radix(line.trim(), 16).ok()?;
-        body.extend(read_bytes(reader, length)?);
-        reader.read_line(&mut line).ok()?;
-        if length == 0 {
-            return Some(body);
-        }
-    }
-}
-
-/// A parameter of a query, its escapes undone.
-fn parameter(query: &str, name: &str) -> Option<String> {
-    let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;
-    let mut bytes = Vec::new();
-    let mut rest = value.bytes();
-    while let Some(byte) = rest.next() {
-        match byte {
-            b'%' => {
-                let digits = [rest.next()?, rest.next()?];
-                bytes.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
-            }
-            b'+' => bytes.push(b' '),
-            byte => bytes.push(byte),
-        }
-    }
-    String::from_utf8(bytes).ok()
 }
 
 /// A moment in which something that must not happen would have happened; the only wait for a while there is.
