@@ -1,7 +1,7 @@
 //! How soon a server answers on the host: after `docker start`, and after it listens. Told, not judged: the machine has other
 //! things to do.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use landfall_tests::case::Case;
 use landfall_tests::latency::{from_listen_to_first_byte, percentiles};
@@ -14,6 +14,8 @@ pub(crate) const CASES: &[Case] = &[Case::once("how_soon_a_server_answers", late
 const PORT: u16 = 3000;
 /// The first of as many as there are rounds.
 const LISTENS: u16 = 4000;
+/// Between two of them.
+const REST: Duration = Duration::from_millis(25);
 
 fn latency() {
     let rounds = if is_long() { 50 } else { 10 };
@@ -41,6 +43,6 @@ fn latency() {
     note!("of which `docker start` itself took: {}", percentiles(dockers));
 
     let inside = Namespace::of(engine.first_process("server"));
-    let firsts = from_listen_to_first_byte(&inside, LISTENS..LISTENS + 50);
+    let firsts = from_listen_to_first_byte(&inside, LISTENS..LISTENS + 50, REST);
     note!("from listen() inside to the first byte outside: {}", percentiles(firsts));
 }

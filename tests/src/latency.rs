@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use crate::{Namespace, PATIENCE, Server};
 
 /// How long it takes, for each of these ports in turn, from the return of `listen(2)` inside to the first byte outside. A port
-/// that was visited before may have a visitor on the way who is too late, so none should come twice.
+/// that was visited before may have a visitor on the way who is too late, so none should come twice. Between two ports
+/// nothing happens for one to two times `rest`, never twice the same, so that nothing of ours falls in step with it.
 ///
 /// # Panics
 /// When one never answers.
 #[must_use]
-pub fn from_listen_to_first_byte(inside: &Namespace, ports: Range<u16>) -> Vec<Duration> {
-    let first_byte = |port| {
+pub fn from_listen_to_first_byte(inside: &Namespace, ports: Range<u16>, rest: Duration) -> Vec<Duration> {
+    let first_byte = |port: u16| {
+        std::thread::sleep(rest + rest * u32::from(port % 16) / 16);
         let server = Server::listen(inside, &format!("127.0.0.1:{port}"));
         let listens = Instant::now();
         // More often than `wait_until` looks, which would be most of what is measured.

@@ -3,9 +3,11 @@
 //! Tracing is mounted, or hidden, in a mount namespace of the case's own; the instances in it are the whole machine's.
 
 use std::fs;
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc;
+use std::time::Duration;
 
 use landfall_engine::watch::hint::Hints;
 use landfall_tests::case::Case;
@@ -17,9 +19,13 @@ use crate::crash::{by_file, describe, engine_pid};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c14_a_listener_in_another_namespace_is_hinted_at", hinted),
+    Case::once("c14_connections_are_no_hints", connections),
     Case::once("c14_a_new_listener_is_usable_at_once", usable_at_once),
     Case::once("c14_nothing_stays_of_an_engines_hints", nothing_stays),
 ];
+
+/// A port that no other case uses.
+const QUIET: u16 = 3917;
 
 const TRACING: &str = "/sys/kernel/tracing";
 
@@ -75,6 +81,34 @@ fn hinted() {
     thread.join().unwrap();
 }
 
+fn connections() {
+    if !may_trace() {
+        return;
+    }
+    hide_tracing();
+    show_tracing();
+    let _hints = Hints::open().unwrap();
+    let inside = Namespace::new();
+    let server = Server::listen(&inside, &format!("127.0.0.1:{QUIET}"));
+    let clients: Vec<_> =
+        inside.run(|| (0..3).map(|_| TcpStream::connect((Ipv4Addr::LOCALHOST, QUIET)).unwrap()).collect());
+    for _ in &clients {
+        server.accept();
+    }
+    drop((clients, server));
+    // Not read by anybody: what the kernel told is all there, but for what had no room.
+    let told = fs::read_to_string(instance(std::process::id()).join("trace")).unwrap();
+    let ours: Vec<&str> = told.lines().filter(|line| line.contains(&format!("sport={QUIET} "))).collect();
+    assert!(
+        ours.last().is_some_and(|last| last.contains("oldstate=TCP_LISTEN newstate=TCP_CLOSE")),
+        "{told}"
+    );
+    let is_hint = |line: &&&str| {
+        ["newstate=TCP_LISTEN", "newstate=TCP_CLOSE"].iter().any(|end| line.trim_end().ends_with(end))
+    };
+    assert_eq!(ours.iter().filter(is_hint).count(), ours.len(), "{ours:?}");
+}
+
 /// Told, not judged: the machine has other things to do.
 fn usable_at_once() {
     if !may_trace() {
@@ -94,9 +128,12 @@ fn usable_at_once() {
             wait_for_instance(pid);
         }
         let rounds = if is_long() { 500 } else { 50 };
-        let times = from_listen_to_first_byte(&inside, 4000..4000 + rounds);
         let with = if hints { "with" } else { "without" };
-        note!("from listen() to the first byte {with} hints: {}", percentiles(times));
+        for (first, rest) in [(4000, Duration::ZERO), (5000, Duration::from_millis(25))] {
+            let times = from_listen_to_first_byte(&inside, first..first + rounds, rest);
+            let times = percentiles(times);
+            note!("from listen() to the first byte {with} hints, {} ms apart: {times}", rest.as_millis());
+        }
         daemon.shut_down();
     }
 }

@@ -2,7 +2,8 @@
 //! `sock:inet_sock_set_state`, read through an ftrace instance of our own.
 //!
 //! A hint says that it is worth looking, never what there is: the watch scans when it gets one. Without hints, which
-//! take root and a mounted tracefs, it finds the same a little later.
+//! take root and a mounted tracefs, it finds the same a little later. What our own threads do is none: for each listener
+//! that is found they open and close theirs, which nobody has to look for.
 //!
 //! An instance (`Documentation/trace/ftrace.rst`, "Instances") has its own buffers, events and filters, so what else is
 //! traced on this host goes on as it was. It goes with [`Hints`]. One that a killed process left behind is removed by the next
@@ -27,16 +28,16 @@ const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 /// The directory of the tracepoint, in tracefs and in each instance.
 const EVENT: &str = "events/sock/inet_sock_set_state";
 
-/// Into LISTEN, or out of it (`TCP_LISTEN`, `include/net/tcp_states.h`).
-const FILTER: &str = "newstate==10||oldstate==10";
+/// Into `TCP_LISTEN` (10), and from there to `TCP_CLOSE` (7, `include/net/tcp_states.h`). A connection that is accepted goes
+/// from LISTEN to SYN_RECV, as a copy of its listener (`inet_csk_clone_lock`), and says nothing of that.
+const FILTER: &str = "newstate==10||(oldstate==10&&newstate==7)";
 
 /// What the names of our instances begin with.
 const PREFIX: &str = "landfall-";
 
-/// How long after a hint it is looked once more. The kernel tells of a listener before it has it in its table
-/// (`inet_csk_listen_start`, `net/ipv4/inet_connection_sock.c`). What is told meanwhile is looked at together, so that
-/// no program can keep the watch busy by opening and closing listeners.
-const SETTLE: Duration = Duration::from_millis(3);
+/// How long a hint is the last one, at least: what the kernel tells meanwhile is one more, so that no program can keep the
+/// watch busy by opening and closing listeners.
+const SPACING: Duration = Duration::from_millis(3);
 
 /// How often an instance is made again that somebody else's clearing removed.
 const ATTEMPTS_MAX: u32 = 4;
@@ -114,7 +115,7 @@ impl Hints {
         fs::write(&path, value).map_err(|source| HintError::Refused { path, source })
     }
 
-    /// Calls `look` after each hint, and once more a moment later, until the other end of `stop` is closed.
+    /// Calls `look` after each hint until the other end of `stop` is closed.
     pub fn follow(self, stop: impl AsFd, look: impl Fn()) {
         follow(&self.pipe, stop, look);
     }
@@ -156,7 +157,7 @@ fn remove_leftovers(instances: &Path) {
 }
 
 fn follow(mut pipe: impl Read + AsFd, stop: impl AsFd, look: impl Fn()) {
-    // The text of an event, which says nothing that a scan does not.
+    // The text of an event, which but for whose it is says nothing that a scan does not.
     let mut text = [0; 4096];
     loop {
         let mut waits = [
@@ -176,17 +177,31 @@ fn follow(mut pipe: impl Read + AsFd, stop: impl AsFd, look: impl Fn()) {
         }
         match pipe.read(&mut text) {
             Ok(0) => return,
-            Ok(_) => {}
+            Ok(read) if text.get(..read).is_some_and(is_ours) => continue,
+            Ok(_) => look(),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => continue,
             Err(_) => return,
         }
-        look();
         let mut waits = [PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
-        if poll(&mut waits, timespec(SETTLE).as_ref()).is_ok_and(|ready| ready > 0) {
+        if poll(&mut waits, timespec(SPACING).as_ref()).is_ok_and(|ready| ready > 0) {
             return;
         }
-        look();
     }
+}
+
+/// Whether all of these events are of our own threads. What cannot be read is not.
+fn is_ours(text: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(text) else { return false };
+    text.lines()
+        .all(|line| thread_of(line).is_some_and(|id| Path::new(&format!("/proc/self/task/{id}")).exists()))
+}
+
+/// The thread of one of our names of which a line of `trace_pipe` is: `landfall-engine-71 [001] ...`. The kernel numbers
+/// threads as the first pid namespace does, so where we are in another one only the names keep ours and others apart.
+fn thread_of(line: &str) -> Option<u32> {
+    let (task, _) = line.trim_start().split_once(" [")?;
+    let (name, id) = task.trim_end().rsplit_once('-')?;
+    id.parse().ok().filter(|_| name.starts_with(PREFIX))
 }
 
 #[cfg(test)]
@@ -197,20 +212,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_hint_is_looked_after_at_once_and_once_more() {
+    fn each_hint_is_looked_after() {
         let (pipe, mut kernel) = io::pipe().unwrap();
         let (stop, running) = io::pipe().unwrap();
         let (looks, looked) = mpsc::channel();
         let thread = std::thread::spawn(move || follow(pipe, stop, || looks.send(()).unwrap()));
         for _ in 0..3 {
             kernel.write_all(b"a line of the kernel's").unwrap();
-            for _ in 0..2 {
-                looked.recv_timeout(Duration::from_secs(20)).unwrap();
-            }
+            looked.recv_timeout(Duration::from_secs(20)).unwrap();
         }
         drop(running);
         thread.join().unwrap();
         assert_eq!(looked.try_iter().count(), 0, "it looks only when there is a hint");
+    }
+
+    #[test]
+    fn what_our_own_threads_do_is_no_hint() {
+        let ours = std::process::id();
+        let line = |task: &str| {
+            format!("{task:>24}    [001] .....  4711.042: inet_sock_set_state: family=AF_INET\n")
+        };
+        let own = line(&format!("landfall-engine-{ours}"));
+        assert!(is_ours(own.as_bytes()));
+        for others in ["landfall-engine-1", &format!("node-{ours}"), "[x] [y-1", "landfall-", ""].map(line) {
+            assert!(!is_ours(others.as_bytes()), "{others}");
+            assert!(!is_ours(format!("{own}{others}").as_bytes()), "{others}");
+        }
+        assert!(!is_ours(&own.as_bytes()[..20]) && !is_ours(&[0xff]));
     }
 
     #[test]

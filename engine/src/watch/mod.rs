@@ -9,7 +9,8 @@
 //! - `sock_diag` is preferred. When it does not work, the files of `/proc/net` take over, once and for good.
 //! - When nothing is left to read with, that is told once as [`WatchEvent::Lost`]; what listened is not told as closed.
 //! - Between scans the thread sleeps on its channel, so that adding, removing and hurrying act at once.
-//! - Where the kernel gives hints (`hint.rs`), a second thread waits for them and has everything scanned at once.
+//! - Where the kernel gives hints (`hint.rs`), a second thread waits for them and has everything scanned at once. Other
+//!   scans then only make sure, and are rare.
 
 pub mod diag_message;
 pub mod diff;
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use self::hint::Hints;
-use self::pace::Pace;
+use self::pace::{Found, Pace, Scan};
 use self::reading::Reading;
 pub use self::source::{ReadError, Source, Sources, Wholeness};
 use crate::command::{Listening, UpstreamId};
@@ -78,6 +79,10 @@ enum Request {
     Add(UpstreamId, Sources),
     Remove(UpstreamId),
     Rescan,
+    /// The kernel tells of changes from now on, or does so no longer.
+    Hinted(bool),
+    /// It told of one.
+    Hint,
 }
 
 impl Watcher {
@@ -93,6 +98,7 @@ impl Watcher {
             Watch {
                 namespaces: BTreeMap::new(),
                 scratch: Reading::default(),
+                hinted: false,
                 billed: processor_time(),
                 sink,
             }
@@ -132,9 +138,11 @@ impl Hinted {
         let thread = thread::Builder::new().name("landfall-hint".to_owned()).spawn(move || {
             // Where there are none, and it is no failure, scans find everything.
             if let Ok(hints) = Hints::open() {
-                hints.follow(stop, || {
-                    let _ = requests.send(Request::Rescan);
-                });
+                // A watch that has ended because the sink panicked has nobody to tell either.
+                let tell = |request| drop(requests.send(request));
+                tell(Request::Hinted(true));
+                hints.follow(stop, || tell(Request::Hint));
+                tell(Request::Hinted(false));
             }
         })?;
         Ok(Hinted { running, thread })
@@ -167,6 +175,8 @@ struct Watch<F> {
     namespaces: BTreeMap<UpstreamId, Namespace>,
     /// Takes the next reading; what it held before is of no interest.
     scratch: Reading,
+    /// Whether the kernel tells of changes.
+    hinted: bool,
     /// The processor time of this thread up to which scans have been charged.
     billed: Duration,
     sink: F,
@@ -228,8 +238,18 @@ impl<F: Fn(WatchEvent)> Watch<F> {
             Request::Remove(upstream) => {
                 self.namespaces.remove(&upstream);
             }
-            Request::Rescan => self.namespaces.values_mut().for_each(|namespace| namespace.pace.hurry(now)),
+            Request::Rescan => self.paces(|pace| pace.hurry(now)),
+            Request::Hint => self.paces(|pace| pace.hint(now)),
+            Request::Hinted(hinted) => {
+                self.hinted = hinted;
+                // What was told to nobody is found.
+                self.paces(|pace| pace.hint(now));
+            }
         }
+    }
+
+    fn paces(&mut self, change: impl Fn(&mut Pace)) {
+        self.namespaces.values_mut().for_each(|namespace| change(&mut namespace.pace));
     }
 
     fn scan_due(&mut self) {
@@ -240,16 +260,17 @@ impl<F: Fn(WatchEvent)> Watch<F> {
             if namespace.pace.due() > now {
                 continue;
             }
-            let changed = match namespace.scan(upstream, &mut self.scratch, &self.sink) {
-                Ok(changed) => changed,
+            let found = match namespace.scan(upstream, &mut self.scratch, &self.sink) {
+                Ok(found) => found,
                 Err(error) => {
                     lost.push((upstream, error));
-                    false
+                    Found::Nothing
                 }
             };
             // The time since the last scan ended was spent asleep, but for waking up, which is charged as well.
             let spent = processor_time();
-            namespace.pace.scanned(Instant::now(), spent.saturating_sub(self.billed), changed, watched);
+            let cost = spent.saturating_sub(self.billed);
+            namespace.pace.scanned(Instant::now(), Scan { cost, found, watched, hinted: self.hinted });
             self.billed = spent;
         }
         for (upstream, error) in lost {
@@ -260,15 +281,15 @@ impl<F: Fn(WatchEvent)> Watch<F> {
 }
 
 impl Namespace {
-    /// Reads, compares and tells. `Ok(true)` after a change, which what listened from the beginning is not.
+    /// Reads, compares and tells. What listened from the beginning is no change.
     fn scan(
         &mut self,
         upstream: UpstreamId,
         scratch: &mut Reading,
         sink: &impl Fn(WatchEvent),
-    ) -> Result<bool, ReadError> {
+    ) -> Result<Found, ReadError> {
         if !self.source.read(&self.known, scratch)? {
-            return Ok(false);
+            return Ok(Found::Nothing);
         }
         let diff::Difference { opened, closed } = diff::between(&self.known, scratch);
         let unchanged = opened.is_empty() && closed.is_empty();
@@ -279,7 +300,7 @@ impl Namespace {
         if first || !unchanged {
             sink(WatchEvent::Listeners { upstream, opened, closed });
         }
-        Ok(!first && !unchanged)
+        Ok(if first || unchanged { Found::Same } else { Found::Change })
     }
 }
 

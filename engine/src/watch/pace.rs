@@ -6,8 +6,14 @@
 //!
 //! A change seldom comes alone (a dev server opens its port, then the one of its debugger), so for [`BRISK`] after one
 //! scans follow each other at the floor, on credit: up to [`CREDIT`] of time may be owed. What is owed is paid off
-//! afterwards by waiting twice as long between scans (not by one long wait, which would miss the next change), so the bound holds in the long run whatever happens inside; a namespace that opens and closes ports
-//! without end only uses up its own credit. A rescan that was asked for uses the same credit.
+//! afterwards by waiting twice as long between scans (not by one long wait, which would miss the next change), so the
+//! bound holds in the long run whatever happens inside; a namespace that opens and closes ports without end only uses up
+//! its own credit. A rescan that was asked for uses the same credit.
+//!
+//! Where the kernel tells of changes, a namespace rests for [`REST`] between scans: they only make sure. What is told is
+//! looked at on credit, at once, after [`SETTLE`] if there was nothing new, and after [`FLOOR`] in any case: the kernel
+//! tells of a listener before it has it in its table (`inet_csk_listen_start`, `net/ipv4/inet_connection_sock.c`). No other
+//! scans follow a change, since they would use up the credit that the next one needs.
 //!
 //! A virtual machine that its host holds up may charge a scan with a hundred times its cost. One such figure would
 //! blind the watch for half a minute, so a scan is charged with at most twice what the one before was measured to
@@ -17,6 +23,12 @@ use std::time::{Duration, Instant};
 
 /// The shortest time between two scans of one namespace.
 pub(super) const FLOOR: Duration = Duration::from_millis(20);
+
+/// The shortest time between two scans of one namespace when the kernel tells of changes.
+const REST: Duration = Duration::from_secs(1);
+
+/// How long after the kernel told of something it is looked once more for what was not there at first.
+const SETTLE: Duration = Duration::from_millis(3);
 
 /// How long scans follow a change at the floor.
 const BRISK: Duration = Duration::from_secs(1);
@@ -33,6 +45,29 @@ const COST_AT_FIRST: Duration = Duration::from_millis(5);
 /// The longest that a scan may have to wait, so that one measured wrongly (a machine that slept) is not the last.
 const PAID_MAX: Duration = Duration::from_secs(60);
 
+/// What a scan came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// The reading failed, which says nothing.
+    Nothing,
+    /// What was known.
+    Same,
+    /// Something else.
+    Change,
+}
+
+/// A scan that ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scan {
+    /// What it cost in processor time.
+    pub(super) cost: Duration,
+    pub(super) found: Found,
+    /// How many namespaces are watched.
+    pub(super) watched: usize,
+    /// Whether the kernel tells of changes.
+    pub(super) hinted: bool,
+}
+
 /// The pace of one namespace.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
@@ -40,13 +75,15 @@ pub(super) struct Pace {
     /// When all scans so far are paid off.
     paid: Instant,
     brisk_until: Instant,
+    /// When the kernel told of something last, while it is looked for.
+    told: Option<Instant>,
     last_cost: Duration,
 }
 
 impl Pace {
     /// The first scan is due at once, and not from those that follow a change: what listens already has settled.
     pub(super) fn new(now: Instant) -> Pace {
-        Pace { due: now, paid: now, brisk_until: now, last_cost: COST_AT_FIRST }
+        Pace { due: now, paid: now, brisk_until: now, told: None, last_cost: COST_AT_FIRST }
     }
 
     /// When to scan next.
@@ -54,23 +91,38 @@ impl Pace {
         self.due
     }
 
-    /// A scan ended: what it cost in processor time, whether it told a change, and how many namespaces are watched.
-    pub(super) fn scanned(&mut self, now: Instant, cost: Duration, changed: bool, watched: usize) {
+    /// A scan ended.
+    pub(super) fn scanned(&mut self, now: Instant, scan: Scan) {
+        let Scan { cost, found, watched, hinted } = scan;
         let watched = u32::try_from(watched).unwrap_or(u32::MAX);
         let charged = cost.min(self.last_cost.saturating_mul(2));
         self.last_cost = cost;
         let owed = charged.saturating_mul(COST_FACTOR).saturating_mul(watched.max(1)).min(PAID_MAX);
         self.paid = (self.paid.max(now) + owed).min(now + PAID_MAX);
-        if changed {
+        if found == Found::Change && !hinted {
             self.brisk_until = now + BRISK;
         }
-        let may_owe = if now < self.brisk_until { CREDIT } else { Duration::ZERO };
+        let looks = self.told.map(|told| [told + SETTLE, told + FLOOR]);
+        let looks = looks.into_iter().flatten().skip(usize::from(found == Found::Change));
+        let look = looks.filter(|look| *look > now).min();
+        self.told = self.told.filter(|_| look.is_some());
+        let is_brisk = now < self.brisk_until;
+        let rest = if hinted && !is_brisk && found != Found::Nothing { REST } else { FLOOR };
+        let (next, may_owe) = match look {
+            Some(look) => (look, CREDIT),
+            None => (now + rest, if is_brisk { CREDIT } else { Duration::ZERO }),
+        };
         // Waiting twice the share pays off what this scan cost and as much of the debt.
-        self.due = self.payable(may_owe).min(now + owed.saturating_mul(2)).max(now + FLOOR);
+        self.due = self.payable(may_owe).min(now + owed.saturating_mul(2)).max(next);
     }
 
-    /// Somebody knows of a change: scan at once, as far as the credit reaches, and look again for a while, since a
-    /// hint may come before the kernel has the socket in its table.
+    /// The kernel told of a change somewhere: scan at once, as far as the credit reaches, and then to make sure.
+    pub(super) fn hint(&mut self, now: Instant) {
+        self.told = Some(now);
+        self.due = self.due.min(self.payable(CREDIT).max(now));
+    }
+
+    /// Somebody expects a change: scan at once, as far as the credit reaches, and look again for a while.
     pub(super) fn hurry(&mut self, now: Instant) {
         self.brisk_until = now + BRISK;
         self.due = self.due.min(self.payable(CREDIT).max(now));
@@ -90,12 +142,16 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
     const US: Duration = Duration::from_micros(1);
 
+    fn scan(cost: Duration, found: Found, watched: usize) -> Scan {
+        Scan { cost, found, watched, hinted: false }
+    }
+
     #[test]
     fn a_cheap_scan_repeats_at_the_floor() {
         let now = Instant::now();
         let mut pace = Pace::new(now);
         assert_eq!(pace.due(), now);
-        pace.scanned(now, 100 * US, false, 1);
+        pace.scanned(now, scan(100 * US, Found::Same, 1));
         assert_eq!(pace.due(), now + FLOOR);
     }
 
@@ -103,10 +159,10 @@ mod tests {
     fn an_expensive_scan_waits_a_hundred_times_its_cost_for_each_namespace() {
         let now = Instant::now();
         let mut pace = Pace::new(now);
-        pace.scanned(now, 3 * MS, false, 1);
+        pace.scanned(now, scan(3 * MS, Found::Same, 1));
         assert_eq!(pace.due(), now + 300 * MS);
         let mut pace = Pace::new(now);
-        pace.scanned(now, 3 * MS, false, 50);
+        pace.scanned(now, scan(3 * MS, Found::Same, 50));
         assert_eq!(pace.due(), now + 15_000 * MS);
     }
 
@@ -114,22 +170,22 @@ mod tests {
     fn scans_follow_a_change_at_the_floor_for_a_second() {
         let mut now = Instant::now();
         let mut pace = Pace::new(now);
-        pace.scanned(now, 300 * US, true, 1);
+        pace.scanned(now, scan(300 * US, Found::Change, 1));
         let end = now + BRISK;
         while now < end {
             assert_eq!(pace.due(), now + FLOOR);
             now = pace.due();
-            pace.scanned(now, 300 * US, false, 1);
+            pace.scanned(now, scan(300 * US, Found::Same, 1));
         }
         assert!(pace.due() > now + FLOOR, "what was owed is paid");
     }
 
     #[test]
-    fn a_hint_is_followed_at_once_until_the_credit_is_used_up() {
+    fn a_rescan_is_made_at_once_until_the_credit_is_used_up() {
         let start = Instant::now();
         let mut now = start;
         let mut pace = Pace::new(now);
-        pace.scanned(now, 3 * MS, false, 1);
+        pace.scanned(now, scan(3 * MS, Found::Same, 1));
         let mut scans = 0;
         loop {
             pace.hurry(now);
@@ -137,20 +193,49 @@ mod tests {
                 break;
             }
             now += 3 * MS;
-            pace.scanned(now, 3 * MS, false, 1);
+            pace.scanned(now, scan(3 * MS, Found::Same, 1));
             scans += 1;
         }
         assert!((5..9).contains(&scans), "{scans} scans on credit");
     }
 
     #[test]
+    fn where_the_kernel_tells_of_changes_scans_only_make_sure() {
+        let hinted = |found| Scan { hinted: true, ..scan(300 * US, found, 1) };
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        pace.scanned(now, hinted(Found::Change));
+        assert_eq!(pace.due(), now + REST, "the change is known");
+        now += REST / 2;
+        pace.hint(now);
+        let told = now;
+        for (found, next) in
+            [(Found::Same, told + SETTLE), (Found::Same, told + FLOOR), (Found::Same, told + FLOOR + REST)]
+        {
+            assert!(pace.due() >= now);
+            now = pace.due();
+            pace.scanned(now, hinted(found));
+            assert_eq!(pace.due(), next);
+        }
+        pace.hint(now);
+        pace.scanned(now, hinted(Found::Change));
+        assert_eq!(pace.due(), now + FLOOR, "what was told is found");
+        now += FLOOR;
+        pace.scanned(now, hinted(Found::Same));
+        assert_eq!(pace.due(), now + REST);
+        now = pace.due();
+        pace.scanned(now, hinted(Found::Nothing));
+        assert!(pace.due() < now + REST, "a reading that failed made nothing sure");
+    }
+
+    #[test]
     fn one_scan_that_was_held_up_does_not_blind_the_watch() {
         let now = Instant::now();
         let mut pace = Pace::new(now);
-        pace.scanned(now, 300 * US, false, 1);
-        pace.scanned(now + 30 * MS, 300 * MS, false, 1);
+        pace.scanned(now, scan(300 * US, Found::Same, 1));
+        pace.scanned(now + 30 * MS, scan(300 * MS, Found::Same, 1));
         assert_eq!(pace.due(), now + 30 * MS + 60 * MS);
-        pace.scanned(now + 90 * MS, 300 * MS, false, 1);
+        pace.scanned(now + 90 * MS, scan(300 * MS, Found::Same, 1));
         assert_eq!(pace.due(), now + 90 * MS + 30_000 * MS, "twice in a row is believed");
     }
 
@@ -159,7 +244,7 @@ mod tests {
         let mut now = Instant::now();
         let mut pace = Pace::new(now);
         for _ in 0..20 {
-            pace.scanned(now, 3 * MS, true, 1);
+            pace.scanned(now, scan(3 * MS, Found::Change, 1));
             assert!(pace.due() <= now + 600 * MS, "a wait of {:?}", pace.due() - now);
             now = pace.due();
         }
@@ -170,15 +255,17 @@ mod tests {
         #[test]
         fn the_cost_stays_within_the_share(
             base in 1u32..2_500,
-            steps in prop::collection::vec((0u32..1_000, any::<bool>(), any::<bool>()), 1..200),
+            steps in prop::collection::vec((0u32..1_000, 0usize..3, 0..3, any::<bool>()), 1..200),
             watched in 1usize..60,
         ) {
             let start = Instant::now();
             let (mut now, mut spent) = (start, Duration::ZERO);
             let mut pace = Pace::new(start);
-            for (cost, changed, hurried) in steps {
-                if hurried {
-                    pace.hurry(now);
+            for (cost, found, asked, hinted) in steps {
+                match asked {
+                    0 => {}
+                    1 => pace.hint(now),
+                    _ => pace.hurry(now),
                 }
                 now = now.max(pace.due());
                 // Each scan was begun with what came before it paid off, but for the credit.
@@ -188,7 +275,8 @@ mod tests {
                 let cost = base * US + base * US * cost / 1_000;
                 spent += cost;
                 now += cost;
-                pace.scanned(now, cost, changed, watched);
+                let found = [Found::Nothing, Found::Same, Found::Change][found];
+                pace.scanned(now, Scan { hinted, ..scan(cost, found, watched) });
             }
         }
     }
