@@ -23,7 +23,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::docker::{Docker, DockerError};
 use crate::events::{Event, Journal};
@@ -145,11 +145,7 @@ impl Discovery {
         let (mut not_after, mut again) = (not_before + TURN, SPACING);
         loop {
             tokio::select! {
-                () = self.0.changed.notified(), if !is_listing => {
-                    listing = Box::pin(self.clone().list_after(not_before));
-                    is_listing = true;
-                }
-                () = sleep_until(not_after), if !is_listing => {
+                () = self.wanted(not_after), if !is_listing => {
                     listing = Box::pin(self.clone().list_after(not_before));
                     is_listing = true;
                 }
@@ -177,6 +173,11 @@ impl Discovery {
                 }
             }
         }
+    }
+
+    /// Ready when the list may have changed, and at this moment in any case.
+    async fn wanted(&self, not_after: Instant) {
+        let _ = timeout_at(not_after, self.0.changed.notified()).await;
     }
 
     /// Reads the list when it is time.

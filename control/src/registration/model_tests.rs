@@ -23,6 +23,14 @@ fn what_is_not_known_is_kept() {
     assert_eq!(serde_json::to_value(read(newer.clone()).unwrap()).unwrap(), newer);
 }
 
+/// 4.5e300 is a number that becomes another one each time it is read in the quick way.
+#[test]
+fn a_number_that_is_not_known_is_kept_as_it_was_written() {
+    let newer = r#"{"containerName":"a","cwd":"/a","colour":[4.5e+300,0.1]}"#;
+    let kept = read(serde_json::from_str(newer).unwrap()).unwrap();
+    assert_eq!(serde_json::to_string(&kept).unwrap(), newer);
+}
+
 #[test]
 fn the_first_wrong_field_is_named() {
     for (fields, error) in [
