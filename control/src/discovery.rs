@@ -53,7 +53,7 @@ struct Shared {
     changed: Notify,
     /// The list as it was read last.
     ///
-    /// Written by [`Discovery::run`] alone: an answer that somebody else waits for may be older than the one that is here.
+    /// Written for [`Discovery::run`] alone: an answer that somebody else waits for may be older than the one that is here.
     last: Mutex<Option<Arc<[Candidate]>>>,
 }
 
@@ -151,15 +151,7 @@ impl Discovery {
                 }
                 read = &mut listing, if is_listing => {
                     is_listing = false;
-                    let is_settled = match read {
-                        Ok(listed) => {
-                            let is_settled = !listed.iter().any(|one| one.container.is_between_names);
-                            *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(listed);
-                            work.judge_again();
-                            is_settled
-                        }
-                        Err(_) => false,
-                    };
+                    let is_settled = read.is_ok_and(|listed| work.take(listed));
                     not_before = Instant::now() + SPACING;
                     let turn = if is_settled { TURN } else { again };
                     again = if is_settled { SPACING } else { TURN.min(again * 2) };
@@ -208,6 +200,14 @@ impl Work {
     fn new(discovery: Discovery) -> Work {
         let (under_way, busy) = (JoinSet::new(), BTreeSet::new());
         Work { discovery, under_way, busy, told: BTreeSet::new(), failed: BTreeMap::new() }
+    }
+
+    /// Judges a list, from now on the one that was read last; whether all in it have their names.
+    fn take(&mut self, listed: Arc<[Candidate]>) -> bool {
+        let is_settled = !listed.iter().any(|one| one.container.is_between_names);
+        *self.discovery.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(listed);
+        self.judge_again();
+        is_settled
     }
 
     fn judge_again(&mut self) {
