@@ -203,12 +203,20 @@ fn a_lock_is_released_however_its_holder_ends_and_no_child_holds_it() {
 
 #[test]
 fn a_daemon_that_is_about_to_end_is_waited_for() {
-    let case = Case::new("/bin/false");
+    let mut case = Case::new("");
+    let pid_file = case.wanted.home.pid_file();
+    let ended = case.wanted.home.root().join("ended");
+    let text = format!("while [ ! -s {} ]; do :; done; >{}; exit 1", pid_file.display(), ended.display());
+    case.wanted.program = script(&case, &text);
     let held = lock_file(case.wanted.home.daemon_lock()).unwrap();
     rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
     let wanted = case.wanted.clone();
     let waiting = std::thread::spawn(move || ensure(&wanted));
-    // Somebody else's daemon comes up in the meantime.
+    // Somebody else's daemon comes up when ours has ended, and its number with it.
+    while !ended.exists() || pid_file.exists() {
+        assert!(!waiting.is_finished());
+        thread::sleep(case.wanted.times.poll);
+    }
     case.daemon("mine", true);
     assert!(!waiting.join().unwrap().unwrap().spawned);
 }
