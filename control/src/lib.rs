@@ -47,6 +47,7 @@ pub mod sandbox;
 pub mod secrets;
 pub mod start;
 pub mod supervisor;
+mod sys;
 pub mod tailscale;
 pub mod version;
 pub mod waiting;

@@ -13,12 +13,10 @@
 //! The order of registrations outlives the daemon, too: a file's time of modification is the moment when its name was first
 //! registered, and a later write of the same name keeps it.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::{AtFlags, Mode, OFlags, RawDir, Timespec};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::Value;
@@ -26,13 +24,12 @@ use thiserror::Error;
 
 use super::model::{ContainerName, Registration};
 use crate::paths::Home;
+use crate::sys::private_file::{self, ReadError};
 
 /// The longest file that is read or written, in bytes. A request has at most 64 KiB.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// The newest meaning of the fields that this release knows.
 const FORMAT_VERSION: u64 = 1;
-/// How many files of one name are set aside at most.
-const SET_ASIDE_MAX: u32 = 1_000;
 
 /// Why a file is not a registration.
 #[derive(Debug, Error)]
@@ -52,6 +49,16 @@ pub enum Unfit {
     /// It cannot be read.
     #[error("it cannot be read: {0}")]
     Unreadable(Errno),
+}
+
+impl From<ReadError> for Unfit {
+    fn from(error: ReadError) -> Unfit {
+        match error {
+            ReadError::NotAFile => Unfit::NotAFile,
+            ReadError::TooLarge => Unfit::TooLarge,
+            ReadError::Unreadable(errno) => Unfit::Unreadable(errno),
+        }
+    }
 }
 
 /// One file of the directory.
@@ -216,25 +223,9 @@ fn load(directory: &OwnedFd, stem: &str) -> Result<Registration, Unfit> {
 }
 
 fn read(directory: &OwnedFd, name: &str) -> Result<Vec<u8>, Unfit> {
-    // Looked at before it is opened, since opening a device may have effects, and once more when it is open.
-    let ordinary = |mode| FileType::from_raw_mode(mode) == FileType::RegularFile;
-    let seen = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(Unfit::Unreadable)?;
-    if !ordinary(seen.st_mode) {
-        return Err(Unfit::NotAFile);
-    }
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let opened = rustix::fs::openat(directory, name, flags, Mode::empty()).map_err(Unfit::Unreadable)?;
-    if !ordinary(rustix::fs::fstat(&opened).map_err(Unfit::Unreadable)?.st_mode) {
-        return Err(Unfit::NotAFile);
-    }
-    let mut content = Vec::new();
-    let unreadable = |error: io::Error| Unfit::Unreadable(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-    // One byte more than may be: a file that grows while it is read ends there, too.
-    File::from(opened).take(FILE_BYTES_MAX + 1).read_to_end(&mut content).map_err(unreadable)?;
-    if content.len() as u64 > FILE_BYTES_MAX {
-        return Err(Unfit::TooLarge);
-    }
-    Ok(content)
+    private_file::open(directory, name)
+        .and_then(|file| private_file::read(file, FILE_BYTES_MAX))
+        .map_err(Unfit::from)
 }
 
 fn write_temporary(
@@ -249,24 +240,7 @@ fn write_temporary(
     if line.len() as u64 > FILE_BYTES_MAX {
         return Err(Errno::FBIG);
     }
-    let mode = Mode::RUSR | Mode::WUSR;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let opened = match rustix::fs::openat(directory, name, flags, mode) {
-        // Left by a write of this process that failed, or by an earlier process of the same number.
-        Err(Errno::EXIST) => {
-            rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
-            rustix::fs::openat(directory, name, flags, mode)?
-        }
-        opened => opened?,
-    };
-    // Whatever the umask is.
-    rustix::fs::fchmod(&opened, mode)?;
-    let mut file = File::from(opened);
-    file.write_all(&line).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-    // To the nanosecond: the kernel's own time of a file may be that of its last tick.
-    let kept = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
-    rustix::fs::futimens(&file, &Timestamps { last_access: kept, last_modification: at })?;
-    rustix::fs::fsync(&file)
+    private_file::write_temporary(directory, name, &line, Some(at))
 }
 
 /// Sets aside what is in a registration's place and is none; a registration stays.
@@ -275,19 +249,7 @@ fn make_room(directory: &OwnedFd, stem: &str) -> Result<Option<String>, Errno> {
         Ok(_) | Err(Unfit::Unreadable(Errno::NOENT)) => return Ok(None),
         Err(_) => {}
     }
-    for number in 1..=SET_ASIDE_MAX {
-        let aside = format!("{stem}.json.bad-{number}");
-        // Nobody else makes names here, so one that is free stays so.
-        match rustix::fs::statat(directory, &aside, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => {
-                rustix::fs::renameat(directory, format!("{stem}.json"), directory, &aside)?;
-                return Ok(Some(aside));
-            }
-            Err(errno) => return Err(errno),
-            Ok(_) => {}
-        }
-    }
-    Err(Errno::NOSPC)
+    private_file::set_aside(directory, &format!("{stem}.json")).map(Some)
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 use super::*;
+use std::fs::File;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 
+use rustix::fs::FileType;
 use serde_json::json;
 use tempfile::TempDir;
 
