@@ -38,6 +38,7 @@ const PURE: &[&str] = &[
     "control/src/discovery/labels.rs",
     "control/src/discovery/machine.rs",
     "control/src/discovery/report.rs",
+    "control/src/model",
     "control/src/policy.rs",
     "control/src/reconcile/plan.rs",
     "control/src/tailscale/machine.rs",

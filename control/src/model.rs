@@ -1,0 +1,3 @@
+//! Values that several parts of landfall share. Each file here is pure.
+
+pub mod trust;

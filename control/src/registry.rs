@@ -1,0 +1,3 @@
+//! What the daemon keeps beside the registrations.
+
+pub mod trust_file;
