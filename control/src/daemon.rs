@@ -10,11 +10,9 @@
 mod claim;
 pub mod stop;
 
-use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -40,7 +38,7 @@ use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
 use crate::liveness::Ways;
 use crate::paths::{self, Home, HomeError};
-use crate::policy::CONTAINER_PORT;
+use crate::policy::ControlPorts;
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
 use crate::registration::store::{Attendant, DropReason, Registry, RegistryOptions};
 use crate::rpc::answers::Answers;
@@ -177,7 +175,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         helper: helper.socket(),
         replayed: replayed(registry.clone()),
         registrations: registry.watch(),
-        control_ports: control_ports(bound.port()),
+        control_ports: ControlPorts::new([bound.port()]),
     });
     let links = forwarding.clone();
     brokers.connect(Box::new(move |name| links.broker(name)));
@@ -291,11 +289,6 @@ async fn addresses(options: &Options, docker: &Docker) -> Vec<IpAddr> {
 /// Ready when the registrations of the last daemon are back.
 fn replayed(registry: Registry) -> BoxFuture<'static, ()> {
     Box::pin(async move { registry.replayed().await })
-}
-
-/// What is never forwarded, since the daemon and the containers talk there.
-fn control_ports(http: NonZeroU16) -> BTreeSet<NonZeroU16> {
-    [CONTAINER_PORT, http::PREFERRED_PORT].into_iter().filter_map(NonZeroU16::new).chain([http]).collect()
 }
 
 /// Who looks at containers.

@@ -27,7 +27,7 @@ use thiserror::Error;
 
 use crate::cli::args::Ring;
 use crate::cli::output::{Report, Talk};
-use crate::policy::{Decision, Policy};
+use crate::policy::{ControlPorts, Decision, Policy};
 use crate::processes;
 use crate::reconcile::fleet::{Admission, Change, Fleet, Row, Wish};
 use crate::reconcile::table::RowState;
@@ -264,7 +264,7 @@ struct Forwarder {
 impl Forwarder {
     fn new(name: String, policy: Policy) -> Forwarder {
         let only = ContainerName::only();
-        let mut fleet = Fleet::new(BTreeSet::new());
+        let mut fleet = Fleet::new(ControlPorts::default());
         fleet.wish(vec![Wish { name: only.clone(), policy: policy.clone(), published: BTreeMap::new() }]);
         Forwarder { name, only, policy, fleet, told_denied: BTreeSet::new() }
     }
@@ -346,7 +346,7 @@ fn failed(port: NonZeroU16, detail: String) -> Report {
 
 /// What people are told of a port inside that may not be exposed.
 fn denied(port: NonZeroU16, reason: Option<String>, policy: &Policy) -> Report {
-    match policy.decide(port) {
+    match policy.decide(port, &ControlPorts::default()) {
         Decision::Deny(reason) => Report::Denied { port, reason },
         // It is no rule of theirs, and whoever made it says which.
         Decision::Allow => {

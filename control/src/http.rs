@@ -35,8 +35,6 @@ use crate::events::{Event, Journal};
 use crate::linger::linger;
 use crate::rpc::answers::{After, Answers};
 
-/// The port that is preferred (wire specification, A.2).
-pub const PREFERRED_PORT: u16 = 8974;
 /// How many connections are served at a time.
 const CONNECTIONS_MAX: usize = 256;
 /// How many of them one client may have.

@@ -1,10 +1,18 @@
-//! Which ports that listen inside may be exposed on the host. Pure: a port goes in, a decision with its reason
-//! comes out.
+//! Decides which ports of a container may be exposed, and at which ports of the host. Pure: a port goes in, a decision
+//! with its reason comes out. Every path asks here: watched, announced and reserved ports, and forwards without a daemon.
 //!
-//! A deny list wins over an allow list. Without an allow list every port is allowed but those below 1024: a port
-//! down there stands for a service of the machine (ssh, a mail server), so it is exposed only when `--allow`
-//! names it, by itself or in a range. `*` means "every port from 1024" and so names nothing.
+//! A deny list wins over an allow list. Without an allow list every port from 1024 is allowed. A port below 1024 is that of
+//! a service of the machine (ssh, a mail server), so it is exposed only where the allow list names it, alone or in a range.
+//! `*` means "every port from 1024" and names none.
+//!
+//! Two numbers of a forward can differ, so there are two questions. [`Policy::decide`] is about a port of the host, and about
+//! the port inside where both have the same number. [`Policy::decide_target`] is about the port inside alone. A reserved
+//! forward needs both: its host port is one that an automatic forward could bind, too. The reference checks the port inside
+//! only (wire specification, A.3.8), so a container that is allowed one port could take any port of the host.
+//!
+//! No policy allows a port on which landfall itself listens ([`ControlPorts`]).
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::ops::RangeInclusive;
@@ -20,20 +28,59 @@ mod wire;
 /// and A.5).
 pub const CONTAINER_PORT: u16 = 8973;
 
+/// The port on which the daemon prefers to answer containers (wire specification, A.2).
+pub const HTTP_PORT: u16 = 8974;
+
+/// The ports on which a verb listens unless another one is named: `agent`, the daemon, `ui`, `bridge serve` (front and
+/// relay), `mesh serve`, and `up --claudemesh`.
+const OWN_PORTS: [u16; 7] = [CONTAINER_PORT, HTTP_PORT, 8975, 8788, 8789, 7900, 47823];
+
+/// The ports of the host that no forward binds, because landfall itself listens there, now or as soon as a verb is used.
+/// A container that had one of them first would be taken for landfall.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ControlPorts(BTreeSet<NonZeroU16>);
+
+impl ControlPorts {
+    /// The usual ports, and `bound`: those on which this process listens.
+    pub fn new(bound: impl IntoIterator<Item = NonZeroU16>) -> ControlPorts {
+        ControlPorts(bound.into_iter().collect())
+    }
+
+    /// Whether `port` is one of them.
+    pub fn contains(&self, port: NonZeroU16) -> bool {
+        OWN_PORTS.contains(&port.get()) || self.0.contains(&port)
+    }
+}
+
 /// The first port that needs no naming.
 pub const FIRST_UNPRIVILEGED: u16 = 1024;
 
 /// A list such as `3000,5173,8000-8100` or `80,*`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortList {
+    /// In ascending order, apart from each other: a label can hold thousands, and each port of a container is looked up.
     ranges: Vec<RangeInclusive<u16>>,
     any: bool,
 }
 
 impl PortList {
+    fn new(mut ranges: Vec<RangeInclusive<u16>>, any: bool) -> PortList {
+        ranges.sort_unstable_by_key(|range| *range.start());
+        ranges.dedup_by(|next, before| {
+            let touches = u32::from(*next.start()) <= u32::from(*before.end()) + 1;
+            if touches {
+                *before = *before.start()..=*before.end().max(next.end());
+            }
+            touches
+        });
+        PortList { ranges, any }
+    }
+
     /// Whether the list names `port` itself or a range around it.
     pub fn names(&self, port: NonZeroU16) -> bool {
-        self.ranges.iter().any(|range| range.contains(&port.get()))
+        let after = self.ranges.partition_point(|range| *range.start() <= port.get());
+        let range = after.checked_sub(1).and_then(|at| self.ranges.get(at));
+        range.is_some_and(|range| range.contains(&port.get()))
     }
 
     /// Whether the list holds `*`.
@@ -60,13 +107,13 @@ impl FromStr for PortList {
     type Err = PortListError;
 
     fn from_str(text: &str) -> Result<PortList, PortListError> {
-        let mut list = PortList::default();
+        let (mut ranges, mut any) = (Vec::new(), false);
         for item in text.split(',').map(str::trim) {
             if item.is_empty() {
                 return Err(PortListError::Missing(text.to_owned()));
             }
             if item == "*" {
-                list.any = true;
+                any = true;
                 continue;
             }
             let (first, last) = match item.split_once('-') {
@@ -76,9 +123,9 @@ impl FromStr for PortList {
             if last < first {
                 return Err(PortListError::Backwards(first, last));
             }
-            list.ranges.push(first..=last);
+            ranges.push(first..=last);
         }
-        Ok(list)
+        Ok(PortList::new(ranges, any))
     }
 }
 
@@ -112,41 +159,58 @@ pub enum Decision {
 /// Why a port is not exposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DenyReason {
-    /// `--deny` holds it.
+    /// A deny list contains it.
     Denied,
-    /// There is an `--allow`, and it does not hold it.
+    /// There is an allow list, and it does not contain it.
     NotAllowed,
-    /// Below 1024, and `--allow` does not name it.
+    /// Below 1024, and no allow list names it.
     Privileged,
+    /// It is [`CONTAINER_PORT`].
+    ContainerPort,
+    /// It is one of the [`ControlPorts`].
+    ControlPort,
 }
 
 impl fmt::Display for DenyReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            DenyReason::Denied => "--deny holds it",
-            DenyReason::NotAllowed => "--allow does not hold it",
-            DenyReason::Privileged => "it is below 1024 and --allow does not name it",
+            DenyReason::Denied => "the deny list contains it",
+            DenyReason::NotAllowed => "the allow list does not contain it",
+            DenyReason::Privileged => "it is below 1024 and no allow list names it",
+            DenyReason::ContainerPort => "containers answer the daemon on it",
+            DenyReason::ControlPort => "landfall itself listens on it",
         })
     }
 }
 
 impl Policy {
-    /// Decides about one port.
-    pub fn decide(&self, port: NonZeroU16) -> Decision {
+    /// Decides whether a forward may bind `port` on the host, and lead to the same port inside.
+    pub fn decide(&self, port: NonZeroU16, control: &ControlPorts) -> Decision {
+        match self.decide_target(port) {
+            Decision::Allow if control.contains(port) => Decision::Deny(DenyReason::ControlPort),
+            Decision::Allow if port.get() < FIRST_UNPRIVILEGED && !self.names(port) => {
+                Decision::Deny(DenyReason::Privileged)
+            }
+            decision => decision,
+        }
+    }
+
+    /// Decides whether a forward may lead to `port` inside, whatever its port on the host is.
+    pub fn decide_target(&self, port: NonZeroU16) -> Decision {
+        if port.get() == CONTAINER_PORT {
+            return Decision::Deny(DenyReason::ContainerPort);
+        }
         if self.deny.has_any() || self.deny.names(port) {
             return Decision::Deny(DenyReason::Denied);
         }
-        let named = self.allow.as_ref().is_some_and(|allow| allow.names(port));
-        if named {
-            return Decision::Allow;
-        }
-        if port.get() < FIRST_UNPRIVILEGED {
-            return Decision::Deny(DenyReason::Privileged);
-        }
         match &self.allow {
-            Some(allow) if !allow.has_any() => Decision::Deny(DenyReason::NotAllowed),
+            Some(allow) if !allow.has_any() && !allow.names(port) => Decision::Deny(DenyReason::NotAllowed),
             _ => Decision::Allow,
         }
+    }
+
+    fn names(&self, port: NonZeroU16) -> bool {
+        self.allow.as_ref().is_some_and(|allow| allow.names(port))
     }
 }
 
@@ -162,15 +226,18 @@ mod tests {
         }
     }
 
-    fn decide(policy: &Policy, port: u16) -> Decision {
-        policy.decide(NonZeroU16::new(port).unwrap())
+    fn port(number: u16) -> NonZeroU16 {
+        NonZeroU16::new(number).unwrap()
+    }
+
+    fn decide(policy: &Policy, number: u16) -> Decision {
+        policy.decide(port(number), &ControlPorts::new([port(40000)]))
     }
 
     #[test]
     fn without_lists_everything_from_1024_is_allowed() {
         let policy = policy(None, None);
         assert_eq!(decide(&policy, 1024), Decision::Allow);
-        assert_eq!(decide(&policy, 8973), Decision::Allow);
         assert_eq!(decide(&policy, 65535), Decision::Allow);
         assert_eq!(decide(&policy, 1023), Decision::Deny(DenyReason::Privileged));
     }
@@ -186,6 +253,7 @@ mod tests {
     #[test]
     fn a_port_below_1024_must_be_named() {
         assert_eq!(decide(&policy(Some("80"), None), 80), Decision::Allow);
+        assert_eq!(decide(&policy(Some("3000"), None), 80), Decision::Deny(DenyReason::NotAllowed));
         assert_eq!(decide(&policy(Some("1-1023"), None), 80), Decision::Allow);
         assert_eq!(decide(&policy(Some("*"), None), 80), Decision::Deny(DenyReason::Privileged));
         assert_eq!(decide(&policy(Some("80,*"), None), 5173), Decision::Allow);
@@ -196,6 +264,35 @@ mod tests {
         let policy = policy(Some("3000,*"), Some("3000"));
         assert_eq!(decide(&policy, 3000), Decision::Deny(DenyReason::Denied));
         assert_eq!(decide(&policy, 3001), Decision::Allow);
+    }
+
+    #[test]
+    fn a_port_of_landfall_is_denied_whatever_the_lists_are() {
+        for number in [8974, 8975, 8788, 8789, 7900, 47823, 40000] {
+            let listed = number.to_string();
+            for allow in [None, Some("*"), Some(listed.as_str())] {
+                let policy = policy(allow, None);
+                assert_eq!(decide(&policy, number), Decision::Deny(DenyReason::ControlPort), "{number}");
+                assert_eq!(
+                    policy.decide_target(port(number)),
+                    Decision::Allow,
+                    "inside it is the container's"
+                );
+            }
+        }
+        let policy = policy(Some("8973"), None);
+        assert_eq!(decide(&policy, 8973), Decision::Deny(DenyReason::ContainerPort));
+        assert_eq!(policy.decide_target(port(8973)), Decision::Deny(DenyReason::ContainerPort));
+    }
+
+    #[test]
+    fn the_port_inside_may_be_below_1024_where_the_port_of_the_host_is_not() {
+        assert_eq!(policy(None, None).decide_target(port(80)), Decision::Allow);
+        assert_eq!(
+            policy(Some("3000"), None).decide_target(port(80)),
+            Decision::Deny(DenyReason::NotAllowed)
+        );
+        assert_eq!(policy(None, Some("80")).decide_target(port(80)), Decision::Deny(DenyReason::Denied));
     }
 
     #[test]
@@ -218,10 +315,16 @@ mod tests {
         }
 
         #[test]
-        fn a_list_names_exactly_its_range(first in 1u16.., length in 0u16..100, probe in 1u16..) {
-            let last = first.saturating_add(length);
-            let list: PortList = format!("{first}-{last}").parse().unwrap();
-            prop_assert_eq!(list.names(NonZeroU16::new(probe).unwrap()), (first..=last).contains(&probe));
+        fn a_list_names_exactly_its_ranges(
+            ranges in prop::collection::vec((1u16..300, 0u16..20), 1..20),
+            probe in 1u16..400,
+        ) {
+            let ranges: Vec<_> = ranges.iter().map(|(first, length)| (*first, first + length)).collect();
+            let text: Vec<String> = ranges.iter().map(|(first, last)| format!("{first}-{last}")).collect();
+            let list: PortList = text.join(",").parse().unwrap();
+            let named = ranges.iter().any(|(first, last)| (first..=last).contains(&&probe));
+            prop_assert_eq!(list.names(port(probe)), named);
+            prop_assert!(list.ranges.windows(2).all(|pair| *pair[0].end() + 1 < *pair[1].start()));
         }
     }
 }

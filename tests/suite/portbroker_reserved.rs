@@ -26,6 +26,9 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("a14_hostd_client_opened_that_races_the_reserved_bind_adds_nothing", racing_opened),
     Case::once("a14_hostd_client_closed_event_carries_the_reserved_host_port", closed_carries_host_port),
     Case::once("portbroker_reserved_requests_of_every_kind_are_answered", every_kind_of_request),
+    Case::once("c23_a_reserved_forward_obeys_the_policy_of_its_host_port", host_port_obeys_policy),
+    Case::once("c23_no_forward_binds_a_port_of_landfall", no_control_port),
+    Case::once("c23_a_container_reserves_no_more_than_16_ports", no_more_than_16),
     Case::once("portbroker_a_failed_reservation_gives_the_port_back", failed_gives_back),
     Case::once(
         "portbroker_reserved_listeners_outlive_the_websocket_and_their_streams_do_not",
@@ -134,16 +137,17 @@ fn nack_keeps_reserved() {
 fn racing_opened() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    for port in 4800..4820 {
+    // As many as a container can reserve.
+    for port in 4800..4816 {
         scene.peer.say(&request(port, &[port + 100]));
         scene.peer.say(&opened(port));
     }
-    for port in 4800..4820 {
+    for port in 4800..4816 {
         scene.peer.hear_that(&forwarded(port, port + 100));
         assert_unbound(port);
     }
     assert!(scene.peer.is_silent_for(MOMENT), "one result each");
-    assert_eq!(scene.events().len(), 20, "{:?}", scene.events());
+    assert_eq!(scene.events().len(), 16, "{:?}", scene.events());
 }
 
 fn closed_carries_host_port() {
@@ -184,6 +188,54 @@ fn every_kind_of_request() {
         assert_unbound(port);
     }
     scene.events_become(&["opened 4848 4900 127.0.0.1", "opened 4851 4903 127.0.0.1", "failed 4850"]);
+}
+
+fn host_port_obeys_policy() {
+    let home = Home::new();
+    let mut scene = Scene::open(&home, json!({"allow": "*", "deny": [5432]}));
+    scene.peer.say(&request(4848, &[5432]));
+    assert_eq!(scene.peer.message(), not_forwarded(4848, "policy excluded"));
+    scene.peer.say(&request(4848, &[5432, 4900]));
+    assert_eq!(scene.peer.message(), forwarded(4848, 4900));
+    let next = Container::listen(TOKEN).allowing(json!({"allow": [4848, 4901]}));
+    next.register(&home, NAME);
+    let mut peer = next.welcome();
+    peer.say(&request(4848, &[5432, 80]));
+    assert_eq!(peer.message(), not_forwarded(4848, "policy excluded"));
+    peer.say(&request(4848, &[5432, 4901]));
+    assert_eq!(peer.message(), forwarded(4848, 4901));
+    assert_unbound(5432);
+}
+
+fn no_control_port() {
+    let home = Home::new();
+    let own = [8975, 8788, 8789, 7900, 47823];
+    let listed: Vec<u16> = own.into_iter().chain([5173]).collect();
+    let mut scene = Scene::open(&home, json!({"allow": listed}));
+    scene.peer.say(&snapshot(&listed));
+    let mut results = listed.iter().map(|_| scene.peer.message()).collect::<Vec<_>>();
+    results.sort_by_key(|result| result["ok"] == json!(true));
+    assert_eq!(results.pop(), Some(forwarded(5173, 5173)));
+    for result in results {
+        assert_eq!(result["reason"], "policy excluded", "{result}");
+    }
+    for port in own {
+        scene.peer.say(&request(4848, &[port]));
+        assert_eq!(scene.peer.message(), not_forwarded(4848, "policy excluded"));
+        assert_unbound(port);
+    }
+}
+
+fn no_more_than_16() {
+    let home = Home::new();
+    let mut scene = Scene::open(&home, json!({"allow": "*"}));
+    for port in 4800..4816 {
+        scene.peer.say(&request(port, &[port]));
+        assert_eq!(scene.peer.message(), forwarded(port, port));
+    }
+    scene.peer.say(&request(4816, &[4816]));
+    assert_eq!(scene.peer.message(), not_forwarded(4816, "policy excluded"));
+    assert_unbound(4816);
 }
 
 /// Two defects of the reference: two requests in flight bind once, and a failed one re-evaluates the port.

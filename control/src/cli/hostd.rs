@@ -10,8 +10,8 @@ use super::args::DaemonArgs;
 use super::exit::{Exit, Failure, chain};
 use crate::broker::message::Extensions;
 use crate::daemon::{self, Options, StartError};
-use crate::http::PREFERRED_PORT;
 use crate::paths::Home;
+use crate::policy;
 use crate::tailscale::CALL_TIMEOUT;
 
 /// How often it is looked whether containers still exist; a duration such as `30s`.
@@ -50,7 +50,7 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
     let set = |name| variable(name).filter(|value| !value.is_empty());
     Ok(Options {
         home,
-        http_port: args.http_port.unwrap_or(PREFERRED_PORT),
+        http_port: args.http_port.unwrap_or(policy::HTTP_PORT),
         http_bind: args.http_bind,
         restart: !args.no_restart,
         discover_all: args.all,

@@ -58,7 +58,7 @@ fn a_privileged_port_comes_with_the_way_to_allow_it() {
     let report = Report::Denied { port: port(80), reason: DenyReason::Privileged };
     assert_eq!(
         plain().text(&report),
-        "denied   port 80 is not forwarded: it is below 1024 and --allow does not name it\n\
+        "denied   port 80 is not forwarded: it is below 1024 and no allow list names it\n\
          hint: to forward it: --allow '80,*'"
     );
 }

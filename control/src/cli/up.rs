@@ -13,6 +13,7 @@ use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Report, Talk};
 use crate::helper::program::Program;
 use crate::helper::{ACCESS, HelperFacts, HelperState};
+use crate::policy;
 use crate::reconcile::table::EngineFacts;
 use crate::rpc::client::Client;
 use crate::rpc::ensure::{Ensured, Wanted};
@@ -155,7 +156,7 @@ fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured, description: Optio
         let hint = Some("landfall down, and up again with them".to_owned());
         talk.report(&Report::Warning { text, hint });
     }
-    let wanted = args.daemon.http_port.unwrap_or(DEFAULT_HTTP_PORT);
+    let wanted = args.daemon.http_port.unwrap_or(policy::HTTP_PORT);
     if ensured.spawned && wanted != 0 && wanted != ensured.http_port.get() {
         let text =
             format!("port {wanted} is in use; containers reach the daemon at {} now", ensured.http_port);
@@ -165,6 +166,3 @@ fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured, description: Optio
         talk.report(&Report::Warning { text, hint });
     }
 }
-
-/// Where containers expect the daemon (wire specification, A.2).
-const DEFAULT_HTTP_PORT: u16 = 8974;

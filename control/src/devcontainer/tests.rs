@@ -1,5 +1,5 @@
 use super::*;
-use crate::policy::{Allow, Decision, Policy};
+use crate::policy::{Allow, ControlPorts, Decision, Policy};
 use proptest::prelude::*;
 
 fn parse(text: &str) -> Devcontainer {
@@ -8,7 +8,7 @@ fn parse(text: &str) -> Devcontainer {
 
 fn is_exposed(said: &Devcontainer, port: u16) -> bool {
     let policy = Policy::from(&said.port_forward().unwrap_or_default());
-    policy.decide(NonZeroU16::new(port).unwrap()) == Decision::Allow
+    policy.decide(NonZeroU16::new(port).unwrap(), &ControlPorts::default()) == Decision::Allow
 }
 
 /// Label and silence of a port, as a registration would tell them.
@@ -136,7 +136,7 @@ fn a_folder_goes_on_top_of_the_image_port_by_port() {
     assert_eq!((&both.policy, &both.notes), (&said.port_forward(), &said.notes()));
     let policy = Policy::from(&both.policy.unwrap());
     for (port, exposed) in [(80, true), (81, true), (3000, true), (9229, true), (5000, false)] {
-        let decision = policy.decide(NonZeroU16::new(port).unwrap());
+        let decision = policy.decide(NonZeroU16::new(port).unwrap(), &ControlPorts::default());
         assert_eq!(decision == Decision::Allow, exposed, "{port}");
     }
     assert_eq!(note(&said, 3000), (Some("folder".to_owned()), false));

@@ -49,17 +49,17 @@ use landfall_engine::command::{
 };
 
 use super::observation::Observation;
-use crate::policy::Policy;
+use crate::policy::{ControlPorts, Policy};
 use crate::registration::model::ContainerName;
 use announced::Broker;
 
-pub use crate::policy::CONTAINER_PORT;
 pub use announced::OWED_MAX;
 pub use change::{Change, ClosedReason};
 pub use heirs::HEIR_PATIENCE;
+pub use reserved::RESERVED_MAX;
 pub use rows::Row;
 pub use upstreams::Admission;
-pub use verdict::FORWARDS_MAX;
+pub use verdict::{Exclusion, FORWARDS_MAX};
 
 /// How long a port that could not be opened rests. Short enough that a freed port feels as if it were taken at once,
 /// long enough to cost nothing.
@@ -152,7 +152,7 @@ struct Failure {
 /// Everything that is known, asked for and answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fleet {
-    control_ports: BTreeSet<NonZeroU16>,
+    control_ports: ControlPorts,
     /// In the order of registration: who is earlier gets a port that two want at once.
     wishes: Vec<Wish>,
     upstreams: BTreeMap<UpstreamId, Upstream>,
@@ -173,8 +173,8 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Nothing is known; `control_ports` are never forwarded.
-    pub fn new(control_ports: BTreeSet<NonZeroU16>) -> Fleet {
+    /// A fleet without containers and without an engine. No forward binds one of `control_ports`.
+    pub fn new(control_ports: ControlPorts) -> Fleet {
         Fleet {
             control_ports,
             wishes: Vec::new(),

@@ -16,7 +16,7 @@ mod telling;
 mod upgrade;
 mod words;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -32,6 +32,7 @@ use super::table::{ForwardTable, RowState};
 use crate::docker::Docker;
 use crate::events::Journal;
 use crate::paths::Home;
+use crate::policy::ControlPorts;
 use crate::registration::model::ContainerName;
 use crate::registration::store::Registered;
 use driver::{Driver, Parts};
@@ -63,8 +64,8 @@ pub struct ForwardingOptions {
     pub replayed: BoxFuture<'static, ()>,
     /// The registrations, as a level.
     pub registrations: watch::Receiver<Arc<Registered>>,
-    /// Ports that the daemon itself listens on, never forwarded.
-    pub control_ports: BTreeSet<NonZeroU16>,
+    /// The ports of the host that no forward binds.
+    pub control_ports: ControlPorts,
 }
 
 /// The handle; clones drive the same task. When the last one is dropped, the task lets go of the engine.

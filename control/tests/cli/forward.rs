@@ -149,7 +149,10 @@ fn two_runs_with_one_port_are_both_told_who_has_it() {
 fn a_denied_port_is_told_and_not_forwarded() {
     let port = free_port();
     let mut running = Running::start(serve(&["--deny", &port.to_string()], "127.0.0.1", port, "no"));
-    assert_eq!(running.err("denied"), format!("denied   port {port} is not forwarded: --deny holds it"));
+    assert_eq!(
+        running.err("denied"),
+        format!("denied   port {port} is not forwarded: the deny list contains it")
+    );
     assert_eq!(read(V4, port), None);
 }
 

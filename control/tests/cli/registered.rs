@@ -168,11 +168,11 @@ fn a_command_is_registered_by_its_process_and_deregistered_when_it_ends() {
     daemon.forwards(&json!([
         row(5173, "open", None),
         row(22, "denied", Some("x")),
-        row(8974, "denied", Some("ours"))
+        row(8976, "denied", Some("ours"))
     ]));
     assert_eq!(running.err("forward"), "forward  http://localhost:5173  →  web:5173 (node, pid 77)");
-    running.err("denied   port 22 is not forwarded: it is below 1024 and --allow does not name it");
-    running.err("denied   port 8974 is not forwarded: ours");
+    running.err("denied   port 22 is not forwarded: it is below 1024 and no allow list names it");
+    running.err("denied   port 8976 is not forwarded: ours");
     daemon.forwards(&json!([row(
         5173,
         "failed",

@@ -1,6 +1,5 @@
 //! Forwarding on a thread of its own, or in a process that may be killed.
 
-use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use landfall::docker::Docker;
 use landfall::events::Journal;
 use landfall::paths::Home;
+use landfall::policy::ControlPorts;
 use landfall::reconcile::table::{ContainerState, ForwardTable, RowState};
 use landfall::reconcile::task::{Forwarding, ForwardingOptions};
 use landfall::registration::model::{Registration, Way};
@@ -143,7 +143,7 @@ fn start(home: &Home, registrations: watch::Receiver<Arc<Registered>>) -> Forwar
         helper: None,
         replayed: Box::pin(std::future::ready(())),
         registrations,
-        control_ports: BTreeSet::new(),
+        control_ports: ControlPorts::default(),
     })
 }
 

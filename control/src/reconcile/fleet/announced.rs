@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use landfall_engine::command::{Command, Ending, ForwardId, Reach, UpstreamId};
 
 use super::reserved::Reservation;
-use super::verdict::{QUOTA, Verdict};
+use super::verdict::{Exclusion, Verdict};
 use super::watched::Holder;
 use super::{Change, ClosedReason, FORWARDS_MAX, Fleet, Forward, Status};
 use crate::broker::message::Announced;
@@ -72,7 +72,7 @@ pub(super) struct Known {
 /// Why a port is not forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Over {
-    Denied(&'static str),
+    Denied(Exclusion),
     Failed(String),
 }
 
@@ -261,7 +261,7 @@ impl Fleet {
             None => {}
         }
         if self.forwards_of(name).filter(|forward| forward.is_live()).count() >= FORWARDS_MAX {
-            return Attempt::Over(Over::Denied(QUOTA));
+            return Attempt::Over(Over::Denied(Exclusion::Quota));
         }
         match self.holder(name, port) {
             Holder::Free => Attempt::Made(Some(self.open_one(upstream, port, port, Reach::UNKNOWN, false))),

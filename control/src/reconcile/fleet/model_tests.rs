@@ -92,7 +92,7 @@ struct World {
 impl World {
     fn new() -> World {
         World {
-            fleet: Fleet::new([port(8974)].into()),
+            fleet: Fleet::new(ControlPorts::default()),
             now: Instant::now(),
             containers: Default::default(),
             order: Vec::new(),
@@ -331,7 +331,7 @@ impl World {
                 // What was on its way still arrives.
                 while self.carry_out() {}
                 let (next_upstream, next_forward) = (self.fleet.next_upstream, self.fleet.next_forward);
-                self.fleet = Fleet::new([port(8974)].into());
+                self.fleet = Fleet::new(ControlPorts::default());
                 self.fleet.wish(self.wishes());
                 self.fleet.attach(self.inventory());
                 (0..NAMES.len()).for_each(|who| self.lose_session(who));

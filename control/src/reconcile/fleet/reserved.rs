@@ -18,12 +18,16 @@ use landfall_engine::command::{Command, Reach, UpstreamId};
 
 use super::announced::EXCLUDED;
 use super::watched::Holder;
-use super::{CONTAINER_PORT, Change, FORWARDS_MAX, Failure, Fleet, RETRY};
-use crate::policy::{Decision, DenyReason, FIRST_UNPRIVILEGED};
+use super::{Change, FORWARDS_MAX, Failure, Fleet, RETRY};
+use crate::policy::Decision;
 use crate::registration::model::ContainerName;
 
 /// How many candidates of one request are tried; the program that this is for names ten.
 const CANDIDATES_MAX: usize = 256;
+
+/// How many ports a container can reserve at the same time. A reservation holds its host port while nothing listens behind
+/// it, and the container chooses which one. The program that this is for reserves one.
+pub const RESERVED_MAX: usize = 16;
 
 /// One port that is reserved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,7 +78,7 @@ impl Fleet {
         let mut seen = BTreeSet::new();
         candidates.retain(|port| seen.insert(*port));
         candidates.truncate(CANDIDATES_MAX);
-        let full = broker.reserved.len() >= FORWARDS_MAX;
+        let full = broker.reserved.len() >= RESERVED_MAX;
         match broker.reserved.get_mut(&target) {
             Some(Reservation { stage: Stage::Held { host_port, .. }, .. }) => {
                 return vec![Change::result(name, target, Ok(*host_port))];
@@ -131,30 +135,33 @@ impl Fleet {
         }
     }
 
-    /// Looks at a request that is new; answers whether there is more to do for it now.
+    /// Checks a new request against the policy, and keeps the candidates that it allows. Returns whether the port needs
+    /// more work in this step.
+    ///
+    /// This narrows the reference, which checks the port inside alone: a candidate that the policy refuses as a host port is
+    /// skipped, and a request without another one has the result `policy excluded`. As for a refused target, there is no
+    /// event.
     fn consider(
         &mut self,
         name: &ContainerName,
         target: NonZeroU16,
-        candidates: Vec<NonZeroU16>,
+        mut candidates: Vec<NonZeroU16>,
         changes: &mut Vec<Change>,
     ) -> bool {
         let Some(policy) = self.policy_of(name) else { return false };
-        let refused = match policy.decide(target) {
-            // That rule is about ports of the host, of which this one gets another.
-            Decision::Allow | Decision::Deny(DenyReason::Privileged) => target.get() == CONTAINER_PORT,
-            Decision::Deny(_) => true,
-        };
         let others = self.forwards_of(name).filter(|forward| forward.is_live());
         let full = others.filter(|forward| forward.target_port != target).count() >= FORWARDS_MAX;
-        if refused || full {
+        if full || policy.decide_target(target) != Decision::Allow {
             return self.give_up(name, target, EXCLUDED.to_owned(), changes);
         }
-        let last = candidates.iter().map(|port| self.guard(*port)).collect::<Option<Vec<String>>>();
-        if let Some(reasons) = last {
-            let reason = reasons.last().map_or("no host candidates", String::as_str).to_owned();
+        if candidates.is_empty() {
+            let reason = "no host candidates".to_owned();
             changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
             return self.give_up(name, target, reason, changes);
+        }
+        candidates.retain(|candidate| self.judge(policy, *candidate).is_ok());
+        if candidates.is_empty() {
+            return self.give_up(name, target, EXCLUDED.to_owned(), changes);
         }
         self.set_stage(name, target, Stage::Trying { left: candidates.into(), error: None });
         true
@@ -172,23 +179,21 @@ impl Fleet {
     ) -> bool {
         let Some(upstream) = self.free_upstream(name, target) else { return false };
         while let Some(candidate) = left.front().copied() {
-            let refusal = match self.guard(candidate) {
-                Some(reason) => reason,
-                None => match self.holder(name, candidate) {
-                    Holder::Taken(reason) => reason,
-                    Holder::Soon | Holder::Heir(_) => {
-                        self.set_stage(name, target, Stage::Trying { left, error });
-                        return false;
-                    }
-                    Holder::Free => {
-                        commands.push(self.open_one(upstream, candidate, target, Reach::UNKNOWN, true));
-                        self.set_stage(name, target, Stage::Trying { left, error });
-                        return false;
-                    }
-                },
-            };
-            error = Some(refusal);
-            left.pop_front();
+            match self.holder(name, candidate) {
+                Holder::Taken(reason) => {
+                    error = Some(reason);
+                    left.pop_front();
+                }
+                Holder::Soon | Holder::Heir(_) => {
+                    self.set_stage(name, target, Stage::Trying { left, error });
+                    return false;
+                }
+                Holder::Free => {
+                    commands.push(self.open_one(upstream, candidate, target, Reach::UNKNOWN, true));
+                    self.set_stage(name, target, Stage::Trying { left, error });
+                    return false;
+                }
+            }
         }
         let reason = error.unwrap_or_else(|| "no host candidates".to_owned());
         changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
@@ -295,18 +300,6 @@ impl Fleet {
                 (!told).then(|| Change::Failed { name: name.clone(), port: target, reason })
             }
         }
-    }
-
-    /// Why a host port is never given to anybody, where that is so.
-    fn guard(&self, port: NonZeroU16) -> Option<String> {
-        if port.get() < FIRST_UNPRIVILEGED {
-            return Some(format!("EACCES: port {port} of the host is below {FIRST_UNPRIVILEGED}"));
-        }
-        if port.get() == CONTAINER_PORT {
-            return Some(format!("EACCES: port {port} is the one on which containers answer the daemon"));
-        }
-        let own = self.control_ports.contains(&port);
-        own.then(|| format!("EADDRINUSE: the daemon itself listens on port {port}"))
     }
 
     /// Whether a container holds a host port by a reservation.

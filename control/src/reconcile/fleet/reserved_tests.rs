@@ -122,18 +122,51 @@ fn a_port_below_1024_may_be_reserved_at_one_that_is_not() {
 }
 
 #[test]
-fn the_hosts_own_ports_are_no_candidates() {
-    for (candidate, word) in [(80, "EACCES"), (8973, "EACCES"), (8974, "EADDRINUSE")] {
+fn c23_a_candidate_that_the_policy_refuses_is_skipped() {
+    for (lists, candidate) in [
+        ((None, None), 80),
+        ((None, None), 8973),
+        ((None, None), 8974),
+        ((None, None), 8788),
+        ((None, Some("5432")), 5432),
+        ((Some("4848,4849"), None), 5432),
+    ] {
         let mut bench = Bench::serving(4848);
+        let list = |text: Option<&str>| text.map(|text| text.parse().unwrap());
+        let policy = Policy { allow: list(lists.0), deny: list(lists.1).unwrap_or_default() };
+        bench.fleet.wish(vec![Wish { policy, ..wish("a", None) }]);
         bench.reserve(&[candidate]);
-        let (commands, told) = bench.step();
-        assert_eq!(commands, [], "nothing is closed for the sake of nothing");
-        assert!(failed(&told).starts_with(word), "{told:?}");
+        assert_eq!(
+            bench.step(),
+            (vec![], vec![refused("policy excluded")]),
+            "{candidate}: its forward stays"
+        );
         bench.reserve(&[candidate, 4849]);
         bench.step();
         bench.closed(1);
-        assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
+        assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]), "{candidate}");
     }
+}
+
+#[test]
+fn a_candidate_below_1024_that_a_list_names_is_one() {
+    let mut bench = Bench::new(vec![wish("a", Some("80,*"))]);
+    bench.fleet.broker_up(&name("a"));
+    bench.fleet.dial(&name("a")).unwrap();
+    bench.reserve(&[80]);
+    assert_eq!(bench.step(), (vec![open_at(1, 1, 80)], vec![]));
+}
+
+#[test]
+fn c23_a_container_reserves_no_more_than_16_ports() {
+    let mut bench = Bench::dialled(None);
+    let most = u16::try_from(RESERVED_MAX).unwrap();
+    for target in 2000..2000 + most {
+        assert_eq!(bench.fleet.reserve(&name("a"), port(target), vec![port(target)]), []);
+    }
+    let over = bench.fleet.reserve(&name("a"), port(4848), vec![port(4848)]);
+    assert_eq!(over, [refused("policy excluded")]);
+    assert_eq!(bench.step().0.len(), 16);
 }
 
 #[test]

@@ -55,7 +55,7 @@ impl Fleet {
             for (port, known) in broker.known.iter().filter(|_| self.dialled(name).is_some()) {
                 match &known.over {
                     Some(Over::Denied(why)) => {
-                        add(*port, *port, RowState::Denied, Some((*why).to_owned()));
+                        add(*port, *port, RowState::Denied, Some(why.to_string()));
                     }
                     Some(Over::Failed(why)) => add(*port, *port, RowState::Failed, Some(why.clone())),
                     None => add(*port, *port, RowState::Opening, None),
@@ -69,7 +69,7 @@ impl Fleet {
                 (Verdict::Published(host_port, reason), _) => {
                     add(port, host_port, RowState::Published, Some(reason.to_owned()));
                 }
-                (Verdict::Denied(reason), _) => add(port, port, RowState::Denied, Some(reason.to_owned())),
+                (Verdict::Denied(why), _) => add(port, port, RowState::Denied, Some(why.to_string())),
                 (Verdict::Wanted(_), Some(failure)) => {
                     add(port, port, RowState::Failed, Some(failure.reason.clone()));
                 }

@@ -58,7 +58,7 @@ struct Bench {
 
 impl Bench {
     fn new(wishes: Vec<Wish>) -> Bench {
-        let mut fleet = Fleet::new([port(8974)].into());
+        let mut fleet = Fleet::new(ControlPorts::default());
         fleet.wish(wishes);
         Bench { fleet, now: Instant::now() }
     }
@@ -261,9 +261,9 @@ fn a_port_that_the_host_has_is_told_once_and_tried_again_at_its_pace() {
 fn the_guard_stands_before_every_policy() {
     let mut bench = Bench::new(vec![wish("a", Some("80,443,8973,8974,*"))]);
     bench.fleet.reached(&name("a"), 1);
-    let ports = [22, 80, 8973, 8974, 8975];
+    let ports = [22, 80, 8973, 8974, 8976];
     bench.listen(1, &ports.map(|number| row(number, "127.0.0.1", u64::from(number))), &[]);
-    assert_eq!(bench.commands(), [open(1, 1, 80), open(2, 1, 8975)]);
+    assert_eq!(bench.commands(), [open(1, 1, 80), open(2, 1, 8976)]);
     let denied: Vec<u16> = bench
         .states("a")
         .into_iter()

@@ -2,6 +2,7 @@
 //! lift, then the policy, then the quota.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::num::NonZeroU16;
 
 use landfall_engine::command::{Reach, UpstreamId};
@@ -13,13 +14,28 @@ use crate::policy::{CONTAINER_PORT, Decision, DenyReason, Policy};
 /// mistake or an attack, and may not have all of the host's ports.
 pub const FORWARDS_MAX: usize = 256;
 
-/// What people are told of a port beyond it.
-pub(super) const QUOTA: &str = "256 ports of this container are forwarded already";
+/// The reason that a port of a container is not forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exclusion {
+    /// The policy denies it.
+    Policy(DenyReason),
+    /// The container has [`FORWARDS_MAX`] forwards.
+    Quota,
+}
+
+impl fmt::Display for Exclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exclusion::Policy(reason) => reason.fmt(f),
+            Exclusion::Quota => write!(f, "{FORWARDS_MAX} ports of this container are forwarded already"),
+        }
+    }
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Wanted(Reach),
-    Denied(&'static str),
+    Denied(Exclusion),
     /// Docker has it answer at this port of the host; what people are told of that.
     Published(NonZeroU16, &'static str),
 }
@@ -67,7 +83,7 @@ impl Fleet {
         if wanted.len() > most {
             wanted.sort_by_key(|port| (!open(port), *port));
             for port in wanted.split_off(most) {
-                verdicts.insert(port, Verdict::Denied(QUOTA));
+                verdicts.insert(port, Verdict::Denied(Exclusion::Quota));
             }
         }
         Some(verdicts)
@@ -77,19 +93,11 @@ impl Fleet {
         self.judge(policy, port).map_or_else(Verdict::Denied, |()| Verdict::Wanted(reach))
     }
 
-    /// Why a port may not be forwarded, by the guard or the policy.
-    pub(super) fn judge(&self, policy: &Policy, port: NonZeroU16) -> Result<(), &'static str> {
-        if port.get() == CONTAINER_PORT {
-            return Err("it is the port on which containers answer the daemon");
-        }
-        if self.control_ports.contains(&port) {
-            return Err("the daemon itself listens on it");
-        }
-        match policy.decide(port) {
+    /// Whether a port may be forwarded to the same port of the host.
+    pub(super) fn judge(&self, policy: &Policy, port: NonZeroU16) -> Result<(), Exclusion> {
+        match policy.decide(port, &self.control_ports) {
             Decision::Allow => Ok(()),
-            Decision::Deny(DenyReason::Denied) => Err("the policy denies it"),
-            Decision::Deny(DenyReason::NotAllowed) => Err("the policy does not allow it"),
-            Decision::Deny(DenyReason::Privileged) => Err("it is below 1024 and the policy does not name it"),
+            Decision::Deny(reason) => Err(Exclusion::Policy(reason)),
         }
     }
 }
