@@ -4,7 +4,7 @@
 #![no_main]
 
 use landfall_engine::command::{Family, Listening};
-use landfall_engine::watch::diag_message::{REQUEST_BYTES, datagram, request};
+use landfall_engine::watch::diag_message::{REQUEST_BYTES, datagram, lookup_answer, request};
 use libfuzzer_sys::fuzz_target;
 
 const MESSAGE_BYTES_MIN: usize = 16 + 72;
@@ -15,6 +15,8 @@ fuzz_target!(|data: &[u8]| {
     let carried =
         bytes.get(8..12).map_or(0, |field| u32::from_ne_bytes(field.try_into().expect("four bytes")));
     for sequence in [carried, 0, carried.wrapping_add(1)] {
+        let found = lookup_answer(bytes, sequence);
+        assert!(!found.is_ok_and(|found| found.is_some()) || bytes.len() >= MESSAGE_BYTES_MIN);
         let mut rows: Vec<Listening> = Vec::new();
         let first = datagram(bytes, sequence, family, |row| rows.push(row));
         assert!(rows.len() <= bytes.len() / MESSAGE_BYTES_MIN + 1);

@@ -1,11 +1,11 @@
-//! The messages of `NETLINK_SOCK_DIAG` for TCP sockets in LISTEN state. Pure.
+//! The messages of `NETLINK_SOCK_DIAG`: a list of the TCP sockets in LISTEN state, and the lookup of one TCP socket. Pure.
 //!
 //! A request is a `nlmsghdr` and an `inet_diag_req_v2` (`linux/netlink.h`, `linux/inet_diag.h`); an answer is a
 //! sequence of datagrams with a `nlmsghdr` and an `inet_diag_msg` for each socket, closed by `NLMSG_DONE`. Headers are
 //! in the byte order of the machine, ports and addresses in that of the network. Attributes that follow an
 //! `inet_diag_msg` are not looked at. A message that does not fit its datagram is an error, never a panic.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
 
 use rustix::io::Errno;
@@ -28,6 +28,81 @@ pub fn request(family: Family, sequence: u32) -> [u8; REQUEST_BYTES] {
     bytes[17] = IPPROTO_TCP;
     bytes[20..24].copy_from_slice(&(1u32 << TCP_LISTEN).to_ne_bytes());
     bytes
+}
+
+/// Asks for the one TCP socket that would receive a segment from `peer` to `local` on `interface`: the connection between
+/// the two addresses, else the listener on `local`. The kernel makes the same lookup as for an arriving segment
+/// (`inet_diag_find_one_icsk`, `net/ipv4/inet_diag.c`), so one answer covers the wildcard addresses, a dual-stack listener
+/// and a listener that is bound to a device.
+///
+/// Both addresses are of the family of `local`. Interface 0 finds no socket that is bound to a device.
+pub fn lookup_request(
+    local: SocketAddr,
+    peer: SocketAddr,
+    interface: u32,
+    sequence: u32,
+) -> [u8; REQUEST_BYTES] {
+    let family = if local.is_ipv4() { Family::V4 } else { Family::V6 };
+    let mut bytes = request(family, sequence);
+    bytes[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    bytes[20..24].fill(0xff);
+    bytes[24..26].copy_from_slice(&local.port().to_be_bytes());
+    bytes[26..28].copy_from_slice(&peer.port().to_be_bytes());
+    for (address, at) in [(local.ip(), 28), (peer.ip(), 44)] {
+        match address {
+            IpAddr::V4(v4) => bytes[at..at + 4].copy_from_slice(&v4.octets()),
+            IpAddr::V6(v6) => bytes[at..at + 16].copy_from_slice(&v6.octets()),
+        }
+    }
+    bytes[60..64].copy_from_slice(&interface.to_ne_bytes());
+    // `INET_DIAG_NOCOOKIE`: any socket of these addresses.
+    bytes[64..72].fill(0xff);
+    bytes
+}
+
+/// One TCP socket, as the kernel describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// Whether it listens. A connection does not.
+    pub is_listener: bool,
+    /// The user who made it (a listener) or accepted it (a connection), in the user namespace of the reader.
+    pub uid: u32,
+    /// The inode that `/proc/PID/fd` shows. 0: no process holds the socket, because it is not accepted yet or is closed.
+    pub inode: u32,
+    /// The socket's cookie, which the kernel gives to no other socket.
+    pub cookie: u64,
+}
+
+/// Reads the answer to [`lookup_request`]. `None`: there is no such socket, or this kernel has no `sock_diag` for TCP. The
+/// kernel reports both with the same error number.
+///
+/// # Errors
+/// [`ReadError::Refused`] with the kernel's reason, [`ReadError::Malformed`] for a message that no kernel sends.
+pub fn lookup_answer(mut bytes: &[u8], sequence: u32) -> Result<Option<TcpSocket>, ReadError> {
+    let message = Message::split(&mut bytes)?;
+    match message.kind {
+        _ if message.sequence != sequence => Err(ReadError::Malformed("an answer to another request")),
+        NLMSG_ERROR => match refusal(message.payload) {
+            Err(ReadError::Refused(Errno::NOENT)) => Ok(None),
+            Err(error) => Err(error),
+            Ok(()) => Err(ReadError::Malformed("an acknowledgement without an answer")),
+        },
+        SOCK_DIAG_BY_FAMILY => tcp_socket(message.payload).map(Some),
+        _ => Err(ReadError::Malformed("a message of another type")),
+    }
+}
+
+fn tcp_socket(payload: &[u8]) -> Result<TcpSocket, ReadError> {
+    const SHORT: ReadError = ReadError::Malformed("socket cut short");
+    if payload.len() < SOCKET_BYTES {
+        return Err(SHORT);
+    }
+    Ok(TcpSocket {
+        is_listener: payload[1] == TCP_LISTEN,
+        uid: u32::from_ne_bytes(field(payload, 64).ok_or(SHORT)?),
+        inode: u32::from_ne_bytes(field(payload, 68).ok_or(SHORT)?),
+        cookie: u64::from_ne_bytes(field(payload, 44).ok_or(SHORT)?),
+    })
 }
 
 /// How an answer goes on after one of its datagrams.

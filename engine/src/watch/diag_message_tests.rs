@@ -107,12 +107,47 @@ fn every_cut_of_an_answer_is_an_error_and_no_panic() {
     }
 }
 
+#[test]
+fn a_lookup_has_the_layout_of_the_kernel() {
+    let (local, peer) = ("127.0.0.1:8973".parse().unwrap(), "127.0.0.2:40000".parse().unwrap());
+    let bytes = lookup_request(local, peer, 1, 7);
+    assert_eq!(u16::from_ne_bytes(bytes[6..8].try_into().unwrap()), NLM_F_REQUEST, "no dump");
+    assert_eq!((bytes[16], bytes[17], &bytes[20..24]), (2, 6, &[0xff; 4][..]));
+    assert_eq!((&bytes[24..28], &bytes[28..32]), (&[0x23, 0x0d, 0x9c, 0x40][..], &[127, 0, 0, 1][..]));
+    assert_eq!((&bytes[32..44], &bytes[44..48]), (&[0; 12][..], &[127, 0, 0, 2][..]));
+    assert_eq!((&bytes[60..64], &bytes[64..72]), (&1u32.to_ne_bytes()[..], &[0xff; 8][..]));
+    let v6 = lookup_request("[::1]:1".parse().unwrap(), "[::2]:2".parse().unwrap(), 0, 7);
+    assert_eq!((v6[16], v6[43], v6[59]), (10, 1, 2));
+}
+
+#[test]
+fn the_answer_to_a_lookup_is_a_socket_or_its_absence() {
+    let found = |state| {
+        let bytes = socket_message(row(80, "127.0.0.1"), state);
+        lookup_answer(&bytes, 7).unwrap().unwrap()
+    };
+    assert_eq!((found(TCP_LISTEN).is_listener, found(1).is_listener), (true, false));
+    assert_eq!((found(1).uid, found(1).inode, found(1).cookie), (1000, 24713, 0));
+    let error = |number: i32| message(NLMSG_ERROR, 0, 7, &number.to_ne_bytes());
+    assert_eq!(lookup_answer(&error(-2), 7), Ok(None));
+    assert_eq!(lookup_answer(&error(-1), 7), Err(ReadError::Refused(Errno::PERM)));
+    for wrong in [error(0), message(NLMSG_DONE, 0, 7, &[0; 4]), message(SOCK_DIAG_BY_FAMILY, 0, 7, &[0; 71])]
+    {
+        assert!(matches!(lookup_answer(&wrong, 7), Err(ReadError::Malformed(_))), "{wrong:?}");
+    }
+    let other = socket_message(row(80, "127.0.0.1"), 1);
+    assert!(matches!(lookup_answer(&other, 8), Err(ReadError::Malformed(_))));
+    assert!(lookup_answer(&[], 7).is_err());
+}
+
 proptest! {
     #[test]
     fn nothing_makes_it_panic(bytes: Vec<u8>, kind in 0u16..24, payload: Vec<u8>) {
         let _ = decode(&bytes, Family::V4);
+        let _ = lookup_answer(&bytes, 7);
         let framed = message(kind, 0, 7, &payload);
         let (_, rows) = decode(&framed, Family::V6);
+        let _ = lookup_answer(&framed, 7);
         prop_assert!(rows.len() <= framed.len() / (HEADER_BYTES + SOCKET_BYTES));
     }
 }

@@ -15,6 +15,7 @@
 pub mod diag_message;
 pub mod diff;
 pub mod hint;
+pub mod lookup;
 mod pace;
 pub mod parse;
 pub mod procfs;
