@@ -308,11 +308,11 @@ impl Docker {
         self.bounded(async { self.connect().await?.containers().await }).await
     }
 
-    /// The host port on which a TCP port of the container is published; none where Docker knows the container and publishes
-    /// nothing of it, as while it starts.
+    /// The port of the host's loopback on which a TCP port of a running container is published; none where it is not
+    /// published there, as while the container starts.
     ///
     /// # Errors
-    /// [`DockerError`] says whether the container or the engine is missing.
+    /// [`DockerError`] says whether the container does not run, or the container or the engine is missing.
     pub async fn published_port(
         &self,
         name: &ContainerName,

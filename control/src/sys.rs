@@ -1,3 +1,5 @@
 //! System facilities that several parts of the daemon share.
 
+pub(crate) mod loopback;
 pub(crate) mod private_file;
+pub(crate) mod users;

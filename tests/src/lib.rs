@@ -23,6 +23,7 @@ pub mod peer;
 pub mod process;
 mod relay;
 pub mod rpc;
+mod stranger;
 mod tcp;
 mod traffic;
 mod wait;
@@ -34,6 +35,7 @@ pub use haproxy::Haproxy;
 pub use landfall_pattern::{Checker, Pattern, Rng};
 pub use namespace::Namespace;
 pub use relay::{Driver, Forward, Relay};
+pub use stranger::{Impostor, Manner, STRANGER, as_stranger, strangers_are_possible};
 pub use tcp::{
     End, Server, connect, connect_from, finish, read_exactly, read_some, read_these, read_to_end, reset,
     send_all,

@@ -15,6 +15,7 @@ mod fallback;
 mod half_close;
 mod hints;
 mod http;
+mod impostor;
 mod jobs;
 mod leaks;
 mod listeners;
@@ -67,6 +68,7 @@ fn main() -> std::process::ExitCode {
             control::CASES,
             rpc::CASES,
             http::CASES,
+            impostor::CASES,
             registrations::CASES,
             docker_ways::CASES,
             replay::CASES,

@@ -1,8 +1,10 @@
 //! One WebSocket of a broker on the host's side, from its opening to its loss.
 
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use thiserror::Error;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -12,11 +14,45 @@ use super::outbox::{Ended, Outbox, outbox};
 use super::pump::Inlets;
 use super::wire::{self, Incoming, Reader, WireError};
 use crate::cli::exit::chain;
+use crate::docker::DockerError;
+use crate::policy::CONTAINER_PORT;
+use crate::registration::model::ContainerName;
+use crate::sys::loopback::{Destination, DestinationError};
 
 /// How long the container may take to answer that we close.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 /// The code of a close without a complaint (RFC 6455, 7.4.1).
 const NORMAL: u16 = 1_000;
+
+/// The reason why a connection attempt failed.
+#[derive(Debug, Error)]
+pub(super) enum ConnectError {
+    /// Docker has the container, and it does not run.
+    #[error(transparent)]
+    NotRunning(DockerError),
+    /// Docker has the container, and no port of the host's loopback leads to its port.
+    #[error("Docker does not publish port {CONTAINER_PORT} of {0} on this host's loopback")]
+    NotPublished(ContainerName),
+    /// The other end is not to have the token.
+    #[error(transparent)]
+    Destination(#[from] DestinationError),
+    /// The port does not answer.
+    #[error("{address} cannot be connected to")]
+    Dial {
+        /// The port.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// It answers, and not as a container does.
+    #[error("{address} opens no WebSocket")]
+    Upgrade {
+        /// The port.
+        address: SocketAddr,
+        /// Why.
+        source: WireError,
+    },
+}
 
 /// A WebSocket that is open.
 #[derive(Debug)]
@@ -42,14 +78,24 @@ pub(super) enum Heard {
 }
 
 impl Connection {
-    /// Connects and shakes hands. There is no limit of time here.
+    /// Connects, shakes hands, and checks that the other end may have the token. Waits as long as the peer does.
     ///
     /// # Errors
-    /// Why not, for people.
-    pub(super) async fn open(address: SocketAddr) -> Result<Connection, String> {
-        let failed = |error: &dyn std::error::Error| format!("{address}: {}", chain(error));
-        let stream = dial(address).await.map_err(|error| failed(&error))?;
-        let socket = wire::connect(stream, &address.to_string()).await.map_err(|error| failed(&error))?;
+    /// [`ConnectError`]. Nothing secret was sent.
+    pub(super) async fn open(address: SocketAddr) -> Result<Connection, ConnectError> {
+        match Connection::attempt(address).await {
+            Err(ConnectError::Destination(error)) => Err(ConnectError::Destination(error.identified().await)),
+            done => done,
+        }
+    }
+
+    async fn attempt(address: SocketAddr) -> Result<Connection, ConnectError> {
+        let destination = Destination::look_up(address)?;
+        let stream = dial(address).await.map_err(|source| ConnectError::Dial { address, source })?;
+        let socket = wire::connect(stream, &address.to_string())
+            .await
+            .map_err(|source| ConnectError::Upgrade { address, source })?;
+        destination.verify(socket.stream())?;
         let (reader, writer) = socket.split();
         let (outbox, queue) = outbox();
         let writing = tokio::spawn(queue.drain(writer));
@@ -126,7 +172,7 @@ pub(super) async fn heard(connection: &mut Option<Connection>) -> Heard {
     }
 }
 
-async fn dial(address: SocketAddr) -> std::io::Result<TcpStream> {
+async fn dial(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     wire::prepare(&socket);
     socket.connect(address).await

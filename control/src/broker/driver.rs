@@ -17,12 +17,13 @@ use tokio::task::{AbortHandle, Id, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::connection::{self, Connection, Heard};
+use super::connection::{self, ConnectError, Connection, Heard};
 use super::dials::{Asked, Dials};
 use super::host::{Action, DialKey, Input, Session};
 use super::message::{Extensions, Frame, Side, StreamId, relay_text};
 use super::pair::Pairs;
 use super::pump::{self, Inlet, Outlet};
+use crate::cli::exit::chain;
 use crate::docker::{Docker, DockerError};
 use crate::events::{Event, Journal};
 use crate::policy::CONTAINER_PORT;
@@ -63,7 +64,7 @@ pub(super) struct Driver {
     actions: Vec<Action>,
     /// What forwarding has had no room for. Nothing is read from the container while there is any.
     owed: VecDeque<Announcement>,
-    attempt: Option<BoxFuture<'static, Result<Connection, String>>>,
+    attempt: Option<BoxFuture<'static, Result<Connection, ConnectError>>>,
     connection: Option<Connection>,
     dials: Dials,
     pairs: Arc<Pairs>,
@@ -161,7 +162,7 @@ impl Driver {
                             self.connection = Some(connection);
                             Input::Opened
                         }
-                        Err(why) => Input::Lost(why),
+                        Err(error) => Input::Lost(chain(&error)),
                     };
                 }
                 room = self.link.announce.reserve(), if !self.owed.is_empty() => match (room, self.owed.pop_front()) {
@@ -296,23 +297,27 @@ fn now() -> std::time::Instant {
 
 /// The end of the attempt that is under way, if there is one.
 async fn attempted(
-    attempt: &mut Option<BoxFuture<'static, Result<Connection, String>>>,
-) -> Result<Connection, String> {
+    attempt: &mut Option<BoxFuture<'static, Result<Connection, ConnectError>>>,
+) -> Result<Connection, ConnectError> {
     match attempt {
         Some(attempt) => attempt.await,
         None => std::future::pending().await,
     }
 }
 
-async fn connect(broker: Broker) -> Result<Connection, String> {
-    let port = look_up(&broker).await;
+async fn connect(broker: Broker) -> Result<Connection, ConnectError> {
+    let port = look_up(&broker).await?;
     Connection::open((Ipv4Addr::LOCALHOST, port.get()).into()).await
 }
 
-/// Where the container's port is published now: a container that was restarted may have got another one. Where Docker does
-/// not know the container, or says nothing, it is where it was registered.
-async fn look_up(broker: &Broker) -> NonZeroU16 {
-    let Some(name) = &broker.docker_name else { return broker.registered_port };
+/// Looks up the host port on which the container's port is published now: a restart may have changed it. A container that
+/// Docker has must run and publish the port, since otherwise any user of this machine may hold it. Where Docker does not have
+/// the container, or does not answer, the port is the registered one.
+///
+/// # Errors
+/// [`ConnectError::NotRunning`] and [`ConnectError::NotPublished`].
+async fn look_up(broker: &Broker) -> Result<NonZeroU16, ConnectError> {
+    let Some(name) = &broker.docker_name else { return Ok(broker.registered_port) };
     let looked = async {
         let until = Instant::now() + UNPUBLISHED_MAX;
         loop {
@@ -322,7 +327,12 @@ async fn look_up(broker: &Broker) -> NonZeroU16 {
             }
         }
     };
-    let published: Result<Option<NonZeroU16>, DockerError> =
-        timeout(LOOK_UP_MAX, looked).await.unwrap_or(Ok(None));
-    published.ok().flatten().unwrap_or(broker.registered_port)
+    match timeout(LOOK_UP_MAX, looked).await {
+        Ok(Ok(Some(port))) => Ok(port),
+        Ok(Ok(None)) => Err(ConnectError::NotPublished(name.clone())),
+        Ok(Err(error @ (DockerError::NotRunning(_) | DockerError::Changing(_)))) => {
+            Err(ConnectError::NotRunning(error))
+        }
+        Ok(Err(_)) | Err(_) => Ok(broker.registered_port),
+    }
 }

@@ -50,6 +50,8 @@ const RESTS: [Duration; 4] =
 const STREAM_ID_MAX: i64 = 2_147_483_647;
 /// The refusals after which the token is not presented again (wire specification, A.3.4).
 const FATAL_REFUSALS: [&str; 2] = ["invalid token", "expected broker-hello first"];
+/// The number of different reasons that are reported for one outage.
+const REASONS_MAX: usize = 4;
 /// How much of a container's own words is told to people, in characters.
 const WORDS_CHARS_MAX: usize = 200;
 
@@ -159,9 +161,10 @@ pub struct Session {
     announced: BTreeSet<NonZeroU16>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+/// What was reported of an outage: each reason once.
+#[derive(Clone, Debug, Default)]
 struct Told {
-    failure: bool,
+    failures: Vec<String>,
     refusal: bool,
 }
 
@@ -290,12 +293,11 @@ impl Session {
         if was_up {
             out.push(Action::Announce(Announcement::Down));
         }
-        if !std::mem::replace(&mut self.told.failure, true) {
+        let (why, known) = (self.shown(why), &mut self.told.failures);
+        if !known.contains(&why) && known.len() < REASONS_MAX {
             let what = if was_up { "the connection is lost" } else { "cannot connect" };
-            out.push(Action::Notice(format!(
-                "{what}, and is tried again until it works: {}",
-                self.shown(why)
-            )));
+            out.push(Action::Notice(format!("{what}, and is tried again until it works: {why}")));
+            known.push(why);
         }
         self.rest(now);
     }
@@ -340,9 +342,10 @@ impl Session {
         if !std::mem::replace(&mut self.told.refusal, true) {
             out.push(Action::Notice(format!("the hello is refused for now: {shown}")));
         }
-        let told = std::mem::replace(&mut self.told.failure, true);
+        // The refusal was reported already.
+        self.told.failures.push(shown);
         self.lose(reason, now, out);
-        self.told.failure = told;
+        self.told.failures.pop();
     }
 
     /// A message of a container that knows us.

@@ -235,8 +235,24 @@ fn an_attempt_and_a_hello_have_their_time() {
     assert_eq!(bench.look(), ["disconnect", notice]);
     assert_eq!(bench.rest(), Duration::from_secs(1));
     bench.on(Input::Opened).pass(GREETING_MAX);
-    assert_eq!(bench.look(), ["say hello with extensions", "disconnect"]);
+    let notice =
+        "notice cannot connect, and is tried again until it works: no answer to the hello within 15 s";
+    assert_eq!(bench.look(), ["say hello with extensions", "disconnect", notice]);
     assert_eq!(bench.rest(), Duration::from_secs(2));
+}
+
+#[test]
+fn each_reason_of_an_outage_is_reported_once_and_a_few_at_most() {
+    let mut bench = Bench::new(Extensions::ALL);
+    let mut told = 0;
+    for number in [1, 2, 1, 2, 3, 4, 5, 6] {
+        bench.rest();
+        told += bench.on(Input::Lost(format!("reason {number}"))).look().len();
+    }
+    assert_eq!(told, REASONS_MAX);
+    bench.rest();
+    bench.on(Input::Opened).hear(ToHost::HelloAck { extensions: Extensions::ALL }).look();
+    assert_eq!(bench.on(Input::Lost("reason 1".to_owned())).look().len(), 2, "another outage");
 }
 
 #[test]

@@ -160,6 +160,12 @@ fn config() -> WebSocketConfig {
 }
 
 impl Socket {
+    /// The connection under it.
+    #[must_use]
+    pub fn stream(&self) -> &TcpStream {
+        self.0.get_ref()
+    }
+
     /// Its two directions. Pings are answered only while it is read.
     #[must_use]
     pub fn split(self) -> (Reader, Writer) {

@@ -192,7 +192,7 @@ impl Engine {
         Ok(listed.into_iter().filter_map(facts::listed).collect())
     }
 
-    /// Where Docker publishes a TCP port of the container.
+    /// Where Docker publishes a TCP port of the container, which runs.
     pub(super) async fn published_port(
         &self,
         name: &ContainerName,
@@ -202,8 +202,13 @@ impl Engine {
             .inspect(name.as_str())
             .await?
             .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()))?;
+        let state = told.state.unwrap_or_default();
+        if state.running != Some(true) || state.restarting == Some(true) {
+            return Err(DockerError::NotRunning(name.to_string()));
+        }
         let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
-        Ok(facts::host_port(ports.get(&format!("{port}/tcp")).into_iter().flatten().flatten()))
+        let inside = NonZeroU16::new(port);
+        Ok(inside.and_then(|inside| facts::published(&ports).get(&inside).copied()))
     }
 
     /// Stops and starts. What an earlier attempt to replace the container left is put in order first.

@@ -73,8 +73,8 @@ pub struct TcpSocket {
     pub cookie: u64,
 }
 
-/// Reads the answer to [`lookup_request`]. `None`: there is no such socket, or this kernel has no `sock_diag` for TCP. The
-/// kernel reports both with the same error number.
+/// Reads the answer to [`lookup_request`]. `None` means that the socket is missing, or that this kernel lacks `sock_diag` for
+/// TCP: the kernel reports both with the same error number.
 ///
 /// # Errors
 /// [`ReadError::Refused`] with the kernel's reason, [`ReadError::Malformed`] for a message that no kernel sends.

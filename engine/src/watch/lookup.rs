@@ -28,8 +28,8 @@ const ANSWER_BYTES: usize = 1024;
 const SEQUENCE: u32 = 1;
 
 /// Looks up the socket that receives a segment from `peer` to `local`, where the segment arrives on `interface`: the
-/// connection between the two, else the listener. Port 0 of `peer` is no connection's, and so finds the listener. Does
-/// not wait: the kernel has put its answer into the socket when `sendto` returns.
+/// connection between the two, else the listener. No connection has port 0, so a `peer` with port 0 finds the listener.
+/// Does not wait: the kernel has put its answer into the socket when `sendto` returns.
 ///
 /// # Errors
 /// [`ReadError`]: the kernel does not answer, so the owner of the socket is not known.

@@ -101,8 +101,17 @@ impl Container {
     /// When none comes, or it asks for anything but the broker's path.
     #[track_caller]
     pub fn accept(&self) -> Peer {
-        let carrier = Carrier::new(self.accept_raw());
-        let socket = tungstenite::accept_hdr_with_config(carrier, Expected(self.port()), Some(generous()))
+        Container::upgrade(self.accept_raw(), self.port())
+    }
+
+    /// Makes a connection to this port of the host a WebSocket.
+    ///
+    /// # Panics
+    /// When it asks for anything but the broker's path.
+    #[track_caller]
+    pub fn upgrade(stream: TcpStream, port: u16) -> Peer {
+        let carrier = Carrier::new(stream);
+        let socket = tungstenite::accept_hdr_with_config(carrier, Expected(port), Some(generous()))
             .unwrap_or_else(|error| panic!("no WebSocket: {error}"));
         Peer::new(socket, Role::Server)
     }

@@ -1,0 +1,71 @@
+//! Which users of this machine may receive a secret of ours.
+
+use std::fmt;
+
+use crate::name::escape;
+use crate::processes::{self, ProcessFact};
+
+/// The users whose sockets are ours: root, which the daemon cannot keep anything from, and the daemon's own user. Docker
+/// publishes ports as root or, rootless, as the daemon's user.
+fn ours() -> [u32; 2] {
+    [0, rustix::process::geteuid().as_raw()]
+}
+
+/// Whether a socket of this user may receive a secret.
+pub(crate) fn is_ours(uid: u32) -> bool {
+    ours().contains(&uid)
+}
+
+/// The user who holds a socket, and the process where it is visible.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Holder {
+    /// The user's id.
+    pub(crate) uid: u32,
+    /// The socket's inode.
+    pub(crate) inode: u64,
+    /// Absent where `/proc` does not show the process to us.
+    pub(crate) process: Option<ProcessFact>,
+}
+
+impl Holder {
+    /// Looks for the process, on a thread of its own: a walk over all processes may take tens of milliseconds.
+    pub(crate) async fn find_process(&mut self) {
+        let inode = self.inode;
+        let found = tokio::task::spawn_blocking(move || processes::owner_of_sockets(&[inode])).await;
+        self.process = found.ok().flatten();
+    }
+}
+
+impl fmt::Display for Holder {
+    /// Such as `nc (pid 4300) of mallory (uid 1001)`. A process chooses its own name, so it is escaped.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.process {
+            Some(process) => write!(f, "{} (pid {})", escape(&process.name), process.pid)?,
+            None => f.write_str("a process")?,
+        }
+        let (name, number) = (processes::user_name(self.uid), format!("uid {}", self.uid));
+        match name == number {
+            true => write!(f, " of {number}"),
+            false => write!(f, " of {name} ({number})"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_is_shown_with_process_name_and_number_as_far_as_they_are_known() {
+        let process = Some(ProcessFact { name: "nc\u{1b}[2J".to_owned(), pid: 7 });
+        assert_eq!(Holder { uid: 0, inode: 1, process }.to_string(), "nc\\u{1b}[2J (pid 7) of root (uid 0)");
+        let nameless = Holder { uid: 3_999_999_999, inode: 1, process: None };
+        assert_eq!(nameless.to_string(), "a process of uid 3999999999");
+    }
+
+    #[test]
+    fn root_and_this_user_are_ours() {
+        assert!(is_ours(0) && is_ours(rustix::process::geteuid().as_raw()));
+        assert!(!is_ours(3_999_999_999));
+    }
+}

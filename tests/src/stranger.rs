@@ -1,0 +1,259 @@
+//! Another user of the machine: work that runs under another user id, and an impostor that listens where a program of ours
+//! would and keeps what is sent to it.
+//!
+//! The kernel keeps credentials for each thread, and a raw `setresuid` changes those of the calling thread alone
+//! (`nptl(7)`, "C library/kernel differences" of `setuid(2)`). So a stranger is a thread: the sockets that it makes and
+//! accepts are of the other user, and it has no capability.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use tungstenite::handshake::derive_accept_key;
+
+use crate::wait_until;
+
+/// The other user. The user database need not have it.
+pub const STRANGER: u32 = 61_234;
+
+/// Whether this process may act for another user. Without root there is none in its user namespace.
+pub fn strangers_are_possible() -> bool {
+    let is_root =
+        std::fs::read_to_string("/proc/self/uid_map").unwrap().split_whitespace().nth(2) != Some("1");
+    if !is_root {
+        crate::note!("not tried: this user namespace has one user");
+    }
+    is_root
+}
+
+/// Runs `work` as the other user, on a thread of its own, and waits for it.
+///
+/// # Panics
+/// When `work` does, or without root.
+#[track_caller]
+pub fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let stranger = scope.spawn(|| {
+            become_stranger();
+            work()
+        });
+        stranger.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn become_stranger() {
+    let (user, group) = (Uid::from_raw(STRANGER), Gid::from_raw(STRANGER));
+    set_thread_groups(&[]).unwrap();
+    set_thread_res_gid(group, group, group).unwrap();
+    set_thread_res_uid(user, user, user).unwrap();
+}
+
+/// How an impostor treats a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// It answers every request for a WebSocket as a container of the reference does, and acknowledges any message.
+    Reference,
+    /// It puts the request's own headers into that answer.
+    Echo,
+    /// It answers every HTTP request with success.
+    Http,
+}
+
+/// A listener of another user. It keeps every byte that arrives.
+#[derive(Debug)]
+pub struct Impostor {
+    address: SocketAddr,
+    received: Arc<Mutex<Vec<u8>>>,
+    connections: Arc<AtomicUsize>,
+    over: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Impostor {
+    /// Listens on this address.
+    ///
+    /// # Panics
+    /// When it is taken.
+    #[track_caller]
+    pub fn listen(address: impl Into<SocketAddr>, manner: Manner) -> Impostor {
+        let address = address.into();
+        let listener = as_stranger(|| TcpListener::bind(address)).unwrap();
+        Impostor::serve(listener, manner)
+    }
+
+    /// Accepts, as another user, from this listener, whose user may be any.
+    ///
+    /// # Panics
+    /// When it has no address.
+    pub fn serve(listener: TcpListener, manner: Manner) -> Impostor {
+        let mut impostor = Impostor {
+            address: listener.local_addr().unwrap(),
+            received: Arc::default(),
+            connections: Arc::default(),
+            over: Arc::default(),
+            thread: None,
+        };
+        let (received, connections) = (Arc::clone(&impostor.received), Arc::clone(&impostor.connections));
+        let over = Arc::clone(&impostor.over);
+        impostor.thread = Some(std::thread::spawn(move || {
+            become_stranger();
+            let mut all = Vec::new();
+            while !over.load(Ordering::Relaxed) {
+                let tick = Timespec::try_from(Duration::from_millis(5)).unwrap();
+                if poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&tick)).unwrap() == 1 {
+                    let (stream, _) = listener.accept().unwrap();
+                    connections.fetch_add(1, Ordering::Relaxed);
+                    let received = Arc::clone(&received);
+                    all.push(stream.try_clone().unwrap());
+                    std::thread::spawn(move || converse(&stream, manner, &received));
+                }
+            }
+            for stream in all {
+                // One may have ended by itself.
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            }
+        }));
+        impostor
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// How many connections it accepted.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Everything that arrived so far, as text.
+    ///
+    /// # Panics
+    /// Never.
+    pub fn received(&self) -> String {
+        String::from_utf8_lossy(&self.received.lock().unwrap()).into_owned()
+    }
+
+    /// Waits until this text has arrived.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn wait_for(&self, text: &str) {
+        wait_until(&format!("the impostor to receive {text}"), || match self.received() {
+            received if received.contains(text) => Ok(()),
+            received => Err(received),
+        });
+    }
+
+    /// Asserts that a secret has not arrived in any form: as it is, or in the base64 of a frame.
+    ///
+    /// # Panics
+    /// When it has.
+    #[track_caller]
+    pub fn assert_without(&self, secret: &str) {
+        let received = self.received();
+        assert!(!received.contains(secret), "the impostor has {secret}: {received}");
+    }
+}
+
+impl Drop for Impostor {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic in there was seen by the case, or does not matter any more.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Takes what comes, and answers in its manner.
+fn converse(mut stream: &TcpStream, manner: Manner, received: &Mutex<Vec<u8>>) {
+    let (mut unread, mut is_upgraded) = (Vec::new(), false);
+    let mut buffer = [0; 4096];
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        let bytes = &mut buffer[..count];
+        if is_upgraded {
+            unmask(bytes, &mut unread, received);
+            // A short text frame, whatever was asked.
+            let ack = br#"{"type":"broker-hello-ack"}"#;
+            let frame = [&[0x81, u8::try_from(ack.len()).unwrap()][..], ack].concat();
+            if stream.write_all(&frame).is_err() {
+                return;
+            }
+            continue;
+        }
+        received.lock().unwrap().extend_from_slice(bytes);
+        unread.extend_from_slice(bytes);
+        let Some(end) = unread.windows(4).position(|four| four == b"\r\n\r\n") else { continue };
+        let head = String::from_utf8_lossy(&unread[..end]).into_owned();
+        unread.clear();
+        let answer = answer(&head, manner);
+        is_upgraded = manner != Manner::Http;
+        if stream.write_all(answer.as_bytes()).is_err() {
+            return;
+        }
+    }
+}
+
+fn answer(head: &str, manner: Manner) -> String {
+    let body = r#"{"ok":true}"#;
+    let header = |name: &str| {
+        let value = |line: &str| {
+            let (key, value) = line.split_once(':')?;
+            key.eq_ignore_ascii_case(name).then(|| value.trim().to_owned())
+        };
+        head.lines().find_map(value).unwrap_or_default()
+    };
+    if manner == Manner::Http {
+        return format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+    }
+    let accept = derive_accept_key(header("sec-websocket-key").as_bytes());
+    let own = ["host", "upgrade", "connection", "sec-websocket-key", "sec-websocket-version"];
+    let echoed: String = match manner {
+        Manner::Echo => head
+            .lines()
+            .skip(1)
+            .filter(|line| !own.iter().any(|own| line.to_ascii_lowercase().starts_with(&format!("{own}:"))))
+            .map(|line| format!("{line}\r\n"))
+            .collect(),
+        Manner::Reference | Manner::Http => String::new(),
+    };
+    format!(
+        "HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-accept: {accept}\r\n{echoed}\r\n"
+    )
+}
+
+/// Takes the frames of a client apart: without its mask, a text is readable (RFC 6455, 5.3).
+fn unmask(bytes: &[u8], unread: &mut Vec<u8>, received: &Mutex<Vec<u8>>) {
+    unread.extend_from_slice(bytes);
+    loop {
+        let (Some(first), Some(second)) = (unread.first(), unread.get(1)) else { return };
+        let (short, _) = (usize::from(second & 0x7f), first);
+        let (length, at) = match short {
+            126 if unread.len() >= 4 => (usize::from(u16::from_be_bytes([unread[2], unread[3]])), 4),
+            126 => return,
+            127 if unread.len() >= 10 => {
+                (usize::try_from(u64::from_be_bytes(unread[2..10].try_into().unwrap())).unwrap(), 10)
+            }
+            127 => return,
+            short => (short, 2),
+        };
+        if unread.len() < at + 4 + length {
+            return;
+        }
+        let mask: [u8; 4] = unread[at..at + 4].try_into().unwrap();
+        let text =
+            unread[at + 4..at + 4 + length].iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask);
+        received.lock().unwrap().extend(text);
+        unread.drain(..at + 4 + length);
+    }
+}

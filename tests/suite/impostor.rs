@@ -1,0 +1,160 @@
+//! Claim 31: no token reaches an impostor. Another user of the machine listens where a container's port would be published.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+use landfall_tests::broker::Container;
+use landfall_tests::case::Case;
+use landfall_tests::rpc::register_with;
+use landfall_tests::{
+    FakeDocker, Home, Impostor, MOMENT, Manner, STRANGER, as_stranger, strangers_are_possible,
+};
+use serde_json::{Value, json};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("c31_websocket_another_user_on_the_published_port_gets_no_token", another_user),
+    Case::once("c31_websocket_a_container_that_does_not_run_is_not_connected_to", stopped),
+    Case::once("c31_websocket_an_impostor_during_a_restart_gets_no_token", during_restart),
+    Case::once("c31_websocket_a_connection_that_another_user_accepts_gets_no_token", accepted_by_another),
+    Case::once("c31_websocket_a_listener_that_changes_before_the_hello_gets_no_token", replaced),
+];
+
+const NAME: &str = "coder";
+const TOKEN: &str = "canary-of-the-broker-0123456789-abcdefghijkl";
+
+fn local(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind(local(0)).unwrap().local_addr().unwrap().port()
+}
+
+/// A registration as a reference client makes it: Docker is asked by its name.
+fn register(home: &Home, port: u16) {
+    let fields = json!({"wsHostPort": port, "portForward": {"allow": "*"}, "brokerToken": TOKEN});
+    register_with(home, NAME, &fields);
+}
+
+/// Waits for the line of the journal that names the impostor.
+#[track_caller]
+fn wait_for_its_name(home: &Home, port: u16) -> Value {
+    let holds = format!("port {port} is held by");
+    let user = format!("uid {STRANGER}");
+    home.wait_for_event("notice", |event| {
+        let text = event["text"].as_str().unwrap_or_default();
+        text.contains(NAME) && text.contains(&holds) && text.contains(&user)
+    })
+}
+
+fn another_user() {
+    if !strangers_are_possible() {
+        return;
+    }
+    let home = Home::new();
+    let _daemon = home.daemon();
+    // On every address that answers 127.0.0.1, by a listener that claims to be a container of the reference.
+    for address in [local(0), "0.0.0.0:0".parse().unwrap(), "[::]:0".parse().unwrap()] {
+        let impostor = Impostor::listen(address, Manner::Reference);
+        let port = impostor.address().port();
+        register(&home, port);
+        wait_for_its_name(&home, port);
+        impostor.assert_without(TOKEN);
+        assert_eq!(impostor.connections(), 0, "{address}: it was connected to");
+        drop(impostor);
+        // The container itself is connected to as soon as it has its port.
+        Container::at(port, TOKEN).welcome().ping();
+    }
+}
+
+fn stopped() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    docker.add(NAME, false);
+    let container = Container::listen(TOKEN);
+    docker.publish(NAME, Some(container.port()));
+    let _daemon = home.daemon();
+    register(&home, container.port());
+    // Docker says that it does not run, so whoever listens there is somebody else.
+    docker.wait_for_calls("GET /containers/coder/json", 2);
+    home.wait_for_event("notice", |event| {
+        event["text"].as_str().unwrap_or_default().contains("container coder is not running")
+    });
+    assert!(!container.has_caller(), "it was connected to");
+    // It runs, and does not publish the port any more.
+    docker.publish(NAME, None);
+    docker.run(NAME);
+    home.wait_for_event("notice", |event| {
+        event["text"].as_str().unwrap_or_default().contains("does not publish port 8973 of coder")
+    });
+    assert!(!container.has_caller(), "it was connected to");
+    docker.publish(NAME, Some(container.port()));
+    container.welcome().ping();
+}
+
+fn during_restart() {
+    if !strangers_are_possible() {
+        return;
+    }
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[NAME]);
+    let container = Container::listen(TOKEN);
+    let port = container.port();
+    docker.publish(NAME, Some(port));
+    let _daemon = home.daemon();
+    register(&home, port);
+    let peer = container.welcome();
+    // It stops: its port is free, and is taken before the broker comes back. To Docker it runs again.
+    drop(container);
+    let impostor = Impostor::listen(local(port), Manner::Reference);
+    peer.hang_up();
+    wait_for_its_name(&home, port);
+    impostor.assert_without(TOKEN);
+    assert_eq!(impostor.connections(), 0);
+}
+
+fn accepted_by_another() {
+    if !strangers_are_possible() {
+        return;
+    }
+    let home = Home::new();
+    let _daemon = home.daemon();
+    // A listener of ours, from which another user accepts.
+    let listener = TcpListener::bind(local(0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let impostor = Impostor::serve(listener, Manner::Reference);
+    register(&home, port);
+    wait_for_its_name(&home, port);
+    impostor.wait_for("GET /portbroker");
+    impostor.assert_without(TOKEN);
+}
+
+fn replaced() {
+    if !strangers_are_possible() {
+        return;
+    }
+    let home = Home::new();
+    let _daemon = home.daemon();
+    let port = free_port();
+    let container = Container::at(port, TOKEN);
+    register(&home, port);
+    let stream = container.accept_raw();
+    // The request is there, and not answered yet. Meanwhile the port gets another owner.
+    drop(container);
+    let listener = as_stranger(|| {
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None)
+                .unwrap();
+        rustix::net::sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+        rustix::net::bind(&socket, &local(port)).unwrap();
+        rustix::net::listen(&socket, 1).unwrap();
+        TcpListener::from(socket)
+    });
+    let impostor = Impostor::serve(listener, Manner::Reference);
+    let mut peer = Container::upgrade(stream, port);
+    wait_for_its_name(&home, port);
+    // What the connection of before gets is its end.
+    peer.ending();
+    assert!(peer.is_silent_for(MOMENT) || peer.has_ended());
+    impostor.assert_without(TOKEN);
+}
