@@ -13,7 +13,8 @@
 //!
 //! Everything that listens is forwarded in any case, so `forwardPorts` only names ports: those below 1024, which are
 //! forwarded only when they are named, and those that are to answer though something else says `ignore`. A port that has
-//! an entry of its own in `portsAttributes` is named as well, unless that says `ignore`.
+//! an entry of its own in `portsAttributes` is named as well, unless that says `ignore`. The metadata of an image names no port
+//! below 1024: its author is not the host's user.
 //!
 //! | `onAutoForward` | |
 //! | --- | --- |
@@ -46,7 +47,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::policy::{Allow, FIRST_UNPRIVILEGED, PortForward};
+use crate::policy::{Allow, FIRST_UNPRIVILEGED, Policy, PortForward, PortList};
 use crate::registration::model::PortNote;
 
 /// The largest file or label, in bytes.
@@ -131,6 +132,19 @@ pub fn exposure(
     Exposure { policy, notes: said.notes(), not_used: said.not_used }
 }
 
+impl Exposure {
+    /// The same without the ports that the container's image denies.
+    #[must_use]
+    pub fn denying(mut self, image_deny: &PortList) -> Exposure {
+        if !image_deny.is_empty() {
+            let policy = Policy::from(&self.policy.unwrap_or_default());
+            let deny = policy.deny.and(image_deny);
+            self.policy = Some(PortForward::from(&Policy { deny, ..policy }));
+        }
+        self
+    }
+}
+
 /// A port or a range of them; wide ones come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ports {
@@ -171,6 +185,8 @@ impl PartialOrd for Ports {
 struct Attributes {
     label: Option<String>,
     on_auto_forward: Option<OnAutoForward>,
+    /// An image has it: the port is not named by that.
+    from_image: bool,
 }
 
 impl Attributes {
@@ -178,6 +194,7 @@ impl Attributes {
         Attributes {
             label: self.label.clone().or_else(|| wider.label.clone()),
             on_auto_forward: self.on_auto_forward.or(wider.on_auto_forward),
+            from_image: self.from_image,
         }
     }
 }
@@ -212,6 +229,13 @@ impl Devcontainer {
         Devcontainer { forward: ports.into_iter().collect(), ..Devcontainer::default() }
     }
 
+    /// The same as the metadata of an image: it names no port below 1024.
+    fn of_image(mut self) -> Devcontainer {
+        self.forward.retain(|port| port.get() >= FIRST_UNPRIVILEGED);
+        self.ports.values_mut().for_each(|attributes| attributes.from_image = true);
+        self
+    }
+
     /// Puts `later` on top.
     #[must_use]
     pub fn merge(mut self, later: Devcontainer) -> Devcontainer {
@@ -239,7 +263,7 @@ impl Devcontainer {
         for (ports, attributes) in self.resolved() {
             ignored[usize::from(ports.first.get())..=usize::from(ports.last.get())]
                 .fill(ignores(&attributes));
-            if ports.is_one() && !ignores(&attributes) {
+            if ports.is_one() && !ignores(&attributes) && !attributes.from_image {
                 named.insert(ports.first);
             }
         }
@@ -308,12 +332,13 @@ impl Devcontainer {
     }
 }
 
-/// Reads a container's label `devcontainer.metadata`.
+/// Reads a container's label `devcontainer.metadata`. `image` is the same label of its image: its entries, which a dev
+/// container tool repeats in that of the container, open no port below 1024.
 ///
 /// # Errors
 /// [`DevcontainerError`] says what does not fit, and where.
-pub fn from_metadata(label: &str) -> Result<Devcontainer, DevcontainerError> {
-    parse::label(label)
+pub fn from_metadata(label: &str, image: Option<&str>) -> Result<Devcontainer, DevcontainerError> {
+    parse::label(label, image)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod bollard;
 mod context;
 pub mod helper;
 mod ignore;
+pub mod labels;
 mod replace;
 mod seek;
 
@@ -27,7 +28,8 @@ use tokio::sync::mpsc;
 use crate::liveness::Liveness;
 use crate::registration::model::ContainerName;
 use address::Environment;
-use bollard::{Agreed, Engine};
+use bollard::{Agreed, Engine, ImageCache};
+use labels::ContainerLabels;
 use seek::Seek;
 
 /// Where, inside, an agent puts its socket unless it is told otherwise.
@@ -129,7 +131,7 @@ pub struct Listed {
     /// Whether it has processes; one that is paused has.
     pub running: bool,
     /// Its labels.
-    pub labels: BTreeMap<String, String>,
+    pub labels: ContainerLabels,
     /// Whose network it is in.
     pub network: Network,
     /// When it was made, in seconds since 1970.
@@ -240,6 +242,7 @@ pub struct About {
 pub struct Docker {
     seek: Seek,
     agreed: Arc<Agreed>,
+    images: Arc<ImageCache>,
 }
 
 /// Looks at what is to be built. The error is for people.
@@ -263,7 +266,7 @@ impl Docker {
     }
 
     fn from(environment: &Environment) -> Docker {
-        Docker { seek: Seek::new(environment), agreed: Arc::default() }
+        Docker { seek: Seek::new(environment), agreed: Arc::default(), images: Arc::default() }
     }
 
     /// Meets the engine where it is now.
@@ -305,7 +308,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError`] says why the engine cannot be asked.
     pub async fn containers(&self) -> Result<Vec<Listed>, DockerError> {
-        self.bounded(async { self.connect().await?.containers().await }).await
+        self.bounded(async { self.connect().await?.containers(&self.images).await }).await
     }
 
     /// The port of the host's loopback on which a TCP port of a running container is published; none where it is not

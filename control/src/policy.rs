@@ -87,6 +87,32 @@ impl PortList {
     pub fn has_any(&self) -> bool {
         self.any
     }
+
+    /// Whether no port is on the list.
+    pub fn is_empty(&self) -> bool {
+        !self.any && self.ranges.is_empty()
+    }
+
+    /// Both lists as one.
+    #[must_use]
+    pub fn and(&self, other: &PortList) -> PortList {
+        PortList::new([&self.ranges[..], &other.ranges].concat(), self.any || other.any)
+    }
+}
+
+/// The form that [`PortList::from_str`] reads.
+impl fmt::Display for PortList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut comma = "";
+        for range in &self.ranges {
+            match range.start() == range.end() {
+                true => write!(f, "{comma}{}", range.start())?,
+                false => write!(f, "{comma}{}-{}", range.start(), range.end())?,
+            }
+            comma = ",";
+        }
+        if self.any { write!(f, "{comma}*") } else { Ok(()) }
+    }
 }
 
 /// What is wrong with a port list.
@@ -325,6 +351,7 @@ mod tests {
             let named = ranges.iter().any(|(first, last)| (first..=last).contains(&&probe));
             prop_assert_eq!(list.names(port(probe)), named);
             prop_assert!(list.ranges.windows(2).all(|pair| *pair[0].end() + 1 < *pair[1].start()));
+            prop_assert_eq!(list.to_string().parse::<PortList>(), Ok(list));
         }
     }
 }

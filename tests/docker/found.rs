@@ -3,12 +3,16 @@
 use landfall_tests::Home;
 use landfall_tests::case::Case;
 
+use serde_json::Value;
+
 use super::engine::{
-    Engine, LABEL, answers, container, is_open, is_refused, landfall, page, refuses, until, up,
+    Engine, LABEL, answers, container, images_directory, is_open, is_refused, landfall, page, refuses, until,
+    up,
 };
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("by_label_by_name_or_all_of_them", found),
+    Case::once("c23_an_image_opens_no_port_by_its_labels", hostile_image),
     Case::once("of_containers_with_one_port_the_next_follows_when_the_first_ends", same_port),
     Case::once("twenty_containers_at_once", twenty),
 ];
@@ -49,6 +53,56 @@ fn found() {
     }
     landfall(&home, &["attach", "after"]);
     answers(3003, "after");
+}
+
+/// A public image whose author chose what it opens on the host of those who run it.
+fn hostile_image() {
+    let home = Home::new();
+    let engine = Engine::start(&home, &["base"]);
+    let labels = [
+        "LABEL dev.landfall.forward=true dev.landfall.name=postgres dev.landfall.allow=80,5432",
+        r#"LABEL devcontainer.metadata='[{"forwardPorts":[80]}]'"#,
+    ];
+    let from = images_directory().join("base.tar");
+    engine.docker(&[
+        "import",
+        "--change",
+        labels[0],
+        "--change",
+        labels[1],
+        from.to_str().unwrap(),
+        "hostile",
+    ]);
+    let script = "mkdir -p /www; echo hostile >/www/index.html; \
+        busybox httpd -p 127.0.0.1:80 -h /www; exec busybox httpd -f -p 127.0.0.1:5432 -h /www";
+    engine.run("db", &[], "hostile", &["sh", "-c", script]);
+    up(&home, &[]);
+    // Made after it, so it is found no sooner.
+    engine.serve("own", 3000, &[]);
+    answers(3000, "own");
+    let why = |name: &str| {
+        let found: Value = serde_json::from_str(&landfall(&home, &["ls", "--all", "--json"])).unwrap();
+        let found = found["containers"].as_array().unwrap().clone();
+        found.into_iter().find(|one| one["name"] == name).unwrap()["why"].clone()
+    };
+    assert_eq!(why("db"), "label comes from the image: landfall attach db");
+    for port in [80, 5432] {
+        assert!(is_refused(port), "{port} answers, and only the image asked for it");
+    }
+    landfall(&home, &["attach", "db"]);
+    answers(5432, "hostile");
+    assert!(is_refused(80), "nobody named a port below 1024");
+    // Without its image, nothing shows which labels the container was given.
+    engine.docker(&["stop", "-t", "0", "own", "db"]);
+    engine.docker(&["rmi", "-f", "base"]);
+    landfall(&home, &["down"]);
+    up(&home, &[]);
+    until("own to be listed", || match why("own") {
+        why if why == "label may come from the image, which cannot be inspected: landfall attach own" => {
+            Ok(())
+        }
+        why => Err(why),
+    });
 }
 
 fn same_port() {

@@ -106,11 +106,16 @@ impl Person {
 
     #[track_caller]
     fn serve(&self, name: &str, port: u16, options: &[&str]) {
+        self.serve_from("base", name, port, options);
+    }
+
+    #[track_caller]
+    fn serve_from(&self, image: &str, name: &str, port: u16, options: &[&str]) {
         let script = format!(
             "mkdir -p /www; echo {name} >/www/index.html; exec busybox httpd -f -p 127.0.0.1:{port} -h /www"
         );
         let head = ["run", "-d", "--name", name, "--network", "none"];
-        self.run("podman", &[&head[..], options, &["base", "sh", "-c", &script]].concat());
+        self.run("podman", &[&head[..], options, &[image, "sh", "-c", &script]].concat());
     }
 }
 
@@ -157,9 +162,15 @@ fn podman() {
     refuses(3000);
     person.run("podman", &["start", "web"]);
     answers(3000, "web");
+    // What an image says grants nothing.
+    let label = format!("LABEL {LABEL}");
+    person.run("podman", &["import", "-q", "--change", &label, tar.to_str().unwrap(), "hostile"]);
+    person.serve_from("hostile", "hostile", 3002, &[]);
     person.serve("plain", 3001, &[]);
     person.landfall(&["attach", "plain"]);
     answers(3001, "plain");
+    let told = person.landfall(&["ls", "--all"]);
+    assert!(told.contains("label comes from the image: landfall attach hostile"), "{told}");
     person.run("podman", &["rm", "-f", "-t", "0", "web"]);
     refuses(3000);
     answers(3001, "plain");

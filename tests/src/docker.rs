@@ -1,6 +1,7 @@
 //! A Docker Engine that does what a case says: it knows containers by name, counts what it is asked, and can fail, hang
 //! or hold a stop until it is let go. A thread for each connection; enough of the API for one daemon and no more.
 
+mod images;
 mod request;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,6 +60,8 @@ struct State {
     missed: Vec<String>,
     /// Former names, by the id: so many whole lists more tell them beside the name.
     former: BTreeMap<String, (String, u32)>,
+    /// The labels of images that have some, by name; none for an image that is gone.
+    images: BTreeMap<String, Option<BTreeMap<String, String>>>,
     /// Whether a whole list waits, with what it is to tell, until it is let go.
     list: Held,
     /// Stops wait while this holds.
@@ -106,6 +109,7 @@ impl FakeDocker {
             containers: BTreeMap::new(),
             missed: Vec::new(),
             former: BTreeMap::new(),
+            images: BTreeMap::new(),
             list: Held::No,
             stops_held: false,
             is_silent: false,
@@ -162,10 +166,22 @@ impl FakeDocker {
     /// # Panics
     /// When there is one of that name.
     pub fn launch(&self, name: &str, labels: &[(&str, &str)]) {
+        self.launch_from(&format!("image-of-{name}"), name, labels);
+    }
+
+    /// The same with an image: its labels are copied to the container, below those of its own.
+    ///
+    /// # Panics
+    /// When there is a container of that name.
+    pub fn launch_from(&self, image: &str, name: &str, labels: &[(&str, &str)]) {
         assert!(self.name_of(name).is_none(), "{name} is there already");
         self.add(name, true);
-        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        self.state().containers.get_mut(name).unwrap().labels = labels;
+        let mut state = self.state();
+        let mut all = state.images.get(image).cloned().flatten().unwrap_or_default();
+        all.extend(labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+        let container = state.containers.get_mut(name).unwrap();
+        (container.image, container.labels) = (image.to_owned(), all);
+        drop(state);
         self.announce("create", name);
         self.announce("start", name);
     }
@@ -424,7 +440,7 @@ impl FakeDocker {
                 Reply::Nothing(204)
             }
             ("POST", ["build"]) => Reply::Json(200, json!({"stream": "Successfully built 1\n"})),
-            ("GET", ["images", image, "json"]) => Reply::Json(200, json!({"Id": image, "Config": {}})),
+            ("GET", ["images", image, "json"]) => self.inspect_image(image),
             _ => Reply::Json(404, json!({"message": "page not found"})),
         }
     }
@@ -455,6 +471,7 @@ impl FakeDocker {
                 let former = state.former.get(&container.id).map(|(former, _)| former);
                 let names: BTreeSet<String> = former.into_iter().chain([name]).map(|name| format!("/{name}")).collect();
                 json!({"Id": container.id, "Names": names, "Image": container.image, "State": running,
+                    "ImageID": images::id_of(&container.image),
                     "Labels": container.labels, "Created": container.created, "HostConfig": {"NetworkMode": "bridge"}})
             })
             .collect();

@@ -18,6 +18,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("containers_that_came_and_went_between_two_daemons_are_noticed", between_daemons),
     Case::once("what_somebody_registered_is_left_alone", left_alone),
     Case::once("labels_without_sense_are_told_once", nonsense),
+    Case::once("c23_labels_of_an_image_grant_nothing", image_labels),
+    Case::once("c23_labels_grant_nothing_while_the_image_cannot_be_inspected", image_deleted),
     Case::once("of_two_that_want_one_name_one_has_it_and_the_other_is_told", one_name),
     Case::once("a_hundred_containers_at_once_are_a_few_lists", a_hundred),
     Case::once("what_docker_tells_beside_lives_is_no_reason_to_look", no_reason),
@@ -352,6 +354,86 @@ fn on_top() {
     let both = home.registered("shop").unwrap();
     assert_eq!(both["portForward"], json!({"allow": "*", "deny": [3000, 9229], "privileged": [80, 81]}));
     assert_eq!(both["portNotes"], json!([{"first": 9229, "last": 9229, "label": "debug"}]));
+}
+
+/// The labels with which a public image opened ports of the host by a plain `docker run`.
+const HOSTILE: [(&str, &str); 4] = [
+    FORWARD,
+    ("dev.landfall.name", "postgres"),
+    ("dev.landfall.allow", "22,80,443,5432"),
+    ("devcontainer.metadata", r#"[{"forwardPorts": [22, 80, 443]}]"#),
+];
+
+/// What `ls --all` says of a container: whether it is forwarded, and why.
+fn forwarded(home: &Home, name: &str) -> Value {
+    let found = told(home, &["ls", "--all", "--json"]);
+    let one = found["containers"].as_array().unwrap().iter().find(|one| one["name"] == name).unwrap().clone();
+    json!([one["forwarded"], one["why"]])
+}
+
+fn image_labels() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    docker.add_image("hostile", &[&HOSTILE[..], &[("dev.landfall.deny", "9229")]].concat());
+    docker.launch_from("hostile", "shop", &[]);
+    // The same label again changes nothing, and another value is the container's own.
+    docker.launch_from("hostile", "same", &HOSTILE);
+    docker.launch_from("hostile", "own", &[("dev.landfall.forward", "yes"), ("dev.landfall.allow", "3000")]);
+    let daemon = home.daemon();
+    wait_for_discovered(&home, "own", "label", &docker.id("own"));
+    assert_eq!(home.registered("own").unwrap()["portForward"], json!({"allow": [3000]}));
+    wait_for_names(&home, &["own"]);
+    let why = |name: &str| json!(["no", format!("label comes from the image: landfall attach {name}")]);
+    assert_eq!(forwarded(&home, "shop"), why("shop"));
+    assert_eq!(forwarded(&home, "same"), why("same"));
+    // Each image is inspected once, whatever happens to containers.
+    let inspected = docker.calls("GET /images/");
+    docker.remove("same", false);
+    wait_until("same to be gone from the list", || {
+        let found = told(&home, &["ls", "--all", "--json"]);
+        if found["containers"].as_array().unwrap().len() == 2 { Ok(()) } else { Err(found) }
+    });
+    assert_eq!((inspected, docker.calls("GET /images/")), (1, 1));
+    // Its user attaches it: no port below 1024 for that, and what the image denies is denied.
+    home.run(&["attach", "shop"]);
+    assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": "*", "deny": [9229]}));
+    home.run(&["detach", "shop"]);
+    daemon.shut_down();
+    docker.remove("shop", false);
+    docker.launch_from("hostile", "new", &[]);
+    let _daemon = home.start().argument("--all").and_wait();
+    wait_for_discovered(&home, "new", "all", &docker.id("new"));
+    assert_eq!(home.registered("new").unwrap()["portForward"], json!({"allow": "*", "deny": [9229]}));
+    // A folder that an image claims does not make its container one that `start` has made.
+    docker.add_image("claims", &[("dev.landfall.folder", home.folder("shop").to_str().unwrap())]);
+    docker.launch_from("claims", "claims", &[]);
+    let output = home.run(&["stop", home.folder("shop").to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert_eq!(home.run(&["stop", "claims"]).status.code(), Some(6));
+    assert!(docker.is_running("claims"));
+}
+
+fn image_deleted() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    docker.add_image("hostile", &HOSTILE);
+    docker.launch_from("hostile", "shop", &[]);
+    docker.delete_image("hostile");
+    docker.launch("own", &[FORWARD]);
+    let daemon = home.daemon();
+    wait_for_discovered(&home, "own", "label", &docker.id("own"));
+    wait_for_names(&home, &["own"]);
+    let why = "label may come from the image, which cannot be inspected: landfall attach shop";
+    assert_eq!(forwarded(&home, "shop"), json!(["no", why]));
+    // What was known once stays: an id stands for a content.
+    docker.delete_image("image-of-own");
+    docker.launch("db", &[]);
+    assert_eq!(forwarded(&home, "own"), json!(["yes", null]));
+    daemon.shut_down();
+    let _daemon = home.daemon();
+    let why = "label may come from the image, which cannot be inspected: landfall attach own";
+    assert_eq!(forwarded(&home, "own"), json!(["no", why]));
+    wait_for_names(&home, &[]);
 }
 
 fn turned_off() {

@@ -10,10 +10,12 @@ use super::args::StartArgs;
 use super::asking;
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Report, Talk};
-use crate::devcontainer::{self, Devcontainer, Exposure, exposure};
+use crate::devcontainer::{Devcontainer, Exposure, exposure};
 use crate::discovery::labels;
+use crate::docker::labels::ContainerLabels;
 use crate::docker::{Docker, DockerError, FOLDER_LABEL, Listed};
 use crate::paths::Home;
+use crate::policy::PortList;
 use crate::processes::ProcessFact;
 use crate::reconcile::table::{ForwardRow, RowState};
 use crate::registration::file;
@@ -45,20 +47,22 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     is_free(&client, &name)?;
 
     let talk = Talk::to_stdout(args.json);
-    let mut prepared = runtime.block_on(prepare(&docker, &folder, &name, &image, talk, args.json))?;
+    let prepared = runtime.block_on(prepare(&docker, &folder, &name, &image, talk, args.json))?;
     let aside = Talk::to_stderr(args.json);
-    let metadata = prepared.labels.remove(labels::METADATA);
-    let metadata =
-        metadata.map(|label| devcontainer::from_metadata(&label)).transpose().unwrap_or_else(|error| {
-            let text = format!("the image's label {} is not used: {error}", labels::METADATA);
-            aside.report(&Report::Note { text, hint: None });
-            None
-        });
-    let own = labels::read(&prepared.labels).own_policy.map_err(|why| Failure::new(Exit::Refused, why))?;
+    // The container is given no label that is about its ports, so all that there are come from the image.
+    let inherited = labels::read(&ContainerLabels::of_image(prepared.labels));
+    inherited.own_policy.map_err(|why| Failure::new(Exit::Refused, why))?;
+    for why in &inherited.nonsense {
+        aside.report(&Report::Note { text: format!("image {}: {why}", prepared.image), hint: None });
+    }
     // A port that is named here is one more of the file's.
     let said = said.merge(Devcontainer::forwarding(args.port.iter().copied()));
+    let image_deny = match args.policy() {
+        Some(_) => PortList::default(),
+        None => inherited.image_deny,
+    };
     let Exposure { policy, notes, not_used } =
-        exposure(args.policy(), own, metadata.unwrap_or_default(), said);
+        exposure(args.policy(), None, inherited.metadata, said).denying(&image_deny);
     tell_not_used(&not_used, aside);
     let built = match &image {
         Image::Built(from) => Some(from),
@@ -122,7 +126,7 @@ pub(super) fn refused(error: &DockerError) -> Failure {
 
 fn exists(other: &Listed, folder: &str) -> Failure {
     let name = &other.name;
-    let ours = other.labels.get(FOLDER_LABEL).is_some_and(|made_of| made_of == folder);
+    let ours = other.labels.own(FOLDER_LABEL) == Some(folder);
     let (what, hint) = match (ours, other.running) {
         (true, true) => (
             format!("{name} runs already"),

@@ -40,7 +40,7 @@ pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
 fn which(what: Option<&str>, listed: &[Listed]) -> Result<ContainerName, Failure> {
     let named = what.and_then(|what| listed.iter().find(|listed| listed.name.as_str() == what));
     if let Some(named) = named {
-        return match named.labels.contains_key(FOLDER_LABEL) {
+        return match named.labels.own(FOLDER_LABEL).is_some() {
             true => Ok(named.name.clone()),
             false => Err(Failure::new(Exit::Refused, format!("{} was not started by landfall", named.name))
                 .hint(format!(
@@ -56,7 +56,7 @@ fn which(what: Option<&str>, listed: &[Listed]) -> Result<ContainerName, Failure
     let folder = start::folder(what.map(Path::new))?;
     // While a container is replaced there are two.
     let of_folder = |listed: &&Listed| {
-        listed.labels.get(FOLDER_LABEL) == Some(&folder.text) && !docker::is_aside(&listed.name)
+        listed.labels.own(FOLDER_LABEL) == Some(&folder.text) && !docker::is_aside(&listed.name)
     };
     let mut of_folder = listed.iter().filter(of_folder);
     match (of_folder.next(), of_folder.next()) {
@@ -78,6 +78,7 @@ fn which(what: Option<&str>, listed: &[Listed]) -> Result<ContainerName, Failure
 mod tests {
     use super::*;
     use crate::docker::Network;
+    use crate::docker::labels::{ContainerLabels, ImageLabels};
     use std::collections::BTreeMap;
 
     fn listed(name: &str, folder: Option<&str>) -> Listed {
@@ -89,7 +90,7 @@ mod tests {
             image: "x".to_owned(),
             created: 0,
             running: true,
-            labels: labels.into_iter().collect(),
+            labels: ContainerLabels::new(labels.into_iter().collect(), ImageLabels::Known(BTreeMap::new())),
             network: Network::Own,
             published: BTreeMap::new(),
         }

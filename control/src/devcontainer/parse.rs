@@ -1,5 +1,6 @@
 //! From JSON to what it says. Pure.
 
+use std::collections::HashSet;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
 
@@ -7,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Attributes, BYTES_MAX, Build, Devcontainer, DevcontainerError, ENTRIES_MAX, OnAutoForward, Ports, jsonc,
+    wire::FROM_IMAGE,
 };
 use crate::policy::port_of;
 
@@ -24,23 +26,29 @@ pub(super) fn file(text: &str) -> Result<Devcontainer, DevcontainerError> {
     }
 }
 
-pub(super) fn label(text: &str) -> Result<Devcontainer, DevcontainerError> {
+pub(super) fn label(text: &str, image: Option<&str>) -> Result<Devcontainer, DevcontainerError> {
+    // An image whose label cannot be read has no entry that the container's label could repeat.
+    let of_image = image.and_then(|text| entries(text).ok()).unwrap_or_default();
+    let of_image: HashSet<Value> = of_image.into_iter().collect();
+    entries(text)?.into_iter().try_fold(Devcontainer::default(), |all, entry| {
+        let is_of_image = of_image.contains(&entry);
+        let Value::Object(fields) = entry else { return Err(DevcontainerError::NotAnObject { list: true }) };
+        let read = object(fields)?;
+        let all = all.merge(if is_of_image { read.of_image() } else { read });
+        if all.ports.len() > ENTRIES_MAX {
+            return Err(too_many());
+        }
+        Ok(all)
+    })
+}
+
+fn entries(text: &str) -> Result<Vec<Value>, DevcontainerError> {
     if text.trim().is_empty() {
-        return Ok(Devcontainer::default());
+        return Ok(Vec::new());
     }
-    let entries = match json(text)? {
+    Ok(match json(text)? {
         Value::Array(entries) => entries,
         one => vec![one],
-    };
-    entries.into_iter().try_fold(Devcontainer::default(), |all, entry| match entry {
-        Value::Object(fields) => {
-            let all = all.merge(object(fields)?);
-            if all.ports.len() > ENTRIES_MAX {
-                return Err(too_many());
-            }
-            Ok(all)
-        }
-        _ => Err(DevcontainerError::NotAnObject { list: true }),
     })
 }
 
@@ -139,6 +147,7 @@ fn attributes(field: &str, value: Value, rest: &mut Rest) -> Result<Attributes, 
                 Some(what) => said.on_auto_forward = Some(what),
                 None => rest.add(&format!("{}: {}", path(), value.as_str().unwrap_or_default())),
             },
+            (FROM_IMAGE, Value::Bool(from_image)) => said.from_image = from_image,
             _ => rest.add(&path()),
         }
     }

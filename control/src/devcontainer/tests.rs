@@ -110,6 +110,7 @@ fn the_entries_of_a_label_go_on_top_of_each_other() {
              "otherPortsAttributes": {"onAutoForward": "ignore"}},
             {"forwardPorts": [81], "portsAttributes": {"3000": {"label": "b"}},
              "otherPortsAttributes": {"label": "rest"}, "customizations": {}}]"#,
+        None,
     )
     .unwrap();
     assert!(is_exposed(&said, 80) && is_exposed(&said, 81) && is_exposed(&said, 5000));
@@ -117,8 +118,8 @@ fn the_entries_of_a_label_go_on_top_of_each_other() {
     assert_eq!(note(&said, 3000), (Some("b".to_owned()), false));
     assert_eq!(note(&said, 5000), (Some("rest".to_owned()), false));
     assert_eq!(said.not_used(), ["customizations"]);
-    assert_eq!(from_metadata(r#"{"forwardPorts": [80]}"#).unwrap(), parse(r#"{"forwardPorts": [80]}"#));
-    assert_eq!(from_metadata(" ").unwrap(), Devcontainer::default());
+    assert_eq!(from_metadata(r#"{"forwardPorts": [80]}"#, None).unwrap(), parse(r#"{"forwardPorts": [80]}"#));
+    assert_eq!(from_metadata(" ", None).unwrap(), Devcontainer::default());
 }
 
 /// What an image and a folder say, both about 3000 and each about something else.
@@ -131,8 +132,8 @@ const FOLDER: &str =
 #[test]
 fn a_folder_goes_on_top_of_the_image_port_by_port() {
     let folder = || parse(FOLDER);
-    let both = exposure(None, None, from_metadata(METADATA).unwrap(), folder());
-    let said = from_metadata(METADATA).unwrap().merge(folder());
+    let both = exposure(None, None, from_metadata(METADATA, None).unwrap(), folder());
+    let said = from_metadata(METADATA, None).unwrap().merge(folder());
     assert_eq!((&both.policy, &both.notes), (&said.port_forward(), &said.notes()));
     let policy = Policy::from(&both.policy.unwrap());
     for (port, exposed) in [(80, true), (81, true), (3000, true), (9229, true), (5000, false)] {
@@ -155,8 +156,8 @@ fn options_replace_labels_and_labels_replace_image_and_folder_but_no_note() {
         PortForward { allow: Allow::Ports(ports), ..PortForward::default() }
     };
     let exposed = |options, labels| {
-        let said = exposure(options, labels, from_metadata(METADATA).unwrap(), parse(FOLDER));
-        assert_eq!(said.notes, from_metadata(METADATA).unwrap().merge(parse(FOLDER)).notes());
+        let said = exposure(options, labels, from_metadata(METADATA, None).unwrap(), parse(FOLDER));
+        assert_eq!(said.notes, from_metadata(METADATA, None).unwrap().merge(parse(FOLDER)).notes());
         said.policy
     };
     assert_eq!(exposed(Some(only(1)), Some(only(2))), Some(only(1)));
@@ -193,13 +194,16 @@ fn what_does_not_fit_is_named() {
     );
     assert_eq!(wrong(r#"{"image": 5}"#), "image must be a text that is not empty");
     assert_eq!(wrong(&" ".repeat(BYTES_MAX + 1)), "it is longer than 1048576 bytes");
-    assert_eq!(from_metadata("[1]").unwrap_err().to_string(), "it must be an object, or a list of objects");
+    assert_eq!(
+        from_metadata("[1]", None).unwrap_err().to_string(),
+        "it must be an object, or a list of objects"
+    );
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     assert!(wrong(&deep).starts_with("it is not JSON: maximum nesting depth exceeded"));
     let many: Vec<String> = (1..=513).map(|port| format!("\"{port}\": {{}}")).collect();
     let many = format!("{{\"portsAttributes\": {{{}}}}}", many.join(","));
     assert_eq!(wrong(&many), "portsAttributes must be an object of at most 512 entries");
-    assert_eq!(from_metadata(&many).unwrap_err().to_string(), wrong(&many));
+    assert_eq!(from_metadata(&many, None).unwrap_err().to_string(), wrong(&many));
 }
 
 #[test]
@@ -229,7 +233,7 @@ proptest! {
     #[test]
     fn any_text_is_read_or_refused_without_a_panic(text in "[{}\\[\\]\"a-zA-Z:,0-9 /*-]{0,80}") {
         let _ = Devcontainer::parse(&text);
-        let _ = from_metadata(&text);
+        let _ = from_metadata(&text, None);
     }
 
     #[test]
@@ -253,7 +257,7 @@ proptest! {
         let arrived = if sent.is_null() { None } else { Some(PortForward::from_value(&sent).unwrap()) };
         prop_assert_eq!(arrived, said.port_forward());
         let label = said.ports_as_metadata().unwrap().to_string();
-        let told = from_metadata(&label).unwrap();
+        let told = from_metadata(&label, None).unwrap();
         prop_assert_eq!((told.port_forward(), told.notes()), (said.port_forward(), said.notes()));
     }
 }

@@ -5,6 +5,10 @@ use serde_json::{Map, Value, json};
 
 use super::{Attributes, Devcontainer, OnAutoForward, Ports};
 
+/// The field of an entry that is from an image, which the daemon adds for its client. In a file it does no harm: such an entry
+/// names no port below 1024.
+pub(super) const FROM_IMAGE: &str = "landfall.fromImage";
+
 impl Devcontainer {
     /// What it says of ports, for [`super::from_metadata`]; none where it says nothing of them.
     pub fn ports_as_metadata(&self) -> Option<Value> {
@@ -39,5 +43,6 @@ fn attributes(said: &Attributes) -> Value {
     let mut fields = Map::new();
     fields.extend(said.label.as_ref().map(|label| ("label".to_owned(), label.as_str().into())));
     fields.extend(word.map(|word| ("onAutoForward".to_owned(), word.into())));
+    fields.extend(said.from_image.then(|| (FROM_IMAGE.to_owned(), true.into())));
     Value::Object(fields)
 }

@@ -1,11 +1,19 @@
-//! What a container's labels say about forwarding it. Pure.
+//! Reads the labels of a container that are about forwarding it. Pure.
 //!
-//! Labels come from whoever made the container or its image, so they choose what of that container is exposed and under
-//! which name, and nothing else: no folder of the host, no command, no token.
-
-use std::collections::BTreeMap;
+//! A label never names a folder of the host, a command or a token: it chooses which ports of its own container are exposed,
+//! and under which name. Labels of an image are copied to every container that is made of it, so an image, whose author the
+//! host's user may not know, could choose that for each of them. What grants therefore counts only where the container was
+//! given it itself ([`ContainerLabels::own`]), and what restricts counts wherever it comes from:
+//!
+//! | Label | From the container | From its image |
+//! | --- | --- | --- |
+//! | `forward` | counts | `false` counts, `true` does not |
+//! | `name`, `allow` | counts | does not count |
+//! | `deny` | counts | counts |
+//! | `devcontainer.metadata` | counts | counts, but opens no port below 1024 |
 
 use crate::devcontainer::{self, Devcontainer, Exposure, exposure};
+use crate::docker::labels::{ContainerLabels, LabelOrigin, METADATA};
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::{ContainerName, PortNote};
 
@@ -17,25 +25,27 @@ pub const ALLOW: &str = "dev.landfall.allow";
 pub const DENY: &str = "dev.landfall.deny";
 /// Under which name, where that is not Docker's.
 pub const NAME: &str = "dev.landfall.name";
-/// What its `devcontainer.json` said when its image was made; weaker than the labels above.
-pub const METADATA: &str = "devcontainer.metadata";
 /// On a container of the daemon's own, which is never forwarded.
 pub const HELPER: &str = "dev.landfall.helper";
 
 /// How much of a label's value is repeated to people, in characters.
 const VALUE_CHARS_MAX: usize = 60;
 
-/// What the labels of one container say.
+/// The labels of one container, read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Labels {
-    /// Whether it is to be forwarded, where they say so.
+    /// Whether it is to be forwarded, where a label that counts says so.
     pub forward: Option<bool>,
+    /// The origin of a label `forward=true` that does not count, because the container may have it from its image.
+    pub not_own: Option<LabelOrigin>,
     /// Under which name.
     pub name: Option<ContainerName>,
-    /// Which ports, by our own labels alone; none where they do not say. An error stands for a list that cannot be read:
-    /// what it was to keep in is not let out for that.
+    /// Which ports, by the container's own labels `allow` and `deny`; none where it has neither. An error stands for a list
+    /// that cannot be read: nothing is forwarded then, since the list may have been there to keep a port in.
     pub own_policy: Result<Option<PortForward>, String>,
-    /// What the image's `devcontainer.json` said.
+    /// The ports that its image denies. They stay denied whatever a container's own label or a file of its folder says.
+    pub image_deny: PortList,
+    /// Its label `devcontainer.metadata`.
     pub metadata: Devcontainer,
     /// Which ports, by all of them.
     pub policy: Option<PortForward>,
@@ -43,21 +53,15 @@ pub struct Labels {
     pub notes: Vec<PortNote>,
     /// Whether it is a container of the daemon's own.
     pub is_ours: bool,
-    /// What makes no sense in them, as sentences without the container's name.
+    /// The labels that are not used and why, as sentences without the container's name.
     pub nonsense: Vec<String>,
 }
 
 /// Reads them.
-pub fn read(labels: &BTreeMap<String, String>) -> Labels {
+pub fn read(labels: &ContainerLabels) -> Labels {
     let mut nonsense = Vec::new();
-    let forward = labels.get(FORWARD).and_then(|value| {
-        let said = truth(value);
-        if said.is_none() {
-            nonsense.push(format!("its label {FORWARD} is \"{}\"; it takes true or false", shown(value)));
-        }
-        said
-    });
-    let name = labels.get(NAME).and_then(|value| {
+    let (forward, not_own) = forward(labels, &mut nonsense);
+    let name = own(labels, NAME, &mut nonsense).and_then(|value| {
         let name = ContainerName::new(value.trim()).ok();
         if name.is_none() {
             nonsense.push(format!("its label {NAME} is \"{}\", which is no name", shown(value)));
@@ -68,37 +72,76 @@ pub fn read(labels: &BTreeMap<String, String>) -> Labels {
         nonsense.push(why);
         Devcontainer::default()
     });
-    let own_policy = policy(labels);
-    if let Err(why) = &own_policy {
-        nonsense.push(why.clone());
-    }
-    let own = own_policy.clone().ok().flatten();
-    let Exposure { policy, notes, .. } = exposure(None, own, metadata.clone(), Devcontainer::default());
-    let is_ours = labels.contains_key(HELPER);
-    Labels { forward, name, own_policy, metadata, policy, notes, is_ours, nonsense }
-}
-
-/// What the image's `devcontainer.json` said. It narrows nothing that somebody relies on, so without it all goes on.
-fn metadata(labels: &BTreeMap<String, String>) -> Result<Devcontainer, String> {
-    let Some(label) = labels.get(METADATA) else { return Ok(Devcontainer::default()) };
-    devcontainer::from_metadata(label)
-        .map_err(|error| format!("its label {METADATA} is not used: {}", shown(&error.to_string())))
-}
-
-/// Which ports the labels allow, where they say so.
-fn policy(labels: &BTreeMap<String, String>) -> Result<Option<PortForward>, String> {
-    let list = |label: &str| match labels.get(label) {
-        None => Ok(None),
-        // As little as an option that is given empty is it left out.
-        Some(value) => value.parse::<PortList>().map(Some).map_err(|error| {
-            format!("nothing of it is forwarded, since its label {label} is \"{}\": {error}", shown(value))
-        }),
+    let (own_policy, image_deny) = match policy(labels, &mut nonsense) {
+        Ok((own, image_deny)) => (Ok(own), image_deny),
+        Err(why) => {
+            nonsense.push(why.clone());
+            (Err(why), PortList::default())
+        }
     };
-    let (allow, deny) = (list(ALLOW)?, list(DENY)?);
-    if allow.is_none() && deny.is_none() {
-        return Ok(None);
+    let own = own_policy.clone().ok().flatten();
+    let Exposure { policy, notes, .. } =
+        exposure(None, own, metadata.clone(), Devcontainer::default()).denying(&image_deny);
+    let is_ours = labels.get(HELPER).is_some();
+    Labels { forward, not_own, name, own_policy, image_deny, metadata, policy, notes, is_ours, nonsense }
+}
+
+fn forward(labels: &ContainerLabels, nonsense: &mut Vec<String>) -> (Option<bool>, Option<LabelOrigin>) {
+    let Some((value, origin)) = labels.get(FORWARD) else { return (None, None) };
+    match (truth(value), origin) {
+        (Some(true), LabelOrigin::Image | LabelOrigin::Unknown) => (None, Some(origin)),
+        (Some(forward), _) => (Some(forward), None),
+        (None, _) => {
+            nonsense.push(format!("its label {FORWARD} is \"{}\"; it takes true or false", shown(value)));
+            (None, None)
+        }
     }
-    Ok(Some(PortForward::from(&Policy { allow, deny: deny.unwrap_or_default() })))
+}
+
+/// The value of a label that counts only where the container was given it.
+fn own<'a>(labels: &'a ContainerLabels, label: &str, nonsense: &mut Vec<String>) -> Option<&'a str> {
+    let (value, origin) = labels.get(label)?;
+    let why = match origin {
+        LabelOrigin::Container => return Some(value),
+        LabelOrigin::Image => "comes from the image",
+        LabelOrigin::Unknown => "may come from the image, which cannot be inspected",
+    };
+    nonsense.push(format!("its label {label} {why}, and is not used"));
+    None
+}
+
+/// Its label `devcontainer.metadata`. It restricts nothing that anything relies on, so one that cannot be read is left out.
+fn metadata(labels: &ContainerLabels) -> Result<Devcontainer, String> {
+    let Some((label, origin)) = labels.get(METADATA) else { return Ok(Devcontainer::default()) };
+    let read = match origin {
+        LabelOrigin::Container => devcontainer::from_metadata(label, labels.of_its_image(METADATA)),
+        LabelOrigin::Image | LabelOrigin::Unknown => devcontainer::from_metadata(label, Some(label)),
+    };
+    read.map_err(|error| format!("its label {METADATA} is not used: {}", shown(&error.to_string())))
+}
+
+/// The ports by the container's own lists, if it has any, and those that its image denies.
+fn policy(
+    labels: &ContainerLabels,
+    nonsense: &mut Vec<String>,
+) -> Result<(Option<PortForward>, PortList), String> {
+    let list = |label: &str, value: &str| {
+        // As little as an option that is given empty is it left out.
+        value.parse::<PortList>().map_err(|error| {
+            format!("nothing of it is forwarded, since its label {label} is \"{}\": {error}", shown(value))
+        })
+    };
+    let allow = own(labels, ALLOW, nonsense).map(|value| list(ALLOW, value)).transpose()?;
+    let (deny, image_deny) = match labels.get(DENY) {
+        Some((value, LabelOrigin::Container)) => (Some(list(DENY, value)?), PortList::default()),
+        Some((value, LabelOrigin::Image | LabelOrigin::Unknown)) => (None, list(DENY, value)?),
+        None => (None, PortList::default()),
+    };
+    if allow.is_none() && deny.is_none() {
+        return Ok((None, image_deny));
+    }
+    let own = PortForward::from(&Policy { allow, deny: deny.unwrap_or_default() });
+    Ok((Some(own), image_deny))
 }
 
 fn truth(value: &str) -> Option<bool> {
@@ -119,10 +162,28 @@ fn shown(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::docker::labels::ImageLabels;
+    use serde_json::{Value, json};
+    use std::collections::BTreeMap;
 
+    fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    /// The labels of a container whose image has no labels.
     fn labels(pairs: &[(&str, &str)]) -> Labels {
-        read(&pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect())
+        read(&ContainerLabels::new(map(pairs), ImageLabels::Known(BTreeMap::new())))
+    }
+
+    /// Those of an image, and those that the container was given beside or instead of them.
+    fn inherited(image: &[(&str, &str)], own: &[(&str, &str)]) -> Labels {
+        let mut all = map(image);
+        all.extend(map(own));
+        read(&ContainerLabels::new(all, ImageLabels::of(map(image))))
+    }
+
+    fn policy(read: &Labels) -> Value {
+        serde_json::to_value(&read.policy).unwrap()
     }
 
     #[test]
@@ -167,7 +228,7 @@ mod tests {
         // Its word is not ours: a folder's file goes on top of it, and not on top of ours.
         assert_eq!(
             (&read.own_policy, &read.metadata),
-            (&Ok(None), &devcontainer::from_metadata(metadata).unwrap())
+            (&Ok(None), &devcontainer::from_metadata(metadata, None).unwrap())
         );
         let policy = |read: Labels| serde_json::to_value(read.policy.unwrap()).unwrap();
         assert_eq!(policy(read), json!({"allow": "*", "deny": [9229]}));
@@ -185,6 +246,70 @@ mod tests {
         let read = labels(&[(NAME, "../shop")]);
         assert_eq!(read.name, None);
         assert_eq!(read.nonsense, ["its label dev.landfall.name is \"../shop\", which is no name"]);
+    }
+
+    #[test]
+    fn c23_labels_of_the_image_grant_nothing() {
+        let grants = [(FORWARD, "true"), (NAME, "postgres"), (ALLOW, "22,80,443,5432")];
+        let read = inherited(&grants, &[]);
+        assert_eq!((read.forward, read.not_own), (None, Some(LabelOrigin::Image)));
+        assert_eq!((&read.name, &read.own_policy, &read.policy), (&None, &Ok(None), &None));
+        assert_eq!(
+            read.nonsense,
+            [
+                "its label dev.landfall.name comes from the image, and is not used",
+                "its label dev.landfall.allow comes from the image, and is not used"
+            ]
+        );
+        // The container was given the same values: they cannot be distinguished from those of the image.
+        assert_eq!(inherited(&grants, &grants), read);
+        let own = inherited(&grants, &[(ALLOW, "3000"), (NAME, "shop")]);
+        assert_eq!((own.forward, own.name.as_ref().map(ContainerName::as_str)), (None, Some("shop")));
+        assert_eq!(policy(&own), json!({"allow": [3000]}));
+    }
+
+    #[test]
+    fn c23_an_image_that_cannot_be_inspected_grants_nothing() {
+        let all = map(&[(FORWARD, "true"), (ALLOW, "22"), (DENY, "9229")]);
+        let read = read(&ContainerLabels::new(all, ImageLabels::Unknown));
+        assert_eq!((read.forward, read.not_own), (None, Some(LabelOrigin::Unknown)));
+        assert_eq!(policy(&read), json!({"allow": "*", "deny": [9229]}));
+        assert_eq!(
+            read.nonsense,
+            [
+                "its label dev.landfall.allow may come from the image, which cannot be inspected, and is not used"
+            ]
+        );
+    }
+
+    #[test]
+    fn c23_restrictions_of_the_image_hold_whatever_else_is_said() {
+        assert_eq!(inherited(&[(FORWARD, "false")], &[]).forward, Some(false));
+        let denied = inherited(&[(DENY, "9229")], &[(ALLOW, "3000,9229")]);
+        assert_eq!(policy(&denied), json!({"allow": [3000]}));
+        // Ports that are denied elsewhere stay denied.
+        let others = r#"{"otherPortsAttributes": {"onAutoForward": "ignore"}, "forwardPorts": [3000, 9229]}"#;
+        let denied = inherited(&[(DENY, "9229")], &[(METADATA, others)]);
+        assert_eq!(policy(&denied), json!({"allow": [3000]}));
+        assert_eq!(policy(&inherited(&[(DENY, "*")], &[(ALLOW, "3000")])), json!({"allow": []}));
+        assert!(inherited(&[(DENY, "ssh")], &[]).own_policy.is_err());
+        // The user's own list replaces that of the image, as Docker has it.
+        assert_eq!(policy(&inherited(&[(DENY, "9229")], &[(DENY, "1")])), json!({"allow": "*", "deny": [1]}));
+    }
+
+    #[test]
+    fn c23_metadata_of_the_image_names_ports_and_opens_none_below_1024() {
+        let image = r#"[{"forwardPorts": [22, 5173], "portsAttributes": {"80": {"label": "web"},
+            "9229": {"onAutoForward": "ignore"}}}]"#;
+        let read = inherited(&[(METADATA, image)], &[]);
+        assert_eq!(policy(&read), json!({"allow": "*", "deny": [9229]}));
+        assert_eq!(read.notes[0].label.as_deref(), Some("web"));
+        // A dev container tool puts the entries of the image before those of the user.
+        let both = image.replace("}}}]", r#"}}}, {"forwardPorts": [443]}]"#);
+        let read = inherited(&[(METADATA, image)], &[(METADATA, &both)]);
+        assert_eq!(policy(&read), json!({"allow": "*", "deny": [9229], "privileged": [443]}));
+        let read = inherited(&[], &[(METADATA, &both)]);
+        assert_eq!(policy(&read), json!({"allow": "*", "deny": [9229], "privileged": [22, 80, 443]}));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! - **Somebody named it** (`attach`). That registration is a person's word. It is never dropped here; it is kept up to date
 //!   with the id of the container that has the name, and it moves with that container to another name if nobody has taken
 //!   the old one.
-//! - **Its label says so**, under Docker's name or the one of its label.
+//! - **Its own label says so**, under Docker's name or the one of its label. A label of its image does not count.
 //! - **Everything is forwarded**, but what its label excludes.
 //!
 //! The last two are derived from the list and from nothing else. They are made when the container runs, since one that never
@@ -21,6 +21,7 @@ use std::sync::Arc;
 use serde_json::Map;
 
 use super::labels::{self, Labels};
+use crate::docker::labels::LabelOrigin;
 use crate::docker::{ASIDE, Listed};
 use crate::folder::FOREGROUND;
 use crate::policy::{Allow, PortForward};
@@ -111,6 +112,8 @@ pub enum Verdict {
 pub enum Why {
     /// Nobody asked for it.
     Unasked,
+    /// Only a label of its image asks for it, or one that may come from there.
+    NotOwn(LabelOrigin),
     /// It would be, and has not run since.
     NotRunning,
     /// Its label says no.
@@ -364,7 +367,7 @@ impl<'a> Look<'a> {
             Some(false) => return Err(Why::Excluded),
             Some(true) => FoundBy::Label,
             None if self.all => FoundBy::All,
-            None => return Err(Why::Unasked),
+            None => return Err(labels.not_own.map_or(Why::Unasked, Why::NotOwn)),
         };
         if let Err(why) = &labels.own_policy {
             return Err(Why::Unreadable(why.clone()));

@@ -1,11 +1,18 @@
 use super::*;
 use crate::docker::Network;
+use crate::docker::labels::{ContainerLabels, ImageLabels};
 use proptest::prelude::*;
 
 const FORWARD: (&str, &str) = ("dev.landfall.forward", "true");
 
 fn name(text: &str) -> ContainerName {
     ContainerName::new(text).unwrap()
+}
+
+/// The labels of a container whose image has no labels.
+fn given(labels: &[(&str, &str)]) -> ContainerLabels {
+    let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    ContainerLabels::new(labels.collect(), ImageLabels::Known(BTreeMap::new()))
 }
 
 /// A container that runs; the older, the smaller its id.
@@ -16,7 +23,7 @@ fn container(id: &str, called: &str, labels: &[(&str, &str)]) -> Listed {
         is_between_names: false,
         image: "image".to_owned(),
         running: true,
-        labels: labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        labels: given(labels),
         network: Network::Own,
         created: id.parse().unwrap(),
         published: BTreeMap::new(),
@@ -114,6 +121,29 @@ fn all_are_forwarded_but_those_that_say_no_and_our_own() {
 }
 
 #[test]
+fn c23_a_label_of_the_image_forwards_nothing() {
+    let all = || given(&[FORWARD, ("dev.landfall.name", "web")]);
+    let of_image = ContainerLabels::of_image(BTreeMap::from([(FORWARD.0.to_owned(), FORWARD.1.to_owned())]));
+    let inherited = Listed { labels: of_image, ..container("1", "shop", &[]) };
+    let unknown = ContainerLabels::new(
+        BTreeMap::from([(FORWARD.0.to_owned(), FORWARD.1.to_owned())]),
+        ImageLabels::Unknown,
+    );
+    let unknown = Listed { labels: unknown, ..container("2", "db", &[]) };
+    let own = Listed { labels: all(), ..container("3", "x", &[]) };
+    let listed = [inherited, unknown, own];
+    let (known, judged) = after(&listed, vec![], false);
+    assert_eq!(in_short(&known), [entry("web", "x", "3")]);
+    let not_own = |origin| no(Why::NotOwn(origin));
+    assert_eq!(judged.verdicts[..2], [not_own(LabelOrigin::Image), not_own(LabelOrigin::Unknown)]);
+    // What an earlier release registered for such a label ends.
+    let before = registration(&name("shop"), &name("shop"), "1", FoundBy::Label);
+    assert_eq!(in_short(&after(&listed, vec![before], false).0), [entry("web", "x", "3")]);
+    let (known, _) = after(&listed, vec![], true);
+    assert_eq!(in_short(&known).len(), 3, "all are forwarded");
+}
+
+#[test]
 fn labels_choose_name_and_ports() {
     let labels = [FORWARD, ("dev.landfall.name", "web"), ("dev.landfall.allow", "3000")];
     let (known, _) = after(&[container("1", "shop", &labels)], vec![], false);
@@ -128,7 +158,7 @@ fn labels_are_read_once_for_each_container() {
     let first = Candidate::new(shop.clone(), &[]);
     let again = Candidate::new(stopped(shop.clone()), std::slice::from_ref(&first));
     assert!(Arc::ptr_eq(&first.labels, &again.labels) && !again.container.running);
-    let other = Listed { labels: BTreeMap::new(), ..shop };
+    let other = Listed { labels: given(&[]), ..shop };
     assert_eq!(Candidate::new(other, &[first]).labels.forward, None);
 }
 

@@ -6,7 +6,8 @@ use serde_json::Value;
 use super::labels;
 use super::machine::{Candidate, Verdict, Why};
 use crate::docker::Network;
-use crate::registration::model::FoundBy;
+use crate::docker::labels::LabelOrigin;
+use crate::registration::model::{ContainerName, FoundBy};
 
 /// One container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,9 @@ pub struct Found {
     /// Why its own labels let nothing out, where they have a list of ports that cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unreadable: Option<String>,
+    /// The ports that its image denies, as its label has them; none where that denies none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_deny: Option<String>,
     /// What its label `devcontainer.metadata` says of its ports, as that label has it; none where it says nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub devcontainer: Option<Value>,
@@ -72,7 +76,7 @@ impl Found {
             Network::Shared(_) => Some("it is in the network of another container".to_owned()),
         };
         let why = match verdict {
-            Verdict::Not(why) => Some(in_words(why)),
+            Verdict::Not(why) => Some(in_words(why, &container.name)),
             Verdict::Off(_) => Some("it was detached".to_owned()),
             Verdict::Forwarded(..) | Verdict::Registered(_) => network,
         };
@@ -88,14 +92,19 @@ impl Found {
             why,
             port_forward: policy.and_then(|policy| serde_json::to_value(policy).ok()),
             unreadable: labels.own_policy.as_ref().err().cloned(),
+            image_deny: (!labels.image_deny.is_empty()).then(|| labels.image_deny.to_string()),
             devcontainer: labels.metadata.ports_as_metadata(),
         }
     }
 }
 
-fn in_words(why: &Why) -> String {
+fn in_words(why: &Why, name: &ContainerName) -> String {
     match why {
         Why::Unasked => "nobody asked for it".to_owned(),
+        Why::NotOwn(LabelOrigin::Unknown) => {
+            format!("label may come from the image, which cannot be inspected: landfall attach {name}")
+        }
+        Why::NotOwn(_) => format!("label comes from the image: landfall attach {name}"),
         Why::NotRunning => "it will be when it runs".to_owned(),
         Why::Excluded => format!("its label {} says so", labels::FORWARD),
         Why::Ours => "landfall itself uses it".to_owned(),

@@ -5,11 +5,13 @@
 //! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
 //! - `image` builds.
 //! - `helper` makes the helper's image and its container.
+//! - `inherited` reads the labels of the images that containers are made of.
 
 mod create;
 mod facts;
 mod helper;
 mod image;
+mod inherited;
 mod recipe;
 
 use std::collections::HashMap;
@@ -38,6 +40,7 @@ use super::replace::{self, Hands};
 use super::{About, BuildFrom, Docker, DockerError, FirstProcess, LifeEvent, Listed, Network, NewContainer};
 use crate::name::escape;
 use crate::registration::model::ContainerName;
+pub(super) use inherited::ImageCache;
 
 /// The client's own bound for one answer, in seconds: longer than any stop timeout that is in use, since an answer to
 /// `stop` comes when the container has stopped. Questions are bounded more tightly by the caller.
@@ -185,11 +188,12 @@ impl Engine {
     }
 
     /// All containers.
-    pub(super) async fn containers(&self) -> Result<Vec<Listed>, DockerError> {
+    pub(super) async fn containers(&self, cache: &ImageCache) -> Result<Vec<Listed>, DockerError> {
         let options = ListContainersOptionsBuilder::default().all(true).build();
         let listed =
             self.client.list_containers(Some(options)).await.map_err(|error| self.refused(&error))?;
-        Ok(listed.into_iter().filter_map(facts::listed).collect())
+        let images = self.image_labels_of(&listed, cache).await?;
+        Ok(listed.into_iter().filter_map(|container| facts::listed(container, &images)).collect())
     }
 
     /// Where Docker publishes a TCP port of the container, which runs.

@@ -15,7 +15,7 @@ use crate::cli::start;
 use crate::devcontainer::{self, Devcontainer, Exposure, exposure};
 use crate::discovery::report::{Forwarded, Found};
 use crate::folder::FOREGROUND;
-use crate::policy::PortForward;
+use crate::policy::{PortForward, PortList};
 use crate::processes::ProcessFact;
 use crate::reconcile::table::{ForwardRow, Reached, RowState};
 use crate::registration::model::{ContainerName, Discovered, FoundBy, Way};
@@ -101,13 +101,16 @@ fn request(
     }
     let own = found.port_forward.as_ref().map(PortForward::from_value).transpose();
     let own = own.map_err(|error| asking::other_build(&error))?;
-    let metadata = found.devcontainer.as_ref().map(|said| devcontainer::from_metadata(&said.to_string()));
+    let metadata =
+        found.devcontainer.as_ref().map(|said| devcontainer::from_metadata(&said.to_string(), None));
     let metadata = metadata.transpose().map_err(|error| asking::other_build(&error))?.unwrap_or_default();
     let said = match &args.cwd {
         Some(folder) => start::read_and_tell(folder, Talk::to_stderr(common.json))?,
         None => Devcontainer::default(),
     };
-    let Exposure { policy, notes, .. } = exposure(options, own, metadata, said);
+    let image_deny = found.image_deny.as_deref().filter(|_| options.is_none()).map(str::parse).transpose();
+    let image_deny: PortList = image_deny.map_err(|error| asking::other_build(&error))?.unwrap_or_default();
+    let Exposure { policy, notes, .. } = exposure(options, own, metadata, said).denying(&image_deny);
     if let Some(policy) = policy {
         add("portForward", json!(policy));
     }

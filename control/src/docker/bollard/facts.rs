@@ -1,6 +1,6 @@
 //! What Docker tells of a container, in our words. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use bollard::models::{
     NetworkInspect, PortBinding, PortMap, PortSummaryTypeEnum,
 };
 
+use crate::docker::labels::{ContainerLabels, ImageLabels};
 use crate::docker::{AGENT_DIRECTORY, LifeEvent, Listed, Network};
 use crate::registration::model::ContainerName;
 
@@ -26,7 +27,8 @@ pub(super) fn in_dockers_words(what: String) -> String {
 }
 
 /// One of Docker's list. None where what makes it a container is missing, and for what holds the network of a pod.
-pub(super) fn listed(told: ContainerSummary) -> Option<Listed> {
+/// `images` has the labels of its image, where those matter.
+pub(super) fn listed(told: ContainerSummary, images: &HashMap<String, ImageLabels>) -> Option<Listed> {
     use ContainerSummaryStateEnum::{PAUSED, RUNNING};
     if told
         .image
@@ -49,13 +51,15 @@ pub(super) fn listed(told: ContainerSummary) -> Option<Listed> {
         let (inside, outside) = (NonZeroU16::new(port.private_port)?, NonZeroU16::new(port.public_port?)?);
         is_ours.then_some((inside, outside))
     });
+    let image_labels = told.image_id.and_then(|id| images.get(&id).cloned());
+    let image_labels = image_labels.unwrap_or(ImageLabels::Unknown);
     Some(Listed {
         id: told.id?,
         name,
         is_between_names: names.next().is_some(),
         image: told.image.unwrap_or_default(),
         running: matches!(told.state, Some(RUNNING | PAUSED)),
-        labels: told.labels.unwrap_or_default().into_iter().collect(),
+        labels: ContainerLabels::new(told.labels.unwrap_or_default().into_iter().collect(), image_labels),
         network: network(mode.as_deref()),
         created: told.created.unwrap_or_default(),
         published: ports.collect(),
@@ -167,8 +171,8 @@ mod tests {
     #[test]
     fn a_container_of_the_list_is_read() {
         let told: ContainerSummary = serde_json::from_value(serde_json::json!({
-            "Id": "abc", "Names": ["/other/alias", "/shop"], "Image": "node:22", "State": "paused",
-            "Labels": {"dev.landfall.forward": "true"}, "HostConfig": {"NetworkMode": "container:def"},
+            "Id": "abc", "Names": ["/other/alias", "/shop"], "Image": "node:22", "ImageID": "sha256:1", "State": "paused",
+            "Labels": {"dev.landfall.forward": "true", "dev.landfall.name": "web"}, "HostConfig": {"NetworkMode": "container:def"},
             "Ports": [
                 {"IP": "0.0.0.0", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
                 {"IP": "::", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
@@ -178,19 +182,22 @@ mod tests {
             ]
         }))
         .unwrap();
-        let listed = listed(told).unwrap();
+        let image = [("dev.landfall.name".to_owned(), "web".to_owned())];
+        let images = HashMap::from([("sha256:1".to_owned(), ImageLabels::of(image))]);
+        let listed = listed(told, &images).unwrap();
         assert_eq!((listed.id.as_str(), listed.name.as_str()), ("abc", "shop"));
         assert!(!listed.is_between_names);
         assert!(listed.running);
         assert_eq!(listed.network, Network::Shared("def".to_owned()));
         assert_eq!(listed.published, BTreeMap::from([(port(80), port(8080))]));
-        assert_eq!(listed.labels["dev.landfall.forward"], "true");
+        assert_eq!(listed.labels.own("dev.landfall.forward"), Some("true"));
+        assert_eq!(listed.labels.own("dev.landfall.name"), None);
     }
 
     #[test]
     fn one_with_two_names_of_its_own_is_between_them() {
         let told = serde_json::json!({"Id": "abc", "Names": ["/shop", "/other/alias", "/store"]});
-        assert!(listed(serde_json::from_value(told).unwrap()).unwrap().is_between_names);
+        assert!(listed(serde_json::from_value(told).unwrap(), &HashMap::new()).unwrap().is_between_names);
     }
 
     #[test]
@@ -203,8 +210,8 @@ mod tests {
             }))
             .unwrap()
         };
-        assert!(listed(told("localhost/podman-pause:4.3.1-0")).is_none());
-        assert_eq!(listed(told("localhost/podman-pauser:1")).unwrap().network, Network::Own);
+        assert!(listed(told("localhost/podman-pause:4.3.1-0"), &HashMap::new()).is_none());
+        assert_eq!(listed(told("localhost/podman-pauser:1"), &HashMap::new()).unwrap().network, Network::Own);
         for (mode, own) in [("slirp4netns", true), ("pasta", true), ("bridge", true), ("container:x", false)]
         {
             assert_eq!(network(Some(mode)) == Network::Own, own, "{mode}");
