@@ -21,8 +21,12 @@ use std::time::{Duration, Instant};
 use landfall_engine::command::{Command, Event, RingKind, RingReport, UpstreamId, UpstreamKind};
 use landfall_engine::engine::StartError;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
+use landfall_engine::process::confinement::Confinement;
+use landfall_engine::process::privileges::{EngineUser, drop_capabilities};
 use landfall_engine::process::{self, CommandSocket};
+use landfall_engine::watch::hint::{HintSource, Hints};
 use nix::sys::signal::Signal;
+use rustix::thread::CapabilitySet;
 use thiserror::Error;
 
 use crate::cli::args::Ring;
@@ -238,14 +242,28 @@ pub fn ring() -> Result<RingReport, StartError> {
 }
 
 /// `landfall _engine`: an engine that is driven over a socket at `path`, until it is told to end.
+///
+/// An engine of root opens what takes root first, its socket and the kernel's hints, and is then confined
+/// ([`process::confinement`]).
 pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let socket = CommandSocket::bind(path)?;
-    // While there is one thread: those that the engine starts have no more than this one.
-    process::shed_privileges()?;
     // Not in `run` and `attach`: the command that they start inherits the limit.
     process::raise_descriptor_limit();
-    let engine = engine::engine(Ring::Auto)?;
-    let ready = engine.ready().clone();
+    let confined = rustix::process::geteuid().is_root();
+    let hints =
+        if confined { Hints::open().map_or(HintSource::Off, HintSource::Opened) } else { HintSource::Open };
+    // While there is one thread: those that the engine starts have no more than this one.
+    let confinement = if confined {
+        Some(Confinement::begin(EngineUser::of_this_machine())?)
+    } else {
+        drop_capabilities(CapabilitySet::NET_BIND_SERVICE)?;
+        None
+    };
+    let engine = engine::start_process(hints, confined)?;
+    let mut ready = engine.ready().clone();
+    if let (Some(confinement), Event::Ready { lacks, .. }) = (confinement, &mut ready) {
+        *lacks = confinement.seal();
+    }
     let (handle, events) = engine.into_parts();
     Ok(process::serve(socket, &ready, &handle, events, process::IDLE_EXIT)?)
 }

@@ -27,6 +27,8 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
+use crate::process::confinement::Lack;
+
 /// One way into one container, as numbered by the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -395,6 +397,9 @@ pub enum Event {
         ipv6: bool,
         /// The engine's build, as its program named it, to tell a driver of another version.
         version: String,
+        /// What an engine of root lacks of its confinement; an engine of another user reports nothing.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        lacks: Vec<Lack>,
     },
     /// Answer to [`Command::AddUpstream`].
     UpstreamAdded {

@@ -27,27 +27,43 @@ use std::thread::JoinHandle;
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::command::{Command, Event, Told};
+use crate::command::{Command, Event, RingKind, Told};
 use crate::limits::Limits;
 use crate::process::Drive;
 use crate::ring::{self, RingChoice, Unusable};
 use crate::shard::{Peer, Peers, ShardCommand};
 use crate::watch::Watcher;
+use crate::watch::hint::HintSource;
 use apart::Apart;
 use conductor::{Conductor, Message};
 use shard_thread::ShardThread;
 
 /// How an engine is started.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug)]
 pub struct EngineOptions {
     /// Its bounds.
     pub limits: Limits,
     /// Its ring.
     pub ring: RingChoice,
-    /// Whether to have the kernel tell of new listeners, where it does ([`crate::watch::hint`]).
-    pub hints: bool,
+    /// Where hints about new listeners come from ([`crate::watch::hint`]).
+    pub hints: HintSource,
+    /// Whether an io_uring may be made after the start. Where not, as in a confined engine
+    /// ([`crate::process::confinement`]), isolated shards use epoll.
+    pub late_rings: bool,
     /// Which build of the program this is, for [`Event::Ready`].
     pub version: String,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            limits: Limits::default(),
+            ring: RingChoice::default(),
+            hints: HintSource::default(),
+            late_rings: true,
+            version: String::new(),
+        }
+    }
 }
 
 /// Why an engine could not start.
@@ -88,7 +104,7 @@ impl Engine {
     /// # Errors
     /// See [`StartError`].
     pub fn start(options: EngineOptions) -> Result<Engine, StartError> {
-        let EngineOptions { limits, ring, hints, version } = options;
+        let EngineOptions { limits, ring, hints, late_rings, version } = options;
         if limits.shards == 0 || limits.leases_max == 0 || limits.lease_bytes == 0 {
             return Err(StartError::Limits("an engine needs at least one shard and one lease of one byte"));
         }
@@ -113,12 +129,14 @@ impl Engine {
         let watcher = Watcher::start(hints, move |event| {
             let _ = watch_messages.send(Message::Watch(event));
         })?;
-        let apart = Apart::new(report.kind, &limits, messages.clone());
+        let late_kind = if late_rings { report.kind } else { RingKind::Epoll };
+        let apart = Apart::new(late_kind, &limits, messages.clone());
         let ready = Event::Ready {
             ring: report,
             shards: limits.shards,
             ipv6: crate::listener::host_has_ipv6(),
             version,
+            lacks: Vec::new(),
         };
         let (told, events) = mpsc::channel();
         // The receiver is held here, so it takes the event.

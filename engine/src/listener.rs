@@ -114,8 +114,8 @@ fn check(socket: &OwnedFd, port: NonZeroU16) -> Result<Family, &'static str> {
     let local = rustix::net::getsockname(socket).ok().and_then(|address| SocketAddr::try_from(address).ok());
     let family = Family::ALL.into_iter().find(|family| local == Some(family.loopback(port)));
     let family = family.ok_or("a socket that listens elsewhere than on this port of loopback")?;
-    // The family of the socket to compare with does not matter.
-    let ours = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok();
+    // A socket of a kind that a confined engine may make.
+    let ours = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).ok();
     let ours = ours.and_then(|ours| netns_cookie(ours).ok());
     is(ours.is_some() && netns_cookie(socket).ok() == ours, "a socket of another network namespace")?;
     // It belongs to the open file, which all holders share. One of them may have thought otherwise.

@@ -22,6 +22,8 @@
 //! The calling thread accepts drivers and reads commands. A second one forwards events, because it waits for the
 //! engine, and for a driver that reads slowly; one that has read nothing for [`SEND_TIMEOUT`] loses its place.
 
+pub mod confinement;
+pub mod privileges;
 mod seat;
 
 use std::io;
@@ -37,8 +39,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{CWD, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::process::{Resource, Rlimit, Uid, geteuid, getrlimit, setrlimit};
 
 use crate::channel::{Channel, ChannelError, timespec};
 use crate::command::{Command, Event, Told};
@@ -94,15 +95,6 @@ impl From<Errno> for ProcessError {
     }
 }
 
-/// Leaves the calling thread the one privilege that an engine has a use for, where there is any: to listen on ports
-/// below 1024. Call it before the engine starts its threads, which inherit what is left.
-///
-/// # Errors
-/// See [`shed_capabilities`].
-pub fn shed_privileges() -> io::Result<()> {
-    shed_capabilities(CapabilitySet::NET_BIND_SERVICE)
-}
-
 /// Lets this process have as many descriptors as it may (the hard limit of `RLIMIT_NOFILE`), and so an engine that is
 /// started in it. The usual soft limit of 1,024 is for programs that use `select(2)`, and is enough for 400 connections.
 pub fn raise_descriptor_limit() {
@@ -111,25 +103,13 @@ pub fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// Drops every capability of the calling thread but `keep`, and forbids it to gain any (`PR_SET_NO_NEW_PRIVS`).
-///
-/// A thread inherits both from the one that starts it, so call this while the process has a single thread.
-///
-/// # Errors
-/// Those of `capset(2)`; they do not happen, since less may always be had.
-pub fn shed_capabilities(keep: CapabilitySet) -> io::Result<()> {
-    let had = rustix::thread::capabilities(None)?;
-    let kept = had.permitted & keep;
-    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
-    rustix::thread::set_capabilities(None, sets)?;
-    rustix::thread::set_no_new_privs(true)?;
-    Ok(())
-}
-
-/// The listening socket, and its name, which goes with it.
+/// The listening socket and its name. The name is removed with it if this process may still do so: an engine of root has
+/// changed its user by then, and its driver removes the name.
 #[derive(Debug)]
 pub struct CommandSocket {
     path: PathBuf,
+    /// The user that made it, whose drivers are accepted. The process may have changed to another user since.
+    owner: Uid,
     /// Device and inode of the name, to tell whether it is still this socket's.
     file: (u64, u64),
     /// Gone once the address has been left.
@@ -168,7 +148,9 @@ impl CommandSocket {
             .and_then(|()| rustix::fs::lstat(&aside))
             .and_then(|file| rustix::fs::rename(&aside, path).map(|()| (file.st_dev, file.st_ino)));
         match named {
-            Ok(file) => Ok(CommandSocket { path: path.to_owned(), file, listener: Some(listener) }),
+            Ok(file) => {
+                Ok(CommandSocket { path: path.to_owned(), owner: geteuid(), file, listener: Some(listener) })
+            }
             Err(errno) => {
                 let _ = rustix::fs::unlink(&aside);
                 Err(failed(errno))
@@ -304,7 +286,7 @@ impl Reader<'_> {
         Ok((ended, arrived, told))
     }
 
-    /// Seats whoever knocks, if it is the same user or root.
+    /// Seats a driver that connects, if it is of the user that made the socket, or root.
     fn admit(&mut self) {
         let Some(listener) = &self.socket.listener else { return };
         let knocking = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
@@ -318,7 +300,7 @@ impl Reader<'_> {
         };
         // Not by rustix, whose process id is never 0: the kernel has that for a peer outside of our pid namespace.
         let known = getsockopt(&knocking, PeerCredentials)
-            .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == rustix::process::geteuid().as_raw());
+            .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == self.socket.owner.as_raw());
         let Ok(driver) = Channel::try_from(knocking) else { return };
         if known {
             self.seat.take(driver, self.ready);

@@ -27,11 +27,12 @@ use landfall_engine::command::{
 };
 use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
 use landfall_engine::opener::{Answer, FailureKind, Request, VERB, serve};
-use landfall_engine::process::{self, CommandSocket, shed_privileges};
+use landfall_engine::process::{self, CommandSocket, privileges};
 use landfall_engine::ring::netns_cookie;
 use landfall_engine::{Engine, EngineOptions};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::thread::CapabilitySet;
 
 const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
@@ -131,7 +132,7 @@ fn client(pid: &str) -> ! {
 /// `_engine PATH`: the engine's process.
 fn engine(path: &Path) -> ExitCode {
     let socket = CommandSocket::bind(path).unwrap();
-    shed_privileges().unwrap();
+    privileges::drop_capabilities(CapabilitySet::NET_BIND_SERVICE).unwrap();
     let engine =
         Engine::start(EngineOptions { version: VERSION.to_owned(), ..EngineOptions::default() }).unwrap();
     let ready = engine.ready().clone();

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use landfall_engine::command::{Listening, UpstreamId};
+use landfall_engine::watch::hint::HintSource;
 use landfall_engine::watch::procfs::ProcFiles;
 use landfall_engine::watch::reading::Reading;
 use landfall_engine::watch::sock_diag::SockDiag;
@@ -93,7 +94,7 @@ type Events = Receiver<(WatchEvent, Instant)>;
 fn watcher() -> (Watcher, Events) {
     let (sender, receiver) = mpsc::channel();
     let sink = move |event| drop(sender.send((event, Instant::now())));
-    (Watcher::start(false, sink).unwrap(), receiver)
+    (Watcher::start(HintSource::Off, sink).unwrap(), receiver)
 }
 
 /// The next event, which must be of `from` and tell listeners: what opened, what closed.

@@ -8,12 +8,13 @@ use landfall_engine::channel::Channel;
 use landfall_engine::command::{self, Event, ForwardState, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::opener::client::Opener;
-use landfall_engine::process::{self, CommandSocket};
+use landfall_engine::process::{self, CommandSocket, privileges};
 use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{
     End, Namespace, PATIENCE, Pattern, Server, connect, finish, read_to_end, send_all, wait_until,
 };
+use rustix::thread::CapabilitySet;
 
 pub(crate) const CASES: &[Case] =
     &[Case::each_ring("c19_control_comes_and_goes_and_nothing_is_dropped", control_comes_and_goes)];
@@ -22,7 +23,7 @@ pub(crate) const CASES: &[Case] =
 pub(crate) fn engine(arguments: &[String]) {
     let ring = if arguments[0] == "epoll" { RingChoice::Epoll } else { RingChoice::IoUring };
     let socket = CommandSocket::bind(FilePath::new(&arguments[1])).unwrap();
-    process::shed_privileges().unwrap();
+    privileges::drop_capabilities(CapabilitySet::NET_BIND_SERVICE).unwrap();
     let engine =
         Engine::start(EngineOptions { ring, version: "suite".to_owned(), ..EngineOptions::default() })
             .unwrap();

@@ -9,6 +9,7 @@ mod crash_files;
 mod crash_upgrade;
 mod discovery;
 mod docker_ways;
+mod engine_confinement;
 mod ensure;
 mod exhaustion;
 mod fallback;
@@ -66,6 +67,7 @@ fn main() -> std::process::ExitCode {
             listeners::CASES,
             bulk::CASES,
             control::CASES,
+            engine_confinement::CASES,
             rpc::CASES,
             http::CASES,
             impostor::CASES,
@@ -91,6 +93,11 @@ fn main() -> std::process::ExitCode {
             crash_files::CASES,
             crash_upgrade::CASES,
         ],
-        &[("_flood", exhaustion::flood), ("_engine", control::engine), ("_serve", crash::serve)],
+        &[
+            ("_flood", exhaustion::flood),
+            ("_engine", control::engine),
+            ("_serve", crash::serve),
+            ("_stand_in", engine_confinement::stand_in),
+        ],
     )
 }

@@ -5,9 +5,9 @@ use std::sync::mpsc::Receiver;
 
 use landfall_engine::command::{Command, Told};
 use landfall_engine::engine::{Engine, EngineOptions, Handle, StartError};
-use landfall_engine::limits::Limits;
 use landfall_engine::process::Drive;
 use landfall_engine::ring::RingChoice;
+use landfall_engine::watch::hint::HintSource;
 
 use crate::cli::args::Ring;
 use crate::version;
@@ -29,12 +29,27 @@ pub(super) fn start(ring: Ring) -> Result<(Driver, Receiver<Told>), StartError> 
     Ok((Driver(handle), events))
 }
 
-/// Starts an engine.
+/// Starts an engine in the process of a verb.
 pub(super) fn engine(ring: Ring) -> Result<Engine, StartError> {
     let ring = match ring {
         Ring::Auto => RingChoice::Auto,
         Ring::IoUring => RingChoice::IoUring,
         Ring::Epoll => RingChoice::Epoll,
     };
-    Engine::start(EngineOptions { limits: Limits::default(), ring, hints: true, version: version::current() })
+    Engine::start(EngineOptions {
+        ring,
+        hints: HintSource::Open,
+        version: version::current(),
+        ..EngineOptions::default()
+    })
+}
+
+/// Starts an engine in a process of its own, which may be confined once it has started.
+pub(super) fn start_process(hints: HintSource, confined: bool) -> Result<Engine, StartError> {
+    Engine::start(EngineOptions {
+        hints,
+        late_rings: !confined,
+        version: version::current(),
+        ..EngineOptions::default()
+    })
 }

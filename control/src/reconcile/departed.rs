@@ -12,6 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use landfall_engine::watch::hint::remove_leftovers;
 use landfall_engine::watch::reading::Reading;
 use landfall_engine::watch::{Source, Sources};
 use rustix::process::{Pid, PidfdFlags};
@@ -55,12 +56,19 @@ impl Departed {
         Departed { process, ports }
     }
 
-    /// Waits until its ports are free, for a bounded time.
-    pub(super) async fn gone(self) {
-        if let Some(process) = self.process {
+    /// Waits until its process has ended, for a bounded time, and removes its tracing instance, which an engine of root may not
+    /// remove itself.
+    pub(super) async fn ended(&self) {
+        if let Some(process) = &self.process {
             // Whether it ended or not: no more can be done about it.
             let _ = timeout(END_MAX, process.0.readable()).await;
         }
+        let _ = spawn_blocking(remove_leftovers).await;
+    }
+
+    /// Waits until it has ended and its ports are free, for a bounded time.
+    pub(super) async fn gone(self) {
+        self.ended().await;
         let ports = self.ports;
         // Where that cannot be seen, there is nothing to wait for.
         let _ = spawn_blocking(move || wait_until_free(&ports)).await;

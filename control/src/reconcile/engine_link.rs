@@ -16,6 +16,7 @@ use std::time::Duration;
 use landfall_engine::channel::{self, ChannelError};
 use landfall_engine::command::{Command, Event, RingReport};
 use landfall_engine::limits::MESSAGE_BYTES_MAX;
+use landfall_engine::process::confinement::Lack;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::io::Errno;
@@ -65,6 +66,10 @@ pub(super) struct Link {
     version: String,
     pid: Option<u32>,
     process: Option<Process>,
+    /// The file of its socket.
+    file: Option<(u64, u64)>,
+    /// What its confinement lacks.
+    pub(super) lacks: Vec<Lack>,
     /// How many opener channels it takes for one upstream.
     pub(super) shards: u16,
 }
@@ -77,6 +82,7 @@ impl Link {
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(|errno| failed(errno.into()))?;
         let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
+        let file = identity_of_name(path);
         rustix::net::connect(&socket, &address).map_err(|errno| failed(errno.into()))?;
         // None of an engine outside of this pid namespace (`unix(7)`).
         let pid = getsockopt(&socket, PeerCredentials).ok().and_then(|peer| u32::try_from(peer.pid()).ok());
@@ -85,8 +91,8 @@ impl Link {
         let socket = watched(socket, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
         loop {
             match timeout(BEGIN_MAX, receive(&socket)).await.map_err(|_| LinkError::Silent)?? {
-                (Event::Ready { ring, shards, version, .. }, _) => {
-                    return Ok(Link { socket, ring, version, pid, process, shards });
+                (Event::Ready { ring, shards, version, lacks, .. }, _) => {
+                    return Ok(Link { socket, ring, version, pid, process, file, lacks, shards });
                 }
                 _ => continue,
             }
@@ -146,6 +152,16 @@ impl Link {
     /// Where it is seen to end, if it can be.
     pub(super) fn process(&self) -> Option<Process> {
         self.process.clone()
+    }
+
+    /// Removes the name of its socket unless another engine has taken it. An engine of root runs as a user that may not do so
+    /// itself. Call it after the command to end.
+    pub(super) fn remove_name(&self, home: &Home) {
+        let path = home.engine_socket();
+        if self.file.is_some() && identity_of_name(&path) == self.file {
+            // A name that remains leads to no engine, and the next one takes it over.
+            let _ = std::fs::remove_file(path);
+        }
     }
 
     /// Its build.

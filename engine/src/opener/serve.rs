@@ -19,7 +19,7 @@ use rustix::thread::{CapabilitySet, LinkNameSpaceType, ThreadNameSpaceType};
 
 use super::{ANSWER_BYTES_MAX, Answer, CHANNELS_MAX, Failure, FailureKind, Request, TargetKind};
 use crate::channel::{self, Channel, ChannelError};
-use crate::process::shed_capabilities;
+use crate::process::privileges::drop_capabilities;
 use crate::ring::netns_cookie;
 pub use agent::agent;
 use answer::{answer, failed};
@@ -159,7 +159,7 @@ fn join_path(file: BorrowedFd<'_>) -> Result<(), Failure> {
 
 /// Drops every capability, for good, and closes this process to the others of the same user.
 fn give_up_privilege() -> io::Result<()> {
-    shed_capabilities(CapabilitySet::empty())?;
+    drop_capabilities(CapabilitySet::empty())?;
     // A process inside may have our user id, and be able to see us; it shall not trace us.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(())

@@ -38,7 +38,7 @@ impl Drive for Script {
 
 fn ready() -> Event {
     let ring = RingReport { kind: RingKind::Epoll, reason: None };
-    Event::Ready { ring, shards: 1, ipv6: true, version: "test".to_owned() }
+    Event::Ready { ring, shards: 1, ipv6: true, version: "test".to_owned(), lacks: Vec::new() }
 }
 
 fn state() -> Event {
@@ -342,17 +342,4 @@ fn the_socket_is_its_users_alone_and_replaces_only_sockets() {
     let long = directory.path().join("x".repeat(120));
     let error = CommandSocket::bind(&long).unwrap_err();
     assert!(error.to_string().contains(&long.display().to_string()), "{error}");
-}
-
-#[test]
-fn an_engine_of_root_keeps_only_low_ports() {
-    // Capabilities are a thread's own, so this one is sacrificed.
-    let left = std::thread::spawn(|| {
-        shed_privileges().unwrap();
-        rustix::thread::capabilities(None).unwrap()
-    });
-    let left = left.join().unwrap();
-    assert!(CapabilitySet::NET_BIND_SERVICE.contains(left.permitted));
-    assert_eq!(left.permitted, left.effective);
-    assert!(left.inheritable.is_empty());
 }

@@ -6,11 +6,13 @@
 //! that is found they open and close theirs, which nobody has to look for.
 //!
 //! An instance (`Documentation/trace/ftrace.rst`, "Instances") has its own buffers, events and filters, so what else is
-//! traced on this host goes on as it was. It goes with [`Hints`]. One that a killed process left behind is removed by the next
-//! that opens; the kernel keeps those that are in use (EBUSY).
+//! traced on this host continues. [`Hints`] removes it when dropped. An engine of root opens its hints before it changes to
+//! another user, which may not remove the instance: it turns the event off at its end, and its driver removes the instance
+//! ([`remove_leftovers`]). One that a killed process left behind is removed by the next process that opens hints. The kernel keeps those
+//! that are in use (EBUSY).
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -61,17 +63,53 @@ pub enum HintError {
     },
 }
 
+/// Where a watch gets its hints.
+#[derive(Debug, Default)]
+pub enum HintSource {
+    /// Nowhere: it scans.
+    #[default]
+    Off,
+    /// It opens them itself, where the kernel allows that.
+    Open,
+    /// They are open already.
+    Opened(Hints),
+}
+
 /// The kernel's hints. Readable whenever something began or ceased to listen since they were last drained.
 #[derive(Debug)]
 pub struct Hints {
-    // Closed before the instance is removed, which would be busy.
+    // Both are closed before the instance is removed, which would be busy.
     pipe: File,
-    instance: Instance,
+    _switch: Switch,
+    _instance: Instance,
+}
+
+/// The file that turns the event on, and off when this is dropped.
+#[derive(Debug)]
+struct Switch(File);
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        // An instance that remains records nothing then.
+        let _ = self.0.write_all(b"0");
+    }
 }
 
 /// A directory of tracefs that goes with it.
 #[derive(Debug)]
 struct Instance(PathBuf);
+
+impl Instance {
+    /// Writes one of its files, and returns it open.
+    fn set(&self, name: &str, value: &str) -> Result<File, HintError> {
+        let path = self.0.join(name);
+        let written = OpenOptions::new().write(true).open(&path).and_then(|mut file| {
+            file.write_all(value.as_bytes())?;
+            Ok(file)
+        });
+        written.map_err(|source| HintError::Refused { path, source })
+    }
+}
 
 impl Drop for Instance {
     fn drop(&mut self) {
@@ -98,21 +136,15 @@ impl Hints {
     }
 
     fn open_in(instances: &Path) -> Result<Hints, HintError> {
-        remove_leftovers(instances);
+        remove_leftovers_in(instances);
         let (instance, pipe) = make(instances)?;
-        let hints = Hints { pipe, instance };
         // The least there is: a hint that found no room would say the same as those that did.
-        hints.set("buffer_size_kb", "4")?;
+        instance.set("buffer_size_kb", "4")?;
         // Readable from the first event on, not when the buffer is half full.
-        hints.set("buffer_percent", "0")?;
-        hints.set(&format!("{EVENT}/filter"), FILTER)?;
-        hints.set(&format!("{EVENT}/enable"), "1")?;
-        Ok(hints)
-    }
-
-    fn set(&self, name: &str, value: &str) -> Result<(), HintError> {
-        let path = self.instance.0.join(name);
-        fs::write(&path, value).map_err(|source| HintError::Refused { path, source })
+        instance.set("buffer_percent", "0")?;
+        instance.set(&format!("{EVENT}/filter"), FILTER)?;
+        let switch = Switch(instance.set(&format!("{EVENT}/enable"), "1")?);
+        Ok(Hints { pipe, _switch: switch, _instance: instance })
     }
 
     /// Calls `look` after each hint until the other end of `stop` is closed.
@@ -147,8 +179,15 @@ fn make(instances: &Path) -> Result<(Instance, File), HintError> {
     }
 }
 
-/// Removes what killed processes left: the kernel refuses for those in use.
-fn remove_leftovers(instances: &Path) {
+/// Removes the instances of processes that have ended; the kernel refuses for those in use. Without permission, or without tracefs,
+/// it does nothing.
+pub fn remove_leftovers() {
+    for root in ROOTS.map(Path::new) {
+        remove_leftovers_in(&root.join("instances"));
+    }
+}
+
+fn remove_leftovers_in(instances: &Path) {
     for entry in fs::read_dir(instances).into_iter().flatten().flatten() {
         if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) {
             let _ = fs::remove_dir(entry.path());
@@ -206,7 +245,6 @@ fn thread_of(line: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
     use std::sync::mpsc;
 
     use super::*;

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use self::hint::Hints;
+use self::hint::{HintSource, Hints};
 use self::pace::{Found, Pace, Scan};
 use self::reading::Reading;
 pub use self::source::{ReadError, Source, Sources, Wholeness};
@@ -88,12 +88,12 @@ enum Request {
 
 impl Watcher {
     /// Starts the threads. One calls `sink` for each event; a sink that blocks delays all namespaces, and one that
-    /// panics ends the watch. The other one, where `hints` are wanted, has everything scanned when the kernel tells of
+    /// panics ends the watch. The other one, where there are `hints`, has everything scanned when the kernel reports
     /// something new.
     ///
     /// # Errors
     /// Those of starting a thread.
-    pub fn start(hints: bool, sink: impl Fn(WatchEvent) + Send + 'static) -> io::Result<Watcher> {
+    pub fn start(hints: HintSource, sink: impl Fn(WatchEvent) + Send + 'static) -> io::Result<Watcher> {
         let (requests, inbox) = mpsc::channel();
         let thread = thread::Builder::new().name("landfall-watch".to_owned()).spawn(move || {
             Watch {
@@ -106,7 +106,11 @@ impl Watcher {
             .run(&inbox);
         })?;
         // One that cannot be started is as much of a lack as a kernel that gives none.
-        let hints = hints.then(|| Hinted::start(requests.clone()).ok()).flatten();
+        let hints = match hints {
+            HintSource::Off => None,
+            HintSource::Open => Hinted::start(requests.clone(), || Hints::open().ok()).ok(),
+            HintSource::Opened(hints) => Hinted::start(requests.clone(), || Some(hints)).ok(),
+        };
         Ok(Watcher { requests: Some(requests), thread: Some(thread), hints })
     }
 
@@ -134,11 +138,14 @@ impl Watcher {
 }
 
 impl Hinted {
-    fn start(requests: Sender<Request>) -> io::Result<Hinted> {
+    fn start(
+        requests: Sender<Request>,
+        open: impl FnOnce() -> Option<Hints> + Send + 'static,
+    ) -> io::Result<Hinted> {
         let (stop, running) = io::pipe()?;
         let thread = thread::Builder::new().name("landfall-hint".to_owned()).spawn(move || {
-            // Where there are none, and it is no failure, scans find everything.
-            if let Ok(hints) = Hints::open() {
+            // Without hints the scans find everything.
+            if let Some(hints) = open() {
                 // A watch that has ended because the sink panicked has nobody to tell either.
                 let tell = |request| drop(requests.send(request));
                 tell(Request::Hinted(true));

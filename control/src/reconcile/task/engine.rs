@@ -1,9 +1,11 @@
 //! The engine: had, lost, heard, given its commands, and ended.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use landfall_engine::command::{Command, Event};
+use landfall_engine::process::confinement::Lack;
 use tokio::time::timeout_at;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -44,6 +46,9 @@ impl Driver {
                     reason: facts.reason,
                     started,
                 });
+                for lack in &link.lacks {
+                    self.notice(confinement_lack(*lack).to_owned());
+                }
                 self.departed = None;
                 self.fleet.attach(inventory);
                 self.settled = false;
@@ -196,6 +201,10 @@ impl Driver {
         self.containers.clear();
         self.fleet.stop();
         let begin = tokio::time::Instant::now();
+        let process = match &self.engine {
+            Engine::Attached(link, _) => link.process(),
+            Engine::Absent { .. } | Engine::Coming(_) => None,
+        };
         for (command, until) in
             [(Command::Drain, begin + DRAIN_MAX), (Command::Stop, begin + DRAIN_MAX + STOP_MAX)]
         {
@@ -204,6 +213,9 @@ impl Driver {
             }
             if !self.give(&command, &[]).await {
                 break;
+            }
+            if let Engine::Attached(link, _) = &self.engine {
+                link.remove_name(&self.home);
             }
             while let Engine::Attached(link, _) = &self.engine {
                 match timeout_at(until, link.recv()).await {
@@ -222,5 +234,21 @@ impl Driver {
             }
         }
         self.stop_drained.send_replace(true);
+        Departed::new(process, BTreeSet::new()).ended().await;
+    }
+}
+
+/// A layer that the confinement of root's engine lacks, in a sentence for people.
+fn confinement_lack(lack: Lack) -> &'static str {
+    match lack {
+        Lack::User => {
+            "the engine runs as uid 0 without capabilities: this user namespace has no other uid for it"
+        }
+        Lack::Landlock => {
+            "the engine runs without Landlock, which this kernel does not have or has switched off"
+        }
+        Lack::Seccomp => {
+            "the engine runs without a seccomp filter, which this kernel or architecture does not have"
+        }
     }
 }

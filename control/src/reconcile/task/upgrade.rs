@@ -21,6 +21,7 @@ use tokio::time::timeout;
 
 use super::brokers::Handover;
 use super::driver::{Driver, Engine};
+use crate::reconcile::departed::Departed;
 use crate::reconcile::engine_link::{self, Link, LinkError};
 use crate::reconcile::fleet::Admission;
 use crate::reconcile::reach::{Entrance, Gate, Told, Word};
@@ -85,6 +86,7 @@ impl Driver {
         if let Engine::Attached(old, _) = old {
             // One that does not hear this has ended.
             let _ = old.give(&Command::Drain, &[]).await;
+            old.remove_name(&self.home);
             tokio::spawn(see_off(old, Arc::clone(&self.draining), self.stop_drained.subscribe()));
         }
     }
@@ -206,4 +208,5 @@ async fn see_off(old: Link, counted: Arc<()>, mut stop: watch::Receiver<bool>) {
         () = stopping => {}
     }
     drop(counted);
+    Departed::new(old.process(), BTreeSet::new()).ended().await;
 }

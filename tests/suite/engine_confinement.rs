@@ -1,0 +1,327 @@
+//! Claim 25: root's engine is root no more, and code that takes it over does not become root again.
+//!
+//! A stand-in takes the engine's place: a process that gives up what the engine gives up, by the same calls, and then tries
+//! each way out that a process of uid 0 without capabilities would have. It is run with more and more of the layers
+//! ([`landfall_engine::process::confinement`]), so that each layer is seen to close what it is there for. With the layer that root's engine
+//! had before (capabilities alone) the ways out are open: the attempts are real.
+
+use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use landfall_engine::limits::Limits;
+use landfall_engine::process::confinement::Confinement;
+use landfall_engine::process::privileges::{EngineUser, become_engine, drop_capabilities};
+use landfall_engine::ring::{self, RingChoice};
+use landfall_tests::case::Case;
+use landfall_tests::process::running;
+use landfall_tests::{Home, Namespace, Server, connect, note, rpc, wait_until};
+use nix::sched::CloneFlags;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Uid};
+use rustix::thread::{CapabilitySet, LinkNameSpaceType};
+use serde_json::{Value, json};
+
+use crate::crash::{by_file, describe, engine_pid, wait_for_open};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("c25_code_in_roots_engine_does_not_become_root_again", escapes),
+    Case::once("c25_roots_engine_serves_as_another_user", serves_as_another_user),
+];
+
+/// How much of the confinement a stand-in has.
+const LAYERS: [&str; 4] = ["capabilities", "user", "files", "calls"];
+
+/// What a stand-in tries, and the first layer with which it fails.
+const ATTEMPTS: [(&str, &str); 19] = [
+    ("write core_pattern", "user"),
+    ("create a file in /etc", "user"),
+    ("write /etc/passwd", "user"),
+    ("read /etc/shadow", "user"),
+    ("write the daemon's pid file", "user"),
+    ("connect to hostd.sock", "user"),
+    ("connect to a socket of root's", "user"),
+    ("signal the daemon", "user"),
+    ("become uid 0", "user"),
+    // A capability would be needed for these in any case.
+    ("take a descriptor of a process of root's", "capabilities"),
+    ("trace a process of root's", "capabilities"),
+    ("enter a namespace", "capabilities"),
+    ("mount", "capabilities"),
+    ("open a packet socket", "capabilities"),
+    // Any user may do these.
+    ("read /etc/passwd", "files"),
+    ("execute a program", "files"),
+    ("connect to a socket that is open to all", "calls"),
+    ("make an io_uring", "calls"),
+    // The last one, since it changes what the others may do.
+    ("make a user namespace", "calls"),
+];
+
+/// Whether this runs as root of the whole machine. A user namespace has no other user to change to.
+fn is_root() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap();
+    let is_root = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    if !is_root {
+        note!("an engine changes its user only as root");
+    }
+    is_root
+}
+
+fn escapes() {
+    if !is_root() {
+        return;
+    }
+    let home = Home::new();
+    let daemon = home.daemon();
+    let has_io_uring = ring::choose(RingChoice::IoUring, &Limits::default()).is_ok();
+    let place = Place::new();
+    for (at, layer) in LAYERS.iter().enumerate() {
+        let stand_in = StandIn::start(layer, daemon.pid(), &home, &place);
+        for (attempt, stopped_by) in ATTEMPTS {
+            let stopped = LAYERS.iter().position(|layer| *layer == stopped_by).unwrap() <= at;
+            let outcome = stand_in.outcomes[attempt].as_str();
+            if attempt == "make an io_uring" && !has_io_uring {
+                continue;
+            }
+            assert_eq!(outcome != "done", stopped, "with {layer}: {attempt}: {outcome}");
+        }
+        assert_eq!(stand_in.outcomes["listen at port 80"], "done", "with {layer}");
+    }
+}
+
+fn serves_as_another_user() {
+    if !is_root() {
+        return;
+    }
+    let home = Home::new();
+    let daemon = home.daemon();
+    let inside = Namespace::new();
+    let mut by_file = by_file(&inside);
+    by_file["portForward"] = json!({"allow": [80, 3000]});
+    rpc::register_with(&home, "a", &by_file);
+    // A port below 1024 takes the one capability that is left.
+    let low = Server::listen(&inside, "127.0.0.1:80");
+    let high = Server::listen(&inside, "127.0.0.1:3000");
+    let description = wait_for_open(&home, &[("a", 80), ("a", 3000)]);
+    for (port, server) in [(80, &low), (3000, &high)] {
+        let mut client = connect((Ipv4Addr::LOCALHOST, port));
+        let mut inner = server.accept();
+        client.write_all(b"ping").unwrap();
+        let mut read = [0; 4];
+        inner.read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"ping");
+    }
+    let place = Place::new();
+    let stand_in = StandIn::start("calls", daemon.pid(), &home, &place);
+    let engine = engine_pid(&description);
+    assert_eq!(
+        credentials(engine),
+        credentials(stand_in.child.id()),
+        "the stand-in is not the engine's like"
+    );
+    assert_eq!(
+        credentials(engine)["Uid"].split_whitespace().next(),
+        Some(EngineUser::of_this_machine().uid.to_string().as_str())
+    );
+    assert_eq!(describe(&home)["engine"]["reason"], Value::Null, "its ring is the one that others have");
+    drop(stand_in);
+    // Its socket's name is in a directory that it may not enter, and goes all the same.
+    rpc::done(&home, &json!({"kind": "shutdown", "engine": "drain"}));
+    assert!(daemon.end().success());
+    assert!(!home.path().join("run/engine.sock").exists());
+    wait_until("the engine to end", || match running("_engine") {
+        left if left.is_empty() => Ok(()),
+        left => Err(left),
+    });
+}
+
+/// The lines of `/proc/PID/status` that say what a process may do.
+pub(crate) fn credentials(pid: u32) -> BTreeMap<String, String> {
+    const LINES: [&str; 11] = [
+        "Uid",
+        "Gid",
+        "Groups",
+        "CapInh",
+        "CapPrm",
+        "CapEff",
+        "CapBnd",
+        "CapAmb",
+        "NoNewPrivs",
+        "Seccomp",
+        "Seccomp_filters",
+    ];
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let lines = status.lines().filter_map(|line| line.split_once(':'));
+    lines
+        .filter(|(name, _)| LINES.contains(name))
+        .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
+        .collect()
+}
+
+/// Sockets that a stand-in tries to connect to.
+struct Place {
+    directory: tempfile::TempDir,
+    _listeners: Vec<UnixListener>,
+}
+
+impl Place {
+    fn new() -> Place {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+        let listen = |name: &str, mode| {
+            let path = directory.path().join(name);
+            let listener = UnixListener::bind(&path).unwrap();
+            fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+            listener
+        };
+        // As docker.sock is.
+        let listeners = vec![listen("root.sock", 0o660), listen("all.sock", 0o666)];
+        fs::create_dir(directory.path().join("mount")).unwrap();
+        Place { directory, _listeners: listeners }
+    }
+}
+
+struct StandIn {
+    child: Child,
+    outcomes: BTreeMap<String, String>,
+}
+
+impl StandIn {
+    fn start(layer: &str, daemon: u32, home: &Home, place: &Place) -> StandIn {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["_stand_in", layer, &daemon.to_string()])
+            .arg(home.path())
+            .arg(place.directory.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let said = child.stdout.as_mut().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(said), &mut line).unwrap();
+        let outcomes = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
+        StandIn { child, outcomes }
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        // The end of its input is its end.
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}
+
+/// `_stand_in LAYER DAEMON HOME PLACE`: gives up what the engine gives up, tries the ways out, and prints what came of each.
+pub(crate) fn stand_in(arguments: &[String]) {
+    let [layer, daemon, home, place] = arguments else { panic!("{arguments:?}") };
+    let at = LAYERS.iter().position(|known| known == layer).unwrap();
+    let way_out = WayOut::new(daemon.parse().unwrap(), Path::new(home), Path::new(place));
+    let user = EngineUser::of_this_machine();
+    match at {
+        0 => drop_capabilities(CapabilitySet::NET_BIND_SERVICE).unwrap(),
+        1 => assert!(become_engine(user).unwrap()),
+        _ => {
+            let confinement = Confinement::begin(user).unwrap();
+            let lacks = if at == 3 { confinement.seal() } else { Vec::new() };
+            assert!(lacks.is_empty(), "{lacks:?}");
+        }
+    }
+    let mut outcomes = BTreeMap::new();
+    let mut note = |attempt: &'static str, outcome: Result<(), Errno>| {
+        outcomes.insert(attempt, outcome.map_or_else(|errno| errno.to_string(), |()| "done".to_owned()));
+    };
+    note("listen at port 80", TcpListener::bind((Ipv4Addr::LOCALHOST, 80)).map(drop).map_err(errno));
+    for (attempt, _) in ATTEMPTS {
+        note(attempt, way_out.attempt(attempt));
+    }
+    let line = serde_json::to_string(&outcomes).unwrap() + "\n";
+    std::io::stdout().write_all(line.as_bytes()).unwrap();
+    // Its credentials are looked at meanwhile.
+    let _ = std::io::stdin().read_line(&mut String::new());
+}
+
+fn errno(error: std::io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+/// What a stand-in holds when it gives up its privileges.
+struct WayOut<'a> {
+    daemon: Pid,
+    pidfd: OwnedFd,
+    namespace: OwnedFd,
+    home: &'a Path,
+    place: &'a Path,
+}
+
+impl WayOut<'_> {
+    fn new<'a>(daemon: i32, home: &'a Path, place: &'a Path) -> WayOut<'a> {
+        let daemon = Pid::from_raw(daemon).unwrap();
+        let pidfd = rustix::process::pidfd_open(daemon, PidfdFlags::empty()).unwrap();
+        let namespace = fs::File::open("/proc/self/ns/net").unwrap().into();
+        WayOut { daemon, pidfd, namespace, home, place }
+    }
+
+    /// Tries one. Nothing of the machine is changed where it succeeds.
+    fn attempt(&self, what: &str) -> Result<(), Errno> {
+        let open = |path: &Path, flags| {
+            rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR).map(drop)
+        };
+        let connect = |path: &Path| UnixStream::connect(path).map(drop).map_err(errno);
+        match what {
+            "write core_pattern" => open(Path::new("/proc/sys/kernel/core_pattern"), OFlags::WRONLY),
+            "create a file in /etc" => {
+                // Never created for a name: a file without one goes with its descriptor.
+                rustix::fs::openat(CWD, "/etc", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR)
+                    .map(drop)
+            }
+            "write /etc/passwd" => open(Path::new("/etc/passwd"), OFlags::WRONLY),
+            "read /etc/shadow" => open(Path::new("/etc/shadow"), OFlags::RDONLY),
+            "read /etc/passwd" => open(Path::new("/etc/passwd"), OFlags::RDONLY),
+            "write the daemon's pid file" => open(&self.home.join("run/hostd.pid"), OFlags::WRONLY),
+            "connect to hostd.sock" => connect(&self.home.join("run/hostd.sock")),
+            "connect to a socket of root's" => connect(&self.place.join("root.sock")),
+            "connect to a socket that is open to all" => connect(&self.place.join("all.sock")),
+            "signal the daemon" => rustix::process::test_kill_process(self.daemon),
+            "become uid 0" => rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT),
+            "take a descriptor of a process of root's" => {
+                rustix::process::pidfd_getfd(&self.pidfd, 0, PidfdGetfdFlags::empty()).map(drop)
+            }
+            "trace a process of root's" => {
+                let daemon = nix::unistd::Pid::from_raw(self.daemon.as_raw_nonzero().get());
+                let traced = nix::sys::ptrace::seize(daemon, nix::sys::ptrace::Options::empty());
+                traced.map_err(|errno| Errno::from_raw_os_error(errno as i32))
+            }
+            "enter a namespace" => rustix::thread::move_into_link_name_space(
+                self.namespace.as_fd(),
+                Some(LinkNameSpaceType::Network),
+            ),
+            "mount" => {
+                let place = self.place.join("mount");
+                rustix::mount::mount("none", &place, "tmpfs", MountFlags::empty(), None)?;
+                rustix::mount::unmount(&place, UnmountFlags::empty())
+            }
+            "open a packet socket" => {
+                let raw = rustix::net::SocketType::RAW;
+                rustix::net::socket(rustix::net::AddressFamily::PACKET, raw, None).map(drop)
+            }
+            "execute a program" => Command::new("/bin/true").status().map(drop).map_err(errno),
+            "make an io_uring" => {
+                let made = ring::choose(RingChoice::IoUring, &Limits::default());
+                made.map(drop).map_err(|_| Errno::PERM)
+            }
+            "make a user namespace" => nix::sched::unshare(CloneFlags::CLONE_NEWUSER)
+                .map_err(|errno| Errno::from_raw_os_error(errno as i32)),
+            other => panic!("{other}"),
+        }
+    }
+}
