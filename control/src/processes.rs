@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroU32};
 use std::time::{Duration, SystemTime};
 
+use landfall_engine::process::privileges::ENGINE_UID;
 use nix::unistd::{Uid, User};
 use procfs::ProcError;
 use procfs::net::{TcpNetEntry, TcpState};
@@ -121,6 +122,7 @@ pub fn process_name(pid: u32) -> Option<String> {
 pub fn user_name(uid: u32) -> String {
     match User::from_uid(Uid::from_raw(uid)) {
         Ok(Some(user)) => user.name,
+        _ if uid == ENGINE_UID => format!("uid {uid}, root's landfall engine"),
         _ => format!("uid {uid}"),
     }
 }
@@ -263,5 +265,6 @@ mod tests {
     fn a_user_without_a_name_is_told_by_number() {
         assert_eq!(user_name(0), "root");
         assert_eq!(user_name(3_999_999_999), "uid 3999999999");
+        assert_eq!(user_name(ENGINE_UID), "uid 2100008974, root's landfall engine");
     }
 }
