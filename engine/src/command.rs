@@ -195,6 +195,18 @@ pub enum Command {
         /// Which families listen inside.
         reach: Reach,
     },
+    /// Accepts from sockets that listen in another network namespace, which are its descriptors. Nothing is bound, and
+    /// connections go to `target_port` of the upstream. Answer: [`Event::ListenerOpened`] with `target_port` as the port of the
+    /// host, or [`Event::ListenerFailed`] where a descriptor is not a listening TCP socket. At
+    /// [`Event::ListenerClosed`] every descriptor is closed.
+    AdoptListener {
+        /// A number that is not in use.
+        forward: ForwardId,
+        /// Where connections go.
+        upstream: UpstreamId,
+        /// The port there.
+        target_port: NonZeroU16,
+    },
     /// Tells which families listen inside now. No answer.
     SetReach {
         /// Which forward; an unknown one is ignored.

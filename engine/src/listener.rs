@@ -93,6 +93,23 @@ pub(crate) fn open(
     Ok(sockets)
 }
 
+/// Takes over sockets that listen in another network namespace.
+///
+/// # Errors
+/// The first descriptor that is something else; all are closed then.
+pub(crate) fn adopt(port: NonZeroU16, sockets: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, ListenFailure> {
+    let listens = |socket: &OwnedFd| {
+        let is_ip = matches!(sockopt::socket_domain(socket), Ok(AddressFamily::INET | AddressFamily::INET6));
+        let is_stream = sockopt::socket_type(socket) == Ok(SocketType::STREAM);
+        let listens = sockopt::socket_acceptconn(socket) == Ok(true);
+        is_ip && is_stream && listens && rustix::io::ioctl_fionbio(socket, true).is_ok()
+    };
+    if sockets.is_empty() || !sockets.iter().all(listens) {
+        return Err(strange(port, "a descriptor that is not a listening TCP socket"));
+    }
+    Ok(sockets)
+}
+
 /// Checks the sockets that were lent, and gives each its place.
 fn by_family(port: NonZeroU16, lent: Vec<OwnedFd>) -> Result<[Option<OwnedFd>; 2], ListenFailure> {
     let mut places = [None, None];

@@ -64,6 +64,7 @@ struct Held {
 }
 
 /// A forward that is asked for.
+#[derive(Clone, Copy)]
 struct Wanted {
     forward: ForwardId,
     upstream: UpstreamId,
@@ -166,6 +167,11 @@ impl Conductor {
             Command::OpenListener { forward, upstream, host_port, target_port, reach } => {
                 let wanted = Wanted { forward, upstream, host_port, target_port, reach };
                 self.open_listener(wanted, descriptors);
+            }
+            Command::AdoptListener { forward, upstream, target_port } => {
+                let reach = Reach::UNKNOWN;
+                let wanted = Wanted { forward, upstream, host_port: target_port, target_port, reach };
+                self.place_listener(wanted, |_| listener::adopt(target_port, descriptors));
             }
             Command::SetReach { forward, reach } => {
                 self.set_reach(forward, reach);
@@ -281,6 +287,15 @@ impl Conductor {
     }
 
     fn open_listener(&mut self, wanted: Wanted, lent: Vec<OwnedFd>) {
+        self.place_listener(wanted, |backlog| listener::open(wanted.host_port, backlog, lent));
+    }
+
+    /// Gives a listener, once `make` has its sockets, to a shard.
+    fn place_listener(
+        &mut self,
+        wanted: Wanted,
+        make: impl FnOnce(u16) -> Result<Vec<OwnedFd>, ListenFailure>,
+    ) {
         let Wanted { forward, upstream, host_port, target_port, reach } = wanted;
         if let Some(placed) = self.forwards.get(&forward) {
             if (placed.upstream, placed.host_port, placed.target_port) != (upstream, host_port, target_port) {
@@ -296,7 +311,7 @@ impl Conductor {
             return self.tell(Event::ListenerFailed { forward, host_port, failure });
         };
         let apart = held.apart;
-        match listener::open(host_port, self.backlog, lent) {
+        match make(self.backlog) {
             Ok(sockets) => {
                 let accepting = apart.unwrap_or_else(|| self.emptiest_shard());
                 let shards: HashSet<usize> = match apart {

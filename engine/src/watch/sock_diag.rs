@@ -17,7 +17,7 @@ use rustix::net::{
 use super::diag_message::{datagram, request};
 use super::reading::Reading;
 use super::source::{ReadError, Wholeness};
-use crate::command::Family;
+use crate::command::{Family, Listening};
 
 /// The kernel's datagrams are at most this long (`netlink_dump`, `net/netlink/af_netlink.c`).
 const BUFFER_BYTES: usize = 32 * 1024;
@@ -70,11 +70,31 @@ impl SockDiag {
 
     fn read_once(&mut self, reading: &mut Reading) -> Result<Wholeness, ReadError> {
         reading.clear();
+        self.each(|row| reading.insert(row))
+    }
+
+    /// Returns every listening socket of the namespace, on whatever address, also those that share one.
+    ///
+    /// # Errors
+    /// Any of [`ReadError`].
+    pub fn listeners(&mut self) -> Result<Vec<Listening>, ReadError> {
+        let mut listeners = Vec::new();
+        match self.each(|row| listeners.push(row)) {
+            Err(ReadError::Interrupted) => {
+                listeners.clear();
+                self.each(|row| listeners.push(row))?;
+            }
+            result => drop(result?),
+        }
+        Ok(listeners)
+    }
+
+    fn each(&mut self, mut each: impl FnMut(Listening)) -> Result<Wholeness, ReadError> {
         if std::mem::replace(&mut self.leftover, true) {
             self.empty()?;
         }
-        let v4 = self.ask(Family::V4, reading)?;
-        let v6 = self.ask(Family::V6, reading)?;
+        let v4 = self.ask(Family::V4, &mut each)?;
+        let v6 = self.ask(Family::V6, &mut each)?;
         self.leftover = false;
         match (v4, v6) {
             (Wholeness::Whole, Wholeness::Whole) => Ok(Wholeness::Whole),
@@ -82,7 +102,7 @@ impl SockDiag {
         }
     }
 
-    fn ask(&mut self, family: Family, reading: &mut Reading) -> Result<Wholeness, ReadError> {
+    fn ask(&mut self, family: Family, each: &mut impl FnMut(Listening)) -> Result<Wholeness, ReadError> {
         self.sequence = self.sequence.wrapping_add(1);
         let request = request(family, self.sequence);
         let kernel = SocketAddrNetlink::new(0, 0);
@@ -95,7 +115,7 @@ impl SockDiag {
             let mut rows = 0u32;
             let bytes = self.buffer.get(..bytes).ok_or(ReadError::Malformed("datagram too long"))?;
             let progress = datagram(bytes, self.sequence, family, |row| {
-                reading.insert(row);
+                each(row);
                 rows += 1;
             })?;
             interrupted |= progress.interrupted;
