@@ -22,6 +22,7 @@
 //! | [`ring`] | operations and their completions; errno is understood there and nowhere else |
 //! | [`opener`] | the process that enters a namespace and makes sockets there; it alone has privilege |
 //! | [`watch`] | who listens inside: `sock_diag`, or `/proc/net/tcp` and its fuzzed parser |
+//! | [`native`] | sockets of the host for servers in a sandbox, without a relay |
 //! | [`limits`] | every bound |
 //! | [`table`] | slots with generations |
 //!
@@ -42,6 +43,7 @@ pub mod engine;
 pub mod error;
 pub mod limits;
 mod listener;
+pub mod native;
 pub mod opener;
 pub mod process;
 pub mod relay;

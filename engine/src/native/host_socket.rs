@@ -1,0 +1,149 @@
+//! Listening sockets of the host that take the place of a sandbox's own.
+//!
+//! The thread that makes them is in the host's network namespace. Three rules keep them from the world, and from each
+//! other:
+//!
+//! - A socket is bound to a loopback address, or to `::` on the device `lo`, which takes no packet from elsewhere.
+//! - It is bound without SO_REUSEPORT, so that the bind fails where any other socket has the port. The kernel would share
+//!   the port among all sockets of one user that have the option, which two sandboxes may be. A server that asked for the
+//!   option gets it after `listen`, which is in time for its own further sockets.
+//! - Those are bound with it, and then every listener on the port has to be one of this sandbox. A listener of another
+//!   sandbox is seen at this point: that sandbox binds without the option as well, which fails from then on.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sys::socket::sockopt::{BindToDevice, Priority};
+use nix::sys::socket::{getsockopt, setsockopt};
+use rustix::io::Errno;
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto};
+
+use super::decision::{HostAddress, SocketFacts};
+use crate::ring::netns_cookie;
+
+/// The loopback device of every network namespace.
+const LOOPBACK: &str = "lo";
+
+/// Reads what decides about a socket of the sandbox with this cookie of its namespace.
+///
+/// # Errors
+/// ENOTSOCK for another descriptor; those of the system.
+pub(super) fn facts(socket: &OwnedFd, sandbox: u64, is_stub: bool) -> Result<SocketFacts, Errno> {
+    let domain = sockopt::socket_domain(socket)?;
+    let is_v6 = domain == AddressFamily::INET6;
+    let protocol = sockopt::socket_protocol(socket)?;
+    let is_tcp = (is_v6 || domain == AddressFamily::INET)
+        && sockopt::socket_type(socket)? == SocketType::STREAM
+        && [Some(ipproto::TCP), Some(ipproto::MPTCP)].contains(&protocol);
+    let cookie = netns_cookie(socket).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let local = rustix::net::getsockname(socket)?;
+    Ok(SocketFacts {
+        is_tcp,
+        is_inside: cookie == sandbox,
+        listens: sockopt::socket_acceptconn(socket)?,
+        is_stub,
+        local: SocketAddr::try_from(local).ok(),
+        v6_only: is_v6 && sockopt::ipv6_v6only(socket)?,
+        has_device: device(socket).is_some_and(|device| device != LOOPBACK),
+    })
+}
+
+/// Makes a listening socket with the options of `original`; `join` shares the port with others of this sandbox.
+///
+/// # Errors
+/// EADDRINUSE where another socket has the port; those of the system.
+pub(super) fn listen(
+    at: HostAddress,
+    original: &OwnedFd,
+    backlog: i32,
+    join: bool,
+) -> Result<OwnedFd, Errno> {
+    let family = if at.address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket =
+        rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
+    copy_options(original.as_fd(), socket.as_fd(), at.address.is_ipv4());
+    // Connections of an earlier server in TIME_WAIT do not keep the port. Two that listen never share it by this.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if at.address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, at.v6_only)?;
+    }
+    if at.is_every_loopback() {
+        // Unprivileged since Linux 5.7, for a socket that has no device yet.
+        setsockopt(&socket, BindToDevice, &OsString::from(LOOPBACK)).map_err(errno)?;
+    }
+    if join {
+        sockopt::set_socket_reuseport(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &at.address)?;
+    rustix::net::listen(&socket, backlog)?;
+    if !join && sockopt::socket_reuseport(original).unwrap_or(false) {
+        sockopt::set_socket_reuseport(&socket, true)?;
+    }
+    Ok(socket)
+}
+
+/// Copies what accepted connections inherit, where it differs from the host's default. An option that cannot be read or set
+/// is left as it is.
+///
+/// Filters and `TCP_DEFER_ACCEPT` are not copied; without them a server sees the same bytes.
+fn copy_options(from: BorrowedFd<'_>, to: BorrowedFd<'_>, is_v4: bool) {
+    copy(from, to, sockopt::socket_keepalive, sockopt::set_socket_keepalive);
+    copy(from, to, sockopt::socket_linger, sockopt::set_socket_linger);
+    copy(from, to, sockopt::socket_oobinline, sockopt::set_socket_oobinline);
+    copy(from, to, sockopt::tcp_nodelay, sockopt::set_tcp_nodelay);
+    copy(from, to, sockopt::tcp_keepidle, sockopt::set_tcp_keepidle);
+    copy(from, to, sockopt::tcp_keepintvl, sockopt::set_tcp_keepintvl);
+    copy(from, to, sockopt::tcp_keepcnt, sockopt::set_tcp_keepcnt);
+    copy(from, to, sockopt::tcp_user_timeout, sockopt::set_tcp_user_timeout);
+    copy(from, to, sockopt::tcp_congestion, |to, name| sockopt::set_tcp_congestion(to, &name));
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        let read = |socket| sockopt::socket_timeout(socket, timeout);
+        copy(from, to, read, |to, value| sockopt::set_socket_timeout(to, timeout, value));
+    }
+    let priority = |socket| getsockopt(&socket, Priority).map_err(errno);
+    copy(from, to, priority, |to, value| setsockopt(&to, Priority, &value).map_err(errno));
+    if is_v4 {
+        copy(from, to, sockopt::ip_tos, sockopt::set_ip_tos);
+        copy(from, to, sockopt::ip_ttl, sockopt::set_ip_ttl);
+    } else {
+        copy(from, to, sockopt::ipv6_tclass, sockopt::set_ipv6_tclass);
+        copy(from, to, sockopt::ipv6_unicast_hops, |to, hops| sockopt::set_ipv6_unicast_hops(to, Some(hops)));
+    }
+    // The kernel reports the double of the size that was set (`socket(7)`).
+    let (receive, send) = (sockopt::socket_recv_buffer_size, sockopt::socket_send_buffer_size);
+    copy(from, to, receive, |to, size| sockopt::set_socket_recv_buffer_size(to, size / 2));
+    copy(from, to, send, |to, size| sockopt::set_socket_send_buffer_size(to, size / 2));
+}
+
+/// Copies one option. A value that is written is fixed, such as a buffer's size, which grows by itself otherwise; so it is
+/// written only where it differs.
+fn copy<'a, T: PartialEq>(
+    from: BorrowedFd<'a>,
+    to: BorrowedFd<'a>,
+    read: impl Fn(BorrowedFd<'a>) -> Result<T, Errno>,
+    write: impl FnOnce(BorrowedFd<'a>, T) -> Result<(), Errno>,
+) {
+    if let Ok(wanted) = read(from)
+        && read(to).as_ref() != Ok(&wanted)
+    {
+        let _ = write(to, wanted);
+    }
+}
+
+/// The device that a socket is bound to.
+fn device(socket: &OwnedFd) -> Option<OsString> {
+    getsockopt(socket, BindToDevice).ok().filter(|device| !device.is_empty())
+}
+
+/// The port of a socket that is bound.
+pub(super) fn port(socket: &OwnedFd) -> Option<NonZeroU16> {
+    let local = rustix::net::getsockname(socket).ok()?;
+    NonZeroU16::new(SocketAddr::try_from(local).ok()?.port())
+}
+
+fn errno(errno: nix::errno::Errno) -> Errno {
+    Errno::from_raw_os_error(errno as i32)
+}

@@ -1,0 +1,172 @@
+//! Sockets without a relay: the servers of a sandbox listen on sockets of the host.
+//!
+//! A relay costs two wake-ups and TCP twice. A sandbox of the same user needs none: its command runs under a seccomp filter
+//! that notifies for `bind` and `listen` ([`install`]), and a supervisor on the host answers ([`Supervisor`]). At `listen` it
+//! makes a socket of the host with the same port, replaces the server's own socket with it in the server's descriptor table,
+//! and makes the call return 0. From then on the server accepts connections of the host's loopback directly.
+//!
+//! ```text
+//!  server            kernel                      supervisor (this module)
+//!  listen(fd) ─────► notification ─────────────► pidfd_getfd: the server's socket, its options, who holds it
+//!                                                a host socket on 127.0.0.1, listening
+//!                                                the server's socket listens, too: it is the stub from now on
+//!                    fd and its duplicates ◄──── SECCOMP_IOCTL_NOTIF_ADDFD
+//!  ◄──── 0 ───────── ◄────────────────────────── answer
+//! ```
+//!
+//! # Parts
+//!
+//! | File | Contents |
+//! | --- | --- |
+//! | `filter` | the BPF program; pure |
+//! | `notify` | the system calls; unsafe |
+//! | `decision` | whether a socket is replaced, and by what; pure |
+//! | `tracee`, `procfs` | facts about the process and its descriptors; the parsers are pure |
+//! | `host_socket` | facts about sockets; makes the host's |
+//! | `serve`, `listener` | the thread, and what it keeps of each native listener |
+//! | `stub_relay` | clients inside the sandbox, relayed to the host socket |
+//!
+//! # What holds
+//!
+//! - In doubt, the call continues in the kernel and the relay serves the port. Each listener is decided alone.
+//! - No socket made here is reachable from another host, and no two sandboxes share a port (`host_socket`).
+//! - A port is free at once when its server closes the listener or dies: the supervisor holds no host socket, except while a
+//!   parent process of the server holds the stub for its later children.
+//! - The supervisor waits for nothing that a program in the sandbox controls, except that the program can delay its own calls.
+//! - `connect` is not trapped: a signal before the notification is received makes the call fail with EINTR, and a
+//!   non-blocking program takes that for a connection in progress. A signal at that moment makes `bind` or `listen` fail with
+//!   EINTR as well, before they had any effect; the kernel restarts them for handlers with SA_RESTART.
+//!
+//! # What a sandbox gives up
+//!
+//! A program inside holds a socket of the host's network namespace. It can stop listening on it, and connect it to any
+//! loopback service of the host.
+
+mod decision;
+mod filter;
+mod host_socket;
+mod listener;
+mod notify;
+mod procfs;
+mod serve;
+mod stub_relay;
+mod tracee;
+
+use std::io;
+use std::num::NonZeroU16;
+use std::os::fd::OwnedFd;
+use std::thread;
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+pub use decision::{Conflict, EPHEMERAL_PORTS, HostAddress, RelayReason};
+pub use notify::{InstallError, install};
+
+/// Native listeners of one sandbox. More are relayed, as far as the driver's own quota lets them.
+pub const LISTENERS_MAX: usize = 256;
+
+/// A server's listener that is a socket of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NativeListener {
+    /// Where it listens on the host.
+    #[serde(flatten)]
+    pub address: HostAddress,
+    /// The inode of the host's socket.
+    pub inode: u64,
+    /// The inode of the stub, which listens in the sandbox.
+    pub stub_inode: u64,
+    /// The process that called `listen`, as the supervisor numbers it.
+    pub process: u32,
+}
+
+impl NativeListener {
+    /// Its port, which is the same inside.
+    pub fn port(&self) -> u16 {
+        self.address.address.port()
+    }
+}
+
+/// A change that the supervisor reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NativeEvent {
+    /// A server listens on the host. Reported before its `listen` returns.
+    Opened(NativeListener),
+    /// The listener with this inode of its host socket is closed, and its stub with it.
+    Closed {
+        /// The inode.
+        inode: u64,
+    },
+    /// A server is about to listen inside, and has to be relayed. Reported before its `listen` returns.
+    Relayed {
+        /// The port.
+        port: NonZeroU16,
+        /// The inode of its socket in the sandbox.
+        inode: u64,
+        /// Why it is not native.
+        reason: RelayReason,
+    },
+    /// Clients inside the sandbox do not reach native listeners: a sentence for people.
+    Degraded {
+        /// What is wrong.
+        reason: String,
+    },
+    /// Every process of the sandbox has ended, or the kernel's descriptor failed. Nothing follows.
+    Ended,
+}
+
+/// The program that a supervisor works for. It is called on the supervisor's thread, so each call delays the server that
+/// listens.
+pub trait Driver: Send + 'static {
+    /// Whether a port may answer on the host.
+    fn may_expose(&mut self, port: NonZeroU16) -> bool;
+
+    /// Chooses what happens when a port is in use. `inodes` are the host's other sockets that listen on it. There may be none:
+    /// they were closed meanwhile, or a socket that does not listen holds the port.
+    fn conflict(&mut self, port: NonZeroU16, inodes: &[u64]) -> Conflict;
+
+    /// Takes a change.
+    fn report(&mut self, event: NativeEvent);
+}
+
+/// Why a supervisor could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperviseError {
+    /// The descriptor of notifications is of no use.
+    #[error("the notifications of the sandbox cannot be read")]
+    Notifications(#[source] Errno),
+    /// No inotify instance could be made; it reports the end of a listener.
+    #[error("no inotify instance is left (fs.inotify.max_user_instances)")]
+    Inotify(#[source] Errno),
+    /// A socket could not be made.
+    #[error("the host's sockets cannot be listed")]
+    Listing(#[source] io::Error),
+    /// The thread could not be started.
+    #[error("a thread could not be started")]
+    Thread(#[source] io::Error),
+}
+
+/// Answers the trapped calls of one sandbox, on a thread of its own, until every process of the sandbox has ended.
+///
+/// It cannot be stopped: a sandbox whose calls nothing answers has no `listen` any more (ENOSYS).
+#[derive(Debug)]
+pub struct Supervisor(());
+
+impl Supervisor {
+    /// Starts to answer. `notifications` is what [`install`] returned, and `netns_cookie` the `SO_NETNS_COOKIE` of the
+    /// sandbox. The calling thread is in the network namespace that servers are to listen in.
+    ///
+    /// # Errors
+    /// See [`SuperviseError`].
+    pub fn start(
+        notifications: OwnedFd,
+        netns_cookie: u64,
+        driver: impl Driver,
+    ) -> Result<Supervisor, SuperviseError> {
+        let serving = serve::Serving::new(notifications, netns_cookie, driver)?;
+        let thread = thread::Builder::new().name("landfall-native".to_owned());
+        thread.spawn(move || serving.run()).map_err(SuperviseError::Thread)?;
+        Ok(Supervisor(()))
+    }
+}
