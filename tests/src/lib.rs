@@ -25,6 +25,7 @@ mod relay;
 pub mod rpc;
 mod stranger;
 mod tcp;
+pub mod terminal;
 mod traffic;
 mod wait;
 mod way;
