@@ -25,6 +25,7 @@ pub mod start;
 pub mod status;
 pub mod stop;
 pub mod table;
+pub mod trust;
 pub mod up;
 pub mod version;
 
@@ -64,6 +65,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Restart(args) => restart::restart(&args),
         Verb::Start(args) => start::start(&args),
         Verb::Stop(args) => stop::stop(&args),
+        Verb::Trust(args) => trust::trust(&args),
         Verb::Events(args) => events::events(&args),
         Verb::Logs(args) => logs::logs(&args),
         Verb::Version(args) => version::version(&args),
@@ -117,7 +119,7 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     Exit::Usage.into()
 }
 
-const VERBS: [&str; 18] = [
+const VERBS: [&str; 19] = [
     "run",
     "attach",
     "detach",
@@ -132,6 +134,7 @@ const VERBS: [&str; 18] = [
     "restart",
     "start",
     "stop",
+    "trust",
     "events",
     "logs",
     "version",

@@ -33,6 +33,7 @@ use crate::cli::exit::chain;
 use crate::discovery::Discovery;
 use crate::docker::{Docker, LifeEvent};
 use crate::events::{Event, Journal};
+use crate::folder::Approvals;
 use crate::helper::{Helper, HelperOptions};
 use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
@@ -149,15 +150,20 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     raise_descriptor_limit();
 
     let docker = Docker::from_environment();
-    let supervisor = Supervisor::new(docker.clone(), journal.clone());
+    let approvals = Approvals::of(&home);
+    if let Err(error) = approvals.file().read() {
+        let text = format!("no file of any folder is trusted: {error}; landfall trust DIR starts a new list");
+        journal.tell(&Event::Notice { text });
+    }
+    let supervisor = Supervisor::new(docker.clone(), journal.clone(), approvals.clone());
     if !options.restart {
         // Jobs may ask, too.
         supervisor.disable();
     }
     let (brokers, rejections) = Brokers::new(docker.clone(), journal.clone(), options.broker_extensions);
     let attendants: Vec<Arc<dyn Attendant>> =
-        vec![brokers.clone(), Jobs::new(journal.clone(), supervisor.clone())];
-    let registry = Registry::open(registry_options(&options, &journal, &docker, attendants));
+        vec![brokers.clone(), Jobs::new(journal.clone(), supervisor.clone(), approvals.clone())];
+    let registry = Registry::open(registry_options(&options, &journal, &docker, &approvals, attendants));
     let addresses = addresses(&options, &docker).await;
     let last = read_number(&home.http_port_file());
     let bound = http::Bound::listen(options.http_port, last, &addresses, &journal).await?;
@@ -194,6 +200,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         tailscale: options.tailscale,
         helper: helper.clone(),
         registry: registry.clone(),
+        approvals,
         forwarding: forwarding.clone(),
         discovery: discovery.clone(),
         supervisor: options.restart.then_some(supervisor),
@@ -259,10 +266,12 @@ fn registry_options(
     options: &Options,
     journal: &Journal,
     docker: &Docker,
+    approvals: &Approvals,
     attendants: Vec<Arc<dyn Attendant>>,
 ) -> RegistryOptions {
     RegistryOptions {
         home: options.home.clone(),
+        approvals: approvals.clone(),
         journal: journal.clone(),
         liveness: Arc::new(Ways { docker: docker.clone() }),
         attendants,

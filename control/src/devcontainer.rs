@@ -37,6 +37,7 @@
 //! every other field.
 
 mod file;
+mod folder_ports;
 mod jsonc;
 mod parse;
 mod wire;
@@ -46,6 +47,8 @@ use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+
+pub use folder_ports::{DevcontainerFile, exposure_of_file};
 
 use crate::policy::{Allow, FIRST_UNPRIVILEGED, Policy, PortForward, PortList};
 use crate::registration::model::PortNote;
@@ -220,7 +223,7 @@ impl Devcontainer {
     ///
     /// # Errors
     /// [`DevcontainerError::File`] names the file.
-    pub fn read(folder: &Path) -> Result<Option<Devcontainer>, DevcontainerError> {
+    pub fn read(folder: &Path) -> Result<Option<DevcontainerFile>, DevcontainerError> {
         file::read(folder)
     }
 

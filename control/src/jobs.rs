@@ -15,6 +15,7 @@
 
 mod machine;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use self::machine::{Input, Key, Machine, Run};
 use crate::events::{Event, Journal};
-use crate::folder::{self, Command};
+use crate::folder::{self, Approvals, Command};
 use crate::registration::model::{ContainerName, Registration};
 use crate::registration::store::{Attendant, StopReason};
 use crate::supervisor::Supervisor;
@@ -43,6 +44,7 @@ pub struct Jobs {
     own: Weak<Jobs>,
     journal: Journal,
     supervisor: Supervisor,
+    approvals: Approvals,
     machine: Mutex<Machine>,
     /// Tells the clock that something else may be due first. It outlives the jobs by the moment that ends the clock.
     changed: Arc<Notify>,
@@ -52,12 +54,13 @@ pub struct Jobs {
 }
 
 impl Jobs {
-    /// Jobs that tell what becomes of them, and restart containers through `supervisor`.
-    pub fn new(journal: Journal, supervisor: Supervisor) -> Arc<Jobs> {
+    /// Jobs that run approved commands, report to the journal, and restart containers through `supervisor`.
+    pub fn new(journal: Journal, supervisor: Supervisor, approvals: Approvals) -> Arc<Jobs> {
         Arc::new_cyclic(|own| Jobs {
             own: own.clone(),
             journal,
             supervisor,
+            approvals,
             machine: Mutex::default(),
             changed: Arc::default(),
             clock: std::sync::Once::new(),
@@ -70,15 +73,20 @@ impl Jobs {
     pub async fn start(&self, registration: Arc<Registration>) {
         self.tell_difference(&registration).await;
         let name = &registration.container_name;
-        let folder = folder::sealed(&registration).unwrap_or_else(|error| {
-            self.journal.tell(&Event::Notice { text: format!("{name}: {error}; its jobs do not run") });
-            folder::Folder::default()
-        });
-        let jobs = folder.jobs.into_iter().map(|(job_name, job)| {
-            let input =
-                Input { registration: Arc::clone(&registration), job, trust_folder: folder.trust_folder };
-            (job_name, input)
-        });
+        let jobs = match self.approvals.settings(&registration).await {
+            Ok(approved) => approved.settings().jobs.clone(),
+            Err(error) => {
+                let way = match error.is_not_trusted() {
+                    true => format!("its commands are off; landfall trust {}", registration.cwd.display()),
+                    false => "its jobs do not run".to_owned(),
+                };
+                self.journal.tell(&Event::Notice { text: format!("{name}: {error}; {way}") });
+                BTreeMap::new()
+            }
+        };
+        let jobs = jobs
+            .into_iter()
+            .map(|(job_name, job)| (job_name, Input { registration: Arc::clone(&registration), job }));
         let runs = self.machine().start(name, jobs.collect(), Instant::now().into_std());
         self.clock.call_once(|| drop(tokio::spawn(keep_time(self.own.clone(), Arc::clone(&self.changed)))));
         self.changed.notify_one();
@@ -102,7 +110,10 @@ impl Jobs {
         let of = Arc::clone(registration);
         if tokio::task::spawn_blocking(move || folder::differs(&of)).await.unwrap_or(false) {
             let (name, file) = (&registration.container_name, folder::FILE);
-            let text = format!("{name}: {file} is not the one that was registered; register again to use it");
+            let folder = registration.cwd.display();
+            let text = format!(
+                "{name}: {file} is not the one that was registered; landfall trust {folder} to use it"
+            );
             self.journal.tell(&Event::Notice { text });
         }
     }
@@ -136,44 +147,46 @@ impl Jobs {
         self.begin(next.run.into_iter().collect());
     }
 
-    /// Gate and command; whether it succeeded.
+    /// Runs gate and command. Returns whether the command succeeded.
     async fn attempt(&self, key: &Key, input: &Input) -> bool {
         let (container_name, job) = (key.container.to_string(), key.job.clone());
         self.journal.tell(&Event::JobTickStart { container_name: container_name.clone(), job: job.clone() });
-        let command = |words: &[String]| {
-            Command::new(words, &input.registration, input.trust_folder, input.job.timeout)
-        };
-        let event = 'ended: {
-            if let Some(gate) = &input.job.gate {
-                match command(gate).run().await {
-                    Err(error) => {
-                        break 'ended Event::JobTickError {
-                            container_name,
-                            job,
-                            error: format!("gate: {error}"),
-                        };
-                    }
-                    Ok(no) if !no.succeeded() => {
-                        break 'ended Event::JobTickSkipped { container_name, job, reason: no.last_line };
-                    }
-                    Ok(_) => {}
-                }
-            }
-            match command(&input.job.command).run().await {
-                Err(error) => Event::JobTickError { container_name, job, error: error.to_string() },
-                Ok(ended) => {
-                    let reason = ended.last_line;
-                    match ended.code {
-                        Some(0) => Event::JobTickOk { container_name, job },
-                        Some(TRANSIENT) => Event::JobTickTransientFailure { container_name, job, reason },
-                        Some(REAUTH) => Event::JobTickReauthRequired { container_name, job, reason },
-                        _ => Event::JobTickError { container_name, job, error: reason },
-                    }
-                }
-            }
-        };
+        let event = self.tick(container_name, job, input).await;
         self.journal.tell(&event);
         matches!(event, Event::JobTickOk { .. })
+    }
+
+    async fn tick(&self, container_name: String, job: String, input: &Input) -> Event {
+        let approved = match self.approvals.settings(&input.registration).await {
+            Ok(approved) => approved,
+            Err(error) => return Event::JobTickError { container_name, job, error: error.to_string() },
+        };
+        let command = |words: &[String]| {
+            Command::new(words, &approved, &input.registration.container_name, input.job.timeout)
+        };
+        if let Some(gate) = &input.job.gate {
+            match command(gate).run().await {
+                Err(error) => {
+                    return Event::JobTickError { container_name, job, error: format!("gate: {error}") };
+                }
+                Ok(no) if !no.succeeded() => {
+                    return Event::JobTickSkipped { container_name, job, reason: no.last_line };
+                }
+                Ok(_) => {}
+            }
+        }
+        match command(&input.job.command).run().await {
+            Err(error) => Event::JobTickError { container_name, job, error: error.to_string() },
+            Ok(ended) => {
+                let reason = ended.last_line;
+                match ended.code {
+                    Some(0) => Event::JobTickOk { container_name, job },
+                    Some(TRANSIENT) => Event::JobTickTransientFailure { container_name, job, reason },
+                    Some(REAUTH) => Event::JobTickReauthRequired { container_name, job, reason },
+                    _ => Event::JobTickError { container_name, job, error: reason },
+                }
+            }
+        }
     }
 
     fn restart(&self, key: &Key, registration: Arc<Registration>, refusal: Option<String>) {
@@ -201,6 +214,10 @@ impl Attendant for Jobs {
     }
 
     fn start(&self, registration: Arc<Registration>) -> BoxFuture<'_, ()> {
+        Box::pin(Jobs::start(self, registration))
+    }
+
+    fn folder_changed(&self, registration: Arc<Registration>) -> BoxFuture<'_, ()> {
         Box::pin(Jobs::start(self, registration))
     }
 

@@ -19,7 +19,7 @@ use self::drift::Drift;
 use self::queue::{Queue, Restart};
 use crate::docker::Docker;
 use crate::events::{Event, Journal};
-use crate::folder::{self, Command, CommandError, Ended, Folder};
+use crate::folder::{Approvals, Approved, Command, CommandError, Ended, FolderError};
 use crate::registration::model::Registration;
 
 /// How long the folder's own check may take.
@@ -40,6 +40,7 @@ pub struct Supervisor(Arc<Inner>);
 struct Inner {
     docker: Docker,
     journal: Journal,
+    approvals: Approvals,
     drift: Drift,
     state: Mutex<State>,
     /// Tickets that are out, and restarts that run.
@@ -64,26 +65,26 @@ pub struct Ticket {
 }
 
 impl Supervisor {
-    /// A supervisor that restarts through `docker`, and tells what becomes of it.
-    pub fn new(docker: Docker, journal: Journal) -> Supervisor {
-        Supervisor::with(docker, journal, Drift::of_this_program())
+    /// A supervisor that restarts through `docker` or by approved commands, and reports to the journal.
+    pub fn new(docker: Docker, journal: Journal, approvals: Approvals) -> Supervisor {
+        Supervisor::with(docker, journal, approvals, Drift::of_this_program())
     }
 
-    fn with(docker: Docker, journal: Journal, drift: Drift) -> Supervisor {
+    fn with(docker: Docker, journal: Journal, approvals: Approvals, drift: Drift) -> Supervisor {
         let promised = TaskTracker::new();
-        Supervisor(Arc::new(Inner { docker, journal, drift, state: Mutex::default(), promised }))
+        Supervisor(Arc::new(Inner { docker, journal, approvals, drift, state: Mutex::default(), promised }))
     }
 
-    /// Checks what can be checked at once: local and deterministic. A configuration that cannot be read lets the restart
-    /// pass; the restart itself then says why.
+    /// Checks what can be checked at once: local and deterministic. A configuration that is not valid or not approved lets the
+    /// restart pass; the restart itself then gives the reason, or does without.
     ///
     /// # Errors
     /// The refusal, as the caller is to read it.
-    pub async fn preflight(&self, registration: &Registration) -> Result<(), String> {
+    pub async fn preflight(&self, registration: &Arc<Registration>) -> Result<(), String> {
         self.0.drift.check().await?;
-        let Ok(folder) = folder::sealed(registration) else { return Ok(()) };
-        let Some(words) = &folder.restart.preflight else { return Ok(()) };
-        let command = Command::new(words, registration, folder.trust_folder, PREFLIGHT_TIMEOUT);
+        let Ok(approved) = self.0.approvals.settings(registration).await else { return Ok(()) };
+        let Some(words) = &approved.settings().restart.preflight else { return Ok(()) };
+        let command = Command::new(words, &approved, &registration.container_name, PREFLIGHT_TIMEOUT);
         outcome(command.run().await)
             .map_err(|why| format!("restart refused for {}: {why}", registration.container_name))
     }
@@ -150,10 +151,17 @@ impl Supervisor {
         let registration = &restart.registration;
         // Time may have passed in the queue.
         self.0.drift.check().await?;
-        let folder = folder::sealed(registration)
-            .map_err(|error| format!("invalid config for {}: {error}", registration.container_name))?;
-        match (&folder.restart.stop, &folder.restart.start) {
-            (Some(stop), Some(start)) => self.by_commands(restart, &folder, stop, start).await,
+        let approved = match self.0.approvals.settings(registration).await {
+            Ok(approved) => approved,
+            Err(error @ FolderError::NotTrusted { .. }) => {
+                return self.by_docker(restart).await.map_err(|why| format!("{why} (commands off: {error})"));
+            }
+            Err(error) => {
+                return Err(format!("invalid config for {}: {error}", registration.container_name));
+            }
+        };
+        match (&approved.settings().restart.stop, &approved.settings().restart.start) {
+            (Some(stop), Some(start)) => self.by_commands(restart, &approved, stop, start).await,
             _ => self.by_docker(restart).await,
         }
     }
@@ -161,12 +169,12 @@ impl Supervisor {
     async fn by_commands(
         &self,
         restart: &Restart,
-        folder: &Folder,
+        approved: &Approved,
         stop: &[String],
         start: &[String],
     ) -> Result<(), String> {
         let command = |words, timeout| {
-            Command::new(words, &restart.registration, folder.trust_folder, timeout)
+            Command::new(words, approved, &restart.registration.container_name, timeout)
                 .with("LANDFALL_BUILD", if restart.build { "1" } else { "0" })
         };
         outcome(command(stop, STOP_TIMEOUT).run().await).map_err(|why| format!("stop failed: {why}"))?;

@@ -13,11 +13,14 @@ mod start;
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use landfall::docker::{Docker, DockerError, LifeEvent, Network};
 use landfall::events::Journal;
+use landfall::folder::Approvals;
 use landfall::liveness::Liveness;
+use landfall::paths::Home;
 use landfall::registration::model::{ContainerName, Registration};
 use landfall::supervisor::Supervisor;
 use serde_json::{Value, json};
@@ -457,11 +460,14 @@ async fn a_restart_is_told_from_its_promise_to_its_end() {
     let pid = container.told("{{.State.Pid}}");
     let journal = Journal::unkept();
     let mut told = journal.listen();
-    let supervisor = Supervisor::new(engine(), journal);
+    let home = tempfile::tempdir().unwrap();
+    let approvals = Approvals::of(&Home::at(home.path().to_owned()).unwrap());
+    let supervisor = Supervisor::new(engine(), journal, approvals);
     let fields = json!({"containerName": container.0.as_str(), "cwd": "/"});
     let registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
+    let registration = Arc::new(registration);
     supervisor.preflight(&registration).await.unwrap();
-    supervisor.accept(registration.into(), false).unwrap().begin();
+    supervisor.accept(registration, false).unwrap().begin();
     supervisor.stop().await;
     let kinds: Vec<Value> = std::iter::from_fn(|| told.try_recv().ok())
         .map(|line| serde_json::from_str::<Value>(&line).unwrap()["kind"].clone())

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use landfall::events::Journal;
+use landfall::folder::Approvals;
 use landfall::liveness::{Liveness, Probe};
 use landfall::paths::Home;
 use landfall::registration::file;
@@ -76,6 +77,7 @@ impl Probe for Everything {
 
 fn options(home: Home) -> RegistryOptions {
     RegistryOptions {
+        approvals: Approvals::of(&home),
         home,
         journal: Journal::unkept(),
         liveness: Arc::new(Everything),

@@ -124,6 +124,16 @@ impl Home {
         self.command(arguments).output().unwrap()
     }
 
+    /// Approves the files of a folder as they are now, with the program itself.
+    ///
+    /// # Panics
+    /// When it refuses.
+    #[track_caller]
+    pub fn trust(&self, folder: &Path) {
+        let output = self.command(&["trust", "--yes"]).arg(folder).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+
     /// Starts the daemon and waits until it answers.
     ///
     /// # Panics

@@ -352,7 +352,9 @@ fn on_top() {
     // Nobody is in it, so it is attached and cannot be reached.
     home.run(&["attach", "shop", "--cwd", folder.to_str().unwrap()]);
     let both = home.registered("shop").unwrap();
-    assert_eq!(both["portForward"], json!({"allow": "*", "deny": [3000, 9229], "privileged": [80, 81]}));
+    assert_eq!(both["portForward"], json!({"allow": "*", "deny": [3000, 9229], "privileged": [80]}));
+    // The folder's own counts when it is approved.
+    assert_eq!(both["folderPorts"]["privileged"], json!([81]));
     assert_eq!(both["portNotes"], json!([{"first": 9229, "last": 9229, "label": "debug"}]));
 }
 

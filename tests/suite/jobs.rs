@@ -45,7 +45,13 @@ fn job(home: &Home, script: &str, more: &str) -> String {
     format!("[jobs.renew]\ncommand = {command}\n{more}\n")
 }
 
+/// Writes a folder's file and approves it.
 fn configure(home: &Home, name: &str, text: &str) {
+    write(home, name, text);
+    home.trust(&home.folder(name));
+}
+
+fn write(home: &Home, name: &str, text: &str) {
     std::fs::write(home.folder(name).join("landfall.toml"), text).unwrap();
 }
 
@@ -249,7 +255,7 @@ fn bad_configuration() {
     ];
     for (index, text) in texts.iter().enumerate() {
         let name = format!("bad{index}");
-        configure(&home, &name, text);
+        write(&home, &name, text);
         // It is known all the same: a mistake in a file costs what the file configures.
         register(&home, &name);
     }

@@ -41,6 +41,8 @@ mod stalled;
 mod streams;
 mod tailscale;
 mod tidy;
+mod trust;
+mod trust_verbs;
 mod upgrade;
 mod upstreams;
 mod walk;
@@ -87,6 +89,8 @@ fn main() -> std::process::ExitCode {
             portbroker_pair::CASES,
             portbroker_wire::CASES,
             ensure::CASES,
+            trust::CASES,
+            trust_verbs::CASES,
             tidy::CASES,
             upgrade::CASES,
             crash::CASES,

@@ -47,7 +47,13 @@ fn shell(home: &Home, script: &str) -> String {
     json!(["sh", "-c", script, "sh", diary(home)]).to_string()
 }
 
+/// Writes a folder's file and approves it.
 fn configure(home: &Home, name: &str, text: &str) {
+    write(home, name, text);
+    home.trust(&home.folder(name));
+}
+
+fn write(home: &Home, name: &str, text: &str) {
     std::fs::write(home.folder(name).join("landfall.toml"), text).unwrap();
 }
 
@@ -306,7 +312,7 @@ fn sealed_commands() {
     register_with(&home, "a", &json!({"restartToken": "t"}));
     // What a process in the container writes into its folder later is not what the user registered.
     let evil = shell(&home, "echo evil >> $1");
-    configure(
+    write(
         &home,
         "a",
         &format!(

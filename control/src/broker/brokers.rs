@@ -116,9 +116,9 @@ impl Brokers {
 
     /// What a registration's broker needs, where it has one.
     fn broker(&self, registration: &Registration) -> Option<Broker> {
-        let (registered_port, policy, token) = registration.broker()?;
+        let (registered_port, _, token) = registration.broker()?;
         let name = &registration.container_name;
-        if policy.is_off() {
+        if registration.exposes_nothing() {
             let text = format!("[portbroker:{name}] not started: its list of allowed ports is empty");
             self.journal.tell(&Event::Notice { text });
             return None;

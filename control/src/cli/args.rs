@@ -3,6 +3,7 @@
 mod agent;
 mod daemon;
 mod start;
+mod trust;
 
 use std::ffi::OsString;
 use std::num::NonZeroU32;
@@ -17,6 +18,7 @@ pub use daemon::{
 };
 
 pub use start::{StartArgs, StopArgs};
+pub use trust::TrustArgs;
 
 use crate::policy::{Policy, PortList};
 use crate::registration::model::ContainerName;
@@ -104,6 +106,9 @@ pub enum Verb {
     /// Stop and remove what `start` has made
     #[command(after_help = start::STOP_NOTES)]
     Stop(StopArgs),
+    /// Approve what the files of a folder ask for: commands, secrets, ports below 1024
+    #[command(after_help = trust::TRUST_NOTES)]
+    Trust(TrustArgs),
     /// Tell what happens in the daemon, as it happens
     Events(EventsArgs),
     /// Tell what has happened in the daemon
@@ -150,6 +155,7 @@ impl Verb {
             Verb::Restart(args) => args.json,
             Verb::Start(args) => args.json,
             Verb::Stop(args) => args.json,
+            Verb::Trust(args) => args.json,
             Verb::Events(args) => args.json,
             Verb::Logs(args) => args.json,
             Verb::Agent(args) => match &args.verb {

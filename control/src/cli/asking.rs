@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::exit::{Exit, Failure, chain};
 use crate::discovery::report::Found;
+use crate::folder::Withheld;
 use crate::helper::HelperFacts;
 use crate::paths::{Home, HomeError};
 use crate::reconcile::table::{ContainerState, EngineFacts};
@@ -60,6 +61,9 @@ pub struct Container {
     /// What makes the daemon forward it by itself, where it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub found_by: Option<FoundBy>,
+    /// The files of its folder that have no effect.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withheld: Vec<Withheld>,
     /// How far it is reached, and its ports.
     #[serde(flatten)]
     pub state: ContainerState,

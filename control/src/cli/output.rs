@@ -146,6 +146,20 @@ impl Talk {
         }
     }
 
+    /// Whether a person can answer [`Talk::ask`].
+    pub fn can_ask() -> bool {
+        io::stdin().is_terminal() && io::stderr().is_terminal()
+    }
+
+    /// Asks a question on standard error and reads one line. Anything but `y` or `yes` is a no, and so is the end of the input.
+    pub fn ask(&self, question: &str) -> bool {
+        let mut error = io::stderr();
+        let mut answer = String::new();
+        let asked = error.write_all(question.as_bytes()).and_then(|()| error.flush());
+        let read = asked.and_then(|()| io::stdin().read_line(&mut answer));
+        read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")
+    }
+
     /// Colours a word, where there are colours.
     pub fn paint(&self, word: &str, colour: Colour) -> String {
         if self.colour { format!("\u{1b}[{}m{word}\u{1b}[0m", colour as u8) } else { word.to_owned() }

@@ -8,8 +8,8 @@ use super::args::{RegisterArgs, WayArgs};
 use super::asking;
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Talk};
-use super::start;
-use crate::devcontainer::{Devcontainer, Exposure, exposure};
+use super::start::{self, Folder};
+use crate::devcontainer::{Devcontainer, Exposure, exposure, exposure_of_file};
 use crate::processes;
 use crate::registration::model::{Token, Way};
 use crate::rpc::client::PATIENT_BUDGET;
@@ -37,15 +37,8 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
         Failure::new(Exit::Usage, format!("the folder {} cannot be used: {}", cwd.display(), chain(&error)))
             .hint("give the container's folder on the host with --cwd")
     })?;
-    let said = start::read_and_tell(&cwd, Talk::to_stderr(args.json))?;
-    // Whether there is such a container, and what its labels say, only the daemon may ever know.
-    let Exposure { policy, notes, .. } = exposure(None, None, Devcontainer::default(), said);
     let restart = token(args.restart_token_file.as_deref(), "LANDFALL_RESTART_TOKEN")?;
     let broker = token(args.broker_token_file.as_deref(), "LANDFALL_BROKER_TOKEN")?;
-    let cwd = cwd.to_str().ok_or_else(|| {
-        Failure::new(Exit::Usage, format!("the path {} is not UTF-8", cwd.display()))
-            .hint("the daemon takes paths as JSON, which knows no other text")
-    })?;
     if args.way.websocket && (args.ws_host_port.is_none() || broker.is_none()) {
         let what = if broker.is_none() { "a broker token" } else { "the host port" };
         return Err(Failure::new(
@@ -54,22 +47,36 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
         )
         .hint("give --ws-host-port PORT, and --broker-token-file FILE or LANDFALL_BROKER_TOKEN"));
     }
+    let way = way(&args.way)?;
+    let text = cwd.to_str().ok_or_else(|| {
+        Failure::new(Exit::Usage, format!("the path {} is not UTF-8", cwd.display()))
+            .hint("the daemon takes paths as JSON, which knows no other text")
+    })?;
+    // Last, since it may ask a question.
+    let folder = Folder { path: cwd.clone(), text: text.to_owned() };
+    let (home, options) = (asking::home()?, args.options());
+    let file = start::read_for_registration(&folder, &home, options.is_none(), args.json)?;
+    // Whether there is such a container, and what its labels say, only the daemon may ever know.
+    let (Exposure { policy, notes, .. }, folder_ports) =
+        exposure_of_file(file, |said| exposure(options.clone(), None, Devcontainer::default(), said));
+    let policy = policy.or_else(|| args.default_policy());
     let mut request = Map::new();
     request.insert("kind".to_owned(), "register".into());
     request.insert("containerName".to_owned(), args.name.as_str().into());
-    request.insert("cwd".to_owned(), cwd.into());
+    request.insert("cwd".to_owned(), text.into());
     let mut add = |name: &str, value: Option<Value>| {
         request.extend(value.map(|value| (name.to_owned(), value)));
     };
     add("restartToken", restart.map(|token| token.reveal().into()));
     add("brokerToken", broker.map(|token| token.reveal().into()));
     add("wsHostPort", args.ws_host_port.map(|port| port.get().into()));
-    add("portForward", args.policy(policy).and_then(|policy| serde_json::to_value(policy).ok()));
+    add("portForward", policy.and_then(|policy| serde_json::to_value(policy).ok()));
     add(
         "portNotes",
         Some(notes).filter(|notes| !notes.is_empty()).and_then(|notes| serde_json::to_value(notes).ok()),
     );
-    add("way", way(&args.way)?.and_then(|way| serde_json::to_value(way).ok()));
+    add("folderPorts", folder_ports.and_then(|ports| serde_json::to_value(ports).ok()));
+    add("way", way.and_then(|way| serde_json::to_value(way).ok()));
     Ok(Value::Object(request))
 }
 

@@ -10,7 +10,8 @@ use super::args::StartArgs;
 use super::asking;
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Report, Talk};
-use crate::devcontainer::{Devcontainer, Exposure, exposure};
+use super::trust;
+use crate::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, exposure_of_file};
 use crate::discovery::labels;
 use crate::docker::labels::ContainerLabels;
 use crate::docker::{Docker, DockerError, FOLDER_LABEL, Listed};
@@ -30,7 +31,8 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
         Failure::new(Exit::Usage, format!("{} has no name that a container could have", folder.text))
             .hint("say one with --name")
     })?;
-    let said = read(&folder.path)?.unwrap_or_default();
+    let file = read(&folder.path)?;
+    let said = file.as_ref().map(|file| file.devcontainer.clone()).unwrap_or_default();
     let image = Image::of(&folder.path, args.image.as_deref(), &said).map_err(|why| {
         Failure::new(Exit::Usage, why)
             .hint("add a Dockerfile or a devcontainer.json to the folder, or say --image IMAGE")
@@ -45,6 +47,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     let client = Client::new(home.socket()).within(PATIENT_BUDGET);
     let http_port = asking::ensured(home.clone(), Vec::new())?.http_port;
     is_free(&client, &name)?;
+    trust::offer(&folder, &home, args.policy().is_none(), args.json)?;
 
     let talk = Talk::to_stdout(args.json);
     let prepared = runtime.block_on(prepare(&docker, &folder, &name, &image, talk, args.json))?;
@@ -55,14 +58,16 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     for why in &inherited.nonsense {
         aside.report(&Report::Note { text: format!("image {}: {why}", prepared.image), hint: None });
     }
-    // A port that is named here is one more of the file's.
-    let said = said.merge(Devcontainer::forwarding(args.port.iter().copied()));
     let image_deny = match args.policy() {
         Some(_) => PortList::default(),
         None => inherited.image_deny,
     };
-    let Exposure { policy, notes, not_used } =
-        exposure(args.policy(), None, inherited.metadata, said).denying(&image_deny);
+    let metadata = inherited.metadata;
+    let (Exposure { policy, notes, not_used }, folder_ports) = exposure_of_file(file, |said| {
+        // A port that is named on the command line is added to the file's, and needs no approval.
+        let said = said.merge(Devcontainer::forwarding(args.port.iter().copied()));
+        exposure(args.policy(), None, metadata.clone(), said).denying(&image_deny)
+    });
     tell_not_used(&not_used, aside);
     let built = match &image {
         Image::Built(from) => Some(from),
@@ -71,7 +76,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     let recipe = Recipe { name: &name, folder: &folder.text, image: &prepared.image, built, http_port };
     let fixed = json!({
         "kind": "register", "containerName": name.as_str(), "cwd": folder.text, "way": Way::DOCKER,
-        "portForward": policy.unwrap_or_default(), "portNotes": notes,
+        "portForward": policy.unwrap_or_default(), "portNotes": notes, "folderPorts": folder_ports,
     });
     let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
     runtime.block_on(start::start(&mut hands, last_port(&home, &name)))?;
@@ -100,18 +105,26 @@ pub(super) fn folder(named: Option<&Path>) -> Result<Folder, Failure> {
 }
 
 /// What the folder's `devcontainer.json` says.
-pub(super) fn read(folder: &Path) -> Result<Option<Devcontainer>, Failure> {
+pub(super) fn read(folder: &Path) -> Result<Option<DevcontainerFile>, Failure> {
     Devcontainer::read(folder).map_err(|error| {
         Failure::new(Exit::Usage, error.to_string())
             .hint("mend it; comments and trailing commas are fine, everything else is as in JSON")
     })
 }
 
-/// The same for a registration of the folder. Fields that nothing is done about are told.
-pub(super) fn read_and_tell(folder: &Path, aside: Talk) -> Result<Devcontainer, Failure> {
-    let said = read(folder)?.unwrap_or_default();
-    tell_not_used(said.not_used(), aside);
-    Ok(said)
+/// The same for a registration of the folder, after the question whether its files are trusted. Prints the fields that
+/// landfall does not act on.
+pub(super) fn read_for_registration(
+    folder: &Folder,
+    home: &Home,
+    with_ports: bool,
+    as_json: bool,
+) -> Result<Option<DevcontainerFile>, Failure> {
+    let file = read(&folder.path)?;
+    let not_used = file.as_ref().map(|file| file.devcontainer.not_used()).unwrap_or_default();
+    tell_not_used(not_used, Talk::to_stderr(as_json));
+    trust::offer(folder, home, with_ports, as_json)?;
+    Ok(file)
 }
 
 /// What people are told when Docker did not do it.

@@ -9,6 +9,7 @@ use super::asking::{self, Container, Description};
 use super::exit::{Exit, Failure};
 use super::ls;
 use super::output::{Colour, Talk};
+use super::trust;
 use super::up::{engine_in_words, tell_helper};
 use crate::reconcile::table::{Reached, RowState};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
@@ -34,10 +35,12 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     let ports: usize = description.containers.iter().map(open).sum();
     let count = description.containers.len();
     if json {
+        let withheld = trust::withheld(&description.containers);
         let Description { version, pid, home, http_port, replayed, engine, docker_helper, .. } = description;
         let told = json!({
             "version": version, "pid": pid, "home": home, "httpPort": http_port, "replayed": replayed,
             "engine": engine, "dockerHelper": docker_helper, "containers": count, "forwards": ports,
+            "withheld": withheld,
         });
         talk.plain(&told.to_string());
         return Ok(());
@@ -57,6 +60,7 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     }
     let back = if description.replayed { "" } else { "; those of the last daemon are on their way back" };
     talk.line("serves", Colour::Green, &format!("containers: {count}, forwards: {ports}{back}"));
+    trust::print_withheld(talk, &description.containers);
     Ok(())
 }
 
@@ -91,6 +95,9 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
         if let (Some(Value::Object(state)), Some(told)) = (state, told.as_object_mut()) {
             told.extend(state);
         }
+        if let Some(detail) = &detail {
+            told["withheld"] = json!(detail.withheld);
+        }
         talk.plain(&told.to_string());
         return Ok(());
     }
@@ -99,7 +106,9 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
     let words: Vec<String> = ports.iter().map(u16::to_string).collect();
     let words = if words.is_empty() { "none".to_owned() } else { words.join(", ") };
     talk.line("ports", Colour::Green, &words);
-    if let Some(Container { state, .. }) = &detail {
+    if let Some(container) = &detail {
+        trust::print_withheld_of(talk, container);
+        let state = &container.state;
         talk.line("way", Colour::Grey, state.way.as_deref().unwrap_or("none; it is only remembered"));
         let why = state.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         let colour = if state.state == Reached::Unreachable { Colour::Yellow } else { Colour::Green };

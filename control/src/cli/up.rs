@@ -11,6 +11,7 @@ use super::args::UpArgs;
 use super::asking::{self, Description};
 use super::exit::{Exit, Failure, chain};
 use super::output::{Colour, Report, Talk};
+use super::trust;
 use crate::helper::program::Program;
 use crate::helper::{ACCESS, HelperFacts, HelperState};
 use crate::policy;
@@ -21,8 +22,11 @@ use crate::version;
 
 /// How long a helper that is being made is waited for; its image is brought to the engine the first time.
 const HELPER_MAX: Duration = Duration::from_secs(30);
-/// How often it is looked at.
-const POLL: Duration = Duration::from_millis(50);
+/// The longest wait for the registrations of the last daemon, so that folders without an approval can be named. It takes
+/// milliseconds, unless Docker is slow to answer.
+const REPLAY_MAX: Duration = Duration::from_secs(2);
+/// The interval between two questions to the daemon meanwhile.
+const POLL: Duration = Duration::from_millis(20);
 
 /// Starts the daemon, or finds it, or puts this build in the place of another one.
 pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
@@ -36,7 +40,7 @@ pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
         Program::own().map_err(|error| Failure::new(Exit::Refused, chain(&error)).hint(error.hint()))?;
     }
     let ensured = asking::ensured(home, args.daemon.words())?;
-    let description = described_with_helper(&client)?;
+    let description = described(&client)?;
     let talk = Talk::to_stdout(args.json);
     if args.json {
         talk.plain(&to_json(&ensured, description.as_ref()).to_string());
@@ -47,14 +51,16 @@ pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-/// What the daemon says about itself, once it knows whether it has a helper that it is to have.
-fn described_with_helper(client: &Client) -> Result<Option<Description>, Failure> {
-    let until = Instant::now() + HELPER_MAX;
+/// Returns the daemon's description, once its helper runs or has failed and the registrations of the last daemon are back.
+fn described(client: &Client) -> Result<Option<Description>, Failure> {
+    let start = Instant::now();
     loop {
         let description = asking::describe(client)?;
         let helper = description.as_ref().and_then(|description| description.docker_helper.as_ref());
         let starts = helper.is_some_and(|helper| helper.state == HelperState::Starting);
-        if !starts || Instant::now() >= until {
+        let replays = description.as_ref().is_some_and(|description| !description.replayed);
+        let waited = start.elapsed();
+        if !(starts && waited < HELPER_MAX || replays && waited < REPLAY_MAX) {
             return Ok(description);
         }
         thread::sleep(POLL);
@@ -92,6 +98,7 @@ fn to_json(ensured: &Ensured, description: Option<&Description>) -> serde_json::
         "version": description.map_or_else(version::current, |description| description.version.clone()),
         "engine": description.and_then(|description| description.engine.as_ref()),
         "dockerHelper": description.and_then(|description| description.docker_helper.as_ref()),
+        "withheld": description.map(|description| trust::withheld(&description.containers)).unwrap_or_default(),
     })
 }
 
@@ -107,6 +114,9 @@ fn to_text(talk: Talk, ensured: &Ensured, description: Option<&Description>) {
     talk.line("engine", Colour::Green, &engine_in_words(engine));
     if let Some(helper) = description.and_then(|description| description.docker_helper.as_ref()) {
         tell_helper(talk, helper);
+    }
+    if let Some(description) = description {
+        trust::print_withheld(talk, &description.containers);
     }
 }
 

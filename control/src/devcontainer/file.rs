@@ -7,15 +7,16 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{BYTES_MAX, Devcontainer, DevcontainerError};
+use super::{BYTES_MAX, Devcontainer, DevcontainerError, DevcontainerFile};
+use crate::model::trust::{ContentDigest, FolderFile};
 
 /// Where it is looked for, below the folder; the first one counts (Dev Container reference, "devcontainer.json").
-const PLACES: [&str; 2] = [".devcontainer/devcontainer.json", ".devcontainer.json"];
+const PLACES: [FolderFile; 2] = [FolderFile::Devcontainer, FolderFile::DevcontainerAtTop];
 
-/// What the folder says; none where it has no such file.
-pub(super) fn read(folder: &Path) -> Result<Option<Devcontainer>, DevcontainerError> {
-    for place in PLACES {
-        let path = folder.join(place);
+/// The folder's file; none where it has no such file.
+pub(super) fn read(folder: &Path) -> Result<Option<DevcontainerFile>, DevcontainerError> {
+    for file in PLACES {
+        let path = folder.join(file.path());
         let wrong = |why: String| DevcontainerError::File { path: path.clone(), why };
         let Some(text) = text(&path).map_err(wrong)? else { continue };
         let mut read = Devcontainer::parse(&text).map_err(|error| wrong(error.to_string()))?;
@@ -25,7 +26,8 @@ pub(super) fn read(folder: &Path) -> Result<Option<Devcontainer>, DevcontainerEr
             build.dockerfile = base.join(&build.dockerfile);
             build.context = base.join(&build.context);
         }
-        return Ok(Some(read));
+        let sha256 = ContentDigest::of(text.as_bytes());
+        return Ok(Some(DevcontainerFile { devcontainer: read, file, sha256 }));
     }
     Ok(None)
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::trust::FolderFile;
 use crate::policy::{Allow, ControlPorts, Decision, Policy};
 use proptest::prelude::*;
 
@@ -212,12 +213,14 @@ fn a_folder_has_its_file_in_one_of_two_places() {
     let read = || Devcontainer::read(folder.path());
     assert_eq!(read(), Ok(None));
     std::fs::write(folder.path().join(".devcontainer.json"), r#"{"image": "second"}"#).unwrap();
-    assert_eq!(read().unwrap().unwrap().image(), Some("second"));
+    assert_eq!(read().unwrap().unwrap().devcontainer.image(), Some("second"));
     let place = folder.path().join(".devcontainer");
     std::fs::create_dir(&place).unwrap();
     std::fs::write(place.join("devcontainer.json"), r#"{"build": {"dockerfile": "D", "context": ".."}}"#)
         .unwrap();
     let first = read().unwrap().unwrap();
+    assert_eq!(first.file, FolderFile::Devcontainer);
+    let first = first.devcontainer;
     assert_eq!(first.build().unwrap().dockerfile, place.join("D"));
     assert_eq!(first.build().unwrap().context, place.join(".."));
     std::fs::write(place.join("devcontainer.json"), "{").unwrap();

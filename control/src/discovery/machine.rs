@@ -267,7 +267,7 @@ impl<'a> Look<'a> {
                 continue;
             };
             let name = self.follow(registration, at, container);
-            let is_off = registration.port_forward.as_ref().is_some_and(PortForward::is_off);
+            let is_off = registration.exposes_nothing();
             let verdict = if is_off { Verdict::Off(name) } else { Verdict::Forwarded(name, FoundBy::Name) };
             self.settle(at, verdict);
         }
@@ -454,6 +454,8 @@ fn registration(name: &ContainerName, docker_name: &ContainerName, id: &str, by:
         restart_token: None,
         ws_host_port: None,
         port_forward: None,
+        folder_ports: None,
+        folder_ports_approved: false,
         broker_token: None,
         way: Some(Way::Docker { container }),
         discovered: Some(Discovered { by, id: Some(id.to_owned()) }),
@@ -487,7 +489,7 @@ pub fn detach(name: &ContainerName, listed: &[Candidate], registered: &Registere
     let Some(discovered) = &current.discovered else {
         return Detach::Refused(format!("{name} was registered by name and folder; deregister it instead"));
     };
-    let is_off = current.port_forward.as_ref().is_some_and(PortForward::is_off);
+    let is_off = current.exposes_nothing();
     let without = Registered {
         entries: registered.entries.iter().filter(|entry| !Arc::ptr_eq(entry, current)).cloned().collect(),
     };
@@ -524,6 +526,7 @@ fn turned_off(registration: Registration, id: Option<String>, before: Option<Arc
     let nothing = PortForward { allow: Allow::Ports(BTreeSet::new()), deny: None, privileged: None };
     let registration = Registration {
         port_forward: Some(nothing),
+        folder_ports: None,
         discovered: Some(Discovered { by: FoundBy::Name, id }),
         ..registration
     };

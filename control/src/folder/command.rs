@@ -13,8 +13,10 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::net::unix::pipe;
 
+use super::approved::{Approved, Basis};
 use crate::name::escape;
-use crate::registration::model::Registration;
+use crate::registration::model::ContainerName;
+use crate::registry::trust_file::NotTrusted;
 use crate::running::Running;
 
 /// How much of the end of a command's output is kept, in bytes.
@@ -28,7 +30,8 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 #[derive(Clone, Debug)]
 pub struct Command {
     words: Vec<String>,
-    folder: PathBuf,
+    /// What permits it; without, it does not run.
+    basis: Option<Basis>,
     container: String,
     trust_folder: bool,
     timeout: Duration,
@@ -47,6 +50,9 @@ pub struct Ended {
 /// Why a command did not end.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum CommandError {
+    /// The approval of the folder's file does not hold, or no longer.
+    #[error("{file} {0}", file = super::FILE)]
+    NotTrusted(NotTrusted),
     /// There is no such program.
     #[error("program {0:?} was not found")]
     NotFound(String),
@@ -71,18 +77,19 @@ impl Ended {
 }
 
 impl Command {
-    /// The command of `words` for a registration's container.
+    /// The command of `words`, which are among the settings of `approved`, for a container. It runs in the folder that was
+    /// approved.
     pub fn new(
         words: &[String],
-        registration: &Registration,
-        trust_folder: bool,
+        approved: &Approved,
+        container: &ContainerName,
         timeout: Duration,
     ) -> Command {
         Command {
             words: words.to_vec(),
-            folder: registration.cwd.clone(),
-            container: registration.container_name.to_string(),
-            trust_folder,
+            basis: approved.basis().cloned(),
+            container: container.to_string(),
+            trust_folder: approved.settings().trust_folder,
             timeout,
             more: Vec::new(),
         }
@@ -95,15 +102,26 @@ impl Command {
         self
     }
 
-    /// Runs it to its end. Dropping the future kills it.
+    /// Checks the approval and runs it to its end. Dropping the future kills it; so does the end of the approval.
     ///
     /// # Errors
-    /// [`CommandError`]: it did not begin, or did not end in time.
+    /// [`CommandError`]: it did not start, or did not end in time.
     pub async fn run(&self) -> Result<Ended, CommandError> {
+        let basis = self.basis.as_ref().ok_or(CommandError::NotTrusted(NotTrusted::NotApproved))?;
+        // Before the check, so that no change in between is missed.
+        let changes = basis.changes();
+        basis.check().await.map_err(CommandError::NotTrusted)?;
+        tokio::select! {
+            ran = self.run_in(basis.folder()) => ran,
+            reason = basis.revoked(changes) => Err(CommandError::NotTrusted(reason)),
+        }
+    }
+
+    async fn run_in(&self, folder: &Path) -> Result<Ended, CommandError> {
         let path = std::env::var_os("PATH").unwrap_or_else(|| PATH.into());
-        let program = self.program(&path)?;
+        let program = self.program(&path, folder)?;
         let failed = |error: io::Error| CommandError::Start(self.name().to_owned(), error.to_string());
-        let (output, mut running) = self.spawn(&program, &path).map_err(failed)?;
+        let (output, mut running) = self.spawn(&program, &path, folder).map_err(failed)?;
         let mut tail = Tail::default();
         let status = tokio::time::timeout(self.timeout, wait(&mut running, &output, &mut tail)).await;
         match status {
@@ -121,13 +139,13 @@ impl Command {
         self.words.first().map_or("", String::as_str)
     }
 
-    fn spawn(&self, program: &Path, path: &OsString) -> io::Result<(pipe::Receiver, Running)> {
+    fn spawn(&self, program: &Path, path: &OsString, folder: &Path) -> io::Result<(pipe::Receiver, Running)> {
         let (reader, writer) = io::pipe()?;
         let mut command = tokio::process::Command::new(program);
         command
             .arg0(self.name())
             .args(self.words.iter().skip(1))
-            .current_dir(&self.folder)
+            .current_dir(folder)
             .env_clear()
             .env("PATH", path)
             .env("LANDFALL_CONTAINER_NAME", &self.container)
@@ -142,10 +160,10 @@ impl Command {
     }
 
     /// The program's own file, found as a shell would, and outside of the folder.
-    fn program(&self, path: &OsString) -> Result<PathBuf, CommandError> {
+    fn program(&self, path: &OsString, folder: &Path) -> Result<PathBuf, CommandError> {
         let name = Path::new(self.name());
         let candidates: Vec<PathBuf> = if self.name().contains('/') {
-            vec![self.folder.join(name)]
+            vec![folder.join(name)]
         } else {
             // A relative directory in PATH would be one of the folder's.
             std::env::split_paths(path)
@@ -164,8 +182,8 @@ impl Command {
                     CommandError::Start(self.name().to_owned(), format!("{}: {error}", path.display()))
                 })
             };
-            let (program, folder) = (real(&found)?, real(&self.folder)?);
-            if program.starts_with(&folder) || found.starts_with(&self.folder) {
+            // The folder's own path has no links.
+            if real(&found)?.starts_with(folder) || found.starts_with(folder) {
                 return Err(CommandError::InFolder(self.name().to_owned()));
             }
         }

@@ -18,6 +18,9 @@ const DURATION_MAX: Duration = Duration::from_secs(366 * 24 * 3_600);
 const JOBS_MAX: usize = 32;
 /// The longest name of a job, in bytes.
 const JOB_NAME_BYTES_MAX: usize = 64;
+/// The most tools that one folder asks for, and the longest name of a tool, in bytes: those of the definitions of tools.
+const TOOLS_MAX: usize = 64;
+const TOOL_NAME_BYTES_MAX: usize = 64;
 
 /// What a folder configures.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -35,6 +38,9 @@ pub struct Folder {
     /// What may be replaced by `secrets-patch`.
     #[serde(default)]
     pub secrets: Option<Secrets>,
+    /// Tools of the host that the container's programs use.
+    #[serde(default)]
+    pub tools: Option<Tools>,
 }
 
 /// How to restart. There are both of `stop` and `start`, or neither.
@@ -84,6 +90,15 @@ pub struct Secrets {
     pub keys: Vec<String>,
 }
 
+/// Tools of the host that the container's programs use. This grants none of them.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Tools {
+    /// Their names.
+    #[serde(deserialize_with = "tool_names")]
+    pub wants: Vec<String>,
+}
+
 impl Folder {
     /// Parses the text of a file.
     ///
@@ -118,16 +133,30 @@ fn jobs<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, Job>, D::
     if jobs.len() > JOBS_MAX {
         return Err(D::Error::custom(format!("{} jobs are more than {JOBS_MAX}", jobs.len())));
     }
-    let fits = |name: &str| {
-        (1..=JOB_NAME_BYTES_MAX).contains(&name.len())
-            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
-    };
-    match jobs.keys().find(|name| !fits(name)) {
+    match jobs.keys().find(|name| !is_name(name, JOB_NAME_BYTES_MAX)) {
         Some(name) => Err(D::Error::custom(format!(
             "a job's name is at most {JOB_NAME_BYTES_MAX} letters, digits, - and _; {name:?} is not"
         ))),
         None => Ok(jobs),
     }
+}
+
+fn tool_names<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    let names = Vec::<String>::deserialize(from)?;
+    if names.len() > TOOLS_MAX {
+        return Err(D::Error::custom(format!("{} tools are more than {TOOLS_MAX}", names.len())));
+    }
+    match names.iter().find(|name| !is_name(name, TOOL_NAME_BYTES_MAX)) {
+        Some(name) => Err(D::Error::custom(format!(
+            "a tool's name is at most {TOOL_NAME_BYTES_MAX} letters, digits, - and _; {name:?} is not"
+        ))),
+        None => Ok(names),
+    }
+}
+
+fn is_name(name: &str, bytes_max: usize) -> bool {
+    (1..=bytes_max).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
 }
 
 fn needed_command<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {

@@ -32,7 +32,6 @@ pub(super) struct Key {
 pub(super) struct Input {
     pub(super) registration: Arc<Registration>,
     pub(super) job: Job,
-    pub(super) trust_folder: bool,
 }
 
 /// A run that has to begin.

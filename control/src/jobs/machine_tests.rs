@@ -28,7 +28,7 @@ fn input(container: &str, cwd: &str) -> Input {
         restart: true,
     };
     let registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
-    Input { registration: Arc::new(registration), job, trust_folder: false }
+    Input { registration: Arc::new(registration), job }
 }
 
 /// A machine with one clock.

@@ -8,8 +8,10 @@ use tokio::sync::broadcast::Receiver;
 
 use super::*;
 use crate::docker::Docker;
+use crate::folder::test_support::TestHome;
 
 struct Bench {
+    home: TestHome,
     folder: TempDir,
     jobs: Arc<Jobs>,
     supervisor: Supervisor,
@@ -24,9 +26,11 @@ impl Bench {
     fn new() -> Bench {
         let journal = Journal::unkept();
         let told = journal.listen();
-        let supervisor = Supervisor::new(Docker::from_environment(), journal.clone());
-        let jobs = Jobs::new(journal, supervisor.clone());
-        Bench { folder: tempfile::tempdir().unwrap(), jobs, supervisor, told }
+        let home = TestHome::new();
+        let approvals = || home.approvals.clone();
+        let supervisor = Supervisor::new(Docker::from_environment(), journal.clone(), approvals());
+        let jobs = Jobs::new(journal, supervisor.clone(), approvals());
+        Bench { home, folder: tempfile::tempdir().unwrap(), jobs, supervisor, told }
     }
 
     fn path(&self) -> &Path {
@@ -37,7 +41,8 @@ impl Bench {
         std::fs::write(self.path().join(folder::FILE), text).unwrap();
         let fields = json!({"containerName": "coder", "cwd": self.path()});
         let mut registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
-        folder::seal(&mut registration);
+        self.home.approve(self.path());
+        folder::seal(&mut registration, self.home.approvals.file());
         Arc::new(registration)
     }
 
@@ -171,7 +176,7 @@ async fn a_folder_that_was_changed_after_it_was_registered_runs_as_it_was() {
         .unwrap();
     bench.jobs.start(registration).await;
     let notice = bench.event().await;
-    assert!(notice["text"].as_str().unwrap().contains("register again"), "{notice}");
+    assert!(notice["text"].as_str().unwrap().contains("is not the one that was registered"), "{notice}");
     assert_eq!(bench.event().await, told("job-tick-start", &[]));
 }
 

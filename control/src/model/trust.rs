@@ -47,7 +47,7 @@ pub enum FolderFile {
 
 impl FolderFile {
     /// Its path, relative to the folder.
-    pub fn path(self) -> &'static str {
+    pub const fn path(self) -> &'static str {
         match self {
             FolderFile::Settings => "landfall.toml",
             FolderFile::Devcontainer => ".devcontainer/devcontainer.json",

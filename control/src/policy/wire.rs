@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::{Policy, PortList};
+use super::{FIRST_UNPRIVILEGED, Policy, PortList};
 
 /// Which ports of a container may be exposed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -108,6 +108,28 @@ impl PortForward {
             return Err(PortForwardError::Both);
         }
         Ok(PortForward { allow, deny, privileged })
+    }
+
+    /// The ports below 1024 that may be exposed.
+    pub fn privileged_ports(&self) -> BTreeSet<NonZeroU16> {
+        let listed = match &self.allow {
+            Allow::All => self.privileged.as_ref(),
+            Allow::Ports(ports) => Some(ports),
+        };
+        let below = listed.into_iter().flatten().filter(|port| port.get() < FIRST_UNPRIVILEGED);
+        let is_denied = |port: &&NonZeroU16| self.deny.as_ref().is_some_and(|deny| deny.contains(port));
+        below.filter(|port| !is_denied(port)).copied().collect()
+    }
+
+    /// With these ports below 1024 exposed as well; ports from there on are ignored.
+    #[must_use]
+    pub fn with_privileged(mut self, ports: &BTreeSet<NonZeroU16>) -> PortForward {
+        let privileged = ports.iter().copied().filter(|port| port.get() < FIRST_UNPRIVILEGED);
+        match &mut self.allow {
+            Allow::All => self.privileged.get_or_insert_default().extend(privileged),
+            Allow::Ports(allowed) => allowed.extend(privileged),
+        }
+        self
     }
 
     /// Whether anything can ever be exposed.

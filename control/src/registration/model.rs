@@ -3,6 +3,8 @@
 //! The same six fields travel in `register` and lie in a file (wire specification, A.1.4 and A.7.1). Ours may carry more:
 //! [`Way`], and fields of a newer release that this one does not understand and keeps as they are.
 
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 
+use crate::model::trust::{ContentDigest, FolderFile};
 use crate::policy::{PortForward, port_of};
 
 /// A container's name: `^[A-Za-z0-9][A-Za-z0-9_.-]*$`, so it is a file's name, too, and never leads out of a directory.
@@ -207,6 +210,22 @@ pub struct PortNote {
     pub silent: bool,
 }
 
+/// Ports below 1024 that a file of the container's folder names. They are exposed where the user approved exactly the content
+/// that named them (`landfall trust`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FolderPorts {
+    /// The file.
+    pub file: FolderFile,
+    /// Its content.
+    pub sha256: ContentDigest,
+    /// The ports.
+    pub privileged: BTreeSet<NonZeroU16>,
+    /// Fields that this release does not know, kept as they came.
+    #[serde(flatten)]
+    pub unknown: Map<String, Value>,
+}
+
 /// One container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -224,6 +243,12 @@ pub struct Registration {
     /// Which of its ports may be exposed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port_forward: Option<PortForward>,
+    /// Which more, where a file of its folder is approved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub folder_ports: Option<FolderPorts>,
+    /// Whether that file is approved, as of the last look at the approvals. Never kept.
+    #[serde(skip)]
+    pub folder_ports_approved: bool,
     /// What the daemon presents to it over its WebSocket.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub broker_token: Option<Token>,
@@ -286,6 +311,12 @@ impl Registration {
                     .map_err(|error| RegistrationError::Because("portForward", error.to_string()))?,
             ),
         };
+        // A field that only a newer release can read opens no port, and is kept with the other unknown fields.
+        let folder_ports =
+            fields.get("folderPorts").and_then(|value| serde_json::from_value(value.clone()).ok());
+        if folder_ports.is_some() {
+            fields.remove("folderPorts");
+        }
         let way = match fields.remove("way") {
             None => None,
             Some(way) => Some(read_way(way)?),
@@ -300,6 +331,8 @@ impl Registration {
             restart_token,
             ws_host_port,
             port_forward,
+            folder_ports,
+            folder_ports_approved: false,
             broker_token,
             way,
             discovered,
@@ -311,6 +344,20 @@ impl Registration {
     /// Host port, policy and token of the container's WebSocket: it is used when there are all three.
     pub fn broker(&self) -> Option<(NonZeroU16, &PortForward, &Token)> {
         Some((self.ws_host_port?, self.port_forward.as_ref()?, self.broker_token.as_ref()?))
+    }
+
+    /// Which of its ports may be exposed now: those of the registration, and those of the folder's file where it is approved.
+    pub fn exposed(&self) -> Option<Cow<'_, PortForward>> {
+        let own = self.port_forward.as_ref();
+        let Some(ports) = self.folder_ports.as_ref().filter(|_| self.folder_ports_approved) else {
+            return own.map(Cow::Borrowed);
+        };
+        Some(Cow::Owned(own.cloned().unwrap_or_default().with_privileged(&ports.privileged)))
+    }
+
+    /// Whether none of its ports may be exposed.
+    pub fn exposes_nothing(&self) -> bool {
+        self.exposed().is_some_and(|exposed| exposed.is_off())
     }
 
     /// What Docker calls the container.

@@ -1,6 +1,7 @@
 //! What the registry's tasks share, and the changes themselves. Each of them runs inside its container's queue, or before
 //! any queue moves (replay); so a change to one name never meets another change to it.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::BoxFuture;
@@ -14,7 +15,9 @@ use super::model::{ContainerName, Registration, Token, Way};
 use super::queue::Queues;
 use super::store::{DropReason, PatchError, RegisterError, Registered, RegistryOptions, StopReason};
 use crate::events::Event;
+use crate::folder::FolderError;
 use crate::liveness::Liveness;
+use crate::registry::trust_file::TrustFile;
 use crate::secrets::SecretsConfig;
 use crate::{folder, processes, secrets};
 
@@ -89,16 +92,24 @@ impl Shared {
     }
 
     /// The effects of a `register`, in the wire's order (A.1.4): the file, the value, the event, the attendants.
-    pub(super) async fn register(&self, registration: Registration) -> Result<(), RegisterError> {
+    pub(super) async fn register(
+        &self,
+        registration: Registration,
+        asked_by: AskedBy,
+    ) -> Result<(), RegisterError> {
         self.replayed().await;
         if self.stopping.is_cancelled() {
             return Err(RegisterError::Stopping);
         }
         let mut registration = completed(registration)?;
-        let home = self.options.home.clone();
+        let (home, trust) = (self.options.home.clone(), self.options.approvals.file().clone());
         let written = self.on_disk(move || {
-            // Only the host's user gets here; what is taken in from disk keeps what was sealed then.
-            folder::seal(&mut registration);
+            match asked_by {
+                AskedBy::User => folder::seal(&mut registration, &trust),
+                // The container decides when it is found again; what was read for its user stays.
+                AskedBy::Discovery => drop(folder::seal_if_approved(&mut registration, &trust)),
+            }
+            check_ports(&mut registration, &trust);
             file::write(&home, &registration).map(|set_aside| (registration, set_aside))
         });
         let (registration, set_aside) = written.await.map_err(RegisterError::Persist)?;
@@ -122,6 +133,45 @@ impl Shared {
         let container_name = registration.container_name.to_string();
         self.options.journal.tell(&Event::Register { container_name });
         self.start_attendants(&registration).await;
+    }
+
+    /// Reads the files of a container's folder again, after its user approved or revoked them. Returns whether the container
+    /// is registered with this folder.
+    pub(super) async fn read_folder_again(
+        &self,
+        name: &ContainerName,
+        of: &Path,
+    ) -> Result<bool, RegisterError> {
+        self.replayed().await;
+        let Some(before) = self.find(name.as_str()) else { return Ok(false) };
+        let (home, trust) = (self.options.home.clone(), self.options.approvals.file().clone());
+        let of = of.to_owned();
+        let work = self.on_disk(move || {
+            if before.cwd != of && before.cwd.canonicalize().ok().as_ref() != Some(&of) {
+                return Ok(None);
+            }
+            let mut registration = Registration::clone(&before);
+            folder::seal(&mut registration, &trust);
+            check_ports(&mut registration, &trust);
+            let was_off = before.exposes_nothing();
+            file::write(&home, &registration).map(|_| Some((registration, was_off)))
+        });
+        let Some((registration, was_off)) = work.await.map_err(RegisterError::Persist)? else {
+            return Ok(false);
+        };
+        let registration = Arc::new(registration);
+        self.store(&registration);
+        if registration.exposes_nothing() == was_off {
+            for attendant in &self.options.attendants {
+                let started = attendant.folder_changed(Arc::clone(&registration));
+                self.bounded(attendant.name(), "starting", started).await;
+            }
+        } else {
+            self.stop_attendants(name, StopReason::Replaced).await;
+            self.start_attendants(&registration).await;
+        }
+        self.hint(name.as_str(), Look::First);
+        Ok(true)
     }
 
     pub(super) async fn deregister(&self, name: &ContainerName, reason: DropReason) {
@@ -173,8 +223,17 @@ impl Shared {
             return Err(PatchError::Stopping);
         }
         let current = self.find(name).ok_or_else(|| PatchError::NotRegistered(name.to_owned()))?;
-        let folder = folder::sealed(&current).map_err(|error| PatchError::Storage(error.to_string()))?;
-        let config = folder.secrets.map_or_else(SecretsConfig::default, SecretsConfig::from);
+        let config = match self.options.approvals.settings(&current).await {
+            Ok(approved) => approved.settings().secrets.clone().map(SecretsConfig::from),
+            // Without a table [secrets], an approval would not change what the container may replace.
+            Err(FolderError::NotTrusted { secrets: false, .. }) => None,
+            // The reason is for the host's user: it may hold paths of the host, and a container reads this.
+            Err(FolderError::NotTrusted { .. }) => {
+                return Err(PatchError::Storage(format!("{} is not trusted", folder::FILE)));
+            }
+            Err(error) => return Err(PatchError::Storage(error.to_string())),
+        };
+        let config = config.unwrap_or_default();
         let replaced = secrets::replace(&current.cwd, &config, patch);
         // Waiting for a lock that somebody else holds ends with the daemon; the file is as it was then, or replaced.
         match self.stopping.run_until_cancelled(replaced).await {
@@ -289,6 +348,24 @@ impl Shared {
             self.notice(format!("{name}.json was no registration; it is kept as {aside}"));
         }
     }
+}
+
+/// The origin of a registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AskedBy {
+    /// The host's user, over the daemon's own socket.
+    User,
+    /// A container that Docker lists.
+    Discovery,
+}
+
+/// Looks up whether the ports that a file of the folder names are approved. Reads small files.
+pub(super) fn check_ports(registration: &mut Registration, trust: &TrustFile) {
+    let is_approved = registration.folder_ports.as_ref().is_some_and(|ports| {
+        let folder = registration.cwd.canonicalize();
+        folder.is_ok_and(|folder| trust.check(&folder, ports.file, &ports.sha256).is_ok())
+    });
+    registration.folder_ports_approved = is_approved;
 }
 
 /// A registration with what only its receiver can know: when its process began.

@@ -6,6 +6,7 @@
 //! What is acknowledged is on disk: a registration that was answered with success is there after any crash, and one that
 //! was deregistered is not. A daemon that stops keeps its files.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,9 +17,10 @@ use tokio::sync::{OnceCell, watch};
 
 use super::misses::Look;
 use super::model::{ContainerName, Registration, Token};
-use super::shared::Shared;
+use super::shared::{AskedBy, Shared};
 use super::upkeep;
 use crate::events::Journal;
+use crate::folder::Approvals;
 use crate::liveness::Probe;
 use crate::paths::Home;
 use crate::secrets::SecretsError;
@@ -78,6 +80,11 @@ pub trait Attendant: Send + Sync {
     fn start(&self, registration: Arc<Registration>) -> BoxFuture<'_, ()>;
     /// It is no longer, or will be anew. Abandoned when it takes longer than the cleanup timeout.
     fn stop<'a>(&'a self, name: &'a ContainerName, reason: StopReason) -> BoxFuture<'a, ()>;
+    /// The user approved or revoked files of the folder; everything else is as it was. Abandoned likewise.
+    fn folder_changed(&self, registration: Arc<Registration>) -> BoxFuture<'_, ()> {
+        let _ = registration;
+        Box::pin(std::future::ready(()))
+    }
     /// The daemon stops. Abandoned likewise.
     fn drain(&self) -> BoxFuture<'_, ()>;
 }
@@ -126,6 +133,8 @@ impl From<SecretsError> for PatchError {
 pub struct RegistryOptions {
     /// Where files are.
     pub home: Home,
+    /// The files of folders that the user approved.
+    pub approvals: Approvals,
     /// Where events go.
     pub journal: Journal,
     /// Who looks at containers.
@@ -171,7 +180,7 @@ impl Registry {
             return Err(RegisterError::Stopping);
         }
         let (shared, name) = (Arc::clone(&self.shared), registration.container_name.clone());
-        let work = async move { shared.register(registration).await };
+        let work = async move { shared.register(registration, AskedBy::User).await };
         let answer = self.shared.queues.enqueue(name.as_str(), work).await;
         answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
     }
@@ -193,10 +202,31 @@ impl Registry {
             if current.as_ref().map(Arc::as_ptr) != before.as_ref().map(Arc::as_ptr) {
                 return Ok(false);
             }
-            shared.register(registration).await.map(|()| true)
+            shared.register(registration, AskedBy::Discovery).await.map(|()| true)
         };
         let answer = self.shared.queues.enqueue(name.as_str(), work).await;
         answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
+    }
+
+    /// Reads the files of a folder again for each container that is registered with it, after its user approved or revoked
+    /// them; commands that run without an approval are killed. `folder` is canonical. Returns the containers.
+    ///
+    /// # Errors
+    /// [`RegisterError::Persist`]: a registration could not be written. Those after it were not read again.
+    pub async fn read_folder_again(&self, folder: &Path) -> Result<Vec<ContainerName>, RegisterError> {
+        self.shared.options.approvals.notify_changed();
+        self.shared.replayed().await;
+        let mut containers = Vec::new();
+        for entry in &self.list().entries {
+            let (shared, name, of) =
+                (Arc::clone(&self.shared), entry.container_name.clone(), folder.to_owned());
+            let work = async move { shared.read_folder_again(&name, &of).await };
+            let answer = self.shared.queues.enqueue(entry.container_name.as_str(), work).await;
+            if answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))? {
+                containers.push(entry.container_name.clone());
+            }
+        }
+        Ok(containers)
     }
 
     /// Forgets what was found in Docker and is no more, unless it was registered anew since; whether it did.

@@ -117,6 +117,7 @@ impl Bench {
         let (kept, companion) = (Journal::unkept(), Arc::<Companion>::default());
         let journal = kept.listen();
         let registry = Registry::open(RegistryOptions {
+            approvals: Approvals::of(&home),
             home,
             journal: kept,
             liveness: Arc::<Script>::clone(&script),

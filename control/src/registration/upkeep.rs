@@ -10,7 +10,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::file::{self, Loaded, Unfit};
 use super::misses::{Look, Misses};
 use super::model::Registration;
-use super::shared::Shared;
+use super::shared::{Shared, check_ports};
+use crate::folder;
 use crate::liveness::Liveness;
 
 /// How many containers are looked at side by side. Each look is a question to the Docker engine.
@@ -40,7 +41,9 @@ async fn replay(shared: &Arc<Shared>, misses: &mut Misses) {
         Err(_) => return,
     };
     let whole: Vec<_> = loaded.into_iter().filter_map(|one| taken(shared, one)).collect();
-    let whole = whole.into_iter().map(|registration| (registration, Look::First)).collect();
+    let whole: Vec<_> =
+        stream::iter(whole).map(|one| with_approvals(shared, one)).buffered(PROBES_MAX).collect().await;
+    let whole = whole.into_iter().map(|registration| (Arc::new(registration), Look::First)).collect();
     let mut looked = probes(shared, whole);
     while let Some((registration, look, liveness)) = looked.next().await {
         match liveness {
@@ -56,10 +59,29 @@ async fn replay(shared: &Arc<Shared>, misses: &mut Misses) {
     }
 }
 
+/// A registration from disk, with what its user approved since it was written. A folder that does not answer in time is taken
+/// as one without approvals.
+async fn with_approvals(shared: &Shared, registration: Registration) -> Registration {
+    let (home, trust) = (shared.options.home.clone(), shared.options.approvals.file().clone());
+    let mut checked = registration.clone();
+    let work = move || {
+        check_ports(&mut checked, &trust);
+        if folder::seal_if_approved(&mut checked, &trust) {
+            // Where the write fails, the next start seals it again.
+            let _ = file::write(&home, &checked);
+        }
+        checked
+    };
+    match tokio::time::timeout(PROBE_TIMEOUT, tokio::task::spawn_blocking(work)).await {
+        Ok(Ok(checked)) => checked,
+        Ok(Err(_)) | Err(_) => registration,
+    }
+}
+
 /// What a file holds; or why it holds nothing, which is told.
-fn taken(shared: &Shared, loaded: Loaded) -> Option<Arc<Registration>> {
+fn taken(shared: &Shared, loaded: Loaded) -> Option<Registration> {
     match loaded.found {
-        Ok(registration) => Some(Arc::new(registration)),
+        Ok(registration) => Some(registration),
         Err(unfit) => {
             shared.skipped(&loaded.stem, &unfit.to_string());
             if let Unfit::Mismatch(detail) = unfit {

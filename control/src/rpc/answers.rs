@@ -4,6 +4,7 @@
 //! caller has its answer, so it travels with the answer as [`After`] and happens when the transport has written that.
 
 use std::num::NonZeroU16;
+use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
@@ -15,12 +16,13 @@ use super::protocol::{Request, Response, Restart, SecretsPatch};
 use crate::daemon::stop::StopSwitch;
 use crate::discovery::{Detached, Discovery};
 use crate::events::{Event, Journal};
+use crate::folder::{Approvals, Withheld, withheld};
 use crate::helper::{Helper, HelperFacts};
 use crate::paths::Home;
 use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
 use crate::reconcile::task::Forwarding;
 use crate::registration::model::{FoundBy, Registration};
-use crate::registration::store::{DropReason, Registry};
+use crate::registration::store::{DropReason, Registered, Registry};
 use crate::supervisor::{NOT_ENABLED, Supervisor};
 
 /// What a daemon that has begun to stop answers to everything but `shutdown`.
@@ -89,6 +91,8 @@ pub struct Answers {
     pub helper: Helper,
     /// What it knows.
     pub registry: Registry,
+    /// The files of folders that the user approved.
+    pub approvals: Approvals,
     /// What it forwards.
     pub forwarding: Forwarding,
     /// Who finds containers.
@@ -134,6 +138,7 @@ impl Answers {
             Request::Shutdown { drain_engine } => self.shutdown(drain_engine),
             Request::Describe => self.describe().await.into(),
             Request::Containers => self.containers().await.into(),
+            Request::ReadFolder { folder } => self.read_folder(&folder).await.into(),
             Request::Detach { container_name } => self.detach(&container_name).await.into(),
             Request::Events { container_name } => Answer::Follow(self.journal.listen(), container_name),
         }
@@ -174,6 +179,13 @@ impl Answers {
         let name = &request.container_name;
         match self.registry.patch_secrets(name, &request.patch).await {
             Ok(()) => Response::result(json!({ "containerName": name, "patched": true })),
+            Err(error) => Response::refused(error),
+        }
+    }
+
+    async fn read_folder(&self, folder: &Path) -> Response {
+        match self.registry.read_folder_again(folder).await {
+            Ok(containers) => Response::result(json!({ "containers": containers })),
             Err(error) => Response::refused(error),
         }
     }
@@ -219,6 +231,7 @@ impl Answers {
     async fn describe(&self) -> Response {
         let mut table = self.forwarding.table().await;
         let registered = self.registry.list();
+        let mut withheld = self.withheld(&registered).await.into_iter();
         let containers = registered.entries.iter().map(|entry| {
             let name = entry.container_name.as_str();
             let found = table.containers.iter().position(|state| state.container_name == name);
@@ -227,7 +240,8 @@ impl Answers {
                 None => just_registered(name),
             };
             let found_by = entry.discovered.as_ref().map(|discovered| discovered.by);
-            DescribedContainer { cwd: entry.cwd.display().to_string(), found_by, state }
+            let cwd = entry.cwd.display().to_string();
+            DescribedContainer { cwd, found_by, withheld: withheld.next().unwrap_or_default(), state }
         });
         Response::result(Description {
             containers: containers.collect(),
@@ -241,6 +255,14 @@ impl Answers {
             replayed: self.registry.replayed().now_or_never().is_some(),
             engine: table.engine,
         })
+    }
+
+    /// The files without effect of each registration's folder, in the order of the registrations.
+    async fn withheld(&self, registered: &Arc<Registered>) -> Vec<Vec<Withheld>> {
+        let (registered, approvals) = (Arc::clone(registered), self.approvals.clone());
+        let work = move || registered.entries.iter().map(|entry| withheld(entry, &approvals)).collect();
+        // The runtime ends.
+        tokio::task::spawn_blocking(work).await.unwrap_or_default()
     }
 }
 
@@ -295,6 +317,9 @@ pub struct DescribedContainer {
     /// What makes the daemon forward it by itself, where it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub found_by: Option<FoundBy>,
+    /// The files of its folder that have no effect.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withheld: Vec<Withheld>,
     /// What became of it.
     #[serde(flatten)]
     pub state: ContainerState,

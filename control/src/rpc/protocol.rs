@@ -4,6 +4,7 @@
 //! JSON again. The two steps are apart because HTTP decides who is asking in between, by kind and name alone (A.2).
 //! A mistake that the wire wants to be told only after others (in `restart`) stays inside the request until it is asked.
 
+use std::path::{Path, PathBuf};
 use std::str;
 
 use serde::ser::SerializeMap;
@@ -97,6 +98,7 @@ impl Envelope {
             "detach" => {
                 Request::Detach { container_name: self.name().ok_or(field("detach", "containerName"))? }
             }
+            "read-folder" => Request::ReadFolder { folder: self.folder()? },
             "events" => Request::Events { container_name: self.filter()? },
             _ => return Err(RequestError::UnknownKind),
         })
@@ -106,6 +108,13 @@ impl Envelope {
         match self.0.remove("containerName") {
             Some(Value::String(name)) => Some(name),
             _ => None,
+        }
+    }
+
+    fn folder(&mut self) -> Result<PathBuf, RequestError> {
+        match self.0.remove("folder") {
+            Some(Value::String(folder)) if Path::new(&folder).is_absolute() => Ok(PathBuf::from(folder)),
+            _ => Err(field("read-folder", "folder")),
         }
     }
 
@@ -169,6 +178,11 @@ pub enum Request {
         /// Which.
         container_name: String,
     },
+    /// Read the files of a folder again for each container that is registered with it: the user approved or revoked them.
+    ReadFolder {
+        /// The folder, every link resolved.
+        folder: PathBuf,
+    },
     /// Every event from now on. Never waits for replay.
     Events {
         /// Of this container alone.
@@ -193,6 +207,7 @@ impl Request {
             | Request::Status { .. }
             | Request::Restart(_)
             | Request::Detach { .. }
+            | Request::ReadFolder { .. }
             | Request::SecretsPatch(_) => true,
             Request::List
             | Request::HttpInfo

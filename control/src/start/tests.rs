@@ -121,7 +121,7 @@ fn the_image_is_what_is_named_or_said_or_the_folders_own() {
     let path = folder.path().canonicalize().unwrap();
     let said = |text: &str| {
         std::fs::write(path.join(".devcontainer.json"), text).unwrap();
-        Devcontainer::read(&path).unwrap().unwrap()
+        Devcontainer::read(&path).unwrap().unwrap().devcontainer
     };
     let nothing = Devcontainer::default();
     let named = |image: &str| Ok(Image::Named(image.to_owned()));

@@ -7,9 +7,12 @@ use tempfile::TempDir;
 use tokio::sync::broadcast::Receiver;
 
 use super::*;
+use crate::folder;
+use crate::folder::test_support::TestHome;
 
 /// A folder, its supervisor, and what is told.
 struct Bench {
+    home: TestHome,
     folder: TempDir,
     supervisor: Supervisor,
     told: Receiver<Arc<str>>,
@@ -19,8 +22,9 @@ impl Bench {
     fn new() -> Bench {
         let journal = Journal::unkept();
         let told = journal.listen();
-        let supervisor = Supervisor::new(Docker::from_environment(), journal);
-        Bench { folder: tempfile::tempdir().unwrap(), supervisor, told }
+        let home = TestHome::new();
+        let supervisor = Supervisor::new(Docker::from_environment(), journal, home.approvals.clone());
+        Bench { home, folder: tempfile::tempdir().unwrap(), supervisor, told }
     }
 
     fn path(&self) -> &Path {
@@ -41,7 +45,8 @@ impl Bench {
         std::fs::write(self.path().join(folder::FILE), text).unwrap();
         let fields = json!({"containerName": "coder", "cwd": self.path()});
         let mut registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
-        folder::seal(&mut registration);
+        self.home.approve(self.path());
+        folder::seal(&mut registration, self.home.approvals.file());
         Arc::new(registration)
     }
 
@@ -141,7 +146,8 @@ async fn a_program_that_drifted_refuses_before_the_promise_and_after_it() {
     let journal = Journal::unkept();
     bench.told = journal.listen();
     let drift = drift::tests::drift(programs.path());
-    bench.supervisor = Supervisor::with(Docker::from_environment(), journal, drift);
+    bench.supervisor =
+        Supervisor::with(Docker::from_environment(), journal, bench.home.approvals.clone(), drift);
     let registration = bench.registration("touch stopped", "true", None);
     assert_eq!(bench.supervisor.preflight(&registration).await, Ok(()));
     let ticket = bench.supervisor.accept(registration.clone(), false).unwrap();

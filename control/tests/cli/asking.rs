@@ -129,7 +129,11 @@ fn containers() -> Value {
               "process": "post\u{1b}[2Jgres", "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },
         ] },
         { "containerName": "coder", "cwd": "/w/coder", "way": "docker", "state": "unreachable",
-          "reason": "it does not run", "forwards": [] },
+          "reason": "it does not run", "forwards": [], "withheld": [
+            { "folder": "/w/coder", "file": "landfall.toml", "reason": "is not trusted", "needsTrust": true },
+            { "folder": "/w/coder", "file": ".devcontainer.json", "reason": "is not trusted", "needsTrust": true,
+              "ports": [80, 443] },
+        ] },
     ])
 }
 
@@ -213,7 +217,10 @@ fn a_folder_is_attached_on_top_of_what_the_containers_image_says() {
     } });
     let folder = r#"{ "forwardPorts": [80], "portsAttributes": { "3000": { "label": "folder" }, } } // mine"#;
     let request = attached(&said, folder, &[]);
-    assert_eq!(request["portForward"], json!({ "allow": [80, 3000, 9229] }));
+    assert_eq!(request["portForward"], json!({ "allow": [3000, 9229] }));
+    // A port below 1024 that the folder's file names needs an approval of that file.
+    assert_eq!(request["folderPorts"]["privileged"], json!([80]));
+    assert_eq!(request["folderPorts"]["file"], ".devcontainer.json");
     let labels: Vec<&Value> =
         request["portNotes"].as_array().unwrap().iter().map(|note| &note["label"]).collect();
     assert_eq!(labels, ["folder", "debug"]);

@@ -157,15 +157,17 @@ pub struct RegisterArgs {
 }
 
 impl RegisterArgs {
-    /// The port policy: the one that was asked for, else what the folder `said`, else the default where there has to be one.
-    pub fn policy(&self, said: Option<PortForward>) -> Option<PortForward> {
-        if self.allow.is_none() && self.deny.is_none() && said.is_some() {
-            return said;
-        }
-        (self.allow.is_some() || self.deny.is_some() || self.way.websocket).then(|| {
+    /// The port policy of the command line, where there is one.
+    pub fn options(&self) -> Option<PortForward> {
+        (self.allow.is_some() || self.deny.is_some()).then(|| {
             let deny = self.deny.clone().unwrap_or_default();
             PortForward::from(&Policy { allow: self.allow.clone(), deny })
         })
+    }
+
+    /// The port policy where neither the command line nor the folder has one: a WebSocket needs one.
+    pub fn default_policy(&self) -> Option<PortForward> {
+        self.way.websocket.then(PortForward::default)
     }
 }
 

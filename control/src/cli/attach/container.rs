@@ -11,8 +11,8 @@ use crate::cli::args::{AttachArgs, Ring};
 use crate::cli::asking::{self, Container};
 use crate::cli::exit::{Exit, Failure, chain};
 use crate::cli::output::{Colour, Report, Talk};
-use crate::cli::start;
-use crate::devcontainer::{self, Devcontainer, Exposure, exposure};
+use crate::cli::start::{self, Folder};
+use crate::devcontainer::{self, Exposure, exposure, exposure_of_file};
 use crate::discovery::report::{Forwarded, Found};
 use crate::folder::FOREGROUND;
 use crate::policy::{PortForward, PortList};
@@ -86,8 +86,9 @@ fn request(
     add("containerName", name.into());
     add("way", json!(way));
     add("discovered", json!(Discovered { by: FoundBy::Name, id: Some(found.id.clone()) }));
-    match &args.cwd {
-        Some(folder) => add("cwd", absolute(folder)?.into()),
+    let folder = args.cwd.as_deref().map(folder).transpose()?;
+    match &folder {
+        Some(folder) => add("cwd", folder.text.as_str().into()),
         None => {
             add(FOREGROUND, true.into());
             add("cwd", "/".into())
@@ -104,13 +105,20 @@ fn request(
     let metadata =
         found.devcontainer.as_ref().map(|said| devcontainer::from_metadata(&said.to_string(), None));
     let metadata = metadata.transpose().map_err(|error| asking::other_build(&error))?.unwrap_or_default();
-    let said = match &args.cwd {
-        Some(folder) => start::read_and_tell(folder, Talk::to_stderr(common.json))?,
-        None => Devcontainer::default(),
+    let file = match &folder {
+        Some(folder) => {
+            start::read_for_registration(folder, &asking::home()?, options.is_none(), common.json)?
+        }
+        None => None,
     };
     let image_deny = found.image_deny.as_deref().filter(|_| options.is_none()).map(str::parse).transpose();
     let image_deny: PortList = image_deny.map_err(|error| asking::other_build(&error))?.unwrap_or_default();
-    let Exposure { policy, notes, .. } = exposure(options, own, metadata, said).denying(&image_deny);
+    let (Exposure { policy, notes, .. }, folder_ports) = exposure_of_file(file, |said| {
+        exposure(options.clone(), own.clone(), metadata.clone(), said).denying(&image_deny)
+    });
+    if let Some(ports) = folder_ports {
+        add("folderPorts", json!(ports));
+    }
     if let Some(policy) = policy {
         add("portForward", json!(policy));
     }
@@ -120,13 +128,14 @@ fn request(
     Ok(Value::Object(request))
 }
 
-fn absolute(folder: &Path) -> Result<String, Failure> {
+fn folder(folder: &Path) -> Result<Folder, Failure> {
     let unusable = |why: &str| {
         Failure::new(Exit::Usage, format!("the folder {} cannot be used: {why}", folder.display()))
             .hint("give the container's folder on the host with --cwd")
     };
     let path = folder.canonicalize().map_err(|error| unusable(&chain(&error)))?;
-    path.to_str().map(str::to_owned).ok_or_else(|| unusable("its path is not UTF-8"))
+    let text = path.to_str().ok_or_else(|| unusable("its path is not UTF-8"))?.to_owned();
+    Ok(Folder { path, text })
 }
 
 /// Waits until what listens in the container is known and forwarded, or cannot be, or there is nothing to wait for.

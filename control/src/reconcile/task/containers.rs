@@ -9,7 +9,7 @@ use tokio::task::AbortHandle;
 
 use super::Owners;
 use crate::docker::Docker;
-use crate::policy::{Policy, PortForward};
+use crate::policy::Policy;
 use crate::reconcile::fleet::{Fleet, Wish};
 use crate::reconcile::reach::{self, Circumstances, Gate, Means, Told, Visit};
 use crate::reconcile::table::{ContainerState, ForwardRow, Reached};
@@ -176,8 +176,7 @@ impl Container {
     /// What the planner is told of it.
     pub(super) fn wish(&self) -> Option<Wish> {
         self.way.as_ref()?;
-        let everything = PortForward::default();
-        let policy = Policy::from(self.registration.port_forward.as_ref().unwrap_or(&everything));
+        let policy = Policy::from(self.registration.exposed().unwrap_or_default().as_ref());
         let published = self.circumstances.published.clone();
         Some(Wish { name: self.name().clone(), policy, published })
     }
@@ -240,7 +239,7 @@ fn is_visited(way: &Way) -> bool {
 }
 
 fn is_off(registration: &Registration) -> bool {
-    registration.port_forward.as_ref().is_some_and(PortForward::is_off)
+    registration.exposes_nothing()
 }
 
 /// The way of a container that is to be forwarded: it has one, with all that it takes, and its policy exposes something.
