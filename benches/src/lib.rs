@@ -1,52 +1,63 @@
-//! What the relays to compare with have in common, and the sums of the load generators.
+//! Code shared by the comparison relays, the load generators and the report of `compare`.
 //!
-//! A comparison relay crosses namespaces in the way that costs it least: it binds its listeners first, then moves its
-//! only thread into the container's network namespace for good. A listener stays where it was made, and every socket
-//! made from then on is inside, so no connection pays for the crossing. landfall, which serves many containers at a
-//! time, cannot do that; the comparison is generous to the others.
+//! A comparison relay crosses namespaces in the cheapest possible way: it binds its listeners, then moves its only thread
+//! into the container's network namespace for good. A listener stays in the namespace that created it, and every later
+//! socket is created inside, so no connection pays for the crossing. landfall serves many containers at a time and cannot
+//! do that; the comparison favours the other relays here.
+
+pub mod report;
 
 use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
-/// What a program of this package can fail with; all of them are run by a harness that shows the text.
+/// The error of a program of this package. The harness shows its text.
 pub type Failure = Box<dyn Error>;
 
-/// The bytes that a comparison relay moves at a time in each direction, as many as a lease of landfall holds.
+/// The bytes that a comparison relay moves at a time in each direction, as many as a pooled buffer of landfall holds.
 pub const BUFFER_BYTES: usize = 64 * 1024;
 
-/// Long enough that no burst of a load generator overflows it; the kernel caps it at `net.core.somaxconn`.
+/// Long enough for every burst of the load generators; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
 /// Reads `--netns PATH PORT...` from the command line, listens at each port on 127.0.0.1, and moves the calling
 /// thread into the namespace. It must be called before any other thread exists.
 ///
 /// # Errors
-/// When the arguments are not of that form, a port is taken, or the namespace cannot be entered.
+/// When the arguments have another form, a port is taken, or the namespace cannot be entered.
 pub fn listen_then_enter() -> Result<Vec<TcpListener>, Failure> {
     let mut arguments = std::env::args().skip(1);
     if arguments.next().as_deref() != Some("--netns") {
         return Err("usage: --netns PATH PORT...".into());
     }
     let path = arguments.next().ok_or("--netns needs a path")?;
-    let namespace = File::open(&path).map_err(|error| format!("{path}: {error}"))?;
     let listeners = arguments.map(|port| Ok(listen(port.parse()?)?)).collect::<Result<Vec<_>, Failure>>()?;
     if listeners.is_empty() {
         return Err("give at least one port".into());
     }
-    setns(namespace, CloneFlags::CLONE_NEWNET).map_err(|error| format!("{path}: {error}"))?;
+    enter(Path::new(&path))?;
     Ok(listeners)
 }
 
-/// Listens at `port` on 127.0.0.1. What it accepts has `TCP_NODELAY`, which a listener hands down.
+/// Moves the calling thread into the network namespace of the file `path`.
 ///
 /// # Errors
-/// What the kernel refuses, such as a port that is taken.
+/// When the file cannot be opened or the namespace cannot be entered.
+pub fn enter(path: &Path) -> Result<(), Failure> {
+    let namespace = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    setns(namespace, CloneFlags::CLONE_NEWNET).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+/// Listens at `port` on 127.0.0.1. Accepted sockets inherit `TCP_NODELAY` from the listener.
+///
+/// # Errors
+/// Errors of the kernel, such as a port that is taken.
 pub fn listen(port: u16) -> io::Result<TcpListener> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
@@ -57,18 +68,18 @@ pub fn listen(port: u16) -> io::Result<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
-/// The address that a relay dials for what `listener` accepts: the same one, on the other side.
+/// The address that a relay dials for the connections of `listener`: the same one, inside.
 ///
 /// # Errors
-/// What the kernel refuses.
+/// Errors of the kernel.
 pub fn same_address(listener: &TcpListener) -> io::Result<SocketAddr> {
     listener.local_addr()
 }
 
-/// The value of `--name` among the arguments, or `default`.
+/// Returns the value of `--name` from the command line, or `default`.
 ///
 /// # Errors
-/// When the option stands last, without a value.
+/// When the option is the last argument and has no value.
 pub fn option(name: &str, default: &str) -> Result<String, Failure> {
     let mut arguments = std::env::args().skip_while(|argument| argument != name);
     match arguments.next() {
@@ -77,7 +88,7 @@ pub fn option(name: &str, default: &str) -> Result<String, Failure> {
     }
 }
 
-/// The quantile of sorted durations in microseconds, by the nearest rank; `None` where there are none.
+/// Returns the quantile `parts / of` of sorted durations in microseconds, by the nearest rank; `None` for an empty slice.
 pub fn quantile_us(sorted: &[Duration], parts: usize, of: usize) -> Option<f64> {
     let rank = (sorted.len() * parts).div_ceil(of).max(1);
     sorted.get(rank - 1).map(|duration| duration.as_secs_f64() * 1e6)
