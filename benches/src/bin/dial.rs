@@ -1,9 +1,9 @@
-//! New connections per second: connect, send one byte, wait for it to come back, close; many in flight at a time.
+//! Measures new connections per second: connect, send one byte, receive the same byte, close; many in flight at a time.
 //!
 //! `dial --to ADDRESS --in-flight N --seconds S --close fin|rst` prints one JSON object. With `fin` the client closes
-//! first and keeps the TIME_WAIT; with `rst` (SO_LINGER of zero) nothing is left behind on its side.
+//! first and keeps the TIME_WAIT; with `rst` (SO_LINGER of zero) its side leaves no TIME_WAIT behind.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -12,8 +12,8 @@ use landfall_benches::{Failure, option, quantile_us};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
-/// A connection that has not answered by then counts as an error; lost SYNs are sent again after one second.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// A connection without an answer after this time is an error. The kernel retransmits lost SYNs after one second.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 struct Plan {
     to: SocketAddr,
@@ -58,10 +58,12 @@ async fn main() -> Result<(), Failure> {
 
 async fn dial(plan: Rc<Plan>) -> Tally {
     let mut tally = Tally::default();
+    let mut number: u8 = 0;
     while Instant::now() < plan.until {
         let start = Instant::now();
-        let outcome = tokio::time::timeout(PATIENCE, once(&plan)).await;
-        match outcome.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+        number = number.wrapping_add(1);
+        let outcome = tokio::time::timeout(ANSWER_MAX, once(&plan, number)).await;
+        match outcome.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(()) => tally.latencies.push(start.elapsed()),
             Err(error) => {
                 tally.errors += 1;
@@ -72,12 +74,15 @@ async fn dial(plan: Rc<Plan>) -> Tally {
     tally
 }
 
-async fn once(plan: &Plan) -> std::io::Result<()> {
+async fn once(plan: &Plan, number: u8) -> io::Result<()> {
     let mut stream = TcpSocket::new_v4()?.connect(plan.to).await?;
     stream.set_nodelay(true)?;
-    stream.write_all(b"x").await?;
+    stream.write_all(&[number]).await?;
     let mut byte = [0];
     stream.read_exact(&mut byte).await?;
+    if byte != [number] {
+        return Err(io::Error::other(format!("byte {number} came back as {}", byte[0])));
+    }
     if plan.reset {
         rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
     }
@@ -96,5 +101,5 @@ fn report(mut total: Tally, elapsed: Duration) -> Result<(), Failure> {
         "errors": total.errors,
         "first_error": total.first_error,
     });
-    Ok(writeln!(std::io::stdout(), "{report}")?)
+    Ok(writeln!(io::stdout(), "{report}")?)
 }

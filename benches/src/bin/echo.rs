@@ -1,4 +1,4 @@
-//! Sends back what it receives, on one thread: `echo PORT`. The server behind the ping-pong and connect measurements.
+//! Echo server on one thread: `echo PORT`. The server of the ping and connect measurements.
 
 use landfall_benches::Failure;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -10,7 +10,7 @@ async fn main() -> Result<(), Failure> {
     let listener = TcpListener::from_std(landfall_benches::listen(port)?)?;
     loop {
         let (stream, _) = listener.accept().await?;
-        // A connection that breaks concerns nobody but its client, who counts it.
+        // The client of a broken connection counts the error; the server ignores it.
         tokio::spawn(echo(stream));
     }
 }

@@ -1,5 +1,5 @@
-//! Holds idle connections: `idle --to ADDRESS --connections N` opens them one after the other, has one byte come back
-//! on each so that it is known to be relayed, prints how many it has, and keeps them until its standard input ends.
+//! Holds idle connections: `idle --to ADDRESS --connections N` opens them one after the other, receives one byte on each
+//! as proof that it is relayed, prints their number, and keeps them open until its standard input ends.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};

@@ -8,7 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 fn main() -> Result<(), Failure> {
     let listeners = listen_then_enter()?;
-    // The runtime has no other thread, so whatever it makes is made inside.
+    // The runtime has no other thread, so it creates every later socket inside.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     runtime.block_on(async {
         let mut accepting = tokio::task::JoinSet::new();

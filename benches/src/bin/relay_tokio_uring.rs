@@ -13,7 +13,7 @@ fn main() -> Result<(), Failure> {
         let mut accepting = Vec::new();
         for listener in listeners {
             let to = same_address(&listener)?;
-            // Submitted operations wait by themselves; on a non-blocking descriptor they would fail instead.
+            // The ring waits for submitted operations; on a non-blocking descriptor they would fail instead.
             listener.set_nonblocking(false)?;
             accepting.push(tokio_uring::spawn(accept(TcpListener::from_std(listener), to)));
         }
