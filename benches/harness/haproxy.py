@@ -1,6 +1,6 @@
-"""HAProxy as a relay of bytes into the inner namespace, configured as its documentation advises for that on one thread."""
+"""HAProxy as a relay of bytes into the inner namespace, with splice(2) forced: `splice-auto` does not use it."""
 
-from .space import INSIDE
+from .namespaces import INSIDE
 
 CONFIGURATION = """\
 global
@@ -20,7 +20,7 @@ listen relay
 
 
 def haproxy(directory, at, to):
-    """The command line that relays from port `at` to port `to` of the inner namespace's loopback."""
+    """Returns the command line that relays from port `at` to port `to` of the inner namespace's loopback."""
     configuration = directory / "haproxy.cfg"
     configuration.write_text(CONFIGURATION.format(at=at, to=to, inside=INSIDE))
     return ["haproxy", "-db", "-q", "-f", configuration]

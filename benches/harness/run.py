@@ -1,88 +1,100 @@
-"""The run: for each repetition and each work, every contender takes its turn (A B C, A B C, ...)."""
+"""The run: in each repetition, and for each work, one sample of each contender (A B C, then C B A, ...)."""
 
-import argparse
 import os
-import shutil
 import signal
 import sys
-from pathlib import Path
 
-from .contenders import Direct, contenders, landfall_ways
-from .report import Results, facts
-from .space import HOST, INSIDE, Foreigners, Invalid, Space, enter_own_world
+from . import namespaces as world
+from .attach_methods import attach_methods
+from .congestion import CongestionError
+from .contenders import contenders
+from .machine import ForeignLoad, await_quiet
+from .namespaces import HOST, INSIDE, Namespaces
+from .options import parse
+from .prepare import PREPARED, fail, note, prepare
+from .processes import Invalid
+from .results import Results, commit, conditions
 from .works import WORKS, Trial, raise_descriptor_limit
-
-ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ["haproxy", "ip", "iperf3", "nginx", "nsenter", "pasta", "taskset", "unshare", "wrk"]
-# What the ways differ in: bytes in both directions, small messages, and new connections.
-WORKS_OF_WAYS = ["bulk-1", "bulk-1-reverse", "http-64", "connect-fin"]
-PROGRAMS = ["dial", "echo", "idle", "ping", "relay_monoio", "relay_tokio", "relay_tokio_uring"]
 
 
 def main():
     options = parse()
-    check_tools(options)
-    enter_own_world(sys.argv[0])
-    signal.signal(signal.SIGTERM, interrupted)
+    if PREPARED not in os.environ or os.geteuid() != 0:
+        if options.publish and commit().endswith("-dirty"):
+            fail("this checkout differs from its commit", "commit the changes first: published figures name a commit")
+        prepare(options)
+        os.environ[PREPARED] = "1"
+    try:
+        world.enter(sys.argv[0], options.congestion_control)
+    except CongestionError as error:
+        fail(str(error), "--congestion-control reno is allowed on every machine")
+    signal.signal(signal.SIGTERM, interrupt)
     raise_descriptor_limit()
     try:
         return compare(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; what was measured until then is in the results file", file=sys.stderr)
+        note("\ncompare: interrupted; the samples taken until then are in target/compare")
         return 130
 
 
-def interrupted(_number, _frame):
+def interrupt(_number, _frame):
     raise KeyboardInterrupt
 
 
 def compare(options):
-    space = Space()
-    chosen = [each for each in offered(options) if each.name in options.only]
+    spaces = Namespaces(options.congestion_control)
+    offered = attach_methods(options.landfall) if options.methods else contenders(options.landfall, options.programs)
+    chosen = [each for each in offered if each.name in options.only]
     works = [work for work in WORKS if work.name in options.work]
-    conditions = facts(space, chosen, options)
-    results = Results(conditions, options)
-    if conditions["load_average"] > 0.5:
-        note(f"the load of this machine is {conditions['load_average']:.1f}: others are at work, and figures suffer")
+    load = await_quiet(options.load_span, options.quiet_wait, note)
+    results = Results(conditions(spaces, chosen, works, load, options), options)
+    if not load["quiet"]:
+        note(f"other processes use {load['busy_processors']} processors: the figures are not reliable")
     for repetition in range(1, options.repetitions + 1):
-        for work in works:
-            for contender in chosen:
-                if work.without_relay or not isinstance(contender, Direct):
-                    one(options, space, results, repetition, work, contender)
-    names = [contender.name for contender in chosen]
-    print("\n".join(results.tables(works, names)))
-    foreign = max((line["foreign_processors"] for line in results.lines), default=0)
-    print(f"Others kept up to {foreign} of {os.cpu_count()} processors busy during a measurement.")
-    print(f"Every measurement: {results.path}")
-    return 1 if any("invalid" in line for line in results.lines) else 0
+        for number, work in enumerate(works):
+            taking_part = [each for each in chosen if each.takes_part(work)]
+            if options.smoke and work.name != "verify":
+                # Every contender takes part in the first work, and a different one in each of the others.
+                taking_part = [taking_part[number % len(taking_part)]]
+            elif options.quick and work.slow:
+                taking_part = taking_part[:3]
+            # The order changes, so that a contender is not always measured in the wake of the same other one.
+            for contender in taking_part if repetition % 2 else reversed(taking_part):
+                sample(options, spaces, results, repetition, work, contender)
+    results.report(options)
+    foreign = max(each["foreign_processors"] for each in results.samples)
+    note(f"Other processes used up to {foreign} processors during a sample.")
+    note(f"Samples, page and charts: {results.directory}")
+    return 1 if any("invalid" in each for each in results.samples) else 0
 
 
-def one(options, space, results, repetition, work, contender):
-    """One measurement, with servers and relay of its own, all gone when it returns."""
-    began = Foreigners()
+def sample(options, spaces, results, repetition, work, contender):
+    """Takes one sample with a server and a relay of its own, which have ended when it returns."""
+    load = ForeignLoad()
     try:
-        outcome = {"figures": measured(options, space, work, contender)}
-        told = ", ".join(f"{key} {outcome['figures'][key]:.4g}" for key in work.columns if key in outcome["figures"])
-    except Invalid as why:
-        outcome = {"invalid": str(why)}
-        told = f"invalid: {why}"
-    line = {"repetition": repetition, "work": work.name, "contender": contender.name}
-    results.add(**line, **outcome, foreign_processors=began.processors())
-    note(f"{repetition} {work.name:14} {contender.name:14} {told}")
+        figures = measure(options, spaces, work, contender)
+        outcome = {"figures": figures}
+        keys = [figure.key for figure in work.figures if figure.key in figures]
+        shown = ", ".join(f"{key} {figures[key]:.4g}" for key in keys)
+    except Invalid as reason:
+        outcome = {"invalid": str(reason)}
+        shown = f"invalid: {reason}"
+    names = {"repetition": repetition, "work": work.name, "contender": contender.name}
+    results.add(**names, **outcome, foreign_processors=load.processors())
+    note(f"{repetition} {work.name:14} {contender.name:17} {shown}")
     for name in (HOST, INSIDE):
-        left = space.await_silence(name)
+        left = spaces.await_silence(name)
         if left:
-            sys.exit(f"compare: something still listens at {sorted(left)} ({name}) and would answer for the next one")
+            fail(f"a listener is left at {sorted(left)} ({name}) and would answer in the next sample", "run it again")
 
 
-def measured(options, space, work, contender):
-    running = []
+def measure(options, spaces, work, contender):
+    running = [work.serve(spaces, contender, options)]
     try:
-        running.append(work.serve(space, options.programs))
-        if not isinstance(contender, Direct):
-            running.append(contender.start(space, work.port))
-        server, relay = running[0], running[1] if len(running) > 1 else None
-        figures = work.measure(Trial(space, options.programs, server, relay, options))
+        relay = contender.start(spaces, work.port, work.discover)
+        if relay:
+            running.append(relay)
+        figures = work.measure(Trial(spaces, contender, running[0], relay, options))
         for program in running:
             ended = program.has_ended()
             if ended:
@@ -91,69 +103,3 @@ def measured(options, space, work, contender):
     finally:
         for program in reversed(running):
             program.stop()
-
-
-def offered(options):
-    if options.ways:
-        return landfall_ways(options.landfall)
-    return contenders(options.landfall, options.programs)
-
-
-def note(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def check_tools(options):
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    if missing:
-        sys.exit(f"compare: not installed: {', '.join(missing)} (apt-get install haproxy iperf3 nginx-light passt wrk)")
-    if not os.access(options.landfall, os.X_OK):
-        sys.exit(f"compare: no landfall at {options.landfall}: run `cargo build --release`, or give --landfall PATH")
-    missing = [name for name in PROGRAMS if not os.access(options.programs / name, os.X_OK)]
-    if missing:
-        sys.exit(f"compare: not built: {', '.join(missing)}: run `cargo build --release -p landfall-benches`")
-
-
-def parse():
-    built = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
-    names = [each.name for each in contenders(built / "landfall", built)]
-    own = [each.name for each in landfall_ways(built / "landfall")]
-    works = [work.name for work in WORKS]
-    parser = argparse.ArgumentParser(prog="compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="once, one second each: shows that it works, no more")
-    parser.add_argument("--ways", action="store_true", help="landfall's own ways into a container instead, side by side")
-    parser.add_argument("--repetitions", type=positive, default=3, metavar="N")
-    parser.add_argument("--seconds", type=positive, default=5, metavar="S", help="of each measurement")
-    parser.add_argument("--idle", type=positive, default=2000, metavar="N", help="idle connections to hold")
-    told = f"{', '.join(names)}; with --ways {', '.join(own)}"
-    parser.add_argument("--only", type=listed(names + own), metavar="NAME,...", help=told)
-    parser.add_argument("--work", type=listed(works), metavar="NAME,...", help=", ".join(works))
-    parser.add_argument("--landfall", type=Path, default=built / "landfall", metavar="PATH")
-    parser.add_argument("--programs", type=Path, default=built, metavar="DIRECTORY", help="of this package's binaries")
-    options = parser.parse_args()
-    options.only = options.only or (own if options.ways else names)
-    options.work = options.work or (WORKS_OF_WAYS if options.ways else works)
-    if not set(options.only) <= set(own if options.ways else names):
-        parser.error(f"--only takes {', '.join(own)} with --ways, and {', '.join(names)} without")
-    if options.quick:
-        options.repetitions, options.seconds, options.idle = 1, 1, 500
-    options.landfall, options.programs = options.landfall.resolve(), options.programs.resolve()
-    return options
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("a whole number from 1")
-    return number
-
-
-def listed(known):
-    def parse_list(text):
-        names = text.split(",")
-        strange = [name for name in names if name not in known]
-        if strange:
-            raise argparse.ArgumentTypeError(f"no {', '.join(strange)}; there are {', '.join(known)}")
-        return names
-
-    return parse_list

@@ -1,122 +1,102 @@
-"""The work that is measured. Each returns named figures, or raises Invalid when a check of its own fails."""
+"""The works: what is measured, with which server, and the checks of each. See README.md for their description."""
 
+import hashlib
 import json
 import os
 import re
 import resource
+import statistics
 import subprocess
 
-from .space import HOST, INSIDE, Invalid, Program, run, start, within
+from . import servers
+from .chromium import Chromium
+from .namespaces import within
+from .processes import Invalid, Program, run, start
+from .servers import ECHO, HTTP, IPERF, VERIFY, VITE
+from .vite import MODULES, warm_up
 
-IPERF, HTTP, ECHO = 5201, 8080, 7007
 
-NGINX = """\
-daemon off;
-master_process off;
-worker_processes 1;
-worker_rlimit_nofile 8192;
-pid {directory}/nginx.pid;
-error_log {directory}/nginx.log;
-events {{ worker_connections 4096; }}
-http {{
-    access_log off;
-    keepalive_requests 1000000000;
-    keepalive_timeout 1h;
-    client_body_temp_path {directory}/body;
-    proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi;
-    uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
-    sendfile on;
-    server {{
-        listen 127.0.0.1:{port} backlog=4096;
-        location = / {{ return 200 "landfall\\n"; }}
-        location /files/ {{ alias {directory}/; }}
-    }}
-}}
-"""
+class Figure:
+    """One figure of a work: its key in the samples, its heading with the unit, and how the chart shows it."""
+
+    def __init__(self, key, label, better="less", charted=True, relative=False):
+        self.key, self.label, self.better = key, label, better
+        self.charted, self.relative = charted, relative
+
+
+class Work:
+    """One kind of work: `measure` takes a Trial, and returns the figures or raises Invalid."""
+
+    def __init__(self, name, what, server, port, figures, measure, without_relay=True, discover=False, slow=False):
+        self.name, self.what, self.server, self.port = name, what, server, port
+        self.figures, self.measure = figures, measure
+        # Whether a contender without a relay can take part, and whether the relay has to find listeners by itself.
+        self.without_relay, self.discover = without_relay, discover
+        # Whether one sample takes so long that a quick run has only three.
+        self.slow = slow
+
+    def serve(self, namespaces, contender, options):
+        """Starts the server and returns its program when it listens."""
+        directory, name = namespaces.directory, self.server.__name__
+        command = contender.server_command(self.server(directory, options))
+        program = Program(name, command, directory / f"{name}.out")
+        try:
+            namespaces.await_port(program, contender.server, self.port)
+        except Invalid:
+            program.stop()
+            raise
+        return program
 
 
 class Trial:
-    """What a work is given: where the client is, the relay if there is one, and how long to go on."""
+    """The surroundings of one sample: the namespaces, the contender, its relay if it has one, and the options."""
 
-    def __init__(self, space, programs, server, relay, options):
-        self.space, self.programs, self.server, self.relay = space, programs, server, relay
-        self.seconds, self.idle = options.seconds, options.idle
-        self.client = HOST if relay else INSIDE
+    def __init__(self, namespaces, contender, server, relay, options):
+        self.namespaces, self.contender, self.server, self.relay = namespaces, contender, server, relay
+        self.options, self.programs, self.seconds = options, options.programs, options.seconds
+        # iperf3 and wrk take whole seconds.
+        self.whole_seconds = max(1, round(options.seconds))
         self.cpu_before = self.cpu()
 
     def run(self, *command, patience=60):
+        """Runs a client to its end and returns its standard output."""
         try:
-            return run(*within(self.client, command), timeout=self.seconds + patience)
+            return run(*within(self.contender.client, command), timeout=self.seconds + patience)
         except subprocess.TimeoutExpired as late:
             raise Invalid(f"the client had not ended {patience} s after its time") from late
 
     def cpu(self):
         return self.relay.cpu_seconds() if self.relay else 0.0
 
-    def spent(self):
-        """Processor seconds of the relay since the trial began. None at all means that it was not in the path."""
+    def per(self, key, amount):
+        """Returns the relay's processor time since the start of the trial, divided by `amount`, as the figure `key`."""
         if self.relay is None:
-            return None
+            return {}
         spent = self.cpu() - self.cpu_before
-        if spent <= 0:
+        if spent <= 0 and self.contender.relays:
             raise Invalid("the relay used no processor time: it was not in the path")
-        return spent
+        return {key: spent / amount}
 
 
-class Work:
-    """A kind of work: its name, the server it takes, the port, the figures it gives, and how it is done."""
-
-    def __init__(self, name, server, port, columns, measure, without_relay=True):
-        self.name, self.server, self.port = name, server, port
-        self.columns, self.measure, self.without_relay = columns, measure, without_relay
-
-    def serve(self, space, programs):
-        directory = space.directory
-        log = directory / f"{self.server}.log"
-        log.write_bytes(b"")
-        server = Program(self.server, INSIDE, SERVERS[self.server](directory, programs), log)
-        try:
-            server.await_port(space, INSIDE, self.port)
-        except Invalid:
-            server.stop()
-            raise
-        return server
-
-
-def iperf_server(_directory, _programs):
-    return ["iperf3", "-s", "-B", "127.0.0.1", "-p", IPERF]
-
-
-def nginx_server(directory, _programs):
-    configuration = directory / "nginx.conf"
-    configuration.write_text(NGINX.format(directory=directory, port=HTTP))
-    (directory / "1m").write_bytes(bytes(1024 * 1024))
-    return ["nginx", "-c", configuration, "-e", directory / "nginx.log"]
-
-
-def echo_server(_directory, programs):
-    return [programs / "echo", ECHO]
-
-
-SERVERS = {"iperf3": iperf_server, "nginx": nginx_server, "echo": echo_server}
+def verify(trial):
+    answer = json.loads(trial.run(trial.programs / "verify", "--to", f"127.0.0.1:{VERIFY}"))
+    return {"mbytes": answer["bytes"] / 1e6} | trial.per("cpu_s_per_gb", answer["bytes"] / 1e9)
 
 
 def bulk(streams, reverse):
     def measure(trial):
-        beside = trial.space.beside_loopback()
-        options = ["-P", streams, "-t", trial.seconds, *(["-R"] if reverse else [])]
+        beside = trial.namespaces.bytes_beside_loopback()
+        options = ["-P", streams, "-t", trial.whole_seconds, *(["-R"] if reverse else [])]
         answer = json.loads(trial.run("iperf3", "-J", "-c", "127.0.0.1", "-p", IPERF, *options))
         if "error" in answer:
             raise Invalid(f"iperf3: {answer['error']}")
-        received = answer["end"]["sum_received"]
-        if received["bytes"] == 0:
-            raise Invalid("iperf3 received nothing")
-        if trial.space.beside_loopback() - beside > received["bytes"] / 100:
+        sent, received = (answer["end"][key] for key in ("sum_sent", "sum_received"))
+        if not 0 < received["bytes"] <= sent["bytes"]:
+            raise Invalid(f"iperf3 sent {sent['bytes']} bytes and received {received['bytes']}")
+        if trial.namespaces.bytes_beside_loopback() - beside > received["bytes"] / 100:
             raise Invalid("the bytes did not go over loopback")
         figures = {"gbit_s": received["bits_per_second"] / 1e9, "bytes": received["bytes"]}
-        return figures | per("cpu_s_per_gb", trial.spent(), received["bytes"] / 1e9)
+        return figures | trial.per("cpu_s_per_gb", received["bytes"] / 1e9)
 
     return measure
 
@@ -124,10 +104,10 @@ def bulk(streams, reverse):
 def http(connections, path):
     def measure(trial):
         url = f"http://127.0.0.1:{HTTP}{path}"
-        text = trial.run("wrk", "-t1", f"-c{connections}", f"-d{trial.seconds}s", "--timeout", "10s", "--latency", url)
-        trouble = re.search(r"Socket errors:.*|Non-2xx.*", text)
-        if trouble:
-            raise Invalid(f"wrk: {trouble[0].strip()}")
+        text = trial.run("wrk", "-t1", f"-c{connections}", f"-d{trial.whole_seconds}s", "--timeout", "10s", "--latency", url)
+        errors = re.search(r"Socket errors:.*|Non-2xx.*", text)
+        if errors:
+            raise Invalid(f"wrk: {errors[0].strip()}")
         requests = int(re.search(r"(\d+) requests in", text)[1])
         if requests == 0:
             raise Invalid("wrk: no request was answered")
@@ -136,29 +116,40 @@ def http(connections, path):
             "p50_us": microseconds(re.search(r"50%\s+([\d.]+)(us|ms|s)", text)),
             "p99_us": microseconds(re.search(r"99%\s+([\d.]+)(us|ms|s)", text)),
         }
-        return figures | per("cpu_us_per_request", trial.spent(), requests / 1e6)
+        figures |= trial.per("cpu_us_per_request", requests / 1e6)
+        compare_file(trial)
+        return figures
 
     return measure
 
 
+def compare_file(trial):
+    """wrk does not look at what it receives, so one file is received through the same relay and compared."""
+    wanted = hashlib.sha256((trial.namespaces.directory / "1m").read_bytes()).hexdigest()
+    received = trial.namespaces.directory / "received"
+    trial.run("curl", "-sS", "--noproxy", "*", "-o", received, f"http://127.0.0.1:{HTTP}/files/1m")
+    if hashlib.sha256(received.read_bytes()).hexdigest() != wanted:
+        raise Invalid("the bytes of a file are wrong")
+
+
 def connect(close):
     def measure(trial):
-        dropped = trial.space.protections()
+        dropped = trial.namespaces.paws_drops()
         options = ["--in-flight", "64", "--close", close, "--seconds", trial.seconds]
         answer = json.loads(trial.run(trial.programs / "dial", "--to", f"127.0.0.1:{ECHO}", *options))
         if answer["errors"] or not answer["connections"]:
-            raise Invalid(f"{answer['errors']} connects failed: {answer['first_error']}")
-        dropped = trial.space.protections() - dropped
+            raise Invalid(f"{answer['errors']} connections failed: {answer['first_error']}")
+        dropped = trial.namespaces.paws_drops() - dropped
         if dropped:
-            raise Invalid(f"PAWS dropped {dropped} segments, so the tail is the kernel's")
+            raise Invalid(f"PAWS dropped {dropped} segments, so the latencies are those of retransmissions")
         figures = {key: answer[key] for key in ("per_second", "p50_us", "p99_us")}
-        return figures | per("cpu_us_per_connection", trial.spent(), answer["connections"] / 1e6)
+        return figures | trial.per("cpu_us_per_connection", answer["connections"] / 1e6)
 
     return measure
 
 
 def ping(trial):
-    """Everything on one processor: unpinned, the figure depends on where the scheduler happens to wake whom."""
+    """All processes share one processor: without that, the figure depends on where the scheduler wakes each of them."""
     cpu = {max(os.sched_getaffinity(0))}
     for program in (trial.server, trial.relay):
         if program:
@@ -166,26 +157,44 @@ def ping(trial):
     pinned = ["taskset", "-c", str(*cpu), trial.programs / "ping"]
     answer = json.loads(trial.run(*pinned, "--to", f"127.0.0.1:{ECHO}", "--seconds", trial.seconds))
     figures = {key: answer[key] for key in ("p50_us", "p99_us")}
-    return figures | per("cpu_us_per_round_trip", trial.spent(), answer["round_trips"] / 1e6)
+    return figures | trial.per("cpu_us_per_round_trip", answer["round_trips"] / 1e6)
 
 
 def idle(trial):
     before = trial.relay.resident_bytes()
-    command = [trial.programs / "idle", "--to", f"127.0.0.1:{ECHO}", "--connections", trial.idle]
+    count = trial.options.idle
+    command = [trial.programs / "idle", "--to", f"127.0.0.1:{ECHO}", "--connections", count]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    client = start(trial.client, command, text=True, **pipes)
+    client = start(within(trial.contender.client, command), text=True, **pipes)
     try:
         if not client.stdout.readline():
-            raise Invalid(f"could not hold {trial.idle} connections: {client.stderr.read().strip()}")
-        trial.spent()
+            raise Invalid(f"could not hold {count} connections: {client.stderr.read().strip()}")
         grown = trial.relay.resident_bytes() - before
     finally:
         client.communicate()
-    return {"rss_per_connection": grown / trial.idle, "rss_idle_kib": before / 1024, "connections": trial.idle}
+    figures = {"rss_per_connection": grown / count, "rss_idle_kib": before / 1024, "connections": count}
+    return figures | trial.per("cpu_us_per_connection", count / 1e6)
 
 
-def per(name, spent, amount):
-    return {} if spent is None else {name: spent / amount}
+def first_byte(trial):
+    inside = f"/run/netns/{trial.contender.server}"
+    options = ["--inside", inside, "--seconds", trial.seconds, "--listeners", trial.options.listeners]
+    answer = json.loads(trial.run(trial.programs / "first_byte", *options))
+    figures = {"p50_ms": answer["p50_us"] / 1e3, "p99_ms": answer["p99_us"] / 1e3, "listeners": answer["listeners"]}
+    return figures | trial.per("cpu_us_per_listener", answer["listeners"] / 1e6)
+
+
+def vite(trial):
+    warm_up(trial.contender.server, trial.namespaces.directory, VITE)
+    times = []
+    trial.cpu_before = trial.cpu()
+    with Chromium(trial.contender.client, trial.namespaces.directory) as browser:
+        for _ in range(trial.options.loads):
+            page = browser.load(f"http://127.0.0.1:{VITE}/")
+            times.append(page["milliseconds"])
+            if page["modules"] != MODULES:
+                raise Invalid(f"{page['modules']:.0f} of {MODULES} modules were loaded")
+    return {"load_ms": statistics.median(times)} | trial.per("cpu_ms_per_load", len(times) / 1e3)
 
 
 def microseconds(found):
@@ -193,29 +202,77 @@ def microseconds(found):
 
 
 def raise_descriptor_limit():
-    """Every program here gets what the machine allows."""
+    """Gives every program of the run what the machine allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-BULK = {"gbit_s": "Gbit/s", "cpu_s_per_gb": "relay CPU s/GB"}
-REQUESTS = {"per_second": "requests/s", "p50_us": "p50 µs", "p99_us": "p99 µs"}
-REQUESTS |= {"cpu_us_per_request": "relay CPU µs/request"}
-CONNECTS = {"per_second": "connections/s", "p50_us": "p50 µs", "p99_us": "p99 µs"}
-CONNECTS |= {"cpu_us_per_connection": "relay CPU µs/connection"}
-ROUND_TRIPS = {"p50_us": "p50 µs", "p99_us": "p99 µs", "cpu_us_per_round_trip": "relay CPU µs/round trip"}
-MEMORY = {"rss_per_connection": "RSS B/connection", "rss_idle_kib": "RSS without any, KiB"}
+CPU_PER_GB = Figure("cpu_s_per_gb", "relay CPU s/GB")
+P50, P99 = Figure("p50_us", "p50 µs", charted=False), Figure("p99_us", "p99 µs", relative=True)
+VERIFIED = [Figure("mbytes", "MB, all bytes right", "more", charted=False), Figure(**vars(CPU_PER_GB) | {"charted": False})]
+BULK = [Figure("gbit_s", "Gbit/s", "more", relative=True), CPU_PER_GB]
+REQUESTS = [
+    Figure("per_second", "requests/s", "more", relative=True),
+    P50,
+    P99,
+    Figure("cpu_us_per_request", "relay CPU µs/request"),
+]
+CONNECTIONS = [
+    Figure("per_second", "connections/s", "more", relative=True),
+    P50,
+    P99,
+    Figure("cpu_us_per_connection", "relay CPU µs/connection"),
+]
+ROUND_TRIPS = [
+    Figure("p50_us", "p50 µs", relative=True),
+    P99,
+    Figure("cpu_us_per_round_trip", "relay CPU µs/round trip"),
+]
+MEMORY = [
+    Figure("rss_per_connection", "RSS B/connection"),
+    Figure("rss_idle_kib", "RSS without connections, KiB"),
+    Figure("cpu_us_per_connection", "relay CPU µs/connection", charted=False),
+]
+DISCOVERY = [
+    Figure("p50_ms", "p50 ms"),
+    Figure("p99_ms", "p99 ms"),
+    Figure("cpu_us_per_listener", "relay CPU µs/listener", charted=False),
+]
+LOADS = [Figure("load_ms", "page load ms", relative=True), Figure("cpu_ms_per_load", "relay CPU ms/load")]
+
+
+def bulk_work(streams, reverse):
+    what = f"iperf3, {streams} stream{'s' if streams > 1 else ''} {'from' if reverse else 'to'} the server"
+    name = f"bulk-{streams}{'-reverse' if reverse else ''}"
+    return Work(name, what, servers.iperf3, IPERF, BULK, bulk(streams, reverse))
+
+
+def http_work(connections):
+    what = f"wrk, {connections:,} connection{'s' if connections > 1 else ''}, keep-alive, a body of 9 bytes"
+    return Work(f"http-{connections}", what, servers.nginx, HTTP, REQUESTS, http(connections, "/"))
+
+
+def connect_work(close, how):
+    what = f"connect, one byte in each direction, close with a {how}; 64 in flight"
+    return Work(f"connect-{close}", what, servers.echo, ECHO, CONNECTIONS, connect(close))
+
+
+VERIFY_WHAT = "8 connections, 4 MiB of known bytes in both directions of each"
+FILE_WHAT = "wrk, 16 connections, a file of 1 MiB"
+PING_WHAT = "64 bytes in each direction on one connection, all on one processor"
+IDLE_WHAT = "resident memory of the relay, with and without idle connections"
+FIRST_BYTE_WHAT = "from listen() inside to the first byte at a client outside"
+VITE_WHAT = f"Chromium loads a Vite app of {MODULES:,} modules with an empty cache"
 
 WORKS = [
-    Work("bulk-1", "iperf3", IPERF, BULK, bulk(1, False)),
-    Work("bulk-1-reverse", "iperf3", IPERF, BULK, bulk(1, True)),
-    Work("bulk-8", "iperf3", IPERF, BULK, bulk(8, False)),
-    Work("bulk-8-reverse", "iperf3", IPERF, BULK, bulk(8, True)),
-    Work("http-64", "nginx", HTTP, REQUESTS, http(64, "/")),
-    Work("http-256", "nginx", HTTP, REQUESTS, http(256, "/")),
-    Work("file-16", "nginx", HTTP, REQUESTS, http(16, "/files/1m")),
-    Work("connect-fin", "echo", ECHO, CONNECTS, connect("fin")),
-    Work("connect-rst", "echo", ECHO, CONNECTS, connect("rst")),
-    Work("ping", "echo", ECHO, ROUND_TRIPS, ping),
-    Work("idle", "echo", ECHO, MEMORY, idle, without_relay=False),
+    Work("verify", VERIFY_WHAT, servers.verify, VERIFY, VERIFIED, verify),
+    *(bulk_work(streams, reverse) for streams in (1, 8) for reverse in (False, True)),
+    *(http_work(connections) for connections in (1, 64, 256, 1000)),
+    Work("file-16", FILE_WHAT, servers.nginx, HTTP, REQUESTS, http(16, "/files/1m")),
+    connect_work("fin", "FIN"),
+    connect_work("rst", "reset"),
+    Work("ping", PING_WHAT, servers.echo, ECHO, ROUND_TRIPS, ping),
+    Work("idle", IDLE_WHAT, servers.echo, ECHO, MEMORY, idle, without_relay=False),
+    Work("first-byte", FIRST_BYTE_WHAT, servers.echo, ECHO, DISCOVERY, first_byte, discover=True),
+    Work("vite", VITE_WHAT, servers.vite, VITE, LOADS, vite, slow=True),
 ]
