@@ -38,7 +38,7 @@ use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::exit::chain;
-use crate::registration::model::Token;
+use crate::registration::model::{ContainerName, Token};
 pub use directory::DirectoryError;
 use directory::Door;
 use hub::Hub;
@@ -56,8 +56,10 @@ pub struct Options {
     pub address: Option<IpAddr>,
     /// At which port; 0 takes any free one.
     pub port: u16,
-    /// What a host has to present. Without it there is no WebSocket.
+    /// The broker token, which a host presents or proves that it holds. If absent, the agent serves no WebSocket.
     pub token: Option<Token>,
+    /// The container's own name, if known: challenges to another container are not answered.
+    pub name: Option<ContainerName>,
     /// The directory that is shared with the host; where none is named, the usual one if it is mounted.
     pub directory: Option<PathBuf>,
     /// How often what listens is read.
@@ -119,7 +121,13 @@ pub async fn run(options: Options) -> Result<(), StartError> {
             log.tell(&AgentEvent::AgentNotice { text });
         }
     }
-    let settings = Settings { token: options.token, interval: options.interval, hub, log: log.clone() };
+    let settings = Settings {
+        token: options.token,
+        name: options.name,
+        interval: options.interval,
+        hub,
+        log: log.clone(),
+    };
     let server = bound.serve(settings);
     signals.end().await;
     log.tell(&AgentEvent::AgentStopping);

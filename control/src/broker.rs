@@ -13,6 +13,7 @@
 //! and a slow reader by what TCP says of them.
 
 pub mod brokers;
+pub mod challenge;
 mod connection;
 pub mod container;
 mod dials;

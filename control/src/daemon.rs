@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::broker::brokers::{Brokers, Rejected};
+use crate::broker::brokers::{Brokers, Finding, Report};
 use crate::broker::message::Extensions;
 use crate::cli::exit::chain;
 use crate::discovery::Discovery;
@@ -160,7 +160,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         // Jobs may ask, too.
         supervisor.disable();
     }
-    let (brokers, rejections) = Brokers::new(docker.clone(), journal.clone(), options.broker_extensions);
+    let (brokers, reports) = Brokers::new(docker.clone(), journal.clone(), options.broker_extensions);
     let attendants: Vec<Arc<dyn Attendant>> =
         vec![brokers.clone(), Jobs::new(journal.clone(), supervisor.clone(), approvals.clone())];
     let registry = Registry::open(registry_options(&options, &journal, &docker, &approvals, attendants));
@@ -213,7 +213,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let hinted = Hinted { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
     tasks.spawn(follow_docker(docker, hinted, gateway_wanted));
     tasks.spawn(follow_ends(registry.clone(), forwarding));
-    tasks.spawn(follow_rejections(registry, rejections));
+    tasks.spawn(follow_reports(registry, reports));
 
     let path = home.socket();
     let listener = server::listen(&path).map_err(|source| StartError::File { path: path.clone(), source })?;
@@ -365,12 +365,17 @@ async fn follow_ends(registry: Registry, forwarding: Forwarding) {
     }
 }
 
-/// A container that refused its token is forgotten, unless it has been registered with another one since.
-async fn follow_rejections(registry: Registry, mut rejections: mpsc::UnboundedReceiver<Rejected>) {
-    while let Some(Rejected { name, token, reason }) = rejections.recv().await {
+/// Applies what brokers find out to the registrations, unless a container was registered with another token since.
+async fn follow_reports(registry: Registry, mut reports: mpsc::UnboundedReceiver<Report>) {
+    while let Some(Report { name, token, finding }) = reports.recv().await {
         let registry = registry.clone();
-        // Its queue may be busy, and that is no reason for others to wait.
-        tokio::spawn(async move { registry.fatal_auth(&name, &token, &reason).await });
+        // The queue of one container may be busy; the others do not wait for it.
+        tokio::spawn(async move {
+            match finding {
+                Finding::Answered => registry.require_challenge(&name, &token).await,
+                Finding::Rejected(reason) => registry.fatal_auth(&name, &token, &reason).await,
+            }
+        });
     }
 }
 

@@ -13,13 +13,13 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use rustix::rand::GetRandomFlags;
 
 use crate::devcontainer::{Build, Devcontainer};
 use crate::docker::{BuildFrom, FOLDER_LABEL, NewContainer};
 use crate::name;
 use crate::policy::CONTAINER_PORT;
 use crate::registration::model::{ContainerName, Token};
+use crate::sys::random::random;
 
 pub use port::free_port;
 
@@ -97,9 +97,7 @@ impl Tokens {
 }
 
 fn token() -> io::Result<Token> {
-    let mut bytes = [0; 32];
-    // Up to 256 bytes come whole, and only a signal before any of them interrupts (`getrandom(2)`).
-    rustix::io::retry_on_intr(|| rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty()))?;
+    let bytes: [u8; 32] = random()?;
     Token::new(&URL_SAFE_NO_PAD.encode(bytes)).ok_or_else(|| io::Error::other("an empty token"))
 }
 

@@ -2,4 +2,5 @@
 
 pub(crate) mod loopback;
 pub(crate) mod private_file;
+pub(crate) mod random;
 pub(crate) mod users;

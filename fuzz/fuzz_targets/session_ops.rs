@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use landfall::broker::container::{self, Ask, Attempt, ContainerEvent, ForwardRequest, Heard, Reserved};
 use landfall::broker::host::{self, Action, DialKey, Input};
 use landfall::broker::message::{
-    Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost, Unreadable, from_binary,
+    Credential, Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost, Unreadable, from_binary,
 };
 use landfall::registration::model::Token;
 use landfall_engine::watch::parse::{BindAddr, WireListener};
@@ -71,6 +71,9 @@ struct Host {
     connected: bool,
     /// It is open, and the hello was said.
     greeted: bool,
+    /// The other end has answered the challenge of this connection, and of an earlier one.
+    has_answered: bool,
+    must_answer: bool,
     up: bool,
     stopped: bool,
     /// The dials that wait for an answer.
@@ -83,7 +86,7 @@ struct Host {
 
 fn drive_host(ops: &[Op]) {
     let mut now = Instant::now();
-    let mut machine = host::Session::new(token(), Extensions::ALL, now);
+    let mut machine = host::Session::new(token(), false, Extensions::ALL, now);
     let mut shell = Host::default();
     for (kind, number, bytes) in ops {
         let input = match kind % 11 {
@@ -91,7 +94,10 @@ fn drive_host(ops: &[Op]) {
                 now += Duration::from_millis(u64::from(*number));
                 Input::Time
             }
-            1 if shell.connected && !shell.greeted => Input::Opened,
+            1 if shell.connected && !shell.greeted => {
+                shell.has_answered = number % 2 == 1;
+                Input::Opened(shell.has_answered.then(|| "proof".to_owned()))
+            }
             2 if shell.connected => {
                 (shell.connected, shell.greeted, shell.up) = (false, false, false);
                 Input::Lost(String::from_utf8_lossy(bytes).into_owned())
@@ -151,8 +157,14 @@ impl Host {
                 self.connected = true;
             }
             Action::Disconnect => (self.connected, self.greeted, self.up) = (false, false, false),
-            Action::Say(ToContainer::Hello { token, .. }) => {
-                assert!(self.connected && !self.greeted && token == TOKEN);
+            Action::Say(ToContainer::Hello { credential, .. }) => {
+                assert!(self.connected && !self.greeted);
+                match credential {
+                    Credential::Token(token) => {
+                        assert!(token == TOKEN && !self.has_answered && !self.must_answer);
+                    }
+                    Credential::Proof(proof) => assert!(proof == "proof" && self.has_answered),
+                }
                 self.greeted = true;
             }
             Action::Say(message) => self.say(&message),
@@ -176,6 +188,10 @@ impl Host {
                 self.begun.remove(&stream);
             }
             Action::Notice(text) => assert!(!text.contains(TOKEN), "the token was told"),
+            Action::Answered => {
+                assert!(self.has_answered && !self.must_answer);
+                self.must_answer = true;
+            }
             Action::Rejected(_) => self.stopped = true,
         }
     }
@@ -237,7 +253,7 @@ struct Container {
 }
 
 fn drive_container(ops: &[Op]) {
-    let mut machine = container::Session::new(token());
+    let mut machine = container::Session::new(token(), None);
     let mut shell = Container::default();
     let mut reserved = Reserved::default();
     for (kind, number, bytes) in ops {
@@ -379,10 +395,14 @@ fn heard(text: &str) -> Heard {
 fn to_container(number: u16, bytes: &[u8]) -> ToContainer {
     let (stream, port) = (stream(number >> 4), port(number >> 4));
     match number % 10 {
-        0 | 1 => ToContainer::Hello { token: TOKEN.to_owned(), extensions: extensions(number >> 4) },
+        0 | 1 => ToContainer::Hello {
+            credential: Credential::Token(TOKEN.to_owned()),
+            extensions: extensions(number >> 4),
+        },
         2 => {
-            let token = String::from_utf8_lossy(bytes).into_owned();
-            ToContainer::Hello { token, extensions: Extensions::ALL }
+            let text = String::from_utf8_lossy(bytes).into_owned();
+            let credential = if number & 16 == 0 { Credential::Token(text) } else { Credential::Proof(text) };
+            ToContainer::Hello { credential, extensions: Extensions::ALL }
         }
         3 => ToContainer::Subscribe,
         4 => ToContainer::Unsubscribe,

@@ -10,6 +10,7 @@ mod container;
 mod host;
 mod peer;
 mod published;
+mod recorder;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -17,9 +18,10 @@ use serde_json::{Value, json};
 
 pub use agent::Agent;
 pub use container::{Container, forward_events};
-pub use host::{HOST_HEADER, dial, try_dial, welcome, welcome_with};
+pub use host::{HOST_HEADER, dial, try_dial, try_dial_with, welcome, welcome_with};
 pub use peer::{Heard, Peer, Speaker};
 pub use published::Published;
+pub use recorder::Recorder;
 
 /// The port of the container's own server (wire specification, A.0.1).
 pub const CONTAINER_PORT: u16 = 8973;

@@ -16,6 +16,7 @@ use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tungstenite::handshake::derive_accept_key;
 
+use crate::broker::Recorder;
 use crate::wait_until;
 
 /// The other user. The user database need not have it.
@@ -56,7 +57,7 @@ fn become_stranger() {
 /// How an impostor treats a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manner {
-    /// It answers every request for a WebSocket as a container of the reference does, and acknowledges any message.
+    /// It answers every request for a WebSocket as a container of the reference does, and acknowledges every message.
     Reference,
     /// It puts the request's own headers into that answer.
     Echo,
@@ -68,7 +69,7 @@ pub enum Manner {
 #[derive(Debug)]
 pub struct Impostor {
     address: SocketAddr,
-    received: Arc<Mutex<Vec<u8>>>,
+    recorders: Arc<Mutex<Vec<Recorder>>>,
     connections: Arc<AtomicUsize>,
     over: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -91,26 +92,39 @@ impl Impostor {
     /// # Panics
     /// When it has no address.
     pub fn serve(listener: TcpListener, manner: Manner) -> Impostor {
+        Impostor::start(listener, manner, become_stranger)
+    }
+
+    /// Accepts from this listener as our own user, and is not the program that it claims to be.
+    ///
+    /// # Panics
+    /// When it has no address.
+    pub fn of_our_user(listener: TcpListener, manner: Manner) -> Impostor {
+        Impostor::start(listener, manner, || {})
+    }
+
+    fn start(listener: TcpListener, manner: Manner, become_user: fn()) -> Impostor {
         let mut impostor = Impostor {
             address: listener.local_addr().unwrap(),
-            received: Arc::default(),
+            recorders: Arc::default(),
             connections: Arc::default(),
             over: Arc::default(),
             thread: None,
         };
-        let (received, connections) = (Arc::clone(&impostor.received), Arc::clone(&impostor.connections));
+        let (recorders, connections) = (Arc::clone(&impostor.recorders), Arc::clone(&impostor.connections));
         let over = Arc::clone(&impostor.over);
         impostor.thread = Some(std::thread::spawn(move || {
-            become_stranger();
+            become_user();
             let mut all = Vec::new();
             while !over.load(Ordering::Relaxed) {
                 let tick = Timespec::try_from(Duration::from_millis(5)).unwrap();
                 if poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&tick)).unwrap() == 1 {
                     let (stream, _) = listener.accept().unwrap();
                     connections.fetch_add(1, Ordering::Relaxed);
-                    let received = Arc::clone(&received);
+                    let recorder = Recorder::default();
+                    recorders.lock().unwrap().push(recorder.clone());
                     all.push(stream.try_clone().unwrap());
-                    std::thread::spawn(move || converse(&stream, manner, &received));
+                    std::thread::spawn(move || converse(&stream, manner, &recorder));
                 }
             }
             for stream in all {
@@ -131,12 +145,12 @@ impl Impostor {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// Everything that arrived so far, as text.
+    /// Everything that arrived so far, readable.
     ///
     /// # Panics
     /// Never.
     pub fn received(&self) -> String {
-        String::from_utf8_lossy(&self.received.lock().unwrap()).into_owned()
+        self.recorders.lock().unwrap().iter().map(Recorder::readable).collect()
     }
 
     /// Waits until this text has arrived.
@@ -151,7 +165,7 @@ impl Impostor {
         });
     }
 
-    /// Asserts that a secret has not arrived in any form: as it is, or in the base64 of a frame.
+    /// Asserts that a secret has not arrived.
     ///
     /// # Panics
     /// When it has.
@@ -173,29 +187,22 @@ impl Drop for Impostor {
 }
 
 /// Takes what comes, and answers in its manner.
-fn converse(mut stream: &TcpStream, manner: Manner, received: &Mutex<Vec<u8>>) {
-    let (mut unread, mut is_upgraded) = (Vec::new(), false);
+fn converse(mut stream: &TcpStream, manner: Manner, recorder: &Recorder) {
+    let mut is_upgraded = false;
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = stream.read(&mut buffer) {
-        let bytes = &mut buffer[..count];
-        if is_upgraded {
-            unmask(bytes, &mut unread, received);
+        let head = recorder.take(&buffer[..count]);
+        let answer = match head {
+            Some(head) => answer(&head, manner).into_bytes(),
             // A short text frame, whatever was asked.
-            let ack = br#"{"type":"broker-hello-ack"}"#;
-            let frame = [&[0x81, u8::try_from(ack.len()).unwrap()][..], ack].concat();
-            if stream.write_all(&frame).is_err() {
-                return;
+            None if is_upgraded => {
+                let ack = br#"{"type":"broker-hello-ack"}"#;
+                [&[0x81, u8::try_from(ack.len()).unwrap()][..], ack].concat()
             }
-            continue;
-        }
-        received.lock().unwrap().extend_from_slice(bytes);
-        unread.extend_from_slice(bytes);
-        let Some(end) = unread.windows(4).position(|four| four == b"\r\n\r\n") else { continue };
-        let head = String::from_utf8_lossy(&unread[..end]).into_owned();
-        unread.clear();
-        let answer = answer(&head, manner);
+            None => continue,
+        };
         is_upgraded = manner != Manner::Http;
-        if stream.write_all(answer.as_bytes()).is_err() {
+        if stream.write_all(&answer).is_err() {
             return;
         }
     }
@@ -230,30 +237,4 @@ fn answer(head: &str, manner: Manner) -> String {
     format!(
         "HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-accept: {accept}\r\n{echoed}\r\n"
     )
-}
-
-/// Takes the frames of a client apart: without its mask, a text is readable (RFC 6455, 5.3).
-fn unmask(bytes: &[u8], unread: &mut Vec<u8>, received: &Mutex<Vec<u8>>) {
-    unread.extend_from_slice(bytes);
-    loop {
-        let (Some(first), Some(second)) = (unread.first(), unread.get(1)) else { return };
-        let (short, _) = (usize::from(second & 0x7f), first);
-        let (length, at) = match short {
-            126 if unread.len() >= 4 => (usize::from(u16::from_be_bytes([unread[2], unread[3]])), 4),
-            126 => return,
-            127 if unread.len() >= 10 => {
-                (usize::try_from(u64::from_be_bytes(unread[2..10].try_into().unwrap())).unwrap(), 10)
-            }
-            127 => return,
-            short => (short, 2),
-        };
-        if unread.len() < at + 4 + length {
-            return;
-        }
-        let mask: [u8; 4] = unread[at..at + 4].try_into().unwrap();
-        let text =
-            unread[at + 4..at + 4 + length].iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask);
-        received.lock().unwrap().extend(text);
-        unread.drain(..at + 4 + length);
-    }
 }

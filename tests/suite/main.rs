@@ -3,6 +3,7 @@
 
 mod agent_hostile;
 mod bulk;
+mod challenge;
 mod control;
 mod crash;
 mod crash_files;
@@ -73,6 +74,7 @@ fn main() -> std::process::ExitCode {
             rpc::CASES,
             http::CASES,
             impostor::CASES,
+            challenge::CASES,
             registrations::CASES,
             docker_ways::CASES,
             replay::CASES,

@@ -28,6 +28,7 @@ const PURE: &[&str] = &[
     "engine/src/watch/parse.rs",
     "engine/src/watch/diff.rs",
     "engine/src/watch/diag_message.rs",
+    "control/src/broker/challenge.rs",
     "control/src/broker/container.rs",
     "control/src/broker/host.rs",
     "control/src/broker/message",

@@ -16,6 +16,7 @@ use super::hub::HostId;
 use super::log::AgentEvent;
 use super::server::{Guest, Settings};
 use super::watch::Watch;
+use crate::broker::challenge::Answer;
 use crate::broker::container::{Ask, Attempt, HELLO_TIME_MAX, Heard, Session};
 use crate::broker::message::{Extensions, Side, StreamId, ToContainer, Unreadable, from_binary};
 use crate::broker::outbox::{Outbox, outbox};
@@ -34,7 +35,7 @@ const GOING_AWAY: u16 = 1001;
 /// Serves a host until one of the two closes.
 pub(super) async fn serve(
     socket: Socket,
-    token: Token,
+    (token, answer): (Token, Option<Answer>),
     settings: &Settings,
     guest: Guest,
     stopping: CancellationToken,
@@ -47,7 +48,7 @@ pub(super) async fn serve(
         let _ = queue.drain(writer).await;
     });
     let mut connection = Connection {
-        session: Session::new(token),
+        session: Session::new(token, answer),
         requests: settings.hub.requests(),
         settings,
         outbox,

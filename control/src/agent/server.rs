@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
@@ -29,9 +29,11 @@ use super::StartError;
 use super::connection;
 use super::hub::Hub;
 use super::log::{AgentEvent, Log};
+use crate::broker::challenge::{Answer, Challenge};
 use crate::broker::container::HELLO_TIME_MAX;
 use crate::broker::wire;
-use crate::registration::model::Token;
+use crate::registration::model::{ContainerName, Token};
+use crate::sys::random::random;
 
 /// Connections of which nobody knows yet whose they are.
 const GUESTS_MAX: usize = 64;
@@ -51,8 +53,10 @@ const STOP_TIME_MAX: Duration = Duration::from_secs(1);
 /// What connections need.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
-    /// What a host has to present.
+    /// The broker token, which a host presents or proves that it holds.
     pub(super) token: Option<Token>,
+    /// The container's own name, if known.
+    pub(super) name: Option<ContainerName>,
     /// How often what listens is read.
     pub(super) interval: Duration,
     /// What they share.
@@ -193,8 +197,12 @@ fn respond(inner: &Arc<Inner>, mut request: Request<Incoming>, guest: &Mutex<Opt
     let Some(token) = settings.token.clone() else {
         return text(StatusCode::NOT_FOUND, "portbroker disabled");
     };
-    let answer = (request.method() == Method::GET).then(|| wire::upgrade(request.headers())).flatten();
-    let Some(answer) = answer else {
+    let answer = answer(settings, &token, request.headers());
+    let header = answer.as_ref().map(Answer::header);
+    let upgraded_headers = (request.method() == Method::GET)
+        .then(|| wire::upgrade(request.headers(), header.as_deref()))
+        .flatten();
+    let Some(headers) = upgraded_headers else {
         return text(StatusCode::BAD_REQUEST, "upgrade failed");
     };
     if *settings.hub.hosts().borrow() >= HOSTS_MAX {
@@ -204,18 +212,33 @@ fn respond(inner: &Arc<Inner>, mut request: Request<Incoming>, guest: &Mutex<Opt
         return text(StatusCode::BAD_REQUEST, "upgrade failed");
     };
     let upgrade = hyper::upgrade::on(&mut request);
-    inner.tasks.spawn(upgraded(Arc::clone(inner), upgrade, token, guest));
+    inner.tasks.spawn(upgraded(Arc::clone(inner), upgrade, (token, answer), guest));
     let mut response = Response::new(Full::default());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    *response.headers_mut() = answer;
+    *response.headers_mut() = headers;
     response
 }
 
-async fn upgraded(inner: Arc<Inner>, upgrade: OnUpgrade, token: Token, guest: Guest) {
+/// Answers the challenge of a host, if it sent one to this container.
+fn answer(settings: &Settings, token: &Token, headers: &HeaderMap) -> Option<Answer> {
+    let challenge = Challenge::from_header(&wire::challenge_in(headers)?)?;
+    if settings.name.as_ref().is_some_and(|own| own != challenge.name()) {
+        return None;
+    }
+    // If the kernel has no random bytes, the challenge is ignored.
+    Some(challenge.answer(token.clone(), random().ok()?))
+}
+
+async fn upgraded(
+    inner: Arc<Inner>,
+    upgrade: OnUpgrade,
+    (token, answer): (Token, Option<Answer>),
+    guest: Guest,
+) {
     // A client that left in between, or asked for something odd, has no connection any more.
     let Ok(Ok(stream)) = timeout(HELLO_TIME_MAX, upgrade).await else { return };
     let Ok(socket) = wire::accepted(stream).await else { return };
-    connection::serve(socket, token, &inner.settings, guest, inner.stopping.clone()).await;
+    connection::serve(socket, (token, answer), &inner.settings, guest, inner.stopping.clone()).await;
 }
 
 fn text(status: StatusCode, text: &'static str) -> Text {

@@ -23,15 +23,24 @@ use crate::registration::store::{Attendant, StopReason};
 /// Where a broker gets its link to forwarding.
 pub type Links = Box<dyn Fn(&ContainerName) -> BrokerLink + Send + Sync>;
 
-/// A container has refused its token for good.
+/// A broker has found something out about its container.
 #[derive(Debug)]
-pub struct Rejected {
+pub struct Report {
     /// The container.
     pub name: ContainerName,
-    /// The token that it refused; another one may be registered by now.
+    /// Its token; another one may be registered by now.
     pub token: Token,
-    /// In which words.
-    pub reason: String,
+    /// What.
+    pub finding: Finding,
+}
+
+/// See [`Report`].
+#[derive(Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// The container has answered a challenge, so it always can.
+    Answered,
+    /// It has refused its token for good, in these words.
+    Rejected(String),
 }
 
 /// The brokers.
@@ -41,7 +50,7 @@ pub struct Brokers {
     offered: Extensions,
     /// Forwarding starts later than the first registrations are taken in; brokers begin when it is there.
     links: Arc<SetOnce<Links>>,
-    rejected: mpsc::UnboundedSender<Rejected>,
+    reports: mpsc::UnboundedSender<Report>,
     running: Mutex<BTreeMap<ContainerName, Running>>,
 }
 
@@ -59,16 +68,16 @@ impl fmt::Debug for Brokers {
 }
 
 impl Brokers {
-    /// No brokers yet. They look for ports at `docker`, offer these extensions to containers, and tell of tokens that were
-    /// refused, once each.
+    /// No brokers yet. They look for ports at `docker`, offer these extensions to containers, and report what they find out,
+    /// once each.
     pub fn new(
         docker: Docker,
         journal: Journal,
         offered: Extensions,
-    ) -> (Arc<Brokers>, mpsc::UnboundedReceiver<Rejected>) {
-        let (rejected, rejections) = mpsc::unbounded_channel();
+    ) -> (Arc<Brokers>, mpsc::UnboundedReceiver<Report>) {
+        let (reports, received) = mpsc::unbounded_channel();
         let (links, running) = (Arc::default(), Mutex::default());
-        (Arc::new(Brokers { docker, journal, offered, links, rejected, running }), rejections)
+        (Arc::new(Brokers { docker, journal, offered, links, reports, running }), received)
     }
 
     /// Gives the brokers their way to forwarding: those that were started begin. A second one is not taken.
@@ -86,8 +95,7 @@ impl Brokers {
         if let Some(before) = &before {
             before.stop.cancel();
         }
-        let (links, rejected) = (Arc::clone(&self.links), self.rejected.clone());
-        tokio::spawn(run(broker, running, before.clone(), links, rejected));
+        tokio::spawn(run(broker, running, before.clone(), Arc::clone(&self.links)));
         if let Some(before) = before {
             before.ended.cancelled().await;
         }
@@ -127,11 +135,13 @@ impl Brokers {
         Some(Broker {
             name: name.clone(),
             token: token.clone(),
+            must_answer: registration.challenge_required,
             registered_port,
             docker_name: by_docker.then(|| registration.docker_name().clone()),
             docker: self.docker.clone(),
             journal: self.journal.clone(),
             offered: self.offered,
+            reports: self.reports.clone(),
         })
     }
 
@@ -141,15 +151,9 @@ impl Brokers {
 }
 
 /// Is a broker, from the end of the one before it to its own.
-async fn run(
-    broker: Broker,
-    running: Running,
-    before: Option<Running>,
-    links: Arc<SetOnce<Links>>,
-    rejected: mpsc::UnboundedSender<Rejected>,
-) {
+async fn run(broker: Broker, running: Running, before: Option<Running>, links: Arc<SetOnce<Links>>) {
     let Running { stop, ended } = running;
-    let (name, token) = (broker.name.clone(), broker.token.clone());
+    let reporter = broker.clone();
     let reason = {
         // However it ends, it has.
         let _ended = ended.drop_guard();
@@ -157,11 +161,11 @@ async fn run(
             before.ended.cancelled().await;
         }
         let Some(links) = stop.run_until_cancelled(links.wait()).await else { return };
-        Driver::new(broker, links(&name)).run(&stop).await
+        let link = links(&broker.name);
+        Driver::new(broker, link).run(&stop).await
     };
     if let Some(reason) = reason {
-        // Nobody listens in a daemon that has stopped.
-        let _ = rejected.send(Rejected { name, token, reason });
+        reporter.report(Finding::Rejected(reason));
     }
 }
 

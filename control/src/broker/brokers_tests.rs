@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Brokers with one container's end and forwarding's in the hands of a test.
 struct World {
     brokers: Arc<Brokers>,
-    rejections: mpsc::UnboundedReceiver<Rejected>,
+    reports: mpsc::UnboundedReceiver<Report>,
     links: mpsc::UnboundedReceiver<Link>,
     listener: TcpListener,
     journal: broadcast::Receiver<Arc<str>>,
@@ -42,7 +42,7 @@ impl World {
         let journal = Journal::unkept();
         let heard = journal.listen();
         let docker = Docker::at(Some("unix:///nowhere/docker.sock".to_owned()));
-        let (brokers, rejections) = Brokers::new(docker, journal, Extensions::NONE);
+        let (brokers, reports) = Brokers::new(docker, journal, Extensions::NONE);
         let (links_in, links) = mpsc::unbounded_channel();
         brokers.connect(Box::new(move |_| {
             let (announce, announced) = mpsc::channel(ANNOUNCEMENTS_MAX);
@@ -51,7 +51,7 @@ impl World {
             BrokerLink { announce, words: heard }
         }));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        World { brokers, rejections, links, listener, journal: heard }
+        World { brokers, reports, links, listener, journal: heard }
     }
 
     fn registration(&self, token: &str, policy: Value) -> Arc<Registration> {
@@ -292,14 +292,14 @@ async fn a_token_that_is_refused_is_reported_once_by_a_broker_that_has_ended() {
     container.say(json!({"type": "broker-hello-nack", "reason": "invalid token"})).await;
     let told = link.stopped().await;
     container.closed().await;
-    assert!(world.rejections.try_recv().is_err());
+    assert!(world.reports.try_recv().is_err());
     told.send(()).unwrap();
-    let rejected = within(world.rejections.recv()).await.unwrap();
-    assert_eq!((rejected.name, rejected.reason.as_str()), (name(), "invalid token"));
-    assert!(rejected.token.matches(CANARY));
+    let report = within(world.reports.recv()).await.unwrap();
+    assert_eq!((report.name, report.finding), (name(), Finding::Rejected("invalid token".to_owned())));
+    assert!(report.token.matches(CANARY));
     // What follows the report does not wait for anything.
     within(world.stop()).await;
-    assert!(world.rejections.try_recv().is_err());
+    assert!(world.reports.try_recv().is_err());
     let text = "[portbroker:coder] the token is refused, and not presented again: invalid token";
     assert_eq!(world.told(), [text]);
 }

@@ -9,6 +9,8 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::challenge::{Challenge, ChallengeError};
+use super::driver::Broker;
 use super::message::{Frame, StreamId, ToHost, Unreadable, from_binary};
 use super::outbox::{Ended, Outbox, outbox};
 use super::pump::Inlets;
@@ -18,6 +20,7 @@ use crate::docker::DockerError;
 use crate::policy::CONTAINER_PORT;
 use crate::registration::model::ContainerName;
 use crate::sys::loopback::{Destination, DestinationError};
+use crate::sys::random::random;
 
 /// How long the container may take to answer that we close.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
@@ -44,6 +47,19 @@ pub(super) enum ConnectError {
         /// Why.
         source: io::Error,
     },
+    /// It answers our challenge, and not as the container does.
+    #[error("port {} is not {name}: {source}", address.port())]
+    Challenge {
+        /// The port.
+        address: SocketAddr,
+        /// The container.
+        name: ContainerName,
+        /// What is wrong with the answer.
+        source: ChallengeError,
+    },
+    /// There are no random bytes for a challenge.
+    #[error("no challenge can be made")]
+    Random(#[source] io::Error),
     /// It answers, and not as a container does.
     #[error("{address} opens no WebSocket")]
     Upgrade {
@@ -53,6 +69,9 @@ pub(super) enum ConnectError {
         source: WireError,
     },
 }
+
+/// A WebSocket, and our proof for its hello where the other end has proved that it holds the token.
+pub(super) type Opened = (Connection, Option<String>);
 
 /// A WebSocket that is open.
 #[derive(Debug)]
@@ -82,24 +101,30 @@ impl Connection {
     ///
     /// # Errors
     /// [`ConnectError`]. Nothing secret was sent.
-    pub(super) async fn open(address: SocketAddr) -> Result<Connection, ConnectError> {
-        match Connection::attempt(address).await {
+    pub(super) async fn open(address: SocketAddr, broker: &Broker) -> Result<Opened, ConnectError> {
+        match Connection::attempt(address, broker).await {
             Err(ConnectError::Destination(error)) => Err(ConnectError::Destination(error.identified().await)),
             done => done,
         }
     }
 
-    async fn attempt(address: SocketAddr) -> Result<Connection, ConnectError> {
+    async fn attempt(address: SocketAddr, broker: &Broker) -> Result<Opened, ConnectError> {
+        let name = &broker.name;
+        let challenge = Challenge::new(name.clone(), random().map_err(ConnectError::Random)?);
         let destination = Destination::look_up(address)?;
         let stream = dial(address).await.map_err(|source| ConnectError::Dial { address, source })?;
-        let socket = wire::connect(stream, &address.to_string())
+        let (socket, answer) = wire::connect(stream, &address.to_string(), &challenge.header())
             .await
             .map_err(|source| ConnectError::Upgrade { address, source })?;
+        let proof = answer.map(|answer| challenge.check(&broker.token, &answer)).transpose();
+        let proof =
+            proof.map_err(|source| ConnectError::Challenge { address, name: name.clone(), source })?;
         destination.verify(socket.stream())?;
         let (reader, writer) = socket.split();
         let (outbox, queue) = outbox();
         let writing = tokio::spawn(queue.drain(writer));
-        Ok(Connection { outbox, reader, writing, inlets: None, told_unreadable: false })
+        let connection = Connection { outbox, reader, writing, inlets: None, told_unreadable: false };
+        Ok((connection, proof))
     }
 
     /// Where arriving payload of streams goes. Whether there are credit windows is known when the first stream is.

@@ -23,7 +23,10 @@ use std::time::Duration;
 use landfall_engine::watch::parse::{BindAddr, WireListener};
 use serde::Serialize;
 
-use super::message::{Announced, Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost};
+use super::challenge::Answer;
+use super::message::{
+    Announced, Credential, Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost,
+};
 use crate::registration::model::Token;
 
 /// How long a host has for its hello. A correct one says it at once.
@@ -201,6 +204,8 @@ struct Stream {
 #[derive(Debug)]
 pub struct Session {
     token: Token,
+    /// The host's challenge, as it was answered.
+    answer: Option<Answer>,
     phase: Phase,
     /// None while nobody watches; nothing in it until the first reading.
     watch: Option<Option<Vec<WireListener>>>,
@@ -210,10 +215,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// A host that connected has still to say who it is.
-    pub fn new(token: Token) -> Session {
+    /// The session of a host that has connected, and whose challenge was answered if it sent one.
+    pub fn new(token: Token, answer: Option<Answer>) -> Session {
         Session {
             token,
+            answer,
             phase: Phase::Hello,
             watch: None,
             streams: HashMap::new(),
@@ -232,11 +238,16 @@ impl Session {
         match (&self.phase, heard) {
             (Phase::Ended, _) => Vec::new(),
             (_, Heard::Noise(reason)) => self.unexpected(reason),
-            (Phase::Hello, Heard::Message(ToContainer::Hello { token, extensions })) => {
-                if self.token.matches(&token) {
-                    self.let_in(extensions, reserved)
-                } else {
-                    self.refuse("token mismatch", "invalid token", "invalid token")
+            (Phase::Hello, Heard::Message(ToContainer::Hello { credential, extensions })) => {
+                let is_right = match credential {
+                    Credential::Token(token) => self.token.matches(&token),
+                    Credential::Proof(proof) => {
+                        self.answer.as_ref().is_some_and(|answer| answer.accepts(&proof))
+                    }
+                };
+                match is_right {
+                    true => self.let_in(extensions, reserved),
+                    false => self.refuse("token mismatch", "invalid token", "invalid token"),
                 }
             }
             (Phase::Hello, Heard::TokenlessHello) => {

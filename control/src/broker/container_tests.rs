@@ -7,6 +7,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
+use crate::broker::challenge::Challenge;
 use crate::broker::message::Side;
 
 const TOKEN: &str = "right-token";
@@ -16,7 +17,7 @@ fn port(number: u16) -> NonZeroU16 {
 }
 
 fn session() -> Session {
-    Session::new(Token::new(TOKEN).unwrap())
+    Session::new(Token::new(TOKEN).unwrap(), None)
 }
 
 fn hello(token: &str) -> Heard {
@@ -24,7 +25,33 @@ fn hello(token: &str) -> Heard {
 }
 
 fn hello_with(token: &str, extensions: Extensions) -> Heard {
-    Heard::Message(ToContainer::Hello { token: token.to_owned(), extensions })
+    Heard::Message(ToContainer::Hello { credential: Credential::Token(token.to_owned()), extensions })
+}
+
+#[test]
+fn a_proof_counts_once_its_challenge_was_answered_and_no_other_one_does() {
+    let name = crate::registration::model::ContainerName::new("shop").unwrap();
+    let challenge = || Challenge::new(name.clone(), [1; 32]);
+    let answer = || challenge().answer(Token::new(TOKEN).unwrap(), [2; 32]);
+    let proof = challenge().check(&Token::new(TOKEN).unwrap(), &answer().header()).unwrap();
+    let hello = |proof: &str| {
+        let credential = Credential::Proof(proof.to_owned());
+        Heard::Message(ToContainer::Hello { credential, extensions: Extensions::NONE })
+    };
+    let with = |answer| Session::new(Token::new(TOKEN).unwrap(), answer);
+    let lets_in = |mut session: Session, heard| {
+        session.heard(heard, &Reserved::default());
+        session.is_authenticated()
+    };
+    assert!(lets_in(with(Some(answer())), hello(&proof)));
+    assert!(lets_in(with(Some(answer())), hello_with(TOKEN, Extensions::NONE)), "a host of the reference");
+    assert!(!lets_in(with(None), hello(&proof)));
+    let own = answer().header().rsplit(' ').next().unwrap().to_owned();
+    for wrong in [own.as_str(), TOKEN, ""] {
+        assert!(!lets_in(with(Some(answer())), hello(wrong)), "{wrong}");
+    }
+    let later = challenge().answer(Token::new(TOKEN).unwrap(), [3; 32]);
+    assert!(!lets_in(with(Some(later)), hello(&proof)), "of an earlier connection");
 }
 
 fn says(session: &mut Session, message: ToContainer) -> Vec<Ask> {
@@ -410,7 +437,7 @@ fn happenings() -> impl Strategy<Value = Happening> {
     let extensions = prop_oneof![Just(Extensions::NONE), Just(Extensions::ALL)];
     let token = prop_oneof![9 => Just(TOKEN), 1 => Just("wrong")];
     let message = prop_oneof![
-        4 => (token, extensions).prop_map(|(token, extensions)| ToContainer::Hello { token: token.to_owned(), extensions }),
+        4 => (token, extensions).prop_map(|(token, extensions)| ToContainer::Hello { credential: Credential::Token(token.to_owned()), extensions }),
         2 => Just(ToContainer::Subscribe),
         1 => Just(ToContainer::Unsubscribe),
         1 => number().prop_map(|number| ToContainer::ForwardResult(ForwardResult { port: port(number), result: Ok(port(number)) })),

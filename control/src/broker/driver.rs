@@ -12,12 +12,13 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use landfall_engine::opener::DialFailure;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, Id, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::connection::{self, ConnectError, Connection, Heard};
+use super::brokers::{Finding, Report};
+use super::connection::{self, ConnectError, Connection, Heard, Opened};
 use super::dials::{Asked, Dials};
 use super::host::{Action, DialKey, Input, Session};
 use super::message::{Extensions, Frame, Side, StreamId, relay_text};
@@ -45,6 +46,8 @@ const IDLE: Duration = Duration::from_secs(3_600);
 pub(super) struct Broker {
     pub(super) name: ContainerName,
     pub(super) token: Token,
+    /// It has to answer a challenge, and never gets the token.
+    pub(super) must_answer: bool,
     /// Where the container's port was published when it was registered.
     pub(super) registered_port: NonZeroU16,
     /// What Docker calls the container, where Docker is to be asked.
@@ -52,6 +55,15 @@ pub(super) struct Broker {
     pub(super) docker: Docker,
     pub(super) journal: Journal,
     pub(super) offered: Extensions,
+    pub(super) reports: mpsc::UnboundedSender<Report>,
+}
+
+impl Broker {
+    /// Reports what was found out about the container.
+    pub(super) fn report(&self, finding: Finding) {
+        // The receiver is gone in a daemon that has stopped.
+        let _ = self.reports.send(Report { name: self.name.clone(), token: self.token.clone(), finding });
+    }
 }
 
 /// A broker that runs.
@@ -64,7 +76,7 @@ pub(super) struct Driver {
     actions: Vec<Action>,
     /// What forwarding has had no room for. Nothing is read from the container while there is any.
     owed: VecDeque<Announcement>,
-    attempt: Option<BoxFuture<'static, Result<Connection, ConnectError>>>,
+    attempt: Option<BoxFuture<'static, Result<Opened, ConnectError>>>,
     connection: Option<Connection>,
     dials: Dials,
     pairs: Arc<Pairs>,
@@ -83,7 +95,7 @@ struct Stream {
 
 impl Driver {
     pub(super) fn new(broker: Broker, link: BrokerLink) -> Driver {
-        let session = Session::new(broker.token.clone(), broker.offered, now());
+        let session = Session::new(broker.token.clone(), broker.must_answer, broker.offered, now());
         Driver {
             broker,
             link,
@@ -141,6 +153,7 @@ impl Driver {
                 Action::Deliver(stream, frame) => self.deliver(stream, frame),
                 Action::Cut(stream) => self.cut(stream),
                 Action::Notice(text) => self.tell(&text),
+                Action::Answered => self.broker.report(Finding::Answered),
                 Action::Rejected(reason) => rejected = Some(reason),
             }
         }
@@ -158,9 +171,9 @@ impl Driver {
                 attempt = attempted(&mut self.attempt) => {
                     self.attempt = None;
                     return match attempt {
-                        Ok(connection) => {
+                        Ok((connection, proof)) => {
                             self.connection = Some(connection);
-                            Input::Opened
+                            Input::Opened(proof)
                         }
                         Err(error) => Input::Lost(chain(&error)),
                     };
@@ -297,17 +310,17 @@ fn now() -> std::time::Instant {
 
 /// The end of the attempt that is under way, if there is one.
 async fn attempted(
-    attempt: &mut Option<BoxFuture<'static, Result<Connection, ConnectError>>>,
-) -> Result<Connection, ConnectError> {
+    attempt: &mut Option<BoxFuture<'static, Result<Opened, ConnectError>>>,
+) -> Result<Opened, ConnectError> {
     match attempt {
         Some(attempt) => attempt.await,
         None => std::future::pending().await,
     }
 }
 
-async fn connect(broker: Broker) -> Result<Connection, ConnectError> {
+async fn connect(broker: Broker) -> Result<Opened, ConnectError> {
     let port = look_up(&broker).await?;
-    Connection::open((Ipv4Addr::LOCALHOST, port.get()).into()).await
+    Connection::open((Ipv4Addr::LOCALHOST, port.get()).into(), &broker).await
 }
 
 /// Looks up the host port on which the container's port is published now: a restart may have changed it. A container that

@@ -18,7 +18,7 @@
 //! | open | either end | its pump, which tells the container itself; the loss cuts it |
 //! | flushing | its client, which still takes what the container sent before its close | its pump; a loss of the WebSocket does not matter to it |
 //!
-//! What never happens: a message before the hello or, but for the hello, before its answer is yes; a number that is in use
+//! What never happens: the token sent to a container that must answer a challenge; a message before the hello or, but for the hello, before its answer is yes; a number that is in use
 //! given to another stream; a dial with two answers or none; a result for a port that was not announced over this
 //! connection; a connection attempt beside another one, or after the stop.
 
@@ -28,7 +28,9 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::opener::DialFailure;
 
-use super::message::{Announced, Extensions, ForwardResult, Frame, Side, StreamId, ToContainer, ToHost};
+use super::message::{
+    Announced, Credential, Extensions, ForwardResult, Frame, Side, StreamId, ToContainer, ToHost,
+};
 use crate::name::escape;
 use crate::reconcile::announced::Announcement;
 use crate::registration::model::Token;
@@ -50,6 +52,9 @@ const RESTS: [Duration; 4] =
 const STREAM_ID_MAX: i64 = 2_147_483_647;
 /// The refusals after which the token is not presented again (wire specification, A.3.4).
 const FATAL_REFUSALS: [&str; 2] = ["invalid token", "expected broker-hello first"];
+/// The reason when a container that must answer a challenge does not answer it.
+const NO_ANSWER: &str = "the program there does not prove that it is this container, which has to prove it; it got no \
+                         token (if it is landfall agent of an earlier release, put this one into the image)";
 /// The number of different reasons that are reported for one outage.
 const REASONS_MAX: usize = 4;
 /// How much of a container's own words is told to people, in characters.
@@ -69,8 +74,9 @@ pub struct DialKey {
 pub enum Input {
     /// Nothing but time.
     Time,
-    /// The attempt succeeded: a WebSocket is open.
-    Opened,
+    /// The attempt succeeded: a WebSocket is open. The other end has proved that it holds the token, and this is our own
+    /// proof; or it was not able to, as a peer of the reference.
+    Opened(Option<String>),
     /// The attempt failed, or the WebSocket is lost; why, for people.
     Lost(String),
     /// A text message came.
@@ -121,6 +127,8 @@ pub enum Action {
     Cut(StreamId),
     /// Tell people.
     Notice(String),
+    /// The container has answered a challenge for the first time: from now on it has to.
+    Answered,
     /// The token was refused for good, for this reason; nothing follows.
     Rejected(String),
 }
@@ -146,6 +154,10 @@ enum Stream {
 #[derive(Debug)]
 pub struct Session {
     token: Token,
+    /// The container has to answer a challenge, and never gets the token.
+    must_answer: bool,
+    /// It has done so over this connection.
+    has_answered: bool,
     offered: Extensions,
     used: Extensions,
     phase: Phase,
@@ -169,10 +181,13 @@ struct Told {
 }
 
 impl Session {
-    /// A session that connects at once and presents `token`.
-    pub fn new(token: Token, offered: Extensions, now: Instant) -> Session {
+    /// A session that connects at once and presents `token`, or proves that it holds it. A container that `must_answer` a
+    /// challenge never gets the token itself.
+    pub fn new(token: Token, must_answer: bool, offered: Extensions, now: Instant) -> Session {
         Session {
             token,
+            must_answer,
+            has_answered: false,
             offered,
             used: Extensions::NONE,
             phase: Phase::Resting { until: now },
@@ -222,7 +237,7 @@ impl Session {
     fn take(&mut self, input: Input, now: Instant, out: &mut Vec<Action>) {
         match input {
             Input::Time => self.pass_time(now, out),
-            Input::Opened => self.greet(now, out),
+            Input::Opened(proof) => self.greet(proof, now, out),
             Input::Lost(why) => self.lose(&why, now, out),
             Input::Text(message) => self.hear(message, now, out),
             Input::Binary(stream, frame) if self.used.binary => {
@@ -272,15 +287,23 @@ impl Session {
         }
     }
 
-    fn greet(&mut self, now: Instant, out: &mut Vec<Action>) {
+    fn greet(&mut self, proof: Option<String>, now: Instant, out: &mut Vec<Action>) {
         if !matches!(self.phase, Phase::Connecting { .. }) {
             return;
         }
+        self.has_answered = proof.is_some();
+        let credential = match proof {
+            Some(proof) => Credential::Proof(proof),
+            None if self.must_answer => {
+                out.push(Action::Disconnect);
+                return self.lose(NO_ANSWER, now, out);
+            }
+            None => Credential::Token(self.token.reveal().to_owned()),
+        };
         self.phase = Phase::Greeting { until: now + GREETING_MAX };
         self.used = Extensions::NONE;
         self.announced.clear();
-        let token = self.token.reveal().to_owned();
-        out.push(Action::Say(ToContainer::Hello { token, extensions: self.offered }));
+        out.push(Action::Say(ToContainer::Hello { credential, extensions: self.offered }));
     }
 
     /// The connection is gone, or never was. What the container had sent whole is still taken by its clients.
@@ -326,6 +349,9 @@ impl Session {
         self.failures = 0;
         self.told = Told::default();
         out.push(Action::Notice("connected".to_owned()));
+        if self.has_answered && !std::mem::replace(&mut self.must_answer, true) {
+            out.push(Action::Answered);
+        }
         out.push(Action::Announce(Announcement::Up));
         out.push(Action::Say(ToContainer::Subscribe));
     }

@@ -32,7 +32,7 @@ fn inputs() -> impl Strategy<Value = (Input, u64)> {
     ];
     let input = prop_oneof![
         6 => Just(Input::Time),
-        6 => Just(Input::Opened),
+        6 => prop_oneof![Just(None), Just(Some("proof".to_owned()))].prop_map(Input::Opened),
         2 => Just(lost()),
         30 => message.prop_map(Input::Text),
         2 => stream().prop_map(|stream| Input::Binary(stream, Frame::Data(Bytes::from_static(b"x")))),
@@ -52,6 +52,9 @@ struct Onlooker {
     greeted: bool,
     up: bool,
     stopped: bool,
+    /// The other end has answered the challenge; it has to.
+    answered: bool,
+    must_answer: bool,
     /// Streams from their opening until they were cut or have ended, and whether they have begun.
     streams: BTreeMap<StreamId, bool>,
     unanswered: BTreeSet<DialKey>,
@@ -63,7 +66,7 @@ impl Onlooker {
     /// has no pump.
     fn is_possible(&self, input: &Input) -> bool {
         match input {
-            Input::Opened => self.attempt,
+            Input::Opened(_) => self.attempt,
             Input::Lost(_) => self.attempt || self.open,
             Input::Text(_) | Input::Binary(..) => self.open,
             Input::StreamEnded(stream) => self.streams.get(stream) == Some(&true),
@@ -73,7 +76,9 @@ impl Onlooker {
 
     fn see_input(&mut self, input: &Input) {
         match input {
-            Input::Opened => (self.attempt, self.open) = (false, true),
+            Input::Opened(proof) => {
+                (self.attempt, self.open, self.answered) = (false, true, proof.is_some());
+            }
             Input::Lost(_) => (self.attempt, self.open, self.greeted) = (false, false, false),
             Input::StreamEnded(stream) => drop(self.streams.remove(stream)),
             Input::Dial(key, _) => assert!(self.unanswered.insert(*key)),
@@ -97,8 +102,12 @@ impl Onlooker {
                 self.attempt = true;
             }
             Action::Disconnect => (self.attempt, self.open, self.greeted) = (false, false, false),
-            Action::Say(ToContainer::Hello { .. }) => {
+            Action::Say(ToContainer::Hello { credential, .. }) => {
                 assert!(self.open && !self.greeted);
+                match credential {
+                    Credential::Token(_) => assert!(!self.must_answer && !self.answered),
+                    Credential::Proof(_) => assert!(self.answered),
+                }
                 self.greeted = true;
                 self.announced.clear();
             }
@@ -124,6 +133,7 @@ impl Onlooker {
             Action::Deliver(stream, _) => assert!(self.streams.contains_key(stream)),
             Action::Cut(stream) => assert!(self.streams.remove(stream).is_some()),
             Action::Notice(text) => assert!(!text.contains(TOKEN)),
+            Action::Answered => assert!(self.answered && !std::mem::replace(&mut self.must_answer, true)),
             Action::Rejected(_) => assert!(!std::mem::replace(&mut self.stopped, true)),
         }
     }

@@ -14,7 +14,7 @@ struct Bench {
 impl Bench {
     fn new(offered: Extensions) -> Bench {
         let now = Instant::now();
-        let session = Session::new(Token::new(TOKEN).unwrap(), offered, now);
+        let session = Session::new(Token::new(TOKEN).unwrap(), false, offered, now);
         Bench { session, now, out: Vec::new() }
     }
 
@@ -47,7 +47,7 @@ impl Bench {
     }
 
     fn connect(&mut self, theirs: Extensions) -> &mut Bench {
-        self.pass(Duration::ZERO).on(Input::Opened).hear(ToHost::HelloAck { extensions: theirs })
+        self.pass(Duration::ZERO).on(Input::Opened(None)).hear(ToHost::HelloAck { extensions: theirs })
     }
 
     fn dial(&mut self, dial: u64, port: u16) -> &mut Bench {
@@ -111,8 +111,12 @@ fn in_short(action: &Action) -> String {
     match action {
         Action::Connect => "connect".to_owned(),
         Action::Disconnect => "disconnect".to_owned(),
-        Action::Say(ToContainer::Hello { extensions, .. }) => {
-            format!("say hello{}", if *extensions == Extensions::NONE { "" } else { " with extensions" })
+        Action::Say(ToContainer::Hello { credential, extensions }) => {
+            let proof = if matches!(credential, Credential::Proof(_)) { " with a proof" } else { "" };
+            format!(
+                "say hello{proof}{}",
+                if *extensions == Extensions::NONE { "" } else { " with extensions" }
+            )
         }
         Action::Say(ToContainer::Subscribe) => "say subscribe".to_owned(),
         Action::Say(ToContainer::ForwardResult(result)) => {
@@ -136,6 +140,7 @@ fn in_short(action: &Action) -> String {
         Action::Deliver(stream, delivered) => format!("deliver {} {}", stream.0, frame(delivered)),
         Action::Cut(stream) => format!("cut {}", stream.0),
         Action::Notice(text) => format!("notice {text}"),
+        Action::Answered => "answered".to_owned(),
         Action::Rejected(reason) => format!("rejected {reason}"),
     }
 }
@@ -144,12 +149,15 @@ fn in_short(action: &Action) -> String {
 fn the_hello_is_first_and_the_watch_follows_its_answer() {
     let mut bench = Bench::new(Extensions::NONE);
     assert_eq!(bench.pass(Duration::ZERO).look(), ["connect"]);
-    assert_eq!(bench.on(Input::Opened).look(), ["say hello"]);
+    assert_eq!(bench.on(Input::Opened(None)).look(), ["say hello"]);
     bench.hear(ToHost::HelloAck { extensions: Extensions::ALL });
     assert_eq!(bench.look(), ["notice connected", "up", "say subscribe"]);
     assert_eq!(bench.session.used(), Extensions::NONE);
     let mut bench = Bench::new(Extensions::ALL);
-    assert_eq!(bench.pass(Duration::ZERO).on(Input::Opened).look(), ["connect", "say hello with extensions"]);
+    assert_eq!(
+        bench.pass(Duration::ZERO).on(Input::Opened(None)).look(),
+        ["connect", "say hello with extensions"]
+    );
 }
 
 #[test]
@@ -158,7 +166,7 @@ fn an_extension_is_used_when_both_sides_list_it_on_this_connection() {
     let mut bench = Bench::new(Extensions::ALL);
     bench.connect(theirs);
     assert_eq!(bench.session.used(), theirs);
-    bench.on(lost()).pass(Duration::from_secs(1)).on(Input::Opened);
+    bench.on(lost()).pass(Duration::from_secs(1)).on(Input::Opened(None));
     assert_eq!(bench.session.used(), Extensions::NONE);
     bench.hear(ToHost::HelloAck { extensions: Extensions::NONE });
     assert_eq!(bench.session.used(), Extensions::NONE);
@@ -167,7 +175,7 @@ fn an_extension_is_used_when_both_sides_list_it_on_this_connection() {
 #[test]
 fn nothing_counts_before_the_hello_is_answered() {
     let mut bench = Bench::new(Extensions::ALL);
-    bench.pass(Duration::ZERO).on(Input::Opened).look();
+    bench.pass(Duration::ZERO).on(Input::Opened(None)).look();
     bench
         .hear(ToHost::Snapshot(vec![listener(5173)]))
         .hear(ToHost::Opened(listener(5174)))
@@ -184,7 +192,7 @@ fn nothing_counts_before_the_hello_is_answered() {
 fn a_refused_token_is_presented_once() {
     for reason in ["invalid token", "expected broker-hello first"] {
         let mut bench = Bench::new(Extensions::ALL);
-        bench.pass(Duration::ZERO).on(Input::Opened).look();
+        bench.pass(Duration::ZERO).on(Input::Opened(None)).look();
         bench.hear(ToHost::HelloNack { reason: reason.to_owned() });
         let notice = format!("notice the token is refused, and not presented again: {reason}");
         assert_eq!(bench.look(), ["disconnect", &notice, &format!("rejected {reason}")]);
@@ -196,7 +204,7 @@ fn a_refused_token_is_presented_once() {
 fn a_hello_that_is_refused_for_now_is_repeated_later_and_told_once() {
     let mut bench = Bench::new(Extensions::ALL);
     for rest in [1, 2, 4] {
-        bench.pass(Duration::ZERO).on(Input::Opened);
+        bench.pass(Duration::ZERO).on(Input::Opened(None));
         bench.out.clear();
         let reason = format!("busy with {TOKEN}\u{1b}[31m");
         let look = bench.hear(ToHost::HelloNack { reason }).look();
@@ -216,9 +224,9 @@ fn failures_in_a_row_are_rested_for_ever_longer_until_a_hello_is_answered() {
     for rest in [1, 2, 4, 10, 10, 10] {
         assert_eq!(bench.rest(), Duration::from_secs(rest));
         // A WebSocket that opens and says nothing is a failure like any other, and not told again.
-        assert_eq!(bench.on(Input::Opened).on(lost()).look(), ["say hello with extensions"]);
+        assert_eq!(bench.on(Input::Opened(None)).on(lost()).look(), ["say hello with extensions"]);
     }
-    bench.pass(Duration::from_secs(10)).on(Input::Opened);
+    bench.pass(Duration::from_secs(10)).on(Input::Opened(None));
     bench.hear(ToHost::HelloAck { extensions: Extensions::ALL }).look();
     let notice = "notice the connection is lost, and is tried again until it works: connection reset";
     assert_eq!(bench.on(lost()).look(), ["down", notice]);
@@ -234,11 +242,44 @@ fn an_attempt_and_a_hello_have_their_time() {
     let notice = "notice cannot connect, and is tried again until it works: no answer within 15 s";
     assert_eq!(bench.look(), ["disconnect", notice]);
     assert_eq!(bench.rest(), Duration::from_secs(1));
-    bench.on(Input::Opened).pass(GREETING_MAX);
+    bench.on(Input::Opened(None)).pass(GREETING_MAX);
     let notice =
         "notice cannot connect, and is tried again until it works: no answer to the hello within 15 s";
     assert_eq!(bench.look(), ["say hello with extensions", "disconnect", notice]);
     assert_eq!(bench.rest(), Duration::from_secs(2));
+}
+
+#[test]
+fn a_container_that_has_answered_a_challenge_never_gets_the_token() {
+    let mut bench = Bench::new(Extensions::NONE);
+    let answered = || Input::Opened(Some("proof".to_owned()));
+    let ack = || ToHost::HelloAck { extensions: Extensions::NONE };
+    bench.pass(Duration::ZERO).look();
+    assert_eq!(bench.on(answered()).look(), ["say hello with a proof"]);
+    assert_eq!(bench.hear(ack()).look(), ["notice connected", "answered", "up", "say subscribe"]);
+    bench.on(lost()).look();
+    bench.rest();
+    // A peer of the reference is there now, or a program that claims to be one.
+    let refused = bench.on(Input::Opened(None)).look();
+    assert_eq!(refused[0], "disconnect");
+    assert!(refused[1].contains("does not prove that it is this container"), "{refused:?}");
+    assert_eq!(refused.len(), 2);
+    bench.rest();
+    bench.on(answered()).hear(ack());
+    assert_eq!(bench.look().iter().filter(|told| *told == "answered").count(), 0, "it is known already");
+}
+
+#[test]
+fn a_container_that_has_to_answer_from_the_start_never_gets_the_token() {
+    let mut bench = Bench::new(Extensions::ALL);
+    bench.session = Session::new(Token::new(TOKEN).unwrap(), true, Extensions::ALL, bench.now);
+    bench.pass(Duration::ZERO).look();
+    assert_eq!(bench.on(Input::Opened(None)).look()[0], "disconnect");
+    bench.rest();
+    assert_eq!(
+        bench.on(Input::Opened(Some("proof".to_owned()))).look(),
+        ["say hello with a proof with extensions"]
+    );
 }
 
 #[test]
@@ -251,7 +292,7 @@ fn each_reason_of_an_outage_is_reported_once_and_a_few_at_most() {
     }
     assert_eq!(told, REASONS_MAX);
     bench.rest();
-    bench.on(Input::Opened).hear(ToHost::HelloAck { extensions: Extensions::ALL }).look();
+    bench.on(Input::Opened(None)).hear(ToHost::HelloAck { extensions: Extensions::ALL }).look();
     assert_eq!(bench.on(Input::Lost("reason 1".to_owned())).look().len(), 2, "another outage");
 }
 
@@ -441,7 +482,7 @@ fn a_stop_ends_everything_and_nothing_follows() {
     bench.dial(41, 80).dial(42, 80).dial(43, 80).hear(ack(1)).hear(ack(3)).hear(closed(3)).look();
     let look = bench.on(Input::Stop).look();
     assert_eq!(look, ["cut 1", "cut 2", "refuse 42 Refused", "cut 3", "disconnect", "notice stopped"]);
-    bench.on(lost()).on(Input::Opened).hear(ack(9)).on(Input::Stop).pass(Duration::from_secs(60));
+    bench.on(lost()).on(Input::Opened(None)).hear(ack(9)).on(Input::Stop).pass(Duration::from_secs(60));
     assert_eq!(bench.look(), Vec::<String>::new());
     assert_eq!(bench.dial(44, 80).look(), ["refuse 44 Refused"]);
     assert_eq!(bench.session.due(), None);
@@ -452,7 +493,7 @@ fn a_stop_while_it_connects_leaves_nothing() {
     let mut bench = Bench::new(Extensions::NONE);
     bench.pass(Duration::ZERO);
     assert_eq!(bench.on(Input::Stop).look(), ["connect", "disconnect", "notice stopped"]);
-    assert_eq!(bench.on(Input::Opened).pass(Duration::from_secs(60)).look(), Vec::<String>::new());
+    assert_eq!(bench.on(Input::Opened(None)).pass(Duration::from_secs(60)).look(), Vec::<String>::new());
 }
 
 #[path = "host_model_tests.rs"]

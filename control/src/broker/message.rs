@@ -20,6 +20,7 @@
 //! What a peer writes is read with tolerance, where a wrong reading can do no harm: 1.0 is 1, a `side` that is missing is
 //! the sender's, and a refusal without a reason is a refusal.
 
+use std::fmt;
 use std::num::NonZeroU16;
 
 use bytes::Bytes;
@@ -135,13 +136,31 @@ pub enum Frame {
     Reset,
 }
 
+/// The part of a hello by which the container recognises its host.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Credential {
+    /// The broker token itself, to a peer of the reference.
+    Token(String),
+    /// A proof that the host holds the token ([`challenge`](super::challenge)).
+    Proof(String),
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Credential::Token(_) => "Token(***)",
+            Credential::Proof(_) => "Proof(***)",
+        })
+    }
+}
+
 /// A message to the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToContainer {
     /// `broker-hello`
     Hello {
-        /// The broker token.
-        token: String,
+        /// The token, or a proof that the host holds it.
+        credential: Credential,
         /// What the host's side offers.
         extensions: Extensions,
     },

@@ -13,8 +13,8 @@ use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
 use hyper::header::{
-    CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION,
-    UPGRADE,
+    CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
+    SEC_WEBSOCKET_VERSION, UPGRADE,
 };
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
@@ -28,10 +28,14 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 
+use super::challenge;
 use super::message::MESSAGE_BYTES_MAX;
 
 /// Where the broker answers.
 pub const PATH: &str = "/portbroker";
+
+/// The header of a challenge and of its answer.
+const CHALLENGE: HeaderName = HeaderName::from_static(challenge::HEADER);
 
 /// Messages gather until there are so many bytes, or no more messages: a system call a message would be most of the work.
 const WRITE_BYTES: usize = 128 * 1024;
@@ -108,20 +112,35 @@ pub fn prepare(socket: impl AsFd) {
     let _ = sockopt::set_tcp_keepcnt(socket, KEEPALIVE_MISSES);
 }
 
-/// Dials the WebSocket of a broker over a connection that stands. There is no limit of time here.
+/// Dials the WebSocket of a broker over a connection that stands, and returns the peer's answer to `challenge` where it gives
+/// one. Waits as long as the peer does.
 ///
 /// # Errors
 /// [`WireError`]: the peer refuses or does not speak the protocol.
-pub async fn connect(stream: TcpStream, host: &str) -> Result<Socket, WireError> {
-    let request = format!("ws://{host}{PATH}").into_client_request()?;
-    let (socket, _) = tokio_tungstenite::client_async_with_config(request, stream, Some(config())).await?;
-    Ok(Socket(socket))
+pub async fn connect(
+    stream: TcpStream,
+    host: &str,
+    challenge: &str,
+) -> Result<(Socket, Option<String>), WireError> {
+    let mut request = format!("ws://{host}{PATH}").into_client_request()?;
+    // A challenge is letters, digits and signs of a name or of base64.
+    request.headers_mut().extend(HeaderValue::from_str(challenge).map(|value| (CHALLENGE, value)));
+    let (socket, response) =
+        tokio_tungstenite::client_async_with_config(request, stream, Some(config())).await?;
+    Ok((Socket(socket), challenge_in(response.headers())))
 }
 
-/// The headers of the answer (101) that turns a request into a WebSocket; nothing where the request asks for none
-/// (RFC 6455, 4.2.1).
+/// The challenge in the headers of a request, or the answer to one in the headers of an answer. Bytes that are not text are
+/// replaced, and make no challenge and no answer.
 #[must_use]
-pub fn upgrade(request: &HeaderMap) -> Option<HeaderMap> {
+pub fn challenge_in(headers: &HeaderMap) -> Option<String> {
+    headers.get(CHALLENGE).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+}
+
+/// The headers of the answer (101) that turns a request into a WebSocket, with the answer to its challenge if there is one;
+/// `None` for a request that does not ask for a WebSocket (RFC 6455, 4.2.1).
+#[must_use]
+pub fn upgrade(request: &HeaderMap, challenge: Option<&str>) -> Option<HeaderMap> {
     let names = |header, wanted: &str| {
         let tokens = request.get_all(header).into_iter().filter_map(|value| value.to_str().ok());
         tokens.flat_map(|value| value.split(',')).any(|token| token.trim().eq_ignore_ascii_case(wanted))
@@ -135,6 +154,8 @@ pub fn upgrade(request: &HeaderMap) -> Option<HeaderMap> {
     answer.insert(UPGRADE, HeaderValue::from_static("websocket"));
     answer.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     answer.insert(SEC_WEBSOCKET_ACCEPT, HeaderValue::from_str(&key).ok()?);
+    answer
+        .extend(challenge.and_then(|text| HeaderValue::from_str(text).ok()).map(|value| (CHALLENGE, value)));
     Some(answer)
 }
 

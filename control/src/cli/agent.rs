@@ -9,10 +9,13 @@ use super::exit::{Exit, Failure, chain};
 use super::output::Talk;
 use crate::agent::local::{self, AskError, Question, Reply, Why};
 use crate::agent::{self, DirectoryError, Options, PORT, StartError};
-use crate::registration::model::Token;
+use crate::registration::model::{ContainerName, Token};
 
 /// Where the broker token is looked for (wire specification, A.12), the first that is set.
 const TOKEN_VARIABLES: [&str; 2] = ["LANDFALL_HOSTD_BROKER_TOKEN", "TYPECLAW_HOSTD_BROKER_TOKEN"];
+
+/// The variables that name the container (wire specification, A.12); the first one that is set counts.
+const NAME_VARIABLES: [&str; 2] = ["LANDFALL_CONTAINER_NAME", "TYPECLAW_CONTAINER_NAME"];
 
 /// Is an agent until it is told to stop, or asks the one that runs.
 pub fn agent(args: AgentArgs) -> Result<Exit, Failure> {
@@ -28,6 +31,7 @@ fn serve(args: AgentServeArgs) -> Result<Exit, Failure> {
         address: args.bind,
         port,
         token: token()?,
+        name: name(),
         directory: args.directory,
         interval: args.interval,
     };
@@ -36,6 +40,13 @@ fn serve(args: AgentServeArgs) -> Result<Exit, Failure> {
     // What still blocks somewhere is not waited for: everything that had to be finished is.
     runtime.shutdown_background();
     done.map(|()| Exit::Ok).map_err(|error| refused(&error))
+}
+
+/// The container's name, if a variable holds a valid one.
+fn name() -> Option<ContainerName> {
+    let set =
+        NAME_VARIABLES.iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()));
+    ContainerName::new(&set?).ok()
 }
 
 fn token() -> Result<Option<Token>, Failure> {

@@ -77,6 +77,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     let fixed = json!({
         "kind": "register", "containerName": name.as_str(), "cwd": folder.text, "way": Way::DOCKER,
         "portForward": policy.unwrap_or_default(), "portNotes": notes, "folderPorts": folder_ports,
+        "challengeRequired": true,
     });
     let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
     runtime.block_on(start::start(&mut hands, last_port(&home, &name)))?;

@@ -252,6 +252,9 @@ pub struct Registration {
     /// What the daemon presents to it over its WebSocket.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub broker_token: Option<Token>,
+    /// Its WebSocket has to answer a challenge: the broker token itself is never sent there.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub challenge_required: bool,
     /// How it is reached without its help.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub way: Option<Way>,
@@ -323,6 +326,7 @@ impl Registration {
         };
         let discovered = ours(&mut fields, "discovered")?;
         let port_notes = ours(&mut fields, "portNotes")?.unwrap_or_default();
+        let challenge_required = ours(&mut fields, "challengeRequired")?.unwrap_or_default();
         fields.remove("kind");
         let unknown = fields;
         Ok(Registration {
@@ -334,6 +338,7 @@ impl Registration {
             folder_ports,
             folder_ports_approved: false,
             broker_token,
+            challenge_required,
             way,
             discovered,
             port_notes,
@@ -358,6 +363,11 @@ impl Registration {
     /// Whether none of its ports may be exposed.
     pub fn exposes_nothing(&self) -> bool {
         self.exposed().is_some_and(|exposed| exposed.is_off())
+    }
+
+    /// Whether this is the container instance that had this broker token.
+    pub fn has_broker_token(&self, token: &Token) -> bool {
+        self.broker_token.as_ref().is_some_and(|own| own.matches(token.reveal()))
     }
 
     /// What Docker calls the container.

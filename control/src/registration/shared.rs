@@ -102,6 +102,11 @@ impl Shared {
             return Err(RegisterError::Stopping);
         }
         let mut registration = completed(registration)?;
+        if let Some(known) = self.find(registration.container_name.as_str()) {
+            let is_same =
+                registration.broker_token.as_ref().is_some_and(|token| known.has_broker_token(token));
+            registration.challenge_required |= is_same && known.challenge_required;
+        }
         let (home, trust) = (self.options.home.clone(), self.options.approvals.file().clone());
         let written = self.on_disk(move || {
             match asked_by {
@@ -209,11 +214,24 @@ impl Shared {
     pub(super) async fn fatal_auth(&self, name: &ContainerName, token: &Token, reason: &str) {
         self.replayed().await;
         let current = self.find(name.as_str());
-        let stored = current.as_ref().and_then(|current| current.broker_token.as_ref());
         // A late report of an old token says nothing about the one that is registered now.
-        if stored.is_some_and(|stored| stored.matches(token.reveal())) {
+        if current.is_some_and(|current| current.has_broker_token(token)) {
             self.forget(name, StopReason::FatalAuth).await;
             self.skipped(name.as_str(), &format!("fatal broker auth: {reason}"));
+        }
+    }
+
+    pub(super) async fn require_challenge(&self, name: &ContainerName, token: &Token) {
+        self.replayed().await;
+        let current = self.find(name.as_str()).filter(|current| current.has_broker_token(token));
+        let Some(current) = current.filter(|current| !current.challenge_required) else { return };
+        let registration = Registration { challenge_required: true, ..Registration::clone(&current) };
+        let home = self.options.home.clone();
+        let written = self.on_disk(move || file::write(&home, &registration).map(|_| registration));
+        match written.await {
+            // The running broker requires the challenge already, so the attendants keep running.
+            Ok(registration) => drop(self.store(&Arc::new(registration))),
+            Err(error) => self.notice(format!("that {name} answers challenges is not remembered: {error}")),
         }
     }
 

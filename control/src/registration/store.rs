@@ -276,6 +276,14 @@ impl Registry {
         self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
+    /// The container with this broker token has answered a challenge: it has to from now on, also after a restart of the
+    /// daemon.
+    pub async fn require_challenge(&self, name: &ContainerName, token: &Token) {
+        let (shared, of, token) = (Arc::clone(&self.shared), name.clone(), token.clone());
+        let work = async move { shared.require_challenge(&of, &token).await };
+        self.shared.queues.enqueue(name.as_str(), work).await;
+    }
+
     /// Something may have happened to a container: it is looked at now instead of at the next turn. If it is not there and
     /// was before, it is looked at again soon until it has been missed often enough.
     pub fn look_again(&self, name: &str) {

@@ -71,7 +71,7 @@ impl Link {
         });
         let host = Peer::start(Side::Downstream, extensions, async move {
             let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-            wire::connect(stream, &address.to_string()).await.unwrap()
+            wire::connect(stream, &address.to_string(), "").await.unwrap().0
         });
         Link { host, container, next: 1 }
     }
@@ -205,7 +205,7 @@ pub(crate) async fn accept(listener: tokio::net::TcpListener) -> Socket {
         let upgraded = upgraded.clone();
         async move {
             let mut response = Response::new(Empty::<Bytes>::new());
-            *response.headers_mut() = wire::upgrade(request.headers()).unwrap();
+            *response.headers_mut() = wire::upgrade(request.headers(), None).unwrap();
             *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
             let upgrade = hyper::upgrade::on(&mut request);
             tokio::spawn(async move { upgraded.send(upgrade.await.unwrap()).unwrap() });

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use serde_json::{Value, json};
 use tungstenite::client::IntoClientRequest;
+use tungstenite::http::{HeaderMap, HeaderValue};
 use tungstenite::protocol::Role;
 
 use super::peer::{Carrier, Peer, generous};
@@ -31,12 +32,31 @@ pub fn dial(inside: &Namespace) -> Peer {
 /// When nobody listens.
 #[track_caller]
 pub fn try_dial(inside: &Namespace) -> Result<Peer, String> {
+    try_dial_with(inside, &[]).map(|(peer, _)| peer)
+}
+
+/// Makes a WebSocket to the agent inside with these headers beside the usual ones, if it agrees, and gives the headers of its
+/// answer.
+///
+/// # Errors
+/// What it answered.
+///
+/// # Panics
+/// When nobody listens.
+#[track_caller]
+pub fn try_dial_with(
+    inside: &Namespace,
+    headers: &[(&'static str, &str)],
+) -> Result<(Peer, HeaderMap), String> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, CONTAINER_PORT));
     let carrier = Carrier::new(connect_from(inside, address));
-    let request = format!("ws://{HOST_HEADER}{PATH}").into_client_request().unwrap();
-    let (socket, _) = tungstenite::client::client_with_config(request, carrier, Some(generous()))
+    let mut request = format!("ws://{HOST_HEADER}{PATH}").into_client_request().unwrap();
+    for (name, value) in headers {
+        request.headers_mut().insert(*name, HeaderValue::from_str(value).unwrap());
+    }
+    let (socket, response) = tungstenite::client::client_with_config(request, carrier, Some(generous()))
         .map_err(|error| error.to_string())?;
-    Ok(Peer::new(socket, Role::Client))
+    Ok((Peer::new(socket, Role::Client), response.headers().clone()))
 }
 
 /// Makes a WebSocket to the agent inside and has the token taken, as a daemon of the reference does.

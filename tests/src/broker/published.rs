@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::Recorder;
 use crate::{Namespace, read_some, reset};
 
 /// A published port; nobody is let in any more once it is dropped.
@@ -13,6 +14,8 @@ use crate::{Namespace, read_some, reset};
 pub struct Published {
     address: SocketAddr,
     over: Arc<AtomicBool>,
+    /// The bytes that clients have sent.
+    recorder: Recorder,
 }
 
 impl Published {
@@ -21,8 +24,18 @@ impl Published {
     /// # Panics
     /// When there is none to be had.
     pub fn start(inside: Namespace, port: u16) -> Published {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        Published::start_at(0, inside, port)
+    }
+
+    /// Publishes a port of `inside` on this port of the host (0: any).
+    ///
+    /// # Panics
+    /// When it is taken.
+    pub fn start_at(host: u16, inside: Namespace, port: u16) -> Published {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, host)).unwrap();
         let address = listener.local_addr().unwrap();
+        let recorder = Recorder::default();
+        let recording = recorder.clone();
         let over = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&over);
         std::thread::spawn(move || {
@@ -32,12 +45,17 @@ impl Published {
                 }
                 let target = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
                 match inside.run(|| TcpStream::connect(target)) {
-                    Ok(inner) => join(outer, inner),
+                    Ok(inner) => join(outer, inner, &recording),
                     Err(_) => reset(outer),
                 }
             }
         });
-        Published { address, over }
+        Published { address, over, recorder }
+    }
+
+    /// Returns the bytes that clients have sent over a WebSocket, unmasked. Meant for one client at a time.
+    pub fn recorded(&self) -> String {
+        self.recorder.readable()
     }
 
     /// The port on the host.
@@ -54,26 +72,40 @@ impl Drop for Published {
     }
 }
 
-fn join(outer: TcpStream, inner: TcpStream) {
-    for (from, to) in [(outer.try_clone().unwrap(), inner.try_clone().unwrap()), (inner, outer)] {
+fn join(outer: TcpStream, inner: TcpStream, recorder: &Recorder) {
+    let there = (outer.try_clone().unwrap(), inner.try_clone().unwrap(), Some(recorder.clone()));
+    for (from, to, recorder) in [there, (inner, outer, None)] {
         from.set_nodelay(true).unwrap();
-        std::thread::spawn(move || carry(&from, &to));
+        std::thread::spawn(move || carry(&from, &to, recorder.as_ref()));
     }
 }
 
-fn carry(from: &TcpStream, mut to: &TcpStream) {
+/// The part of a connection that is recorded, in bytes: greetings are short, and the rest may be gigabytes.
+const RECORDED_BYTES: usize = 64 * 1024;
+
+fn carry(from: &TcpStream, mut to: &TcpStream, recorder: Option<&Recorder>) {
+    let mut recorded = 0;
     let mut buffer = vec![0; 256 * 1024];
     loop {
         match read_some(from, &mut buffer) {
             // Whoever is gone needs no FIN.
             Ok(0) => return drop(to.shutdown(Shutdown::Write)),
-            Ok(count) if to.write_all(&buffer[..count]).is_ok() => {}
-            _ => {
-                // Dissolves both connections, which their peers see as a reset.
-                let _ = rustix::net::connect_unspec(from);
-                let _ = rustix::net::connect_unspec(to);
-                return;
+            Ok(count) => {
+                if let Some(recorder) = recorder.filter(|_| recorded < RECORDED_BYTES) {
+                    recorded += count;
+                    recorder.take(&buffer[..count]);
+                }
+                if to.write_all(&buffer[..count]).is_err() {
+                    return cut(from, to);
+                }
             }
+            Err(_) => return cut(from, to),
         }
     }
+}
+
+/// Dissolves both connections, which their peers see as a reset.
+fn cut(one: &TcpStream, other: &TcpStream) {
+    let _ = rustix::net::connect_unspec(one);
+    let _ = rustix::net::connect_unspec(other);
 }

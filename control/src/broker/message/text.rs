@@ -13,7 +13,9 @@ use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Value, json};
 
-use super::{Announced, Extensions, ForwardResult, Frame, Side, StreamId, ToContainer, ToHost, Unreadable};
+use super::{
+    Announced, Credential, Extensions, ForwardResult, Frame, Side, StreamId, ToContainer, ToHost, Unreadable,
+};
 use crate::policy::port_of;
 
 const LOOPBACK: &str = "127.0.0.1";
@@ -35,7 +37,11 @@ impl ToContainer {
             "port-watch-unsubscribe" => ToContainer::Unsubscribe,
             "broker-hello" => {
                 let fields = Fields::read("broker-hello", text)?;
-                ToContainer::Hello { token: fields.string("token")?, extensions: fields.extensions() }
+                let credential = match fields.value("proof") {
+                    Value::String(proof) => Credential::Proof(proof.clone()),
+                    _ => Credential::Token(fields.string("token")?),
+                };
+                ToContainer::Hello { credential, extensions: fields.extensions() }
             }
             "port-forward-result" => {
                 let fields = Fields::read("port-forward-result", text)?;
@@ -59,8 +65,12 @@ impl ToContainer {
     #[must_use]
     pub fn to_text(&self) -> String {
         match self {
-            ToContainer::Hello { token, extensions } => {
-                with_extensions(json!({"type": "broker-hello", "token": token}), *extensions)
+            ToContainer::Hello { credential, extensions } => {
+                let hello = match credential {
+                    Credential::Token(token) => json!({"type": "broker-hello", "token": token}),
+                    Credential::Proof(proof) => json!({"type": "broker-hello", "proof": proof}),
+                };
+                with_extensions(hello, *extensions)
             }
             ToContainer::Subscribe => json!({"type": "port-watch-subscribe"}),
             ToContainer::Unsubscribe => json!({"type": "port-watch-unsubscribe"}),

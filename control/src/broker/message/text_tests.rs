@@ -12,10 +12,13 @@ fn value(text: &str) -> Value {
 
 #[test]
 fn messages_to_the_container_are_what_the_wire_says() {
-    let hello = |extensions| ToContainer::Hello { token: "t\"1".into(), extensions };
+    let hello = |extensions| ToContainer::Hello { credential: Credential::Token("t\"1".into()), extensions };
+    let proof =
+        ToContainer::Hello { credential: Credential::Proof("p".into()), extensions: Extensions::NONE };
     let result = |result| ToContainer::ForwardResult(ForwardResult { port: port(5173), result });
     for (message, expected) in [
         (hello(Extensions::NONE), json!({"type": "broker-hello", "token": "t\"1"})),
+        (proof, json!({"type": "broker-hello", "proof": "p"})),
         (
             hello(Extensions::ALL),
             json!({"type": "broker-hello", "token": "t\"1", "extensions": ["binary", "credit", "half-close", "reset"]}),
@@ -173,7 +176,8 @@ fn what_does_no_harm_is_read_with_tolerance() {
         ToContainer::from_text(&format!(r#"{{"type":"broker-hello","token":"t","extensions":{extensions}}}"#))
     };
     for odd in ["7", "{}", "\"credit\"", "null", "[7,\"compression\"]"] {
-        let none = ToContainer::Hello { token: "t".into(), extensions: Extensions::NONE };
+        let credential = Credential::Token("t".into());
+        let none = ToContainer::Hello { credential, extensions: Extensions::NONE };
         assert_eq!(hello(odd), Ok(Some(none)), "{odd}");
     }
     assert_eq!(
@@ -256,8 +260,10 @@ fn any_announced() -> impl Strategy<Value = Announced> {
 fn to_container() -> impl Strategy<Value = ToContainer> {
     let result = prop_oneof![any_port().prop_map(Ok), any::<String>().prop_map(Err)];
     prop_oneof![
-        (any::<String>(), any_extensions())
-            .prop_map(|(token, extensions)| ToContainer::Hello { token, extensions }),
+        (any::<String>(), any::<bool>(), any_extensions()).prop_map(|(text, proof, extensions)| {
+            let credential = if proof { Credential::Proof(text) } else { Credential::Token(text) };
+            ToContainer::Hello { credential, extensions }
+        }),
         Just(ToContainer::Subscribe),
         Just(ToContainer::Unsubscribe),
         (any_port(), result)
