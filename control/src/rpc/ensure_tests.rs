@@ -195,10 +195,15 @@ fn a_starter_that_holds_the_lock_is_waited_for_and_its_daemon_used() {
 fn a_lock_is_released_however_its_holder_ends_and_no_child_holds_it() {
     // The daemon outlives its starter, which has the lock while it starts it.
     let case = Case::impatient("/bin/sh");
-    let waits = Wanted { program: script(&case, "exec sleep 5"), ..case.wanted.clone() };
+    let waits = Wanted { program: script(&case, "exec sleep 20"), ..case.wanted.clone() };
     ensure(&waits).unwrap_err();
     let lock = lock_file(case.wanted.home.spawn_lock()).unwrap();
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    // A process that another test starts at this moment has every descriptor until it executes its program.
+    let until = Instant::now() + Duration::from_secs(5);
+    while rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        assert!(Instant::now() < until, "the lock is held");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
