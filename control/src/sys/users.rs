@@ -2,18 +2,15 @@
 
 use std::fmt;
 
+use landfall_engine::process::privileges::own_uids;
+
 use crate::name::escape;
 use crate::processes::{self, ProcessFact};
 
-/// The users whose sockets are ours: root, which the daemon cannot keep anything from, and the daemon's own user. Docker
-/// publishes ports as root or, rootless, as the daemon's user.
-fn ours() -> [u32; 2] {
-    [0, rustix::process::geteuid().as_raw()]
-}
-
-/// Whether a socket of this user may receive a secret.
+/// Whether a socket of this user may receive a secret: of root, which the daemon cannot keep anything from; of the daemon's
+/// own user; and of the user that root's engine changes to. Docker publishes ports as root or, rootless, as the daemon's user.
 pub(crate) fn is_ours(uid: u32) -> bool {
-    ours().contains(&uid)
+    uid == 0 || own_uids().contains(&uid)
 }
 
 /// The user who holds a socket, and the process where it is visible.
