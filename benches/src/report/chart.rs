@@ -144,7 +144,7 @@ impl Panel<'_> {
     }
 
     fn heading(&self) -> String {
-        let unit = if self.figure.relative { ", ratio to direct" } else { "" };
+        let unit = if self.figure.relative { ", × direct" } else { "" };
         let better = match self.figure.better {
             Better::More => "more is better",
             Better::Less => "less is better",
@@ -201,7 +201,7 @@ mod tests {
         let work = run.works().next().unwrap();
         let svg = chart(&run, work).unwrap().unwrap();
         assert!(svg.contains("0.900") && svg.contains("0.500"), "{svg}");
-        assert!(svg.contains("requests/s, ratio to direct (more is better)"), "{svg}");
+        assert!(svg.contains("requests/s, × direct (more is better)"), "{svg}");
         // Two relays in the relative panel; direct too in the other one.
         assert_eq!(svg.matches("<rect").count(), 2 + 3, "{svg}");
     }
