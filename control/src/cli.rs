@@ -75,6 +75,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Ok(Exit::Failed)
         }
         Verb::Hostd(args) => hostd::hostd(args),
+        Verb::Launcher(args) => hostd::launcher(&args),
         Verb::Engine(args) => match forward::engine_process(&args.socket) {
             Ok(()) => Ok(Exit::Ok),
             Err(error) => Err(Failure::new(Exit::Failed, exit::chain(error.as_ref()))),

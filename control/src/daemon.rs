@@ -5,9 +5,11 @@
 //! other programs rely on (wire specification, A.7.8 and A.7.9).
 //!
 //! - `claim` makes it the only one of its home.
+//! - `launcher` is the process that keeps the capabilities of a root daemon.
 //! - `stop` is the switch that ends it.
 
 mod claim;
+pub mod launcher;
 pub mod stop;
 
 use std::fmt::Display;
@@ -45,6 +47,7 @@ use crate::registration::store::{Attendant, DropReason, Registry, RegistryOption
 use crate::rpc::answers::Answers;
 use crate::rpc::server::{self, Server};
 use crate::supervisor::Supervisor;
+use crate::sys::launcher::{LauncherError, launcher};
 use crate::tailscale::{Tailscale, TailscaleOptions};
 use crate::version;
 use claim::Claim;
@@ -211,6 +214,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let gateway_wanted = options.http_bind.is_empty().then(|| http.clone());
     tasks.spawn(discovery.clone().run());
     let hinted = Hinted { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
+    tasks.spawn(watch_launcher(journal.clone()));
     tasks.spawn(follow_docker(docker, hinted, gateway_wanted));
     tasks.spawn(follow_ends(registry.clone(), forwarding));
     tasks.spawn(follow_reports(registry, reports));
@@ -355,6 +359,14 @@ async fn join_gateway(http: Http, docker: Docker) {
         let text = format!("containers cannot reach the daemon over HTTP: {}", chain(&error));
         http.journal().tell(&Event::Notice { text });
     }
+}
+
+/// Reports the end of the launcher, where this daemon has one.
+async fn watch_launcher(journal: Journal) {
+    let Some(launcher) = launcher() else { return };
+    launcher.ended().await;
+    let text = format!("{}; until then no container can be entered", LauncherError::Gone);
+    journal.tell(&Event::Notice { text });
 }
 
 /// A registration that stood for a process ends with it.

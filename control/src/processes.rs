@@ -14,13 +14,18 @@ use nix::unistd::{Uid, User};
 use procfs::ProcError;
 use procfs::net::{TcpNetEntry, TcpState};
 use procfs::process::{FDTarget, Process, Stat};
+use serde::{Deserialize, Serialize};
 
 use crate::registration::model::Started;
 
+/// The most characters of a process's name. Its own choice may be as long as its command line.
+const NAME_CHARS_MAX: usize = 255;
+
 /// A process, as people are told of it. Its name is its own choice: escape it before it reaches a terminal.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessFact {
-    /// Its name: the program it was started as where that is one word, else the kernel's short name.
+    /// Its name: the program it was started as where that is one word, else the kernel's short name; its first
+    /// [`NAME_CHARS_MAX`] characters.
     pub name: String,
     /// Its process id in our namespace.
     pub pid: u32,
@@ -169,7 +174,10 @@ fn has_socket(process: &Process, inodes: &[u64]) -> bool {
 }
 
 fn fact(process: &Process) -> ProcessFact {
-    ProcessFact { name: name(process), pid: u32::try_from(process.pid).unwrap_or(0) }
+    ProcessFact {
+        name: name(process).chars().take(NAME_CHARS_MAX).collect(),
+        pid: u32::try_from(process.pid).unwrap_or(0),
+    }
 }
 
 /// `node` names its main thread `MainThread`, so the program it was started as says more; `nginx` rewrites its

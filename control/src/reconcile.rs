@@ -13,6 +13,5 @@ mod engine_link;
 pub mod fleet;
 pub mod observation;
 mod reach;
-pub(crate) mod readiness;
 pub mod table;
 pub mod task;

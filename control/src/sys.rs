@@ -1,6 +1,8 @@
 //! System facilities that several parts of the daemon share.
 
+pub(crate) mod launcher;
 pub(crate) mod loopback;
 pub(crate) mod private_file;
 pub(crate) mod random;
+pub(crate) mod readiness;
 pub(crate) mod users;

@@ -20,6 +20,7 @@ mod http;
 mod impostor;
 mod jobs;
 mod leaks;
+mod least_privilege;
 mod listeners;
 mod observe;
 mod parity;
@@ -71,6 +72,7 @@ fn main() -> std::process::ExitCode {
             bulk::CASES,
             control::CASES,
             engine_confinement::CASES,
+            least_privilege::CASES,
             rpc::CASES,
             http::CASES,
             impostor::CASES,

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::host::DialKey;
-use crate::reconcile::readiness::watched;
+use crate::sys::readiness::watched;
 
 /// How many dials wait to be taken, over all channels; the engine's socket buffers hold the others.
 const ASKED_MAX: usize = 64;

@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use agent::{AgentArgs, AgentForwardArgs, AgentServeArgs, AgentVerb, Candidates};
 pub use daemon::{
-    DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, HelperArgs, LogsArgs, LsArgs, PlainArgs,
-    RegisterArgs, RestartArgs, StatusArgs, UpArgs, WayArgs,
+    DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, HelperArgs, LauncherArgs, LogsArgs, LsArgs,
+    PlainArgs, RegisterArgs, RestartArgs, StatusArgs, UpArgs, WayArgs,
 };
 
 pub use start::{StartArgs, StopArgs};
@@ -124,6 +124,9 @@ pub enum Verb {
     /// The daemon
     #[command(name = "_hostd", hide = true)]
     Hostd(DaemonArgs),
+    /// Keeps the capabilities of a root daemon
+    #[command(name = "_launcher", hide = true)]
+    Launcher(LauncherArgs),
     /// The engine, driven over a socket
     #[command(name = "_engine", hide = true)]
     Engine(EngineArgs),
@@ -164,6 +167,7 @@ impl Verb {
             },
             Verb::Sandbox(_)
             | Verb::Hostd(_)
+            | Verb::Launcher(_)
             | Verb::Engine(_)
             | Verb::Opener
             | Verb::Helper(_)

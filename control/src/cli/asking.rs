@@ -15,6 +15,7 @@ use crate::reconcile::table::{ContainerState, EngineFacts};
 use crate::registration::model::FoundBy;
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::rpc::ensure::{self, EnsureError, Ensured, Wanted};
+use crate::sys::launcher::LauncherState;
 
 /// What `describe` answers. A daemon may leave out what it does not know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +38,9 @@ pub struct Description {
     /// The container that enters others for it, where there is to be one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,
+    /// The process that keeps its capabilities, where root runs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub launcher: Option<LauncherState>,
     /// Whether every container of Docker's is forwarded.
     #[serde(default)]
     pub all: bool,

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use jiff::SignedDuration;
 
-use super::args::DaemonArgs;
+use super::args::{DaemonArgs, LauncherArgs};
 use super::exit::{Exit, Failure, chain};
 use crate::broker::message::Extensions;
 use crate::daemon::{self, Options, StartError};
 use crate::paths::Home;
 use crate::policy;
+use crate::sys::launcher::split;
 use crate::tailscale::CALL_TIMEOUT;
 
 /// How often it is looked whether containers still exist; a duration such as `30s`.
@@ -35,11 +36,22 @@ pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
     if !std::io::stdin().is_terminal() {
         let _ = rustix::process::setsid();
     }
+    // While there is one thread.
+    split(&options.home).map_err(|error| {
+        Failure::new(Exit::Failed, format!("the daemon cannot give up its privileges: {}", chain(&error)))
+    })?;
     let runtime = super::runtime()?;
     let done = runtime.block_on(daemon::run(options));
     // What still blocks somewhere is not waited for: everything that had to be finished is.
     runtime.shutdown_background();
     done.map(|()| Exit::Ok).map_err(|error| refused(&error))
+}
+
+/// Keeps the capabilities of the daemon that started it, for as long as that runs.
+pub fn launcher(args: &LauncherArgs) -> Result<Exit, Failure> {
+    let failed = |error: &dyn std::error::Error| Failure::new(Exit::Failed, chain(error));
+    let home = Home::at(args.home.clone()).map_err(|error| failed(&error))?;
+    daemon::launcher::main(&home).map(|()| Exit::Ok).map_err(|error| failed(&error))
 }
 
 fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Result<Options, Failure> {

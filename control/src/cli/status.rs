@@ -13,6 +13,7 @@ use super::trust;
 use super::up::{engine_in_words, tell_helper};
 use crate::reconcile::table::{Reached, RowState};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
+use crate::sys::launcher::LauncherState;
 
 /// Tells how the daemon is, or one container.
 pub fn status(args: &StatusArgs) -> Result<Exit, Failure> {
@@ -36,11 +37,12 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     let count = description.containers.len();
     if json {
         let withheld = trust::withheld(&description.containers);
-        let Description { version, pid, home, http_port, replayed, engine, docker_helper, .. } = description;
+        let Description { version, pid, home, http_port, replayed, engine, docker_helper, launcher, .. } =
+            description;
         let told = json!({
             "version": version, "pid": pid, "home": home, "httpPort": http_port, "replayed": replayed,
-            "engine": engine, "dockerHelper": docker_helper, "containers": count, "forwards": ports,
-            "withheld": withheld,
+            "engine": engine, "dockerHelper": docker_helper, "launcher": launcher, "containers": count,
+            "forwards": ports, "withheld": withheld,
         });
         talk.plain(&told.to_string());
         return Ok(());
@@ -57,6 +59,13 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     }
     if let Some(helper) = &description.docker_helper {
         tell_helper(talk, helper);
+    }
+    if description.launcher == Some(LauncherState::Ended) {
+        talk.line(
+            "launcher",
+            Colour::Yellow,
+            "has ended: no container can be entered; landfall up replaces the daemon",
+        );
     }
     let back = if description.replayed { "" } else { "; those of the last daemon are on their way back" };
     talk.line("serves", Colour::Green, &format!("containers: {count}, forwards: {ports}{back}"));

@@ -7,6 +7,7 @@
 //! that is reached over a WebSocket has one attempt for each port that it announces (wire specification, A.6.3).
 
 use std::collections::BTreeSet;
+use std::io;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::readiness::watched;
+use crate::sys::readiness::watched;
 
 /// How long the process may take to end. One that hangs may have ports that nobody needs.
 const END_MAX: Duration = Duration::from_secs(5);
@@ -38,8 +39,18 @@ impl Process {
     /// The one with this number; none where it has ended or cannot be watched.
     pub(super) fn of(pid: u32) -> Option<Process> {
         let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
-        Some(Process(Arc::new(watched(pidfd, Interest::READABLE).ok()?)))
+        Process::by(rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?).ok()
+    }
+
+    /// The one that a pidfd refers to.
+    pub(super) fn by(pidfd: OwnedFd) -> io::Result<Process> {
+        Ok(Process(Arc::new(watched(pidfd, Interest::READABLE)?)))
+    }
+
+    /// Waits for its end.
+    pub(super) async fn ended(&self) {
+        // A pidfd that cannot be watched any more is taken for one whose process has ended.
+        let _ = self.0.readable().await;
     }
 }
 
@@ -61,7 +72,7 @@ impl Departed {
     pub(super) async fn ended(&self) {
         if let Some(process) = &self.process {
             // Whether it ended or not: no more can be done about it.
-            let _ = timeout(END_MAX, process.0.readable()).await;
+            let _ = timeout(END_MAX, process.ended()).await;
         }
         let _ = spawn_blocking(remove_leftovers).await;
     }

@@ -24,16 +24,16 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFla
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::departed::{Departed, Process};
 use super::fleet::Inventory;
-use super::readiness::watched;
 use super::table::EngineFacts;
 use crate::paths::{Home, identity_of_name};
+use crate::sys::launcher::{PROGRAM, launcher};
+use crate::sys::readiness::watched;
 
-/// The program that an engine is: this one.
-const PROGRAM: &str = "/proc/self/exe";
 /// How long an engine may take to begin, or to say what it holds. It takes milliseconds.
 const BEGIN_MAX: Duration = Duration::from_secs(10);
 /// How long an engine may not read while a command waits for it.
@@ -245,21 +245,8 @@ fn is_absence(error: &io::Error) -> bool {
 
 /// Starts an engine, which takes the name `path`, and connects to it.
 async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
-    let log = || OpenOptions::new().append(true).create(true).mode(0o600).open(home.log().join("engine.log"));
     let before = identity_of_name(path);
-    let mut child = tokio::process::Command::new(PROGRAM)
-        .arg0("landfall")
-        .arg(landfall_engine::process::VERB)
-        .arg("--socket")
-        .arg(path)
-        .current_dir("/")
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(log().map_err(LinkError::Spawn)?)
-        .stderr(log().map_err(LinkError::Spawn)?)
-        .kill_on_drop(false)
-        .spawn()
-        .map_err(LinkError::Spawn)?;
+    let mut started = spawn(home, path).await?;
     let named = async {
         loop {
             if identity_of_name(path).is_some_and(|found| Some(found) != before) {
@@ -269,15 +256,62 @@ async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
         }
     };
     tokio::select! {
-        ended = child.wait() => {
-            let how = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
-            return Err(LinkError::EndedEarly(how));
-        }
+        how = started.ended() => return Err(LinkError::EndedEarly(how)),
         named = timeout(BEGIN_MAX, named) => named.map_err(|_| LinkError::Silent)?,
     }
-    // Somebody has to wait for it, or it stays behind as a zombie.
-    tokio::spawn(async move { child.wait().await });
+    // A child that is never waited for remains as a zombie.
+    tokio::spawn(async move { started.ended().await });
     Link::connect(path).await
+}
+
+/// An engine's process that was started.
+enum Started {
+    Child(tokio::process::Child),
+    /// By the launcher, which waits for it.
+    Launched(Process),
+}
+
+impl Started {
+    /// Waits for its end; how it ended, as far as that is known.
+    async fn ended(&mut self) -> String {
+        match self {
+            Started::Child(child) => {
+                child.wait().await.map_or_else(|error| error.to_string(), |status| status.to_string())
+            }
+            Started::Launched(process) => {
+                process.ended().await;
+                "at once".to_owned()
+            }
+        }
+    }
+}
+
+async fn spawn(home: &Home, path: &Path) -> Result<Started, LinkError> {
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(home.log().join("engine.log"))
+        .map_err(LinkError::Spawn)?;
+    let (Some(launcher), Some(name)) = (launcher(), path.file_name().and_then(OsStr::to_str)) else {
+        let child = tokio::process::Command::new(PROGRAM)
+            .arg0("landfall")
+            .arg(landfall_engine::process::VERB)
+            .arg("--socket")
+            .arg(path)
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(LinkError::Spawn)?)
+            .stderr(log)
+            .kill_on_drop(false)
+            .spawn();
+        return child.map(Started::Child).map_err(LinkError::Spawn);
+    };
+    let name = name.to_owned();
+    let launched = spawn_blocking(move || launcher.engine(&name, log.as_fd())).await;
+    let pidfd = launched.map_err(io::Error::other).and_then(|pidfd| pidfd.map_err(io::Error::other));
+    pidfd.and_then(Process::by).map(Started::Launched).map_err(LinkError::Spawn)
 }
 
 /// What the two engines of an upgrade are called. The socket's own name leads to one that has everything, at every moment:

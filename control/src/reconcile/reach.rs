@@ -29,6 +29,7 @@ use tokio::time::sleep;
 use crate::docker::{Docker, DockerError, FirstProcess};
 use crate::paths::identity_of_file;
 use crate::registration::model::{ContainerName, Registration, Way};
+use crate::sys::launcher::identity_of_namespace;
 pub(super) use doors::Means;
 use doors::enter;
 use place::{Absent, Place};
@@ -257,29 +258,32 @@ impl Visit {
                 reason = process_end(pidfd) => Some(reason),
                 another = self.has_become_another(known) => another,
             },
-            Place::File { path, identity } => {
-                let is_hint = self.until_a_look(|| identity_of_file(path) == Some(*identity)).await;
-                (!is_hint).then(|| format!("{} is no longer the same namespace", path.display()))
-            }
-            Place::Directory { path } => {
-                let is_hint = self.until_a_look(|| identity_of_file(path).is_some()).await;
-                (!is_hint).then(|| format!("the directory {} is gone", path.display()))
-            }
+            Place::File { path, identity } => loop {
+                let is_hint = self.until_a_look().await;
+                if identity_of_namespace(path).await != Some(*identity) {
+                    return Some(format!("{} is no longer the same namespace", path.display()));
+                }
+                if is_hint {
+                    return None;
+                }
+            },
+            Place::Directory { path } => loop {
+                let is_hint = self.until_a_look().await;
+                if identity_of_file(path).is_none() {
+                    return Some(format!("the directory {} is gone", path.display()));
+                }
+                if is_hint {
+                    return None;
+                }
+            },
         }
     }
 
-    /// Looks now and then, and at a hint. Returns whether it was a hint that has shown that all is as before.
-    async fn until_a_look(&self, is_as_before: impl Fn() -> bool) -> bool {
-        loop {
-            let is_hint = tokio::select! {
-                () = sleep(LOOK_INTERVAL) => false,
-                () = self.hint.notified() => true,
-            };
-            match (is_as_before(), is_hint) {
-                (false, _) => return false,
-                (true, true) => return true,
-                (true, false) => {}
-            }
+    /// Waits for a hint, or until it is time to look without one; whether it was a hint.
+    async fn until_a_look(&self) -> bool {
+        tokio::select! {
+            () = sleep(LOOK_INTERVAL) => false,
+            () = self.hint.notified() => true,
         }
     }
 

@@ -24,6 +24,7 @@ use crate::reconcile::task::Forwarding;
 use crate::registration::model::{FoundBy, Registration};
 use crate::registration::store::{DropReason, Registered, Registry};
 use crate::supervisor::{NOT_ENABLED, Supervisor};
+use crate::sys::launcher::{self, LauncherState};
 
 /// What a daemon that has begun to stop answers to everything but `shutdown`.
 const STOPPING: &str = "daemon stopping";
@@ -134,7 +135,7 @@ impl Answers {
             Request::Restart(restart) => self.restart(&restart, None).await,
             Request::SecretsPatch(patch) => self.patch_secrets(&patch).await.into(),
             Request::HttpInfo => Response::result(json!({ "port": self.http_port })).into(),
-            Request::Version => Response::result(json!({ "version": self.version })).into(),
+            Request::Version => self.version().into(),
             Request::Shutdown { drain_engine } => self.shutdown(drain_engine),
             Request::Describe => self.describe().await.into(),
             Request::Containers => self.containers().await.into(),
@@ -228,6 +229,17 @@ impl Answers {
         Answer::Once(response, After::of(move || stop.pull(drain_engine)))
     }
 
+    fn version(&self) -> Response {
+        let mut answer = json!({ "version": self.version });
+        // A client of this build then replaces the daemon; others do not know the field.
+        if let (Some(state @ LauncherState::Ended), Some(answer)) =
+            (launcher::state(), answer.as_object_mut())
+        {
+            answer.insert("launcher".to_owned(), json!(state));
+        }
+        Response::result(answer)
+    }
+
     async fn describe(&self) -> Response {
         let mut table = self.forwarding.table().await;
         let registered = self.registry.list();
@@ -251,6 +263,7 @@ impl Answers {
             http_port: self.http_port.get(),
             tailscale: self.tailscale,
             docker_helper: self.helper.facts(),
+            launcher: launcher::state(),
             all: self.discovery.is_all(),
             replayed: self.registry.replayed().now_or_never().is_some(),
             engine: table.engine,
@@ -298,6 +311,9 @@ pub struct Description {
     /// The container that enters others for the daemon, where there is to be one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,
+    /// The process that keeps the capabilities of a root daemon, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launcher: Option<LauncherState>,
     /// Whether every container of Docker's is forwarded.
     pub all: bool,
     /// Whether the registrations of the last daemon are back.

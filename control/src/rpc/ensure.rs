@@ -23,12 +23,13 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use serde_json::Value;
+use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::client::Client;
 use crate::paths::{Home, HomeError};
 use crate::processes;
+use crate::sys::launcher::LauncherState;
 use crate::version;
 
 /// How much earlier than its pid file a daemon may seem to have begun the other way round: clocks of files and of
@@ -235,6 +236,10 @@ impl Starter<'_> {
             return Ok(Seen::Nobody);
         }
         let answer = self.client.within(times.probe).ask("version").unwrap_or_default();
+        // A root daemon that has lost its launcher can enter no container, and cannot start another one.
+        if answer.get("launcher") == Some(&json!(LauncherState::Ended)) {
+            return Ok(Seen::Other);
+        }
         // No answer, or none that is a version, is another version.
         let same = answer
             .get("version")

@@ -4,6 +4,7 @@ use std::fmt;
 
 use landfall_engine::process::privileges::own_uids;
 
+use super::launcher::owners_of_sockets;
 use crate::name::escape;
 use crate::processes::{self, ProcessFact};
 
@@ -28,8 +29,8 @@ impl Holder {
     /// Looks for the process, on a thread of its own: a walk over all processes may take tens of milliseconds.
     pub(crate) async fn find_process(&mut self) {
         let inode = self.inode;
-        let found = tokio::task::spawn_blocking(move || processes::owner_of_sockets(&[inode])).await;
-        self.process = found.ok().flatten();
+        let found = tokio::task::spawn_blocking(move || owners_of_sockets(&[inode])).await;
+        self.process = found.ok().and_then(|mut owners| owners.remove(&inode));
     }
 }
 

@@ -179,10 +179,10 @@ impl Opener {
             .stderr(Stdio::null())
             .spawn()
             .map_err(no_start)?;
-        match enter(&ours, &target) {
-            Ok((netns_inode, netns_cookie)) => {
+        match Opener::over(ours, &target) {
+            Ok(opener) => {
                 reap(child).map_err(no_start)?;
-                Ok(Opener { channel: ours, netns_inode, netns_cookie })
+                Ok(opener)
             }
             Err(error) => {
                 // It is our own child and not yet waited for, so the number is its own. It may have ended already.
@@ -191,6 +191,16 @@ impl Opener {
                 Err(error)
             }
         }
+    }
+
+    /// Has the opener at the other end of `channel`, which another process started, enter `target`, and waits until it is
+    /// inside.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; the channel is then closed, which ends the opener.
+    pub fn over(channel: Channel, target: &Target) -> Result<Opener, OpenError> {
+        let (netns_inode, netns_cookie) = enter(&channel, target)?;
+        Ok(Opener { channel, netns_inode, netns_cookie })
     }
 
     /// The inode of the namespace.

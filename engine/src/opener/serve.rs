@@ -24,6 +24,10 @@ use crate::ring::netns_cookie;
 pub use agent::agent;
 use answer::{answer, failed};
 
+/// `setns(2)` into the network namespace of another user's process asks for both, the second one because a pidfd names that
+/// process. Root's opener has them until it is inside.
+const TO_ENTER: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
+
 /// Why an opener ended before it served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -53,6 +57,7 @@ pub enum ServeError {
 pub fn main(stdin: BorrowedFd<'_>) -> Result<(), ServeError> {
     let stdin = stdin.try_clone_to_owned().map_err(|_| ServeError::NotStartedByUs)?;
     let first = Channel::try_from(stdin).map_err(|_| ServeError::NotStartedByUs)?;
+    drop_capabilities(TO_ENTER).map_err(|error| ServeError::Channel(ChannelError::System(error)))?;
     let request = channel::receive::<Request>(first.as_fd(), ANSWER_BYTES_MAX, RecvFlags::empty())?;
     let (request, descriptors) = request.ok_or(ServeError::NoTarget)?;
     match enter(&request, descriptors) {

@@ -75,6 +75,14 @@ pub struct UpArgs {
     pub json: bool,
 }
 
+/// `landfall _launcher`
+#[derive(Debug, Args)]
+pub struct LauncherArgs {
+    /// The daemon's home
+    #[arg(long, value_name = "DIR")]
+    pub home: PathBuf,
+}
+
 /// `landfall _helper`
 #[derive(Debug, Args)]
 pub struct HelperArgs {

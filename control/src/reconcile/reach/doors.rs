@@ -1,6 +1,6 @@
 //! The ways into a container that was found, fastest first. The first that works is used; why no faster one did is kept.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use landfall_engine::command::UpstreamKind;
 use landfall_engine::opener::FailureKind;
@@ -8,9 +8,7 @@ use landfall_engine::opener::client::{OpenError, Opener, Target};
 
 use super::{Certainty, Entrance};
 use crate::registration::model::Way;
-
-/// The program that an opener is: this one.
-const PROGRAM: &str = "/proc/self/exe";
+use crate::sys::launcher;
 
 /// One way in.
 pub(super) enum Door {
@@ -60,7 +58,7 @@ impl Door {
         let means = self.means();
         let (opener, sources, descriptors, kind) = match self {
             Door::Target(target) => {
-                let mut opener = Opener::spawn(Path::new(PROGRAM), target)?;
+                let mut opener = launcher::opener(target)?;
                 let (sources, descriptors) = opener.upstream(shards)?;
                 (opener, sources, descriptors, UpstreamKind::Opener)
             }

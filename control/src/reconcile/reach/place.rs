@@ -17,8 +17,9 @@ use super::{Certainty, Circumstances, ENTER_AGAIN, belongs};
 use crate::docker::{Docker, DockerError, FirstProcess, Network};
 use crate::paths::identity_of_file;
 use crate::processes;
-use crate::reconcile::readiness::watched;
 use crate::registration::model::{ContainerName, Started, Way};
+use crate::sys::launcher::open_namespace;
+use crate::sys::readiness::watched;
 
 /// To whom Docker is open, and its containers are not.
 const HELPER_ADVICE: &str = "landfall up --docker-helper keeps a container that may";
@@ -65,7 +66,8 @@ impl Place {
                 Ok(doors)
             }
             Place::File { path, .. } => {
-                Target::path(path).map(|target| vec![Door::Target(target)]).map_err(io::Error::other)
+                let file = open_namespace(path).map_err(io::Error::other)?;
+                Ok(vec![Door::Target(Target::Path(file))])
             }
             Place::Directory { path } => Ok(vec![Door::Agent(path.clone())]),
         }
@@ -195,14 +197,11 @@ fn open_process(pid: u32) -> Result<AsyncFd<OwnedFd>, Absent> {
 }
 
 fn find_file(path: PathBuf) -> Result<Place, Absent> {
-    let opened = Target::path(&path).map_err(|error| {
-        let there = path.exists();
-        let certainty = if there { Certainty::Refused } else { Certainty::Gone };
+    let file = open_namespace(&path).map_err(|error| {
+        let is_absent = path.try_exists().is_ok_and(|there| !there);
+        let certainty = if is_absent { Certainty::Gone } else { Certainty::Refused };
         Absent::Missing(certainty, error.to_string())
     })?;
-    let Target::Path(file) = opened else {
-        return Err(Absent::Missing(Certainty::Refused, format!("{} is no file", path.display())));
-    };
     let found = rustix::fs::fstat(&file).map_err(|errno| {
         Absent::Missing(Certainty::Unknown, format!("{}: {}", path.display(), io::Error::from(errno)))
     })?;

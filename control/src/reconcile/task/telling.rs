@@ -11,10 +11,11 @@ use tokio::sync::oneshot;
 use super::driver::{Driver, ENTER_AGAIN, Engine};
 use super::{Answering, Owners};
 use crate::events::{Event as JournalEvent, PortForwardEvent};
-use crate::processes::{self, ProcessFact};
+use crate::processes::ProcessFact;
 use crate::reconcile::announced::BrokerWord;
 use crate::reconcile::fleet::Change;
 use crate::reconcile::table::{ForwardTable, Reached, RowState};
+use crate::sys::launcher::owners_of_sockets;
 
 impl Driver {
     pub(super) fn tell_all(&mut self, changes: Vec<Change>) {
@@ -123,6 +124,6 @@ fn answering(table: &ForwardTable) -> BTreeMap<NonZeroU16, String> {
 }
 
 fn owners_of(inodes: &[u64]) -> Owners {
-    let mut found: BTreeMap<u64, ProcessFact> = processes::owners_of_sockets(inodes);
+    let mut found: BTreeMap<u64, ProcessFact> = owners_of_sockets(inodes);
     inodes.iter().map(|inode| (*inode, found.remove(inode))).collect()
 }

@@ -1,0 +1,304 @@
+//! Claim 25: no process of a root daemon has a capability, except its launcher, and the engine the one for low ports.
+//!
+//! The launcher is the only way back to a capability, so it is asked for everything here that it must not do: by a client
+//! in the daemon's place, which sends what a daemon that was taken over could send.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+
+use landfall_engine::channel::Channel;
+use landfall_engine::opener::client::Opener;
+use landfall_tests::case::Case;
+use landfall_tests::process::{descendants, kill, running};
+use landfall_tests::{Home, Namespace, PATIENCE, Server, connect, rpc, wait_until};
+use serde_json::{Value, json};
+
+use crate::crash::{by_file, describe, engine_pid, wait_for_open};
+use crate::engine_confinement::{Place, StandIn, credentials, is_root};
+
+pub(crate) const CASES: &[Case] = &[
+    Case::once("c25_no_process_of_a_root_daemon_has_a_capability", no_capability),
+    Case::once("c25_an_opener_of_root_has_two_capabilities_until_it_is_inside", opener_capabilities),
+    Case::once("c25_the_launcher_does_nothing_but_its_requests", launcher_refuses),
+    Case::once("c25_code_in_roots_daemon_does_not_reach_the_launcher", daemon_taken_over),
+    Case::once("c25_a_root_daemon_without_its_launcher_is_replaced_by_up", launcher_lost),
+    Case::once("c25_a_launcher_ends_with_its_daemon", launcher_ends),
+];
+
+/// `CAP_NET_BIND_SERVICE` alone.
+const NET_BIND_SERVICE: &str = "0000000000000400";
+const NONE: &str = "0000000000000000";
+
+fn verb_of(pid: u32) -> Option<String> {
+    let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let verb = arguments.split(|byte| *byte == 0).nth(1)?;
+    Some(String::from_utf8_lossy(verb).into_owned())
+}
+
+fn no_capability() {
+    if !is_root() {
+        return;
+    }
+    let home = Home::new();
+    let _daemon = home.daemon();
+    let (one, other) = (Namespace::new(), Namespace::new());
+    rpc::register_with(&home, "a", &by_file(&one));
+    rpc::register_with(&home, "b", &by_file(&other));
+    let servers = [Server::listen(&one, "127.0.0.1:3000"), Server::listen(&other, "127.0.0.1:3001")];
+    wait_for_open(&home, &[("a", 3000), ("b", 3001)]);
+    for (port, server) in (3000..).zip(&servers) {
+        let _client = connect((Ipv4Addr::LOCALHOST, port));
+        server.accept();
+    }
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for pid in descendants() {
+        let verb = verb_of(pid).expect("every process here is of the daemon");
+        *seen.entry(verb.clone()).or_default() += 1;
+        let has = credentials(pid);
+        let (permitted, no_new_privileges) = match verb.as_str() {
+            "_launcher" => continue,
+            "_engine" => (NET_BIND_SERVICE, "1"),
+            _ => (NONE, "1"),
+        };
+        for (set, expected) in [
+            ("CapPrm", permitted),
+            ("CapEff", permitted),
+            ("CapBnd", NONE),
+            ("CapInh", NONE),
+            ("CapAmb", NONE),
+        ] {
+            assert_eq!(has[set], expected, "{set} of {verb}: {has:?}");
+        }
+        assert_eq!(has["NoNewPrivs"], no_new_privileges, "{verb}");
+    }
+    let expected = [("_engine", 1), ("_hostd", 1), ("_launcher", 1), ("_opener", 2)];
+    assert_eq!(seen, expected.map(|(verb, count)| (verb.to_owned(), count)).into());
+}
+
+fn opener_capabilities() {
+    if !is_root() {
+        return;
+    }
+    let (channel, theirs) = Channel::pair().unwrap();
+    let mut opener = Command::new(Home::program())
+        .arg("_opener")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()
+        .unwrap();
+    // CAP_SYS_PTRACE and CAP_SYS_ADMIN. It waits to be sent somewhere.
+    wait_until("the opener to drop the others", || {
+        let has = credentials(opener.id());
+        let sets =
+            ["CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb", "NoNewPrivs"].map(|name| has[name].clone());
+        let wanted = ["0000000000280000", "0000000000280000", NONE, NONE, NONE, "1"];
+        if sets == wanted { Ok(()) } else { Err(has) }
+    });
+    let inside = Namespace::new();
+    let entered = Opener::over(channel, &inside.target()).unwrap();
+    let has = credentials(opener.id());
+    for set in ["CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb"] {
+        assert_eq!(has[set], NONE, "{has:?}");
+    }
+    drop(entered);
+    assert!(opener.wait().unwrap().success());
+}
+
+/// A launcher whose daemon is this case.
+struct Launcher {
+    child: Child,
+    channel: Channel,
+}
+
+impl Launcher {
+    fn start(home: &Home) -> Launcher {
+        let (channel, theirs) = Channel::pair().unwrap();
+        let child = Command::new(Home::program())
+            .args(["_launcher", "--home"])
+            .arg(home.path())
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()
+            .unwrap();
+        Launcher { child, channel }
+    }
+
+    /// Sends a request with the end of a channel and these descriptors; the first part of the answer, where there is one.
+    fn ask(&self, request: &Value, more: &[OwnedFd]) -> Option<Value> {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let descriptors: Vec<_> =
+            std::iter::once(theirs.as_fd()).chain(more.iter().map(AsFd::as_fd)).collect();
+        self.channel.send_timeout(request, &descriptors, PATIENCE).unwrap();
+        drop(theirs);
+        ours.recv_timeout(PATIENCE)
+            .unwrap_or_else(|error| panic!("{request}: {error}"))
+            .map(|(answer, _)| answer)
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.channel.shutdown();
+        let _ = self.child.wait();
+    }
+}
+
+fn launcher_refuses() {
+    let home = Home::new();
+    fs::create_dir_all(home.path().join("run")).unwrap();
+    let launcher = Launcher::start(&home);
+    let log = || vec![OwnedFd::from(fs::File::options().write(true).open("/dev/null").unwrap())];
+    let works = || {
+        let path = format!("/proc/{}/ns/net", std::process::id());
+        let answer = launcher.ask(&json!({"launch": "namespace", "path": path}), &[]);
+        assert_eq!(answer, Some(json!({"reply": "done"})), "it goes on");
+    };
+    works();
+    for socket in
+        ["../../etc/landfall.sock", "hostd.sock", "engine.sock/../hostd.sock", "/run/x", "", "engine."]
+    {
+        let answer = launcher.ask(&json!({"launch": "engine", "socket": socket}), &log());
+        assert_eq!(answer.unwrap()["refusal"], "invalid", "{socket}");
+    }
+    // The log is missing.
+    let answer = launcher.ask(&json!({"launch": "engine", "socket": "engine.sock"}), &[]);
+    assert_eq!(answer.unwrap()["refusal"], "invalid");
+    for path in [
+        "/etc/shadow",
+        "/proc/1/root/etc/shadow",
+        "/proc/1/mem",
+        "/proc/1/ns/mnt",
+        "/proc/1/fd/../root",
+        "/dev/null",
+    ] {
+        let answer = launcher.ask(&json!({"launch": "namespace", "path": path}), &[]);
+        assert_eq!(answer.unwrap()["refusal"], "invalid", "{path}");
+    }
+    let inodes: Vec<u64> = (0..2000).collect();
+    assert_eq!(
+        launcher.ask(&json!({"launch": "owners", "inodes": inodes}), &[]).unwrap()["refusal"],
+        "invalid"
+    );
+    // Invalid requests are dropped with their descriptors.
+    for request in [
+        json!({"launch": "execute", "program": "/bin/true"}),
+        json!({"launch": "opener", "program": "/bin/true"}),
+        json!({"launch": "engine", "socket": "engine.sock", "arguments": ["--x"]}),
+        json!("opener"),
+        json!(null),
+        json!({"launch": "owners", "inodes": "x".repeat(100_000)}),
+    ] {
+        assert_eq!(launcher.ask(&request, &log()), None, "{request}");
+    }
+    // The first descriptor is not a channel, or is missing.
+    let file = log();
+    launcher.channel.send(&json!({"launch": "opener"}), &[file[0].as_fd()]).unwrap();
+    launcher.channel.send(&json!({"launch": "opener"}), &[]).unwrap();
+    works();
+    let children: Vec<u32> = descendants().into_iter().filter(|pid| *pid != launcher.child.id()).collect();
+    assert!(children.is_empty(), "{children:?} were started");
+}
+
+fn daemon_taken_over() {
+    if !is_root() {
+        return;
+    }
+    let home = Home::new();
+    let daemon = home.daemon();
+    let launcher = running("_launcher");
+    assert_eq!(launcher.len(), 1, "{launcher:?}");
+    let stand_in = StandIn::start("daemon", launcher[0], &home, &Place::new());
+    let like = |pid| {
+        let mut has = credentials(pid);
+        has.retain(|name, _| !name.starts_with("Seccomp"));
+        has
+    };
+    assert_eq!(like(daemon.pid()), like(stand_in.pid()), "the stand-in is not the daemon's like");
+    for attempt in [
+        "take a descriptor of the daemon",
+        "trace the daemon",
+        "enter a namespace",
+        "mount",
+        "open a packet socket",
+        "listen at port 80",
+    ] {
+        assert_ne!(stand_in.outcome(attempt), "done", "{attempt}");
+    }
+}
+
+fn launcher_lost() {
+    if !is_root() {
+        return;
+    }
+    let home = Home::new();
+    // By `up`, which is to find it again.
+    let up = || {
+        let output = home.run(&["up", "--json", "--http-port", "0"]);
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let first = up();
+    assert_eq!(first["outcome"], "started");
+    let inside = Namespace::new();
+    rpc::register_with(&home, "a", &by_file(&inside));
+    let server = Server::listen(&inside, "127.0.0.1:3000");
+    let description = wait_for_open(&home, &[("a", 3000)]);
+    assert_eq!(description["launcher"], "running");
+    let engine = engine_pid(&description);
+    kill(running("_launcher")[0]);
+    home.wait_for_event("notice", |event| {
+        event["text"].as_str().unwrap().contains("launcher of this daemon has ended")
+    });
+    assert_eq!(describe(&home)["launcher"], "ended");
+    let status = String::from_utf8(home.run(&["status"]).stdout).unwrap();
+    assert!(status.contains("launcher") && status.contains("landfall up"), "{status}");
+    // The open forward works.
+    let _client = connect((Ipv4Addr::LOCALHOST, 3000));
+    server.accept();
+    // And what would take a capability says so.
+    let other = Namespace::new();
+    rpc::register_with(&home, "b", &by_file(&other));
+    wait_until("the second container to be refused", || {
+        let description = describe(&home);
+        let reason = description["containers"][1]["reason"].as_str().unwrap_or_default().to_owned();
+        if reason.contains("landfall up") || reason.contains("Permission denied") {
+            Ok(())
+        } else {
+            Err(description)
+        }
+    });
+    let second = up();
+    assert_eq!(second["outcome"], "upgraded");
+    assert_ne!(second["pid"], first["pid"]);
+    let _server = Server::listen(&other, "127.0.0.1:3001");
+    let description = wait_for_open(&home, &[("a", 3000), ("b", 3001)]);
+    assert_eq!((description["launcher"].clone(), engine_pid(&description)), (json!("running"), engine));
+    assert_eq!(up()["outcome"], "reused");
+    assert!(home.run(&["down"]).status.success());
+}
+
+fn launcher_ends() {
+    if !is_root() {
+        return;
+    }
+    let home = Home::new();
+    let daemon = home.daemon();
+    let inside = Namespace::new();
+    rpc::register_with(&home, "a", &by_file(&inside));
+    let server = Server::listen(&inside, "127.0.0.1:3000");
+    let engine = engine_pid(&wait_for_open(&home, &[("a", 3000)]));
+    let launcher = running("_launcher")[0];
+    daemon.kill();
+    wait_until("the launcher to end", || match running("_launcher") {
+        left if left.is_empty() => Ok(()),
+        left => Err(left),
+    });
+    // The engine continues, and the next daemon starts a launcher.
+    let _client = connect((Ipv4Addr::LOCALHOST, 3000));
+    server.accept();
+    let _daemon = home.daemon();
+    let description = wait_for_open(&home, &[("a", 3000)]);
+    assert_eq!(engine_pid(&description), engine);
+    assert_ne!(running("_launcher"), [launcher]);
+}
