@@ -148,20 +148,38 @@ fn late_list() {
     let _daemon = home.daemon();
     docker.launch("shop", &[FORWARD]);
     wait_for_names(&home, &["shop"]);
-    std::thread::scope(|scope| {
+    // The list that is held may be one that the daemon reads for itself, after an event or a start. Then the verb has its answer
+    // meanwhile, and the next round holds another list.
+    let (mut old, mut new) = ("shop", "store");
+    let before = loop {
+        let before = home.count_events("register", old);
         docker.hold_list();
-        let asked = scope.spawn(|| told(&home, &["ls", "--all", "--json"]));
-        docker.wait_for_held_list();
-        docker.rename_to("shop", "store");
-        wait_for_names(&home, &["store"]);
-        docker.let_list_go();
-        assert_eq!(asked.join().unwrap()["containers"][0]["name"], "shop");
-    });
+        let is_held = std::thread::scope(|scope| {
+            let asked = scope.spawn(|| told(&home, &["ls", "--all", "--json"]));
+            docker.wait_for_held_list();
+            docker.rename_to(old, new);
+            let is_held = wait_until("the new name, or the answer of the verb", || {
+                let (is_answered, names) = (asked.is_finished(), names(&home));
+                if is_answered || names == [new] { Ok(!is_answered) } else { Err(names) }
+            });
+            docker.let_list_go();
+            let told = asked.join().unwrap();
+            assert!(!is_held || told["containers"][0]["name"] == old, "{told}");
+            is_held
+        });
+        wait_for_names(&home, &[new]);
+        if is_held {
+            break before;
+        }
+        std::mem::swap(&mut old, &mut new);
+    };
     // Has everything judged.
     register(&home, "other");
     docker.launch("next", &[FORWARD]);
-    wait_for_names(&home, &["next", "other", "store"]);
-    assert_eq!(home.count_events("register", "shop"), 1, "{:?}", home.events());
+    let mut wanted = ["next", "other", new];
+    wanted.sort_unstable();
+    wait_for_names(&home, &wanted);
+    assert_eq!(home.count_events("register", old), before, "{:?}", home.events());
 }
 
 fn made_anew() {
