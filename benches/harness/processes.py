@@ -1,6 +1,5 @@
 """The programs of a run: start, costs and end."""
 
-import contextlib
 import os
 import select
 import signal
@@ -106,8 +105,10 @@ def join(handles, own, patience):
 
 def reap(pid):
     """Collects an orphan, which becomes a child of this process, the first one of its namespace."""
-    with contextlib.suppress(ChildProcessError):
+    try:
         os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass
 
 
 def start(command, **streams):

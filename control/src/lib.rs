@@ -9,6 +9,7 @@
 //! - `agent` is the program inside a container; `broker` is what it and the daemon say to each other.
 //! - `daemon` puts together what runs as `landfall _hostd`: `registration` remembers, `rpc` and `http` are how it is asked,
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
+//! - `model` holds values that several parts share, such as the approvals of `landfall trust`; `registry` keeps them on disk.
 //! - `devcontainer` reads what a folder or an image says of its ports.
 //! - `discovery` registers the containers that Docker has, as their labels or people say.
 //! - `start` turns a folder into a container that runs.

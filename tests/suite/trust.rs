@@ -251,9 +251,9 @@ fn made_again() {
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
     let attach = |name: &str| {
-        docker.launch(name, &[]);
+        // One that does not run is attached at once: there is nothing to wait for.
+        docker.add(name, false);
         let folder = home.folder(name);
-        // Nobody is in it, so it is attached and cannot be reached.
         home.command(&["attach", name, "--cwd"]).arg(&folder).output().unwrap();
         assert!(home.registered(name).is_some());
         folder

@@ -16,6 +16,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c30_a_new_user_answers_one_question", one_question),
     Case::once("c30_trust_shows_every_command_and_hides_none", shown),
     Case::once("c30_an_approval_survives_a_full_disk_and_unknown_fields", list_is_kept),
+    Case::once("c21_an_approval_killed_at_any_step_is_there_or_not", killed_at_any_step),
     Case::once("c30_a_folder_that_holds_the_approvals_cannot_be_trusted", home_inside),
 ];
 
@@ -26,7 +27,8 @@ fn verbs() {
     for name in ["started", "registered", "attached"] {
         write(&home.folder(name), &commands(&home, name));
     }
-    docker.launch("attached", &[]);
+    // One that does not run is attached at once: there is nothing to wait for.
+    docker.add("attached", false);
     let verbs: [(&str, &[&str]); 3] = [
         ("started", &["start", "--image", "busybox"]),
         ("registered", &["register", "registered", "--cwd"]),
@@ -218,4 +220,57 @@ fn home_inside() {
     });
     only_control_runs(&home);
     assert!(lines(&home).iter().all(|line| line.starts_with("control ")));
+}
+
+/// The calls by which an approval changes the disk, besides `write`.
+const CALLS: [&str; 5] = ["openat", "fchmod", "fsync", "renameat", "flock"];
+
+fn killed_at_any_step() {
+    let home = Home::new();
+    let folders = ["a", "b"].map(|name| {
+        write(&home.folder(name), &commands(&home, name));
+        home.folder(name)
+    });
+    home.trust(&folders[0]);
+    let path = home.path().join("trust.json");
+    let before = std::fs::read(&path).unwrap();
+    let count = || -> usize {
+        let listed = home.run(&["trust", "--list", "--json"]);
+        let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+        listed["trusted"].as_array().unwrap().len()
+    };
+    let mut kills = 0;
+    for call in CALLS {
+        for nth in 1.. {
+            let verb = home.command(&["trust", "--yes"]);
+            let mut killed = Command::new("strace");
+            // Only calls below the home: the start of a process opens many files.
+            killed.args(["-f", "-qq", "-o", "/dev/null", "-P"]).arg(home.path());
+            killed.arg("-P").arg(&path).arg("-P").arg(path.with_extension("json.tmp"));
+            killed.arg("-P").arg(home.path().join("run"));
+            killed.args(["-e", &format!("trace={call}")]);
+            killed.args(["-e", &format!("inject={call}:signal=KILL:when={nth}")]);
+            killed.arg(verb.get_program()).args(verb.get_args()).arg(&folders[1]);
+            for (name, value) in verb.get_envs() {
+                match value {
+                    Some(value) => killed.env(name, value),
+                    None => killed.env_remove(name),
+                };
+            }
+            let output = killed.output().unwrap();
+            let now = std::fs::read(&path).unwrap();
+            if output.status.success() {
+                assert_eq!(count(), 2);
+                std::fs::write(&path, &before).unwrap();
+                break;
+            }
+            kills += 1;
+            assert!(now == before || count() == 2, "{call} {nth}: {}", String::from_utf8_lossy(&now));
+            std::fs::write(&path, &before).unwrap();
+        }
+    }
+    assert!(kills >= CALLS.len(), "only {kills} steps");
+    home.trust(&folders[1]);
+    assert_eq!(home.mode("trust.json"), 0o600);
+    assert!(!path.with_extension("json.tmp").exists());
 }
