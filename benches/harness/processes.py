@@ -1,5 +1,6 @@
 """The programs of a run: start, costs and end."""
 
+import contextlib
 import os
 import select
 import signal
@@ -105,10 +106,8 @@ def join(handles, own, patience):
 
 def reap(pid):
     """Collects an orphan, which becomes a child of this process, the first one of its namespace."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass
 
 
 def start(command, **streams):

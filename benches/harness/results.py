@@ -43,18 +43,17 @@ class Results:
             file.write(json.dumps(line) + "\n")
 
     def report(self, options):
-        """Prints the tables, and writes the page and the charts beside the samples."""
-        command = [options.programs / "report", self.path, "--into", self.directory]
-        subprocess.run(command, check=True)
+        """Prints the tables, and writes the page and the charts beside the samples. Publishes them on request."""
+        program = options.programs / "report"
+        subprocess.run([program, self.path, "--into", self.directory], check=True)
         if options.publish:
-            self._publish("methods" if options.methods else "relays")
+            published = PUBLISHED / ("methods" if options.methods else "relays")
+            shutil.rmtree(published, ignore_errors=True)
+            shutil.copytree(self.directory, published)
+            give_back(PUBLISHED, published)
+        if options.publish and not options.methods:
+            subprocess.run([program, self.path, "--publish", ROOT], check=True, stdout=subprocess.DEVNULL)
         give_back(TARGET / "compare", self.directory)
-
-    def _publish(self, name):
-        published = PUBLISHED / name
-        shutil.rmtree(published, ignore_errors=True)
-        shutil.copytree(self.directory, published)
-        give_back(PUBLISHED, published)
 
 
 def give_back(parent, directory):
@@ -76,11 +75,14 @@ def conditions(namespaces, chosen, works, load, options):
         "seconds": options.seconds,
         "repetitions": options.repetitions,
         "contenders": [{"name": each.name, "ours": each.ours} for each in chosen],
-        "works": [
-            {"name": work.name, "what": work.what, "figures": [vars(figure) for figure in work.figures]} for work in works
-        ],
+        "works": [definition(work) for work in works],
         "versions": {each.name: each.version() for each in chosen} | tools(works, options),
     }
+
+
+def definition(work):
+    figures = [vars(figure) for figure in work.figures]
+    return {"name": work.name, "what": work.what, "headline": work.headline, "figures": figures}
 
 
 def commit():

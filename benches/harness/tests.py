@@ -21,7 +21,13 @@ from .processes import Invalid
 from .works import Trial
 
 PROGRAMS = Path(os.environ.get("LANDFALL_BENCHES", TARGET / "debug"))
-HOLDER = "import sys, time; from harness import congestion; congestion.allow(sys.argv[1]); print('allowed', flush=True); time.sleep(60)"
+HOLDER = """
+import sys, time
+from harness import congestion
+congestion.allow(sys.argv[1])
+print("allowed", flush=True)
+time.sleep(60)
+"""
 
 
 def await_true(what, condition, patience=20.0):

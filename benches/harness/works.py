@@ -27,11 +27,13 @@ class Figure:
 class Work:
     """One kind of work: `measure` takes a Trial, and returns the figures or raises Invalid."""
 
-    def __init__(self, name, what, server, port, figures, measure, without_relay=True, discover=False, slow=False):
+    def __init__(self, name, what, server, port, figures, measure, without_relay=True, discover=False, slow=False, headline=True):
         self.name, self.what, self.server, self.port = name, what, server, port
         self.figures, self.measure = figures, measure
         # Whether a contender without a relay can take part, and whether the relay has to find listeners by itself.
         self.without_relay, self.discover = without_relay, discover
+        # Whether the front page shows it.
+        self.headline = headline
         # Whether one sample takes so long that a quick run has only three.
         self.slow = slow
 
@@ -244,17 +246,19 @@ LOADS = [Figure("load_ms", "page load ms", relative=True), Figure("cpu_ms_per_lo
 def bulk_work(streams, reverse):
     what = f"iperf3, {streams} stream{'s' if streams > 1 else ''} {'from' if reverse else 'to'} the server"
     name = f"bulk-{streams}{'-reverse' if reverse else ''}"
-    return Work(name, what, servers.iperf3, IPERF, BULK, bulk(streams, reverse))
+    return Work(name, what, servers.iperf3, IPERF, BULK, bulk(streams, reverse), headline=not reverse)
 
 
 def http_work(connections):
     what = f"wrk, {connections:,} connection{'s' if connections > 1 else ''}, keep-alive, a body of 9 bytes"
-    return Work(f"http-{connections}", what, servers.nginx, HTTP, REQUESTS, http(connections, "/"))
+    measure = http(connections, "/")
+    return Work(f"http-{connections}", what, servers.nginx, HTTP, REQUESTS, measure, headline=connections in (64, 256))
 
 
 def connect_work(close, how):
     what = f"connect, one byte in each direction, close with a {how}; 64 in flight"
-    return Work(f"connect-{close}", what, servers.echo, ECHO, CONNECTIONS, connect(close))
+    measure = connect(close)
+    return Work(f"connect-{close}", what, servers.echo, ECHO, CONNECTIONS, measure, headline=close == "fin")
 
 
 VERIFY_WHAT = "8 connections, 4 MiB of known bytes in both directions of each"
@@ -265,10 +269,10 @@ FIRST_BYTE_WHAT = "from listen() inside to the first byte at a client outside"
 VITE_WHAT = f"Chromium loads a Vite app of {MODULES:,} modules with an empty cache"
 
 WORKS = [
-    Work("verify", VERIFY_WHAT, servers.verify, VERIFY, VERIFIED, verify),
+    Work("verify", VERIFY_WHAT, servers.verify, VERIFY, VERIFIED, verify, headline=False),
     *(bulk_work(streams, reverse) for streams in (1, 8) for reverse in (False, True)),
     *(http_work(connections) for connections in (1, 64, 256, 1000)),
-    Work("file-16", FILE_WHAT, servers.nginx, HTTP, REQUESTS, http(16, "/files/1m")),
+    Work("file-16", FILE_WHAT, servers.nginx, HTTP, REQUESTS, http(16, "/files/1m"), headline=False),
     connect_work("fin", "FIN"),
     connect_work("rst", "reset"),
     Work("ping", PING_WHAT, servers.echo, ECHO, ROUND_TRIPS, ping),

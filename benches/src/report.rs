@@ -7,10 +7,12 @@
 //! Pure. `bin/report.rs` reads and writes the files.
 
 mod chart;
+mod overview;
 mod run;
 mod summary;
 mod table;
 
 pub use chart::chart;
+pub use overview::{END, START, charts, headline, replace};
 pub use run::{Better, Figure, ReportError, Run, Work};
 pub use table::{document, tables};

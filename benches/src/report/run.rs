@@ -87,8 +87,17 @@ pub struct Work {
     pub name: String,
     /// One line of description.
     pub what: String,
+    /// Whether the front page shows it.
+    pub headline: bool,
     /// The figures of its samples; the first is the principal one.
     pub figures: Vec<Figure>,
+}
+
+impl Work {
+    /// Whether a chart shows any of its figures.
+    pub fn has_chart(&self) -> bool {
+        self.figures.iter().any(|figure| figure.charted)
+    }
 }
 
 /// One figure of a work.

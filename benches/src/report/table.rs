@@ -12,7 +12,7 @@ pub fn document(run: &Run) -> String {
     text += &conditions(run);
     for work in run.works() {
         text += &format!("\n## {}\n\n{}\n\n", work.name, work.what);
-        if work.figures.iter().any(|figure| figure.charted) {
+        if work.has_chart() {
             text += &format!("![{0}: every contender beside direct connections]({0}.svg)\n\n", work.name);
         }
         text += &table(run, work);
@@ -173,10 +173,11 @@ pub(super) mod tests {
             "idle": { "busy_processors": 0.02, "waited_seconds": 0 }, "seconds": 5, "repetitions": 3,
             "contenders": [
                 { "name": "direct", "ours": false }, { "name": "landfall", "ours": true }, { "name": "pasta", "ours": false },
+                { "name": "tokio", "ours": false },
             ],
             "works": [
-                { "name": "verify", "what": "every byte", "figures": [] },
-                { "name": "http-64", "what": "64 connections", "figures": [
+                { "name": "verify", "what": "every byte", "headline": false, "figures": [] },
+                { "name": "http-64", "what": "64 connections", "headline": true, "figures": [
                     { "key": "per_second", "label": "requests/s", "better": "more", "charted": true, "relative": true },
                     { "key": "p99_us", "label": "p99 µs", "better": "less", "charted": true, "relative": false },
                 ] },
