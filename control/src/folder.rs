@@ -53,6 +53,7 @@ mod command;
 mod config;
 mod demand;
 mod file;
+mod invocation;
 mod withheld;
 
 use std::path::{Path, PathBuf};
@@ -66,6 +67,7 @@ pub use approved::{Approvals, Approved};
 pub use command::{Command, CommandError, Ended};
 pub use config::{Folder, Job, Restart, Secrets, Tools};
 pub use demand::{Demand, Purpose};
+pub(crate) use invocation::verified;
 pub use withheld::{Withheld, withheld};
 
 use crate::model::trust::{ContentDigest, FolderFile};
@@ -206,7 +208,7 @@ pub fn settings(registration: &Registration, approvals: &Approvals) -> Result<Ap
     let folder = Folder::parse(&text)?;
     let sha256 = ContentDigest::of(text.as_bytes());
     match check(registration, &sha256, approvals.file()) {
-        Ok(path) => Ok(Approved::new(folder, path, sha256, approvals)),
+        Ok(path) => Ok(Approved::new(folder, path, &text, approvals)),
         Err(_) if folder.demands().is_empty() => Ok(Approved::nothing()),
         Err(reason) => Err(FolderError::NotTrusted { reason, secrets: folder.secrets.is_some() }),
     }

@@ -175,7 +175,7 @@ impl Supervisor {
     ) -> Result<(), String> {
         let command = |words, timeout| {
             Command::new(words, approved, &restart.registration.container_name, timeout)
-                .with("LANDFALL_BUILD", if restart.build { "1" } else { "0" })
+                .of_restart(restart.build)
         };
         outcome(command(stop, STOP_TIMEOUT).run().await).map_err(|why| format!("stop failed: {why}"))?;
         outcome(command(start, START_TIMEOUT).run().await).map_err(|why| format!("start failed: {why}"))

@@ -5,8 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use landfall_engine::channel::Channel;
@@ -23,6 +25,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c25_no_process_of_a_root_daemon_has_a_capability", no_capability),
     Case::once("c25_an_opener_of_root_has_two_capabilities_until_it_is_inside", opener_capabilities),
     Case::once("c25_the_launcher_does_nothing_but_its_requests", launcher_refuses),
+    Case::once("c25_commands_of_a_folder_run_by_roots_launcher", commands_by_the_launcher),
+    Case::once("c25_the_launcher_verifies_the_approval_of_a_command", launcher_verifies),
     Case::once("c25_code_in_roots_daemon_does_not_reach_the_launcher", daemon_taken_over),
     Case::once("c25_a_root_daemon_without_its_launcher_is_replaced_by_up", launcher_lost),
     Case::once("c25_a_launcher_ends_with_its_daemon", launcher_ends),
@@ -124,17 +128,26 @@ impl Launcher {
         Launcher { child, channel }
     }
 
-    /// Sends a request with the end of a channel and these descriptors; the first part of the answer, where there is one.
-    fn ask(&self, request: &Value, more: &[OwnedFd]) -> Option<Value> {
+    /// Sends a request with the end of a channel and these descriptors; the other end.
+    fn send(&self, request: &Value, more: &[OwnedFd]) -> Channel {
         let (ours, theirs) = Channel::pair().unwrap();
         let descriptors: Vec<_> =
             std::iter::once(theirs.as_fd()).chain(more.iter().map(AsFd::as_fd)).collect();
         self.channel.send_timeout(request, &descriptors, PATIENCE).unwrap();
-        drop(theirs);
-        ours.recv_timeout(PATIENCE)
-            .unwrap_or_else(|error| panic!("{request}: {error}"))
-            .map(|(answer, _)| answer)
+        ours
     }
+
+    /// Sends a request; the first part of the answer, where there is one.
+    #[track_caller]
+    fn ask(&self, request: &Value, more: &[OwnedFd]) -> Option<Value> {
+        heard(&self.send(request, more))
+    }
+}
+
+/// The next part of an answer, where there is one.
+#[track_caller]
+fn heard(channel: &Channel) -> Option<Value> {
+    channel.recv_timeout(PATIENCE).unwrap().map(|(answer, _)| answer)
 }
 
 impl Drop for Launcher {
@@ -198,6 +211,96 @@ fn launcher_refuses() {
     works();
     let children: Vec<u32> = descendants().into_iter().filter(|pid| *pid != launcher.child.id()).collect();
     assert!(children.is_empty(), "{children:?} were started");
+}
+
+fn commands_by_the_launcher() {
+    if !is_root() {
+        return;
+    }
+    let home = Home::new();
+    let folder = home.folder("shop");
+    let status = home.folder("outside").join("status");
+    // Renamed, so that it is seen whole.
+    let script = "cat /proc/$$/status > $1.new; mv $1.new $1";
+    let command = json!(["sh", "-c", script, "sh", status]);
+    fs::write(folder.join("landfall.toml"), format!("[jobs.x]\ncommand = {command}\nevery = \"1h\"\n"))
+        .unwrap();
+    home.trust(&folder);
+    let daemon = home.daemon();
+    rpc::register(&home, "shop");
+    let status = wait_until("the command to run", || fs::read_to_string(&status));
+    let launcher = running("_launcher")[0];
+    assert!(status.contains(&format!("\nPPid:\t{launcher}\n")), "{status}");
+    // It runs as root's commands always did, although the daemon could not.
+    let all = &credentials(launcher)["CapEff"];
+    assert!(
+        status.contains(&format!("\nCapEff:\t{all}\n")) && status.contains("\nNoNewPrivs:\t0\n"),
+        "{status}"
+    );
+    home.wait_for_event("job-tick-ok", |event| event["containerName"] == "shop");
+    daemon.shut_down();
+}
+
+fn launcher_verifies() {
+    let home = Home::new();
+    let folder = home.folder("shop").canonicalize().unwrap();
+    let settings = "[jobs.x]\ncommand = [\"sleep\", \"1000\"]\nevery = \"1h\"\n\
+                    [jobs.y]\ncommand = [\"sh\", \"-c\", \"echo $PWD; exit 3\"]\nevery = \"1h\"\n";
+    fs::write(folder.join("landfall.toml"), settings).unwrap();
+    home.trust(&folder);
+    let launcher = Launcher::start(&home);
+    let request = |folder: &Path, words: &[&str], settings: &str| {
+        json!({"launch": "command", "settings": settings,
+            "invocation": {"words": words, "folder": folder, "container": "shop", "build": null}})
+    };
+    let output = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        (reader, vec![OwnedFd::from(writer)])
+    };
+    let (sleep, echo) = (["sleep", "1000"], ["sh", "-c", "echo $PWD; exit 3"]);
+    let elsewhere = home.folder("elsewhere").canonicalize().unwrap();
+    for (what, request) in [
+        ("text that is not approved", request(&folder, &sleep, &settings.replace("1h", "2h"))),
+        ("no text", request(&folder, &sleep, "")),
+        ("another folder", request(&elsewhere, &sleep, settings)),
+        ("a way to the folder that is not its own", request(&folder.join("../shop"), &sleep, settings)),
+        ("another command", request(&folder, &["sleep", "1001"], settings)),
+        ("a part of a command", request(&folder, &["sleep"], settings)),
+        ("no command", request(&folder, &[], settings)),
+    ] {
+        let answer = launcher.ask(&request, &output().1).unwrap();
+        assert_eq!(answer, json!({"reply": "refused", "refusal": "not-approved"}), "{what}");
+    }
+    let answer = launcher.ask(&request(&folder, &sleep, settings), &[]).unwrap();
+    assert_eq!(answer["refusal"], "invalid", "without an output");
+
+    let (mut reader, writer) = output();
+    let channel = launcher.send(&request(&folder, &echo, settings), &writer);
+    drop(writer);
+    assert_eq!(heard(&channel), Some(json!({"reply": "started"})));
+    assert_eq!(heard(&channel), Some(json!({"reply": "exited", "status": 3 << 8})));
+    let mut said = String::new();
+    reader.read_to_string(&mut said).unwrap();
+    assert_eq!(said.trim_end(), folder.to_str().unwrap());
+
+    // It ends with the interest in it, and with the daemon.
+    let commands = || descendants().into_iter().filter(|pid| verb_of(*pid).as_deref() == Some("1000"));
+    let ended = || match commands().count() {
+        0 => Ok(()),
+        left => Err(left),
+    };
+    let (_reader, writer) = output();
+    let channel = launcher.send(&request(&folder, &sleep, settings), &writer);
+    assert_eq!(heard(&channel), Some(json!({"reply": "started"})));
+    wait_until("the command", || commands().next().ok_or("it does not run"));
+    drop(channel);
+    wait_until("the command to end with its channel", ended);
+    let channel = launcher.send(&request(&folder, &sleep, settings), &writer);
+    assert_eq!(heard(&channel), Some(json!({"reply": "started"})));
+    // As the kernel does for a daemon that was killed.
+    drop(channel);
+    drop(launcher);
+    wait_until("the command to end with the launcher", ended);
 }
 
 fn daemon_taken_over() {

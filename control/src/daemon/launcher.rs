@@ -2,10 +2,14 @@
 //!
 //! [`crate::sys::launcher`] has the reasons and the protocol. This side is kept small, since it is the part that an attacker
 //! who has taken over the daemon talks to: one thread reads requests of bounded size, each request that takes time has a thread
-//! of its own, and the number of requests that run is bounded for each kind. It parses nothing that a container wrote. The
-//! programs that it starts are its own file; their arguments are fixed except for a socket's name, which is checked.
+//! of its own, and the number of requests that run is bounded for each kind. It parses nothing that a container wrote: of a
+//! folder it reads approved text only. The programs that it starts are its own file, with arguments that are fixed except for a
+//! socket's name, which is checked, and the commands of approved settings ([`crate::folder`]).
 //!
-//! It ends when the daemon does. Openers and the engine continue, since they serve what is connected.
+//! It ends when the daemon does, and kills the commands that run. Openers and the engine continue, since they serve what is
+//! connected.
+
+mod command;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -21,6 +25,8 @@ use landfall_engine::opener::{self, Answer, Failure, FailureKind};
 use landfall_engine::process as engine;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Pid, PidfdFlags};
+
+use command::Commands;
 
 use crate::paths::Home;
 use crate::processes;
@@ -51,11 +57,13 @@ pub fn main(home: &Home) -> io::Result<()> {
         match channel.recv::<Request>() {
             Ok(Some((request, descriptors))) => serve(home, &places, request, descriptors),
             // The daemon has ended.
-            Ok(None) | Err(ChannelError::Gone | ChannelError::System(_)) => return Ok(()),
+            Ok(None) | Err(ChannelError::Gone | ChannelError::System(_)) => break,
             // The request was dropped with its descriptors, which ends the channel for its answer.
             Err(_) => {}
         }
     }
+    places.commands.end();
+    Ok(())
 }
 
 /// The requests that run.
@@ -64,6 +72,7 @@ struct Places {
     openers: Arc<AtomicUsize>,
     engines: Arc<AtomicUsize>,
     lookups: Arc<AtomicUsize>,
+    commands: Commands,
 }
 
 /// One of them. Dropping it makes room for another.
@@ -101,6 +110,9 @@ fn serve(home: &Home, places: &Places, request: Request, descriptors: Vec<OwnedF
             Ok(pidfd) => drop(channel.try_send(&Reply::Started, &[pidfd.as_fd()])),
             Err(refusal) => send(&channel, &Reply::Refused { refusal }),
         },
+        Request::Command { invocation, settings } => {
+            places.commands.run(home, channel, invocation, settings, second);
+        }
         Request::Owners { inodes } => look_up(places, channel, move |channel| {
             if inodes.len() > OWNERS_MAX {
                 return Err(Refusal::Invalid);

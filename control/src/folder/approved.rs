@@ -57,18 +57,16 @@ pub struct Approved {
 #[derive(Clone, Debug)]
 pub(super) struct Basis {
     folder: PathBuf,
+    text: Arc<str>,
     content: ContentDigest,
     approvals: Approvals,
 }
 
 impl Approved {
-    pub(super) fn new(
-        settings: Folder,
-        folder: PathBuf,
-        content: ContentDigest,
-        approvals: &Approvals,
-    ) -> Approved {
-        Approved { settings, basis: Some(Basis { folder, content, approvals: approvals.clone() }) }
+    pub(super) fn new(settings: Folder, folder: PathBuf, text: &str, approvals: &Approvals) -> Approved {
+        let content = ContentDigest::of(text.as_bytes());
+        let basis = Basis { folder, text: text.into(), content, approvals: approvals.clone() };
+        Approved { settings, basis: Some(basis) }
     }
 
     /// The settings of a folder without a file.
@@ -90,6 +88,11 @@ impl Basis {
     /// The canonical folder.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// The approved text.
+    pub(super) fn text(&self) -> &str {
+        &self.text
     }
 
     /// Whether the approval still holds. Reads small files.

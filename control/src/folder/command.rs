@@ -4,38 +4,45 @@
 //! long as its leader has not been waited for, the group's number cannot be another's. What a command leaves behind when
 //! it ends in time is left alone (that is how a `start` starts something), but nobody reads its output any longer.
 
-use std::ffi::OsString;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
 use std::time::Duration;
 
+use landfall_engine::channel::{Channel, ChannelError, receive};
+use rustix::net::RecvFlags;
 use thiserror::Error;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
+use tokio::task::spawn_blocking;
 
 use super::approved::{Approved, Basis};
+use super::invocation::command;
 use crate::name::escape;
 use crate::registration::model::ContainerName;
 use crate::registry::trust_file::NotTrusted;
 use crate::running::Running;
+use crate::sys::launcher::{Invocation, LauncherError, Refusal, Reply, launcher};
+use crate::sys::readiness::watched;
 
 /// How much of the end of a command's output is kept, in bytes.
 const TAIL_BYTES_MAX: usize = 4_096;
+/// The longest report of a command's end, in bytes.
+const REPLY_BYTES_MAX: usize = 4_096;
 /// How long a line of it may be that goes into a reason, in characters.
 const LINE_CHARS_MAX: usize = 300;
-/// Where programs are looked for when the daemon's own environment does not say.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
 /// A command, and where and for whom it runs.
 #[derive(Clone, Debug)]
 pub struct Command {
     words: Vec<String>,
     /// What permits it; without, it does not run.
     basis: Option<Basis>,
-    container: String,
+    container: ContainerName,
     trust_folder: bool,
     timeout: Duration,
-    more: Vec<(&'static str, &'static str)>,
+    build: Option<bool>,
 }
 
 /// How a command ended that did.
@@ -88,17 +95,17 @@ impl Command {
         Command {
             words: words.to_vec(),
             basis: approved.basis().cloned(),
-            container: container.to_string(),
+            container: container.clone(),
             trust_folder: approved.settings().trust_folder,
             timeout,
-            more: Vec::new(),
+            build: None,
         }
     }
 
-    /// With one more variable in its environment.
+    /// As a command of a restart, which is given in its environment whether the image is built again.
     #[must_use]
-    pub fn with(mut self, name: &'static str, value: &'static str) -> Command {
-        self.more.push((name, value));
+    pub fn of_restart(mut self, build: bool) -> Command {
+        self.build = Some(build);
         self
     }
 
@@ -112,18 +119,18 @@ impl Command {
         let changes = basis.changes();
         basis.check().await.map_err(CommandError::NotTrusted)?;
         tokio::select! {
-            ran = self.run_in(basis.folder()) => ran,
+            ran = self.run_on(basis) => ran,
             reason = basis.revoked(changes) => Err(CommandError::NotTrusted(reason)),
         }
     }
 
-    async fn run_in(&self, folder: &Path) -> Result<Ended, CommandError> {
-        let path = std::env::var_os("PATH").unwrap_or_else(|| PATH.into());
-        let program = self.program(&path, folder)?;
+    async fn run_on(&self, basis: &Basis) -> Result<Ended, CommandError> {
         let failed = |error: io::Error| CommandError::Start(self.name().to_owned(), error.to_string());
-        let (output, mut running) = self.spawn(&program, &path, folder).map_err(failed)?;
+        let (output, writer) = io::pipe().map_err(failed)?;
+        let mut started = self.start(basis, writer.into()).await?;
+        let output = pipe::Receiver::from_owned_fd(output.into()).map_err(failed)?;
         let mut tail = Tail::default();
-        let status = tokio::time::timeout(self.timeout, wait(&mut running, &output, &mut tail)).await;
+        let status = tokio::time::timeout(self.timeout, wait(&mut started, &output, &mut tail)).await;
         match status {
             Err(_) => Err(CommandError::TooLong(self.timeout)),
             Ok(Err(error)) => Err(failed(error)),
@@ -139,64 +146,80 @@ impl Command {
         self.words.first().map_or("", String::as_str)
     }
 
-    fn spawn(&self, program: &Path, path: &OsString, folder: &Path) -> io::Result<(pipe::Receiver, Running)> {
-        let (reader, writer) = io::pipe()?;
-        let mut command = tokio::process::Command::new(program);
-        command
-            .arg0(self.name())
-            .args(self.words.iter().skip(1))
-            .current_dir(folder)
-            .env_clear()
-            .env("PATH", path)
-            .env("LANDFALL_CONTAINER_NAME", &self.container)
-            .envs(std::env::var_os("HOME").map(|home| ("HOME", home)))
-            .envs(self.more.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(writer.try_clone()?)
-            .stderr(writer)
-            .process_group(0);
-        let running = Running(command.spawn()?);
-        Ok((pipe::Receiver::from_owned_fd(reader.into())?, running))
+    /// Starts it in the folder that was approved; by the launcher, where this process has given up what a command may need.
+    async fn start(&self, basis: &Basis, output: OwnedFd) -> Result<Started, CommandError> {
+        let invocation = Invocation {
+            words: self.words.clone(),
+            folder: basis.folder().to_owned(),
+            container: self.container.clone(),
+            build: self.build,
+        };
+        let Some(launcher) = launcher() else {
+            let command = command(&invocation, self.trust_folder, output);
+            let command = command.map_err(|refusal| self.refused(refusal))?;
+            let child = tokio::process::Command::from(command).spawn();
+            return child
+                .map(|child| Started::Child(Running(child)))
+                .map_err(|error| self.not_started(&error));
+        };
+        let text = basis.text().to_owned();
+        let asked = spawn_blocking(move || launcher.command(invocation, text, output.as_fd()));
+        match asked.await.map_err(|error| self.not_started(&error))? {
+            Ok(channel) => Started::by_launcher(channel).map_err(|error| self.not_started(&error)),
+            Err(LauncherError::Refused(refusal)) => Err(self.refused(refusal)),
+            Err(error) => Err(self.not_started(&error)),
+        }
     }
 
-    /// The program's own file, found as a shell would, and outside of the folder.
-    fn program(&self, path: &OsString, folder: &Path) -> Result<PathBuf, CommandError> {
-        let name = Path::new(self.name());
-        let candidates: Vec<PathBuf> = if self.name().contains('/') {
-            vec![folder.join(name)]
-        } else {
-            // A relative directory in PATH would be one of the folder's.
-            std::env::split_paths(path)
-                .filter(|place| place.is_absolute())
-                .map(|place| place.join(name))
-                .collect()
-        };
-        let found = candidates
-            .into_iter()
-            .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok() && file.is_file())
-            .ok_or_else(|| CommandError::NotFound(self.name().to_owned()))?;
-        if !self.trust_folder {
-            // Both with every link followed: a link from outside may lead into the folder, too.
-            let real = |path: &Path| {
-                std::fs::canonicalize(path).map_err(|error| {
-                    CommandError::Start(self.name().to_owned(), format!("{}: {error}", path.display()))
-                })
-            };
-            // The folder's own path has no links.
-            if real(&found)?.starts_with(folder) || found.starts_with(folder) {
-                return Err(CommandError::InFolder(self.name().to_owned()));
-            }
+    fn not_started(&self, error: &dyn std::error::Error) -> CommandError {
+        CommandError::Start(self.name().to_owned(), error.to_string())
+    }
+
+    fn refused(&self, refusal: Refusal) -> CommandError {
+        match refusal {
+            Refusal::NotApproved => CommandError::NotTrusted(NotTrusted::NotApproved),
+            Refusal::NotFound => CommandError::NotFound(self.name().to_owned()),
+            Refusal::InFolder => CommandError::InFolder(self.name().to_owned()),
+            other => self.not_started(&other),
         }
-        Ok(found)
+    }
+}
+
+/// A command that runs. Dropping it kills its process group.
+enum Started {
+    Child(Running),
+    /// By the launcher, which kills it when this channel is closed.
+    Launched(AsyncFd<OwnedFd>),
+}
+
+impl Started {
+    fn by_launcher(channel: Channel) -> io::Result<Started> {
+        let channel = OwnedFd::from(channel);
+        rustix::io::ioctl_fionbio(&channel, true)?;
+        watched(channel, Interest::READABLE).map(Started::Launched)
+    }
+
+    async fn wait(&mut self) -> io::Result<ExitStatus> {
+        match self {
+            Started::Child(running) => running.0.wait().await,
+            Started::Launched(channel) => loop {
+                let mut ready = channel.readable().await?;
+                match receive::<Reply>(channel.get_ref().as_fd(), REPLY_BYTES_MAX, RecvFlags::DONTWAIT) {
+                    Err(ChannelError::WouldBlock) => ready.clear_ready(),
+                    Ok(Some((Reply::Exited { status }, _))) => return Ok(ExitStatus::from_raw(status)),
+                    _ => return Err(io::Error::other(LauncherError::Gone)),
+                }
+            },
+        }
     }
 }
 
 /// Reads until the command has ended, so that a full pipe does not stop it.
-async fn wait(running: &mut Running, output: &pipe::Receiver, tail: &mut Tail) -> io::Result<ExitStatus> {
+async fn wait(started: &mut Started, output: &pipe::Receiver, tail: &mut Tail) -> io::Result<ExitStatus> {
     let mut open = true;
     loop {
         tokio::select! {
-            status = running.0.wait() => return status,
+            status = started.wait() => return status,
             readable = output.readable(), if open => {
                 readable?;
                 let mut piece = [0; TAIL_BYTES_MAX];

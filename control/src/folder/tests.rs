@@ -315,7 +315,7 @@ async fn a_command_sees_its_folder_and_little_else() {
     let folder = tempfile::tempdir().unwrap();
     let ended =
         shell(&TestHome::new(), &folder, "env | sed 's/=.*//' | sort | tr '\\n' ' '; pwd > where", LONG)
-            .with("LANDFALL_BUILD", "1")
+            .of_restart(true)
             .run()
             .await
             .unwrap();

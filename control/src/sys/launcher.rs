@@ -10,6 +10,7 @@
 //! | --- | --- |
 //! | [`Request::Opener`] | an opener, which drops its capabilities once it is inside a namespace |
 //! | [`Request::Engine`] | an engine, which drops its capabilities before it serves ([`landfall_engine::process::confinement`]) |
+//! | [`Request::Command`] | a command of a folder, whose approval the launcher verifies itself against `trust.json` |
 //! | [`Request::Owners`] | the processes that hold sockets |
 //! | [`Request::Namespace`] | the file of a process's network namespace |
 //!
@@ -52,6 +53,7 @@ use tokio::io::Interest;
 
 use crate::paths::{Home, identity_of_file};
 use crate::processes::{self, ProcessFact};
+use crate::registration::model::ContainerName;
 use crate::sys::readiness::watched;
 use crate::version;
 
@@ -77,6 +79,14 @@ pub(crate) enum Request {
         /// The name of its socket in the home's `run` directory.
         socket: String,
     },
+    /// Runs a command of a folder. The second descriptor is its output, standard output and standard error. It is killed with its
+    /// process group when the channel for the answer is closed. Answer: [`Reply::Started`], then [`Reply::Exited`].
+    Command {
+        /// The command.
+        invocation: Invocation,
+        /// The content of the folder's `landfall.toml`, which has to be approved and to have the command.
+        settings: String,
+    },
     /// Looks for the processes that hold sockets. Answer: [`Reply::Owner`] for each that was found, then [`Reply::Done`].
     Owners {
         /// Inodes of sockets, at most [`OWNERS_MAX`].
@@ -89,12 +99,31 @@ pub(crate) enum Request {
     },
 }
 
+/// One run of a command of a folder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Invocation {
+    /// The program and its arguments.
+    pub(crate) words: Vec<String>,
+    /// Where it runs: the canonical folder.
+    pub(crate) folder: PathBuf,
+    /// The container that it is about.
+    pub(crate) container: ContainerName,
+    /// Whether the image is built again, for a command of a restart.
+    pub(crate) build: Option<bool>,
+}
+
 /// An answer.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "kebab-case")]
 pub(crate) enum Reply {
-    /// The process runs. Its pidfd comes with it.
+    /// The process runs. That of an engine comes with its pidfd.
     Started,
+    /// It has ended.
+    Exited {
+        /// The status of `wait(2)`.
+        status: i32,
+    },
     /// A process that holds a socket.
     Owner {
         /// The socket.
@@ -121,6 +150,15 @@ pub(crate) enum Refusal {
     /// The request has other descriptors or values than its kind takes.
     #[error("the request is not valid")]
     Invalid,
+    /// The settings are not approved, or do not have the command.
+    #[error("the command is not approved")]
+    NotApproved,
+    /// There is no such program.
+    #[error("the program was not found")]
+    NotFound,
+    /// The program is in the folder, where programs are not trusted.
+    #[error("the program is in the folder")]
+    InFolder,
     /// A system call failed.
     #[error("{what}: {detail}")]
     System {
@@ -269,6 +307,20 @@ impl Launcher {
         let channel = self.ask(&Request::Engine { socket: socket.to_owned() }, &[log])?;
         match answer(&channel)? {
             (Reply::Started, Some(pidfd)) => Ok(pidfd),
+            _ => Err(LauncherError::Unexpected),
+        }
+    }
+
+    /// Starts a command of a folder, which writes to `output`; the channel on which its end is reported.
+    pub(crate) fn command(
+        &self,
+        invocation: Invocation,
+        settings: String,
+        output: BorrowedFd<'_>,
+    ) -> Result<Channel, LauncherError> {
+        let channel = self.ask(&Request::Command { invocation, settings }, &[output])?;
+        match answer(&channel)?.0 {
+            Reply::Started => Ok(channel),
             _ => Err(LauncherError::Unexpected),
         }
     }

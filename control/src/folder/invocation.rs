@@ -1,0 +1,96 @@
+//! Starting a command of a folder, in the process that has the privileges for it: the daemon, or the launcher of a root daemon,
+//! which trusts nothing that the daemon says about an approval ([`verified`]).
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{Demand, Folder};
+use crate::model::trust::{ContentDigest, FolderFile};
+use crate::registry::trust_file::TrustFile;
+use crate::sys::launcher::{Invocation, Refusal};
+
+/// The search path for programs where the environment has none.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Checks that a command is among approved settings of its folder; the process to start, which writes to `output`.
+///
+/// # Errors
+/// [`Refusal`].
+pub(crate) fn verified(
+    invocation: &Invocation,
+    settings: &str,
+    trust: &TrustFile,
+    output: OwnedFd,
+) -> Result<Command, Refusal> {
+    let content = ContentDigest::of(settings.as_bytes());
+    // First: text that is not approved is not parsed.
+    let approved = trust.check(&invocation.folder, FolderFile::Settings, &content);
+    let folder = approved.ok().and_then(|()| Folder::parse(settings).ok()).ok_or(Refusal::NotApproved)?;
+    let is_the_command =
+        |demand: &Demand<'_>| matches!(demand, Demand::Command { words, .. } if **words == *invocation.words);
+    if !folder.demands().iter().any(is_the_command) {
+        return Err(Refusal::NotApproved);
+    }
+    command(invocation, folder.trust_folder, output)
+}
+
+/// The process of a command: in the folder, in a process group of its own, with little environment.
+///
+/// # Errors
+/// [`Refusal::NotFound`], [`Refusal::InFolder`] and [`Refusal::System`].
+pub(super) fn command(
+    invocation: &Invocation,
+    trust_folder: bool,
+    output: OwnedFd,
+) -> Result<Command, Refusal> {
+    let Invocation { words, folder, container, build } = invocation;
+    let (name, arguments) = words.split_first().ok_or(Refusal::NotFound)?;
+    let path = std::env::var_os("PATH").unwrap_or_else(|| PATH.into());
+    let program = program(name, folder, trust_folder, &path)?;
+    let both = output.try_clone().map_err(|error| Refusal::system("no descriptor", &error))?;
+    let mut command = Command::new(program);
+    command
+        .arg0(name)
+        .args(arguments)
+        .current_dir(folder)
+        .env_clear()
+        .env("PATH", path)
+        .env("LANDFALL_CONTAINER_NAME", container.as_str())
+        .envs(std::env::var_os("HOME").map(|home| ("HOME", home)))
+        .envs(build.map(|build| ("LANDFALL_BUILD", if build { "1" } else { "0" })))
+        .stdin(Stdio::null())
+        .stdout(both)
+        .stderr(output)
+        .process_group(0);
+    Ok(command)
+}
+
+/// The program's own file, found as a shell would, and outside of the folder.
+fn program(name: &str, folder: &Path, trust_folder: bool, path: &OsString) -> Result<PathBuf, Refusal> {
+    let candidates: Vec<PathBuf> = if name.contains('/') {
+        vec![folder.join(name)]
+    } else {
+        // A relative directory in PATH would be one of the folder's.
+        std::env::split_paths(path)
+            .filter(|place| place.is_absolute())
+            .map(|place| place.join(name))
+            .collect()
+    };
+    let found = candidates
+        .into_iter()
+        .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok() && file.is_file())
+        .ok_or(Refusal::NotFound)?;
+    if !trust_folder {
+        // With every link followed: a link from outside may lead into the folder, too. The folder's own path has no links.
+        let real = std::fs::canonicalize(&found)
+            .map_err(|error: io::Error| Refusal::system(&found.display().to_string(), &error))?;
+        if real.starts_with(folder) || found.starts_with(folder) {
+            return Err(Refusal::InFolder);
+        }
+    }
+    Ok(found)
+}
