@@ -67,6 +67,9 @@ fn sentence(withheld: &Withheld, of_folder: &str) -> (&'static str, String) {
     ("ports", format!("{} off: {said}", ports.join(", ")))
 }
 
+/// The one question of an approval.
+const QUESTION: &str = "Trust exactly this content? It takes effect on this host, with your rights. [y/N] ";
+
 /// Approves, shows, revokes or lists.
 pub fn trust(args: &TrustArgs) -> Result<Exit, Failure> {
     let home = asking::home()?;
@@ -108,7 +111,11 @@ pub fn trust(args: &TrustArgs) -> Result<Exit, Failure> {
         value["containers"] = told.clone().unwrap_or_default().into();
         talk.plain(&value.to_string());
     } else {
-        talk.line("trusted", Colour::Green, &format!("{}{}", folder.text, effect(told.as_deref(), "on")));
+        talk.line(
+            "trusted",
+            Colour::Green,
+            &format!("{}{}", folder.text, effect(told.as_deref(), "in effect")),
+        );
     }
     Ok(Exit::Ok)
 }
@@ -120,7 +127,7 @@ fn confirm(args: &TrustArgs, review: &Review) -> Result<(), Failure> {
         let text = "nothing was approved: there is no terminal to ask on";
         return Err(Failure::new(Exit::Refused, text).hint(hint));
     }
-    match aside.ask("Trust exactly this content? [y/N] ") {
+    match aside.ask(QUESTION) {
         true => Ok(()),
         false => Err(Failure::new(Exit::Refused, "nothing was approved")),
     }
@@ -146,7 +153,11 @@ fn revoke(home: &Home, args: &TrustArgs) -> Result<Exit, Failure> {
         let containers = told.unwrap_or_default();
         talk.plain(&json!({ "revoked": path, "containers": containers }).to_string());
     } else {
-        talk.line("revoked", Colour::Grey, &format!("{path}{}", effect(told.as_deref(), "off")));
+        talk.line(
+            "revoked",
+            Colour::Grey,
+            &format!("{path}{}", effect(told.as_deref(), "no longer in effect")),
+        );
     }
     Ok(Exit::Ok)
 }
@@ -208,10 +219,10 @@ fn tell_daemon(home: &Home, folder: &str, as_json: bool) -> Result<Option<Vec<St
     }
 }
 
-/// The end of a sentence: whose commands are on or off now.
+/// The end of a sentence: the containers that the change affects.
 fn effect(containers: Option<&[String]>, state: &str) -> String {
     match containers {
-        Some(names) if !names.is_empty() => format!("; commands {state}: {}", names.join(", ")),
+        Some(names) if !names.is_empty() => format!("; {state} for {}", names.join(", ")),
         _ => String::new(),
     }
 }

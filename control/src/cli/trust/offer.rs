@@ -1,5 +1,6 @@
 //! The question that `start`, `register` and `attach --cwd` ask about a folder that needs approval.
 
+use super::QUESTION;
 use super::review::Review;
 use crate::cli::exit::Failure;
 use crate::cli::output::{Report, Talk};
@@ -34,7 +35,7 @@ pub(in crate::cli) fn offer(
     }
     if !as_json && Talk::can_ask() {
         review.print(aside);
-        if aside.ask("Trust exactly this content? It runs on this host as you. [y/N] ") {
+        if aside.ask(QUESTION) {
             return review.approve(home, aside);
         }
     }
