@@ -48,6 +48,7 @@ use crate::rpc::answers::Answers;
 use crate::rpc::server::{self, Server};
 use crate::supervisor::Supervisor;
 use crate::sys::launcher::{LauncherError, launcher};
+use crate::sys::private_file;
 use crate::tailscale::{Tailscale, TailscaleOptions};
 use crate::version;
 use claim::Claim;
@@ -424,14 +425,18 @@ fn open_journal(home: &Home) -> Result<Journal, StartError> {
 fn leave_number(path: &Path, number: impl Display) {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".new");
-    if std::fs::write(&aside, format!("{number}\n")).is_ok() {
+    if private_file::write_path(aside.as_ref(), &format!("{number}\n")).is_ok() {
         let _ = std::fs::rename(&aside, path);
     }
 }
 
+/// The longest file of a number, in bytes.
+const NUMBER_BYTES_MAX: u64 = 32;
+
 /// Reads a number that was left.
 fn read_number<T: FromStr>(path: &Path) -> Option<T> {
-    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    let text = private_file::read_path(path, NUMBER_BYTES_MAX).ok()?;
+    std::str::from_utf8(&text).ok()?.trim().parse().ok()
 }
 
 /// Takes the process id away again, unless somebody else has left theirs.

@@ -5,9 +5,12 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::geteuid;
 use thiserror::Error;
 
+use crate::processes::user_name;
 use crate::registration::model::ContainerName;
 
 /// Names the home; the second one is the reference's, so that its clients find our socket where they expect theirs.
@@ -28,6 +31,27 @@ pub enum HomeError {
     /// A socket's path has a limit of its own.
     #[error("the home {} is too long: its socket's path may have {SOCKET_PATH_MAX} bytes", .0.display())]
     TooLong(PathBuf),
+    /// Root's daemon would write where another user decides what a name leads to.
+    #[error("root's daemon does not use the home {}: {} belongs to {owner}", home.display(), path.display())]
+    Owner {
+        /// The home.
+        home: PathBuf,
+        /// The home, or a directory above it.
+        path: PathBuf,
+        /// Its user.
+        owner: String,
+    },
+    /// Likewise.
+    #[error("root's daemon does not use the home {}: others may write to {}", home.display(), path.display())]
+    Writable {
+        /// The home.
+        home: PathBuf,
+        /// The home, or a directory above it.
+        path: PathBuf,
+    },
+    /// A link could lead to a directory of another user.
+    #[error("{} is not a directory", .0.display())]
+    NotADirectory(PathBuf),
     /// A directory could not be made, or its mode not be set.
     #[error("{} cannot be made", path.display())]
     Directory {
@@ -87,23 +111,55 @@ impl Home {
         Ok(home)
     }
 
-    /// Makes every directory of the home, for its owner alone (0700).
+    /// Makes every directory of the home, for its owner alone (0700). A directory below the home is never entered by a link.
     ///
     /// # Errors
-    /// [`HomeError::Directory`].
+    /// [`HomeError`]. Of root also where another user may change the home or a directory above it.
     pub fn ensure_directories(&self) -> Result<(), HomeError> {
         for path in [self.root.clone(), self.run(), self.registrations(), self.log(), self.keys()] {
             let failed = |source| HomeError::Directory { path: path.clone(), source };
             // The home itself may be a directory that the user made for something larger: its mode is left alone.
             if path == self.root {
                 std::fs::create_dir_all(&path).map_err(failed)?;
+                if geteuid().is_root() {
+                    self.check_for_root()?;
+                }
                 continue;
             }
             match rustix::fs::mkdir(&path, Mode::RWXU) {
-                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Ok(()) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(failed(errno.into())),
             }
-            rustix::fs::chmod(&path, Mode::RWXU).map_err(|errno| failed(errno.into()))?;
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let opened = rustix::fs::open(&path, flags, Mode::empty()).map_err(|errno| match errno {
+                Errno::NOTDIR | Errno::LOOP => HomeError::NotADirectory(path.clone()),
+                errno => failed(errno.into()),
+            })?;
+            rustix::fs::fchmod(opened, Mode::RWXU).map_err(|errno| failed(errno.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that only root may change the home and what its path leads through: the directories of the path, and those
+    /// that its links lead to.
+    fn check_for_root(&self) -> Result<(), HomeError> {
+        let failed = |source| HomeError::Directory { path: self.root.clone(), source };
+        let home = self.root.canonicalize().map_err(failed)?;
+        // In a user namespace, the root of the machine is an unmapped user.
+        let roots = [0, std::fs::metadata("/").map_err(failed)?.uid()];
+        for path in self.root.ancestors().chain(home.ancestors()) {
+            let about = std::fs::metadata(path).map_err(failed)?;
+            let is_home = path == home || path == self.root;
+            let (home, path) = (self.root.clone(), path.to_owned());
+            if about.uid() != 0 && (is_home || !roots.contains(&about.uid())) {
+                return Err(HomeError::Owner { home, path, owner: user_name(about.uid()) });
+            }
+            // In a directory such as /tmp, only the owner of a name may change it.
+            let is_sticky = !is_home && about.mode() & 0o1000 != 0;
+            let by_group = about.gid() != 0 && about.mode() & 0o020 != 0;
+            if !is_sticky && (by_group || about.mode() & 0o002 != 0) {
+                return Err(HomeError::Writable { home, path });
+            }
         }
         Ok(())
     }

@@ -29,6 +29,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::events::{Event, Journal};
 use crate::reconcile::task::Answering;
+use crate::sys::private_file;
 use call::Called;
 use machine::{Call, Machine, Ports};
 
@@ -163,11 +164,13 @@ struct Served {
     ports: BTreeMap<NonZeroU16, String>,
 }
 
+/// The longest list, in bytes: one of every port.
+const RECORD_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// The format that is written. One of a newer release is not read.
 const FORMAT_VERSION: u32 = 1;
 
 fn read(file: &Path) -> io::Result<Ports> {
-    let content = match std::fs::read(file) {
+    let content = match private_file::read_path(file, RECORD_BYTES_MAX) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Ports::new()),
         content => content?,
     };

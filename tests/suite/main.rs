@@ -16,6 +16,7 @@ mod exhaustion;
 mod fallback;
 mod half_close;
 mod hints;
+mod home_files;
 mod http;
 mod impostor;
 mod jobs;
@@ -73,6 +74,7 @@ fn main() -> std::process::ExitCode {
             control::CASES,
             engine_confinement::CASES,
             least_privilege::CASES,
+            home_files::CASES,
             rpc::CASES,
             http::CASES,
             impostor::CASES,

@@ -198,10 +198,15 @@ fn not_ensured(error: &EnsureError, home: &Home) -> Failure {
     }
 }
 
+/// For `sudo`, which may keep the HOME of the user.
+pub(super) const ROOTS_HOME: &str =
+    "set LANDFALL_HOME to a directory that only root may write to, such as /root/.landfall";
+
 fn no_home(error: &HomeError) -> Failure {
     Failure::new(Exit::NoDaemon, chain(error)).hint(match error {
         HomeError::Unknown | HomeError::Relative(_) => "set LANDFALL_HOME to an absolute path",
         HomeError::TooLong(_) => "set LANDFALL_HOME to a shorter path",
-        HomeError::Directory { .. } => "LANDFALL_HOME names another place",
+        HomeError::Directory { .. } | HomeError::NotADirectory(_) => "LANDFALL_HOME names another place",
+        HomeError::Owner { .. } | HomeError::Writable { .. } => ROOTS_HOME,
     })
 }

@@ -7,10 +7,11 @@ use std::time::Duration;
 use jiff::SignedDuration;
 
 use super::args::{DaemonArgs, LauncherArgs};
+use super::asking::ROOTS_HOME;
 use super::exit::{Exit, Failure, chain};
 use crate::broker::message::Extensions;
 use crate::daemon::{self, Options, StartError};
-use crate::paths::Home;
+use crate::paths::{Home, HomeError};
 use crate::policy;
 use crate::sys::launcher::split;
 use crate::tailscale::CALL_TIMEOUT;
@@ -36,6 +37,7 @@ pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
     if !std::io::stdin().is_terminal() {
         let _ = rustix::process::setsid();
     }
+    options.home.ensure_directories().map_err(|error| refused(&error.into()))?;
     // While there is one thread.
     split(&options.home).map_err(|error| {
         Failure::new(Exit::Failed, format!("the daemon cannot give up its privileges: {}", chain(&error)))
@@ -114,6 +116,7 @@ fn refused(error: &StartError) -> Failure {
         StartError::Http(_) => {
             failure.hint("--http-bind takes an address of this machine, and --http-port 0 any free port")
         }
+        StartError::Home(HomeError::Owner { .. } | HomeError::Writable { .. }) => failure.hint(ROOTS_HOME),
         StartError::Home(_) | StartError::Claim(_) | StartError::File { .. } | StartError::Signals(_) => {
             failure
         }

@@ -7,7 +7,6 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::paths::{Home, identity_of_name};
+use crate::sys::private_file;
 
 /// How long whoever listens at the socket has to say that it is a daemon (wire specification, A.1.3).
 const ANSWER_TIME_MAX: Duration = Duration::from_millis(500);
@@ -68,7 +68,7 @@ impl Claim {
         let (path, socket) = (home.daemon_lock(), home.socket());
         let failed = |source| ClaimError::Lock { path: path.clone(), source };
         // Opened with O_CLOEXEC, as the standard library does.
-        let lock = File::options().create(true).append(true).mode(0o600).open(&path).map_err(failed)?;
+        let lock = private_file::options().create(true).append(true).open(&path).map_err(failed)?;
         let deadline = Instant::now() + PATIENCE;
         loop {
             match lock.try_lock() {

@@ -3,9 +3,8 @@
 //! The log is rotated by size: `hostd.log` becomes `hostd.log.1`, that one `hostd.log.2`, and so on; the oldest goes.
 //! A disk that is full costs lines of the log and nothing else.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,6 +13,7 @@ use serde::Serialize;
 use tokio::sync::broadcast;
 
 use super::Event;
+use crate::sys::private_file;
 
 /// How long a log grows, in bytes, before it is rotated.
 const LOG_BYTES_MAX: u64 = 8 * 1024 * 1024;
@@ -131,7 +131,7 @@ impl Log {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+    private_file::options().append(true).create(true).open(path)
 }
 
 #[cfg(test)]

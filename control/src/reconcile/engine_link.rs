@@ -5,10 +5,8 @@
 //! waits for but to reap it.
 
 use std::ffi::OsStr;
-use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -32,6 +30,7 @@ use super::fleet::Inventory;
 use super::table::EngineFacts;
 use crate::paths::{Home, identity_of_name};
 use crate::sys::launcher::{PROGRAM, launcher};
+use crate::sys::private_file;
 use crate::sys::readiness::watched;
 
 /// How long an engine may take to begin, or to say what it holds. It takes milliseconds.
@@ -287,12 +286,8 @@ impl Started {
 }
 
 async fn spawn(home: &Home, path: &Path) -> Result<Started, LinkError> {
-    let log = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(home.log().join("engine.log"))
-        .map_err(LinkError::Spawn)?;
+    let log = home.log().join("engine.log");
+    let log = private_file::options().append(true).create(true).open(log).map_err(LinkError::Spawn)?;
     let (Some(launcher), Some(name)) = (launcher(), path.file_name().and_then(OsStr::to_str)) else {
         let child = tokio::process::Command::new(PROGRAM)
             .arg0("landfall")

@@ -11,10 +11,9 @@
 //! nothing. Neither is ever sent a signal.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::num::NonZeroU16;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -30,7 +29,11 @@ use super::client::Client;
 use crate::paths::{Home, HomeError};
 use crate::processes;
 use crate::sys::launcher::LauncherState;
+use crate::sys::private_file;
 use crate::version;
+
+/// The longest pid file, in bytes.
+const PID_BYTES_MAX: u64 = 32;
 
 /// How much earlier than its pid file a daemon may seem to have begun the other way round: clocks of files and of
 /// processes are read at different moments, and the latter is rounded.
@@ -321,7 +324,7 @@ impl Starter<'_> {
     }
 
     fn may_be_ours(&self, pid: u32) -> bool {
-        let written = fs::metadata(self.wanted.home.pid_file()).and_then(|file| file.modified()).ok();
+        let written = fs::symlink_metadata(self.wanted.home.pid_file()).and_then(|file| file.modified()).ok();
         let by_chance = || match (processes::began(pid), written) {
             (Some(began), Some(written)) => began > written + CLOCK_SLACK,
             _ => false,
@@ -379,20 +382,21 @@ impl Starter<'_> {
 
     fn start(&self, arguments: &[OsString]) -> Result<Child, EnsureError> {
         let home = &self.wanted.home;
-        let log = || OpenOptions::new().append(true).create(true).mode(0o600).open(home.daemon_log());
+        let log = || private_file::options().append(true).create(true).open(home.daemon_log());
         let (out, err) = (log().map_err(EnsureError::Log)?, log().map_err(EnsureError::Log)?);
         let mut command = Command::new(&self.wanted.program);
         command.arg0("landfall").arg("_hostd").args(arguments);
         // It outlives the terminal, whose session it leaves itself, and holds no directory of the user.
         command.current_dir("/").stdin(Stdio::null()).stdout(out).stderr(err);
         let child = command.spawn().map_err(EnsureError::Spawn)?;
-        fs::write(home.pid_file(), format!("{}\n", child.id())).map_err(EnsureError::PidFile)?;
+        private_file::write_path(&home.pid_file(), &format!("{}\n", child.id()))
+            .map_err(EnsureError::PidFile)?;
         Ok(child)
     }
 
     fn pid_in_file(&self) -> Option<u32> {
-        let text = fs::read_to_string(self.wanted.home.pid_file()).ok()?;
-        text.trim().parse().ok().filter(|pid| *pid > 0)
+        let text = private_file::read_path(&self.wanted.home.pid_file(), PID_BYTES_MAX).ok()?;
+        std::str::from_utf8(&text).ok()?.trim().parse().ok().filter(|pid| *pid > 0)
     }
 
     fn somebody_holds_the_daemon_lock(&self) -> bool {
@@ -404,7 +408,7 @@ impl Starter<'_> {
 
 /// Files of the standard library are closed on exec, so no child holds the lock.
 fn lock_file(path: PathBuf) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    private_file::options().read(true).write(true).create(true).truncate(false).open(path)
 }
 
 #[cfg(test)]

@@ -4,9 +4,11 @@
 //! process that is killed at any of these steps leaves the old content or the new one, and at most a temporary file.
 //! A read never follows a link, never waits for a pipe and never reads more than its bound.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
@@ -23,6 +25,38 @@ pub(crate) enum ReadError {
     TooLarge,
     /// The kernel refused.
     Unreadable(Errno),
+}
+
+/// Returns options for opening a file of the home by its path. A new file has the mode 0600. A symbolic link in place of the file
+/// is an error (ELOOP), and a pipe does not wait.
+pub(crate) fn options() -> OpenOptions {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mut options = OpenOptions::new();
+    options.mode(0o600).custom_flags(flags.bits().cast_signed());
+    options
+}
+
+/// Reads the regular file at `path`, of at most `bytes_max` bytes.
+///
+/// # Errors
+/// The kernel's; `InvalidData` where it is not such a file.
+pub(crate) fn read_path(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let file = options().read(true).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    read(file, bytes_max).map_err(|error| match error {
+        ReadError::Unreadable(errno) => errno.into(),
+        ReadError::NotAFile | ReadError::TooLarge => io::ErrorKind::InvalidData.into(),
+    })
+}
+
+/// Writes `content` to the file at `path`, which is made if it is absent.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn write_path(path: &Path, content: &str) -> io::Result<()> {
+    options().write(true).create(true).truncate(true).open(path)?.write_all(content.as_bytes())
 }
 
 /// Opens the regular file `name` of a directory for reading.
