@@ -223,6 +223,8 @@ pub enum Command {
     },
     /// Answer: [`Event::Observed`] for each upstream that has been read, then [`Event::State`].
     Describe,
+    /// Answer: [`Event::State`], for its counters. What listens is reported by itself, and can be a thousand times as long.
+    Count,
     /// Lends the listening sockets to a driver, which gives them to another engine, so that a port never closes between
     /// the two. Answer: [`Event::ListenerLent`] for each open forward, then [`Event::ListenersLent`].
     ///

@@ -3,7 +3,7 @@
 mod agents;
 mod telling;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
@@ -42,6 +42,8 @@ pub(super) struct Conductor {
     forwards: HashMap<ForwardId, Placed>,
     /// Descriptions that are being gathered.
     descriptions: Gatherings<ForwardState>,
+    /// For each of them, whether what listens is part of it.
+    with_observed: VecDeque<bool>,
     /// Listeners that are being gathered to be lent.
     lendings: Gatherings<Lent>,
     stopped: HashSet<usize>,
@@ -113,6 +115,7 @@ impl Conductor {
             upstreams: BTreeMap::new(),
             forwards: HashMap::new(),
             descriptions: Gatherings::default(),
+            with_observed: VecDeque::new(),
             lendings: Gatherings::default(),
             stopped: HashSet::new(),
             ending: false,
@@ -187,11 +190,8 @@ impl Conductor {
                 }
                 None => self.tell(Event::ListenerClosed { forward, stats: ForwardStats::default() }),
             },
-            Command::Describe => {
-                let until = Instant::now() + ANSWER_PATIENCE;
-                self.descriptions.begin(self.running().collect(), self.apart.numbers().collect(), until);
-                self.to_all(|| ShardCommand::Describe);
-            }
+            Command::Describe => self.describe(true),
+            Command::Count => self.describe(false),
             Command::LendListeners => {
                 let until = Instant::now() + ANSWER_PATIENCE;
                 self.lendings.begin(self.running().collect(), self.apart.numbers().collect(), until);
@@ -209,6 +209,14 @@ impl Conductor {
                 self.apart.expect_end(Instant::now());
             }
         }
+    }
+
+    /// Asks the shards for what they hold.
+    fn describe(&mut self, with_observed: bool) {
+        let until = Instant::now() + ANSWER_PATIENCE;
+        self.with_observed.push_back(with_observed);
+        self.descriptions.begin(self.running().collect(), self.apart.numbers().collect(), until);
+        self.to_all(|| ShardCommand::Describe);
     }
 
     fn send(&self, shard: usize, command: ShardCommand<OwnedFd>) {

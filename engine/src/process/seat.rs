@@ -42,7 +42,7 @@ struct Asked {
 impl Question {
     pub(super) fn of(command: &Command) -> Option<Question> {
         match command {
-            Command::Describe => Some(Question::Describe),
+            Command::Describe | Command::Count => Some(Question::Describe),
             Command::LendListeners => Some(Question::Lend),
             _ => None,
         }

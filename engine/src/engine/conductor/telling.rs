@@ -18,8 +18,8 @@ impl Conductor {
         let _ = self.events.send(event.into());
     }
 
-    /// Tells what the shards hold, joined by forward, and before it what listens inside.
-    pub(super) fn tell_state(&self, parts: Vec<ForwardState>) {
+    /// Tells what the shards hold, joined by forward, and before it what listens inside, where that was asked for.
+    pub(super) fn tell_state(&mut self, parts: Vec<ForwardState>) {
         let mut forwards: BTreeMap<ForwardId, ForwardState> = BTreeMap::new();
         for part in parts {
             match forwards.entry(part.forward) {
@@ -33,7 +33,9 @@ impl Conductor {
             }
         }
         let forwards: Vec<ForwardState> = forwards.into_values().collect();
-        self.tell_observed();
+        if self.with_observed.pop_front().unwrap_or(true) {
+            self.tell_observed();
+        }
         let upstreams: Vec<UpstreamState> = self
             .upstreams
             .iter()
