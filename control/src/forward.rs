@@ -320,7 +320,7 @@ impl Forwarder {
         let (commands, changes) = self.fleet.step(now);
         let mut reports = self.tell(changes);
         // Each denied port is told once, however often its server restarts.
-        for Row { port, state, reason, .. } in self.fleet.rows(&self.only) {
+        for Row { port, state, reason, .. } in self.fleet.rows(&self.only).listed {
             if state == RowState::Denied && self.told_denied.insert(port) {
                 reports.push(denied(port, reason, &self.policy));
             }
@@ -331,9 +331,7 @@ impl Forwarder {
     fn tell(&self, changes: Vec<Change>) -> Vec<Report> {
         let told = |change| match change {
             Change::Opened { port, host_port, .. } => {
-                let mut rows = self.fleet.rows(&self.only).into_iter();
-                let inodes = rows.find(|row| row.port == port).map(|row| row.inodes).unwrap_or_default();
-                let process = processes::owner_of_sockets(&inodes);
+                let process = processes::owner_of_sockets(&self.fleet.inodes(&self.only, port));
                 Some(Report::Forward { port: host_port, name: self.name.clone(), process, label: None })
             }
             Change::Closed { host_port, .. } => Some(Report::Closed { port: host_port }),

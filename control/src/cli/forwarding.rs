@@ -20,9 +20,9 @@ use crate::waiting::{Signals, Watched};
 /// One namespace that is forwarded.
 pub enum Forwarding {
     /// By an engine in this process.
-    Own(Session),
+    Own(Box<Session>),
     /// By the daemon's engine, which outlives us.
-    Daemons(Registered),
+    Daemons(Box<Registered>),
 }
 
 impl Forwarding {
@@ -42,11 +42,12 @@ impl Forwarding {
             let name_is_given = common.name.is_some();
             let wish = Wish { name: name.clone(), name_is_given, way, policy: common.policy(), talk };
             if let Some(registered) = by_daemon(wish)? {
-                return Ok(Forwarding::Daemons(registered));
+                return Ok(Forwarding::Daemons(Box::new(registered)));
             }
         }
         let options = Options { name, policy: common.policy(), ring: common.ring, talk };
-        Session::open(target, options).map(Forwarding::Own).map_err(|error| refused(&error))
+        let session = Session::open(target, options).map_err(|error| refused(&error))?;
+        Ok(Forwarding::Own(Box::new(session)))
     }
 
     /// Begins to tell of signals and of the ends of processes.

@@ -8,7 +8,7 @@ use super::exit::{Exit, Failure};
 use super::output::{Report, Talk};
 use super::table::{NOTHING, bytes, table};
 use crate::discovery::report::{Forwarded, Found};
-use crate::reconcile::table::{ForwardRow, Reached, RowState};
+use crate::reconcile::table::{ContainerState, ForwardRow, Reached, RowState};
 use crate::registration::model::FoundBy;
 use crate::rpc::client::Client;
 
@@ -114,8 +114,8 @@ fn listing(containers: &[Container]) -> String {
                 why,
             ]);
         }
-        for forward in &state.forwards {
-            let [port, word, host, process, connections, bytes, why] = cells(forward);
+        for forward in state.forwards.iter().map(cells).chain(omitted(state)) {
+            let [port, word, host, process, connections, bytes, why] = forward;
             rows.push([name.clone(), word, port, host, process, connections, bytes, why]);
         }
     }
@@ -123,8 +123,8 @@ fn listing(containers: &[Container]) -> String {
 }
 
 /// The ports of one container, for `status`.
-pub(super) fn forwards(forwards: &[ForwardRow]) -> String {
-    let rows: Vec<_> = forwards.iter().map(cells).collect();
+pub(super) fn forwards(state: &ContainerState) -> String {
+    let rows: Vec<_> = state.forwards.iter().map(cells).chain(omitted(state)).collect();
     let text = table(["PORT", "STATE", "HOST", "PROCESS", "CONNS", "BYTES", "WHY"], &rows);
     without_empty_end(&text, &rows.iter().map(|row| row[6].as_str()).collect::<Vec<_>>())
 }
@@ -137,6 +137,14 @@ fn without_empty_end(text: &str, last: &[&str]) -> String {
         }
         _ => text.to_owned(),
     }
+}
+
+/// The row for the ports that have none of their own, where there are any.
+fn omitted(state: &ContainerState) -> Option<[String; 7]> {
+    let [host, process, connections, bytes] = [NOTHING; 4].map(str::to_owned);
+    let why = "more ports listen without a forward than are listed".to_owned();
+    let port = format!("+{}", state.omitted);
+    (state.omitted > 0).then(|| [port, "omitted".to_owned(), host, process, connections, bytes, why])
 }
 
 fn cells(row: &ForwardRow) -> [String; 7] {

@@ -34,6 +34,18 @@ fn a_column_in_which_nothing_stands_is_left_out() {
 }
 
 #[test]
+fn ports_that_are_not_listed_are_counted_in_a_row() {
+    let mut containers = containers();
+    containers[0].state.omitted = 1_991;
+    let listing = listing(&containers[..1]);
+    let last = listing.lines().last().unwrap();
+    assert!(last.contains("omitted") && last.contains("+1991"), "{listing}");
+    assert!(forwards(&containers[0].state).contains("+1991"));
+    containers[0].state.omitted = 0;
+    assert!(!forwards(&containers[0].state).contains("omitted"));
+}
+
+#[test]
 fn a_process_cannot_write_to_the_terminal_by_its_name() {
     assert!(!listing(&containers()).replace('\n', "").contains(char::is_control));
 }

@@ -123,7 +123,7 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
         let colour = if state.state == Reached::Unreachable { Colour::Yellow } else { Colour::Green };
         talk.line("state", colour, &format!("{}{why}", ls::reached(state.state)));
         if !state.forwards.is_empty() {
-            talk.plain(&format!("\n{}", ls::forwards(&state.forwards)));
+            talk.plain(&format!("\n{}", ls::forwards(state)));
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use landfall_engine::channel::{self, ChannelError};
 use landfall_engine::command::{Command, Event, RingReport};
 use landfall_engine::limits::MESSAGE_BYTES_MAX;
@@ -32,6 +33,7 @@ use crate::paths::{Home, identity_of_name};
 use crate::sys::launcher::{PROGRAM, launcher};
 use crate::sys::private_file;
 use crate::sys::readiness::watched;
+use crate::version;
 
 /// How long an engine may take to begin, or to say what it holds. It takes milliseconds.
 const BEGIN_MAX: Duration = Duration::from_secs(10);
@@ -123,6 +125,11 @@ impl Link {
         receive(&self.socket).await
     }
 
+    /// Returns an event that has arrived, if there is one.
+    pub(super) fn try_recv(&self) -> Option<Result<Event, LinkError>> {
+        self.recv().now_or_never().map(|received| received.map(|(event, _)| event))
+    }
+
     /// Asks what the engine holds.
     async fn inventory(&self) -> Result<Inventory, LinkError> {
         self.send(&Command::Describe, &[]).await?;
@@ -161,6 +168,11 @@ impl Link {
             // A name that remains leads to no engine, and the next one takes it over.
             let _ = std::fs::remove_file(path);
         }
+    }
+
+    /// Whether it is of this build, for certain.
+    pub(super) fn is_ours(&self) -> bool {
+        self.version == version::current() && self.version != version::UNVERSIONED
     }
 
     /// Its build.

@@ -26,14 +26,21 @@
 //! When an engine is lost, its ports are kept for a moment for those who had them ([`HEIR_PATIENCE`]): who is entered
 //! first the next time is chance, and a port would change hands by it.
 //!
+//! A step plans the containers about which something changed, and no other ones (`agenda`). What one of them does can
+//! matter to another one in one way alone: by a host port. So whatever frees a host port marks those that wait for it
+//! ([`Fleet::wake`]), and a full plan would find nothing more.
+//!
 //! What never happens: two live forwards on one host port (the first keeps it, the second is told the first one's name
 //! and follows when the port is free, always at the same number), a number used twice, and a port that failed being
 //! asked for again before [`RETRY`] has passed.
 
+mod agenda;
 mod announced;
 mod answers;
 mod change;
+mod forwards;
 mod heirs;
+mod plan;
 mod reserved;
 mod rows;
 mod upstreams;
@@ -51,13 +58,16 @@ use landfall_engine::command::{
 use super::observation::Observation;
 use crate::policy::{ControlPorts, Policy};
 use crate::registration::model::ContainerName;
+use agenda::Agenda;
 use announced::Broker;
+use forwards::Forwards;
+use plan::{Plan, Planned};
 
 pub use announced::OWED_MAX;
 pub use change::{Change, ClosedReason};
 pub use heirs::HEIR_PATIENCE;
 pub use reserved::RESERVED_MAX;
-pub use rows::Row;
+pub use rows::{Row, Rows};
 pub use upstreams::Admission;
 pub use verdict::{Exclusion, FORWARDS_MAX};
 
@@ -155,10 +165,12 @@ pub struct Fleet {
     control_ports: ControlPorts,
     /// In the order of registration: who is earlier gets a port that two want at once.
     wishes: Vec<Wish>,
+    /// Where each of them is.
+    places: BTreeMap<ContainerName, usize>,
     upstreams: BTreeMap<UpstreamId, Upstream>,
-    forwards: BTreeMap<ForwardId, Forward>,
-    /// Of ports that are watched.
-    failures: BTreeMap<(ContainerName, NonZeroU16), Failure>,
+    forwards: Forwards,
+    /// Of ports that are watched, by the container.
+    failures: BTreeMap<ContainerName, BTreeMap<NonZeroU16, Failure>>,
     /// Containers with a broker; they stay when the engine is lost.
     brokers: BTreeMap<ContainerName, Broker>,
     /// Parts of observations that are still being told.
@@ -168,6 +180,8 @@ pub struct Fleet {
     heirs: BTreeMap<NonZeroU16, ContainerName>,
     /// When the next engine was first planned for.
     heirs_since: Option<Instant>,
+    /// Which containers are to be planned.
+    agenda: Agenda,
     next_upstream: u32,
     next_forward: u32,
 }
@@ -178,14 +192,16 @@ impl Fleet {
         Fleet {
             control_ports,
             wishes: Vec::new(),
+            places: BTreeMap::new(),
             upstreams: BTreeMap::new(),
-            forwards: BTreeMap::new(),
+            forwards: Forwards::default(),
             failures: BTreeMap::new(),
             brokers: BTreeMap::new(),
             partial: BTreeMap::new(),
             sweeping: false,
             heirs: BTreeMap::new(),
             heirs_since: None,
+            agenda: Agenda::default(),
             next_upstream: 1,
             next_forward: 1,
         }
@@ -193,9 +209,15 @@ impl Fleet {
 
     /// Takes in what is to be forwarded, in the order of registration.
     pub fn wish(&mut self, wishes: Vec<Wish>) {
+        for wish in &wishes {
+            if self.wish_of(&wish.name) != Some(wish) {
+                self.agenda.mark_paid(&wish.name);
+            }
+        }
         self.wishes = wishes;
-        let wishes = &self.wishes;
-        self.failures.retain(|(name, _), _| wishes.iter().any(|wish| wish.name == *name));
+        self.places = self.wishes.iter().enumerate().map(|(at, wish)| (wish.name.clone(), at)).collect();
+        self.failures.retain(|name, _| self.places.contains_key(name));
+        self.agenda.retain(|name| self.places.contains_key(name));
     }
 
     /// Takes over an engine. Nothing of it belongs to anybody until [`Fleet::reached`] says so, and numbers continue
@@ -208,7 +230,7 @@ impl Fleet {
         self.partial.clear();
         self.sweeping = false;
         for UpstreamState { upstream, netns_cookie } in upstreams {
-            let seen = observed.remove(&upstream).map(Observation::whole);
+            let seen = observed.remove(&upstream).map(|rows| Observation::whole(&rows));
             // Whoever dialled for it is gone, so it leads nowhere.
             let dialled = upstreams::is_dialled(netns_cookie);
             let dismissed = dialled.then_some(ClosedReason::HostError);
@@ -235,28 +257,38 @@ impl Fleet {
                 self.forwards.insert(state.forward, taken);
             }
         }
+        self.mark_all();
+    }
+
+    /// Every container is to be planned, and its rows are to be read again.
+    fn mark_all(&mut self) {
+        for wish in &self.wishes {
+            self.agenda.mark(&wish.name);
+            self.agenda.mark_stale(&wish.name);
+        }
     }
 
     /// The engine is gone, and everything that it held.
     pub fn detach(&mut self) -> Vec<Change> {
         self.note_heirs();
-        let ids: Vec<ForwardId> = self.forwards.keys().copied().collect();
+        let ids: Vec<ForwardId> = self.forwards.all().map(|(id, _)| id).collect();
         let changes = ids.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
         self.upstreams.clear();
         self.failures.clear();
         self.partial.clear();
         self.sweeping = false;
+        self.mark_all();
         changes
     }
 
     /// The ports of the host that the engine has, or is about to have.
     pub fn held_ports(&self) -> BTreeSet<NonZeroU16> {
-        self.forwards.values().map(|forward| forward.host_port).collect()
+        self.forwards.all().map(|(_, forward)| forward.host_port).collect()
     }
 
     /// Whether a forward listens, as far as is known, and is to go on.
     pub fn is_open(&self, id: ForwardId) -> bool {
-        self.forwards.get(&id).is_some_and(|forward| forward.status == Status::Open)
+        self.forwards.get(id).is_some_and(|forward| forward.status == Status::Open)
     }
 
     /// Everybody had the chance to claim what an earlier driver left: the rest is let go of.
@@ -266,47 +298,13 @@ impl Fleet {
 
     /// From now on every port that closes does so because the engine is stopped on purpose.
     pub fn stop(&mut self) {
-        for forward in self.forwards.values_mut() {
-            forward.status = Status::Closing { why: ClosedReason::BrokerStopped };
-        }
-    }
-
-    /// The commands that close the gap between what is wanted and what was asked for already, and what somebody is to be
-    /// told. They count as asked for from now on.
-    pub fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Change>) {
-        let mut commands = Vec::new();
-        let mut changes = Vec::new();
-        self.dismiss(&mut commands);
-        let names: Vec<ContainerName> = self.wishes.iter().map(|wish| wish.name.clone()).collect();
-        for name in &names {
-            self.reserve_all(name, now, &mut commands, &mut changes);
-        }
-        let verdicts = self.verdicts();
-        self.settle_heirs(&verdicts, now);
-        self.close_watched(&verdicts, now, &mut commands);
-        self.close_announced(&mut commands);
-        for name in &names {
-            let Some((upstream, _)) = self.upstream_of(name) else { continue };
-            match verdicts.get(&upstream) {
-                Some(ports) => self.open_watched(name, upstream, ports, now, &mut commands, &mut changes),
-                None => self.open_announced(name, upstream, &mut commands, &mut changes),
+        let ids: Vec<ForwardId> = self.forwards.all().map(|(id, _)| id).collect();
+        for id in ids {
+            if let Some(forward) = self.forwards.get_mut(id) {
+                forward.status = Status::Closing { why: ClosedReason::BrokerStopped };
             }
         }
-        self.pay(now, &mut changes);
-        (commands, changes)
-    }
-
-    /// When stepping will yield something by itself: a failed port is due, or one has lingered.
-    pub fn due(&self) -> Option<Instant> {
-        // A port that is held by any forward waits for the engine's word, not for the time.
-        let held = |port: NonZeroU16| self.forwards.values().any(|forward| forward.host_port == port);
-        let retries = self.failures.iter().filter(|((_, port), _)| !held(*port));
-        let retries = retries.filter_map(|(_, failure)| failure.at).map(|at| at + RETRY);
-        let lingering = self.forwards.values().filter(|forward| forward.is_live());
-        let lingering = lingering.filter_map(|forward| forward.unseen).map(|since| since + LINGER);
-        let heirs = self.heirs_since.map(|since| since + HEIR_PATIENCE);
-        let reserved = self.reserved_retries().filter(|(port, _)| !held(*port)).map(|(_, at)| at);
-        retries.chain(lingering).chain(heirs).chain(reserved).chain(self.debts_due()).min()
+        self.mark_all();
     }
 
     fn open_one(
@@ -336,15 +334,33 @@ impl Fleet {
 
     /// Those forwards that lead into a container, over whatever upstream.
     fn forwards_of(&self, name: &ContainerName) -> impl Iterator<Item = &Forward> {
-        self.forwards.values().filter(move |forward| self.owner_of(forward) == Some(name))
+        self.upstreams_of(name)
+            .into_iter()
+            .flat_map(|id| self.forwards.of_upstream(id))
+            .map(|(_, forward)| forward)
+    }
+
+    /// The upstreams of a container, those that it is leaving included.
+    fn upstreams_of(&self, name: &ContainerName) -> Vec<UpstreamId> {
+        let own = self.upstreams.iter().filter(|(_, upstream)| upstream.owner.as_ref() == Some(name));
+        own.map(|(id, _)| *id).collect()
+    }
+
+    /// The forwards to one port inside, over any of these upstreams.
+    fn forwards_to(&self, upstreams: &[UpstreamId], target: NonZeroU16) -> impl Iterator<Item = &Forward> {
+        upstreams.iter().flat_map(move |id| self.forwards.of_target(*id, target)).map(|(_, forward)| forward)
     }
 
     fn owner_of(&self, forward: &Forward) -> Option<&ContainerName> {
         self.upstreams.get(&forward.upstream)?.owner.as_ref()
     }
 
+    fn wish_of(&self, name: &ContainerName) -> Option<&Wish> {
+        self.wishes.get(*self.places.get(name)?)
+    }
+
     fn policy_of(&self, name: &ContainerName) -> Option<&Policy> {
-        self.wishes.iter().find(|wish| wish.name == *name).map(|wish| &wish.policy)
+        self.wish_of(name).map(|wish| &wish.policy)
     }
 }
 

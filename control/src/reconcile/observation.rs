@@ -1,61 +1,105 @@
-//! What listens inside one namespace, as rows of the kernel's table and merged for each port. Pure.
+//! What listens inside one namespace, by port. Pure.
+//!
+//! A container can listen on 65,535 ports, so an observation takes 64 bytes for a port, whatever listens on it, and each
+//! change costs the time of a look-up.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 
 use landfall_engine::command::{Listening, Reach};
 
-/// The rows of one namespace.
+/// The addresses that an engine reports: 127.0.0.1, 0.0.0.0, `::1` and `::`.
+const ADDRESSES: [IpAddr; 4] = [
+    IpAddr::V4(Ipv4Addr::LOCALHOST),
+    IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    IpAddr::V6(Ipv6Addr::LOCALHOST),
+    IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+];
+
+/// The ports of one namespace on which something listens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
-    rows: Vec<Listening>,
+    ports: BTreeMap<NonZeroU16, Listeners>,
 }
 
+/// The listeners of one port: the inode of the socket for each of [`ADDRESSES`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Listeners([Option<u64>; ADDRESSES.len()]);
+
 impl Observation {
-    /// All that listens.
-    pub fn whole(rows: Vec<Listening>) -> Observation {
-        Observation { rows }
+    /// Everything that listens.
+    pub fn whole(rows: &[Listening]) -> Observation {
+        let mut whole = Observation::default();
+        whole.update(rows, &[]);
+        whole
     }
 
-    /// Takes in [`Event::Listeners`](landfall_engine::command::Event::Listeners).
+    /// Takes in [`Event::Listeners`](landfall_engine::command::Event::Listeners). A listener on another address than the
+    /// four is not reachable and left out.
     pub fn update(&mut self, opened: &[Listening], closed: &[Listening]) {
-        self.rows.retain(|row| !closed.contains(row));
+        for row in closed {
+            let Some(listeners) = self.ports.get_mut(&row.port) else { continue };
+            if let Some(inode) = listeners.at(row.address)
+                && *inode == Some(row.inode)
+            {
+                *inode = None;
+            }
+            if listeners.0.iter().all(Option::is_none) {
+                self.ports.remove(&row.port);
+            }
+        }
         for row in opened {
-            if !self.rows.contains(row) {
-                self.rows.push(*row);
+            if ADDRESSES.contains(&row.address)
+                && let Some(inode) = self.ports.entry(row.port).or_default().at(row.address)
+            {
+                *inode = Some(row.inode);
             }
         }
     }
 
-    /// Which families listen, for each port.
-    pub fn reach(&self) -> BTreeMap<NonZeroU16, Reach> {
-        let mut ports: BTreeMap<NonZeroU16, Reach> = BTreeMap::new();
-        for row in &self.rows {
-            let reach = ports.entry(row.port).or_default();
-            match row.address {
-                IpAddr::V4(_) => reach.v4 = true,
-                IpAddr::V6(_) => reach.v6 = true,
-            }
+    /// Every port on which something listens, in ascending order.
+    pub fn ports(&self) -> impl Iterator<Item = (NonZeroU16, &Listeners)> {
+        self.ports.iter().map(|(port, listeners)| (*port, listeners))
+    }
+
+    /// The listeners of a port; none where nothing listens on it.
+    pub fn at(&self, port: NonZeroU16) -> Option<&Listeners> {
+        self.ports.get(&port)
+    }
+}
+
+impl Listeners {
+    fn at(&mut self, address: IpAddr) -> Option<&mut Option<u64>> {
+        ADDRESSES.iter().position(|known| *known == address).and_then(|at| self.0.get_mut(at))
+    }
+
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        ADDRESSES.into_iter().zip(self.0).filter_map(|(address, inode)| inode.map(|_| address))
+    }
+
+    /// The families that listen.
+    pub fn reach(&self) -> Reach {
+        Reach {
+            v4: self.addresses().any(|address| address.is_ipv4()),
+            v6: self.addresses().any(|address| address.is_ipv6()),
         }
-        ports
     }
 
-    /// The sockets behind one port, first seen first.
-    pub fn inodes(&self, port: NonZeroU16) -> impl Iterator<Item = u64> + '_ {
-        self.rows.iter().filter(move |row| row.port == port).map(|row| row.inode)
+    /// The sockets.
+    pub fn inodes(&self) -> impl Iterator<Item = u64> {
+        self.0.into_iter().flatten()
     }
 
-    /// Whether a port is listened on at loopback addresses and nowhere else.
-    pub fn is_on_loopback_alone(&self, port: NonZeroU16) -> bool {
-        let mut rows = self.rows.iter().filter(|row| row.port == port).peekable();
-        rows.peek().is_some() && rows.all(|row| row.address.is_loopback())
+    /// Whether all of them are bound to a loopback address.
+    pub fn are_on_loopback_alone(&self) -> bool {
+        self.addresses().all(|address| address.is_loopback())
     }
 
     /// The address that a port is said to listen on (wire specification, A.4): `127.0.0.1` if any of its sockets is
     /// bound to a loopback address, else `0.0.0.0`.
-    pub fn bind_address(&self, port: NonZeroU16) -> &'static str {
-        let loopback = self.rows.iter().any(|row| row.port == port && row.address.is_loopback());
+    pub fn bind_address(&self) -> &'static str {
+        let loopback = self.addresses().any(|address| address.is_loopback());
         if loopback { "127.0.0.1" } else { "0.0.0.0" }
     }
 }

@@ -47,6 +47,14 @@ pub struct ContainerState {
     pub reason: Option<String>,
     /// Its ports, the lowest first.
     pub forwards: Vec<ForwardRow>,
+    /// How many more ports listen without a forward. Only so many of those are listed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub omitted: usize,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// How far a container is reached.
@@ -150,6 +158,7 @@ mod tests {
                     bytes_up: 3,
                     bytes_down: 4,
                 }],
+                omitted: 9,
             }],
         };
         let written = json!({
@@ -162,7 +171,8 @@ mod tests {
                     "port": 5173, "hostPort": 5173, "state": "open", "process": "node", "pid": 42,
                     "label": "Web", "silent": true,
                     "connections": 1, "accepted": 2, "bytesUp": 3, "bytesDown": 4
-                }]
+                }],
+                "omitted": 9
             }]
         });
         assert_eq!(serde_json::to_value(&table).unwrap(), written);

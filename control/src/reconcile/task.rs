@@ -12,6 +12,7 @@ mod brokers;
 mod containers;
 mod driver;
 mod engine;
+mod owners;
 mod telling;
 mod upgrade;
 mod words;
@@ -28,7 +29,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use super::announced::{Announcement, BrokerLink, BrokerWord};
-use super::table::{ForwardTable, RowState};
+use super::table::{ContainerState, EngineFacts, ForwardTable, RowState};
 use crate::docker::Docker;
 use crate::events::Journal;
 use crate::paths::Home;
@@ -85,17 +86,31 @@ impl fmt::Debug for Forwarding {
     }
 }
 
-/// What the task was last known to know.
+/// The state after the task's last turn.
 #[derive(Debug, Default)]
-struct Published(Mutex<ForwardTable>);
+struct Published(Mutex<Snapshot>);
+
+/// The engine, and every container. A container that did not change is the one of the snapshot before.
+#[derive(Clone, Debug, Default)]
+struct Snapshot {
+    engine: Option<EngineFacts>,
+    containers: Vec<Arc<ContainerState>>,
+}
 
 impl Published {
-    fn read<T>(&self, read: impl FnOnce(&ForwardTable) -> T) -> T {
-        read(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    fn read(&self) -> Snapshot {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn publish(&self, table: ForwardTable) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = table;
+    fn publish(&self, snapshot: Snapshot) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = snapshot;
+    }
+}
+
+impl From<Snapshot> for ForwardTable {
+    fn from(snapshot: Snapshot) -> ForwardTable {
+        let containers = snapshot.containers.into_iter().map(Arc::unwrap_or_clone).collect();
+        ForwardTable { engine: snapshot.engine, containers }
     }
 }
 
@@ -129,17 +144,16 @@ impl Forwarding {
         let asked = self.0.asks.send(Ask::Table(answer)).is_ok();
         match timeout(TABLE_MAX, table).await {
             Ok(Ok(table)) if asked => table,
-            _ => self.0.published.read(ForwardTable::clone),
+            _ => self.0.published.read().into(),
         }
     }
 
     /// The host ports that answer for a container. Never waits.
     pub fn forwarded_ports(&self, name: &str) -> Vec<u16> {
-        self.0.published.read(|table| {
-            let container = table.containers.iter().find(|container| container.container_name == name);
-            let rows = container.into_iter().flat_map(|container| &container.forwards);
-            rows.filter(|row| row.state == RowState::Open).map(|row| row.host_port).collect()
-        })
+        let containers = self.0.published.read().containers;
+        let container = containers.iter().find(|container| container.container_name == name);
+        let rows = container.into_iter().flat_map(|container| &container.forwards);
+        rows.filter(|row| row.state == RowState::Open).map(|row| row.host_port).collect()
     }
 
     /// The host ports that answer, as a level.
@@ -194,6 +208,3 @@ impl Forwarding {
         }
     }
 }
-
-/// Owners of sockets by inode, as far as they were looked for; none for one that nobody may see.
-type Owners = BTreeMap<u64, Option<crate::processes::ProcessFact>>;

@@ -287,6 +287,7 @@ fn just_registered(name: &str) -> ContainerState {
         state: Reached::Waiting,
         reason: None,
         forwards: Vec::new(),
+        omitted: 0,
     }
 }
 

@@ -25,7 +25,7 @@ use landfall_engine::command::{Command, Ending, ForwardId, Reach, UpstreamId};
 use super::reserved::Reservation;
 use super::verdict::{Exclusion, Verdict};
 use super::watched::Holder;
-use super::{Change, ClosedReason, FORWARDS_MAX, Fleet, Forward, Status};
+use super::{Change, ClosedReason, FORWARDS_MAX, Fleet, Forward, Plan, Planned, Status};
 use crate::broker::message::Announced;
 use crate::registration::model::ContainerName;
 
@@ -56,6 +56,11 @@ impl Broker {
     pub(super) fn reserves(&self, target: NonZeroU16) -> bool {
         self.reserved.get(&target).is_some_and(Reservation::has_begun)
     }
+
+    /// Whether a host port matters to it: a port of that number was announced, or one is reserved there or tried there.
+    pub(super) fn waits_for(&self, host_port: NonZeroU16) -> bool {
+        self.known.contains_key(&host_port) || self.reserved.values().any(|one| one.waits_for(host_port))
+    }
 }
 
 /// A port that was announced.
@@ -80,10 +85,12 @@ impl Fleet {
     /// The container has taken the broker's token. What listens is told next.
     pub fn broker_up(&mut self, name: &ContainerName) {
         self.brokers.entry(name.clone()).or_default().up = true;
+        self.agenda.mark(name);
     }
 
     /// The session is lost: what it announced is forwarded no longer, and nobody waits for a result.
     pub fn broker_down(&mut self, name: &ContainerName) {
+        self.agenda.mark(name);
         if let Some(broker) = self.brokers.get_mut(name) {
             broker.up = false;
             broker.known.clear();
@@ -93,6 +100,7 @@ impl Fleet {
 
     /// The broker stops, and everything that is there for its sake.
     pub fn broker_stopped(&mut self, name: &ContainerName) {
+        self.agenda.mark(name);
         self.brokers.remove(name);
         for upstream in self.upstreams.values_mut() {
             if upstream.dialled && upstream.owner.as_ref() == Some(name) {
@@ -117,9 +125,12 @@ impl Fleet {
         whole: bool,
         now: Instant,
     ) -> Vec<Change> {
-        let live = self.forwards_of(name).filter(|forward| forward.is_live() && !forward.reserved);
-        let forwarded: BTreeSet<NonZeroU16> = live.map(|forward| forward.target_port).collect();
+        let upstreams = self.upstreams_of(name);
+        let ports = opened.iter().map(|told| told.port);
+        let forwarded: BTreeSet<NonZeroU16> =
+            ports.filter(|port| self.announced_at(&upstreams, *port).is_some_and(Forward::is_live)).collect();
         let Some(broker) = self.brokers.get_mut(name).filter(|broker| broker.up) else { return Vec::new() };
+        self.agenda.mark(name);
         let mut changes = Vec::new();
         let mut closed = closed.to_vec();
         if whole {
@@ -183,15 +194,16 @@ impl Fleet {
     }
 
     /// Closes what its session does not announce any more, and what nobody reserves any more.
-    pub(super) fn close_announced(&mut self, commands: &mut Vec<Command>) {
-        let live = self.forwards.iter().filter(|(_, forward)| forward.is_live());
+    pub(super) fn close_announced(&mut self, one: &Planned, plan: &mut Plan) {
+        let own = one.upstreams.iter().flat_map(|id| self.forwards.of_upstream(*id));
+        let live = own.filter(|(_, forward)| forward.is_live());
         let ended: Vec<(ForwardId, ClosedReason, Ending)> = live
-            .filter_map(|(id, forward)| self.ends(forward).map(|(why, ending)| (*id, why, ending)))
+            .filter_map(|(id, forward)| self.ends(forward).map(|(why, ending)| (id, why, ending)))
             .collect();
         for (forward, why, ending) in ended {
-            if let Some(known) = self.forwards.get_mut(&forward) {
+            if let Some(known) = self.forwards.get_mut(forward) {
                 known.status = Status::Closing { why };
-                commands.push(Command::CloseListener { forward, ending });
+                plan.commands.push(Command::CloseListener { forward, ending });
             }
         }
     }
@@ -223,48 +235,47 @@ impl Fleet {
     }
 
     /// Makes the attempts that are due over a session.
-    pub(super) fn open_announced(
-        &mut self,
-        name: &ContainerName,
-        upstream: UpstreamId,
-        commands: &mut Vec<Command>,
-        changes: &mut Vec<Change>,
-    ) {
-        let Some(broker) = self.brokers.get(name).filter(|_| self.dialled(name).is_some()) else { return };
+    pub(super) fn open_announced(&mut self, one: &Planned, plan: &mut Plan) {
+        let name = &one.name;
+        let Some((upstream, _)) = self.dialled(name) else { return };
+        let Some(broker) = self.brokers.get(name) else { return };
         let due = broker.known.iter().filter(|(port, known)| known.due && !broker.reserves(**port));
         let due: Vec<NonZeroU16> = due.map(|(port, _)| *port).collect();
+        let mut live = self.forwards_of(name).filter(|forward| forward.is_live()).count();
         for port in due {
-            let over = match self.attempt(name, upstream, port) {
+            let over = match self.attempt(one, port, live) {
                 Attempt::Wait => continue,
-                Attempt::Made(command) => {
-                    commands.extend(command);
+                Attempt::Make => {
+                    live += 1;
+                    plan.commands.push(self.open_one(upstream, port, port, Reach::UNKNOWN, false));
                     None
                 }
+                Attempt::Made => None,
                 Attempt::Over(over) => Some(over),
             };
             if let Some(Over::Failed(reason)) = &over {
-                changes.push(Change::Failed { name: name.clone(), port, reason: reason.clone() });
+                plan.changes.push(Change::Failed { name: name.clone(), port, reason: reason.clone() });
             }
             self.note(name, port, over);
         }
     }
 
-    fn attempt(&mut self, name: &ContainerName, upstream: UpstreamId, port: NonZeroU16) -> Attempt {
-        let Some(policy) = self.policy_of(name) else { return Attempt::Wait };
+    /// Decides about the attempt for a port of a container that has `live` forwards.
+    fn attempt(&self, one: &Planned, port: NonZeroU16, live: usize) -> Attempt {
+        let Some(policy) = self.policy_of(&one.name) else { return Attempt::Wait };
         if let Err(reason) = self.judge(policy, port) {
             return Attempt::Over(Over::Denied(reason));
         }
-        let own = self.announced_at(name, port);
-        match own.map(Forward::is_live) {
-            Some(true) => return Attempt::Made(None),
+        match self.announced_at(&one.upstreams, port).map(Forward::is_live) {
+            Some(true) => return Attempt::Made,
             Some(false) => return Attempt::Wait,
             None => {}
         }
-        if self.forwards_of(name).filter(|forward| forward.is_live()).count() >= FORWARDS_MAX {
+        if live >= FORWARDS_MAX {
             return Attempt::Over(Over::Denied(Exclusion::Quota));
         }
-        match self.holder(name, port) {
-            Holder::Free => Attempt::Made(Some(self.open_one(upstream, port, port, Reach::UNKNOWN, false))),
+        match self.holder(&one.name, port) {
+            Holder::Free => Attempt::Make,
             // There is one attempt, so it is made when it is known what comes of it.
             Holder::Soon | Holder::Heir(_) => Attempt::Wait,
             Holder::Taken(reason) => Attempt::Over(Over::Failed(reason)),
@@ -272,8 +283,8 @@ impl Fleet {
     }
 
     /// The forward to a port inside that is not there by a reservation.
-    fn announced_at(&self, name: &ContainerName, port: NonZeroU16) -> Option<&Forward> {
-        self.forwards_of(name).find(|forward| !forward.reserved && forward.target_port == port)
+    fn announced_at(&self, upstreams: &[UpstreamId], port: NonZeroU16) -> Option<&Forward> {
+        self.forwards_to(upstreams, port).find(|forward| !forward.reserved)
     }
 
     /// Notes what became of the attempt for a port.
@@ -293,81 +304,81 @@ impl Fleet {
     }
 
     /// Pays the results of which the truth is known.
-    pub(super) fn pay(&mut self, now: Instant, changes: &mut Vec<Change>) {
-        let mut paid = Vec::new();
-        for (name, broker) in &self.brokers {
-            let owed = broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port));
-            for (port, known) in owed {
-                let Some(since) = known.owed else { continue };
-                let patient = now.saturating_duration_since(since) < OWED_MAX;
-                if let Some(result) = self.truth(name, *port, known, patient) {
-                    paid.push((name.clone(), *port, result));
-                }
-            }
-        }
-        for (name, port, result) in paid {
-            let broker = self.brokers.get_mut(&name);
+    pub(super) fn pay(&mut self, one: &Planned, plan: &mut Plan) {
+        let Some(broker) = self.brokers.get(&one.name) else { return };
+        let is_watched = self.upstream_of(&one.name).is_some_and(|(_, upstream)| !upstream.dialled);
+        let owed = broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port));
+        let paid = owed.filter_map(|(port, known)| {
+            let is_late = plan.now.saturating_duration_since(known.owed?) >= OWED_MAX;
+            let result = match self.truth(one, *port, known) {
+                Truth::Known(result) => result,
+                Truth::Unknown(reason) if is_watched && is_late => Err(reason.to_owned()),
+                Truth::Unknown(_) => return None,
+            };
+            Some((*port, result))
+        });
+        let paid: Vec<_> = paid.collect();
+        for (port, result) in paid {
+            let broker = self.brokers.get_mut(&one.name);
             if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
                 known.owed = None;
             }
-            changes.push(Change::result(&name, port, result));
+            plan.changes.push(Change::result(&one.name, port, result));
         }
     }
 
-    /// What became of a port; none as long as that is not known.
-    fn truth(
-        &self,
-        name: &ContainerName,
-        port: NonZeroU16,
-        known: &Known,
-        patient: bool,
-    ) -> Option<Result<NonZeroU16, String>> {
-        let excluded = || Some(Err(EXCLUDED.to_owned()));
-        if self.judge(self.policy_of(name)?, port).is_err() {
+    /// The result for a port.
+    fn truth(&self, one: &Planned, port: NonZeroU16, known: &Known) -> Truth {
+        let excluded = || Truth::Known(Err(EXCLUDED.to_owned()));
+        if self.policy_of(&one.name).is_some_and(|policy| self.judge(policy, port).is_err()) {
             return excluded();
         }
-        let own = self.announced_at(name, port);
+        let own = self.announced_at(&one.upstreams, port);
         if let Some(open) = own.filter(|forward| forward.status == Status::Open) {
-            return Some(Ok(open.host_port));
+            return Truth::Known(Ok(open.host_port));
         }
         match &known.over {
             Some(Over::Denied(_)) => return excluded(),
-            Some(Over::Failed(reason)) => return Some(Err(reason.clone())),
+            Some(Over::Failed(reason)) => return Truth::Known(Err(reason.clone())),
             None => {}
         }
-        let (id, watched) = self.upstream_of(name).filter(|(_, upstream)| !upstream.dialled)?;
-        if let Some(failure) = self.failures.get(&(name.clone(), port)) {
-            return Some(Err(failure.reason.clone()));
+        if let Some(failure) = self.failures.get(&one.name).and_then(|failures| failures.get(&port)) {
+            return Truth::Known(Err(failure.reason.clone()));
         }
-        let verdicts = self.verdicts_of(id, watched).unwrap_or_default();
-        match verdicts.get(&port) {
+        match one.verdicts.as_ref().and_then(|verdicts| verdicts.get(&port)) {
             Some(Verdict::Denied(_)) => excluded(),
-            Some(Verdict::Published(host_port, _)) => Some(Ok(*host_port)),
-            _ if patient => None,
-            Some(Verdict::Wanted(_)) => Some(Err("EAGAIN: the port is not open yet".to_owned())),
-            None => Some(Err("ECONNREFUSED: nothing was seen to listen on the port".to_owned())),
+            Some(Verdict::Published(host_port, _)) => Truth::Known(Ok(*host_port)),
+            Some(Verdict::Wanted(_)) => Truth::Unknown("EAGAIN: the port is not open yet"),
+            None => Truth::Unknown("ECONNREFUSED: nothing was seen to listen on the port"),
         }
     }
 
     /// When the debts of ports that the watch does not see are due.
-    pub(super) fn debts_due(&self) -> impl Iterator<Item = Instant> {
-        let watched = self
-            .brokers
-            .iter()
-            .filter(|(name, _)| self.upstream_of(name).is_some_and(|(_, upstream)| !upstream.dialled));
-        let owed = watched.flat_map(|(_, broker)| {
-            broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port))
-        });
+    pub(super) fn debts_due(&self, name: &ContainerName) -> impl Iterator<Item = Instant> {
+        let is_watched = self.upstream_of(name).is_some_and(|(_, upstream)| !upstream.dialled);
+        let broker = self.brokers.get(name).filter(|_| is_watched);
+        let owed = broker
+            .into_iter()
+            .flat_map(|broker| broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port)));
         owed.filter_map(|(_, known)| known.owed).map(|since| since + OWED_MAX)
     }
+}
+
+/// The result for a port that was announced.
+enum Truth {
+    Known(Result<NonZeroU16, String>),
+    /// It is not known yet. Where the container is watched, this is the result after a while.
+    Unknown(&'static str),
 }
 
 /// What became of an attempt.
 enum Attempt {
     /// It cannot be made yet.
     Wait,
-    /// It is made, by this command; none where the port is forwarded already.
-    Made(Option<Command>),
+    /// It is to be made now.
+    Make,
+    /// The port is forwarded already.
+    Made,
     /// It comes to nothing.
     Over(Over),
 }

@@ -42,7 +42,7 @@ impl Bench {
 
     pub(super) fn step(&mut self) -> (Vec<Command>, Vec<Change>) {
         let stepped = self.fleet.step(self.now);
-        assert_eq!(self.fleet.step(self.now), (vec![], vec![]), "a step after a step is idle");
+        self.is_idle();
         stepped
     }
 
@@ -99,13 +99,18 @@ fn no_more_than_the_quota_is_opened_and_the_others_are_excluded() {
 }
 
 #[test]
-fn a_flood_of_announcements_is_answered_and_not_kept() {
+fn the_rows_of_ports_without_a_forward_are_bounded_and_the_others_counted() {
     let mut bench = Bench::dialled(Some("1"));
-    let all: Vec<u16> = (1024..=u16::MAX).collect();
-    let refused = bench.announce(&all, &[], true).len();
-    let (_, told) = bench.step();
-    assert_eq!(refused + told.len(), all.len(), "each is answered");
-    assert_eq!(bench.states("a").len(), 1024);
+    bench.announce(&(2000..3000).collect::<Vec<u16>>(), &[], true);
+    bench.step();
+    let rows = bench.fleet.rows(&name("a"));
+    assert_eq!(rows.listed.len() + rows.omitted, 1000);
+    assert!(rows.listed.len() < 300, "{}", rows.listed.len());
+    // A forward has its row whatever else there is.
+    let mut bench = Bench::serving(60_000);
+    bench.announce(&(2000..3000).chain([60_000]).collect::<Vec<u16>>(), &[], true);
+    bench.step();
+    assert!(bench.states("a").contains(&(60_000, RowState::Open)));
 }
 
 #[test]

@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use landfall_engine::command::{Event, ForwardId, ForwardState};
+use landfall_engine::command::{Event, ForwardId, ForwardState, UpstreamId};
 
 use super::announced::Over;
-use super::{Change, ClosedReason, Failure, Fleet, Status};
-use crate::reconcile::observation::Observation;
+use super::{Change, ClosedReason, Failure, Fleet, Forward, Status};
+use crate::reconcile::observation::{Listeners, Observation};
 
 impl Fleet {
     /// Takes in an event of the engine; what it says of something unknown changes nothing.
@@ -15,6 +15,7 @@ impl Fleet {
             Event::Listeners { upstream, opened, closed } => {
                 if let Some(known) = self.upstreams.get_mut(upstream) {
                     known.seen.get_or_insert_default().update(opened, closed);
+                    self.mark_owner(*upstream);
                 }
             }
             Event::Observed { upstream, listening, more } => {
@@ -22,7 +23,8 @@ impl Fleet {
                 if !more {
                     let whole = self.partial.remove(upstream).unwrap_or_default();
                     if let Some(known) = self.upstreams.get_mut(upstream) {
-                        known.seen = Some(Observation::whole(whole));
+                        known.seen = Some(Observation::whole(&whole));
+                        self.mark_owner(*upstream);
                     }
                 }
             }
@@ -36,8 +38,8 @@ impl Fleet {
                 return self.forget(*forward, ClosedReason::HostError).into_iter().collect();
             }
             Event::UpstreamRemoved { upstream, reason } => {
-                let ids = self.forwards.iter().filter(|(_, forward)| forward.upstream == *upstream);
-                let ids: Vec<ForwardId> = ids.map(|(id, _)| *id).collect();
+                self.mark_owner(*upstream);
+                let ids: Vec<ForwardId> = self.forwards.of_upstream(*upstream).map(|(id, _)| id).collect();
                 let mut changes: Vec<Change> =
                     ids.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
                 if let Some(known) = self.upstreams.remove(upstream)
@@ -54,30 +56,48 @@ impl Fleet {
         Vec::new()
     }
 
+    /// Something changed about the container behind an upstream.
+    fn mark_owner(&mut self, upstream: UpstreamId) {
+        if let Some(owner) = self.upstreams.get(&upstream).and_then(|upstream| upstream.owner.as_ref()) {
+            self.agenda.mark(owner);
+        }
+    }
+
+    /// Takes a forward out of the table. Its host port is free from now on.
+    fn remove(&mut self, id: ForwardId) -> Option<Forward> {
+        let forward = self.forwards.remove(id)?;
+        self.mark_owner(forward.upstream);
+        self.wake(forward.host_port);
+        Some(forward)
+    }
+
     fn on_opened(&mut self, id: ForwardId) -> Vec<Change> {
-        let Some(forward) = self.forwards.get_mut(&id).filter(|forward| forward.status == Status::Opening)
+        let Some(forward) = self.forwards.get_mut(id).filter(|forward| forward.status == Status::Opening)
         else {
             return Vec::new();
         };
         forward.status = Status::Open;
         forward.told = true;
         let (port, host_port) = (forward.target_port, forward.host_port);
-        let reserved = forward.reserved;
-        let Some(upstream) = self.upstreams.get(&forward.upstream) else { return Vec::new() };
+        let (reserved, upstream) = (forward.reserved, forward.upstream);
+        self.mark_owner(upstream);
+        let Some(upstream) = self.upstreams.get(&upstream) else { return Vec::new() };
         let Some(name) = upstream.owner.clone() else { return Vec::new() };
         if reserved {
             return self.on_reserved(&name, port, host_port);
         }
         // Of what a session announces, the wire's event tells where it answers on the host.
-        let seen = upstream.seen.as_ref().filter(|_| !upstream.dialled);
+        let seen = upstream.seen.as_ref().filter(|_| !upstream.dialled).and_then(|seen| seen.at(port));
         let unseen = if upstream.dialled { "127.0.0.1" } else { "0.0.0.0" };
-        let bind = seen.map_or(unseen, |seen| seen.bind_address(port));
-        self.failures.remove(&(name.clone(), port));
+        let bind = seen.map_or(unseen, Listeners::bind_address);
+        if let Some(failures) = self.failures.get_mut(&name) {
+            failures.remove(&port);
+        }
         vec![Change::Opened { name, port, host_port, bind }]
     }
 
     fn on_failed(&mut self, id: ForwardId, reason: String, now: Instant) -> Option<Change> {
-        let forward = self.forwards.remove(&id)?;
+        let forward = self.remove(id)?;
         let upstream = self.upstreams.get(&forward.upstream).filter(|upstream| !upstream.leaving)?;
         let name = upstream.owner.clone()?;
         let port = forward.target_port;
@@ -93,13 +113,13 @@ impl Fleet {
             return waits.then_some(Change::Failed { name, port, reason });
         }
         let failure = Failure { at: Some(now), reason: reason.clone() };
-        let before = self.failures.insert((name.clone(), port), failure);
+        let before = self.failures.entry(name.clone()).or_default().insert(port, failure);
         before.is_none().then_some(Change::Failed { name, port, reason })
     }
 
     /// Forgets a forward that is gone; `why` holds where nobody asked for that.
     pub(super) fn forget(&mut self, id: ForwardId, why: ClosedReason) -> Option<Change> {
-        let forward = self.forwards.remove(&id)?;
+        let forward = self.remove(id)?;
         let upstream = self.upstreams.get(&forward.upstream)?;
         let name = upstream.owner.clone()?;
         let (port, host_port) = (forward.target_port, forward.host_port);
@@ -117,9 +137,13 @@ impl Fleet {
 
     fn count(&mut self, forwards: &[ForwardState]) {
         for state in forwards {
-            if let Some(known) = self.forwards.get_mut(&state.forward) {
-                known.stats = state.stats;
-            }
+            let Some(known) = self.forwards.get_mut(state.forward).filter(|known| known.stats != state.stats)
+            else {
+                continue;
+            };
+            known.stats = state.stats;
+            let owner = self.upstreams.get(&known.upstream).and_then(|upstream| upstream.owner.as_ref());
+            owner.into_iter().for_each(|owner| self.agenda.mark_stale(owner));
         }
     }
 }

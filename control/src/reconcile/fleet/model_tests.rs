@@ -274,7 +274,7 @@ impl World {
         let (commands, changes) = self.fleet.step(self.now);
         self.queue.extend(commands);
         self.told(&changes);
-        assert_eq!(self.fleet.step(self.now), (vec![], vec![]), "a step after a step is idle");
+        assert_idle(&mut self.fleet, self.now);
     }
 
     fn take(&mut self, step: Step) {

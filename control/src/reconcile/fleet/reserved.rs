@@ -14,16 +14,19 @@ use std::collections::{BTreeSet, VecDeque};
 use std::num::NonZeroU16;
 use std::time::Instant;
 
-use landfall_engine::command::{Command, Reach, UpstreamId};
+use landfall_engine::command::{Reach, UpstreamId};
 
 use super::announced::EXCLUDED;
 use super::watched::Holder;
-use super::{Change, FORWARDS_MAX, Failure, Fleet, RETRY};
+use super::{Change, FORWARDS_MAX, Failure, Fleet, Plan, RETRY};
 use crate::policy::Decision;
 use crate::registration::model::ContainerName;
 
 /// How many candidates of one request are tried; the program that this is for names ten.
 const CANDIDATES_MAX: usize = 256;
+
+/// How many requests for one port can wait for the one in flight. Each is owed a result.
+const WAITING_MAX: usize = 64;
 
 /// How many ports a container can reserve at the same time. A reservation holds its host port while nothing listens behind
 /// it, and the container chooses which one. The program that this is for reserves one.
@@ -59,6 +62,15 @@ impl Reservation {
         !matches!(self.stage, Stage::Asked(_))
     }
 
+    /// Whether a host port is the one that it has, or tries next.
+    pub(super) fn waits_for(&self, port: NonZeroU16) -> bool {
+        match &self.stage {
+            Stage::Asked(_) => false,
+            Stage::Trying { left, .. } => left.front() == Some(&port),
+            Stage::Held { host_port, .. } => *host_port == port,
+        }
+    }
+
     /// Nobody waits for an answer any more.
     pub(super) fn forgive(&mut self) {
         self.owed = 0;
@@ -78,13 +90,18 @@ impl Fleet {
         let mut seen = BTreeSet::new();
         candidates.retain(|port| seen.insert(*port));
         candidates.truncate(CANDIDATES_MAX);
+        self.agenda.mark(name);
         let full = broker.reserved.len() >= RESERVED_MAX;
         match broker.reserved.get_mut(&target) {
             Some(Reservation { stage: Stage::Held { host_port, .. }, .. }) => {
                 return vec![Change::result(name, target, Ok(*host_port))];
             }
             Some(under_way) => {
-                let waiting = under_way.next.take().map_or(0, |(_, waiting)| waiting);
+                let waiting = under_way.next.as_ref().map_or(0, |(_, waiting)| *waiting);
+                if waiting >= WAITING_MAX {
+                    let reason = format!("EAGAIN: {WAITING_MAX} requests for port {target} wait already");
+                    return vec![Change::result(name, target, Err(reason))];
+                }
                 under_way.next = Some((candidates, waiting + 1));
             }
             None if full => {
@@ -96,24 +113,16 @@ impl Fleet {
     }
 
     /// Takes every reservation of a container as far as it goes.
-    pub(super) fn reserve_all(
-        &mut self,
-        name: &ContainerName,
-        now: Instant,
-        commands: &mut Vec<Command>,
-        changes: &mut Vec<Change>,
-    ) {
+    pub(super) fn reserve_all(&mut self, name: &ContainerName, plan: &mut Plan) {
         let Some(broker) = self.brokers.get(name) else { return };
         let targets: Vec<NonZeroU16> = broker.reserved.keys().copied().collect();
         for target in targets {
             while let Some(stage) = self.stage(name, target) {
                 let goes_on = match stage.clone() {
-                    Stage::Asked(candidates) => self.consider(name, target, candidates, changes),
-                    Stage::Trying { left, error } => {
-                        self.try_next(name, target, left, error, commands, changes)
-                    }
+                    Stage::Asked(candidates) => self.consider(name, target, candidates, plan),
+                    Stage::Trying { left, error } => self.try_next(name, target, left, error, plan),
                     Stage::Held { host_port, failure } => {
-                        self.keep(name, target, host_port, failure.as_ref(), now, commands, changes);
+                        self.keep(name, target, host_port, failure.as_ref(), plan);
                         false
                     }
                 };
@@ -146,22 +155,22 @@ impl Fleet {
         name: &ContainerName,
         target: NonZeroU16,
         mut candidates: Vec<NonZeroU16>,
-        changes: &mut Vec<Change>,
+        plan: &mut Plan,
     ) -> bool {
         let Some(policy) = self.policy_of(name) else { return false };
         let others = self.forwards_of(name).filter(|forward| forward.is_live());
         let full = others.filter(|forward| forward.target_port != target).count() >= FORWARDS_MAX;
         if full || policy.decide_target(target) != Decision::Allow {
-            return self.give_up(name, target, EXCLUDED.to_owned(), changes);
+            return self.give_up(name, target, EXCLUDED.to_owned(), plan);
         }
         if candidates.is_empty() {
             let reason = "no host candidates".to_owned();
-            changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
-            return self.give_up(name, target, reason, changes);
+            plan.changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
+            return self.give_up(name, target, reason, plan);
         }
         candidates.retain(|candidate| self.judge(policy, *candidate).is_ok());
         if candidates.is_empty() {
-            return self.give_up(name, target, EXCLUDED.to_owned(), changes);
+            return self.give_up(name, target, EXCLUDED.to_owned(), plan);
         }
         self.set_stage(name, target, Stage::Trying { left: candidates.into(), error: None });
         true
@@ -174,8 +183,7 @@ impl Fleet {
         target: NonZeroU16,
         mut left: VecDeque<NonZeroU16>,
         mut error: Option<String>,
-        commands: &mut Vec<Command>,
-        changes: &mut Vec<Change>,
+        plan: &mut Plan,
     ) -> bool {
         let Some(upstream) = self.free_upstream(name, target) else { return false };
         while let Some(candidate) = left.front().copied() {
@@ -189,41 +197,40 @@ impl Fleet {
                     return false;
                 }
                 Holder::Free => {
-                    commands.push(self.open_one(upstream, candidate, target, Reach::UNKNOWN, true));
+                    plan.commands.push(self.open_one(upstream, candidate, target, Reach::UNKNOWN, true));
                     self.set_stage(name, target, Stage::Trying { left, error });
                     return false;
                 }
             }
         }
         let reason = error.unwrap_or_else(|| "no host candidates".to_owned());
-        changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
-        self.give_up(name, target, reason, changes)
+        plan.changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
+        self.give_up(name, target, reason, plan)
     }
 
     /// Opens a reserved port again that is not.
-    #[expect(clippy::too_many_arguments, reason = "they are the parts of one stage")]
     fn keep(
         &mut self,
         name: &ContainerName,
         target: NonZeroU16,
         host_port: NonZeroU16,
         failure: Option<&Failure>,
-        now: Instant,
-        commands: &mut Vec<Command>,
-        changes: &mut Vec<Change>,
+        plan: &mut Plan,
     ) {
         let Some(upstream) = self.free_upstream(name, target) else { return };
         let rests = failure.and_then(|failure| failure.at);
-        if rests.is_some_and(|at| now.saturating_duration_since(at) < RETRY) {
+        if rests.is_some_and(|at| plan.now.saturating_duration_since(at) < RETRY) {
             return;
         }
         match self.holder(name, host_port) {
-            Holder::Free => commands.push(self.open_one(upstream, host_port, target, Reach::UNKNOWN, true)),
+            Holder::Free => {
+                plan.commands.push(self.open_one(upstream, host_port, target, Reach::UNKNOWN, true));
+            }
             Holder::Soon | Holder::Heir(_) => {}
             Holder::Taken(reason) => {
                 if failure.is_none() {
                     let told = Change::Failed { name: name.clone(), port: target, reason: reason.clone() };
-                    changes.push(told);
+                    plan.changes.push(told);
                 }
                 let failure = Some(Failure { at: None, reason });
                 self.set_stage(name, target, Stage::Held { host_port, failure });
@@ -234,22 +241,16 @@ impl Fleet {
     /// The upstream over which a port can be opened now: the engine has one, and nothing leads to the port any more.
     fn free_upstream(&self, name: &ContainerName, target: NonZeroU16) -> Option<UpstreamId> {
         let (id, upstream) = self.upstream_of(name)?;
-        let taken = self.forwards_of(name).any(|forward| forward.target_port == target);
+        let taken = self.forwards_to(&self.upstreams_of(name), target).next().is_some();
         // One that is watched may not have been given to the engine before it was read.
         ((upstream.dialled || upstream.seen.is_some()) && !taken).then_some(id)
     }
 
     /// A request came to nothing. Answers whether a later one is to be looked at now.
-    fn give_up(
-        &mut self,
-        name: &ContainerName,
-        target: NonZeroU16,
-        reason: String,
-        changes: &mut Vec<Change>,
-    ) -> bool {
+    fn give_up(&mut self, name: &ContainerName, target: NonZeroU16, reason: String, plan: &mut Plan) -> bool {
         let Some(broker) = self.brokers.get_mut(name) else { return false };
         let Some(ended) = broker.reserved.remove(&target) else { return false };
-        changes.extend((0..ended.owed).map(|_| Change::result(name, target, Err(reason.clone()))));
+        plan.changes.extend((0..ended.owed).map(|_| Change::result(name, target, Err(reason.clone()))));
         if let Some((candidates, owed)) = ended.next {
             broker.reserved.insert(target, Reservation::asked(candidates, owed));
             return true;
@@ -317,9 +318,12 @@ impl Fleet {
     }
 
     /// The host ports of reservations that could not be opened again, and when that is tried next.
-    pub(super) fn reserved_retries(&self) -> impl Iterator<Item = (NonZeroU16, Instant)> {
-        let reserved = self.brokers.iter().filter(|(name, _)| self.upstream_of(name).is_some());
-        let reserved = reserved.flat_map(|(_, broker)| broker.reserved.values());
+    pub(super) fn reserved_retries(
+        &self,
+        name: &ContainerName,
+    ) -> impl Iterator<Item = (NonZeroU16, Instant)> {
+        let broker = self.brokers.get(name).filter(|_| self.upstream_of(name).is_some());
+        let reserved = broker.into_iter().flat_map(|broker| broker.reserved.values());
         reserved.filter_map(|reservation| match &reservation.stage {
             Stage::Held { host_port, failure: Some(Failure { at: Some(at), .. }) } => {
                 Some((*host_port, *at + RETRY))

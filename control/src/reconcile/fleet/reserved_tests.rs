@@ -53,7 +53,7 @@ impl Bench {
     }
 
     fn host_ports(&self) -> Vec<(u16, u16, RowState)> {
-        let rows = self.fleet.rows(&name("a")).into_iter();
+        let rows = self.fleet.rows(&name("a")).listed.into_iter();
         rows.map(|row| (row.port.get(), row.host_port.get(), row.state)).collect()
     }
 }
@@ -199,6 +199,16 @@ fn one_request_for_a_port_is_in_flight_and_the_latest_follows_it() {
 }
 
 #[test]
+fn c24_a_flood_of_requests_for_one_port_leaves_few_that_wait() {
+    let mut bench = Bench::dialled(None);
+    bench.reserve(&[4849]);
+    bench.step();
+    let refused = (0..1_000).filter(|_| !bench.reserve(&[4850]).is_empty()).count();
+    assert_eq!(refused, 1_000 - 64);
+    assert_eq!(bench.opened(1, 4849).len(), 1 + 1 + 64, "an event, and the results that are owed");
+}
+
+#[test]
 fn what_is_announced_of_a_reserved_port_is_ignored() {
     let mut bench = Bench::reserved();
     assert_eq!(bench.announce(&[4848], &[], true), []);
@@ -248,6 +258,7 @@ fn a_reserved_port_is_asked_for_again_at_the_same_place_until_it_is_had() {
     assert_eq!(bench.step(), (vec![open_at(2, 2, 4849)], vec![]));
     assert!(failed(&bench.failed(2, 4849)).starts_with("EADDRINUSE"));
     assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Failed)]);
+    assert_eq!(bench.step(), (vec![], vec![]));
     assert_eq!(bench.fleet.due(), Some(bench.now + RETRY));
     bench.now += RETRY;
     assert_eq!(bench.step(), (vec![open_at(3, 2, 4849)], vec![]));
@@ -255,7 +266,7 @@ fn a_reserved_port_is_asked_for_again_at_the_same_place_until_it_is_had() {
     bench.now += RETRY;
     bench.step();
     assert_eq!(bench.opened(4, 4849), [opened_at(4849)], "nobody asked again");
-    assert_eq!(bench.fleet.due(), None);
+    assert_eq!((bench.step(), bench.fleet.due()), ((vec![], vec![]), None));
 }
 
 #[test]

@@ -50,6 +50,17 @@ fn held(id: u32, upstream: u32, number: u16) -> ForwardState {
     }
 }
 
+/// A step after a step is idle, and so is one that plans every container, whatever it was marked for.
+fn assert_idle(fleet: &mut Fleet, now: Instant) {
+    assert_eq!(fleet.step(now), (vec![], vec![]), "a step after a step is idle");
+    let mut all = fleet.clone();
+    all.mark_all();
+    assert_eq!(all.step(now), (vec![], vec![]), "a container was not marked");
+    // A time that is noted and no longer needed costs a plan.
+    let is_noted = all.due().is_none_or(|due| fleet.due().is_some_and(|noted| noted <= due));
+    assert!(is_noted, "a time was not noted: {:?}, {:?}", all.due(), fleet.due());
+}
+
 /// A driver without an engine.
 struct Bench {
     fleet: Fleet,
@@ -87,8 +98,13 @@ impl Bench {
     fn commands(&mut self) -> Vec<Command> {
         let (commands, changes) = self.fleet.step(self.now);
         assert_eq!(changes, []);
-        assert_eq!(self.fleet.step(self.now), (vec![], vec![]), "a step after a step is idle");
+        self.is_idle();
         commands
+    }
+
+    /// A step after a step is idle, and so is one that plans every container.
+    fn is_idle(&mut self) {
+        assert_idle(&mut self.fleet, self.now);
     }
 
     fn opened(&mut self, id: u32, number: u16) -> Vec<Change> {
@@ -109,7 +125,7 @@ impl Bench {
     }
 
     fn states(&self, text: &str) -> Vec<(u16, RowState)> {
-        self.fleet.rows(&name(text)).into_iter().map(|row| (row.port.get(), row.state)).collect()
+        self.fleet.rows(&name(text)).listed.into_iter().map(|row| (row.port.get(), row.state)).collect()
     }
 }
 
@@ -480,6 +496,8 @@ fn another_engine_takes_over_what_it_was_lent() {
 
 #[path = "announced_tests.rs"]
 mod announced;
+#[path = "cost_tests.rs"]
+mod cost;
 #[path = "model_tests.rs"]
 mod model;
 #[path = "reserved_tests.rs"]
@@ -498,7 +516,7 @@ fn what_docker_publishes_is_left_to_docker_and_shown_where_it_answers() {
         &[],
     );
     assert_eq!(bench.commands(), [open(1, 1, 4001)]);
-    let rows = bench.fleet.rows(&name("shop"));
+    let rows = bench.fleet.rows(&name("shop")).listed;
     let told: Vec<_> = rows.iter().map(|row| (row.port.get(), row.host_port.get(), row.state)).collect();
     let published = RowState::Published;
     assert_eq!(

@@ -1,10 +1,12 @@
 //! The ways into containers, as the engine knows them: claimed, added, let go of, and moved.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroU16;
 
 use landfall_engine::command::{Command, Ending, ForwardId, UpstreamId};
 
-use super::{Change, ClosedReason, Fleet, Forward, Status, Upstream};
+use super::{Change, ClosedReason, Fleet, Plan, Status, Upstream};
+use crate::reconcile::observation::Listeners;
 use crate::registration::model::ContainerName;
 
 /// The bit of a cookie that says that the driver chose it. The kernel counts those of namespaces up from one.
@@ -31,7 +33,7 @@ pub enum Admission {
 impl Fleet {
     /// A container was entered, and its namespace has this cookie.
     pub fn reached(&mut self, name: &ContainerName, cookie: u64) -> Admission {
-        if !self.wishes.iter().any(|wish| wish.name == *name) {
+        if self.wish_of(name).is_none() {
             return Admission::Unwanted;
         }
         if let Some(fellow) = self.fellow(name, cookie) {
@@ -44,8 +46,9 @@ impl Fleet {
             }
         }
         self.on_watched(name);
+        self.agenda.mark(name);
         let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name);
-        let holds = |id: &UpstreamId| self.forwards.values().any(|forward| forward.upstream == *id);
+        let holds = |id: &UpstreamId| self.forwards.of_upstream(*id).next().is_some();
         // Were there two of one namespace, the one with forwards is worth more.
         let known = self.upstreams.iter().filter(|(_, upstream)| same(upstream));
         let known = known.max_by_key(|(id, upstream)| (own(upstream), holds(id))).map(|(id, _)| *id);
@@ -55,6 +58,10 @@ impl Fleet {
         if let Some(upstream) = self.upstreams.get_mut(&id) {
             upstream.owner = Some(name.clone());
         }
+        // Another container that waits for one of these ports can name its owner from now on.
+        let held: Vec<NonZeroU16> =
+            self.forwards.of_upstream(id).map(|(_, forward)| forward.host_port).collect();
+        held.into_iter().for_each(|port| self.wake(port));
         Admission::Known(id)
     }
 
@@ -66,6 +73,7 @@ impl Fleet {
 
     /// A container cannot be entered any more; the ports that were watched are let go of with the next step.
     pub fn left(&mut self, name: &ContainerName) {
+        self.agenda.mark(name);
         for upstream in self.upstreams.values_mut() {
             if upstream.owner.as_ref() == Some(name) && !upstream.dialled {
                 upstream.dismissed.get_or_insert(ClosedReason::HostError);
@@ -77,42 +85,49 @@ impl Fleet {
     /// are the other name's.
     pub fn renamed(&mut self, from: &ContainerName, to: &ContainerName) -> Vec<Change> {
         let mut changes = Vec::new();
+        let mut held = Vec::new();
         for (id, upstream) in &mut self.upstreams {
             let is_own = upstream.owner.as_ref() == Some(from) && upstream.stays() && !upstream.dialled;
             if !is_own {
                 continue;
             }
             upstream.owner = Some(to.clone());
-            let told = |forward: &&Forward| forward.upstream == *id && forward.status == Status::Open;
-            for forward in self.forwards.values().filter(told) {
+            let open = self.forwards.of_upstream(*id).filter(|(_, forward)| forward.status == Status::Open);
+            for (_, forward) in open {
                 let (port, host_port) = (forward.target_port, forward.host_port);
-                let bind = upstream.seen.as_ref().map_or("0.0.0.0", |seen| seen.bind_address(port));
+                held.push(host_port);
+                let seen = upstream.seen.as_ref().and_then(|seen| seen.at(port));
+                let bind = seen.map_or("0.0.0.0", Listeners::bind_address);
                 let why = ClosedReason::Deregistered;
                 changes.push(Change::Closed { name: from.clone(), port, host_port, why });
                 changes.push(Change::Opened { name: to.clone(), port, host_port, bind });
             }
         }
-        let failures = std::mem::take(&mut self.failures).into_iter();
-        self.failures = failures
-            .map(|((name, port), failure)| ((if name == *from { to.clone() } else { name }, port), failure))
-            .collect();
-        for heir in self.heirs.values_mut().filter(|heir| *heir == from) {
-            *heir = to.clone();
+        if let Some(failures) = self.failures.remove(from) {
+            self.failures.entry(to.clone()).or_default().extend(failures);
         }
+        for (port, heir) in self.heirs.iter_mut().filter(|(_, heir)| *heir == from) {
+            *heir = to.clone();
+            held.push(*port);
+        }
+        held.into_iter().for_each(|port| self.wake(port));
+        self.agenda.mark(from);
+        self.agenda.mark(to);
         changes
     }
 
     /// The engine was relieved by another one, which holds these upstreams and these forwards under the same numbers and
     /// tells anew what listens.
     pub fn moved(&mut self, upstreams: &BTreeSet<UpstreamId>, forwards: &BTreeSet<ForwardId>) -> Vec<Change> {
-        let lost: Vec<ForwardId> =
-            self.forwards.keys().filter(|id| !forwards.contains(id)).copied().collect();
+        let lost = self.forwards.all().map(|(id, _)| id).filter(|id| !forwards.contains(id));
+        let lost: Vec<ForwardId> = lost.collect();
         let changes = lost.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
         self.upstreams.retain(|id, _| upstreams.contains(id));
         for upstream in self.upstreams.values_mut() {
             upstream.seen = None;
         }
         self.partial.clear();
+        self.mark_all();
         changes
     }
 
@@ -123,13 +138,13 @@ impl Fleet {
         }
         let id = self.add_upstream(name, |id| DIALLED | u64::from(id.0));
         self.on_dialled(name);
+        self.agenda.mark(name);
         self.upstreams.get(&id).map(|upstream| (id, upstream.cookie))
     }
 
     /// Whether a container has a broker with something to forward, and no way in.
     pub fn wants_dialler(&self, name: &ContainerName) -> bool {
-        let registered = self.wishes.iter().any(|wish| wish.name == *name);
-        registered && self.has_broker_to_serve(name) && self.upstream_of(name).is_none()
+        self.has_broker_to_serve(name) && self.wish_of(name).is_some() && self.upstream_of(name).is_none()
     }
 
     /// The upstream for which the driver dials, where that is how a container is reached; with its cookie.
@@ -150,13 +165,13 @@ impl Fleet {
     }
 
     /// Lets go of upstreams that have no container any more.
-    pub(super) fn dismiss(&mut self, commands: &mut Vec<Command>) {
+    pub(super) fn dismiss(&mut self, plan: &mut Plan) {
         for (id, upstream) in &mut self.upstreams {
-            let registered = match &upstream.owner {
-                Some(owner) => self.wishes.iter().any(|wish| wish.name == *owner),
+            let is_wanted = match &upstream.owner {
+                Some(owner) => self.places.contains_key(owner),
                 None => !self.sweeping,
             };
-            if !registered {
+            if !is_wanted {
                 // The wire's brokers know no other reason (wire specification, A.6.6).
                 let why =
                     if upstream.dialled { ClosedReason::BrokerStopped } else { ClosedReason::Deregistered };
@@ -164,16 +179,20 @@ impl Fleet {
             }
             let Some(why) = upstream.dismissed.filter(|_| !upstream.leaving) else { continue };
             upstream.leaving = true;
-            self.failures.retain(|(name, _), _| upstream.owner.as_ref() != Some(name));
-            for forward in self.forwards.values_mut() {
-                if forward.upstream == *id && forward.is_live() {
+            if let Some(owner) = &upstream.owner {
+                self.failures.remove(owner);
+                self.agenda.mark(owner);
+            }
+            let ids: Vec<ForwardId> = self.forwards.of_upstream(*id).map(|(id, _)| id).collect();
+            for forward in ids {
+                if let Some(forward) = self.forwards.get_mut(forward).filter(|forward| forward.is_live()) {
                     forward.status = Status::Closing { why };
                 }
             }
             // What goes over a broker ends with it; what is dialled otherwise from now on may finish.
             let cut = upstream.dialled && why == ClosedReason::BrokerStopped;
             let ending = if cut { Ending::Reset } else { Ending::Drain };
-            commands.push(Command::RemoveUpstream { upstream: *id, ending });
+            plan.commands.push(Command::RemoveUpstream { upstream: *id, ending });
         }
     }
 

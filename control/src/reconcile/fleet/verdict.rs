@@ -1,14 +1,16 @@
 //! What is to be done about each port that listens: left to Docker where that publishes it, then the guard that no policy can
 //! lift, then the policy, then the quota.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::num::NonZeroU16;
 
-use landfall_engine::command::{Reach, UpstreamId};
+use landfall_engine::command::Reach;
 
-use super::{Fleet, Upstream};
+use super::Fleet;
 use crate::policy::{CONTAINER_PORT, Decision, DenyReason, Policy};
+use crate::reconcile::observation::Listeners;
+use crate::registration::model::ContainerName;
 
 /// How many ports of one container are forwarded. A dev server has a handful; a program that listens on thousands is a
 /// mistake or an attack, and may not have all of the host's ports.
@@ -46,51 +48,39 @@ const PUBLISHED: &str = "Docker publishes it";
 const PUBLISHED_IN_VAIN: &str = "Docker publishes it, but inside it listens on loopback alone, which Docker does not reach: have it listen on 0.0.0.0, or do not publish it";
 
 impl Fleet {
-    /// What is to become of every port that listens, for each upstream that stays, is watched and has been read.
-    pub(super) fn verdicts(&self) -> BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>> {
-        let staying = self.upstreams.iter().filter(|(_, upstream)| !upstream.leaving);
-        staying.filter_map(|(id, upstream)| Some((*id, self.verdicts_of(*id, upstream)?))).collect()
-    }
-
-    pub(super) fn verdicts_of(
-        &self,
-        id: UpstreamId,
-        upstream: &Upstream,
-    ) -> Option<BTreeMap<NonZeroU16, Verdict>> {
-        let owner = upstream.owner.as_ref().filter(|_| !upstream.dialled)?;
-        let wish = self.wishes.iter().find(|wish| wish.name == *owner)?;
+    /// Judges every port that listens in a container that is watched and has been read, in time `n log n` for `n` ports.
+    pub(super) fn verdicts_of(&self, name: &ContainerName) -> Option<BTreeMap<NonZeroU16, Verdict>> {
+        let (id, upstream) = self.upstream_of(name).filter(|(_, upstream)| !upstream.dialled)?;
+        let wish = self.wish_of(name)?;
         let seen = upstream.seen.as_ref()?;
-        let verdict = |port, reach| {
+        let verdict = |port: NonZeroU16, listeners: &Listeners| {
             let published = wish.published.get(&port).filter(|_| port.get() != CONTAINER_PORT);
             match published {
-                Some(host_port) if seen.is_on_loopback_alone(port) => {
+                Some(host_port) if listeners.are_on_loopback_alone() => {
                     Verdict::Published(*host_port, PUBLISHED_IN_VAIN)
                 }
                 Some(host_port) => Verdict::Published(*host_port, PUBLISHED),
-                None => self.verdict(&wish.policy, port, reach),
+                None => match self.judge(&wish.policy, port) {
+                    Ok(()) => Verdict::Wanted(listeners.reach()),
+                    Err(why) => Verdict::Denied(why),
+                },
             }
         };
         let mut verdicts: BTreeMap<NonZeroU16, Verdict> =
-            seen.reach().into_iter().map(|(port, reach)| (port, verdict(port, reach))).collect();
-        // Those that are open already come before those that would be new.
-        let open = |port: &NonZeroU16| {
-            let own = |forward: &super::Forward| forward.upstream == id && forward.target_port == *port;
-            self.forwards.values().any(|forward| own(forward) && forward.is_live())
-        };
+            seen.ports().map(|(port, listeners)| (port, verdict(port, listeners))).collect();
         let wanted = verdicts.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Wanted(_)));
         let mut wanted: Vec<NonZeroU16> = wanted.map(|(port, _)| *port).collect();
-        let most = FORWARDS_MAX.saturating_sub(self.reserved_count(owner));
+        let most = FORWARDS_MAX.saturating_sub(self.reserved_count(name));
         if wanted.len() > most {
-            wanted.sort_by_key(|port| (!open(port), *port));
+            // Those that are open already come before those that would be new.
+            let live = self.forwards.of_upstream(id).filter(|(_, forward)| forward.is_live());
+            let open: BTreeSet<NonZeroU16> = live.map(|(_, forward)| forward.target_port).collect();
+            wanted.sort_by_cached_key(|port| (!open.contains(port), *port));
             for port in wanted.split_off(most) {
                 verdicts.insert(port, Verdict::Denied(Exclusion::Quota));
             }
         }
         Some(verdicts)
-    }
-
-    fn verdict(&self, policy: &Policy, port: NonZeroU16, reach: Reach) -> Verdict {
-        self.judge(policy, port).map_or_else(Verdict::Denied, |()| Verdict::Wanted(reach))
     }
 
     /// Whether a port may be forwarded to the same port of the host.

@@ -1,13 +1,11 @@
 //! Ports of containers that are entered: what the engine's watch sees is open, and is tried again until it is.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU16;
-use std::time::Instant;
 
-use landfall_engine::command::{Command, Ending, UpstreamId};
+use landfall_engine::command::{Command, Ending, ForwardId};
 
 use super::verdict::Verdict;
-use super::{Change, ClosedReason, Failure, Fleet, LINGER, RETRY, Status};
+use super::{Change, ClosedReason, Failure, Fleet, LINGER, Plan, Planned, RETRY, Status};
 use crate::registration::model::ContainerName;
 
 /// Who stands in the way of a host port.
@@ -24,78 +22,78 @@ pub(super) enum Holder {
 
 impl Fleet {
     /// Closes what is not wanted, and tells the reach of what is.
-    pub(super) fn close_watched(
-        &mut self,
-        verdicts: &BTreeMap<UpstreamId, BTreeMap<NonZeroU16, Verdict>>,
-        now: Instant,
-        commands: &mut Vec<Command>,
-    ) {
-        for (id, forward) in &mut self.forwards {
-            let due = forward.is_live() && !forward.reserved;
-            let Some(ports) = verdicts.get(&forward.upstream).filter(|_| due) else { continue };
-            let owner = self.upstreams.get(&forward.upstream).and_then(|upstream| upstream.owner.as_ref());
-            let broker = owner.and_then(|owner| self.brokers.get(owner));
-            let expired = match ports.get(&forward.target_port) {
+    pub(super) fn close_watched(&mut self, one: &Planned, plan: &mut Plan) {
+        let Some(verdicts) = &one.verdicts else { return };
+        let Some((upstream, _)) = self.upstream_of(&one.name) else { return };
+        let mut ids: Vec<ForwardId> = self.forwards.of_upstream(upstream).map(|(id, _)| id).collect();
+        // In the order in which they were opened.
+        ids.sort_unstable();
+        let broker = self.brokers.get(&one.name);
+        for id in ids {
+            let Some(forward) = self.forwards.get_mut(id).filter(|forward| forward.is_live()) else {
+                continue;
+            };
+            if forward.reserved {
+                continue;
+            }
+            let expired = match verdicts.get(&forward.target_port) {
                 _ if forward.host_port != forward.target_port => true,
                 _ if broker.is_some_and(|broker| broker.reserves(forward.target_port)) => true,
                 Some(Verdict::Wanted(reach)) => {
                     forward.unseen = None;
                     if forward.reach != *reach {
                         forward.reach = *reach;
-                        commands.push(Command::SetReach { forward: *id, reach: *reach });
+                        plan.commands.push(Command::SetReach { forward: id, reach: *reach });
                     }
                     false
                 }
                 Some(Verdict::Denied(_) | Verdict::Published(..)) => true,
                 None => {
-                    let since = *forward.unseen.get_or_insert(now);
-                    now.saturating_duration_since(since) >= LINGER
+                    let since = *forward.unseen.get_or_insert(plan.now);
+                    plan.now.saturating_duration_since(since) >= LINGER
                 }
             };
             if expired {
                 forward.status = Status::Closing { why: ClosedReason::ContainerReleased };
-                commands.push(Command::CloseListener { forward: *id, ending: Ending::Drain });
+                plan.commands.push(Command::CloseListener { forward: id, ending: Ending::Drain });
             }
         }
     }
 
-    pub(super) fn open_watched(
-        &mut self,
-        name: &ContainerName,
-        upstream: UpstreamId,
-        ports: &BTreeMap<NonZeroU16, Verdict>,
-        now: Instant,
-        commands: &mut Vec<Command>,
-        changes: &mut Vec<Change>,
-    ) {
-        // A failure is remembered only while somebody still waits for the port.
-        self.failures
-            .retain(|(owner, port), _| owner != name || matches!(ports.get(port), Some(Verdict::Wanted(_))));
-        for (port, verdict) in ports {
+    pub(super) fn open_watched(&mut self, one: &mut Planned, plan: &mut Plan) {
+        let Planned { name, verdicts: Some(verdicts), work, .. } = one else { return };
+        let Some((upstream, _)) = self.upstream_of(name) else { return };
+        let mut failures = self.failures.remove(name).unwrap_or_default();
+        // A failure is remembered only while the port is still wanted.
+        failures.retain(|port, _| matches!(verdicts.get(port), Some(Verdict::Wanted(_))));
+        work.visits += verdicts.len() as u64;
+        for (port, verdict) in &*verdicts {
             let Verdict::Wanted(reach) = verdict else { continue };
             if self.brokers.get(name).is_some_and(|broker| broker.reserves(*port)) {
                 continue;
             }
-            let own = |forward: &&super::Forward| forward.host_port == *port && !forward.reserved;
-            if self.forwards_of(name).any(|forward| own(&forward)) {
+            let holder = self.forwards.at_host_port(*port).filter(|forward| !forward.reserved);
+            if holder.is_some_and(|forward| self.owner_of(forward) == Some(name)) {
                 continue;
             }
             match self.holder(name, *port) {
                 Holder::Free => {}
                 Holder::Soon => continue,
                 Holder::Taken(reason) | Holder::Heir(reason) => {
-                    let failure = Failure { at: None, reason: reason.clone() };
-                    if self.failures.insert((name.clone(), *port), failure).is_none() {
-                        changes.push(Change::Failed { name: name.clone(), port: *port, reason });
+                    if failures.insert(*port, Failure { at: None, reason: reason.clone() }).is_none() {
+                        plan.changes.push(Change::Failed { name: name.clone(), port: *port, reason });
                     }
                     continue;
                 }
             }
-            let rests = self.failures.get(&(name.clone(), *port)).and_then(|failure| failure.at);
-            if rests.is_some_and(|at| now.saturating_duration_since(at) < RETRY) {
+            let rests = failures.get(port).and_then(|failure| failure.at);
+            if rests.is_some_and(|at| plan.now.saturating_duration_since(at) < RETRY) {
                 continue;
             }
-            commands.push(self.open_one(upstream, *port, *port, *reach, false));
+            plan.commands.push(self.open_one(upstream, *port, *port, *reach, false));
+        }
+        if !failures.is_empty() {
+            self.failures.insert(name.clone(), failures);
         }
     }
 
@@ -104,7 +102,7 @@ impl Fleet {
         let theirs = |owner: &ContainerName| {
             format!("EADDRINUSE: port {port} is forwarded to container \"{owner}\", which had it first")
         };
-        let Some(forward) = self.forwards.values().find(|forward| forward.host_port == port) else {
+        let Some(forward) = self.forwards.at_host_port(port) else {
             return match self.heirs.get(&port).filter(|heir| *heir != name) {
                 Some(heir) => Holder::Heir(theirs(heir)),
                 None => Holder::Free,

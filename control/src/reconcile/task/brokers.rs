@@ -252,26 +252,22 @@ impl Driver {
         }
     }
 
-    /// Tells which containers are reached over their session alone, and which no longer.
-    pub(super) fn tell_sessions(&mut self) {
-        for container in &mut self.containers {
-            let over = container.is_dialled(&self.fleet);
-            if std::mem::replace(&mut container.over_session, over) == over {
-                continue;
-            }
-            let container_name = container.name().as_str().to_owned();
-            let event = match (over, container.state) {
-                (true, _) => {
-                    JournalEvent::ContainerReached { container_name, way: Way::Websocket.to_string() }
-                }
-                // By another way, which was told by itself.
-                (false, Reached::Reached) => continue,
-                (false, _) => {
-                    let reason = "its WebSocket is lost".to_owned();
-                    JournalEvent::ContainerUnreachable { container_name, reason }
-                }
-            };
-            self.journal.tell(&event);
+    /// Tells whether a container is reached over its session alone, where that has changed.
+    pub(super) fn tell_session(&mut self, at: usize) {
+        let Some(container) = self.containers.get_mut(at) else { return };
+        let over = container.is_dialled(&self.fleet);
+        if std::mem::replace(&mut container.over_session, over) == over {
+            return;
         }
+        let container_name = container.name().as_str().to_owned();
+        self.journal.tell(&match (over, container.state) {
+            (true, _) => JournalEvent::ContainerReached { container_name, way: Way::Websocket.to_string() },
+            // It is reached by another way, of which there is an event.
+            (false, Reached::Reached) => return,
+            (false, _) => {
+                let reason = "its WebSocket is lost".to_owned();
+                JournalEvent::ContainerUnreachable { container_name, reason }
+            }
+        });
     }
 }

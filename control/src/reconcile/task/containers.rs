@@ -1,5 +1,6 @@
 //! What is known of each registered container beside its ports.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,12 +8,12 @@ use std::time::Instant;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 
-use super::Owners;
+use super::owners::SocketOwners;
 use crate::docker::Docker;
 use crate::policy::Policy;
-use crate::reconcile::fleet::{Fleet, Wish};
+use crate::reconcile::fleet::{Fleet, Row, Rows, Wish};
 use crate::reconcile::reach::{self, Circumstances, Gate, Means, Told, Visit};
-use crate::reconcile::table::{ContainerState, ForwardRow, Reached};
+use crate::reconcile::table::{ContainerState, ForwardRow, Reached, RowState};
 use crate::registration::model::{ContainerName, Registration, Way};
 
 /// One registered container.
@@ -39,7 +40,19 @@ pub(super) struct Container {
     pub(super) circumstances: Circumstances,
     /// It was told to be reached over its session alone.
     pub(super) over_session: bool,
+    /// Something changed about it since it was listed.
+    pub(super) is_stale: bool,
+    /// As it was listed last.
+    pub(super) listed: Listed,
     pub(super) visit: Option<Visiting>,
+}
+
+/// A container as clients see it.
+#[derive(Debug)]
+pub(super) struct Listed {
+    pub(super) state: Arc<ContainerState>,
+    /// The sockets behind the rows whose process is shown.
+    pub(super) inodes: BTreeSet<u64>,
 }
 
 /// The task that is on its way into a container.
@@ -108,6 +121,16 @@ impl Container {
             None => (Reached::Unreachable, Some(NO_BROKER)),
         };
         let visited = way.as_ref().is_some_and(is_visited);
+        let container_name = registration.container_name.to_string();
+        let unlisted = ContainerState {
+            container_name,
+            way: None,
+            state,
+            reason: None,
+            forwards: Vec::new(),
+            omitted: 0,
+        };
+        let listed = Listed { state: Arc::new(unlisted), inodes: BTreeSet::new() };
         Container {
             registration,
             way,
@@ -121,6 +144,8 @@ impl Container {
             means: None,
             circumstances: Circumstances::default(),
             over_session: false,
+            is_stale: true,
+            listed,
             visit: None,
         }
     }
@@ -134,7 +159,7 @@ impl Container {
             // Whoever registers it again may know that it is there.
             visit.hint.notify_one();
         }
-        Container { registration: Arc::clone(registration), ..self }
+        Container { registration: Arc::clone(registration), is_stale: true, ..self }
     }
 
     /// Whether another one is the same container of Docker's, under whatever name.
@@ -152,6 +177,12 @@ impl Container {
         (self.tried, self.missed, self.shares) = (before.tried, before.missed, before.shares);
         self.means.clone_from(&before.means);
         self.circumstances = before.circumstances.clone();
+        self.listed.inodes.clone_from(&before.listed.inodes);
+    }
+
+    /// Ends it. Returns its name and the listing, which is to be taken back.
+    pub(super) fn into_listed(self) -> (ContainerName, Listed) {
+        (self.registration.container_name.clone(), self.listed)
     }
 
     /// Whether there is a way in that is gone by a visit.
@@ -181,10 +212,27 @@ impl Container {
         Some(Wish { name: self.name().clone(), policy, published })
     }
 
-    /// What people are told of it.
-    pub(super) fn told(&self, fleet: &Fleet, owners: &Owners) -> ContainerState {
-        let rows = fleet.rows(self.name()).into_iter().map(|row| {
-            let owner = row.inodes.iter().find_map(|inode| owners.get(inode)?.as_ref());
+    /// Lists it again. Returns what was listed before.
+    pub(super) fn list(&mut self, fleet: &Fleet, owners: &mut SocketOwners) -> Arc<ContainerState> {
+        self.is_stale = false;
+        let Rows { listed, omitted } = fleet.rows(self.name());
+        let shown = listed.iter().filter(|row| row.state != RowState::Denied);
+        let inodes: BTreeSet<u64> = shown.flat_map(|row| row.inodes.iter().copied()).collect();
+        owners.replace(&self.listed.inodes, &inodes);
+        self.listed.inodes = inodes;
+        let state = Arc::new(self.as_listed(fleet, owners, listed, omitted));
+        std::mem::replace(&mut self.listed.state, state)
+    }
+
+    fn as_listed(
+        &self,
+        fleet: &Fleet,
+        owners: &SocketOwners,
+        rows: Vec<Row>,
+        omitted: usize,
+    ) -> ContainerState {
+        let rows = rows.into_iter().map(|row| {
+            let owner = row.inodes.iter().find_map(|inode| owners.of(*inode));
             let note = self.registration.note_of(row.port);
             ForwardRow {
                 port: row.port.get(),
@@ -208,6 +256,7 @@ impl Container {
             state,
             reason,
             forwards: rows.collect(),
+            omitted,
         }
     }
 

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use futures_util::future::BoxFuture;
 use landfall_engine::command::Event;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::brokers::{ANNOUNCED_MAX, Brokers, Heard};
-use super::containers::{Container, Errand, Visiting, wanted_way};
-use super::{Answering, Ask, ForwardingOptions, Owners, Published};
+use super::containers::{Container, Errand, Listed, Visiting, wanted_way};
+use super::owners::{Found, SocketOwners};
+use super::{Answering, Ask, ForwardingOptions, Published};
 use crate::events::Journal;
 use crate::paths::Home;
 use crate::reconcile::departed::Departed;
@@ -74,8 +74,9 @@ pub(super) struct Driver {
     pub(super) draining: Arc<()>,
     pub(super) stop_drained: watch::Sender<bool>,
     pub(super) tables: Vec<oneshot::Sender<ForwardTable>>,
-    pub(super) owners: Owners,
-    pub(super) looking: Option<JoinHandle<Owners>>,
+    pub(super) owners: SocketOwners,
+    /// Containers that are listed and not there any more.
+    pub(super) gone: Vec<(ContainerName, Listed)>,
 }
 
 /// What woke the loop.
@@ -87,7 +88,7 @@ enum Turn {
     Engine(Result<Event, LinkError>),
     Came(Result<Option<Attached>, LinkError>),
     Replayed,
-    Owners(Owners),
+    Owners(Found),
     Time,
 }
 
@@ -117,8 +118,8 @@ impl Driver {
             draining: Arc::new(()),
             stop_drained: watch::Sender::new(false),
             tables: Vec::new(),
-            owners: Owners::new(),
-            looking: None,
+            owners: SocketOwners::new(),
+            gone: Vec::new(),
         }
     }
 
@@ -165,18 +166,14 @@ impl Driver {
                     tokio::task::yield_now().await;
                 }
                 Turn::Word(word) => self.hear_word(word).await,
-                Turn::Engine(Ok(event)) => self.hear_engine(&event),
-                Turn::Engine(Err(error)) => self.lose_engine(&error.to_string()),
+                Turn::Engine(event) => self.hear_engine_until_silent(event).await,
                 Turn::Came(came) => self.welcome(came),
                 Turn::Replayed => {
                     self.replayed = None;
                     // They may not have been heard of yet, and whoever is missing now is taken for gone.
                     self.sync();
                 }
-                Turn::Owners(found) => {
-                    self.looking = None;
-                    self.owners.extend(found);
-                }
+                Turn::Owners(found) => self.on_owners(found),
                 Turn::Time => self.on_time(),
             }
         }
@@ -197,12 +194,6 @@ impl Driver {
                 None => std::future::pending().await,
             }
         };
-        let looking = async {
-            match &mut self.looking {
-                Some(looking) => looking.await.unwrap_or_default(),
-                None => std::future::pending().await,
-            }
-        };
         let engine = async {
             match &mut self.engine {
                 Engine::Attached(link, _) => Turn::Engine(link.recv().await.map(|(event, _)| event)),
@@ -217,14 +208,17 @@ impl Driver {
             }
         };
         tokio::select! {
+            // Questions of people and of the daemon come before events of containers.
+            biased;
             ask = self.parts.asked.recv() => Turn::Ask(ask),
             () = registrations => Turn::Registrations,
             Some(word) = self.told.recv() => Turn::Word(word),
-            heard = self.brokers.hear() => Turn::Broker(heard),
-            turn = engine => turn,
             () = replayed => Turn::Replayed,
-            owners = looking => Turn::Owners(owners),
+            owners = self.owners.found() => Turn::Owners(owners),
             () = time => Turn::Time,
+            // The engine reports what it was asked for, and what its watch found at a bounded pace.
+            turn = engine => turn,
+            heard = self.brokers.hear() => Turn::Broker(heard),
         }
     }
 
@@ -238,7 +232,7 @@ impl Driver {
         let waits = |container: &&Container| self.fleet.wants_dialler(container.name());
         let dial = self.containers.iter().filter(waits).filter_map(|container| container.dial_again).min();
         let dial = matches!(self.engine, Engine::Attached(..)).then_some(dial).flatten();
-        [engine, planner, again, dial].into_iter().flatten().min()
+        [engine, planner, again, dial, self.owners.due()].into_iter().flatten().min()
     }
 
     pub(super) fn is_needed(&self) -> bool {
@@ -267,17 +261,21 @@ impl Driver {
     fn sync(&mut self) {
         let registered = self.registrations.borrow_and_update().clone();
         let mut before = std::mem::take(&mut self.containers);
-        let mut changes = Vec::new();
+        let (mut changes, mut gone) = (Vec::new(), Vec::new());
         for registration in &registered.entries {
             let same = |known: &Container| known.name() == &registration.container_name;
             let known = before.iter().position(same).map(|at| before.swap_remove(at));
             let container = match known {
                 Some(known) if known.way == wanted_way(registration) => known.registered_again(registration),
-                known => self.newcomer(registration, known, &before, &mut changes),
+                known => {
+                    let new = self.newcomer(registration, known.as_ref(), &before, &mut changes);
+                    gone.extend(known);
+                    new
+                }
             };
             self.containers.push(container);
         }
-        drop(before);
+        self.gone.extend(gone.into_iter().chain(before).map(Container::into_listed));
         self.tell_all(changes);
         let unvisited = |container: &Container| container.visit.is_none() && container.is_visited();
         let unvisited: Vec<usize> =
@@ -296,14 +294,14 @@ impl Driver {
     fn newcomer(
         &mut self,
         registration: &Arc<Registration>,
-        known: Option<Container>,
+        known: Option<&Container>,
         before: &[Container],
         changes: &mut Vec<Change>,
     ) -> Container {
         let mut new = Container::new(Arc::clone(registration));
         if let Some(known) = known {
-            if new.is_same(&known) {
-                new.go_on_from(&known);
+            if new.is_same(known) {
+                new.go_on_from(known);
             } else {
                 self.fleet.left(known.name());
             }

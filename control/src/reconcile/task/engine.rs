@@ -19,6 +19,8 @@ use crate::version;
 
 /// An engine that has lived this long is started again at once when it is gone.
 const LIVED: Duration = Duration::from_secs(10);
+/// The most events of the engine that are taken in before the next plan.
+const EVENTS_MAX: usize = 64;
 /// How long connections may take to finish when the engine is stopped.
 const DRAIN_MAX: Duration = Duration::from_secs(3);
 /// How long the engine may then take to end.
@@ -93,6 +95,7 @@ impl Driver {
                 visit.gate.send_replace(None);
             }
             if container.state == Reached::Reached {
+                container.is_stale = true;
                 container.state = Reached::Waiting;
                 container.reason = Some("the engine is being started again".to_owned());
             }
@@ -100,6 +103,25 @@ impl Driver {
         let table = self.table();
         for answer in self.tables.drain(..) {
             let _ = answer.send(table.clone());
+        }
+    }
+
+    /// Takes in an event, and those that have arrived behind it: there is one plan for all of them, and everything else on
+    /// this thread runs in between.
+    pub(super) async fn hear_engine_until_silent(&mut self, first: Result<Event, LinkError>) {
+        let mut next = Some(first);
+        let mut left = EVENTS_MAX;
+        while let Some(event) = next {
+            match event {
+                Ok(event) => self.hear_engine(&event),
+                Err(error) => return self.lose_engine(&error.to_string()),
+            }
+            tokio::task::yield_now().await;
+            left -= 1;
+            next = match &self.engine {
+                Engine::Attached(link, _) if left > 0 => link.try_recv(),
+                _ => None,
+            };
         }
     }
 
@@ -198,7 +220,7 @@ impl Driver {
 
     /// Ends the engine: connections may finish for a while, and then they end.
     pub(super) async fn stop(&mut self) {
-        self.containers.clear();
+        self.gone.extend(std::mem::take(&mut self.containers).into_iter().map(Container::into_listed));
         self.fleet.stop();
         let begin = tokio::time::Instant::now();
         let process = match &self.engine {

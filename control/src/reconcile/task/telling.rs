@@ -1,6 +1,6 @@
 //! What people and programs are told: events in the journal, and the table.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,14 +8,14 @@ use std::time::Instant;
 use landfall_engine::command::Command;
 use tokio::sync::oneshot;
 
+use super::Snapshot;
+use super::containers::Listed;
 use super::driver::{Driver, ENTER_AGAIN, Engine};
-use super::{Answering, Owners};
+use super::owners::Found;
 use crate::events::{Event as JournalEvent, PortForwardEvent};
-use crate::processes::ProcessFact;
 use crate::reconcile::announced::BrokerWord;
 use crate::reconcile::fleet::Change;
-use crate::reconcile::table::{ForwardTable, Reached, RowState};
-use crate::sys::launcher::owners_of_sockets;
+use crate::reconcile::table::{ContainerState, ForwardTable, Reached, RowState};
 
 impl Driver {
     pub(super) fn tell_all(&mut self, changes: Vec<Change>) {
@@ -68,15 +68,25 @@ impl Driver {
     }
 
     pub(super) async fn describe(&mut self, answer: oneshot::Sender<ForwardTable>) {
-        if self.give(&Command::Describe, &[]).await {
-            self.tables.push(answer);
-        } else {
-            // Whoever asked may have gone.
+        let Engine::Attached(link, _) = &self.engine else {
+            // The caller may have gone.
             let _ = answer.send(self.table());
-        }
+            return;
+        };
+        // An engine of another release may not know the shorter question.
+        let ask = if link.is_ours() { Command::Count } else { Command::Describe };
+        self.tables.retain(|waiting| !waiting.is_closed());
+        self.tables.push(answer);
+        // A link that fails answers those that wait.
+        self.give(&ask, &[]).await;
     }
 
-    pub(super) fn table(&self) -> ForwardTable {
+    pub(super) fn table(&mut self) -> ForwardTable {
+        self.list_changed();
+        self.snapshot().into()
+    }
+
+    fn snapshot(&self) -> Snapshot {
         let engine = match &self.engine {
             Engine::Attached(link, _) => {
                 let draining = Arc::strong_count(&self.draining) - 1;
@@ -85,45 +95,80 @@ impl Driver {
             _ => None,
         };
         let containers =
-            self.containers.iter().map(|container| container.told(&self.fleet, &self.owners)).collect();
-        ForwardTable { engine, containers }
+            self.containers.iter().map(|container| Arc::clone(&container.listed.state)).collect();
+        Snapshot { engine, containers }
     }
 
-    /// Publishes what is known, and looks for the processes behind ports that were not seen before.
+    /// Publishes the state after this turn, and has the processes behind new sockets looked up.
     pub(super) fn publish(&mut self) {
-        self.tell_sessions();
-        let inodes: BTreeSet<u64> = self
-            .containers
-            .iter()
-            .flat_map(|container| self.fleet.rows(container.name()))
-            .filter(|row| row.state != RowState::Denied)
-            .flat_map(|row| row.inodes)
-            .collect();
-        self.owners.retain(|inode, _| inodes.contains(inode));
-        let unknown: Vec<u64> = inodes.into_iter().filter(|inode| !self.owners.contains_key(inode)).collect();
-        if self.looking.is_none() && !unknown.is_empty() {
-            self.looking = Some(tokio::task::spawn_blocking(move || owners_of(&unknown)));
+        self.list_changed();
+        self.owners.look();
+        let settled = self.settled || self.is_idle();
+        self.parts.answers.send_if_modified(|told| std::mem::replace(&mut told.settled, settled) != settled);
+        self.parts.published.publish(self.snapshot());
+    }
+
+    /// Lists the containers about which something changed, and no others.
+    fn list_changed(&mut self) {
+        let stale = self.fleet.take_stale();
+        for at in 0..self.containers.len() {
+            let Some(container) = self.containers.get_mut(at) else { continue };
+            if !container.is_stale && !stale.contains(container.name()) {
+                continue;
+            }
+            let before = container.list(&self.fleet, &mut self.owners);
+            let (name, now) = (container.name().clone(), Arc::clone(&container.listed.state));
+            self.answer_instead(name.as_str(), &before, &now);
+            self.tell_session(at);
         }
-        let table = self.table();
-        let answering = Answering { settled: self.settled || self.is_idle(), ports: answering(&table) };
-        self.parts.answers.send_if_modified(|told| {
-            let news = *told != answering;
-            *told = answering;
-            news
+        self.unlist_gone();
+    }
+
+    /// The ports of a container that answer are those of `now` instead of those of `before`.
+    fn answer_instead(&self, name: &str, before: &ContainerState, now: &ContainerState) {
+        let (before, now) = (answering(before), answering(now));
+        if before == now {
+            return;
+        }
+        self.parts.answers.send_modify(|told| {
+            for port in before.difference(&now) {
+                // Another container may have it by now.
+                if told.ports.get(port).is_some_and(|owner| owner == name) {
+                    told.ports.remove(port);
+                }
+            }
+            for port in now.difference(&before) {
+                told.ports.insert(*port, name.to_owned());
+            }
         });
-        self.parts.published.publish(table);
+    }
+
+    /// Takes containers that are not there any more, or not as they were, out of what is listed.
+    fn unlist_gone(&mut self) {
+        for (name, Listed { state, inodes }) in std::mem::take(&mut self.gone) {
+            let has = |inode: &&u64| self.containers.iter().any(|one| one.listed.inodes.contains(inode));
+            let kept: BTreeSet<u64> = inodes.iter().filter(has).copied().collect();
+            self.owners.replace(&inodes, &kept);
+            let successor = self.containers.iter().find(|container| *container.name() == name);
+            let now = successor.map(|successor| Arc::clone(&successor.listed.state));
+            let now = now.unwrap_or_else(|| {
+                Arc::new(ContainerState { forwards: Vec::new(), ..ContainerState::clone(&state) })
+            });
+            self.answer_instead(name.as_str(), &state, &now);
+        }
+    }
+
+    /// The processes behind these sockets are known.
+    pub(super) fn on_owners(&mut self, found: Found) {
+        let known = self.owners.take(found);
+        for container in &mut self.containers {
+            container.is_stale |= !container.listed.inodes.is_disjoint(&known);
+        }
     }
 }
 
-fn answering(table: &ForwardTable) -> BTreeMap<NonZeroU16, String> {
-    let rows = table.containers.iter().flat_map(|container| {
-        let open = container.forwards.iter().filter(|row| row.state == RowState::Open);
-        open.filter_map(|row| Some((NonZeroU16::new(row.host_port)?, container.container_name.clone())))
-    });
-    rows.collect()
-}
-
-fn owners_of(inodes: &[u64]) -> Owners {
-    let mut found: BTreeMap<u64, ProcessFact> = owners_of_sockets(inodes);
-    inodes.iter().map(|inode| (*inode, found.remove(inode))).collect()
+/// The host ports of a container that answer.
+fn answering(state: &ContainerState) -> BTreeSet<NonZeroU16> {
+    let open = state.forwards.iter().filter(|row| row.state == RowState::Open);
+    open.filter_map(|row| NonZeroU16::new(row.host_port)).collect()
 }

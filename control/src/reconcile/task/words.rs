@@ -150,6 +150,7 @@ impl Driver {
     pub(super) fn mark(&mut self, at: usize, state: Reached, reason: Option<String>, tell: bool) {
         let Some(container) = self.containers.get_mut(at) else { return };
         let news = container.state != state || container.reason != reason;
+        container.is_stale = true;
         container.state = state;
         container.reason = reason.clone();
         if !news || !tell {
