@@ -254,8 +254,14 @@ impl Connection<'_> {
         match message {
             Ok(Some(message)) => Heard::Message(message),
             Ok(None) => Heard::OtherType,
-            Err(Unreadable::Field { kind: "broker-hello", .. }) => Heard::TokenlessHello,
-            Err(error @ Unreadable::Field { .. }) => Heard::Unfit(error.to_string()),
+            Err(Unreadable::Field { kind, .. } | Unreadable::TooLong { kind, .. })
+                if kind == "broker-hello" =>
+            {
+                Heard::TokenlessHello
+            }
+            Err(error @ (Unreadable::Field { .. } | Unreadable::TooLong { .. })) => {
+                Heard::Unfit(error.to_string())
+            }
             Err(error @ (Unreadable::Json | Unreadable::CutShort)) => Heard::Noise(error.to_string()),
         }
     }

@@ -38,6 +38,8 @@ const UNPUBLISHED_MAX: Duration = Duration::from_millis(500);
 const LOOK_UP_EVERY: Duration = Duration::from_millis(50);
 /// How long forwarding may take to tell the engine that the broker stops: longer than the engine may take to hear it.
 const FAREWELL_MAX: Duration = Duration::from_secs(15);
+/// The most actions for which room is kept.
+const ACTIONS_KEPT: usize = 1_024;
 /// When nothing is due.
 const IDLE: Duration = Duration::from_secs(3_600);
 
@@ -157,7 +159,9 @@ impl Driver {
                 Action::Rejected(reason) => rejected = Some(reason),
             }
         }
-        self.actions = actions;
+        if actions.capacity() <= ACTIONS_KEPT {
+            self.actions = actions;
+        }
         rejected
     }
 
@@ -183,7 +187,8 @@ impl Driver {
                     // Where forwarding has ended, the daemon does so as well.
                     _ => self.owed.clear(),
                 },
-                heard = connection::heard(&mut self.connection), if self.owed.is_empty() => match heard {
+                // A container that is sent many results for one message sends its next one when they are said.
+                heard = connection::heard(&mut self.connection), if self.owed.is_empty() && self.link.words.is_empty() => match heard {
                     Heard::Text(message) => return Input::Text(message),
                     Heard::Binary(stream, frame) => return Input::Binary(stream, frame),
                     Heard::Unreadable(why) => self.tell(&format!("a message could not be read: {why}")),

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use landfall_engine::opener::DialFailure;
 
 use super::message::{
-    Announced, Credential, Extensions, ForwardResult, Frame, Side, StreamId, ToContainer, ToHost,
+    Announced, Credential, EXCLUDED, Extensions, ForwardResult, Frame, Side, StreamId, ToContainer, ToHost,
 };
 use crate::name::escape;
 use crate::reconcile::announced::Announcement;
@@ -57,6 +57,9 @@ const NO_ANSWER: &str = "the program there does not prove that it is this contai
                          token (if it is landfall agent of an earlier release, put this one into the image)";
 /// The number of different reasons that are reported for one outage.
 const REASONS_MAX: usize = 4;
+/// The most listeners of one container that are passed on to forwarding. Each takes memory there for a few bytes of the
+/// container's, and no more than a quarter of them can be forwarded.
+pub const LISTENING_MAX: usize = 1_024;
 /// How much of a container's own words is told to people, in characters.
 const WORDS_CHARS_MAX: usize = 200;
 
@@ -169,7 +172,9 @@ pub struct Session {
     /// When dials have waited long enough, the earliest first. Those behind one that waits may be answered.
     dials_due: VecDeque<(Instant, StreamId, DialKey)>,
     next_stream: i64,
-    /// The ports that the container told of over this connection.
+    /// The ports that listen, as forwarding knows them from this connection.
+    listening: BTreeSet<NonZeroU16>,
+    /// The ports that the container announced or asked for over this connection: those that it is sent results of.
     announced: BTreeSet<NonZeroU16>,
 }
 
@@ -196,6 +201,7 @@ impl Session {
             streams: BTreeMap::new(),
             dials_due: VecDeque::new(),
             next_stream: 1,
+            listening: BTreeSet::new(),
             announced: BTreeSet::new(),
         }
     }
@@ -302,6 +308,7 @@ impl Session {
         };
         self.phase = Phase::Greeting { until: now + GREETING_MAX };
         self.used = Extensions::NONE;
+        self.listening.clear();
         self.announced.clear();
         out.push(Action::Say(ToContainer::Hello { credential, extensions: self.offered }));
     }
@@ -377,17 +384,26 @@ impl Session {
     /// A message of a container that knows us.
     fn obey(&mut self, message: ToHost, out: &mut Vec<Action>) {
         match message {
-            ToHost::Snapshot(mut opened) => {
-                let mut seen = BTreeSet::new();
-                opened.retain(|listener| seen.insert(listener.port));
-                self.announced.extend(seen);
+            ToHost::Snapshot(listeners) => {
+                // Those that forwarding knows come first, so that none of them is lost to a new one.
+                let known = std::mem::take(&mut self.listening);
+                let (before, new): (Vec<_>, Vec<_>) =
+                    listeners.into_iter().partition(|listener| known.contains(&listener.port));
+                let opened =
+                    before.into_iter().chain(new).filter(|listener| self.listens(listener.port, out));
+                let opened = opened.collect();
                 listening(opened, Vec::new(), true, out);
             }
             ToHost::Opened(listener) => {
-                self.announced.insert(listener.port);
-                listening(vec![listener], Vec::new(), false, out);
+                if self.listening.contains(&listener.port) || self.listens(listener.port, out) {
+                    listening(vec![listener], Vec::new(), false, out);
+                }
             }
-            ToHost::Closed(port) => listening(Vec::new(), vec![port], false, out),
+            ToHost::Closed(port) => {
+                if self.listening.remove(&port) {
+                    listening(Vec::new(), vec![port], false, out);
+                }
+            }
             ToHost::ForwardRequest { target, candidates, reason: _ } => {
                 self.announced.insert(target);
                 out.push(Action::Announce(Announcement::Reserve { target, candidates }));
@@ -491,6 +507,21 @@ impl Session {
         for (stream, key) in waiting {
             self.abandon(stream, key, DialFailure::Refused, out);
         }
+    }
+
+    /// Notes that a port listens. Returns whether forwarding is to know it: it was not noted before, and fewer than
+    /// [`LISTENING_MAX`] others were. A port beyond those is excluded.
+    fn listens(&mut self, port: NonZeroU16, out: &mut Vec<Action>) -> bool {
+        if self.listening.contains(&port) {
+            return false;
+        }
+        if self.listening.len() < LISTENING_MAX {
+            self.announced.insert(port);
+            return self.listening.insert(port);
+        }
+        let result = ForwardResult { port, result: Err(EXCLUDED.to_owned()) };
+        out.push(Action::Say(ToContainer::ForwardResult(result)));
+        false
     }
 
     /// Ends those streams that `which` names, without a word to the container.

@@ -316,6 +316,32 @@ fn what_listens_is_announced_as_it_is_told() {
 }
 
 #[test]
+fn c24_of_a_flood_of_listeners_forwarding_knows_few_and_the_others_are_answered() {
+    let mut bench = Bench::up(Extensions::NONE);
+    let all = || (1..=u16::MAX).map(listener).collect::<Vec<_>>();
+    let counts = |did: Vec<String>| {
+        let refused = did.iter().filter(|one| one.ends_with("Err(\"policy excluded\")")).count();
+        let known = did.iter().find(|one| one.starts_with("listening")).map(|one| one.split(',').count());
+        (did.len(), refused, known)
+    };
+    let excess = usize::from(u16::MAX) - LISTENING_MAX;
+    assert_eq!(counts(bench.hear(ToHost::Snapshot(all())).look()), (excess + 1, excess, Some(LISTENING_MAX)));
+    assert_eq!(
+        bench.hear(ToHost::Opened(listener(60_000))).look(),
+        ["say result 60000 Err(\"policy excluded\")"]
+    );
+    assert_eq!(bench.hear(ToHost::Closed(at(60_000))).look(), Vec::<String>::new(), "it is not known");
+    assert_eq!(bench.hear(ToHost::Closed(at(1))).look(), ["listening [] closed [1]"]);
+    assert_eq!(bench.hear(ToHost::Opened(listener(60_000))).look(), ["listening [60000] closed []"]);
+    // Those that are known stay, wherever the next snapshot has them.
+    let mut reversed = all();
+    reversed.reverse();
+    let did = bench.hear(ToHost::Snapshot(reversed)).look();
+    let known = did.iter().find(|one| one.starts_with("listening")).unwrap();
+    assert!(known.starts_with("listening [60000, 1024, 1023, "), "{}", &known[..80]);
+}
+
+#[test]
 fn results_are_told_for_what_was_announced_on_this_connection_alone() {
     let mut bench = Bench::up(Extensions::NONE);
     let result = |port, result: Result<u16, &str>| {

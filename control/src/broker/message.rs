@@ -40,6 +40,9 @@ pub const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
 /// The largest message that is read. A peer's runtime allows 16 MiB; none of ours is near it.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// The reason of a result for a port that may not be forwarded (wire specification, A.5).
+pub const EXCLUDED: &str = "policy excluded";
+
 /// Why a message could not be read. It quotes nothing of the message, which may hold a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
@@ -53,6 +56,14 @@ pub enum Unreadable {
         kind: &'static str,
         /// The field.
         field: &'static str,
+    },
+    /// A message of a type that is never this long.
+    #[error("{kind}: {bytes} bytes are too many")]
+    TooLong {
+        /// The type.
+        kind: &'static str,
+        /// Its length.
+        bytes: usize,
     },
     /// A binary frame that is shorter than its header.
     #[error("a binary frame is cut short")]

@@ -1,7 +1,8 @@
 //! Messages as text: one JSON object each.
 //!
 //! `relay-data` is nearly all there is by volume. It is read in one pass over the text, with the base64 borrowed from it,
-//! and written without an intermediate value. Everything else is rare and takes the way through [`Value`].
+//! and written without an intermediate value. A snapshot can list every port there is, and is read without one, too. Everything
+//! else is rare and takes the way through [`Value`], which needs up to 32 bytes for two of the text, so its length is bounded.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};
@@ -13,10 +14,16 @@ use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Value, json};
 
+use self::snapshot::snapshot;
 use super::{
     Announced, Credential, Extensions, ForwardResult, Frame, Side, StreamId, ToContainer, ToHost, Unreadable,
 };
 use crate::policy::port_of;
+
+mod snapshot;
+
+/// The longest message that is read as a tree, in bytes. The longest of the reference has ten host ports and a sentence.
+const FIELDS_BYTES_MAX: usize = 64 * 1024;
 
 const LOOPBACK: &str = "127.0.0.1";
 const EVERY_ADDRESS: &str = "0.0.0.0";
@@ -115,13 +122,11 @@ impl ToHost {
                 let reason = fields.value("reason").as_str().map(str::to_owned);
                 ToHost::ForwardRequest { target: fields.port("targetPort")?, candidates, reason }
             }
-            "port-listen-snapshot" => {
-                let fields = Fields::read("port-listen-snapshot", text)?;
-                ToHost::Snapshot(fields.list("ports")?.iter().filter_map(announced).collect())
-            }
+            "port-listen-snapshot" => ToHost::Snapshot(snapshot(text)?),
             "port-listen-opened" => {
                 let fields = Fields::read("port-listen-opened", text)?;
-                ToHost::Opened(announced(&fields.value).ok_or_else(|| fields.unfit("port"))?)
+                let loopback = fields.value("bindAddr") == LOOPBACK;
+                ToHost::Opened(Announced { port: fields.port("port")?, loopback })
             }
             "port-listen-closed" => ToHost::Closed(Fields::read("port-listen-closed", text)?.port("port")?),
             "relay-open-ack" => ToHost::OpenAck(head.stream("relay-open-ack")?),
@@ -215,12 +220,6 @@ fn bind_address(announced: Announced) -> &'static str {
     if announced.loopback { LOOPBACK } else { EVERY_ADDRESS }
 }
 
-/// A listener, from an object with `port` and `bindAddr`. Whatever is not said to be on loopback alone is on more.
-fn announced(value: &Value) -> Option<Announced> {
-    let port = port_of(value.get("port")?)?;
-    Some(Announced { port, loopback: value.get("bindAddr").is_some_and(|address| address == LOOPBACK) })
-}
-
 /// A message of a type that is rare, as a tree.
 struct Fields {
     kind: &'static str,
@@ -229,6 +228,9 @@ struct Fields {
 
 impl Fields {
     fn read(kind: &'static str, text: &str) -> Result<Fields, Unreadable> {
+        if text.len() > FIELDS_BYTES_MAX {
+            return Err(Unreadable::TooLong { kind, bytes: text.len() });
+        }
         Ok(Fields { kind, value: serde_json::from_str(text).map_err(|_| Unreadable::Json)? })
     }
 

@@ -228,6 +228,28 @@ fn known_types_without_their_fields_are_unreadable_and_quote_nothing() {
     }
 }
 
+#[test]
+fn c24_a_long_message_is_read_in_little_memory_or_not_at_all() {
+    let listed = format!(
+        r#"{{"type":"port-listen-snapshot","ports":[{}{{"port":7}}]}}"#,
+        "[[1,1]],1,{},".repeat(9_999)
+    );
+    let seven = Announced { port: port(7), loopback: false };
+    assert_eq!(ToHost::from_text(&listed), Ok(Some(ToHost::Snapshot(vec![seven]))));
+    let again = format!(
+        r#"{{"type":"port-listen-snapshot","ports":[{}{{"port":7}}]}}"#,
+        r#"{"port":7.0},"#.repeat(9_999)
+    );
+    assert_eq!(ToHost::from_text(&again), Ok(Some(ToHost::Snapshot(vec![seven]))));
+    let candidates = "1,".repeat(FIELDS_BYTES_MAX / 2);
+    let asked =
+        format!(r#"{{"type":"port-forward-request","targetPort":1,"hostCandidates":[{candidates}1]}}"#);
+    assert!(matches!(
+        ToHost::from_text(&asked),
+        Err(Unreadable::TooLong { kind: "port-forward-request", .. })
+    ));
+}
+
 fn any_port() -> impl Strategy<Value = NonZeroU16> {
     (1..=u16::MAX).prop_map(port)
 }
@@ -280,7 +302,10 @@ fn to_host() -> impl Strategy<Value = ToHost> {
         any::<String>().prop_map(|reason| ToHost::HelloNack { reason }),
         (any_port(), prop::collection::vec(any_port(), 0..12), any::<Option<String>>())
             .prop_map(|(target, candidates, reason)| ToHost::ForwardRequest { target, candidates, reason }),
-        prop::collection::vec(any_announced(), 0..20).prop_map(ToHost::Snapshot),
+        // One entry for each port, as there is after it was read.
+        prop::collection::btree_map(any_port(), any::<bool>(), 0..20).prop_map(|ports| {
+            ToHost::Snapshot(ports.into_iter().map(|(port, loopback)| Announced { port, loopback }).collect())
+        }),
         any_announced().prop_map(ToHost::Opened),
         any_port().prop_map(ToHost::Closed),
         any::<i64>().prop_map(|stream| ToHost::OpenAck(StreamId(stream))),

@@ -26,19 +26,12 @@ use super::reserved::Reservation;
 use super::verdict::{Exclusion, Verdict};
 use super::watched::Holder;
 use super::{Change, ClosedReason, FORWARDS_MAX, Fleet, Forward, Plan, Planned, Status};
-use crate::broker::message::Announced;
+use crate::broker::message::{Announced, EXCLUDED};
 use crate::registration::model::ContainerName;
 
 /// How long after its announcement a port that the engine's watch does not see, or that is not open yet, is answered for.
 /// The watch looks at least twice a second.
 pub const OWED_MAX: Duration = Duration::from_secs(2);
-
-/// How many listeners of one container are kept in mind. More than this are refused; each that is kept costs memory that the
-/// container may take by a few bytes.
-const KNOWN_MAX: usize = 1024;
-
-/// What a container is told of a port that may not be forwarded (wire specification, A.5).
-pub(super) const EXCLUDED: &str = "policy excluded";
 
 /// One container's broker.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -145,15 +138,12 @@ impl Fleet {
         }
         for Announced { port, .. } in opened {
             let reserved = broker.reserved.contains_key(port);
-            let full = broker.known.len() >= KNOWN_MAX;
             match broker.known.get_mut(port) {
                 Some(known) => {
                     if !reserved && known.owed.is_none() && !forwarded.contains(port) {
                         (known.owed, known.due, known.over) = (Some(now), true, None);
                     }
                 }
-                None if full && reserved => {}
-                None if full => changes.push(Change::result(name, *port, Err(EXCLUDED.to_owned()))),
                 None => {
                     let owed = (!reserved).then_some(now);
                     broker.known.insert(*port, Known { owed, due: true, over: None });

@@ -16,9 +16,9 @@ use std::time::Instant;
 
 use landfall_engine::command::{Reach, UpstreamId};
 
-use super::announced::EXCLUDED;
 use super::watched::Holder;
 use super::{Change, FORWARDS_MAX, Failure, Fleet, Plan, RETRY};
+use crate::broker::message::EXCLUDED;
 use crate::policy::Decision;
 use crate::registration::model::ContainerName;
 
