@@ -181,6 +181,16 @@ pub fn resident_bytes_of(pid: u32) -> usize {
     line.split_whitespace().next().unwrap().parse::<usize>().unwrap() * 1024
 }
 
+/// The most memory that another process had resident at a time, in bytes.
+///
+/// # Panics
+/// When it has ended.
+pub fn peak_bytes_of(pid: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.split_whitespace().next().unwrap().parse::<usize>().unwrap() * 1024
+}
+
 /// Kills a process without a warning.
 ///
 /// # Panics

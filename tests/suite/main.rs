@@ -22,6 +22,7 @@ mod impostor;
 mod jobs;
 mod leaks;
 mod least_privilege;
+mod listener_floods;
 mod listeners;
 mod observe;
 mod parity;
@@ -69,6 +70,7 @@ fn main() -> std::process::ExitCode {
             upstreams::CASES,
             ways::CASES,
             agent_hostile::CASES,
+            listener_floods::CASES,
             listeners::CASES,
             bulk::CASES,
             control::CASES,

@@ -116,6 +116,14 @@ impl Peer {
         self.socket.send(Message::text(text)).unwrap();
     }
 
+    /// Sends any text in a text frame, if the other side takes it.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub fn try_send_text(&mut self, text: &str) -> Result<(), Error> {
+        self.socket.send(Message::text(text))
+    }
+
     /// Sends a binary frame.
     ///
     /// # Panics
