@@ -202,7 +202,7 @@ fn sockets(channel: &OwnedFd, family: Family, count: u16, cookie: u64) -> Result
     ask(channel.as_fd(), family, count, Some("reno")).unwrap();
     loop {
         readable(channel);
-        if let Some(sockets) = take(channel.as_fd(), family, cookie)? {
+        if let Some(sockets) = take(channel.as_fd(), family, count, cookie)? {
             return Ok(sockets);
         }
     }
@@ -262,7 +262,10 @@ fn both_families() {
     assert_eq!(dial(socket, ([0, 0, 0, 0, 0, 0, 0, 1], inside.port).into()), "inside");
     ask(channel.as_fd(), Family::V6, 1, None).unwrap();
     readable(&channel);
-    assert!(matches!(take(channel.as_fd(), Family::V4, opener.netns_cookie()), Err(StockError::Hostile(_))));
+    assert!(matches!(
+        take(channel.as_fd(), Family::V4, 1, opener.netns_cookie()),
+        Err(StockError::Hostile(_))
+    ));
     assert_eq!(sockets(&channel, Family::V4, 253, opener.netns_cookie()).unwrap().len(), 253);
     let refused = sockets(&channel, Family::V4, 254, opener.netns_cookie());
     assert!(matches!(refused, Err(StockError::Refused(_))), "{refused:?}");
@@ -481,10 +484,10 @@ fn unread_answers() {
     assert_eq!(sockets(&descriptors[1], Family::V4, 1, opener.netns_cookie()).unwrap().len(), 1);
     for _ in 0..asked {
         readable(&descriptors[0]);
-        let taken = take(descriptors[0].as_fd(), Family::V4, opener.netns_cookie()).unwrap();
+        let taken = take(descriptors[0].as_fd(), Family::V4, 1, opener.netns_cookie()).unwrap();
         assert_eq!(taken.map(|sockets| sockets.len()), Some(1));
     }
-    assert!(take(descriptors[0].as_fd(), Family::V4, opener.netns_cookie()).unwrap().is_none());
+    assert!(take(descriptors[0].as_fd(), Family::V4, 1, opener.netns_cookie()).unwrap().is_none());
 }
 
 fn nonsense() {

@@ -205,6 +205,26 @@ fn what_is_handed_over() {
         });
         assert!(error.to_string().contains(words), "{words}: {error}");
     }
+    // More than was asked for, whatever it is.
+    let tcp = || socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+    let error = met(move |channel, request| match request {
+        Request::Sockets { .. } => {
+            send(channel, (Answer::Made { count: 100, error: None }, (0..100).map(|_| tcp()).collect()))
+        }
+        other => send(channel, honest(other)),
+    });
+    assert!(error.to_string().contains("100 sockets where 1 were asked for"), "{error}");
+    for beside in [false, true] {
+        let error = met(move |channel, request| {
+            let is_it = matches!(request, Request::SockDiag) == beside;
+            let (answer, mut descriptors) = honest(request);
+            if is_it && matches!(request, Request::Introduce | Request::SockDiag) {
+                descriptors.extend((0..3).map(|_| tcp()));
+            }
+            send(channel, (answer, descriptors))
+        });
+        assert!(error.to_string().contains("descriptors came with it"), "{error}");
+    }
     // A socket of ours that it got hold of.
     let host = Arc::new(Mutex::new(Some(honest(&Request::SockDiag).1)));
     let diags: [Arc<dyn Fn() -> Vec<OwnedFd> + Send + Sync>; 4] = [

@@ -53,6 +53,7 @@ pub(super) enum Work {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Expected {
     family: Family,
+    count: u16,
     netns_cookie: u64,
 }
 
@@ -84,7 +85,7 @@ impl Work {
             Op::Stock { channel, family, count, netns_cookie } => {
                 match opener::ask(channel.as_fd(), family, count, attempt::congestion()) {
                     Ok(()) => {
-                        let expected = Box::new(Expected { family, netns_cookie });
+                        let expected = Box::new(Expected { family, count, netns_cookie });
                         Next::Wait(Work::Stock { channel, expected })
                     }
                     Err(_) => Next::Done(Outcome::Stocked(Err(StockError::Gone))),
@@ -140,7 +141,8 @@ impl Work {
                 None => Next::Wait(Work::Send { socket, loan }),
             },
             Work::Stock { channel, expected } => {
-                match opener::take(channel.as_fd(), expected.family, expected.netns_cookie) {
+                let Expected { family, count, netns_cookie } = *expected;
+                match opener::take(channel.as_fd(), family, count, netns_cookie) {
                     Ok(Some(sockets)) => {
                         Next::Done(Outcome::Stocked(Ok(sockets.into_iter().map(Rc::new).collect())))
                     }

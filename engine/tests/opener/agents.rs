@@ -50,7 +50,7 @@ pub(crate) fn inside() {
     assert_eq!(second.netns_cookie(), cookie);
     drop(inside);
     readable(channel);
-    assert!(matches!(take(channel.as_fd(), Family::V4, cookie), Err(StockError::Gone)));
+    assert!(matches!(take(channel.as_fd(), Family::V4, 3, cookie), Err(StockError::Gone)));
 }
 
 pub(crate) fn floods() {

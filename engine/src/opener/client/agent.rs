@@ -60,7 +60,7 @@ impl Opener {
 
 fn meet(directory: &Path) -> Result<Opener, OpenError> {
     let channel = knock(directory, AGENT_SOCKET, "agent")?;
-    let (netns_inode, netns_cookie) = match exchange(&channel, &Request::Introduce, &[])?.0 {
+    let (netns_inode, netns_cookie) = match exchange(&channel, &Request::Introduce, &[], 0)?.0 {
         Answer::Entered { netns_inode, netns_cookie } => (netns_inode, netns_cookie),
         other => return Err(unasked(other)),
     };
@@ -139,7 +139,7 @@ impl Opener {
         let request = Request::Sockets { family: Family::V4, count: 1, congestion: None };
         self.channel.send_timeout(&request, &[], super::ANSWER_TIMEOUT)?;
         self.channel.wait_readable(super::ANSWER_TIMEOUT)?;
-        match take(self.channel.as_fd(), Family::V4, self.netns_cookie) {
+        match take(self.channel.as_fd(), Family::V4, 1, self.netns_cookie) {
             Ok(Some(_)) => Ok(()),
             Ok(None) => Err(OpenError::Silent),
             Err(StockError::Gone) => Err(OpenError::Ended),

@@ -26,7 +26,7 @@ fn taken(answer: &Answer, descriptors: &[&OwnedFd]) -> Result<Option<Vec<OwnedFd
     let (engine, opener) = Channel::pair().unwrap();
     let descriptors: Vec<_> = descriptors.iter().map(|one| one.as_fd()).collect();
     opener.send(answer, &descriptors).unwrap();
-    take(engine.as_fd(), Family::V4, cookie)
+    take(engine.as_fd(), Family::V4, 2, cookie)
 }
 
 #[track_caller]
@@ -76,7 +76,7 @@ fn a_socket_of_another_namespace_is_hostile() {
     let socket = fresh(AddressFamily::INET);
     opener.send(&Answer::Made { count: 1, error: None }, &[socket.as_fd()]).unwrap();
     let other = netns_cookie(&socket).unwrap() + 1;
-    assert!(matches!(take(engine.as_fd(), Family::V4, other), Err(StockError::Hostile(_))));
+    assert!(matches!(take(engine.as_fd(), Family::V4, 1, other), Err(StockError::Hostile(_))));
     let inode = rustix::fs::fstat(&socket).unwrap().st_ino;
     assert_eq!(descriptors_of(inode), 1);
 }
@@ -90,6 +90,8 @@ fn an_answer_that_does_not_fit_the_question_is_hostile() {
     };
     hostile(Answer::Made { count: 2, error: None }, &[&socket]);
     hostile(Answer::Made { count: 0, error: None }, &[]);
+    let three = [fresh(AddressFamily::INET), fresh(AddressFamily::INET), fresh(AddressFamily::INET)];
+    hostile(Answer::Made { count: 3, error: None }, &three.iter().collect::<Vec<_>>());
     hostile(Answer::SockDiag, &[&socket]);
     hostile(Answer::Failed { failure: Failure::new(FailureKind::Other, "and yet") }, &[&socket]);
     assert_eq!(descriptors_of(rustix::fs::fstat(&socket).unwrap().st_ino), 1);
@@ -104,9 +106,9 @@ fn running_out_is_told_apart_from_the_end() {
     let failure = Failure::new(FailureKind::Unsupported, "no IPv6");
     assert!(matches!(taken(&Answer::Failed { failure }, &[]), Err(StockError::Refused(_))));
     let (engine, opener) = Channel::pair().unwrap();
-    assert!(take(engine.as_fd(), Family::V4, 1).unwrap().is_none());
+    assert!(take(engine.as_fd(), Family::V4, 1, 1).unwrap().is_none());
     drop(opener);
-    assert!(matches!(take(engine.as_fd(), Family::V4, 1), Err(StockError::Gone)));
+    assert!(matches!(take(engine.as_fd(), Family::V4, 1, 1), Err(StockError::Gone)));
     assert!(matches!(ask(engine.as_fd(), Family::V4, 1, None), Err(OpenError::Ended)));
 }
 
