@@ -21,6 +21,7 @@ pub(crate) mod directory;
 mod hub;
 pub mod local;
 pub mod log;
+mod refusals;
 mod server;
 mod watch;
 
@@ -28,6 +29,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -127,6 +129,7 @@ pub async fn run(options: Options) -> Result<(), StartError> {
         interval: options.interval,
         hub,
         log: log.clone(),
+        refusals: Arc::default(),
     };
     let server = bound.serve(settings);
     signals.end().await;

@@ -5,4 +5,6 @@ pub(crate) mod loopback;
 pub(crate) mod private_file;
 pub(crate) mod random;
 pub(crate) mod readiness;
+pub(crate) mod seclusion;
+pub(crate) mod token_variables;
 pub(crate) mod users;

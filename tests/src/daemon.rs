@@ -3,7 +3,7 @@
 //! A daemon leaves processes behind on purpose (an engine outlives it), so the process of a case adopts every orphan
 //! of its own descendants, and a [`Home`] that is let go ends them all, by id.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -29,7 +29,10 @@ impl Home {
     /// When no directory can be made.
     pub fn new() -> Home {
         set_child_subreaper(Some(getpid())).unwrap();
-        let directory = tempfile::Builder::new().prefix("landfall-suite-").tempdir().unwrap();
+        // Closed, as a directory for the agents of containers has to be.
+        let closed = Permissions::from_mode(0o700);
+        let directory =
+            tempfile::Builder::new().prefix("landfall-suite-").permissions(closed).tempdir().unwrap();
         Home { directory }
     }
 

@@ -42,6 +42,7 @@ mod restart;
 mod rpc;
 mod secrets;
 mod stalled;
+mod strangers;
 mod streams;
 mod tailscale;
 mod tidy;
@@ -81,6 +82,7 @@ fn main() -> std::process::ExitCode {
             http::CASES,
             impostor::CASES,
             challenge::CASES,
+            strangers::CASES,
             registrations::CASES,
             docker_ways::CASES,
             replay::CASES,

@@ -2,6 +2,8 @@
 //! watches as the machine asks, and decides nothing.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -17,7 +19,7 @@ use super::log::AgentEvent;
 use super::server::{Guest, Settings};
 use super::watch::Watch;
 use crate::broker::challenge::Answer;
-use crate::broker::container::{Ask, Attempt, HELLO_TIME_MAX, Heard, Session};
+use crate::broker::container::{Ask, Attempt, ContainerEvent, HELLO_TIME_MAX, Heard, Session};
 use crate::broker::message::{Extensions, Side, StreamId, ToContainer, Unreadable, from_binary};
 use crate::broker::outbox::{Outbox, outbox};
 use crate::broker::pump::{self, Ended, Inlet, Inlets};
@@ -53,6 +55,7 @@ pub(super) async fn serve(
         settings,
         outbox,
         writing,
+        address: guest.address,
         guest: Some(guest),
         host: None,
         extensions: Extensions::NONE,
@@ -78,6 +81,8 @@ struct Connection<'a> {
     requests: Receiver<u64>,
     outbox: Outbox,
     writing: JoinSet<()>,
+    /// Where the host is.
+    address: IpAddr,
     /// A place in the lobby, until the host is let in.
     guest: Option<Guest>,
     host: Option<HostId>,
@@ -218,7 +223,21 @@ impl Connection<'_> {
                     hub.result(host, &result);
                 }
             }
-            Ask::Tell(event) => self.settings.log.tell(&AgentEvent::Host(event)),
+            Ask::Tell(event) => self.tell(event),
+        }
+    }
+
+    fn tell(&self, event: ContainerEvent) {
+        let is_refusal = matches!(event, ContainerEvent::AuthFailed { .. });
+        let refusals = &self.settings.refusals;
+        let is_logged = !is_refusal
+            || refusals
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .admit(self.address, Instant::now().into_std());
+        match is_logged {
+            true => self.settings.log.tell(&AgentEvent::Host(event)),
+            false => self.settings.log.omit(),
         }
     }
 

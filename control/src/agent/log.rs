@@ -109,6 +109,11 @@ impl Log {
         }
     }
 
+    /// Counts a line that is not written.
+    pub fn omit(&self) {
+        self.0.omitted.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Waits, for a bounded time, until everything is written. Nothing is told after it.
     pub fn close(&self) {
         drop(self.0.lines.lock().unwrap_or_else(PoisonError::into_inner).take());

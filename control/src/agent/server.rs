@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderMap, HeaderValue, ORIGIN};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
@@ -29,6 +29,7 @@ use super::StartError;
 use super::connection;
 use super::hub::Hub;
 use super::log::{AgentEvent, Log};
+use super::refusals::Refusals;
 use crate::broker::challenge::{Answer, Challenge};
 use crate::broker::container::HELLO_TIME_MAX;
 use crate::broker::wire;
@@ -63,6 +64,8 @@ pub(super) struct Settings {
     pub(super) hub: Hub,
     /// Where they tell what happens.
     pub(super) log: Log,
+    /// Limits the lines about wrong hellos.
+    pub(super) refusals: Arc<Mutex<Refusals>>,
 }
 
 /// Sockets that can be connected to.
@@ -153,8 +156,8 @@ impl Server {
 async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let guest = Lobby::enter(&inner);
+            Ok((stream, peer)) => {
+                let guest = Lobby::enter(&inner, peer.ip());
                 inner.tasks.spawn(converse(Arc::clone(&inner), stream, guest));
             }
             // No descriptor is left, or the client has gone already. Either way the next one is another try.
@@ -191,6 +194,10 @@ type Text = Response<Full<Bytes>>;
 /// Answers one request; an upgrade takes the guest along.
 fn respond(inner: &Arc<Inner>, mut request: Request<Incoming>, guest: &Mutex<Option<Guest>>) -> Text {
     let settings = &inner.settings;
+    // A browser adds this header for a page, which has no business here. No host does.
+    if request.headers().contains_key(ORIGIN) {
+        return text(StatusCode::FORBIDDEN, "origin not allowed");
+    }
     if request.uri().path() != wire::PATH {
         return text(StatusCode::NOT_FOUND, "not found");
     }
@@ -265,12 +272,14 @@ struct Waiting {
 pub(super) struct Guest {
     inner: Arc<Inner>,
     number: u64,
+    /// Where it comes from.
+    pub(super) address: IpAddr,
     /// Says that somebody else needs the place.
     pub(super) leave: CancellationToken,
 }
 
 impl Lobby {
-    fn enter(inner: &Arc<Inner>) -> Guest {
+    fn enter(inner: &Arc<Inner>, address: IpAddr) -> Guest {
         let leave = CancellationToken::new();
         let mut waiting = locked(&inner.lobby.0);
         waiting.last += 1;
@@ -282,7 +291,7 @@ impl Lobby {
             oldest.cancel();
         }
         drop(waiting);
-        Guest { inner: Arc::clone(inner), number, leave }
+        Guest { inner: Arc::clone(inner), number, address, leave }
     }
 }
 

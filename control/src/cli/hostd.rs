@@ -2,6 +2,8 @@
 
 use std::io::IsTerminal;
 use std::num::NonZeroU32;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::Duration;
 
 use jiff::SignedDuration;
@@ -14,6 +16,7 @@ use crate::daemon::{self, Options, StartError};
 use crate::paths::{Home, HomeError};
 use crate::policy;
 use crate::sys::launcher::split;
+use crate::sys::token_variables;
 use crate::tailscale::CALL_TIMEOUT;
 
 /// How often it is looked whether containers still exist; a duration such as `30s`.
@@ -31,6 +34,9 @@ const BROKER_EXTENSIONS: &str = "LANDFALL_BROKER_EXTENSIONS";
 
 /// Is the daemon until it is told to stop.
 pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
+    if token_variables::are_set() {
+        return Err(without_tokens());
+    }
     let options = options(args, |name| std::env::var(name).ok())?;
     // Out of the terminal's session, which would end it by a hangup; unless somebody runs it there. It fails where this
     // process leads a session or a group already, and then nothing is to be left.
@@ -54,6 +60,14 @@ pub fn launcher(args: &LauncherArgs) -> Result<Exit, Failure> {
     let failed = |error: &dyn std::error::Error| Failure::new(Exit::Failed, chain(error));
     let home = Home::at(args.home.clone()).map_err(|error| failed(&error))?;
     daemon::launcher::main(&home).map(|()| Exit::Ok).map_err(|error| failed(&error))
+}
+
+/// Executes this program again with the same arguments and without tokens in its environment. Returns only if that fails.
+fn without_tokens() -> Failure {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("landfall").args(std::env::args_os().skip(1));
+    let error = token_variables::remove_from(&mut command).exec();
+    Failure::new(Exit::Failed, format!("tokens cannot be removed from the environment: {}", chain(&error)))
 }
 
 fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Result<Options, Failure> {

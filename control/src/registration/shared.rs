@@ -19,6 +19,7 @@ use crate::folder::FolderError;
 use crate::liveness::Liveness;
 use crate::registry::trust_file::TrustFile;
 use crate::secrets::SecretsConfig;
+use crate::sys::seclusion::{self, SeclusionError};
 use crate::{folder, processes, secrets};
 
 pub(super) struct Shared {
@@ -389,6 +390,13 @@ pub(super) fn check_ports(registration: &mut Registration, trust: &TrustFile) {
 /// A registration with what only its receiver can know: when its process began.
 fn completed(mut registration: Registration) -> Result<Registration, RegisterError> {
     file::check_version(&registration).map_err(|why| RegisterError::Field("formatVersion", why))?;
+    if let Some(Way::Agent { directory }) = &registration.way {
+        match seclusion::check(directory) {
+            // It may be made later, and is looked at again then.
+            Ok(()) | Err(SeclusionError::Unreadable { .. }) => {}
+            Err(error) => return Err(RegisterError::Field("way", error.to_string())),
+        }
+    }
     if let Some(Way::Process { pid, started }) = &mut registration.way {
         let wrong = |why| RegisterError::Field("way", why);
         let found = processes::started(*pid)

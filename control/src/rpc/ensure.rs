@@ -30,6 +30,7 @@ use crate::paths::{Home, HomeError};
 use crate::processes;
 use crate::sys::launcher::LauncherState;
 use crate::sys::private_file;
+use crate::sys::token_variables;
 use crate::version;
 
 /// The longest pid file, in bytes.
@@ -386,6 +387,7 @@ impl Starter<'_> {
         let (out, err) = (log().map_err(EnsureError::Log)?, log().map_err(EnsureError::Log)?);
         let mut command = Command::new(&self.wanted.program);
         command.arg0("landfall").arg("_hostd").args(arguments);
+        token_variables::remove_from(&mut command);
         // It outlives the terminal, whose session it leaves itself, and holds no directory of the user.
         command.current_dir("/").stdin(Stdio::null()).stdout(out).stderr(err);
         let child = command.spawn().map_err(EnsureError::Spawn)?;

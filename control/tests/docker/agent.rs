@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::ports::free_port;
 use super::{Container, WAIT_MAX, docker, run, wait_until};
 
-const IMAGE: &str = "landfall-test-agent";
+pub(super) const IMAGE: &str = "landfall-test-agent";
 const TOKEN: &str = "a-broker-token-of-43-characters-0123456789-";
 const BARE: [&str; 5] = ["--cap-drop", "ALL", "--read-only", "--user", "65534"];
 
@@ -82,12 +82,16 @@ fn container(name: &str, shared: &Path, options: &[&str], server: u16) -> Contai
 /// Both ways into a container with these options, and a port that it asks for.
 #[track_caller]
 fn is_reached(name: &str, options: &[&str]) {
-    let shared = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(shared.path(), PermissionsExt::from_mode(0o777)).unwrap();
-    for way in [json!({"kind": "websocket"}), json!({"kind": "agent", "directory": shared.path()})] {
+    // Open to the user of the container, below a directory that is closed to every other user.
+    let closed = PermissionsExt::from_mode(0o700);
+    let above = tempfile::Builder::new().permissions(closed).tempdir().unwrap();
+    let shared = above.path().join("shared");
+    std::fs::create_dir(&shared).unwrap();
+    std::fs::set_permissions(&shared, PermissionsExt::from_mode(0o777)).unwrap();
+    for way in [json!({"kind": "websocket"}), json!({"kind": "agent", "directory": shared})] {
         let kind = way["kind"].as_str().unwrap();
         let server = free_port();
-        let container = container(&format!("{name}-{kind}"), shared.path(), options, server);
+        let container = container(&format!("{name}-{kind}"), &shared, options, server);
         let logs = || {
             let output = run(&["logs", container.0.as_str()]);
             String::from_utf8_lossy(&output.stderr).into_owned()

@@ -9,6 +9,7 @@ use landfall_engine::opener::client::{OpenError, Opener, Target};
 use super::{Certainty, Entrance};
 use crate::registration::model::Way;
 use crate::sys::launcher;
+use crate::sys::seclusion::{self, SeclusionError};
 
 /// One way in.
 pub(super) enum Door {
@@ -86,6 +87,14 @@ pub(super) fn enter(
 ) -> Result<Entrance, (Certainty, String)> {
     let mut missed: Option<(Certainty, String)> = None;
     for door in doors {
+        if let Door::Agent(directory) = &door
+            && let Err(error) = seclusion::check(directory)
+            // The agent says more about a directory that is missing.
+            && !matches!(error, SeclusionError::Unreadable { .. })
+        {
+            missed = Some(and_also(missed, Certainty::Refused, error.to_string()));
+            continue;
+        }
         match door.open(shards) {
             // Nothing is faster than a helper's opener, which is like our own.
             Ok(entrance) if entrance.means == Means::Helper => return Ok(entrance),
@@ -97,16 +106,26 @@ pub(super) fn enter(
                 }
                 // No other door leads further into a container that is gone, or that is where we are.
                 let final_word = matches!(error.kind(), Some(FailureKind::Gone | FailureKind::OwnNamespace));
-                missed = Some(match missed {
-                    None if final_word => return Err((certainty, reason)),
-                    None => (certainty, reason),
-                    // The first door is what people expect to be used, so what is wrong with it counts.
-                    Some((certainty, first)) => (certainty, format!("{first}; {reason}")),
-                });
+                if missed.is_none() && final_word {
+                    return Err((certainty, reason));
+                }
+                missed = Some(and_also(missed, certainty, reason));
             }
         }
     }
     Err(missed.unwrap_or((Certainty::Unknown, "there is no way in".to_owned())))
+}
+
+/// Adds one more reason. Users expect the first method to be used, so its certainty counts.
+fn and_also(
+    missed: Option<(Certainty, String)>,
+    certainty: Certainty,
+    reason: String,
+) -> (Certainty, String) {
+    match missed {
+        None => (certainty, reason),
+        Some((certainty, first)) => (certainty, format!("{first}; {reason}")),
+    }
 }
 
 /// What a failure says of the container.
@@ -154,11 +173,12 @@ mod tests {
 
     #[test]
     fn without_any_way_in_every_reason_is_told_and_the_first_one_counts() {
-        let nowhere = tempfile::tempdir().unwrap();
+        let closed = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        let nowhere = tempfile::Builder::new().permissions(closed).tempdir().unwrap();
         let missing = nowhere.path().join("missing");
         let (certainty, reason) =
             enter(vec![Door::Agent(nowhere.path().to_owned()), Door::Agent(missing)], None, 1).unwrap_err();
-        assert_eq!(certainty, Certainty::Gone);
+        assert_eq!(certainty, Certainty::Gone, "{reason}");
         assert!(reason.contains("no agent has made its socket"), "{reason}");
         let process = Target::process(std::process::id()).unwrap();
         let helper = Door::Helper(nowhere.path().join("opener.sock"), process);
