@@ -9,6 +9,7 @@
 //! - `server` answers HTTP and upgrades; `connection` is the shell around the session machine
 //!   ([`crate::broker::container`]); `watch` reads what listens, `dial` connects.
 //! - `hub` is what all connections share: reserved forwards, and who waits for them; `local` is how they are asked for.
+//! - `hostd` asks the daemon on the host, for a program in the container.
 //! - `directory` is the way by descriptors. Bytes on it never pass through here.
 //! - `log` tells all of it, as JSON on standard error.
 //!
@@ -18,6 +19,7 @@
 mod connection;
 mod dial;
 pub(crate) mod directory;
+pub mod hostd;
 mod hub;
 pub mod local;
 pub mod log;

@@ -25,18 +25,19 @@ use landfall_engine::process::raise_descriptor_limit;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::broker::brokers::{Brokers, Finding, Report};
 use crate::broker::message::Extensions;
-use crate::cli::exit::chain;
 use crate::discovery::Discovery;
 use crate::docker::{Docker, LifeEvent};
 use crate::events::{Event, Journal};
 use crate::folder::Approvals;
 use crate::helper::{Helper, HelperOptions};
+use crate::http::container_socket::ContainerSockets;
+use crate::http::gateway::{self, SharedFacts};
 use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
 use crate::liveness::Ways;
@@ -165,8 +166,12 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         supervisor.disable();
     }
     let (brokers, reports) = Brokers::new(docker.clone(), journal.clone(), options.broker_extensions);
-    let attendants: Vec<Arc<dyn Attendant>> =
-        vec![brokers.clone(), Jobs::new(journal.clone(), supervisor.clone(), approvals.clone())];
+    let sockets = ContainerSockets::new(home.clone(), docker.clone(), journal.clone());
+    let attendants: Vec<Arc<dyn Attendant>> = vec![
+        brokers.clone(),
+        sockets.clone(),
+        Jobs::new(journal.clone(), supervisor.clone(), approvals.clone()),
+    ];
     let registry = Registry::open(registry_options(&options, &journal, &docker, &approvals, attendants));
     let addresses = addresses(&options, &docker).await;
     let last = read_number(&home.http_port_file());
@@ -201,6 +206,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         home: home.clone(),
         version: version::current(),
         http_port: bound.port(),
+        http_facts: SharedFacts::default(),
         tailscale: options.tailscale,
         helper: helper.clone(),
         registry: registry.clone(),
@@ -212,11 +218,17 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         stop,
     });
     let http = bound.serve(Arc::clone(&answers));
-    let gateway_wanted = options.http_bind.is_empty().then(|| http.clone());
+    sockets.connect(http.clone());
+    tasks.spawn(sweep(sockets, registry.clone()));
+    tasks.spawn(gateway::reclaim(http.clone()));
+    let gateway_changed = Arc::new(Notify::new());
+    if options.http_bind.is_empty() {
+        tasks.spawn(gateway::keep(http.clone(), docker.clone(), Arc::clone(&gateway_changed)));
+    }
     tasks.spawn(discovery.clone().run());
     let hinted = Hinted { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
     tasks.spawn(watch_launcher(journal.clone()));
-    tasks.spawn(follow_docker(docker, hinted, gateway_wanted));
+    tasks.spawn(follow_docker(docker, hinted, gateway_changed));
     tasks.spawn(follow_ends(registry.clone(), forwarding));
     tasks.spawn(follow_reports(registry, reports));
 
@@ -342,24 +354,22 @@ impl Hinted {
     }
 }
 
-/// Hints from Docker go to whoever looks at containers, and its address to HTTP once there is one.
-async fn follow_docker(docker: Docker, hinted: Hinted, http: Option<Http>) {
+/// Passes hints from Docker on, and says when its bridge may have another address.
+async fn follow_docker(docker: Docker, hinted: Hinted, gateway_changed: Arc<Notify>) {
     let mut events = docker.life_events();
     while let Some(event) = events.recv().await {
         hinted.hint(&event);
-        if let (LifeEvent::Resync, Some(http)) = (&event, &http) {
-            // What is told meanwhile does not wait for it.
-            tokio::spawn(join_gateway(http.clone(), docker.clone()));
+        if event == LifeEvent::Resync {
+            gateway_changed.notify_one();
         }
     }
 }
 
-async fn join_gateway(http: Http, docker: Docker) {
-    let Some(gateway) = docker.bridge_gateway().await else { return };
-    if let Err(error) = http.listen_also(gateway).await {
-        let text = format!("containers cannot reach the daemon over HTTP: {}", chain(&error));
-        http.journal().tell(&Event::Notice { text });
-    }
+/// Removes what belongs to containers that are gone, once it is known which are registered.
+async fn sweep(sockets: Arc<ContainerSockets>, registry: Registry) {
+    registry.replayed().await;
+    let known: Vec<_> = registry.list().entries.iter().map(|entry| entry.container_name.clone()).collect();
+    sockets.sweep(&known).await;
 }
 
 /// Reports the end of the launcher, where this daemon has one.

@@ -196,6 +196,8 @@ pub struct NewContainer {
     pub environment: Vec<(String, String)>,
     /// Folder of the host, and where it is seen inside.
     pub folder: (String, String),
+    /// Directory of the host with the container's socket of the daemon, and where it is mounted, read-only.
+    pub http_directory: (String, String),
     /// Port of the host's loopback, and the TCP port inside that is published there.
     pub published: (NonZeroU16, u16),
     /// Its labels.

@@ -4,16 +4,21 @@
 //! keep the URL that they were started with, so the preferred port is taken wherever it can be had. Docker may appear
 //! later than the daemon; its address joins then.
 //!
-//! A connection is one request and one answer, with a time for each part of it and one for all. Places are limited, those
-//! of one client once more, so that one container cannot keep the others out.
+//! A connection is one request and one answer, with a time for each part of it and one for all.
 //!
 //! - `auth` says who asks, and for whom a request is meant. Pure.
+//! - `container_socket` gives a container a socket of its own.
+//! - `gateway` keeps it listening where containers reach the host, and names the process that holds the port there.
+//! - `places` bounds the connections.
 //! - `rpc` is the one route and the order of its checks.
 
 pub mod auth;
+pub mod container_socket;
+pub mod gateway;
+mod places;
 pub mod rpc;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
@@ -25,20 +30,23 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::gateway::{HeldPort, SharedFacts};
+use self::places::Places;
 use crate::events::{Event, Journal};
 use crate::linger::linger;
 use crate::rpc::answers::{After, Answers};
 
-/// How many connections are served at a time.
+/// Connections of one listener that are served at a time, and how many of them one client may have.
 const CONNECTIONS_MAX: usize = 256;
-/// How many of them one client may have.
 const CONNECTIONS_OF_ONE_MAX: usize = 64;
+/// The same for the socket of one container.
+const CONNECTIONS_OF_CONTAINER_MAX: usize = 32;
 /// How long a client has for the head of its request.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long a connection may last. A restart may have to wait until the daemon knows its containers again.
@@ -73,6 +81,8 @@ pub enum HttpError {
 pub struct Bound {
     port: NonZeroU16,
     listeners: BTreeMap<IpAddr, TcpListener>,
+    /// The holder of the preferred port, if the daemon got another port.
+    fallback: Option<HeldPort>,
 }
 
 impl Bound {
@@ -90,12 +100,24 @@ impl Bound {
     ) -> Result<Bound, HttpError> {
         let addresses = without_covered(addresses);
         let named = NonZeroU16::new(preferred).into_iter().chain(last).map(NonZeroU16::get);
+        let mut fallback = None;
         for port in named.chain([0; EPHEMERAL_TRIES]) {
-            let Some(bound) = try_port(port, &addresses).await? else { continue };
-            let actual = bound.port.get();
-            if preferred != 0 && preferred != actual {
+            let (port, listeners) = match try_port(port, &addresses).await? {
+                Tried::Free(port, listeners) => (port, listeners),
+                Tried::InUse(address) => {
+                    if port != 0 && port == preferred {
+                        fallback = Some(HeldPort::look_up(address, port).await);
+                    }
+                    continue;
+                }
+            };
+            let actual = port.get();
+            if let Some(held) = &fallback {
                 journal.tell(&Event::DaemonHttpPortFallback { preferred, actual });
+                let text = format!("{held}: containers that were started before send their tokens there");
+                journal.tell(&Event::Notice { text });
             }
+            let bound = Bound { port, listeners, fallback };
             for address in bound.listeners.keys() {
                 journal.tell(&Event::DaemonHttpListening { host: address.to_string(), port: actual });
             }
@@ -112,13 +134,12 @@ impl Bound {
     /// Begins to answer.
     pub fn serve(self, answers: Arc<Answers>) -> Http {
         let journal = answers.journal.clone();
+        answers.http_facts.set_fallback(self.fallback);
         let http = Http(Arc::new(Inner {
             port: self.port,
             answers,
             journal,
             addresses: Mutex::default(),
-            places: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
-            clients: Mutex::default(),
             closing: CancellationToken::new(),
             cut_off: CancellationToken::new(),
             listeners: TaskTracker::new(),
@@ -146,8 +167,16 @@ fn without_covered(addresses: &[IpAddr]) -> Vec<IpAddr> {
     kept
 }
 
-/// Listens on all addresses at one port. None where it is in use on one of them.
-async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<Option<Bound>, HttpError> {
+/// What came of trying a port.
+enum Tried {
+    /// It is free on all addresses.
+    Free(NonZeroU16, BTreeMap<IpAddr, TcpListener>),
+    /// It is in use on this one.
+    InUse(IpAddr),
+}
+
+/// Listens on all addresses at one port.
+async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<Tried, HttpError> {
     let mut port = port;
     let mut listeners = BTreeMap::new();
     for ip in addresses {
@@ -158,12 +187,12 @@ async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<Option<Bound>, Http
                 port = listener.local_addr().map_err(failed)?.port();
                 listeners.insert(*ip, listener);
             }
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(Tried::InUse(*ip)),
             Err(error) => return Err(failed(error)),
         }
     }
     let port = NonZeroU16::new(port).ok_or(HttpError::NoPort)?;
-    Ok(Some(Bound { port, listeners }))
+    Ok(Tried::Free(port, listeners))
 }
 
 /// The endpoint; clones are the same one.
@@ -176,9 +205,6 @@ struct Inner {
     journal: Journal,
     /// Where it listens.
     addresses: Mutex<Vec<IpAddr>>,
-    places: Arc<Semaphore>,
-    /// How many connections each client has.
-    clients: Mutex<HashMap<IpAddr, usize>>,
     closing: CancellationToken,
     cut_off: CancellationToken,
     listeners: TaskTracker,
@@ -196,12 +222,39 @@ impl Http {
         if locked(&self.0.addresses).contains(&ip) || !without_covered(&all).contains(&ip) {
             return Ok(());
         }
-        let address = SocketAddr::new(ip, self.0.port.get());
+        self.listen_at(SocketAddr::new(ip, self.0.port.get())).await
+    }
+
+    /// Listens on one more address and port.
+    async fn listen_at(&self, address: SocketAddr) -> Result<(), HttpError> {
         let listener =
             TcpListener::bind(address).await.map_err(|source| HttpError::Listen { address, source })?;
-        self.accept_on(ip, listener);
-        self.0.journal.tell(&Event::DaemonHttpListening { host: ip.to_string(), port: self.0.port.get() });
+        self.accept_on(address.ip(), listener);
+        let (host, port) = (address.ip().to_string(), address.port());
+        self.0.journal.tell(&Event::DaemonHttpListening { host, port });
         Ok(())
+    }
+
+    /// Answers on the socket of a container, until the endpoint closes.
+    async fn serve_container(&self, listener: UnixListener) {
+        let inner = Arc::clone(&self.0);
+        let places = Places::new(CONNECTIONS_OF_CONTAINER_MAX, CONNECTIONS_OF_CONTAINER_MAX);
+        inner.closing.clone().run_until_cancelled_owned(accept_all(inner, listener, places)).await;
+    }
+
+    /// Its port.
+    pub fn port(&self) -> NonZeroU16 {
+        self.0.port
+    }
+
+    /// Where it listens, each address once.
+    fn addresses(&self) -> BTreeSet<IpAddr> {
+        locked(&self.0.addresses).iter().copied().collect()
+    }
+
+    /// What is known of it.
+    pub fn facts(&self) -> &SharedFacts {
+        &self.0.answers.http_facts
     }
 
     /// Where its events go.
@@ -224,24 +277,58 @@ impl Http {
     fn accept_on(&self, address: IpAddr, listener: TcpListener) {
         locked(&self.0.addresses).push(address);
         let inner = Arc::clone(&self.0);
+        let places = Places::new(CONNECTIONS_MAX, CONNECTIONS_OF_ONE_MAX);
         self.0.listeners.spawn(async move {
             let closing = inner.closing.clone();
             // The listener goes with the future that holds it, and the port with that.
-            closing.run_until_cancelled_owned(accept_all(inner, listener)).await
+            closing.run_until_cancelled_owned(accept_all(inner, listener, places)).await
         });
     }
 }
 
-async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
-    // The semaphore is never closed.
-    while let Ok(place) = Arc::clone(&inner.places).acquire_owned().await {
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                let Some(guest) = Guest::admit(&inner, peer.ip()) else { continue };
-                let work = converse(Arc::clone(&inner), stream);
+/// A socket that connections come from.
+trait Accept: Send + Sync + 'static {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection: the client's address, and that of this machine to which it connected.
+    fn accept_one(&self) -> impl Future<Output = io::Result<Accepted<Self::Stream>>> + Send;
+}
+
+struct Accepted<S> {
+    stream: S,
+    client: Option<IpAddr>,
+    local: Option<IpAddr>,
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept_one(&self) -> io::Result<Accepted<TcpStream>> {
+        let (stream, client) = self.accept().await?;
+        // A wildcard stands for every address; the one that was connected to is known here.
+        let local = stream.local_addr().ok().map(|address| address.ip());
+        Ok(Accepted { stream, client: Some(client.ip()), local })
+    }
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    async fn accept_one(&self) -> io::Result<Accepted<UnixStream>> {
+        let (stream, _) = self.accept().await?;
+        Ok(Accepted { stream, client: None, local: None })
+    }
+}
+
+async fn accept_all(inner: Arc<Inner>, listener: impl Accept, places: Places) {
+    while let Some(place) = places.free().await {
+        match listener.accept_one().await {
+            Ok(Accepted { stream, client, local }) => {
+                let Some(guest) = places.admit(place, client) else { continue };
+                let work = converse(Arc::clone(&inner), stream, local);
                 inner.connections.spawn(inner.cut_off.clone().run_until_cancelled_owned(async move {
                     work.await;
-                    drop((guest, place));
+                    drop(guest);
                 }));
             }
             // No descriptor is left, or the client has gone already. Either way the next one is another try.
@@ -250,42 +337,10 @@ async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
     }
 }
 
-/// One connection among those of its client.
-struct Guest {
-    inner: Arc<Inner>,
-    client: IpAddr,
-}
-
-impl Guest {
-    /// None where the client has as many as it may have.
-    fn admit(inner: &Arc<Inner>, client: IpAddr) -> Option<Guest> {
-        let mut clients = locked(&inner.clients);
-        let count = clients.entry(client).or_default();
-        if *count >= CONNECTIONS_OF_ONE_MAX {
-            return None;
-        }
-        *count += 1;
-        Some(Guest { inner: Arc::clone(inner), client })
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let mut clients = locked(&self.inner.clients);
-        if let Some(count) = clients.get_mut(&self.client) {
-            *count -= 1;
-            if *count == 0 {
-                clients.remove(&self.client);
-            }
-        }
-    }
-}
-
 /// Serves one request, and makes happen what its answer promised.
-async fn converse(inner: Arc<Inner>, mut stream: TcpStream) {
+async fn converse(inner: Arc<Inner>, mut stream: impl AsyncRead + AsyncWrite + Unpin, local: Option<IpAddr>) {
     let mut own = locked(&inner.addresses).clone();
-    // A wildcard stands for every address; the one that was connected to is known here.
-    own.extend(stream.local_addr().ok().map(|address| address.ip()));
+    own.extend(local);
     let promised = Mutex::new(After::nothing());
     let asked = AtomicBool::new(false);
     let service = service_fn(|request| {

@@ -116,7 +116,9 @@ impl Home {
     /// # Errors
     /// [`HomeError`]. Of root also where another user may change the home or a directory above it.
     pub fn ensure_directories(&self) -> Result<(), HomeError> {
-        for path in [self.root.clone(), self.run(), self.registrations(), self.log(), self.keys()] {
+        for path in
+            [self.root.clone(), self.run(), self.registrations(), self.http(), self.log(), self.keys()]
+        {
             let failed = |source| HomeError::Directory { path: path.clone(), source };
             // The home itself may be a directory that the user made for something larger: its mode is left alone.
             if path == self.root {
@@ -214,6 +216,16 @@ impl Home {
         self.run().join("helper")
     }
 
+    /// Directories with a socket each, for containers.
+    pub fn http(&self) -> PathBuf {
+        self.run().join("http")
+    }
+
+    /// The directory with a socket for one container, which is mounted into it.
+    pub fn http_directory(&self, name: &ContainerName) -> PathBuf {
+        self.http().join(name.as_str())
+    }
+
     /// The registrations.
     pub fn registrations(&self) -> PathBuf {
         self.run().join("registrations")
@@ -285,7 +297,7 @@ mod tests {
         std::fs::set_permissions(home.run(), std::fs::Permissions::from_mode(0o755)).unwrap();
         home.ensure_directories().unwrap();
         home.ensure_directories().unwrap();
-        for path in [home.run(), home.registrations(), home.log(), home.keys()] {
+        for path in [home.run(), home.registrations(), home.http(), home.log(), home.keys()] {
             let mode = std::fs::metadata(&path).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o700, "{}", path.display());
         }

@@ -89,6 +89,18 @@ pub fn holder_of_port(port: NonZeroU16) -> Holder {
     rows.first().map_or(Holder::Unknown, |row| Holder::User(user_name(row.uid)))
 }
 
+/// The user and the inode of a listener that takes connections to this address of the host.
+pub fn listener_at(address: IpAddr, port: NonZeroU16) -> Option<(u32, u64)> {
+    let rows = procfs::net::tcp().unwrap_or_default().into_iter();
+    let mut rows = rows.chain(procfs::net::tcp6().unwrap_or_default());
+    let takes = |row: &TcpNetEntry| {
+        let (bound, at) = (row.local_address.ip().to_canonical(), row.local_address.port());
+        let covers = bound == address || bound.is_unspecified() && (bound.is_ipv6() || address.is_ipv4());
+        row.state == TcpState::Listen && at == port.get() && covers
+    };
+    rows.find(takes).map(|row| (row.uid, row.inode))
+}
+
 /// When the process of this id began; nothing when there is none. One that has ended and that nobody has waited for yet
 /// (a zombie) is none: it is in no namespace any more.
 ///
@@ -225,8 +237,12 @@ mod tests {
         assert_eq!(owners_of_sockets(&[inode, u64::MAX]), [(inode, fact)].into());
         assert!(owners_of_sockets(&[]).is_empty());
         assert_eq!(owner_of_sockets(&[]), None);
+        let uid = rustix::process::geteuid().as_raw();
+        assert_eq!(listener_at(Ipv4Addr::LOCALHOST.into(), port), Some((uid, inode)));
+        assert_eq!(listener_at(Ipv4Addr::new(127, 0, 0, 9).into(), port), None);
         drop(listener);
         assert_eq!(holder_of_port(port), Holder::Unknown);
+        assert_eq!(listener_at(Ipv4Addr::LOCALHOST.into(), port), None);
     }
 
     #[test]

@@ -14,8 +14,10 @@ use std::path::Path;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+use crate::agent::hostd::SOCKET_VARIABLE;
 use crate::devcontainer::{Build, Devcontainer};
 use crate::docker::{BuildFrom, FOLDER_LABEL, NewContainer};
+use crate::http::container_socket::{DIRECTORY_INSIDE, SOCKET};
 use crate::name;
 use crate::policy::CONTAINER_PORT;
 use crate::registration::model::{ContainerName, Token};
@@ -108,6 +110,8 @@ pub struct Recipe<'a> {
     pub name: &'a ContainerName,
     /// The folder, by an absolute path.
     pub folder: &'a str,
+    /// The directory of the host with the container's socket of the daemon.
+    pub http_directory: &'a str,
     /// The image, which is here.
     pub image: &'a str,
     /// How the image was built, if it was.
@@ -127,12 +131,13 @@ impl Recipe<'_> {
             image: self.image.to_owned(),
             environment: self.environment(tokens),
             folder: (self.folder.to_owned(), format!("/workspaces/{base}")),
+            http_directory: (self.http_directory.to_owned(), DIRECTORY_INSIDE.to_owned()),
             published: (port, CONTAINER_PORT),
             labels,
         }
     }
 
-    /// Under both names, so that a program for either finds what it looks for (wire specification, A.12).
+    /// The socket, and the rest under both names, so that a program for either finds what it looks for (wire specification, A.12).
     fn environment(&self, tokens: &Tokens) -> Vec<(String, String)> {
         let values = [
             ("CONTAINER_NAME", self.name.to_string()),
@@ -143,7 +148,8 @@ impl Recipe<'_> {
         let under = |prefix: &'static str| {
             values.clone().into_iter().map(move |(name, value)| (format!("{prefix}_{name}"), value))
         };
-        under("LANDFALL").chain(under("TYPECLAW")).collect()
+        let socket = (SOCKET_VARIABLE.to_owned(), format!("{DIRECTORY_INSIDE}/{SOCKET}"));
+        under("LANDFALL").chain(under("TYPECLAW")).chain([socket]).collect()
     }
 }
 

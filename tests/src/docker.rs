@@ -1,12 +1,13 @@
 //! A Docker Engine that does what a case says: it knows containers by name, counts what it is asked, and can fail, hang
 //! or hold a stop until it is let go. A thread for each connection; enough of the API for one daemon and no more.
 
+mod create;
 mod images;
 mod request;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufReader, Write};
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -41,6 +42,8 @@ struct Container {
     created: u32,
     /// What an inspection tells otherwise.
     told: Value,
+    /// The request that created it.
+    wish: Value,
 }
 
 /// Whether an answer is held.
@@ -66,6 +69,8 @@ struct State {
     list: Held,
     /// Stops wait while this holds.
     stops_held: bool,
+    /// The gateway of the network `bridge`.
+    gateway: Option<IpAddr>,
     /// It does not tell what happens while this holds.
     is_silent: bool,
     /// What it was asked, as `METHOD path`, in order.
@@ -112,6 +117,7 @@ impl FakeDocker {
             images: BTreeMap::new(),
             list: Held::No,
             stops_held: false,
+            gateway: None,
             is_silent: false,
             calls: Vec::new(),
             listeners: Vec::new(),
@@ -157,6 +163,7 @@ impl FakeDocker {
             labels: BTreeMap::new(),
             created: state.made,
             told: Value::Null,
+            wish: Value::Null,
         };
         state.containers.insert(name.to_owned(), container);
     }
@@ -184,6 +191,11 @@ impl FakeDocker {
         drop(state);
         self.announce("create", name);
         self.announce("start", name);
+    }
+
+    /// Has the network `bridge` have this gateway.
+    pub fn set_gateway(&self, gateway: IpAddr) {
+        self.state().gateway = Some(gateway);
     }
 
     /// Gives a container another name, and tells of it.
@@ -427,7 +439,9 @@ impl FakeDocker {
             }
             ("GET", ["events"]) => Reply::Events,
             ("GET", ["networks", "bridge"]) => {
-                Reply::Json(200, json!({"Name": "bridge", "IPAM": {"Config": []}}))
+                let gateway = self.state().gateway;
+                let pools: Vec<Value> = gateway.iter().map(|gateway| json!({"Gateway": gateway})).collect();
+                Reply::Json(200, json!({"Name": "bridge", "IPAM": {"Config": pools}}))
             }
             ("GET", ["containers", "json"]) => self.list(&request.query),
             ("GET", ["containers", name, "json"]) => self.inspect(name),
@@ -543,21 +557,6 @@ impl FakeDocker {
         };
         self.tell("start", &name, &id);
         Reply::Nothing(204)
-    }
-
-    fn create(&self, query: &str, body: &[u8]) -> Reply {
-        let Some(name) = parameter(query, "name") else {
-            return Reply::Json(400, json!({"message": "no name"}));
-        };
-        if self.name_of(&name).is_some() {
-            return Reply::Json(409, json!({"message": "the name is in use"}));
-        }
-        self.add(&name, false);
-        let wish: Value = serde_json::from_slice(body).unwrap_or_default();
-        let mut state = self.state();
-        let container = state.containers.get_mut(&name).unwrap();
-        container.image = wish["Image"].as_str().unwrap_or_default().to_owned();
-        Reply::Json(201, json!({"Id": container.id, "Warnings": []}))
     }
 
     fn rename(&self, wanted: &str, query: &str) -> Reply {

@@ -1,10 +1,13 @@
 //! A client of the daemon's HTTP endpoint that sends exact bytes over TCP.
 
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
+use rustix::net::{AddressFamily, SocketType};
 use serde_json::Value;
 
-use crate::peer::Peer;
+use crate::peer::{Peer, Stream};
 use crate::rpc;
 
 /// What came back.
@@ -42,6 +45,18 @@ impl Answer {
 pub type Web = Peer<TcpStream>;
 
 impl Web {
+    /// Connects to this address, from another one of this machine.
+    ///
+    /// # Panics
+    /// When nobody listens.
+    #[track_caller]
+    pub fn connect_from(from: IpAddr, to: SocketAddr) -> Web {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::new(from, 0)).unwrap();
+        rustix::net::connect(&socket, &to).unwrap_or_else(|error| panic!("connect to {to}: {error}"));
+        Peer::new(TcpStream::from(socket)).unwrap()
+    }
+
     /// Connects to 127.0.0.1.
     ///
     /// # Panics
@@ -60,12 +75,28 @@ impl Web {
     /// When none comes, or not in the wire's shape.
     #[track_caller]
     pub fn answer(&mut self) -> Answer {
-        let answer = self.any_answer().expect("an answer");
-        assert_eq!(answer.header("content-type").as_deref(), Some("application/json"), "{answer:?}");
-        rpc::check_shape(&answer.body);
-        answer
+        checked(self.any_answer())
     }
 
+    /// Whether the peer closes without another byte.
+    ///
+    /// # Panics
+    /// When it does neither.
+    #[track_caller]
+    pub fn is_closed(&mut self) -> bool {
+        self.unread.is_empty() && !self.read_more()
+    }
+}
+
+#[track_caller]
+fn checked(answer: Option<Answer>) -> Answer {
+    let answer = answer.expect("an answer");
+    assert_eq!(answer.header("content-type").as_deref(), Some("application/json"), "{answer:?}");
+    rpc::check_shape(&answer.body);
+    answer
+}
+
+impl<S: Stream> Peer<S> {
     /// The next answer of whatever kind, or nothing when the connection ends before it.
     ///
     /// # Panics
@@ -95,15 +126,20 @@ impl Web {
         }
         Some(answer)
     }
+}
 
-    /// Whether the peer closes without another byte.
-    ///
-    /// # Panics
-    /// When it does neither.
-    #[track_caller]
-    pub fn is_closed(&mut self) -> bool {
-        self.unread.is_empty() && !self.read_more()
-    }
+/// Sends one request over a Unix socket on a connection of its own.
+///
+/// # Errors
+/// Those of `connect(2)`.
+///
+/// # Panics
+/// When no answer comes.
+#[track_caller]
+pub fn ask_at(socket: &Path, token: Option<&str>, request: &Value) -> std::io::Result<Answer> {
+    let mut web = Peer::new(UnixStream::connect(socket)?)?;
+    web.send(post(80, token, &request.to_string()));
+    Ok(checked(web.any_answer()))
 }
 
 /// The head and body of a `POST /rpc`.

@@ -87,6 +87,19 @@ impl<S: Stream> Peer<S> {
         self.stream.write_all(bytes.as_ref())
     }
 
+    /// Whether nothing has come, not even the end.
+    ///
+    /// # Panics
+    /// When the stream cannot be asked.
+    pub fn is_silent(&self) -> bool
+    where
+        S: std::os::fd::AsFd,
+    {
+        let mut ready = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec::default();
+        self.unread.is_empty() && rustix::event::poll(&mut ready, Some(&now)).unwrap() == 0
+    }
+
     /// Reads more; false at the end, a reset included.
     #[track_caller]
     pub(crate) fn read_more(&mut self) -> bool {

@@ -19,6 +19,7 @@ mod hints;
 mod home_files;
 mod http;
 mod impostor;
+mod impostor_http;
 mod jobs;
 mod leaks;
 mod least_privilege;
@@ -81,6 +82,7 @@ fn main() -> std::process::ExitCode {
             rpc::CASES,
             http::CASES,
             impostor::CASES,
+            impostor_http::CASES,
             challenge::CASES,
             strangers::CASES,
             registrations::CASES,

@@ -4,9 +4,10 @@ use std::io;
 
 use serde_json::json;
 
-use super::args::{AgentArgs, AgentForwardArgs, AgentServeArgs, AgentVerb, Candidates};
+use super::args::{AgentArgs, AgentForwardArgs, AgentRestartArgs, AgentServeArgs, AgentVerb, Candidates};
 use super::exit::{Exit, Failure, chain};
 use super::output::Talk;
+use crate::agent::hostd::{Hostd, HostdError};
 use crate::agent::local::{self, AskError, Question, Reply, Why};
 use crate::agent::{self, DirectoryError, Options, PORT, StartError};
 use crate::registration::model::{ContainerName, Token};
@@ -21,6 +22,7 @@ const NAME_VARIABLES: [&str; 2] = ["LANDFALL_CONTAINER_NAME", "TYPECLAW_CONTAINE
 pub fn agent(args: AgentArgs) -> Result<Exit, Failure> {
     match args.verb {
         Some(AgentVerb::Forward(args)) => forward(&args),
+        Some(AgentVerb::Restart(args)) => restart(&args),
         None => serve(args.serve),
     }
 }
@@ -113,6 +115,42 @@ fn forward(args: &AgentForwardArgs) -> Result<Exit, Failure> {
             Ok(Exit::Ok)
         }
         Reply::Not(why, reason) => Err(not_forwarded(args, why, &reason)),
+    }
+}
+
+fn restart(args: &AgentRestartArgs) -> Result<Exit, Failure> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let hostd = Hostd::from_variables(variable).map_err(|error| not_restarted(&error))?;
+    let name = name().ok_or_else(|| {
+        Failure::new(Exit::Usage, "the name of this container is not known")
+            .hint("LANDFALL_CONTAINER_NAME holds it in a container of landfall start")
+    })?;
+    let request = json!({ "kind": "restart", "containerName": name.as_str(), "build": args.build });
+    let asked = super::runtime()?.block_on(hostd.ask(&request));
+    asked.map_err(|error| not_restarted(&error))?;
+    let talk = Talk::to_stdout(args.json);
+    if args.json {
+        talk.plain(&json!({ "containerName": name, "outcome": "scheduled" }).to_string());
+    } else {
+        talk.plain(&format!("{name} is about to be restarted"));
+    }
+    Ok(Exit::Ok)
+}
+
+fn not_restarted(error: &HostdError) -> Failure {
+    let failure = |exit| Failure::new(exit, chain(error));
+    match error {
+        HostdError::NoEndpoint | HostdError::Url | HostdError::NoToken => {
+            failure(Exit::NoDaemon).hint("landfall start gives them to the containers that it makes")
+        }
+        HostdError::Unreachable(_) | HostdError::Broken(_) | HostdError::Nonsense => {
+            failure(Exit::NoDaemon).hint("on the host, landfall status tells whether the daemon runs")
+        }
+        HostdError::Late => failure(Exit::TimedOut),
+        HostdError::Refused { status: 401 | 403, .. } => {
+            failure(Exit::Denied).hint("on the host, landfall ls tells whether this container is registered")
+        }
+        HostdError::Refused { .. } => failure(Exit::Refused),
     }
 }
 

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub use agent::{AgentArgs, AgentForwardArgs, AgentServeArgs, AgentVerb, Candidates};
+pub use agent::{AgentArgs, AgentForwardArgs, AgentRestartArgs, AgentServeArgs, AgentVerb, Candidates};
 pub use daemon::{
     DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, HelperArgs, LauncherArgs, LogsArgs, LsArgs,
     PlainArgs, RegisterArgs, RestartArgs, StatusArgs, UpArgs, WayArgs,
@@ -163,6 +163,7 @@ impl Verb {
             Verb::Logs(args) => args.json,
             Verb::Agent(args) => match &args.verb {
                 Some(AgentVerb::Forward(args)) => args.json,
+                Some(AgentVerb::Restart(args)) => args.json,
                 None => false,
             },
             Verb::Sandbox(_)

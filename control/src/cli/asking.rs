@@ -10,6 +10,7 @@ use super::exit::{Exit, Failure, chain};
 use crate::discovery::report::Found;
 use crate::folder::Withheld;
 use crate::helper::HelperFacts;
+use crate::http::gateway::HttpFacts;
 use crate::paths::{Home, HomeError};
 use crate::reconcile::table::{ContainerState, EngineFacts};
 use crate::registration::model::FoundBy;
@@ -32,6 +33,9 @@ pub struct Description {
     /// Where its HTTP endpoint listens.
     #[serde(default)]
     pub http_port: Option<u16>,
+    /// Whether containers reach it, and who holds the ports that it did not get.
+    #[serde(default)]
+    pub http: HttpFacts,
     /// Whether what is forwarded is served on the tailnet.
     #[serde(default)]
     pub tailscale: bool,

@@ -2,6 +2,7 @@
 
 mod docker;
 mod helper;
+mod http;
 
 use std::fs;
 use std::net::TcpListener;
@@ -68,6 +69,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
         docker,
         way_into_docker,
         helper,
+        http::http(),
         congestion(),
         outbound(),
         descriptors(),

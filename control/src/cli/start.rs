@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -15,6 +16,7 @@ use crate::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, ex
 use crate::discovery::labels;
 use crate::docker::labels::ContainerLabels;
 use crate::docker::{Docker, DockerError, FOLDER_LABEL, Listed};
+use crate::http::gateway::{Gateway, HeldPort};
 use crate::paths::Home;
 use crate::policy::PortList;
 use crate::processes::ProcessFact;
@@ -23,6 +25,10 @@ use crate::registration::file;
 use crate::registration::model::{ContainerName, Way};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::start::{self, Hands, Image, NotRunning, Recipe, Tokens};
+
+/// The time that the daemon has to listen on the gateway, and the interval between looks.
+const GATEWAY_MAX: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Starts.
 pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
@@ -47,6 +53,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     let client = Client::new(home.socket()).within(PATIENT_BUDGET);
     let http_port = asking::ensured(home.clone(), Vec::new())?.http_port;
     is_free(&client, &name)?;
+    runtime.block_on(gateway_is_ours(&client, &docker, http_port))?;
     trust::offer(&folder, &home, args.policy().is_none(), args.json)?;
 
     let talk = Talk::to_stdout(args.json);
@@ -73,11 +80,19 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
         Image::Built(from) => Some(from),
         Image::Named(_) => None,
     };
-    let recipe = Recipe { name: &name, folder: &folder.text, image: &prepared.image, built, http_port };
+    let http_directory = http_directory(&home, &name)?;
+    let recipe = Recipe {
+        name: &name,
+        folder: &folder.text,
+        http_directory: &http_directory,
+        image: &prepared.image,
+        built,
+        http_port,
+    };
     let fixed = json!({
         "kind": "register", "containerName": name.as_str(), "cwd": folder.text, "way": Way::DOCKER,
         "portForward": policy.unwrap_or_default(), "portNotes": notes, "folderPorts": folder_ports,
-        "challengeRequired": true,
+        "challengeRequired": true, "httpSocket": true,
     });
     let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
     runtime.block_on(start::start(&mut hands, last_port(&home, &name)))?;
@@ -171,6 +186,41 @@ fn is_free(client: &Client, name: &ContainerName) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// The directory that is mounted into the container with its socket of the daemon.
+fn http_directory(home: &Home, name: &ContainerName) -> Result<String, Failure> {
+    let path = home.http_directory(name);
+    path.to_str().map(str::to_owned).ok_or_else(|| {
+        Failure::new(Exit::Usage, format!("the path {} is not UTF-8", path.display()))
+            .hint("Docker takes paths as JSON, which knows no other text; LANDFALL_HOME names another home")
+    })
+}
+
+/// Refuses where another process holds the port to which the container would send its token. The daemon may learn the
+/// gateway's address later than this verb, so it gets some time to listen there.
+async fn gateway_is_ours(client: &Client, docker: &Docker, port: NonZeroU16) -> Result<(), Failure> {
+    let until = Instant::now() + GATEWAY_MAX;
+    loop {
+        let described = asking::describe(client)?;
+        match described.and_then(|described| described.http.gateway) {
+            Some(Gateway::Held { by }) => return Err(held(&by)),
+            Some(Gateway::Listening { .. } | Gateway::Elsewhere { .. }) => return Ok(()),
+            Some(Gateway::Failed { .. }) | None if Instant::now() >= until => break,
+            Some(Gateway::Failed { .. }) | None => tokio::time::sleep(LOOK_AGAIN).await,
+        }
+    }
+    // The daemon was started with other addresses, or Docker has not given it the gateway's address.
+    let Some(address) = docker.bridge_gateway().await else { return Ok(()) };
+    match HeldPort::of_stranger(address, port).await {
+        Some(by) => Err(held(&by)),
+        None => Ok(()),
+    }
+}
+
+fn held(by: &HeldPort) -> Failure {
+    Failure::new(Exit::Refused, format!("{by}, and the container would send its token there"))
+        .hint("end that process, or let the daemon take another port: landfall down, and up again")
 }
 
 /// An image that is here.

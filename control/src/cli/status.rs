@@ -10,7 +10,7 @@ use super::exit::{Exit, Failure};
 use super::ls;
 use super::output::{Colour, Talk};
 use super::trust;
-use super::up::{engine_in_words, tell_helper};
+use super::up::{engine_in_words, tell_helper, tell_http};
 use crate::reconcile::table::{Reached, RowState};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::sys::launcher::LauncherState;
@@ -37,12 +37,22 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     let count = description.containers.len();
     if json {
         let withheld = trust::withheld(&description.containers);
-        let Description { version, pid, home, http_port, replayed, engine, docker_helper, launcher, .. } =
-            description;
+        let Description {
+            version,
+            pid,
+            home,
+            http_port,
+            http,
+            replayed,
+            engine,
+            docker_helper,
+            launcher,
+            ..
+        } = description;
         let told = json!({
-            "version": version, "pid": pid, "home": home, "httpPort": http_port, "replayed": replayed,
-            "engine": engine, "dockerHelper": docker_helper, "launcher": launcher, "containers": count,
-            "forwards": ports, "withheld": withheld,
+            "version": version, "pid": pid, "home": home, "httpPort": http_port, "http": http,
+            "replayed": replayed, "engine": engine, "dockerHelper": docker_helper, "launcher": launcher,
+            "containers": count, "forwards": ports, "withheld": withheld,
         });
         talk.plain(&told.to_string());
         return Ok(());
@@ -54,6 +64,7 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     }
     let http = description.http_port.map_or_else(|| "no port".to_owned(), |port| format!("port {port}"));
     talk.line("http", Colour::Green, &http);
+    tell_http(talk, &description.http);
     if ours {
         talk.line("engine", Colour::Green, &engine_in_words(description.engine.as_ref()));
     }

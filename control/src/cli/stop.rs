@@ -19,7 +19,8 @@ pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
     let docker = Docker::from_environment();
     let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
     let name = which(args.what.as_deref(), &listed)?;
-    let client = Client::new(asking::home()?.socket()).within(PATIENT_BUDGET);
+    let home = asking::home()?;
+    let client = Client::new(home.socket()).within(PATIENT_BUDGET);
     // First, as nothing is to be forwarded to what is being stopped (wire specification, A.9). A daemon that does not run
     // forgets the container when it starts and does not find it.
     match start::deregister(&client, &name) {
@@ -27,6 +28,8 @@ pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
         _ => {}
     }
     runtime.block_on(docker.remove(&name)).map_err(|error| refused(&error))?;
+    // It goes with the container into which it was mounted, and stays if there is anything in it.
+    let _ = std::fs::remove_dir(home.http_directory(&name));
     let talk = Talk::to_stdout(args.json);
     if args.json {
         talk.plain(&json!({ "stopped": name }).to_string());

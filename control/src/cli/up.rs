@@ -14,10 +14,12 @@ use super::output::{Colour, Report, Talk};
 use super::trust;
 use crate::helper::program::Program;
 use crate::helper::{ACCESS, HelperFacts, HelperState};
+use crate::http::gateway::{Gateway, HttpFacts};
 use crate::policy;
 use crate::reconcile::table::EngineFacts;
 use crate::rpc::client::Client;
 use crate::rpc::ensure::{Ensured, Wanted};
+use crate::sys::token_variables;
 use crate::version;
 
 /// How long a helper that is being made is waited for; its image is brought to the engine the first time.
@@ -73,7 +75,8 @@ fn become_daemon(args: &UpArgs, client: &Client) -> Result<Exit, Failure> {
     }
     let wanted = Wanted::own(asking::home()?, args.daemon.words());
     let mut command = Command::new(&wanted.program);
-    let error = command.arg0("landfall").arg("_hostd").args(&wanted.arguments).exec();
+    command.arg0("landfall").arg("_hostd").args(&wanted.arguments);
+    let error = token_variables::remove_from(&mut command).exec();
     Err(Failure::new(Exit::Failed, format!("cannot become the daemon: {}", chain(&error))))
 }
 
@@ -96,6 +99,7 @@ fn to_json(ensured: &Ensured, description: Option<&Description>) -> serde_json::
         "pid": pid(ensured, description),
         "httpPort": ensured.http_port,
         "version": description.map_or_else(version::current, |description| description.version.clone()),
+        "http": description.map(|description| &description.http),
         "engine": description.and_then(|description| description.engine.as_ref()),
         "dockerHelper": description.and_then(|description| description.docker_helper.as_ref()),
         "withheld": description.map(|description| trust::withheld(&description.containers)).unwrap_or_default(),
@@ -110,6 +114,9 @@ fn to_text(talk: Talk, ensured: &Ensured, description: Option<&Description>) {
     };
     let pid = pid(ensured, description).map(|pid| format!("pid {pid}, ")).unwrap_or_default();
     talk.line("daemon", Colour::Green, &format!("{how} ({pid}HTTP port {})", ensured.http_port));
+    if let Some(description) = description {
+        tell_http(talk, &description.http);
+    }
     let engine = description.and_then(|description| description.engine.as_ref());
     talk.line("engine", Colour::Green, &engine_in_words(engine));
     if let Some(helper) = description.and_then(|description| description.docker_helper.as_ref()) {
@@ -117,6 +124,23 @@ fn to_text(talk: Talk, ensured: &Ensured, description: Option<&Description>) {
     }
     if let Some(description) = description {
         trust::print_withheld(talk, &description.containers);
+    }
+}
+
+/// The processes that hold a port to which containers send their tokens, a line each.
+pub(super) fn tell_http(talk: Talk, http: &HttpFacts) {
+    if let Some(held) = &http.fallback {
+        let text = format!("{held}; containers that were started before send their tokens there");
+        talk.line("http", Colour::Red, &text);
+    }
+    match &http.gateway {
+        Some(Gateway::Held { by }) => {
+            talk.line("http", Colour::Red, &format!("{by}; containers send their tokens there"));
+        }
+        Some(Gateway::Failed { address, reason }) => {
+            talk.line("http", Colour::Yellow, &format!("containers do not reach {address}: {reason}"));
+        }
+        Some(Gateway::Listening { .. } | Gateway::Elsewhere { .. }) | None => {}
     }
 }
 

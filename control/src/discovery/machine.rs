@@ -458,6 +458,7 @@ fn registration(name: &ContainerName, docker_name: &ContainerName, id: &str, by:
         folder_ports_approved: false,
         broker_token: None,
         challenge_required: false,
+        http_socket: false,
         way: Some(Way::Docker { container }),
         discovered: Some(Discovered { by, id: Some(id.to_owned()) }),
         port_notes: Vec::new(),

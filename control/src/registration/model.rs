@@ -255,6 +255,9 @@ pub struct Registration {
     /// Its WebSocket has to answer a challenge: the broker token itself is never sent there.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub challenge_required: bool,
+    /// It has a socket of the HTTP endpoint of its own, in a directory that is mounted into it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub http_socket: bool,
     /// How it is reached without its help.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub way: Option<Way>,
@@ -326,6 +329,7 @@ impl Registration {
         };
         let discovered = ours(&mut fields, "discovered")?;
         let port_notes = ours(&mut fields, "portNotes")?.unwrap_or_default();
+        let http_socket = ours(&mut fields, "httpSocket")?.unwrap_or_default();
         let challenge_required = ours(&mut fields, "challengeRequired")?.unwrap_or_default();
         fields.remove("kind");
         let unknown = fields;
@@ -339,6 +343,7 @@ impl Registration {
             folder_ports_approved: false,
             broker_token,
             challenge_required,
+            http_socket,
             way,
             discovered,
             port_notes,

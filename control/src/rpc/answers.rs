@@ -18,6 +18,7 @@ use crate::discovery::{Detached, Discovery};
 use crate::events::{Event, Journal};
 use crate::folder::{Approvals, Withheld, withheld};
 use crate::helper::{Helper, HelperFacts};
+use crate::http::gateway::{HttpFacts, SharedFacts};
 use crate::paths::Home;
 use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
 use crate::reconcile::task::Forwarding;
@@ -86,6 +87,8 @@ pub struct Answers {
     pub version: String,
     /// The HTTP port that is bound.
     pub http_port: NonZeroU16,
+    /// Whether containers reach the HTTP endpoint, and the holders of ports that it did not get.
+    pub http_facts: SharedFacts,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
     /// What enters containers where the daemon may not.
@@ -261,6 +264,7 @@ impl Answers {
             pid: std::process::id(),
             home: self.home.root().display().to_string(),
             http_port: self.http_port.get(),
+            http: self.http_facts.now(),
             tailscale: self.tailscale,
             docker_helper: self.helper.facts(),
             launcher: launcher::state(),
@@ -307,6 +311,9 @@ pub struct Description {
     pub home: String,
     /// The HTTP port that it has.
     pub http_port: u16,
+    /// Whether containers reach it, and who holds the ports that it did not get.
+    #[serde(default)]
+    pub http: HttpFacts,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
     /// The container that enters others for the daemon, where there is to be one.

@@ -87,6 +87,7 @@ fn a_container_has_its_variables_under_both_names_and_nothing_else_of_its_tokens
     let recipe = Recipe {
         name: &name,
         folder: "/home/u/my shop",
+        http_directory: "/home/u/.landfall/run/http/shop",
         image: "landfall-shop",
         built: Some(&from),
         http_port: NonZeroU16::new(8974).unwrap(),
@@ -100,7 +101,9 @@ fn a_container_has_its_variables_under_both_names_and_nothing_else_of_its_tokens
         assert_eq!(value(&format!("{prefix}_HOSTD_TOKEN")), tokens.restart.reveal());
         assert_eq!(value(&format!("{prefix}_HOSTD_BROKER_TOKEN")), tokens.broker.reveal());
     }
-    assert_eq!(made.environment.len(), 8);
+    assert_eq!(value("LANDFALL_HOSTD_SOCKET"), "/run/landfall-http/http.sock");
+    assert_eq!(made.http_directory.1, "/run/landfall-http");
+    assert_eq!(made.environment.len(), 9);
     assert_eq!(made.folder, ("/home/u/my shop".to_owned(), "/workspaces/my shop".to_owned()));
     assert_eq!(made.labels[FOLDER_LABEL], "/home/u/my shop");
     assert!(!made.labels.values().any(|value| value.contains(tokens.restart.reveal())));

@@ -117,16 +117,12 @@ fn a_head_without_end_is_refused() {
 }
 
 #[test]
-fn one_client_cannot_keep_another_out() {
-    let (_home, _daemon, port) = daemon();
+fn clients_of_one_listener_cannot_keep_those_of_another_out() {
+    let home = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(home.path(), &["--http-port", "0", "--http-bind", "127.0.0.9"]);
+    let port = daemon.http_port();
     let idle: Vec<TcpStream> = (0..80).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
-    let from_elsewhere =
-        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
-    let bind: std::net::SocketAddr = "127.0.0.2:0".parse().unwrap();
-    rustix::net::bind(&from_elsewhere, &bind).unwrap();
-    let to: std::net::SocketAddr = format!("127.0.0.1:{port}").parse().unwrap();
-    rustix::net::connect(&from_elsewhere, &to).unwrap();
-    let mut stream = TcpStream::from(from_elsewhere);
+    let mut stream = TcpStream::connect(("127.0.0.9", port)).unwrap();
     stream.set_read_timeout(Some(WAIT_MAX)).unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     let mut answer = String::new();

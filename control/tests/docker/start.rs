@@ -21,13 +21,17 @@ struct Shop {
 impl Shop {
     /// A folder that serves `www` on its own loopback, and is described in the way of a dev container.
     fn new(name: &str, command: &str) -> Shop {
+        Shop::of(super::BASE, name, command)
+    }
+
+    /// The same of this image, with what else its Dockerfile says.
+    fn of(base: &str, name: &str, command: &str) -> Shop {
         let name = format!("lf-{}-{name}", std::process::id());
         let shop = Shop { root: tempfile::tempdir().unwrap(), name, port: free_port() };
         let command = command.replace("PORT", &shop.port.to_string());
         std::fs::create_dir_all(shop.folder().join(".devcontainer")).unwrap();
         std::fs::create_dir(shop.folder().join("www")).unwrap();
-        let dockerfile =
-            format!("FROM {}\nCOPY www /www\nCMD [\"sh\", \"-c\", \"{command}\"]\n", super::BASE);
+        let dockerfile = format!("FROM {base}\nCOPY www /www\nCMD [\"sh\", \"-c\", \"{command}\"]\n");
         shop.write(".devcontainer/Dockerfile", &dockerfile);
         let said = format!(
             r#"{{
@@ -167,6 +171,57 @@ fn a_started_folder_restarts_itself_and_answers_where_it_did() {
     assert!(!run(&["inspect", &shop.name]).status.success(), "the container is still there");
     assert!(!shop.registration().exists());
     assert_eq!(shop.landfall(&["stop"]).status.code(), Some(3));
+}
+
+/// An agent of ours beside the web server, as an ordinary user of the container.
+const SERVE_WITH_AGENT: &str = "busybox httpd -p 127.0.0.1:PORT -h /www; exec /landfall agent";
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
+    let base = format!("{}\nUSER 1234:1234", super::agent::IMAGE);
+    let shop = Shop::of(&base, "socket", SERVE_WITH_AGENT);
+    shop.says(&["start"]);
+    wait_until("the first page", || shop.page());
+    // The folder and its own directory are mounted, that read-only, and nothing else of the daemon's.
+    let mounts = docker(&[
+        "inspect",
+        "-f",
+        "{{range .Mounts}}{{.Destination}} {{.RW}} {{.Source}}{{println}}{{end}}",
+        &shop.name,
+    ]);
+    let mut mounts: Vec<&str> = mounts.lines().filter(|line| !line.is_empty()).collect();
+    mounts.sort_unstable();
+    let directory = shop.home().join("run/http").join(&shop.name);
+    assert_eq!(mounts.len(), 2, "{mounts:?}");
+    assert_eq!(mounts[0], format!("/run/landfall-http false {}", directory.display()));
+    let touched = run(&["exec", "-u", "0", &shop.name, "touch", "/run/landfall-http/file"]);
+    assert!(String::from_utf8_lossy(&touched.stderr).contains("Read-only file system"), "{touched:?}");
+    // Through Docker's proxy, the agent has answered the challenge of the broker.
+    let log = || std::fs::read_to_string(shop.home().join("log/hostd.log")).unwrap();
+    let connected = format!("[portbroker:{}] connected", shop.name);
+    wait_until("the broker", || log().contains(&connected).then_some(()));
+    let registered: Value = serde_json::from_slice(&std::fs::read(shop.registration()).unwrap()).unwrap();
+    assert_eq!((&registered["challengeRequired"], &registered["httpSocket"]), (&true.into(), &true.into()));
+    for token in ["brokerToken", "restartToken"] {
+        assert!(!log().contains(registered[token].as_str().unwrap()));
+    }
+    // It asks over the socket; also after another daemon has taken the place of the first.
+    let restart = || {
+        let before = shop.started_at().unwrap();
+        docker(&["exec", &shop.name, "/landfall", "agent", "restart"]);
+        wait_until("the restart", || shop.started_at().filter(|now| *now != before));
+        wait_until("the page after it", || shop.page());
+    };
+    restart();
+    shop.says(&["down"]);
+    let refused = run(&["exec", &shop.name, "/landfall", "agent", "restart"]);
+    assert_eq!(refused.status.code(), Some(5), "{refused:?}");
+    shop.says(&["up", "--http-port", "0"]);
+    wait_until("the page of the next daemon", || shop.page());
+    restart();
+    shop.says(&["stop"]);
+    assert!(!directory.exists());
 }
 
 #[test]

@@ -29,6 +29,15 @@ answer in time
 
 Example: PORT=$(landfall agent forward 4848 --host 4848-4857 --reason dashboard)";
 
+const RESTART_NOTES: &str = "\
+The daemon is asked over the socket that LANDFALL_HOSTD_SOCKET names, else at LANDFALL_HOSTD_URL, with
+the token in LANDFALL_HOSTD_TOKEN. It answers before it stops the container.
+
+Exit codes: 4 the token is not this container's; 5 no daemon; 6 the daemon refuses; 124 no answer in
+time
+
+Example: landfall agent restart";
+
 /// `landfall agent`
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -47,6 +56,9 @@ pub enum AgentVerb {
     /// Ask for a port of the host that leads to a port of this container, and print it
     #[command(after_help = FORWARD_NOTES)]
     Forward(AgentForwardArgs),
+    /// Ask the daemon on the host to restart this container
+    #[command(after_help = RESTART_NOTES)]
+    Restart(AgentRestartArgs),
 }
 
 /// How an agent serves.
@@ -84,6 +96,17 @@ pub struct AgentForwardArgs {
     /// The port of the agent
     #[arg(long = "agent-port", default_value_t = crate::agent::PORT, value_name = "PORT")]
     pub agent_port: u16,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall agent restart`
+#[derive(Debug, Args)]
+pub struct AgentRestartArgs {
+    /// Build the image of this container first
+    #[arg(long)]
+    pub build: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

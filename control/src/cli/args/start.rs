@@ -12,8 +12,12 @@ use crate::registration::model::ContainerName;
 pub(super) const START_NOTES: &str = "\
 The image is what --image names, else what the folder's devcontainer.json says, else it is built by
 the folder's Dockerfile. Its own command runs, with the folder at /workspaces/NAME, and may ask to be
-restarted: the address and the token are in LANDFALL_HOSTD_URL and LANDFALL_HOSTD_TOKEN. It has 3 s
-to end when it is stopped.
+restarted: LANDFALL_HOSTD_SOCKET names a socket of the daemon that only this container has,
+LANDFALL_HOSTD_URL its port, and LANDFALL_HOSTD_TOKEN holds the token. It has 3 s to end when it is
+stopped.
+
+The container's environment holds its tokens. On the host, root and every user with the uid of a
+process in the container can read them in /proc/PID/environ.
 
 Example: landfall start ~/shop";
 

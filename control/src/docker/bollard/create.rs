@@ -73,6 +73,13 @@ fn body(new: &NewContainer) -> ContainerCreateBody {
         target: Some(new.folder.1.clone()),
         ..Mount::default()
     };
+    let http = Mount {
+        typ: Some(MountType::BIND),
+        source: Some(new.http_directory.0.clone()),
+        target: Some(new.http_directory.1.clone()),
+        read_only: Some(true),
+        ..Mount::default()
+    };
     ContainerCreateBody {
         image: Some(new.image.clone()),
         env: Some(new.environment.iter().map(|(name, value)| format!("{name}={value}")).collect()),
@@ -80,7 +87,7 @@ fn body(new: &NewContainer) -> ContainerCreateBody {
         labels: Some(new.labels.clone().into_iter().collect()),
         stop_timeout: Some(STOP_SECONDS),
         host_config: Some(HostConfig {
-            mounts: Some(vec![folder]),
+            mounts: Some(vec![folder, http]),
             port_bindings: Some(HashMap::from([(inside, Some(vec![binding]))])),
             extra_hosts: Some(vec!["host.docker.internal:host-gateway".to_owned()]),
             ..HostConfig::default()

@@ -1,0 +1,65 @@
+//! Whether another user of this machine receives what containers send to the daemon.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroU16;
+
+use super::Finding;
+use crate::cli::asking;
+use crate::docker::Docker;
+use crate::http::gateway::{Gateway, HeldPort, HttpFacts};
+use crate::policy;
+
+const WHAT: &str = "HTTP for containers";
+
+/// Looks at what the daemon reports, or at the port itself where no daemon runs.
+pub(super) fn http() -> Finding {
+    let described = asking::client().and_then(|client| asking::describe(&client)).ok().flatten();
+    match described {
+        Some(described) => of_daemon(&described.http, described.http_port),
+        None => without_daemon(),
+    }
+}
+
+fn of_daemon(http: &HttpFacts, port: Option<u16>) -> Finding {
+    let at = port.map_or_else(|| "no port".to_owned(), |port| format!("port {port}"));
+    match (&http.gateway, &http.fallback) {
+        (Some(Gateway::Held { by }), _) | (_, Some(by)) => stranger(by),
+        (Some(Gateway::Failed { address, reason }), _) => Finding::lack(
+            WHAT,
+            format!("the daemon does not listen on {address}: {reason}"),
+            "landfall up --http-bind takes an address of this machine",
+        ),
+        (Some(Gateway::Listening { address }), None) => {
+            Finding::ok(WHAT, format!("the daemon listens on {address}, {at}"))
+        }
+        (Some(Gateway::Elsewhere { address }), None) => {
+            Finding::ok(WHAT, format!("{at}; {address} is no address of this machine"))
+        }
+        (None, None) => Finding::ok(WHAT, at),
+    }
+}
+
+fn without_daemon() -> Finding {
+    let Some(port) = NonZeroU16::new(policy::HTTP_PORT) else { return Finding::ok(WHAT, "no daemon runs") };
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        return Finding::ok(WHAT, "no daemon runs");
+    };
+    let held = runtime.block_on(async {
+        let gateway = Docker::from_environment().bridge_gateway().await;
+        for address in gateway.into_iter().chain([IpAddr::V4(Ipv4Addr::LOCALHOST)]) {
+            if let Some(held) = HeldPort::of_stranger(address, port).await {
+                return Some(held);
+            }
+        }
+        None
+    });
+    held.map_or_else(|| Finding::ok(WHAT, "no daemon runs"), |held| stranger(&held))
+}
+
+fn stranger(held: &HeldPort) -> Finding {
+    Finding::lack(
+        WHAT,
+        format!("{held}; containers send their tokens there"),
+        "end that process; the daemon listens there as soon as the port is free",
+    )
+}

@@ -1,0 +1,33 @@
+//! Containers that are created over the API.
+
+use serde_json::{Value, json};
+
+use super::request::parameter;
+use super::{FakeDocker, Reply};
+
+impl FakeDocker {
+    /// Returns the request that created a container, if it was created over the API.
+    pub fn wish(&self, name: &str) -> Option<Value> {
+        self.state()
+            .containers
+            .get(name)
+            .map(|container| container.wish.clone())
+            .filter(|wish| !wish.is_null())
+    }
+
+    pub(super) fn create(&self, query: &str, body: &[u8]) -> Reply {
+        let Some(name) = parameter(query, "name") else {
+            return Reply::Json(400, json!({"message": "no name"}));
+        };
+        if self.name_of(&name).is_some() {
+            return Reply::Json(409, json!({"message": "the name is in use"}));
+        }
+        self.add(&name, false);
+        let wish: Value = serde_json::from_slice(body).unwrap_or_default();
+        let mut state = self.state();
+        let container = state.containers.get_mut(&name).unwrap();
+        container.image = wish["Image"].as_str().unwrap_or_default().to_owned();
+        container.wish = wish;
+        Reply::Json(201, json!({"Id": container.id, "Warnings": []}))
+    }
+}
