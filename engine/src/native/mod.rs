@@ -24,6 +24,7 @@
 //! | `tracee`, `procfs` | facts about the process and its descriptors; the parsers are pure |
 //! | `host_socket` | facts about sockets; makes the host's |
 //! | `serve`, `listener` | the thread, and what it keeps of each native listener |
+//! | `traffic` | counters of native ports, on demand |
 //! | `stub_relay` | clients inside the sandbox, relayed to the host socket |
 //!
 //! # What holds
@@ -51,17 +52,21 @@ mod procfs;
 mod serve;
 mod stub_relay;
 mod tracee;
+mod traffic;
 
 use std::io;
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::thread;
 
+use rustix::fs::inotify::{self, CreateFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::watch::sock_diag::{self, SockDiag};
 pub use decision::{Conflict, EPHEMERAL_PORTS, HostAddress, RelayReason};
 pub use notify::{InstallError, install};
+pub use traffic::{Traffic, traffic};
 
 /// Native listeners of one sandbox. More are relayed, as far as the driver's own quota lets them.
 pub const LISTENERS_MAX: usize = 256;
@@ -149,24 +154,42 @@ pub enum SuperviseError {
 
 /// Answers the trapped calls of one sandbox, on a thread of its own, until every process of the sandbox has ended.
 ///
-/// It cannot be stopped: a sandbox whose calls nothing answers has no `listen` any more (ENOSYS).
+/// [`Supervisor::prepare`] takes what can be exhausted before the filter is installed: in a sandbox under a filter without a
+/// supervisor, every `listen` fails with ENOSYS.
 #[derive(Debug)]
-pub struct Supervisor(());
+pub struct Supervisor {
+    inotify: OwnedFd,
+    listeners: SockDiag,
+}
 
 impl Supervisor {
+    /// Takes the descriptors that a supervisor needs. The calling thread is in the network namespace that servers are to listen
+    /// in.
+    ///
+    /// # Errors
+    /// See [`SuperviseError`].
+    pub fn prepare() -> Result<Supervisor, SuperviseError> {
+        let inotify =
+            inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(SuperviseError::Inotify)?;
+        let listeners = sock_diag::open().map_err(|errno| SuperviseError::Listing(errno.into()))?;
+        let listeners =
+            SockDiag::new(listeners).map_err(|error| SuperviseError::Listing(io::Error::other(error)))?;
+        Ok(Supervisor { inotify, listeners })
+    }
+
     /// Starts to answer. `notifications` is what [`install`] returned, and `netns_cookie` the `SO_NETNS_COOKIE` of the
-    /// sandbox. The calling thread is in the network namespace that servers are to listen in.
+    /// sandbox. It cannot be stopped.
     ///
     /// # Errors
     /// See [`SuperviseError`].
     pub fn start(
+        self,
         notifications: OwnedFd,
         netns_cookie: u64,
         driver: impl Driver,
-    ) -> Result<Supervisor, SuperviseError> {
-        let serving = serve::Serving::new(notifications, netns_cookie, driver)?;
+    ) -> Result<(), SuperviseError> {
+        let serving = serve::Serving::new(self, notifications, netns_cookie, driver)?;
         let thread = thread::Builder::new().name("landfall-native".to_owned());
-        thread.spawn(move || serving.run()).map_err(SuperviseError::Thread)?;
-        Ok(Supervisor(()))
+        thread.spawn(move || serving.run()).map(drop).map_err(SuperviseError::Thread)
     }
 }

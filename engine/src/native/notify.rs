@@ -20,11 +20,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::filter::{self, Call};
 
 /// Why a filter could not be installed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
 pub enum InstallError {
     /// This build is for an architecture without native sockets.
     #[error("native sockets are not built for this processor")]

@@ -11,14 +11,13 @@
 //! [`RETAINED_CHECK`].
 
 use std::collections::BTreeMap;
-use std::io;
 use std::mem::MaybeUninit;
 use std::num::NonZeroU16;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
+use rustix::fs::inotify::{self, Reader, WatchFlags};
 use rustix::io::Errno;
 use rustix::net::sockopt;
 
@@ -31,8 +30,8 @@ use super::listener::{Clients, Native, inode, mirror_blocking};
 use super::notify::{Notifications, Received, Trapped};
 use super::stub_relay::{StubRelay, StubRelayError};
 use super::tracee::{self, Tracee};
-use super::{Driver, LISTENERS_MAX, NativeEvent, NativeListener, SuperviseError};
-use crate::watch::sock_diag::{self, SockDiag};
+use super::{Driver, LISTENERS_MAX, NativeEvent, NativeListener, SuperviseError, Supervisor};
+use crate::watch::sock_diag::SockDiag;
 
 /// The interval at which the holders of stubs are looked up.
 const RETAINED_CHECK: Duration = Duration::from_millis(250);
@@ -58,16 +57,13 @@ pub(super) struct Serving<D> {
 
 impl<D: Driver> Serving<D> {
     pub(super) fn new(
+        prepared: Supervisor,
         notifications: OwnedFd,
         netns_cookie: u64,
         driver: D,
     ) -> Result<Serving<D>, SuperviseError> {
         let notifications = Notifications::new(notifications).map_err(SuperviseError::Notifications)?;
-        let inotify =
-            inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(SuperviseError::Inotify)?;
-        let listeners = sock_diag::open().map_err(|errno| SuperviseError::Listing(errno.into()))?;
-        let listeners =
-            SockDiag::new(listeners).map_err(|error| SuperviseError::Listing(io::Error::other(error)))?;
+        let Supervisor { inotify, listeners } = prepared;
         Ok(Serving {
             notifications,
             inotify,

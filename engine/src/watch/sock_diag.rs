@@ -14,7 +14,9 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recvfrom, sendto, socket_with,
 };
 
-use super::diag_message::{datagram, request};
+use super::diag_message::{
+    Connection, REQUEST_BYTES, connection, connections_request, listener, request, sockets,
+};
 use super::reading::Reading;
 use super::source::{ReadError, Wholeness};
 use crate::command::{Family, Listening};
@@ -102,9 +104,47 @@ impl SockDiag {
         }
     }
 
+    /// Gives every TCP connection of the namespace to `each`. A connection that is made or ends meanwhile may be missing.
+    ///
+    /// # Errors
+    /// Any of [`ReadError`].
+    pub fn connections(&mut self, mut each: impl FnMut(Connection)) -> Result<(), ReadError> {
+        if std::mem::replace(&mut self.leftover, true) {
+            self.empty()?;
+        }
+        for family in Family::ALL {
+            let asked = self.dump(connections_request(family, self.sequence.wrapping_add(1)), |payload| {
+                Ok(connection(payload)?.is_some_and(|found| {
+                    each(found);
+                    true
+                }))
+            });
+            match asked {
+                Ok(_) | Err(ReadError::Interrupted) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.leftover = false;
+        Ok(())
+    }
+
     fn ask(&mut self, family: Family, each: &mut impl FnMut(Listening)) -> Result<Wholeness, ReadError> {
+        self.dump(request(family, self.sequence.wrapping_add(1)), |payload| {
+            Ok(listener(payload, family)?.is_some_and(|row| {
+                each(row);
+                true
+            }))
+        })
+    }
+
+    /// Sends a request, whose sequence is the next one, and gives every socket of the answer to `each`, which returns whether it
+    /// is one of those that were asked for.
+    fn dump(
+        &mut self,
+        request: [u8; REQUEST_BYTES],
+        mut each: impl FnMut(&[u8]) -> Result<bool, ReadError>,
+    ) -> Result<Wholeness, ReadError> {
         self.sequence = self.sequence.wrapping_add(1);
-        let request = request(family, self.sequence);
         let kernel = SocketAddrNetlink::new(0, 0);
         retry_on_intr(|| sendto(&self.socket, &request, SendFlags::DONTWAIT, &kernel))
             .map_err(ReadError::Diag)?;
@@ -114,9 +154,9 @@ impl SockDiag {
             let Some(bytes) = self.receive()? else { continue };
             let mut rows = 0u32;
             let bytes = self.buffer.get(..bytes).ok_or(ReadError::Malformed("datagram too long"))?;
-            let progress = datagram(bytes, self.sequence, family, |row| {
-                each(row);
-                rows += 1;
+            let progress = sockets(bytes, self.sequence, |payload| {
+                rows += u32::from(each(payload)?);
+                Ok(())
             })?;
             interrupted |= progress.interrupted;
             datagrams_with_rows += u32::from(rows > 0);

@@ -62,7 +62,7 @@ impl Sandbox {
         let asked = Arc::default();
         let driver =
             Noting { denied: denied.iter().copied().collect(), conflict, asked: Arc::clone(&asked), events };
-        Supervisor::start(descriptors.remove(0), cookie, driver).unwrap();
+        Supervisor::prepare().unwrap().start(descriptors.remove(0), cookie, driver).unwrap();
         Sandbox { child, channel, events: told, asked, cookie }
     }
 
