@@ -16,6 +16,7 @@ pub mod helper;
 pub mod hostd;
 pub mod logs;
 pub mod ls;
+mod native;
 pub mod output;
 pub mod register;
 pub mod restart;
@@ -25,6 +26,7 @@ pub mod start;
 pub mod status;
 pub mod stop;
 pub mod table;
+mod traffic;
 pub mod trust;
 pub mod up;
 pub mod version;
@@ -83,6 +85,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         // It has told whoever started it why.
         Verb::Opener => Ok(opener::serve::main(rustix::stdio::stdin()).map_or(Exit::Failed, |()| Exit::Ok)),
         Verb::Helper(args) => helper::helper(&args),
+        Verb::Keeper(args) => {
+            sandbox::keeper::main(args.pid);
+            Ok(Exit::Ok)
+        }
         Verb::Tied(args) => Err(Failure::new(Exit::Failed, sandbox::pasta::tied(&args.command).to_string())),
     };
     match done {

@@ -41,6 +41,7 @@ use crate::http::gateway::{self, SharedFacts};
 use crate::http::{self, Http, HttpError};
 use crate::jobs::Jobs;
 use crate::liveness::Ways;
+use crate::native::Sockets;
 use crate::paths::{self, Home, HomeError};
 use crate::policy::ControlPorts;
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
@@ -79,6 +80,8 @@ pub struct Options {
     pub tailscale: bool,
     /// Whether containers are entered by a helper container.
     pub docker_helper: bool,
+    /// How servers under `run` listen by default.
+    pub sockets: Sockets,
     /// How long a call of tailscale may take.
     pub tailscale_timeout: Duration,
     /// How often it looks whether containers still exist.
@@ -208,6 +211,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         http_port: bound.port(),
         http_facts: SharedFacts::default(),
         tailscale: options.tailscale,
+        sockets: options.sockets,
         helper: helper.clone(),
         registry: registry.clone(),
         approvals,

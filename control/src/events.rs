@@ -7,6 +7,8 @@ use std::num::NonZeroU16;
 
 use serde::{Deserialize, Serialize};
 
+use crate::reconcile::table::ForwardPath;
+
 pub use journal::Journal;
 
 /// One thing that happened. The JSON form has `kind` and the fields of A.13.
@@ -92,6 +94,9 @@ pub enum PortForwardEvent {
         /// Ours alone: what the port is for, where the registration says so.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         label: Option<String>,
+        /// Ours alone: `native` where the server listens on a socket of the host, and absent where it is relayed.
+        #[serde(default, skip_serializing_if = "ForwardPath::is_relay")]
+        path: ForwardPath,
         /// Ours alone: people are not to be told.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         silent: bool,

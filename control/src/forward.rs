@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::command::{Command, Event, RingKind, RingReport, UpstreamId, UpstreamKind};
 use landfall_engine::engine::StartError;
+use landfall_engine::native::NativeEvent;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
 use landfall_engine::process::confinement::Confinement;
 use landfall_engine::process::privileges::{EngineUser, drop_capabilities};
@@ -31,10 +32,12 @@ use thiserror::Error;
 
 use crate::cli::args::Ring;
 use crate::cli::output::{Report, Talk};
+use crate::native::driver::Sink;
+use crate::native::state::NativeState;
 use crate::policy::{ControlPorts, Decision, Policy};
 use crate::processes;
 use crate::reconcile::fleet::{Admission, Change, Fleet, Row, Wish};
-use crate::reconcile::table::RowState;
+use crate::reconcile::table::{ForwardPath, RowState};
 use crate::registration::model::ContainerName;
 use crate::waiting::{self, Happening, Origin, Signals, Watched};
 use engine::Driver;
@@ -73,6 +76,8 @@ pub struct Options {
     pub ring: Ring,
     /// Where lines go.
     pub talk: Talk,
+    /// Whether a supervisor reports native sockets.
+    pub native: bool,
 }
 
 /// Something that the verb has to act on.
@@ -104,7 +109,7 @@ impl Session {
         let (queue, happenings) = mpsc::channel();
         let (engine, events) = engine::start(options.ring)?;
         waiting::relay_events(events, queue.clone())?;
-        let forwarder = Forwarder::new(options.name, options.policy);
+        let forwarder = Forwarder::new(options.name, options.policy, options.native);
         let mut session = Session { engine, happenings, queue, forwarder, talk: options.talk };
 
         let shards = session.expect(|event| match event {
@@ -120,6 +125,15 @@ impl Session {
         }
         session.expect(|event| matches!(event, Event::Listeners { .. }).then_some(()))?;
         Ok(session)
+    }
+
+    /// Takes the events of a supervisor of native sockets.
+    pub fn native_events(&self) -> Sink {
+        let queue = self.queue.clone();
+        Box::new(move |event| {
+            // Nothing is reported after the session has ended.
+            let _ = queue.send(Happening::Native(event));
+        })
     }
 
     /// Begins to tell of signals and of the ends of processes.
@@ -142,6 +156,10 @@ impl Session {
                 Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
                 Ok(Happening::EngineEnded) => Some("the relay engine ended".to_owned()),
                 Ok(Happening::DaemonHints) => None,
+                Ok(Happening::Native(event)) => {
+                    self.take_native(&event);
+                    None
+                }
                 Err(RecvTimeoutError::Disconnected) => Some("nothing more can happen".to_owned()),
                 Err(RecvTimeoutError::Timeout) if end.is_some_and(|end| Instant::now() >= end) => {
                     return Wakeup::Tick;
@@ -163,6 +181,7 @@ impl Session {
             match self.happenings.recv() {
                 Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
                 Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
+                Ok(Happening::Native(event)) => self.take_native(&event),
                 Ok(Happening::Engine(_) | Happening::EngineEnded | Happening::DaemonHints) => {}
                 // The queue cannot close while this value holds one of its ends.
                 Err(_) => return Wakeup::Lost("nothing more can happen".to_owned()),
@@ -173,6 +192,12 @@ impl Session {
     /// Lets open connections finish for at most `patience`, then ends the engine: what a server sent just before
     /// it exited may still be on its way.
     pub fn close(mut self, patience: Duration) {
+        self.end_engine(patience);
+        let reports = self.forwarder.end_natives();
+        reports.iter().for_each(|report| self.talk.report(report));
+    }
+
+    fn end_engine(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         for (command, until) in [(Command::Drain, deadline), (Command::Stop, deadline + STOP_MAX)] {
             self.engine.apply(command, Vec::new());
@@ -181,6 +206,10 @@ impl Session {
                     Ok(Happening::Engine(Event::Stopped) | Happening::EngineEnded) => return,
                     Ok(Happening::Engine(event)) => {
                         let (reports, _) = self.forwarder.hear(&event, Instant::now());
+                        reports.iter().for_each(|report| self.talk.report(report));
+                    }
+                    Ok(Happening::Native(event)) => {
+                        let reports = self.forwarder.take_native(&event);
                         reports.iter().for_each(|report| self.talk.report(report));
                     }
                     Ok(_) => {}
@@ -222,6 +251,12 @@ impl Session {
         }
         self.step();
         Ok(())
+    }
+
+    fn take_native(&mut self, event: &NativeEvent) {
+        let reports = self.forwarder.take_native(event);
+        reports.iter().for_each(|report| self.talk.report(report));
+        self.step();
     }
 
     fn step(&mut self) {
@@ -276,15 +311,20 @@ struct Forwarder {
     only: ContainerName,
     policy: Policy,
     fleet: Fleet,
+    native: NativeState,
     told_denied: BTreeSet<NonZeroU16>,
 }
 
 impl Forwarder {
-    fn new(name: String, policy: Policy) -> Forwarder {
+    fn new(name: String, policy: Policy, native: bool) -> Forwarder {
         let only = ContainerName::only();
         let mut fleet = Fleet::new(ControlPorts::default());
-        fleet.wish(vec![Wish { name: only.clone(), policy: policy.clone(), published: BTreeMap::new() }]);
-        Forwarder { name, only, policy, fleet, told_denied: BTreeSet::new() }
+        let published = BTreeMap::new();
+        fleet.wish(vec![Wish { name: only.clone(), policy: policy.clone(), published, native }]);
+        let native_state = NativeState::default();
+        // The supervisor is in this process, so it is there before the first listener.
+        fleet.native(&only, native_state.clone(), Instant::now());
+        Forwarder { name, only, policy, fleet, native: native_state, told_denied: BTreeSet::new() }
     }
 
     /// The namespace was entered. Answers with the number under which the engine is to have it, if it has not.
@@ -315,6 +355,21 @@ impl Forwarder {
         (reports, None)
     }
 
+    /// Takes in an event of the supervisor of native sockets. Returns the reports for people.
+    fn take_native(&mut self, event: &NativeEvent) -> Vec<Report> {
+        if !self.native.apply(event) {
+            return Vec::new();
+        }
+        let changes = self.fleet.native(&self.only, self.native.clone(), Instant::now());
+        self.tell(changes)
+    }
+
+    /// Reports the end of every native port.
+    fn end_natives(&mut self) -> Vec<Report> {
+        let changes = self.fleet.end_natives();
+        self.tell(changes)
+    }
+
     /// What the engine is to do now, and what people are told; noted as asked and as told.
     fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Report>) {
         let (commands, changes) = self.fleet.step(now);
@@ -332,7 +387,15 @@ impl Forwarder {
         let told = |change| match change {
             Change::Opened { port, host_port, .. } => {
                 let process = processes::owner_of_sockets(&self.fleet.inodes(&self.only, port));
-                Some(Report::Forward { port: host_port, name: self.name.clone(), process, label: None })
+                let (name, path) = (self.name.clone(), ForwardPath::Relay);
+                Some(Report::Forward { port: host_port, name, process, label: None, path })
+            }
+            Change::OpenedNative { port, .. } => {
+                let mut rows = self.fleet.rows(&self.only).listed.into_iter();
+                let process = rows.find(|row| row.port == port).and_then(|row| row.process);
+                let process = process.and_then(processes::process_fact);
+                let (name, path) = (self.name.clone(), ForwardPath::Native);
+                Some(Report::Forward { port, name, process, label: None, path })
             }
             Change::Closed { host_port, .. } => Some(Report::Closed { port: host_port }),
             Change::Failed { port, reason, .. } => Some(failed(port, reason)),

@@ -38,6 +38,7 @@ pub mod linger;
 pub mod liveness;
 pub mod model;
 pub mod name;
+pub mod native;
 pub mod paths;
 pub mod policy;
 pub mod processes;

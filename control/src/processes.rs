@@ -129,6 +129,11 @@ pub fn still_runs(pid: NonZeroU32, meant: Option<&Started>) -> Result<bool, Stri
     Ok(started(pid)?.is_some_and(|found| meant.is_none_or(|meant| found == *meant)))
 }
 
+/// The process with this id, if it runs.
+pub fn process_fact(pid: u32) -> Option<ProcessFact> {
+    process_name(pid).map(|name| ProcessFact { name, pid })
+}
+
 /// The name of a process by its id.
 pub fn process_name(pid: u32) -> Option<String> {
     let process = Process::new(i32::try_from(pid).ok()?).ok()?;

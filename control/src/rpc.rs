@@ -12,5 +12,6 @@ mod arrivals;
 pub mod client;
 pub mod codec;
 pub mod ensure;
+mod native;
 pub mod protocol;
 pub mod server;

@@ -10,6 +10,8 @@
 //!                          ◄────── Unshared   unshare(user, net)
 //!  writes uid_map, gid_map, Mapped ───────►   brings lo up
 //!                          ◄────────── Ready
+//!  Filter, where sockets may be native ──►    installs the filter
+//!                          ◄─────── Filtered, with the descriptor of its notifications
 //!  starts forwarding, pasta
 //!  Go ────────────────────────────────────►   exec COMMAND
 //!                          ◄─ end of file     the pair is closed on exec: it worked
@@ -23,6 +25,7 @@
 //! which starts as root and goes on as `www-data` can.
 
 pub mod inside;
+pub mod keeper;
 mod link;
 pub mod pasta;
 pub mod remains;
@@ -36,6 +39,8 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use landfall_engine::native::InstallError;
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use thiserror::Error;
 
@@ -62,6 +67,15 @@ pub enum SandboxError {
     /// The users of the new user namespace could not be set.
     #[error("cannot write {}", .0.display())]
     Map(PathBuf, #[source] io::Error),
+}
+
+/// The filter of a command that has not started.
+#[derive(Debug)]
+pub struct Filtered {
+    /// The descriptor that its notifications come from.
+    pub notifications: OwnedFd,
+    /// `SO_NETNS_COOKIE` of the sandbox.
+    pub netns_cookie: u64,
 }
 
 /// A sandbox whose command has not begun.
@@ -110,6 +124,26 @@ impl Sandbox {
     /// The process inside.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().map_or(0, Child::id)
+    }
+
+    /// Has the command run under the filter of native sockets. The notifications have to be answered from the moment at which
+    /// the command starts.
+    ///
+    /// # Errors
+    /// The kernel's refusal; the command then runs without the filter. [`SandboxError`] where the sandbox has ended.
+    pub fn filter(&self) -> Result<Result<Filtered, InstallError>, SandboxError> {
+        self.say(Word::Filter)?;
+        let start = |errno: Errno| SandboxError::Start(errno.into());
+        match wire::receive(self.channel()?).map_err(start)? {
+            Some(Word::Filtered { netns_cookie }) => {
+                let notifications = wire::receive_descriptor(self.channel()?).map_err(start)?;
+                let notifications = notifications.ok_or(SandboxError::Ended)?;
+                Ok(Ok(Filtered { notifications, netns_cookie }))
+            }
+            Some(Word::NotFiltered { error }) => Ok(Err(error)),
+            Some(Word::Failed { step, errno }) => Err(SandboxError::Step { step, errno }),
+            _ => Err(SandboxError::Ended),
+        }
     }
 
     /// Lets the inner process become the command; returns when it has.

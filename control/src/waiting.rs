@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::thread;
 
 use landfall_engine::command::{Event, Told};
+use landfall_engine::native::NativeEvent;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags};
@@ -57,6 +58,8 @@ pub enum Happening {
     EngineEnded,
     /// The daemon may have something to tell.
     DaemonHints,
+    /// A supervisor reports something about native sockets.
+    Native(NativeEvent),
     /// A signal came.
     Signal(Signal, Origin),
     /// A process ended.

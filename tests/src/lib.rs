@@ -23,6 +23,7 @@ pub mod peer;
 pub mod process;
 mod relay;
 pub mod rpc;
+pub mod run;
 mod stranger;
 mod tcp;
 pub mod terminal;

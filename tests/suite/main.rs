@@ -25,6 +25,7 @@ mod leaks;
 mod least_privilege;
 mod listener_floods;
 mod listeners;
+mod native;
 mod observe;
 mod parity;
 mod pool;
@@ -74,6 +75,7 @@ fn main() -> std::process::ExitCode {
             agent_hostile::CASES,
             listener_floods::CASES,
             listeners::CASES,
+            native::CASES,
             bulk::CASES,
             control::CASES,
             engine_confinement::CASES,
@@ -113,6 +115,7 @@ fn main() -> std::process::ExitCode {
             ("_flood", exhaustion::flood),
             ("_engine", control::engine),
             ("_serve", crash::serve),
+            (native::WITHOUT_SECCOMP, native::without_seccomp),
             ("_stand_in", engine_confinement::stand_in),
         ],
     )

@@ -20,6 +20,7 @@ pub use daemon::{
 pub use start::{StartArgs, StopArgs};
 pub use trust::TrustArgs;
 
+use crate::native::{OnConflict, Sockets};
 use crate::policy::{Policy, PortList};
 use crate::registration::model::ContainerName;
 
@@ -51,6 +52,13 @@ const RUN_NOTES: &str = "\
 The command has its standard streams, its signals and its exit code as if it were started without
 landfall. What landfall itself has to say goes to standard error, with --json as well. When the
 command ends, so does what it left running in its network: nobody could reach that any more.
+
+With native sockets (--sockets auto, the default, or native) a server listens on the host's
+localhost itself, and is as fast as outside. It then holds a socket of the host's network: a
+malicious program can use it to connect to any service on the host's localhost. --net none and
+--sockets relay keep the command in its own network. --sockets relay is also for programs that
+native sockets do not suit, and for several worktrees on one port. LANDFALL_SOCKETS sets the
+default.
 
 Example: landfall run -- npm run dev";
 
@@ -139,6 +147,9 @@ pub enum Verb {
     /// A program that ends with the process that started it
     #[command(name = "_tied", hide = true)]
     Tied(InnerArgs),
+    /// Ends a sandbox when landfall dies
+    #[command(name = "_keeper", hide = true)]
+    Keeper(KeeperArgs),
 }
 
 impl Verb {
@@ -172,7 +183,8 @@ impl Verb {
             | Verb::Engine(_)
             | Verb::Opener
             | Verb::Helper(_)
-            | Verb::Tied(_) => false,
+            | Verb::Tied(_)
+            | Verb::Keeper(_) => false,
         }
     }
 }
@@ -216,6 +228,13 @@ pub struct RunArgs {
     /// How the command reaches the world: through pasta, if it is installed; or not at all
     #[arg(long, value_enum, default_value_t = Net::Auto)]
     pub net: Net,
+    /// How its servers listen: on sockets of the host, without a relay; or through the relay [default: auto]
+    #[arg(long, value_enum)]
+    pub sockets: Option<Sockets>,
+    /// Outcome when a server's port is in use on the host [default: `fail` where another program has it, `relay` where another
+    /// container has it]
+    #[arg(long, value_enum)]
+    pub on_conflict: Option<OnConflict>,
     /// The command and its arguments
     #[arg(required = true, last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
@@ -264,6 +283,13 @@ pub struct EngineArgs {
     /// Where it listens for its driver.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
+}
+
+/// `landfall _keeper`
+#[derive(Debug, Args)]
+pub struct KeeperArgs {
+    /// A process in the sandbox.
+    pub pid: u32,
 }
 
 /// The command of an inner process.

@@ -11,6 +11,7 @@ use crate::discovery::report::Found;
 use crate::folder::Withheld;
 use crate::helper::HelperFacts;
 use crate::http::gateway::HttpFacts;
+use crate::native::Sockets;
 use crate::paths::{Home, HomeError};
 use crate::reconcile::table::{ContainerState, EngineFacts};
 use crate::registration::model::FoundBy;
@@ -39,6 +40,9 @@ pub struct Description {
     /// Whether what is forwarded is served on the tailnet.
     #[serde(default)]
     pub tailscale: bool,
+    /// How servers under `run` listen by default.
+    #[serde(default)]
+    pub sockets: Sockets,
     /// The container that enters others for it, where there is to be one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,

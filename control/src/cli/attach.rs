@@ -47,7 +47,7 @@ pub fn attach(args: AttachArgs) -> Result<Exit, Failure> {
     let name = args.common.name.clone().unwrap_or_else(|| place.name());
     let identity = place.identity();
     let refused = |error: &ForwardError| place.refused(error);
-    let mut session = Forwarding::open(target, place.way(), name, &args.common, talk, refused)?;
+    let mut session = Forwarding::open(target, place.way(), name, &args.common, false, talk, refused)?;
     session.watch(signals, pidfds).map_err(|error| other(&error))?;
 
     let tick = matches!(place, Place::Path(_)).then_some(TICK);

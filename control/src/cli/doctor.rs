@@ -8,6 +8,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
 
+use landfall_engine::native::{InstallError, Supervisor};
 use landfall_engine::opener::client::{Opener, Target};
 use landfall_engine::watch::hint::{HintError, Hints};
 use rustix::process::Resource;
@@ -56,12 +57,13 @@ impl Finding {
 
 /// Looks at everything, prints it, and answers whether forwarding works.
 pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
-    let (namespaces, way_in) = namespaces();
+    let (namespaces, way_in, native) = namespaces();
     let (docker, way_into_docker, is_closed) = docker::docker();
     let helper = helper::helper(is_closed);
     let findings = [
         namespaces,
         way_in,
+        native,
         loopback_v4(),
         loopback_v6(),
         io_uring(),
@@ -95,8 +97,8 @@ fn line(talk: &Talk, finding: &Finding) -> String {
     format!("{word} {:<20} {}{hint}", finding.what, finding.detail)
 }
 
-/// Really makes a sandbox, and really enters it.
-fn namespaces() -> (Finding, Finding) {
+/// Really makes a sandbox, really enters it, and really installs the filter of native sockets.
+fn namespaces() -> (Finding, Finding, Finding) {
     const MAKE: &str = "user namespaces";
     const ENTER: &str = "setns";
     let sandbox = match Sandbox::make(&[]) {
@@ -107,7 +109,8 @@ fn namespaces() -> (Finding, Finding) {
                 "not tried, since there is no namespace to enter",
                 user_namespace_hint(),
             );
-            return (Finding::broken(MAKE, chain(&error), hint_for(&error)), enter);
+            let native = Finding::lack(NATIVE, "not tried, since there is no sandbox", user_namespace_hint());
+            return (Finding::broken(MAKE, chain(&error), hint_for(&error)), enter, native);
         }
     };
     let entered =
@@ -126,7 +129,30 @@ fn namespaces() -> (Finding, Finding) {
     } else {
         Finding::lack(MAKE, "root alone can run commands, in a network namespace", user_namespace_hint())
     };
-    (make, enter)
+    (make, enter, native_sockets(&sandbox))
+}
+
+const NATIVE: &str = "native sockets";
+
+/// Whether servers under `run` may listen on the host's sockets.
+fn native_sockets(sandbox: &Sandbox) -> Finding {
+    let refused = |error: &dyn std::error::Error, hint: &str| Finding::lack(NATIVE, chain(error), hint);
+    let relayed = "servers under `run` are relayed meanwhile";
+    if let Err(error) = Supervisor::prepare() {
+        return refused(
+            &error,
+            "raise it: sysctl -w fs.inotify.max_user_instances=512; servers are relayed meanwhile",
+        );
+    }
+    match sandbox.filter() {
+        Ok(Ok(_)) => Finding::ok(NATIVE, "servers under `run` listen on the host's localhost themselves"),
+        Ok(Err(InstallError::Nested)) => refused(
+            &InstallError::Nested,
+            "landfall itself runs under another supervisor; run it outside of that",
+        ),
+        Ok(Err(error)) => refused(&error, relayed),
+        Err(error) => refused(&error, relayed),
+    }
 }
 
 fn hint_for(error: &SandboxError) -> String {

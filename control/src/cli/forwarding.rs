@@ -12,6 +12,7 @@ use super::exit::{Exit, Failure};
 use super::output::{Report, Talk};
 use crate::forward::registered::{Registered, Unregistered, Wish};
 use crate::forward::{ForwardError, Options, Session, Wakeup};
+use crate::native::driver::Sink;
 use crate::paths::Home;
 use crate::registration::model::Way;
 use crate::rpc::client::Client;
@@ -26,7 +27,8 @@ pub enum Forwarding {
 }
 
 impl Forwarding {
-    /// Registers `way` with the daemon, if there is one and it may be used; else forwards from `target` here.
+    /// Registers `way` with the daemon, if there is one and it may be used; else forwards from `target` here. With `native`, a
+    /// supervisor reports native sockets.
     ///
     /// # Errors
     /// What `refused` makes of an engine that does not forward, or a name that is taken.
@@ -35,19 +37,31 @@ impl Forwarding {
         way: Option<Way>,
         name: String,
         common: &Common,
+        native: bool,
         talk: Talk,
         refused: impl FnOnce(&ForwardError) -> Failure,
     ) -> Result<Forwarding, Failure> {
         if let Some(way) = way.filter(|_| !common.no_daemon && common.ring == Ring::Auto) {
             let name_is_given = common.name.is_some();
-            let wish = Wish { name: name.clone(), name_is_given, way, policy: common.policy(), talk };
+            let wish = Wish { name: name.clone(), name_is_given, way, policy: common.policy(), talk, native };
             if let Some(registered) = by_daemon(wish)? {
                 return Ok(Forwarding::Daemons(Box::new(registered)));
             }
         }
-        let options = Options { name, policy: common.policy(), ring: common.ring, talk };
+        let options = Options { name, policy: common.policy(), ring: common.ring, talk, native };
         let session = Session::open(target, options).map_err(|error| refused(&error))?;
         Ok(Forwarding::Own(Box::new(session)))
+    }
+
+    /// Takes the events of a supervisor of native sockets.
+    ///
+    /// # Errors
+    /// Those of starting a thread.
+    pub fn native_events(&self) -> io::Result<Sink> {
+        match self {
+            Forwarding::Own(session) => Ok(session.native_events()),
+            Forwarding::Daemons(registered) => registered.native_events(),
+        }
     }
 
     /// Begins to tell of signals and of the ends of processes.

@@ -84,6 +84,7 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
         discover_all: args.all,
         tailscale: args.tailscale,
         docker_helper: args.docker_helper,
+        sockets: args.sockets.unwrap_or_default(),
         tailscale_timeout: duration(TAILSCALE_TIMEOUT, set(TAILSCALE_TIMEOUT), CALL_TIMEOUT)?,
         gc_interval: duration(GC_INTERVAL, set(GC_INTERVAL), Duration::from_secs(30))?,
         gc_misses: misses(set(GC_MISSES))?,

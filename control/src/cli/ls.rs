@@ -1,5 +1,7 @@
 //! `landfall ls`: what is registered and what is forwarded, in one table.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
 use serde_json::json;
 
 use super::args::LsArgs;
@@ -7,12 +9,13 @@ use super::asking::{self, Container};
 use super::exit::{Exit, Failure};
 use super::output::{Report, Talk};
 use super::table::{NOTHING, bytes, table};
+use super::traffic;
 use crate::discovery::report::{Forwarded, Found};
-use crate::reconcile::table::{ContainerState, ForwardRow, Reached, RowState};
+use crate::reconcile::table::{ContainerState, ForwardPath, ForwardRow, Reached, RowState};
 use crate::registration::model::FoundBy;
 use crate::rpc::client::Client;
 
-const HEADING: [&str; 8] = ["NAME", "STATE", "PORT", "HOST", "PROCESS", "CONNS", "BYTES", "WHY"];
+const HEADING: [&str; 9] = ["NAME", "STATE", "PORT", "HOST", "PATH", "PROCESS", "CONNS", "BYTES", "WHY"];
 
 /// Lists.
 pub fn ls(args: &LsArgs) -> Result<Exit, Failure> {
@@ -20,7 +23,8 @@ pub fn ls(args: &LsArgs) -> Result<Exit, Failure> {
     if args.all {
         return every_container(&client, args.json);
     }
-    let description = asking::described(&client)?;
+    let mut description = asking::described(&client)?;
+    traffic::count(&mut description.containers);
     let talk = Talk::to_stdout(args.json);
     if args.json {
         let told = json!({ "engine": description.engine, "containers": description.containers });
@@ -98,7 +102,7 @@ fn listing(containers: &[Container]) -> String {
         let name = &state.container_name;
         // A container that is reached has something to say only where that is by no faster way.
         if state.forwards.is_empty() || state.state == Reached::Unreachable || state.reason.is_some() {
-            let [none1, none2, none3, none4, none5] = [NOTHING; 5].map(str::to_owned);
+            let [none1, none2, none3, none4, none5, none6] = [NOTHING; 6].map(str::to_owned);
             let why = match (state.state, &state.way, state.reason.clone().unwrap_or_default()) {
                 (Reached::Reached, Some(way), why) if !why.is_empty() => format!("{way}, {why}"),
                 (_, _, why) => why,
@@ -111,22 +115,23 @@ fn listing(containers: &[Container]) -> String {
                 none3,
                 none4,
                 none5,
+                none6,
                 why,
             ]);
         }
         for forward in state.forwards.iter().map(cells).chain(omitted(state)) {
-            let [port, word, host, process, connections, bytes, why] = forward;
-            rows.push([name.clone(), word, port, host, process, connections, bytes, why]);
+            let [port, word, host, path, process, connections, bytes, why] = forward;
+            rows.push([name.clone(), word, port, host, path, process, connections, bytes, why]);
         }
     }
-    without_empty_end(&table(HEADING, &rows), &rows.iter().map(|row| row[7].as_str()).collect::<Vec<_>>())
+    without_empty_end(&table(HEADING, &rows), &rows.iter().map(|row| row[8].as_str()).collect::<Vec<_>>())
 }
 
 /// The ports of one container, for `status`.
 pub(super) fn forwards(state: &ContainerState) -> String {
     let rows: Vec<_> = state.forwards.iter().map(cells).chain(omitted(state)).collect();
-    let text = table(["PORT", "STATE", "HOST", "PROCESS", "CONNS", "BYTES", "WHY"], &rows);
-    without_empty_end(&text, &rows.iter().map(|row| row[6].as_str()).collect::<Vec<_>>())
+    let text = table(["PORT", "STATE", "HOST", "PATH", "PROCESS", "CONNS", "BYTES", "WHY"], &rows);
+    without_empty_end(&text, &rows.iter().map(|row| row[7].as_str()).collect::<Vec<_>>())
 }
 
 /// A last column in which nothing stands needs no heading.
@@ -140,14 +145,14 @@ fn without_empty_end(text: &str, last: &[&str]) -> String {
 }
 
 /// The row for the ports that have none of their own, where there are any.
-fn omitted(state: &ContainerState) -> Option<[String; 7]> {
-    let [host, process, connections, bytes] = [NOTHING; 4].map(str::to_owned);
+fn omitted(state: &ContainerState) -> Option<[String; 8]> {
+    let [host, path, process, connections, bytes] = [NOTHING; 5].map(str::to_owned);
     let why = "more ports listen without a forward than are listed".to_owned();
     let port = format!("+{}", state.omitted);
-    (state.omitted > 0).then(|| [port, "omitted".to_owned(), host, process, connections, bytes, why])
+    (state.omitted > 0).then(|| [port, "omitted".to_owned(), host, path, process, connections, bytes, why])
 }
 
-fn cells(row: &ForwardRow) -> [String; 7] {
+fn cells(row: &ForwardRow) -> [String; 8] {
     let open = matches!(row.state, RowState::Open | RowState::Closing);
     let only = |text: String| if open { text } else { NOTHING.to_owned() };
     let process = match (&row.process, row.pid) {
@@ -159,16 +164,41 @@ fn cells(row: &ForwardRow) -> [String; 7] {
     [
         format!("{}{label}", row.port),
         word(row.state).to_owned(),
-        if open || row.state == RowState::Published {
-            format!("localhost:{}", row.host_port)
-        } else {
-            NOTHING.to_owned()
-        },
+        if open || row.state == RowState::Published { host(row) } else { NOTHING.to_owned() },
+        only(path(row.path).to_owned()),
         process,
         only(row.connections.to_string()),
         only(bytes(row.bytes_up.saturating_add(row.bytes_down))),
-        row.reason.clone().unwrap_or_default(),
+        row.reason.clone().or_else(|| extent(row)).unwrap_or_default(),
     ]
+}
+
+/// The address that reaches a port from the host. One that is bound to another loopback address than the usual ones answers
+/// there alone.
+fn host(row: &ForwardRow) -> String {
+    let is_usual = |address: &IpAddr| {
+        let address = address.to_canonical();
+        address == Ipv4Addr::LOCALHOST || address == Ipv6Addr::LOCALHOST || address.is_unspecified()
+    };
+    match row.addresses.first() {
+        Some(only) if !row.addresses.iter().any(is_usual) => {
+            SocketAddr::new(*only, row.host_port).to_string()
+        }
+        _ => format!("localhost:{}", row.host_port),
+    }
+}
+
+/// A dual-stack server has the port on every loopback address.
+fn extent(row: &ForwardRow) -> Option<String> {
+    let has_every = row.addresses.iter().any(IpAddr::is_unspecified);
+    has_every.then(|| "it has this port on every loopback address".to_owned())
+}
+
+fn path(path: ForwardPath) -> &'static str {
+    match path {
+        ForwardPath::Relay => "relay",
+        ForwardPath::Native => "native",
+    }
 }
 
 pub(super) fn reached(state: Reached) -> &'static str {

@@ -15,6 +15,12 @@ fn containers() -> Vec<Container> {
         { "containerName": "coder", "cwd": "/w/coder", "way": "docker", "state": "waiting", "forwards": [] },
         { "containerName": "db", "cwd": "/w/db", "way": "docker", "state": "unreachable",
           "reason": "not permitted to enter it", "forwards": [] },
+        { "containerName": "fast", "cwd": "/w/fast", "way": "process 43", "state": "reached", "forwards": [
+            { "port": 5173, "hostPort": 5173, "state": "open", "path": "native", "addresses": ["::"],
+              "process": "node", "pid": 78, "connections": 1, "accepted": 1, "bytesUp": 10, "bytesDown": 20 },
+            { "port": 5174, "hostPort": 5174, "state": "open", "path": "native", "addresses": ["127.0.0.2"],
+              "process": "node", "pid": 78, "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },
+        ] },
         { "containerName": "old", "cwd": "/w/old", "state": "off", "forwards": [] },
     ]);
     serde_json::from_value(told).unwrap()

@@ -13,6 +13,7 @@ use super::exit::Failure;
 use crate::name::escape;
 use crate::policy::DenyReason;
 use crate::processes::{Holder, ProcessFact};
+use crate::reconcile::table::ForwardPath;
 
 /// Something worth telling.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub enum Report {
         process: Option<ProcessFact>,
         /// What it is for, where somebody says so.
         label: Option<String>,
+        /// How its connections reach the server.
+        path: ForwardPath,
     },
     /// It no longer does.
     Closed {
@@ -167,12 +170,13 @@ impl Talk {
 
     fn text(&self, report: &Report) -> String {
         match report {
-            Report::Forward { port, name, process, label } => {
+            Report::Forward { port, name, process, label, path } => {
                 let label = label.as_ref().map(|label| format!(" \"{}\"", escape(label))).unwrap_or_default();
                 let who =
                     process.as_ref().map(|process| format!(" ({})", person(process))).unwrap_or_default();
                 let word = self.paint("forward ", Colour::Green);
-                format!("{word} http://localhost:{port}  →  {}:{port}{label}{who}", escape(name))
+                let path = if path.is_relay() { "" } else { ", native socket" };
+                format!("{word} http://localhost:{port}  →  {}:{port}{label}{who}{path}", escape(name))
             }
             Report::Closed { port } => {
                 format!("{} http://localhost:{port}", self.paint("closed  ", Colour::Grey))
@@ -274,9 +278,10 @@ fn taken_hint(holder: &Holder) -> String {
 
 fn to_json(report: &Report) -> Value {
     match report {
-        Report::Forward { port, name, process, label } => {
+        Report::Forward { port, name, process, label, path } => {
             let mut told = json!({
                 "event": "forward", "port": port, "url": format!("http://localhost:{port}"), "name": name,
+                "path": path,
                 "process": process.as_ref().map(|process| json!({ "name": process.name, "pid": process.pid })),
             });
             if let Some(label) = label {

@@ -14,16 +14,44 @@ fn python() -> ProcessFact {
 
 #[test]
 fn a_forward_says_where_it_leads() {
-    let report =
-        Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()), label: None };
+    let report = Report::Forward {
+        port: port(5173),
+        name: "web".to_owned(),
+        process: Some(python()),
+        label: None,
+        path: ForwardPath::Relay,
+    };
     assert_eq!(plain().text(&report), "forward  http://localhost:5173  →  web:5173 (python3, pid 77)");
-    let report = Report::Forward { port: port(5173), name: "web".to_owned(), process: None, label: None };
+    let report = Report::Forward {
+        port: port(5173),
+        name: "web".to_owned(),
+        process: None,
+        label: None,
+        path: ForwardPath::Relay,
+    };
     assert_eq!(plain().text(&report), "forward  http://localhost:5173  →  web:5173");
     let label = Some("W\u{1b}eb".to_owned());
-    let report = Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()), label };
+    let report = Report::Forward {
+        port: port(5173),
+        name: "web".to_owned(),
+        process: Some(python()),
+        label,
+        path: ForwardPath::Relay,
+    };
     let told = "forward  http://localhost:5173  →  web:5173 \"W\\u{1b}eb\" (python3, pid 77)";
     assert_eq!(plain().text(&report), told);
     assert_eq!(plain().text(&Report::Closed { port: port(5173) }), "closed   http://localhost:5173");
+    let path = ForwardPath::Native;
+    let report = Report::Forward {
+        port: port(5173),
+        name: "web".to_owned(),
+        process: Some(python()),
+        label: None,
+        path,
+    };
+    let said = "forward  http://localhost:5173  →  web:5173 (python3, pid 77), native socket";
+    assert_eq!(plain().text(&report), said);
+    assert_eq!(to_json(&report)["path"], "native");
 }
 
 #[test]
@@ -45,6 +73,7 @@ fn a_process_cannot_write_to_the_terminal_by_its_name() {
         name: "web".to_owned(),
         process: Some(process.clone()),
         label: None,
+        path: ForwardPath::Relay,
     };
     assert!(!plain().text(&report).contains(char::is_control));
     let line = Holder::Process(process, "x\r\n\u{1b}[2J".to_owned());
@@ -65,8 +94,13 @@ fn a_privileged_port_comes_with_the_way_to_allow_it() {
 
 #[test]
 fn json_is_one_object_a_line() {
-    let report =
-        Report::Forward { port: port(5173), name: "web".to_owned(), process: Some(python()), label: None };
+    let report = Report::Forward {
+        port: port(5173),
+        name: "web".to_owned(),
+        process: Some(python()),
+        label: None,
+        path: ForwardPath::Relay,
+    };
     let text = to_json(&report).to_string();
     assert!(!text.contains('\n'));
     let value: Value = serde_json::from_str(&text).unwrap();

@@ -17,6 +17,7 @@ use rustix::process::{Pid, PidfdFlags};
 use super::args::{Net, RunArgs};
 use super::exit::{Exit, Failure, chain};
 use super::forwarding::Forwarding;
+use super::native::NativeSockets;
 use super::output::{Report, Talk};
 use super::register;
 use crate::forward::{ForwardError, Wakeup};
@@ -43,8 +44,12 @@ pub fn run(args: RunArgs) -> Result<Exit, Failure> {
         Target::process(sandbox.pid()).map_err(|error| failed("cannot enter the sandbox", &error))?;
     let way = NonZeroU32::new(sandbox.pid()).and_then(|pid| register::process(pid).ok());
     let refused = |error: &ForwardError| failed("cannot forward from the sandbox", error);
-    let mut session = Forwarding::open(target, way, name, &args.common, talk, refused)?;
+    let native = NativeSockets::prepare(&args, &sandbox, talk)?;
+    let is_native = native.is_some();
+    let mut session = Forwarding::open(target, way, name, &args.common, is_native, talk, refused)?;
     let pasta = outbound(args.net, &sandbox, talk)?;
+    // Until here no call waits for an answer: the command has not started.
+    let keeper = native.map(|native| native.start(&args, &sandbox, &session, talk)).transpose()?;
 
     let namespace =
         Namespace::of(sandbox.pid()).map_err(|error| failed("cannot look into the sandbox", &error))?;
@@ -63,6 +68,7 @@ pub fn run(args: RunArgs) -> Result<Exit, Failure> {
 
     let status = supervise(&mut session, &mut child, &command, talk)?;
     end_what_is_left(&namespace, session, talk);
+    drop(keeper);
     drop(pasta);
     Ok(exit_of(status))
 }

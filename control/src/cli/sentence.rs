@@ -101,10 +101,17 @@ fn in_words(event: &Event) -> (&'static str, Colour, String) {
 
 fn port_in_words(event: &PortForwardEvent) -> (&'static str, Colour, String) {
     match event {
-        PortForwardEvent::PortForwardOpened { container_name, port, host_port, label, silent, .. } => {
+        PortForwardEvent::PortForwardOpened {
+            container_name, port, host_port, label, silent, path, ..
+        } => {
             let label = label.as_ref().map(|label| format!(" \"{label}\"")).unwrap_or_default();
             let colour = if *silent { Colour::Grey } else { Colour::Green };
-            ("forward", colour, format!("http://localhost:{host_port}  →  {container_name}:{port}{label}"))
+            let path = if path.is_relay() { "" } else { ", native socket" };
+            (
+                "forward",
+                colour,
+                format!("http://localhost:{host_port}  →  {container_name}:{port}{label}{path}"),
+            )
         }
         PortForwardEvent::PortForwardClosed { container_name, port, host_port, reason } => {
             let text = format!("http://localhost:{host_port}  →  {container_name}:{port} ({reason})");

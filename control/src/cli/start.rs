@@ -334,6 +334,12 @@ fn tell(client: &Client, name: &ContainerName, image: &str, talk: Talk, as_json:
     for row in rows.into_iter().filter(|row| !row.silent) {
         let process = row.process.zip(row.pid).map(|(name, pid)| ProcessFact { name, pid });
         let Some(port) = NonZeroU16::new(row.host_port) else { continue };
-        talk.report(&Report::Forward { port, name: name.to_string(), process, label: row.label });
+        talk.report(&Report::Forward {
+            port,
+            name: name.to_string(),
+            process,
+            label: row.label,
+            path: row.path,
+        });
     }
 }

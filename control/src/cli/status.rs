@@ -9,6 +9,7 @@ use super::asking::{self, Container, Description};
 use super::exit::{Exit, Failure};
 use super::ls;
 use super::output::{Colour, Talk};
+use super::traffic;
 use super::trust;
 use super::up::{engine_in_words, tell_helper, tell_http};
 use crate::reconcile::table::{Reached, RowState};
@@ -107,7 +108,9 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
     let answer = client.within(PATIENT_BUDGET).call(&asked).map_err(|error| asking::failed(&error))?;
     let (cwd, ports) = read(&answer).map_err(|error| asking::failed(&error))?;
     let detail = asking::describe(client)?.into_iter().flat_map(|description| description.containers);
-    let detail = detail.into_iter().find(|container| container.state.container_name == name);
+    let mut detail: Vec<Container> = detail.filter(|one| one.state.container_name == name).take(1).collect();
+    traffic::count(&mut detail);
+    let detail = detail.pop();
     let talk = Talk::to_stdout(json);
     if json {
         let mut told = json!({ "containerName": name, "cwd": cwd, "forwardedPorts": ports });

@@ -182,6 +182,9 @@ fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured, description: Optio
     ignored.http_port = ignored.http_port.filter(|port| *port != ensured.http_port.get());
     ignored.all &= !description.is_some_and(|description| description.all);
     ignored.tailscale &= !description.is_some_and(|description| description.tailscale);
+    ignored.sockets = ignored
+        .sockets
+        .filter(|sockets| description.is_none_or(|description| description.sockets != *sockets));
     ignored.docker_helper &= description.is_none_or(|description| description.docker_helper.is_none());
     let given = ignored.words();
     if !ensured.spawned && !given.is_empty() {

@@ -11,6 +11,7 @@ use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ use super::told::{News, Told};
 use super::{Wakeup, denied, failed};
 use crate::cli::asking::{self, Container, Description};
 use crate::cli::output::{Report, Talk};
+use crate::native::driver::Sink;
+use crate::native::{self, link};
 use crate::policy::{Policy, PortForward};
 use crate::processes::{self, ProcessFact};
 use crate::reconcile::table::{ForwardRow, Reached};
@@ -56,6 +59,8 @@ pub struct Wish {
     pub policy: Policy,
     /// Where lines go.
     pub talk: Talk,
+    /// Whether a supervisor reports native sockets.
+    pub native: bool,
 }
 
 /// Why the daemon does not forward it.
@@ -88,6 +93,8 @@ pub struct Registered {
     missing: Missing,
     /// The daemon that knows us; another one may have come unnoticed.
     daemon: Option<u32>,
+    /// The name of the registration, for the link of native sockets.
+    name: Arc<Mutex<String>>,
 }
 
 /// What is wrong between the daemon and us.
@@ -111,7 +118,9 @@ impl Registered {
         let (queue, happenings) = mpsc::channel();
         let (told, missing, look_at) = (Told::default(), Missing::Nothing, Instant::now());
         let daemon = description.pid;
-        let mut registered = Registered { client, wish, happenings, queue, told, look_at, missing, daemon };
+        let name = Arc::new(Mutex::new(wish.name.clone()));
+        let mut registered =
+            Registered { client, wish, happenings, queue, told, look_at, missing, daemon, name };
         registered.choose_name(&description)?;
         registered.register()?;
         if let Err(why) = registered.wait_until_reached() {
@@ -124,6 +133,19 @@ impl Registered {
         // Without hints, news come a little later.
         let _ = thread::Builder::new().name("hints".to_owned()).spawn(listen);
         Ok(registered)
+    }
+
+    /// Links a supervisor of native sockets to the daemon. Its events go to what is returned.
+    ///
+    /// # Errors
+    /// Those of starting a thread.
+    pub fn native_events(&self) -> io::Result<Sink> {
+        let (events, reported) = mpsc::channel();
+        link::start(self.client.clone(), Arc::clone(&self.name), reported)?;
+        Ok(Box::new(move |event| {
+            // The link ends with the supervisor.
+            let _ = events.send(event);
+        }))
     }
 
     /// Begins to tell of signals and of the ends of processes.
@@ -143,7 +165,8 @@ impl Registered {
                 Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
                 Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
                 Ok(Happening::DaemonHints) => self.look_at = self.look_at.min(Instant::now() + HINT_REST),
-                Ok(Happening::Engine(_) | Happening::EngineEnded) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(Happening::Engine(_) | Happening::EngineEnded | Happening::Native(_))
+                | Err(RecvTimeoutError::Timeout) => {}
                 // The queue cannot close while this value holds one of its ends.
                 Err(RecvTimeoutError::Disconnected) => {
                     return Wakeup::Lost("nothing more can happen".to_owned());
@@ -250,6 +273,7 @@ impl Registered {
         }
         let free = (2_u32..).map(|number| format!("{wanted}-{number}")).find(|name| other(name).is_none());
         self.wish.name = free.unwrap_or(wanted);
+        self.name.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.wish.name);
         Ok(())
     }
 
@@ -364,14 +388,16 @@ fn request(wish: &Wish) -> Value {
         "portForward": PortForward::from(&wish.policy),
         "way": wish.way,
         crate::folder::FOREGROUND: true,
+        native::FIELD: wish.native,
     })
 }
 
 fn report(news: News, wish: &Wish) -> Option<Report> {
     Some(match news {
-        News::Open(ForwardRow { host_port, process, pid, label, .. }) => {
+        News::Open(ForwardRow { host_port, process, pid, label, path, .. }) => {
             let process = process.zip(pid).map(|(name, pid)| ProcessFact { name, pid });
-            Report::Forward { port: NonZeroU16::new(host_port)?, name: wish.name.clone(), process, label }
+            let (port, name) = (NonZeroU16::new(host_port)?, wish.name.clone());
+            Report::Forward { port, name, process, label, path }
         }
         News::Closed(port) => Report::Closed { port: NonZeroU16::new(port)? },
         News::Failed(row) => {

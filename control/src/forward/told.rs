@@ -87,6 +87,7 @@ impl Told {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reconcile::table::ForwardPath;
 
     fn row(port: u16, state: RowState) -> ForwardRow {
         let counters = (0, 0, 0, 0);
@@ -94,6 +95,8 @@ mod tests {
             port,
             host_port: port,
             state,
+            path: ForwardPath::Relay,
+            addresses: Vec::new(),
             reason: None,
             process: None,
             pid: None,

@@ -46,7 +46,9 @@ where
     match checked(request, own, answers).await {
         Ok(Answer::Once(response, after)) => (http(StatusCode::OK, &response), after),
         // HTTP has no stream; the two kinds that get here have none either.
-        Ok(Answer::Follow(..)) => (http(StatusCode::OK, &Response::Done), After::nothing()),
+        Ok(Answer::Follow(..) | Answer::Native(_)) => {
+            (http(StatusCode::OK, &Response::Done), After::nothing())
+        }
         Err(Refusal(status, reason)) => (http(status, &Response::refused(reason)), After::nothing()),
     }
 }

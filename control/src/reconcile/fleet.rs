@@ -40,6 +40,7 @@ mod answers;
 mod change;
 mod forwards;
 mod heirs;
+mod natives;
 mod plan;
 mod reserved;
 mod rows;
@@ -88,6 +89,8 @@ pub struct Wish {
     pub policy: Policy,
     /// Ports inside that Docker publishes on the host, and where: they are left to it.
     pub published: BTreeMap<NonZeroU16, NonZeroU16>,
+    /// Its servers may listen on sockets of the host, which a supervisor reports.
+    pub native: bool,
 }
 
 /// What an engine holds when a driver arrives.
@@ -176,6 +179,10 @@ pub struct Fleet {
     /// Parts of observations that are still being told.
     partial: BTreeMap<UpstreamId, Vec<Listening>>,
     sweeping: bool,
+    /// Sandboxes with native sockets; they stay when the engine is lost.
+    natives: BTreeMap<ContainerName, natives::Natives>,
+    /// Ends of native ports of containers that are not registered any more, not reported yet.
+    retired: Vec<Change>,
     /// Who had which port of an engine that was lost, and has not had the chance to take it again.
     heirs: BTreeMap<NonZeroU16, ContainerName>,
     /// When the next engine was first planned for.
@@ -199,6 +206,8 @@ impl Fleet {
             brokers: BTreeMap::new(),
             partial: BTreeMap::new(),
             sweeping: false,
+            natives: BTreeMap::new(),
+            retired: Vec::new(),
             heirs: BTreeMap::new(),
             heirs_since: None,
             agenda: Agenda::default(),
@@ -218,6 +227,7 @@ impl Fleet {
         self.places = self.wishes.iter().enumerate().map(|(at, wish)| (wish.name.clone(), at)).collect();
         self.failures.retain(|name, _| self.places.contains_key(name));
         self.agenda.retain(|name| self.places.contains_key(name));
+        self.expect_natives();
     }
 
     /// Takes over an engine. Nothing of it belongs to anybody until [`Fleet::reached`] says so, and numbers continue

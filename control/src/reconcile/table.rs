@@ -1,5 +1,7 @@
 //! What is forwarded just now, as the daemon tells it and a client shows it: plain values, the same on both sides.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 /// The engine, and every registered container with its ports.
@@ -81,6 +83,12 @@ pub struct ForwardRow {
     pub host_port: u16,
     /// What became of it.
     pub state: RowState,
+    /// How its connections reach the server.
+    #[serde(default)]
+    pub path: ForwardPath,
+    /// The addresses of the host that native sockets are bound to. `::` stands for every loopback address.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
     /// Why it is not open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -104,6 +112,24 @@ pub struct ForwardRow {
     pub bytes_up: u64,
     /// Bytes from the server to clients.
     pub bytes_down: u64,
+}
+
+/// How the connections of a port reach its server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ForwardPath {
+    /// Through the engine.
+    #[default]
+    Relay,
+    /// The server listens on a socket of the host.
+    Native,
+}
+
+impl ForwardPath {
+    /// Whether it is the usual one.
+    pub fn is_relay(&self) -> bool {
+        *self == ForwardPath::Relay
+    }
 }
 
 /// What became of a port.
@@ -148,6 +174,8 @@ mod tests {
                     port: 5173,
                     host_port: 5173,
                     state: RowState::Open,
+                    path: ForwardPath::Native,
+                    addresses: vec![IpAddr::from([127, 0, 0, 1])],
                     reason: None,
                     process: Some("node".to_owned()),
                     pid: Some(42),
@@ -168,7 +196,8 @@ mod tests {
             "containers": [{
                 "containerName": "coder", "way": "docker", "state": "reached",
                 "forwards": [{
-                    "port": 5173, "hostPort": 5173, "state": "open", "process": "node", "pid": 42,
+                    "port": 5173, "hostPort": 5173, "state": "open", "path": "native",
+                    "addresses": ["127.0.0.1"], "process": "node", "pid": 42,
                     "label": "Web", "silent": true,
                     "connections": 1, "accepted": 2, "bytesUp": 3, "bytesDown": 4
                 }],

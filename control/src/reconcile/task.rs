@@ -12,6 +12,7 @@ mod brokers;
 mod containers;
 mod driver;
 mod engine;
+mod natives;
 mod owners;
 mod telling;
 mod upgrade;
@@ -21,6 +22,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +39,8 @@ use crate::policy::ControlPorts;
 use crate::registration::model::ContainerName;
 use crate::registration::store::Registered;
 use driver::{Driver, Parts};
+pub use natives::NativeLink;
+use natives::NativeReport;
 
 /// What answers on the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,6 +79,7 @@ pub struct Forwarding(Arc<Shared>);
 
 struct Shared {
     asks: mpsc::UnboundedSender<Ask>,
+    native_links: AtomicU64,
     published: Arc<Published>,
     answering: watch::Receiver<Answering>,
     ended: Mutex<Option<mpsc::UnboundedReceiver<ContainerName>>>,
@@ -120,6 +125,7 @@ enum Ask {
     Table(oneshot::Sender<ForwardTable>),
     LookAgain(String),
     Followed(bool),
+    Native(NativeReport),
     Broker(ContainerName, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<BrokerWord>),
     Detach(oneshot::Sender<()>),
     StopEngine(oneshot::Sender<()>),
@@ -135,7 +141,8 @@ impl Forwarding {
         let (answers, answering) = watch::channel(Answering::default());
         let parts = Parts { asked, ended, published: Arc::clone(&published), answers };
         tokio::spawn(Driver::new(options, parts).run());
-        Forwarding(Arc::new(Shared { asks, published, answering, ended: Mutex::new(Some(ends)) }))
+        let (native_links, ended) = (AtomicU64::new(1), Mutex::new(Some(ends)));
+        Forwarding(Arc::new(Shared { asks, native_links, published, answering, ended }))
     }
 
     /// What is forwarded, with fresh counters where the engine answers within 500 ms.
@@ -175,6 +182,12 @@ impl Forwarding {
         // A task that has ended hears nothing: the link is closed from the beginning.
         let _ = self.0.asks.send(Ask::Broker(name.clone(), announcements, words));
         link
+    }
+
+    /// A link for the reports of a sandbox's supervisor. Another one of the same name takes its place. Never waits.
+    pub fn native(&self, name: &ContainerName) -> NativeLink {
+        let number = self.0.native_links.fetch_add(1, Ordering::Relaxed);
+        NativeLink { name: name.clone(), number, asks: self.0.asks.clone() }
     }
 
     /// Docker says that something changed about a container.

@@ -19,9 +19,10 @@ use crate::events::{Event, Journal};
 use crate::folder::{Approvals, Withheld, withheld};
 use crate::helper::{Helper, HelperFacts};
 use crate::http::gateway::{HttpFacts, SharedFacts};
+use crate::native::{self, Sockets};
 use crate::paths::Home;
 use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
-use crate::reconcile::task::Forwarding;
+use crate::reconcile::task::{Forwarding, NativeLink};
 use crate::registration::model::{FoundBy, Registration};
 use crate::registration::store::{DropReason, Registered, Registry};
 use crate::supervisor::{NOT_ENABLED, Supervisor};
@@ -35,6 +36,8 @@ const STOPPING: &str = "daemon stopping";
 pub enum Answer {
     /// One response, and the end.
     Once(Response, After),
+    /// The response that it worked, and then the reports of a sandbox's supervisor are read.
+    Native(NativeLink),
     /// The response that it worked, and then every event: of one container, or all.
     Follow(broadcast::Receiver<Arc<str>>, Option<String>),
 }
@@ -91,6 +94,8 @@ pub struct Answers {
     pub http_facts: SharedFacts,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
+    /// How servers under `run` listen by default.
+    pub sockets: Sockets,
     /// What enters containers where the daemon may not.
     pub helper: Helper,
     /// What it knows.
@@ -144,6 +149,7 @@ impl Answers {
             Request::Containers => self.containers().await.into(),
             Request::ReadFolder { folder } => self.read_folder(&folder).await.into(),
             Request::Detach { container_name } => self.detach(&container_name).await.into(),
+            Request::Native { container_name } => self.native(&container_name),
             Request::Events { container_name } => Answer::Follow(self.journal.listen(), container_name),
         }
     }
@@ -223,6 +229,17 @@ impl Answers {
         Response::result(json!({ "containerName": name, "cwd": entry.cwd, "forwardedPorts": ports }))
     }
 
+    fn native(&self, name: &str) -> Answer {
+        let registered = self.registry.list();
+        let Some(entry) = registered.find(name) else {
+            return Response::refused(not_registered(name)).into();
+        };
+        if !native::is_announced(entry) {
+            return Response::refused(format!("{name} is registered without native sockets")).into();
+        }
+        Answer::Native(self.forwarding.native(&entry.container_name))
+    }
+
     fn shutdown(&self, drain_engine: bool) -> Answer {
         if self.stop.ask() && !self.stop.is_pulled() {
             self.journal.tell(&Event::ShutdownRequested);
@@ -266,6 +283,7 @@ impl Answers {
             http_port: self.http_port.get(),
             http: self.http_facts.now(),
             tailscale: self.tailscale,
+            sockets: self.sockets,
             docker_helper: self.helper.facts(),
             launcher: launcher::state(),
             all: self.discovery.is_all(),
@@ -316,6 +334,8 @@ pub struct Description {
     pub http: HttpFacts,
     /// Whether what answers on the host is offered on the tailnet.
     pub tailscale: bool,
+    /// How servers under `run` listen by default.
+    pub sockets: Sockets,
     /// The container that enters others for the daemon, where there is to be one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,

@@ -113,6 +113,20 @@ impl Client {
         self.ask("list").is_ok()
     }
 
+    /// Opens the connection that stands for the native listeners of a sandbox. Reports are written to it, a line each.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn native(&self, container: &str) -> Result<UnixStream, CallError> {
+        let spent = Spent::new(self.budget);
+        let mut stream = connect(&self.socket, &spent)?;
+        send(&mut stream, &json!({ "kind": "native", "containerName": container }), &spent)?;
+        let mut lines = Lines { stream, buffer: Vec::new(), bytes_max: EVENT_BYTES_MAX };
+        answer_in(&lines.next(Some(&spent))?)?;
+        lines.stream.set_write_timeout(Some(REPORT_BUDGET)).map_err(CallError::Broken)?;
+        Ok(lines.stream)
+    }
+
     /// Begins to listen to what happens, to one container or at all. From the moment this returns, nothing is missed.
     ///
     /// # Errors
@@ -130,6 +144,9 @@ impl Client {
         Ok(lines)
     }
 }
+
+/// How long the daemon may take to read a report.
+const REPORT_BUDGET: Duration = Duration::from_secs(5);
 
 /// The lines that a daemon sends.
 #[derive(Debug)]

@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::client::Client;
+use crate::native::Sockets;
 use crate::paths::{Home, HomeError};
 use crate::processes;
 use crate::sys::launcher::LauncherState;
@@ -48,6 +49,9 @@ pub const TAILSCALE: &str = "--tailscale";
 
 /// The option by which containers are entered by a helper container.
 pub const DOCKER_HELPER: &str = "--docker-helper";
+
+/// The option that says how servers under `run` listen.
+pub const SOCKETS: &str = "--sockets";
 
 /// The option by which every container of Docker's is forwarded.
 pub const ALL: &str = "--all";
@@ -215,6 +219,8 @@ struct Kept {
     docker_helper: bool,
     /// Whether it forwards every container.
     all: bool,
+    /// The default of `run --sockets`, if it is not the usual one.
+    sockets: Option<String>,
 }
 
 /// What came of asking for the spawn lock.
@@ -266,7 +272,9 @@ impl Starter<'_> {
         let on = |what| answer.get(what).and_then(Value::as_bool).unwrap_or(false);
         let (tailscale, all) = (on("tailscale"), on("all"));
         let docker_helper = answer.get("dockerHelper").is_some_and(Value::is_object);
-        Kept { http_port: self.http_port(), tailscale, docker_helper, all }
+        let sockets = answer.get("sockets").and_then(Value::as_str).map(str::to_owned);
+        let sockets = sockets.filter(|sockets| sockets != Sockets::default().as_str());
+        Kept { http_port: self.http_port(), tailscale, docker_helper, all, sockets }
     }
 
     /// Reachable, and with a port.
@@ -342,6 +350,9 @@ impl Starter<'_> {
         let said = |arguments: &[OsString], option| arguments.iter().any(|word| word == option);
         if let Some(port) = kept.http_port.filter(|_| !said(&arguments, HTTP_PORT)) {
             arguments.extend([HTTP_PORT.into(), port.to_string().into()]);
+        }
+        if let Some(sockets) = kept.sockets.as_ref().filter(|_| !said(&arguments, SOCKETS)) {
+            arguments.extend([SOCKETS.into(), sockets.into()]);
         }
         let kept_on = [(TAILSCALE, kept.tailscale), (ALL, kept.all), (DOCKER_HELPER, kept.docker_helper)];
         for (option, was_on) in kept_on {

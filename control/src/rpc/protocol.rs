@@ -99,6 +99,9 @@ impl Envelope {
                 Request::Detach { container_name: self.name().ok_or(field("detach", "containerName"))? }
             }
             "read-folder" => Request::ReadFolder { folder: self.folder()? },
+            "native" => {
+                Request::Native { container_name: self.name().ok_or(field("native", "containerName"))? }
+            }
             "events" => Request::Events { container_name: self.filter()? },
             _ => return Err(RequestError::UnknownKind),
         })
@@ -183,6 +186,12 @@ pub enum Request {
         /// The folder, every link resolved.
         folder: PathBuf,
     },
+    /// Keep the connection open for reports of a sandbox's native listeners ([`NativeState`](crate::native::state), a line
+    /// each).
+    Native {
+        /// Which sandbox.
+        container_name: String,
+    },
     /// Every event from now on. Never waits for replay.
     Events {
         /// Of this container alone.
@@ -208,6 +217,7 @@ impl Request {
             | Request::Restart(_)
             | Request::Detach { .. }
             | Request::ReadFolder { .. }
+            | Request::Native { .. }
             | Request::SecretsPatch(_) => true,
             Request::List
             | Request::HttpInfo

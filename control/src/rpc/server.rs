@@ -28,9 +28,11 @@ use tokio_util::task::TaskTracker;
 use super::answers::{Answer, Answers};
 use super::arrivals::Arrivals;
 use super::codec::{LineError, RequestLine};
+use super::native;
 use super::protocol::{Request, Response};
 use crate::events::{Event, Journal};
 use crate::linger::linger;
+use crate::reconcile::task::NativeLink;
 
 /// How many connections are served at a time.
 const CONNECTIONS_MAX: usize = 256;
@@ -149,17 +151,26 @@ async fn converse(
         answer(&mut stream, request, answers).await
     };
     match answering.track_future(following).await {
-        Some((events, of)) => follow(stream, events, of.as_deref()).await,
+        Some(Rest::Events(events, of)) => follow(stream, events, of.as_deref()).await,
+        Some(Rest::Native(link)) => native::take_reports(stream, &link).await,
         None => linger(stream).await,
     }
 }
 
-/// Answers a request, and makes happen what the answer promised. Gives back what is to be followed, if anything is.
+/// The use of a connection after its answer.
+enum Rest {
+    /// Events are written to it, of one container or all.
+    Events(Receiver<Arc<str>>, Option<String>),
+    /// Reports of a supervisor are read from it.
+    Native(NativeLink),
+}
+
+/// Answers a request, and makes happen what the answer promised. Returns the further use of the connection, if any.
 async fn answer(
     stream: &mut UnixStream,
     request: Result<Request, String>,
     answers: &Answers,
-) -> Option<(Receiver<Arc<str>>, Option<String>)> {
+) -> Option<Rest> {
     let answer = match request {
         Ok(request) => answers.answer(request).await,
         Err(reason) => Response::Refused(reason).into(),
@@ -172,7 +183,10 @@ async fn answer(
             None
         }
         Answer::Follow(events, of) => {
-            tell(stream, &Response::Done.to_json()).await.ok().map(|()| (events, of))
+            tell(stream, &Response::Done.to_json()).await.ok().map(|()| Rest::Events(events, of))
+        }
+        Answer::Native(link) => {
+            tell(stream, &Response::Done.to_json()).await.ok().map(|()| Rest::Native(link))
         }
     }
 }

@@ -2,11 +2,15 @@
 
 use std::convert::Infallible;
 use std::ffi::OsString;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use landfall_engine::native;
+use landfall_engine::ring::netns_cookie;
 use nix::sched::CloneFlags;
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType};
 use rustix::process::Signal;
 
 use super::link;
@@ -38,7 +42,12 @@ fn become_command(
     hear(channel, Word::Mapped)?;
     link::bring_loopback_up().map_err(at(Step::Loopback))?;
     say(channel, Word::Ready)?;
-    hear(channel, Word::Go)?;
+    let mut due = wire::receive(channel).map_err(|_| None)?;
+    if due == Some(Word::Filter) {
+        install_filter(channel)?;
+        due = wire::receive(channel).map_err(|_| None)?;
+    }
+    due.filter(|word| *word == Word::Go).ok_or(None)?;
 
     let (program, arguments) = command.split_first().ok_or(None)?;
     // A landfall that is killed takes the command with it. Asked for last, since a change of credentials, such as
@@ -47,6 +56,22 @@ fn become_command(
     waiting::unblock().map_err(|_| Some((Step::Signals, Errno::INVAL)))?;
     let error = Command::new(program).args(arguments).exec();
     Err(Some((Step::Exec, error.raw_os_error().map_or(Errno::NOENT, Errno::from_raw_os_error))))
+}
+
+/// Installs the filter of native sockets, and passes the descriptor of its notifications out. A refusal of the kernel
+/// is reported and is not a failure.
+fn install_filter(channel: &std::os::fd::OwnedFd) -> Result<(), Option<(Step, Errno)>> {
+    let notifications = match native::install() {
+        Ok(notifications) => notifications,
+        Err(error) => return say(channel, Word::NotFiltered { error }),
+    };
+    // The channel belongs to the namespace that it was made in.
+    let inside = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None);
+    let cookie = inside.map_err(std::io::Error::from).and_then(netns_cookie);
+    let netns_cookie =
+        cookie.map_err(|error| Some((Step::Filter, Errno::from_io_error(&error).unwrap_or(Errno::IO))))?;
+    say(channel, Word::Filtered { netns_cookie })?;
+    wire::send_descriptor(channel, notifications.as_fd()).map_err(|errno| Some((Step::Filter, errno)))
 }
 
 /// Root may do without a user namespace where those are forbidden. Tells whether there is one.

@@ -5,7 +5,8 @@
 //! nobody could reach it, or find it. So a sandbox ends with its command, as a container does.
 //!
 //! What belongs to it is what lives in its network namespace. A process that made a namespace of its own (the
-//! renderers of a browser) is left to whoever started it, and so is all if landfall itself is killed.
+//! renderers of a browser) is left to the process that started it. If landfall itself is killed, the keeper ends a sandbox with
+//! native sockets, and another one is left as it is.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -44,6 +45,14 @@ impl Namespace {
         let mut namespace = Namespace { file, ours: BTreeSet::new() };
         namespace.ours = namespace.processes().into_iter().map(|(fact, _)| fact.pid).collect();
         Ok(namespace)
+    }
+
+    /// The one that a process is in, with every process in it.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn around(pid: u32) -> io::Result<Namespace> {
+        Ok(Namespace { file: File::open(format!("/proc/{pid}/ns/net"))?, ours: BTreeSet::new() })
     }
 
     /// Whom the command has left in it, a moment after its end.

@@ -5,6 +5,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use landfall_engine::native::InstallError;
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -25,6 +26,8 @@ pub enum Step {
     Unshare,
     /// Bringing up the loopback interface.
     Loopback,
+    /// Passing the notifications of the filter out.
+    Filter,
     /// Asking for a signal at the parent's death.
     ParentDeath,
     /// Letting signals through.
@@ -39,6 +42,7 @@ impl fmt::Display for Step {
             Step::Input => "cannot take over the standard input",
             Step::Unshare => "cannot make a user and network namespace",
             Step::Loopback => "cannot bring up the loopback interface",
+            Step::Filter => "cannot pass on the notifications of the command's system calls",
             Step::ParentDeath => "cannot tie the command to this process",
             Step::Signals => "cannot let signals through to the command",
             Step::Exec => "cannot start the command",
@@ -56,6 +60,12 @@ pub(super) enum Word {
     Mapped,
     /// The loopback interface is up.
     Ready,
+    /// Install the filter of native sockets.
+    Filter,
+    /// It is installed; the descriptor of its notifications follows. The namespace has this `SO_NETNS_COOKIE`.
+    Filtered { netns_cookie: u64 },
+    /// It is not, and the process is as it was.
+    NotFiltered { error: InstallError },
     /// Become the command.
     Go,
     /// A step failed; nothing follows.

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::docker::AGENT_DIRECTORY;
+use crate::native::Sockets;
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::ContainerName;
-use crate::rpc::ensure::{ALL, DOCKER_HELPER, TAILSCALE};
+use crate::rpc::ensure::{ALL, DOCKER_HELPER, SOCKETS, TAILSCALE};
 
 /// What `up` passes on to the daemon that it starts.
 #[derive(Clone, Debug, Default, Args)]
@@ -33,6 +34,9 @@ pub struct DaemonArgs {
     /// Enter containers by a helper container that may, where you are not root but may use Docker
     #[arg(long)]
     pub docker_helper: bool,
+    /// Default of `run --sockets`: auto, native or relay [default: auto]
+    #[arg(long, value_enum, hide_possible_values = true)]
+    pub sockets: Option<Sockets>,
 }
 
 impl DaemonArgs {
@@ -56,6 +60,9 @@ impl DaemonArgs {
         }
         if self.docker_helper {
             words.push(DOCKER_HELPER.into());
+        }
+        if let Some(sockets) = self.sockets {
+            words.extend([SOCKETS.into(), sockets.as_str().into()]);
         }
         words
     }

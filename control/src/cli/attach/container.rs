@@ -213,9 +213,13 @@ fn tell_row(talk: Talk, name: &str, row: ForwardRow) {
     let process = row.process.zip(row.pid).map(|(name, pid)| ProcessFact { name, pid });
     let why = row.reason.unwrap_or_else(|| "the daemon does not say why".to_owned());
     talk.report(&match row.state {
-        RowState::Open | RowState::Closing | RowState::Opening => {
-            Report::Forward { port: host_port, name: name.to_owned(), process, label: row.label }
-        }
+        RowState::Open | RowState::Closing | RowState::Opening => Report::Forward {
+            port: host_port,
+            name: name.to_owned(),
+            process,
+            label: row.label,
+            path: row.path,
+        },
         RowState::Failed => Report::Failed { port: host_port, detail: why },
         RowState::Denied => Report::Withheld { port, reason: why },
         RowState::Published => {

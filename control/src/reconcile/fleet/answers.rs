@@ -15,6 +15,7 @@ impl Fleet {
             Event::Listeners { upstream, opened, closed } => {
                 if let Some(known) = self.upstreams.get_mut(upstream) {
                     known.seen.get_or_insert_default().update(opened, closed);
+                    self.forget_stubs(*upstream);
                     self.mark_owner(*upstream);
                 }
             }
@@ -24,6 +25,7 @@ impl Fleet {
                     let whole = self.partial.remove(upstream).unwrap_or_default();
                     if let Some(known) = self.upstreams.get_mut(upstream) {
                         known.seen = Some(Observation::whole(&whole));
+                        self.forget_stubs(*upstream);
                         self.mark_owner(*upstream);
                     }
                 }
@@ -93,7 +95,9 @@ impl Fleet {
         if let Some(failures) = self.failures.get_mut(&name) {
             failures.remove(&port);
         }
-        vec![Change::Opened { name, port, host_port, bind }]
+        let mut changes: Vec<Change> = self.end_lingering(host_port).into_iter().collect();
+        changes.push(Change::Opened { name, port, host_port, bind });
+        changes
     }
 
     fn on_failed(&mut self, id: ForwardId, reason: String, now: Instant) -> Option<Change> {

@@ -36,6 +36,8 @@ impl ClosedReason {
 pub enum Change {
     /// The port answers on the host, at `host_port`; `bind` is where its server listens.
     Opened { name: ContainerName, port: NonZeroU16, host_port: NonZeroU16, bind: &'static str },
+    /// The port answers on the host, on the server's own native socket, at the same port.
+    OpenedNative { name: ContainerName, port: NonZeroU16, bind: &'static str },
     /// It no longer does.
     Closed { name: ContainerName, port: NonZeroU16, host_port: NonZeroU16, why: ClosedReason },
     /// It could not be opened. Told once, however often it is tried again.

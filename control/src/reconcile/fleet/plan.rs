@@ -33,6 +33,7 @@ impl Fleet {
     /// told. They count as asked for from now on.
     pub fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Change>) {
         let mut plan = Plan { now, commands: Vec::new(), changes: Vec::new() };
+        self.retire_natives(&mut plan);
         self.dismiss(&mut plan);
         self.settle_heirs(now);
         let marked = self.agenda.take(now);
@@ -98,7 +99,8 @@ impl Fleet {
         let lingering = self.forwards_of(name).filter(|forward| forward.is_live());
         let lingering = lingering.filter_map(|forward| forward.unseen).map(|since| since + LINGER);
         let reserved = self.reserved_retries(name).filter(|(port, _)| is_free(*port)).map(|(_, at)| at);
-        retries.chain(lingering).chain(reserved).chain(self.debts_due(name)).min()
+        let natives = self.natives_due(name);
+        retries.chain(lingering).chain(reserved).chain(natives).chain(self.debts_due(name)).min()
     }
 
     /// A host port is free, or another container's from now on: those that wait for it are planned.

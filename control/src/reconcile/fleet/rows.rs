@@ -5,6 +5,7 @@
 //! ports without one, those that are listed take at most [`ROWS_BYTES_MAX`], and the rest are counted.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::num::NonZeroU16;
 
 use landfall_engine::command::ForwardStats;
@@ -13,7 +14,7 @@ use super::announced::Over;
 use super::reserved::Stage;
 use super::verdict::Verdict;
 use super::{Fleet, Forward, Status};
-use crate::reconcile::table::RowState;
+use crate::reconcile::table::{ForwardPath, RowState};
 use crate::registration::model::ContainerName;
 
 /// The most bytes that the rows of one container's ports without a forward take, as JSON.
@@ -46,6 +47,12 @@ pub struct Row {
     pub inodes: Vec<u64>,
     /// Its counters, as last told.
     pub stats: ForwardStats,
+    /// How its connections reach the server.
+    pub path: ForwardPath,
+    /// The host's addresses of native sockets.
+    pub addresses: Vec<IpAddr>,
+    /// The process that listens, where a supervisor reported it.
+    pub process: Option<u32>,
 }
 
 impl Fleet {
@@ -54,9 +61,10 @@ impl Fleet {
         let seen = self.upstream_of(name).and_then(|(_, upstream)| upstream.seen.as_ref());
         let inodes =
             |port| seen.and_then(|seen| seen.at(port)).map(|at| at.inodes().collect()).unwrap_or_default();
-        let rows =
-            self.forwards_of(name).map(|forward| self.row_of(name, forward, inodes(forward.target_port)));
-        let mut rows: Vec<Row> = rows.collect();
+        let mut rows = self.native_rows(name);
+        let native: BTreeSet<NonZeroU16> = rows.iter().map(|row| row.port).collect();
+        let relayed = self.forwards_of(name).filter(|forward| !native.contains(&forward.target_port));
+        rows.extend(relayed.map(|forward| self.row_of(name, forward, inodes(forward.target_port))));
         let told: BTreeSet<NonZeroU16> = rows.iter().map(|row| row.port).collect();
         let mut rest: BTreeMap<NonZeroU16, (NonZeroU16, RowState, Option<String>)> = BTreeMap::new();
         let mut add = |port, host_port, state, reason| {
@@ -111,6 +119,9 @@ impl Fleet {
                 reason,
                 inodes: inodes(port),
                 stats: ForwardStats::default(),
+                path: ForwardPath::Relay,
+                addresses: Vec::new(),
+                process: None,
             })
             .collect();
         rest.sort_by_key(|row| (row.state == RowState::Denied, row.state == RowState::Published));
@@ -143,7 +154,8 @@ impl Fleet {
             (Status::Open, _) => (RowState::Open, None),
             (Status::Closing { .. }, _) => (RowState::Closing, None),
         };
-        Row { port, host_port, state, reason, inodes, stats: forward.stats }
+        let (stats, path) = (forward.stats, ForwardPath::Relay);
+        Row { port, host_port, state, reason, inodes, stats, path, addresses: Vec::new(), process: None }
     }
 
     /// The sockets that listen behind a port of a container that is watched.

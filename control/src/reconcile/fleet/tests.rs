@@ -15,7 +15,12 @@ fn row(number: u16, address: &str, inode: u64) -> Listening {
 
 fn wish(text: &str, allow: Option<&str>) -> Wish {
     let allow = allow.map(|list| list.parse().unwrap());
-    Wish { name: name(text), policy: Policy { allow, ..Policy::default() }, published: BTreeMap::new() }
+    Wish {
+        name: name(text),
+        policy: Policy { allow, ..Policy::default() },
+        published: BTreeMap::new(),
+        native: false,
+    }
 }
 
 const V4: Reach = Reach { v4: true, v6: false };
@@ -500,6 +505,8 @@ mod announced;
 mod cost;
 #[path = "model_tests.rs"]
 mod model;
+#[path = "natives_tests.rs"]
+mod natives;
 #[path = "reserved_tests.rs"]
 mod reserved;
 

@@ -66,11 +66,12 @@ impl Fleet {
                 },
             }
         };
+        let relayed = seen.ports().filter(|(port, listeners)| !self.is_native(name, *port, listeners));
         let mut verdicts: BTreeMap<NonZeroU16, Verdict> =
-            seen.ports().map(|(port, listeners)| (port, verdict(port, listeners))).collect();
+            relayed.map(|(port, listeners)| (port, verdict(port, listeners))).collect();
         let wanted = verdicts.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Wanted(_)));
         let mut wanted: Vec<NonZeroU16> = wanted.map(|(port, _)| *port).collect();
-        let most = FORWARDS_MAX.saturating_sub(self.reserved_count(name));
+        let most = FORWARDS_MAX.saturating_sub(self.reserved_count(name) + self.native_count(name));
         if wanted.len() > most {
             // Those that are open already come before those that would be new.
             let live = self.forwards.of_upstream(id).filter(|(_, forward)| forward.is_live());

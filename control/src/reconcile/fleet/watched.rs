@@ -63,6 +63,7 @@ impl Fleet {
     pub(super) fn open_watched(&mut self, one: &mut Planned, plan: &mut Plan) {
         let Planned { name, verdicts: Some(verdicts), work, .. } = one else { return };
         let Some((upstream, _)) = self.upstream_of(name) else { return };
+        self.forget_waiting(name, |port| verdicts.contains_key(&port));
         let mut failures = self.failures.remove(name).unwrap_or_default();
         // A failure is remembered only while the port is still wanted.
         failures.retain(|port, _| matches!(verdicts.get(port), Some(Verdict::Wanted(_))));
@@ -74,6 +75,9 @@ impl Fleet {
             }
             let holder = self.forwards.at_host_port(*port).filter(|forward| !forward.reserved);
             if holder.is_some_and(|forward| self.owner_of(forward) == Some(name)) {
+                continue;
+            }
+            if self.awaits_report(name, *port, plan.now) {
                 continue;
             }
             match self.holder(name, *port) {
@@ -102,6 +106,9 @@ impl Fleet {
         let theirs = |owner: &ContainerName| {
             format!("EADDRINUSE: port {port} is forwarded to container \"{owner}\", which had it first")
         };
+        if let Some(owner) = self.native_holder(name, port) {
+            return Holder::Taken(theirs(owner));
+        }
         let Some(forward) = self.forwards.at_host_port(port) else {
             return match self.heirs.get(&port).filter(|heir| *heir != name) {
                 Some(heir) => Holder::Heir(theirs(heir)),

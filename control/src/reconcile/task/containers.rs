@@ -10,7 +10,9 @@ use tokio::task::AbortHandle;
 
 use super::owners::SocketOwners;
 use crate::docker::Docker;
+use crate::native;
 use crate::policy::Policy;
+use crate::processes;
 use crate::reconcile::fleet::{Fleet, Row, Rows, Wish};
 use crate::reconcile::reach::{self, Circumstances, Gate, Means, Told, Visit};
 use crate::reconcile::table::{ContainerState, ForwardRow, Reached, RowState};
@@ -209,14 +211,16 @@ impl Container {
         self.way.as_ref()?;
         let policy = Policy::from(self.registration.exposed().unwrap_or_default().as_ref());
         let published = self.circumstances.published.clone();
-        Some(Wish { name: self.name().clone(), policy, published })
+        let native = native::is_announced(&self.registration);
+        Some(Wish { name: self.name().clone(), policy, published, native })
     }
 
     /// Lists it again. Returns what was listed before.
     pub(super) fn list(&mut self, fleet: &Fleet, owners: &mut SocketOwners) -> Arc<ContainerState> {
         self.is_stale = false;
         let Rows { listed, omitted } = fleet.rows(self.name());
-        let shown = listed.iter().filter(|row| row.state != RowState::Denied);
+        // A supervisor may hold a native socket as well, so it reports the process that listens.
+        let shown = listed.iter().filter(|row| row.state != RowState::Denied && row.process.is_none());
         let inodes: BTreeSet<u64> = shown.flat_map(|row| row.inodes.iter().copied()).collect();
         owners.replace(&self.listed.inodes, &inodes);
         self.listed.inodes = inodes;
@@ -232,15 +236,19 @@ impl Container {
         omitted: usize,
     ) -> ContainerState {
         let rows = rows.into_iter().map(|row| {
-            let owner = row.inodes.iter().find_map(|inode| owners.of(*inode));
+            let reported = row.process.and_then(processes::process_fact);
+            let found = row.inodes.iter().find_map(|inode| owners.of(*inode)).cloned();
+            let owner = reported.or(found);
             let note = self.registration.note_of(row.port);
             ForwardRow {
                 port: row.port.get(),
                 host_port: row.host_port.get(),
                 state: row.state,
+                path: row.path,
+                addresses: row.addresses,
                 reason: row.reason,
-                process: owner.map(|owner| owner.name.clone()),
-                pid: owner.map(|owner| owner.pid),
+                pid: owner.as_ref().map(|owner| owner.pid),
+                process: owner.map(|owner| owner.name),
                 label: note.and_then(|note| note.label.clone()),
                 silent: note.is_some_and(|note| note.silent),
                 connections: row.stats.open,

@@ -1,5 +1,6 @@
 //! The loop: what happens comes in, commands go out.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,8 @@ pub(super) struct Driver {
     pub(super) stop_drained: watch::Sender<bool>,
     pub(super) tables: Vec<oneshot::Sender<ForwardTable>>,
     pub(super) owners: SocketOwners,
+    /// The number of the link that stands for each sandbox with native sockets.
+    pub(super) native_links: BTreeMap<ContainerName, u64>,
     /// Containers that are listed and not there any more.
     pub(super) gone: Vec<(ContainerName, Listed)>,
 }
@@ -119,6 +122,7 @@ impl Driver {
             stop_drained: watch::Sender::new(false),
             tables: Vec::new(),
             owners: SocketOwners::new(),
+            native_links: BTreeMap::new(),
             gone: Vec::new(),
         }
     }
@@ -151,6 +155,7 @@ impl Driver {
                 Turn::Ask(Some(Ask::Table(answer))) => self.describe(answer).await,
                 Turn::Ask(Some(Ask::LookAgain(name))) => self.look_again(&name),
                 Turn::Ask(Some(Ask::Followed(followed))) => drop(self.errand.followed.send_replace(followed)),
+                Turn::Ask(Some(Ask::Native(report))) => self.hear_native(report),
                 Turn::Ask(Some(Ask::Broker(name, announcements, words))) => {
                     self.meet_broker(name, announcements, words);
                 }

@@ -15,23 +15,18 @@ use super::owners::Found;
 use crate::events::{Event as JournalEvent, PortForwardEvent};
 use crate::reconcile::announced::BrokerWord;
 use crate::reconcile::fleet::Change;
-use crate::reconcile::table::{ContainerState, ForwardTable, Reached, RowState};
+use crate::reconcile::table::{ContainerState, ForwardPath, ForwardTable, Reached, RowState};
+use crate::registration::model::ContainerName;
 
 impl Driver {
     pub(super) fn tell_all(&mut self, changes: Vec<Change>) {
         for change in changes {
             let event = match change {
                 Change::Opened { name, port, host_port, bind } => {
-                    let container = self.containers.iter().find(|container| *container.name() == name);
-                    let note = container.and_then(|container| container.registration.note_of(port));
-                    PortForwardEvent::PortForwardOpened {
-                        container_name: name.as_str().to_owned(),
-                        port,
-                        host_port,
-                        bind_addr: bind.to_owned(),
-                        label: note.and_then(|note| note.label.clone()),
-                        silent: note.is_some_and(|note| note.silent),
-                    }
+                    self.opened(&name, port, host_port, bind, ForwardPath::Relay)
+                }
+                Change::OpenedNative { name, port, bind } => {
+                    self.opened(&name, port, port, bind, ForwardPath::Native)
                 }
                 Change::Closed { name, port, host_port, why } => PortForwardEvent::PortForwardClosed {
                     container_name: name.as_str().to_owned(),
@@ -64,6 +59,27 @@ impl Driver {
                 }
             };
             self.journal.tell(&JournalEvent::PortForwardEvent { event });
+        }
+    }
+
+    fn opened(
+        &self,
+        name: &ContainerName,
+        port: NonZeroU16,
+        host_port: NonZeroU16,
+        bind: &str,
+        path: ForwardPath,
+    ) -> PortForwardEvent {
+        let container = self.containers.iter().find(|container| container.name() == name);
+        let note = container.and_then(|container| container.registration.note_of(port));
+        PortForwardEvent::PortForwardOpened {
+            container_name: name.as_str().to_owned(),
+            port,
+            host_port,
+            bind_addr: bind.to_owned(),
+            label: note.and_then(|note| note.label.clone()),
+            path,
+            silent: note.is_some_and(|note| note.silent),
         }
     }
 

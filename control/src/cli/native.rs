@@ -1,0 +1,164 @@
+//! Native sockets of `landfall run`: whether they are used, and their start.
+
+use std::num::NonZeroU16;
+
+use landfall_engine::native::Supervisor;
+
+use super::args::{Net, Ring, RunArgs};
+use super::asking;
+use super::exit::{Exit, Failure, chain};
+use super::forwarding::Forwarding;
+use super::output::{Report, Talk};
+use crate::native::driver::RunDriver;
+use crate::native::{Sockets, VARIABLE};
+use crate::paths::Home;
+use crate::policy::ControlPorts;
+use crate::rpc::client::{Client, PROBE_BUDGET};
+use crate::sandbox::keeper::Keeper;
+use crate::sandbox::{Filtered, Sandbox};
+
+/// A command that will run under the filter of native sockets.
+pub(super) struct NativeSockets {
+    filtered: Filtered,
+    supervisor: Supervisor,
+    control_ports: ControlPorts,
+}
+
+impl NativeSockets {
+    /// Installs the filter where native sockets are wanted and the kernel allows it. None where servers are relayed.
+    ///
+    /// # Errors
+    /// A choice that contradicts another one, and `--sockets native` where the kernel refuses.
+    pub(super) fn prepare(
+        args: &RunArgs,
+        sandbox: &Sandbox,
+        talk: Talk,
+    ) -> Result<Option<NativeSockets>, Failure> {
+        let daemon = daemon_of(args);
+        let chosen =
+            chosen(args, std::env::var(VARIABLE).ok(), daemon.as_ref().map(|daemon| daemon.sockets))?;
+        if chosen == Sockets::Relay {
+            return Ok(None);
+        }
+        let refused = |error: &dyn std::error::Error| {
+            Failure::new(Exit::Failed, format!("native sockets do not work here: {}", chain(error)))
+                .hint("--sockets relay does without; landfall doctor says more")
+        };
+        let supervisor = match Supervisor::prepare() {
+            Ok(supervisor) => supervisor,
+            Err(error) if chosen == Sockets::Native => return Err(refused(&error)),
+            Err(error) => return Ok(fall_back(talk, &error)),
+        };
+        match sandbox.filter().map_err(|error| refused(&error))? {
+            Ok(filtered) => {
+                let port = daemon.and_then(|daemon| daemon.http_port).and_then(NonZeroU16::new);
+                let control_ports = ControlPorts::new(port);
+                Ok(Some(NativeSockets { filtered, supervisor, control_ports }))
+            }
+            Err(error) if chosen == Sockets::Native => Err(refused(&error)),
+            Err(error) => Ok(fall_back(talk, &error)),
+        }
+    }
+
+    /// Starts to answer the command's calls, and the process that ends the sandbox when this one dies.
+    ///
+    /// # Errors
+    /// A supervisor or a keeper that does not start.
+    pub(super) fn start(
+        self,
+        args: &RunArgs,
+        sandbox: &Sandbox,
+        session: &Forwarding,
+        talk: Talk,
+    ) -> Result<Keeper, Failure> {
+        let failed = |error: &dyn std::error::Error| {
+            Failure::new(Exit::Failed, format!("native sockets cannot be used: {}", chain(error)))
+                .hint("--sockets relay does without")
+        };
+        let keeper = Keeper::start(sandbox.pid()).map_err(|error| failed(&error))?;
+        let sink = session.native_events().map_err(|error| failed(&error))?;
+        let driver = RunDriver::new(args.common.policy(), self.control_ports, args.on_conflict, talk, sink);
+        let Filtered { notifications, netns_cookie } = self.filtered;
+        self.supervisor.start(notifications, netns_cookie, driver).map_err(|error| failed(&error))?;
+        Ok(keeper)
+    }
+}
+
+/// Says that servers are relayed, and why.
+fn fall_back(talk: Talk, error: &dyn std::error::Error) -> Option<NativeSockets> {
+    let text = format!("servers are relayed, since native sockets do not work here: {}", chain(error));
+    talk.report(&Report::Note { text, hint: Some("--sockets relay leaves this note out".to_owned()) });
+    None
+}
+
+/// The choice, from the command line, the environment or the daemon, in this order.
+fn chosen(args: &RunArgs, variable: Option<String>, daemon: Option<Sockets>) -> Result<Sockets, Failure> {
+    if args.net == Net::None {
+        // A native socket leads out of a network that is asked to have no way out.
+        return match args.sockets {
+            Some(Sockets::Native) => Err(Failure::new(
+                Exit::Usage,
+                "--net none keeps the command in its own network, and --sockets native does not",
+            )
+            .hint("leave out one of the two")),
+            _ => Ok(Sockets::Relay),
+        };
+    }
+    let variable = match variable.as_deref().map(str::trim) {
+        None | Some("") => None,
+        Some(word) => {
+            let known = [Sockets::Auto, Sockets::Native, Sockets::Relay].into_iter();
+            let sockets = known.into_iter().find(|sockets| sockets.as_str() == word);
+            Some(sockets.ok_or_else(|| {
+                Failure::new(Exit::Usage, format!("{VARIABLE} is \"{word}\", which is no kind of sockets"))
+                    .hint("set it to auto, native or relay")
+            })?)
+        }
+    };
+    Ok(args.sockets.or(variable).or(daemon).unwrap_or_default())
+}
+
+/// The daemon that will forward, as it describes itself.
+fn daemon_of(args: &RunArgs) -> Option<asking::Description> {
+    if args.common.no_daemon || args.common.ring != Ring::Auto {
+        return None;
+    }
+    let home = Home::from_environment().ok().filter(|home| home.socket().exists())?;
+    asking::describe(&Client::new(home.socket()).within(PROBE_BUDGET)).ok().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::args::{Cli, Verb};
+
+    fn choice(
+        arguments: &[&str],
+        variable: Option<&str>,
+        daemon: Option<Sockets>,
+    ) -> Result<Sockets, String> {
+        let words = ["landfall", "run"].iter().chain(arguments).chain(&["--", "true"]);
+        let Verb::Run(args) = Cli::try_parse_from(words).unwrap().verb else { panic!("not run") };
+        chosen(&args, variable.map(str::to_owned), daemon).map_err(|failure| failure.message)
+    }
+
+    #[test]
+    fn the_command_line_comes_before_the_environment_and_that_before_the_daemon() {
+        assert_eq!(choice(&[], None, None), Ok(Sockets::Auto));
+        assert_eq!(choice(&[], None, Some(Sockets::Relay)), Ok(Sockets::Relay));
+        assert_eq!(choice(&[], Some("native"), Some(Sockets::Relay)), Ok(Sockets::Native));
+        assert_eq!(choice(&["--sockets", "relay"], Some("native"), None), Ok(Sockets::Relay));
+        assert_eq!(choice(&[], Some(" "), None), Ok(Sockets::Auto));
+        assert!(choice(&[], Some("fast"), None).unwrap_err().contains("LANDFALL_SOCKETS is \"fast\""));
+    }
+
+    #[test]
+    fn a_network_of_its_own_has_no_native_sockets() {
+        assert_eq!(choice(&["--net", "none"], None, None), Ok(Sockets::Relay));
+        assert_eq!(choice(&["--net", "none"], Some("native"), None), Ok(Sockets::Relay));
+        assert!(choice(&["--net", "none", "--sockets", "native"], None, None).is_err());
+        assert_eq!(choice(&["--net", "pasta"], None, None), Ok(Sockets::Auto));
+    }
+}

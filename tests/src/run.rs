@@ -1,0 +1,187 @@
+//! Commands under `landfall run`, and the lines that they and landfall print.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{PATIENCE, wait_until};
+
+/// A Python that every user may execute; one that a developer installed may be in a private directory.
+pub const PYTHON: &str = "/usr/bin/python3";
+
+/// The head of every script: `listen` makes a server that answers each client with a word, `say` prints a line.
+const PRELUDE: &str = "
+import os, socket, sys, threading, time
+def say(*words): print(*words, flush=True)
+def bound(host, port, family=None, reuse_port=False):
+    family = family or (socket.AF_INET6 if ':' in host else socket.AF_INET)
+    s = socket.socket(family, socket.SOCK_STREAM)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port: s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    s.bind((host, port))
+    return s
+def serve(s, word):
+    def loop():
+        while True:
+            try: c, _ = s.accept()
+            except OSError: return
+            try: c.sendall(word.encode())
+            except OSError: pass
+            c.close()
+    threading.Thread(target=loop, daemon=True).start()
+def listen(host, port, word='hello', **options):
+    s = bound(host, port, **options)
+    s.listen(64)
+    serve(s, word)
+    return s
+def fetch(host, port):
+    try:
+        c = socket.create_connection((host, port), timeout=20)
+        word = b''
+        while part := c.recv(64): word += part
+        return word.decode()
+    except OSError as error: return type(error).__name__
+def wait(): sys.stdin.read()
+";
+
+/// A command that runs. Dropping it kills landfall.
+#[derive(Debug)]
+pub struct Run {
+    child: Child,
+    /// What the command printed.
+    pub out: Lines,
+    /// What landfall printed, and the command's errors.
+    pub err: Lines,
+}
+
+impl Run {
+    /// Starts `command`, which is a `landfall run` without the command, with a Python script. The script ends when its
+    /// standard input does.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn python(mut command: Command, script: &str) -> Run {
+        command.args(["--", PYTHON, "-c", &format!("{PRELUDE}{script}")]);
+        Run::start(command)
+    }
+
+    /// Starts a `landfall run`. Without a PATH, pasta is not found; its start would take most of the time of a case.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start(mut command: Command) -> Run {
+        command.env("PATH", "/nonexistent").env("PYTHONDONTWRITEBYTECODE", "1");
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (out, err) = (Lines::of(child.stdout.take().unwrap()), Lines::of(child.stderr.take().unwrap()));
+        Run { child, out, err }
+    }
+
+    /// The process of landfall.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends landfall a signal.
+    ///
+    /// # Panics
+    /// When it has ended.
+    pub fn signal(&self, signal: Signal) {
+        // Our own child, not waited for, so the number is its own.
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Writes a line to the command's standard input.
+    ///
+    /// # Panics
+    /// When it has closed it.
+    pub fn write(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Ends the command's standard input, and waits for the end of landfall.
+    ///
+    /// # Panics
+    /// When it does not end.
+    #[track_caller]
+    pub fn end(&mut self) -> ExitStatus {
+        self.child.stdin = None;
+        let (out, err) = (&self.out, &self.err);
+        let child = &mut self.child;
+        wait_until("the end of the command", || child.try_wait().unwrap().ok_or((out.all(), err.all())))
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("the command said:\n{}\nlandfall said:\n{}", self.out.all(), self.err.all());
+        }
+    }
+}
+
+/// Lines that a process has printed so far.
+#[derive(Clone, Debug)]
+pub struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl Lines {
+    fn of(stream: impl Read + Send + 'static) -> Lines {
+        let lines = Lines(Arc::default());
+        let kept = lines.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                kept.0.lock().unwrap().push(line);
+            }
+        });
+        lines
+    }
+
+    /// All of them.
+    pub fn all(&self) -> String {
+        self.0.lock().unwrap().join("\n")
+    }
+
+    /// How many contain `text`.
+    pub fn count(&self, text: &str) -> usize {
+        self.0.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// Waits for a line that contains `text`, and returns the first one.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[track_caller]
+    pub fn wait_for(&self, text: &str) -> String {
+        wait_until(&format!("a line with {text:?}"), || {
+            let lines = self.0.lock().unwrap();
+            lines.iter().find(|line| line.contains(text)).cloned().ok_or_else(|| lines.join("\n"))
+        })
+    }
+}
+
+/// The answer of the server at an address, or the kind of the error.
+///
+/// # Panics
+/// When the address is not one.
+#[track_caller]
+pub fn fetch(at: &str) -> String {
+    let at: SocketAddr = at.parse().unwrap();
+    let fetched = TcpStream::connect_timeout(&at, PATIENCE).and_then(|mut server| {
+        let mut said = String::new();
+        server.set_read_timeout(Some(PATIENCE))?;
+        server.read_to_string(&mut said)?;
+        Ok(said)
+    });
+    fetched.unwrap_or_else(|error| format!("{:?}", error.kind()))
+}
+
+/// Whether a process is there, also as a zombie.
+pub fn exists(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
