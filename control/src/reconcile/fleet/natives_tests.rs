@@ -141,6 +141,7 @@ fn a_link_that_is_lost_for_long_closes_what_it_reported() {
     assert_eq!(bench.commands(), []);
     assert_eq!(bench.report("a", reported), [], "it is back");
     bench.fleet.native_lost(&name("a"), bench.now);
+    assert_eq!(bench.commands(), []);
     assert_eq!(bench.fleet.due(), Some(bench.now + LINK_MAX));
     bench.now += LINK_MAX;
     assert_eq!(bench.changes(), [told_closed("a", 3000, ClosedReason::HostError)]);
