@@ -388,7 +388,7 @@ const HOSTILE: [(&str, &str); 4] = [
 fn forwarded(home: &Home, name: &str) -> Value {
     let found = told(home, &["ls", "--all", "--json"]);
     let one = found["containers"].as_array().unwrap().iter().find(|one| one["name"] == name).unwrap().clone();
-    json!([one["forwarded"], one["why"]])
+    json!([one["forwarded"], one["why"], one["hint"]])
 }
 
 fn image_labels() {
@@ -403,9 +403,12 @@ fn image_labels() {
     wait_for_discovered(&home, "own", "label", &docker.id("own"));
     assert_eq!(home.registered("own").unwrap()["portForward"], json!({"allow": [3000]}));
     wait_for_names(&home, &["own"]);
-    let why = |name: &str| json!(["no", format!("label comes from the image: landfall attach {name}")]);
+    let why = |name: &str| json!(["no", "label comes from the image", format!("landfall attach {name}")]);
     assert_eq!(forwarded(&home, "shop"), why("shop"));
     assert_eq!(forwarded(&home, "same"), why("same"));
+    let listed = home.run(&["ls", "--all"]);
+    let said = String::from_utf8_lossy(&listed.stderr);
+    assert!(said.contains("hint: landfall attach shop has it forwarded"), "{said}");
     // Each image is inspected once, whatever happens to containers.
     let inspected = docker.calls("GET /images/");
     docker.remove("same", false);
@@ -443,16 +446,15 @@ fn image_deleted() {
     let daemon = home.daemon();
     wait_for_discovered(&home, "own", "label", &docker.id("own"));
     wait_for_names(&home, &["own"]);
-    let why = "label may come from the image, which cannot be inspected: landfall attach shop";
-    assert_eq!(forwarded(&home, "shop"), json!(["no", why]));
+    let why = "label may come from the image, which cannot be inspected";
+    assert_eq!(forwarded(&home, "shop"), json!(["no", why, "landfall attach shop"]));
     // What was known once stays: an id stands for a content.
     docker.delete_image("image-of-own");
     docker.launch("db", &[]);
-    assert_eq!(forwarded(&home, "own"), json!(["yes", null]));
+    assert_eq!(forwarded(&home, "own"), json!(["yes", null, null]));
     daemon.shut_down();
     let _daemon = home.daemon();
-    let why = "label may come from the image, which cannot be inspected: landfall attach own";
-    assert_eq!(forwarded(&home, "own"), json!(["no", why]));
+    assert_eq!(forwarded(&home, "own"), json!(["no", why, "landfall attach own"]));
     wait_for_names(&home, &[]);
 }
 

@@ -57,6 +57,13 @@ fn every_container(client: &Client, json: bool) -> Result<Exit, Failure> {
         talk.report(&Report::Note { text, hint: None });
     } else {
         talk.plain(&all_of(&found));
+        let aside = Talk::to_stderr(json);
+        for one in &found {
+            if let (Some(why), Some(hint)) = (&one.why, &one.hint) {
+                let text = format!("{} is not forwarded: {why}", one.name);
+                aside.report(&Report::Note { text, hint: Some(format!("{hint} has it forwarded")) });
+            }
+        }
     }
     Ok(Exit::Ok)
 }

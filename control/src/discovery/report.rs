@@ -7,7 +7,7 @@ use super::labels;
 use super::machine::{Candidate, Verdict, Why};
 use crate::docker::Network;
 use crate::docker::labels::LabelOrigin;
-use crate::registration::model::{ContainerName, FoundBy};
+use crate::registration::model::FoundBy;
 
 /// One container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct Found {
     /// Why it is not forwarded, or what there is to know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+    /// The command that has it forwarded, where a label alone does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
     /// Which of its ports its own labels allow, as a registration has it; none where they do not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_forward: Option<Value>,
@@ -76,10 +79,11 @@ impl Found {
             Network::Shared(_) => Some("it is in the network of another container".to_owned()),
         };
         let why = match verdict {
-            Verdict::Not(why) => Some(in_words(why, &container.name)),
+            Verdict::Not(why) => Some(in_words(why)),
             Verdict::Off(_) => Some("it was detached".to_owned()),
             Verdict::Forwarded(..) | Verdict::Registered(_) => network,
         };
+        let is_not_own = matches!(verdict, Verdict::Not(Why::NotOwn(_)));
         let policy = labels.own_policy.as_ref().ok().and_then(Option::as_ref);
         Found {
             name: container.name.to_string(),
@@ -90,6 +94,7 @@ impl Found {
             registered: registered.map(ToString::to_string),
             by,
             why,
+            hint: is_not_own.then(|| format!("landfall attach {}", container.name)),
             port_forward: policy.and_then(|policy| serde_json::to_value(policy).ok()),
             unreadable: labels.own_policy.as_ref().err().cloned(),
             image_deny: (!labels.image_deny.is_empty()).then(|| labels.image_deny.to_string()),
@@ -98,13 +103,13 @@ impl Found {
     }
 }
 
-fn in_words(why: &Why, name: &ContainerName) -> String {
+fn in_words(why: &Why) -> String {
     match why {
         Why::Unasked => "nobody asked for it".to_owned(),
         Why::NotOwn(LabelOrigin::Unknown) => {
-            format!("label may come from the image, which cannot be inspected: landfall attach {name}")
+            "label may come from the image, which cannot be inspected".to_owned()
         }
-        Why::NotOwn(_) => format!("label comes from the image: landfall attach {name}"),
+        Why::NotOwn(_) => "label comes from the image".to_owned(),
         Why::NotRunning => "it will be when it runs".to_owned(),
         Why::Excluded => format!("its label {} says so", labels::FORWARD),
         Why::Ours => "landfall itself uses it".to_owned(),
