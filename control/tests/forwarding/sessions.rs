@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -180,7 +181,8 @@ fn an_agents_directory_leads_in() {
         })
     };
     state("there is no directory");
-    std::fs::create_dir(&directory).unwrap();
+    // The daemon refuses an agent directory that other users can enter.
+    std::fs::DirBuilder::new().mode(0o700).create(&directory).unwrap();
     state("agent.sock");
     assert_eq!(world.container("a").unwrap().way, Some(way.to_string()));
 }
