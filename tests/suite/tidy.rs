@@ -40,6 +40,7 @@ const PURE: &[&str] = &[
     "control/src/devcontainer/parse.rs",
     "control/src/devcontainer/wire.rs",
     "control/src/docker/address.rs",
+    "control/src/docker/helper/seccomp.rs",
     "control/src/discovery/labels.rs",
     "control/src/discovery/machine.rs",
     "control/src/discovery/report.rs",

@@ -7,12 +7,15 @@
 //! - `CAP_SYS_ADMIN` is what `setns(2)` asks for, in the user namespace that the network belongs to.
 //! - `CAP_SYS_PTRACE` is what it asks for where the process has another user, or more capabilities than we have
 //!   (`validate_nsset()` in kernel/nsproxy.c; a container has fourteen of them unless it is told otherwise).
-//! - The default seccomp profile allows `setns` to whoever has the first of the two, so it stays.
+//! - A seccomp profile of its own (`helper/seccomp.rs`) allows the calls that it makes, among them `setns` into networks. It refuses
+//!   others that the two capabilities permit, such as `mount`.
 //! - It has no network but a loopback of its own, cannot write anywhere but in the one directory that it shares with the
 //!   daemon, and gains nothing by executing anything.
 //!
 //! It is root of the host's user namespace, since only there the two are worth anything for other containers, but without the
 //! capability to ignore permissions; its group is that of the directory, which is how it may write there.
+
+pub(super) mod seccomp;
 
 use std::path::PathBuf;
 use std::time::Duration;

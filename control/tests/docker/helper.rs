@@ -1,5 +1,6 @@
 //! The helper's container, by a user who is not root and has nothing but access to Docker's socket.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -146,6 +147,8 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     // Docker may write the names with their prefix.
     assert_eq!(told.replace("CAP_", ""), "none [SYS_ADMIN SYS_PTRACE] [ALL] true false 1");
 
+    calls_of_others_are_refused(&user, &first);
+
     // One as most are, and one that is another user's without any capability.
     let bare =
         server("helped-bare", other, &["--user", "4242:4242", "--cap-drop", "ALL", "--network", "none"]);
@@ -181,6 +184,62 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     assert_eq!(user.helper(), None);
     assert_eq!(docker(&["images", "-q", name]), "");
     assert!(!user.socket().parent().unwrap().exists());
+}
+
+/// Prints the error number of each call that a helper does not make, and of the one that it does. Each call succeeds with the
+/// helper's capabilities and without a seccomp profile.
+const ATTEMPTS: &str = r#"
+import ctypes, json, os
+libc = ctypes.CDLL(None, use_errno=True)
+keyctl = 219 if os.uname().machine == "aarch64" else 250
+network, uts = (os.open("/proc/self/ns/" + name, os.O_RDONLY) for name in ("net", "uts"))
+itself = os.pidfd_open(os.getpid())
+attempts = {
+    "enter a network": lambda: libc.setns(network, 0x40000000),
+    "enter a namespace of any type": lambda: libc.setns(network, 0),
+    "enter a uts namespace": lambda: libc.setns(uts, 0x04000000),
+    "make a mount namespace": lambda: libc.unshare(0x00020000),
+    "mount": lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None),
+    "open a file system": lambda: libc.syscall(430, b"tmpfs", 0),
+    "join a keyring": lambda: libc.syscall(keyctl, 1, None),
+    "take a descriptor": lambda: libc.syscall(438, itself, 0, 0),
+    "be traced": lambda: libc.ptrace(0, 0, 0, 0),
+}
+print(json.dumps({name: ctypes.get_errno() if call() == -1 else 0 for name, call in attempts.items()}))
+"#;
+
+/// Makes the calls of [`ATTEMPTS`] in a container that has what the helper has, but this profile, and the host's Python.
+fn attempts(profile: &str) -> BTreeMap<String, i32> {
+    let profile = format!("seccomp={profile}");
+    let output = Command::new("docker")
+        .args(["run", "--rm", "--network", "none", "--cap-drop", "ALL"])
+        .args(["--cap-add", "SYS_ADMIN", "--cap-add", "SYS_PTRACE"])
+        .args(["--security-opt", "no-new-privileges", "--security-opt", "apparmor=unconfined"])
+        .args(["--security-opt", &profile])
+        .args(
+            ["/usr", "/lib", "/lib64"].iter().flat_map(|path| ["-v".to_owned(), format!("{path}:{path}:ro")]),
+        )
+        .args([IMAGE, "/usr/bin/python3", "-c", ATTEMPTS])
+        .output()
+        .unwrap();
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+/// Checks the seccomp profile that a running helper has, by another program that runs with it.
+fn calls_of_others_are_refused(user: &User, helper: &str) {
+    const PERMISSION: i32 = 1;
+    let options = docker(&["inspect", "-f", "{{json .HostConfig.SecurityOpt}}", helper]);
+    let options: Vec<String> = serde_json::from_str(&options).unwrap();
+    let profile = options.iter().find_map(|option| option.strip_prefix("seccomp="));
+    let file = user.folder.path().join("profile.json");
+    std::fs::write(&file, profile.expect("a seccomp profile of its own")).unwrap();
+    for (attempt, errno) in attempts("unconfined") {
+        assert_eq!(errno, 0, "{attempt}, without a profile");
+    }
+    for (attempt, errno) in attempts(file.to_str().unwrap()) {
+        let wanted = if attempt == "enter a network" { 0 } else { PERMISSION };
+        assert_eq!(errno, wanted, "{attempt}, with the helper's profile");
+    }
 }
 
 #[test]

@@ -22,7 +22,7 @@ use super::image::{PIECE_BYTES, PIECES_MAX, Pieces};
 use super::{DockerError, Engine, Hands};
 use crate::docker::AGENT_DIRECTORY;
 use crate::docker::helper::{
-    BUILD_LABEL, CAPABILITIES, HelperPlan, HelperSeen, LABEL, PROCESSES_MAX, PROGRAM,
+    BUILD_LABEL, CAPABILITIES, HelperPlan, HelperSeen, LABEL, PROCESSES_MAX, PROGRAM, seccomp,
 };
 
 impl Engine {
@@ -160,7 +160,7 @@ fn recipe(plan: &HelperPlan, image: &str) -> ContainerCreateBody {
             readonly_rootfs: Some(true),
             cap_drop: words(&["ALL"]),
             cap_add: words(&CAPABILITIES),
-            security_opt: words(&["no-new-privileges"]),
+            security_opt: words(&["no-new-privileges", &format!("seccomp={}", seccomp::profile())]),
             pids_limit: Some(PROCESSES_MAX),
             restart_policy: Some(RestartPolicy {
                 name: Some(RestartPolicyNameEnum::NO),
@@ -212,7 +212,7 @@ mod tests {
                 "Labels": {"dev.landfall.helper": "/h", "dev.landfall.build": "b"}, "StopSignal": "SIGKILL",
                 "HostConfig": {
                     "NetworkMode": "none", "UsernsMode": "host", "ReadonlyRootfs": true, "CapDrop": ["ALL"],
-                    "CapAdd": ["SYS_ADMIN", "SYS_PTRACE"], "SecurityOpt": ["no-new-privileges"], "PidsLimit": 600,
+                    "CapAdd": ["SYS_ADMIN", "SYS_PTRACE"], "SecurityOpt": ["no-new-privileges", format!("seccomp={}", seccomp::profile())], "PidsLimit": 600,
                     "RestartPolicy": {"Name": "no"},
                     "Mounts": [{"Type": "bind", "Source": "/h/run/helper", "Target": "/run/landfall"}]
                 }
