@@ -39,7 +39,7 @@ use program::Program;
 pub const SOCKET: &str = "opener.sock";
 
 /// What the helper's container is given, in a sentence for people.
-pub const ACCESS: &str = "it may enter the network of every container of the engine (CAP_SYS_ADMIN, CAP_SYS_PTRACE), obeys you alone, and \
+pub const ACCESS: &str = "it may enter any process's network namespace (CAP_SYS_ADMIN, CAP_SYS_PTRACE), obeys you alone, and \
      has no network of its own and no file of the host but its socket's directory";
 
 /// How often it is looked at when nothing happens. It ends when nobody has looked for longer ([`serve::Bounds::idle`]).

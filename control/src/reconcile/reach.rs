@@ -254,7 +254,7 @@ impl Visit {
     async fn disturbed(&self, place: &Place) -> Option<String> {
         match place {
             Place::Process { pidfd, container: None } => Some(process_end(pidfd).await),
-            Place::Process { pidfd, container: Some(known) } => tokio::select! {
+            Place::Process { pidfd, container: Some((known, _)) } => tokio::select! {
                 reason = process_end(pidfd) => Some(reason),
                 another = self.has_become_another(known) => another,
             },

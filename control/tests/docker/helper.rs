@@ -139,7 +139,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     user.landfall(&["down"]);
 
     let up = user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
-    assert!(up.contains("CAP_SYS_ADMIN, CAP_SYS_PTRACE"), "{up}");
+    assert!(up.contains("any process's network namespace (CAP_SYS_ADMIN, CAP_SYS_PTRACE)"), "{up}");
     let first = user.helper_runs().expect("a helper that runs");
     let given = "{{.HostConfig.NetworkMode}} {{.HostConfig.CapAdd}} {{.HostConfig.CapDrop}} {{.HostConfig.ReadonlyRootfs}} \
                  {{.HostConfig.Privileged}} {{len .Mounts}}";
@@ -240,6 +240,41 @@ fn calls_of_others_are_refused(user: &User, helper: &str) {
         let wanted = if attempt == "enter a network" { 0 } else { PERMISSION };
         assert_eq!(errno, wanted, "{attempt}, with the helper's profile");
     }
+}
+
+/// Moves a process out of the control groups of its container, to the root of each hierarchy. Only privilege permits that.
+fn leave_control_groups(pid: &str) {
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
+    // With version 2 alone the mount itself is the one hierarchy, and its directories are groups.
+    let is_unified = root.join("cgroup.procs").exists();
+    let roots: Vec<PathBuf> =
+        if is_unified { vec![root.to_owned()] } else { hierarchies.filter(|path| path.is_dir()).collect() };
+    for procs in roots.iter().map(|root| root.join("cgroup.procs")).filter(|procs| procs.exists()) {
+        std::fs::write(&procs, pid).unwrap_or_else(|error| panic!("{}: {error}", procs.display()));
+    }
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
+fn c25_the_helper_enters_no_process_outside_the_control_group_of_its_container() {
+    if !may_be_another() {
+        return;
+    }
+    let user = User::new();
+    user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
+    user.helper_runs().expect("a helper that runs");
+    let port = free_port();
+    let web = server("moved", port, &[]);
+    leave_control_groups(&web.told("{{.State.Pid}}"));
+    user.landfall(&["register", web.0.as_str(), "--docker", "--cwd", "/"]);
+    wait_until("the reason", || {
+        user.landfall(&["ls"]).contains("its control group does not name the container").then_some(())
+    });
+    assert_eq!(page(port), None);
+    // A restart puts its process into its own control group.
+    docker(&["restart", "-t", "0", web.0.as_str()]);
+    wait_until("the page on the host", || page(port));
 }
 
 #[test]

@@ -2,21 +2,33 @@
 //! engine's machine alone, and may name a stranger here.
 //!
 //! What the kernel tells of a process (`cgroups(7)`, `proc_pid_mountinfo(5)`) names its container by id: an engine makes a
-//! control group for each, or at least mounts files of the container's own. The process cannot change either for itself
-//! without privilege.
+//! control group for each, or at least mounts files of the container's own. The helper is only asked to enter a process with the
+//! former: it has the privilege to enter any process, and cannot read `/proc` of the host to check one itself.
 
 use std::io;
 use std::path::PathBuf;
 
 use crate::paths::identity_of_file;
 
-/// Whether the process of this number is one of the container with this id, as far as this machine knows.
+/// The evidence that a process is one of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Evidence {
+    /// Its control group. A process needs privilege to join one of another container.
+    ControlGroup,
+    /// The files that are mounted for it. In a user namespace of its own, any process may mount files with such names.
+    Mounts,
+}
+
+/// Returns the evidence that the process of this number is one of the container with this id, if there is any on this machine.
 ///
 /// # Errors
-/// When the kernel does not tell; a process that has ended is not found.
-pub(super) fn is_of(pid: u32, container: &str) -> io::Result<bool> {
-    let told = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
-    Ok(names(&told("cgroup")?, container) || names(&told("mountinfo")?, container))
+/// The files of the process cannot be read; those of a process that has ended are not found.
+pub(super) fn evidence(pid: u32, container: &str) -> io::Result<Option<Evidence>> {
+    let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
+    if names(&read("cgroup")?, container) {
+        return Ok(Some(Evidence::ControlGroup));
+    }
+    Ok(names(&read("mountinfo")?, container).then_some(Evidence::Mounts))
 }
 
 /// Whether a text names a container by its id. The beginning of one is none.
@@ -60,8 +72,8 @@ mod tests {
     #[test]
     fn a_process_of_this_machine_is_of_no_container_that_it_is_not_in() {
         let own = std::process::id();
-        assert!(!is_of(own, ID).unwrap());
-        assert_eq!(is_of(u32::MAX, ID).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(evidence(own, ID).unwrap(), None);
+        assert_eq!(evidence(u32::MAX, ID).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(is_in_our_network(own), Some(true));
         assert_eq!(is_in_our_network(u32::MAX), None);
     }

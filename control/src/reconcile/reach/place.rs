@@ -11,6 +11,7 @@ use landfall_engine::opener::client::{OpenError, Target};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::belongs::Evidence;
 use super::doors::Door;
 use super::rest::RETRY;
 use super::{Certainty, Circumstances, ENTER_AGAIN, belongs};
@@ -24,11 +25,15 @@ use crate::sys::readiness::watched;
 /// To whom Docker is open, and its containers are not.
 const HELPER_ADVICE: &str = "landfall up --docker-helper keeps a container that may";
 
+/// The hint for a container that only its mounts identify.
+const HELPER_NOT_ASKED: &str =
+    "its control group does not name the container, so the helper is not asked to enter it";
+
 /// Where a container was found.
 pub(super) enum Place {
     Process {
         pidfd: AsyncFd<OwnedFd>,
-        container: Option<FirstProcess>,
+        container: Option<(FirstProcess, Evidence)>,
     },
     File {
         path: PathBuf,
@@ -57,9 +62,9 @@ impl Place {
             Place::Process { pidfd, container } => {
                 let process = || pidfd.get_ref().try_clone().map(Target::Process);
                 let mut doors = vec![Door::Target(process()?)];
-                if let Some(container) = container {
+                if let Some((container, evidence)) = container {
                     doors.extend(container.agent_directory.clone().map(Door::Agent));
-                    if let Some(helper) = helper {
+                    if let (Some(helper), Evidence::ControlGroup) = (helper, evidence) {
                         doors.push(Door::Helper(helper.to_owned(), process()?));
                     }
                 }
@@ -75,13 +80,19 @@ impl Place {
 
     /// What would help somebody who may not enter it.
     pub(super) fn advice(&self, helper: Option<&Path>) -> Option<&'static str> {
-        let is_dockers = matches!(self, Place::Process { container: Some(_), .. });
-        (is_dockers && helper.is_none()).then_some(HELPER_ADVICE)
+        let Place::Process { container: Some((_, evidence)), .. } = self else { return None };
+        match (helper, evidence) {
+            (None, _) => Some(HELPER_ADVICE),
+            (Some(_), Evidence::Mounts) => Some(HELPER_NOT_ASKED),
+            (Some(_), Evidence::ControlGroup) => None,
+        }
     }
 
     /// What Docker tells of it, where it is Docker's.
     pub(super) fn circumstances(&self) -> Circumstances {
-        let Place::Process { container: Some(container), .. } = self else { return Circumstances::default() };
+        let Place::Process { container: Some((container, _)), .. } = self else {
+            return Circumstances::default();
+        };
         let network_of = match &container.network {
             Network::Shared(name) => Some(name.clone()),
             Network::Own | Network::Host => None,
@@ -94,7 +105,7 @@ impl Place {
         match self {
             // To look for an agent's socket, or a helper's, costs little, and it comes at any time.
             Place::Directory { .. } => RETRY,
-            Place::Process { container: Some(container), .. }
+            Place::Process { container: Some((container, _)), .. }
                 if container.agent_directory.is_some() || helper.is_some() =>
             {
                 RETRY
@@ -141,9 +152,9 @@ async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Place, 
     }
     let pidfd = open_process(found.pid)?;
     // Looked at after the pidfd was opened: it then means the process that was looked at.
-    match belongs::is_of(found.pid, &found.id) {
-        Ok(true) => {}
-        Ok(false) => {
+    let evidence = match belongs::evidence(found.pid, &found.id) {
+        Ok(Some(evidence)) => evidence,
+        Ok(None) => {
             let reason = format!(
                 "process {} is not of this container: is the engine on another machine, or in a virtual one?",
                 found.pid
@@ -158,14 +169,14 @@ async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Place, 
                 format!("it cannot be seen whether process {} is of this container: {error}", found.pid);
             return Err(Absent::Missing(Certainty::Refused, reason));
         }
-    }
+    };
     // Between Docker's word and the pidfd the process may have ended and its number been given to another one; if
     // Docker says the same once more, it had not.
     let again = docker.first_process(name).await.map_err(docker_absent)?;
     if again != found {
         return Err(Absent::Missing(Certainty::Gone, "it is being restarted".to_owned()));
     }
-    Ok(Place::Process { pidfd, container: Some(found) })
+    Ok(Place::Process { pidfd, container: Some((found, evidence)) })
 }
 
 fn find_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Place, Absent> {
