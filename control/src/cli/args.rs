@@ -53,6 +53,10 @@ The command has its standard streams, its signals and its exit code as if it wer
 landfall. What landfall itself has to say goes to standard error, with --json as well. When the
 command ends, so does what it left running in its network: nobody could reach that any more.
 
+It isolates the network and the user namespace (as root, where that is forbidden, the network
+alone), not files or processes: the command runs as you, and ~/.bashrc, docker.sock (which is root)
+and the daemon's hostd.sock are in its reach. Run code that you do not trust in a container.
+
 With native sockets (--sockets auto, the default, or native) a server listens on the host's
 localhost itself, and is as fast as outside. It then holds a socket of the host's network: a
 malicious program can use it to connect to any service on the host's localhost. --net none and

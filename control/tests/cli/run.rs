@@ -44,6 +44,20 @@ fn a_pipe_ends_when_the_command_closes_it() {
 }
 
 #[test]
+fn only_the_network_and_the_user_namespace_are_the_commands_own() {
+    const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
+    let script = NAMESPACES.map(|name| format!("readlink /proc/self/ns/{name}")).join("; ");
+    let outside = stdout(&Command::new("sh").args(["-c", &script]).output().unwrap());
+    let inside = stdout(&run(&script).output().unwrap());
+    assert_eq!(inside.lines().count(), NAMESPACES.len(), "{inside}");
+    let lines = outside.lines().zip(inside.lines()).zip(NAMESPACES);
+    let own: Vec<&str> =
+        lines.filter(|((outside, inside), _)| outside != inside).map(|(_, name)| name).collect();
+    // Root's command has no user namespace where those are forbidden.
+    assert!(own == ["net", "user"] || (own == ["net"] && rustix::process::geteuid().is_root()), "{own:?}");
+}
+
+#[test]
 fn a_user_stays_that_user_and_gains_nothing() {
     let Some(nobody) = Nobody::new() else { return };
     let script =
