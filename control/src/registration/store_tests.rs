@@ -311,14 +311,16 @@ async fn a_process_is_registered_with_the_moment_it_began_and_only_if_there_is_o
 
 /// What lies on disk when the next daemon starts, one case of the table each (wire specification, A.7.5).
 fn put_every_case(bench: &Bench) {
+    // Replay follows the time of each file, and the name for equal times. The order here is that of the names, so that it does
+    // not matter whether the clock of the file system advances between two writes.
     for (file, text) in [
-        ("corrupt.json", "{\"containerName\":"),
-        ("mismatch.json", r#"{"containerName":"another","cwd":"/a"}"#),
-        ("nowhere.json", r#"{"containerName":"nowhere"}"#),
-        ("gone.json", r#"{"containerName":"gone","cwd":"/gone"}"#),
-        ("unknown.json", r#"{"containerName":"unknown","cwd":"/unknown"}"#),
         ("alive.json", r#"{"containerName":"alive","cwd":"/alive","restartToken":"t","colour":"red"}"#),
         ("alive.json.7.tmp", "half"),
+        ("corrupt.json", "{\"containerName\":"),
+        ("gone.json", r#"{"containerName":"gone","cwd":"/gone"}"#),
+        ("mismatch.json", r#"{"containerName":"another","cwd":"/a"}"#),
+        ("nowhere.json", r#"{"containerName":"nowhere"}"#),
+        ("unknown.json", r#"{"containerName":"unknown","cwd":"/unknown"}"#),
     ] {
         std::fs::write(bench.path(file), text).unwrap();
     }
