@@ -25,7 +25,7 @@ const NAME_CHARS_MAX: usize = 255;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessFact {
     /// Its name: the program it was started as where that is one word, else the kernel's short name; its first
-    /// [`NAME_CHARS_MAX`] characters.
+    /// `NAME_CHARS_MAX` characters.
     pub name: String,
     /// Its process id in our namespace.
     pub pid: u32,

@@ -23,7 +23,7 @@
 //! | it answers as a peer of the reference does | the registration says that this container answers (`challengeRequired`) |
 //!
 //! The frames that follow are not covered. A process that passes everything on to this very container, in both directions,
-//! sees and may change them; the check of the port's owner ([`crate::sys::loopback`]) stands against that.
+//! sees and may change them; the check of the port's owner (`crate::sys::loopback`) stands against that.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

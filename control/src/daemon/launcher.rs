@@ -1,6 +1,6 @@
 //! `landfall _launcher`: the process of a root daemon that keeps capabilities.
 //!
-//! [`crate::sys::launcher`] has the reasons and the protocol. This side is kept small, since it is the part that an attacker
+//! `crate::sys::launcher` has the reasons and the protocol. This side is kept small, since it is the part that an attacker
 //! who has taken over the daemon talks to: one thread reads requests of bounded size, each request that takes time has a thread
 //! of its own, and the number of requests that run is bounded for each kind. It parses nothing that a container wrote: of a
 //! folder it reads approved text only. The programs that it starts are its own file, with arguments that are fixed except for a

@@ -28,7 +28,7 @@
 //!
 //! A step plans the containers about which something changed, and no other ones (`agenda`). What one of them does can
 //! matter to another one in one way alone: by a host port. So whatever frees a host port marks those that wait for it
-//! ([`Fleet::wake`]), and a full plan would find nothing more.
+//! (`Fleet::wake`), and a full plan would find nothing more.
 //!
 //! What never happens: two live forwards on one host port (the first keeps it, the second is told the first one's name
 //! and follows when the port is free, always at the same number), a number used twice, and a port that failed being

@@ -23,7 +23,7 @@ pub struct Observation {
     ports: BTreeMap<NonZeroU16, Listeners>,
 }
 
-/// The listeners of one port: the inode of the socket for each of [`ADDRESSES`].
+/// The listeners of one port: the inode of the socket for each of `ADDRESSES`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Listeners([Option<u64>; ADDRESSES.len()]);
 
