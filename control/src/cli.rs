@@ -12,6 +12,7 @@ pub mod down;
 pub mod events;
 pub mod exit;
 pub mod forwarding;
+pub mod grant;
 pub mod helper;
 pub mod hostd;
 pub mod logs;
@@ -20,6 +21,7 @@ mod native;
 pub mod output;
 pub mod register;
 pub mod restart;
+pub mod revoke;
 pub mod run;
 pub mod sentence;
 pub mod start;
@@ -64,6 +66,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Ls(args) => ls::ls(&args),
         Verb::Register(args) => register::register(&args),
         Verb::Deregister(args) => deregister::deregister(&args),
+        Verb::Grant(args) => grant::grant(&args),
+        Verb::Revoke(args) => revoke::revoke(&args),
         Verb::Restart(args) => restart::restart(&args),
         Verb::Start(args) => start::start(&args),
         Verb::Stop(args) => stop::stop(&args),
@@ -126,7 +130,7 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     Exit::Usage.into()
 }
 
-const VERBS: [&str; 19] = [
+const VERBS: [&str; 21] = [
     "run",
     "attach",
     "detach",
@@ -138,6 +142,8 @@ const VERBS: [&str; 19] = [
     "list",
     "register",
     "deregister",
+    "grant",
+    "revoke",
     "restart",
     "start",
     "stop",
@@ -168,6 +174,10 @@ fn usage(error: &clap::Error, verb: Option<&str>) -> Failure {
             ErrorKind::MissingRequiredArgument,
             _,
         ) => ("no container is named", format!("say which, such as: landfall {verb} shop")),
+        (Some(verb @ ("grant" | "revoke")), ErrorKind::MissingRequiredArgument, _) => (
+            "a container and at least one right are needed",
+            format!("name both, such as: landfall {verb} shop rebuild"),
+        ),
         (Some("run"), ErrorKind::UnknownArgument, _) if !message.contains("'-") => {
             (message, "put -- before the command: landfall run -- npm run dev".to_owned())
         }

@@ -46,6 +46,7 @@ use crate::paths::{self, Home, HomeError};
 use crate::policy::ControlPorts;
 use crate::reconcile::task::{Forwarding, ForwardingOptions};
 use crate::registration::store::{Attendant, DropReason, Registry, RegistryOptions};
+use crate::registry::grants::GrantTable;
 use crate::rpc::answers::Answers;
 use crate::rpc::server::{self, Server};
 use crate::supervisor::Supervisor;
@@ -293,6 +294,7 @@ fn registry_options(
     RegistryOptions {
         home: options.home.clone(),
         approvals: approvals.clone(),
+        grants: GrantTable::default(),
         journal: journal.clone(),
         liveness: Arc::new(Ways { docker: docker.clone() }),
         attendants,

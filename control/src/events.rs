@@ -35,6 +35,10 @@ pub enum Event {
     Deregister { container_name: String, reason: String },
     /// A file was not taken in, or a registration was dropped for a reason of its own.
     RegistrationSkipped { container_name: String, reason: String },
+    /// The host's user granted rights to a container.
+    Grant { container_name: String, what: Vec<String> },
+    /// The host's user took rights away from a container.
+    Revoke { container_name: String, what: Vec<String> },
     /// A restart was acknowledged.
     RestartScheduled { container_name: String, build: bool },
     /// It is done.

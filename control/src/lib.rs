@@ -11,6 +11,7 @@
 //!   `supervisor` restarts containers through `docker`, `jobs` run at intervals as a `folder` configures them.
 //! - `model` holds values that several parts share, such as the approvals of `landfall trust`; `registry` keeps them on disk.
 //! - `devcontainer` reads what a folder or an image says of its ports.
+//! - `model` holds pure values: what the host's user granted to containers.
 //! - `discovery` registers the containers that Docker has, as their labels or people say.
 //! - `start` turns a folder into a container that runs.
 //! - `tailscale` offers what answers on the host on the user's tailnet, where that is wanted.

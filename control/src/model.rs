@@ -1,3 +1,4 @@
 //! Values that several parts of landfall share. Each file here is pure.
 
+pub mod grants;
 pub mod trust;

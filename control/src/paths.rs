@@ -116,9 +116,15 @@ impl Home {
     /// # Errors
     /// [`HomeError`]. Of root also where another user may change the home or a directory above it.
     pub fn ensure_directories(&self) -> Result<(), HomeError> {
-        for path in
-            [self.root.clone(), self.run(), self.registrations(), self.http(), self.log(), self.keys()]
-        {
+        for path in [
+            self.root.clone(),
+            self.run(),
+            self.registrations(),
+            self.grants(),
+            self.http(),
+            self.log(),
+            self.keys(),
+        ] {
             let failed = |source| HomeError::Directory { path: path.clone(), source };
             // The home itself may be a directory that the user made for something larger: its mode is left alone.
             if path == self.root {
@@ -236,6 +242,11 @@ impl Home {
         self.registrations().join(format!("{name}.json"))
     }
 
+    /// What the host's user granted to containers, apart from their registrations.
+    pub fn grants(&self) -> PathBuf {
+        self.run().join("grants")
+    }
+
     /// The logs.
     pub fn log(&self) -> PathBuf {
         self.root.join("log")
@@ -297,7 +308,7 @@ mod tests {
         std::fs::set_permissions(home.run(), std::fs::Permissions::from_mode(0o755)).unwrap();
         home.ensure_directories().unwrap();
         home.ensure_directories().unwrap();
-        for path in [home.run(), home.registrations(), home.http(), home.log(), home.keys()] {
+        for path in [home.run(), home.registrations(), home.grants(), home.http(), home.log(), home.keys()] {
             let mode = std::fs::metadata(&path).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o700, "{}", path.display());
         }

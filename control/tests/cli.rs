@@ -8,6 +8,8 @@ mod asking;
 mod daemon;
 #[path = "cli/forward.rs"]
 mod forward;
+#[path = "cli/grants.rs"]
+mod grants;
 #[path = "support/ports.rs"]
 mod ports;
 #[path = "cli/registered.rs"]
@@ -46,6 +48,8 @@ fn help_tells_the_verbs_and_the_exit_codes() {
         "ls",
         "register",
         "deregister",
+        "grant",
+        "revoke",
         "detach",
         "restart",
         "trust",

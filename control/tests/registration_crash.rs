@@ -1,4 +1,4 @@
-//! Registrations outlive a daemon that is killed at any system call.
+//! Registrations and grants outlive a daemon that is killed at any system call.
 //!
 //! The registry runs in a process of its own, under strace, which kills it with SIGKILL as it enters the N-th call of a
 //! kind: before each step of each write, one run for every step, until a run is not reached by the killing any more.
@@ -8,7 +8,7 @@
 #![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,16 +17,18 @@ use futures_util::future::BoxFuture;
 use landfall::events::Journal;
 use landfall::folder::Approvals;
 use landfall::liveness::{Liveness, Probe};
+use landfall::model::grants::{Grants, Right};
 use landfall::paths::Home;
 use landfall::registration::file;
-use landfall::registration::model::Registration;
-use landfall::registration::store::{DropReason, Registry, RegistryOptions};
+use landfall::registration::model::{ContainerName, Registration};
+use landfall::registration::store::{Registry, RegistryOptions};
+use landfall::registry::grants::GrantTable;
 use serde_json::json;
 
 /// Where the process that is killed keeps its files.
 const HOME: &str = "LANDFALL_HOME";
-/// Every call by which the state on disk may change or be looked at, and whether only those that name the directory of
-/// registrations count: the start of a process opens many files. Entering `fsync` is the end of a `write`.
+/// Every call by which the state on disk may change or be looked at, and whether only those that name the directories of
+/// registrations and of grants count: the start of a process opens many files. Entering `fsync` is the end of a `write`.
 const CALLS: [(&str, bool); 9] = [
     ("openat", true),
     ("fchmod", false),
@@ -43,28 +45,44 @@ const NTH_MAX: u32 = 200;
 /// What lies under a registration's name and is none.
 const TORN: &str = "{\"containerName\":\"torn\",\"cw";
 
-/// What is asked of the registry, in this order: a folder to register, or nothing to deregister.
-const CHANGES: [(&str, Option<&str>); 6] = [
-    ("a", Some("/one")),
-    ("torn", Some("/two")),
-    ("a", Some("/three")),
-    ("b", Some("/four")),
-    ("a", None),
-    ("b", Some("/five")),
+/// A change that the registry is asked for.
+#[derive(Clone, Copy)]
+enum Change {
+    Register(&'static str),
+    Grant,
+    Revoke,
+    /// By the host's user: the grants go as well.
+    Deregister,
+}
+use Change::{Deregister, Grant, Register, Revoke};
+
+/// The changes, in this order, each of one name.
+const CHANGES: [(&str, Change); 9] = [
+    ("a", Register("/one")),
+    ("torn", Register("/two")),
+    ("a", Grant),
+    ("a", Register("/three")),
+    ("b", Register("/four")),
+    ("b", Grant),
+    ("a", Deregister),
+    ("b", Register("/five")),
+    ("b", Revoke),
 ];
 
 type Folders = BTreeMap<String, PathBuf>;
 
-/// What is registered when so many changes have been made.
-fn after(changes: usize) -> Folders {
-    let mut folders = Folders::new();
-    for (name, folder) in &CHANGES[..changes] {
-        match folder {
-            Some(folder) => folders.insert((*name).to_owned(), PathBuf::from(folder)),
-            None => folders.remove(*name),
-        };
+/// Returns the registrations after so many changes, and the grants, which keep the folder of the time when they were given.
+fn after(changes: usize) -> [Folders; 2] {
+    let (mut folders, mut grants) = (Folders::new(), Folders::new());
+    for (name, change) in &CHANGES[..changes] {
+        match change {
+            Register(folder) => drop(folders.insert((*name).to_owned(), PathBuf::from(folder))),
+            Grant => drop(grants.insert((*name).to_owned(), folders[*name].clone())),
+            Revoke => drop(grants.remove(*name)),
+            Deregister => drop((folders.remove(*name), grants.remove(*name))),
+        }
     }
-    folders
+    [folders, grants]
 }
 
 struct Everything;
@@ -79,6 +97,7 @@ fn options(home: Home) -> RegistryOptions {
     RegistryOptions {
         approvals: Approvals::of(&home),
         home,
+        grants: GrantTable::default(),
         journal: Journal::unkept(),
         liveness: Arc::new(Everything),
         attendants: Vec::new(),
@@ -98,14 +117,19 @@ fn the_registry_that_is_killed() {
     let runtime = runtime.unwrap();
     runtime.block_on(async {
         let registry = Registry::open(options(Home::at(PathBuf::from(home)).unwrap()));
-        for (number, (name, folder)) in (1..).zip(CHANGES) {
-            match folder {
-                Some(folder) => {
+        for (number, (name, change)) in (1..).zip(CHANGES) {
+            match change {
+                Register(folder) => {
                     let fields = json!({"containerName": name, "cwd": folder, "restartToken": "t"});
                     let fields = fields.as_object().unwrap().clone();
                     registry.register(Registration::from_fields(fields).unwrap()).await.unwrap();
                 }
-                None => registry.deregister(name, DropReason::Requested).await,
+                Grant => registry.grant(name, vec![Right::Rebuild]).await.unwrap(),
+                Revoke => {
+                    let name = ContainerName::new(name).unwrap();
+                    registry.revoke(name, vec![Right::Rebuild.to_string()]).await.unwrap();
+                }
+                Deregister => registry.deregister_with_grants(name).await,
             }
             println!("\nacknowledged {number}");
         }
@@ -137,9 +161,9 @@ fn acknowledged(output: &Output) -> usize {
     said.lines().filter(|line| line.starts_with("acknowledged ")).count()
 }
 
-/// What the next daemon finds.
-fn found(home: &Home) -> Folders {
-    let loaded = file::load_all(home).unwrap().into_iter();
+/// Returns what the next daemon finds: registrations, and grants.
+fn found(home: &Home) -> [Folders; 2] {
+    let loaded = file::load_all::<Registration>(home).unwrap().into_iter();
     let whole = loaded.filter_map(|one| match one.found {
         Ok(registration) => Some((one.stem, registration.cwd)),
         Err(unfit) => {
@@ -147,11 +171,18 @@ fn found(home: &Home) -> Folders {
             None
         }
     });
-    whole.collect()
+    let granted = file::load_all::<Grants>(home).unwrap().into_iter().map(|one| {
+        let grants = one.found.expect("half a file of grants");
+        let folders = ["/one", "/two", "/three", "/four", "/five"].map(PathBuf::from);
+        let folder = folders.into_iter().find(|folder| grants.holds(Right::Rebuild, folder));
+        (one.stem, folder.expect("a file without a grant"))
+    });
+    [whole.collect(), granted.collect()]
 }
 
 fn listing(home: &Home) -> Vec<(String, String)> {
-    let entries = std::fs::read_dir(home.registrations()).unwrap().map(Result::unwrap);
+    let directories = [home.registrations(), home.grants()].into_iter();
+    let entries = directories.flat_map(|path| std::fs::read_dir(path).unwrap()).map(Result::unwrap);
     let mut names: Vec<_> = entries
         .map(|entry| {
             (entry.file_name().into_string().unwrap(), std::fs::read_to_string(entry.path()).unwrap())
@@ -171,20 +202,22 @@ fn c21_a_kill_at_any_step_leaves_what_was_or_what_is_to_be() {
             let trace = format!("trace={call}");
             let inject = format!("inject={call}:signal=KILL:when={nth}");
             let mut how = vec!["-o", "/dev/null", "-e", &trace, "-e", &inject];
-            let directory = home.registrations();
+            let directories = [home.registrations(), home.grants()];
             if by_directory {
-                how.extend(["-P", directory.to_str().unwrap()]);
+                how.extend(directories.iter().flat_map(|path| ["-P", path.to_str().unwrap()]));
             }
             let output = traced(&home, &how);
             let acknowledged = acknowledged(&output);
             let at = format!("killed at {call} number {nth} after {acknowledged} changes");
             let found = found(&home);
             let next = (acknowledged + 1).min(CHANGES.len());
-            assert!(
-                found == after(acknowledged) || found == after(next),
-                "{at}: {found:?}\n{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
+            for ((found, old), new) in found.iter().zip(after(acknowledged)).zip(after(next)) {
+                assert!(
+                    *found == old || *found == new,
+                    "{at}: {found:?}\n{}",
+                    String::from_utf8_lossy(&output.stderr)
+                );
+            }
             let listing = listing(&home);
             assert!(listing.iter().any(|(_, text)| text == TORN), "{at}: what was torn is lost: {listing:?}");
             assert!(listing.iter().all(|(name, _)| !name.ends_with(".tmp")), "{at}: {listing:?}");
@@ -192,7 +225,7 @@ fn c21_a_kill_at_any_step_leaves_what_was_or_what_is_to_be() {
                 assert_eq!(acknowledged, CHANGES.len());
                 break;
             }
-            killed_in_between += u32::from(acknowledged > 0 || !found.is_empty());
+            killed_in_between += u32::from(acknowledged > 0 || !found[0].is_empty());
         }
     }
     // Each change is several calls; were they not reached, nothing was shown.
@@ -206,18 +239,22 @@ fn c21_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_acknow
     let calls = "trace=openat,fsync,renameat,renameat2,unlinkat,write";
     let output = traced(&home, &["-y", "-s", "200", "-o", log.to_str().unwrap(), "-e", calls]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let steps = steps(&std::fs::read_to_string(&log).unwrap(), &home.registrations());
+    let steps = steps(&std::fs::read_to_string(&log).unwrap(), &[home.registrations(), home.grants()]);
     let write = ["write temporary", "fsync temporary", "rename", "fsync directory", "acknowledged"];
     let set_aside =
         ["write temporary", "fsync temporary", "rename", "rename", "fsync directory", "acknowledged"];
     let remove = ["unlink", "fsync directory", "acknowledged"];
-    let expected = [&write[..], &set_aside, &write, &write, &remove, &write].concat();
+    // The grants first, then the registration.
+    let remove_both = ["unlink", "fsync directory", "unlink", "fsync directory", "acknowledged"];
+    let expected =
+        [&write[..], &set_aside, &write, &write, &write, &write, &remove_both, &write, &remove].concat();
     assert_eq!(steps, expected);
 }
 
-/// The steps in a trace that are about registrations.
-fn steps(trace: &str, directory: &Path) -> Vec<&'static str> {
-    let directory = format!("<{}>", directory.display());
+/// The steps in a trace that are about files in these directories.
+fn steps(trace: &str, directories: &[PathBuf; 2]) -> Vec<&'static str> {
+    let directories = directories.each_ref().map(|path| format!("<{}>", path.display()));
+    let is_in_one = |call: &str| directories.iter().any(|directory| call.contains(directory));
     let step = |line: &str| {
         let temporary = line.contains(".tmp>");
         // A call that another thread interrupts is printed in two parts; the first has the arguments.
@@ -226,9 +263,9 @@ fn steps(trace: &str, directory: &Path) -> Vec<&'static str> {
             "write" if temporary => Some("write temporary"),
             "write" if call.contains("acknowledged ") => Some("acknowledged"),
             "fsync" if temporary => Some("fsync temporary"),
-            "fsync" if call.contains(&directory) => Some("fsync directory"),
-            "renameat" | "renameat2" if call.contains(&directory) => Some("rename"),
-            "unlinkat" if call.contains(&directory) => Some("unlink"),
+            "fsync" if is_in_one(call) => Some("fsync directory"),
+            "renameat" | "renameat2" if is_in_one(call) => Some("rename"),
+            "unlinkat" if is_in_one(call) => Some("unlink"),
             _ => None,
         }
     };

@@ -3,9 +3,14 @@
 
 #![no_main]
 
-use landfall::registration::file::parse;
+use landfall::registration::file;
+use landfall::registration::model::Registration;
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
+
+fn parse(stem: &str, content: &[u8]) -> Result<Registration, file::Unfit> {
+    file::parse(stem, content)
+}
 
 fuzz_target!(|content: &[u8]| {
     // The name that the content gives itself is the file's, so that most of what is JSON gets past that check.

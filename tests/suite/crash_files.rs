@@ -42,22 +42,38 @@ const CLIENTS: usize = PLACES + 500;
 /// How many looks in a row have to see the same before it counts as at rest.
 const LOOKS: u32 = 100;
 
-type Folders = BTreeMap<String, String>;
+/// Each container, with its folder and whether it has the grant.
+type Known = BTreeMap<String, (String, bool)>;
 
-/// What is asked of the daemon, in this order: a container, and its folder or that it goes.
-const CHANGES: [(&str, Option<&str>); 4] =
-    [("old", Some("/two")), ("new", Some("/three")), ("old", None), ("old", Some("/four"))];
+/// A change that the daemon is asked for.
+#[derive(Clone, Copy)]
+enum Change {
+    Register(&'static str),
+    Grant,
+    Deregister,
+}
+use Change::{Deregister, Grant, Register};
 
-/// What is registered after so many of them.
-fn after(changes: usize) -> Folders {
-    let mut folders = Folders::from([("old".to_owned(), "/one".to_owned())]);
-    for (name, folder) in &CHANGES[..changes] {
-        match folder {
-            Some(folder) => folders.insert((*name).to_owned(), (*folder).to_owned()),
-            None => folders.remove(*name),
-        };
+/// The changes, in this order, each of one container.
+const CHANGES: [(&str, Change); 5] = [
+    ("old", Register("/two")),
+    ("new", Register("/three")),
+    ("new", Grant),
+    ("old", Deregister),
+    ("old", Register("/four")),
+];
+
+/// Returns what is known after so many changes.
+fn after(changes: usize) -> Known {
+    let mut known = Known::from([("old".to_owned(), ("/one".to_owned(), false))]);
+    for (name, change) in &CHANGES[..changes] {
+        match change {
+            Register(folder) => drop(known.insert((*name).to_owned(), ((*folder).to_owned(), false))),
+            Grant => known.get_mut(*name).unwrap().1 = true,
+            Deregister => drop(known.remove(*name)),
+        }
     }
-    folders
+    known
 }
 
 /// A daemon under strace, which kills it as it enters the `nth` such call.
@@ -92,10 +108,11 @@ fn make_changes(home: &Home, daemon: &mut Child) -> usize {
     wait_until("the daemon to answer, or to die", || {
         if has_ended() || rpc::answers(home) { Ok(()) } else { Err("neither") }
     });
-    for (number, (name, folder)) in CHANGES.iter().enumerate() {
-        let request = match folder {
-            Some(folder) => json!({"kind": "register", "containerName": name, "cwd": folder}),
-            None => json!({"kind": "deregister", "containerName": name}),
+    for (number, (name, change)) in CHANGES.iter().enumerate() {
+        let request = match change {
+            Register(folder) => json!({"kind": "register", "containerName": name, "cwd": folder}),
+            Grant => json!({"kind": "grant", "containerName": name, "what": ["rebuild"]}),
+            Deregister => json!({"kind": "deregister", "containerName": name}),
         };
         match ask(home, &request) {
             Some(answer) => assert_eq!(answer["ok"], true, "{request}: {answer}"),
@@ -106,11 +123,13 @@ fn make_changes(home: &Home, daemon: &mut Child) -> usize {
 }
 
 /// What the next daemon knows.
-fn known(home: &Home) -> Folders {
-    let listed = rpc::done(home, &json!({"kind": "list"}));
-    let entries = listed["registrations"].as_array().unwrap().iter();
+fn known(home: &Home) -> Known {
+    let described = rpc::done(home, &json!({"kind": "describe"}));
+    let entries = described["containers"].as_array().unwrap().iter();
     let text = |value: &Value| value.as_str().unwrap().to_owned();
-    entries.map(|entry| (text(&entry["containerName"]), text(&entry["cwd"]))).collect()
+    let is_granted =
+        |entry: &Value| entry["grants"].as_array().unwrap().iter().any(|one| one["state"] == "granted");
+    entries.map(|entry| (text(&entry["containerName"]), (text(&entry["cwd"]), is_granted(entry)))).collect()
 }
 
 fn killed_at_any_step() {

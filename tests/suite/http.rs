@@ -92,9 +92,11 @@ fn checks_in_order() {
         "shutdown",
         "describe",
         "events",
+        "grant",
+        "revoke",
         "dance",
     ] {
-        let request = json!({"kind": kind, "containerName": "a", "cwd": "/"});
+        let request = json!({"kind": kind, "containerName": "a", "cwd": "/", "what": ["rebuild"]});
         assert_refused(&ask(port, Some(TOKEN), &request), 403, ONLY);
     }
     assert_refused(&ask(port, Some(TOKEN), &json!({"containerName": "a"})), 403, ONLY);

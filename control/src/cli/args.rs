@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use agent::{AgentArgs, AgentForwardArgs, AgentRestartArgs, AgentServeArgs, AgentVerb, Candidates};
 pub use daemon::{
-    DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, HelperArgs, LauncherArgs, LogsArgs, LsArgs,
-    PlainArgs, RegisterArgs, RestartArgs, StatusArgs, UpArgs, WayArgs,
+    DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, GrantArgs, HelperArgs, LauncherArgs, LogsArgs,
+    LsArgs, PlainArgs, RegisterArgs, RestartArgs, RevokeArgs, StatusArgs, UpArgs, WayArgs,
 };
 
 pub use start::{StartArgs, StopArgs};
@@ -108,8 +108,13 @@ pub enum Verb {
     /// Have the daemon remember a container and forward what listens in it
     #[command(after_help = REGISTER_NOTES)]
     Register(RegisterArgs),
-    /// Have the daemon forget a container
+    /// Have the daemon forget a container, and what was granted to it
     Deregister(DeregisterArgs),
+    /// Let a container do more than act for itself, such as rebuild its image
+    #[command(after_help = daemon::GRANT_NOTES)]
+    Grant(GrantArgs),
+    /// Take back what `grant` gave
+    Revoke(RevokeArgs),
     /// Have the daemon stop and start a container
     Restart(RestartArgs),
     /// Make a container of a folder and run it; what listens in it answers on localhost
@@ -170,6 +175,8 @@ impl Verb {
             Verb::Status(args) => args.json,
             Verb::Register(args) => args.json,
             Verb::Deregister(args) => args.json,
+            Verb::Grant(args) => args.json,
+            Verb::Revoke(args) => args.json,
             Verb::Restart(args) => args.json,
             Verb::Start(args) => args.json,
             Verb::Stop(args) => args.json,

@@ -11,6 +11,7 @@ use crate::discovery::report::Found;
 use crate::folder::Withheld;
 use crate::helper::HelperFacts;
 use crate::http::gateway::HttpFacts;
+use crate::model::grants::GrantFact;
 use crate::native::Sockets;
 use crate::paths::{Home, HomeError};
 use crate::reconcile::table::{ContainerState, EngineFacts};
@@ -76,6 +77,9 @@ pub struct Container {
     /// The files of its folder that have no effect.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub withheld: Vec<Withheld>,
+    /// What it may do beyond acting for itself, in force or not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grants: Vec<GrantFact>,
     /// How far it is reached, and its ports.
     #[serde(flatten)]
     pub state: ContainerState,

@@ -11,6 +11,7 @@ use super::output::{Report, Talk};
 use super::table::{NOTHING, bytes, table};
 use super::traffic;
 use crate::discovery::report::{Forwarded, Found};
+use crate::model::grants::{GrantFact, GrantState};
 use crate::reconcile::table::{ContainerState, ForwardPath, ForwardRow, Reached, RowState};
 use crate::registration::model::FoundBy;
 use crate::rpc::client::Client;
@@ -79,12 +80,23 @@ fn all_of(found: &[Found]) -> String {
                 one.image.clone(),
                 runs.to_owned(),
                 forwarded(one),
+                granted(one),
                 one.why.clone().unwrap_or_default(),
             ]
         })
         .collect();
-    let text = table(["CONTAINER", "IMAGE", "RUNS", "FORWARDED", "WHY"], &rows);
-    without_empty_end(&text, &rows.iter().map(|row| row[4].as_str()).collect::<Vec<_>>())
+    let text = table(["CONTAINER", "IMAGE", "RUNS", "FORWARDED", "GRANTS", "WHY"], &rows);
+    without_empty_end(&text, &rows.iter().map(|row| row[5].as_str()).collect::<Vec<_>>())
+}
+
+fn granted(one: &Found) -> String {
+    let word = |fact: &GrantFact| match fact.state {
+        GrantState::Granted | GrantState::Registered => fact.what.clone(),
+        GrantState::Dormant => format!("{} (dormant)", fact.what),
+        GrantState::Unknown => format!("{} (unknown)", fact.what),
+    };
+    let granted: Vec<String> = one.grants.iter().map(word).collect();
+    if granted.is_empty() { NOTHING.to_owned() } else { granted.join(", ") }
 }
 
 fn forwarded(one: &Found) -> String {

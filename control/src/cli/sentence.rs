@@ -43,6 +43,12 @@ fn in_words(event: &Event) -> (&'static str, Colour, String) {
         Event::RegistrationSkipped { container_name, reason } => {
             ("skipped", Yellow, format!("{container_name}: {reason}"))
         }
+        Event::Grant { container_name, what } => {
+            ("grant", Green, format!("{container_name}: {}", what.join(", ")))
+        }
+        Event::Revoke { container_name, what } => {
+            ("revoke", Grey, format!("{container_name}: {}", what.join(", ")))
+        }
         Event::RestartScheduled { container_name, build } => {
             let how = if *build { " with its image built anew" } else { "" };
             ("restart", Green, format!("{container_name} is restarted{how}"))

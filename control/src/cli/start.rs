@@ -22,7 +22,7 @@ use crate::policy::PortList;
 use crate::processes::ProcessFact;
 use crate::reconcile::table::{ForwardRow, RowState};
 use crate::registration::file;
-use crate::registration::model::{ContainerName, Way};
+use crate::registration::model::{ContainerName, Registration, Way};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::start::{self, Hands, Image, NotRunning, Recipe, Tokens};
 
@@ -262,7 +262,7 @@ fn tell_not_used(not_used: &[String], talk: Talk) {
 /// Where the container's own port was published the last time, if it is still known.
 fn last_port(home: &Home, name: &ContainerName) -> Option<NonZeroU16> {
     let content = std::fs::read(home.registration(name)).ok()?;
-    file::parse(name.as_str(), &content).ok()?.ws_host_port
+    file::parse::<Registration>(name.as_str(), &content).ok()?.ws_host_port
 }
 
 /// The hands of this verb.
@@ -312,9 +312,10 @@ impl Hands for Doing<'_> {
     }
 }
 
-/// Has the daemon forget a container.
+/// Has the daemon forget a container. Its grants stay for the next one that is started from the folder.
 pub(super) fn deregister(client: &Client, name: &ContainerName) -> Result<(), CallError> {
-    client.call(&json!({ "kind": "deregister", "containerName": name.as_str() })).map(drop)
+    let request = json!({ "kind": "deregister", "containerName": name.as_str(), "grants": "keep" });
+    client.call(&request).map(drop)
 }
 
 fn tell(client: &Client, name: &ContainerName, image: &str, talk: Talk, as_json: bool) {

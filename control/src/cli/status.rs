@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::args::StatusArgs;
 use super::asking::{self, Container, Description};
 use super::exit::{Exit, Failure};
+use super::grant;
 use super::ls;
 use super::output::{Colour, Talk};
 use super::traffic;
@@ -120,6 +121,7 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
         }
         if let Some(detail) = &detail {
             told["withheld"] = json!(detail.withheld);
+            told["grants"] = json!(detail.grants);
         }
         talk.plain(&told.to_string());
         return Ok(());
@@ -131,7 +133,10 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
     talk.line("ports", Colour::Green, &words);
     if let Some(container) = &detail {
         trust::print_withheld_of(talk, container);
-        let state = &container.state;
+        let Container { state, grants, .. } = container;
+        if !grants.is_empty() {
+            talk.line("grants", Colour::Green, &grant::in_words(grants));
+        }
         talk.line("way", Colour::Grey, state.way.as_deref().unwrap_or("none; it is only remembered"));
         let why = state.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         let colour = if state.state == Reached::Unreachable { Colour::Yellow } else { Colour::Green };

@@ -7,6 +7,7 @@ use super::labels;
 use super::machine::{Candidate, Verdict, Why};
 use crate::docker::Network;
 use crate::docker::labels::LabelOrigin;
+use crate::model::grants::GrantFact;
 use crate::registration::model::FoundBy;
 
 /// One container.
@@ -29,6 +30,9 @@ pub struct Found {
     /// What makes it one that is forwarded, where the daemon found it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<FoundBy>,
+    /// What its registration may do beyond acting for itself, in force or not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grants: Vec<GrantFact>,
     /// Why it is not forwarded, or what there is to know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
@@ -93,6 +97,7 @@ impl Found {
             forwarded,
             registered: registered.map(ToString::to_string),
             by,
+            grants: Vec::new(),
             why,
             hint: is_not_own.then(|| format!("landfall attach {}", container.name)),
             port_forward: policy.and_then(|policy| serde_json::to_value(policy).ok()),

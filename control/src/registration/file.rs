@@ -1,4 +1,5 @@
-//! One registration as one file (wire specification, A.7.1): a line of JSON, for its owner alone.
+//! One registration as one file (wire specification, A.7.1): a line of JSON, for its owner alone. The grants of a container
+//! are kept in the same way, in a directory of their own.
 //!
 //! A write is `O_EXCL` temporary → write → fsync → rename → fsync of the directory. Killed at any of these steps, it leaves
 //! the file as it was, or as it is to be, and at most a temporary file that the next start removes: a name never has half
@@ -14,15 +15,17 @@
 //! registered, and a later write of the same name keeps it.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags, RawDir, Timespec};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Map, Value};
 use thiserror::Error;
 
 use super::model::{ContainerName, Registration};
+use crate::model::grants::Grants;
 use crate::paths::Home;
 use crate::sys::private_file::{self, ReadError};
 
@@ -61,13 +64,67 @@ impl From<ReadError> for Unfit {
     }
 }
 
-/// One file of the directory.
+/// A value that is kept as one file for each container.
+pub trait Record: Serialize + Sized {
+    /// The directory of such files.
+    fn directory(home: &Home) -> PathBuf;
+
+    /// Reads the value from the fields of its file.
+    ///
+    /// # Errors
+    /// A text that says which field does not fit.
+    fn from_fields(fields: Map<String, Value>) -> Result<Self, String>;
+
+    /// The container.
+    fn container_name(&self) -> &ContainerName;
+
+    /// The fields of the file that this build does not know.
+    fn unknown(&self) -> &Map<String, Value>;
+}
+
+impl Record for Registration {
+    fn directory(home: &Home) -> PathBuf {
+        home.registrations()
+    }
+
+    fn from_fields(fields: Map<String, Value>) -> Result<Registration, String> {
+        Registration::from_fields(fields).map_err(|error| error.to_string())
+    }
+
+    fn container_name(&self) -> &ContainerName {
+        &self.container_name
+    }
+
+    fn unknown(&self) -> &Map<String, Value> {
+        &self.unknown
+    }
+}
+
+impl Record for Grants {
+    fn directory(home: &Home) -> PathBuf {
+        home.grants()
+    }
+
+    fn from_fields(fields: Map<String, Value>) -> Result<Grants, String> {
+        serde_json::from_value(Value::Object(fields)).map_err(|error| error.to_string())
+    }
+
+    fn container_name(&self) -> &ContainerName {
+        &self.container_name
+    }
+
+    fn unknown(&self) -> &Map<String, Value> {
+        &self.unknown
+    }
+}
+
+/// One file of a directory.
 #[derive(Debug)]
-pub struct Loaded {
+pub struct Loaded<R> {
     /// Its name without `.json`.
     pub stem: String,
     /// What is in it.
-    pub found: Result<Registration, Unfit>,
+    pub found: Result<R, Unfit>,
 }
 
 /// A step that failed, and what it was about.
@@ -79,30 +136,29 @@ pub struct FileError {
     errno: Errno,
 }
 
-/// Reads a registration from the content of the file `STEM.json`. Pure.
+/// Reads a record from the content of the file `STEM.json`. Pure.
 ///
 /// # Errors
 /// [`Unfit::NotJson`] and [`Unfit::Mismatch`].
-pub fn parse(stem: &str, content: &[u8]) -> Result<Registration, Unfit> {
+pub fn parse<R: Record>(stem: &str, content: &[u8]) -> Result<R, Unfit> {
     let value: Value = serde_json::from_slice(content).map_err(|error| Unfit::NotJson(error.to_string()))?;
     let Value::Object(fields) = value else {
         return Err(Unfit::Mismatch("it is not an object".to_owned()));
     };
-    let registration =
-        Registration::from_fields(fields).map_err(|error| Unfit::Mismatch(error.to_string()))?;
-    if registration.container_name.as_str() != stem {
-        return Err(Unfit::Mismatch(format!("it is about {}", registration.container_name)));
+    let record = R::from_fields(fields).map_err(Unfit::Mismatch)?;
+    if record.container_name().as_str() != stem {
+        return Err(Unfit::Mismatch(format!("it is about {}", record.container_name())));
     }
-    check_version(&registration).map_err(Unfit::Mismatch)?;
-    Ok(registration)
+    check_version(&record).map_err(Unfit::Mismatch)?;
+    Ok(record)
 }
 
 /// Whether this release knows what the fields mean.
 ///
 /// # Errors
 /// A text that says why not.
-pub(super) fn check_version(registration: &Registration) -> Result<(), String> {
-    match registration.unknown.get("formatVersion") {
+pub(super) fn check_version(record: &impl Record) -> Result<(), String> {
+    match record.unknown().get("formatVersion") {
         None => Ok(()),
         Some(version) if version.as_u64().is_some_and(|version| version <= FORMAT_VERSION) => Ok(()),
         Some(version) => Err(format!("formatVersion {version} is of a newer release")),
@@ -114,13 +170,14 @@ pub(super) fn check_version(registration: &Registration) -> Result<(), String> {
 ///
 /// # Errors
 /// When the directory itself cannot be read. A file that cannot be is one of those returned.
-pub fn load_all(home: &Home) -> Result<Vec<Loaded>, FileError> {
-    let directory = match open_directory(home) {
+pub fn load_all<R: Record>(home: &Home) -> Result<Vec<Loaded<R>>, FileError> {
+    let path = R::directory(home);
+    let directory = match open_directory(&path) {
         Err(error) if error.errno == Errno::NOENT => return Ok(Vec::new()),
         opened => opened?,
     };
     let mut loaded = Vec::new();
-    for name in names(&directory).map_err(failed("reading", &home.registrations()))? {
+    for name in names(&directory).map_err(failed("reading", &path))? {
         if is_temporary(&name) {
             // A temporary file that cannot be removed does no harm.
             let _ = rustix::fs::unlinkat(&directory, &name, AtFlags::empty());
@@ -129,25 +186,38 @@ pub fn load_all(home: &Home) -> Result<Vec<Loaded>, FileError> {
             loaded.push((written_at(&directory, &name), Loaded { stem: stem.to_owned(), found }));
         }
     }
-    let place = |(at, one): &(Option<Timespec>, Loaded)| (*at, one.stem.clone());
+    let place = |(at, one): &(Option<Timespec>, Loaded<R>)| (*at, one.stem.clone());
     loaded.sort_by_cached_key(place);
     Ok(loaded.into_iter().map(|(_, one)| one).collect())
 }
 
-/// Writes a registration in the place of what is there; what is set aside for it is named in the answer.
+/// Reads the record of a name, if there is a file.
+///
+/// # Errors
+/// [`Unfit`], for a file that is not such a record.
+pub(crate) fn load_one<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<R>, Unfit> {
+    let opened = open_directory(&R::directory(home)).map_err(|error| Unfit::Unreadable(error.errno));
+    match opened.and_then(|directory| load(&directory, name.as_str())) {
+        Err(Unfit::Unreadable(Errno::NOENT)) => Ok(None),
+        loaded => loaded.map(Some),
+    }
+}
+
+/// Writes a record and replaces the earlier one of its name. Returns the name of the file that was set aside for it.
 ///
 /// # Errors
 /// [`FileError`]. The old file is then still there, unless it was the directory that could not be synchronised: then the
 /// new one is, and may be lost when the machine loses its power.
-pub fn write(home: &Home, registration: &Registration) -> Result<Option<String>, FileError> {
-    let path = home.registration(&registration.container_name);
-    let directory = open_directory(home)?;
-    let stem = registration.container_name.as_str();
+pub fn write<R: Record>(home: &Home, record: &R) -> Result<Option<String>, FileError> {
+    let stem = record.container_name().as_str();
+    let (directory, path) = place::<R>(home, record.container_name());
+    let directory = open_directory(&directory)?;
     let temporary = format!("{stem}.json.{}.tmp", std::process::id());
-    let known = load(&directory, stem).ok().and_then(|_| written_at(&directory, &format!("{stem}.json")));
+    let known =
+        load::<R>(&directory, stem).ok().and_then(|_| written_at(&directory, &format!("{stem}.json")));
     let at = known.unwrap_or_else(|| clock_gettime(ClockId::Realtime));
-    let written = write_temporary(&directory, &temporary, registration, at)
-        .and_then(|()| make_room(&directory, stem))
+    let written = write_temporary(&directory, &temporary, record, at)
+        .and_then(|()| make_room::<R>(&directory, stem))
         .and_then(|set_aside| {
             rustix::fs::renameat(&directory, &temporary, &directory, format!("{stem}.json"))?;
             Ok(set_aside)
@@ -161,17 +231,17 @@ pub fn write(home: &Home, registration: &Registration) -> Result<Option<String>,
     Ok(set_aside)
 }
 
-/// Removes the registration of a name, if there is one. What is not a registration is set aside, and named in the answer.
+/// Removes the record of a name, if there is one. A file that is not such a record is set aside, and its new name returned.
 ///
 /// # Errors
 /// [`FileError`]; the file may then still be there.
-pub fn remove(home: &Home, name: &ContainerName) -> Result<Option<String>, FileError> {
-    let path = home.registration(name);
-    let directory = match open_directory(home) {
+pub fn remove<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<String>, FileError> {
+    let (directory, path) = place::<R>(home, name);
+    let directory = match open_directory(&directory) {
         Err(error) if error.errno == Errno::NOENT => return Ok(None),
         opened => opened?,
     };
-    let set_aside = make_room(&directory, name.as_str()).map_err(failed("setting aside", &path))?;
+    let set_aside = make_room::<R>(&directory, name.as_str()).map_err(failed("setting aside", &path))?;
     match rustix::fs::unlinkat(&directory, format!("{name}.json"), AtFlags::empty()) {
         Ok(()) => {}
         Err(Errno::NOENT) if set_aside.is_none() => return Ok(None),
@@ -186,10 +256,16 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(Errno) -> FileError {
     move |errno| FileError { what, path: path.display().to_string(), errno }
 }
 
-fn open_directory(home: &Home) -> Result<OwnedFd, FileError> {
-    let path = home.registrations();
+/// The directory of a record, and its file. A name cannot leave the directory: [`ContainerName`] holds no other ones.
+fn place<R: Record>(home: &Home, name: &ContainerName) -> (PathBuf, PathBuf) {
+    let directory = R::directory(home);
+    let path = directory.join(format!("{name}.json"));
+    (directory, path)
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, FileError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::open(&path, flags, Mode::empty()).map_err(failed("opening", &path))
+    rustix::fs::open(path, flags, Mode::empty()).map_err(failed("opening", path))
 }
 
 /// The names in a directory; those that are not UTF-8 are none of ours.
@@ -217,7 +293,7 @@ fn written_at(directory: &OwnedFd, name: &str) -> Option<Timespec> {
     Some(Timespec { tv_sec: seen.st_mtime, tv_nsec: seen.st_mtime_nsec.try_into().ok()? })
 }
 
-fn load(directory: &OwnedFd, stem: &str) -> Result<Registration, Unfit> {
+fn load<R: Record>(directory: &OwnedFd, stem: &str) -> Result<R, Unfit> {
     let content = read(directory, &format!("{stem}.json"))?;
     parse(stem, &content)
 }
@@ -228,14 +304,9 @@ fn read(directory: &OwnedFd, name: &str) -> Result<Vec<u8>, Unfit> {
         .map_err(Unfit::from)
 }
 
-fn write_temporary(
-    directory: &OwnedFd,
-    name: &str,
-    registration: &Registration,
-    at: Timespec,
-) -> Result<(), Errno> {
+fn write_temporary(directory: &OwnedFd, name: &str, record: &impl Record, at: Timespec) -> Result<(), Errno> {
     // A path that is not UTF-8 is the one thing that does not serialise, and no request can carry one.
-    let mut line = serde_json::to_vec(registration).map_err(|_| Errno::ILSEQ)?;
+    let mut line = serde_json::to_vec(record).map_err(|_| Errno::ILSEQ)?;
     line.push(b'\n');
     if line.len() as u64 > FILE_BYTES_MAX {
         return Err(Errno::FBIG);
@@ -243,9 +314,9 @@ fn write_temporary(
     private_file::write_temporary(directory, name, &line, Some(at))
 }
 
-/// Sets aside what is in a registration's place and is none; a registration stays.
-fn make_room(directory: &OwnedFd, stem: &str) -> Result<Option<String>, Errno> {
-    match load(directory, stem) {
+/// Sets aside a file that has a record's name and is not such a record; a record stays.
+fn make_room<R: Record>(directory: &OwnedFd, stem: &str) -> Result<Option<String>, Errno> {
+    match load::<R>(directory, stem) {
         Ok(_) | Err(Unfit::Unreadable(Errno::NOENT)) => return Ok(None),
         Err(_) => {}
     }

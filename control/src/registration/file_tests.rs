@@ -14,6 +14,14 @@ fn home() -> (TempDir, Home) {
     (folder, home)
 }
 
+fn load_all(home: &Home) -> Result<Vec<Loaded<Registration>>, FileError> {
+    super::load_all(home)
+}
+
+fn remove(home: &Home, name: &ContainerName) -> Result<Option<String>, FileError> {
+    super::remove::<Registration>(home, name)
+}
+
 fn registration(fields: Value) -> Registration {
     let Value::Object(fields) = fields else { panic!("an object is needed") };
     Registration::from_fields(fields).unwrap()

@@ -17,6 +17,8 @@ use super::store::{DropReason, PatchError, RegisterError, Registered, RegistryOp
 use crate::events::Event;
 use crate::folder::FolderError;
 use crate::liveness::Liveness;
+use crate::model::grants::{Grants, Right, comes_with};
+use crate::registry::grants::{self, GrantError};
 use crate::registry::trust_file::TrustFile;
 use crate::secrets::SecretsConfig;
 use crate::sys::seclusion::{self, SeclusionError};
@@ -192,6 +194,68 @@ impl Shared {
         }
     }
 
+    /// Grants rights for the folder that the name is registered with.
+    pub(super) async fn grant(&self, name: &str, rights: Vec<Right>) -> Result<(), GrantError> {
+        self.replayed().await;
+        let current = self.find(name).ok_or_else(|| GrantError::NotRegistered(name.to_owned()))?;
+        let what = rights.iter().map(ToString::to_string).collect();
+        let folder = current.cwd.clone();
+        self.change_grants(&current.container_name, move |grants| {
+            Ok(rights.into_iter().fold(false, |changed, right| grants.grant(right, &folder) | changed))
+        })
+        .await?;
+        self.options.journal.tell(&Event::Grant { container_name: name.to_owned(), what });
+        Ok(())
+    }
+
+    /// Takes rights away, whatever folder they were granted for.
+    pub(super) async fn revoke(&self, name: &ContainerName, what: Vec<String>) -> Result<(), GrantError> {
+        self.replayed().await;
+        let current = self.find(name.as_str());
+        let (of, words) = (name.clone(), what.clone());
+        self.change_grants(name, move |grants| {
+            let mut changed = false;
+            for word in &words {
+                let was_granted = grants.revoke(word)?;
+                changed |= was_granted;
+                if let (false, Ok(right), Some(current)) = (was_granted, word.parse(), &current)
+                    && comes_with(right, current)
+                {
+                    return Err(GrantError::OfRegistration(right, of));
+                }
+            }
+            Ok(changed)
+        })
+        .await?;
+        self.options.journal.tell(&Event::Revoke { container_name: name.to_string(), what });
+        Ok(())
+    }
+
+    /// Removes everything that was granted to a name. An error is reported.
+    pub(super) async fn remove_grants(&self, name: &ContainerName) {
+        self.replayed().await;
+        self.options.grants.remove(name);
+        let (home, of) = (self.options.home.clone(), name.clone());
+        match self.on_disk(move || file::remove::<Grants>(&home, &of)).await {
+            Ok(set_aside) => self.tell_set_aside(name, set_aside),
+            Err(error) => self.notice(format!("the grants of {name} stay on disk: {error}")),
+        }
+    }
+
+    async fn change_grants(
+        &self,
+        name: &ContainerName,
+        change: impl FnOnce(&mut Grants) -> Result<bool, GrantError> + Send + 'static,
+    ) -> Result<(), GrantError> {
+        if self.stopping.is_cancelled() {
+            return Err(GrantError::Stopping);
+        }
+        let (home, of) = (self.options.home.clone(), name.clone());
+        let changed = tokio::task::spawn_blocking(move || grants::change(&home, &of, change)).await;
+        self.options.grants.put(changed.map_err(|error| GrantError::Persist(error.to_string()))??);
+        Ok(())
+    }
+
     /// Forgets a container that was looked at often enough, unless it was registered anew since.
     pub(super) fn drop_gone(self: &Arc<Self>, registration: Arc<Registration>) {
         let (shared, name) = (Arc::clone(self), registration.container_name.clone());
@@ -265,7 +329,7 @@ impl Shared {
     pub(super) async fn remove_file(&self, name: &ContainerName) {
         let removed = self.on_disk({
             let (home, name) = (self.options.home.clone(), name.clone());
-            move || file::remove(&home, &name)
+            move || file::remove::<Registration>(&home, &name)
         });
         match removed.await {
             Ok(set_aside) => self.tell_set_aside(name, set_aside),
@@ -364,7 +428,7 @@ impl Shared {
 
     fn tell_set_aside(&self, name: &ContainerName, set_aside: Option<String>) {
         if let Some(aside) = set_aside {
-            self.notice(format!("{name}.json was no registration; it is kept as {aside}"));
+            self.notice(format!("{name}.json could not be read; it is kept as {aside}"));
         }
     }
 }

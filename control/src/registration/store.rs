@@ -22,7 +22,9 @@ use super::upkeep;
 use crate::events::Journal;
 use crate::folder::Approvals;
 use crate::liveness::Probe;
+use crate::model::grants::Right;
 use crate::paths::Home;
+use crate::registry::grants::{GrantError, GrantTable};
 use crate::secrets::SecretsError;
 
 /// What an asker is told when the work panicked.
@@ -135,6 +137,8 @@ pub struct RegistryOptions {
     pub home: Home,
     /// The files of folders that the user approved.
     pub approvals: Approvals,
+    /// The grants, which are filled from the files of the home.
+    pub grants: GrantTable,
     /// Where events go.
     pub journal: Journal,
     /// Who looks at containers.
@@ -236,13 +240,53 @@ impl Registry {
         self.shared.queues.enqueue(name.as_str(), work).await.unwrap_or(false)
     }
 
-    /// Forgets a container; one that is not known, or that could not be, is forgotten already. A container that was
-    /// reported [`DropReason::Gone`] and is there when its turn comes, since it was registered anew, stays.
+    /// Forgets a container and keeps the grants of its name. A name that is unknown or invalid is forgotten already. A
+    /// container that was reported [`DropReason::Gone`] stays if it exists when the request is executed: it was registered
+    /// again meanwhile.
     pub async fn deregister(&self, name: &str, reason: DropReason) {
         let Ok(name) = ContainerName::new(name) else { return };
         let (shared, of) = (Arc::clone(&self.shared), name.clone());
         let work = async move { shared.deregister(&of, reason).await };
         self.shared.queues.enqueue(name.as_str(), work).await;
+    }
+
+    /// Forgets a container at the request of the host's user, with everything that was granted to its name.
+    pub async fn deregister_with_grants(&self, name: &str) {
+        let Ok(name) = ContainerName::new(name) else { return };
+        let (shared, of) = (Arc::clone(&self.shared), name.clone());
+        let work = async move {
+            // In this order: a daemon that is killed in between leaves a container without rights, not rights without one.
+            shared.remove_grants(&of).await;
+            shared.deregister(&of, DropReason::Requested).await;
+        };
+        self.shared.queues.enqueue(name.as_str(), work).await;
+    }
+
+    /// Grants rights to a registered container, for the folder that it is registered with.
+    ///
+    /// # Errors
+    /// [`GrantError`]; nothing is granted then.
+    pub async fn grant(&self, name: &str, rights: Vec<Right>) -> Result<(), GrantError> {
+        let (shared, of) = (Arc::clone(&self.shared), name.to_owned());
+        let work = async move { shared.grant(&of, rights).await };
+        let answer = self.shared.queues.enqueue(name, work).await;
+        answer.unwrap_or_else(|| Err(GrantError::Persist(BROKEN.to_owned())))
+    }
+
+    /// Takes rights away from a name, registered or not, for every folder that they were granted for.
+    ///
+    /// # Errors
+    /// [`GrantError`]; nothing is revoked then.
+    pub async fn revoke(&self, name: ContainerName, what: Vec<String>) -> Result<(), GrantError> {
+        let (shared, of) = (Arc::clone(&self.shared), name.clone());
+        let work = async move { shared.revoke(&of, what).await };
+        let answer = self.shared.queues.enqueue(name.as_str(), work).await;
+        answer.unwrap_or_else(|| Err(GrantError::Persist(BROKEN.to_owned())))
+    }
+
+    /// The grants of all containers.
+    pub fn grants(&self) -> &GrantTable {
+        &self.shared.options.grants
     }
 
     /// Every registration. Never waits.
@@ -308,6 +352,10 @@ impl Registry {
 #[cfg(test)]
 #[path = "store_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "grants_tests.rs"]
+mod grants_tests;
 
 #[cfg(test)]
 #[path = "store_model_tests.rs"]

@@ -120,7 +120,7 @@ async fn live(steps: &[Step]) -> Result<(), TestCaseError> {
         let listed: Vec<_> = bench.registry.list().entries.iter().map(|entry| shown(entry)).collect();
         prop_assert_eq!(listed, model.shown(), "after {:?}", step);
         let home = Home::at(bench.folder.path().to_owned()).unwrap();
-        let kept = super::super::file::load_all(&home).unwrap().into_iter();
+        let kept = super::super::file::load_all::<Registration>(&home).unwrap().into_iter();
         let kept: Vec<_> = kept.map(|loaded| shown(&loaded.found.unwrap())).collect();
         prop_assert_eq!(kept, model.shown(), "on disk after {:?}", step);
     }

@@ -107,7 +107,7 @@ pub(super) struct Bench {
 pub(super) const TURN: Duration = Duration::from_secs(30);
 
 impl Bench {
-    fn new() -> Bench {
+    pub(super) fn new() -> Bench {
         Bench::over(Arc::new(tempfile::tempdir().unwrap()), Arc::default())
     }
 
@@ -119,6 +119,7 @@ impl Bench {
         let registry = Registry::open(RegistryOptions {
             approvals: Approvals::of(&home),
             home,
+            grants: GrantTable::default(),
             journal: kept,
             liveness: Arc::<Script>::clone(&script),
             attendants: vec![Arc::<Companion>::clone(&companion)],
@@ -384,7 +385,7 @@ async fn replay_takes_in_what_is_alive_or_unknown_and_tells_of_the_rest() {
     assert_eq!(
         bench.told(),
         [
-            json!({"kind": "notice", "text": "corrupt.json was no registration; it is kept as corrupt.json.bad-1"}),
+            json!({"kind": "notice", "text": "corrupt.json could not be read; it is kept as corrupt.json.bad-1"}),
             registered("corrupt"),
         ]
     );

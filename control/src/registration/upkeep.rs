@@ -13,6 +13,7 @@ use super::model::Registration;
 use super::shared::{Shared, check_ports};
 use crate::folder;
 use crate::liveness::Liveness;
+use crate::model::grants::Grants;
 
 /// How many containers are looked at side by side. Each look is a question to the Docker engine.
 const PROBES_MAX: usize = 8;
@@ -33,8 +34,9 @@ pub(super) async fn run(shared: Arc<Shared>) {
 }
 
 async fn replay(shared: &Arc<Shared>, misses: &mut Misses) {
+    replay_grants(shared).await;
     let home = shared.options.home.clone();
-    let loaded = match tokio::task::spawn_blocking(move || file::load_all(&home)).await {
+    let loaded = match tokio::task::spawn_blocking(move || file::load_all::<Registration>(&home)).await {
         Ok(Ok(loaded)) => loaded,
         Ok(Err(error)) => return shared.notice(format!("no registration was taken in: {error}")),
         // The runtime ends.
@@ -78,8 +80,31 @@ async fn with_approvals(shared: &Shared, registration: Registration) -> Registra
     }
 }
 
+/// Reads what was granted. A file that cannot be read grants nothing, and is kept as it is.
+async fn replay_grants(shared: &Shared) {
+    let home = shared.options.home.clone();
+    let loaded = match tokio::task::spawn_blocking(move || file::load_all::<Grants>(&home)).await {
+        Ok(Ok(loaded)) => loaded,
+        Ok(Err(error)) => return shared.notice(format!("no grant was read: {error}")),
+        // The runtime ends.
+        Err(_) => return,
+    };
+    for Loaded { stem, found } in loaded {
+        match found {
+            Ok(grants) => shared.options.grants.put(grants),
+            Err(unfit) => {
+                let detail = match unfit {
+                    Unfit::Mismatch(detail) => detail,
+                    other => other.to_string(),
+                };
+                shared.notice(format!("the grants of {stem} are not in force: {detail}"));
+            }
+        }
+    }
+}
+
 /// What a file holds; or why it holds nothing, which is told.
-fn taken(shared: &Shared, loaded: Loaded) -> Option<Registration> {
+fn taken(shared: &Shared, loaded: Loaded<Registration>) -> Option<Registration> {
     match loaded.found {
         Ok(registration) => Some(registration),
         Err(unfit) => {

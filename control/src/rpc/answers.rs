@@ -19,12 +19,14 @@ use crate::events::{Event, Journal};
 use crate::folder::{Approvals, Withheld, withheld};
 use crate::helper::{Helper, HelperFacts};
 use crate::http::gateway::{HttpFacts, SharedFacts};
+use crate::model::grants::GrantFact;
 use crate::native::{self, Sockets};
 use crate::paths::Home;
 use crate::reconcile::table::{ContainerState, EngineFacts, Reached};
 use crate::reconcile::task::{Forwarding, NativeLink};
 use crate::registration::model::{FoundBy, Registration};
 use crate::registration::store::{DropReason, Registered, Registry};
+use crate::registry::grants::GrantError;
 use crate::supervisor::{NOT_ENABLED, Supervisor};
 use crate::sys::launcher::{self, LauncherState};
 
@@ -132,11 +134,21 @@ impl Answers {
                 Ok(()) => Response::Done.into(),
                 Err(error) => Response::refused(error).into(),
             },
-            Request::Deregister { container_name } => {
-                if let Some(name) = container_name {
-                    self.registry.deregister(&name, DropReason::Requested).await;
+            Request::Deregister { container_name, keep_grants } => {
+                match container_name {
+                    Some(name) if keep_grants => self.registry.deregister(&name, DropReason::Requested).await,
+                    Some(name) => self.registry.deregister_with_grants(&name).await,
+                    None => {}
                 }
                 Response::Done.into()
+            }
+            Request::Grant { container_name, rights } => {
+                let granted = self.registry.grant(&container_name, rights).await;
+                self.granted(&container_name, granted).into()
+            }
+            Request::Revoke { container_name, what } => {
+                let revoked = self.registry.revoke(container_name.clone(), what).await;
+                self.granted(container_name.as_str(), revoked).into()
             }
             Request::List => self.list().into(),
             Request::Status { container_name } => self.status(&container_name).into(),
@@ -200,9 +212,32 @@ impl Answers {
         }
     }
 
+    /// Answers a change of grants with those that there are now.
+    fn granted(&self, name: &str, changed: Result<(), GrantError>) -> Response {
+        match changed {
+            Ok(()) => {
+                let grants = self.grants_of(Some(name));
+                Response::result(json!({ "containerName": name, "grants": grants }))
+            }
+            Err(error) => Response::refused(error),
+        }
+    }
+
+    /// The rights of a container, where it is registered.
+    fn grants_of(&self, name: Option<&str>) -> Vec<GrantFact> {
+        let registered = self.registry.list();
+        let registration = name.and_then(|name| registered.find(name));
+        registration.map(|registration| self.registry.grants().facts(registration)).unwrap_or_default()
+    }
+
     async fn containers(&self) -> Response {
         match self.discovery.containers().await {
-            Ok(containers) => Response::result(json!({ "containers": containers })),
+            Ok(mut containers) => {
+                for one in &mut containers {
+                    one.grants = self.grants_of(one.registered.as_deref());
+                }
+                Response::result(json!({ "containers": containers }))
+            }
             Err(error) => Response::refused(error),
         }
     }
@@ -273,7 +308,9 @@ impl Answers {
             };
             let found_by = entry.discovered.as_ref().map(|discovered| discovered.by);
             let cwd = entry.cwd.display().to_string();
-            DescribedContainer { cwd, found_by, withheld: withheld.next().unwrap_or_default(), state }
+            let withheld = withheld.next().unwrap_or_default();
+            let grants = self.registry.grants().facts(entry);
+            DescribedContainer { cwd, found_by, withheld, grants, state }
         });
         Response::result(Description {
             containers: containers.collect(),
@@ -364,6 +401,9 @@ pub struct DescribedContainer {
     /// The files of its folder that have no effect.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub withheld: Vec<Withheld>,
+    /// What it may do beyond acting for itself, in force or not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grants: Vec<GrantFact>,
     /// What became of it.
     #[serde(flatten)]
     pub state: ContainerState,

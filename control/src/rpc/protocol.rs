@@ -12,7 +12,8 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::registration::model::{Registration, RegistrationError};
+use crate::model::grants::{Right, RightError};
+use crate::registration::model::{ContainerName, Registration, RegistrationError};
 
 /// Why a request is none. The texts are the wire's.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -37,6 +38,9 @@ pub enum RequestError {
         /// The field.
         field: &'static str,
     },
+    /// A word of `grant` names no right.
+    #[error(transparent)]
+    Right(#[from] RightError),
     /// `restart` with a `build` that is neither true nor false.
     #[error("restart.build must be a boolean if provided")]
     Build,
@@ -78,7 +82,9 @@ impl Envelope {
         let kind = self.kind().unwrap_or_default().to_owned();
         Ok(match kind.as_str() {
             "register" => Request::Register(Box::new(Registration::from_fields(self.0)?)),
-            "deregister" => Request::Deregister { container_name: self.name() },
+            "deregister" => {
+                Request::Deregister { keep_grants: self.keep_grants()?, container_name: self.name() }
+            }
             "list" => Request::List,
             "status" => {
                 Request::Status { container_name: self.name().ok_or(field("status", "containerName"))? }
@@ -90,6 +96,17 @@ impl Envelope {
                 container_name: self.name().ok_or(field("secrets-patch", "containerName"))?,
                 patch: self.0.remove("patch").unwrap_or_default(),
             }),
+            "grant" => {
+                let (container_name, what) = self.grants("grant")?;
+                let rights = what.iter().map(|word| word.parse()).collect::<Result<_, _>>()?;
+                Request::Grant { container_name, rights }
+            }
+            "revoke" => {
+                let (container_name, what) = self.grants("revoke")?;
+                let name = ContainerName::new(&container_name);
+                let container_name = name.map_err(|_| field("revoke", "containerName"))?;
+                Request::Revoke { container_name, what }
+            }
             "http-info" => Request::HttpInfo,
             "version" => Request::Version,
             "shutdown" => Request::Shutdown { drain_engine: self.drain_engine()? },
@@ -119,6 +136,26 @@ impl Envelope {
             Some(Value::String(folder)) if Path::new(&folder).is_absolute() => Ok(PathBuf::from(folder)),
             _ => Err(field("read-folder", "folder")),
         }
+    }
+
+    fn keep_grants(&self) -> Result<bool, RequestError> {
+        match self.0.get("grants") {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::String(what)) if what == "keep" => Ok(true),
+            Some(_) => Err(field("deregister", "grants")),
+        }
+    }
+
+    /// A name, and at least one word.
+    fn grants(&mut self, kind: &'static str) -> Result<(String, Vec<String>), RequestError> {
+        let name = self.name().ok_or(field(kind, "containerName"))?;
+        let Some(Value::Array(words)) = self.0.remove("what") else { return Err(field(kind, "what")) };
+        let words = words.into_iter().map(|word| match word {
+            Value::String(word) => Ok(word),
+            _ => Err(field(kind, "what")),
+        });
+        let words: Vec<String> = words.collect::<Result<_, _>>()?;
+        if words.is_empty() { Err(field(kind, "what")) } else { Ok((name, words)) }
     }
 
     fn drain_engine(&self) -> Result<bool, RequestError> {
@@ -151,6 +188,22 @@ pub enum Request {
     Deregister {
         /// Which.
         container_name: Option<String>,
+        /// Whether the grants of the name stay.
+        keep_grants: bool,
+    },
+    /// Grant rights to a registered container.
+    Grant {
+        /// The container.
+        container_name: String,
+        /// The rights, at least one.
+        rights: Vec<Right>,
+    },
+    /// Take rights away from a container, registered or not.
+    Revoke {
+        /// The container.
+        container_name: ContainerName,
+        /// The rights, at least one, as text: a grant of a newer build has a name that this build does not know.
+        what: Vec<String>,
     },
     /// Which containers are known. Never waits for replay; it is the readiness probe.
     List,
@@ -213,6 +266,8 @@ impl Request {
         match self {
             Request::Register(_)
             | Request::Deregister { .. }
+            | Request::Grant { .. }
+            | Request::Revoke { .. }
             | Request::Status { .. }
             | Request::Restart(_)
             | Request::Detach { .. }

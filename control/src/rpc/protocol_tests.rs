@@ -43,7 +43,7 @@ fn every_kind_is_understood() {
     assert_eq!(parse(&json!({"kind": "describe"})), Ok(Request::Describe));
     let status = Request::Status { container_name: name() };
     assert_eq!(parse(&json!({"kind": "status", "containerName": "coder"})), Ok(status));
-    let deregister = Request::Deregister { container_name: Some(name()) };
+    let deregister = Request::Deregister { container_name: Some(name()), keep_grants: false };
     assert_eq!(parse(&json!({"kind": "deregister", "containerName": "coder"})), Ok(deregister));
     let events = Request::Events { container_name: Some(name()) };
     assert_eq!(parse(&json!({"kind": "events", "containerName": "coder"})), Ok(events));
@@ -51,6 +51,13 @@ fn every_kind_is_understood() {
     let shutdown = |drain_engine| Ok(Request::Shutdown { drain_engine });
     assert_eq!(parse(&json!({"kind": "shutdown"})), shutdown(false));
     assert_eq!(parse(&json!({"kind": "shutdown", "engine": "drain"})), shutdown(true));
+    let keeps = parse(&json!({"kind": "deregister", "containerName": "coder", "grants": "keep"}));
+    assert_eq!(keeps, Ok(Request::Deregister { container_name: Some(name()), keep_grants: true }));
+    let grant = Request::Grant { container_name: name(), rights: vec![Right::Rebuild] };
+    assert_eq!(parse(&json!({"kind": "grant", "containerName": "coder", "what": ["rebuild"]})), Ok(grant));
+    let what = vec!["tool:x".to_owned()];
+    let revoke = Request::Revoke { container_name: ContainerName::new("coder").unwrap(), what };
+    assert_eq!(parse(&json!({"kind": "revoke", "containerName": "coder", "what": ["tool:x"]})), Ok(revoke));
     let register = parse(&json!({"kind": "register", "containerName": "coder", "cwd": "/c", "later": 1}));
     let Ok(Request::Register(registration)) = register else { panic!("{register:?}") };
     assert_eq!(registration.container_name.as_str(), "coder");
@@ -69,13 +76,32 @@ fn a_field_that_does_not_fit_is_named() {
     assert_eq!(refused(json!({"kind": "secrets-patch"})), "invalid secrets-patch: containerName");
     assert_eq!(refused(json!({"kind": "shutdown", "engine": "now"})), "invalid shutdown: engine");
     assert_eq!(refused(json!({"kind": "events", "containerName": 7})), "invalid events: containerName");
+    let deregister = json!({"kind": "deregister", "containerName": "a", "grants": "drop"});
+    assert_eq!(refused(deregister), "invalid deregister: grants");
+    for kind in ["grant", "revoke"] {
+        assert_eq!(
+            refused(json!({"kind": kind, "what": ["rebuild"]})),
+            format!("invalid {kind}: containerName")
+        );
+        for what in [json!(null), json!("rebuild"), json!([]), json!(["rebuild", 7])] {
+            let request = json!({"kind": kind, "containerName": "a", "what": what});
+            assert_eq!(refused(request), format!("invalid {kind}: what"));
+        }
+    }
+    let unknown = json!({"kind": "grant", "containerName": "a", "what": ["rebuild", "root"]});
+    assert_eq!(refused(unknown), "unknown grant: root");
+    let revoke = json!({"kind": "revoke", "containerName": "../a", "what": ["rebuild"]});
+    assert_eq!(refused(revoke), "invalid revoke: containerName");
 }
 
 #[test]
 fn deregistering_nothing_in_particular_is_no_error() {
-    assert_eq!(parse(&json!({"kind": "deregister"})), Ok(Request::Deregister { container_name: None }));
+    assert_eq!(
+        parse(&json!({"kind": "deregister"})),
+        Ok(Request::Deregister { container_name: None, keep_grants: false })
+    );
     let number = parse(&json!({"kind": "deregister", "containerName": 7}));
-    assert_eq!(number, Ok(Request::Deregister { container_name: None }));
+    assert_eq!(number, Ok(Request::Deregister { container_name: None, keep_grants: false }));
 }
 
 #[test]
@@ -112,6 +138,9 @@ fn only_what_touches_the_registry_waits_for_replay() {
     }
     for kind in ["register", "deregister", "status", "restart", "secrets-patch"] {
         assert!(waits(json!({"kind": kind, "containerName": "a", "cwd": "/"})), "{kind}");
+    }
+    for kind in ["grant", "revoke"] {
+        assert!(waits(json!({"kind": kind, "containerName": "a", "what": ["rebuild"]})), "{kind}");
     }
 }
 

@@ -51,13 +51,13 @@ fn version() -> String {
 }
 
 /// A daemon that answers by a script, and tells what it was asked.
-struct Scripted {
-    place: Place,
+pub(crate) struct Scripted {
+    pub(crate) place: Place,
     asked: Receiver<Value>,
 }
 
 impl Scripted {
-    fn new(mut answer: impl FnMut(&Value, &mut UnixStream) -> Value + Send + 'static) -> Scripted {
+    pub(crate) fn new(mut answer: impl FnMut(&Value, &mut UnixStream) -> Value + Send + 'static) -> Scripted {
         let place = Place::new();
         let listener = UnixListener::bind(place.home.socket()).unwrap();
         let (tell, asked) = mpsc::channel();
@@ -87,7 +87,7 @@ impl Scripted {
         Scripted::new(move |request, _| ours(request, &containers))
     }
 
-    fn asked(&self, kind: &str) -> Value {
+    pub(crate) fn asked(&self, kind: &str) -> Value {
         loop {
             let request = self.asked.recv_timeout(crate::support::WAIT_MAX).unwrap();
             if request["kind"] == kind {
@@ -97,7 +97,7 @@ impl Scripted {
     }
 }
 
-fn ours(request: &Value, containers: &Value) -> Value {
+pub(crate) fn ours(request: &Value, containers: &Value) -> Value {
     let result = match request["kind"].as_str().unwrap() {
         "version" => json!({ "version": version() }),
         "http-info" => json!({ "port": 8974 }),

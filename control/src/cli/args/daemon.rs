@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::docker::AGENT_DIRECTORY;
+use crate::model::grants::Right;
 use crate::native::Sockets;
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::ContainerName;
@@ -212,6 +213,55 @@ pub struct WayArgs {
 pub struct DeregisterArgs {
     /// Which container
     pub name: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub(super) const GRANT_NOTES: &str = "\
+Rights:
+  rebuild  The container may ask, over HTTP and with its own token, to be rebuilt: an image named
+           landfall-NAME is built from its folder, and the container is recreated from that image.
+           It keeps its user, capabilities, security options, mounts and limits.
+
+A container that can write to its folder chooses the Dockerfile, so `rebuild` gives it more than a
+new image of its own:
+  - The build has your image store: it can copy files out of every image on this machine (FROM,
+    COPY --from), and pull others.
+  - Its RUN steps are root in a build container, on Docker's default network, without the limits of
+    the container, for up to 30 minutes.
+  - The whole folder is sent to it, also the part that is not mounted.
+  - Each build takes disk space.
+  - A set-uid program in the new image makes a process root in the container, unless the container
+    has no-new-privileges.
+
+A grant belongs to the name and to the folder that is registered now; with another folder it is
+dormant. It outlives the container and its registration; `revoke` and `deregister` remove it.
+
+Example: landfall grant shop rebuild";
+
+/// `landfall grant`
+#[derive(Debug, Args)]
+pub struct GrantArgs {
+    /// The container, as it is registered
+    pub name: String,
+    /// The rights, from the list below
+    #[arg(required = true)]
+    pub what: Vec<Right>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `landfall revoke`
+#[derive(Debug, Args)]
+pub struct RevokeArgs {
+    /// The container, registered or not
+    #[arg(value_parser = container_name)]
+    pub name: ContainerName,
+    /// The rights, as `landfall status NAME` shows them
+    #[arg(required = true)]
+    pub what: Vec<String>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
