@@ -164,7 +164,8 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         let text = format!("no file of any folder is trusted: {error}; landfall trust DIR starts a new list");
         journal.tell(&Event::Notice { text });
     }
-    let supervisor = Supervisor::new(docker.clone(), journal.clone(), approvals.clone());
+    let grants = GrantTable::default();
+    let supervisor = Supervisor::new(docker.clone(), grants.clone(), journal.clone(), approvals.clone());
     if !options.restart {
         // Jobs may ask, too.
         supervisor.disable();
@@ -176,7 +177,8 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         sockets.clone(),
         Jobs::new(journal.clone(), supervisor.clone(), approvals.clone()),
     ];
-    let registry = Registry::open(registry_options(&options, &journal, &docker, &approvals, attendants));
+    let registry =
+        Registry::open(registry_options(&options, grants, &journal, &docker, &approvals, attendants));
     let addresses = addresses(&options, &docker).await;
     let last = read_number(&home.http_port_file());
     let bound = http::Bound::listen(options.http_port, last, &addresses, &journal).await?;
@@ -286,6 +288,7 @@ async fn within(bound: Duration, what: &str, journal: &Journal, step: impl Futur
 
 fn registry_options(
     options: &Options,
+    grants: GrantTable,
     journal: &Journal,
     docker: &Docker,
     approvals: &Approvals,
@@ -294,7 +297,7 @@ fn registry_options(
     RegistryOptions {
         home: options.home.clone(),
         approvals: approvals.clone(),
-        grants: GrantTable::default(),
+        grants,
         journal: journal.clone(),
         liveness: Arc::new(Ways { docker: docker.clone() }),
         attendants,

@@ -29,7 +29,7 @@ use crate::events::{Event, Journal};
 use crate::folder::{self, Approvals, Command};
 use crate::registration::model::{ContainerName, Registration};
 use crate::registration::store::{Attendant, StopReason};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Build, Supervisor};
 
 /// How many commands run at a time, over all containers: a daemon that starts has every job due at once.
 const COMMANDS_MAX: usize = 4;
@@ -137,7 +137,12 @@ impl Jobs {
             self.attempt(&key, &input).await
         };
         let refusal = match succeeded && input.job.restart {
-            true => self.supervisor.preflight(&input.registration).await.err(),
+            true => self
+                .supervisor
+                .preflight(&input.registration, Build::No)
+                .await
+                .err()
+                .map(|refusal| refusal.to_string()),
             false => None,
         };
         let next = self.machine().ended(&key, succeeded);
@@ -191,7 +196,7 @@ impl Jobs {
 
     fn restart(&self, key: &Key, registration: Arc<Registration>, refusal: Option<String>) {
         let (container_name, job) = (key.container.to_string(), key.job.clone());
-        let accepted = refusal.map_or_else(|| self.supervisor.accept(registration, false), Err);
+        let accepted = refusal.map_or_else(|| self.supervisor.accept(registration, Build::No), Err);
         match accepted {
             Err(reason) => self.journal.tell(&Event::JobRestartFailed { container_name, job, reason }),
             Ok(ticket) => {

@@ -15,12 +15,17 @@ use std::time::Duration;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use thiserror::Error;
+
 use self::drift::Drift;
+pub use self::queue::Build;
 use self::queue::{Queue, Restart};
 use crate::docker::Docker;
 use crate::events::{Event, Journal};
 use crate::folder::{Approvals, Approved, Command, CommandError, Ended, FolderError};
-use crate::registration::model::Registration;
+use crate::model::grants::Right;
+use crate::registration::model::{ContainerName, Registration};
+use crate::registry::grants::GrantTable;
 
 /// How long the folder's own check may take.
 const PREFLIGHT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,12 +38,27 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
 /// What a daemon says that restarts nothing (wire specification, A.1.4).
 pub const NOT_ENABLED: &str = "restart capability not enabled on this daemon";
 
+/// The reasons to refuse a restart before it is acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PreflightError {
+    /// The program on disk is another build.
+    #[error("{0}")]
+    Drifted(String),
+    /// The container asked for a rebuild and does not have the right.
+    #[error("not granted: rebuild (on the host, `landfall grant {0} rebuild` gives {0} this right)")]
+    NotGranted(ContainerName),
+    /// The check of the folder's own failed.
+    #[error("restart refused for {0}: {1}")]
+    Folder(ContainerName, String),
+}
+
 /// Restarts containers, one at a time each. Clones are the same one.
 #[derive(Clone)]
 pub struct Supervisor(Arc<Inner>);
 
 struct Inner {
     docker: Docker,
+    grants: GrantTable,
     journal: Journal,
     approvals: Approvals,
     drift: Drift,
@@ -60,33 +80,55 @@ struct State {
 pub struct Ticket {
     supervisor: Supervisor,
     registration: Arc<Registration>,
-    build: bool,
+    build: Build,
     _promised: TaskTrackerToken,
 }
 
 impl Supervisor {
-    /// A supervisor that restarts through `docker` or by approved commands, and reports to the journal.
-    pub fn new(docker: Docker, journal: Journal, approvals: Approvals) -> Supervisor {
-        Supervisor::with(docker, journal, approvals, Drift::of_this_program())
+    /// Returns a supervisor that restarts through `docker` or by approved commands, checks rights by `grants`, and reports to
+    /// the journal.
+    pub fn new(docker: Docker, grants: GrantTable, journal: Journal, approvals: Approvals) -> Supervisor {
+        Supervisor::with(docker, grants, journal, approvals, Drift::of_this_program())
     }
 
-    fn with(docker: Docker, journal: Journal, approvals: Approvals, drift: Drift) -> Supervisor {
-        let promised = TaskTracker::new();
-        Supervisor(Arc::new(Inner { docker, journal, approvals, drift, state: Mutex::default(), promised }))
+    fn with(
+        docker: Docker,
+        grants: GrantTable,
+        journal: Journal,
+        approvals: Approvals,
+        drift: Drift,
+    ) -> Supervisor {
+        let (state, promised) = (Mutex::default(), TaskTracker::new());
+        Supervisor(Arc::new(Inner { docker, grants, journal, approvals, drift, state, promised }))
     }
 
     /// Checks what can be checked at once: local and deterministic. A configuration that is not valid or not approved lets the
     /// restart pass; the restart itself then gives the reason, or does without.
     ///
     /// # Errors
-    /// The refusal, as the caller is to read it.
-    pub async fn preflight(&self, registration: &Arc<Registration>) -> Result<(), String> {
-        self.0.drift.check().await?;
+    /// [`PreflightError`].
+    pub async fn preflight(
+        &self,
+        registration: &Arc<Registration>,
+        build: Build,
+    ) -> Result<(), PreflightError> {
+        self.0.drift.check().await.map_err(PreflightError::Drifted)?;
+        self.check_right(registration, build)?;
         let Ok(approved) = self.0.approvals.settings(registration).await else { return Ok(()) };
         let Some(words) = &approved.settings().restart.preflight else { return Ok(()) };
         let command = Command::new(words, &approved, &registration.container_name, PREFLIGHT_TIMEOUT);
         outcome(command.run().await)
-            .map_err(|why| format!("restart refused for {}: {why}", registration.container_name))
+            .map_err(|why| PreflightError::Folder(registration.container_name.clone(), why))
+    }
+
+    /// Whether the container may have what it asked for. The host's user may have everything.
+    fn check_right(&self, registration: &Registration, build: Build) -> Result<(), PreflightError> {
+        match build {
+            Build::ByContainer if !self.0.grants.has_right(Right::Rebuild, registration) => {
+                Err(PreflightError::NotGranted(registration.container_name.clone()))
+            }
+            Build::No | Build::ByContainer | Build::ByUser => Ok(()),
+        }
     }
 
     /// Has every restart refused from now on, whoever asks for it.
@@ -98,7 +140,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// `daemon stopping`, or [`NOT_ENABLED`].
-    pub fn accept(&self, registration: Arc<Registration>, build: bool) -> Result<Ticket, String> {
+    pub fn accept(&self, registration: Arc<Registration>, build: Build) -> Result<Ticket, String> {
         if let Some(refusal) = self.state().refusal {
             return Err(refusal.to_owned());
         }
@@ -124,7 +166,7 @@ impl Supervisor {
 
     fn begin(&self, restart: Restart) {
         let container_name = restart.registration.container_name.to_string();
-        self.0.journal.tell(&Event::RestartScheduled { container_name, build: restart.build });
+        self.0.journal.tell(&Event::RestartScheduled { container_name, build: restart.build > Build::No });
         let first = self.state().queue.add(restart);
         if let Some(first) = first {
             let supervisor = self.clone();
@@ -149,8 +191,9 @@ impl Supervisor {
 
     async fn execute(&self, restart: &Restart) -> Result<(), String> {
         let registration = &restart.registration;
-        // Time may have passed in the queue.
+        // Time may have passed in the queue: the program may be another, and the right may have been revoked.
         self.0.drift.check().await?;
+        self.check_right(registration, restart.build).map_err(|refusal| refusal.to_string())?;
         let approved = match self.0.approvals.settings(registration).await {
             Ok(approved) => approved,
             Err(error @ FolderError::NotTrusted { .. }) => {
@@ -175,7 +218,7 @@ impl Supervisor {
     ) -> Result<(), String> {
         let command = |words, timeout| {
             Command::new(words, approved, &restart.registration.container_name, timeout)
-                .of_restart(restart.build)
+                .of_restart(restart.build > Build::No)
         };
         outcome(command(stop, STOP_TIMEOUT).run().await).map_err(|why| format!("stop failed: {why}"))?;
         outcome(command(start, START_TIMEOUT).run().await).map_err(|why| format!("start failed: {why}"))
@@ -184,8 +227,10 @@ impl Supervisor {
     async fn by_docker(&self, restart: &Restart) -> Result<(), String> {
         let name = restart.registration.docker_name();
         let done = match restart.build {
-            true => self.0.docker.rebuild(name, &restart.registration.cwd).await,
-            false => self.0.docker.restart(name).await,
+            Build::No => self.0.docker.restart(name).await,
+            Build::ByContainer | Build::ByUser => {
+                self.0.docker.rebuild(name, &restart.registration.cwd).await
+            }
         };
         done.map_err(|error| error.to_string())
     }

@@ -22,7 +22,8 @@ use landfall::folder::Approvals;
 use landfall::liveness::Liveness;
 use landfall::paths::Home;
 use landfall::registration::model::{ContainerName, Registration};
-use landfall::supervisor::Supervisor;
+use landfall::registry::grants::GrantTable;
+use landfall::supervisor::{Build, Supervisor};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::{UnixListener, UnixStream};
@@ -462,12 +463,12 @@ async fn a_restart_is_told_from_its_promise_to_its_end() {
     let mut told = journal.listen();
     let home = tempfile::tempdir().unwrap();
     let approvals = Approvals::of(&Home::at(home.path().to_owned()).unwrap());
-    let supervisor = Supervisor::new(engine(), journal, approvals);
+    let supervisor = Supervisor::new(engine(), GrantTable::default(), journal, approvals);
     let fields = json!({"containerName": container.0.as_str(), "cwd": "/"});
     let registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
     let registration = Arc::new(registration);
-    supervisor.preflight(&registration).await.unwrap();
-    supervisor.accept(registration, false).unwrap().begin();
+    supervisor.preflight(&registration, Build::No).await.unwrap();
+    supervisor.accept(registration, Build::No).unwrap().begin();
     supervisor.stop().await;
     let kinds: Vec<Value> = std::iter::from_fn(|| told.try_recv().ok())
         .map(|line| serde_json::from_str::<Value>(&line).unwrap()["kind"].clone())

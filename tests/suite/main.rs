@@ -14,6 +14,7 @@ mod engine_confinement;
 mod ensure;
 mod exhaustion;
 mod fallback;
+mod grants;
 mod half_close;
 mod hints;
 mod home_files;
@@ -92,6 +93,7 @@ fn main() -> std::process::ExitCode {
             replay::CASES,
             secrets::CASES,
             restart::CASES,
+            grants::CASES,
             discovery::CASES,
             jobs::CASES,
             tailscale::CASES,

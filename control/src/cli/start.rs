@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::args::StartArgs;
 use super::asking;
 use super::exit::{Exit, Failure, chain};
+use super::grant;
 use super::output::{Colour, Report, Talk};
 use super::trust;
 use crate::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, exposure_of_file};
@@ -17,6 +18,7 @@ use crate::discovery::labels;
 use crate::docker::labels::ContainerLabels;
 use crate::docker::{Docker, DockerError, FOLDER_LABEL, Listed};
 use crate::http::gateway::{Gateway, HeldPort};
+use crate::model::grants::Right;
 use crate::paths::Home;
 use crate::policy::PortList;
 use crate::processes::ProcessFact;
@@ -96,6 +98,12 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     });
     let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
     runtime.block_on(start::start(&mut hands, last_port(&home, &name)))?;
+    if args.allow_rebuild {
+        grant::give(&client, name.as_str(), &[Right::Rebuild]).map_err(|failure| Failure {
+            message: format!("{name} runs without the right to rebuild: {}", failure.message),
+            ..failure
+        })?;
+    }
     tell(&client, &name, &prepared.image, talk, args.json);
     Ok(Exit::Ok)
 }
@@ -321,17 +329,19 @@ pub(super) fn deregister(client: &Client, name: &ContainerName) -> Result<(), Ca
 fn tell(client: &Client, name: &ContainerName, image: &str, talk: Talk, as_json: bool) {
     let described = asking::describe(client).ok().flatten();
     let containers = described.into_iter().flat_map(|described| described.containers);
-    let rows: Vec<ForwardRow> = containers
-        .filter(|container| container.state.container_name == name.as_str())
-        .flat_map(|container| container.state.forwards)
-        .filter(|row| row.state == RowState::Open)
-        .collect();
+    let own = containers.into_iter().find(|container| container.state.container_name == name.as_str());
+    let (grants, rows) = own.map(|own| (own.grants, own.state.forwards)).unwrap_or_default();
+    let rows: Vec<ForwardRow> = rows.into_iter().filter(|row| row.state == RowState::Open).collect();
     if as_json {
         let ports: Vec<u16> = rows.iter().map(|row| row.host_port).collect();
-        talk.plain(&json!({ "started": name, "image": image, "forwardedPorts": ports }).to_string());
+        let told = json!({ "started": name, "image": image, "forwardedPorts": ports, "grants": grants });
+        talk.plain(&told.to_string());
         return;
     }
     talk.line("start", Colour::Green, &format!("{name} runs, from {image}; landfall ls shows what answers"));
+    if !grants.is_empty() {
+        grant::show(talk, false, name.as_str(), &grants);
+    }
     for row in rows.into_iter().filter(|row| !row.silent) {
         let process = row.process.zip(row.pid).map(|(name, pid)| ProcessFact { name, pid });
         let Some(port) = NonZeroU16::new(row.host_port) else { continue };

@@ -9,6 +9,7 @@ use tokio::sync::broadcast::Receiver;
 use super::*;
 use crate::docker::Docker;
 use crate::folder::test_support::TestHome;
+use crate::registry::grants::GrantTable;
 
 struct Bench {
     home: TestHome,
@@ -28,7 +29,8 @@ impl Bench {
         let told = journal.listen();
         let home = TestHome::new();
         let approvals = || home.approvals.clone();
-        let supervisor = Supervisor::new(Docker::from_environment(), journal.clone(), approvals());
+        let docker = Docker::from_environment();
+        let supervisor = Supervisor::new(docker, GrantTable::default(), journal.clone(), approvals());
         let jobs = Jobs::new(journal, supervisor.clone(), approvals());
         Bench { home, folder: tempfile::tempdir().unwrap(), jobs, supervisor, told }
     }

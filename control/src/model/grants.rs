@@ -74,7 +74,7 @@ struct Grant {
 }
 
 impl Grants {
-    /// The grants of a name that has none.
+    /// An empty set of grants.
     pub fn none(container_name: ContainerName) -> Grants {
         Grants { container_name, grants: Vec::new(), unknown: Map::new() }
     }

@@ -12,13 +12,13 @@ use crate::paths::Home;
 use crate::registration::file::{self, Unfit};
 use crate::registration::model::{ContainerName, Registration};
 
-/// Why grants were not changed. The texts are the wire's.
+/// The reasons to refuse a change of grants. The texts are the wire's.
 #[derive(Debug, Error)]
 pub enum GrantError {
     /// The daemon is stopping.
     #[error("daemon stopping")]
     Stopping,
-    /// A grant is bound to the folder of a registration, and there is no such registration.
+    /// The name has no registration, whose folder the grant would be bound to.
     #[error("not registered: {0}")]
     NotRegistered(String),
     /// A word names no right.
@@ -50,12 +50,14 @@ impl GrantTable {
         grants::facts(registration, self.lock().get(&registration.container_name))
     }
 
+    /// Replaces the grants of a name.
     pub(crate) fn put(&self, grants: Grants) {
         self.lock().insert(grants.container_name.clone(), grants);
     }
 
-    pub(crate) fn remove(&self, name: &ContainerName) -> bool {
-        self.lock().remove(name).is_some()
+    /// Removes the grants of a name.
+    pub(crate) fn remove(&self, name: &ContainerName) {
+        self.lock().remove(name);
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ContainerName, Grants>> {

@@ -27,7 +27,7 @@ use crate::reconcile::task::{Forwarding, NativeLink};
 use crate::registration::model::{FoundBy, Registration};
 use crate::registration::store::{DropReason, Registered, Registry};
 use crate::registry::grants::GrantError;
-use crate::supervisor::{NOT_ENABLED, Supervisor};
+use crate::supervisor::{Build, NOT_ENABLED, Supervisor};
 use crate::sys::launcher::{self, LauncherState};
 
 /// What a daemon that has begun to stop answers to everything but `shutdown`.
@@ -187,7 +187,12 @@ impl Answers {
             Some(asker) => Arc::clone(asker),
             None => Arc::clone(self.registry.list().find(name).ok_or_else(|| not_registered(name))?),
         };
-        supervisor.preflight(&registration).await?;
+        let build = match (build, asker) {
+            (false, _) => Build::No,
+            (true, Some(_)) => Build::ByContainer,
+            (true, None) => Build::ByUser,
+        };
+        supervisor.preflight(&registration, build).await.map_err(|refusal| refusal.to_string())?;
         if self.stop.is_pulled() {
             return Err(STOPPING.to_owned());
         }

@@ -123,7 +123,7 @@ const SERVE: &str = "trap 'exit 0' TERM; busybox httpd -f -p 127.0.0.1:PORT -h /
 #[ignore = "needs a Docker engine: tests/docker.sh"]
 fn a_started_folder_restarts_itself_and_answers_where_it_did() {
     let shop = Shop::new("shop", SERVE);
-    let started = shop.landfall(&["start"]);
+    let started = shop.landfall(&["start", "--allow-rebuild"]);
     let told = String::from_utf8_lossy(&started.stderr);
     assert!(started.status.success() && told.contains("build.args"), "what is not used is told: {told}");
     wait_until("the first page", || shop.page().filter(|page| page == "one"));

@@ -104,7 +104,7 @@ pub struct AgentForwardArgs {
 /// `landfall agent restart`
 #[derive(Debug, Args)]
 pub struct AgentRestartArgs {
-    /// Build the image of this container first
+    /// Build the image of this container first; that takes the right `rebuild` (landfall grant --help)
     #[arg(long)]
     pub build: bool,
     /// Print one JSON object

@@ -14,7 +14,7 @@ The image is what --image names, else what the folder's devcontainer.json says, 
 the folder's Dockerfile. Its own command runs, with the folder at /workspaces/NAME, and may ask to be
 restarted: LANDFALL_HOSTD_SOCKET names a socket of the daemon that only this container has,
 LANDFALL_HOSTD_URL its port, and LANDFALL_HOSTD_TOKEN holds the token. It has 3 s to end when it is
-stopped.
+stopped. It may ask to be rebuilt only with --allow-rebuild.
 
 The container's environment holds its tokens. On the host, root and every user with the uid of a
 process in the container can read them in /proc/PID/environ.
@@ -22,7 +22,8 @@ process in the container can read them in /proc/PID/environ.
 Example: landfall start ~/shop";
 
 pub(super) const STOP_NOTES: &str = "\
-Only a container that `landfall start` has made is stopped. It is removed; its volumes are kept.";
+Only a container that `landfall start` has made is stopped. It is removed; its volumes are kept, and
+what `landfall grant` gave it, for the next one that is started from the folder.";
 
 /// `landfall start`
 #[derive(Debug, Args)]
@@ -45,6 +46,10 @@ pub struct StartArgs {
     /// Never forward these ports
     #[arg(long, value_name = "PORTS")]
     pub deny: Option<PortList>,
+    /// Let the container rebuild itself over HTTP, as `landfall grant NAME rebuild` does; its help says
+    /// what that permits
+    #[arg(long)]
+    pub allow_rebuild: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
