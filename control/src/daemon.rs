@@ -83,6 +83,8 @@ pub struct Options {
     pub docker_helper: bool,
     /// How servers under `run` listen by default.
     pub sockets: Sockets,
+    /// The most bytes of a folder that are sent to a build.
+    pub build_context_bytes_max: u64,
     /// How long a call of tailscale may take.
     pub tailscale_timeout: Duration,
     /// How often it looks whether containers still exist.
@@ -158,7 +160,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     // Clients may hold hundreds of descriptors.
     raise_descriptor_limit();
 
-    let docker = Docker::from_environment();
+    let docker = Docker::from_environment().with_context_bytes_max(options.build_context_bytes_max);
     let approvals = Approvals::of(&home);
     if let Err(error) = approvals.file().read() {
         let text = format!("no file of any folder is trusted: {error}; landfall trust DIR starts a new list");

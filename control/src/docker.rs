@@ -8,7 +8,7 @@
 
 mod address;
 mod bollard;
-mod context;
+pub(crate) mod context;
 pub mod helper;
 mod ignore;
 pub mod labels;
@@ -29,6 +29,7 @@ use crate::liveness::Liveness;
 use crate::registration::model::ContainerName;
 use address::Environment;
 use bollard::{Agreed, Engine, ImageCache};
+use context::Context;
 use labels::ContainerLabels;
 use seek::Seek;
 
@@ -40,6 +41,8 @@ pub(crate) const ASIDE: &str = ".landfall-old";
 
 /// How long a question may take. An engine under load answers in milliseconds; one that hangs never does.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The most bytes of a folder that are sent to a build, unless the user chose another limit.
+pub const CONTEXT_BYTES_MAX: u64 = 1 << 30;
 /// How many life events may wait to be taken.
 const EVENTS_MAX: usize = 256;
 
@@ -245,13 +248,7 @@ pub struct Docker {
     seek: Seek,
     agreed: Arc<Agreed>,
     images: Arc<ImageCache>,
-}
-
-/// Looks at what is to be built. The error is for people.
-async fn open(folder: &Path, from: BuildFrom) -> Result<context::Context, String> {
-    let folder = folder.to_owned();
-    let opened = tokio::task::spawn_blocking(move || context::Context::open(&folder, &from)).await;
-    opened.map_err(|error| error.to_string())?
+    context_bytes_max: u64,
 }
 
 impl Docker {
@@ -268,7 +265,29 @@ impl Docker {
     }
 
     fn from(environment: &Environment) -> Docker {
-        Docker { seek: Seek::new(environment), agreed: Arc::default(), images: Arc::default() }
+        Docker {
+            seek: Seek::new(environment),
+            agreed: Arc::default(),
+            images: Arc::default(),
+            context_bytes_max: CONTEXT_BYTES_MAX,
+        }
+    }
+
+    /// The same engine with another limit for the folder that is sent to a build, in bytes.
+    #[must_use]
+    pub fn with_context_bytes_max(self, context_bytes_max: u64) -> Docker {
+        Docker { context_bytes_max, ..self }
+    }
+
+    /// Opens and measures the folder of a build, before anything is sent.
+    async fn context(&self, folder: &Path, from: BuildFrom) -> Result<Context, DockerError> {
+        let (folder, bytes_max) = (folder.to_owned(), self.context_bytes_max);
+        let opened = tokio::task::spawn_blocking(move || {
+            let context = Context::open(&folder, &from, bytes_max).map_err(DockerError::Refused)?;
+            context.measure().map_err(|error| DockerError::Refused(error.to_string()))?;
+            Ok(context)
+        });
+        opened.await.unwrap_or_else(|error| Err(DockerError::Refused(error.to_string())))
     }
 
     /// Meets the engine where it is now.
@@ -348,7 +367,7 @@ impl Docker {
     pub async fn rebuild(&self, name: &ContainerName, folder: &Path) -> Result<(), DockerError> {
         let engine = self.bounded(self.connect()).await.map_err(DockerError::starting)?;
         let from = self.bounded(engine.built_from(name)).await.map_err(DockerError::starting)?;
-        let context = open(folder, from).await.map_err(DockerError::Start)?;
+        let context = self.context(folder, from).await.map_err(DockerError::starting)?;
         engine.rebuild(name, context).await.map_err(DockerError::starting)
     }
 
@@ -357,7 +376,7 @@ impl Docker {
     /// # Errors
     /// [`DockerError`] says what Docker said at the end.
     pub async fn build(&self, folder: &Path, from: &BuildFrom, image: &str) -> Result<(), DockerError> {
-        let context = open(folder, from.clone()).await.map_err(DockerError::Refused)?;
+        let context = self.context(folder, from.clone()).await?;
         if context.starts_from(image) {
             let why = format!("the Dockerfile starts from {image}, which is what the image is to be called");
             return Err(DockerError::Refused(why));

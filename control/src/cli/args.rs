@@ -77,6 +77,9 @@ The daemon keeps what it keeps in $LANDFALL_HOME, else $TYPECLAW_HOME, else ~/.l
 its registrations in run/registrations/, its log in log/. There is one daemon for each of them.";
 
 const REGISTER_NOTES: &str = "\
+Without a way in (--pid, --netns, --docker, --agent, --websocket) the container is only remembered, as
+one that a client of the reference registers. It may then rebuild itself: see landfall grant --help.
+
 Tokens are taken from files or from the environment, never from the command line, which everybody on
 the machine can read.
 

@@ -13,6 +13,7 @@ use super::asking::ROOTS_HOME;
 use super::exit::{Exit, Failure, chain};
 use crate::broker::message::Extensions;
 use crate::daemon::{self, Options, StartError};
+use crate::docker::CONTEXT_BYTES_MAX;
 use crate::paths::{Home, HomeError};
 use crate::policy;
 use crate::sys::launcher::split;
@@ -85,6 +86,7 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
         tailscale: args.tailscale,
         docker_helper: args.docker_helper,
         sockets: args.sockets.unwrap_or_default(),
+        build_context_bytes_max: args.build_context_max.map_or(CONTEXT_BYTES_MAX, |size| size.0),
         tailscale_timeout: duration(TAILSCALE_TIMEOUT, set(TAILSCALE_TIMEOUT), CALL_TIMEOUT)?,
         gc_interval: duration(GC_INTERVAL, set(GC_INTERVAL), Duration::from_secs(30))?,
         gc_misses: misses(set(GC_MISSES))?,

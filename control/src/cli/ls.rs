@@ -8,10 +8,11 @@ use super::args::LsArgs;
 use super::asking::{self, Container};
 use super::exit::{Exit, Failure};
 use super::output::{Report, Talk};
-use super::table::{NOTHING, bytes, table};
+use super::table::{NOTHING, table};
 use super::traffic;
 use crate::discovery::report::{Forwarded, Found};
 use crate::model::grants::{GrantFact, GrantState};
+use crate::model::size::ByteSize;
 use crate::reconcile::table::{ContainerState, ForwardPath, ForwardRow, Reached, RowState};
 use crate::registration::model::FoundBy;
 use crate::rpc::client::Client;
@@ -187,7 +188,7 @@ fn cells(row: &ForwardRow) -> [String; 8] {
         only(path(row.path).to_owned()),
         process,
         only(row.connections.to_string()),
-        only(bytes(row.bytes_up.saturating_add(row.bytes_down))),
+        only(ByteSize(row.bytes_up.saturating_add(row.bytes_down)).to_string()),
         row.reason.clone().or_else(|| extent(row)).unwrap_or_default(),
     ]
 }

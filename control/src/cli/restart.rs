@@ -11,6 +11,8 @@ use super::args::RestartArgs;
 use super::asking;
 use super::exit::{Exit, Failure};
 use super::output::{Colour, Talk};
+use super::start;
+use crate::docker::context::TOO_LARGE;
 use crate::events::Event;
 use crate::rpc::client::{CallError, Lines, PATIENT_BUDGET};
 
@@ -58,10 +60,13 @@ fn outcome(mut events: Lines, args: &RestartArgs) -> Result<(), Failure> {
         match serde_json::from_slice(&line) {
             Ok(Event::RestartCompleted { container_name }) if container_name == args.name => return Ok(()),
             Ok(Event::RestartFailed { container_name, reason }) if container_name == args.name => {
-                return Err(Failure::new(
-                    Exit::Refused,
-                    format!("{container_name} was not restarted: {reason}"),
-                ));
+                let failure =
+                    Failure::new(Exit::Refused, format!("{container_name} was not restarted: {reason}"));
+                // The limit is the daemon's.
+                return Err(match reason.contains(TOO_LARGE) {
+                    true => failure.hint(start::too_large_hint("up")),
+                    false => failure,
+                });
             }
             _ => {}
         }

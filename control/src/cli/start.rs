@@ -15,8 +15,9 @@ use super::output::{Colour, Report, Talk};
 use super::trust;
 use crate::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, exposure_of_file};
 use crate::discovery::labels;
+use crate::docker::context::TOO_LARGE;
 use crate::docker::labels::ContainerLabels;
-use crate::docker::{Docker, DockerError, FOLDER_LABEL, Listed};
+use crate::docker::{CONTEXT_BYTES_MAX, Docker, DockerError, FOLDER_LABEL, Listed};
 use crate::http::gateway::{Gateway, HeldPort};
 use crate::model::grants::Right;
 use crate::paths::Home;
@@ -46,7 +47,8 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
             .hint("add a Dockerfile or a devcontainer.json to the folder, or say --image IMAGE")
     })?;
     let runtime = super::runtime()?;
-    let docker = Docker::from_environment();
+    let bytes_max = args.build_context_max.map_or(CONTEXT_BYTES_MAX, |size| size.0);
+    let docker = Docker::from_environment().with_context_bytes_max(bytes_max);
     let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
     if let Some(other) = listed.iter().find(|other| other.name == name) {
         return Err(exists(other, &folder.text));
@@ -151,12 +153,23 @@ pub(super) fn read_for_registration(
     Ok(file)
 }
 
+/// The hint where a folder is too large for a build by this verb.
+pub(super) fn too_large_hint(verb: &str) -> String {
+    format!(
+        "name what the image does not need in .dockerignore, or raise the limit: \
+         landfall {verb} --build-context-max SIZE"
+    )
+}
+
 /// What people are told when Docker did not do it.
 pub(super) fn refused(error: &DockerError) -> Failure {
     match error {
         DockerError::Unreachable { .. } => Failure::new(Exit::Refused, error.to_string())
             .hint("start Docker, or say where it is with DOCKER_HOST; landfall doctor looks at it"),
         DockerError::NoSuchContainer(_) => Failure::new(Exit::Missing, error.to_string()),
+        DockerError::Refused(why) if why.contains(TOO_LARGE) => {
+            Failure::new(Exit::Refused, why.as_str()).hint(too_large_hint("start"))
+        }
         _ => Failure::new(Exit::Refused, error.to_string()),
     }
 }

@@ -25,26 +25,6 @@ pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) -> String
     lines.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// Bytes as people read them: three digits and a binary unit.
-pub fn bytes(count: u64) -> String {
-    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    if count < 1024 {
-        return format!("{count} B");
-    }
-    let mut tenths = u128::from(count) * 10 / 1024;
-    let mut unit = 0;
-    while tenths >= 10_240 && unit + 1 < UNITS.len() {
-        tenths /= 1024;
-        unit += 1;
-    }
-    let name = UNITS.get(unit).copied().unwrap_or_default();
-    if tenths < 1_000 {
-        format!("{}.{} {name}", tenths / 10, tenths % 10)
-    } else {
-        format!("{} {name}", tenths / 10)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,13 +39,5 @@ mod tests {
     fn a_cell_cannot_write_to_the_terminal() {
         let rows = [["a\u{1b}[2J\nb".to_owned()]];
         assert_eq!(table(["NAME"], &rows), "NAME\na\\u{1b}[2J\\nb");
-    }
-
-    #[test]
-    fn bytes_have_three_digits_and_a_unit() {
-        let all = [0, 1023, 1024, 1536, 102_400, 1_048_575, 1_048_576, 1 << 40, u64::MAX].map(bytes);
-        let told =
-            ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "100 KiB", "1023 KiB", "1.0 MiB", "1.0 TiB", "15.9 EiB"];
-        assert_eq!(all, told);
     }
 }

@@ -2,10 +2,14 @@
 //!
 //! The folder may be written to by a container while it is read, so each name is opened in the directory that was opened
 //! before it and never through a link; links travel as links. A file that shrinks or grows meanwhile is filled up or cut to
-//! the size that its header tells. Owners do not travel, as with Docker's own client.
+//! the size that its header has. Owners do not travel, as with Docker's own client.
+//!
+//! A container may also make the folder as large as it can: a sparse file has a size of terabytes and no blocks, and counts
+//! by its size, since that is what the tar holds. So the bytes of the tar, the number of names and the depth are bounded.
+//! The folder is measured before anything is sent, and the same bounds hold while it is sent.
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
@@ -15,9 +19,11 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
+use thiserror::Error;
 
 use super::BuildFrom;
 use super::ignore::Ignored;
+use crate::model::size::ByteSize;
 
 /// What Docker builds by, unless something else is said.
 pub(super) const DOCKERFILE: &str = "Dockerfile";
@@ -26,9 +32,52 @@ const DOCKERIGNORE: &str = ".dockerignore";
 /// The largest of either, in bytes.
 const TEXT_BYTES_MAX: u64 = 1024 * 1024;
 
+/// The most directories inside each other. Each has an open descriptor while what is below it is read.
+const DEPTH_MAX: usize = 256;
+/// The most names that are listed, ignored ones among them. The names of a directory are in memory while it is read.
+const NAMES_MAX: u64 = 1_000_000;
+/// The unit of a tar, in bytes: the header of an entry is one, and its content is filled up to whole ones.
+const BLOCK_BYTES: u64 = 512;
+
+/// Why a folder cannot be sent to a build.
+#[derive(Debug, Error)]
+pub(super) enum ContextError {
+    /// It has too many bytes.
+    #[error("{TOO_LARGE} {}: {} has {}", ByteSize(*bytes_max), path.display(), ByteSize(*bytes))]
+    TooLarge {
+        /// The file that does not fit any more.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The limit for all of the folder.
+        bytes_max: u64,
+    },
+    /// It has directories inside each other beyond any use.
+    #[error("the folder of the build has more than {DEPTH_MAX} directories inside each other: {}", .0.display())]
+    TooDeep(PathBuf),
+    /// It has too many files.
+    #[error("the folder of the build has more than {NAMES_MAX} files, the last in {}", .0.display())]
+    TooMany(PathBuf),
+    /// A name cannot be opened or read.
+    #[error("{}: {source}", path.display())]
+    Unreadable {
+        /// The name.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The tar cannot be written.
+    #[error("{0}")]
+    Write(io::Error),
+}
+
+/// The start of the text of [`ContextError::TooLarge`], by which the command line knows it.
+pub(crate) const TOO_LARGE: &str = "the folder of the build has more than";
+
 /// A folder that can be built.
 #[derive(Debug)]
 pub(super) struct Context {
+    bytes_max: u64,
     folder: OwnedFd,
     ignored: Ignored,
     /// The text of the Dockerfile, and where it lies.
@@ -37,11 +86,12 @@ pub(super) struct Context {
 }
 
 impl Context {
-    /// Looks at what is to be built of a folder: there is a Dockerfile, and `.dockerignore` means something.
+    /// Opens a folder that is to be built: there is a Dockerfile, and `.dockerignore` can be parsed. No more than `bytes_max`
+    /// bytes of it are ever sent.
     ///
     /// # Errors
     /// What is missing or wrong, as people are to read it.
-    pub(super) fn open(path: &Path, from: &BuildFrom) -> Result<Context, String> {
+    pub(super) fn open(path: &Path, from: &BuildFrom, bytes_max: u64) -> Result<Context, String> {
         let unusable =
             |errno: Errno| format!("{} cannot be opened: {errno}", path.join(&from.context).display());
         if ![&from.context, &from.dockerfile].into_iter().all(|path| leads_down(path)) {
@@ -58,7 +108,7 @@ impl Context {
             format!("there is no {} in {}", from.dockerfile.display(), path.join(&from.context).display())
         })?;
         let ignored = Ignored::parse(&text(&folder, Path::new(DOCKERIGNORE))?.unwrap_or_default())?;
-        Ok(Context { folder, ignored, dockerfile, place: from.dockerfile.clone() })
+        Ok(Context { bytes_max, folder, ignored, dockerfile, place: from.dockerfile.clone() })
     }
 
     /// Where the Dockerfile lies.
@@ -79,88 +129,29 @@ impl Context {
             .any(|base| bare(base) == bare(image))
     }
 
+    /// Checks that the folder keeps to the bounds, without reading a file.
+    ///
+    /// # Errors
+    /// [`ContextError`].
+    pub(super) fn measure(&self) -> Result<(), ContextError> {
+        self.walk(None::<Builder<io::Sink>>).map(drop)
+    }
+
     /// Writes the tar.
     ///
     /// # Errors
-    /// Those of reading the folder, and of writing.
-    pub(super) fn write(&self, to: impl Write) -> io::Result<()> {
-        let mut tar = Builder::new(to);
-        self.add_directory(&mut tar, self.folder.try_clone()?, Path::new(""))?;
-        tar.into_inner()?.flush()
+    /// [`ContextError`].
+    pub(super) fn write(&self, to: impl Write) -> Result<(), ContextError> {
+        let tar = self.walk(Some(Builder::new(to)))?;
+        let flushed = tar.map(|tar| tar.into_inner().and_then(|mut to| to.flush()));
+        flushed.unwrap_or(Ok(())).map_err(ContextError::Write)
     }
 
-    fn add_directory(
-        &self,
-        tar: &mut Builder<impl Write>,
-        directory: OwnedFd,
-        below: &Path,
-    ) -> io::Result<()> {
-        let mut names: Vec<Vec<u8>> = Vec::new();
-        for entry in Dir::read_from(&directory)? {
-            let name = entry?.file_name().to_bytes().to_vec();
-            if name != b"." && name != b".." {
-                names.push(name);
-            }
-        }
-        // The same folder makes the same tar.
-        names.sort();
-        for name in names {
-            let name = OsStr::from_bytes(&name);
-            let path = below.join(name);
-            match self.add(tar, &directory, name, &path) {
-                // It was there a moment ago.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    return Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())));
-                }
-                Ok(()) => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn add(
-        &self,
-        tar: &mut Builder<impl Write>,
-        within: &OwnedFd,
-        name: &OsStr,
-        path: &Path,
-    ) -> io::Result<()> {
-        let kind =
-            FileType::from_raw_mode(rustix::fs::statat(within, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode);
-        let belongs = self.belongs(path);
-        match kind {
-            FileType::Directory
-                if belongs || self.ignored.has_exceptions() || self.place.starts_with(path) =>
-            {
-                let directory = open(within, name, OFlags::DIRECTORY)?;
-                if belongs {
-                    let mut header = header(&directory.try_clone()?.into(), EntryType::Directory)?;
-                    header.set_size(0);
-                    tar.append_data(&mut header, path, io::empty())?;
-                }
-                self.add_directory(tar, directory, path)
-            }
-            FileType::RegularFile if belongs => {
-                let file = File::from(open(within, name, OFlags::NONBLOCK)?);
-                if !file.metadata()?.is_file() {
-                    return Ok(());
-                }
-                let mut header = header(&file, EntryType::Regular)?;
-                let bytes = header.size()?;
-                tar.append_data(&mut header, path, file.take(bytes).chain(io::repeat(0)).take(bytes))
-            }
-            FileType::Symlink if belongs => {
-                let target = rustix::fs::readlinkat(within, name, Vec::new())?;
-                let mut header = Header::new_gnu();
-                header.set_entry_type(EntryType::Symlink);
-                header.set_mode(0o777);
-                header.set_size(0);
-                tar.append_link(&mut header, path, PathBuf::from(OsStr::from_bytes(target.as_bytes())))
-            }
-            // Sockets, pipes and devices are nothing that an image could hold a copy of.
-            _ => Ok(()),
-        }
+    fn walk<W: Write>(&self, tar: Option<Builder<W>>) -> Result<Option<Builder<W>>, ContextError> {
+        let top = self.folder.try_clone().map_err(ContextError::Write)?;
+        let mut walk = Walk { context: self, tar, bytes_left: self.bytes_max, names_left: NAMES_MAX };
+        walk.add_directory(&top, Path::new(""), 0)?;
+        Ok(walk.tar)
     }
 
     /// The two files that Docker itself reads always travel; Docker leaves them out of the image if they are ignored.
@@ -171,19 +162,141 @@ impl Context {
     }
 }
 
-fn open(within: &OwnedFd, name: &OsStr, more: OFlags) -> io::Result<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | more;
-    Ok(rustix::fs::openat(within, name, flags, Mode::empty())?)
+/// One pass over a folder. Without a tar it only measures.
+struct Walk<'a, W: Write> {
+    context: &'a Context,
+    tar: Option<Builder<W>>,
+    bytes_left: u64,
+    names_left: u64,
 }
 
-fn header(file: &File, kind: EntryType) -> io::Result<Header> {
-    let about = file.metadata()?;
+impl<W: Write> Walk<'_, W> {
+    fn add_directory(&mut self, directory: &OwnedFd, below: &Path, depth: usize) -> Result<(), ContextError> {
+        if depth > DEPTH_MAX {
+            return Err(ContextError::TooDeep(below.to_owned()));
+        }
+        for name in self.names(directory, below)? {
+            let name = OsStr::from_bytes(&name);
+            let path = below.join(name);
+            match self.add(directory, name, &path, depth) {
+                // Removed since it was listed.
+                Err(ContextError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                added => added?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The names in a directory, in an order that is the same each time.
+    fn names(&mut self, directory: &OwnedFd, path: &Path) -> Result<Vec<Vec<u8>>, ContextError> {
+        let mut names: Vec<Vec<u8>> = Vec::new();
+        for entry in Dir::read_from(directory).map_err(unreadable(path))? {
+            let name = entry.map_err(unreadable(path))?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                self.names_left =
+                    self.names_left.checked_sub(1).ok_or_else(|| ContextError::TooMany(path.to_owned()))?;
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn add(&mut self, within: &OwnedFd, name: &OsStr, path: &Path, depth: usize) -> Result<(), ContextError> {
+        let seen = rustix::fs::statat(within, name, AtFlags::SYMLINK_NOFOLLOW).map_err(unreadable(path))?;
+        let context = self.context;
+        let belongs = context.belongs(path);
+        match FileType::from_raw_mode(seen.st_mode) {
+            FileType::Directory
+                if belongs || context.ignored.has_exceptions() || context.place.starts_with(path) =>
+            {
+                let directory = open(within, name, OFlags::DIRECTORY).map_err(unreadable(path))?;
+                if belongs {
+                    self.count(path, 0)?;
+                    self.append_directory(&directory, path)?;
+                }
+                self.add_directory(&directory, path, depth + 1)
+            }
+            FileType::RegularFile if belongs && self.tar.is_none() => {
+                self.count(path, u64::try_from(seen.st_size).unwrap_or(0))
+            }
+            FileType::RegularFile if belongs => {
+                let file = File::from(open(within, name, OFlags::NONBLOCK).map_err(unreadable(path))?);
+                let about = file.metadata().map_err(|source| unreadable_because(path, source))?;
+                if !about.is_file() {
+                    return Ok(());
+                }
+                self.count(path, about.len())?;
+                self.append_file(file, &about, path)
+            }
+            FileType::Symlink if belongs => {
+                self.count(path, 0)?;
+                let target = rustix::fs::readlinkat(within, name, Vec::new()).map_err(unreadable(path))?;
+                self.append_link(Path::new(OsStr::from_bytes(target.as_bytes())), path)
+            }
+            // An image cannot hold a copy of a socket, a pipe or a device.
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts an entry of the tar: its header, and its content in whole blocks.
+    fn count(&mut self, path: &Path, bytes: u64) -> Result<(), ContextError> {
+        let entry =
+            bytes.checked_next_multiple_of(BLOCK_BYTES).and_then(|bytes| bytes.checked_add(BLOCK_BYTES));
+        let left = entry.and_then(|entry| self.bytes_left.checked_sub(entry));
+        let bytes_max = self.context.bytes_max;
+        self.bytes_left =
+            left.ok_or_else(|| ContextError::TooLarge { path: path.to_owned(), bytes, bytes_max })?;
+        Ok(())
+    }
+
+    fn append_directory(&mut self, directory: &OwnedFd, path: &Path) -> Result<(), ContextError> {
+        let Some(tar) = &mut self.tar else { return Ok(()) };
+        let about = directory.try_clone().and_then(|directory| File::from(directory).metadata());
+        let mut header =
+            header(&about.map_err(|source| unreadable_because(path, source))?, EntryType::Directory);
+        header.set_size(0);
+        tar.append_data(&mut header, path, io::empty()).map_err(ContextError::Write)
+    }
+
+    fn append_file(&mut self, file: File, about: &Metadata, path: &Path) -> Result<(), ContextError> {
+        let Some(tar) = &mut self.tar else { return Ok(()) };
+        let mut header = header(about, EntryType::Regular);
+        let bytes = about.len();
+        let content = file.take(bytes).chain(io::repeat(0)).take(bytes);
+        tar.append_data(&mut header, path, content).map_err(ContextError::Write)
+    }
+
+    fn append_link(&mut self, target: &Path, path: &Path) -> Result<(), ContextError> {
+        let Some(tar) = &mut self.tar else { return Ok(()) };
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::Symlink);
+        header.set_mode(0o777);
+        header.set_size(0);
+        tar.append_link(&mut header, path, target).map_err(ContextError::Write)
+    }
+}
+
+fn unreadable(path: &Path) -> impl FnOnce(Errno) -> ContextError {
+    move |errno| unreadable_because(path, errno.into())
+}
+
+fn unreadable_because(path: &Path, source: io::Error) -> ContextError {
+    ContextError::Unreadable { path: path.to_owned(), source }
+}
+
+fn open(within: &OwnedFd, name: &OsStr, more: OFlags) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | more;
+    rustix::fs::openat(within, name, flags, Mode::empty())
+}
+
+fn header(about: &Metadata, kind: EntryType) -> Header {
     let mut header = Header::new_gnu();
     header.set_entry_type(kind);
     header.set_mode(about.mode() & 0o7777);
     header.set_mtime(u64::try_from(about.mtime()).unwrap_or(0));
     header.set_size(about.len());
-    Ok(header)
+    header
 }
 
 /// No link on the way, and nothing above.

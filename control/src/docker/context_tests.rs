@@ -3,10 +3,16 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 
 use super::*;
 
+const BYTES_MAX: u64 = 1 << 30;
+
+fn open(path: &Path, from: &BuildFrom) -> Result<Context, String> {
+    Context::open(path, from, BYTES_MAX)
+}
+
 /// What a tar of the folder holds: a path's kind and content.
 fn packed(folder: &Path) -> BTreeMap<String, String> {
     let mut bytes = Vec::new();
-    Context::open(folder, &BuildFrom::default()).unwrap().write(&mut bytes).unwrap();
+    open(folder, &BuildFrom::default()).unwrap().write(&mut bytes).unwrap();
     let mut found = BTreeMap::new();
     for entry in tar::Archive::new(&bytes[..]).entries().unwrap() {
         let mut entry = entry.unwrap();
@@ -72,7 +78,7 @@ fn pipes_and_sockets_are_left_out_and_long_names_and_modes_are_not() {
     std::fs::write(path.join(&long), "x").unwrap();
     std::fs::set_permissions(path.join(&long), std::fs::Permissions::from_mode(0o755)).unwrap();
     let mut bytes = Vec::new();
-    Context::open(path, &BuildFrom::default()).unwrap().write(&mut bytes).unwrap();
+    open(path, &BuildFrom::default()).unwrap().write(&mut bytes).unwrap();
     let mut archive = tar::Archive::new(&bytes[..]);
     let entries: Vec<_> = archive.entries().unwrap().map(Result::unwrap).collect();
     assert_eq!(entries.len(), 3);
@@ -84,14 +90,12 @@ fn pipes_and_sockets_are_left_out_and_long_names_and_modes_are_not() {
 #[test]
 fn a_folder_that_cannot_be_built_says_why() {
     let folder = tempfile::tempdir().unwrap();
-    let error = || Context::open(folder.path(), &BuildFrom::default()).unwrap_err();
+    let error = || open(folder.path(), &BuildFrom::default()).unwrap_err();
     assert!(error().starts_with("there is no Dockerfile in /"));
     symlink("/etc/hostname", folder.path().join(DOCKERFILE)).unwrap();
     assert_eq!(error(), "Dockerfile cannot be read: it is a symbolic link");
     assert!(
-        Context::open(Path::new("/nowhere/at/all"), &BuildFrom::default())
-            .unwrap_err()
-            .contains("cannot be opened")
+        open(Path::new("/nowhere/at/all"), &BuildFrom::default()).unwrap_err().contains("cannot be opened")
     );
 }
 
@@ -100,7 +104,7 @@ fn an_image_that_is_its_own_base_is_noticed() {
     let folder = folder();
     let dockerfile = "ARG X\nfrom --platform=linux/amd64 node:20 AS build\nFROM app:latest\nCOPY FROM /\n";
     std::fs::write(folder.path().join(DOCKERFILE), dockerfile).unwrap();
-    let context = Context::open(folder.path(), &BuildFrom::default()).unwrap();
+    let context = open(folder.path(), &BuildFrom::default()).unwrap();
     assert!(context.starts_from("node:20") && context.starts_from("app"));
     assert!(!context.starts_from("node") && !context.starts_from("/"));
 }
@@ -117,7 +121,7 @@ fn a_dockerfile_may_lie_below_and_nowhere_else() {
         context: PathBuf::from(context),
         dockerfile: PathBuf::from(dockerfile),
     };
-    let context = Context::open(path, &from("app", ".devcontainer/Dockerfile")).unwrap();
+    let context = open(path, &from("app", ".devcontainer/Dockerfile")).unwrap();
     let mut bytes = Vec::new();
     context.write(&mut bytes).unwrap();
     let mut tar = tar::Archive::new(&bytes[..]);
@@ -133,7 +137,66 @@ fn a_dockerfile_may_lie_below_and_nowhere_else() {
         ("app", "Dockerfile", "it is a symbolic link"),
         ("app", "none", "there is no none in"),
     ] {
-        let error = Context::open(path, &from(context, dockerfile)).unwrap_err();
+        let error = open(path, &from(context, dockerfile)).unwrap_err();
         assert!(error.contains(why), "{error}");
     }
+}
+
+/// What measuring and packing a folder within this limit say; both have to agree.
+#[track_caller]
+fn bounded(path: &Path, bytes_max: u64) -> Result<usize, String> {
+    let context = Context::open(path, &BuildFrom::default(), bytes_max).unwrap();
+    let measured = context.measure().map_err(|error| error.to_string());
+    let mut bytes = Vec::new();
+    let written = context.write(&mut bytes).map_err(|error| error.to_string());
+    assert_eq!(measured, written);
+    assert!(bytes.len() as u64 <= bytes_max + 4 * BLOCK_BYTES, "{} bytes were written", bytes.len());
+    written.map(|()| bytes.len())
+}
+
+#[test]
+fn c23_a_hole_counts_as_much_as_content_and_nothing_of_the_file_is_sent() {
+    let folder = folder();
+    let sparse = File::create(folder.path().join("sparse")).unwrap();
+    for bytes in [BYTES_MAX, 1 << 40, i64::MAX as u64 / 2] {
+        // A file system has a largest size of its own.
+        if sparse.set_len(bytes).is_ok() {
+            let expected = format!("{TOO_LARGE} 1.0 GiB: sparse has {}", ByteSize(bytes));
+            assert_eq!(bounded(folder.path(), BYTES_MAX), Err(expected));
+        }
+    }
+    std::fs::write(folder.path().join(DOCKERIGNORE), "sparse\n").unwrap();
+    assert!(bounded(folder.path(), BYTES_MAX).is_ok(), "an ignored file does not count");
+}
+
+#[test]
+fn headers_and_padding_count_and_the_limit_itself_fits() {
+    let folder = folder();
+    for name in ["a", "b"] {
+        std::fs::write(folder.path().join(name), "x").unwrap();
+    }
+    // Three files of one block behind a header of one block each.
+    let fits = 6 * BLOCK_BYTES;
+    assert!(bounded(folder.path(), fits).is_ok());
+    let expected = format!("{TOO_LARGE} {}: b has 1 B", ByteSize(fits - 1));
+    assert_eq!(bounded(folder.path(), fits - 1), Err(expected));
+}
+
+#[test]
+fn c23_a_folder_that_is_too_deep_is_refused_and_does_not_use_up_the_stack() {
+    let folder = folder();
+    let mut directory: OwnedFd = File::open(folder.path()).unwrap().into();
+    for _ in 0..3_000 {
+        rustix::fs::mkdirat(&directory, "d", Mode::RWXU).unwrap();
+        directory = rustix::fs::openat(&directory, "d", OFlags::RDONLY, Mode::empty()).unwrap();
+    }
+    let error = bounded(folder.path(), BYTES_MAX).unwrap_err();
+    assert!(error.contains("more than 256 directories inside each other: d/d/"), "{error}");
+    remove_deep(folder.path());
+}
+
+/// Removes a chain of directories whose path is longer than the kernel takes.
+fn remove_deep(path: &Path) {
+    let status = std::process::Command::new("rm").arg("-rf").arg(path.join("d")).status().unwrap();
+    assert!(status.success());
 }

@@ -9,6 +9,7 @@ use clap::Args;
 
 use crate::docker::AGENT_DIRECTORY;
 use crate::model::grants::Right;
+use crate::model::size::ByteSize;
 use crate::native::Sockets;
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::ContainerName;
@@ -32,6 +33,9 @@ pub struct DaemonArgs {
     /// Serve what is forwarded on your tailnet, too, at the same port (tailscale serve)
     #[arg(long)]
     pub tailscale: bool,
+    /// Send at most this much of a folder to a build, such as 4G [default: 1G]
+    #[arg(long, value_name = "SIZE")]
+    pub build_context_max: Option<ByteSize>,
     /// Enter containers by a helper container that may, where you are not root but may use Docker
     #[arg(long)]
     pub docker_helper: bool,
@@ -58,6 +62,9 @@ impl DaemonArgs {
         }
         if self.tailscale {
             words.push(TAILSCALE.into());
+        }
+        if let Some(size) = self.build_context_max {
+            words.extend(["--build-context-max".into(), size.0.to_string().into()]);
         }
         if self.docker_helper {
             words.push(DOCKER_HELPER.into());

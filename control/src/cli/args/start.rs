@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::daemon::container_name;
+use crate::model::size::ByteSize;
 use crate::policy::{Policy, PortForward, PortList};
 use crate::registration::model::ContainerName;
 
@@ -46,6 +47,9 @@ pub struct StartArgs {
     /// Never forward these ports
     #[arg(long, value_name = "PORTS")]
     pub deny: Option<PortList>,
+    /// Send at most this much of the folder to a build, such as 4G [default: 1G]
+    #[arg(long, value_name = "SIZE")]
+    pub build_context_max: Option<ByteSize>,
     /// Let the container rebuild itself over HTTP, as `landfall grant NAME rebuild` does; its help says
     /// what that permits
     #[arg(long)]

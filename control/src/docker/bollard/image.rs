@@ -14,6 +14,7 @@ use futures_util::stream::unfold;
 use tokio::sync::mpsc;
 
 use super::{Context, DockerError, Engine};
+use crate::docker::context::ContextError;
 use crate::name::escape;
 
 /// How long a build may take.
@@ -36,7 +37,7 @@ impl Engine {
             let packed = context.write(BufWriter::with_capacity(PIECE_BYTES, Pieces(sender.clone())));
             if let Err(error) = &packed {
                 // The engine must not take half a folder for a whole one.
-                let _ = sender.blocking_send(Err(io::Error::new(error.kind(), error.to_string())));
+                let _ = sender.blocking_send(Err(io::Error::other(error.to_string())));
             }
             packed
         });
@@ -50,9 +51,7 @@ impl Engine {
         match (built, writer.await) {
             (Ok(()), _) => Ok(()),
             // A folder that cannot be packed breaks the connection, which says less.
-            (Err(_), Ok(Err(error))) if error.kind() != io::ErrorKind::BrokenPipe => {
-                Err(failed(error.to_string()))
-            }
+            (Err(_), Ok(Err(error))) if !is_hang_up(&error) => Err(failed(error.to_string())),
             (Err(DockerError::Refused(why)), _) => Err(failed(why)),
             (Err(error), _) => Err(error),
         }
@@ -120,6 +119,11 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// Whether a folder was not sent because the engine ended the connection, for a reason that it gives itself.
+fn is_hang_up(error: &ContextError) -> bool {
+    matches!(error, ContextError::Write(error) if error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// A name and its tag. The last colon begins the tag, unless it belongs to a registry's port.
