@@ -12,6 +12,7 @@ pub(crate) mod context;
 pub mod helper;
 mod ignore;
 pub mod labels;
+pub mod rebuild;
 mod replace;
 mod seek;
 
@@ -31,6 +32,7 @@ use address::Environment;
 use bollard::{Agreed, Engine, ImageCache};
 use context::Context;
 use labels::ContainerLabels;
+use rebuild::UserOfRebuild;
 use seek::Seek;
 
 /// Where, inside, an agent puts its socket unless it is told otherwise.
@@ -354,21 +356,26 @@ impl Docker {
         engine.restart(name).await
     }
 
-    /// Builds the image anew from `folder`, and puts a container of the same configuration in the place of the old one.
+    /// Builds an image from `folder`, and replaces the container by one of the same configuration.
     ///
-    /// The image gets the name that the container was created from, or `landfall-NAME` where that is no name or where the
-    /// Dockerfile starts from it. What the container had of its own (environment, ports, mounts, volumes without a name,
-    /// networks with their aliases and addresses) is kept; a hardware address of its own is not. Whoever shares the
-    /// container's network (`--network container:NAME`) has to be restarted after it.
+    /// The image gets the name [`rebuild::own_image`], whatever image the container was created from. The container keeps its
+    /// own environment, ports, mounts, volumes without a name, networks with their aliases and addresses, capabilities,
+    /// security options and limits; a hardware address of its own is not kept. `user` says which user it gets. A container
+    /// that shares the network of this one (`--network container:NAME`) has to be restarted afterwards.
     ///
     /// # Errors
     /// [`DockerError::Start`]; the old container is then as it was, or the error says what became of it. One that Docker
     /// removes when it stops (`--rm`) is lost if the new one does not start.
-    pub async fn rebuild(&self, name: &ContainerName, folder: &Path) -> Result<(), DockerError> {
+    pub async fn rebuild(
+        &self,
+        name: &ContainerName,
+        folder: &Path,
+        user: UserOfRebuild,
+    ) -> Result<(), DockerError> {
         let engine = self.bounded(self.connect()).await.map_err(DockerError::starting)?;
         let from = self.bounded(engine.built_from(name)).await.map_err(DockerError::starting)?;
         let context = self.context(folder, from).await.map_err(DockerError::starting)?;
-        engine.rebuild(name, context).await.map_err(DockerError::starting)
+        engine.rebuild(name, context, user).await.map_err(DockerError::starting)
     }
 
     /// Builds an image of a folder.

@@ -21,6 +21,7 @@ use self::drift::Drift;
 pub use self::queue::Build;
 use self::queue::{Queue, Restart};
 use crate::docker::Docker;
+use crate::docker::rebuild::UserOfRebuild;
 use crate::events::{Event, Journal};
 use crate::folder::{Approvals, Approved, Command, CommandError, Ended, FolderError};
 use crate::model::grants::Right;
@@ -225,12 +226,11 @@ impl Supervisor {
     }
 
     async fn by_docker(&self, restart: &Restart) -> Result<(), String> {
-        let name = restart.registration.docker_name();
+        let (name, folder) = (restart.registration.docker_name(), &restart.registration.cwd);
         let done = match restart.build {
             Build::No => self.0.docker.restart(name).await,
-            Build::ByContainer | Build::ByUser => {
-                self.0.docker.rebuild(name, &restart.registration.cwd).await
-            }
+            Build::ByContainer => self.0.docker.rebuild(name, folder, UserOfRebuild::Recorded).await,
+            Build::ByUser => self.0.docker.rebuild(name, folder, UserOfRebuild::Images).await,
         };
         done.map_err(|error| error.to_string())
     }

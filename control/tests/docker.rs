@@ -8,6 +8,8 @@ mod agent;
 mod helper;
 #[path = "support/ports.rs"]
 mod ports;
+#[path = "docker/rebuild.rs"]
+mod rebuild;
 #[path = "docker/start.rs"]
 mod start;
 
@@ -16,6 +18,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use landfall::docker::rebuild::{UserOfRebuild, own_image};
 use landfall::docker::{Docker, DockerError, LifeEvent, Network};
 use landfall::events::Journal;
 use landfall::folder::Approvals;
@@ -95,6 +98,7 @@ impl Drop for Container {
     fn drop(&mut self) {
         run(&["rm", "-f", "-v", self.0.as_str()]);
         run(&["rm", "-f", "-v", &format!("{}.landfall-old", self.0)]);
+        run(&["rmi", "-f", &own_image(&self.0)]);
     }
 }
 
@@ -106,10 +110,17 @@ struct Built {
 
 impl Built {
     fn new(name: &str, dockerfile: &str) -> Built {
+        Built::with_files(name, dockerfile, &[])
+    }
+
+    fn with_files(name: &str, dockerfile: &str, files: &[(&str, &str)]) -> Built {
         let built = Built {
             folder: tempfile::tempdir().unwrap(),
             image: format!("lf-{}-{name}:1", std::process::id()),
         };
+        for (file, text) in files {
+            std::fs::write(built.path().join(file), text).unwrap();
+        }
         built.dockerfile(dockerfile);
         docker(&["build", "-q", "-t", &built.image, built.path().to_str().unwrap()]);
         built
@@ -244,7 +255,7 @@ async fn a_rebuild_keeps_what_was_the_containers_own() {
 
     built.dockerfile(&dockerfile(2));
     std::fs::write(built.path().join("new"), "new").unwrap();
-    engine().rebuild(&container.0, built.path()).await.unwrap();
+    engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap();
 
     assert_ne!(container.id(), id);
     assert_eq!(container.exec("cat /version /data/file /app/new"), "2\nkept\nnew");
@@ -254,7 +265,7 @@ async fn a_rebuild_keeps_what_was_the_containers_own() {
     );
     assert_eq!(
         container.told("{{.Config.Image}} {{index .Config.Labels \"mine\"}}"),
-        format!("{} yes", built.image)
+        format!("{} yes", own_image(&container.0))
     );
     assert_eq!(container.told("{{json .HostConfig.PortBindings}}"), own);
     assert_eq!(
@@ -282,12 +293,17 @@ async fn a_build_that_fails_touches_nothing() {
         ("FROM nothing at all\n".to_owned(), "the image cannot be built"),
     ] {
         built.dockerfile(&dockerfile);
-        let told = engine().rebuild(&container.0, built.path()).await.unwrap_err().to_string();
+        let told = engine()
+            .rebuild(&container.0, built.path(), UserOfRebuild::Images)
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(told.starts_with("start failed: ") && told.contains(expected), "{told}");
         assert_eq!((container.id(), container.told("{{.State.Pid}}")), (id.clone(), pid.clone()));
     }
     std::fs::remove_file(built.path().join("Dockerfile")).unwrap();
-    let told = engine().rebuild(&container.0, built.path()).await.unwrap_err().to_string();
+    let told =
+        engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap_err().to_string();
     assert!(told.contains("there is no Dockerfile in"), "{told}");
 }
 
@@ -299,12 +315,17 @@ async fn a_new_container_that_does_not_start_gives_the_place_back() {
     let (id, image) = (container.id(), container.told("{{.Image}}"));
     container.exec("touch /own-layer");
     built.dockerfile(&format!("FROM {BASE}\nCMD [\"sh\", \"-c\", \"echo bad version; exit 1\"]\n"));
-    let told = engine().rebuild(&container.0, built.path()).await.unwrap_err().to_string();
+    let told =
+        engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap_err().to_string();
     let name = &container.0;
     assert_eq!(told, format!("start failed: container {name} ended at once with status 1: bad version"));
     assert_eq!((container.id(), container.told("{{.State.Running}}").as_str()), (id, "true"));
     container.exec("test -e /own-layer");
     assert_eq!(docker(&["inspect", "-f", "{{.Id}}", &built.image]), image);
+    assert!(
+        !run(&["image", "inspect", &own_image(name)]).status.success(),
+        "an image of a failed rebuild is left"
+    );
     assert!(!run(&["inspect", &format!("{name}.landfall-old")]).status.success());
 }
 
@@ -369,7 +390,7 @@ async fn the_same_files_are_built_as_by_dockers_own_client() {
         let list = "cd /app && find . | sort";
         let expected = docker(&["run", "--rm", &theirs, "sh", "-c", list]);
         run(&["rmi", "-f", &theirs]);
-        engine().rebuild(&container.0, built.path()).await.unwrap();
+        engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap();
         assert_eq!(container.exec(list), expected, "{ignore:?}");
         let count = expected.lines().count();
         all = all.max(count);

@@ -17,6 +17,7 @@ use crate::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, ex
 use crate::discovery::labels;
 use crate::docker::context::TOO_LARGE;
 use crate::docker::labels::ContainerLabels;
+use crate::docker::rebuild::own_image;
 use crate::docker::{CONTEXT_BYTES_MAX, Docker, DockerError, FOLDER_LABEL, Listed};
 use crate::http::gateway::{Gateway, HeldPort};
 use crate::model::grants::Right;
@@ -261,7 +262,7 @@ async fn prepare(
     let image = match image {
         Image::Named(image) => image.clone(),
         Image::Built(from) => {
-            let image = format!("landfall-{}", name.as_str().to_ascii_lowercase());
+            let image = own_image(name);
             if !json {
                 talk.line("build", Colour::Grey, &format!("{image}, of {}", folder.text));
             }

@@ -3,7 +3,7 @@
 //! - `create` makes a container that was not there.
 //! - `facts` reads what Docker tells of a container. Pure.
 //! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
-//! - `image` builds.
+//! - `image` builds an image; `rebuild` replaces a container by one of a new image, and `user` decides which user it has.
 //! - `helper` makes the helper's image and its container.
 //! - `inherited` reads the labels of the images that containers are made of.
 
@@ -12,7 +12,9 @@ mod facts;
 mod helper;
 mod image;
 mod inherited;
+mod rebuild;
 mod recipe;
+mod user;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -231,41 +233,6 @@ impl Engine {
         }
         self.stop(name.as_str()).await.map_err(DockerError::stopping)?;
         self.start(name.as_str()).await.map_err(DockerError::starting)
-    }
-
-    /// Builds the image anew, and puts a container of it in the place of the old one.
-    pub(super) async fn rebuild(&self, name: &ContainerName, context: Context) -> Result<(), DockerError> {
-        let name = name.as_str();
-        replace::mend(self, name).await?;
-        let told = self.inspect(name).await?.ok_or_else(|| DockerError::NoSuchContainer(name.to_owned()))?;
-        let old_image = told.image.clone().unwrap_or_default();
-        // An image that is gone says nothing about defaults; then all is the container's own.
-        let defaults = self.client.inspect_image(&old_image).await.ok().and_then(|image| image.config);
-        let created_from = told.config.as_ref().and_then(|config| config.image.clone()).unwrap_or_default();
-        let image = recipe::image_name(&created_from)
-            .filter(|image| !context.starts_from(image))
-            .map_or_else(|| format!("landfall-{}", name.to_ascii_lowercase()), str::to_owned);
-        self.build(context, &image).await?;
-        let recipe = recipe::recipe(told, &defaults.unwrap_or_default(), &image);
-        let replaced = replace::replace(self, name, async |name: &str| self.create(name, recipe).await).await;
-        if replaced.is_err() {
-            // The name goes back to the image of the container that is in use again. Without that only a name is wrong.
-            let _ = self.tag(&old_image, &image).await;
-        }
-        replaced
-    }
-
-    async fn create(&self, name: &str, recipe: recipe::Recipe) -> Result<(), DockerError> {
-        let options = CreateContainerOptionsBuilder::default().name(name).build();
-        let created = self.client.create_container(Some(options), recipe.body).await;
-        created.map_err(|error| self.refused(&error))?;
-        for (network, endpoint) in recipe.networks {
-            let request =
-                NetworkConnectRequest { container: name.to_owned(), endpoint_config: Some(endpoint) };
-            let connected = self.client.connect_network(&network, request).await;
-            connected.map_err(|error| self.refused(&error))?;
-        }
-        Ok(())
     }
 
     /// What its image is built from, as its labels say.

@@ -39,7 +39,8 @@ pub(super) async fn replace(
     let ran = hands.runs(name).await? == Some(true);
     hands.rename(name, &aside).await?;
     if let Err(error) = create(name).await {
-        return Err(undo(error, hands.rename(&aside, name).await, &aside));
+        // It may have failed with the new container there: one that cannot join its second network.
+        return Err(undo(error, put_back(hands, name, ran).await, &aside));
     }
     let up = match hands.stop(&aside).await {
         Ok(()) => hands.start(name).await,

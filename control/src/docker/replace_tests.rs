@@ -105,6 +105,19 @@ async fn whatever_fails_the_old_one_is_as_it_was() {
 }
 
 #[tokio::test]
+async fn a_new_one_that_is_made_and_not_complete_is_removed() {
+    for runs in [true, false] {
+        let fake = Fake::new(runs, None);
+        let create = async |name: &str| {
+            fake.create(name).await?;
+            Err(DockerError::Refused("no such network".to_owned()))
+        };
+        let told = replace(&fake, "coder", create).await.unwrap_err().to_string();
+        assert_eq!((told.as_str(), fake.state()), ("no such network", one("old", runs)));
+    }
+}
+
+#[tokio::test]
 async fn what_a_dead_daemon_left_is_mended() {
     // As it was left, and as it is to be: an aside without a new one, with one that never came up, with one that did.
     for (left, mended) in [

@@ -12,15 +12,15 @@ use super::ports::free_port;
 use super::{WAIT_MAX, docker, run, wait_until};
 
 /// A folder, a daemon of the test's own, and what comes of them. All of it is gone in the end.
-struct Shop {
+pub(super) struct Shop {
     root: TempDir,
-    name: String,
+    pub(super) name: String,
     port: u16,
 }
 
 impl Shop {
     /// A folder that serves `www` on its own loopback, and is described in the way of a dev container.
-    fn new(name: &str, command: &str) -> Shop {
+    pub(super) fn new(name: &str, command: &str) -> Shop {
         Shop::of(super::BASE, name, command)
     }
 
@@ -50,7 +50,7 @@ impl Shop {
         shop
     }
 
-    fn folder(&self) -> PathBuf {
+    pub(super) fn folder(&self) -> PathBuf {
         self.root.path().join(&self.name)
     }
 
@@ -58,11 +58,11 @@ impl Shop {
         self.root.path().join("home")
     }
 
-    fn write(&self, name: &str, text: &str) {
+    pub(super) fn write(&self, name: &str, text: &str) {
         std::fs::write(self.folder().join(name), text).unwrap();
     }
 
-    fn landfall(&self, arguments: &[&str]) -> Output {
+    pub(super) fn landfall(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_landfall"));
         command.args(arguments).env("LANDFALL_HOME", self.home());
         let folder = self.folder();
@@ -71,7 +71,7 @@ impl Shop {
     }
 
     #[track_caller]
-    fn says(&self, arguments: &[&str]) -> String {
+    pub(super) fn says(&self, arguments: &[&str]) -> String {
         let output = self.landfall(arguments);
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
@@ -94,7 +94,7 @@ impl Shop {
     }
 
     /// Has a process in the container ask for a restart, with a token, and says what it was answered.
-    fn ask(&self, build: bool, token: &str) -> Output {
+    pub(super) fn ask(&self, build: bool, token: &str) -> Output {
         let script = format!(
             "busybox wget -q -O - --header \"Authorization: Bearer {token}\" --post-data \
              \"{{\\\"kind\\\":\\\"restart\\\",\\\"containerName\\\":\\\"$LANDFALL_CONTAINER_NAME\\\",\\\"build\\\":{build}}}\" \

@@ -279,7 +279,7 @@ pub struct RevokeArgs {
 pub struct RestartArgs {
     /// Which container
     pub name: String,
-    /// Build its image anew first
+    /// First build the image landfall-NAME from its folder; the container takes the user of that image
     #[arg(long)]
     pub build: bool,
     /// Do not wait for what comes of it

@@ -15,7 +15,8 @@ The image is what --image names, else what the folder's devcontainer.json says, 
 the folder's Dockerfile. Its own command runs, with the folder at /workspaces/NAME, and may ask to be
 restarted: LANDFALL_HOSTD_SOCKET names a socket of the daemon that only this container has,
 LANDFALL_HOSTD_URL its port, and LANDFALL_HOSTD_TOKEN holds the token. It has 3 s to end when it is
-stopped. It may ask to be rebuilt only with --allow-rebuild.
+stopped. It may ask to be rebuilt only with --allow-rebuild. Its processes gain no privileges
+(no-new-privileges), so sudo does not work in it; `docker exec -u root` does.
 
 The container's environment holds its tokens. On the host, root and every user with the uid of a
 process in the container can read them in /proc/PID/environ.

@@ -7,10 +7,15 @@ use super::{
     CreateContainerOptionsBuilder, DockerError, Engine, Error, Hands, NewContainer, StartContainerOptions,
     replace,
 };
+use crate::docker::rebuild::USER_LABEL;
 
 /// How long a container has to end by itself, in seconds. As the first process of its namespace a dev server gets no signal
 /// that it did not ask for, so most of them take all of it, and a restart is to take moments.
 const STOP_SECONDS: i64 = 3;
+
+/// The security option that keeps a process from gaining privileges by a set-uid program (`prctl(2)`,
+/// `PR_SET_NO_NEW_PRIVS`).
+const NO_NEW_PRIVILEGES: &str = "no-new-privileges";
 
 impl Engine {
     /// Makes the container and starts it, and sees that it stays. One that does not is removed.
@@ -80,15 +85,20 @@ fn body(new: &NewContainer) -> ContainerCreateBody {
         read_only: Some(true),
         ..Mount::default()
     };
+    let mut labels: HashMap<String, String> = new.labels.clone().into_iter().collect();
+    // The user is the image's.
+    labels.insert(USER_LABEL.to_owned(), String::new());
     ContainerCreateBody {
         image: Some(new.image.clone()),
         env: Some(new.environment.iter().map(|(name, value)| format!("{name}={value}")).collect()),
         exposed_ports: Some(vec![inside.clone()]),
-        labels: Some(new.labels.clone().into_iter().collect()),
+        labels: Some(labels),
         stop_timeout: Some(STOP_SECONDS),
         host_config: Some(HostConfig {
             mounts: Some(vec![folder, http]),
             port_bindings: Some(HashMap::from([(inside, Some(vec![binding]))])),
+            // A set-uid program of the image, which a rebuild may bring, makes no process root.
+            security_opt: Some(vec![NO_NEW_PRIVILEGES.to_owned()]),
             extra_hosts: Some(vec!["host.docker.internal:host-gateway".to_owned()]),
             ..HostConfig::default()
         }),

@@ -1,9 +1,9 @@
 //! From what Docker tells of a container to what it takes to make the same one again from another image.
 //!
 //! What Docker tells is the container's own configuration and its image's in one. Only the container's own is handed on:
-//! where the two agree, the new image has the say. What Docker made up for the container (its host name, its addresses, its
-//! endpoint ids) is made up anew. Volumes without a name would be lost with the container that they belong to, so they
-//! are handed on by the names that Docker gave them.
+//! where the two agree, the new image decides. The user is an exception, which `user` explains. Docker generates the host
+//! name, the addresses and the endpoint ids of a container again. Volumes without a name would be lost with the container
+//! that they belong to, so they are handed on by the names that Docker gave them.
 
 use std::collections::HashMap;
 
@@ -11,6 +11,8 @@ use super::models::{
     ContainerConfig, ContainerCreateBody, ContainerInspectResponse, EndpointSettings, HostConfig,
     ImageConfig, MountPoint, NetworkingConfig,
 };
+use super::user::User;
+use crate::docker::rebuild::USER_LABEL;
 
 /// How many characters of a container's id Docker makes its host name of.
 const SHORT_ID: usize = 12;
@@ -23,15 +25,13 @@ pub(super) struct Recipe {
     pub(super) networks: Vec<(String, EndpointSettings)>,
 }
 
-/// The name by which a container's image can be built anew: the one that it was created from, if that is a name.
-pub(super) fn image_name(created_from: &str) -> Option<&str> {
-    let id = created_from.len() >= SHORT_ID && created_from.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let fixed = created_from.contains('@') || created_from.starts_with("sha256:");
-    (!created_from.is_empty() && !id && !fixed).then_some(created_from)
-}
-
 /// The recipe of a container, from `image` in place of its old image, whose configuration is `defaults`.
-pub(super) fn recipe(told: ContainerInspectResponse, defaults: &ImageConfig, image: &str) -> Recipe {
+pub(super) fn recipe(
+    told: ContainerInspectResponse,
+    defaults: &ImageConfig,
+    image: &str,
+    user: User,
+) -> Recipe {
     let id = told.id.unwrap_or_default();
     let short_id = id.get(..SHORT_ID).unwrap_or(&id);
     let mut host = told.host_config.unwrap_or_default();
@@ -48,7 +48,10 @@ pub(super) fn recipe(told: ContainerInspectResponse, defaults: &ImageConfig, ima
     }
     let mode = host.network_mode.clone().unwrap_or_default();
     let (first, networks) = networks(&mode, told_networks, short_id);
+    host.group_add = user.groups.or(host.group_add);
     let mut body = own(told.config.unwrap_or_default(), defaults, short_id);
+    body.user = user.user;
+    body.labels.get_or_insert_default().insert(USER_LABEL.to_owned(), user.asked.unwrap_or_default());
     if mode.starts_with("container:") || host.uts_mode.as_deref() == Some("host") {
         // The name is the other container's, or the host's.
         body.hostname = None;
@@ -69,7 +72,7 @@ fn own(config: ContainerConfig, image: &ImageConfig, short_id: &str) -> Containe
     ContainerCreateBody {
         hostname: config.hostname.filter(|name| name != short_id),
         domainname: config.domainname,
-        user: other_than(config.user, image.user.as_ref()),
+        user: None,
         attach_stdin: config.attach_stdin,
         attach_stdout: config.attach_stdout,
         attach_stderr: config.attach_stderr,

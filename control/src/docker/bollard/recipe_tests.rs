@@ -2,12 +2,15 @@ use serde_json::{Value, json};
 
 use super::*;
 
+/// A user whom the image decides.
+const OF_IMAGE: User = User { user: None, asked: None, groups: None };
+
 const ID: &str = "0123456789abcdef0123456789abcdef";
 
 /// The body that Docker gets for a container of which it told this.
 fn body(told: Value, image: Value) -> Value {
     let told = serde_json::from_value(told).unwrap();
-    serde_json::to_value(recipe(told, &serde_json::from_value(image).unwrap(), "app").body).unwrap()
+    serde_json::to_value(recipe(told, &serde_json::from_value(image).unwrap(), "app", OF_IMAGE).body).unwrap()
 }
 
 #[test]
@@ -23,7 +26,7 @@ fn the_new_image_has_the_say_where_the_container_had_none() {
     }});
     let body = body(told, image);
     assert_eq!(body["Env"], json!(["MODE=mine", "TOKEN=t"]));
-    assert_eq!(body["Labels"], json!({"kept": "y"}));
+    assert_eq!(body["Labels"], json!({"kept": "y", "dev.landfall.user": ""}));
     assert_eq!(body["ExposedPorts"], json!({"8973/tcp": {}}));
     assert_eq!(body["Volumes"], json!({"/own": {}}));
     assert_eq!((&body["Tty"], &body["Image"]), (&json!(true), &json!("app")));
@@ -75,7 +78,7 @@ fn networks_keep_what_was_asked_of_them_and_not_what_docker_made_up() {
             },
         }},
     });
-    let recipe = recipe(serde_json::from_value(told).unwrap(), &ImageConfig::default(), "app");
+    let recipe = recipe(serde_json::from_value(told).unwrap(), &ImageConfig::default(), "app", OF_IMAGE);
     let body = serde_json::to_value(recipe.body).unwrap();
     assert_eq!(
         body["NetworkingConfig"]["EndpointsConfig"],
@@ -96,11 +99,30 @@ fn a_container_on_anothers_network_has_no_name_and_no_network_of_its_own() {
 }
 
 #[test]
-fn an_image_is_built_under_its_name_if_it_has_one() {
-    assert_eq!(image_name("repo.example:5000/app:1"), Some("repo.example:5000/app:1"));
-    for nameless in ["", "sha256:0123", "app@sha256:0123", "0123456789ab", ID] {
-        assert_eq!(image_name(nameless), None, "{nameless}");
-    }
+fn the_user_and_the_groups_are_those_that_were_decided_on() {
+    let told = json!({
+        "Id": ID, "Config": {"User": "app"},
+        "HostConfig": {"GroupAdd": ["www"], "CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges"], "Memory": 7},
+    });
+    let made = |user: User| {
+        let told = serde_json::from_value(told.clone()).unwrap();
+        serde_json::to_value(recipe(told, &ImageConfig::default(), "app", user).body).unwrap()
+    };
+    let asked = Some("app".to_owned());
+    let pinned = made(User {
+        user: Some("1:2".to_owned()),
+        asked: asked.clone(),
+        groups: Some(vec!["33".to_owned()]),
+    });
+    assert_eq!((&pinned["User"], &pinned["Labels"]["dev.landfall.user"]), (&json!("1:2"), &json!("app")));
+    assert_eq!(pinned["HostConfig"]["GroupAdd"], json!(["33"]));
+    let host = &pinned["HostConfig"];
+    assert_eq!(
+        (&host["CapDrop"], &host["SecurityOpt"], &host["Memory"]),
+        (&json!(["ALL"]), &json!(["no-new-privileges"]), &json!(7))
+    );
+    let unpinned = made(User { user: asked.clone(), asked, groups: None });
+    assert_eq!((&unpinned["User"], &unpinned["HostConfig"]["GroupAdd"]), (&json!("app"), &json!(["www"])));
 }
 
 #[test]
