@@ -71,9 +71,6 @@ pub enum DockerError {
     /// The engine answered, and the answer is no.
     #[error("{0}")]
     Refused(String),
-    /// Somebody has the host port on which it was to be published.
-    #[error("{0}")]
-    PortTaken(String),
     /// A restart failed before the container was stopped.
     #[error("stop failed: {0}")]
     Stop(String),
@@ -203,8 +200,8 @@ pub struct NewContainer {
     pub folder: (String, String),
     /// Directory of the host with the container's socket of the daemon, and where it is mounted, read-only.
     pub http_directory: (String, String),
-    /// Port of the host's loopback, and the TCP port inside that is published there.
-    pub published: (NonZeroU16, u16),
+    /// The TCP port inside that is published on the host's loopback, at a port that Docker chooses at each start.
+    pub published: u16,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
 }
@@ -403,7 +400,7 @@ impl Docker {
     /// Makes a container, starts it, and sees that it stays. Of one that does not, nothing is left.
     ///
     /// # Errors
-    /// [`DockerError::PortTaken`], or what else is in the way; of a container that ended, its last line.
+    /// [`DockerError`] with the reason; if the container ended, with its last line of output.
     pub async fn run(&self, new: &NewContainer) -> Result<(), DockerError> {
         self.bounded(self.connect()).await?.run(new).await
     }

@@ -1,11 +1,12 @@
 //! From a folder to a container that runs: the decisions of `landfall start` (wire specification, A.9 and A.12).
 //!
-//! The image comes first, since building it takes time and may fail while nothing has been changed. Then, in this order: a
-//! port of the host for the container's own, fresh tokens, the registration with both, and the container that has the
-//! tokens in its environment. So the daemon knows the container before it can ask for anything. A port that somebody has
-//! taken meanwhile costs one more round with another port and other tokens; any other failure undoes the registration.
-
-mod port;
+//! The image comes first, since building it takes time and may fail while nothing has been changed. Then, in this order: fresh
+//! tokens, the registration with them, and the container that has them in its environment. So the daemon knows the container
+//! before it can ask for anything. A failure undoes the registration.
+//!
+//! At each start of the container, Docker chooses a free host port and publishes the container's own port there. Another user
+//! could take a fixed port during a restart, and the container would stay down. The daemon asks Docker for the port at each
+//! attempt to connect.
 
 use std::io;
 use std::num::NonZeroU16;
@@ -22,8 +23,6 @@ use crate::name;
 use crate::policy::CONTAINER_PORT;
 use crate::registration::model::{ContainerName, Token};
 use crate::sys::random::random;
-
-pub use port::free_port;
 
 /// The most bytes of a folder's name that go into the name of its container.
 const NAME_BYTES: usize = 128;
@@ -121,8 +120,8 @@ pub struct Recipe<'a> {
 }
 
 impl Recipe<'_> {
-    /// The container, with these tokens, published at this port of the host.
-    pub fn container(&self, port: NonZeroU16, tokens: &Tokens) -> NewContainer {
+    /// The container, with these tokens.
+    pub fn container(&self, tokens: &Tokens) -> NewContainer {
         let base = Path::new(self.folder).file_name().unwrap_or_default().to_string_lossy();
         let mut labels = self.built.map(BuildFrom::labels).unwrap_or_default();
         labels.insert(FOLDER_LABEL.to_owned(), self.folder.to_owned());
@@ -132,7 +131,7 @@ impl Recipe<'_> {
             environment: self.environment(tokens),
             folder: (self.folder.to_owned(), format!("/workspaces/{base}")),
             http_directory: (self.http_directory.to_owned(), DIRECTORY_INSIDE.to_owned()),
-            published: (port, CONTAINER_PORT),
+            published: CONTAINER_PORT,
             labels,
         }
     }
@@ -158,68 +157,28 @@ pub trait Hands {
     /// Why something was not done.
     type Error;
 
-    /// A port of the host that is free: the preferred one, if it is.
-    fn port(&mut self, preferred: Option<NonZeroU16>) -> Result<NonZeroU16, Self::Error>;
-    /// Tokens that nobody has had.
+    /// Makes tokens that were never used.
     fn tokens(&mut self) -> Result<Tokens, Self::Error>;
     /// Has the daemon know the container, in the place of what it knew under the name.
-    fn register(&mut self, port: NonZeroU16, tokens: &Tokens) -> Result<(), Self::Error>;
+    fn register(&mut self, tokens: &Tokens) -> Result<(), Self::Error>;
     /// Has the daemon forget it.
     fn deregister(&mut self);
     /// Makes it, starts it, and sees that it stays. Of one that does not, nothing is left.
-    fn run(
-        &mut self,
-        port: NonZeroU16,
-        tokens: &Tokens,
-    ) -> impl Future<Output = Result<(), NotRunning<Self::Error>>>;
+    fn run(&mut self, tokens: &Tokens) -> impl Future<Output = Result<(), Self::Error>>;
 }
 
-/// Why a container does not run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NotRunning<E> {
-    /// Somebody has the port of the host.
-    PortTaken(E),
-    /// Something else.
-    Because(E),
-}
-
-/// Starts it, and says at which port of the host the container's own is published.
+/// Starts it.
 ///
 /// # Errors
 /// Those of the hands; nothing is registered then.
-pub async fn start<H: Hands>(hands: &mut H, preferred: Option<NonZeroU16>) -> Result<NonZeroU16, H::Error> {
-    let (error, is_registered) = match attempt(hands, preferred).await {
-        Ok(port) => return Ok(port),
-        Err(Failed { why: NotRunning::Because(error), is_registered }) => (error, is_registered),
-        Err(Failed { why: NotRunning::PortTaken(_), .. }) => match attempt(hands, None).await {
-            Ok(port) => return Ok(port),
-            // The first attempt's registration is there in any case.
-            Err(Failed { why: NotRunning::PortTaken(error) | NotRunning::Because(error), .. }) => {
-                (error, true)
-            }
-        },
-    };
-    if is_registered {
+pub async fn start<H: Hands>(hands: &mut H) -> Result<(), H::Error> {
+    let tokens = hands.tokens()?;
+    hands.register(&tokens)?;
+    let ran = hands.run(&tokens).await;
+    if ran.is_err() {
         hands.deregister();
     }
-    Err(error)
-}
-
-struct Failed<E> {
-    why: NotRunning<E>,
-    is_registered: bool,
-}
-
-async fn attempt<H: Hands>(
-    hands: &mut H,
-    preferred: Option<NonZeroU16>,
-) -> Result<NonZeroU16, Failed<H::Error>> {
-    let before = |error| Failed { why: NotRunning::Because(error), is_registered: false };
-    let port = hands.port(preferred).map_err(before)?;
-    let tokens = hands.tokens().map_err(before)?;
-    hands.register(port, &tokens).map_err(before)?;
-    let ran = hands.run(port, &tokens).await;
-    ran.map(|()| port).map_err(|why| Failed { why, is_registered: true })
+    ran
 }
 
 #[cfg(test)]

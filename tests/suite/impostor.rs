@@ -16,6 +16,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c31_websocket_an_impostor_during_a_restart_gets_no_token", during_restart),
     Case::once("c31_websocket_a_connection_that_another_user_accepts_gets_no_token", accepted_by_another),
     Case::once("c31_websocket_a_listener_that_changes_before_the_hello_gets_no_token", replaced),
+    Case::once("c31_websocket_a_started_container_has_no_port_that_can_be_taken", started),
 ];
 
 const NAME: &str = "coder";
@@ -157,4 +158,29 @@ fn replaced() {
     peer.ending();
     assert!(peer.is_silent_for(MOMENT) || peer.has_ended());
     impostor.assert_without(TOKEN);
+}
+
+fn started() {
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[]);
+    let folder = home.folder("shop");
+    let started = home.run(&["start", "--image", "busybox", folder.to_str().unwrap()]);
+    assert!(started.status.success(), "{started:?}");
+    // No port is fixed that another user could take while the container is stopped.
+    let wish = docker.wish("shop").unwrap();
+    let bindings = &wish["HostConfig"]["PortBindings"]["8973/tcp"];
+    assert_eq!(bindings, &json!([{"HostIp": "127.0.0.1", "HostPort": ""}]), "{wish}");
+    let registered = home.registered("shop").unwrap();
+    assert_eq!(registered.get("wsHostPort"), None, "{registered}");
+    // The daemon connects to the port that Docker reports. Even there it sends no token to a peer that does not answer the
+    // challenge, such as a process of our own user.
+    let listener = TcpListener::bind(local(0)).unwrap();
+    let impostor = Impostor::of_our_user(listener, Manner::Reference);
+    docker.publish("shop", Some(impostor.address().port()));
+    impostor.wait_for("GET /portbroker");
+    home.wait_for_event("notice", |event| {
+        let text = event["text"].as_str().unwrap_or_default();
+        text.contains("[portbroker:shop]") && text.contains("does not prove that it is this container")
+    });
+    impostor.assert_without(registered["brokerToken"].as_str().unwrap());
 }

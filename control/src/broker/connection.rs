@@ -36,6 +36,9 @@ pub(super) enum ConnectError {
     /// Docker has the container, and no port of the host's loopback leads to its port.
     #[error("Docker does not publish port {CONTAINER_PORT} of {0} on this host's loopback")]
     NotPublished(ContainerName),
+    /// Docker has no such container or does not answer, and the registration names no port.
+    #[error("Docker did not report where port {CONTAINER_PORT} is published")]
+    NoPort,
     /// The other end is not to have the token.
     #[error(transparent)]
     Destination(#[from] DestinationError),

@@ -50,8 +50,8 @@ pub(super) struct Broker {
     pub(super) token: Token,
     /// It has to answer a challenge, and never gets the token.
     pub(super) must_answer: bool,
-    /// Where the container's port was published when it was registered.
-    pub(super) registered_port: NonZeroU16,
+    /// The host port of the registration; `None` where only Docker knows it.
+    pub(super) registered_port: Option<NonZeroU16>,
     /// What Docker calls the container, where Docker is to be asked.
     pub(super) docker_name: Option<ContainerName>,
     pub(super) docker: Docker,
@@ -333,9 +333,10 @@ async fn connect(broker: Broker) -> Result<Opened, ConnectError> {
 /// the container, or does not answer, the port is the registered one.
 ///
 /// # Errors
-/// [`ConnectError::NotRunning`] and [`ConnectError::NotPublished`].
+/// [`ConnectError::NotRunning`], [`ConnectError::NotPublished`] and [`ConnectError::NoPort`].
 async fn look_up(broker: &Broker) -> Result<NonZeroU16, ConnectError> {
-    let Some(name) = &broker.docker_name else { return Ok(broker.registered_port) };
+    let registered = broker.registered_port.ok_or(ConnectError::NoPort);
+    let Some(name) = &broker.docker_name else { return registered };
     let looked = async {
         let until = Instant::now() + UNPUBLISHED_MAX;
         loop {
@@ -351,6 +352,6 @@ async fn look_up(broker: &Broker) -> Result<NonZeroU16, ConnectError> {
         Ok(Err(error @ (DockerError::NotRunning(_) | DockerError::Changing(_)))) => {
             Err(ConnectError::NotRunning(error))
         }
-        Ok(Err(_)) | Err(_) => Ok(broker.registered_port),
+        Ok(Err(_)) | Err(_) => registered,
     }
 }

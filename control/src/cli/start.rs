@@ -25,10 +25,9 @@ use crate::paths::Home;
 use crate::policy::PortList;
 use crate::processes::ProcessFact;
 use crate::reconcile::table::{ForwardRow, RowState};
-use crate::registration::file;
-use crate::registration::model::{ContainerName, Registration, Way};
+use crate::registration::model::{ContainerName, Way};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
-use crate::start::{self, Hands, Image, NotRunning, Recipe, Tokens};
+use crate::start::{self, Hands, Image, Recipe, Tokens};
 
 /// The time that the daemon has to listen on the gateway, and the interval between looks.
 const GATEWAY_MAX: Duration = Duration::from_secs(2);
@@ -100,7 +99,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
         "challengeRequired": true, "httpSocket": true,
     });
     let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
-    runtime.block_on(start::start(&mut hands, last_port(&home, &name)))?;
+    runtime.block_on(start::start(&mut hands))?;
     if args.allow_rebuild {
         grant::give(&client, name.as_str(), &[Right::Rebuild]).map_err(|failure| Failure {
             message: format!("{name} runs without the right to rebuild: {}", failure.message),
@@ -281,38 +280,24 @@ fn tell_not_used(not_used: &[String], talk: Talk) {
     }
 }
 
-/// Where the container's own port was published the last time, if it is still known.
-fn last_port(home: &Home, name: &ContainerName) -> Option<NonZeroU16> {
-    let content = std::fs::read(home.registration(name)).ok()?;
-    file::parse::<Registration>(name.as_str(), &content).ok()?.ws_host_port
-}
-
 /// The hands of this verb.
 struct Doing<'a> {
     docker: &'a Docker,
     client: &'a Client,
     recipe: &'a Recipe<'a>,
-    /// The request to register, but for port and tokens.
+    /// The request to register, but for the tokens.
     fixed: Value,
 }
 
 impl Hands for Doing<'_> {
     type Error = Failure;
 
-    fn port(&mut self, preferred: Option<NonZeroU16>) -> Result<NonZeroU16, Failure> {
-        let seed = u16::try_from(std::process::id() % 16_384).unwrap_or(0);
-        start::free_port(preferred, seed).map_err(|error| {
-            Failure::new(Exit::Failed, format!("no port of this host is free: {}", chain(&error)))
-        })
-    }
-
     fn tokens(&mut self) -> Result<Tokens, Failure> {
         Tokens::fresh().map_err(|error| Failure::new(Exit::Failed, chain(&error)))
     }
 
-    fn register(&mut self, port: NonZeroU16, tokens: &Tokens) -> Result<(), Failure> {
+    fn register(&mut self, tokens: &Tokens) -> Result<(), Failure> {
         let mut request = self.fixed.clone();
-        request["wsHostPort"] = port.get().into();
         request["restartToken"] = tokens.restart.reveal().into();
         request["brokerToken"] = tokens.broker.reveal().into();
         self.client.call(&request).map(drop).map_err(|error| asking::failed(&error))
@@ -323,14 +308,8 @@ impl Hands for Doing<'_> {
         let _ = deregister(self.client, self.recipe.name);
     }
 
-    async fn run(&mut self, port: NonZeroU16, tokens: &Tokens) -> Result<(), NotRunning<Failure>> {
-        self.docker.run(&self.recipe.container(port, tokens)).await.map_err(|error| {
-            let failure = refused(&error);
-            match error {
-                DockerError::PortTaken(_) => NotRunning::PortTaken(failure),
-                _ => NotRunning::Because(failure),
-            }
-        })
+    async fn run(&mut self, tokens: &Tokens) -> Result<(), Failure> {
+        self.docker.run(&self.recipe.container(tokens)).await.map_err(|error| refused(&error))
     }
 }
 

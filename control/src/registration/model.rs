@@ -351,9 +351,12 @@ impl Registration {
         })
     }
 
-    /// Host port, policy and token of the container's WebSocket: it is used when there are all three.
-    pub fn broker(&self) -> Option<(NonZeroU16, &PortForward, &Token)> {
-        Some((self.ws_host_port?, self.port_forward.as_ref()?, self.broker_token.as_ref()?))
+    /// Host port, policy and token of the container's WebSocket, which is used when all three are present. Where the
+    /// registration says that Docker has the container, the host port may be absent: Docker is asked for it.
+    pub fn broker(&self) -> Option<(Option<NonZeroU16>, &PortForward, &Token)> {
+        let is_known = self.ws_host_port.is_some() || matches!(self.way, Some(Way::Docker { .. }));
+        let (policy, token) = (self.port_forward.as_ref()?, self.broker_token.as_ref()?);
+        is_known.then_some((self.ws_host_port, policy, token))
     }
 
     /// Which of its ports may be exposed now: those of the registration, and those of the folder's file where it is approved.

@@ -1,83 +1,51 @@
 use super::*;
-use std::collections::VecDeque;
 
-/// Hands that write down what they do. What comes of running is given beforehand.
+/// Hands that write down what they do.
 #[derive(Default)]
 struct Fake {
     done: Vec<String>,
-    runs: VecDeque<Result<(), NotRunning<&'static str>>>,
-    registers: VecDeque<Result<(), &'static str>>,
+    fails: Option<&'static str>,
+}
+
+impl Fake {
+    fn note(&mut self, what: &str, tokens: &Tokens) -> Result<(), &'static str> {
+        self.done.push(format!("{what} {} {}", tokens.restart.reveal(), tokens.broker.reveal()));
+        if self.fails == Some(what) { Err("no") } else { Ok(()) }
+    }
 }
 
 impl Hands for Fake {
     type Error = &'static str;
 
-    fn port(&mut self, preferred: Option<NonZeroU16>) -> Result<NonZeroU16, &'static str> {
-        Ok(preferred.unwrap_or(NonZeroU16::new(20_000).unwrap()))
-    }
-
     fn tokens(&mut self) -> Result<Tokens, &'static str> {
-        let number = self.done.len();
-        let token = |what: &str| Token::new(&format!("{what}{number}")).unwrap();
+        let token = |what: &str| Token::new(what).unwrap();
         Ok(Tokens { restart: token("r"), broker: token("b") })
     }
 
-    fn register(&mut self, port: NonZeroU16, tokens: &Tokens) -> Result<(), &'static str> {
-        self.done.push(format!("register {port} {} {}", tokens.restart.reveal(), tokens.broker.reveal()));
-        self.registers.pop_front().unwrap_or(Ok(()))
+    fn register(&mut self, tokens: &Tokens) -> Result<(), &'static str> {
+        self.note("register", tokens)
     }
 
     fn deregister(&mut self) {
         self.done.push("deregister".to_owned());
     }
 
-    async fn run(&mut self, port: NonZeroU16, tokens: &Tokens) -> Result<(), NotRunning<&'static str>> {
-        self.done.push(format!("run {port} {} {}", tokens.restart.reveal(), tokens.broker.reveal()));
-        self.runs.pop_front().unwrap_or(Ok(()))
+    async fn run(&mut self, tokens: &Tokens) -> Result<(), &'static str> {
+        self.note("run", tokens)
     }
 }
 
-fn preferred() -> Option<NonZeroU16> {
-    NonZeroU16::new(18_973)
-}
-
 #[tokio::test]
-async fn the_daemon_knows_a_container_before_it_runs() {
-    let mut hands = Fake::default();
-    assert_eq!(start(&mut hands, preferred()).await, Ok(preferred().unwrap()));
-    assert_eq!(hands.done, ["register 18973 r0 b0", "run 18973 r0 b0"]);
-}
-
-#[tokio::test]
-async fn a_port_that_was_taken_costs_one_more_round_with_other_tokens() {
-    let mut hands = Fake { runs: [Err(NotRunning::PortTaken("taken"))].into(), ..Fake::default() };
-    assert_eq!(start(&mut hands, preferred()).await.unwrap().get(), 20_000);
-    let done = ["register 18973 r0 b0", "run 18973 r0 b0", "register 20000 r2 b2", "run 20000 r2 b2"];
-    assert_eq!(hands.done, done);
-    let mut hands = Fake {
-        runs: [Err(NotRunning::PortTaken("taken")), Err(NotRunning::PortTaken("again"))].into(),
-        ..Fake::default()
-    };
-    assert_eq!(start(&mut hands, preferred()).await, Err("again"));
-    assert_eq!(hands.done.len(), 5);
-    assert_eq!(hands.done.last().unwrap(), "deregister");
-}
-
-#[tokio::test]
-async fn whatever_fails_after_registering_undoes_it() {
-    let mut hands = Fake { runs: [Err(NotRunning::Because("ended"))].into(), ..Fake::default() };
-    assert_eq!(start(&mut hands, None).await, Err("ended"));
-    assert_eq!(hands.done, ["register 20000 r0 b0", "run 20000 r0 b0", "deregister"]);
-    let mut hands = Fake { registers: [Err("no")].into(), ..Fake::default() };
-    assert_eq!(start(&mut hands, None).await, Err("no"));
-    assert_eq!(hands.done.len(), 1);
-    let mut hands = Fake {
-        runs: [Err(NotRunning::PortTaken("taken"))].into(),
-        registers: [Ok(()), Err("no")].into(),
-        ..Fake::default()
-    };
-    assert_eq!(start(&mut hands, None).await, Err("no"));
-    assert_eq!(hands.done.last().unwrap(), "deregister");
+async fn the_daemon_knows_a_container_before_it_runs_and_forgets_one_that_does_not() {
+    for (fails, result, done) in [
+        (None, Ok(()), vec!["register r b", "run r b"]),
+        (Some("run"), Err("no"), vec!["register r b", "run r b", "deregister"]),
+        (Some("register"), Err("no"), vec!["register r b"]),
+    ] {
+        let mut hands = Fake { fails, ..Fake::default() };
+        assert_eq!(start(&mut hands).await, result);
+        assert_eq!(hands.done, done);
+    }
 }
 
 #[test]
@@ -93,7 +61,7 @@ fn a_container_has_its_variables_under_both_names_and_nothing_else_of_its_tokens
         http_port: NonZeroU16::new(8974).unwrap(),
     };
     let tokens = Tokens::fresh().unwrap();
-    let made = recipe.container(NonZeroU16::new(20_000).unwrap(), &tokens);
+    let made = recipe.container(&tokens);
     let value = |name: &str| made.environment.iter().find(|(known, _)| known == name).unwrap().1.as_str();
     for prefix in ["LANDFALL", "TYPECLAW"] {
         assert_eq!(value(&format!("{prefix}_CONTAINER_NAME")), "shop");

@@ -226,6 +226,21 @@ fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
+fn c31_a_port_that_is_taken_while_a_container_is_stopped_does_not_keep_it_down() {
+    let shop = Shop::new("squatted", SERVE);
+    shop.says(&["start"]);
+    wait_until("the first page", || shop.page());
+    let published = || docker(&["port", &shop.name, "8973/tcp"]);
+    let before = published();
+    docker(&["stop", "-t", "1", &shop.name]);
+    let _squatter = std::net::TcpListener::bind(&before).unwrap();
+    shop.says(&["restart", &shop.name]);
+    assert_ne!(published(), before);
+    wait_until("the page after it", || shop.page());
+}
+
+#[test]
+#[ignore = "needs a Docker engine: tests/docker.sh"]
 fn a_container_that_ends_at_once_says_why_and_leaves_nothing() {
     let shop = Shop::new("broken", "echo no such module; exit 3");
     let output = shop.landfall(&["start"]);

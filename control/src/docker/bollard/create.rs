@@ -27,7 +27,6 @@ impl Engine {
         let started = self.client.start_container(name, None::<StartContainerOptions>).await;
         let up = match started.map_err(|error| self.error(name, &error)) {
             Ok(()) => self.stays(name).await,
-            Err(DockerError::Refused(why)) if is_taken(&why) => Err(DockerError::PortTaken(why)),
             Err(error) => Err(error),
         };
         if up.is_err() {
@@ -69,9 +68,9 @@ impl Engine {
 }
 
 fn body(new: &NewContainer) -> ContainerCreateBody {
-    let inside = format!("{}/tcp", new.published.1);
-    let binding =
-        PortBinding { host_ip: Some("127.0.0.1".to_owned()), host_port: Some(new.published.0.to_string()) };
+    let inside = format!("{}/tcp", new.published);
+    // Docker chooses a free host port if the request names none.
+    let binding = PortBinding { host_ip: Some("127.0.0.1".to_owned()), host_port: Some(String::new()) };
     let folder = Mount {
         typ: Some(MountType::BIND),
         source: Some(new.folder.0.clone()),
@@ -104,11 +103,4 @@ fn body(new: &NewContainer) -> ContainerCreateBody {
         }),
         ..ContainerCreateBody::default()
     }
-}
-
-/// Whether Docker says that somebody has the host port. It has no code for that.
-fn is_taken(why: &str) -> bool {
-    ["port is already allocated", "address already in use", "ports are not available"]
-        .iter()
-        .any(|said| why.contains(said))
 }

@@ -225,10 +225,7 @@ fn docker_absent(error: DockerError) -> Absent {
             return Absent::Stopped(error.to_string());
         }
         DockerError::Changing(_) => Certainty::Gone,
-        DockerError::Refused(_)
-        | DockerError::PortTaken(_)
-        | DockerError::Stop(_)
-        | DockerError::Start(_) => Certainty::Refused,
+        DockerError::Refused(_) | DockerError::Stop(_) | DockerError::Start(_) => Certainty::Refused,
         DockerError::Unreachable { .. } => Certainty::Unknown,
     };
     Absent::Missing(certainty, error.to_string())
