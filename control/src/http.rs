@@ -36,11 +36,12 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::gateway::{HeldPort, SharedFacts};
+use self::gateway::SharedFacts;
 use self::places::Places;
 use crate::events::{Event, Journal};
 use crate::linger::linger;
 use crate::rpc::answers::{After, Answers};
+use crate::sys::held_port::HeldPort;
 
 /// Connections of one listener that are served at a time, and how many of them one client may have.
 const CONNECTIONS_MAX: usize = 256;
@@ -106,7 +107,7 @@ impl Bound {
                 Tried::Free(port, listeners) => (port, listeners),
                 Tried::InUse(address) => {
                     if port != 0 && port == preferred {
-                        fallback = Some(HeldPort::look_up(address, port).await);
+                        fallback = Some(HeldPort::of_taken(address, port).await);
                     }
                     continue;
                 }

@@ -89,13 +89,16 @@ pub fn holder_of_port(port: NonZeroU16) -> Holder {
     rows.first().map_or(Holder::Unknown, |row| Holder::User(user_name(row.uid)))
 }
 
-/// The user and the inode of a listener that takes connections to this address of the host.
+/// Returns the user and the inode of a listener that accepts connections to this address of the host. For a wildcard
+/// address, any listener of the port counts.
 pub fn listener_at(address: IpAddr, port: NonZeroU16) -> Option<(u32, u64)> {
     let rows = procfs::net::tcp().unwrap_or_default().into_iter();
     let mut rows = rows.chain(procfs::net::tcp6().unwrap_or_default());
     let takes = |row: &TcpNetEntry| {
         let (bound, at) = (row.local_address.ip().to_canonical(), row.local_address.port());
-        let covers = bound == address || bound.is_unspecified() && (bound.is_ipv6() || address.is_ipv4());
+        let covers = bound == address
+            || address.is_unspecified()
+            || bound.is_unspecified() && (bound.is_ipv6() || address.is_ipv4());
         row.state == TcpState::Listen && at == port.get() && covers
     };
     rows.find(takes).map(|row| (row.uid, row.inode))

@@ -1,5 +1,6 @@
 //! System facilities that several parts of the daemon share.
 
+pub(crate) mod held_port;
 pub(crate) mod launcher;
 pub(crate) mod loopback;
 pub(crate) mod private_file;

@@ -67,6 +67,8 @@ struct State {
     images: BTreeMap<String, Option<BTreeMap<String, String>>>,
     /// Whether a whole list waits, with what it is to tell, until it is let go.
     list: Held,
+    /// The error of every start, if there is one.
+    start_error: Option<String>,
     /// Stops wait while this holds.
     stops_held: bool,
     /// The gateway of the network `bridge`.
@@ -116,6 +118,7 @@ impl FakeDocker {
             former: BTreeMap::new(),
             images: BTreeMap::new(),
             list: Held::No,
+            start_error: None,
             stops_held: false,
             gateway: None,
             is_silent: false,
@@ -191,11 +194,6 @@ impl FakeDocker {
         drop(state);
         self.announce("create", name);
         self.announce("start", name);
-    }
-
-    /// Has the network `bridge` have this gateway.
-    pub fn set_gateway(&self, gateway: IpAddr) {
-        self.state().gateway = Some(gateway);
     }
 
     /// Gives a container another name, and tells of it.
@@ -549,6 +547,9 @@ impl FakeDocker {
 
     fn start_container(&self, wanted: &str) -> Reply {
         let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
+        if let Some(message) = self.state().start_error.clone() {
+            return Reply::Json(500, json!({"message": message}));
+        }
         let id = {
             let mut state = self.state();
             let Some(container) = state.containers.get_mut(&name) else { return no_such(wanted) };

@@ -17,6 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c31_websocket_a_connection_that_another_user_accepts_gets_no_token", accepted_by_another),
     Case::once("c31_websocket_a_listener_that_changes_before_the_hello_gets_no_token", replaced),
     Case::once("c31_websocket_a_started_container_has_no_port_that_can_be_taken", started),
+    Case::once("c31_a_restart_that_fails_since_its_port_is_taken_names_the_user", port_taken_at_restart),
 ];
 
 const NAME: &str = "coder";
@@ -158,6 +159,38 @@ fn replaced() {
     peer.ending();
     assert!(peer.is_silent_for(MOMENT) || peer.has_ended());
     impostor.assert_without(TOKEN);
+}
+
+fn port_taken_at_restart() {
+    if !strangers_are_possible() {
+        return;
+    }
+    let home = Home::new();
+    let docker = FakeDocker::start(&home, &[NAME]);
+    let _daemon = home.daemon();
+    let impostor = Impostor::listen(local(0), Manner::Reference);
+    let port = impostor.address().port();
+    // A container whose user chose the port.
+    let binding = json!([{"HostIp": "127.0.0.1", "HostPort": port.to_string()}]);
+    docker.inhabit(NAME, 0, json!({"HostConfig": {"PortBindings": {"8973/tcp": binding}}}));
+    register(&home, port);
+    docker.fail_starts(Some("Error starting userland proxy: listen tcp4: bind: address already in use"));
+    let restarted = home.run(&["restart", NAME]);
+    assert_eq!(restarted.status.code(), Some(6), "{restarted:?}");
+    let held = format!("port {port} of 127.0.0.1 is held by");
+    let user = format!("uid {STRANGER}");
+    let text = String::from_utf8_lossy(&restarted.stderr).into_owned();
+    assert!(text.contains(&held) && text.contains(&user), "{text}");
+    home.wait_for_event("restart-failed", |event| {
+        let reason = event["reason"].as_str().unwrap_or_default();
+        reason.contains(&held) && reason.contains(&user)
+    });
+    impostor.assert_without(TOKEN);
+    // The restart succeeds as soon as the port is free.
+    drop(impostor);
+    docker.fail_starts(None);
+    let restarted = home.run(&["restart", NAME]);
+    assert!(restarted.status.success(), "{restarted:?}");
 }
 
 fn started() {

@@ -19,7 +19,7 @@ use crate::docker::context::TOO_LARGE;
 use crate::docker::labels::ContainerLabels;
 use crate::docker::rebuild::own_image;
 use crate::docker::{CONTEXT_BYTES_MAX, Docker, DockerError, FOLDER_LABEL, Listed};
-use crate::http::gateway::{Gateway, HeldPort};
+use crate::http::gateway::Gateway;
 use crate::model::grants::Right;
 use crate::paths::Home;
 use crate::policy::PortList;
@@ -28,6 +28,7 @@ use crate::reconcile::table::{ForwardRow, RowState};
 use crate::registration::model::{ContainerName, Way};
 use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::start::{self, Hands, Image, Recipe, Tokens};
+use crate::sys::held_port::HeldPort;
 
 /// The time that the daemon has to listen on the gateway, and the interval between looks.
 const GATEWAY_MAX: Duration = Duration::from_secs(2);

@@ -4,6 +4,7 @@
 //! - `facts` reads what Docker tells of a container. Pure.
 //! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
 //! - `image` builds an image; `rebuild` replaces a container by one of a new image, and `user` decides which user it has.
+//! - `taken` names the holder of a host port that Docker cannot publish.
 //! - `helper` makes the helper's image and its container.
 //! - `inherited` reads the labels of the images that containers are made of.
 
@@ -14,6 +15,7 @@ mod image;
 mod inherited;
 mod rebuild;
 mod recipe;
+mod taken;
 mod user;
 
 use std::collections::HashMap;
@@ -43,6 +45,7 @@ use super::{About, BuildFrom, Docker, DockerError, FirstProcess, LifeEvent, List
 use crate::name::escape;
 use crate::registration::model::ContainerName;
 pub(super) use inherited::ImageCache;
+use taken::with_holders;
 
 /// The client's own bound for one answer, in seconds: longer than any stop timeout that is in use, since an answer to
 /// `stop` comes when the container has stopped. Questions are bounded more tightly by the caller.
@@ -222,13 +225,17 @@ impl Engine {
         replace::mend(self, name.as_str()).await.map_err(DockerError::stopping)?;
         let told = self.inspect(name.as_str()).await.map_err(DockerError::stopping)?;
         let vanishes = told
-            .and_then(|told| told.host_config?.auto_remove)
+            .as_ref()
+            .and_then(|told| told.host_config.as_ref()?.auto_remove)
             .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()).starting())?;
         if vanishes {
             // Stopped, it would be removed; only Docker's own restart keeps it.
             let restarted =
                 self.client.restart_container(name.as_str(), None::<RestartContainerOptions>).await;
-            restarted.map_err(|error| self.error(name.as_str(), &error).starting())?;
+            if let Err(error) = restarted.map_err(|error| self.error(name.as_str(), &error)) {
+                // Docker removes the container if it does not start again.
+                return Err(with_holders(error, told.as_ref()).await.starting());
+            }
             return self.stays(name.as_str()).await.map_err(DockerError::starting);
         }
         self.stop(name.as_str()).await.map_err(DockerError::stopping)?;
@@ -340,8 +347,13 @@ impl Hands for Engine {
 
     async fn start(&self, name: &str) -> Result<(), DockerError> {
         let started = self.client.start_container(name, None::<StartContainerOptions>).await;
-        started.map_err(|error| self.error(name, &error))?;
-        self.stays(name).await
+        match started.map_err(|error| self.error(name, &error)) {
+            Ok(()) => self.stays(name).await,
+            Err(error) => {
+                let inspected = self.inspect(name).await.ok().flatten();
+                Err(with_holders(error, inspected.as_ref()).await)
+            }
+        }
     }
 
     async fn remove(&self, name: &str) -> Result<(), DockerError> {

@@ -5,10 +5,8 @@
 //! address, tries again for ever, and reports who holds the port until then.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroU16;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,58 +18,12 @@ use super::{Http, HttpError};
 use crate::cli::exit::chain;
 use crate::docker::Docker;
 use crate::events::{Event, Journal};
-use crate::processes;
-use crate::sys::users::{Holder, is_ours};
+use crate::sys::held_port::HeldPort;
+use crate::sys::users::is_ours;
 
 /// How long to wait before the next attempt: doubling between these two.
 const AGAIN_MIN: Duration = Duration::from_millis(250);
 const AGAIN_MAX: Duration = Duration::from_secs(5);
-
-/// A port that another process holds.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct HeldPort {
-    /// The address on which it was asked for.
-    pub address: IpAddr,
-    /// The port.
-    pub port: u16,
-    /// The user who holds it, if it is known.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub uid: Option<u32>,
-    /// Process and user, as far as they are known, for people.
-    pub holder: String,
-}
-
-impl HeldPort {
-    /// The process of another user that listens on a port of this machine, if there is one.
-    pub async fn of_stranger(address: IpAddr, port: NonZeroU16) -> Option<HeldPort> {
-        let held = HeldPort::look_up(address, port.get()).await;
-        held.uid.is_some_and(|uid| !is_ours(uid)).then_some(held)
-    }
-
-    /// Finds out who holds a port.
-    pub(super) async fn look_up(address: IpAddr, port: u16) -> HeldPort {
-        let found = match NonZeroU16::new(port) {
-            Some(port) => {
-                let looked = tokio::task::spawn_blocking(move || processes::listener_at(address, port)).await;
-                looked.ok().flatten()
-            }
-            None => None,
-        };
-        let Some((uid, inode)) = found else {
-            return HeldPort { address, port, uid: None, holder: "another process".to_owned() };
-        };
-        let mut holder = Holder { uid, inode, process: None };
-        holder.find_process().await;
-        HeldPort { address, port, uid: Some(uid), holder: holder.to_string() }
-    }
-}
-
-impl fmt::Display for HeldPort {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "port {} of {} is held by {}", self.port, self.address, self.holder)
-    }
-}
 
 /// Whether containers reach the daemon at the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,7 +130,7 @@ pub async fn reclaim(http: Http) {
             }
             match http.listen_at(SocketAddr::new(address, held.port)).await {
                 Ok(()) => drop(taken.insert(address)),
-                Err(_) => still_held = Some(HeldPort::look_up(address, held.port).await),
+                Err(_) => still_held = Some(HeldPort::of_taken(address, held.port).await),
             }
         }
         http.facts().set_fallback(still_held);
@@ -191,7 +143,7 @@ async fn listen(http: &Http, address: IpAddr) -> bool {
     let gateway = match http.listen_also(address).await {
         Ok(()) => Gateway::Listening { address },
         Err(HttpError::Listen { source, .. }) if source.kind() == io::ErrorKind::AddrInUse => {
-            Gateway::Held { by: HeldPort::look_up(address, http.port().get()).await }
+            Gateway::Held { by: HeldPort::of_taken(address, http.port().get()).await }
         }
         Err(HttpError::Listen { source, .. }) if source.kind() == io::ErrorKind::AddrNotAvailable => {
             Gateway::Elsewhere { address }

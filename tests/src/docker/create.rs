@@ -1,4 +1,6 @@
-//! Containers that are created over the API.
+//! Containers that are created over the API, and settings of the engine that affect them.
+
+use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
@@ -6,6 +8,16 @@ use super::request::parameter;
 use super::{FakeDocker, Reply};
 
 impl FakeDocker {
+    /// Makes every later start fail with this message, or succeed again.
+    pub fn fail_starts(&self, message: Option<&str>) {
+        self.state().start_error = message.map(str::to_owned);
+    }
+
+    /// Sets the gateway of the network `bridge`.
+    pub fn set_gateway(&self, gateway: IpAddr) {
+        self.state().gateway = Some(gateway);
+    }
+
     /// Returns the request that created a container, if it was created over the API.
     pub fn wish(&self, name: &str) -> Option<Value> {
         self.state()

@@ -6,8 +6,9 @@ use std::num::NonZeroU16;
 use super::Finding;
 use crate::cli::asking;
 use crate::docker::Docker;
-use crate::http::gateway::{Gateway, HeldPort, HttpFacts};
+use crate::http::gateway::{Gateway, HttpFacts};
 use crate::policy;
+use crate::sys::held_port::HeldPort;
 
 const WHAT: &str = "HTTP for containers";
 
