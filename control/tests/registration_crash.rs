@@ -14,15 +14,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use landfall::events::Journal;
-use landfall::folder::Approvals;
-use landfall::liveness::{Liveness, Probe};
+use landfall::docker::liveness::{Liveness, Probe};
 use landfall::model::grants::{Grants, Right};
-use landfall::paths::Home;
-use landfall::registration::file;
-use landfall::registration::model::{ContainerName, Registration};
-use landfall::registration::store::{Registry, RegistryOptions};
+use landfall::model::registration::{ContainerName, Registration};
+use landfall::registry::file;
+use landfall::registry::folder::Approvals;
 use landfall::registry::grants::GrantTable;
+use landfall::registry::store::{Registry, RegistryOptions};
+use landfall::sys::journal::Journal;
+use landfall::sys::paths::Home;
 use serde_json::json;
 
 /// Where the process that is killed keeps its files.

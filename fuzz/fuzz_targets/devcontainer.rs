@@ -3,8 +3,8 @@
 
 #![no_main]
 
-use landfall::devcontainer::{Devcontainer, from_metadata};
-use landfall::policy::PortForward;
+use landfall::launch::devcontainer::{Devcontainer, from_metadata};
+use landfall::model::port_policy::PortForward;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

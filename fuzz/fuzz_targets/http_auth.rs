@@ -9,10 +9,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
-use landfall::http::auth::{Authorized, Presented, is_meant_for_us};
-use landfall::registration::model::Registration;
-use landfall::registration::store::Registered;
-use landfall::rpc::protocol::Envelope;
+use landfall::daemon::http::auth::{Authorized, Presented, is_meant_for_us};
+use landfall::daemon::rpc::protocol::Envelope;
+use landfall::model::registration::Registration;
+use landfall::registry::store::Registered;
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;
 

@@ -3,8 +3,8 @@
 
 #![no_main]
 
-use landfall::registration::file;
-use landfall::registration::model::Registration;
+use landfall::model::registration::Registration;
+use landfall::registry::file;
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 

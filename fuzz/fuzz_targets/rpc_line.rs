@@ -4,8 +4,8 @@
 
 #![no_main]
 
-use landfall::rpc::codec::{LINE_BYTES_MAX, LineError, RequestLine};
-use landfall::rpc::protocol::{Request, Response};
+use landfall::daemon::rpc::codec::{LINE_BYTES_MAX, LineError, RequestLine};
+use landfall::daemon::rpc::protocol::{Request, Response};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 

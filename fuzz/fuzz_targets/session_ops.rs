@@ -13,7 +13,7 @@ use landfall::broker::host::{self, Action, DialKey, Input};
 use landfall::broker::message::{
     Credential, Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost, Unreadable, from_binary,
 };
-use landfall::registration::model::Token;
+use landfall::model::registration::Token;
 use landfall_engine::watch::parse::{BindAddr, WireListener};
 use libfuzzer_sys::fuzz_target;
 
@@ -168,11 +168,11 @@ impl Host {
                 self.greeted = true;
             }
             Action::Say(message) => self.say(&message),
-            Action::Announce(landfall::reconcile::announced::Announcement::Up) => {
+            Action::Announce(landfall::forwarding::broker_link::Announcement::Up) => {
                 assert!(self.greeted && !self.up);
                 self.up = true;
             }
-            Action::Announce(landfall::reconcile::announced::Announcement::Down) => {}
+            Action::Announce(landfall::forwarding::broker_link::Announcement::Down) => {}
             Action::Announce(_) => assert!(self.up, "something was announced before the hello was answered"),
             Action::Begin { stream, key } => {
                 assert!(self.waiting.remove(&key), "a second answer");

@@ -24,7 +24,7 @@ use crate::broker::message::{Extensions, Side, StreamId, ToContainer, Unreadable
 use crate::broker::outbox::{Outbox, outbox};
 use crate::broker::pump::{self, Ended, Inlet, Inlets};
 use crate::broker::wire::{Incoming, Reader, Socket, WireError};
-use crate::registration::model::Token;
+use crate::model::registration::Token;
 
 /// How long a host that is sent away has to close its side. A connection that is closed while input lies unread is reset, and
 /// what was said last would be lost with that.

@@ -9,10 +9,9 @@
 //! starts again never finds its own past in its way, and nobody ever finds a socket that does not answer yet. A directory that
 //! another agent serves is left to it.
 
-use std::fs::Permissions;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use landfall_engine::opener::AGENT_SOCKET;
@@ -21,12 +20,11 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
-use crate::paths::identity_of_name;
+use crate::sys::paths::identity_of_name;
+use crate::sys::socket_file::appear;
 
 /// Where the directory is mounted, unless another one is named.
 pub(super) const DIRECTORY: &str = "/run/landfall";
-/// Hosts that wait to be accepted.
-const BACKLOG: i32 = 16;
 
 /// Why the directory cannot be served.
 #[derive(Debug, Error)]
@@ -77,26 +75,6 @@ pub(super) fn listen(directory: &Path) -> Result<(OwnedFd, Door), DirectoryError
     Ok((socket, Door { path, identity }))
 }
 
-/// Has a listening socket of this mode appear as `name` in `directory`, in the place of whatever had the name. Device and inode
-/// of its file come with it.
-pub(crate) fn appear(directory: &Path, name: &str, mode: u32) -> io::Result<(OwnedFd, (u64, u64))> {
-    // Under a name of chance first: containers count their processes alike, so a process id would name nobody.
-    let aside = tempfile::Builder::new().prefix(".socket-").make_in(directory, |path| bind(path, mode))?;
-    let file = aside.path().symlink_metadata()?;
-    let socket = aside.persist(directory.join(name)).map_err(|refused| refused.error)?;
-    Ok((socket, (file.dev(), file.ino())))
-}
-
-fn bind(path: &Path, mode: u32) -> io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    rustix::net::bind(&socket, &address)?;
-    std::fs::set_permissions(path, Permissions::from_mode(mode))?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket)
-}
-
 /// Whether somebody listens there. What cannot be asked counts as nobody, since the name can be taken away from it.
 fn is_served(path: &Path) -> bool {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -120,6 +98,7 @@ impl Drop for Door {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
     fn a_stale_socket_is_replaced_a_served_one_is_not() {

@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use crate::registration::model::Token;
+use crate::model::registration::Token;
 
 /// Names the socket in the container.
 pub const SOCKET_VARIABLE: &str = "LANDFALL_HOSTD_SOCKET";

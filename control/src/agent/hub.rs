@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{oneshot, watch};
 
 use crate::broker::container::{ForwardRequest, RESERVED_MAX, Reserved};
-use crate::broker::message::ForwardResult;
+use crate::model::announcement::ForwardResult;
 
 /// One authenticated connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

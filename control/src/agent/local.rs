@@ -236,7 +236,7 @@ async fn answer(question: Question, hub: &Hub, has_token: bool) -> Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::message::ForwardResult;
+    use crate::model::announcement::ForwardResult;
     use proptest::prelude::*;
     use tokio::task::spawn_blocking;
 

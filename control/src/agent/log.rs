@@ -15,7 +15,6 @@ use jiff::{Timestamp, Unit};
 use serde::Serialize;
 
 use crate::broker::container::ContainerEvent;
-use crate::cli::output::Talk;
 
 /// Lines that wait for a reader.
 const LINES_MAX: usize = 1024;
@@ -70,16 +69,8 @@ struct Inner {
 }
 
 impl Log {
-    /// Writes to standard error from now on.
-    pub fn to_stderr() -> Log {
-        let talk = Talk::to_stderr(true);
-        Log::to(move |line| {
-            // Whoever read it has gone; that is no reason to end.
-            let _ = talk.try_plain(line);
-        })
-    }
-
-    fn to(mut write: impl FnMut(&str) + Send + 'static) -> Log {
+    /// Writes each line by `write`, on a thread of its own.
+    pub fn to(mut write: impl FnMut(&str) + Send + 'static) -> Log {
         let (lines, written) = mpsc::sync_channel::<String>(LINES_MAX);
         let (finish, done) = mpsc::channel();
         let writer = move || {

@@ -33,7 +33,7 @@ use super::refusals::Refusals;
 use crate::broker::challenge::{Answer, Challenge};
 use crate::broker::container::HELLO_TIME_MAX;
 use crate::broker::wire;
-use crate::registration::model::{ContainerName, Token};
+use crate::model::registration::{ContainerName, Token};
 use crate::sys::random::random;
 
 /// Connections of which nobody knows yet whose they are.

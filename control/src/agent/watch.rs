@@ -116,7 +116,7 @@ mod tests {
     async fn what_begins_and_ceases_to_listen_is_seen() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let mut watch = Watch::begin(SHORT, Log::to_stderr());
+        let mut watch = Watch::begin(SHORT, Log::to(|_| {}));
         let seen = |reading: &[WireListener]| reading.iter().any(|one| one.port.get() == port);
         assert!(seen(&watch.next().await), "the first reading is whole");
         drop(listener);

@@ -15,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 use super::driver::{Broker, Driver};
 use super::message::Extensions;
 use crate::docker::Docker;
-use crate::events::{Event, Journal};
-use crate::reconcile::announced::BrokerLink;
-use crate::registration::model::{ContainerName, Registration, Token, Way};
-use crate::registration::store::{Attendant, StopReason};
+use crate::forwarding::broker_link::BrokerLink;
+use crate::model::event::Event;
+use crate::model::registration::{ContainerName, Registration, Token, Way};
+use crate::registry::store::{Attendant, StopReason};
+use crate::sys::journal::Journal;
 
 /// Where a broker gets its link to forwarding.
 pub type Links = Box<dyn Fn(&ContainerName) -> BrokerLink + Send + Sync>;

@@ -14,8 +14,8 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::*;
-use crate::broker::message::ForwardResult;
-use crate::reconcile::announced::{ANNOUNCEMENTS_MAX, Announcement, BrokerWord};
+use crate::forwarding::broker_link::{ANNOUNCEMENTS_MAX, Announcement, BrokerWord};
+use crate::model::announcement::ForwardResult;
 
 const CANARY: &str = "canary-5b21";
 const PATIENCE: Duration = Duration::from_secs(20);

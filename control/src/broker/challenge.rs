@@ -32,7 +32,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-use crate::registration::model::{ContainerName, Token};
+use crate::model::registration::{ContainerName, Token};
 
 /// The header of the request and of the answer.
 pub const HEADER: &str = "landfall-challenge";

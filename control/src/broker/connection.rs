@@ -15,10 +15,10 @@ use super::message::{Frame, StreamId, ToHost, Unreadable, from_binary};
 use super::outbox::{Ended, Outbox, outbox};
 use super::pump::Inlets;
 use super::wire::{self, Incoming, Reader, WireError};
-use crate::cli::exit::chain;
 use crate::docker::DockerError;
-use crate::policy::CONTAINER_PORT;
-use crate::registration::model::ContainerName;
+use crate::error::chain;
+use crate::model::port_policy::CONTAINER_PORT;
+use crate::model::registration::ContainerName;
 use crate::sys::loopback::{Destination, DestinationError};
 use crate::sys::random::random;
 

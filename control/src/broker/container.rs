@@ -24,10 +24,9 @@ use landfall_engine::watch::parse::{BindAddr, WireListener};
 use serde::Serialize;
 
 use super::challenge::Answer;
-use super::message::{
-    Announced, Credential, Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost,
-};
-use crate::registration::model::Token;
+use super::message::{Credential, Extensions, Frame, StreamId, ToContainer, ToHost};
+use crate::model::announcement::{Announced, ForwardResult};
+use crate::model::registration::Token;
 
 /// How long a host has for its hello. A correct one says it at once.
 pub const HELLO_TIME_MAX: Duration = Duration::from_secs(5);

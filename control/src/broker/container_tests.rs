@@ -30,7 +30,7 @@ fn hello_with(token: &str, extensions: Extensions) -> Heard {
 
 #[test]
 fn a_proof_counts_once_its_challenge_was_answered_and_no_other_one_does() {
-    let name = crate::registration::model::ContainerName::new("shop").unwrap();
+    let name = crate::model::registration::ContainerName::new("shop").unwrap();
     let challenge = || Challenge::new(name.clone(), [1; 32]);
     let answer = || challenge().answer(Token::new(TOKEN).unwrap(), [2; 32]);
     let proof = challenge().check(&Token::new(TOKEN).unwrap(), &answer().header()).unwrap();
@@ -346,7 +346,7 @@ fn forwards_results_to_who_waits_and_none_before_the_hello() {
         let mut session = authenticated();
         let asks = says(&mut session, ToContainer::ForwardResult(result.clone()));
         assert_eq!(asks, [Ask::Result(result.clone())]);
-        let mut stranger = self::session();
+        let mut stranger = crate::broker::container::tests::session();
         let asks = says(&mut stranger, ToContainer::ForwardResult(result));
         assert!(!asks.iter().any(|ask| matches!(ask, Ask::Result(_))), "{asks:?}");
     }

@@ -24,12 +24,13 @@ use super::host::{Action, DialKey, Input, Session};
 use super::message::{Extensions, Frame, Side, StreamId, relay_text};
 use super::pair::Pairs;
 use super::pump::{self, Inlet, Outlet};
-use crate::cli::exit::chain;
 use crate::docker::{Docker, DockerError};
-use crate::events::{Event, Journal};
-use crate::policy::CONTAINER_PORT;
-use crate::reconcile::announced::{Announcement, BrokerLink, BrokerWord};
-use crate::registration::model::{ContainerName, Token};
+use crate::error::chain;
+use crate::forwarding::broker_link::{Announcement, BrokerLink, BrokerWord};
+use crate::model::event::Event;
+use crate::model::port_policy::CONTAINER_PORT;
+use crate::model::registration::{ContainerName, Token};
+use crate::sys::journal::Journal;
 
 /// How long Docker may take to say where that is published, and how long it is asked again while it is not (wire
 /// specification, A.6.1).

@@ -50,7 +50,7 @@ fn with_half_close_one_direction_outlives_the_other() {
     expect(&mut stream, Input::Wrote(5), &[]);
     expect(&mut stream, Input::PeerEof, &[Action::Fin, Action::Finish(Ended::Complete, Closing::Orderly)]);
 
-    let mut stream = self::stream(Extensions::ALL);
+    let mut stream = crate::broker::stream::tests::stream(Extensions::ALL);
     expect(&mut stream, Input::Payload(5), &[]);
     expect(&mut stream, Input::PeerEof, &[]);
     expect(&mut stream, Input::Wrote(5), &[Action::Fin]);
@@ -94,7 +94,7 @@ fn a_reset_of_the_peer_comes_after_what_it_sent() {
     // The connection may be lost meanwhile.
     expect(&mut stream, Input::Lost, &[]);
     expect(&mut stream, Input::Wrote(5), &[Action::Finish(Ended::ByPeer, Closing::ResetAcknowledged)]);
-    let mut broken = self::stream(Extensions::ALL);
+    let mut broken = crate::broker::stream::tests::stream(Extensions::ALL);
     expect(&mut broken, Input::Payload(5), &[]);
     expect(&mut broken, Input::Reset, &[Action::DropOutgoing]);
     expect(&mut broken, Input::WriteBroke, &[Action::Finish(Ended::ByPeer, Closing::Reset)]);
@@ -146,7 +146,7 @@ fn what_was_written_is_granted_back_in_halves_of_the_window() {
     expect(&mut stream, Input::PeerEof, &[]);
     expect(&mut stream, Input::Wrote(WINDOW), &[Action::Fin]);
     // Nor where nobody counts.
-    let mut plain = self::stream(Extensions::NONE);
+    let mut plain = crate::broker::stream::tests::stream(Extensions::NONE);
     expect(&mut plain, Input::Payload(WINDOW), &[]);
     expect(&mut plain, Input::Wrote(WINDOW), &[]);
 }
@@ -160,7 +160,7 @@ fn a_peer_that_sends_more_than_was_granted_is_reset() {
         Input::Payload(1),
         &[Action::DropOutgoing, Action::Reset, Action::Finish(Ended::Overflown, Closing::Reset)],
     );
-    let mut plain = self::stream(Extensions::NONE);
+    let mut plain = crate::broker::stream::tests::stream(Extensions::NONE);
     expect(&mut plain, Input::Payload(WINDOW), &[]);
     expect(&mut plain, Input::Payload(1), &[]);
     expect(

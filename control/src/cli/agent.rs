@@ -5,12 +5,14 @@ use std::io;
 use serde_json::json;
 
 use super::args::{AgentArgs, AgentForwardArgs, AgentRestartArgs, AgentServeArgs, AgentVerb, Candidates};
-use super::exit::{Exit, Failure, chain};
-use super::output::Talk;
+use super::exit::{Exit, Failure};
 use crate::agent::hostd::{Hostd, HostdError};
 use crate::agent::local::{self, AskError, Question, Reply, Why};
+use crate::agent::log::Log;
 use crate::agent::{self, DirectoryError, Options, PORT, StartError};
-use crate::registration::model::{ContainerName, Token};
+use crate::cli::ui::output::Talk;
+use crate::error::chain;
+use crate::model::registration::{ContainerName, Token};
 
 /// Where the broker token is looked for (wire specification, A.12), the first that is set.
 const TOKEN_VARIABLES: [&str; 2] = ["LANDFALL_HOSTD_BROKER_TOKEN", "TYPECLAW_HOSTD_BROKER_TOKEN"];
@@ -37,8 +39,11 @@ fn serve(args: AgentServeArgs) -> Result<Exit, Failure> {
         directory: args.directory,
         interval: args.interval,
     };
+    let talk = Talk::to_stderr(true);
+    // The agent goes on without a log if the reader of standard error has gone.
+    let log = Log::to(move |line| drop(talk.try_plain(line)));
     let runtime = super::runtime()?;
-    let done = runtime.block_on(agent::run(options));
+    let done = runtime.block_on(agent::run(options, log));
     // What still blocks somewhere is not waited for: everything that had to be finished is.
     runtime.shutdown_background();
     done.map(|()| Exit::Ok).map_err(|error| refused(&error))

@@ -3,16 +3,16 @@
 use serde_json::{Value, json};
 
 use super::args::DeregisterArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::{Colour, Talk};
-use crate::registration::model::FoundBy;
-use crate::rpc::client::{Client, PATIENT_BUDGET};
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Talk};
+use crate::daemon::rpc::client::{Client, PATIENT_BUDGET};
+use crate::model::registration::FoundBy;
 
 /// Deregisters. The daemon finds nothing wrong with a name that it does not know; a person who typed it might.
 pub fn deregister(args: &DeregisterArgs) -> Result<Exit, Failure> {
-    let client = asking::client()?.within(PATIENT_BUDGET);
-    let failed = |error| asking::failed(&error);
+    let client = daemon_client::client()?.within(PATIENT_BUDGET);
+    let failed = |error| daemon_client::failed(&error);
     // Waits until the registrations of the last daemon are back, so that the name is not missed in the list.
     client.call(&json!({ "kind": "status", "containerName": args.name })).map_err(failed)?;
     refuse_what_comes_back(&client, &args.name)?;
@@ -28,7 +28,8 @@ pub fn deregister(args: &DeregisterArgs) -> Result<Exit, Failure> {
 
 /// What the daemon finds by itself is registered again in the next moment.
 fn refuse_what_comes_back(client: &Client, name: &str) -> Result<(), Failure> {
-    let containers = asking::describe(client)?.into_iter().flat_map(|description| description.containers);
+    let containers =
+        daemon_client::describe(client)?.into_iter().flat_map(|description| description.containers);
     let found_by = containers.filter(|own| own.state.container_name == name).find_map(|own| own.found_by);
     let why = match found_by {
         Some(FoundBy::Label) => "its label says that it is",

@@ -3,16 +3,16 @@
 use serde_json::{Value, json};
 
 use super::args::DetachArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::{Colour, Talk};
-use crate::rpc::client::PATIENT_BUDGET;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Talk};
+use crate::daemon::rpc::client::PATIENT_BUDGET;
 
 /// Detaches.
 pub fn detach(args: &DetachArgs) -> Result<Exit, Failure> {
-    let client = asking::client()?.within(PATIENT_BUDGET);
+    let client = daemon_client::client()?.within(PATIENT_BUDGET);
     let request = json!({ "kind": "detach", "containerName": args.name });
-    let answer = client.call(&request).map_err(|error| asking::failed(&error))?;
+    let answer = client.call(&request).map_err(|error| daemon_client::failed(&error))?;
     let off = answer.get("off").and_then(Value::as_bool).unwrap_or(false);
     let name = answer.get("containerName").and_then(Value::as_str).unwrap_or(&args.name);
     let talk = Talk::to_stdout(args.json);

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::PlainArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::{Colour, Report, Talk};
-use crate::rpc::client::Client;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Report, Talk};
+use crate::daemon::rpc::client::Client;
 
 /// How long the daemon may take: its jobs and its engine have bounds of their own within this.
 const STOP_MAX: Duration = Duration::from_secs(60);
@@ -20,7 +20,7 @@ const TELL_AFTER: Duration = Duration::from_secs(3);
 
 /// Stops the daemon; none is as good.
 pub fn down(args: &PlainArgs) -> Result<Exit, Failure> {
-    let home = asking::home()?;
+    let home = daemon_client::home()?;
     let talk = Talk::to_stdout(args.json);
     let request = json!({ "kind": "shutdown", "engine": "drain" });
     match Client::new(home.socket()).call(&request) {
@@ -29,7 +29,7 @@ pub fn down(args: &PlainArgs) -> Result<Exit, Failure> {
             tell(args, talk, "absent", "no daemon runs");
             return Ok(Exit::Ok);
         }
-        Err(error) => return Err(asking::failed(&error)),
+        Err(error) => return Err(daemon_client::failed(&error)),
     }
     let began = Instant::now();
     let mut told = false;

@@ -3,20 +3,21 @@
 use jiff::tz::TimeZone;
 
 use super::args::EventsArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::Talk;
-use super::sentence::sentence;
-use crate::rpc::client::CallError;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::Talk;
+use crate::cli::ui::sentence::sentence;
+use crate::daemon::rpc::client::CallError;
 
 /// Tells until the daemon ends, or somebody asks us to.
 pub fn events(args: &EventsArgs) -> Result<Exit, Failure> {
-    let mut lines = asking::client()?.events(args.container.as_deref()).map_err(|error| match error {
-        CallError::Invalid => {
-            asking::failed(&CallError::Refused("the daemon does not tell events".to_owned()))
-        }
-        error => asking::failed(&error),
-    })?;
+    let mut lines =
+        daemon_client::client()?.events(args.container.as_deref()).map_err(|error| match error {
+            CallError::Invalid => {
+                daemon_client::failed(&CallError::Refused("the daemon does not tell events".to_owned()))
+            }
+            error => daemon_client::failed(&error),
+        })?;
     let talk = Talk::to_stdout(args.json);
     let zone = TimeZone::system();
     loop {
@@ -27,7 +28,7 @@ pub fn events(args: &EventsArgs) -> Result<Exit, Failure> {
                     Failure::new(Exit::NoDaemon, "the daemon has ended").hint("landfall up starts one")
                 );
             }
-            Err(error) => return Err(asking::failed(&error)),
+            Err(error) => return Err(daemon_client::failed(&error)),
         };
         let written =
             if args.json { talk.try_plain(&line) } else { talk.try_plain(&sentence(talk, &line, &zone)) };

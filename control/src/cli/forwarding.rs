@@ -9,14 +9,14 @@ use landfall_engine::opener::client::Target;
 
 use super::args::{Common, Ring};
 use super::exit::{Exit, Failure};
-use super::output::{Report, Talk};
-use crate::forward::registered::{Registered, Unregistered, Wish};
-use crate::forward::{ForwardError, Options, Session, Wakeup};
-use crate::native::driver::Sink;
-use crate::paths::Home;
-use crate::registration::model::Way;
-use crate::rpc::client::Client;
-use crate::waiting::{Signals, Watched};
+use crate::cli::foreground::native_driver::Sink;
+use crate::cli::foreground::registered::{Registered, Unregistered, Wish};
+use crate::cli::foreground::{ForwardError, Options, Session, Wakeup};
+use crate::cli::ui::output::{Report, Talk};
+use crate::daemon::rpc::client::Client;
+use crate::model::registration::Way;
+use crate::sys::event_loop::{Signals, Watched};
+use crate::sys::paths::Home;
 
 /// One namespace that is forwarded.
 pub enum Forwarding {

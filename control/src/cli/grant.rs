@@ -4,15 +4,15 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::args::GrantArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::{Colour, Report, Talk};
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Report, Talk};
+use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::model::grants::{GrantFact, GrantState, Right};
-use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
 
 /// Grants.
 pub fn grant(args: &GrantArgs) -> Result<Exit, Failure> {
-    let client = asking::client_of_running()?;
+    let client = daemon_client::client_of_running()?;
     let grants = give(&client, &args.name, &args.what)?;
     let talk = Talk::to_stdout(args.json);
     show(talk, args.json, &args.name, &grants);
@@ -41,11 +41,11 @@ pub(super) fn change(client: &Client, request: &Value) -> Result<Vec<GrantFact>,
             Failure::new(Exit::Refused, "the daemon that runs is another build, which has no grants")
                 .hint("landfall up puts this build in its place")
         }
-        error => asking::failed(&error),
+        error => daemon_client::failed(&error),
     })?;
     serde_json::from_value::<Answer>(answer)
         .map(|answer| answer.grants)
-        .map_err(|error| asking::other_build(&error))
+        .map_err(|error| daemon_client::other_build(&error))
 }
 
 /// Prints the rights of a container.

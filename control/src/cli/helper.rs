@@ -1,8 +1,9 @@
 //! `landfall _helper`: the first process of the helper's container.
 
 use super::args::HelperArgs;
-use super::exit::{Exit, Failure, chain};
-use crate::helper::serve::{Bounds, serve};
+use super::exit::{Exit, Failure};
+use crate::docker::helper_container::serve::{Bounds, serve};
+use crate::error::chain;
 
 /// The program that an opener is: this one.
 const PROGRAM: &str = "/proc/self/exe";

@@ -9,16 +9,17 @@ use std::time::Duration;
 use jiff::SignedDuration;
 
 use super::args::{DaemonArgs, LauncherArgs};
-use super::asking::ROOTS_HOME;
-use super::exit::{Exit, Failure, chain};
+use super::exit::{Exit, Failure};
 use crate::broker::message::Extensions;
+use crate::cli::daemon_client::ROOTS_HOME;
+use crate::daemon::tailscale::CALL_TIMEOUT;
 use crate::daemon::{self, Options, StartError};
 use crate::docker::CONTEXT_BYTES_MAX;
-use crate::paths::{Home, HomeError};
-use crate::policy;
+use crate::error::chain;
+use crate::model::port_policy;
 use crate::sys::launcher::split;
+use crate::sys::paths::{Home, HomeError};
 use crate::sys::token_variables;
-use crate::tailscale::CALL_TIMEOUT;
 
 /// How often it is looked whether containers still exist; a duration such as `30s`.
 const GC_INTERVAL: &str = "LANDFALL_GC_INTERVAL";
@@ -79,7 +80,7 @@ fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Resul
     let set = |name| variable(name).filter(|value| !value.is_empty());
     Ok(Options {
         home,
-        http_port: args.http_port.unwrap_or(policy::HTTP_PORT),
+        http_port: args.http_port.unwrap_or(port_policy::HTTP_PORT),
         http_bind: args.http_bind,
         restart: !args.no_restart,
         discover_all: args.all,

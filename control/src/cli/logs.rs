@@ -11,17 +11,18 @@ use std::time::Duration;
 use jiff::tz::TimeZone;
 
 use super::args::LogsArgs;
-use super::asking;
-use super::exit::{Exit, Failure, chain};
-use super::output::Talk;
-use super::sentence::sentence;
+use super::exit::{Exit, Failure};
+use crate::cli::daemon_client;
+use crate::cli::ui::output::Talk;
+use crate::cli::ui::sentence::sentence;
+use crate::error::chain;
 
 /// How often a log that is followed is looked at.
 const POLL: Duration = Duration::from_millis(200);
 
 /// Tells the last lines, and goes on if that is asked for.
 pub fn logs(args: &LogsArgs) -> Result<Exit, Failure> {
-    let home = asking::home()?;
+    let home = daemon_client::home()?;
     let path = home.daemon_log();
     let unreadable = |error: &io::Error| {
         let failure = Failure::new(Exit::Failed, format!("cannot read {}: {}", path.display(), chain(error)));

@@ -5,27 +5,27 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use serde_json::json;
 
 use super::args::LsArgs;
-use super::asking::{self, Container};
 use super::exit::{Exit, Failure};
-use super::output::{Report, Talk};
-use super::table::{NOTHING, table};
 use super::traffic;
-use crate::discovery::report::{Forwarded, Found};
+use crate::cli::daemon_client::{self, Container};
+use crate::cli::ui::output::{Report, Talk};
+use crate::cli::ui::table::{NOTHING, table};
+use crate::daemon::discovery::report::{Forwarded, Found};
+use crate::daemon::rpc::client::Client;
+use crate::model::forward_table::{ContainerState, ForwardPath, ForwardRow, Reached, RowState};
 use crate::model::grants::{GrantFact, GrantState};
+use crate::model::registration::FoundBy;
 use crate::model::size::ByteSize;
-use crate::reconcile::table::{ContainerState, ForwardPath, ForwardRow, Reached, RowState};
-use crate::registration::model::FoundBy;
-use crate::rpc::client::Client;
 
 const HEADING: [&str; 9] = ["NAME", "STATE", "PORT", "HOST", "PATH", "PROCESS", "CONNS", "BYTES", "WHY"];
 
 /// Lists.
 pub fn ls(args: &LsArgs) -> Result<Exit, Failure> {
-    let client = asking::client()?;
+    let client = daemon_client::client()?;
     if args.all {
         return every_container(&client, args.json);
     }
-    let mut description = asking::described(&client)?;
+    let mut description = daemon_client::described(&client)?;
     traffic::count(&mut description.containers);
     let talk = Talk::to_stdout(args.json);
     if args.json {
@@ -50,7 +50,7 @@ pub fn ls(args: &LsArgs) -> Result<Exit, Failure> {
 
 /// What Docker has, and why it is forwarded or not.
 fn every_container(client: &Client, json: bool) -> Result<Exit, Failure> {
-    let found = asking::containers(client)?;
+    let found = daemon_client::containers(client)?;
     let talk = Talk::to_stdout(json);
     if json {
         talk.plain(&json!({ "containers": found }).to_string());

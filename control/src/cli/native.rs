@@ -5,17 +5,18 @@ use std::num::NonZeroU16;
 use landfall_engine::native::Supervisor;
 
 use super::args::{Net, Ring, RunArgs};
-use super::asking;
-use super::exit::{Exit, Failure, chain};
+use super::exit::{Exit, Failure};
 use super::forwarding::Forwarding;
-use super::output::{Report, Talk};
-use crate::native::driver::RunDriver;
-use crate::native::{Sockets, VARIABLE};
-use crate::paths::Home;
-use crate::policy::ControlPorts;
-use crate::rpc::client::{Client, PROBE_BUDGET};
-use crate::sandbox::keeper::Keeper;
-use crate::sandbox::{Filtered, Sandbox};
+use crate::cli::daemon_client;
+use crate::cli::foreground::native_driver::RunDriver;
+use crate::cli::ui::output::{Report, Talk};
+use crate::daemon::rpc::client::{Client, PROBE_BUDGET};
+use crate::error::chain;
+use crate::model::native_sockets::{Sockets, VARIABLE};
+use crate::model::port_policy::ControlPorts;
+use crate::sys::paths::Home;
+use crate::sys::sandbox::keeper::Keeper;
+use crate::sys::sandbox::{Filtered, Sandbox};
 
 /// A command that will run under the filter of native sockets.
 pub(super) struct NativeSockets {
@@ -119,12 +120,12 @@ fn chosen(args: &RunArgs, variable: Option<String>, daemon: Option<Sockets>) -> 
 }
 
 /// The daemon that will forward, as it describes itself.
-fn daemon_of(args: &RunArgs) -> Option<asking::Description> {
+fn daemon_of(args: &RunArgs) -> Option<daemon_client::Description> {
     if args.common.no_daemon || args.common.ring != Ring::Auto {
         return None;
     }
     let home = Home::from_environment().ok().filter(|home| home.socket().exists())?;
-    asking::describe(&Client::new(home.socket()).within(PROBE_BUDGET)).ok().flatten()
+    daemon_client::describe(&Client::new(home.socket()).within(PROBE_BUDGET)).ok().flatten()
 }
 
 #[cfg(test)]

@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::args::{RegisterArgs, WayArgs};
-use super::asking;
-use super::exit::{Exit, Failure, chain};
-use super::output::{Colour, Talk};
+use super::exit::{Exit, Failure};
 use super::start::{self, Folder};
-use crate::devcontainer::{Devcontainer, Exposure, exposure, exposure_of_file};
-use crate::processes;
-use crate::registration::model::{Token, Way};
-use crate::rpc::client::PATIENT_BUDGET;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Talk};
+use crate::daemon::rpc::client::PATIENT_BUDGET;
+use crate::error::chain;
+use crate::launch::devcontainer::{Devcontainer, Exposure, exposure, exposure_of_file};
+use crate::model::registration::{Token, Way};
+use crate::sys::processes;
 
 /// The longest token that is read from a file, in bytes; the ones in use have 43.
 const TOKEN_BYTES_MAX: u64 = 4096;
@@ -20,8 +21,8 @@ const TOKEN_BYTES_MAX: u64 = 4096;
 /// Registers.
 pub fn register(args: &RegisterArgs) -> Result<Exit, Failure> {
     let request = request(args)?;
-    let client = asking::client_of_running()?;
-    client.within(PATIENT_BUDGET).call(&request).map_err(|error| asking::failed(&error))?;
+    let client = daemon_client::client_of_running()?;
+    client.within(PATIENT_BUDGET).call(&request).map_err(|error| daemon_client::failed(&error))?;
     let talk = Talk::to_stdout(args.json);
     if args.json {
         talk.plain(&json!({ "registered": args.name }).to_string());
@@ -54,7 +55,7 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
     })?;
     // Last, since it may ask a question.
     let folder = Folder { path: cwd.clone(), text: text.to_owned() };
-    let (home, options) = (asking::home()?, args.options());
+    let (home, options) = (daemon_client::home()?, args.options());
     let file = start::read_for_registration(&folder, &home, options.is_none(), args.json)?;
     // Whether there is such a container, and what its labels say, only the daemon may ever know.
     let (Exposure { policy, notes, .. }, folder_ports) =

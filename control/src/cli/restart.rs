@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::RestartArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::{Colour, Talk};
 use super::start;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Talk};
+use crate::daemon::rpc::client::{CallError, Lines, PATIENT_BUDGET};
 use crate::docker::context::TOO_LARGE;
-use crate::events::Event;
-use crate::rpc::client::{CallError, Lines, PATIENT_BUDGET};
+use crate::model::event::Event;
 
 /// Restarts, and waits for what comes of it.
 pub fn restart(args: &RestartArgs) -> Result<Exit, Failure> {
-    let client = asking::client_of_running()?;
-    let failed = |error| asking::failed(&error);
+    let client = daemon_client::client_of_running()?;
+    let failed = |error| daemon_client::failed(&error);
     let events = match client.events(Some(&args.name)) {
         _ if args.no_wait => None,
         // The reference does not tell events.

@@ -3,14 +3,14 @@
 use serde_json::json;
 
 use super::args::RevokeArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
 use super::grant;
-use super::output::Talk;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::Talk;
 
 /// Revokes.
 pub fn revoke(args: &RevokeArgs) -> Result<Exit, Failure> {
-    let client = asking::client_of_running()?;
+    let client = daemon_client::client_of_running()?;
     let request = json!({ "kind": "revoke", "containerName": args.name.as_str(), "what": args.what });
     let grants = grant::change(&client, &request).map_err(|failure| {
         let of_registration = failure.message.contains(" comes with the registration of ");

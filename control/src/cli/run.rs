@@ -15,17 +15,18 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 
 use super::args::{Net, RunArgs};
-use super::exit::{Exit, Failure, chain};
+use super::exit::{Exit, Failure};
 use super::forwarding::Forwarding;
 use super::native::NativeSockets;
-use super::output::{Report, Talk};
 use super::register;
-use crate::forward::{ForwardError, Wakeup};
-use crate::name;
-use crate::sandbox::pasta::{self, Pasta, PastaError};
-use crate::sandbox::remains::Namespace;
-use crate::sandbox::{Sandbox, SandboxError, Step};
-use crate::waiting::{Origin, Signals, Watched};
+use crate::cli::foreground::{ForwardError, Wakeup};
+use crate::cli::ui::output::{Report, Talk};
+use crate::error::chain;
+use crate::model::name;
+use crate::sys::event_loop::{Origin, Signals, Watched};
+use crate::sys::sandbox::pasta::{self, Pasta, PastaError};
+use crate::sys::sandbox::remains::Namespace;
+use crate::sys::sandbox::{Sandbox, SandboxError, Step};
 
 /// How long connections may go on after the command has ended: what it sent last may still be on its way.
 const PATIENCE: Duration = Duration::from_secs(3);

@@ -8,27 +8,28 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::args::StartArgs;
-use super::asking;
-use super::exit::{Exit, Failure, chain};
+use super::exit::{Exit, Failure};
 use super::grant;
-use super::output::{Colour, Report, Talk};
 use super::trust;
-use crate::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, exposure_of_file};
-use crate::discovery::labels;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Report, Talk};
+use crate::daemon::discovery::labels;
+use crate::daemon::http::gateway::Gateway;
+use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::docker::context::TOO_LARGE;
 use crate::docker::labels::ContainerLabels;
 use crate::docker::rebuild::own_image;
 use crate::docker::{CONTEXT_BYTES_MAX, Docker, DockerError, FOLDER_LABEL, Listed};
-use crate::http::gateway::Gateway;
+use crate::error::chain;
+use crate::launch::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, exposure_of_file};
+use crate::launch::{self, Hands, Image, Recipe, Tokens};
+use crate::model::forward_table::{ForwardRow, RowState};
 use crate::model::grants::Right;
-use crate::paths::Home;
-use crate::policy::PortList;
-use crate::processes::ProcessFact;
-use crate::reconcile::table::{ForwardRow, RowState};
-use crate::registration::model::{ContainerName, Way};
-use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
-use crate::start::{self, Hands, Image, Recipe, Tokens};
+use crate::model::port_policy::PortList;
+use crate::model::registration::{ContainerName, Way};
 use crate::sys::held_port::HeldPort;
+use crate::sys::paths::Home;
+use crate::sys::processes::ProcessFact;
 
 /// The time that the daemon has to listen on the gateway, and the interval between looks.
 const GATEWAY_MAX: Duration = Duration::from_secs(2);
@@ -37,7 +38,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Starts.
 pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     let folder = folder(args.folder.as_deref())?;
-    let name = args.name.clone().or_else(|| start::name_of(&folder.path)).ok_or_else(|| {
+    let name = args.name.clone().or_else(|| launch::name_of(&folder.path)).ok_or_else(|| {
         Failure::new(Exit::Usage, format!("{} has no name that a container could have", folder.text))
             .hint("say one with --name")
     })?;
@@ -54,9 +55,9 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     if let Some(other) = listed.iter().find(|other| other.name == name) {
         return Err(exists(other, &folder.text));
     }
-    let home = asking::home()?;
+    let home = daemon_client::home()?;
     let client = Client::new(home.socket()).within(PATIENT_BUDGET);
-    let http_port = asking::ensured(home.clone(), Vec::new())?.http_port;
+    let http_port = daemon_client::ensured(home.clone(), Vec::new())?.http_port;
     is_free(&client, &name)?;
     runtime.block_on(gateway_is_ours(&client, &docker, http_port))?;
     trust::offer(&folder, &home, args.policy().is_none(), args.json)?;
@@ -100,7 +101,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
         "challengeRequired": true, "httpSocket": true,
     });
     let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
-    runtime.block_on(start::start(&mut hands))?;
+    runtime.block_on(launch::start(&mut hands))?;
     if args.allow_rebuild {
         grant::give(&client, name.as_str(), &[Right::Rebuild]).map_err(|failure| Failure {
             message: format!("{name} runs without the right to rebuild: {}", failure.message),
@@ -199,7 +200,7 @@ fn exists(other: &Listed, folder: &str) -> Failure {
 
 /// What somebody registered under the name in another way is not replaced.
 fn is_free(client: &Client, name: &ContainerName) -> Result<(), Failure> {
-    let Some(description) = asking::describe(client)? else { return Ok(()) };
+    let Some(description) = daemon_client::describe(client)? else { return Ok(()) };
     let holder = description.containers.iter().find(|other| other.state.container_name == name.as_str());
     match holder.and_then(|holder| holder.state.way.as_ref()) {
         Some(way) if !way.starts_with("docker") && way != "websocket" => {
@@ -224,7 +225,7 @@ fn http_directory(home: &Home, name: &ContainerName) -> Result<String, Failure> 
 async fn gateway_is_ours(client: &Client, docker: &Docker, port: NonZeroU16) -> Result<(), Failure> {
     let until = Instant::now() + GATEWAY_MAX;
     loop {
-        let described = asking::describe(client)?;
+        let described = daemon_client::describe(client)?;
         match described.and_then(|described| described.http.gateway) {
             Some(Gateway::Held { by }) => return Err(held(&by)),
             Some(Gateway::Listening { .. } | Gateway::Elsewhere { .. }) => return Ok(()),
@@ -301,7 +302,7 @@ impl Hands for Doing<'_> {
         let mut request = self.fixed.clone();
         request["restartToken"] = tokens.restart.reveal().into();
         request["brokerToken"] = tokens.broker.reveal().into();
-        self.client.call(&request).map(drop).map_err(|error| asking::failed(&error))
+        self.client.call(&request).map(drop).map_err(|error| daemon_client::failed(&error))
     }
 
     fn deregister(&mut self) {
@@ -321,7 +322,7 @@ pub(super) fn deregister(client: &Client, name: &ContainerName) -> Result<(), Ca
 }
 
 fn tell(client: &Client, name: &ContainerName, image: &str, talk: Talk, as_json: bool) {
-    let described = asking::describe(client).ok().flatten();
+    let described = daemon_client::describe(client).ok().flatten();
     let containers = described.into_iter().flat_map(|described| described.containers);
     let own = containers.into_iter().find(|container| container.state.container_name == name.as_str());
     let (grants, rows) = own.map(|own| (own.grants, own.state.forwards)).unwrap_or_default();

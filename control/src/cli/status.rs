@@ -5,21 +5,21 @@
 use serde_json::{Map, Value, json};
 
 use super::args::StatusArgs;
-use super::asking::{self, Container, Description};
 use super::exit::{Exit, Failure};
 use super::grant;
 use super::ls;
-use super::output::{Colour, Talk};
 use super::traffic;
 use super::trust;
 use super::up::{engine_in_words, tell_helper, tell_http};
-use crate::reconcile::table::{Reached, RowState};
-use crate::rpc::client::{CallError, Client, PATIENT_BUDGET};
+use crate::cli::daemon_client::{self, Container, Description};
+use crate::cli::ui::output::{Colour, Talk};
+use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
+use crate::model::forward_table::{Reached, RowState};
 use crate::sys::launcher::LauncherState;
 
 /// Tells how the daemon is, or one container.
 pub fn status(args: &StatusArgs) -> Result<Exit, Failure> {
-    let client = asking::client()?;
+    let client = daemon_client::client()?;
     match &args.name {
         None => daemon(&client, args.json),
         Some(name) => container(&client, name, args.json),
@@ -28,7 +28,7 @@ pub fn status(args: &StatusArgs) -> Result<Exit, Failure> {
 }
 
 fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
-    let description = asking::describe(client)?;
+    let description = daemon_client::describe(client)?;
     let ours = description.is_some();
     let description = description.map_or_else(|| ask_in_parts(client), Ok)?;
     let talk = Talk::to_stdout(json);
@@ -88,7 +88,7 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
 
 /// The reference has no answer that holds everything.
 fn ask_in_parts(client: &Client) -> Result<Description, Failure> {
-    let ask = |kind| client.ask(kind).map_err(|error| asking::failed(&error));
+    let ask = |kind| client.ask(kind).map_err(|error| daemon_client::failed(&error));
     let (version, http, list) = (ask("version")?, ask("http-info")?, ask("list")?);
     let mut described = Map::new();
     described
@@ -101,14 +101,14 @@ fn ask_in_parts(client: &Client) -> Result<Description, Failure> {
         json!({ "containerName": field("containerName"), "cwd": field("cwd"), "state": "off", "forwards": [] })
     });
     described.insert("containers".to_owned(), containers.collect());
-    serde_json::from_value(described.into()).map_err(|_| asking::failed(&CallError::Invalid))
+    serde_json::from_value(described.into()).map_err(|_| daemon_client::failed(&CallError::Invalid))
 }
 
 fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
     let asked = json!({ "kind": "status", "containerName": name });
-    let answer = client.within(PATIENT_BUDGET).call(&asked).map_err(|error| asking::failed(&error))?;
-    let (cwd, ports) = read(&answer).map_err(|error| asking::failed(&error))?;
-    let detail = asking::describe(client)?.into_iter().flat_map(|description| description.containers);
+    let answer = client.within(PATIENT_BUDGET).call(&asked).map_err(|error| daemon_client::failed(&error))?;
+    let (cwd, ports) = read(&answer).map_err(|error| daemon_client::failed(&error))?;
+    let detail = daemon_client::describe(client)?.into_iter().flat_map(|description| description.containers);
     let mut detail: Vec<Container> = detail.filter(|one| one.state.container_name == name).take(1).collect();
     traffic::count(&mut detail);
     let detail = detail.pop();
@@ -153,7 +153,8 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
 fn read(answer: &Value) -> Result<(String, Vec<u16>), CallError> {
     let cwd = answer.get("cwd").and_then(Value::as_str).ok_or(CallError::Invalid)?;
     let ports = answer.get("forwardedPorts").and_then(Value::as_array).into_iter().flatten();
-    let mut ports: Vec<u16> = ports.filter_map(crate::policy::port_of).map(|port| port.get()).collect();
+    let mut ports: Vec<u16> =
+        ports.filter_map(crate::model::port_policy::port_of).map(|port| port.get()).collect();
     ports.sort_unstable();
     Ok((cwd.to_owned(), ports))
 }

@@ -5,13 +5,13 @@ use std::path::Path;
 use serde_json::json;
 
 use super::args::StopArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::{Colour, Talk};
 use super::start::{self, refused};
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Talk};
+use crate::daemon::rpc::client::{Client, PATIENT_BUDGET};
 use crate::docker::{self, Docker, FOLDER_LABEL, Listed};
-use crate::registration::model::ContainerName;
-use crate::rpc::client::{Client, PATIENT_BUDGET};
+use crate::model::registration::ContainerName;
 
 /// Stops.
 pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
@@ -19,12 +19,12 @@ pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
     let docker = Docker::from_environment();
     let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
     let name = which(args.what.as_deref(), &listed)?;
-    let home = asking::home()?;
+    let home = daemon_client::home()?;
     let client = Client::new(home.socket()).within(PATIENT_BUDGET);
     // First, as nothing is to be forwarded to what is being stopped (wire specification, A.9). A daemon that does not run
     // forgets the container when it starts and does not find it.
     match start::deregister(&client, &name) {
-        Err(error) if !error.is_absent() => return Err(asking::failed(&error)),
+        Err(error) if !error.is_absent() => return Err(daemon_client::failed(&error)),
         _ => {}
     }
     runtime.block_on(docker.remove(&name)).map_err(|error| refused(&error))?;

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use super::asking::Container;
-use crate::reconcile::table::{ForwardPath, ForwardRow};
+use crate::cli::daemon_client::Container;
+use crate::model::forward_table::{ForwardPath, ForwardRow};
 
 /// Fills in the counters of native ports: those of the connections that are open now. Where the kernel does not report them
 /// they stay 0.

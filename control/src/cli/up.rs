@@ -8,17 +8,18 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::args::UpArgs;
-use super::asking::{self, Description};
-use super::exit::{Exit, Failure, chain};
-use super::output::{Colour, Report, Talk};
+use super::exit::{Exit, Failure};
 use super::trust;
-use crate::helper::program::Program;
-use crate::helper::{ACCESS, HelperFacts, HelperState};
-use crate::http::gateway::{Gateway, HttpFacts};
-use crate::policy;
-use crate::reconcile::table::EngineFacts;
-use crate::rpc::client::Client;
-use crate::rpc::ensure::{Ensured, Wanted};
+use crate::cli::daemon_client::{self, Description};
+use crate::cli::ui::output::{Colour, Report, Talk};
+use crate::daemon::http::gateway::{Gateway, HttpFacts};
+use crate::daemon::rpc::client::Client;
+use crate::daemon::rpc::ensure::{Ensured, Wanted};
+use crate::docker::helper_container::program::Program;
+use crate::docker::helper_container::{ACCESS, HelperFacts, HelperState};
+use crate::error::chain;
+use crate::model::forward_table::EngineFacts;
+use crate::model::port_policy;
 use crate::sys::token_variables;
 use crate::version;
 
@@ -32,7 +33,7 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// Starts the daemon, or finds it, or puts this build in the place of another one.
 pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
-    let home = asking::home()?;
+    let home = daemon_client::home()?;
     let client = Client::new(home.socket());
     if args.foreground {
         return become_daemon(args, &client);
@@ -41,7 +42,7 @@ pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
         // The daemon is this program, too, and would find out when nobody looks.
         Program::own().map_err(|error| Failure::new(Exit::Refused, chain(&error)).hint(error.hint()))?;
     }
-    let ensured = asking::ensured(home, args.daemon.words())?;
+    let ensured = daemon_client::ensured(home, args.daemon.words())?;
     let description = described(&client)?;
     let talk = Talk::to_stdout(args.json);
     if args.json {
@@ -57,7 +58,7 @@ pub fn up(args: &UpArgs) -> Result<Exit, Failure> {
 fn described(client: &Client) -> Result<Option<Description>, Failure> {
     let start = Instant::now();
     loop {
-        let description = asking::describe(client)?;
+        let description = daemon_client::describe(client)?;
         let helper = description.as_ref().and_then(|description| description.docker_helper.as_ref());
         let starts = helper.is_some_and(|helper| helper.state == HelperState::Starting);
         let replays = description.as_ref().is_some_and(|description| !description.replayed);
@@ -73,7 +74,7 @@ fn become_daemon(args: &UpArgs, client: &Client) -> Result<Exit, Failure> {
     if client.is_reachable() {
         return Err(Failure::new(Exit::Refused, "a daemon runs already").hint("landfall down stops it"));
     }
-    let wanted = Wanted::own(asking::home()?, args.daemon.words());
+    let wanted = Wanted::own(daemon_client::home()?, args.daemon.words());
     let mut command = Command::new(&wanted.program);
     command.arg0("landfall").arg("_hostd").args(&wanted.arguments);
     let error = token_variables::remove_from(&mut command).exec();
@@ -193,7 +194,7 @@ fn warn_of_what_was_ignored(args: &UpArgs, ensured: &Ensured, description: Optio
         let hint = Some("landfall down, and up again with them".to_owned());
         talk.report(&Report::Warning { text, hint });
     }
-    let wanted = args.daemon.http_port.unwrap_or(policy::HTTP_PORT);
+    let wanted = args.daemon.http_port.unwrap_or(port_policy::HTTP_PORT);
     if ensured.spawned && wanted != 0 && wanted != ensured.http_port.get() {
         let text =
             format!("port {wanted} is in use; containers reach the daemon at {} now", ensured.http_port);

@@ -3,16 +3,17 @@
 use serde_json::{Value, json};
 
 use super::args::PlainArgs;
-use super::asking;
 use super::exit::{Exit, Failure};
-use super::output::{Colour, Talk};
-use crate::rpc::client::PROBE_BUDGET;
+use crate::cli::daemon_client;
+use crate::cli::ui::output::{Colour, Talk};
+use crate::daemon::rpc::client::PROBE_BUDGET;
 use crate::version;
 
 /// Tells both. That no daemon runs is no failure here.
 pub fn version(args: &PlainArgs) -> Result<Exit, Failure> {
     let own = version::current();
-    let answer = asking::client().ok().and_then(|client| client.within(PROBE_BUDGET).ask("version").ok());
+    let answer =
+        daemon_client::client().ok().and_then(|client| client.within(PROBE_BUDGET).ask("version").ok());
     let daemon = answer.as_ref().and_then(|answer| answer.get("version")).and_then(Value::as_str);
     let fits = daemon.map(|daemon| version::fits(daemon, &own));
     let talk = Talk::to_stdout(args.json);

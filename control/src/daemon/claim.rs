@@ -16,7 +16,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::paths::{Home, identity_of_name};
+use crate::sys::paths::{Home, identity_of_name};
 use crate::sys::private_file;
 
 /// How long whoever listens at the socket has to say that it is a daemon (wire specification, A.1.3).

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::name::hex;
+use crate::model::name::hex;
 
 /// Where the machine's Docker listens.
 const DOCKER_SOCKET: &str = "/var/run/docker.sock";

@@ -2,8 +2,8 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::name::hex;
-use crate::registration::model::ContainerName;
+use crate::model::name::hex;
+use crate::model::registration::ContainerName;
 
 /// The user that a container was asked to have when it was first made; empty where its image decides. Only landfall gives a
 /// container this label, and no image may have it.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::registration::model::{ContainerName, Registration};
+use crate::model::registration::{ContainerName, Registration};
 
 /// Something that a container may do beyond acting for itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -24,7 +24,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
-use crate::name::hex;
+use crate::model::name::hex;
 
 /// The newest meaning of the fields that this release knows.
 const FORMAT_VERSION: u64 = 1;

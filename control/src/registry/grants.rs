@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
 use crate::model::grants::{self, GrantFact, Grants, Right, RightError};
-use crate::paths::Home;
-use crate::registration::file::{self, Unfit};
-use crate::registration::model::{ContainerName, Registration};
+use crate::model::registration::{ContainerName, Registration};
+use crate::registry::file::{self, Unfit};
+use crate::sys::paths::Home;
 
 /// The reasons to refuse a change of grants. The texts are the wire's.
 #[derive(Debug, Error)]

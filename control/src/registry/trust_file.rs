@@ -17,7 +17,7 @@ use rustix::process::geteuid;
 use thiserror::Error;
 
 use crate::model::trust::{ContentDigest, FolderFile, Trust, TrustFormatError};
-use crate::paths::Home;
+use crate::sys::paths::Home;
 use crate::sys::private_file::{self, ReadError};
 
 /// The name of the file in the home.

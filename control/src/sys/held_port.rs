@@ -7,7 +7,7 @@ use std::num::NonZeroU16;
 use serde::{Deserialize, Serialize};
 
 use super::users::{Holder, is_ours};
-use crate::processes;
+use crate::sys::processes;
 
 /// A port that another process holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

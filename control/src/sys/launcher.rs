@@ -51,9 +51,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::io::Interest;
 
-use crate::paths::{Home, identity_of_file};
-use crate::processes::{self, ProcessFact};
-use crate::registration::model::ContainerName;
+use crate::model::registration::ContainerName;
+use crate::sys::paths::{Home, identity_of_file};
+use crate::sys::processes::{self, ProcessFact};
 use crate::sys::readiness::watched;
 use crate::version;
 

@@ -5,8 +5,8 @@ use std::fmt;
 use landfall_engine::process::privileges::own_uids;
 
 use super::launcher::owners_of_sockets;
-use crate::name::escape;
-use crate::processes::{self, ProcessFact};
+use crate::model::name::escape;
+use crate::sys::processes::{self, ProcessFact};
 
 /// Whether a socket of this user may receive a secret: of root, which the daemon cannot keep anything from; of the daemon's
 /// own user; and of the user that root's engine changes to. Docker publishes ports as root or, rootless, as the daemon's user.

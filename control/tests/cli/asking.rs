@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 
-use landfall::paths::Home;
+use landfall::sys::paths::Home;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -240,7 +240,7 @@ fn without_pasta_there_is_no_way_out_and_that_is_said_once() {
 
 #[test]
 fn pasta_gives_a_way_out_and_ends_with_the_command() {
-    if landfall::sandbox::pasta::find().is_none() || !landfall::sandbox::pasta::tun_is_usable() {
+    if landfall::sys::sandbox::pasta::find().is_none() || !landfall::sys::sandbox::pasta::tun_is_usable() {
         return;
     }
     let mut command = landfall();

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use landfall::rpc::client::Client;
+use landfall::daemon::rpc::client::Client;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

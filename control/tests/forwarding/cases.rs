@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use landfall::reconcile::table::{Reached, RowState};
-use landfall::registration::model::Way;
+use landfall::model::forward_table::{Reached, RowState};
+use landfall::model::registration::Way;
 
 use crate::namespace::{Client, Namespace, ask, until};
 use crate::ports::free_port;

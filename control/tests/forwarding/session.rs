@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 
-use landfall::broker::message::{Announced, ForwardResult};
-use landfall::reconcile::announced::{Announcement, BrokerWord};
-use landfall::reconcile::task::Forwarding;
-use landfall::registration::model::{ContainerName, Registration, Way};
+use landfall::forwarding::broker_link::{Announcement, BrokerWord};
+use landfall::forwarding::driver::Forwarding;
+use landfall::model::announcement::{Announced, ForwardResult};
+use landfall::model::registration::{ContainerName, Registration, Way};
 use landfall_engine::channel::Channel;
 use landfall_engine::opener::{Answer, DialFailure, Request};
 use serde_json::json;

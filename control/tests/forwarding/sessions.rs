@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use landfall::reconcile::announced::Announcement;
-use landfall::reconcile::table::{Reached, RowState};
-use landfall::registration::model::{Registration, Way};
-use landfall::registration::store::Registered;
+use landfall::forwarding::broker_link::Announcement;
+use landfall::model::forward_table::{Reached, RowState};
+use landfall::model::registration::{Registration, Way};
+use landfall::registry::store::Registered;
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 

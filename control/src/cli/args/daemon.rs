@@ -7,13 +7,13 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::daemon::rpc::ensure::{ALL, DOCKER_HELPER, SOCKETS, TAILSCALE};
 use crate::docker::AGENT_DIRECTORY;
 use crate::model::grants::Right;
+use crate::model::native_sockets::Sockets;
+use crate::model::port_policy::{Policy, PortForward, PortList};
+use crate::model::registration::ContainerName;
 use crate::model::size::ByteSize;
-use crate::native::Sockets;
-use crate::policy::{Policy, PortForward, PortList};
-use crate::registration::model::ContainerName;
-use crate::rpc::ensure::{ALL, DOCKER_HELPER, SOCKETS, TAILSCALE};
 
 /// What `up` passes on to the daemon that it starts.
 #[derive(Clone, Debug, Default, Args)]

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::daemon::container_name;
+use crate::model::port_policy::{Policy, PortForward, PortList};
+use crate::model::registration::ContainerName;
 use crate::model::size::ByteSize;
-use crate::policy::{Policy, PortForward, PortList};
-use crate::registration::model::ContainerName;
 
 pub(super) const START_NOTES: &str = "\
 The image is what --image names, else what the folder's devcontainer.json says, else it is built by

@@ -8,18 +8,19 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use crate::cli::args::{AttachArgs, Ring};
-use crate::cli::asking::{self, Container};
-use crate::cli::exit::{Exit, Failure, chain};
-use crate::cli::output::{Colour, Report, Talk};
+use crate::cli::daemon_client::{self, Container};
+use crate::cli::exit::{Exit, Failure};
 use crate::cli::start::{self, Folder};
-use crate::devcontainer::{self, Exposure, exposure, exposure_of_file};
-use crate::discovery::report::{Forwarded, Found};
-use crate::folder::FOREGROUND;
-use crate::policy::{PortForward, PortList};
-use crate::processes::ProcessFact;
-use crate::reconcile::table::{ForwardRow, Reached, RowState};
-use crate::registration::model::{ContainerName, Discovered, FoundBy, Way};
-use crate::rpc::client::{Client, PATIENT_BUDGET};
+use crate::cli::ui::output::{Colour, Report, Talk};
+use crate::daemon::discovery::report::{Forwarded, Found};
+use crate::daemon::rpc::client::{Client, PATIENT_BUDGET};
+use crate::error::chain;
+use crate::launch::devcontainer::{self, Exposure, exposure, exposure_of_file};
+use crate::model::forward_table::{ForwardRow, Reached, RowState};
+use crate::model::port_policy::{PortForward, PortList};
+use crate::model::registration::{ContainerName, Discovered, FoundBy, Way};
+use crate::registry::folder::FOREGROUND;
+use crate::sys::processes::ProcessFact;
 
 /// How long the daemon may take to reach a container that runs, and its ports to settle. It takes milliseconds.
 const REACH_MAX: Duration = Duration::from_secs(5);
@@ -35,7 +36,7 @@ pub(super) fn attach(container: &ContainerName, args: &AttachArgs) -> Result<Exi
         return Err(Failure::new(Exit::Usage, "a container of Docker's is forwarded by the daemon")
             .hint("leave out --no-daemon and --ring, or attach to its process with --pid"));
     }
-    let client = asking::client_of_running()?;
+    let client = daemon_client::client_of_running()?;
     let found = find(&client, container)?;
     let name = match (&args.common.name, &found.registered) {
         (Some(name), _) => name.clone(),
@@ -47,14 +48,14 @@ pub(super) fn attach(container: &ContainerName, args: &AttachArgs) -> Result<Exi
         refuse_change(args, &name)?;
     } else {
         let request = request(&name, container, &found, args)?;
-        client.within(PATIENT_BUDGET).call(&request).map_err(|error| asking::failed(&error))?;
+        client.within(PATIENT_BUDGET).call(&request).map_err(|error| daemon_client::failed(&error))?;
     }
     tell(args, &found, &name, wait_until_reached(&client, &name, found.running)?)
 }
 
 /// The container of this name.
 fn find(client: &Client, name: &ContainerName) -> Result<Found, Failure> {
-    let found = asking::containers(client)?.into_iter().find(|found| found.name == name.as_str());
+    let found = daemon_client::containers(client)?.into_iter().find(|found| found.name == name.as_str());
     found.ok_or_else(|| {
         Failure::new(Exit::Missing, format!("Docker has no container {name}"))
             .hint("landfall ls --all shows what it has")
@@ -101,18 +102,20 @@ fn request(
             .hint("say which of its ports with --allow or --deny, or mend the label"));
     }
     let own = found.port_forward.as_ref().map(PortForward::from_value).transpose();
-    let own = own.map_err(|error| asking::other_build(&error))?;
+    let own = own.map_err(|error| daemon_client::other_build(&error))?;
     let metadata =
         found.devcontainer.as_ref().map(|said| devcontainer::from_metadata(&said.to_string(), None));
-    let metadata = metadata.transpose().map_err(|error| asking::other_build(&error))?.unwrap_or_default();
+    let metadata =
+        metadata.transpose().map_err(|error| daemon_client::other_build(&error))?.unwrap_or_default();
     let file = match &folder {
         Some(folder) => {
-            start::read_for_registration(folder, &asking::home()?, options.is_none(), common.json)?
+            start::read_for_registration(folder, &daemon_client::home()?, options.is_none(), common.json)?
         }
         None => None,
     };
     let image_deny = found.image_deny.as_deref().filter(|_| options.is_none()).map(str::parse).transpose();
-    let image_deny: PortList = image_deny.map_err(|error| asking::other_build(&error))?.unwrap_or_default();
+    let image_deny: PortList =
+        image_deny.map_err(|error| daemon_client::other_build(&error))?.unwrap_or_default();
     let (Exposure { policy, notes, .. }, folder_ports) = exposure_of_file(file, |said| {
         exposure(options.clone(), own.clone(), metadata.clone(), said).denying(&image_deny)
     });
@@ -143,7 +146,7 @@ fn wait_until_reached(client: &Client, name: &str, running: bool) -> Result<Opti
     let deadline = Instant::now() + REACH_MAX;
     let mut reached = None;
     loop {
-        let containers = asking::described(client)?.containers;
+        let containers = daemon_client::described(client)?.containers;
         let own = containers.into_iter().find(|own| own.state.container_name == name);
         let is_settled = own.as_ref().is_some_and(|own| match own.state.state {
             Reached::Reached if own.state.forwards.is_empty() => {

@@ -1,18 +1,18 @@
 //! Whether the daemon's containers are entered by a helper, and whether that would be of use here.
 
 use super::Finding;
-use crate::cli::asking::{self, Description};
-use crate::helper::{ACCESS, HelperState};
-use crate::rpc::client::Client;
+use crate::cli::daemon_client::{self, Description};
+use crate::daemon::rpc::client::Client;
+use crate::docker::helper_container::{ACCESS, HelperState};
 
 const WHAT: &str = "Docker helper";
 
 /// What the daemon says of its helper; without one, whether there is a use for it: Docker is open to this user, and its
 /// containers are closed.
 pub(super) fn helper(is_of_use: bool) -> Finding {
-    let description = crate::paths::Home::from_environment()
+    let description = crate::sys::paths::Home::from_environment()
         .ok()
-        .and_then(|home| asking::describe(&Client::new(home.socket())).ok().flatten());
+        .and_then(|home| daemon_client::describe(&Client::new(home.socket())).ok().flatten());
     finding(description.as_ref(), is_of_use)
 }
 
@@ -41,7 +41,7 @@ fn finding(description: Option<&Description>, is_of_use: bool) -> Finding {
 mod tests {
     use super::super::State;
     use super::*;
-    use crate::helper::HelperFacts;
+    use crate::docker::helper_container::HelperFacts;
 
     fn described(helper: HelperFacts) -> Description {
         let mut description: Description = serde_json::from_str(r#"{"version": "v"}"#).unwrap();

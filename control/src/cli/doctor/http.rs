@@ -4,17 +4,18 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU16;
 
 use super::Finding;
-use crate::cli::asking;
+use crate::cli::daemon_client;
+use crate::daemon::http::gateway::{Gateway, HttpFacts};
 use crate::docker::Docker;
-use crate::http::gateway::{Gateway, HttpFacts};
-use crate::policy;
+use crate::model::port_policy;
 use crate::sys::held_port::HeldPort;
 
 const WHAT: &str = "HTTP for containers";
 
 /// Looks at what the daemon reports, or at the port itself where no daemon runs.
 pub(super) fn http() -> Finding {
-    let described = asking::client().and_then(|client| asking::describe(&client)).ok().flatten();
+    let described =
+        daemon_client::client().and_then(|client| daemon_client::describe(&client)).ok().flatten();
     match described {
         Some(described) => of_daemon(&described.http, described.http_port),
         None => without_daemon(),
@@ -41,7 +42,9 @@ fn of_daemon(http: &HttpFacts, port: Option<u16>) -> Finding {
 }
 
 fn without_daemon() -> Finding {
-    let Some(port) = NonZeroU16::new(policy::HTTP_PORT) else { return Finding::ok(WHAT, "no daemon runs") };
+    let Some(port) = NonZeroU16::new(port_policy::HTTP_PORT) else {
+        return Finding::ok(WHAT, "no daemon runs");
+    };
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
         return Finding::ok(WHAT, "no daemon runs");
     };

@@ -3,10 +3,10 @@
 use super::QUESTION;
 use super::review::Review;
 use crate::cli::exit::Failure;
-use crate::cli::output::{Report, Talk};
 use crate::cli::start::Folder;
-use crate::paths::Home;
+use crate::cli::ui::output::{Report, Talk};
 use crate::registry::trust_file::TrustFile;
+use crate::sys::paths::Home;
 
 /// On a terminal, prints what the files of a folder ask for and asks once whether to approve it. Elsewhere, prints that it has
 /// no effect. The verb continues in each case; nothing is printed where no approval is missing. `with_ports` is whether the

@@ -8,15 +8,16 @@ use jiff::SignedDuration;
 use serde_json::{Value, json};
 
 use super::{failed, report_set_aside, timestamp};
-use crate::cli::exit::{Exit, Failure, chain};
-use crate::cli::output::{Colour, Talk};
+use crate::cli::exit::{Exit, Failure};
 use crate::cli::start::{self, Folder};
-use crate::devcontainer::{Devcontainer, exposure, exposure_of_file};
-use crate::folder::{self, Demand, FolderError, Purpose};
+use crate::cli::ui::output::{Colour, Talk};
+use crate::error::chain;
+use crate::launch::devcontainer::{Devcontainer, exposure, exposure_of_file};
+use crate::model::registration::FolderPorts;
 use crate::model::trust::{ContentDigest, FolderFile, Trust};
-use crate::paths::Home;
-use crate::registration::model::FolderPorts;
+use crate::registry::folder::{self, Demand, FolderError, Purpose};
 use crate::registry::trust_file::TrustFile;
+use crate::sys::paths::Home;
 
 /// The files of a folder that ask for something.
 #[derive(Debug)]

@@ -13,10 +13,10 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::{Place, send};
-use crate::folder::verified;
-use crate::paths::Home;
+use crate::registry::folder::verified;
 use crate::registry::trust_file::TrustFile;
 use crate::sys::launcher::{Invocation, Refusal, Reply};
+use crate::sys::paths::Home;
 
 /// Commands that run. The daemon runs four jobs at a time, and restarts.
 const COMMANDS_MAX: usize = 64;

@@ -12,7 +12,7 @@ use bollard::models::{
 
 use crate::docker::labels::{ContainerLabels, ImageLabels};
 use crate::docker::{AGENT_DIRECTORY, LifeEvent, Listed, Network};
-use crate::registration::model::ContainerName;
+use crate::model::registration::ContainerName;
 
 /// Podman's images of the containers that hold the network of a pod, without their tag.
 const POD_IMAGE: &str = "localhost/podman-pause";

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::{Context, DockerError, Engine};
 use crate::docker::context::ContextError;
-use crate::name::escape;
+use crate::model::name::escape;
 
 /// How long a build may take.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(1_800);

@@ -11,7 +11,7 @@ use super::{Context, CreateContainerOptionsBuilder, DockerError, Engine, Error, 
 use super::{recipe, replace};
 use crate::docker::labels::{ContainerLabels, ImageLabels};
 use crate::docker::rebuild::{UserOfRebuild, own_image};
-use crate::registration::model::ContainerName;
+use crate::model::registration::ContainerName;
 
 /// The most bytes of the answer with one of the container's files of accounts.
 const ACCOUNTS_BYTES_MAX: usize = 1024 * 1024;

@@ -10,7 +10,8 @@ use std::num::NonZeroU16;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::{Announced, LOOPBACK, Scalar, Unreadable};
+use super::{LOOPBACK, Scalar, Unreadable};
+use crate::model::announcement::Announced;
 
 /// The listeners of a snapshot, in the order of the message.
 ///

@@ -1,0 +1,92 @@
+//! The link from `run` to the daemon: the state of its native listeners, sent whole at each change.
+//!
+//! A connection stands for the sandbox as long as it is open, so the daemon forgets the listeners of a `run` that has died.
+//! A thread holds it. When the daemon ends, the thread connects again until there is another daemon, and sends the state
+//! again; the listeners themselves do not depend on it.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use landfall_engine::native::NativeEvent;
+use rustix::net::RecvFlags;
+
+use crate::daemon::rpc::client::Client;
+use crate::model::native_state::NativeState;
+
+/// The interval at which the daemon's end is checked, and at which a lost daemon is looked for.
+const CHECK: Duration = Duration::from_millis(500);
+
+/// Starts to report `events` as those of the registration that `name` holds the name of.
+///
+/// # Errors
+/// Those of starting a thread.
+pub fn start(client: Client, name: Arc<Mutex<String>>, events: Receiver<NativeEvent>) -> io::Result<()> {
+    let work = move || {
+        Link { client, name, state: NativeState::default(), stream: None }.run(&events);
+    };
+    thread::Builder::new().name("native-link".to_owned()).spawn(work).map(drop)
+}
+
+struct Link {
+    client: Client,
+    name: Arc<Mutex<String>>,
+    state: NativeState,
+    stream: Option<UnixStream>,
+}
+
+impl Link {
+    /// Reports until the supervisor has ended.
+    fn run(mut self, events: &Receiver<NativeEvent>) {
+        self.connect();
+        loop {
+            match events.recv_timeout(CHECK) {
+                Ok(event) => {
+                    let mut changed = self.state.apply(&event);
+                    // Events that came together are one message.
+                    while let Ok(event) = events.try_recv() {
+                        changed |= self.state.apply(&event);
+                    }
+                    if changed && self.stream.is_some() {
+                        self.send();
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if self.stream.as_ref().is_none_or(has_ended) {
+                self.connect();
+            }
+        }
+    }
+
+    /// Connects, and sends the state. A daemon that does not know the registration yet is asked again later.
+    fn connect(&mut self) {
+        let name = self.name.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.stream = self.client.native(&name).ok();
+        if self.stream.is_some() {
+            self.send();
+        }
+    }
+
+    fn send(&mut self) {
+        let Some(stream) = &mut self.stream else { return };
+        // A state serialises: it consists of numbers, addresses and words.
+        let Ok(mut line) = serde_json::to_vec(&self.state) else { return };
+        line.push(b'\n');
+        if stream.write_all(&line).is_err() {
+            self.stream = None;
+        }
+    }
+}
+
+/// Whether the daemon has closed its end. It sends nothing.
+fn has_ended(stream: &UnixStream) -> bool {
+    let mut byte = [0; 1];
+    let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+    let received = rustix::net::recv(stream, byte.as_mut_slice(), flags);
+    !matches!(received, Err(rustix::io::Errno::AGAIN) | Ok((1.., _)))
+}

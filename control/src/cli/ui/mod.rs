@@ -1,0 +1,5 @@
+//! What people read: lines, tables, and the sentences for events. No other module prints.
+
+pub mod output;
+pub mod sentence;
+pub mod table;

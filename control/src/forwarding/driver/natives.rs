@@ -1,0 +1,64 @@
+//! Links of supervisors: the state of a sandbox's native listeners, for as long as its `run` is connected.
+
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::Ask;
+use crate::forwarding::driver::event_loop::Driver;
+use crate::model::native_state::NativeState;
+use crate::model::registration::ContainerName;
+
+/// A report of one link.
+#[derive(Debug)]
+pub(super) struct NativeReport {
+    name: ContainerName,
+    /// Of which link: one that was replaced may end later.
+    number: u64,
+    /// None at the end of the link.
+    state: Option<NativeState>,
+}
+
+/// The link of one sandbox. Dropping it forgets its native listeners.
+#[derive(Debug)]
+pub struct NativeLink {
+    pub(super) name: ContainerName,
+    pub(super) number: u64,
+    pub(super) asks: mpsc::UnboundedSender<Ask>,
+}
+
+impl NativeLink {
+    /// Reports the listeners as they are now.
+    pub fn report(&self, state: NativeState) {
+        self.send(Some(state));
+    }
+
+    fn send(&self, state: Option<NativeState>) {
+        let report = NativeReport { name: self.name.clone(), number: self.number, state };
+        // A task that has ended forgets everything.
+        let _ = self.asks.send(Ask::Native(report));
+    }
+}
+
+impl Drop for NativeLink {
+    fn drop(&mut self) {
+        self.send(None);
+    }
+}
+
+impl Driver {
+    pub(super) fn hear_native(&mut self, report: NativeReport) {
+        let NativeReport { name, number, state } = report;
+        let current = self.native_links.get(&name).copied().unwrap_or(0);
+        if number < current {
+            return;
+        }
+        let Some(state) = state else {
+            self.native_links.remove(&name);
+            return self.fleet.native_lost(&name, Instant::now());
+        };
+        self.native_links.insert(name.clone(), number);
+        let changes = self.fleet.native(&name, state, Instant::now());
+        self.tell_all(changes);
+    }
+}

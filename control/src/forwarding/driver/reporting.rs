@@ -1,0 +1,190 @@
+//! What people and programs are told: events in the journal, and the table.
+
+use std::collections::BTreeSet;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+use std::time::Instant;
+
+use landfall_engine::command::Command;
+use tokio::sync::oneshot;
+
+use super::Snapshot;
+use super::containers::Listed;
+use super::owners::Found;
+use crate::forwarding::broker_link::BrokerWord;
+use crate::forwarding::driver::event_loop::{Driver, ENTER_AGAIN, Engine};
+use crate::forwarding::planner::Change;
+use crate::model::event::{Event as JournalEvent, PortForwardEvent};
+use crate::model::forward_table::{ContainerState, ForwardPath, ForwardTable, Reached, RowState};
+use crate::model::registration::ContainerName;
+
+impl Driver {
+    pub(super) fn tell_all(&mut self, changes: Vec<Change>) {
+        for change in changes {
+            let event = match change {
+                Change::Opened { name, port, host_port, bind } => {
+                    self.opened(&name, port, host_port, bind, ForwardPath::Relay)
+                }
+                Change::OpenedNative { name, port, bind } => {
+                    self.opened(&name, port, port, bind, ForwardPath::Native)
+                }
+                Change::Closed { name, port, host_port, why } => PortForwardEvent::PortForwardClosed {
+                    container_name: name.as_str().to_owned(),
+                    port,
+                    host_port,
+                    reason: why.as_str().to_owned(),
+                },
+                Change::Failed { name, port, reason } => PortForwardEvent::PortForwardFailed {
+                    container_name: name.as_str().to_owned(),
+                    port,
+                    reason,
+                },
+                Change::Result { name, result } => {
+                    self.brokers.tell(&name, BrokerWord::Result(result));
+                    continue;
+                }
+                Change::Lost { name, dialled: true, .. } => {
+                    self.dial_later(&name);
+                    continue;
+                }
+                Change::Lost { name, dialled: false, reason } => {
+                    let at = self.containers.iter().position(|container| *container.name() == name);
+                    if let Some(at) = at {
+                        if let Some(container) = self.containers.get_mut(at) {
+                            container.again = Some(Instant::now() + ENTER_AGAIN);
+                        }
+                        self.mark(at, Reached::Unreachable, Some(reason), true);
+                    }
+                    continue;
+                }
+            };
+            self.journal.tell(&JournalEvent::PortForwardEvent { event });
+        }
+    }
+
+    fn opened(
+        &self,
+        name: &ContainerName,
+        port: NonZeroU16,
+        host_port: NonZeroU16,
+        bind: &str,
+        path: ForwardPath,
+    ) -> PortForwardEvent {
+        let container = self.containers.iter().find(|container| container.name() == name);
+        let note = container.and_then(|container| container.registration.note_of(port));
+        PortForwardEvent::PortForwardOpened {
+            container_name: name.as_str().to_owned(),
+            port,
+            host_port,
+            bind_addr: bind.to_owned(),
+            label: note.and_then(|note| note.label.clone()),
+            path,
+            silent: note.is_some_and(|note| note.silent),
+        }
+    }
+
+    pub(super) async fn describe(&mut self, answer: oneshot::Sender<ForwardTable>) {
+        let Engine::Attached(link, _) = &self.engine else {
+            // The caller may have gone.
+            let _ = answer.send(self.table());
+            return;
+        };
+        // An engine of another release may not know the shorter question.
+        let ask = if link.is_ours() { Command::Count } else { Command::Describe };
+        self.tables.retain(|waiting| !waiting.is_closed());
+        self.tables.push(answer);
+        // A link that fails answers those that wait.
+        self.give(&ask, &[]).await;
+    }
+
+    pub(super) fn table(&mut self) -> ForwardTable {
+        self.list_changed();
+        self.snapshot().into()
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let engine = match &self.engine {
+            Engine::Attached(link, _) => {
+                let draining = Arc::strong_count(&self.draining) - 1;
+                Some(link.facts(u32::try_from(draining).unwrap_or(u32::MAX)))
+            }
+            _ => None,
+        };
+        let containers =
+            self.containers.iter().map(|container| Arc::clone(&container.listed.state)).collect();
+        Snapshot { engine, containers }
+    }
+
+    /// Publishes the state after this turn, and has the processes behind new sockets looked up.
+    pub(super) fn publish(&mut self) {
+        self.list_changed();
+        self.owners.look();
+        let settled = self.settled || self.is_idle();
+        self.parts.answers.send_if_modified(|told| std::mem::replace(&mut told.settled, settled) != settled);
+        self.parts.published.publish(self.snapshot());
+    }
+
+    /// Lists the containers about which something changed, and no others.
+    fn list_changed(&mut self) {
+        let stale = self.fleet.take_stale();
+        for at in 0..self.containers.len() {
+            let Some(container) = self.containers.get_mut(at) else { continue };
+            if !container.is_stale && !stale.contains(container.name()) {
+                continue;
+            }
+            let before = container.list(&self.fleet, &mut self.owners);
+            let (name, now) = (container.name().clone(), Arc::clone(&container.listed.state));
+            self.answer_instead(name.as_str(), &before, &now);
+            self.tell_session(at);
+        }
+        self.unlist_gone();
+    }
+
+    /// The ports of a container that answer are those of `now` instead of those of `before`.
+    fn answer_instead(&self, name: &str, before: &ContainerState, now: &ContainerState) {
+        let (before, now) = (answering(before), answering(now));
+        if before == now {
+            return;
+        }
+        self.parts.answers.send_modify(|told| {
+            for port in before.difference(&now) {
+                // Another container may have it by now.
+                if told.ports.get(port).is_some_and(|owner| owner == name) {
+                    told.ports.remove(port);
+                }
+            }
+            for port in now.difference(&before) {
+                told.ports.insert(*port, name.to_owned());
+            }
+        });
+    }
+
+    /// Takes containers that are not there any more, or not as they were, out of what is listed.
+    fn unlist_gone(&mut self) {
+        for (name, Listed { state, inodes }) in std::mem::take(&mut self.gone) {
+            let has = |inode: &&u64| self.containers.iter().any(|one| one.listed.inodes.contains(inode));
+            let kept: BTreeSet<u64> = inodes.iter().filter(has).copied().collect();
+            self.owners.replace(&inodes, &kept);
+            let successor = self.containers.iter().find(|container| *container.name() == name);
+            let now = successor.map(|successor| Arc::clone(&successor.listed.state));
+            let now = now.unwrap_or_else(|| {
+                Arc::new(ContainerState { forwards: Vec::new(), ..ContainerState::clone(&state) })
+            });
+            self.answer_instead(name.as_str(), &state, &now);
+        }
+    }
+
+    /// The processes behind these sockets are known.
+    pub(super) fn on_owners(&mut self, found: Found) {
+        let known = self.owners.take(found);
+        for container in &mut self.containers {
+            container.is_stale |= !container.listed.inodes.is_disjoint(&known);
+        }
+    }
+}
+
+/// The host ports of a container that answer.
+fn answering(state: &ContainerState) -> BTreeSet<NonZeroU16> {
+    let open = state.forwards.iter().filter(|row| row.state == RowState::Open);
+    open.filter_map(|row| NonZeroU16::new(row.host_port)).collect()
+}

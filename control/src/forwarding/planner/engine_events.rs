@@ -1,0 +1,153 @@
+//! What the engine says, taken in.
+
+use std::time::Instant;
+
+use landfall_engine::command::{Event, ForwardId, ForwardState, UpstreamId};
+
+use super::announced::Over;
+use super::{Change, ClosedReason, Failure, Fleet, Forward, Status};
+use crate::forwarding::planner::observation::{Listeners, Observation};
+
+impl Fleet {
+    /// Takes in an event of the engine; what it says of something unknown changes nothing.
+    pub fn hear(&mut self, event: &Event, now: Instant) -> Vec<Change> {
+        match event {
+            Event::Listeners { upstream, opened, closed } => {
+                if let Some(known) = self.upstreams.get_mut(upstream) {
+                    known.seen.get_or_insert_default().update(opened, closed);
+                    self.forget_stubs(*upstream);
+                    self.mark_owner(*upstream);
+                }
+            }
+            Event::Observed { upstream, listening, more } => {
+                self.partial.entry(*upstream).or_default().extend(listening);
+                if !more {
+                    let whole = self.partial.remove(upstream).unwrap_or_default();
+                    if let Some(known) = self.upstreams.get_mut(upstream) {
+                        known.seen = Some(Observation::whole(&whole));
+                        self.forget_stubs(*upstream);
+                        self.mark_owner(*upstream);
+                    }
+                }
+            }
+            Event::State { forwards, .. } => self.count(forwards),
+            Event::ListenerOpened { forward, .. } => return self.on_opened(*forward),
+            Event::ListenerFailed { forward, failure, .. } => {
+                let reason = format!("{} ({})", failure.detail, failure.address);
+                return self.on_failed(*forward, reason, now).into_iter().collect();
+            }
+            Event::ListenerClosed { forward, .. } => {
+                return self.forget(*forward, ClosedReason::HostError).into_iter().collect();
+            }
+            Event::UpstreamRemoved { upstream, reason } => {
+                self.mark_owner(*upstream);
+                let ids: Vec<ForwardId> = self.forwards.of_upstream(*upstream).map(|(id, _)| id).collect();
+                let mut changes: Vec<Change> =
+                    ids.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
+                if let Some(known) = self.upstreams.remove(upstream)
+                    && !known.leaving
+                    && let Some(name) = known.owner
+                {
+                    let reason = reason.clone().unwrap_or_else(|| "the engine let go of it".to_owned());
+                    changes.push(Change::Lost { name, dialled: known.dialled, reason });
+                }
+                return changes;
+            }
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    /// Something changed about the container behind an upstream.
+    fn mark_owner(&mut self, upstream: UpstreamId) {
+        if let Some(owner) = self.upstreams.get(&upstream).and_then(|upstream| upstream.owner.as_ref()) {
+            self.agenda.mark(owner);
+        }
+    }
+
+    /// Takes a forward out of the table. Its host port is free from now on.
+    fn remove(&mut self, id: ForwardId) -> Option<Forward> {
+        let forward = self.forwards.remove(id)?;
+        self.mark_owner(forward.upstream);
+        self.wake(forward.host_port);
+        Some(forward)
+    }
+
+    fn on_opened(&mut self, id: ForwardId) -> Vec<Change> {
+        let Some(forward) = self.forwards.get_mut(id).filter(|forward| forward.status == Status::Opening)
+        else {
+            return Vec::new();
+        };
+        forward.status = Status::Open;
+        forward.told = true;
+        let (port, host_port) = (forward.target_port, forward.host_port);
+        let (reserved, upstream) = (forward.reserved, forward.upstream);
+        self.mark_owner(upstream);
+        let Some(upstream) = self.upstreams.get(&upstream) else { return Vec::new() };
+        let Some(name) = upstream.owner.clone() else { return Vec::new() };
+        if reserved {
+            return self.on_reserved(&name, port, host_port);
+        }
+        // Of what a session announces, the wire's event tells where it answers on the host.
+        let seen = upstream.seen.as_ref().filter(|_| !upstream.dialled).and_then(|seen| seen.at(port));
+        let unseen = if upstream.dialled { "127.0.0.1" } else { "0.0.0.0" };
+        let bind = seen.map_or(unseen, Listeners::bind_address);
+        if let Some(failures) = self.failures.get_mut(&name) {
+            failures.remove(&port);
+        }
+        let mut changes: Vec<Change> = self.end_lingering(host_port).into_iter().collect();
+        changes.push(Change::Opened { name, port, host_port, bind });
+        changes
+    }
+
+    fn on_failed(&mut self, id: ForwardId, reason: String, now: Instant) -> Option<Change> {
+        let forward = self.remove(id)?;
+        let upstream = self.upstreams.get(&forward.upstream).filter(|upstream| !upstream.leaving)?;
+        let name = upstream.owner.clone()?;
+        let port = forward.target_port;
+        // What was let go of meanwhile has nobody who waits for it.
+        let waits = forward.status == Status::Opening;
+        if forward.reserved {
+            return waits.then(|| self.on_not_reserved(&name, port, reason, now)).flatten();
+        }
+        if upstream.dialled {
+            if waits {
+                self.note(&name, port, Some(Over::Failed(reason.clone())));
+            }
+            return waits.then_some(Change::Failed { name, port, reason });
+        }
+        let failure = Failure { at: Some(now), reason: reason.clone() };
+        let before = self.failures.entry(name.clone()).or_default().insert(port, failure);
+        before.is_none().then_some(Change::Failed { name, port, reason })
+    }
+
+    /// Forgets a forward that is gone; `why` holds where nobody asked for that.
+    pub(super) fn forget(&mut self, id: ForwardId, why: ClosedReason) -> Option<Change> {
+        let forward = self.remove(id)?;
+        let upstream = self.upstreams.get(&forward.upstream)?;
+        let name = upstream.owner.clone()?;
+        let (port, host_port) = (forward.target_port, forward.host_port);
+        let why = match forward.status {
+            Status::Closing { why } => why,
+            Status::Opening | Status::Open => {
+                if upstream.dialled && !forward.reserved {
+                    self.renew(&name, port);
+                }
+                why
+            }
+        };
+        forward.told.then_some(Change::Closed { name, port, host_port, why })
+    }
+
+    fn count(&mut self, forwards: &[ForwardState]) {
+        for state in forwards {
+            let Some(known) = self.forwards.get_mut(state.forward).filter(|known| known.stats != state.stats)
+            else {
+                continue;
+            };
+            known.stats = state.stats;
+            let owner = self.upstreams.get(&known.upstream).and_then(|upstream| upstream.owner.as_ref());
+            owner.into_iter().for_each(|owner| self.agenda.mark_stale(owner));
+        }
+    }
+}

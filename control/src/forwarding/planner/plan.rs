@@ -1,0 +1,125 @@
+//! One step: the containers that are marked, each through the same phases. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
+use std::time::Instant;
+
+use landfall_engine::command::{Command, UpstreamId};
+
+use super::verdict::Verdict;
+use super::{Change, Fleet, HEIR_PATIENCE, LINGER, RETRY};
+use crate::forwarding::planner::dirty_set::Work;
+use crate::model::registration::ContainerName;
+
+/// A plan in the making.
+pub(super) struct Plan {
+    pub(super) now: Instant,
+    pub(super) commands: Vec<Command>,
+    pub(super) changes: Vec<Change>,
+}
+
+/// One container that is being planned.
+pub(super) struct Planned {
+    pub(super) name: ContainerName,
+    /// Those of its upstreams that it is leaving included.
+    pub(super) upstreams: Vec<UpstreamId>,
+    /// The verdict about each port that listens, where the container is watched and has been read.
+    pub(super) verdicts: Option<BTreeMap<NonZeroU16, Verdict>>,
+    pub(super) work: Work,
+}
+
+impl Fleet {
+    /// The commands that close the gap between what is wanted and what was asked for already, and what somebody is to be
+    /// told. They count as asked for from now on.
+    pub fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Change>) {
+        let mut plan = Plan { now, commands: Vec::new(), changes: Vec::new() };
+        self.retire_natives(&mut plan);
+        self.dismiss(&mut plan);
+        self.settle_heirs(now);
+        let marked = self.agenda.take(now);
+        // In the order of registration, and each phase for all of them: what one closes another one may have to wait for.
+        let names = self.wishes.iter().map(|wish| &wish.name).filter(|name| marked.contains(name)).cloned();
+        let planned = names.map(|name| {
+            let upstreams = self.upstreams_of(&name);
+            Planned { name, upstreams, verdicts: None, work: Work::default() }
+        });
+        let mut planned: Vec<Planned> = planned.collect();
+        for one in &mut planned {
+            self.charge(one, &mut plan, |fleet, one, plan| fleet.reserve_all(&one.name, plan));
+        }
+        for one in &mut planned {
+            self.charge(one, &mut plan, |fleet, one, plan| {
+                one.verdicts = fleet.verdicts_of(&one.name);
+                one.work.visits += one.verdicts.as_ref().map_or(0, |verdicts| verdicts.len() as u64);
+                fleet.close_watched(one, plan);
+                fleet.close_announced(one, plan);
+            });
+        }
+        for one in &mut planned {
+            self.charge(one, &mut plan, |fleet, one, plan| {
+                fleet.open_watched(one, plan);
+                fleet.open_announced(one, plan);
+            });
+        }
+        for one in &mut planned {
+            self.charge(one, &mut plan, |fleet, one, plan| fleet.pay(one, plan));
+            let due = self.due_of(&one.name);
+            self.agenda.planned(&one.name, now, one.work, due);
+        }
+        (plan.commands, plan.changes)
+    }
+
+    /// Runs one part of a plan, and charges its work to the container.
+    fn charge(
+        &mut self,
+        one: &mut Planned,
+        plan: &mut Plan,
+        part: impl FnOnce(&mut Fleet, &mut Planned, &mut Plan),
+    ) {
+        let (visits, commands) = (self.forwards.visits(), plan.commands.len());
+        part(self, one, plan);
+        one.work.visits += self.forwards.visits().wrapping_sub(visits);
+        one.work.commands += plan.commands.len() - commands;
+    }
+
+    /// When stepping will yield something by itself: a failed port is due, one has lingered, or a container has paid for its
+    /// last plan.
+    pub fn due(&self) -> Option<Instant> {
+        let heirs = self.heirs_since.map(|since| since + HEIR_PATIENCE);
+        self.agenda.next().into_iter().chain(heirs).min()
+    }
+
+    /// When a container is to be planned though nothing changes.
+    fn due_of(&self, name: &ContainerName) -> Option<Instant> {
+        // A port that is held by any forward waits for the engine's answer, not for the time.
+        let is_free = |port: NonZeroU16| self.forwards.at_host_port(port).is_none();
+        let failures = self.failures.get(name).into_iter().flatten();
+        let retries = failures.filter_map(|(port, failure)| Some((*port, failure.at?)));
+        let retries = retries.filter(|(port, _)| is_free(*port)).map(|(_, at)| at + RETRY);
+        let lingering = self.forwards_of(name).filter(|forward| forward.is_live());
+        let lingering = lingering.filter_map(|forward| forward.unseen).map(|since| since + LINGER);
+        let reserved = self.reserved_retries(name).filter(|(port, _)| is_free(*port)).map(|(_, at)| at);
+        let natives = self.natives_due(name);
+        retries.chain(lingering).chain(reserved).chain(natives).chain(self.debts_due(name)).min()
+    }
+
+    /// A host port is free, or another container's from now on: those that wait for it are planned.
+    pub(super) fn wake(&mut self, port: NonZeroU16) {
+        for upstream in self.upstreams.values() {
+            let listens = upstream.seen.as_ref().is_some_and(|seen| seen.at(port).is_some());
+            if let Some(owner) = upstream.owner.as_ref().filter(|_| listens) {
+                self.agenda.mark(owner);
+            }
+        }
+        for (name, broker) in &self.brokers {
+            if broker.waits_for(port) {
+                self.agenda.mark(name);
+            }
+        }
+    }
+
+    /// The containers whose rows may differ from those that were read last.
+    pub fn take_stale(&mut self) -> BTreeSet<ContainerName> {
+        self.agenda.take_stale()
+    }
+}

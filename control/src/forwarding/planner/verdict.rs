@@ -1,0 +1,94 @@
+//! What is to be done about each port that listens: left to Docker where that publishes it, then the guard that no policy can
+//! lift, then the policy, then the quota.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::num::NonZeroU16;
+
+use landfall_engine::command::Reach;
+
+use super::Fleet;
+use crate::forwarding::planner::observation::Listeners;
+use crate::model::port_policy::{CONTAINER_PORT, Decision, DenyReason, Policy};
+use crate::model::registration::ContainerName;
+
+/// How many ports of one container are forwarded. A dev server has a handful; a program that listens on thousands is a
+/// mistake or an attack, and may not have all of the host's ports.
+pub const FORWARDS_MAX: usize = 256;
+
+/// The reason that a port of a container is not forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exclusion {
+    /// The policy denies it.
+    Policy(DenyReason),
+    /// The container has [`FORWARDS_MAX`] forwards.
+    Quota,
+}
+
+impl fmt::Display for Exclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exclusion::Policy(reason) => reason.fmt(f),
+            Exclusion::Quota => write!(f, "{FORWARDS_MAX} ports of this container are forwarded already"),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Wanted(Reach),
+    Denied(Exclusion),
+    /// Docker has it answer at this port of the host; what people are told of that.
+    Published(NonZeroU16, &'static str),
+}
+
+/// What people are told of a port that Docker publishes.
+const PUBLISHED: &str = "Docker publishes it";
+/// The same where that leads nowhere: a published port ends at the container's address in its network.
+const PUBLISHED_IN_VAIN: &str = "Docker publishes it, but inside it listens on loopback alone, which Docker does not reach: have it listen on 0.0.0.0, or do not publish it";
+
+impl Fleet {
+    /// Judges every port that listens in a container that is watched and has been read, in time `n log n` for `n` ports.
+    pub(super) fn verdicts_of(&self, name: &ContainerName) -> Option<BTreeMap<NonZeroU16, Verdict>> {
+        let (id, upstream) = self.upstream_of(name).filter(|(_, upstream)| !upstream.dialled)?;
+        let wish = self.wish_of(name)?;
+        let seen = upstream.seen.as_ref()?;
+        let verdict = |port: NonZeroU16, listeners: &Listeners| {
+            let published = wish.published.get(&port).filter(|_| port.get() != CONTAINER_PORT);
+            match published {
+                Some(host_port) if listeners.are_on_loopback_alone() => {
+                    Verdict::Published(*host_port, PUBLISHED_IN_VAIN)
+                }
+                Some(host_port) => Verdict::Published(*host_port, PUBLISHED),
+                None => match self.judge(&wish.policy, port) {
+                    Ok(()) => Verdict::Wanted(listeners.reach()),
+                    Err(why) => Verdict::Denied(why),
+                },
+            }
+        };
+        let relayed = seen.ports().filter(|(port, listeners)| !self.is_native(name, *port, listeners));
+        let mut verdicts: BTreeMap<NonZeroU16, Verdict> =
+            relayed.map(|(port, listeners)| (port, verdict(port, listeners))).collect();
+        let wanted = verdicts.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Wanted(_)));
+        let mut wanted: Vec<NonZeroU16> = wanted.map(|(port, _)| *port).collect();
+        let most = FORWARDS_MAX.saturating_sub(self.reserved_count(name) + self.native_count(name));
+        if wanted.len() > most {
+            // Those that are open already come before those that would be new.
+            let live = self.forwards.of_upstream(id).filter(|(_, forward)| forward.is_live());
+            let open: BTreeSet<NonZeroU16> = live.map(|(_, forward)| forward.target_port).collect();
+            wanted.sort_by_cached_key(|port| (!open.contains(port), *port));
+            for port in wanted.split_off(most) {
+                verdicts.insert(port, Verdict::Denied(Exclusion::Quota));
+            }
+        }
+        Some(verdicts)
+    }
+
+    /// Whether a port may be forwarded to the same port of the host.
+    pub(super) fn judge(&self, policy: &Policy, port: NonZeroU16) -> Result<(), Exclusion> {
+        match policy.decide(port, &self.control_ports) {
+            Decision::Allow => Ok(()),
+            Decision::Deny(reason) => Err(Exclusion::Policy(reason)),
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Native sockets of `run`: servers in a sandbox that listen on sockets of the host, without the relay.
+//!
+//! The engine's [`native`](landfall_engine::native) module does the work on a thread of the `run` process. Here are the
+//! choices that people have, the driver that knows the port policy and the holders of ports, and the way of its reports: to
+//! the daemon where one runs ([`link`]), else to the planner in this process.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::model::registration::Registration;
+
+/// The field by which a registration says that its ports may be native, so that the planner waits for the supervisor's
+/// report before it has a port relayed.
+pub const FIELD: &str = "nativeSockets";
+
+/// The environment variable with the default of `--sockets`.
+pub const VARIABLE: &str = "LANDFALL_SOCKETS";
+
+/// Whether a registration says so.
+pub fn is_announced(registration: &Registration) -> bool {
+    registration.unknown.get(FIELD).and_then(serde_json::Value::as_bool) == Some(true)
+}
+
+/// How the servers of a sandbox listen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sockets {
+    /// Native where the kernel allows it, else relayed.
+    #[default]
+    Auto,
+    /// Native, or it is an error.
+    Native,
+    /// Relayed.
+    Relay,
+}
+
+impl Sockets {
+    /// The word by which it is chosen.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Sockets::Auto => "auto",
+            Sockets::Native => "native",
+            Sockets::Relay => "relay",
+        }
+    }
+}
+
+/// Outcome when a server's port is in use on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnConflict {
+    /// `listen` fails, so that a dev server takes the next port.
+    Fail,
+    /// The server listens inside; the port is forwarded when it is free.
+    Relay,
+}

@@ -1,0 +1,328 @@
+//! One registration as one file (wire specification, A.7.1): a line of JSON, for its owner alone. The grants of a container
+//! are kept in the same way, in a directory of their own.
+//!
+//! A write is `O_EXCL` temporary → write → fsync → rename → fsync of the directory. Killed at any of these steps, it leaves
+//! the file as it was, or as it is to be, and at most a temporary file that the next start removes: a name never has half
+//! a registration. Only the daemon writes here, and only inside a container's queue, so no two writes of a name meet.
+//!
+//! What lies under a registration's name and is none (not JSON, of another release that means something else by a field,
+//! a link, a pipe, a gigabyte) is never followed, waited for, overwritten or deleted. It stays where it is and costs its
+//! own container only; when a new registration needs its place, or somebody deregisters its name, it is set aside as
+//! `NAME.json.bad-1`, `-2`, and so on. A release that changes what a known field means writes `formatVersion`, and this
+//! one leaves such a file alone.
+//!
+//! The order of registrations outlives the daemon, too: a file's time of modification is the moment when its name was first
+//! registered, and a later write of the same name keeps it.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, RawDir, Timespec};
+use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use crate::model::grants::Grants;
+use crate::model::registration::{ContainerName, Registration};
+use crate::sys::paths::Home;
+use crate::sys::private_file::{self, ReadError};
+
+/// The longest file that is read or written, in bytes. A request has at most 64 KiB.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+/// The newest meaning of the fields that this release knows.
+const FORMAT_VERSION: u64 = 1;
+
+/// Why a file is not a registration.
+#[derive(Debug, Error)]
+pub enum Unfit {
+    /// It is not JSON.
+    #[error("not JSON: {0}")]
+    NotJson(String),
+    /// It is, and not that of this registration; the text says what does not fit.
+    #[error("schema mismatch")]
+    Mismatch(String),
+    /// It is no ordinary file.
+    #[error("not an ordinary file")]
+    NotAFile,
+    /// It is larger than any registration.
+    #[error("larger than {FILE_BYTES_MAX} bytes")]
+    TooLarge,
+    /// It cannot be read.
+    #[error("it cannot be read: {0}")]
+    Unreadable(Errno),
+}
+
+impl From<ReadError> for Unfit {
+    fn from(error: ReadError) -> Unfit {
+        match error {
+            ReadError::NotAFile => Unfit::NotAFile,
+            ReadError::TooLarge => Unfit::TooLarge,
+            ReadError::Unreadable(errno) => Unfit::Unreadable(errno),
+        }
+    }
+}
+
+/// A value that is kept as one file for each container.
+pub trait Record: Serialize + Sized {
+    /// The directory of such files.
+    fn directory(home: &Home) -> PathBuf;
+
+    /// Reads the value from the fields of its file.
+    ///
+    /// # Errors
+    /// A text that says which field does not fit.
+    fn from_fields(fields: Map<String, Value>) -> Result<Self, String>;
+
+    /// The container.
+    fn container_name(&self) -> &ContainerName;
+
+    /// The fields of the file that this build does not know.
+    fn unknown(&self) -> &Map<String, Value>;
+}
+
+impl Record for Registration {
+    fn directory(home: &Home) -> PathBuf {
+        home.registrations()
+    }
+
+    fn from_fields(fields: Map<String, Value>) -> Result<Registration, String> {
+        Registration::from_fields(fields).map_err(|error| error.to_string())
+    }
+
+    fn container_name(&self) -> &ContainerName {
+        &self.container_name
+    }
+
+    fn unknown(&self) -> &Map<String, Value> {
+        &self.unknown
+    }
+}
+
+impl Record for Grants {
+    fn directory(home: &Home) -> PathBuf {
+        home.grants()
+    }
+
+    fn from_fields(fields: Map<String, Value>) -> Result<Grants, String> {
+        serde_json::from_value(Value::Object(fields)).map_err(|error| error.to_string())
+    }
+
+    fn container_name(&self) -> &ContainerName {
+        &self.container_name
+    }
+
+    fn unknown(&self) -> &Map<String, Value> {
+        &self.unknown
+    }
+}
+
+/// One file of a directory.
+#[derive(Debug)]
+pub struct Loaded<R> {
+    /// Its name without `.json`.
+    pub stem: String,
+    /// What is in it.
+    pub found: Result<R, Unfit>,
+}
+
+/// A step that failed, and what it was about.
+#[derive(Debug, Error)]
+#[error("{what} {path}: {errno}")]
+pub struct FileError {
+    what: &'static str,
+    path: String,
+    errno: Errno,
+}
+
+/// Reads a record from the content of the file `STEM.json`. Pure.
+///
+/// # Errors
+/// [`Unfit::NotJson`] and [`Unfit::Mismatch`].
+pub fn parse<R: Record>(stem: &str, content: &[u8]) -> Result<R, Unfit> {
+    let value: Value = serde_json::from_slice(content).map_err(|error| Unfit::NotJson(error.to_string()))?;
+    let Value::Object(fields) = value else {
+        return Err(Unfit::Mismatch("it is not an object".to_owned()));
+    };
+    let record = R::from_fields(fields).map_err(Unfit::Mismatch)?;
+    if record.container_name().as_str() != stem {
+        return Err(Unfit::Mismatch(format!("it is about {}", record.container_name())));
+    }
+    check_version(&record).map_err(Unfit::Mismatch)?;
+    Ok(record)
+}
+
+/// Whether this release knows what the fields mean.
+///
+/// # Errors
+/// A text that says why not.
+pub(super) fn check_version(record: &impl Record) -> Result<(), String> {
+    match record.unknown().get("formatVersion") {
+        None => Ok(()),
+        Some(version) if version.as_u64().is_some_and(|version| version <= FORMAT_VERSION) => Ok(()),
+        Some(version) => Err(format!("formatVersion {version} is of a newer release")),
+    }
+}
+
+/// Removes what an earlier daemon left half-written, and reads everything else, in the order in which it was first
+/// registered. A directory that does not exist holds nothing.
+///
+/// # Errors
+/// When the directory itself cannot be read. A file that cannot be is one of those returned.
+pub fn load_all<R: Record>(home: &Home) -> Result<Vec<Loaded<R>>, FileError> {
+    let path = R::directory(home);
+    let directory = match open_directory(&path) {
+        Err(error) if error.errno == Errno::NOENT => return Ok(Vec::new()),
+        opened => opened?,
+    };
+    let mut loaded = Vec::new();
+    for name in names(&directory).map_err(failed("reading", &path))? {
+        if is_temporary(&name) {
+            // A temporary file that cannot be removed does no harm.
+            let _ = rustix::fs::unlinkat(&directory, &name, AtFlags::empty());
+        } else if let Some(stem) = name.strip_suffix(".json") {
+            let found = load(&directory, stem);
+            loaded.push((written_at(&directory, &name), Loaded { stem: stem.to_owned(), found }));
+        }
+    }
+    let place = |(at, one): &(Option<Timespec>, Loaded<R>)| (*at, one.stem.clone());
+    loaded.sort_by_cached_key(place);
+    Ok(loaded.into_iter().map(|(_, one)| one).collect())
+}
+
+/// Reads the record of a name, if there is a file.
+///
+/// # Errors
+/// [`Unfit`], for a file that is not such a record.
+pub(crate) fn load_one<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<R>, Unfit> {
+    let opened = open_directory(&R::directory(home)).map_err(|error| Unfit::Unreadable(error.errno));
+    match opened.and_then(|directory| load(&directory, name.as_str())) {
+        Err(Unfit::Unreadable(Errno::NOENT)) => Ok(None),
+        loaded => loaded.map(Some),
+    }
+}
+
+/// Writes a record and replaces the earlier one of its name. Returns the name of the file that was set aside for it.
+///
+/// # Errors
+/// [`FileError`]. The old file is then still there, unless it was the directory that could not be synchronised: then the
+/// new one is, and may be lost when the machine loses its power.
+pub fn write<R: Record>(home: &Home, record: &R) -> Result<Option<String>, FileError> {
+    let stem = record.container_name().as_str();
+    let (directory, path) = place::<R>(home, record.container_name());
+    let directory = open_directory(&directory)?;
+    let temporary = format!("{stem}.json.{}.tmp", std::process::id());
+    let known =
+        load::<R>(&directory, stem).ok().and_then(|_| written_at(&directory, &format!("{stem}.json")));
+    let at = known.unwrap_or_else(|| clock_gettime(ClockId::Realtime));
+    let written = write_temporary(&directory, &temporary, record, at)
+        .and_then(|()| make_room::<R>(&directory, stem))
+        .and_then(|set_aside| {
+            rustix::fs::renameat(&directory, &temporary, &directory, format!("{stem}.json"))?;
+            Ok(set_aside)
+        });
+    let set_aside = written.map_err(|errno| {
+        // The next start removes what is left of it otherwise.
+        let _ = rustix::fs::unlinkat(&directory, &temporary, AtFlags::empty());
+        failed("writing", &path)(errno)
+    })?;
+    rustix::fs::fsync(&directory).map_err(failed("synchronising the directory of", &path))?;
+    Ok(set_aside)
+}
+
+/// Removes the record of a name, if there is one. A file that is not such a record is set aside, and its new name returned.
+///
+/// # Errors
+/// [`FileError`]; the file may then still be there.
+pub fn remove<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<String>, FileError> {
+    let (directory, path) = place::<R>(home, name);
+    let directory = match open_directory(&directory) {
+        Err(error) if error.errno == Errno::NOENT => return Ok(None),
+        opened => opened?,
+    };
+    let set_aside = make_room::<R>(&directory, name.as_str()).map_err(failed("setting aside", &path))?;
+    match rustix::fs::unlinkat(&directory, format!("{name}.json"), AtFlags::empty()) {
+        Ok(()) => {}
+        Err(Errno::NOENT) if set_aside.is_none() => return Ok(None),
+        Err(Errno::NOENT) => {}
+        Err(errno) => return Err(failed("removing", &path)(errno)),
+    }
+    rustix::fs::fsync(&directory).map_err(failed("synchronising the directory of", &path))?;
+    Ok(set_aside)
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(Errno) -> FileError {
+    move |errno| FileError { what, path: path.display().to_string(), errno }
+}
+
+/// The directory of a record, and its file. A name cannot leave the directory: [`ContainerName`] holds no other ones.
+fn place<R: Record>(home: &Home, name: &ContainerName) -> (PathBuf, PathBuf) {
+    let directory = R::directory(home);
+    let path = directory.join(format!("{name}.json"));
+    (directory, path)
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, FileError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(failed("opening", path))
+}
+
+/// The names in a directory; those that are not UTF-8 are none of ours.
+fn names(directory: &OwnedFd) -> Result<Vec<String>, Errno> {
+    let mut buffer = Vec::with_capacity(8 * 1024);
+    let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
+    let mut names = Vec::new();
+    while let Some(entry) = entries.next() {
+        if let Ok(name) = entry?.file_name().to_str() {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// `NAME.json.PID.tmp`.
+fn is_temporary(name: &str) -> bool {
+    let pid = name.strip_suffix(".tmp").and_then(|rest| rest.rsplit_once(".json.")).map(|(_, pid)| pid);
+    pid.is_some_and(|pid| !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// When the name was first registered, as far as its file says.
+fn written_at(directory: &OwnedFd, name: &str) -> Option<Timespec> {
+    let seen = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    Some(Timespec { tv_sec: seen.st_mtime, tv_nsec: seen.st_mtime_nsec.try_into().ok()? })
+}
+
+fn load<R: Record>(directory: &OwnedFd, stem: &str) -> Result<R, Unfit> {
+    let content = read(directory, &format!("{stem}.json"))?;
+    parse(stem, &content)
+}
+
+fn read(directory: &OwnedFd, name: &str) -> Result<Vec<u8>, Unfit> {
+    private_file::open(directory, name)
+        .and_then(|file| private_file::read(file, FILE_BYTES_MAX))
+        .map_err(Unfit::from)
+}
+
+fn write_temporary(directory: &OwnedFd, name: &str, record: &impl Record, at: Timespec) -> Result<(), Errno> {
+    // A path that is not UTF-8 is the one thing that does not serialise, and no request can carry one.
+    let mut line = serde_json::to_vec(record).map_err(|_| Errno::ILSEQ)?;
+    line.push(b'\n');
+    if line.len() as u64 > FILE_BYTES_MAX {
+        return Err(Errno::FBIG);
+    }
+    private_file::write_temporary(directory, name, &line, Some(at))
+}
+
+/// Sets aside a file that has a record's name and is not such a record; a record stays.
+fn make_room<R: Record>(directory: &OwnedFd, stem: &str) -> Result<Option<String>, Errno> {
+    match load::<R>(directory, stem) {
+        Ok(_) | Err(Unfit::Unreadable(Errno::NOENT)) => return Ok(None),
+        Err(_) => {}
+    }
+    private_file::set_aside(directory, &format!("{stem}.json")).map(Some)
+}
+
+#[cfg(test)]
+#[path = "file_tests.rs"]
+mod tests;

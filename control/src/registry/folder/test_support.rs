@@ -1,0 +1,43 @@
+//! A home with approvals, for tests of this crate.
+
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use super::{Approvals, FILE};
+use crate::model::trust::{ContentDigest, FolderFile};
+use crate::sys::paths::Home;
+
+/// A home of its own.
+pub(crate) struct TestHome {
+    directory: TempDir,
+    pub(crate) approvals: Approvals,
+}
+
+impl TestHome {
+    pub(crate) fn new() -> TestHome {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::at(directory.path().join("home")).unwrap();
+        home.ensure_directories().unwrap();
+        TestHome { directory, approvals: Approvals::of(&home) }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Approves the folder's file as it is now.
+    pub(crate) fn approve(&self, folder: &Path) {
+        let content = std::fs::read(folder.join(FILE)).unwrap();
+        let digest = ContentDigest::of(&content);
+        let folder = folder.canonicalize().unwrap().to_str().unwrap().to_owned();
+        let file = self.approvals.file();
+        file.update(|trust| trust.approve(&folder, FolderFile::Settings, digest, "t".to_owned())).unwrap();
+    }
+
+    pub(crate) fn revoke(&self, folder: &Path) {
+        let folder = folder.canonicalize().unwrap().to_str().unwrap().to_owned();
+        assert!(self.approvals.file().update(|trust| trust.revoke(&folder)).unwrap().value);
+        self.approvals.notify_changed();
+    }
+}

@@ -1,0 +1,19 @@
+//! The registry: one record for each container, which survives any crash, and what belongs to a record.
+//!
+//! - `store` is the watched list of all registrations; `file` is one of them on disk; `shared` holds the changes themselves.
+//! - `queue` runs the changes to one name one after another.
+//! - `garbage_collection` replays the files at the start and forgets containers that have gone; `miss_counter` decides when.
+//! - `folder` reads `landfall.toml` and runs its commands; `trust_file` keeps the user's approvals; `secrets` patches secrets.
+//!
+//! A change that was acknowledged is on disk. No command of a folder runs without an approval of exactly its bytes.
+
+pub mod file;
+pub mod folder;
+pub(crate) mod garbage_collection;
+pub mod grants;
+pub(crate) mod miss_counter;
+pub(crate) mod queue;
+pub mod secrets;
+pub(crate) mod shared;
+pub mod store;
+pub mod trust_file;

@@ -1,0 +1,22 @@
+//! The operating system, as several modules need it: paths and private files of the home, processes and users, child
+//! processes, sockets, the journal, the launcher of a root daemon, and the namespaces of `landfall run`.
+//!
+//! Nothing here decides what is forwarded or who is registered.
+
+pub(crate) mod child;
+pub(crate) mod directory_access;
+pub mod event_loop;
+pub mod graceful_close;
+pub(crate) mod held_port;
+pub mod journal;
+pub(crate) mod launcher;
+pub(crate) mod loopback;
+pub mod paths;
+pub(crate) mod private_file;
+pub mod processes;
+pub(crate) mod random;
+pub(crate) mod readiness;
+pub mod sandbox;
+pub(crate) mod socket_file;
+pub(crate) mod token_variables;
+pub(crate) mod users;

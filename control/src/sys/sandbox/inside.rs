@@ -1,0 +1,96 @@
+//! The inner process of a sandbox: `landfall _sandbox`. Single-threaded from its start to its `exec`.
+
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use landfall_engine::native;
+use landfall_engine::ring::netns_cookie;
+use nix::sched::CloneFlags;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType};
+use rustix::process::Signal;
+
+use super::link;
+use super::wire::{self, Step, Word};
+use crate::sys::event_loop;
+
+/// Runs the inner half of the protocol. Returns only if the command did not begin; the outer process has been told.
+pub fn main(command: &[OsString]) {
+    // Above the three standard descriptors, and closed by `exec`.
+    let Ok(channel) = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else { return };
+    if let Err(Some((step, errno))) = become_command(&channel, command) {
+        let errno = errno.raw_os_error();
+        let _ = wire::send(&channel, Word::Failed { step, errno });
+    }
+}
+
+/// Fails with the step that failed, or with none if the outer process is gone.
+fn become_command(
+    channel: &std::os::fd::OwnedFd,
+    command: &[OsString],
+) -> Result<Infallible, Option<(Step, Errno)>> {
+    let at = |step: Step| move |errno: Errno| Some((step, errno));
+    let input = wire::receive_descriptor(channel).map_err(at(Step::Input))?.ok_or(None)?;
+    rustix::stdio::dup2_stdin(&input).map_err(at(Step::Input))?;
+    drop(input);
+
+    let user = unshare().map_err(at(Step::Unshare))?;
+    say(channel, Word::Unshared { user })?;
+    hear(channel, Word::Mapped)?;
+    link::bring_loopback_up().map_err(at(Step::Loopback))?;
+    say(channel, Word::Ready)?;
+    let mut due = wire::receive(channel).map_err(|_| None)?;
+    if due == Some(Word::Filter) {
+        install_filter(channel)?;
+        due = wire::receive(channel).map_err(|_| None)?;
+    }
+    due.filter(|word| *word == Word::Go).ok_or(None)?;
+
+    let (program, arguments) = command.split_first().ok_or(None)?;
+    // A landfall that is killed takes the command with it. Asked for last, since a change of credentials, such as
+    // entering a user namespace, may clear it; a parent that died before this is seen by the next word.
+    rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).map_err(at(Step::ParentDeath))?;
+    event_loop::unblock().map_err(|_| Some((Step::Signals, Errno::INVAL)))?;
+    let error = Command::new(program).args(arguments).exec();
+    Err(Some((Step::Exec, error.raw_os_error().map_or(Errno::NOENT, Errno::from_raw_os_error))))
+}
+
+/// Installs the filter of native sockets, and passes the descriptor of its notifications out. A refusal of the kernel
+/// is reported and is not a failure.
+fn install_filter(channel: &std::os::fd::OwnedFd) -> Result<(), Option<(Step, Errno)>> {
+    let notifications = match native::install() {
+        Ok(notifications) => notifications,
+        Err(error) => return say(channel, Word::NotFiltered { error }),
+    };
+    // The channel belongs to the namespace that it was made in.
+    let inside = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None);
+    let cookie = inside.map_err(std::io::Error::from).and_then(netns_cookie);
+    let netns_cookie =
+        cookie.map_err(|error| Some((Step::Filter, Errno::from_io_error(&error).unwrap_or(Errno::IO))))?;
+    say(channel, Word::Filtered { netns_cookie })?;
+    wire::send_descriptor(channel, notifications.as_fd()).map_err(|errno| Some((Step::Filter, errno)))
+}
+
+/// Root may do without a user namespace where those are forbidden. Tells whether there is one.
+fn unshare() -> Result<bool, Errno> {
+    let flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET;
+    let Err(refused) = nix::sched::unshare(flags) else { return Ok(true) };
+    if rustix::process::geteuid().is_root() && nix::sched::unshare(CloneFlags::CLONE_NEWNET).is_ok() {
+        return Ok(false);
+    }
+    Err(Errno::from_raw_os_error(refused as i32))
+}
+
+fn say(channel: &std::os::fd::OwnedFd, word: Word) -> Result<(), Option<(Step, Errno)>> {
+    wire::send(channel, word).map_err(|_| None)
+}
+
+fn hear(channel: &std::os::fd::OwnedFd, due: Word) -> Result<(), Option<(Step, Errno)>> {
+    match wire::receive(channel) {
+        Ok(Some(word)) if word == due => Ok(()),
+        _ => Err(None),
+    }
+}
