@@ -1,5 +1,5 @@
 //! What happens in the daemon, as one value for each kind (wire specification, A.13), and the journal that they go to:
-//! a line of the log each, and a message to whoever listens just now. Tokens and payloads are in none of them.
+//! a line of the log each, and a message to whoever listens just now. Tokens and payloads are in none of them. Pure.
 
 use std::num::NonZeroU16;
 

@@ -1,4 +1,5 @@
 //! What is forwarded just now, as the daemon tells it and a client shows it: plain values, the same on both sides.
+//! Pure.
 
 use std::net::IpAddr;
 

@@ -1,4 +1,4 @@
-//! Native sockets of `run`: servers in a sandbox that listen on sockets of the host, without the relay.
+//! Native sockets of `run`: servers in a sandbox that listen on sockets of the host, without the relay. Pure.
 //!
 //! The engine's [`native`](landfall_engine::native) module does the work on a thread of the `run` process. Here are the
 //! choices that people have, the driver that knows the port policy and the holders of ports, and the way of its reports: to

@@ -1,4 +1,4 @@
-//! The vocabulary between a relay machine and its shard.
+//! The vocabulary between a relay machine and its shard. Pure.
 
 use std::time::Instant;
 

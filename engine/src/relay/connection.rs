@@ -1,4 +1,4 @@
-//! THE state machine of one relayed connection.
+//! THE state machine of one relayed connection. Pure.
 //!
 //! Two [`Half`]s run independently: each reads, writes, reads again. What ties them together is how a connection ends:
 //!

@@ -1,4 +1,5 @@
 //! How a client's connection reaches the server inside: which loopback family is dialled first, and what a failure means.
+//! Pure.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;

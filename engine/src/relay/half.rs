@@ -1,4 +1,4 @@
-//! One direction of a connection: read, write what was read, read again.
+//! One direction of a connection: read, write what was read, read again. Pure.
 //!
 //! | read side | write side | means |
 //! | --- | --- | --- |

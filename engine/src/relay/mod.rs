@@ -1,5 +1,5 @@
 //! One relayed connection as pure state machines: what to do next, given what happened. No socket is touched here, no
-//! clock read; a shard feeds [`Input`]s and carries out [`Action`]s.
+//! clock read; a shard feeds [`Input`]s and carries out [`Action`]s. Pure.
 
 mod action;
 mod connection;

@@ -6,7 +6,7 @@
 //!
 //! A connection is one request and one answer, with a time for each part of it and one for all.
 //!
-//! - `auth` says who asks, and for whom a request is meant. Pure.
+//! - `auth` says who asks, and for whom a request is meant. No I/O.
 //! - `container_socket` gives a container a socket of its own.
 //! - `gateway` keeps it listening where containers reach the host, and names the process that holds the port there.
 //! - `places` bounds the connections.

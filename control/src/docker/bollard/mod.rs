@@ -1,8 +1,8 @@
 //! The only place that knows the Docker client: its types stop here, and in the files below.
 //!
 //! - `create` makes a container that was not there.
-//! - `facts` reads what Docker tells of a container. Pure.
-//! - `recipe` turns what Docker tells of a container into what it takes to make it again. Pure.
+//! - `facts` reads what Docker tells of a container. No I/O.
+//! - `recipe` turns what Docker tells of a container into what it takes to make it again. No I/O.
 //! - `image` builds an image; `rebuild` replaces a container by one of a new image, and `user` decides which user it has.
 //! - `taken` names the holder of a host port that Docker cannot publish.
 //! - `helper` makes the helper's image and its container.

@@ -1,5 +1,5 @@
 //! What a broker's session announces: the ports that listen in a container, and what it is told of each
-//! (wire specification, A.3.9, A.6.3 and A.6.5).
+//! (wire specification, A.3.9, A.6.3 and A.6.5). Pure.
 //!
 //! Where the container is reached over the session alone, an announcement is worth one attempt:
 //!

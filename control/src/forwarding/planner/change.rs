@@ -1,4 +1,4 @@
-//! What changed, for those who are told.
+//! What changed, for those who are told. Pure.
 
 use std::num::NonZeroU16;
 

@@ -1,4 +1,4 @@
-//! What the engine says, taken in.
+//! What the engine says, taken in. Pure.
 
 use std::time::Instant;
 

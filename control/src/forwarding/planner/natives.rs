@@ -1,5 +1,5 @@
 //! Native ports: servers of a sandbox that listen on sockets of the host. Their supervisor reports them; the engine has no
-//! part in them.
+//! part in them. Pure.
 //!
 //! Each native listener has a stub, which the engine's watch sees as a listener in the sandbox. It is ignored, also after
 //! the listener has ended, until the watch no longer sees it: what the watch saw and what the supervisor reports arrive in

@@ -1,4 +1,4 @@
-//! Whose the ports of a lost engine were.
+//! Whose the ports of a lost engine were. Pure.
 
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};

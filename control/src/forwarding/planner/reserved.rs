@@ -1,5 +1,5 @@
 //! Ports that a container asks for: a host port of its choice for one of its ports, kept until its broker stops
-//! (wire specification, A.3.8).
+//! (wire specification, A.3.8). Pure.
 //!
 //! ```text
 //!  asked ──► trying one candidate after the other ──► held, and opened again at the same host port

@@ -1,4 +1,4 @@
-//! The rows of a container's ports: those with a forward, and those without one and why.
+//! The rows of a container's ports: those with a forward, and those without one and why. Pure.
 //!
 //! A container can listen on 65,535 ports, and each row is serialised, sent and printed in an answer about all containers.
 //! So every forward has a row, of which there are at most [`FORWARDS_MAX`](super::FORWARDS_MAX) and those that close; of the

@@ -1,4 +1,4 @@
-//! The ways into containers, as the engine knows them: claimed, added, let go of, and moved.
+//! The ways into containers, as the engine knows them: claimed, added, let go of, and moved. Pure.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU16;

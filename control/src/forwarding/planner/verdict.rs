@@ -1,5 +1,5 @@
 //! What is to be done about each port that listens: left to Docker where that publishes it, then the guard that no policy can
-//! lift, then the policy, then the quota.
+//! lift, then the policy, then the quota. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

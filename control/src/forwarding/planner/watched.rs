@@ -1,4 +1,4 @@
-//! Ports of containers that are entered: what the engine's watch sees is open, and is tried again until it is.
+//! Ports of containers that are entered: what the engine's watch sees is open, and is tried again until it is. Pure.
 
 use std::num::NonZeroU16;
 
