@@ -400,10 +400,10 @@ async fn the_same_files_are_built_as_by_dockers_own_client() {
 }
 
 /// A socket in front of the engine's, which goes away when it is dropped.
-struct Door(tokio::task::JoinSet<()>);
+struct AgentSocket(tokio::task::JoinSet<()>);
 
-impl Door {
-    fn open(at: &Path) -> Door {
+impl AgentSocket {
+    fn open(at: &Path) -> AgentSocket {
         let _ = std::fs::remove_file(at);
         let listener = UnixListener::bind(at).unwrap();
         let socket = host().strip_prefix("unix://").unwrap().to_owned();
@@ -418,7 +418,7 @@ impl Door {
                 });
             }
         });
-        Door(tasks)
+        AgentSocket(tasks)
     }
 }
 
@@ -428,7 +428,7 @@ async fn life_is_told_and_outages_are_outlived() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("docker.sock");
     let engine = Docker::at(Some(format!("unix://{}", socket.display())));
-    let mut door = Door::open(&socket);
+    let mut door = AgentSocket::open(&socket);
     let mut life = engine.life_events();
     assert_eq!(tokio::time::timeout(LONG, life.recv()).await.unwrap(), Some(LifeEvent::Resync));
     let container = Container::sleeping("life", &[]);
@@ -448,7 +448,7 @@ async fn life_is_told_and_outages_are_outlived() {
     door.0.shutdown().await;
     assert_eq!(engine.probe(&container.0).await, Liveness::Unknown);
     docker(&["start", container.0.as_str()]);
-    let _door = Door::open(&socket);
+    let _door = AgentSocket::open(&socket);
     until(LifeEvent::Resync).await;
     assert_eq!(engine.probe(&container.0).await, Liveness::Alive);
     docker(&["rm", "-f", container.0.as_str()]);

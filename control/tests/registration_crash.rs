@@ -100,7 +100,7 @@ fn options(home: Home) -> RegistryOptions {
         grants: GrantTable::default(),
         journal: Journal::unkept(),
         liveness: Arc::new(Everything),
-        attendants: Vec::new(),
+        observers: Vec::new(),
         cleanup_timeout: Duration::from_secs(60),
         gc_interval: Duration::from_secs(3_600),
         gc_misses: 3,

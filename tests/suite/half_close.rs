@@ -5,7 +5,7 @@ use landfall_tests::case::Case;
 use landfall_tests::process::engine_at_rest;
 use landfall_tests::{End, Pattern, finish, send_all};
 
-use crate::observe::{Path, Way, Who, ends_by, read_rest};
+use crate::observe::{AttachMethod, Path, Who, ends_by, read_rest};
 
 pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c02_ten_mebibytes_come_back_after_a_fin", ten_mebibytes_come_back_after_a_fin),
@@ -95,7 +95,7 @@ pub(crate) fn a_half_closed_connection_stays(ring: RingChoice) {
 
 #[track_caller]
 fn all_completed(path: Path, count: u64) {
-    let Way::Landfall(mut relay, forward) = path.way else { return };
+    let AttachMethod::Landfall(mut relay, forward) = path.way else { return };
     let stats = relay.stats_become(forward, "every connection to have completed", |stats| stats.open == 0);
     assert_eq!(stats.completed, count, "{stats:?}");
 }

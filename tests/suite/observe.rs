@@ -10,7 +10,7 @@ use landfall_tests::{
 };
 
 /// How a client reaches the server.
-pub(crate) enum Way {
+pub(crate) enum AttachMethod {
     /// From inside the namespace, with nothing between.
     Direct(Namespace),
     /// From the host, through landfall.
@@ -21,7 +21,7 @@ pub(crate) enum Way {
 
 /// A way, and the server at its end.
 pub(crate) struct Path {
-    pub(crate) way: Way,
+    pub(crate) way: AttachMethod,
     server: Server,
 }
 
@@ -43,14 +43,14 @@ impl Path {
     pub(crate) fn direct() -> Path {
         let inside = Namespace::new();
         let server = Server::listen(&inside, "127.0.0.1:0");
-        Path { way: Way::Direct(inside), server }
+        Path { way: AttachMethod::Direct(inside), server }
     }
 
     pub(crate) fn landfall(ring: RingChoice) -> Path {
         let mut relay = Relay::start(ring);
         let server = Server::listen(&relay.inside, "127.0.0.1:0");
         let forward = relay.forward(server.port());
-        Path { way: Way::Landfall(Box::new(relay), forward), server }
+        Path { way: AttachMethod::Landfall(Box::new(relay), forward), server }
     }
 
     pub(crate) fn haproxy() -> Path {
@@ -62,14 +62,14 @@ impl Path {
         while server.has_caller() {
             drop(server.accept());
         }
-        Path { way: Way::Haproxy { inside, front, _running: running }, server }
+        Path { way: AttachMethod::Haproxy { inside, front, _running: running }, server }
     }
 
     /// Connects; the client first, then the server takes it.
     #[track_caller]
     pub(crate) fn pair(&self) -> Pair<'_> {
         let (client, server) = (self.client(), self.server.accept());
-        if matches!(self.way, Way::Haproxy { .. }) {
+        if matches!(self.way, AttachMethod::Haproxy { .. }) {
             // Of it nothing is demanded, and what does not come need not be waited for long.
             for stream in [&client, &server] {
                 stream.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
@@ -88,9 +88,9 @@ impl Path {
     #[track_caller]
     pub(crate) fn client(&self) -> TcpStream {
         match &self.way {
-            Way::Direct(inside) => connect_from(inside, self.server.address()),
-            Way::Landfall(_, forward) => connect(forward.v4()),
-            Way::Haproxy { inside, front, .. } => connect_from(inside, *front),
+            AttachMethod::Direct(inside) => connect_from(inside, self.server.address()),
+            AttachMethod::Landfall(_, forward) => connect(forward.v4()),
+            AttachMethod::Haproxy { inside, front, .. } => connect_from(inside, *front),
         }
     }
 }
@@ -118,9 +118,9 @@ impl Pair<'_> {
         let (local, peer) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
         let host = Namespace::current();
         let namespace = match (&self.path.way, who) {
-            (Way::Direct(inside) | Way::Haproxy { inside, .. }, _) => inside,
-            (Way::Landfall(relay, _), Who::Server) => &relay.inside,
-            (Way::Landfall(..), Who::Client) => &host,
+            (AttachMethod::Direct(inside) | AttachMethod::Haproxy { inside, .. }, _) => inside,
+            (AttachMethod::Landfall(relay, _), Who::Server) => &relay.inside,
+            (AttachMethod::Landfall(..), Who::Client) => &host,
         };
         landfall_tests::wait_until("all that was sent to be acknowledged", || {
             match namespace.unacknowledged(local, peer) {

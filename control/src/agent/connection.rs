@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::dial::dial;
 use super::hub::HostId;
 use super::log::AgentEvent;
-use super::server::{Guest, Settings};
+use super::server::{QueuePlace, Settings};
 use super::watch::Watch;
 use crate::broker::challenge::Answer;
 use crate::broker::container::{Ask, Attempt, ContainerEvent, HELLO_TIME_MAX, Heard, Session};
@@ -39,7 +39,7 @@ pub(super) async fn serve(
     socket: Socket,
     (token, answer): (Token, Option<Answer>),
     settings: &Settings,
-    guest: Guest,
+    guest: QueuePlace,
     stopping: CancellationToken,
 ) {
     let (reader, writer) = socket.split();
@@ -84,7 +84,7 @@ struct Connection<'a> {
     /// Where the host is.
     address: IpAddr,
     /// A place in the lobby, until the host is let in.
-    guest: Option<Guest>,
+    guest: Option<QueuePlace>,
     host: Option<HostId>,
     extensions: Extensions,
     queues: Inlets,

@@ -47,7 +47,7 @@ pub enum DirectoryError {
 
 /// A socket that hosts can connect to. Its file goes when this is dropped.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct AgentSocket {
     path: PathBuf,
     identity: (u64, u64),
 }
@@ -62,7 +62,7 @@ pub(super) fn is_mounted() -> bool {
 ///
 /// # Errors
 /// [`DirectoryError`]; then nothing is left behind.
-pub(super) fn listen(directory: &Path) -> Result<(OwnedFd, Door), DirectoryError> {
+pub(super) fn listen(directory: &Path) -> Result<(OwnedFd, AgentSocket), DirectoryError> {
     let path = directory.join(AGENT_SOCKET);
     let failed = |source: io::Error| DirectoryError::System { path: path.clone(), source };
     match path.symlink_metadata() {
@@ -72,7 +72,7 @@ pub(super) fn listen(directory: &Path) -> Result<(OwnedFd, Door), DirectoryError
     }
     // The socket is open to everybody, and the directory decides.
     let (socket, identity) = appear(directory, AGENT_SOCKET, 0o666).map_err(failed)?;
-    Ok((socket, Door { path, identity }))
+    Ok((socket, AgentSocket { path, identity }))
 }
 
 /// Whether somebody listens there. What cannot be asked counts as nobody, since the name can be taken away from it.
@@ -86,7 +86,7 @@ fn is_served(path: &Path) -> bool {
     matches!(connected, Ok(()) | Err(Errno::AGAIN))
 }
 
-impl Drop for Door {
+impl Drop for AgentSocket {
     fn drop(&mut self) {
         if identity_of_name(&self.path) == Some(self.identity) {
             // What stays is taken for what it is by the next agent.

@@ -65,13 +65,13 @@ pub enum Reply {
     /// The port on the host.
     Forwarded(NonZeroU16),
     /// Why there is none.
-    Not(Why, String),
+    Not(RefusalReason, String),
 }
 
 /// What stands in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Why {
+pub enum RefusalReason {
     /// Every host that is connected said no.
     Refused,
     /// No host was connected in time. The request is remembered.
@@ -93,7 +93,7 @@ struct ReplyLine {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     host_port: Option<NonZeroU16>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    why: Option<Why>,
+    why: Option<RefusalReason>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
 }
@@ -202,7 +202,7 @@ async fn converse(mut stream: UnixStream, hub: Hub, has_token: bool) {
                 () = gone => return,
             }
         }
-        Err(error) => Reply::Not(Why::Invalid, format!("not a request: {error}")),
+        Err(error) => Reply::Not(RefusalReason::Invalid, format!("not a request: {error}")),
     };
     // Whoever asked may have gone.
     let _ = timeout(TALK_TIME_MAX, writing.write_all(reply.to_line().as_bytes())).await;
@@ -211,25 +211,25 @@ async fn converse(mut stream: UnixStream, hub: Hub, has_token: bool) {
 async fn answer(question: Question, hub: &Hub, has_token: bool) -> Reply {
     let Question::Forward { target_port, host_candidates, reason, wait_ms } = question;
     if !has_token {
-        return Reply::Not(Why::NoToken, "the agent has no broker token".to_owned());
+        return Reply::Not(RefusalReason::NoToken, "the agent has no broker token".to_owned());
     }
     if host_candidates.len() > CANDIDATES_MAX {
         let reason = format!("more than {CANDIDATES_MAX} ports on the host are named");
-        return Reply::Not(Why::Invalid, reason);
+        return Reply::Not(RefusalReason::Invalid, reason);
     }
     let request = ForwardRequest { target: target_port, candidates: host_candidates, reason };
     let mut waiting = match hub.ask(request) {
         Ok(waiting) => waiting,
-        Err(full) => return Reply::Not(Why::Full, full.to_string()),
+        Err(full) => return Reply::Not(RefusalReason::Full, full.to_string()),
     };
     let wait = Duration::from_millis(wait_ms).min(WAIT_MAX);
     match timeout(wait, waiting.outcome()).await {
         Ok(Ok(port)) => Reply::Forwarded(port),
-        Ok(Err(reason)) => Reply::Not(Why::Refused, reason),
+        Ok(Err(reason)) => Reply::Not(RefusalReason::Refused, reason),
         Err(_) if *hub.hosts().borrow() == 0 => {
-            Reply::Not(Why::NoHost, "no host is connected to the agent".to_owned())
+            Reply::Not(RefusalReason::NoHost, "no host is connected to the agent".to_owned())
         }
-        Err(_) => Reply::Not(Why::TimedOut, "the host has not answered".to_owned()),
+        Err(_) => Reply::Not(RefusalReason::TimedOut, "the host has not answered".to_owned()),
     }
 }
 
@@ -270,7 +270,10 @@ mod tests {
         let port = NonZeroU16::new(4849).unwrap();
         for (said, expected) in [
             (Ok(port), Reply::Forwarded(port)),
-            (Err("policy excluded".to_owned()), Reply::Not(Why::Refused, "policy excluded".to_owned())),
+            (
+                Err("policy excluded".to_owned()),
+                Reply::Not(RefusalReason::Refused, "policy excluded".to_owned()),
+            ),
         ] {
             let hosting = async {
                 requests.changed().await.unwrap();
@@ -289,10 +292,10 @@ mod tests {
             Reply::Not(why, _) => why,
             Reply::Forwarded(port) => panic!("forwarded to {port}"),
         };
-        assert_eq!(why(asked(2, &hub, false, short).await), Why::NoToken);
-        assert_eq!(why(asked(2, &hub, true, short).await), Why::NoHost);
+        assert_eq!(why(asked(2, &hub, false, short).await), RefusalReason::NoToken);
+        assert_eq!(why(asked(2, &hub, true, short).await), RefusalReason::NoHost);
         hub.join();
-        assert_eq!(why(asked(2, &hub, true, short).await), Why::TimedOut);
+        assert_eq!(why(asked(2, &hub, true, short).await), RefusalReason::TimedOut);
         let error = spawn_blocking(move || ask(3, &question(short), short)).await.unwrap().unwrap_err();
         assert!(matches!(error, AskError::NoAgent(3)), "{error:?}");
     }
@@ -325,7 +328,7 @@ mod tests {
 
         #[test]
         fn what_is_answered_is_read_back(port: NonZeroU16, reason: String) {
-            for reply in [Reply::Forwarded(port), Reply::Not(Why::Refused, reason)] {
+            for reply in [Reply::Forwarded(port), Reply::Not(RefusalReason::Refused, reason)] {
                 prop_assert_eq!(Reply::from_line(&reply.to_line()).unwrap(), reply);
             }
         }

@@ -43,8 +43,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::error::chain;
 use crate::model::registration::{ContainerName, Token};
+use directory::AgentSocket;
 pub use directory::DirectoryError;
-use directory::Door;
 use hub::Hub;
 use log::{AgentEvent, Log};
 use server::{Bound, Settings};
@@ -145,7 +145,7 @@ pub async fn run(options: Options, log: Log) -> Result<(), StartError> {
 }
 
 /// Serves the directory, where there is one. One that was not named and cannot be served is none.
-fn open_door(options: &Options, log: &Log) -> Result<Option<(Door, OwnedFd)>, StartError> {
+fn open_door(options: &Options, log: &Log) -> Result<Option<(AgentSocket, OwnedFd)>, StartError> {
     let named = options.directory.clone();
     let Some(path) = named.clone().or_else(|| directory::is_mounted().then(|| directory::DIRECTORY.into()))
     else {

@@ -109,7 +109,7 @@ impl Bound {
     pub(super) fn serve(self, settings: Settings) -> Server {
         let server = Server(Arc::new(Inner {
             settings,
-            lobby: Lobby::default(),
+            accept_queue: AcceptQueue::default(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }));
@@ -138,7 +138,7 @@ pub(super) struct Server(Arc<Inner>);
 
 struct Inner {
     settings: Settings,
-    lobby: Lobby,
+    accept_queue: AcceptQueue,
     stopping: CancellationToken,
     tasks: TaskTracker,
 }
@@ -157,7 +157,7 @@ async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => {
-                let guest = Lobby::enter(&inner, peer.ip());
+                let guest = AcceptQueue::enter(&inner, peer.ip());
                 inner.tasks.spawn(converse(Arc::clone(&inner), stream, guest));
             }
             // No descriptor is left, or the client has gone already. Either way the next one is another try.
@@ -167,7 +167,7 @@ async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
 }
 
 /// One connection, until it ends or becomes a WebSocket, which goes on as a task of its own.
-async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: Guest) {
+async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: QueuePlace) {
     wire::prepare(&stream);
     let guest = Arc::new(Mutex::new(Some(guest)));
     let asked_to_leave = locked(&guest).as_ref().map(|guest| guest.leave.clone()).unwrap_or_default();
@@ -192,7 +192,7 @@ async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: Guest) {
 type Text = Response<Full<Bytes>>;
 
 /// Answers one request; an upgrade takes the guest along.
-fn respond(inner: &Arc<Inner>, mut request: Request<Incoming>, guest: &Mutex<Option<Guest>>) -> Text {
+fn respond(inner: &Arc<Inner>, mut request: Request<Incoming>, guest: &Mutex<Option<QueuePlace>>) -> Text {
     let settings = &inner.settings;
     // A browser adds this header for a page, which has no business here. No host does.
     if request.headers().contains_key(ORIGIN) {
@@ -240,7 +240,7 @@ async fn upgraded(
     inner: Arc<Inner>,
     upgrade: OnUpgrade,
     (token, answer): (Token, Option<Answer>),
-    guest: Guest,
+    guest: QueuePlace,
 ) {
     // A client that left in between, or asked for something odd, has no connection any more.
     let Ok(Ok(stream)) = timeout(HELLO_TIME_MAX, upgrade).await else { return };
@@ -260,7 +260,7 @@ fn text(status: StatusCode, text: &'static str) -> Text {
 
 /// Who waits to be let in, in the order of coming.
 #[derive(Default)]
-struct Lobby(Mutex<Waiting>);
+struct AcceptQueue(Mutex<Waiting>);
 
 #[derive(Default)]
 struct Waiting {
@@ -269,7 +269,7 @@ struct Waiting {
 }
 
 /// A place in the lobby. Dropping it gives it back.
-pub(super) struct Guest {
+pub(super) struct QueuePlace {
     inner: Arc<Inner>,
     number: u64,
     /// Where it comes from.
@@ -278,10 +278,10 @@ pub(super) struct Guest {
     pub(super) leave: CancellationToken,
 }
 
-impl Lobby {
-    fn enter(inner: &Arc<Inner>, address: IpAddr) -> Guest {
+impl AcceptQueue {
+    fn enter(inner: &Arc<Inner>, address: IpAddr) -> QueuePlace {
         let leave = CancellationToken::new();
-        let mut waiting = locked(&inner.lobby.0);
+        let mut waiting = locked(&inner.accept_queue.0);
         waiting.last += 1;
         let number = waiting.last;
         waiting.guests.insert(number, leave.clone());
@@ -291,13 +291,13 @@ impl Lobby {
             oldest.cancel();
         }
         drop(waiting);
-        Guest { inner: Arc::clone(inner), number, address, leave }
+        QueuePlace { inner: Arc::clone(inner), number, address, leave }
     }
 }
 
-impl Drop for Guest {
+impl Drop for QueuePlace {
     fn drop(&mut self) {
-        locked(&self.inner.lobby.0).guests.remove(&self.number);
+        locked(&self.inner.accept_queue.0).guests.remove(&self.number);
     }
 }
 

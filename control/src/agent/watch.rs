@@ -50,13 +50,13 @@ impl Drop for Watch {
 }
 
 async fn read_on(interval: Duration, tell: mpsc::Sender<Vec<WireListener>>, log: Log) {
-    let mut eyes = Eyes::default();
+    let mut reader = ListenerReader::default();
     let mut failing = false;
     loop {
         // A reading that panicked took its sources along.
         let (back, outcome) =
-            spawn_blocking(move || eyes.look()).await.unwrap_or((Eyes::default(), Ok(None)));
-        eyes = back;
+            spawn_blocking(move || reader.look()).await.unwrap_or((ListenerReader::default(), Ok(None)));
+        reader = back;
         match outcome {
             Ok(Some(reading)) => {
                 failing = false;
@@ -77,14 +77,14 @@ async fn read_on(interval: Duration, tell: mpsc::Sender<Vec<WireListener>>, log:
 
 /// What is read with, and the two readings that are compared while a table is read in pieces.
 #[derive(Default)]
-struct Eyes {
+struct ListenerReader {
     source: Option<Source>,
     last: Reading,
     next: Reading,
 }
 
-impl Eyes {
-    fn look(mut self) -> (Eyes, Result<Option<Vec<WireListener>>, ReadError>) {
+impl ListenerReader {
+    fn look(mut self) -> (ListenerReader, Result<Option<Vec<WireListener>>, ReadError>) {
         let mut source = match self.source.take().map_or_else(|| Source::new(Sources::open_here()), Ok) {
             Ok(source) => source,
             Err(error) => return (self, Err(error)),

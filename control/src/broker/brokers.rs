@@ -17,8 +17,8 @@ use super::message::Extensions;
 use crate::docker::Docker;
 use crate::forwarding::broker_link::BrokerLink;
 use crate::model::event::Event;
-use crate::model::registration::{ContainerName, Registration, Token, Way};
-use crate::registry::store::{Attendant, StopReason};
+use crate::model::registration::{AttachMethod, ContainerName, Registration, Token};
+use crate::registry::store::{RegistrationObserver, StopReason};
 use crate::sys::journal::Journal;
 
 /// Where a broker gets its link to forwarding.
@@ -132,7 +132,7 @@ impl Brokers {
             self.journal.tell(&Event::Notice { text });
             return None;
         }
-        let by_docker = matches!(registration.way, None | Some(Way::Docker { .. }));
+        let by_docker = matches!(registration.attach_method, None | Some(AttachMethod::Docker { .. }));
         Some(Broker {
             name: name.clone(),
             token: token.clone(),
@@ -170,7 +170,7 @@ async fn run(broker: Broker, running: Running, before: Option<Running>, links: A
     }
 }
 
-impl Attendant for Brokers {
+impl RegistrationObserver for Brokers {
     fn name(&self) -> &'static str {
         "broker"
     }

@@ -14,7 +14,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::*;
-use crate::forwarding::broker_link::{ANNOUNCEMENTS_MAX, Announcement, BrokerWord};
+use crate::forwarding::broker_link::{ANNOUNCEMENTS_MAX, Announcement, SessionUpdate};
 use crate::model::announcement::ForwardResult;
 
 const CANARY: &str = "canary-5b21";
@@ -32,7 +32,7 @@ struct World {
 /// Forwarding's end of one link.
 struct Link {
     announced: mpsc::Receiver<Announcement>,
-    words: mpsc::UnboundedSender<BrokerWord>,
+    words: mpsc::UnboundedSender<SessionUpdate>,
 }
 
 struct Container(WebSocketStream<TcpStream>);
@@ -121,7 +121,7 @@ impl Link {
     /// The engine's end of a channel over which it dials.
     fn channel(&self) -> Channel {
         let (engine, ours) = Channel::pair().unwrap();
-        self.words.send(BrokerWord::Serve(vec![ours.into()])).unwrap();
+        self.words.send(SessionUpdate::Serve(vec![ours.into()])).unwrap();
         engine
     }
 }
@@ -203,7 +203,7 @@ async fn a_broker_greets_watches_and_tells_results() {
     container.say(json!({"type": "port-listen-snapshot", "ports": [listener]})).await;
     let Announcement::Listening { opened, whole: true, .. } = link.announcement().await else { panic!() };
     let result = ForwardResult { port: opened[0].port, result: Ok(port(5173)) };
-    link.words.send(BrokerWord::Result(result)).unwrap();
+    link.words.send(SessionUpdate::Result(result)).unwrap();
     container.hears(json!({"type": "port-forward-result", "port": 5173, "ok": true, "hostPort": 5173})).await;
     assert_eq!(world.told(), ["[portbroker:coder] connected"]);
 }

@@ -25,7 +25,7 @@ const ASKED_MAX: usize = 64;
 
 /// What the engine says.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Asked {
+pub(super) enum DialRequest {
     /// It wants a connection to this port. The answer is owed.
     Dial(DialKey, NonZeroU16),
     /// It has closed the channel of this number.
@@ -35,8 +35,8 @@ pub(super) enum Asked {
 /// All channels of one broker. Dropping it closes them, which is the end of the upstream.
 #[derive(Debug)]
 pub(super) struct Dials {
-    ask: mpsc::Sender<Asked>,
-    asked: mpsc::Receiver<Asked>,
+    ask: mpsc::Sender<DialRequest>,
+    asked: mpsc::Receiver<DialRequest>,
     answers: HashMap<u64, Answers>,
     last: u64,
     serving: JoinSet<()>,
@@ -65,11 +65,11 @@ impl Dials {
     }
 
     /// What the engine says next. Dropping the future loses nothing.
-    pub(super) async fn next(&mut self) -> Asked {
+    pub(super) async fn next(&mut self) -> DialRequest {
         loop {
             // We hold a sender ourselves, so there always is a next one to wait for.
             if let Some(asked) = self.asked.recv().await {
-                if let Asked::Closed(channel) = asked {
+                if let DialRequest::Closed(channel) = asked {
                     self.answers.remove(&channel);
                 }
                 return asked;
@@ -78,20 +78,20 @@ impl Dials {
     }
 
     /// The answer to a dial, to be given.
-    pub(super) fn owed(&self, key: DialKey) -> Owed {
-        Owed { dial: key.dial, answers: self.answers.get(&key.channel).cloned() }
+    pub(super) fn owed(&self, key: DialKey) -> PendingReply {
+        PendingReply { dial: key.dial, answers: self.answers.get(&key.channel).cloned() }
     }
 }
 
 /// An answer that is owed. Dropped, it is a refusal.
 #[derive(Debug)]
-pub(super) struct Owed {
+pub(super) struct PendingReply {
     dial: u64,
     /// None when it was given, or the channel is closed.
     answers: Option<Answers>,
 }
 
-impl Owed {
+impl PendingReply {
     /// The container reached its server, and this socket leads there.
     pub(super) fn dialled(mut self, socket: OwnedFd) {
         let dial = self.dial;
@@ -112,7 +112,7 @@ impl Owed {
     }
 }
 
-impl Drop for Owed {
+impl Drop for PendingReply {
     fn drop(&mut self) {
         let (dial, why) = (self.dial, DialFailure::Refused);
         self.give(Answer::NotDialled { dial, why }, None);
@@ -123,7 +123,7 @@ impl Drop for Owed {
 async fn serve(
     channel: AsyncFd<OwnedFd>,
     number: u64,
-    ask: mpsc::Sender<Asked>,
+    ask: mpsc::Sender<DialRequest>,
     mut answered: mpsc::UnboundedReceiver<(Answer, Option<OwnedFd>)>,
 ) {
     loop {
@@ -140,12 +140,12 @@ async fn serve(
         };
         // Whoever asks for anything else is no engine that dials.
         let Ok(Some((Request::Dial { dial, port }, _))) = asked else { break };
-        if ask.send(Asked::Dial(DialKey { channel: number, dial }, port)).await.is_err() {
+        if ask.send(DialRequest::Dial(DialKey { channel: number, dial }, port)).await.is_err() {
             return;
         }
     }
     // Nobody to tell it to is as good.
-    let _ = ask.send(Asked::Closed(number)).await;
+    let _ = ask.send(DialRequest::Closed(number)).await;
 }
 
 async fn receive(channel: &AsyncFd<OwnedFd>) -> channel::Received<Request> {
@@ -208,8 +208,8 @@ mod tests {
             engine.send(&Request::Dial { dial, port: port(80) }, &[]).unwrap();
         }
         let key = |dial| DialKey { channel: 1, dial };
-        assert_eq!(dials.next().await, Asked::Dial(key(7), port(80)));
-        assert_eq!(dials.next().await, Asked::Dial(key(8), port(80)));
+        assert_eq!(dials.next().await, DialRequest::Dial(key(7), port(80)));
+        assert_eq!(dials.next().await, DialRequest::Dial(key(8), port(80)));
         let (_theirs, ours) = std::os::unix::net::UnixStream::pair().unwrap();
         dials.owed(key(8)).dialled(ours.into());
         dials.owed(key(7)).refused(DialFailure::TimedOut);
@@ -224,7 +224,7 @@ mod tests {
         let mut dials = Dials::new();
         let engine = served(&mut dials);
         engine.send(&Request::Dial { dial: 7, port: port(80) }, &[]).unwrap();
-        let Asked::Dial(key, _) = dials.next().await else { panic!() };
+        let DialRequest::Dial(key, _) = dials.next().await else { panic!() };
         drop(dials.owed(key));
         let refused = Answer::NotDialled { dial: 7, why: DialFailure::Refused };
         assert_eq!(answer(&engine).await.0, refused);
@@ -235,9 +235,9 @@ mod tests {
         let mut dials = Dials::new();
         let (first, second) = (served(&mut dials), served(&mut dials));
         drop(first);
-        assert_eq!(dials.next().await, Asked::Closed(1));
+        assert_eq!(dials.next().await, DialRequest::Closed(1));
         second.send(&Request::SockDiag, &[]).unwrap();
-        assert_eq!(dials.next().await, Asked::Closed(2));
+        assert_eq!(dials.next().await, DialRequest::Closed(2));
         assert!(dials.answers.is_empty());
         // Its descriptor is closed by then, or about to be.
         while !matches!(second.try_recv::<Answer>(), Ok(None)) {

@@ -19,14 +19,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::brokers::{Finding, Report};
 use super::connection::{self, ConnectError, Connection, Heard, Opened};
-use super::dials::{Asked, Dials};
+use super::dials::{DialRequest, Dials};
 use super::host::{Action, DialKey, Input, Session};
 use super::message::{Extensions, Frame, Side, StreamId, relay_text};
 use super::pair::Pairs;
 use super::pump::{self, Inlet, Outlet};
 use crate::docker::{Docker, DockerError};
 use crate::error::chain;
-use crate::forwarding::broker_link::{Announcement, BrokerLink, BrokerWord};
+use crate::forwarding::broker_link::{Announcement, BrokerLink, SessionUpdate};
 use crate::model::event::Event;
 use crate::model::port_policy::CONTAINER_PORT;
 use crate::model::registration::{ContainerName, Token};
@@ -199,8 +199,8 @@ impl Driver {
                     }
                 },
                 word = self.link.words.recv(), if !self.is_deaf => match word {
-                    Some(BrokerWord::Result(result)) => return Input::Result(result),
-                    Some(BrokerWord::Serve(channels)) => self.dials.serve(channels),
+                    Some(SessionUpdate::Result(result)) => return Input::Result(result),
+                    Some(SessionUpdate::Serve(channels)) => self.dials.serve(channels),
                     None => self.is_deaf = true,
                 },
                 asked = self.dials.next() => return from_engine(asked),
@@ -302,10 +302,10 @@ fn notice(broker: &Broker, text: &str) {
     broker.journal.tell(&Event::Notice { text });
 }
 
-fn from_engine(asked: Asked) -> Input {
+fn from_engine(asked: DialRequest) -> Input {
     match asked {
-        Asked::Dial(key, port) => Input::Dial(key, port),
-        Asked::Closed(channel) => Input::ChannelClosed(channel),
+        DialRequest::Dial(key, port) => Input::Dial(key, port),
+        DialRequest::Closed(channel) => Input::ChannelClosed(channel),
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::args::{AgentArgs, AgentForwardArgs, AgentRestartArgs, AgentServeArgs, AgentVerb, Candidates};
 use super::exit::{Exit, Failure};
 use crate::agent::hostd::{Hostd, HostdError};
-use crate::agent::local::{self, AskError, Question, Reply, Why};
+use crate::agent::local::{self, AskError, Question, RefusalReason, Reply};
 use crate::agent::log::Log;
 use crate::agent::{self, DirectoryError, Options, PORT, StartError};
 use crate::cli::ui::output::Talk;
@@ -170,21 +170,21 @@ fn unanswered(error: &AskError) -> Failure {
     }
 }
 
-fn not_forwarded(args: &AgentForwardArgs, why: Why, reason: &str) -> Failure {
+fn not_forwarded(args: &AgentForwardArgs, why: RefusalReason, reason: &str) -> Failure {
     let port = args.port;
     match why {
-        Why::Refused => {
+        RefusalReason::Refused => {
             Failure::new(Exit::Refused, format!("the host does not forward port {port}: {reason}"))
                 .hint("--host names ports on the host to try one after another")
         }
-        Why::NoHost => Failure::new(Exit::NoDaemon, reason.to_owned())
+        RefusalReason::NoHost => Failure::new(Exit::NoDaemon, reason.to_owned())
             .hint("the request is remembered; register the container on the host, with its broker token"),
-        Why::TimedOut => Failure::new(Exit::TimedOut, reason.to_owned())
+        RefusalReason::TimedOut => Failure::new(Exit::TimedOut, reason.to_owned())
             .hint("the request is remembered; --wait waits longer"),
-        Why::NoToken => Failure::new(Exit::NoDaemon, reason.to_owned())
+        RefusalReason::NoToken => Failure::new(Exit::NoDaemon, reason.to_owned())
             .hint("start the agent with LANDFALL_HOSTD_BROKER_TOKEN in its environment"),
-        Why::Full => Failure::new(Exit::Refused, reason.to_owned()),
-        Why::Invalid => Failure::new(Exit::Usage, reason.to_owned())
+        RefusalReason::Full => Failure::new(Exit::Refused, reason.to_owned()),
+        RefusalReason::Invalid => Failure::new(Exit::Usage, reason.to_owned())
             .hint("the agent that runs may be of another build: start it again"),
     }
 }

@@ -10,7 +10,7 @@ use super::exit::{Exit, Failure};
 use crate::daemon::discovery::report::Found;
 use crate::daemon::http::gateway::HttpFacts;
 use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
-use crate::daemon::rpc::ensure::{self, EnsureError, Ensured, Wanted};
+use crate::daemon::rpc::ensure::{self, DesiredDaemon, EnsureError, Ensured};
 use crate::docker::helper_container::HelperFacts;
 use crate::error::chain;
 use crate::model::forward_table::{ContainerState, EngineFacts};
@@ -106,7 +106,7 @@ pub fn client_of_running() -> Result<Client, Failure> {
 
 /// Sees to it that a daemon runs.
 pub fn ensured(home: Home, arguments: Vec<OsString>) -> Result<Ensured, Failure> {
-    let wanted = Wanted::own(home, arguments);
+    let wanted = DesiredDaemon::own(home, arguments);
     ensure::ensure(&wanted).map_err(|error| not_ensured(&error, &wanted.home))
 }
 

@@ -10,11 +10,11 @@ use landfall_engine::opener::client::Target;
 use super::args::{Common, Ring};
 use super::exit::{Exit, Failure};
 use crate::cli::foreground::native_driver::Sink;
-use crate::cli::foreground::registered::{Registered, Unregistered, Wish};
+use crate::cli::foreground::registered::{DesiredContainer, Registered, Unregistered};
 use crate::cli::foreground::{ForwardError, Options, Session, Wakeup};
 use crate::cli::ui::output::{Report, Talk};
 use crate::daemon::rpc::client::Client;
-use crate::model::registration::Way;
+use crate::model::registration::AttachMethod;
 use crate::sys::event_loop::{Signals, Watched};
 use crate::sys::paths::Home;
 
@@ -27,24 +27,32 @@ pub enum Forwarding {
 }
 
 impl Forwarding {
-    /// Registers `way` with the daemon, if there is one and it may be used; else forwards from `target` here. With `native`, a
+    /// Registers `attach_method` with the daemon, if there is one and it may be used; else forwards from `target` here. With `native`, a
     /// supervisor reports native sockets.
     ///
     /// # Errors
     /// What `refused` makes of an engine that does not forward, or a name that is taken.
     pub fn open(
         target: Target,
-        way: Option<Way>,
+        attach_method: Option<AttachMethod>,
         name: String,
         common: &Common,
         native: bool,
         talk: Talk,
         refused: impl FnOnce(&ForwardError) -> Failure,
     ) -> Result<Forwarding, Failure> {
-        if let Some(way) = way.filter(|_| !common.no_daemon && common.ring == Ring::Auto) {
+        if let Some(attach_method) = attach_method.filter(|_| !common.no_daemon && common.ring == Ring::Auto)
+        {
             let name_is_given = common.name.is_some();
-            let wish = Wish { name: name.clone(), name_is_given, way, policy: common.policy(), talk, native };
-            if let Some(registered) = by_daemon(wish)? {
+            let desired = DesiredContainer {
+                name: name.clone(),
+                name_is_given,
+                attach_method,
+                policy: common.policy(),
+                talk,
+                native,
+            };
+            if let Some(registered) = by_daemon(desired)? {
                 return Ok(Forwarding::Daemons(Box::new(registered)));
             }
         }
@@ -101,12 +109,12 @@ impl Forwarding {
 }
 
 /// Without a daemon there is nothing to say; one that does not forward this is told of.
-fn by_daemon(wish: Wish) -> Result<Option<Registered>, Failure> {
-    let talk = wish.talk;
+fn by_daemon(desired: DesiredContainer) -> Result<Option<Registered>, Failure> {
+    let talk = desired.talk;
     let Some(home) = Home::from_environment().ok().filter(|home| home.socket().exists()) else {
         return Ok(None);
     };
-    match Registered::open(Client::new(home.socket()), wish) {
+    match Registered::open(Client::new(home.socket()), desired) {
         Ok(registered) => Ok(Some(registered)),
         Err(Unregistered::NoDaemon) => Ok(None),
         Err(taken @ Unregistered::NameTaken { .. }) => {

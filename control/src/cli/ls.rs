@@ -12,7 +12,7 @@ use crate::cli::ui::output::{Report, Talk};
 use crate::cli::ui::table::{NOTHING, table};
 use crate::daemon::discovery::report::{Forwarded, Found};
 use crate::daemon::rpc::client::Client;
-use crate::model::forward_table::{ContainerState, ForwardPath, ForwardRow, Reached, RowState};
+use crate::model::forward_table::{ContainerState, ForwardPath, ForwardRow, Reachability, RowState};
 use crate::model::grants::{GrantFact, GrantState};
 use crate::model::registration::FoundBy;
 use crate::model::size::ByteSize;
@@ -121,10 +121,12 @@ fn listing(containers: &[Container]) -> String {
     for Container { state, .. } in containers {
         let name = &state.container_name;
         // A container that is reached has something to say only where that is by no faster way.
-        if state.forwards.is_empty() || state.state == Reached::Unreachable || state.reason.is_some() {
+        if state.forwards.is_empty() || state.state == Reachability::Unreachable || state.reason.is_some() {
             let [none1, none2, none3, none4, none5, none6] = [NOTHING; 6].map(str::to_owned);
-            let why = match (state.state, &state.way, state.reason.clone().unwrap_or_default()) {
-                (Reached::Reached, Some(way), why) if !why.is_empty() => format!("{way}, {why}"),
+            let why = match (state.state, &state.attach_method, state.reason.clone().unwrap_or_default()) {
+                (Reachability::Reached, Some(attach_method), why) if !why.is_empty() => {
+                    format!("{attach_method}, {why}")
+                }
                 (_, _, why) => why,
             };
             rows.push([
@@ -221,12 +223,12 @@ fn path(path: ForwardPath) -> &'static str {
     }
 }
 
-pub(super) fn reached(state: Reached) -> &'static str {
+pub(super) fn reached(state: Reachability) -> &'static str {
     match state {
-        Reached::Waiting => "waiting",
-        Reached::Reached => "reached",
-        Reached::Unreachable => "unreachable",
-        Reached::Off => "off",
+        Reachability::Waiting => "waiting",
+        Reachability::Reached => "reached",
+        Reachability::Unreachable => "unreachable",
+        Reachability::Off => "off",
     }
 }
 

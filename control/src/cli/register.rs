@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::args::{RegisterArgs, WayArgs};
+use super::args::{AttachMethodArgs, RegisterArgs};
 use super::exit::{Exit, Failure};
 use super::start::{self, Folder};
 use crate::cli::daemon_client;
@@ -12,7 +12,7 @@ use crate::cli::ui::output::{Colour, Talk};
 use crate::daemon::rpc::client::PATIENT_BUDGET;
 use crate::error::chain;
 use crate::launch::devcontainer::{Devcontainer, Exposure, exposure, exposure_of_file};
-use crate::model::registration::{Token, Way};
+use crate::model::registration::{AttachMethod, Token};
 use crate::sys::processes;
 
 /// The longest token that is read from a file, in bytes; the ones in use have 43.
@@ -40,7 +40,7 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
     })?;
     let restart = token(args.restart_token_file.as_deref(), "LANDFALL_RESTART_TOKEN")?;
     let broker = token(args.broker_token_file.as_deref(), "LANDFALL_BROKER_TOKEN")?;
-    if args.way.websocket && (args.ws_host_port.is_none() || broker.is_none()) {
+    if args.attach_method.websocket && (args.ws_host_port.is_none() || broker.is_none()) {
         let what = if broker.is_none() { "a broker token" } else { "the host port" };
         return Err(Failure::new(
             Exit::Usage,
@@ -48,7 +48,7 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
         )
         .hint("give --ws-host-port PORT, and --broker-token-file FILE or LANDFALL_BROKER_TOKEN"));
     }
-    let way = way(&args.way)?;
+    let attach_method = attach_method(&args.attach_method)?;
     let text = cwd.to_str().ok_or_else(|| {
         Failure::new(Exit::Usage, format!("the path {} is not UTF-8", cwd.display()))
             .hint("the daemon takes paths as JSON, which knows no other text")
@@ -77,11 +77,11 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
         Some(notes).filter(|notes| !notes.is_empty()).and_then(|notes| serde_json::to_value(notes).ok()),
     );
     add("folderPorts", folder_ports.and_then(|ports| serde_json::to_value(ports).ok()));
-    add("way", way.and_then(|way| serde_json::to_value(way).ok()));
+    add("way", attach_method.and_then(|attach_method| serde_json::to_value(attach_method).ok()));
     Ok(Value::Object(request))
 }
 
-fn way(args: &WayArgs) -> Result<Option<Way>, Failure> {
+fn attach_method(args: &AttachMethodArgs) -> Result<Option<AttachMethod>, Failure> {
     if let Some(pid) = args.pid {
         return process(pid).map(Some);
     }
@@ -92,13 +92,13 @@ fn way(args: &WayArgs) -> Result<Option<Way>, Failure> {
         return agent(directory).map(Some);
     }
     if args.websocket {
-        return Ok(Some(Way::Websocket));
+        return Ok(Some(AttachMethod::Websocket));
     }
-    Ok(args.docker.then_some(Way::DOCKER))
+    Ok(args.docker.then_some(AttachMethod::DOCKER))
 }
 
 /// The way by an agent in a directory. The directory has to be there; the agent may come later.
-fn agent(directory: &Path) -> Result<Way, Failure> {
+fn agent(directory: &Path) -> Result<AttachMethod, Failure> {
     let unusable = |why: &str| {
         Failure::new(Exit::Missing, format!("the directory {} cannot be used: {why}", directory.display()))
             .hint("make it on the host, and mount it into the container; `landfall agent` puts its socket there")
@@ -108,11 +108,11 @@ fn agent(directory: &Path) -> Result<Way, Failure> {
     if !found.is_dir() {
         return Err(unusable("it is no directory"));
     }
-    Ok(Way::Agent { directory: path })
+    Ok(AttachMethod::Agent { directory: path })
 }
 
 /// The way by a file that stands for a namespace, and means the same to the daemon.
-pub(super) fn netns(path: &Path) -> Result<Way, Failure> {
+pub(super) fn netns(path: &Path) -> Result<AttachMethod, Failure> {
     let path = std::path::absolute(path).and_then(|path| path.metadata().map(|_| path)).map_err(|error| {
         Failure::new(Exit::Missing, format!("{} cannot be used: {}", path.display(), chain(&error)))
             .hint("`ip netns list` shows namespaces by name; their files are in /run/netns")
@@ -124,18 +124,18 @@ pub(super) fn netns(path: &Path) -> Result<Way, Failure> {
         )
         .hint("say which process: /proc/PID/ns/net, or --pid PID"));
     }
-    Ok(Way::Netns { path })
+    Ok(AttachMethod::Netns { path })
 }
 
 /// The way by a process that runs now, and no later one of the same number.
-pub(super) fn process(pid: std::num::NonZeroU32) -> Result<Way, Failure> {
+pub(super) fn process(pid: std::num::NonZeroU32) -> Result<AttachMethod, Failure> {
     let missing = || {
         Failure::new(Exit::Missing, format!("process {pid} does not exist"))
             .hint("give the id of a process that runs, as ps shows it")
     };
     let started = processes::started(pid)
         .map_err(|why| Failure::new(Exit::Failed, format!("cannot look at process {pid}: {why}")))?;
-    started.map(|started| Way::Process { pid, started: Some(started) }).ok_or_else(missing)
+    started.map(|started| AttachMethod::Process { pid, started: Some(started) }).ok_or_else(missing)
 }
 
 /// A token from a file, else from the environment. Nothing is told of what it is.

@@ -43,11 +43,11 @@ pub fn run(args: RunArgs) -> Result<Exit, Failure> {
     let sandbox = Sandbox::make(&args.command).map_err(|error| no_sandbox(&error, &args))?;
     let target =
         Target::process(sandbox.pid()).map_err(|error| failed("cannot enter the sandbox", &error))?;
-    let way = NonZeroU32::new(sandbox.pid()).and_then(|pid| register::process(pid).ok());
+    let attach_method = NonZeroU32::new(sandbox.pid()).and_then(|pid| register::process(pid).ok());
     let refused = |error: &ForwardError| failed("cannot forward from the sandbox", error);
     let native = NativeSockets::prepare(&args, &sandbox, talk)?;
     let is_native = native.is_some();
-    let mut session = Forwarding::open(target, way, name, &args.common, is_native, talk, refused)?;
+    let mut session = Forwarding::open(target, attach_method, name, &args.common, is_native, talk, refused)?;
     let pasta = outbound(args.net, &sandbox, talk)?;
     // Until here no call waits for an answer: the command has not started.
     let keeper = native.map(|native| native.start(&args, &sandbox, &session, talk)).transpose()?;

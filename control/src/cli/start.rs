@@ -22,11 +22,11 @@ use crate::docker::rebuild::own_image;
 use crate::docker::{CONTEXT_BYTES_MAX, Docker, DockerError, FOLDER_LABEL, Listed};
 use crate::error::chain;
 use crate::launch::devcontainer::{Devcontainer, DevcontainerFile, Exposure, exposure, exposure_of_file};
-use crate::launch::{self, Hands, Image, Recipe, Tokens};
+use crate::launch::{self, Image, LaunchActions, Recipe, Tokens};
 use crate::model::forward_table::{ForwardRow, RowState};
 use crate::model::grants::Right;
 use crate::model::port_policy::PortList;
-use crate::model::registration::{ContainerName, Way};
+use crate::model::registration::{AttachMethod, ContainerName};
 use crate::sys::held_port::HeldPort;
 use crate::sys::paths::Home;
 use crate::sys::processes::ProcessFact;
@@ -96,12 +96,12 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
         http_port,
     };
     let fixed = json!({
-        "kind": "register", "containerName": name.as_str(), "cwd": folder.text, "way": Way::DOCKER,
+        "kind": "register", "containerName": name.as_str(), "cwd": folder.text, "way": AttachMethod::DOCKER,
         "portForward": policy.unwrap_or_default(), "portNotes": notes, "folderPorts": folder_ports,
         "challengeRequired": true, "httpSocket": true,
     });
-    let mut hands = Doing { docker: &docker, client: &client, recipe: &recipe, fixed };
-    runtime.block_on(launch::start(&mut hands))?;
+    let mut actions = HostActions { docker: &docker, client: &client, recipe: &recipe, fixed };
+    runtime.block_on(launch::start(&mut actions))?;
     if args.allow_rebuild {
         grant::give(&client, name.as_str(), &[Right::Rebuild]).map_err(|failure| Failure {
             message: format!("{name} runs without the right to rebuild: {}", failure.message),
@@ -202,9 +202,9 @@ fn exists(other: &Listed, folder: &str) -> Failure {
 fn is_free(client: &Client, name: &ContainerName) -> Result<(), Failure> {
     let Some(description) = daemon_client::describe(client)? else { return Ok(()) };
     let holder = description.containers.iter().find(|other| other.state.container_name == name.as_str());
-    match holder.and_then(|holder| holder.state.way.as_ref()) {
-        Some(way) if !way.starts_with("docker") && way != "websocket" => {
-            let text = format!("the name {name} is taken, by {way}");
+    match holder.and_then(|holder| holder.state.attach_method.as_ref()) {
+        Some(attach_method) if !attach_method.starts_with("docker") && attach_method != "websocket" => {
+            let text = format!("the name {name} is taken, by {attach_method}");
             Err(Failure::new(Exit::Refused, text).hint("say another --name; landfall ls shows what there is"))
         }
         _ => Ok(()),
@@ -283,7 +283,7 @@ fn tell_not_used(not_used: &[String], talk: Talk) {
 }
 
 /// The hands of this verb.
-struct Doing<'a> {
+struct HostActions<'a> {
     docker: &'a Docker,
     client: &'a Client,
     recipe: &'a Recipe<'a>,
@@ -291,7 +291,7 @@ struct Doing<'a> {
     fixed: Value,
 }
 
-impl Hands for Doing<'_> {
+impl LaunchActions for HostActions<'_> {
     type Error = Failure;
 
     fn tokens(&mut self) -> Result<Tokens, Failure> {

@@ -14,7 +14,7 @@ use super::up::{engine_in_words, tell_helper, tell_http};
 use crate::cli::daemon_client::{self, Container, Description};
 use crate::cli::ui::output::{Colour, Talk};
 use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
-use crate::model::forward_table::{Reached, RowState};
+use crate::model::forward_table::{Reachability, RowState};
 use crate::sys::launcher::LauncherState;
 
 /// Tells how the daemon is, or one container.
@@ -137,9 +137,13 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
         if !grants.is_empty() {
             talk.line("grants", Colour::Green, &grant::in_words(grants));
         }
-        talk.line("way", Colour::Grey, state.way.as_deref().unwrap_or("none; it is only remembered"));
+        talk.line(
+            "way",
+            Colour::Grey,
+            state.attach_method.as_deref().unwrap_or("none; it is only remembered"),
+        );
         let why = state.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
-        let colour = if state.state == Reached::Unreachable { Colour::Yellow } else { Colour::Green };
+        let colour = if state.state == Reachability::Unreachable { Colour::Yellow } else { Colour::Green };
         talk.line("state", colour, &format!("{}{why}", ls::reached(state.state)));
         if !state.forwards.is_empty() {
             talk.plain(&format!("\n{}", ls::forwards(state)));

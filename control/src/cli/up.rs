@@ -14,7 +14,7 @@ use crate::cli::daemon_client::{self, Description};
 use crate::cli::ui::output::{Colour, Report, Talk};
 use crate::daemon::http::gateway::{Gateway, HttpFacts};
 use crate::daemon::rpc::client::Client;
-use crate::daemon::rpc::ensure::{Ensured, Wanted};
+use crate::daemon::rpc::ensure::{DesiredDaemon, Ensured};
 use crate::docker::helper_container::program::Program;
 use crate::docker::helper_container::{ACCESS, HelperFacts, HelperState};
 use crate::error::chain;
@@ -74,7 +74,7 @@ fn become_daemon(args: &UpArgs, client: &Client) -> Result<Exit, Failure> {
     if client.is_reachable() {
         return Err(Failure::new(Exit::Refused, "a daemon runs already").hint("landfall down stops it"));
     }
-    let wanted = Wanted::own(daemon_client::home()?, args.daemon.words());
+    let wanted = DesiredDaemon::own(daemon_client::home()?, args.daemon.words());
     let mut command = Command::new(&wanted.program);
     command.arg0("landfall").arg("_hostd").args(&wanted.arguments);
     let error = token_variables::remove_from(&mut command).exec();

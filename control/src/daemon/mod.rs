@@ -42,12 +42,12 @@ use crate::daemon::http::container_socket::ContainerSockets;
 use crate::daemon::http::gateway::{self, SharedFacts};
 use crate::daemon::http::{Http, HttpError};
 use crate::daemon::jobs::Jobs;
-use crate::daemon::rpc::request_handler::Answers;
+use crate::daemon::rpc::request_handler::RequestHandler;
 use crate::daemon::rpc::server::{self, Server};
 use crate::daemon::supervisor::Supervisor;
 use crate::daemon::tailscale::{Tailscale, TailscaleOptions};
 use crate::docker::helper_container::{Helper, HelperOptions};
-use crate::docker::liveness::Ways;
+use crate::docker::liveness::RegistrationProbe;
 use crate::docker::{Docker, LifeEvent};
 use crate::forwarding::driver::{Forwarding, ForwardingOptions};
 use crate::model::event::Event;
@@ -55,7 +55,7 @@ use crate::model::native_sockets::Sockets;
 use crate::model::port_policy::ControlPorts;
 use crate::registry::folder::Approvals;
 use crate::registry::grants::GrantTable;
-use crate::registry::store::{Attendant, DropReason, Registry, RegistryOptions};
+use crate::registry::store::{DropReason, RegistrationObserver, Registry, RegistryOptions};
 use crate::sys::journal::Journal;
 use crate::sys::launcher::{LauncherError, launcher};
 use crate::sys::paths::{self, Home, HomeError};
@@ -143,7 +143,7 @@ pub async fn run(options: Options) -> Result<(), StartError> {
 /// A daemon that answers.
 struct Daemon {
     options: Options,
-    request_handler: Arc<Answers>,
+    request_handler: Arc<RequestHandler>,
     http: Http,
     /// What ends with the daemon and has nothing to finish: who listens to Docker, to forwarding and to signals.
     tasks: JoinSet<()>,
@@ -181,13 +181,13 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     }
     let (brokers, reports) = Brokers::new(docker.clone(), journal.clone(), options.broker_extensions);
     let sockets = ContainerSockets::new(home.clone(), docker.clone(), journal.clone());
-    let attendants: Vec<Arc<dyn Attendant>> = vec![
+    let observers: Vec<Arc<dyn RegistrationObserver>> = vec![
         brokers.clone(),
         sockets.clone(),
         Jobs::new(journal.clone(), supervisor.clone(), approvals.clone()),
     ];
     let registry =
-        Registry::open(registry_options(&options, grants, &journal, &docker, &approvals, attendants));
+        Registry::open(registry_options(&options, grants, &journal, &docker, &approvals, observers));
     let addresses = addresses(&options, &docker).await;
     let last = read_number(&home.http_port_file());
     let bound = http::Bound::listen(options.http_port, last, &addresses, &journal).await?;
@@ -217,7 +217,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         answering: forwarding.answering(),
     });
     let discovery = Discovery::new(docker.clone(), registry.clone(), journal.clone(), options.discover_all);
-    let request_handler = Arc::new(Answers {
+    let request_handler = Arc::new(RequestHandler {
         home: home.clone(),
         version: version::current(),
         http_port: bound.port(),
@@ -242,7 +242,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         tasks.spawn(gateway::keep(http.clone(), docker.clone(), Arc::clone(&gateway_changed)));
     }
     tasks.spawn(discovery.clone().run());
-    let hinted = Hinted { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
+    let hinted = HintSource { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
     tasks.spawn(watch_launcher(journal.clone()));
     tasks.spawn(follow_docker(docker, hinted, gateway_changed));
     tasks.spawn(follow_ends(registry.clone(), forwarding));
@@ -261,7 +261,8 @@ impl Daemon {
     /// Stops: the HTTP port is free first, since the next daemon needs it; the socket's file goes last, since its going is
     /// what the next one waits for. The socket answers meanwhile: that it stops. Every step is bounded in time.
     async fn stop(mut self) {
-        let Answers { journal, registry, forwarding, supervisor, helper, stop, .. } = &*self.request_handler;
+        let RequestHandler { journal, registry, forwarding, supervisor, helper, stop, .. } =
+            &*self.request_handler;
         let bound = self.options.cleanup_timeout;
         journal.tell(&Event::DaemonStopping);
         within(bound, "HTTP", journal, self.http.close()).await;
@@ -301,15 +302,15 @@ fn registry_options(
     journal: &Journal,
     docker: &Docker,
     approvals: &Approvals,
-    attendants: Vec<Arc<dyn Attendant>>,
+    observers: Vec<Arc<dyn RegistrationObserver>>,
 ) -> RegistryOptions {
     RegistryOptions {
         home: options.home.clone(),
         approvals: approvals.clone(),
         grants,
         journal: journal.clone(),
-        liveness: Arc::new(Ways { docker: docker.clone() }),
-        attendants,
+        liveness: Arc::new(RegistrationProbe { docker: docker.clone() }),
+        observers,
         cleanup_timeout: options.cleanup_timeout,
         gc_interval: options.gc_interval,
         gc_misses: options.gc_misses,
@@ -336,14 +337,14 @@ fn replayed(registry: Registry) -> BoxFuture<'static, ()> {
 }
 
 /// Who looks at containers.
-struct Hinted {
+struct HintSource {
     registry: Registry,
     forwarding: Forwarding,
     helper: Helper,
     discovery: Discovery,
 }
 
-impl Hinted {
+impl HintSource {
     /// Something has happened to a container of Docker's, or to any.
     fn hint(&self, event: &LifeEvent) {
         match event {
@@ -373,7 +374,7 @@ impl Hinted {
 }
 
 /// Passes hints from Docker on, and says when its bridge may have another address.
-async fn follow_docker(docker: Docker, hinted: Hinted, gateway_changed: Arc<Notify>) {
+async fn follow_docker(docker: Docker, hinted: HintSource, gateway_changed: Arc<Notify>) {
     let mut events = docker.life_events();
     while let Some(event) = events.recv().await {
         hinted.hint(&event);

@@ -4,10 +4,10 @@ use tokio::sync::watch;
 
 /// Whether to stop, and how. Clones are the same switch.
 #[derive(Clone, Debug)]
-pub struct StopSwitch(watch::Sender<Wish>);
+pub struct StopSwitch(watch::Sender<StopRequest>);
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Wish {
+struct StopRequest {
     /// Somebody asked over the socket; the answer may still be on its way.
     asked: bool,
     /// The stop has begun.
@@ -18,7 +18,7 @@ struct Wish {
 
 impl Default for StopSwitch {
     fn default() -> StopSwitch {
-        StopSwitch(watch::Sender::new(Wish::default()))
+        StopSwitch(watch::Sender::new(StopRequest::default()))
     }
 }
 

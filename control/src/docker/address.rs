@@ -111,7 +111,7 @@ impl fmt::Display for Address {
 
 /// An address that is of no use.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Misled {
+pub(super) struct AddressError {
     /// What was said, and by whom.
     pub(super) at: String,
     /// Why it is of no use, and what to do.
@@ -120,11 +120,11 @@ pub(super) struct Misled {
 
 /// Where to look.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Whereabouts {
+pub(super) enum EngineLocation {
     /// Somebody says where.
     At(Address),
     /// Somebody says where, and nothing can be met there.
-    Nowhere(Misled),
+    Nowhere(AddressError),
     /// Nobody does: at one of these sockets.
     Among(Vec<PathBuf>),
 }
@@ -144,18 +144,18 @@ pub(super) enum Look {
 pub(super) fn whereabouts(
     environment: &Environment,
     read: impl Fn(&Path) -> Result<Option<String>, String>,
-) -> Whereabouts {
+) -> EngineLocation {
     let said = |by: String, text: &str| match endpoint(text, environment.tls) {
-        Ok(endpoint) => Whereabouts::At(Address { endpoint, said_by: Some(by) }),
-        Err(reason) => Whereabouts::Nowhere(Misled { at: format!("{text} ({by})"), reason }),
+        Ok(endpoint) => EngineLocation::At(Address { endpoint, said_by: Some(by) }),
+        Err(reason) => EngineLocation::Nowhere(AddressError { at: format!("{text} ({by})"), reason }),
     };
     if let Some((by, text)) = environment.hosts.first() {
         return said((*by).to_owned(), text);
     }
     match context(environment, read) {
         Ok(Some((name, text))) => said(format!("context {name}"), &text),
-        Ok(None) => Whereabouts::Among(usual(environment)),
-        Err(misled) => Whereabouts::Nowhere(misled),
+        Ok(None) => EngineLocation::Among(usual(environment)),
+        Err(misled) => EngineLocation::Nowhere(misled),
     }
 }
 
@@ -179,10 +179,10 @@ fn usual(environment: &Environment) -> Vec<PathBuf> {
 fn context(
     environment: &Environment,
     read: impl Fn(&Path) -> Result<Option<String>, String>,
-) -> Result<Option<(String, String)>, Misled> {
+) -> Result<Option<(String, String)>, AddressError> {
     let Some(configuration) = &environment.configuration else { return Ok(None) };
-    let file = |path: &Path| -> Result<Option<Value>, Misled> {
-        let misled = |reason| Misled { at: path.display().to_string(), reason };
+    let file = |path: &Path| -> Result<Option<Value>, AddressError> {
+        let misled = |reason| AddressError { at: path.display().to_string(), reason };
         let Some(text) = read(path).map_err(misled)? else { return Ok(None) };
         serde_json::from_str(&text).map(Some).map_err(|error| misled(format!("it is no JSON: {error}")))
     };
@@ -196,7 +196,7 @@ fn context(
     if name.is_empty() || name == NO_CONTEXT {
         return Ok(None);
     }
-    let misled = |reason: &str| Misled { at: format!("context {name}"), reason: reason.to_owned() };
+    let misled = |reason: &str| AddressError { at: format!("context {name}"), reason: reason.to_owned() };
     let id = hex(&Sha256::digest(name.as_bytes()));
     let about = file(&configuration.join("contexts/meta").join(id).join("meta.json"))?
         .ok_or_else(|| misled("there is no such context; `docker context ls` shows those that there are"))?;

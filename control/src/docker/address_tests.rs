@@ -15,9 +15,9 @@ fn no_files(_: &Path) -> Result<Option<String>, String> {
 /// Where `DOCKER_HOST` of this text leads, or why nowhere.
 fn host(text: &str) -> Result<String, String> {
     match whereabouts(&environment(&[("DOCKER_HOST", text)]), no_files) {
-        Whereabouts::At(address) => Ok(address.to_string()),
-        Whereabouts::Nowhere(misled) => Err(misled.reason),
-        Whereabouts::Among(_) => panic!("{text} says nothing"),
+        EngineLocation::At(address) => Ok(address.to_string()),
+        EngineLocation::Nowhere(misled) => Err(misled.reason),
+        EngineLocation::Among(_) => panic!("{text} says nothing"),
     }
 }
 
@@ -57,7 +57,7 @@ fn an_engine_elsewhere_is_not_met_and_it_is_said_what_to_do() {
         assert!(host(elsewhere).unwrap_err().contains("--websocket"), "{elsewhere}");
     }
     let tls = environment(&[("DOCKER_HOST", "tcp://127.0.0.1:2376"), ("DOCKER_TLS_VERIFY", "1")]);
-    let Whereabouts::Nowhere(misled) = whereabouts(&tls, no_files) else { panic!("TLS is not spoken") };
+    let EngineLocation::Nowhere(misled) = whereabouts(&tls, no_files) else { panic!("TLS is not spoken") };
     assert!(misled.reason.contains("TLS") && misled.at.contains("DOCKER_HOST"), "{misled:?}");
 }
 
@@ -71,7 +71,7 @@ fn the_first_variable_that_says_something_counts() {
     ];
     let at = |variables: &[(&str, &str)]| whereabouts(&environment(variables), files);
     let address = |path: &str, by: &str| {
-        Whereabouts::At(Address { endpoint: Endpoint::Unix(path.into()), said_by: Some(by.to_owned()) })
+        EngineLocation::At(Address { endpoint: Endpoint::Unix(path.into()), said_by: Some(by.to_owned()) })
     };
     assert_eq!(at(&all), address("/a", "DOCKER_HOST"));
     assert_eq!(at(&all[1..]), address("/b", "CONTAINER_HOST"));
@@ -101,7 +101,7 @@ fn a_context_that_is_of_no_use_is_not_passed_over() {
             Ok(text.map(str::to_owned))
         };
         match whereabouts(&environment(&[("DOCKER_CONFIG", "/c")]), read) {
-            Whereabouts::Nowhere(misled) => format!("{}: {}", misled.at, misled.reason),
+            EngineLocation::Nowhere(misled) => format!("{}: {}", misled.at, misled.reason),
             other => panic!("{other:?}"),
         }
     };
@@ -114,13 +114,13 @@ fn a_context_that_is_of_no_use_is_not_passed_over() {
         reason(named, Some(elsewhere)).starts_with("ssh://there (context x): containers of another machine")
     );
     let unreadable = whereabouts(&environment(&[("HOME", "/h")]), |_| Err("permission denied".to_owned()));
-    assert!(matches!(unreadable, Whereabouts::Nowhere(_)));
+    assert!(matches!(unreadable, EngineLocation::Nowhere(_)));
 }
 
 #[test]
 fn without_a_word_the_first_socket_that_may_be_used_counts() {
     let paths = |variables: &[(&str, &str)]| match whereabouts(&environment(variables), no_files) {
-        Whereabouts::Among(paths) => paths,
+        EngineLocation::Among(paths) => paths,
         other => panic!("{other:?}"),
     };
     let usual = paths(&[("XDG_RUNTIME_DIR", "/x"), ("DOCKER_CONTEXT", "default"), ("HOME", "/home/u")]);

@@ -11,7 +11,7 @@ use std::path::Path;
 use futures_util::future::BoxFuture;
 
 use crate::docker::Docker;
-use crate::model::registration::{Registration, Started, Way};
+use crate::model::registration::{AttachMethod, Registration, Started};
 use crate::sys::processes;
 
 /// The answer of a probe.
@@ -33,29 +33,31 @@ pub trait Probe: Send + Sync {
 
 /// Looks along each registration's own way.
 #[derive(Clone, Debug)]
-pub struct Ways {
+pub struct RegistrationProbe {
     /// Who knows containers by name.
     pub docker: Docker,
 }
 
-impl Probe for Ways {
+impl Probe for RegistrationProbe {
     fn probe<'a>(&'a self, registration: &'a Registration) -> BoxFuture<'a, Liveness> {
         Box::pin(async move {
             // It follows Docker's list as a whole, or a person's word, and neither is up to a look at one name.
             if registration.discovered.is_some() {
                 return Liveness::Unknown;
             }
-            match &registration.way {
-                Some(Way::Process { pid, started }) => process(*pid, started.as_ref()),
+            match &registration.attach_method {
+                Some(AttachMethod::Process { pid, started }) => process(*pid, started.as_ref()),
                 // It may be on another machine: it lives until somebody says otherwise.
-                Some(Way::Websocket) => Liveness::Unknown,
-                Some(Way::Netns { path } | Way::Agent { directory: path }) => {
+                Some(AttachMethod::Websocket) => Liveness::Unknown,
+                Some(AttachMethod::Netns { path } | AttachMethod::Agent { directory: path }) => {
                     let path = path.clone();
                     // The file may be on a file system that does not answer.
                     let looked = tokio::task::spawn_blocking(move || file(&path)).await;
                     looked.unwrap_or(Liveness::Unknown)
                 }
-                Some(Way::Docker { .. }) | None => self.docker.probe(registration.docker_name()).await,
+                Some(AttachMethod::Docker { .. }) | None => {
+                    self.docker.probe(registration.docker_name()).await
+                }
             }
         })
     }

@@ -11,7 +11,7 @@
 use super::{ASIDE, DockerError};
 
 /// What is done to containers here, by name.
-pub(super) trait Hands {
+pub(super) trait ContainerActions {
     /// Whether it exists, and runs if it does.
     async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError>;
     async fn rename(&self, from: &str, to: &str) -> Result<(), DockerError>;
@@ -31,51 +31,51 @@ pub(super) fn aside(name: &str) -> String {
 
 /// Puts a new container, which `create` makes under the name that it is given, in the place of the one with this name.
 pub(super) async fn replace(
-    hands: &impl Hands,
+    actions: &impl ContainerActions,
     name: &str,
     create: impl AsyncFnOnce(&str) -> Result<(), DockerError>,
 ) -> Result<(), DockerError> {
     let aside = aside(name);
-    let ran = hands.runs(name).await? == Some(true);
-    hands.rename(name, &aside).await?;
+    let ran = actions.runs(name).await? == Some(true);
+    actions.rename(name, &aside).await?;
     if let Err(error) = create(name).await {
         // It may have failed with the new container there: one that cannot join its second network.
-        return Err(undo(error, put_back(hands, name, ran).await, &aside));
+        return Err(undo(error, put_back(actions, name, ran).await, &aside));
     }
-    let up = match hands.stop(&aside).await {
-        Ok(()) => hands.start(name).await,
+    let up = match actions.stop(&aside).await {
+        Ok(()) => actions.start(name).await,
         Err(error) => Err(error),
     };
     if let Err(error) = up {
-        return Err(undo(error, put_back(hands, name, ran).await, &aside));
+        return Err(undo(error, put_back(actions, name, ran).await, &aside));
     }
     // The new one is up. An old one that cannot be removed now is removed before the next time.
-    let _ = hands.remove(&aside).await;
+    let _ = actions.remove(&aside).await;
     Ok(())
 }
 
 /// Finishes or undoes what an earlier attempt left.
-pub(super) async fn mend(hands: &impl Hands, name: &str) -> Result<(), DockerError> {
+pub(super) async fn mend(actions: &impl ContainerActions, name: &str) -> Result<(), DockerError> {
     let aside = aside(name);
-    if hands.runs(&aside).await?.is_none() {
+    if actions.runs(&aside).await?.is_none() {
         return Ok(());
     }
-    match hands.runs(name).await? {
+    match actions.runs(name).await? {
         // The new one is up; what is left is the old one's removal.
-        Some(true) => hands.remove(&aside).await,
-        _ => put_back(hands, name, true).await,
+        Some(true) => actions.remove(&aside).await,
+        _ => put_back(actions, name, true).await,
     }
 }
 
 /// The old one gets its name back, and runs again if it did.
-async fn put_back(hands: &impl Hands, name: &str, ran: bool) -> Result<(), DockerError> {
+async fn put_back(actions: &impl ContainerActions, name: &str, ran: bool) -> Result<(), DockerError> {
     let aside = aside(name);
-    if hands.runs(name).await?.is_some() {
-        hands.remove(name).await?;
+    if actions.runs(name).await?.is_some() {
+        actions.remove(name).await?;
     }
-    hands.rename(&aside, name).await?;
-    match ran && hands.runs(name).await? != Some(true) {
-        true => hands.start(name).await,
+    actions.rename(&aside, name).await?;
+    match ran && actions.runs(name).await? != Some(true) {
+        true => actions.start(name).await,
         false => Ok(()),
     }
 }

@@ -34,7 +34,7 @@ fn missing(name: &str) -> DockerError {
     DockerError::Refused(format!("no such container: {name}"))
 }
 
-impl Hands for Fake {
+impl ContainerActions for Fake {
     async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError> {
         self.call()?;
         Ok(self.containers.borrow().get(name).map(|(_, runs)| *runs))
@@ -138,7 +138,7 @@ async fn what_a_dead_daemon_left_is_mended() {
 #[tokio::test]
 async fn a_failure_that_cannot_be_undone_says_where_the_old_one_is() {
     struct Stubborn(Fake);
-    impl Hands for Stubborn {
+    impl ContainerActions for Stubborn {
         async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError> {
             self.0.runs(name).await
         }
@@ -159,8 +159,8 @@ async fn a_failure_that_cannot_be_undone_says_where_the_old_one_is() {
             self.0.remove(name).await
         }
     }
-    let hands = Stubborn(Fake::new(true, None));
-    let told = replace(&hands, "coder", async |name: &str| hands.0.create(name).await)
+    let actions = Stubborn(Fake::new(true, None));
+    let told = replace(&actions, "coder", async |name: &str| actions.0.create(name).await)
         .await
         .unwrap_err()
         .to_string();

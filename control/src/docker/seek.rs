@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::Access;
 
 use super::DockerError;
-use super::address::{Address, Environment, Look, Whereabouts, select, whereabouts};
+use super::address::{Address, EngineLocation, Environment, Look, select, whereabouts};
 
 /// Where to look; clones look at the same place.
 #[derive(Clone, Debug)]
@@ -17,7 +17,7 @@ pub(super) struct Seek(Arc<Seeking>);
 
 #[derive(Debug)]
 struct Seeking {
-    whereabouts: Whereabouts,
+    whereabouts: EngineLocation,
     answered: OnceLock<Address>,
 }
 
@@ -35,9 +35,9 @@ impl Seek {
             reason: reason.to_owned(),
         };
         match &self.0.whereabouts {
-            Whereabouts::At(address) => Ok(address.clone()),
-            Whereabouts::Nowhere(misled) => Err(unreachable(&misled.at, &misled.reason)),
-            Whereabouts::Among(usual) => match self.0.answered.get() {
+            EngineLocation::At(address) => Ok(address.clone()),
+            EngineLocation::Nowhere(misled) => Err(unreachable(&misled.at, &misled.reason)),
+            EngineLocation::Among(usual) => match self.0.answered.get() {
                 Some(answered) => Ok(answered.clone()),
                 None => select(usual, look).ok_or_else(|| unreachable("the usual places", "there are none")),
             },

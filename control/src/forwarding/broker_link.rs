@@ -22,7 +22,7 @@ pub enum Announcement {
     /// The container has taken the token. The first [`Announcement::Listening`] follows and tells all there is.
     Up,
     /// What listens in the container: everything (`whole`), or what changed. Each port of `opened` is owed one
-    /// [`BrokerWord::Result`], unless it is reserved, or forwarded already when it was told before.
+    /// [`SessionUpdate::Result`], unless it is reserved, or forwarded already when it was told before.
     Listening {
         /// In the order told.
         opened: Vec<Announced>,
@@ -31,7 +31,7 @@ pub enum Announcement {
         /// This replaces what was known.
         whole: bool,
     },
-    /// A reserved forward is asked for (wire specification, A.3.8). It is owed one [`BrokerWord::Result`].
+    /// A reserved forward is asked for (wire specification, A.3.8). It is owed one [`SessionUpdate::Result`].
     Reserve {
         /// The port in the container.
         target: NonZeroU16,
@@ -47,7 +47,7 @@ pub enum Announcement {
 
 /// What forwarding tells a session.
 #[derive(Debug)]
-pub enum BrokerWord {
+pub enum SessionUpdate {
     /// What became of a port that was announced or reserved.
     Result(ForwardResult),
     /// The engine dials over these channels from now on, and over no earlier ones (one for each of its shards;
@@ -62,5 +62,5 @@ pub struct BrokerLink {
     /// nothing from its container meanwhile, so one that announces without end is slowed down and no other one is.
     pub announce: mpsc::Sender<Announcement>,
     /// From forwarding.
-    pub words: mpsc::UnboundedReceiver<BrokerWord>,
+    pub words: mpsc::UnboundedReceiver<SessionUpdate>,
 }

@@ -157,7 +157,7 @@ impl Recipe<'_> {
 }
 
 /// What is done to the world.
-pub trait Hands {
+pub trait LaunchActions {
     /// Why something was not done.
     type Error;
 
@@ -175,12 +175,12 @@ pub trait Hands {
 ///
 /// # Errors
 /// Those of the hands; nothing is registered then.
-pub async fn start<H: Hands>(hands: &mut H) -> Result<(), H::Error> {
-    let tokens = hands.tokens()?;
-    hands.register(&tokens)?;
-    let ran = hands.run(&tokens).await;
+pub async fn start<H: LaunchActions>(actions: &mut H) -> Result<(), H::Error> {
+    let tokens = actions.tokens()?;
+    actions.register(&tokens)?;
+    let ran = actions.run(&tokens).await;
     if ran.is_err() {
-        hands.deregister();
+        actions.deregister();
     }
     ran
 }

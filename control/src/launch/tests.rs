@@ -14,7 +14,7 @@ impl Fake {
     }
 }
 
-impl Hands for Fake {
+impl LaunchActions for Fake {
     type Error = &'static str;
 
     fn tokens(&mut self) -> Result<Tokens, &'static str> {
@@ -42,9 +42,9 @@ async fn the_daemon_knows_a_container_before_it_runs_and_forgets_one_that_does_n
         (Some("run"), Err("no"), vec!["register r b", "run r b", "deregister"]),
         (Some("register"), Err("no"), vec!["register r b"]),
     ] {
-        let mut hands = Fake { fails, ..Fake::default() };
-        assert_eq!(start(&mut hands).await, result);
-        assert_eq!(hands.done, done);
+        let mut actions = Fake { fails, ..Fake::default() };
+        assert_eq!(start(&mut actions).await, result);
+        assert_eq!(actions.done, done);
     }
 }
 

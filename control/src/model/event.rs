@@ -68,7 +68,11 @@ pub enum Event {
     /// An engine of another version was relieved by a new one and finishes its connections.
     EngineUpgraded { from: String, to: String },
     /// A container's namespace is entered.
-    ContainerReached { container_name: String, way: String },
+    ContainerReached {
+        container_name: String,
+        #[serde(rename = "way")]
+        attach_method: String,
+    },
     /// It cannot be, or no longer is.
     ContainerUnreachable { container_name: String, reason: String },
     /// A listener was too slow and has lost this many of the oldest lines. Told to that listener alone.

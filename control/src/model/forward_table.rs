@@ -41,10 +41,10 @@ pub struct ContainerState {
     pub container_name: String,
     /// How it is reached: `process 42`, `docker`, or a path such as `/run/netns/x`. A container that is only
     /// remembered has none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub way: Option<String>,
+    #[serde(rename = "way", default, skip_serializing_if = "Option::is_none")]
+    pub attach_method: Option<String>,
     /// How far that got.
-    pub state: Reached,
+    pub state: Reachability,
     /// Why no further.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -63,7 +63,7 @@ fn is_zero(count: &usize) -> bool {
 /// How far a container is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Reached {
+pub enum Reachability {
     /// It is about to be entered, or has not been started.
     Waiting,
     /// What listens in it is known.
@@ -168,8 +168,8 @@ mod tests {
             }),
             containers: vec![ContainerState {
                 container_name: "coder".to_owned(),
-                way: Some("docker".to_owned()),
-                state: Reached::Reached,
+                attach_method: Some("docker".to_owned()),
+                state: Reachability::Reached,
                 reason: None,
                 forwards: vec![ForwardRow {
                     port: 5173,

@@ -122,7 +122,7 @@ pub fn has_right(right: Right, registration: &Registration, grants: Option<&Gran
 /// Whether the registration itself carries the right.
 pub fn comes_with(right: Right, registration: &Registration) -> bool {
     match right {
-        Right::Rebuild => registration.way.is_none(),
+        Right::Rebuild => registration.attach_method.is_none(),
     }
 }
 
@@ -187,9 +187,8 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
-    fn registration(cwd: &str, way: Option<&str>) -> Registration {
-        let fields =
-            json!({"containerName": "shop", "cwd": cwd, "way": way.map(|kind| json!({"kind": kind}))});
+    fn registration(cwd: &str, attach_method: Option<&str>) -> Registration {
+        let fields = json!({"containerName": "shop", "cwd": cwd, "way": attach_method.map(|kind| json!({"kind": kind}))});
         Registration::from_fields(fields.as_object().unwrap().clone()).unwrap()
     }
 

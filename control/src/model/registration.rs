@@ -1,7 +1,7 @@
 //! One registration, valid by construction: what does not fit never gets here. Pure.
 //!
 //! The same six fields travel in `register` and lie in a file (wire specification, A.1.4 and A.7.1). Ours may carry more:
-//! [`Way`], and fields of a newer release that this one does not understand and keeps as they are.
+//! [`AttachMethod`], and fields of a newer release that this one does not understand and keeps as they are.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -102,7 +102,7 @@ impl fmt::Debug for Token {
 /// How the container's network namespace is reached, where its registration says so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
-pub enum Way {
+pub enum AttachMethod {
     /// Docker knows a container; its first process is in the namespace.
     Docker {
         /// What Docker calls it, where that is not the registration's own name.
@@ -132,34 +132,34 @@ pub enum Way {
     Websocket,
 }
 
-impl fmt::Display for Way {
+impl fmt::Display for AttachMethod {
     /// The way, as people are told of it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Way::Docker { container: None } => f.write_str("docker"),
-            Way::Docker { container: Some(name) } => write!(f, "docker ({name})"),
-            Way::Process { pid, .. } => write!(f, "process {pid}"),
-            Way::Netns { path } => write!(f, "{}", path.display()),
-            Way::Agent { directory } => write!(f, "agent in {}", directory.display()),
-            Way::Websocket => f.write_str("websocket"),
+            AttachMethod::Docker { container: None } => f.write_str("docker"),
+            AttachMethod::Docker { container: Some(name) } => write!(f, "docker ({name})"),
+            AttachMethod::Process { pid, .. } => write!(f, "process {pid}"),
+            AttachMethod::Netns { path } => write!(f, "{}", path.display()),
+            AttachMethod::Agent { directory } => write!(f, "agent in {}", directory.display()),
+            AttachMethod::Websocket => f.write_str("websocket"),
         }
     }
 }
 
-impl Way {
+impl AttachMethod {
     /// By Docker, which calls the container as the registration does.
-    pub const DOCKER: Way = Way::Docker { container: None };
+    pub const DOCKER: AttachMethod = AttachMethod::Docker { container: None };
 
     /// What Docker calls the container of a registration of the name `own`.
     pub fn docker_name<'a>(&'a self, own: &'a ContainerName) -> &'a ContainerName {
         match self {
-            Way::Docker { container: Some(name) } => name,
+            AttachMethod::Docker { container: Some(name) } => name,
             _ => own,
         }
     }
 }
 
-/// When a process began; see [`Way::Process`].
+/// When a process began; see [`AttachMethod::Process`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Started {
@@ -259,8 +259,8 @@ pub struct Registration {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub http_socket: bool,
     /// How it is reached without its help.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub way: Option<Way>,
+    #[serde(rename = "way", skip_serializing_if = "Option::is_none")]
+    pub attach_method: Option<AttachMethod>,
     /// The daemon made it itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discovered: Option<Discovered>,
@@ -323,9 +323,9 @@ impl Registration {
         if folder_ports.is_some() {
             fields.remove("folderPorts");
         }
-        let way = match fields.remove("way") {
+        let attach_method = match fields.remove("way") {
             None => None,
-            Some(way) => Some(read_way(way)?),
+            Some(attach_method) => Some(read_attach_method(attach_method)?),
         };
         let discovered = ours(&mut fields, "discovered")?;
         let port_notes = ours(&mut fields, "portNotes")?.unwrap_or_default();
@@ -344,7 +344,7 @@ impl Registration {
             broker_token,
             challenge_required,
             http_socket,
-            way,
+            attach_method,
             discovered,
             port_notes,
             unknown,
@@ -354,7 +354,8 @@ impl Registration {
     /// Host port, policy and token of the container's WebSocket, which is used when all three are present. Where the
     /// registration says that Docker has the container, the host port may be absent: Docker is asked for it.
     pub fn broker(&self) -> Option<(Option<NonZeroU16>, &PortForward, &Token)> {
-        let is_known = self.ws_host_port.is_some() || matches!(self.way, Some(Way::Docker { .. }));
+        let is_known =
+            self.ws_host_port.is_some() || matches!(self.attach_method, Some(AttachMethod::Docker { .. }));
         let (policy, token) = (self.port_forward.as_ref()?, self.broker_token.as_ref()?);
         is_known.then_some((self.ws_host_port, policy, token))
     }
@@ -381,7 +382,7 @@ impl Registration {
     /// What Docker calls the container.
     pub fn docker_name(&self) -> &ContainerName {
         let own = &self.container_name;
-        self.way.as_ref().map_or(own, |way| way.docker_name(own))
+        self.attach_method.as_ref().map_or(own, |attach_method| attach_method.docker_name(own))
     }
 
     /// Docker's id of the container that it follows, where it was made for a container that was found.
@@ -414,17 +415,17 @@ fn ours<T: DeserializeOwned>(
     fields.remove(name).map(read).transpose()
 }
 
-fn read_way(way: Value) -> Result<Way, RegistrationError> {
-    let way: Way =
-        serde_json::from_value(way).map_err(|error| RegistrationError::Because("way", error.to_string()))?;
-    match &way {
-        Way::Netns { path } if !path.is_absolute() => {
+fn read_attach_method(attach_method: Value) -> Result<AttachMethod, RegistrationError> {
+    let attach_method: AttachMethod = serde_json::from_value(attach_method)
+        .map_err(|error| RegistrationError::Because("way", error.to_string()))?;
+    match &attach_method {
+        AttachMethod::Netns { path } if !path.is_absolute() => {
             Err(RegistrationError::Because("way", "path must be absolute".to_owned()))
         }
-        Way::Agent { directory } if !directory.is_absolute() => {
+        AttachMethod::Agent { directory } if !directory.is_absolute() => {
             Err(RegistrationError::Because("way", "directory must be absolute".to_owned()))
         }
-        _ => Ok(way),
+        _ => Ok(attach_method),
     }
 }
 

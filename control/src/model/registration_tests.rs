@@ -76,10 +76,10 @@ fn a_token_matches_itself_alone_and_never_prints() {
 
 #[test]
 fn a_way_is_read_and_written() {
-    let way = json!({"kind": "process", "pid": 42, "started": {"boot": "b", "ticks": 7}});
-    let fields = json!({"containerName": "a", "cwd": "/a", "way": way});
+    let attach_method = json!({"kind": "process", "pid": 42, "started": {"boot": "b", "ticks": 7}});
+    let fields = json!({"containerName": "a", "cwd": "/a", "way": attach_method});
     let registration = read(fields.clone()).unwrap();
-    assert!(matches!(registration.way, Some(Way::Process { .. })));
+    assert!(matches!(registration.attach_method, Some(AttachMethod::Process { .. })));
     assert_eq!(serde_json::to_value(registration).unwrap(), fields);
     let relative = json!({"containerName": "a", "cwd": "/a", "way": {"kind": "netns", "path": "x"}});
     assert!(read(relative).unwrap_err().to_string().contains("path must be absolute"));

@@ -36,7 +36,7 @@ const FORMAT_VERSION: u64 = 1;
 
 /// Why a file is not a registration.
 #[derive(Debug, Error)]
-pub enum Unfit {
+pub enum InvalidFile {
     /// It is not JSON.
     #[error("not JSON: {0}")]
     NotJson(String),
@@ -54,12 +54,12 @@ pub enum Unfit {
     Unreadable(Errno),
 }
 
-impl From<ReadError> for Unfit {
-    fn from(error: ReadError) -> Unfit {
+impl From<ReadError> for InvalidFile {
+    fn from(error: ReadError) -> InvalidFile {
         match error {
-            ReadError::NotAFile => Unfit::NotAFile,
-            ReadError::TooLarge => Unfit::TooLarge,
-            ReadError::Unreadable(errno) => Unfit::Unreadable(errno),
+            ReadError::NotAFile => InvalidFile::NotAFile,
+            ReadError::TooLarge => InvalidFile::TooLarge,
+            ReadError::Unreadable(errno) => InvalidFile::Unreadable(errno),
         }
     }
 }
@@ -124,7 +124,7 @@ pub struct Loaded<R> {
     /// Its name without `.json`.
     pub stem: String,
     /// What is in it.
-    pub found: Result<R, Unfit>,
+    pub found: Result<R, InvalidFile>,
 }
 
 /// A step that failed, and what it was about.
@@ -139,17 +139,18 @@ pub struct FileError {
 /// Reads a record from the content of the file `STEM.json`. Pure.
 ///
 /// # Errors
-/// [`Unfit::NotJson`] and [`Unfit::Mismatch`].
-pub fn parse<R: Record>(stem: &str, content: &[u8]) -> Result<R, Unfit> {
-    let value: Value = serde_json::from_slice(content).map_err(|error| Unfit::NotJson(error.to_string()))?;
+/// [`InvalidFile::NotJson`] and [`InvalidFile::Mismatch`].
+pub fn parse<R: Record>(stem: &str, content: &[u8]) -> Result<R, InvalidFile> {
+    let value: Value =
+        serde_json::from_slice(content).map_err(|error| InvalidFile::NotJson(error.to_string()))?;
     let Value::Object(fields) = value else {
-        return Err(Unfit::Mismatch("it is not an object".to_owned()));
+        return Err(InvalidFile::Mismatch("it is not an object".to_owned()));
     };
-    let record = R::from_fields(fields).map_err(Unfit::Mismatch)?;
+    let record = R::from_fields(fields).map_err(InvalidFile::Mismatch)?;
     if record.container_name().as_str() != stem {
-        return Err(Unfit::Mismatch(format!("it is about {}", record.container_name())));
+        return Err(InvalidFile::Mismatch(format!("it is about {}", record.container_name())));
     }
-    check_version(&record).map_err(Unfit::Mismatch)?;
+    check_version(&record).map_err(InvalidFile::Mismatch)?;
     Ok(record)
 }
 
@@ -194,11 +195,11 @@ pub fn load_all<R: Record>(home: &Home) -> Result<Vec<Loaded<R>>, FileError> {
 /// Reads the record of a name, if there is a file.
 ///
 /// # Errors
-/// [`Unfit`], for a file that is not such a record.
-pub(crate) fn load_one<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<R>, Unfit> {
-    let opened = open_directory(&R::directory(home)).map_err(|error| Unfit::Unreadable(error.errno));
+/// [`InvalidFile`], for a file that is not such a record.
+pub(crate) fn load_one<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<R>, InvalidFile> {
+    let opened = open_directory(&R::directory(home)).map_err(|error| InvalidFile::Unreadable(error.errno));
     match opened.and_then(|directory| load(&directory, name.as_str())) {
-        Err(Unfit::Unreadable(Errno::NOENT)) => Ok(None),
+        Err(InvalidFile::Unreadable(Errno::NOENT)) => Ok(None),
         loaded => loaded.map(Some),
     }
 }
@@ -293,15 +294,15 @@ fn written_at(directory: &OwnedFd, name: &str) -> Option<Timespec> {
     Some(Timespec { tv_sec: seen.st_mtime, tv_nsec: seen.st_mtime_nsec.try_into().ok()? })
 }
 
-fn load<R: Record>(directory: &OwnedFd, stem: &str) -> Result<R, Unfit> {
+fn load<R: Record>(directory: &OwnedFd, stem: &str) -> Result<R, InvalidFile> {
     let content = read(directory, &format!("{stem}.json"))?;
     parse(stem, &content)
 }
 
-fn read(directory: &OwnedFd, name: &str) -> Result<Vec<u8>, Unfit> {
+fn read(directory: &OwnedFd, name: &str) -> Result<Vec<u8>, InvalidFile> {
     private_file::open(directory, name)
         .and_then(|file| private_file::read(file, FILE_BYTES_MAX))
-        .map_err(Unfit::from)
+        .map_err(InvalidFile::from)
 }
 
 fn write_temporary(directory: &OwnedFd, name: &str, record: &impl Record, at: Timespec) -> Result<(), Errno> {
@@ -317,7 +318,7 @@ fn write_temporary(directory: &OwnedFd, name: &str, record: &impl Record, at: Ti
 /// Sets aside a file that has a record's name and is not such a record; a record stays.
 fn make_room<R: Record>(directory: &OwnedFd, stem: &str) -> Result<Option<String>, Errno> {
     match load::<R>(directory, stem) {
-        Ok(_) | Err(Unfit::Unreadable(Errno::NOENT)) => return Ok(None),
+        Ok(_) | Err(InvalidFile::Unreadable(Errno::NOENT)) => return Ok(None),
         Err(_) => {}
     }
     private_file::set_aside(directory, &format!("{stem}.json")).map(Some)

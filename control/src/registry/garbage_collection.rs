@@ -7,13 +7,13 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::file::{self, Loaded, Unfit};
+use super::file::{self, InvalidFile, Loaded};
 use super::shared::{Shared, check_ports};
 use crate::docker::liveness::Liveness;
 use crate::model::grants::Grants;
 use crate::model::registration::Registration;
 use crate::registry::folder;
-use crate::registry::miss_counter::{Look, Misses};
+use crate::registry::miss_counter::{LookReason, MissCounter};
 
 /// How many containers are looked at side by side. Each look is a question to the Docker engine.
 const PROBES_MAX: usize = 8;
@@ -25,7 +25,7 @@ const HINT_SPACING: Duration = Duration::from_secs(2);
 /// Takes in what is on disk, by name, and then looks after all registrations until the daemon stops.
 pub(super) async fn run(shared: Arc<Shared>) {
     let spacing = HINT_SPACING.min(shared.options.gc_interval);
-    let mut misses = Misses::new(shared.options.gc_misses, spacing);
+    let mut misses = MissCounter::new(shared.options.gc_misses, spacing);
     {
         let _settling = shared.settling();
         shared.stopping.run_until_cancelled(replay(&shared, &mut misses)).await;
@@ -33,7 +33,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
     shared.stopping.run_until_cancelled(look_after(&shared, misses)).await;
 }
 
-async fn replay(shared: &Arc<Shared>, misses: &mut Misses) {
+async fn replay(shared: &Arc<Shared>, misses: &mut MissCounter) {
     replay_grants(shared).await;
     let home = shared.options.home.clone();
     let loaded = match tokio::task::spawn_blocking(move || file::load_all::<Registration>(&home)).await {
@@ -45,7 +45,7 @@ async fn replay(shared: &Arc<Shared>, misses: &mut Misses) {
     let whole: Vec<_> = loaded.into_iter().filter_map(|one| taken(shared, one)).collect();
     let whole: Vec<_> =
         stream::iter(whole).map(|one| with_approvals(shared, one)).buffered(PROBES_MAX).collect().await;
-    let whole = whole.into_iter().map(|registration| (Arc::new(registration), Look::First)).collect();
+    let whole = whole.into_iter().map(|registration| (Arc::new(registration), LookReason::First)).collect();
     let mut looked = probes(shared, whole);
     while let Some((registration, look, liveness)) = looked.next().await {
         match liveness {
@@ -94,7 +94,7 @@ async fn replay_grants(shared: &Shared) {
             Ok(grants) => shared.options.grants.put(grants),
             Err(unfit) => {
                 let detail = match unfit {
-                    Unfit::Mismatch(detail) => detail,
+                    InvalidFile::Mismatch(detail) => detail,
                     other => other.to_string(),
                 };
                 shared.notice(format!("the grants of {stem} are not in force: {detail}"));
@@ -109,7 +109,7 @@ fn taken(shared: &Shared, loaded: Loaded<Registration>) -> Option<Registration> 
         Ok(registration) => Some(registration),
         Err(unfit) => {
             shared.skipped(&loaded.stem, &unfit.to_string());
-            if let Unfit::Mismatch(detail) = unfit {
+            if let InvalidFile::Mismatch(detail) = unfit {
                 shared.notice(format!("{}.json is kept as it is: {detail}", loaded.stem));
             }
             None
@@ -120,9 +120,9 @@ fn taken(shared: &Shared, loaded: Loaded<Registration>) -> Option<Registration> 
 /// Looks at containers, several side by side; the answers come in the order of the questions.
 fn probes(
     shared: &Shared,
-    of: Vec<(Arc<Registration>, Look)>,
-) -> impl futures_util::Stream<Item = (Arc<Registration>, Look, Liveness)> + Unpin {
-    let probe = move |(registration, look): (Arc<Registration>, Look)| async move {
+    of: Vec<(Arc<Registration>, LookReason)>,
+) -> impl futures_util::Stream<Item = (Arc<Registration>, LookReason, Liveness)> + Unpin {
+    let probe = move |(registration, look): (Arc<Registration>, LookReason)| async move {
         let looked = shared.options.liveness.probe(&registration);
         let liveness = tokio::time::timeout(PROBE_TIMEOUT, looked).await.unwrap_or(Liveness::Unknown);
         (registration, look, liveness)
@@ -131,11 +131,12 @@ fn probes(
 }
 
 /// One look at a time: at everything once a turn, and sooner at those that a hint was about.
-async fn look_after(shared: &Arc<Shared>, mut misses: Misses) {
+async fn look_after(shared: &Arc<Shared>, mut misses: MissCounter) {
     let interval = shared.options.gc_interval.max(Duration::from_millis(1));
     let mut turns = tokio::time::interval_at(Instant::now() + interval, interval);
     turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let in_turn = |of: Vec<Arc<Registration>>| of.into_iter().map(|one| (one, Look::Turn)).collect();
+    let in_turn =
+        |of: Vec<Arc<Registration>>| of.into_iter().map(|one| (one, LookReason::LookTurn)).collect();
     loop {
         let of = tokio::select! {
             _ = turns.tick() => in_turn(shared.known.borrow().entries.clone()),
@@ -154,7 +155,7 @@ async fn look_after(shared: &Arc<Shared>, mut misses: Misses) {
 }
 
 /// Returns when a container has to be looked at ahead of its turn, and the time then.
-async fn next_look(misses: &Misses) -> Instant {
+async fn next_look(misses: &MissCounter) -> Instant {
     match misses.next_look() {
         None => std::future::pending().await,
         Some(at) => {

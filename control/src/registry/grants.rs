@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::model::grants::{self, GrantFact, Grants, Right, RightError};
 use crate::model::registration::{ContainerName, Registration};
-use crate::registry::file::{self, Unfit};
+use crate::registry::file::{self, InvalidFile};
 use crate::sys::paths::Home;
 
 /// The reasons to refuse a change of grants. The texts are the wire's.
@@ -29,7 +29,7 @@ pub enum GrantError {
     OfRegistration(Right, ContainerName),
     /// The file of the name holds something else. It is kept as it is.
     #[error("the grants of {0} cannot be read and are kept as they are: {1}")]
-    Unfit(ContainerName, Unfit),
+    InvalidFile(ContainerName, InvalidFile),
     /// The file could not be written.
     #[error("failed to persist grants: {0}")]
     Persist(String),
@@ -74,7 +74,7 @@ pub(crate) fn change(
     name: &ContainerName,
     change: impl FnOnce(&mut Grants) -> Result<bool, GrantError>,
 ) -> Result<Grants, GrantError> {
-    let kept = file::load_one(home, name).map_err(|unfit| GrantError::Unfit(name.clone(), unfit))?;
+    let kept = file::load_one(home, name).map_err(|unfit| GrantError::InvalidFile(name.clone(), unfit))?;
     let mut grants = kept.unwrap_or_else(|| Grants::none(name.clone()));
     if change(&mut grants)? {
         let written = match grants.is_empty() {

@@ -22,20 +22,20 @@ use crate::model::registration::{ContainerName, Registration};
 
 /// Why a container is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Look {
+pub(super) enum LookReason {
     /// It has just been registered.
     First,
     /// It is its turn, or it was missed a moment ago.
-    Turn,
+    LookTurn,
     /// Something may have happened to it.
     Hint,
 }
 
 /// What is asked to be looked at ahead of its turn, and why; of two reasons the one that counts more.
-pub(super) type Hints = BTreeMap<String, Look>;
+pub(super) type Hints = BTreeMap<String, LookReason>;
 
 /// What is known of every registration that was looked at.
-pub(super) struct Misses {
+pub(super) struct MissCounter {
     /// How many misses in a row are too many.
     limit: u32,
     /// How long after a miss that a hint led to the next look follows.
@@ -59,9 +59,9 @@ impl Seen {
     }
 }
 
-impl Misses {
-    pub(super) fn new(limit: u32, spacing: Duration) -> Misses {
-        Misses { limit, spacing, of: HashMap::new() }
+impl MissCounter {
+    pub(super) fn new(limit: u32, spacing: Duration) -> MissCounter {
+        MissCounter { limit, spacing, of: HashMap::new() }
     }
 
     /// Takes a look into account; whether the container is gone now.
@@ -69,7 +69,7 @@ impl Misses {
         &mut self,
         registration: &Arc<Registration>,
         liveness: Liveness,
-        look: Look,
+        look: LookReason,
         now: Instant,
     ) -> bool {
         let name = registration.container_name.clone();
@@ -81,9 +81,9 @@ impl Misses {
             Liveness::Alive => (seen.was_alive, seen.count, seen.again) = (true, 0, None),
             // Looking sooner will not help: who could be asked is not there.
             Liveness::Unknown => seen.again = None,
-            Liveness::Gone if look == Look::First => {}
+            Liveness::Gone if look == LookReason::First => {}
             Liveness::Gone => {
-                let soon = look == Look::Hint || seen.again.is_some();
+                let soon = look == LookReason::Hint || seen.again.is_some();
                 seen.count += 1;
                 seen.again = (soon && seen.was_alive).then(|| now + self.spacing);
             }
@@ -130,8 +130,8 @@ mod tests {
 
     /// The looks in turn; the number of the one at which the container was gone.
     fn gone_at(looks: &[Liveness]) -> Option<usize> {
-        let (mut misses, one) = (Misses::new(3, SPACING), registration());
-        looks.iter().position(|look| misses.seen(&one, *look, Look::Turn, Instant::now()))
+        let (mut misses, one) = (MissCounter::new(3, SPACING), registration());
+        looks.iter().position(|look| misses.seen(&one, *look, LookReason::LookTurn, Instant::now()))
     }
 
     #[test]
@@ -141,37 +141,42 @@ mod tests {
         assert_eq!(gone_at(&[Gone, Gone, Alive, Gone, Gone]), None);
         assert_eq!(gone_at(&[Gone, Unknown, Unknown, Gone, Unknown, Gone]), Some(5));
         assert_eq!(gone_at(&[Unknown; 10]), None);
-        assert!(Misses::new(1, SPACING).seen(&registration(), Gone, Look::Turn, Instant::now()));
+        assert!(MissCounter::new(1, SPACING).seen(
+            &registration(),
+            Gone,
+            LookReason::LookTurn,
+            Instant::now()
+        ));
     }
 
     #[test]
     fn a_registration_is_not_dropped_for_what_its_predecessor_missed() {
         let (mut misses, old, new, now) =
-            (Misses::new(3, SPACING), registration(), registration(), Instant::now());
+            (MissCounter::new(3, SPACING), registration(), registration(), Instant::now());
         for _ in 0..2 {
-            assert!(!misses.seen(&old, Liveness::Gone, Look::Turn, now));
+            assert!(!misses.seen(&old, Liveness::Gone, LookReason::LookTurn, now));
         }
         for _ in 0..2 {
-            assert!(!misses.seen(&new, Liveness::Gone, Look::Turn, now));
+            assert!(!misses.seen(&new, Liveness::Gone, LookReason::LookTurn, now));
         }
-        assert!(misses.seen(&new, Liveness::Gone, Look::Turn, now));
+        assert!(misses.seen(&new, Liveness::Gone, LookReason::LookTurn, now));
     }
 
     #[test]
     fn a_hint_brings_the_looks_together_until_one_says_otherwise() {
-        let (mut misses, one, now) = (Misses::new(3, SPACING), registration(), Instant::now());
-        misses.seen(&one, Liveness::Alive, Look::First, now);
-        misses.seen(&one, Liveness::Gone, Look::Turn, now);
+        let (mut misses, one, now) = (MissCounter::new(3, SPACING), registration(), Instant::now());
+        misses.seen(&one, Liveness::Alive, LookReason::First, now);
+        misses.seen(&one, Liveness::Gone, LookReason::LookTurn, now);
         assert_eq!(misses.next_look(), None);
-        misses.seen(&one, Liveness::Gone, Look::Hint, now);
+        misses.seen(&one, Liveness::Gone, LookReason::Hint, now);
         assert_eq!(misses.next_look(), Some(now + SPACING));
         assert!(misses.due(now).is_empty());
         assert_eq!(misses.due(now + SPACING).len(), 1);
-        misses.seen(&one, Liveness::Unknown, Look::Turn, now);
+        misses.seen(&one, Liveness::Unknown, LookReason::LookTurn, now);
         assert_eq!(misses.next_look(), None);
-        misses.seen(&one, Liveness::Alive, Look::Turn, now);
-        misses.seen(&one, Liveness::Gone, Look::Hint, now);
-        misses.seen(&one, Liveness::Gone, Look::Turn, now + SPACING);
+        misses.seen(&one, Liveness::Alive, LookReason::LookTurn, now);
+        misses.seen(&one, Liveness::Gone, LookReason::Hint, now);
+        misses.seen(&one, Liveness::Gone, LookReason::LookTurn, now + SPACING);
         assert_eq!(misses.next_look(), Some(now + SPACING + SPACING));
         misses.keep_only(&Registered::default());
         assert_eq!(misses.next_look(), None);
@@ -180,14 +185,17 @@ mod tests {
 
     #[test]
     fn a_container_that_was_never_there_has_all_its_turns() {
-        let (mut misses, one, now) = (Misses::new(3, SPACING), registration(), Instant::now());
+        let (mut misses, one, now) = (MissCounter::new(3, SPACING), registration(), Instant::now());
         for _ in 0..5 {
-            assert!(!misses.seen(&one, Liveness::Gone, Look::First, now), "a first look counts against it");
+            assert!(
+                !misses.seen(&one, Liveness::Gone, LookReason::First, now),
+                "a first look counts against it"
+            );
         }
         for _ in 0..2 {
-            assert!(!misses.seen(&one, Liveness::Gone, Look::Hint, now));
+            assert!(!misses.seen(&one, Liveness::Gone, LookReason::Hint, now));
             assert_eq!(misses.next_look(), None);
         }
-        assert!(misses.seen(&one, Liveness::Gone, Look::Turn, now));
+        assert!(misses.seen(&one, Liveness::Gone, LookReason::LookTurn, now));
     }
 }

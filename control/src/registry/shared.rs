@@ -16,13 +16,13 @@ use super::{folder, secrets};
 use crate::docker::liveness::Liveness;
 use crate::model::event::Event;
 use crate::model::grants::{Grants, Right, comes_with};
-use crate::model::registration::{ContainerName, Registration, Token, Way};
+use crate::model::registration::{AttachMethod, ContainerName, Registration, Token};
 use crate::registry::folder::FolderError;
 use crate::registry::grants::{self, GrantError};
-use crate::registry::miss_counter::{Hints, Look};
+use crate::registry::miss_counter::{Hints, LookReason};
 use crate::registry::secrets::SecretsConfig;
 use crate::registry::trust_file::TrustFile;
-use crate::sys::directory_access::{self, SeclusionError};
+use crate::sys::directory_access::{self, DirectoryAccessError};
 use crate::sys::processes;
 
 pub(super) struct Shared {
@@ -40,9 +40,9 @@ pub(super) struct Shared {
 }
 
 /// Says that everything on disk has been taken in, when it goes out of scope: whatever became of it, nobody waits longer.
-pub(super) struct Settling<'a>(&'a Shared);
+pub(super) struct ReplayGuard<'a>(&'a Shared);
 
-impl Drop for Settling<'_> {
+impl Drop for ReplayGuard<'_> {
     fn drop(&mut self) {
         self.0.settled.cancel();
     }
@@ -61,8 +61,8 @@ impl Shared {
         }
     }
 
-    pub(super) fn settling(&self) -> Settling<'_> {
-        Settling(self)
+    pub(super) fn settling(&self) -> ReplayGuard<'_> {
+        ReplayGuard(self)
     }
 
     /// Waits until everything on disk has been taken in. Those who wait go on in the order in which they came.
@@ -80,7 +80,7 @@ impl Shared {
     }
 
     /// Keeps a hint until somebody looks. Hints about names that nobody knows are none, so they are as few as the names.
-    pub(super) fn hint(&self, name: &str, look: Look) {
+    pub(super) fn hint(&self, name: &str, look: LookReason) {
         if self.find(name).is_some() {
             let mut hints = self.hints.lock().unwrap_or_else(PoisonError::into_inner);
             let kept = hints.entry(name.to_owned()).or_insert(look);
@@ -90,7 +90,7 @@ impl Shared {
     }
 
     /// The registrations that there are hints about.
-    pub(super) fn take_hints(&self) -> Vec<(Arc<Registration>, Look)> {
+    pub(super) fn take_hints(&self) -> Vec<(Arc<Registration>, LookReason)> {
         let hints = std::mem::take(&mut *self.hints.lock().unwrap_or_else(PoisonError::into_inner));
         hints.into_iter().filter_map(|(name, look)| Some((self.find(&name)?, look))).collect()
     }
@@ -99,7 +99,7 @@ impl Shared {
     pub(super) async fn register(
         &self,
         registration: Registration,
-        asked_by: AskedBy,
+        asked_by: RegistrationOrigin,
     ) -> Result<(), RegisterError> {
         self.replayed().await;
         if self.stopping.is_cancelled() {
@@ -114,9 +114,9 @@ impl Shared {
         let (home, trust) = (self.options.home.clone(), self.options.approvals.file().clone());
         let written = self.on_disk(move || {
             match asked_by {
-                AskedBy::User => folder::seal(&mut registration, &trust),
+                RegistrationOrigin::User => folder::seal(&mut registration, &trust),
                 // The container decides when it is found again; what was read for its user stays.
-                AskedBy::Discovery => drop(folder::seal_if_approved(&mut registration, &trust)),
+                RegistrationOrigin::Discovery => drop(folder::seal_if_approved(&mut registration, &trust)),
             }
             check_ports(&mut registration, &trust);
             file::write(&home, &registration).map(|set_aside| (registration, set_aside))
@@ -132,7 +132,7 @@ impl Shared {
             self.stop_attendants(name, StopReason::Replaced).await;
         }
         self.start_attendants(&registration).await;
-        self.hint(registration.container_name.as_str(), Look::First);
+        self.hint(registration.container_name.as_str(), LookReason::First);
         Ok(())
     }
 
@@ -171,7 +171,7 @@ impl Shared {
         let registration = Arc::new(registration);
         self.store(&registration);
         if registration.exposes_nothing() == was_off {
-            for attendant in &self.options.attendants {
+            for attendant in &self.options.observers {
                 let started = attendant.folder_changed(Arc::clone(&registration));
                 self.bounded(attendant.name(), "starting", started).await;
             }
@@ -179,7 +179,7 @@ impl Shared {
             self.stop_attendants(name, StopReason::Replaced).await;
             self.start_attendants(&registration).await;
         }
-        self.hint(name.as_str(), Look::First);
+        self.hint(name.as_str(), LookReason::First);
         Ok(true)
     }
 
@@ -350,7 +350,7 @@ impl Shared {
 
     /// Drains what runs beside the registrations.
     pub(super) async fn drain_attendants(&self) {
-        for attendant in &self.options.attendants {
+        for attendant in &self.options.observers {
             self.bounded(attendant.name(), "draining", attendant.drain()).await;
         }
     }
@@ -396,14 +396,14 @@ impl Shared {
     }
 
     async fn start_attendants(&self, registration: &Arc<Registration>) {
-        for attendant in &self.options.attendants {
+        for attendant in &self.options.observers {
             let started = attendant.start(Arc::clone(registration));
             self.bounded(attendant.name(), "starting", started).await;
         }
     }
 
     async fn stop_attendants(&self, name: &ContainerName, reason: StopReason) {
-        for attendant in &self.options.attendants {
+        for attendant in &self.options.observers {
             self.bounded(attendant.name(), "stopping", attendant.stop(name, reason)).await;
         }
     }
@@ -436,7 +436,7 @@ impl Shared {
 
 /// The origin of a registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum AskedBy {
+pub(super) enum RegistrationOrigin {
     /// The host's user, over the daemon's own socket.
     User,
     /// A container that Docker lists.
@@ -455,14 +455,14 @@ pub(super) fn check_ports(registration: &mut Registration, trust: &TrustFile) {
 /// A registration with what only its receiver can know: when its process began.
 fn completed(mut registration: Registration) -> Result<Registration, RegisterError> {
     file::check_version(&registration).map_err(|why| RegisterError::Field("formatVersion", why))?;
-    if let Some(Way::Agent { directory }) = &registration.way {
+    if let Some(AttachMethod::Agent { directory }) = &registration.attach_method {
         match directory_access::check(directory) {
             // It may be made later, and is looked at again then.
-            Ok(()) | Err(SeclusionError::Unreadable { .. }) => {}
+            Ok(()) | Err(DirectoryAccessError::Unreadable { .. }) => {}
             Err(error) => return Err(RegisterError::Field("way", error.to_string())),
         }
     }
-    if let Some(Way::Process { pid, started }) = &mut registration.way {
+    if let Some(AttachMethod::Process { pid, started }) = &mut registration.attach_method {
         let wrong = |why| RegisterError::Field("way", why);
         let found = processes::started(*pid)
             .map_err(|why| wrong(format!("process {pid} cannot be looked at: {why}")))?

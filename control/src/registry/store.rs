@@ -15,14 +15,14 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::{OnceCell, watch};
 
-use super::shared::{AskedBy, Shared};
+use super::shared::{RegistrationOrigin, Shared};
 use crate::docker::liveness::Probe;
 use crate::model::grants::Right;
 use crate::model::registration::{ContainerName, Registration, Token};
 use crate::registry::folder::Approvals;
 use crate::registry::garbage_collection;
 use crate::registry::grants::{GrantError, GrantTable};
-use crate::registry::miss_counter::Look;
+use crate::registry::miss_counter::LookReason;
 use crate::registry::secrets::SecretsError;
 use crate::sys::journal::Journal;
 use crate::sys::paths::Home;
@@ -75,7 +75,7 @@ pub enum StopReason {
 }
 
 /// What runs beside each registration.
-pub trait Attendant: Send + Sync {
+pub trait RegistrationObserver: Send + Sync {
     /// What people call it.
     fn name(&self) -> &'static str;
     /// A container was registered; an earlier run for its name has been stopped.
@@ -144,7 +144,7 @@ pub struct RegistryOptions {
     /// Who looks at containers.
     pub liveness: Arc<dyn Probe>,
     /// What runs beside each registration.
-    pub attendants: Vec<Arc<dyn Attendant>>,
+    pub observers: Vec<Arc<dyn RegistrationObserver>>,
     /// How long one step of a teardown may take.
     pub cleanup_timeout: Duration,
     /// How often containers are looked at.
@@ -184,7 +184,7 @@ impl Registry {
             return Err(RegisterError::Stopping);
         }
         let (shared, name) = (Arc::clone(&self.shared), registration.container_name.clone());
-        let work = async move { shared.register(registration, AskedBy::User).await };
+        let work = async move { shared.register(registration, RegistrationOrigin::User).await };
         let answer = self.shared.queues.enqueue(name.as_str(), work).await;
         answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
     }
@@ -206,7 +206,7 @@ impl Registry {
             if current.as_ref().map(Arc::as_ptr) != before.as_ref().map(Arc::as_ptr) {
                 return Ok(false);
             }
-            shared.register(registration, AskedBy::Discovery).await.map(|()| true)
+            shared.register(registration, RegistrationOrigin::Discovery).await.map(|()| true)
         };
         let answer = self.shared.queues.enqueue(name.as_str(), work).await;
         answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
@@ -331,7 +331,7 @@ impl Registry {
     /// Something may have happened to a container: it is looked at now instead of at the next turn. If it is not there and
     /// was before, it is looked at again soon until it has been missed often enough.
     pub fn look_again(&self, name: &str) {
-        self.shared.hint(name, Look::Hint);
+        self.shared.hint(name, LookReason::Hint);
     }
 
     /// Takes no more, lets what is under way finish, and drains the attendants; each for the cleanup timeout at most.

@@ -124,7 +124,7 @@ async fn a_file_of_a_newer_build_is_kept_and_grants_nothing() {
     register(&bench, "/a").await;
     assert!(!may(&bench));
     let refused = bench.registry.grant("shop", vec![Right::Rebuild]).await.unwrap_err();
-    assert!(matches!(refused, GrantError::Unfit(..)), "{refused}");
+    assert!(matches!(refused, GrantError::InvalidFile(..)), "{refused}");
     assert_eq!(std::fs::read_to_string(file(&bench)).unwrap(), newer);
     bench.registry.deregister_with_grants("shop").await;
     let aside = file(&bench).with_extension("json.bad-1");

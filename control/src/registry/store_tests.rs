@@ -68,7 +68,7 @@ impl Companion {
     }
 }
 
-impl Attendant for Companion {
+impl RegistrationObserver for Companion {
     fn name(&self) -> &'static str {
         "companion"
     }
@@ -122,7 +122,7 @@ impl Bench {
             grants: GrantTable::default(),
             journal: kept,
             liveness: Arc::<Script>::clone(&script),
-            attendants: vec![Arc::<Companion>::clone(&companion)],
+            observers: vec![Arc::<Companion>::clone(&companion)],
             cleanup_timeout: Duration::from_secs(60),
             gc_interval: TURN,
             gc_misses: 3,
@@ -288,12 +288,13 @@ async fn what_cannot_be_written_is_not_registered() {
 #[tokio::test(start_paused = true)]
 async fn a_process_is_registered_with_the_moment_it_began_and_only_if_there_is_one() {
     let bench = Bench::new();
-    let way = |way: Value| registration(json!({"containerName": "a", "cwd": "/a", "way": way}));
+    let attach_method =
+        |attach_method: Value| registration(json!({"containerName": "a", "cwd": "/a", "way": attach_method}));
     let own = std::process::id();
-    bench.registry.register(way(json!({"kind": "process", "pid": own}))).await.unwrap();
+    bench.registry.register(attach_method(json!({"kind": "process", "pid": own}))).await.unwrap();
     let kept: Value = serde_json::from_slice(&std::fs::read(bench.path("a.json")).unwrap()).unwrap();
     assert!(kept["way"]["started"]["ticks"].is_u64(), "{kept}");
-    bench.registry.register(way(kept["way"].clone())).await.unwrap();
+    bench.registry.register(attach_method(kept["way"].clone())).await.unwrap();
     let mut earlier = kept["way"].clone();
     earlier["started"]["ticks"] = json!(1);
     for (wrong, text) in [
@@ -303,7 +304,7 @@ async fn a_process_is_registered_with_the_moment_it_began_and_only_if_there_is_o
         ),
         (earlier, &format!("invalid register: way: process {own} is not the one that began then")),
     ] {
-        assert_eq!(bench.registry.register(way(wrong)).await.unwrap_err().to_string(), text);
+        assert_eq!(bench.registry.register(attach_method(wrong)).await.unwrap_err().to_string(), text);
     }
     let newer = registration(json!({"containerName": "a", "cwd": "/a", "formatVersion": 2}));
     let error = bench.registry.register(newer).await.unwrap_err().to_string();

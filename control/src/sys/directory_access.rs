@@ -22,7 +22,7 @@ const OVERFLOW_UID: u32 = 65_534;
 
 /// The reason why a directory is refused.
 #[derive(Debug, Error)]
-pub(crate) enum SeclusionError {
+pub(crate) enum DirectoryAccessError {
     /// Other users can enter it.
     #[error(
         "other users can enter {} (put it into a directory that only you can enter: install -d -m 0700 DIRECTORY)",
@@ -60,11 +60,11 @@ pub(crate) enum SeclusionError {
 /// Checks that only root and we can reach what is in `directory`, by its real path.
 ///
 /// # Errors
-/// [`SeclusionError`].
-pub(crate) fn check(directory: &Path) -> Result<(), SeclusionError> {
+/// [`DirectoryAccessError`].
+pub(crate) fn check(directory: &Path) -> Result<(), DirectoryAccessError> {
     let unreadable = |path: &Path| {
         let path = path.to_owned();
-        move |source| SeclusionError::Unreadable { path, source }
+        move |source| DirectoryAccessError::Unreadable { path, source }
     };
     let real = directory.canonicalize().map_err(unreadable(directory))?;
     let mut ancestors: Vec<&Path> = real.ancestors().collect();
@@ -73,16 +73,16 @@ pub(crate) fn check(directory: &Path) -> Result<(), SeclusionError> {
         let found = above.metadata().map_err(unreadable(above))?;
         let (directory, above) = (directory.to_owned(), above.to_owned());
         if !is_ours(found.uid()) && found.uid() != OVERFLOW_UID {
-            return Err(SeclusionError::Owned { directory, above, owner: user_name(found.uid()) });
+            return Err(DirectoryAccessError::Owned { directory, above, owner: user_name(found.uid()) });
         }
         if found.mode() & SEARCH_BY_OTHERS == 0 {
             return Ok(());
         }
         if found.mode() & WRITE_BY_OTHERS != 0 && found.mode() & STICKY == 0 && above != real {
-            return Err(SeclusionError::Writable { directory, above });
+            return Err(DirectoryAccessError::Writable { directory, above });
         }
     }
-    Err(SeclusionError::Open(directory.to_owned()))
+    Err(DirectoryAccessError::Open(directory.to_owned()))
 }
 
 #[cfg(test)]
@@ -106,11 +106,11 @@ mod tests {
         }
         for (outer, mode) in [(0o755, 0o755), (0o711, 0o777), (0o750, 0o750), (0o755, 0o701)] {
             let refused = with(outer, mode).unwrap_err();
-            assert!(matches!(refused, SeclusionError::Open(_)), "{outer:o} {mode:o}: {refused}");
+            assert!(matches!(refused, DirectoryAccessError::Open(_)), "{outer:o} {mode:o}: {refused}");
             assert!(refused.to_string().contains("install -d -m 0700"), "{refused}");
         }
-        assert!(matches!(with(0o777, 0o700), Err(SeclusionError::Writable { .. })));
+        assert!(matches!(with(0o777, 0o700), Err(DirectoryAccessError::Writable { .. })));
         with(0o1777, 0o700).unwrap();
-        assert!(matches!(check(&place.path().join("missing")), Err(SeclusionError::Unreadable { .. })));
+        assert!(matches!(check(&place.path().join("missing")), Err(DirectoryAccessError::Unreadable { .. })));
     }
 }

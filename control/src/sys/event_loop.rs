@@ -51,7 +51,7 @@ pub enum Watched {
 
 /// Something that was waited for.
 #[derive(Debug)]
-pub enum Happening {
+pub enum LoopEvent {
     /// The engine says something.
     Engine(Event),
     /// The engine says nothing more.
@@ -89,7 +89,7 @@ pub fn unblock() -> io::Result<()> {
 pub fn watch(
     signals: Signals,
     pidfds: BTreeMap<Watched, OwnedFd>,
-    queue: Sender<Happening>,
+    queue: Sender<LoopEvent>,
 ) -> io::Result<()> {
     let work = move || {
         // The queue's other end going away is the only end of this thread, and that of the program.
@@ -99,14 +99,14 @@ pub fn watch(
 }
 
 /// Starts to tell `queue` what the engine says.
-pub fn relay_events(events: Receiver<Told>, queue: Sender<Happening>) -> io::Result<()> {
+pub fn relay_events(events: Receiver<Told>, queue: Sender<LoopEvent>) -> io::Result<()> {
     let work = move || {
         for told in events {
-            if queue.send(Happening::Engine(told.event)).is_err() {
+            if queue.send(LoopEvent::Engine(told.event)).is_err() {
                 return;
             }
         }
-        let _ = queue.send(Happening::EngineEnded);
+        let _ = queue.send(LoopEvent::EngineEnded);
     };
     thread::Builder::new().name("events".to_owned()).spawn(work).map(drop)
 }
@@ -114,7 +114,7 @@ pub fn relay_events(events: Receiver<Told>, queue: Sender<Happening>) -> io::Res
 fn watch_all(
     signals: &Signals,
     mut pidfds: BTreeMap<Watched, OwnedFd>,
-    queue: &Sender<Happening>,
+    queue: &Sender<LoopEvent>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     loop {
         let mut waiting = vec![PollFd::from_borrowed_fd(signals.0.as_fd(), PollFlags::IN)];
@@ -127,7 +127,7 @@ fn watch_all(
             // `kill`, `sigqueue` and `tgkill` have a code of 0 or less; the kernel's are above (`sigaction(2)`).
             let origin = if info.ssi_code <= 0 { Origin::Process } else { Origin::Kernel };
             let number = i32::try_from(info.ssi_signo)?;
-            queue.send(Happening::Signal(Signal::try_from(number)?, origin))?;
+            queue.send(LoopEvent::Signal(Signal::try_from(number)?, origin))?;
         }
         let ended: Vec<Watched> = pidfds
             .keys()
@@ -137,7 +137,7 @@ fn watch_all(
             .collect();
         for who in ended {
             pidfds.remove(&who);
-            queue.send(Happening::Ended(who))?;
+            queue.send(LoopEvent::Ended(who))?;
         }
     }
 }

@@ -316,9 +316,9 @@ fn register_by_a_process_names_that_very_one() {
     let pid = std::process::id();
     let output = daemon.place.output(&["register", "me", "--pid", &pid.to_string(), "--json"]);
     assert_eq!(stdout(&output), "{\"registered\":\"me\"}\n", "{}", stderr(&output));
-    let way = &daemon.asked("register")["way"];
-    assert_eq!((&way["kind"], &way["pid"]), (&json!("process"), &json!(pid)));
-    assert!(way["started"]["ticks"].is_u64() && way["started"]["boot"].is_string());
+    let attach_method = &daemon.asked("register")["way"];
+    assert_eq!((&attach_method["kind"], &attach_method["pid"]), (&json!("process"), &json!(pid)));
+    assert!(attach_method["started"]["ticks"].is_u64() && attach_method["started"]["boot"].is_string());
 }
 
 #[test]

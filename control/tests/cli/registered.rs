@@ -128,12 +128,12 @@ impl State {
             }
             "describe" => {
                 let told = self.containers.iter().map(|(known, state, rows)| {
-                    let way = match &known["way"]["pid"] {
+                    let attach_method = match &known["way"]["pid"] {
                         Value::Null => known["way"]["path"].clone(),
                         pid => format!("process {pid}").into(),
                     };
                     json!({
-                        "containerName": known["containerName"], "cwd": known["cwd"], "way": way, "forwards": rows,
+                        "containerName": known["containerName"], "cwd": known["cwd"], "way": attach_method, "forwards": rows,
                         "state": state["state"], "reason": state["reason"],
                     })
                 });

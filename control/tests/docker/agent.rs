@@ -40,9 +40,9 @@ impl Daemon {
         self.home.path().join("run/hostd.sock")
     }
 
-    fn register(&self, container: &Container, way: &Value) {
+    fn register(&self, container: &Container, attach_method: &Value) {
         let mut fields = json!({"kind": "register", "containerName": container.0.as_str(), "cwd": "/",
-            "portForward": {"allow": "*"}, "brokerToken": TOKEN, "way": way});
+            "portForward": {"allow": "*"}, "brokerToken": TOKEN, "way": attach_method});
         let published = docker(&["port", container.0.as_str(), "8973/tcp"]);
         let port: u16 = published.rsplit(':').next().unwrap().parse().unwrap();
         fields["wsHostPort"] = json!(port);
@@ -88,8 +88,8 @@ fn is_reached(name: &str, options: &[&str]) {
     let shared = above.path().join("shared");
     std::fs::create_dir(&shared).unwrap();
     std::fs::set_permissions(&shared, PermissionsExt::from_mode(0o777)).unwrap();
-    for way in [json!({"kind": "websocket"}), json!({"kind": "agent", "directory": shared})] {
-        let kind = way["kind"].as_str().unwrap();
+    for attach_method in [json!({"kind": "websocket"}), json!({"kind": "agent", "directory": shared})] {
+        let kind = attach_method["kind"].as_str().unwrap();
         let server = free_port();
         let container = container(&format!("{name}-{kind}"), &shared, options, server);
         let logs = || {
@@ -98,7 +98,7 @@ fn is_reached(name: &str, options: &[&str]) {
         };
         wait_until("the agent's start", || logs().contains("agent-listening").then_some(()));
         let daemon = Daemon::start();
-        daemon.register(&container, &way);
+        daemon.register(&container, &attach_method);
         wait_until("the page on the host", || page(server));
         let wanted = free_port();
         let ask = ["exec", container.0.as_str(), "/landfall", "agent", "forward", &server.to_string()];

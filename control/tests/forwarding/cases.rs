@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use landfall::model::forward_table::{Reached, RowState};
-use landfall::model::registration::Way;
+use landfall::model::forward_table::{Reachability, RowState};
+use landfall::model::registration::AttachMethod;
 
 use crate::namespace::{Client, Namespace, ask, until};
 use crate::ports::free_port;
-use crate::world::{Drive, World, way_of};
+use crate::world::{Drive, World, attach_method_of};
 
 pub(crate) type Case = (&'static str, fn());
 
@@ -49,7 +49,7 @@ fn listening() -> (World, Namespace, u16) {
 fn forwarded() -> (World, Namespace, u16) {
     let (mut world, namespace, port) = listening();
     world.start();
-    world.register(&[("a", &way_of(&namespace))]);
+    world.register(&[("a", &attach_method_of(&namespace))]);
     answers(port, "a");
     // The engine listens a moment before whoever drives it hears of that.
     until("its driver knows", || (world.row_state("a", port)? == RowState::Open).then_some(()));
@@ -61,7 +61,7 @@ fn nothing_registered_starts_no_engine() {
     world.start();
     assert_eq!(world.engine(), None);
     let namespace = Namespace::new("a");
-    world.register(&[("a", &way_of(&namespace))]);
+    world.register(&[("a", &attach_method_of(&namespace))]);
     until("an engine runs", || world.engine());
 }
 
@@ -69,7 +69,7 @@ fn of_two_namespaces_the_first_keeps_the_port() {
     let mut world = World::new();
     let (mut one, mut two) = (Namespace::new("one"), Namespace::new("two"));
     world.start();
-    world.register(&[("one", &way_of(&one)), ("two", &way_of(&two))]);
+    world.register(&[("one", &attach_method_of(&one)), ("two", &attach_method_of(&two))]);
     let port = free_port();
     two.listen(port);
     answers(port, "two");
@@ -154,7 +154,7 @@ fn a_driver_that_comes_back_makes_no_duplicate() {
     let mut flood = Flood::start(port);
     flood.more(20);
     drive.kill();
-    world.register(&[("a", &way_of(&namespace))]);
+    world.register(&[("a", &attach_method_of(&namespace))]);
     for _ in 0..3 {
         world.start();
         until("it is open", || (world.row_state("a", port)? == RowState::Open).then_some(()));
@@ -177,7 +177,7 @@ fn a_driver_that_comes_back_makes_no_duplicate() {
 
 fn an_engine_of_another_version_is_relieved() {
     let (mut world, namespace, port) = listening();
-    world.register(&[("a", &way_of(&namespace))]);
+    world.register(&[("a", &attach_method_of(&namespace))]);
     let mut flood: Option<Flood> = None;
     for round in 0..3 {
         // The engine of the round before is of our version; a driver of an older one relieves it the other way round.
@@ -227,12 +227,12 @@ fn what_nobody_registers_any_more_is_let_go_of() {
     one.listen(first);
     two.listen(second);
     world.start();
-    world.register(&[("one", &way_of(&one)), ("two", &way_of(&two))]);
+    world.register(&[("one", &attach_method_of(&one)), ("two", &attach_method_of(&two))]);
     answers(first, "one");
     answers(second, "two");
     // The engine answers before the driver has heard that it does.
     world.told("port-forward-opened", 2);
-    world.register(&[("one", &way_of(&one))]);
+    world.register(&[("one", &attach_method_of(&one))]);
     refused(second);
     let closed = world.told("port-forward-closed", 1).remove(0);
     assert!(closed.contains("deregistered"), "{closed}");
@@ -258,7 +258,7 @@ fn a_file_becomes_another_namespace() {
     let port = free_port();
     first.listen(port);
     world.start();
-    world.register(&[("a", &Way::Netns { path: path.clone() })]);
+    world.register(&[("a", &AttachMethod::Netns { path: path.clone() })]);
     answers(port, "first");
     run("umount", &[text]);
     refused(port);
@@ -269,17 +269,21 @@ fn a_file_becomes_another_namespace() {
     run("umount", &[text]);
     std::fs::remove_file(&path).unwrap();
     refused(port);
-    until("it is missed", || (world.container("a")?.state == Reached::Waiting).then_some(()));
+    until("it is missed", || (world.container("a")?.state == Reachability::Waiting).then_some(()));
 }
 
 fn one_namespace_is_forwarded_once() {
     let (world, namespace, _port) = forwarded();
-    let own = Way::Process { pid: std::process::id().try_into().unwrap(), started: None };
-    world.register(&[("a", &way_of(&namespace)), ("b", &way_of(&namespace)), ("host", &own)]);
+    let own = AttachMethod::Process { pid: std::process::id().try_into().unwrap(), started: None };
+    world.register(&[
+        ("a", &attach_method_of(&namespace)),
+        ("b", &attach_method_of(&namespace)),
+        ("host", &own),
+    ]);
     for (name, why) in [("b", "container \"a\""), ("host", "daemon's own network")] {
         let reason = until("it is refused", || world.container(name)?.reason);
         assert!(reason.contains(why), "{reason}");
-        assert_eq!(world.container(name).unwrap().state, Reached::Unreachable);
+        assert_eq!(world.container(name).unwrap().state, Reachability::Unreachable);
     }
 }
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 
-use landfall::forwarding::broker_link::{Announcement, BrokerWord};
+use landfall::forwarding::broker_link::{Announcement, SessionUpdate};
 use landfall::forwarding::driver::Forwarding;
 use landfall::model::announcement::{Announced, ForwardResult};
-use landfall::model::registration::{ContainerName, Registration, Way};
+use landfall::model::registration::{AttachMethod, ContainerName, Registration};
 use landfall_engine::channel::Channel;
 use landfall_engine::opener::{Answer, DialFailure, Request};
 use serde_json::json;
@@ -18,9 +18,9 @@ use tokio::sync::mpsc::Sender;
 use crate::namespace::{WAIT_MAX, accept};
 
 /// A registration with all that a broker needs.
-pub(crate) fn registration(name: &str, way: Option<&Way>) -> Registration {
+pub(crate) fn registration(name: &str, attach_method: Option<&AttachMethod>) -> Registration {
     let fields = json!({
-        "containerName": name, "cwd": "/", "way": way,
+        "containerName": name, "cwd": "/", "way": attach_method,
         "wsHostPort": 1, "portForward": { "allow": "*" }, "brokerToken": "x",
     });
     Registration::from_fields(fields.as_object().unwrap().clone()).unwrap()
@@ -49,8 +49,8 @@ impl Session {
         std::thread::spawn(move || {
             while let Some(word) = words.blocking_recv() {
                 match word {
-                    BrokerWord::Result(result) => drop(tell.send(result)),
-                    BrokerWord::Serve(channels) => {
+                    SessionUpdate::Result(result) => drop(tell.send(result)),
+                    SessionUpdate::Serve(channels) => {
                         counted.fetch_add(1, Ordering::SeqCst);
                         for channel in channels {
                             let up = Arc::clone(&up);

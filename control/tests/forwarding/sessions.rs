@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use landfall::forwarding::broker_link::Announcement;
-use landfall::model::forward_table::{Reached, RowState};
-use landfall::model::registration::{Registration, Way};
+use landfall::model::forward_table::{Reachability, RowState};
+use landfall::model::registration::{AttachMethod, Registration};
 use landfall::registry::store::Registered;
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -18,7 +18,7 @@ use crate::cases::{Case, answers, refused};
 use crate::namespace::{Client, Namespace, until};
 use crate::ports::free_port;
 use crate::session::{Session, registration};
-use crate::world::{Drive, World, pid, way_of};
+use crate::world::{Drive, World, attach_method_of, pid};
 
 pub(crate) const ALL: &[Case] = &[
     ("a_session_forwards_what_it_announces", a_session_forwards_what_it_announces),
@@ -34,8 +34,8 @@ fn register(world: &World, entries: Vec<Registration>) {
     world.registered.send_replace(Arc::new(Registered { entries }));
 }
 
-fn way(world: &World) -> (Option<String>, Reached) {
-    world.container("a").map(|container| (container.way, container.state)).unwrap()
+fn attach_method(world: &World) -> (Option<String>, Reachability) {
+    world.container("a").map(|container| (container.attach_method, container.state)).unwrap()
 }
 
 fn a_session_forwards_what_it_announces() {
@@ -45,14 +45,14 @@ fn a_session_forwards_what_it_announces() {
     // The broker is there before its registration.
     let session = Session::begin(world.forwarding(), "a");
     session.up(&[port, 8973]);
-    register(&world, vec![registration("a", Some(&Way::Websocket))]);
+    register(&world, vec![registration("a", Some(&AttachMethod::Websocket))]);
     answers(port, "a");
     let mut told = [session.result(), session.result()];
     told.sort();
     let mut expected = [(port, Ok(port)), (8973, Err("policy excluded".to_owned()))];
     expected.sort();
     assert_eq!(told, expected);
-    assert_eq!(way(&world), (Some("websocket".to_owned()), Reached::Reached));
+    assert_eq!(attach_method(&world), (Some("websocket".to_owned()), Reachability::Reached));
 
     world.lose_engine();
     answers(port, "a");
@@ -67,7 +67,7 @@ fn a_session_forwards_what_it_announces() {
 
     session.down();
     refused(port);
-    assert_eq!(way(&world).1, Reached::Waiting);
+    assert_eq!(attach_method(&world).1, Reachability::Waiting);
     session.up(&[port]);
     assert_eq!(session.result(), (port, Ok(port)));
     answers(port, "a");
@@ -88,7 +88,7 @@ fn a_session_forwards_what_it_announces() {
 fn a_reserved_port_outlives_sessions_and_engines() {
     let mut world = World::new();
     world.start();
-    register(&world, vec![registration("a", Some(&Way::Websocket))]);
+    register(&world, vec![registration("a", Some(&AttachMethod::Websocket))]);
     let (first, second) = (free_port(), free_port());
     let _taken = std::net::TcpListener::bind(("127.0.0.1", first)).unwrap();
     let session = Session::begin(world.forwarding(), "a");
@@ -124,8 +124,8 @@ fn a_container_that_is_entered_is_only_answered() {
     let mut namespace = Namespace::new("inside");
     world.start();
     let session = Session::begin(world.forwarding(), "a");
-    register(&world, vec![registration("a", Some(&way_of(&namespace)))]);
-    until("it is entered", || (world.container("a")?.state == Reached::Reached).then_some(()));
+    register(&world, vec![registration("a", Some(&attach_method_of(&namespace)))]);
+    until("it is entered", || (world.container("a")?.state == Reachability::Reached).then_some(()));
     let (port, reserved, ghost) = (free_port(), free_port(), free_port());
     session.up(&[]);
     session.listening(&[port, ghost], &[], false);
@@ -153,7 +153,10 @@ fn an_engine_that_relieves_another_one_dials_as_well() {
     drive.kill();
     register(
         &world,
-        vec![registration("a", Some(&Way::Websocket)), crate::world::registration("b", &way_of(&namespace))],
+        vec![
+            registration("a", Some(&AttachMethod::Websocket)),
+            crate::world::registration("b", &attach_method_of(&namespace)),
+        ],
     );
     world.start();
     let session = Session::begin(world.forwarding(), "a");
@@ -171,9 +174,9 @@ fn an_agents_directory_leads_in() {
     let mut world = World::new();
     let folder = tempfile::tempdir().unwrap();
     let directory = folder.path().join("shared");
-    let way = Way::Agent { directory: directory.clone() };
+    let attach_method = AttachMethod::Agent { directory: directory.clone() };
     world.start();
-    register(&world, vec![crate::world::registration("a", &way)]);
+    register(&world, vec![crate::world::registration("a", &attach_method)]);
     let state = |wanted: &str| {
         until(wanted, || {
             let container = world.container("a")?;
@@ -184,7 +187,7 @@ fn an_agents_directory_leads_in() {
     // The daemon refuses an agent directory that other users can enter.
     std::fs::DirBuilder::new().mode(0o700).create(&directory).unwrap();
     state("agent.sock");
-    assert_eq!(world.container("a").unwrap().way, Some(way.to_string()));
+    assert_eq!(world.container("a").unwrap().attach_method, Some(attach_method.to_string()));
 }
 
 /// On a busy machine the kernel lets go of the ports milliseconds after the engine has ended; here it is this test that does.
@@ -194,7 +197,7 @@ fn ports_of_a_killed_engine() {
     let port = free_port();
     let session = Session::begin(world.forwarding(), "a");
     session.up(&[port]);
-    register(&world, vec![registration("a", Some(&Way::Websocket))]);
+    register(&world, vec![registration("a", Some(&AttachMethod::Websocket))]);
     answers(port, "a");
     let engine = until("the engine runs", || world.engine());
     let held = listeners_of(engine, port);

@@ -9,7 +9,7 @@ use landfall::docker::Docker;
 use landfall::forwarding::driver::{Forwarding, ForwardingOptions};
 use landfall::model::forward_table::{ContainerState, ForwardTable, RowState};
 use landfall::model::port_policy::ControlPorts;
-use landfall::model::registration::{Registration, Way};
+use landfall::model::registration::{AttachMethod, Registration};
 use landfall::registry::store::Registered;
 use landfall::sys::journal::Journal;
 use landfall::sys::paths::Home;
@@ -30,12 +30,12 @@ pub(crate) struct World {
     _folder: tempfile::TempDir,
 }
 
-pub(crate) fn way_of(namespace: &Namespace) -> Way {
-    Way::Process { pid: namespace.pid(), started: None }
+pub(crate) fn attach_method_of(namespace: &Namespace) -> AttachMethod {
+    AttachMethod::Process { pid: namespace.pid(), started: None }
 }
 
-pub(crate) fn registration(name: &str, way: &Way) -> Registration {
-    let fields = json!({ "containerName": name, "cwd": "/", "way": way });
+pub(crate) fn registration(name: &str, attach_method: &AttachMethod) -> Registration {
+    let fields = json!({ "containerName": name, "cwd": "/", "way": attach_method });
     Registration::from_fields(fields.as_object().unwrap().clone()).unwrap()
 }
 
@@ -62,8 +62,9 @@ impl World {
         self.forwarding.as_ref().unwrap()
     }
 
-    pub(crate) fn register(&self, entries: &[(&str, &Way)]) {
-        let entries = entries.iter().map(|(name, way)| Arc::new(registration(name, way))).collect();
+    pub(crate) fn register(&self, entries: &[(&str, &AttachMethod)]) {
+        let entries =
+            entries.iter().map(|(name, attach_method)| Arc::new(registration(name, attach_method))).collect();
         self.registered.send_replace(Arc::new(Registered { entries }));
     }
 
@@ -185,8 +186,8 @@ pub(crate) fn drive(arguments: &[String]) -> ExitCode {
     let [home, name, pid, port] = arguments else { return ExitCode::FAILURE };
     let home = Home::at(PathBuf::from(Path::new(home))).unwrap();
     let port: u16 = port.parse().unwrap();
-    let way = Way::Process { pid: pid.parse().unwrap(), started: None };
-    let entries = vec![Arc::new(registration(name, &way))];
+    let attach_method = AttachMethod::Process { pid: pid.parse().unwrap(), started: None };
+    let entries = vec![Arc::new(registration(name, &attach_method))];
     let registered = watch::Sender::new(Arc::new(Registered { entries }));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {

@@ -151,22 +151,22 @@ impl Outbox {
     }
 
     /// The place of one stream. `binary`: whether both sides know binary frames.
-    pub(super) fn lane(&self, stream: StreamId, binary: bool) -> Lane {
+    pub(super) fn lane(&self, stream: StreamId, binary: bool) -> StreamQueue {
         let header = binary.then(|| binary_header(stream)).flatten();
-        Lane { outbox: self.clone(), stream, header, room: Arc::new(Semaphore::new(STREAM_BYTES_MAX)) }
+        StreamQueue { outbox: self.clone(), stream, header, room: Arc::new(Semaphore::new(STREAM_BYTES_MAX)) }
     }
 }
 
 /// What one stream sends.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct StreamQueue {
     outbox: Outbox,
     stream: StreamId,
     header: Option<[u8; BINARY_HEADER_BYTES]>,
     room: Arc<Semaphore>,
 }
 
-impl Lane {
+impl StreamQueue {
     /// What payload is to be preceded by in its buffer, so that it needs not be copied behind it.
     pub(super) fn header(&self) -> &[u8] {
         self.header.as_ref().map_or(&[], |header| header)
@@ -186,7 +186,7 @@ impl Lane {
         room.await.map_err(|_| Gone)
     }
 
-    /// Queues payload behind its [header](Lane::header). There is room for it.
+    /// Queues payload behind its [header](StreamQueue::header). There is room for it.
     pub(super) fn payload(&self, frame: Bytes, mut room: Room) {
         room.keep(frame.len() - self.header().len());
         self.push(match self.header {

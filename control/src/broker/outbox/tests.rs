@@ -3,12 +3,12 @@ use futures_util::FutureExt as _;
 
 const PIECE: usize = PAYLOAD_BYTES_MAX;
 
-fn room(lane: &Lane, bytes: usize) -> Option<Result<Room, Gone>> {
+fn room(lane: &StreamQueue, bytes: usize) -> Option<Result<Room, Gone>> {
     lane.room(bytes).now_or_never()
 }
 
 /// Queues payload until no more has room, and says how many bytes had.
-fn fill(lane: &Lane) -> usize {
+fn fill(lane: &StreamQueue) -> usize {
     let mut filled = 0;
     while let Some(Ok(room)) = room(lane, PIECE) {
         lane.payload(Bytes::from(vec![7; PIECE]), room);
@@ -43,7 +43,7 @@ fn a_stream_has_its_share_and_goes_on_when_some_of_it_is_written() {
 #[test]
 fn all_streams_of_a_connection_share_its_room() {
     let (outbox, queue) = outbox();
-    let lanes: Vec<Lane> = (0..20).map(|stream| outbox.lane(StreamId(stream), false)).collect();
+    let lanes: Vec<StreamQueue> = (0..20).map(|stream| outbox.lane(StreamId(stream), false)).collect();
     let filled: usize = lanes.iter().map(fill).sum();
     assert_eq!(filled, CONNECTION_BYTES_MAX);
     // One that is given up makes room.
@@ -94,7 +94,7 @@ fn a_close_comes_after_what_was_said_and_nothing_after_it() {
 #[test]
 fn whoever_waits_learns_that_the_connection_is_gone() {
     let (outbox, queue) = outbox();
-    let lanes: Vec<Lane> = (0..20).map(|stream| outbox.lane(StreamId(stream), false)).collect();
+    let lanes: Vec<StreamQueue> = (0..20).map(|stream| outbox.lane(StreamId(stream), false)).collect();
     lanes.iter().for_each(|lane| _ = fill(lane));
     let mut for_itself = Box::pin(lanes[0].room(PIECE));
     let mut for_all = Box::pin(lanes[19].room(PIECE));

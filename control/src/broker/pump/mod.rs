@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::message::{Extensions, Frame, PAYLOAD_BYTES_MAX, Side, StreamId};
-use super::outbox::{Gone, Lane, Outbox, Room};
+use super::outbox::{Gone, Outbox, Room, StreamQueue};
 pub use super::stream::Ended;
 use super::stream::{Action, Closing, Input, Stream};
 pub use crate::broker::pump::inlet::{Inlet, Inlets, Outlet};
@@ -68,7 +68,7 @@ pub async fn relay(
 }
 
 struct Pump<'a> {
-    lane: &'a Lane,
+    lane: &'a StreamQueue,
     machine: Stream,
     /// Empty between inputs; kept for its room.
     actions: Vec<Action>,

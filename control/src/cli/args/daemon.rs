@@ -158,7 +158,7 @@ pub struct RegisterArgs {
     pub cwd: Option<PathBuf>,
     /// How it is reached.
     #[command(flatten)]
-    pub way: WayArgs,
+    pub attach_method: AttachMethodArgs,
     /// Forward only these ports: 3000,8000-8100 or 80,* (below 1024 only what is named)
     #[arg(long, value_name = "PORTS")]
     pub allow: Option<PortList>,
@@ -190,14 +190,14 @@ impl RegisterArgs {
 
     /// The port policy where neither the command line nor the folder has one: a WebSocket needs one.
     pub fn default_policy(&self) -> Option<PortForward> {
-        self.way.websocket.then(PortForward::default)
+        self.attach_method.websocket.then(PortForward::default)
     }
 }
 
 /// At most one way into the container.
 #[derive(Debug, Args)]
 #[group(required = false, multiple = false)]
-pub struct WayArgs {
+pub struct AttachMethodArgs {
     /// By a process that is in it; the registration ends with that process
     #[arg(long, value_parser = super::parse_pid)]
     pub pid: Option<NonZeroU32>,

@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use agent::{AgentArgs, AgentForwardArgs, AgentRestartArgs, AgentServeArgs, AgentVerb, Candidates};
 pub use daemon::{
-    DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, GrantArgs, HelperArgs, LauncherArgs, LogsArgs,
-    LsArgs, PlainArgs, RegisterArgs, RestartArgs, RevokeArgs, StatusArgs, UpArgs, WayArgs,
+    AttachMethodArgs, DaemonArgs, DeregisterArgs, DetachArgs, EventsArgs, GrantArgs, HelperArgs,
+    LauncherArgs, LogsArgs, LsArgs, PlainArgs, RegisterArgs, RestartArgs, RevokeArgs, StatusArgs, UpArgs,
 };
 
 pub use start::{StartArgs, StopArgs};

@@ -16,9 +16,9 @@ use crate::daemon::discovery::report::{Forwarded, Found};
 use crate::daemon::rpc::client::{Client, PATIENT_BUDGET};
 use crate::error::chain;
 use crate::launch::devcontainer::{self, Exposure, exposure, exposure_of_file};
-use crate::model::forward_table::{ForwardRow, Reached, RowState};
+use crate::model::forward_table::{ForwardRow, Reachability, RowState};
 use crate::model::port_policy::{PortForward, PortList};
-use crate::model::registration::{ContainerName, Discovered, FoundBy, Way};
+use crate::model::registration::{AttachMethod, ContainerName, Discovered, FoundBy};
 use crate::registry::folder::FOREGROUND;
 use crate::sys::processes::ProcessFact;
 
@@ -80,12 +80,13 @@ fn request(
     args: &AttachArgs,
 ) -> Result<Value, Failure> {
     let common = &args.common;
-    let way = Way::Docker { container: (container.as_str() != name).then(|| container.clone()) };
+    let attach_method =
+        AttachMethod::Docker { container: (container.as_str() != name).then(|| container.clone()) };
     let mut request = Map::new();
     let mut add = |field: &str, value: Value| request.insert(field.to_owned(), value);
     add("kind", "register".into());
     add("containerName", name.into());
-    add("way", json!(way));
+    add("way", json!(attach_method));
     add("discovered", json!(Discovered { by: FoundBy::Name, id: Some(found.id.clone()) }));
     let folder = args.cwd.as_deref().map(folder).transpose()?;
     match &folder {
@@ -149,12 +150,12 @@ fn wait_until_reached(client: &Client, name: &str, running: bool) -> Result<Opti
         let containers = daemon_client::described(client)?.containers;
         let own = containers.into_iter().find(|own| own.state.container_name == name);
         let is_settled = own.as_ref().is_some_and(|own| match own.state.state {
-            Reached::Reached if own.state.forwards.is_empty() => {
+            Reachability::Reached if own.state.forwards.is_empty() => {
                 reached.get_or_insert_with(Instant::now).elapsed() >= LISTEN_MAX
             }
-            Reached::Reached => own.state.forwards.iter().all(|row| row.state != RowState::Opening),
-            Reached::Unreachable | Reached::Off => true,
-            Reached::Waiting => !running,
+            Reachability::Reached => own.state.forwards.iter().all(|row| row.state != RowState::Opening),
+            Reachability::Unreachable | Reachability::Off => true,
+            Reachability::Waiting => !running,
         });
         if is_settled || Instant::now() >= deadline {
             return Ok(own);
@@ -171,7 +172,7 @@ fn tell(args: &AttachArgs, found: &Found, name: &str, own: Option<Container>) ->
             format!("{name} was attached, and somebody deregistered it"),
         ));
     };
-    let exit = if state.state == Reached::Unreachable { Exit::Refused } else { Exit::Ok };
+    let exit = if state.state == Reachability::Unreachable { Exit::Refused } else { Exit::Ok };
     if args.common.json {
         let mut told = json!({ "attached": name, "container": found.name, "running": found.running });
         if let (Some(told), Ok(Value::Object(state))) = (told.as_object_mut(), serde_json::to_value(&state)) {
@@ -181,24 +182,24 @@ fn tell(args: &AttachArgs, found: &Found, name: &str, own: Option<Container>) ->
         return Ok(exit);
     }
     let what = match state.state {
-        Reached::Unreachable => "is remembered",
+        Reachability::Unreachable => "is remembered",
         _ => "is forwarded whenever it runs",
     };
     talk.line("attached", Colour::Green, &format!("{name} {what}"));
     let why = state.reason.clone();
     match state.state {
-        Reached::Reached if state.forwards.is_empty() => {
+        Reachability::Reached if state.forwards.is_empty() => {
             note(talk, "nothing listens in it just now; what will is forwarded at once".to_owned());
         }
-        Reached::Reached => {}
-        Reached::Unreachable => {
+        Reachability::Reached => {}
+        Reachability::Unreachable => {
             let why = why.unwrap_or_else(|| "it cannot be entered".to_owned());
             let text = format!("{name} is not reached: {why}");
             talk.report(&Report::Warning { text, hint: None });
         }
-        Reached::Off => note(talk, "its ports are all denied".to_owned()),
-        Reached::Waiting if !found.running => note(talk, "it does not run just now".to_owned()),
-        Reached::Waiting => {
+        Reachability::Off => note(talk, "its ports are all denied".to_owned()),
+        Reachability::Waiting if !found.running => note(talk, "it does not run just now".to_owned()),
+        Reachability::Waiting => {
             let why = why.map(|why| format!(": {why}")).unwrap_or_default();
             note(talk, format!("it is not reached yet{why}"));
         }

@@ -19,7 +19,7 @@ use crate::cli::foreground::{ForwardError, Wakeup};
 use crate::cli::ui::output::{Report, Talk};
 use crate::error::chain;
 use crate::model::name;
-use crate::model::registration::Way;
+use crate::model::registration::AttachMethod;
 use crate::sys::event_loop::{Signals, Watched};
 use crate::sys::paths::identity_of_file;
 use crate::sys::processes;
@@ -48,7 +48,8 @@ pub fn attach(args: AttachArgs) -> Result<Exit, Failure> {
     let name = args.common.name.clone().unwrap_or_else(|| place.name());
     let identity = place.identity();
     let refused = |error: &ForwardError| place.refused(error);
-    let mut session = Forwarding::open(target, place.way(), name, &args.common, false, talk, refused)?;
+    let mut session =
+        Forwarding::open(target, place.attach_method(), name, &args.common, false, talk, refused)?;
     session.watch(signals, pidfds).map_err(|error| other(&error))?;
 
     let tick = matches!(place, Place::Path(_)).then_some(TICK);
@@ -105,7 +106,7 @@ impl Place {
     }
 
     /// The same for the daemon, if it would mean the same there.
-    fn way(&self) -> Option<Way> {
+    fn attach_method(&self) -> Option<AttachMethod> {
         match self {
             Place::Process(pid) => register::process(NonZeroU32::new(*pid)?).ok(),
             Place::Path(path) => register::netns(path).ok(),

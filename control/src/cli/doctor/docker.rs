@@ -26,7 +26,7 @@ pub(super) fn docker() -> (Finding, Finding, bool) {
             let owner = about.socket.as_deref().and_then(owner);
             let user = rustix::process::geteuid().as_raw();
             let is_closed = user != 0 && owner != Some(user);
-            (engine(&about, owner), way(&about, owner, user, &kernel()), is_closed)
+            (engine(&about, owner), attach_method(&about, owner, user, &kernel()), is_closed)
         }
         Err(error) => (absent(&error), unasked(), false),
     }
@@ -49,7 +49,7 @@ fn engine(about: &About, owner: Option<u32>) -> Finding {
 }
 
 /// How containers will be reached by user `user`, on this `kernel`.
-fn way(about: &About, owner: Option<u32>, user: u32, kernel: &str) -> Finding {
+fn attach_method(about: &About, owner: Option<u32>, user: u32, kernel: &str) -> Finding {
     if about.kernel.as_ref().is_some_and(|theirs| theirs != kernel) {
         return Finding::lack(
             WAY,
@@ -116,10 +116,10 @@ mod tests {
 
     #[test]
     fn the_way_in_follows_from_who_runs_what_where() {
-        let state = |owner, user, kernel: &str| way(&about(kernel), owner, user, "6.1").state;
+        let state = |owner, user, kernel: &str| attach_method(&about(kernel), owner, user, "6.1").state;
         assert_eq!(state(Some(0), 0, "6.1"), State::Ok);
         assert_eq!(state(Some(1000), 1000, "6.1"), State::Ok);
-        let detail = way(&about("6.1"), Some(0), 1000, "6.1").detail;
+        let detail = attach_method(&about("6.1"), Some(0), 1000, "6.1").detail;
         assert!(detail.contains("helper") && detail.contains("agent"), "{detail}");
         assert_eq!(state(Some(0), 0, "6.1-linuxkit"), State::Lack);
     }

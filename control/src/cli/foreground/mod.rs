@@ -35,12 +35,12 @@ use thiserror::Error;
 use crate::cli::args::Ring;
 use crate::cli::foreground::native_driver::Sink;
 use crate::cli::ui::output::{Report, Talk};
-use crate::forwarding::planner::{Admission, Change, Fleet, Row, Wish};
+use crate::forwarding::planner::{Admission, Change, DesiredContainer, Planner, Row};
 use crate::model::forward_table::{ForwardPath, RowState};
 use crate::model::native_state::NativeState;
 use crate::model::port_policy::{ControlPorts, Decision, Policy};
 use crate::model::registration::ContainerName;
-use crate::sys::event_loop::{self, Happening, Origin, Signals, Watched};
+use crate::sys::event_loop::{self, LoopEvent, Origin, Signals, Watched};
 use crate::sys::processes;
 use engine::Driver;
 
@@ -98,8 +98,8 @@ pub enum Wakeup {
 /// One namespace that is being forwarded.
 pub struct Session {
     engine: Driver,
-    happenings: Receiver<Happening>,
-    queue: Sender<Happening>,
+    happenings: Receiver<LoopEvent>,
+    queue: Sender<LoopEvent>,
     forwarder: Forwarder,
     talk: Talk,
 }
@@ -134,7 +134,7 @@ impl Session {
         let queue = self.queue.clone();
         Box::new(move |event| {
             // Nothing is reported after the session has ended.
-            let _ = queue.send(Happening::Native(event));
+            let _ = queue.send(LoopEvent::Native(event));
         })
     }
 
@@ -147,18 +147,18 @@ impl Session {
     pub fn next(&mut self, tick: Option<Duration>) -> Wakeup {
         let end = tick.map(|tick| Instant::now() + tick);
         loop {
-            let due = [end, self.forwarder.fleet.due()].into_iter().flatten().min();
+            let due = [end, self.forwarder.planner.due()].into_iter().flatten().min();
             let happening = match due {
                 None => self.happenings.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(due) => self.happenings.recv_timeout(due.saturating_duration_since(Instant::now())),
             };
             let lost = match happening {
-                Ok(Happening::Engine(event)) => self.take(&event).err().map(|error| error.to_string()),
-                Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
-                Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
-                Ok(Happening::EngineEnded) => Some("the relay engine ended".to_owned()),
-                Ok(Happening::DaemonHints) => None,
-                Ok(Happening::Native(event)) => {
+                Ok(LoopEvent::Engine(event)) => self.take(&event).err().map(|error| error.to_string()),
+                Ok(LoopEvent::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
+                Ok(LoopEvent::Ended(who)) => return Wakeup::Ended(who),
+                Ok(LoopEvent::EngineEnded) => Some("the relay engine ended".to_owned()),
+                Ok(LoopEvent::DaemonHints) => None,
+                Ok(LoopEvent::Native(event)) => {
                     self.take_native(&event);
                     None
                 }
@@ -181,10 +181,10 @@ impl Session {
     pub fn next_without_engine(&mut self) -> Wakeup {
         loop {
             match self.happenings.recv() {
-                Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
-                Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
-                Ok(Happening::Native(event)) => self.take_native(&event),
-                Ok(Happening::Engine(_) | Happening::EngineEnded | Happening::DaemonHints) => {}
+                Ok(LoopEvent::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
+                Ok(LoopEvent::Ended(who)) => return Wakeup::Ended(who),
+                Ok(LoopEvent::Native(event)) => self.take_native(&event),
+                Ok(LoopEvent::Engine(_) | LoopEvent::EngineEnded | LoopEvent::DaemonHints) => {}
                 // The queue cannot close while this value holds one of its ends.
                 Err(_) => return Wakeup::Lost("nothing more can happen".to_owned()),
             }
@@ -205,12 +205,12 @@ impl Session {
             self.engine.apply(command, Vec::new());
             loop {
                 match self.happenings.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                    Ok(Happening::Engine(Event::Stopped) | Happening::EngineEnded) => return,
-                    Ok(Happening::Engine(event)) => {
+                    Ok(LoopEvent::Engine(Event::Stopped) | LoopEvent::EngineEnded) => return,
+                    Ok(LoopEvent::Engine(event)) => {
                         let (reports, _) = self.forwarder.hear(&event, Instant::now());
                         reports.iter().for_each(|report| self.talk.report(report));
                     }
-                    Ok(Happening::Native(event)) => {
+                    Ok(LoopEvent::Native(event)) => {
                         let reports = self.forwarder.take_native(&event);
                         reports.iter().for_each(|report| self.talk.report(report));
                     }
@@ -227,14 +227,14 @@ impl Session {
         let deadline = Instant::now() + BEGIN_MAX;
         loop {
             match self.happenings.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Happening::Engine(event)) => {
+                Ok(LoopEvent::Engine(event)) => {
                     let found = wanted(&event);
                     self.take(&event)?;
                     if let Some(found) = found {
                         return Ok(found);
                     }
                 }
-                Ok(Happening::EngineEnded) | Err(RecvTimeoutError::Disconnected) => {
+                Ok(LoopEvent::EngineEnded) | Err(RecvTimeoutError::Disconnected) => {
                     return Err(ForwardError::Lost("ended as it began".to_owned()));
                 }
                 Ok(_) => {}
@@ -312,7 +312,7 @@ struct Forwarder {
     /// What the planner calls it.
     only: ContainerName,
     policy: Policy,
-    fleet: Fleet,
+    planner: Planner,
     native: NativeState,
     told_denied: BTreeSet<NonZeroU16>,
 }
@@ -320,18 +320,23 @@ struct Forwarder {
 impl Forwarder {
     fn new(name: String, policy: Policy, native: bool) -> Forwarder {
         let only = ContainerName::only();
-        let mut fleet = Fleet::new(ControlPorts::default());
+        let mut planner = Planner::new(ControlPorts::default());
         let published = BTreeMap::new();
-        fleet.wish(vec![Wish { name: only.clone(), policy: policy.clone(), published, native }]);
+        planner.desired(vec![DesiredContainer {
+            name: only.clone(),
+            policy: policy.clone(),
+            published,
+            native,
+        }]);
         let native_state = NativeState::default();
         // The supervisor is in this process, so it is there before the first listener.
-        fleet.native(&only, native_state.clone(), Instant::now());
-        Forwarder { name, only, policy, fleet, native: native_state, told_denied: BTreeSet::new() }
+        planner.native(&only, native_state.clone(), Instant::now());
+        Forwarder { name, only, policy, planner, native: native_state, told_denied: BTreeSet::new() }
     }
 
     /// The namespace was entered. Answers with the number under which the engine is to have it, if it has not.
     fn reached(&mut self, cookie: u64) -> Option<UpstreamId> {
-        match self.fleet.reached(&self.only, cookie) {
+        match self.planner.reached(&self.only, cookie) {
             Admission::Add(upstream) => Some(upstream),
             Admission::Known(_) | Admission::Shared(_) | Admission::Unwanted => None,
         }
@@ -349,7 +354,7 @@ impl Forwarder {
             Event::Stopped => return (reports, Some("has ended".to_owned())),
             _ => {}
         }
-        let changes = self.fleet.hear(event, now);
+        let changes = self.planner.hear(event, now);
         if let Some(reason) = changes.iter().find_map(reason_of_loss) {
             return (reports, Some(format!("let the namespace go: {reason}")));
         }
@@ -362,22 +367,22 @@ impl Forwarder {
         if !self.native.apply(event) {
             return Vec::new();
         }
-        let changes = self.fleet.native(&self.only, self.native.clone(), Instant::now());
+        let changes = self.planner.native(&self.only, self.native.clone(), Instant::now());
         self.tell(changes)
     }
 
     /// Reports the end of every native port.
     fn end_natives(&mut self) -> Vec<Report> {
-        let changes = self.fleet.end_natives();
+        let changes = self.planner.end_natives();
         self.tell(changes)
     }
 
     /// What the engine is to do now, and what people are told; noted as asked and as told.
     fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Report>) {
-        let (commands, changes) = self.fleet.step(now);
+        let (commands, changes) = self.planner.step(now);
         let mut reports = self.tell(changes);
         // Each denied port is told once, however often its server restarts.
-        for Row { port, state, reason, .. } in self.fleet.rows(&self.only).listed {
+        for Row { port, state, reason, .. } in self.planner.rows(&self.only).listed {
             if state == RowState::Denied && self.told_denied.insert(port) {
                 reports.push(denied(port, reason, &self.policy));
             }
@@ -388,12 +393,12 @@ impl Forwarder {
     fn tell(&self, changes: Vec<Change>) -> Vec<Report> {
         let told = |change| match change {
             Change::Opened { port, host_port, .. } => {
-                let process = processes::owner_of_sockets(&self.fleet.inodes(&self.only, port));
+                let process = processes::owner_of_sockets(&self.planner.inodes(&self.only, port));
                 let (name, path) = (self.name.clone(), ForwardPath::Relay);
                 Some(Report::Forward { port: host_port, name, process, label: None, path })
             }
             Change::OpenedNative { port, .. } => {
-                let mut rows = self.fleet.rows(&self.only).listed.into_iter();
+                let mut rows = self.planner.rows(&self.only).listed.into_iter();
                 let process = rows.find(|row| row.port == port).and_then(|row| row.process);
                 let process = process.and_then(processes::process_fact);
                 let (name, path) = (self.name.clone(), ForwardPath::Native);

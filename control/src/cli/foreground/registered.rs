@@ -25,11 +25,11 @@ use crate::cli::foreground::native_driver::Sink;
 use crate::cli::foreground::reported_ports::{News, Told};
 use crate::cli::ui::output::{Report, Talk};
 use crate::daemon::rpc::client::{Client, PATIENT_BUDGET, PROBE_BUDGET};
-use crate::model::forward_table::{ForwardRow, Reached};
+use crate::model::forward_table::{ForwardRow, Reachability};
 use crate::model::native_sockets;
 use crate::model::port_policy::{Policy, PortForward};
-use crate::model::registration::Way;
-use crate::sys::event_loop::{self, Happening, Signals, Watched};
+use crate::model::registration::AttachMethod;
+use crate::sys::event_loop::{self, LoopEvent, Signals, Watched};
 use crate::sys::processes::{self, ProcessFact};
 
 /// How often the table is read when nothing hints at a change.
@@ -49,13 +49,13 @@ const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// What is to be forwarded.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct DesiredContainer {
     /// What people call it.
     pub name: String,
     /// Whether that name was given, and no other will do.
     pub name_is_given: bool,
     /// How the daemon gets there.
-    pub way: Way,
+    pub attach_method: AttachMethod,
     /// Which ports.
     pub policy: Policy,
     /// Where lines go.
@@ -86,9 +86,9 @@ pub enum Unregistered {
 /// One namespace that the daemon forwards.
 pub struct Registered {
     client: Client,
-    wish: Wish,
-    happenings: Receiver<Happening>,
-    queue: Sender<Happening>,
+    desired: DesiredContainer,
+    happenings: Receiver<LoopEvent>,
+    queue: Sender<LoopEvent>,
     told: Told,
     look_at: Instant,
     missing: Missing,
@@ -113,15 +113,15 @@ impl Registered {
     ///
     /// # Errors
     /// [`Unregistered`]; then nothing is registered.
-    pub fn open(client: Client, wish: Wish) -> Result<Registered, Unregistered> {
+    pub fn open(client: Client, desired: DesiredContainer) -> Result<Registered, Unregistered> {
         let description = describe(&client).filter(|description| is_beside_us(description.pid));
         let description = description.ok_or(Unregistered::NoDaemon)?;
         let (queue, happenings) = mpsc::channel();
         let (told, missing, look_at) = (Told::default(), Missing::Nothing, Instant::now());
         let daemon = description.pid;
-        let name = Arc::new(Mutex::new(wish.name.clone()));
+        let name = Arc::new(Mutex::new(desired.name.clone()));
         let mut registered =
-            Registered { client, wish, happenings, queue, told, look_at, missing, daemon, name };
+            Registered { client, desired, happenings, queue, told, look_at, missing, daemon, name };
         registered.choose_name(&description)?;
         registered.register()?;
         if let Err(why) = registered.wait_until_reached() {
@@ -129,7 +129,7 @@ impl Registered {
             return Err(why);
         }
         let (client, name, queue) =
-            (registered.client.clone(), registered.wish.name.clone(), registered.queue.clone());
+            (registered.client.clone(), registered.desired.name.clone(), registered.queue.clone());
         let listen = move || listen(&client, &name, &queue);
         // Without hints, news come a little later.
         let _ = thread::Builder::new().name("hints".to_owned()).spawn(listen);
@@ -163,10 +163,10 @@ impl Registered {
         loop {
             let due = end.map_or(self.look_at, |end| end.min(self.look_at));
             match self.happenings.recv_timeout(due.saturating_duration_since(Instant::now())) {
-                Ok(Happening::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
-                Ok(Happening::Ended(who)) => return Wakeup::Ended(who),
-                Ok(Happening::DaemonHints) => self.look_at = self.look_at.min(Instant::now() + HINT_REST),
-                Ok(Happening::Engine(_) | Happening::EngineEnded | Happening::Native(_))
+                Ok(LoopEvent::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
+                Ok(LoopEvent::Ended(who)) => return Wakeup::Ended(who),
+                Ok(LoopEvent::DaemonHints) => self.look_at = self.look_at.min(Instant::now() + HINT_REST),
+                Ok(LoopEvent::Engine(_) | LoopEvent::EngineEnded | LoopEvent::Native(_))
                 | Err(RecvTimeoutError::Timeout) => {}
                 // The queue cannot close while this value holds one of its ends.
                 Err(RecvTimeoutError::Disconnected) => {
@@ -243,7 +243,7 @@ impl Registered {
                 self.missing = Missing::Daemon { since, told: true };
                 let text = "the daemon has ended; what is forwarded goes on, and nothing new is".to_owned();
                 let hint = Some("landfall up starts another one".to_owned());
-                self.wish.talk.report(&Report::Warning { text, hint });
+                self.desired.talk.report(&Report::Warning { text, hint });
             }
             Missing::Daemon { .. } | Missing::Registration => {}
         }
@@ -257,41 +257,45 @@ impl Registered {
         let news = self.told.hear(&[]);
         self.tell(news);
         // A registration ends with what it stands for, and that is about to be noticed here as well.
-        if is_there(&self.wish.way) {
-            self.note(format!("{} was deregistered; nothing is forwarded any more", self.wish.name));
+        if is_there(&self.desired.attach_method) {
+            self.note(format!("{} was deregistered; nothing is forwarded any more", self.desired.name));
         }
     }
 
     /// Takes the name, or the next one that is free.
     fn choose_name(&mut self, description: &Description) -> Result<(), Unregistered> {
-        let wanted = self.wish.name.clone();
-        let other =
-            |name: &str| description.containers.iter().find(|other| is_another(other, name, &self.wish.way));
+        let wanted = self.desired.name.clone();
+        let other = |name: &str| {
+            description.containers.iter().find(|other| is_another(other, name, &self.desired.attach_method))
+        };
         let Some(holder) = other(&wanted) else { return Ok(()) };
-        if self.wish.name_is_given {
-            let way = holder.state.way.clone().unwrap_or_else(|| holder.cwd.clone());
-            return Err(Unregistered::NameTaken { name: wanted, holder: way });
+        if self.desired.name_is_given {
+            let attach_method = holder.state.attach_method.clone().unwrap_or_else(|| holder.cwd.clone());
+            return Err(Unregistered::NameTaken { name: wanted, holder: attach_method });
         }
         let free = (2_u32..).map(|number| format!("{wanted}-{number}")).find(|name| other(name).is_none());
-        self.wish.name = free.unwrap_or(wanted);
-        self.name.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.wish.name);
+        self.desired.name = free.unwrap_or(wanted);
+        self.name.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.desired.name);
         Ok(())
     }
 
     fn is_displaced(&self, description: &Description) -> bool {
-        description.containers.iter().any(|other| is_another(other, &self.wish.name, &self.wish.way))
+        description
+            .containers
+            .iter()
+            .any(|other| is_another(other, &self.desired.name, &self.desired.attach_method))
     }
 
     fn own(&self, description: &Description) -> Option<Container> {
         let own = |other: &&Container| {
-            other.state.container_name == self.wish.name
-                && !is_another(other, &self.wish.name, &self.wish.way)
+            other.state.container_name == self.desired.name
+                && !is_another(other, &self.desired.name, &self.desired.attach_method)
         };
         description.containers.iter().find(own).cloned()
     }
 
     fn register(&self) -> Result<(), Unregistered> {
-        let answer = self.client.within(PATIENT_BUDGET).call(&request(&self.wish));
+        let answer = self.client.within(PATIENT_BUDGET).call(&request(&self.desired));
         answer.map(drop).map_err(|error| Unregistered::Refused(error.to_string()))
     }
 
@@ -301,7 +305,7 @@ impl Registered {
             return;
         }
         // A daemon that does not hear this finds out by itself that the namespace is gone.
-        let name = self.wish.name.as_str();
+        let name = self.desired.name.as_str();
         let _ = self.client.call(&json!({ "kind": "deregister", "containerName": name }));
     }
 
@@ -315,14 +319,14 @@ impl Registered {
                 return Err(refused(Some("the daemon has ended".to_owned())));
             };
             match self.own(&description).map(|own| (own.state.state, own.state.reason)) {
-                Some((Reached::Reached | Reached::Off, _)) => return Ok(()),
-                Some((Reached::Unreachable, reason)) => return Err(refused(reason)),
+                Some((Reachability::Reached | Reachability::Off, _)) => return Ok(()),
+                Some((Reachability::Unreachable, reason)) => return Err(refused(reason)),
                 // Somebody took the name in the same moment.
                 None if self.is_displaced(&description) => {
                     self.choose_name(&description)?;
                     self.register()?;
                 }
-                Some((Reached::Waiting, _)) | None => {}
+                Some((Reachability::Waiting, _)) | None => {}
             }
             if Instant::now() >= deadline {
                 return Err(refused(Some("the daemon has not entered it".to_owned())));
@@ -332,26 +336,26 @@ impl Registered {
     }
 
     fn tell(&self, news: Vec<News>) {
-        for report in news.into_iter().filter_map(|news| report(news, &self.wish)) {
-            self.wish.talk.report(&report);
+        for report in news.into_iter().filter_map(|news| report(news, &self.desired)) {
+            self.desired.talk.report(&report);
         }
     }
 
     fn note(&self, text: String) {
-        self.wish.talk.report(&Report::Note { text, hint: None });
+        self.desired.talk.report(&Report::Note { text, hint: None });
     }
 
     fn warn(&self, text: String) {
-        self.wish.talk.report(&Report::Warning { text, hint: None });
+        self.desired.talk.report(&Report::Warning { text, hint: None });
     }
 }
 
 /// Hints at every event of ours, and at the daemon's coming and going.
-fn listen(client: &Client, name: &str, queue: &Sender<Happening>) {
+fn listen(client: &Client, name: &str, queue: &Sender<LoopEvent>) {
     loop {
         if let Ok(mut events) = client.events(Some(name)) {
             loop {
-                if queue.send(Happening::DaemonHints).is_err() {
+                if queue.send(LoopEvent::DaemonHints).is_err() {
                     return;
                 }
                 if events.line(None).is_err() {
@@ -376,28 +380,29 @@ fn is_beside_us(daemon: Option<u32>) -> bool {
 }
 
 /// Whether a registration of this name is somebody else's.
-fn is_another(other: &Container, name: &str, way: &Way) -> bool {
-    other.state.container_name == name && other.state.way.as_deref() != Some(way.to_string().as_str())
+fn is_another(other: &Container, name: &str, attach_method: &AttachMethod) -> bool {
+    other.state.container_name == name
+        && other.state.attach_method.as_deref() != Some(attach_method.to_string().as_str())
 }
 
-fn request(wish: &Wish) -> Value {
+fn request(desired: &DesiredContainer) -> Value {
     let folder = std::env::current_dir().ok().filter(|folder| folder.to_str().is_some());
     json!({
         "kind": "register",
-        "containerName": wish.name,
+        "containerName": desired.name,
         "cwd": folder.unwrap_or_else(|| PathBuf::from("/")),
-        "portForward": PortForward::from(&wish.policy),
-        "way": wish.way,
+        "portForward": PortForward::from(&desired.policy),
+        "way": desired.attach_method,
         crate::registry::folder::FOREGROUND: true,
-        native_sockets::FIELD: wish.native,
+        native_sockets::FIELD: desired.native,
     })
 }
 
-fn report(news: News, wish: &Wish) -> Option<Report> {
+fn report(news: News, desired: &DesiredContainer) -> Option<Report> {
     Some(match news {
         News::Open(ForwardRow { host_port, process, pid, label, path, .. }) => {
             let process = process.zip(pid).map(|(name, pid)| ProcessFact { name, pid });
-            let (port, name) = (NonZeroU16::new(host_port)?, wish.name.clone());
+            let (port, name) = (NonZeroU16::new(host_port)?, desired.name.clone());
             Report::Forward { port, name, process, label, path }
         }
         News::Closed(port) => Report::Closed { port: NonZeroU16::new(port)? },
@@ -405,17 +410,17 @@ fn report(news: News, wish: &Wish) -> Option<Report> {
             let detail = row.reason.unwrap_or_else(|| "the daemon does not say why".to_owned());
             failed(NonZeroU16::new(row.host_port)?, detail)
         }
-        News::Denied(row) => denied(NonZeroU16::new(row.port)?, row.reason, &wish.policy),
+        News::Denied(row) => denied(NonZeroU16::new(row.port)?, row.reason, &desired.policy),
     })
 }
 
 /// Whether what was registered still is what it was.
-fn is_there(way: &Way) -> bool {
-    match way {
-        Way::Docker { .. } | Way::Websocket => true,
-        Way::Process { pid, started } => {
+fn is_there(attach_method: &AttachMethod) -> bool {
+    match attach_method {
+        AttachMethod::Docker { .. } | AttachMethod::Websocket => true,
+        AttachMethod::Process { pid, started } => {
             processes::started(*pid).is_ok_and(|now| now.is_some() && now == *started)
         }
-        Way::Netns { path } | Way::Agent { directory: path } => path.exists(),
+        AttachMethod::Netns { path } | AttachMethod::Agent { directory: path } => path.exists(),
     }
 }

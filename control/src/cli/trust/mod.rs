@@ -56,11 +56,11 @@ pub(super) fn print_withheld_of(talk: Talk, container: &Container) {
 
 fn sentence(withheld: &Withheld, of_folder: &str) -> (&'static str, String) {
     let Withheld { folder, file, reason, needs_trust, ports } = withheld;
-    let way = match needs_trust {
+    let attach_method = match needs_trust {
         true => format!(" ({})", command_for(&folder.display().to_string(), "")),
         false => String::new(),
     };
-    let said = format!("{file}{of_folder} {reason}{way}");
+    let said = format!("{file}{of_folder} {reason}{attach_method}");
     if ports.is_empty() {
         return ("commands", format!("off: {said}"));
     }

@@ -92,8 +92,8 @@ fn in_words(event: &Event) -> (&'static str, Colour, String) {
         Event::EngineUpgraded { from, to } => {
             ("engine", Green, format!("{to} takes over from {from}, which finishes its connections"))
         }
-        Event::ContainerReached { container_name, way } => {
-            ("reached", Green, format!("{container_name}, {way}"))
+        Event::ContainerReached { container_name, attach_method } => {
+            ("reached", Green, format!("{container_name}, {attach_method}"))
         }
         Event::ContainerUnreachable { container_name, reason } => {
             ("failed", Yellow, format!("{container_name} is not reached: {reason}"))

@@ -24,7 +24,7 @@ use super::labels::{self, Labels};
 use crate::docker::labels::LabelOrigin;
 use crate::docker::{ASIDE, Listed};
 use crate::model::port_policy::{Allow, PortForward};
-use crate::model::registration::{ContainerName, Discovered, FoundBy, Registration, Way};
+use crate::model::registration::{AttachMethod, ContainerName, Discovered, FoundBy, Registration};
 use crate::registry::folder::FOREGROUND;
 use crate::registry::store::Registered;
 
@@ -104,12 +104,12 @@ pub enum Verdict {
     /// Somebody registered it, and how is their business.
     Registered(ContainerName),
     /// It is not forwarded.
-    Not(Why),
+    Not(NotForwardedReason),
 }
 
 /// Why a container is not forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Why {
+pub enum NotForwardedReason {
     /// Nobody asked for it.
     Unasked,
     /// Only a label of its image asks for it, or one that may come from there.
@@ -133,7 +133,7 @@ pub enum Why {
 
 /// Something that people are to be told, once for each container.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Remark {
+pub struct Notice {
     /// The container's id.
     pub id: String,
     /// A whole sentence.
@@ -142,25 +142,25 @@ pub struct Remark {
 
 /// What came of a look.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Judged {
+pub struct Decision {
     /// What is to be done.
     pub steps: Vec<Step>,
     /// One for each container that was listed, in their order.
     pub verdicts: Vec<Verdict>,
     /// What is to be told.
-    pub remarks: Vec<Remark>,
+    pub remarks: Vec<Notice>,
 }
 
 /// Judges every container. `all` is whether everything is forwarded.
-pub fn judge(listed: &[Candidate], registered: &Registered, all: bool) -> Judged {
-    let mut look = Look::new(listed, registered, all);
+pub fn judge(listed: &[Candidate], registered: &Registered, all: bool) -> Decision {
+    let mut look = DockerObservation::new(listed, registered, all);
     look.follow_named();
     look.leave_what_is_registered();
     let claims = look.claims();
     look.grant(claims);
     look.drop_what_nobody_claims();
-    let unasked = |verdict: Option<Verdict>| verdict.unwrap_or(Verdict::Not(Why::Unasked));
-    Judged {
+    let unasked = |verdict: Option<Verdict>| verdict.unwrap_or(Verdict::Not(NotForwardedReason::Unasked));
+    Decision {
         steps: joined(look.steps),
         verdicts: look.verdicts.into_iter().map(unasked).collect(),
         remarks: look.remarks,
@@ -194,7 +194,7 @@ fn joined(steps: Vec<Step>) -> Vec<Step> {
 }
 
 /// One look at everything.
-struct Look<'a> {
+struct DockerObservation<'a> {
     listed: &'a [Candidate],
     registered: &'a Registered,
     all: bool,
@@ -203,7 +203,7 @@ struct Look<'a> {
     names: Vec<Option<ContainerName>>,
     verdicts: Vec<Option<Verdict>>,
     steps: Vec<Step>,
-    remarks: Vec<Remark>,
+    remarks: Vec<Notice>,
     /// Derived registrations that are as they are to be, or will be.
     kept: BTreeSet<ContainerName>,
     /// Names that a registration of somebody moves to.
@@ -218,8 +218,8 @@ struct Claim {
     labels: Arc<Labels>,
 }
 
-impl<'a> Look<'a> {
-    fn new(listed: &'a [Candidate], registered: &'a Registered, all: bool) -> Look<'a> {
+impl<'a> DockerObservation<'a> {
+    fn new(listed: &'a [Candidate], registered: &'a Registered, all: bool) -> DockerObservation<'a> {
         let there: BTreeSet<&str> = listed.iter().map(|one| one.container.name.as_str()).collect();
         // While a container is replaced, the old one has another name for a moment: it is what it was until there is a new one.
         let name = |Candidate { container, .. }: &Candidate| match container.name.as_str().strip_suffix(ASIDE)
@@ -228,7 +228,7 @@ impl<'a> Look<'a> {
             Some(meant) => ContainerName::new(meant).ok(),
             None => Some(container.name.clone()),
         };
-        Look {
+        DockerObservation {
             listed,
             registered,
             all,
@@ -253,7 +253,7 @@ impl<'a> Look<'a> {
 
     fn remark(&mut self, at: usize, text: String) {
         if let Some(Candidate { container, .. }) = self.listed.get(at) {
-            self.remarks.push(Remark { id: container.id.clone(), text });
+            self.remarks.push(Notice { id: container.id.clone(), text });
         }
     }
 
@@ -297,12 +297,16 @@ impl<'a> Look<'a> {
             self.remark(at, text);
             return old;
         }
-        let way = if docker_name == new { Way::DOCKER } else { Way::Docker { container: Some(docker_name) } };
-        let way = if renamed { Some(way) } else { registration.way.clone() };
+        let attach_method = if docker_name == new {
+            AttachMethod::DOCKER
+        } else {
+            AttachMethod::Docker { container: Some(docker_name) }
+        };
+        let attach_method = if renamed { Some(attach_method) } else { registration.attach_method.clone() };
         let discovered = Some(Discovered { by: FoundBy::Name, id: Some(container.id.clone()) });
         let wanted = Registration {
             container_name: new.clone(),
-            way,
+            attach_method,
             discovered,
             ..Registration::clone(registration)
         };
@@ -333,7 +337,10 @@ impl<'a> Look<'a> {
     /// A container that is registered needs nothing.
     fn leave_what_is_registered(&mut self) {
         for registration in &self.registered.entries {
-            let is_by_name = !matches!(registration.way, Some(Way::Process { .. } | Way::Netns { .. }));
+            let is_by_name = !matches!(
+                registration.attach_method,
+                Some(AttachMethod::Process { .. } | AttachMethod::Netns { .. })
+            );
             if registration.discovered.is_none()
                 && is_by_name
                 && let Some(at) = self.named(registration.docker_name())
@@ -361,18 +368,20 @@ impl<'a> Look<'a> {
         claims
     }
 
-    fn asked(&self, at: usize, labels: &Arc<Labels>) -> Result<(ContainerName, Claim), Why> {
+    fn asked(&self, at: usize, labels: &Arc<Labels>) -> Result<(ContainerName, Claim), NotForwardedReason> {
         let by = match labels.forward {
-            _ if labels.is_ours => return Err(Why::Ours),
-            Some(false) => return Err(Why::Excluded),
+            _ if labels.is_ours => return Err(NotForwardedReason::Ours),
+            Some(false) => return Err(NotForwardedReason::Excluded),
             Some(true) => FoundBy::Label,
             None if self.all => FoundBy::All,
-            None => return Err(labels.not_own.map_or(Why::Unasked, Why::NotOwn)),
+            None => {
+                return Err(labels.not_own.map_or(NotForwardedReason::Unasked, NotForwardedReason::NotOwn));
+            }
         };
         if let Err(why) = &labels.own_policy {
-            return Err(Why::Unreadable(why.clone()));
+            return Err(NotForwardedReason::Unreadable(why.clone()));
         }
-        let docker_name = self.names.get(at).cloned().flatten().ok_or(Why::Unasked)?;
+        let docker_name = self.names.get(at).cloned().flatten().ok_or(NotForwardedReason::Unasked)?;
         let name = labels.name.clone().unwrap_or_else(|| docker_name.clone());
         Ok((name, Claim { at, by, docker_name, labels: Arc::clone(labels) }))
     }
@@ -411,7 +420,7 @@ impl<'a> Look<'a> {
         let known = current.as_ref().and_then(|current| current.discovered.as_ref());
         let is_same = known.is_some_and(|known| known.id.as_ref() == Some(&container.id));
         if !is_same && !container.running {
-            self.settle(claim.at, Verdict::Not(Why::NotRunning));
+            self.settle(claim.at, Verdict::Not(NotForwardedReason::NotRunning));
             return;
         }
         self.settle(claim.at, Verdict::Forwarded(name.clone(), claim.by));
@@ -427,7 +436,7 @@ impl<'a> Look<'a> {
     fn refuse(&mut self, claim: &Claim, name: &ContainerName, holder: String) {
         let text = format!("container {} is not forwarded: {holder} the name {name}", claim.docker_name);
         self.remark(claim.at, text);
-        self.settle(claim.at, Verdict::Not(Why::NameTaken { name: name.clone(), holder }));
+        self.settle(claim.at, Verdict::Not(NotForwardedReason::NameTaken { name: name.clone(), holder }));
     }
 
     fn drop_what_nobody_claims(&mut self) {
@@ -459,7 +468,7 @@ fn registration(name: &ContainerName, docker_name: &ContainerName, id: &str, by:
         broker_token: None,
         challenge_required: false,
         http_socket: false,
-        way: Some(Way::Docker { container }),
+        attach_method: Some(AttachMethod::Docker { container }),
         discovered: Some(Discovered { by, id: Some(id.to_owned()) }),
         port_notes: Vec::new(),
         unknown: Map::from_iter([(FOREGROUND.to_owned(), true.into())]),
@@ -498,7 +507,7 @@ pub fn detach(name: &ContainerName, listed: &[Candidate], registered: &Registere
     let again = judge(listed, &without, all).verdicts;
     let comes_back = listed.iter().zip(again).any(|(one, verdict)| {
         one.container.name == *current.docker_name()
-            && matches!(verdict, Verdict::Forwarded(..) | Verdict::Not(Why::NotRunning))
+            && matches!(verdict, Verdict::Forwarded(..) | Verdict::Not(NotForwardedReason::NotRunning))
     });
     match discovered.by {
         FoundBy::Name if is_off && comes_back => Detach::IsOff(name),
@@ -515,7 +524,10 @@ fn detach_unknown(name: &ContainerName, listed: &[Candidate], registered: &Regis
     let verdicts = judge(listed, registered, all).verdicts;
     let found = listed.iter().zip(verdicts).find(|(one, _)| one.container.name == *name);
     match found {
-        Some((Candidate { container, .. }, Verdict::Not(Why::NotRunning) | Verdict::Forwarded(..))) => {
+        Some((
+            Candidate { container, .. },
+            Verdict::Not(NotForwardedReason::NotRunning) | Verdict::Forwarded(..),
+        )) => {
             let new = registration(name, name, &container.id, FoundBy::Name);
             Detach::TurnOff(turned_off(new, Some(container.id.clone()), None))
         }

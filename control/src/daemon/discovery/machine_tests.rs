@@ -35,13 +35,17 @@ fn stopped(container: Listed) -> Listed {
 }
 
 /// Registered by somebody, in this way.
-fn registered(called: &str, way: Option<Way>) -> Registration {
-    Registration { way, discovered: None, ..registration(&name(called), &name(called), "", FoundBy::Label) }
+fn registered(called: &str, attach_method: Option<AttachMethod>) -> Registration {
+    Registration {
+        attach_method,
+        discovered: None,
+        ..registration(&name(called), &name(called), "", FoundBy::Label)
+    }
 }
 
 fn attached(called: &str, id: Option<&str>) -> Registration {
     let discovered = Some(Discovered { by: FoundBy::Name, id: id.map(str::to_owned) });
-    Registration { discovered, ..registered(called, Some(Way::DOCKER)) }
+    Registration { discovered, ..registered(called, Some(AttachMethod::DOCKER)) }
 }
 
 fn read(listed: &[Listed]) -> Vec<Candidate> {
@@ -49,7 +53,7 @@ fn read(listed: &[Listed]) -> Vec<Candidate> {
 }
 
 /// The registrations as they are after the steps of a look, and what was decided.
-fn after(listed: &[Listed], before: Vec<Registration>, all: bool) -> (Vec<Registration>, Judged) {
+fn after(listed: &[Listed], before: Vec<Registration>, all: bool) -> (Vec<Registration>, Decision) {
     let mut known = Registered { entries: before.into_iter().map(Arc::new).collect() };
     let listed = read(listed);
     let judged = judge(&listed, &known, all);
@@ -91,7 +95,7 @@ fn entry(name: &str, docker: &str, id: &str) -> (String, String, Option<String>)
     (name.to_owned(), docker.to_owned(), Some(id.to_owned()))
 }
 
-fn no(why: Why) -> Verdict {
+fn no(why: NotForwardedReason) -> Verdict {
     Verdict::Not(why)
 }
 
@@ -100,7 +104,10 @@ fn a_label_has_a_container_forwarded_and_without_one_nobody_asked() {
     let listed = [container("1", "shop", &[FORWARD]), container("2", "db", &[])];
     let (known, judged) = after(&listed, vec![], false);
     assert_eq!(in_short(&known), [entry("shop", "shop", "1")]);
-    assert_eq!(judged.verdicts, [Verdict::Forwarded(name("shop"), FoundBy::Label), no(Why::Unasked)]);
+    assert_eq!(
+        judged.verdicts,
+        [Verdict::Forwarded(name("shop"), FoundBy::Label), no(NotForwardedReason::Unasked)]
+    );
     assert_eq!(judged.remarks, []);
 }
 
@@ -114,7 +121,7 @@ fn all_are_forwarded_but_those_that_say_no_and_our_own() {
     ];
     let (known, judged) = after(&listed, vec![], true);
     assert_eq!(in_short(&known), [entry("odd", "odd", "4"), entry("shop", "shop", "1")]);
-    assert_eq!(judged.verdicts[1..3], [no(Why::Excluded), no(Why::Ours)]);
+    assert_eq!(judged.verdicts[1..3], [no(NotForwardedReason::Excluded), no(NotForwardedReason::Ours)]);
     assert_eq!(judged.remarks.len(), 1);
     // Without --all, what only that had brought is gone.
     assert_eq!(after(&listed, known, false).0, []);
@@ -134,7 +141,7 @@ fn c23_a_label_of_the_image_forwards_nothing() {
     let listed = [inherited, unknown, own];
     let (known, judged) = after(&listed, vec![], false);
     assert_eq!(in_short(&known), [entry("web", "x", "3")]);
-    let not_own = |origin| no(Why::NotOwn(origin));
+    let not_own = |origin| no(NotForwardedReason::NotOwn(origin));
     assert_eq!(judged.verdicts[..2], [not_own(LabelOrigin::Image), not_own(LabelOrigin::Unknown)]);
     // What an earlier release registered for such a label ends.
     let before = registration(&name("shop"), &name("shop"), "1", FoundBy::Label);
@@ -167,7 +174,7 @@ fn a_list_of_ports_that_cannot_be_read_lets_nothing_out() {
     let listed = [container("1", "shop", &[FORWARD, ("dev.landfall.deny", "ssh")])];
     let (known, judged) = after(&listed, vec![], true);
     assert_eq!(known, []);
-    assert!(matches!(&judged.verdicts[..], [Verdict::Not(Why::Unreadable(_))]));
+    assert!(matches!(&judged.verdicts[..], [Verdict::Not(NotForwardedReason::Unreadable(_))]));
     assert!(judged.remarks[0].text.starts_with("container shop: nothing of it is forwarded, since"));
 }
 
@@ -175,7 +182,7 @@ fn a_list_of_ports_that_cannot_be_read_lets_nothing_out() {
 fn a_registration_is_made_when_the_container_runs_and_ends_when_it_is_gone() {
     let shop = container("1", "shop", &[FORWARD]);
     let (known, judged) = after(&[stopped(shop.clone())], vec![], false);
-    assert_eq!((known.len(), &judged.verdicts[..]), (0, &[no(Why::NotRunning)][..]));
+    assert_eq!((known.len(), &judged.verdicts[..]), (0, &[no(NotForwardedReason::NotRunning)][..]));
     let (known, _) = after(std::slice::from_ref(&shop), known, false);
     assert_eq!(known.len(), 1);
     let (known, _) = after(&[stopped(shop)], known, false);
@@ -229,7 +236,7 @@ fn of_a_move_that_is_half_done_the_other_half_is_left() {
 #[test]
 fn a_name_of_its_own_stays_when_its_container_is_renamed() {
     let web = Registration {
-        way: Some(Way::Docker { container: Some(name("shop")) }),
+        attach_method: Some(AttachMethod::Docker { container: Some(name("shop")) }),
         ..attached("web", Some("1"))
     };
     let (known, _) = after(&[container("1", "store", &[])], vec![web], false);
@@ -286,7 +293,7 @@ fn of_two_that_want_one_name_the_holder_keeps_it_then_the_one_that_runs_then_the
     let (known, judged) = after(&[two.clone(), one.clone()], vec![], false);
     assert_eq!(in_short(&known), [entry("web", "one", "1")]);
     let text = "container two is not forwarded: container one has the name web".to_owned();
-    assert_eq!(judged.remarks, [Remark { id: "2".to_owned(), text }]);
+    assert_eq!(judged.remarks, [Notice { id: "2".to_owned(), text }]);
     let (known, _) = after(&[stopped(one.clone()), two.clone()], known, false);
     assert_eq!(in_short(&known), [entry("web", "one", "1")]);
     let (known, _) = after(&[stopped(one.clone()), two.clone()], vec![], false);
@@ -298,17 +305,17 @@ fn of_two_that_want_one_name_the_holder_keeps_it_then_the_one_that_runs_then_the
 
 #[test]
 fn what_somebody_registered_is_left_alone() {
-    for way in [None, Some(Way::DOCKER), Some(Way::Websocket)] {
-        let before = vec![registered("shop", way)];
+    for attach_method in [None, Some(AttachMethod::DOCKER), Some(AttachMethod::Websocket)] {
+        let before = vec![registered("shop", attach_method)];
         let (known, judged) = after(&[container("1", "shop", &[FORWARD])], before.clone(), true);
         assert_eq!(known, before);
         assert_eq!(judged.verdicts, [Verdict::Registered(name("shop"))]);
         assert_eq!(judged.remarks, []);
     }
-    let before = vec![registered("shop", Some(Way::Netns { path: "/n".into() }))];
+    let before = vec![registered("shop", Some(AttachMethod::Netns { path: "/n".into() }))];
     let (known, judged) = after(&[container("1", "shop", &[FORWARD])], before.clone(), false);
     assert_eq!(known, before);
-    assert!(matches!(&judged.verdicts[..], [Verdict::Not(Why::NameTaken { .. })]));
+    assert!(matches!(&judged.verdicts[..], [Verdict::Not(NotForwardedReason::NameTaken { .. })]));
     assert_eq!(judged.remarks.len(), 1);
 }
 

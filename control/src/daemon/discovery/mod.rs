@@ -31,7 +31,7 @@ use crate::model::name::escape;
 use crate::model::registration::ContainerName;
 use crate::registry::store::{DropReason, RegisterError, Registered, Registry};
 use crate::sys::journal::Journal;
-use machine::{Candidate, Detach, Judged, Remark, Step, detach, judge};
+use machine::{Candidate, Decision, Detach, Notice, Step, detach, judge};
 use report::Found;
 
 /// How long after one list began the next one does, at least: what comes in between is one more.
@@ -192,7 +192,7 @@ struct Work {
     /// The names about which something is under way.
     busy: BTreeSet<ContainerName>,
     /// What was told, by the container's id.
-    told: BTreeSet<Remark>,
+    told: BTreeSet<Notice>,
     /// What failed, by name, as it was told.
     failed: BTreeMap<ContainerName, String>,
 }
@@ -215,7 +215,7 @@ impl Work {
         let shared = Arc::clone(&self.discovery.0);
         let Some(listed) = self.discovery.last() else { return };
         let registered: Arc<Registered> = shared.registry.list();
-        let Judged { steps, remarks, .. } = judge(&listed, &registered, shared.all);
+        let Decision { steps, remarks, .. } = judge(&listed, &registered, shared.all);
         // A container that is gone may come again under the same id only from a backup.
         let there: BTreeSet<&str> = listed.iter().map(|one| one.container.id.as_str()).collect();
         self.told.retain(|remark| there.contains(remark.id.as_str()));

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::labels;
-use super::machine::{Candidate, Verdict, Why};
+use super::machine::{Candidate, NotForwardedReason, Verdict};
 use crate::docker::Network;
 use crate::docker::labels::LabelOrigin;
 use crate::model::grants::GrantFact;
@@ -87,7 +87,7 @@ impl Found {
             Verdict::Off(_) => Some("it was detached".to_owned()),
             Verdict::Forwarded(..) | Verdict::Registered(_) => network,
         };
-        let is_not_own = matches!(verdict, Verdict::Not(Why::NotOwn(_)));
+        let is_not_own = matches!(verdict, Verdict::Not(NotForwardedReason::NotOwn(_)));
         let policy = labels.own_policy.as_ref().ok().and_then(Option::as_ref);
         Found {
             name: container.name.to_string(),
@@ -108,17 +108,17 @@ impl Found {
     }
 }
 
-fn in_words(why: &Why) -> String {
+fn in_words(why: &NotForwardedReason) -> String {
     match why {
-        Why::Unasked => "nobody asked for it".to_owned(),
-        Why::NotOwn(LabelOrigin::Unknown) => {
+        NotForwardedReason::Unasked => "nobody asked for it".to_owned(),
+        NotForwardedReason::NotOwn(LabelOrigin::Unknown) => {
             "label may come from the image, which cannot be inspected".to_owned()
         }
-        Why::NotOwn(_) => "label comes from the image".to_owned(),
-        Why::NotRunning => "it will be when it runs".to_owned(),
-        Why::Excluded => format!("its label {} says so", labels::FORWARD),
-        Why::Ours => "landfall itself uses it".to_owned(),
-        Why::Unreadable(why) => why.clone(),
-        Why::NameTaken { name, holder } => format!("{holder} the name {name}"),
+        NotForwardedReason::NotOwn(_) => "label comes from the image".to_owned(),
+        NotForwardedReason::NotRunning => "it will be when it runs".to_owned(),
+        NotForwardedReason::Excluded => format!("its label {} says so", labels::FORWARD),
+        NotForwardedReason::Ours => "landfall itself uses it".to_owned(),
+        NotForwardedReason::Unreadable(why) => why.clone(),
+        NotForwardedReason::NameTaken { name, holder } => format!("{holder} the name {name}"),
     }
 }

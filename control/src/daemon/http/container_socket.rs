@@ -30,7 +30,7 @@ use crate::error::chain;
 use crate::launch::SOCKET;
 use crate::model::event::Event;
 use crate::model::registration::{ContainerName, Registration};
-use crate::registry::store::{Attendant, StopReason};
+use crate::registry::store::{RegistrationObserver, StopReason};
 use crate::sys::journal::Journal;
 use crate::sys::paths::Home;
 use crate::sys::random::random;
@@ -137,7 +137,7 @@ impl ContainerSockets {
     }
 }
 
-impl Attendant for ContainerSockets {
+impl RegistrationObserver for ContainerSockets {
     fn name(&self) -> &'static str {
         "HTTP socket"
     }

@@ -38,7 +38,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::daemon::http::gateway::SharedFacts;
 use crate::daemon::http::places::Places;
-use crate::daemon::rpc::request_handler::{After, Answers};
+use crate::daemon::rpc::request_handler::{FollowUp, RequestHandler};
 use crate::model::event::Event;
 use crate::sys::graceful_close::linger;
 use crate::sys::held_port::HeldPort;
@@ -105,8 +105,8 @@ impl Bound {
         let mut fallback = None;
         for port in named.chain([0; EPHEMERAL_TRIES]) {
             let (port, listeners) = match try_port(port, &addresses).await? {
-                Tried::Free(port, listeners) => (port, listeners),
-                Tried::InUse(address) => {
+                PortAttempt::Free(port, listeners) => (port, listeners),
+                PortAttempt::InUse(address) => {
                     if port != 0 && port == preferred {
                         fallback = Some(HeldPort::of_taken(address, port).await);
                     }
@@ -134,7 +134,7 @@ impl Bound {
     }
 
     /// Begins to answer.
-    pub fn serve(self, request_handler: Arc<Answers>) -> Http {
+    pub fn serve(self, request_handler: Arc<RequestHandler>) -> Http {
         let journal = request_handler.journal.clone();
         request_handler.http_facts.set_fallback(self.fallback);
         let http = Http(Arc::new(Inner {
@@ -170,7 +170,7 @@ fn without_covered(addresses: &[IpAddr]) -> Vec<IpAddr> {
 }
 
 /// What came of trying a port.
-enum Tried {
+enum PortAttempt {
     /// It is free on all addresses.
     Free(NonZeroU16, BTreeMap<IpAddr, TcpListener>),
     /// It is in use on this one.
@@ -178,7 +178,7 @@ enum Tried {
 }
 
 /// Listens on all addresses at one port.
-async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<Tried, HttpError> {
+async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<PortAttempt, HttpError> {
     let mut port = port;
     let mut listeners = BTreeMap::new();
     for ip in addresses {
@@ -189,12 +189,12 @@ async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<Tried, HttpError> {
                 port = listener.local_addr().map_err(failed)?.port();
                 listeners.insert(*ip, listener);
             }
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(Tried::InUse(*ip)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(PortAttempt::InUse(*ip)),
             Err(error) => return Err(failed(error)),
         }
     }
     let port = NonZeroU16::new(port).ok_or(HttpError::NoPort)?;
-    Ok(Tried::Free(port, listeners))
+    Ok(PortAttempt::Free(port, listeners))
 }
 
 /// The endpoint; clones are the same one.
@@ -203,7 +203,7 @@ pub struct Http(Arc<Inner>);
 
 struct Inner {
     port: NonZeroU16,
-    request_handler: Arc<Answers>,
+    request_handler: Arc<RequestHandler>,
     journal: Journal,
     /// Where it listens.
     addresses: Mutex<Vec<IpAddr>>,
@@ -343,7 +343,7 @@ async fn accept_all(inner: Arc<Inner>, listener: impl Accept, places: Places) {
 async fn converse(inner: Arc<Inner>, mut stream: impl AsyncRead + AsyncWrite + Unpin, local: Option<IpAddr>) {
     let mut own = locked(&inner.addresses).clone();
     own.extend(local);
-    let promised = Mutex::new(After::nothing());
+    let promised = Mutex::new(FollowUp::nothing());
     let asked = AtomicBool::new(false);
     let service = service_fn(|request| {
         let (inner, own, promised) = (&inner, &own, &promised);

@@ -24,7 +24,7 @@ pub(super) struct Places {
 
 /// A connection that has its place. Dropping it gives the place back.
 #[derive(Debug)]
-pub(super) struct Guest {
+pub(super) struct ClientPlace {
     places: Places,
     client: IpAddr,
     _place: OwnedSemaphorePermit,
@@ -43,7 +43,7 @@ impl Places {
     }
 
     /// Gives the place to a client, unless it has as many as it may have. A client without an address is this machine.
-    pub(super) fn admit(&self, place: OwnedSemaphorePermit, client: Option<IpAddr>) -> Option<Guest> {
+    pub(super) fn admit(&self, place: OwnedSemaphorePermit, client: Option<IpAddr>) -> Option<ClientPlace> {
         let client = client_of(client.unwrap_or(THIS_MACHINE), is_of_an_interface);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let count = clients.entry(client).or_default();
@@ -51,11 +51,11 @@ impl Places {
             return None;
         }
         *count += 1;
-        Some(Guest { places: self.clone(), client, _place: place })
+        Some(ClientPlace { places: self.clone(), client, _place: place })
     }
 }
 
-impl Drop for Guest {
+impl Drop for ClientPlace {
     fn drop(&mut self) {
         let mut clients = self.places.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = clients.get_mut(&self.client) {

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use super::auth::{Authorized, Presented, is_meant_for_us};
 use crate::daemon::rpc::protocol::{Envelope, Request, RequestError, Response};
-use crate::daemon::rpc::request_handler::{After, Answer, Answers};
+use crate::daemon::rpc::request_handler::{Answer, FollowUp, RequestHandler};
 
 /// The longest body, in bytes.
 pub const BODY_BYTES_MAX: usize = 65_536;
@@ -37,8 +37,8 @@ struct Refusal(StatusCode, &'static str);
 pub(super) async fn respond<B>(
     request: HttpRequest<B>,
     own: &[IpAddr],
-    request_handler: &Answers,
-) -> (HttpResponse<Full<Bytes>>, After)
+    request_handler: &RequestHandler,
+) -> (HttpResponse<Full<Bytes>>, FollowUp)
 where
     B: Body,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -47,16 +47,16 @@ where
         Ok(Answer::Once(response, after)) => (http(StatusCode::OK, &response), after),
         // HTTP has no stream; the two kinds that get here have none either.
         Ok(Answer::Follow(..) | Answer::Native(_)) => {
-            (http(StatusCode::OK, &Response::Done), After::nothing())
+            (http(StatusCode::OK, &Response::Done), FollowUp::nothing())
         }
-        Err(Refusal(status, reason)) => (http(status, &Response::refused(reason)), After::nothing()),
+        Err(Refusal(status, reason)) => (http(status, &Response::refused(reason)), FollowUp::nothing()),
     }
 }
 
 async fn checked<B>(
     request: HttpRequest<B>,
     own: &[IpAddr],
-    request_handler: &Answers,
+    request_handler: &RequestHandler,
 ) -> Result<Answer, Refusal>
 where
     B: Body,
@@ -93,7 +93,7 @@ where
 async fn run(
     envelope: Envelope,
     authorized: &Authorized,
-    request_handler: &Answers,
+    request_handler: &RequestHandler,
 ) -> Result<Answer, Refusal> {
     Ok(match envelope.into_request() {
         Ok(Request::Restart(restart)) => {

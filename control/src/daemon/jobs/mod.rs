@@ -29,7 +29,7 @@ use crate::daemon::supervisor::{Build, Supervisor};
 use crate::model::event::Event;
 use crate::model::registration::{ContainerName, Registration};
 use crate::registry::folder::{self, Approvals, Command};
-use crate::registry::store::{Attendant, StopReason};
+use crate::registry::store::{RegistrationObserver, StopReason};
 use crate::sys::journal::Journal;
 
 /// How many commands run at a time, over all containers: a daemon that starts has every job due at once.
@@ -77,11 +77,11 @@ impl Jobs {
         let jobs = match self.approvals.settings(&registration).await {
             Ok(approved) => approved.settings().jobs.clone(),
             Err(error) => {
-                let way = match error.is_not_trusted() {
+                let attach_method = match error.is_not_trusted() {
                     true => format!("its commands are off; landfall trust {}", registration.cwd.display()),
                     false => "its jobs do not run".to_owned(),
                 };
-                self.journal.tell(&Event::Notice { text: format!("{name}: {error}; {way}") });
+                self.journal.tell(&Event::Notice { text: format!("{name}: {error}; {attach_method}") });
                 BTreeMap::new()
             }
         };
@@ -214,7 +214,7 @@ impl Drop for Jobs {
     }
 }
 
-impl Attendant for Jobs {
+impl RegistrationObserver for Jobs {
     fn name(&self) -> &'static str {
         "jobs"
     }

@@ -88,7 +88,7 @@ impl Default for Times {
 
 /// Which daemon is wanted.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub struct DesiredDaemon {
     /// Where it lives.
     pub home: Home,
     /// The program that becomes it, by the hidden verb `_hostd`.
@@ -101,10 +101,10 @@ pub struct Wanted {
     pub times: Times,
 }
 
-impl Wanted {
+impl DesiredDaemon {
     /// A daemon of this very program, for `home`.
-    pub fn own(home: Home, arguments: Vec<OsString>) -> Wanted {
-        Wanted {
+    pub fn own(home: Home, arguments: Vec<OsString>) -> DesiredDaemon {
+        DesiredDaemon {
             home,
             program: own_program(),
             arguments,
@@ -173,10 +173,10 @@ pub enum EnsureError {
 ///
 /// # Errors
 /// [`EnsureError`].
-pub fn ensure(wanted: &Wanted) -> Result<Ensured, EnsureError> {
+pub fn ensure(wanted: &DesiredDaemon) -> Result<Ensured, EnsureError> {
     wanted.home.ensure_directories()?;
     let starter = Starter { wanted, client: Client::new(wanted.home.socket()) };
-    if let Seen::Wanted(port) = starter.look()? {
+    if let RunningDaemon::DesiredDaemon(port) = starter.look()? {
         return Ok(starter.found(port));
     }
     let lock = match starter.lock()? {
@@ -184,13 +184,13 @@ pub fn ensure(wanted: &Wanted) -> Result<Ensured, EnsureError> {
         Locked::Needless(port) => return Ok(starter.found(port)),
     };
     let ensured = match starter.look()? {
-        Seen::Wanted(port) => Ok(starter.found(port)),
-        Seen::Other => {
+        RunningDaemon::DesiredDaemon(port) => Ok(starter.found(port)),
+        RunningDaemon::Other => {
             let kept = starter.kept();
             starter.shut_down()?;
             starter.spawn(&kept).map(|ensured| Ensured { respawned: true, ..ensured })
         }
-        Seen::Nobody => match starter.adopt()? {
+        RunningDaemon::Nobody => match starter.adopt()? {
             Some(port) => Ok(starter.found(port)),
             None => starter.spawn(&Kept::default()),
         },
@@ -200,12 +200,12 @@ pub fn ensure(wanted: &Wanted) -> Result<Ensured, EnsureError> {
 }
 
 /// Who answers at the socket.
-enum Seen {
+enum RunningDaemon {
     Nobody,
     /// A daemon of another version.
     Other,
     /// The one that is wanted, with its HTTP port.
-    Wanted(NonZeroU16),
+    DesiredDaemon(NonZeroU16),
 }
 
 /// What the daemon in the place of another one keeps.
@@ -231,7 +231,7 @@ enum Locked {
 }
 
 struct Starter<'a> {
-    wanted: &'a Wanted,
+    wanted: &'a DesiredDaemon,
     client: Client,
 }
 
@@ -240,15 +240,15 @@ impl Starter<'_> {
         Ensured { pid: self.pid_in_file(), http_port, spawned: false, respawned: false }
     }
 
-    fn look(&self) -> Result<Seen, EnsureError> {
+    fn look(&self) -> Result<RunningDaemon, EnsureError> {
         let times = &self.wanted.times;
         if !self.client.within(times.reachability).is_reachable() {
-            return Ok(Seen::Nobody);
+            return Ok(RunningDaemon::Nobody);
         }
         let answer = self.client.within(times.probe).ask("version").unwrap_or_default();
         // A root daemon that has lost its launcher can enter no container, and cannot start another one.
         if answer.get("launcher") == Some(&json!(LauncherState::Ended)) {
-            return Ok(Seen::Other);
+            return Ok(RunningDaemon::Other);
         }
         // No answer, or none that is a version, is another version.
         let same = answer
@@ -256,9 +256,9 @@ impl Starter<'_> {
             .and_then(Value::as_str)
             .is_some_and(|running| version::fits(running, &self.wanted.version));
         if !same {
-            return Ok(Seen::Other);
+            return Ok(RunningDaemon::Other);
         }
-        self.http_port().map(Seen::Wanted).ok_or(EnsureError::NoHttpPort)
+        self.http_port().map(RunningDaemon::DesiredDaemon).ok_or(EnsureError::NoHttpPort)
     }
 
     fn http_port(&self) -> Option<NonZeroU16> {
@@ -291,7 +291,7 @@ impl Starter<'_> {
                 Err(Errno::WOULDBLOCK | Errno::INTR) => {}
                 Err(errno) => return Err(EnsureError::Lock(errno.into())),
             }
-            if let Ok(Seen::Wanted(port)) = self.look() {
+            if let Ok(RunningDaemon::DesiredDaemon(port)) = self.look() {
                 return Ok(Locked::Needless(port));
             }
             if Instant::now() >= deadline {
@@ -381,7 +381,7 @@ impl Starter<'_> {
                 return Err(EnsureError::Exited);
             }
             while self.somebody_holds_the_daemon_lock() {
-                if let Ok(Seen::Wanted(port)) = self.look() {
+                if let Ok(RunningDaemon::DesiredDaemon(port)) = self.look() {
                     return Ok(self.found(port));
                 }
                 if Instant::now() >= deadline {

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 /// A home, and times that only a test which waits for their end makes short.
 struct Case {
     _folder: TempDir,
-    wanted: Wanted,
+    wanted: DesiredDaemon,
 }
 
 impl Case {
@@ -21,7 +21,8 @@ impl Case {
         let poll = Duration::from_millis(5);
         let times = Times { ready: long, shutdown: long, lock: long, poll, ..Times::default() };
         let program = PathBuf::from(program);
-        let wanted = Wanted { home, program, arguments: Vec::new(), version: "mine".to_owned(), times };
+        let wanted =
+            DesiredDaemon { home, program, arguments: Vec::new(), version: "mine".to_owned(), times };
         Case { _folder: folder, wanted }
     }
 
@@ -92,7 +93,7 @@ fn the_next_daemon_listens_where_the_last_one_did_unless_it_is_told_otherwise() 
     ] {
         let case = Case::new("");
         case.daemon("theirs", true);
-        let wanted = Wanted { program: script(&case, "echo $@"), arguments, ..case.wanted.clone() };
+        let wanted = DesiredDaemon { program: script(&case, "echo $@"), arguments, ..case.wanted.clone() };
         ensure(&wanted).unwrap_err();
         assert_eq!(fs::read_to_string(case.wanted.home.daemon_log()).unwrap(), expected);
     }
@@ -130,7 +131,7 @@ fn a_live_process_in_the_pid_file_is_polled_and_no_second_one_is_started() {
     assert!(sleeper.try_wait().unwrap().is_none(), "it was not signalled");
     sleeper.kill().unwrap();
     sleeper.wait().unwrap();
-    let patient = Wanted { times: Case::new("").wanted.times, ..case.wanted.clone() };
+    let patient = DesiredDaemon { times: Case::new("").wanted.times, ..case.wanted.clone() };
     let why = ensure(&patient).unwrap_err().to_string();
     assert_eq!(why, "daemon exited before becoming reachable", "its number is nobody's any more");
 }
@@ -160,7 +161,7 @@ fn what_is_no_process_id_is_nobody() {
 #[test]
 fn a_daemon_that_runs_and_does_not_answer_is_left_alone_with_its_pid_file() {
     let case = Case::impatient("/bin/sh");
-    let waits = Wanted { program: script(&case, "exec sleep 5"), ..case.wanted.clone() };
+    let waits = DesiredDaemon { program: script(&case, "exec sleep 5"), ..case.wanted.clone() };
     let why = ensure(&waits).unwrap_err().to_string();
     assert_eq!(why, "daemon spawned but did not become reachable yet");
     assert!(case.wanted.home.pid_file().exists());
@@ -170,7 +171,7 @@ fn a_daemon_that_runs_and_does_not_answer_is_left_alone_with_its_pid_file() {
 fn the_daemon_is_started_with_its_verb_and_its_words_go_to_the_log() {
     let case = Case::new("/bin/sh");
     let program = script(&case, "echo out $@; echo err >&2; pwd; readlink /proc/self/fd/0");
-    let wanted = Wanted { program, arguments: vec!["--no-restart".into()], ..case.wanted.clone() };
+    let wanted = DesiredDaemon { program, arguments: vec!["--no-restart".into()], ..case.wanted.clone() };
     ensure(&wanted).unwrap_err();
     let log = fs::read_to_string(case.wanted.home.daemon_log()).unwrap();
     assert_eq!(log, "out _hostd --no-restart\nerr\n/\n/dev/null\n");
@@ -182,7 +183,7 @@ fn a_starter_that_holds_the_lock_is_waited_for_and_its_daemon_used() {
     let lock = lock_file(case.wanted.home.spawn_lock()).unwrap();
     rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
     let times = Times { lock: Duration::from_millis(20), ..case.wanted.times };
-    let impatient = Wanted { times, ..case.wanted.clone() };
+    let impatient = DesiredDaemon { times, ..case.wanted.clone() };
     let why = ensure(&impatient).unwrap_err().to_string();
     assert!(why.starts_with("another process has been starting the daemon"), "{why}");
     let wanted = case.wanted.clone();
@@ -195,7 +196,7 @@ fn a_starter_that_holds_the_lock_is_waited_for_and_its_daemon_used() {
 fn a_lock_is_released_however_its_holder_ends_and_no_child_holds_it() {
     // The daemon outlives its starter, which has the lock while it starts it.
     let case = Case::impatient("/bin/sh");
-    let waits = Wanted { program: script(&case, "exec sleep 20"), ..case.wanted.clone() };
+    let waits = DesiredDaemon { program: script(&case, "exec sleep 20"), ..case.wanted.clone() };
     ensure(&waits).unwrap_err();
     let lock = lock_file(case.wanted.home.spawn_lock()).unwrap();
     // A process that another test starts at this moment has every descriptor until it executes its program.

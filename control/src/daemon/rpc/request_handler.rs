@@ -1,7 +1,7 @@
 //! What is answered to a request, whichever way it came (wire specification, A.1.4).
 //!
 //! An answer may have something behind it: a restart that begins, or the daemon's own stop. Neither may show before the
-//! caller has its answer, so it travels with the answer as [`After`] and happens when the transport has written that.
+//! caller has its answer, so it travels with the answer as [`FollowUp`] and happens when the transport has written that.
 
 use std::num::NonZeroU16;
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::daemon::supervisor::{Build, NOT_ENABLED, Supervisor};
 use crate::docker::helper_container::{Helper, HelperFacts};
 use crate::forwarding::driver::{Forwarding, NativeLink};
 use crate::model::event::Event;
-use crate::model::forward_table::{ContainerState, EngineFacts, Reached};
+use crate::model::forward_table::{ContainerState, EngineFacts, Reachability};
 use crate::model::grants::GrantFact;
 use crate::model::native_sockets::{self, Sockets};
 use crate::model::registration::{FoundBy, Registration};
@@ -38,7 +38,7 @@ const STOPPING: &str = "daemon stopping";
 #[derive(Debug)]
 pub enum Answer {
     /// One response, and the end.
-    Once(Response, After),
+    Once(Response, FollowUp),
     /// The response that it worked, and then the reports of a sandbox's supervisor are read.
     Native(NativeLink),
     /// The response that it worked, and then every event: of one container, or all.
@@ -47,22 +47,22 @@ pub enum Answer {
 
 impl From<Response> for Answer {
     fn from(response: Response) -> Answer {
-        Answer::Once(response, After::nothing())
+        Answer::Once(response, FollowUp::nothing())
     }
 }
 
 /// What happens once the answer is written, or cannot be any more: the caller may be gone, and meant it all the same.
 #[derive(Default)]
-pub struct After(Option<Box<dyn FnOnce() + Send>>);
+pub struct FollowUp(Option<Box<dyn FnOnce() + Send>>);
 
-impl After {
+impl FollowUp {
     /// Nothing.
-    pub fn nothing() -> After {
-        After(None)
+    pub fn nothing() -> FollowUp {
+        FollowUp(None)
     }
 
-    fn of(what: impl FnOnce() + Send + 'static) -> After {
-        After(Some(Box::new(what)))
+    fn of(what: impl FnOnce() + Send + 'static) -> FollowUp {
+        FollowUp(Some(Box::new(what)))
     }
 
     /// The answer is written. Dropping does the same.
@@ -71,7 +71,7 @@ impl After {
     }
 }
 
-impl Drop for After {
+impl Drop for FollowUp {
     fn drop(&mut self) {
         if let Some(what) = self.0.take() {
             what();
@@ -79,14 +79,14 @@ impl Drop for After {
     }
 }
 
-impl std::fmt::Debug for After {
+impl std::fmt::Debug for FollowUp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(if self.0.is_some() { "After(..)" } else { "After(nothing)" })
     }
 }
 
 /// Who answers: the parts of the daemon that requests are about.
-pub struct Answers {
+pub struct RequestHandler {
     /// Where the daemon's files are.
     pub home: Home,
     /// The version that it was started with.
@@ -117,7 +117,7 @@ pub struct Answers {
     pub stop: StopSwitch,
 }
 
-impl Answers {
+impl RequestHandler {
     /// Waits until a request may be answered: some need to know the registrations of the last daemon.
     pub async fn ready_for(&self, request: &Request) {
         if request.waits_for_replay() && !self.stop.is_pulled() {
@@ -199,7 +199,7 @@ impl Answers {
         }
         let ticket = supervisor.accept(registration, build)?;
         let response = Response::result(json!({ "containerName": name, "scheduled": true }));
-        Ok(Answer::Once(response, After::of(move || ticket.begin())))
+        Ok(Answer::Once(response, FollowUp::of(move || ticket.begin())))
     }
 
     /// Answers a patch of secrets.
@@ -287,7 +287,7 @@ impl Answers {
         }
         let stop = self.stop.clone();
         let response = Response::result(json!({ "scheduled": true }));
-        Answer::Once(response, After::of(move || stop.pull(drain_engine)))
+        Answer::Once(response, FollowUp::of(move || stop.pull(drain_engine)))
     }
 
     fn version(&self) -> Response {
@@ -348,8 +348,8 @@ impl Answers {
 fn just_registered(name: &str) -> ContainerState {
     ContainerState {
         container_name: name.to_owned(),
-        way: None,
-        state: Reached::Waiting,
+        attach_method: None,
+        state: Reachability::Waiting,
         reason: None,
         forwards: Vec::new(),
         omitted: 0,

@@ -29,7 +29,7 @@ use super::arrivals::Arrivals;
 use super::codec::{LineError, RequestLine};
 use super::native;
 use super::protocol::{Request, Response};
-use crate::daemon::rpc::request_handler::{Answer, Answers};
+use crate::daemon::rpc::request_handler::{Answer, RequestHandler};
 use crate::forwarding::driver::NativeLink;
 use crate::model::event::Event;
 use crate::sys::graceful_close::linger;
@@ -88,7 +88,7 @@ pub struct Server {
 
 impl Server {
     /// Begins.
-    pub fn start(listener: UnixListener, request_handler: Arc<Answers>) -> Server {
+    pub fn start(listener: UnixListener, request_handler: Arc<RequestHandler>) -> Server {
         let answering = TaskTracker::new();
         let mut accepting = JoinSet::new();
         accepting.spawn(accept_all(listener, request_handler, answering.clone()));
@@ -104,7 +104,7 @@ impl Server {
     }
 }
 
-async fn accept_all(listener: UnixListener, request_handler: Arc<Answers>, answering: TaskTracker) {
+async fn accept_all(listener: UnixListener, request_handler: Arc<RequestHandler>, answering: TaskTracker) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let arrivals = Arrivals::default();
     let mut connections = JoinSet::new();
@@ -130,7 +130,7 @@ async fn accept_all(listener: UnixListener, request_handler: Arc<Answers>, answe
 /// Serves one connection; its request is taken up at its `turn`.
 async fn converse(
     mut stream: UnixStream,
-    request_handler: &Answers,
+    request_handler: &RequestHandler,
     answering: &TaskTracker,
     turn: impl Future<Output = ()>,
 ) {
@@ -170,7 +170,7 @@ enum Rest {
 async fn answer(
     stream: &mut UnixStream,
     request: Result<Request, String>,
-    request_handler: &Answers,
+    request_handler: &RequestHandler,
 ) -> Option<Rest> {
     let answer = match request {
         Ok(request) => request_handler.answer(request).await,

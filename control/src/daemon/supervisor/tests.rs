@@ -8,7 +8,7 @@ use tokio::sync::broadcast::Receiver;
 
 use super::*;
 use crate::model::grants::Grants;
-use crate::model::registration::Way;
+use crate::model::registration::AttachMethod;
 use crate::registry::folder;
 use crate::registry::folder::test_support::TestHome;
 
@@ -167,7 +167,7 @@ async fn c23_a_container_rebuilds_with_the_right_only_and_not_after_it_was_revok
     let mut bench = Bench::new();
     let mut registration =
         Registration::clone(&bench.registration("true", "echo $LANDFALL_BUILD >> log", None));
-    registration.way = Some(Way::DOCKER);
+    registration.attach_method = Some(AttachMethod::DOCKER);
     let registration = Arc::new(registration);
     let name = registration.container_name.clone();
     let refused = PreflightError::NotGranted(name.clone());

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use super::models::{ContainerCreateBody, HostConfig, Mount, MountType, PortBinding};
 use super::{
-    CreateContainerOptionsBuilder, DockerError, Engine, Error, Hands, NewContainer, StartContainerOptions,
-    replace,
+    ContainerActions, CreateContainerOptionsBuilder, DockerError, Engine, Error, NewContainer,
+    StartContainerOptions, replace,
 };
 use crate::docker::rebuild::USER_LABEL;
 

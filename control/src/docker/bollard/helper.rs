@@ -19,7 +19,7 @@ use futures_util::stream::unfold;
 use tokio::sync::mpsc;
 
 use super::image::{PIECE_BYTES, PIECES_MAX, Pieces};
-use super::{DockerError, Engine, Hands};
+use super::{ContainerActions, DockerError, Engine};
 use crate::docker::AGENT_DIRECTORY;
 use crate::docker::helper::{
     BUILD_LABEL, CAPABILITIES, HelperPlan, HelperSeen, LABEL, PROCESSES_MAX, PROGRAM, seccomp,

@@ -40,7 +40,7 @@ use tokio::time::Instant;
 
 use super::address::{Address, Endpoint};
 use super::context::Context;
-use super::replace::{self, Hands};
+use super::replace::{self, ContainerActions};
 use super::{About, BuildFrom, Docker, DockerError, FirstProcess, LifeEvent, Listed, Network, NewContainer};
 use crate::model::name::escape;
 use crate::model::registration::ContainerName;
@@ -325,7 +325,7 @@ impl Engine {
     }
 }
 
-impl Hands for Engine {
+impl ContainerActions for Engine {
     async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError> {
         let told = self.inspect(name).await?;
         Ok(told.map(|told| told.state.and_then(|state| state.running).unwrap_or(false)))
@@ -391,27 +391,27 @@ pub(super) async fn tell_life(docker: Docker, listener: mpsc::Sender<LifeEvent>)
 }
 
 /// Nobody listens any more.
-struct Unheard;
+struct ReceiverGone;
 
 impl Engine {
     /// Tells what this engine says until it says no more.
-    async fn tell_life(&self, listener: &mpsc::Sender<LifeEvent>) -> Result<(), Unheard> {
+    async fn tell_life(&self, listener: &mpsc::Sender<LifeEvent>) -> Result<(), ReceiverGone> {
         let filters = HashMap::from([("type", vec!["container", "network"])]);
         // The engine is only asked when the stream is first polled, and says nothing when it has begun to listen: so it is
         // asked for what happened since before the resync, too. An event told twice is two looks.
         let since = (Timestamp::now().as_second() - SINCE_SECONDS).to_string();
         let options = EventsOptionsBuilder::default().filters(&filters).since(&since).build();
         let mut events = Box::pin(self.client.events(Some(options)));
-        listener.send(LifeEvent::Resync).await.map_err(|_| Unheard)?;
+        listener.send(LifeEvent::Resync).await.map_err(|_| ReceiverGone)?;
         loop {
             let event = tokio::select! {
                 event = events.next() => event,
-                () = listener.closed() => return Err(Unheard),
+                () = listener.closed() => return Err(ReceiverGone),
             };
             let Some(Ok(mut event)) = event else { return Ok(()) };
             event.action = event.action.map(facts::in_dockers_words);
             for event in facts::life_events(event) {
-                listener.send(event).await.map_err(|_| Unheard)?;
+                listener.send(event).await.map_err(|_| ReceiverGone)?;
             }
         }
     }

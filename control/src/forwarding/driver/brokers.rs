@@ -3,7 +3,7 @@
 //! There is one link for a name. Another one takes its place, and the one before it counts as stopped.
 //!
 //! Where a container cannot be entered and has a session, the engine gets an upstream for which the session dials: a channel
-//! for each of its shards, with the other ends given to the session ([`BrokerWord::Serve`]). Each engine gets new ones.
+//! for each of its shards, with the other ends given to the session ([`SessionUpdate::Serve`]). Each engine gets new ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -15,19 +15,19 @@ use landfall_engine::command::{Command, UpstreamId, UpstreamKind, WatchSources};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::forwarding::broker_link::{ANNOUNCEMENTS_MAX, Announcement, BrokerLink, BrokerWord};
+use crate::forwarding::broker_link::{ANNOUNCEMENTS_MAX, Announcement, BrokerLink, SessionUpdate};
 use crate::forwarding::driver::event_loop::{Driver, ENTER_AGAIN, Engine};
 use crate::forwarding::engine_link::Link;
 use crate::model::event::Event as JournalEvent;
-use crate::model::forward_table::Reached;
-use crate::model::registration::{ContainerName, Way};
+use crate::model::forward_table::Reachability;
+use crate::model::registration::{AttachMethod, ContainerName};
 
 /// How many announcements of all sessions together are taken in before the next planning.
 pub(super) const ANNOUNCED_MAX: usize = 64;
 
 /// What a session said, or that it has gone.
 #[derive(Debug)]
-pub(super) struct Heard {
+pub(super) struct SessionMessage {
     name: ContainerName,
     /// Of which link: one that was replaced may have left a word behind.
     link: u64,
@@ -37,25 +37,25 @@ pub(super) struct Heard {
 
 /// Forwarding's end of a link.
 #[derive(Debug)]
-struct End {
+struct LinkEnd {
     number: u64,
-    words: mpsc::UnboundedSender<BrokerWord>,
+    words: mpsc::UnboundedSender<SessionUpdate>,
     _listening: AbortOnDropHandle<()>,
 }
 
 /// All links.
 #[derive(Debug)]
 pub(super) struct Brokers {
-    ends: BTreeMap<ContainerName, End>,
+    ends: BTreeMap<ContainerName, LinkEnd>,
     next: u64,
-    announced: mpsc::Sender<Heard>,
-    heard: mpsc::Receiver<Heard>,
+    announced: mpsc::Sender<SessionMessage>,
+    heard: mpsc::Receiver<SessionMessage>,
     /// Brokers that stop, until the last of their ports is told as closed.
     leaving: Vec<(ContainerName, oneshot::Sender<()>)>,
 }
 
 /// Both ends of a new link.
-pub(super) fn link() -> (BrokerLink, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<BrokerWord>) {
+pub(super) fn link() -> (BrokerLink, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<SessionUpdate>) {
     let (announce, announcements) = mpsc::channel(ANNOUNCEMENTS_MAX);
     let (words, receiver) = mpsc::unbounded_channel();
     (BrokerLink { announce, words: receiver }, announcements, words)
@@ -70,7 +70,7 @@ impl Brokers {
     }
 
     /// Waits for what a session says next.
-    pub(super) async fn hear(&mut self) -> Heard {
+    pub(super) async fn hear(&mut self) -> SessionMessage {
         match self.heard.recv().await {
             Some(heard) => heard,
             // It cannot end while this value holds one of its senders.
@@ -79,7 +79,7 @@ impl Brokers {
     }
 
     /// What a session has said already.
-    pub(super) fn heard_already(&mut self) -> Option<Heard> {
+    pub(super) fn heard_already(&mut self) -> Option<SessionMessage> {
         self.heard.try_recv().ok()
     }
 
@@ -87,7 +87,7 @@ impl Brokers {
         &mut self,
         name: ContainerName,
         mut announcements: mpsc::Receiver<Announcement>,
-        words: mpsc::UnboundedSender<BrokerWord>,
+        words: mpsc::UnboundedSender<SessionUpdate>,
     ) {
         let number = self.next;
         self.next += 1;
@@ -97,17 +97,19 @@ impl Brokers {
                 let said = announcements.recv().await;
                 let gone = said.is_none();
                 // Nobody hears it any more where forwarding has ended.
-                if announced.send(Heard { name: own.clone(), link: number, said }).await.is_err() || gone {
+                if announced.send(SessionMessage { name: own.clone(), link: number, said }).await.is_err()
+                    || gone
+                {
                     return;
                 }
             }
         });
-        let end = End { number, words, _listening: AbortOnDropHandle::new(listening) };
+        let end = LinkEnd { number, words, _listening: AbortOnDropHandle::new(listening) };
         self.ends.insert(name, end);
     }
 
     /// Tells a session; one that has gone is told nothing.
-    pub(super) fn tell(&self, name: &ContainerName, word: BrokerWord) {
+    pub(super) fn tell(&self, name: &ContainerName, word: SessionUpdate) {
         if let Some(end) = self.ends.get(name) {
             let _ = end.words.send(word);
         }
@@ -135,15 +137,15 @@ impl Driver {
         &mut self,
         name: ContainerName,
         announcements: mpsc::Receiver<Announcement>,
-        words: mpsc::UnboundedSender<BrokerWord>,
+        words: mpsc::UnboundedSender<SessionUpdate>,
     ) {
-        self.fleet.broker_stopped(&name);
+        self.planner.broker_stopped(&name);
         self.brokers.add(name, announcements, words);
     }
 
     /// Takes in what a session said.
-    pub(super) async fn hear_broker(&mut self, heard: Heard) {
-        let Heard { name, link, said } = heard;
+    pub(super) async fn hear_broker(&mut self, heard: SessionMessage) {
+        let SessionMessage { name, link, said } = heard;
         let known = self.brokers.ends.get(&name).is_some_and(|end| end.number == link);
         let now = Instant::now();
         let changes = match said {
@@ -158,18 +160,18 @@ impl Driver {
             _ if !known => return,
             None => return self.end_broker(&name).await,
             Some(Announcement::Up) => {
-                self.fleet.broker_up(&name);
+                self.planner.broker_up(&name);
                 Vec::new()
             }
             Some(Announcement::Down) => {
-                self.fleet.broker_down(&name);
+                self.planner.broker_down(&name);
                 Vec::new()
             }
             Some(Announcement::Listening { opened, closed, whole }) => {
-                self.fleet.announce(&name, &opened, &closed, whole, now)
+                self.planner.announce(&name, &opened, &closed, whole, now)
             }
             Some(Announcement::Reserve { target, candidates }) => {
-                self.fleet.reserve(&name, target, candidates)
+                self.planner.reserve(&name, target, candidates)
             }
         };
         self.tell_all(changes);
@@ -179,7 +181,7 @@ impl Driver {
     pub(super) fn see_off_brokers(&mut self) {
         let attached = matches!(self.engine, Engine::Attached(..));
         for (name, done) in std::mem::take(&mut self.brokers.leaving) {
-            if attached && self.fleet.holds_dialled(&name) {
+            if attached && self.planner.holds_dialled(&name) {
                 self.brokers.leaving.push((name, done));
             } else {
                 // Whoever asked may have gone.
@@ -190,7 +192,7 @@ impl Driver {
 
     async fn end_broker(&mut self, name: &ContainerName) {
         self.brokers.ends.remove(name);
-        self.fleet.broker_stopped(name);
+        self.planner.broker_stopped(name);
         self.step_once().await;
     }
 
@@ -200,16 +202,16 @@ impl Driver {
         let names: Vec<ContainerName> = self
             .containers
             .iter()
-            .filter(|container| container.may_dial(now) && self.fleet.wants_dialler(container.name()))
+            .filter(|container| container.may_dial(now) && self.planner.wants_dialler(container.name()))
             .map(|container| container.name().clone())
             .collect();
         for name in names {
             let Engine::Attached(link, _) = &self.engine else { return };
             match pairs(link.shards) {
                 Ok((ours, theirs)) => {
-                    let Some(upstream) = self.fleet.dial(&name) else { continue };
+                    let Some(upstream) = self.planner.dial(&name) else { continue };
                     if self.give(&dialler(upstream), &theirs).await {
-                        self.brokers.tell(&name, BrokerWord::Serve(ours));
+                        self.brokers.tell(&name, SessionUpdate::Serve(ours));
                     }
                 }
                 Err(error) => {
@@ -236,7 +238,7 @@ impl Driver {
         let mut handover = Vec::new();
         for container in &self.containers {
             let name = container.name();
-            let Some(upstream) = self.fleet.dialled(name) else { continue };
+            let Some(upstream) = self.planner.dialled(name) else { continue };
             let (ours, theirs) = pairs(new.shards).map_err(|error| error.to_string())?;
             new.give(&dialler(upstream), &theirs).await.map_err(|error| error.to_string())?;
             upstreams.insert(upstream.0);
@@ -248,22 +250,25 @@ impl Driver {
     /// The sessions dial for the new engine from now on.
     pub(super) fn serve(&self, Handover(handover): Handover) {
         for (name, channels) in handover {
-            self.brokers.tell(&name, BrokerWord::Serve(channels));
+            self.brokers.tell(&name, SessionUpdate::Serve(channels));
         }
     }
 
     /// Tells whether a container is reached over its session alone, where that has changed.
     pub(super) fn tell_session(&mut self, at: usize) {
         let Some(container) = self.containers.get_mut(at) else { return };
-        let over = container.is_dialled(&self.fleet);
+        let over = container.is_dialled(&self.planner);
         if std::mem::replace(&mut container.over_session, over) == over {
             return;
         }
         let container_name = container.name().as_str().to_owned();
         self.journal.tell(&match (over, container.state) {
-            (true, _) => JournalEvent::ContainerReached { container_name, way: Way::Websocket.to_string() },
+            (true, _) => JournalEvent::ContainerReached {
+                container_name,
+                attach_method: AttachMethod::Websocket.to_string(),
+            },
             // It is reached by another way, of which there is an event.
-            (false, Reached::Reached) => return,
+            (false, Reachability::Reached) => return,
             (false, _) => {
                 let reason = "its WebSocket is lost".to_owned();
                 JournalEvent::ContainerUnreachable { container_name, reason }

@@ -10,12 +10,12 @@ use tokio::task::AbortHandle;
 
 use super::owners::SocketOwners;
 use crate::docker::Docker;
-use crate::forwarding::entry::{self, Circumstances, Gate, Means, Told, Visit};
-use crate::forwarding::planner::{Fleet, Row, Rows, Wish};
-use crate::model::forward_table::{ContainerState, ForwardRow, Reached, RowState};
+use crate::forwarding::entry::{self, ContainerTask, DockerFacts, EntryRequest, Means, TaskReport};
+use crate::forwarding::planner::{DesiredContainer, Planner, Row, Rows};
+use crate::model::forward_table::{ContainerState, ForwardRow, Reachability, RowState};
 use crate::model::native_sockets;
 use crate::model::port_policy::Policy;
-use crate::model::registration::{ContainerName, Registration, Way};
+use crate::model::registration::{AttachMethod, ContainerName, Registration};
 use crate::sys::processes;
 
 /// One registered container.
@@ -23,8 +23,8 @@ use crate::sys::processes;
 pub(super) struct Container {
     pub(super) registration: Arc<Registration>,
     /// How it is reached, if it is to be forwarded.
-    pub(super) way: Option<Way>,
-    pub(super) state: Reached,
+    pub(super) attach_method: Option<AttachMethod>,
+    pub(super) state: Reachability,
     pub(super) reason: Option<String>,
     /// Since the engine was attached it was entered, or known not to run.
     pub(super) tried: bool,
@@ -39,19 +39,19 @@ pub(super) struct Container {
     /// What it was entered by last.
     pub(super) means: Option<Means>,
     /// What Docker told of it then.
-    pub(super) circumstances: Circumstances,
+    pub(super) circumstances: DockerFacts,
     /// It was told to be reached over its session alone.
     pub(super) over_session: bool,
     /// Something changed about it since it was listed.
     pub(super) is_stale: bool,
     /// As it was listed last.
-    pub(super) listed: Listed,
-    pub(super) visit: Option<Visiting>,
+    pub(super) listed: ContainerView,
+    pub(super) task: Option<RunningTask>,
 }
 
 /// A container as clients see it.
 #[derive(Debug)]
-pub(super) struct Listed {
+pub(super) struct ContainerView {
     pub(super) state: Arc<ContainerState>,
     /// The sockets behind the rows whose process is shown.
     pub(super) inodes: BTreeSet<u64>,
@@ -59,9 +59,9 @@ pub(super) struct Listed {
 
 /// The task that is on its way into a container.
 #[derive(Debug)]
-pub(super) struct Visiting {
+pub(super) struct RunningTask {
     pub(super) number: u64,
-    pub(super) gate: watch::Sender<Option<Gate>>,
+    pub(super) entry_request: watch::Sender<Option<EntryRequest>>,
     pub(super) id: watch::Sender<Option<String>>,
     pub(super) hint: Arc<Notify>,
     task: AbortHandle,
@@ -69,73 +69,75 @@ pub(super) struct Visiting {
 
 /// What every visit is given.
 #[derive(Debug)]
-pub(super) struct Errand {
+pub(super) struct TaskContext {
     pub(super) docker: Docker,
     pub(super) helper: Option<PathBuf>,
     /// Whether Docker's events are followed.
     pub(super) followed: watch::Sender<bool>,
-    pub(super) words: mpsc::UnboundedSender<Told>,
+    pub(super) words: mpsc::UnboundedSender<TaskReport>,
 }
 
-impl Drop for Visiting {
+impl Drop for RunningTask {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Visiting {
+impl RunningTask {
     /// Sets out.
     pub(super) fn begin(
         registration: &Registration,
         number: u64,
-        way: &Way,
-        gate: Option<Gate>,
-        errand: &Errand,
-    ) -> Visiting {
-        let (gate, opened) = watch::channel(gate);
+        attach_method: &AttachMethod,
+        entry_request: Option<EntryRequest>,
+        task_context: &TaskContext,
+    ) -> RunningTask {
+        let (entry_request, opened) = watch::channel(entry_request);
         let (id, meant) = watch::channel(registration.found_id().map(str::to_owned));
         let hint = Arc::new(Notify::new());
-        let visit = Visit {
+        let task = ContainerTask {
             name: registration.container_name.clone(),
             id: meant,
             number,
-            way: way.clone(),
-            docker: errand.docker.clone(),
-            helper: errand.helper.clone(),
-            gate: opened,
+            attach_method: attach_method.clone(),
+            docker: task_context.docker.clone(),
+            helper: task_context.helper.clone(),
+            entry_request: opened,
             hint: Arc::clone(&hint),
-            followed: errand.followed.subscribe(),
-            words: errand.words.clone(),
+            followed: task_context.followed.subscribe(),
+            words: task_context.words.clone(),
         };
-        let task = tokio::spawn(visit.run()).abort_handle();
-        Visiting { number, gate, id, hint, task }
+        let task = tokio::spawn(task.run()).abort_handle();
+        RunningTask { number, entry_request, id, hint, task }
     }
 }
 
 impl Container {
     /// A container that nobody has set out for.
     pub(super) fn new(registration: Arc<Registration>) -> Container {
-        let way = wanted_way(&registration);
-        let (state, reason) = match &way {
-            Some(Way::Websocket) => (Reached::Waiting, Some("its WebSocket is not connected")),
-            Some(_) => (Reached::Waiting, None),
-            None if is_off(&registration) || entry::way_of(&registration).is_none() => (Reached::Off, None),
-            None => (Reached::Unreachable, Some(NO_BROKER)),
+        let attach_method = wanted_way(&registration);
+        let (state, reason) = match &attach_method {
+            Some(AttachMethod::Websocket) => (Reachability::Waiting, Some("its WebSocket is not connected")),
+            Some(_) => (Reachability::Waiting, None),
+            None if is_off(&registration) || entry::attach_method_of(&registration).is_none() => {
+                (Reachability::Off, None)
+            }
+            None => (Reachability::Unreachable, Some(NO_BROKER)),
         };
-        let visited = way.as_ref().is_some_and(is_visited);
+        let visited = attach_method.as_ref().is_some_and(has_task);
         let container_name = registration.container_name.to_string();
         let unlisted = ContainerState {
             container_name,
-            way: None,
+            attach_method: None,
             state,
             reason: None,
             forwards: Vec::new(),
             omitted: 0,
         };
-        let listed = Listed { state: Arc::new(unlisted), inodes: BTreeSet::new() };
+        let listed = ContainerView { state: Arc::new(unlisted), inodes: BTreeSet::new() };
         Container {
             registration,
-            way,
+            attach_method,
             state,
             reason: reason.map(str::to_owned),
             tried: !visited,
@@ -144,22 +146,22 @@ impl Container {
             shares: None,
             dial_again: None,
             means: None,
-            circumstances: Circumstances::default(),
+            circumstances: DockerFacts::default(),
             over_session: false,
             is_stale: true,
             listed,
-            visit: None,
+            task: None,
         }
     }
 
     /// It is registered again, in the same way.
     pub(super) fn registered_again(self, registration: &Arc<Registration>) -> Container {
-        if let Some(visit) = &self.visit
+        if let Some(task) = &self.task
             && !Arc::ptr_eq(&self.registration, registration)
         {
-            visit.id.send_replace(registration.found_id().map(str::to_owned));
+            task.id.send_replace(registration.found_id().map(str::to_owned));
             // Whoever registers it again may know that it is there.
-            visit.hint.notify_one();
+            task.hint.notify_one();
         }
         Container { registration: Arc::clone(registration), is_stale: true, ..self }
     }
@@ -167,7 +169,7 @@ impl Container {
     /// Whether another one is the same container of Docker's, under whatever name.
     pub(super) fn is_same(&self, other: &Container) -> bool {
         let id = |container: &Container| {
-            let is_dockers = matches!(container.way, Some(Way::Docker { .. }));
+            let is_dockers = matches!(container.attach_method, Some(AttachMethod::Docker { .. }));
             container.registration.found_id().filter(|_| is_dockers).map(str::to_owned)
         };
         id(self).is_some_and(|own| id(other) == Some(own))
@@ -183,23 +185,23 @@ impl Container {
     }
 
     /// Ends it. Returns its name and the listing, which is to be taken back.
-    pub(super) fn into_listed(self) -> (ContainerName, Listed) {
+    pub(super) fn into_listed(self) -> (ContainerName, ContainerView) {
         (self.registration.container_name.clone(), self.listed)
     }
 
     /// Whether there is a way in that is gone by a visit.
-    pub(super) fn is_visited(&self) -> bool {
-        self.way.as_ref().is_some_and(is_visited)
+    pub(super) fn has_task(&self) -> bool {
+        self.attach_method.as_ref().is_some_and(has_task)
     }
 
     /// Whether its session may dial for it.
     pub(super) fn may_dial(&self, now: Instant) -> bool {
-        self.way.is_some() && self.missed && self.dial_again.is_none_or(|again| again <= now)
+        self.attach_method.is_some() && self.missed && self.dial_again.is_none_or(|again| again <= now)
     }
 
     /// Whether its session is how it is reached.
-    pub(super) fn is_dialled(&self, fleet: &Fleet) -> bool {
-        fleet.has_session(self.name()) && fleet.dialled(self.name()).is_some()
+    pub(super) fn is_dialled(&self, planner: &Planner) -> bool {
+        planner.has_session(self.name()) && planner.dialled(self.name()).is_some()
     }
 
     pub(super) fn name(&self) -> &ContainerName {
@@ -207,30 +209,30 @@ impl Container {
     }
 
     /// What the planner is told of it.
-    pub(super) fn wish(&self) -> Option<Wish> {
-        self.way.as_ref()?;
+    pub(super) fn desired(&self) -> Option<DesiredContainer> {
+        self.attach_method.as_ref()?;
         let policy = Policy::from(self.registration.exposed().unwrap_or_default().as_ref());
         let published = self.circumstances.published.clone();
         let native = native_sockets::is_announced(&self.registration);
-        Some(Wish { name: self.name().clone(), policy, published, native })
+        Some(DesiredContainer { name: self.name().clone(), policy, published, native })
     }
 
     /// Lists it again. Returns what was listed before.
-    pub(super) fn list(&mut self, fleet: &Fleet, owners: &mut SocketOwners) -> Arc<ContainerState> {
+    pub(super) fn list(&mut self, planner: &Planner, owners: &mut SocketOwners) -> Arc<ContainerState> {
         self.is_stale = false;
-        let Rows { listed, omitted } = fleet.rows(self.name());
+        let Rows { listed, omitted } = planner.rows(self.name());
         // A supervisor may hold a native socket as well, so it reports the process that listens.
         let shown = listed.iter().filter(|row| row.state != RowState::Denied && row.process.is_none());
         let inodes: BTreeSet<u64> = shown.flat_map(|row| row.inodes.iter().copied()).collect();
         owners.replace(&self.listed.inodes, &inodes);
         self.listed.inodes = inodes;
-        let state = Arc::new(self.as_listed(fleet, owners, listed, omitted));
+        let state = Arc::new(self.as_listed(planner, owners, listed, omitted));
         std::mem::replace(&mut self.listed.state, state)
     }
 
     fn as_listed(
         &self,
-        fleet: &Fleet,
+        planner: &Planner,
         owners: &SocketOwners,
         rows: Vec<Row>,
         omitted: usize,
@@ -257,10 +259,10 @@ impl Container {
                 bytes_down: row.stats.bytes_down,
             }
         });
-        let (way, state, reason) = self.standing(fleet);
+        let (attach_method, state, reason) = self.standing(planner);
         ContainerState {
             container_name: self.name().as_str().to_owned(),
-            way,
+            attach_method,
             state,
             reason,
             forwards: rows.collect(),
@@ -270,20 +272,20 @@ impl Container {
 
     /// Its way, with what it was entered by.
     pub(super) fn way_in_words(&self) -> Option<String> {
-        let way = entry::way_of(&self.registration)?;
-        let means = self.means.as_ref().filter(|_| self.state == Reached::Reached);
-        Some(means.map_or_else(|| way.to_string(), |means| means.words(&way)))
+        let attach_method = entry::attach_method_of(&self.registration)?;
+        let means = self.means.as_ref().filter(|_| self.state == Reachability::Reached);
+        Some(means.map_or_else(|| attach_method.to_string(), |means| means.words(&attach_method)))
     }
 
     /// The way that its bytes go, how far it is reached by that, and why no further, or why by no faster way.
-    fn standing(&self, fleet: &Fleet) -> (Option<String>, Reached, Option<String>) {
-        if !self.is_dialled(fleet) {
+    fn standing(&self, planner: &Planner) -> (Option<String>, Reachability, Option<String>) {
+        if !self.is_dialled(planner) {
             return (self.way_in_words(), self.state, self.reason.clone());
         }
-        let way = entry::way_of(&self.registration);
-        let faster = way.filter(is_visited).zip(self.reason.as_ref());
-        let reason = faster.map(|(way, reason)| format!("not by {way}: {reason}"));
-        (Some(Way::Websocket.to_string()), Reached::Reached, reason)
+        let attach_method = entry::attach_method_of(&self.registration);
+        let faster = attach_method.filter(has_task).zip(self.reason.as_ref());
+        let reason = faster.map(|(attach_method, reason)| format!("not by {attach_method}: {reason}"));
+        (Some(AttachMethod::Websocket.to_string()), Reachability::Reached, reason)
     }
 }
 
@@ -291,8 +293,8 @@ impl Container {
 const NO_BROKER: &str = "it is registered for its WebSocket alone, and without the three that this takes: wsHostPort, portForward and brokerToken";
 
 /// Whether a way leads in by a visit, and not by the container's broker alone.
-fn is_visited(way: &Way) -> bool {
-    *way != Way::Websocket
+fn has_task(attach_method: &AttachMethod) -> bool {
+    *attach_method != AttachMethod::Websocket
 }
 
 fn is_off(registration: &Registration) -> bool {
@@ -300,7 +302,10 @@ fn is_off(registration: &Registration) -> bool {
 }
 
 /// The way of a container that is to be forwarded: it has one, with all that it takes, and its policy exposes something.
-pub(super) fn wanted_way(registration: &Registration) -> Option<Way> {
-    let lacks = |way: &Way| *way == Way::Websocket && registration.broker().is_none();
-    entry::way_of(registration).filter(|way| !is_off(registration) && !lacks(way))
+pub(super) fn wanted_way(registration: &Registration) -> Option<AttachMethod> {
+    let lacks = |attach_method: &AttachMethod| {
+        *attach_method == AttachMethod::Websocket && registration.broker().is_none()
+    };
+    entry::attach_method_of(registration)
+        .filter(|attach_method| !is_off(registration) && !lacks(attach_method))
 }

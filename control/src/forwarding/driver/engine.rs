@@ -14,7 +14,7 @@ use crate::forwarding::departed::Departed;
 use crate::forwarding::driver::event_loop::{Driver, Engine, REST};
 use crate::forwarding::engine_link::{self, Attached, LinkError};
 use crate::model::event::Event as JournalEvent;
-use crate::model::forward_table::Reached;
+use crate::model::forward_table::Reachability;
 use crate::version;
 
 /// An engine that has lived this long is started again at once when it is gone.
@@ -52,13 +52,13 @@ impl Driver {
                     self.notice(confinement_lack(*lack).to_owned());
                 }
                 self.departed = None;
-                self.fleet.attach(inventory);
+                self.planner.attach(inventory);
                 self.settled = false;
                 self.compared = false;
                 self.engine = Engine::Attached(link, now);
                 for at in 0..self.containers.len() {
                     if let Some(container) = self.containers.get_mut(at) {
-                        container.tried = !container.is_visited();
+                        container.tried = !container.has_task();
                     }
                     self.enter(at);
                 }
@@ -79,7 +79,7 @@ impl Driver {
     pub(super) fn lose_engine(&mut self, reason: &str) {
         let now = Instant::now();
         if let Engine::Attached(link, since) = &self.engine {
-            self.departed = Some(Departed::new(link.process(), self.fleet.held_ports()));
+            self.departed = Some(Departed::new(link.process(), self.planner.held_ports()));
             let lived = now.saturating_duration_since(*since) >= LIVED;
             self.rest = if lived { REST.0 } else { self.rest };
             self.journal.tell(&JournalEvent::EngineLost { reason: reason.to_owned() });
@@ -88,15 +88,15 @@ impl Driver {
             self.rest = (2 * self.rest).min(REST.1);
             self.engine = Engine::Absent { again: now + pause };
         }
-        let changes = self.fleet.detach();
+        let changes = self.planner.detach();
         self.tell_all(changes);
         for container in &mut self.containers {
-            if let Some(visit) = &container.visit {
-                visit.gate.send_replace(None);
+            if let Some(task) = &container.task {
+                task.entry_request.send_replace(None);
             }
-            if container.state == Reached::Reached {
+            if container.state == Reachability::Reached {
                 container.is_stale = true;
-                container.state = Reached::Waiting;
+                container.state = Reachability::Waiting;
                 container.reason = Some("the engine is being started again".to_owned());
             }
         }
@@ -133,7 +133,7 @@ impl Driver {
             Event::Stopped => return self.lose_engine("it was stopped"),
             _ => {}
         }
-        let changes = self.fleet.hear(event, Instant::now());
+        let changes = self.planner.hear(event, Instant::now());
         self.tell_all(changes);
         if matches!(event, Event::State { more: false, .. }) {
             let table = self.table();
@@ -155,7 +155,7 @@ impl Driver {
         self.step_once().await;
         if !self.settled && self.is_settled() {
             self.settled = true;
-            self.fleet.sweep();
+            self.planner.sweep();
             self.step_once().await;
         }
         if self.settled && !self.compared {
@@ -168,7 +168,7 @@ impl Driver {
     /// Whether everybody had the chance to claim what an earlier driver left.
     pub(super) fn is_settled(&self) -> bool {
         let attached = matches!(self.engine, Engine::Attached(..));
-        let tried = |container: &Container| container.tried || container.way.is_none();
+        let tried = |container: &Container| container.tried || container.attach_method.is_none();
         attached && self.replayed.is_none() && self.containers.iter().all(tried)
     }
 
@@ -197,7 +197,7 @@ impl Driver {
         if !matches!(self.engine, Engine::Attached(..)) {
             return;
         }
-        let (commands, changes) = self.fleet.step(Instant::now());
+        let (commands, changes) = self.planner.step(Instant::now());
         self.tell_all(changes);
         for command in &commands {
             if !self.give(command, &[]).await {
@@ -221,7 +221,7 @@ impl Driver {
     /// Ends the engine: connections may finish for a while, and then they end.
     pub(super) async fn stop(&mut self) {
         self.gone.extend(std::mem::take(&mut self.containers).into_iter().map(Container::into_listed));
-        self.fleet.stop();
+        self.planner.stop();
         let begin = tokio::time::Instant::now();
         let process = match &self.engine {
             Engine::Attached(link, _) => link.process(),
@@ -245,7 +245,7 @@ impl Driver {
                         self.engine = Engine::Absent { again: Instant::now() };
                     }
                     Ok(Ok((event, _))) => {
-                        let changes = self.fleet.hear(&event, Instant::now());
+                        let changes = self.planner.hear(&event, Instant::now());
                         self.tell_all(changes);
                     }
                     Err(_) => break,

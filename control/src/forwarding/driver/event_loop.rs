@@ -10,14 +10,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep_until;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::brokers::{ANNOUNCED_MAX, Brokers, Heard};
-use super::containers::{Container, Errand, Listed, Visiting, wanted_way};
+use super::brokers::{ANNOUNCED_MAX, Brokers, SessionMessage};
+use super::containers::{Container, ContainerView, RunningTask, TaskContext, wanted_way};
 use super::owners::{Found, SocketOwners};
 use super::{Answering, Ask, ForwardingOptions, Published};
 use crate::forwarding::departed::Departed;
 use crate::forwarding::engine_link::{Attached, Link, LinkError};
-use crate::forwarding::entry::{Gate, Told};
-use crate::forwarding::planner::{Change, Fleet};
+use crate::forwarding::entry::{EntryRequest, TaskReport};
+use crate::forwarding::planner::{Change, Planner};
 use crate::model::forward_table::ForwardTable;
 use crate::model::registration::{ContainerName, Registration};
 use crate::registry::store::Registered;
@@ -50,11 +50,11 @@ pub(super) enum Engine {
 pub(super) struct Driver {
     pub(super) home: Home,
     pub(super) journal: Journal,
-    pub(super) errand: Errand,
+    pub(super) task_context: TaskContext,
     pub(super) replayed: Option<BoxFuture<'static, ()>>,
     pub(super) registrations: watch::Receiver<Arc<Registered>>,
     pub(super) parts: Parts,
-    pub(super) fleet: Fleet,
+    pub(super) planner: Planner,
     pub(super) engine: Engine,
     /// The one that was lost, until there is another one.
     pub(super) departed: Option<Departed>,
@@ -64,7 +64,7 @@ pub(super) struct Driver {
     /// In the order of registration.
     pub(super) containers: Vec<Container>,
     pub(super) brokers: Brokers,
-    pub(super) told: mpsc::UnboundedReceiver<Told>,
+    pub(super) told: mpsc::UnboundedReceiver<TaskReport>,
     /// Numbers of visits and of requests to enter.
     pub(super) serial: u64,
     /// Everything that an earlier driver left is claimed or swept.
@@ -79,15 +79,15 @@ pub(super) struct Driver {
     /// The number of the link that stands for each sandbox with native sockets.
     pub(super) native_links: BTreeMap<ContainerName, u64>,
     /// Containers that are listed and not there any more.
-    pub(super) gone: Vec<(ContainerName, Listed)>,
+    pub(super) gone: Vec<(ContainerName, ContainerView)>,
 }
 
 /// What woke the loop.
-enum Turn {
+enum Input {
     Ask(Option<Ask>),
     Registrations,
-    Word(Told),
-    Broker(Heard),
+    TaskEvent(TaskReport),
+    Broker(SessionMessage),
     Engine(Result<Event, LinkError>),
     Came(Result<Option<Attached>, LinkError>),
     Replayed,
@@ -103,11 +103,11 @@ impl Driver {
         Driver {
             home,
             journal,
-            errand: Errand { docker, helper, followed: watch::Sender::new(false), words },
+            task_context: TaskContext { docker, helper, followed: watch::Sender::new(false), words },
             replayed: Some(replayed),
             registrations,
             parts,
-            fleet: Fleet::new(control_ports),
+            planner: Planner::new(control_ports),
             engine: Engine::Absent { again: Instant::now() },
             departed: None,
             rest: REST.0,
@@ -139,28 +139,30 @@ impl Driver {
             self.see_off_brokers();
             self.publish();
             match self.wait().await {
-                Turn::Ask(None) => return,
-                Turn::Ask(Some(Ask::Detach(done))) => {
+                Input::Ask(None) => return,
+                Input::Ask(Some(Ask::Detach(done))) => {
                     // Whoever waits may go on once the channel is closed.
                     drop(self);
                     let _ = done.send(());
                     return;
                 }
-                Turn::Ask(Some(Ask::StopEngine(done))) => {
+                Input::Ask(Some(Ask::StopEngine(done))) => {
                     self.stop().await;
                     self.publish();
                     let _ = done.send(());
                     return;
                 }
-                Turn::Ask(Some(Ask::Table(answer))) => self.describe(answer).await,
-                Turn::Ask(Some(Ask::LookAgain(name))) => self.look_again(&name),
-                Turn::Ask(Some(Ask::Followed(followed))) => drop(self.errand.followed.send_replace(followed)),
-                Turn::Ask(Some(Ask::Native(report))) => self.hear_native(report),
-                Turn::Ask(Some(Ask::Broker(name, announcements, words))) => {
+                Input::Ask(Some(Ask::Table(answer))) => self.describe(answer).await,
+                Input::Ask(Some(Ask::LookAgain(name))) => self.look_again(&name),
+                Input::Ask(Some(Ask::Followed(followed))) => {
+                    self.task_context.followed.send_replace(followed);
+                }
+                Input::Ask(Some(Ask::Native(report))) => self.hear_native(report),
+                Input::Ask(Some(Ask::Broker(name, announcements, words))) => {
                     self.meet_broker(name, announcements, words);
                 }
-                Turn::Registrations => self.sync(),
-                Turn::Broker(heard) => {
+                Input::Registrations => self.sync(),
+                Input::Broker(heard) => {
                     // What a container announces is as much as it likes, and planning takes a while: what is there already is
                     // taken in first, and everybody else on this thread has a turn in between.
                     self.hear_broker(heard).await;
@@ -170,22 +172,22 @@ impl Driver {
                     }
                     tokio::task::yield_now().await;
                 }
-                Turn::Word(word) => self.hear_word(word).await,
-                Turn::Engine(event) => self.hear_engine_until_silent(event).await,
-                Turn::Came(came) => self.welcome(came),
-                Turn::Replayed => {
+                Input::TaskEvent(word) => self.hear_word(word).await,
+                Input::Engine(event) => self.hear_engine_until_silent(event).await,
+                Input::Came(came) => self.welcome(came),
+                Input::Replayed => {
                     self.replayed = None;
                     // They may not have been heard of yet, and whoever is missing now is taken for gone.
                     self.sync();
                 }
-                Turn::Owners(found) => self.on_owners(found),
-                Turn::Time => self.on_time(),
+                Input::Owners(found) => self.on_owners(found),
+                Input::Time => self.on_time(),
             }
         }
     }
 
     /// Waits for whatever is next.
-    async fn wait(&mut self) -> Turn {
+    async fn wait(&mut self) -> Input {
         let due = self.due();
         let time = async {
             match due {
@@ -201,8 +203,8 @@ impl Driver {
         };
         let engine = async {
             match &mut self.engine {
-                Engine::Attached(link, _) => Turn::Engine(link.recv().await.map(|(event, _)| event)),
-                Engine::Coming(coming) => Turn::Came(coming.await.unwrap_or(Err(LinkError::Silent))),
+                Engine::Attached(link, _) => Input::Engine(link.recv().await.map(|(event, _)| event)),
+                Engine::Coming(coming) => Input::Came(coming.await.unwrap_or(Err(LinkError::Silent))),
                 Engine::Absent { .. } => std::future::pending().await,
             }
         };
@@ -215,15 +217,15 @@ impl Driver {
         tokio::select! {
             // Questions of people and of the daemon come before events of containers.
             biased;
-            ask = self.parts.asked.recv() => Turn::Ask(ask),
-            () = registrations => Turn::Registrations,
-            Some(word) = self.told.recv() => Turn::Word(word),
-            () = replayed => Turn::Replayed,
-            owners = self.owners.found() => Turn::Owners(owners),
-            () = time => Turn::Time,
+            ask = self.parts.asked.recv() => Input::Ask(ask),
+            () = registrations => Input::Registrations,
+            Some(word) = self.told.recv() => Input::TaskEvent(word),
+            () = replayed => Input::Replayed,
+            owners = self.owners.found() => Input::Owners(owners),
+            () = time => Input::Time,
             // The engine reports what it was asked for, and what its watch found at a bounded pace.
             turn = engine => turn,
-            heard = self.brokers.hear() => Turn::Broker(heard),
+            heard = self.brokers.hear() => Input::Broker(heard),
         }
     }
 
@@ -232,16 +234,16 @@ impl Driver {
             Engine::Absent { again } if self.is_needed() => Some(*again),
             _ => None,
         };
-        let planner = matches!(self.engine, Engine::Attached(..)).then(|| self.fleet.due()).flatten();
+        let planner = matches!(self.engine, Engine::Attached(..)).then(|| self.planner.due()).flatten();
         let again = self.containers.iter().filter_map(|container| container.again).min();
-        let waits = |container: &&Container| self.fleet.wants_dialler(container.name());
+        let waits = |container: &&Container| self.planner.wants_dialler(container.name());
         let dial = self.containers.iter().filter(waits).filter_map(|container| container.dial_again).min();
         let dial = matches!(self.engine, Engine::Attached(..)).then_some(dial).flatten();
         [engine, planner, again, dial, self.owners.due()].into_iter().flatten().min()
     }
 
     pub(super) fn is_needed(&self) -> bool {
-        self.containers.iter().any(|container| container.way.is_some())
+        self.containers.iter().any(|container| container.attach_method.is_some())
     }
 
     fn on_time(&mut self) {
@@ -271,7 +273,9 @@ impl Driver {
             let same = |known: &Container| known.name() == &registration.container_name;
             let known = before.iter().position(same).map(|at| before.swap_remove(at));
             let container = match known {
-                Some(known) if known.way == wanted_way(registration) => known.registered_again(registration),
+                Some(known) if known.attach_method == wanted_way(registration) => {
+                    known.registered_again(registration)
+                }
                 known => {
                     let new = self.newcomer(registration, known.as_ref(), &before, &mut changes);
                     gone.extend(known);
@@ -282,13 +286,13 @@ impl Driver {
         }
         self.gone.extend(gone.into_iter().chain(before).map(Container::into_listed));
         self.tell_all(changes);
-        let unvisited = |container: &Container| container.visit.is_none() && container.is_visited();
+        let unvisited = |container: &Container| container.task.is_none() && container.has_task();
         let unvisited: Vec<usize> =
             (0..self.containers.len()).filter(|at| self.containers.get(*at).is_some_and(unvisited)).collect();
         for at in unvisited {
             self.set_out(at);
         }
-        self.wish();
+        self.desired();
         if self.is_needed() && matches!(&self.engine, Engine::Absent { again } if *again <= Instant::now()) {
             self.look_for_engine(false);
         }
@@ -308,55 +312,61 @@ impl Driver {
             if new.is_same(known) {
                 new.go_on_from(known);
             } else {
-                self.fleet.left(known.name());
+                self.planner.left(known.name());
             }
         } else if let Some(same) = before.iter().chain(&self.containers).find(|other| new.is_same(other)) {
-            changes.extend(self.fleet.renamed(same.name(), new.name()));
+            changes.extend(self.planner.renamed(same.name(), new.name()));
             new.go_on_from(same);
         }
         new
     }
 
     /// Tells the planner what is to be forwarded.
-    pub(super) fn wish(&mut self) {
-        self.fleet.wish(self.containers.iter().filter_map(Container::wish).collect());
+    pub(super) fn desired(&mut self) {
+        self.planner.desired(self.containers.iter().filter_map(Container::desired).collect());
     }
 
     fn set_out(&mut self, at: usize) {
-        let gate = self.next_gate();
+        let entry_request = self.next_gate();
         let number = self.serial;
         let Some(container) = self.containers.get_mut(at) else { return };
         // A process that has ended does not come again under the same registration.
-        if let Some(way) = container.way.clone() {
-            let visit = Visiting::begin(&container.registration, number, &way, gate, &self.errand);
-            container.visit = Some(visit);
+        if let Some(attach_method) = container.attach_method.clone() {
+            let task = RunningTask::begin(
+                &container.registration,
+                number,
+                &attach_method,
+                entry_request,
+                &self.task_context,
+            );
+            container.task = Some(task);
         }
     }
 
     /// A new request to enter, if there is an engine to enter for.
-    pub(super) fn next_gate(&mut self) -> Option<Gate> {
+    pub(super) fn next_gate(&mut self) -> Option<EntryRequest> {
         self.serial += 1;
         match &self.engine {
-            Engine::Attached(link, _) => Some(Gate { serial: self.serial, shards: link.shards }),
+            Engine::Attached(link, _) => Some(EntryRequest { serial: self.serial, shards: link.shards }),
             _ => None,
         }
     }
 
     /// Has a container entered anew.
     pub(super) fn enter(&mut self, at: usize) {
-        let gate = self.next_gate();
+        let entry_request = self.next_gate();
         if let Some(container) = self.containers.get_mut(at) {
             container.again = None;
-            if let Some(visit) = &container.visit {
-                visit.gate.send_replace(gate);
+            if let Some(task) = &container.task {
+                task.entry_request.send_replace(entry_request);
             }
         }
     }
 
     fn look_again(&self, name: &str) {
         for container in self.containers.iter().filter(|container| container.name().as_str() == name) {
-            if let Some(visit) = &container.visit {
-                visit.hint.notify_one();
+            if let Some(task) = &container.task {
+                task.hint.notify_one();
             }
         }
     }

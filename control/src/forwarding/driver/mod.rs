@@ -1,6 +1,6 @@
 //! Forwarding for every registered container: the task that drives the engine, and the handle to it.
 //!
-//! One task owns everything that is known ([`Fleet`](crate::forwarding::planner::Fleet)) and the engine's channel. It waits for
+//! One task owns everything that is known ([`Planner`](crate::forwarding::planner::Planner)) and the engine's channel. It waits for
 //! whatever comes first: other registrations, a word of a container's visit, an event of the engine, a question, or the
 //! time; takes it in; and gives the engine the commands that the planner then has. Nobody else talks to the engine, so
 //! the order in which things are known is the order in which they are said.
@@ -31,7 +31,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use crate::docker::Docker;
-use crate::forwarding::broker_link::{Announcement, BrokerLink, BrokerWord};
+use crate::forwarding::broker_link::{Announcement, BrokerLink, SessionUpdate};
 use crate::model::forward_table::{ContainerState, EngineFacts, ForwardTable, RowState};
 use crate::model::port_policy::ControlPorts;
 use crate::model::registration::ContainerName;
@@ -126,7 +126,7 @@ enum Ask {
     LookAgain(String),
     Followed(bool),
     Native(NativeReport),
-    Broker(ContainerName, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<BrokerWord>),
+    Broker(ContainerName, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<SessionUpdate>),
     Detach(oneshot::Sender<()>),
     StopEngine(oneshot::Sender<()>),
 }

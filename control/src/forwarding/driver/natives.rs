@@ -55,10 +55,10 @@ impl Driver {
         }
         let Some(state) = state else {
             self.native_links.remove(&name);
-            return self.fleet.native_lost(&name, Instant::now());
+            return self.planner.native_lost(&name, Instant::now());
         };
         self.native_links.insert(name.clone(), number);
-        let changes = self.fleet.native(&name, state, Instant::now());
+        let changes = self.planner.native(&name, state, Instant::now());
         self.tell_all(changes);
     }
 }

@@ -9,13 +9,13 @@ use landfall_engine::command::Command;
 use tokio::sync::oneshot;
 
 use super::Snapshot;
-use super::containers::Listed;
+use super::containers::ContainerView;
 use super::owners::Found;
-use crate::forwarding::broker_link::BrokerWord;
+use crate::forwarding::broker_link::SessionUpdate;
 use crate::forwarding::driver::event_loop::{Driver, ENTER_AGAIN, Engine};
 use crate::forwarding::planner::Change;
 use crate::model::event::{Event as JournalEvent, PortForwardEvent};
-use crate::model::forward_table::{ContainerState, ForwardPath, ForwardTable, Reached, RowState};
+use crate::model::forward_table::{ContainerState, ForwardPath, ForwardTable, Reachability, RowState};
 use crate::model::registration::ContainerName;
 
 impl Driver {
@@ -40,7 +40,7 @@ impl Driver {
                     reason,
                 },
                 Change::Result { name, result } => {
-                    self.brokers.tell(&name, BrokerWord::Result(result));
+                    self.brokers.tell(&name, SessionUpdate::Result(result));
                     continue;
                 }
                 Change::Lost { name, dialled: true, .. } => {
@@ -53,7 +53,7 @@ impl Driver {
                         if let Some(container) = self.containers.get_mut(at) {
                             container.again = Some(Instant::now() + ENTER_AGAIN);
                         }
-                        self.mark(at, Reached::Unreachable, Some(reason), true);
+                        self.mark(at, Reachability::Unreachable, Some(reason), true);
                     }
                     continue;
                 }
@@ -126,13 +126,13 @@ impl Driver {
 
     /// Lists the containers about which something changed, and no others.
     fn list_changed(&mut self) {
-        let stale = self.fleet.take_stale();
+        let stale = self.planner.take_stale();
         for at in 0..self.containers.len() {
             let Some(container) = self.containers.get_mut(at) else { continue };
             if !container.is_stale && !stale.contains(container.name()) {
                 continue;
             }
-            let before = container.list(&self.fleet, &mut self.owners);
+            let before = container.list(&self.planner, &mut self.owners);
             let (name, now) = (container.name().clone(), Arc::clone(&container.listed.state));
             self.answer_instead(name.as_str(), &before, &now);
             self.tell_session(at);
@@ -161,7 +161,7 @@ impl Driver {
 
     /// Takes containers that are not there any more, or not as they were, out of what is listed.
     fn unlist_gone(&mut self) {
-        for (name, Listed { state, inodes }) in std::mem::take(&mut self.gone) {
+        for (name, ContainerView { state, inodes }) in std::mem::take(&mut self.gone) {
             let has = |inode: &&u64| self.containers.iter().any(|one| one.listed.inodes.contains(inode));
             let kept: BTreeSet<u64> = inodes.iter().filter(has).copied().collect();
             self.owners.replace(&inodes, &kept);

@@ -4,98 +4,100 @@ use std::time::Instant;
 
 use super::containers::Container;
 use crate::forwarding::driver::event_loop::{Driver, ENTER_AGAIN};
-use crate::forwarding::entry::{Certainty, Entrance, Told, Word};
+use crate::forwarding::entry::{Certainty, EntryResult, TaskEvent, TaskReport};
 use crate::forwarding::planner::Admission;
 use crate::model::event::Event as JournalEvent;
-use crate::model::forward_table::Reached;
-use crate::model::registration::{ContainerName, Way};
+use crate::model::forward_table::Reachability;
+use crate::model::registration::{AttachMethod, ContainerName};
 
 impl Driver {
     /// Where a visit is that told this, unless it was replaced meanwhile.
-    pub(super) fn place_of(&self, told: &Told) -> Option<usize> {
+    pub(super) fn place_of(&self, told: &TaskReport) -> Option<usize> {
         self.containers.iter().position(|container| {
             *container.name() == told.name
-                && container.visit.as_ref().is_some_and(|visit| visit.number == told.visit)
+                && container.task.as_ref().is_some_and(|task| task.number == told.task)
         })
     }
 
-    pub(super) async fn hear_word(&mut self, told: Told) {
+    pub(super) async fn hear_word(&mut self, told: TaskReport) {
         let Some(at) = self.place_of(&told) else { return };
         let Some(container) = self.containers.get_mut(at) else { return };
         match told.word {
-            Word::Entered { serial, entrance, circumstances } => {
-                let visit = container.visit.as_ref();
-                if visit.is_some_and(|visit| visit.gate.borrow().is_some_and(|gate| gate.serial == serial)) {
+            TaskEvent::Entered { serial, entry, circumstances } => {
+                let task = container.task.as_ref();
+                if task.is_some_and(|task| {
+                    task.entry_request.borrow().is_some_and(|entry_request| entry_request.serial == serial)
+                }) {
                     container.circumstances = circumstances;
-                    self.wish();
-                    self.admit(at, entrance).await;
+                    self.desired();
+                    self.admit(at, entry).await;
                 }
             }
-            Word::Missed { certainty, reason } => {
+            TaskEvent::Missed { certainty, reason } => {
                 container.tried |= certainty != Certainty::Unknown;
                 container.missed = true;
                 let (state, told) = match certainty {
-                    Certainty::Gone => (Reached::Waiting, false),
-                    Certainty::Refused | Certainty::Unknown => (Reached::Unreachable, true),
+                    Certainty::Gone => (Reachability::Waiting, false),
+                    Certainty::Refused | Certainty::Unknown => (Reachability::Unreachable, true),
                 };
                 if certainty == Certainty::Gone {
-                    self.fleet.left(&told_name(container));
+                    self.planner.left(&told_name(container));
                 }
                 self.mark(at, state, Some(reason), told);
             }
-            Word::Left { reason } => {
+            TaskEvent::Left { reason } => {
                 container.tried = true;
                 (container.again, container.shares) = (None, None);
-                self.fleet.left(&told_name(container));
-                self.mark(at, Reached::Waiting, Some(reason), true);
+                self.planner.left(&told_name(container));
+                self.mark(at, Reachability::Waiting, Some(reason), true);
             }
-            Word::Ended => {
+            TaskEvent::Ended => {
                 container.tried = true;
                 (container.again, container.shares) = (None, None);
                 let name = told_name(container);
-                self.fleet.left(&name);
-                self.mark(at, Reached::Waiting, Some("its process has ended".to_owned()), false);
+                self.planner.left(&name);
+                self.mark(at, Reachability::Waiting, Some("its process has ended".to_owned()), false);
                 // Nobody may listen; the container is then looked at by whoever looks at all of them.
                 let _ = self.parts.ended.send(name);
             }
         }
     }
 
-    async fn admit(&mut self, at: usize, entrance: Entrance) {
+    async fn admit(&mut self, at: usize, entry: EntryResult) {
         if let Some(owner) = self.forwarded_owner_of_network(at) {
-            return self.leave_to(at, &owner, entrance.cookie);
+            return self.leave_to(at, &owner, entry.cookie);
         }
         let Some(container) = self.containers.get_mut(at) else { return };
         container.tried = true;
         let name = told_name(container);
         let docker_name = container.registration.docker_name().clone();
-        let mut admission = self.fleet.reached(&name, entrance.cookie);
+        let mut admission = self.planner.reached(&name, entry.cookie);
         // Who only uses this container's network has it as long as the container itself is not forwarded, and no longer.
         while let Admission::Shared(guest) = &admission
             && let Some(guest) = self.guest_of(&docker_name, guest)
         {
-            self.leave_to(guest, &name, entrance.cookie);
-            admission = self.fleet.reached(&name, entrance.cookie);
+            self.leave_to(guest, &name, entry.cookie);
+            admission = self.planner.reached(&name, entry.cookie);
         }
         let Some(container) = self.containers.get_mut(at) else { return };
         container.missed = matches!(admission, Admission::Shared(_));
-        container.shares = container.missed.then_some(entrance.cookie);
-        container.means = Some(entrance.means.clone());
-        let faster = entrance.faster.as_ref().map(|reason| format!("not by its namespace: {reason}"));
+        container.shares = container.missed.then_some(entry.cookie);
+        container.means = Some(entry.means.clone());
+        let faster = entry.faster.as_ref().map(|reason| format!("not by its namespace: {reason}"));
         match admission {
-            Admission::Known(_) => self.mark(at, Reached::Reached, faster, true),
+            Admission::Known(_) => self.mark(at, Reachability::Reached, faster, true),
             Admission::Add(upstream) => {
                 // What the one before held has to be let go of first.
                 self.step_once().await;
-                if self.give(&entrance.command(upstream), &entrance.descriptors).await {
-                    self.mark(at, Reached::Reached, faster, true);
+                if self.give(&entry.command(upstream), &entry.descriptors).await {
+                    self.mark(at, Reachability::Reached, faster, true);
                 }
             }
             Admission::Shared(other) => {
                 self.enter_later(at);
                 let reason =
                     format!("it shares the network of container \"{other}\", which is forwarded already");
-                self.mark(at, Reached::Unreachable, Some(reason), true);
+                self.mark(at, Reachability::Unreachable, Some(reason), true);
             }
             Admission::Unwanted => {}
         }
@@ -105,7 +107,7 @@ impl Driver {
     fn forwarded_owner_of_network(&self, at: usize) -> Option<ContainerName> {
         let owner = self.containers.get(at)?.circumstances.network_of.as_ref()?;
         let is_owner = |container: &&Container| {
-            matches!(container.way, Some(Way::Docker { .. }))
+            matches!(container.attach_method, Some(AttachMethod::Docker { .. }))
                 && container.registration.docker_name().as_str() == owner
         };
         self.containers.iter().find(is_owner).map(told_name)
@@ -127,10 +129,10 @@ impl Driver {
         container.shares = Some(cookie);
         let name = told_name(container);
         self.enter_later(at);
-        self.fleet.left(&name);
+        self.planner.left(&name);
         let reason =
             format!("it uses the network of container \"{owner}\", under which its ports are forwarded");
-        self.mark(at, Reached::Unreachable, Some(reason), true);
+        self.mark(at, Reachability::Unreachable, Some(reason), true);
     }
 
     pub(super) fn enter_later(&mut self, at: usize) {
@@ -143,11 +145,12 @@ impl Driver {
     pub(super) fn is_shared_still(&self, at: usize) -> bool {
         let Some(container) = self.containers.get(at) else { return false };
         let Some(cookie) = container.shares else { return false };
-        self.forwarded_owner_of_network(at).is_some() || self.fleet.fellow(container.name(), cookie).is_some()
+        self.forwarded_owner_of_network(at).is_some()
+            || self.planner.fellow(container.name(), cookie).is_some()
     }
 
     /// Notes how far a container is reached, and tells when that is news.
-    pub(super) fn mark(&mut self, at: usize, state: Reached, reason: Option<String>, tell: bool) {
+    pub(super) fn mark(&mut self, at: usize, state: Reachability, reason: Option<String>, tell: bool) {
         let Some(container) = self.containers.get_mut(at) else { return };
         let news = container.state != state || container.reason != reason;
         container.is_stale = true;
@@ -157,9 +160,9 @@ impl Driver {
             return;
         }
         let container_name = container.name().as_str().to_owned();
-        let way = container.way_in_words().unwrap_or_default();
+        let attach_method = container.way_in_words().unwrap_or_default();
         self.journal.tell(&match state {
-            Reached::Reached => JournalEvent::ContainerReached { container_name, way },
+            Reachability::Reached => JournalEvent::ContainerReached { container_name, attach_method },
             _ => JournalEvent::ContainerUnreachable { container_name, reason: reason.unwrap_or_default() },
         });
     }

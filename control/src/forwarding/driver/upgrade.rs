@@ -23,9 +23,9 @@ use super::brokers::Handover;
 use crate::forwarding::departed::Departed;
 use crate::forwarding::driver::event_loop::{Driver, Engine};
 use crate::forwarding::engine_link::{self, Link, LinkError};
-use crate::forwarding::entry::{Entrance, Gate, Told, Word};
+use crate::forwarding::entry::{EntryRequest, EntryResult, TaskEvent, TaskReport};
 use crate::forwarding::planner::Admission;
-use crate::model::forward_table::Reached;
+use crate::model::forward_table::Reachability;
 use crate::model::registration::ContainerName;
 
 /// How long all of it may take. Each container takes milliseconds.
@@ -60,7 +60,7 @@ impl Driver {
         match moved {
             Ok(Moved { upstreams, forwards, handover }) => {
                 let old = std::mem::replace(&mut self.engine, Engine::Attached(new, Instant::now()));
-                let changes = self.fleet.moved(&upstreams, &forwards);
+                let changes = self.planner.moved(&upstreams, &forwards);
                 self.tell_all(changes);
                 self.serve(handover);
                 self.drain(old).await;
@@ -77,7 +77,7 @@ impl Driver {
     pub(super) async fn dismiss_engine(&mut self) {
         let absent = Engine::Absent { again: Instant::now() };
         let old = std::mem::replace(&mut self.engine, absent);
-        let changes = self.fleet.detach();
+        let changes = self.planner.detach();
         self.tell_all(changes);
         self.drain(old).await;
     }
@@ -109,7 +109,7 @@ impl Driver {
         }
         let mut waits = BTreeSet::new();
         for Lent { command, forward, upstream, sockets } in self.borrow_listeners().await? {
-            if upstreams.contains(&upstream) && self.fleet.is_open(forward) {
+            if upstreams.contains(&upstream) && self.planner.is_open(forward) {
                 give(new, &command, &sockets).await?;
                 waits.insert(forward);
             }
@@ -127,14 +127,15 @@ impl Driver {
     }
 
     /// Has every container that is reached entered once more, for an engine that is not attached yet.
-    async fn enter_for(&mut self, new: &Link) -> Result<BTreeMap<UpstreamId, Entrance>, String> {
+    async fn enter_for(&mut self, new: &Link) -> Result<BTreeMap<UpstreamId, EntryResult>, String> {
         let mut waits: BTreeMap<ContainerName, u64> = BTreeMap::new();
         for at in 0..self.containers.len() {
-            let serial = self.next_gate().map(|gate| gate.serial);
+            let serial = self.next_gate().map(|entry_request| entry_request.serial);
             let Some(container) = self.containers.get(at) else { continue };
-            if let (Some(visit), Some(serial), Reached::Reached) = (&container.visit, serial, container.state)
+            if let (Some(task), Some(serial), Reachability::Reached) =
+                (&container.task, serial, container.state)
             {
-                visit.gate.send_replace(Some(Gate { serial, shards: new.shards }));
+                task.entry_request.send_replace(Some(EntryRequest { serial, shards: new.shards }));
                 waits.insert(container.name().clone(), serial);
             }
         }
@@ -144,18 +145,20 @@ impl Driver {
             let asked = waits.get(&told.name).copied();
             let wanted = |serial: u64| asked == Some(serial);
             match told {
-                Told { name, word: Word::Entered { serial, entrance, .. }, .. } if wanted(serial) => {
+                TaskReport { name, word: TaskEvent::Entered { serial, entry, .. }, .. } if wanted(serial) => {
                     waits.remove(&name);
-                    match self.fleet.reached(&name, entrance.cookie) {
-                        Admission::Known(upstream) => drop(entered.insert(upstream, entrance)),
+                    match self.planner.reached(&name, entry.cookie) {
+                        Admission::Known(upstream) => drop(entered.insert(upstream, entry)),
                         _ => return Err(format!("container \"{name}\" is another one now")),
                     }
                 }
-                Told { ref name, word: Word::Left { .. } | Word::Ended, .. } => {
+                TaskReport { ref name, word: TaskEvent::Left { .. } | TaskEvent::Ended, .. } => {
                     waits.remove(name);
                     Box::pin(self.hear_word(told)).await;
                 }
-                Told { ref name, word: Word::Missed { ref reason, .. }, .. } if waits.contains_key(name) => {
+                TaskReport { ref name, word: TaskEvent::Missed { ref reason, .. }, .. }
+                    if waits.contains_key(name) =>
+                {
                     return Err(format!("container \"{name}\" could not be entered: {reason}"));
                 }
                 other => Box::pin(self.hear_word(other)).await,

@@ -6,13 +6,13 @@ use landfall_engine::command::UpstreamKind;
 use landfall_engine::opener::FailureKind;
 use landfall_engine::opener::client::{OpenError, Opener, Target};
 
-use super::{Certainty, Entrance};
-use crate::model::registration::Way;
-use crate::sys::directory_access::{self, SeclusionError};
+use super::{Certainty, EntryResult};
+use crate::model::registration::AttachMethod;
+use crate::sys::directory_access::{self, DirectoryAccessError};
 use crate::sys::launcher;
 
 /// One way in.
-pub(super) enum Door {
+pub(super) enum EntryMethod {
     /// By an opener that goes there.
     Target(Target),
     /// By an agent whose socket is in this directory.
@@ -34,71 +34,71 @@ pub(in crate::forwarding) enum Means {
 
 impl Means {
     /// The way of a container with what it was entered by, where the way leaves that open.
-    pub(in crate::forwarding) fn words(&self, way: &Way) -> String {
-        match (way, self) {
-            (Way::Docker { .. }, Means::Agent(directory)) => {
-                format!("{way}, agent in {}", directory.display())
+    pub(in crate::forwarding) fn words(&self, attach_method: &AttachMethod) -> String {
+        match (attach_method, self) {
+            (AttachMethod::Docker { .. }, Means::Agent(directory)) => {
+                format!("{attach_method}, agent in {}", directory.display())
             }
-            (Way::Docker { .. }, Means::Helper) => format!("{way}, helper"),
-            _ => way.to_string(),
+            (AttachMethod::Docker { .. }, Means::Helper) => format!("{attach_method}, helper"),
+            _ => attach_method.to_string(),
         }
     }
 }
 
-impl Door {
+impl EntryMethod {
     fn means(&self) -> Means {
         match self {
-            Door::Target(_) => Means::Opener,
-            Door::Agent(directory) => Means::Agent(directory.clone()),
-            Door::Helper(..) => Means::Helper,
+            EntryMethod::Target(_) => Means::Opener,
+            EntryMethod::Agent(directory) => Means::Agent(directory.clone()),
+            EntryMethod::Helper(..) => Means::Helper,
         }
     }
 
     /// Goes through, and brings what an engine with so many shards needs.
-    fn open(self, shards: u16) -> Result<Entrance, OpenError> {
+    fn open(self, shards: u16) -> Result<EntryResult, OpenError> {
         let means = self.means();
         let (opener, sources, descriptors, kind) = match self {
-            Door::Target(target) => {
+            EntryMethod::Target(target) => {
                 let mut opener = launcher::opener(target)?;
                 let (sources, descriptors) = opener.upstream(shards)?;
                 (opener, sources, descriptors, UpstreamKind::Opener)
             }
-            Door::Helper(socket, target) => {
+            EntryMethod::Helper(socket, target) => {
                 let mut opener = Opener::through(&socket, target)?;
                 let (sources, descriptors) = opener.upstream(shards)?;
                 (opener, sources, descriptors, UpstreamKind::Opener)
             }
-            Door::Agent(directory) => {
+            EntryMethod::Agent(directory) => {
                 let mut opener = Opener::connect(&directory)?;
                 let (sources, descriptors) = opener.agent_upstream()?;
                 (opener, sources, descriptors, UpstreamKind::Agent)
             }
         };
-        Ok(Entrance { cookie: opener.netns_cookie(), sources, kind, descriptors, means, faster: None })
+        Ok(EntryResult { cookie: opener.netns_cookie(), sources, kind, descriptors, means, faster: None })
     }
 }
 
 /// Enters by the first of these doors that opens. Blocks for some milliseconds, and on an agent for seconds. `advice` is what would
 /// help whoever is not permitted to.
 pub(super) fn enter(
-    doors: Vec<Door>,
+    doors: Vec<EntryMethod>,
     advice: Option<&str>,
     shards: u16,
-) -> Result<Entrance, (Certainty, String)> {
+) -> Result<EntryResult, (Certainty, String)> {
     let mut missed: Option<(Certainty, String)> = None;
     for door in doors {
-        if let Door::Agent(directory) = &door
+        if let EntryMethod::Agent(directory) = &door
             && let Err(error) = directory_access::check(directory)
             // The agent says more about a directory that is missing.
-            && !matches!(error, SeclusionError::Unreadable { .. })
+            && !matches!(error, DirectoryAccessError::Unreadable { .. })
         {
             missed = Some(and_also(missed, Certainty::Refused, error.to_string()));
             continue;
         }
         match door.open(shards) {
             // Nothing is faster than a helper's opener, which is like our own.
-            Ok(entrance) if entrance.means == Means::Helper => return Ok(entrance),
-            Ok(entrance) => return Ok(Entrance { faster: missed.map(|(_, reason)| reason), ..entrance }),
+            Ok(entry) if entry.means == Means::Helper => return Ok(entry),
+            Ok(entry) => return Ok(EntryResult { faster: missed.map(|(_, reason)| reason), ..entry }),
             Err(error) => {
                 let (certainty, mut reason) = failed(&error);
                 if let (Some(FailureKind::NotPermitted), Some(advice)) = (error.kind(), advice) {
@@ -155,19 +155,19 @@ fn failed(error: &OpenError) -> (Certainty, String) {
 mod tests {
     use super::*;
 
-    fn way(container: Option<&str>) -> Way {
+    fn attach_method(container: Option<&str>) -> AttachMethod {
         let container = container.map(|name| crate::model::registration::ContainerName::new(name).unwrap());
-        Way::Docker { container }
+        AttachMethod::Docker { container }
     }
 
     #[test]
     fn a_way_by_docker_is_told_with_what_it_was_entered_by() {
         let agent = Means::Agent("/home/u/shared".into());
-        assert_eq!(Means::Opener.words(&way(None)), "docker");
-        assert_eq!(agent.words(&way(None)), "docker, agent in /home/u/shared");
-        assert_eq!(agent.words(&way(Some("shop-1"))), "docker (shop-1), agent in /home/u/shared");
-        assert_eq!(Means::Helper.words(&way(Some("shop-1"))), "docker (shop-1), helper");
-        let own = Way::Agent { directory: "/d".into() };
+        assert_eq!(Means::Opener.words(&attach_method(None)), "docker");
+        assert_eq!(agent.words(&attach_method(None)), "docker, agent in /home/u/shared");
+        assert_eq!(agent.words(&attach_method(Some("shop-1"))), "docker (shop-1), agent in /home/u/shared");
+        assert_eq!(Means::Helper.words(&attach_method(Some("shop-1"))), "docker (shop-1), helper");
+        let own = AttachMethod::Agent { directory: "/d".into() };
         assert_eq!(Means::Agent("/d".into()).words(&own), "agent in /d");
     }
 
@@ -177,11 +177,12 @@ mod tests {
         let nowhere = tempfile::Builder::new().permissions(closed).tempdir().unwrap();
         let missing = nowhere.path().join("missing");
         let (certainty, reason) =
-            enter(vec![Door::Agent(nowhere.path().to_owned()), Door::Agent(missing)], None, 1).unwrap_err();
+            enter(vec![EntryMethod::Agent(nowhere.path().to_owned()), EntryMethod::Agent(missing)], None, 1)
+                .unwrap_err();
         assert_eq!(certainty, Certainty::Gone, "{reason}");
         assert!(reason.contains("no agent has made its socket"), "{reason}");
         let process = Target::process(std::process::id()).unwrap();
-        let helper = Door::Helper(nowhere.path().join("opener.sock"), process);
+        let helper = EntryMethod::Helper(nowhere.path().join("opener.sock"), process);
         let (certainty, reason) = enter(vec![helper], None, 1).unwrap_err();
         assert_eq!(certainty, Certainty::Unknown, "{reason}");
         let (certainty, _) = enter(Vec::new(), None, 1).unwrap_err();

@@ -1,13 +1,13 @@
 //! The way into one container: found, entered, watched until it ends, and found again.
 //!
-//! A task for each container ([`Visit::run`]) tells the forwarding task in words what became of it. Being entered is
+//! A task for each container ([`ContainerTask::run`]) tells the forwarding task in words what became of it. Being entered is
 //! asked for by the gate: each of its values is one request, since an engine that is started anew needs a new way in.
 //! What a container is reached by is held by a pidfd, which cannot mean a stranger, or by the file of a namespace, whose
 //! identity is looked at again. Where an agent inside is met in a directory, the engine's word that it has lost the agent is
 //! what has it met again. Nothing here keeps a namespace alive: the opener is gone when its descriptors are.
 //!
 //! A container that is not there is looked for again when a hint says that something has changed about it, and after the
-//! pauses of `rest`. Every hint that comes while a look is under way is one more look, so that none is lost.
+//! pauses of `retry_delay`. Every hint that comes while a look is under way is one more look, so that none is lost.
 
 mod locate;
 mod methods;
@@ -27,13 +27,13 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::sleep;
 
 use crate::docker::{Docker, DockerError, FirstProcess};
-use crate::model::registration::{ContainerName, Registration, Way};
+use crate::model::registration::{AttachMethod, ContainerName, Registration};
 use crate::sys::launcher::identity_of_namespace;
 use crate::sys::paths::identity_of_file;
-use locate::{Absent, Place};
+use locate::{LocateError, Location};
 pub(super) use methods::Means;
 use methods::enter;
-use retry_delay::{Finding, Rest};
+use retry_delay::{LookResult, RetryDelay};
 
 /// How often the file of a namespace is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ const ENTER_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::fro
 
 /// A request to enter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Gate {
+pub(super) struct EntryRequest {
     /// Which request; each has another number.
     pub(super) serial: u64,
     /// How many channels the engine needs.
@@ -62,7 +62,7 @@ pub(super) enum Certainty {
 
 /// What the engine needs for a container that was entered.
 #[derive(Debug)]
-pub(super) struct Entrance {
+pub(super) struct EntryResult {
     /// That of its namespace.
     pub(super) cookie: u64,
     sources: WatchSources,
@@ -76,14 +76,14 @@ pub(super) struct Entrance {
 
 /// What Docker tells of a container that was entered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Circumstances {
+pub(super) struct DockerFacts {
     /// What Docker publishes of it: ports inside, and those of the host.
     pub(super) published: BTreeMap<NonZeroU16, NonZeroU16>,
     /// The container whose network it uses, by its name at Docker.
     pub(super) network_of: Option<String>,
 }
 
-impl Entrance {
+impl EntryResult {
     /// The command that its descriptors belong to.
     pub(super) fn command(&self, upstream: UpstreamId) -> Command {
         let (sources, kind) = (self.sources, self.kind);
@@ -93,9 +93,9 @@ impl Entrance {
 
 /// What a visit tells.
 #[derive(Debug)]
-pub(super) enum Word {
+pub(super) enum TaskEvent {
     /// It is inside: what the engine needs for it.
-    Entered { serial: u64, entrance: Entrance, circumstances: Circumstances },
+    Entered { serial: u64, entry: EntryResult, circumstances: DockerFacts },
     /// It is not, for this reason.
     Missed { certainty: Certainty, reason: String },
     /// The container has ended, or became another one.
@@ -106,74 +106,75 @@ pub(super) enum Word {
 
 /// A word, and whose it is.
 #[derive(Debug)]
-pub(super) struct Told {
+pub(super) struct TaskReport {
     pub(super) name: ContainerName,
     /// Which visit: one that was replaced may have left a word behind.
-    pub(super) visit: u64,
-    pub(super) word: Word,
+    pub(super) task: u64,
+    pub(super) word: TaskEvent,
 }
 
 /// The way of a registration, where it is to be forwarded at all.
-pub(super) fn way_of(registration: &Registration) -> Option<Way> {
-    registration.way.clone().or_else(|| registration.broker().map(|_| Way::DOCKER))
+pub(super) fn attach_method_of(registration: &Registration) -> Option<AttachMethod> {
+    registration.attach_method.clone().or_else(|| registration.broker().map(|_| AttachMethod::DOCKER))
 }
 
 /// The task of one container.
 #[derive(Debug)]
-pub(super) struct Visit {
+pub(super) struct ContainerTask {
     pub(super) name: ContainerName,
     pub(super) number: u64,
-    pub(super) way: Way,
+    pub(super) attach_method: AttachMethod,
     pub(super) docker: Docker,
     /// Where a helper listens that may enter containers.
     pub(super) helper: Option<PathBuf>,
-    pub(super) gate: watch::Receiver<Option<Gate>>,
+    pub(super) entry_request: watch::Receiver<Option<EntryRequest>>,
     /// Docker's id of the container that is meant, where its registration follows that and not a name.
     pub(super) id: watch::Receiver<Option<String>>,
     /// Something may have changed.
     pub(super) hint: Arc<Notify>,
     /// Whether everything that Docker tells is such a hint.
     pub(super) followed: watch::Receiver<bool>,
-    pub(super) words: mpsc::UnboundedSender<Told>,
+    pub(super) words: mpsc::UnboundedSender<TaskReport>,
 }
 
-impl Visit {
+impl ContainerTask {
     /// Runs until the registration's process has ended; for other ways until it is aborted.
     pub(super) async fn run(mut self) {
         let mut told = None;
-        let mut rest = Rest::new();
+        let mut retry_delay = RetryDelay::new();
         loop {
-            let (finding, certainty, reason) = match locate::find(&self.way, &self.name, &self.docker).await {
-                Ok(place) => {
-                    (told, rest) = (None, Rest::new());
-                    let reason = self.stay(place).await;
-                    self.tell(Word::Left { reason });
-                    // A container that is restarted is there again soon, and a process has ended for good.
-                    tokio::task::yield_now().await;
-                    continue;
-                }
-                Err(Absent::Ended) => return self.tell(Word::Ended),
-                Err(Absent::Stopped(reason)) => (Finding::Stopped, Certainty::Gone, reason),
-                Err(Absent::Missing(certainty, reason)) => {
-                    let is_dockers = matches!(self.way, Way::Docker { .. });
-                    let finding = if is_dockers { Finding::Withheld } else { Finding::Untold };
-                    (finding, certainty, reason)
-                }
-            };
+            let (finding, certainty, reason) =
+                match locate::find(&self.attach_method, &self.name, &self.docker).await {
+                    Ok(location) => {
+                        (told, retry_delay) = (None, RetryDelay::new());
+                        let reason = self.stay(location).await;
+                        self.tell(TaskEvent::Left { reason });
+                        // A container that is restarted is there again soon, and a process has ended for good.
+                        tokio::task::yield_now().await;
+                        continue;
+                    }
+                    Err(LocateError::Ended) => return self.tell(TaskEvent::Ended),
+                    Err(LocateError::Stopped(reason)) => (LookResult::Stopped, Certainty::Gone, reason),
+                    Err(LocateError::Missing(certainty, reason)) => {
+                        let is_dockers = matches!(self.attach_method, AttachMethod::Docker { .. });
+                        let finding = if is_dockers { LookResult::Withheld } else { LookResult::Untold };
+                        (finding, certainty, reason)
+                    }
+                };
             let missed = Some((certainty, reason.clone()));
             if told != missed {
                 told = missed;
-                self.tell(Word::Missed { certainty, reason });
+                self.tell(TaskEvent::Missed { certainty, reason });
             }
-            rest = self.rest(finding, rest).await;
+            retry_delay = self.retry_delay(finding, retry_delay).await;
         }
     }
 
     /// Returns when it is time to look again, with the rest after that.
-    async fn rest(&mut self, finding: Finding, rest: Rest) -> Rest {
+    async fn retry_delay(&mut self, finding: LookResult, retry_delay: RetryDelay) -> RetryDelay {
         loop {
             // Whoever follows Docker says so before the hints that come with it, so none of them is waited for in vain.
-            let pause = rest.pause(finding, *self.followed.borrow_and_update());
+            let pause = retry_delay.pause(finding, *self.followed.borrow_and_update());
             let over = async {
                 match pause {
                     Some(pause) => sleep(pause).await,
@@ -181,69 +182,70 @@ impl Visit {
                 }
             };
             tokio::select! {
-                () = over => return rest.passed(),
-                () = self.hint.notified() => return Rest::new(),
+                () = over => return retry_delay.passed(),
+                () = self.hint.notified() => return RetryDelay::new(),
                 // How long it rests is another matter from here on.
                 Ok(()) = self.followed.changed() => {}
             }
         }
     }
 
-    fn tell(&self, word: Word) {
+    fn tell(&self, word: TaskEvent) {
         // The forwarding task goes only together with this one.
-        let _ = self.words.send(Told { name: self.name.clone(), visit: self.number, word });
+        let _ = self.words.send(TaskReport { name: self.name.clone(), task: self.number, word });
     }
 
     /// Enters as often as the gate asks for it, until the container ends. Tells why it did.
-    async fn stay(&mut self, place: Place) -> String {
+    async fn stay(&mut self, location: Location) -> String {
         let mut done = None;
         let mut pause = ENTER_AGAIN.0;
         loop {
-            let mut gate = self.gate.clone();
-            let wanted = gate.wait_for(|gate| gate.is_some() && *gate != done);
+            let mut entry_request = self.entry_request.clone();
+            let wanted =
+                entry_request.wait_for(|entry_request| entry_request.is_some() && *entry_request != done);
             let asked = tokio::select! {
                 biased;
-                reason = self.end_of(&place) => return reason,
+                reason = self.end_of(&location) => return reason,
                 asked = wanted => match asked {
                     Ok(asked) => *asked,
                     Err(_) => return "forwarding has ended".to_owned(),
                 },
             };
-            let Some(Gate { serial, shards }) = asked else { continue };
-            let entered = match place.doors(self.helper.as_deref()) {
+            let Some(EntryRequest { serial, shards }) = asked else { continue };
+            let entered = match location.doors(self.helper.as_deref()) {
                 Ok(doors) => {
-                    let advice = place.advice(self.helper.as_deref());
+                    let advice = location.advice(self.helper.as_deref());
                     let work = tokio::task::spawn_blocking(move || enter(doors, advice, shards));
                     work.await.unwrap_or_else(|error| Err((Certainty::Unknown, error.to_string())))
                 }
                 Err(error) => Err((Certainty::Unknown, error.to_string())),
             };
             match entered {
-                Ok(entrance) => {
+                Ok(entry) => {
                     done = asked;
                     pause = ENTER_AGAIN.0;
-                    let circumstances = place.circumstances();
-                    self.tell(Word::Entered { serial, entrance, circumstances });
+                    let circumstances = location.circumstances();
+                    self.tell(TaskEvent::Entered { serial, entry, circumstances });
                 }
                 Err((certainty, reason)) => {
-                    self.tell(Word::Missed { certainty, reason });
+                    self.tell(TaskEvent::Missed { certainty, reason });
                     let disturbed = tokio::select! {
-                        disturbed = self.disturbed(&place) => disturbed,
+                        disturbed = self.disturbed(&location) => disturbed,
                         () = sleep(pause) => None,
                     };
                     if let Some(reason) = disturbed {
                         return reason;
                     }
-                    pause = (2 * pause).min(place.pause_max(self.helper.as_deref()));
+                    pause = (2 * pause).min(location.pause_max(self.helper.as_deref()));
                 }
             }
         }
     }
 
     /// Returns when the container is no longer where it was found.
-    async fn end_of(&self, place: &Place) -> String {
+    async fn end_of(&self, location: &Location) -> String {
         loop {
-            if let Some(reason) = self.disturbed(place).await {
+            if let Some(reason) = self.disturbed(location).await {
                 return reason;
             }
         }
@@ -251,14 +253,14 @@ impl Visit {
 
     /// Returns when the container is no longer where it was found, and why; or with nothing, when a hint has shown that it
     /// is.
-    async fn disturbed(&self, place: &Place) -> Option<String> {
-        match place {
-            Place::Process { pidfd, container: None } => Some(process_end(pidfd).await),
-            Place::Process { pidfd, container: Some((known, _)) } => tokio::select! {
+    async fn disturbed(&self, location: &Location) -> Option<String> {
+        match location {
+            Location::Process { pidfd, container: None } => Some(process_end(pidfd).await),
+            Location::Process { pidfd, container: Some((known, _)) } => tokio::select! {
                 reason = process_end(pidfd) => Some(reason),
                 another = self.has_become_another(known) => another,
             },
-            Place::File { path, identity } => loop {
+            Location::File { path, identity } => loop {
                 let is_hint = self.until_a_look().await;
                 if identity_of_namespace(path).await != Some(*identity) {
                     return Some(format!("{} is no longer the same namespace", path.display()));
@@ -267,7 +269,7 @@ impl Visit {
                     return None;
                 }
             },
-            Place::Directory { path } => loop {
+            Location::Directory { path } => loop {
                 let is_hint = self.until_a_look().await;
                 if identity_of_file(path).is_none() {
                     return Some(format!("the directory {} is gone", path.display()));
@@ -291,8 +293,8 @@ impl Visit {
     /// where its registration follows it: that is moved to the new name.
     async fn has_become_another(&self, known: &FirstProcess) -> Option<String> {
         self.hint.notified().await;
-        let owed = Owed(&self.hint);
-        let name = self.way.docker_name(&self.name);
+        let owed = PendingHint(&self.hint);
+        let name = self.attach_method.docker_name(&self.name);
         let told = self.docker.first_process(name).await;
         std::mem::forget(owed);
         let is_meant = self.id.borrow().as_ref() == Some(&known.id);
@@ -308,9 +310,9 @@ impl Visit {
 }
 
 /// A hint that was taken and not followed yet. A look that is given up for something else gives it back.
-struct Owed<'a>(&'a Notify);
+struct PendingHint<'a>(&'a Notify);
 
-impl Drop for Owed<'_> {
+impl Drop for PendingHint<'_> {
     fn drop(&mut self) {
         self.0.notify_one();
     }

@@ -13,7 +13,7 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// What a look came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Finding {
+pub(super) enum LookResult {
     /// Docker says that it does not run.
     Stopped,
     /// It is Docker's, and is not to be had.
@@ -24,29 +24,29 @@ pub(super) enum Finding {
 
 /// The pauses of one container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rest {
+pub(super) struct RetryDelay {
     next: Duration,
 }
 
-impl Rest {
+impl RetryDelay {
     /// As after something has changed.
-    pub(super) fn new() -> Rest {
-        Rest { next: RETRY }
+    pub(super) fn new() -> RetryDelay {
+        RetryDelay { next: RETRY }
     }
 
     /// The pause after this finding; none where it is looked at again only when that is asked for. `followed` is whether
     /// Docker's events are.
-    pub(super) fn pause(self, finding: Finding, followed: bool) -> Option<Duration> {
+    pub(super) fn pause(self, finding: LookResult, followed: bool) -> Option<Duration> {
         match finding {
-            Finding::Stopped if followed => None,
-            Finding::Withheld if followed => Some(self.next),
-            Finding::Stopped | Finding::Withheld | Finding::Untold => Some(RETRY),
+            LookResult::Stopped if followed => None,
+            LookResult::Withheld if followed => Some(self.next),
+            LookResult::Stopped | LookResult::Withheld | LookResult::Untold => Some(RETRY),
         }
     }
 
     /// A pause is over.
-    pub(super) fn passed(self) -> Rest {
-        Rest { next: (2 * self.next).min(RETRY_MAX) }
+    pub(super) fn passed(self) -> RetryDelay {
+        RetryDelay { next: (2 * self.next).min(RETRY_MAX) }
     }
 }
 
@@ -56,16 +56,16 @@ mod tests {
 
     #[test]
     fn what_docker_tells_of_is_not_looked_at_by_itself() {
-        let rest = Rest::new().passed();
-        assert_eq!(rest.pause(Finding::Stopped, true), None);
-        assert_eq!(rest.pause(Finding::Untold, true), Some(RETRY));
+        let rest = RetryDelay::new().passed();
+        assert_eq!(rest.pause(LookResult::Stopped, true), None);
+        assert_eq!(rest.pause(LookResult::Untold, true), Some(RETRY));
     }
 
     #[test]
     fn what_may_end_without_a_word_is_tried_at_longer_and_longer_pauses() {
-        let mut rest = Rest::new();
+        let mut rest = RetryDelay::new();
         let pauses = [2, 4, 8, 16, 30, 30].map(|_| {
-            let pause = rest.pause(Finding::Withheld, true);
+            let pause = rest.pause(LookResult::Withheld, true);
             rest = rest.passed();
             pause.map(|pause| pause.as_secs())
         });
@@ -74,8 +74,8 @@ mod tests {
 
     #[test]
     fn without_events_everything_is_looked_at_all_the_time() {
-        let rest = Rest::new().passed().passed();
-        for finding in [Finding::Stopped, Finding::Withheld, Finding::Untold] {
+        let rest = RetryDelay::new().passed().passed();
+        for finding in [LookResult::Stopped, LookResult::Withheld, LookResult::Untold] {
             assert_eq!(rest.pause(finding, false), Some(RETRY), "{finding:?}");
         }
     }

@@ -14,7 +14,7 @@
 //! A bind that is under way when its port closes is undone when it is done; its answer counts for nothing. Where the
 //! container is entered, the engine's watch decides what is open, and announcements only have to be answered.
 //!
-//! A result is a debt: it is paid by [`Fleet::step`] as soon as the truth is known, once.
+//! A result is a debt: it is paid by [`Planner::step`] as soon as the truth is known, once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
@@ -25,7 +25,7 @@ use landfall_engine::command::{Command, Ending, ForwardId, Reach, UpstreamId};
 use super::reserved::Reservation;
 use super::verdict::{Exclusion, Verdict};
 use super::watched::Holder;
-use super::{Change, ClosedReason, FORWARDS_MAX, Fleet, Forward, Plan, Planned, Status};
+use super::{Change, ClosedReason, FORWARDS_MAX, Forward, Plan, Planned, Planner, Status};
 use crate::model::announcement::{Announced, EXCLUDED};
 use crate::model::registration::ContainerName;
 
@@ -39,7 +39,7 @@ pub(super) struct Broker {
     /// Whether its session tells what listens.
     up: bool,
     /// What it told; nothing while the session is down.
-    pub(super) known: BTreeMap<NonZeroU16, Known>,
+    pub(super) known: BTreeMap<NonZeroU16, AnnouncedPort>,
     /// By the port inside.
     pub(super) reserved: BTreeMap<NonZeroU16, Reservation>,
 }
@@ -58,32 +58,32 @@ impl Broker {
 
 /// A port that was announced.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Known {
+pub(super) struct AnnouncedPort {
     /// Since when a result is owed.
     pub(super) owed: Option<Instant>,
     /// The attempt that the announcement is worth has not been made.
     pub(super) due: bool,
     /// Why it came to nothing.
-    pub(super) over: Option<Over>,
+    pub(super) over: Option<NotForwarded>,
 }
 
 /// Why a port is not forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Over {
+pub(super) enum NotForwarded {
     Denied(Exclusion),
     Failed(String),
 }
 
-impl Fleet {
+impl Planner {
     /// The container has taken the broker's token. What listens is told next.
     pub fn broker_up(&mut self, name: &ContainerName) {
         self.brokers.entry(name.clone()).or_default().up = true;
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
     }
 
     /// The session is lost: what it announced is forwarded no longer, and nobody waits for a result.
     pub fn broker_down(&mut self, name: &ContainerName) {
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
         if let Some(broker) = self.brokers.get_mut(name) {
             broker.up = false;
             broker.known.clear();
@@ -93,7 +93,7 @@ impl Fleet {
 
     /// The broker stops, and everything that is there for its sake.
     pub fn broker_stopped(&mut self, name: &ContainerName) {
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
         self.brokers.remove(name);
         for upstream in self.upstreams.values_mut() {
             if upstream.dialled && upstream.owner.as_ref() == Some(name) {
@@ -123,7 +123,7 @@ impl Fleet {
         let forwarded: BTreeSet<NonZeroU16> =
             ports.filter(|port| self.announced_at(&upstreams, *port).is_some_and(Forward::is_live)).collect();
         let Some(broker) = self.brokers.get_mut(name).filter(|broker| broker.up) else { return Vec::new() };
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
         let mut changes = Vec::new();
         let mut closed = closed.to_vec();
         if whole {
@@ -146,7 +146,7 @@ impl Fleet {
                 }
                 None => {
                     let owed = (!reserved).then_some(now);
-                    broker.known.insert(*port, Known { owed, due: true, over: None });
+                    broker.known.insert(*port, AnnouncedPort { owed, due: true, over: None });
                 }
             }
         }
@@ -234,16 +234,16 @@ impl Fleet {
         let mut live = self.forwards_of(name).filter(|forward| forward.is_live()).count();
         for port in due {
             let over = match self.attempt(one, port, live) {
-                Attempt::Wait => continue,
-                Attempt::Make => {
+                OpenResult::Wait => continue,
+                OpenResult::Make => {
                     live += 1;
                     plan.commands.push(self.open_one(upstream, port, port, Reach::UNKNOWN, false));
                     None
                 }
-                Attempt::Made => None,
-                Attempt::Over(over) => Some(over),
+                OpenResult::Made => None,
+                OpenResult::NotForwarded(over) => Some(over),
             };
-            if let Some(Over::Failed(reason)) = &over {
+            if let Some(NotForwarded::Failed(reason)) = &over {
                 plan.changes.push(Change::Failed { name: name.clone(), port, reason: reason.clone() });
             }
             self.note(name, port, over);
@@ -251,24 +251,24 @@ impl Fleet {
     }
 
     /// Decides about the attempt for a port of a container that has `live` forwards.
-    fn attempt(&self, one: &Planned, port: NonZeroU16, live: usize) -> Attempt {
-        let Some(policy) = self.policy_of(&one.name) else { return Attempt::Wait };
+    fn attempt(&self, one: &Planned, port: NonZeroU16, live: usize) -> OpenResult {
+        let Some(policy) = self.policy_of(&one.name) else { return OpenResult::Wait };
         if let Err(reason) = self.judge(policy, port) {
-            return Attempt::Over(Over::Denied(reason));
+            return OpenResult::NotForwarded(NotForwarded::Denied(reason));
         }
         match self.announced_at(&one.upstreams, port).map(Forward::is_live) {
-            Some(true) => return Attempt::Made,
-            Some(false) => return Attempt::Wait,
+            Some(true) => return OpenResult::Made,
+            Some(false) => return OpenResult::Wait,
             None => {}
         }
         if live >= FORWARDS_MAX {
-            return Attempt::Over(Over::Denied(Exclusion::Quota));
+            return OpenResult::NotForwarded(NotForwarded::Denied(Exclusion::Quota));
         }
         match self.holder(&one.name, port) {
-            Holder::Free => Attempt::Make,
+            Holder::Free => OpenResult::Make,
             // There is one attempt, so it is made when it is known what comes of it.
-            Holder::Soon | Holder::Heir(_) => Attempt::Wait,
-            Holder::Taken(reason) => Attempt::Over(Over::Failed(reason)),
+            Holder::Soon | Holder::Heir(_) => OpenResult::Wait,
+            Holder::Taken(reason) => OpenResult::NotForwarded(NotForwarded::Failed(reason)),
         }
     }
 
@@ -278,7 +278,7 @@ impl Fleet {
     }
 
     /// Notes what became of the attempt for a port.
-    pub(super) fn note(&mut self, name: &ContainerName, port: NonZeroU16, over: Option<Over>) {
+    pub(super) fn note(&mut self, name: &ContainerName, port: NonZeroU16, over: Option<NotForwarded>) {
         let broker = self.brokers.get_mut(name);
         if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
             (known.due, known.over) = (false, over);
@@ -301,9 +301,9 @@ impl Fleet {
         let paid = owed.filter_map(|(port, known)| {
             let is_late = plan.now.saturating_duration_since(known.owed?) >= OWED_MAX;
             let result = match self.truth(one, *port, known) {
-                Truth::Known(result) => result,
-                Truth::Unknown(reason) if is_watched && is_late => Err(reason.to_owned()),
-                Truth::Unknown(_) => return None,
+                AnnouncedResult::AnnouncedPort(result) => result,
+                AnnouncedResult::Unknown(reason) if is_watched && is_late => Err(reason.to_owned()),
+                AnnouncedResult::Unknown(_) => return None,
             };
             Some((*port, result))
         });
@@ -318,28 +318,28 @@ impl Fleet {
     }
 
     /// The result for a port.
-    fn truth(&self, one: &Planned, port: NonZeroU16, known: &Known) -> Truth {
-        let excluded = || Truth::Known(Err(EXCLUDED.to_owned()));
+    fn truth(&self, one: &Planned, port: NonZeroU16, known: &AnnouncedPort) -> AnnouncedResult {
+        let excluded = || AnnouncedResult::AnnouncedPort(Err(EXCLUDED.to_owned()));
         if self.policy_of(&one.name).is_some_and(|policy| self.judge(policy, port).is_err()) {
             return excluded();
         }
         let own = self.announced_at(&one.upstreams, port);
         if let Some(open) = own.filter(|forward| forward.status == Status::Open) {
-            return Truth::Known(Ok(open.host_port));
+            return AnnouncedResult::AnnouncedPort(Ok(open.host_port));
         }
         match &known.over {
-            Some(Over::Denied(_)) => return excluded(),
-            Some(Over::Failed(reason)) => return Truth::Known(Err(reason.clone())),
+            Some(NotForwarded::Denied(_)) => return excluded(),
+            Some(NotForwarded::Failed(reason)) => return AnnouncedResult::AnnouncedPort(Err(reason.clone())),
             None => {}
         }
         if let Some(failure) = self.failures.get(&one.name).and_then(|failures| failures.get(&port)) {
-            return Truth::Known(Err(failure.reason.clone()));
+            return AnnouncedResult::AnnouncedPort(Err(failure.reason.clone()));
         }
         match one.verdicts.as_ref().and_then(|verdicts| verdicts.get(&port)) {
             Some(Verdict::Denied(_)) => excluded(),
-            Some(Verdict::Published(host_port, _)) => Truth::Known(Ok(*host_port)),
-            Some(Verdict::Wanted(_)) => Truth::Unknown("EAGAIN: the port is not open yet"),
-            None => Truth::Unknown("ECONNREFUSED: nothing was seen to listen on the port"),
+            Some(Verdict::Published(host_port, _)) => AnnouncedResult::AnnouncedPort(Ok(*host_port)),
+            Some(Verdict::Wanted(_)) => AnnouncedResult::Unknown("EAGAIN: the port is not open yet"),
+            None => AnnouncedResult::Unknown("ECONNREFUSED: nothing was seen to listen on the port"),
         }
     }
 
@@ -355,14 +355,14 @@ impl Fleet {
 }
 
 /// The result for a port that was announced.
-enum Truth {
-    Known(Result<NonZeroU16, String>),
+enum AnnouncedResult {
+    AnnouncedPort(Result<NonZeroU16, String>),
     /// It is not known yet. Where the container is watched, this is the result after a while.
     Unknown(&'static str),
 }
 
 /// What became of an attempt.
-enum Attempt {
+enum OpenResult {
     /// It cannot be made yet.
     Wait,
     /// It is to be made now.
@@ -370,5 +370,5 @@ enum Attempt {
     /// The port is forwarded already.
     Made,
     /// It comes to nothing.
-    Over(Over),
+    NotForwarded(NotForwarded),
 }

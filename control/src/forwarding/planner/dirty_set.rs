@@ -4,7 +4,7 @@
 //! a mark and not a queue: however much happened since the last plan, there is one plan for it, from the state as it is then.
 //!
 //! A container decides how often its listeners change, so planning it is paid by credit, as the scans of the engine's watch
-//! are. A plan is charged by the work that it took ([`Work`]), counted and not measured, so that the same events give the same
+//! are. A plan is charged by the work that it took ([`PlanWork`]), counted and not measured, so that the same events give the same
 //! plans. A container whose debt is above [`CREDIT`] keeps its mark and waits until that is paid off, one second in a second.
 //! A plan for a dozen listeners, all of them to be opened, costs 13 ms.
 
@@ -18,25 +18,25 @@ const CREDIT: Duration = Duration::from_secs(1);
 
 /// The work of one plan.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Work {
+pub(super) struct PlanWork {
     /// Ports and forwards that were looked at.
-    pub(super) visits: u64,
+    pub(super) tasks: u64,
     /// Commands for the engine.
     pub(super) commands: usize,
 }
 
-impl Work {
+impl PlanWork {
     /// What it costs: about ten times the processor time that it takes in both processes, so that one container has at most
     /// a tenth of a core.
     fn cost(self) -> Duration {
         let commands =
             Duration::from_millis(1).saturating_mul(u32::try_from(self.commands).unwrap_or(u32::MAX));
-        Duration::from_micros(2).saturating_mul(u32::try_from(self.visits).unwrap_or(u32::MAX)) + commands
+        Duration::from_micros(2).saturating_mul(u32::try_from(self.tasks).unwrap_or(u32::MAX)) + commands
     }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Agenda {
+pub(super) struct DirtySet {
     /// Containers about which something changed since they were planned.
     changed: BTreeSet<ContainerName>,
     /// When a container is to be planned though nothing changes.
@@ -47,7 +47,7 @@ pub(super) struct Agenda {
     stale: BTreeSet<ContainerName>,
 }
 
-impl Agenda {
+impl DirtySet {
     /// Something changed about a container.
     pub(super) fn mark(&mut self, name: &ContainerName) {
         // Mostly it is marked already.
@@ -90,7 +90,13 @@ impl Agenda {
     }
 
     /// A container was planned, and is to be planned again at `due`.
-    pub(super) fn planned(&mut self, name: &ContainerName, now: Instant, work: Work, due: Option<Instant>) {
+    pub(super) fn planned(
+        &mut self,
+        name: &ContainerName,
+        now: Instant,
+        work: PlanWork,
+        due: Option<Instant>,
+    ) {
         let paid = self.paid.get(name).map_or(now, |paid| (*paid).max(now)) + work.cost();
         self.paid.insert(name.clone(), paid);
         if let Some(due) = due {

@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use landfall_engine::command::{Event, ForwardId, ForwardState, UpstreamId};
 
-use super::announced::Over;
-use super::{Change, ClosedReason, Failure, Fleet, Forward, Status};
+use super::announced::NotForwarded;
+use super::{Change, ClosedReason, Failure, Forward, Planner, Status};
 use crate::forwarding::planner::observation::{Listeners, Observation};
 
-impl Fleet {
+impl Planner {
     /// Takes in an event of the engine; what it says of something unknown changes nothing.
     pub fn hear(&mut self, event: &Event, now: Instant) -> Vec<Change> {
         match event {
@@ -61,7 +61,7 @@ impl Fleet {
     /// Something changed about the container behind an upstream.
     fn mark_owner(&mut self, upstream: UpstreamId) {
         if let Some(owner) = self.upstreams.get(&upstream).and_then(|upstream| upstream.owner.as_ref()) {
-            self.agenda.mark(owner);
+            self.dirty_set.mark(owner);
         }
     }
 
@@ -112,7 +112,7 @@ impl Fleet {
         }
         if upstream.dialled {
             if waits {
-                self.note(&name, port, Some(Over::Failed(reason.clone())));
+                self.note(&name, port, Some(NotForwarded::Failed(reason.clone())));
             }
             return waits.then_some(Change::Failed { name, port, reason });
         }
@@ -147,7 +147,7 @@ impl Fleet {
             };
             known.stats = state.stats;
             let owner = self.upstreams.get(&known.upstream).and_then(|upstream| upstream.owner.as_ref());
-            owner.into_iter().for_each(|owner| self.agenda.mark_stale(owner));
+            owner.into_iter().for_each(|owner| self.dirty_set.mark_stale(owner));
         }
     }
 }

@@ -17,7 +17,7 @@ pub(super) struct Forwards {
     /// The kernel allows one; an engine of another release could report two.
     by_host_port: BTreeSet<(NonZeroU16, ForwardId)>,
     by_target: BTreeSet<(UpstreamId, NonZeroU16, ForwardId)>,
-    visits: Cell<u64>,
+    tasks: Cell<u64>,
 }
 
 /// The greatest number, as the end of a range.
@@ -40,7 +40,7 @@ impl Forwards {
     }
 
     pub(super) fn clear(&mut self) {
-        *self = Forwards { visits: self.visits.clone(), ..Forwards::default() };
+        *self = Forwards { tasks: self.tasks.clone(), ..Forwards::default() };
     }
 
     pub(super) fn get(&self, id: ForwardId) -> Option<&Forward> {
@@ -88,12 +88,12 @@ impl Forwards {
         self.by_id.iter().inspect(|_| self.count(1)).map(|(id, forward)| (*id, forward))
     }
 
-    fn count(&self, visits: u64) {
-        self.visits.set(self.visits.get().wrapping_add(visits));
+    fn count(&self, tasks: u64) {
+        self.tasks.set(self.tasks.get().wrapping_add(tasks));
     }
 
     /// The number of forwards that were returned so far.
-    pub(super) fn visits(&self) -> u64 {
-        self.visits.get()
+    pub(super) fn tasks(&self) -> u64 {
+        self.tasks.get()
     }
 }

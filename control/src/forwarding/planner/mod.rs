@@ -1,7 +1,7 @@
 //! The planner of all containers: what they have listening, what may be exposed, and what the engine holds go in;
 //! commands come out. Pure: time comes in as an argument.
 //!
-//! Everything is a level. [`Fleet::step`] compares whole states, so a lost or doubled observation heals with the next
+//! Everything is a level. [`Planner::step`] compares whole states, so a lost or doubled observation heals with the next
 //! one, and stepping again yields nothing. One port of one container goes through these states:
 //!
 //! ```text
@@ -15,20 +15,20 @@
 //! ```
 //!
 //! A container is reached by an upstream of the engine. The shell enters the container and says with which cookie
-//! ([`Fleet::reached`]); the fleet answers whether the engine has that namespace already, from the time of an earlier
+//! ([`Planner::reached`]); the fleet answers whether the engine has that namespace already, from the time of an earlier
 //! driver, or needs it. What an earlier driver left and nobody claims is let go, but only after everybody had the
-//! chance to claim it ([`Fleet::sweep`]).
+//! chance to claim it ([`Planner::sweep`]).
 //!
 //! Where a container has a broker, its session tells what listens (`announced`), which is forwarded over the WebSocket
 //! where the container cannot be entered, by the wire's rules: one attempt for each announcement. Ports that it reserves
 //! (`reserved`) are forwarded whichever way there is.
 //!
-//! When an engine is lost, its ports are kept for a moment for those who had them ([`HEIR_PATIENCE`]): who is entered
+//! When an engine is lost, its ports are kept for a moment for those who had them ([`PORT_HOLD`]): who is entered
 //! first the next time is chance, and a port would change hands by it.
 //!
-//! A step plans the containers about which something changed, and no other ones (`agenda`). What one of them does can
+//! A step plans the containers about which something changed, and no other ones (`dirty_set`). What one of them does can
 //! matter to another one in one way alone: by a host port. So whatever frees a host port marks those that wait for it
-//! (`Fleet::wake`), and a full plan would find nothing more.
+//! (`Planner::wake`), and a full plan would find nothing more.
 //!
 //! What never happens: two live forwards on one host port (the first keeps it, the second is told the first one's name
 //! and follows when the port is free, always at the same number), a number used twice, and a port that failed being
@@ -61,13 +61,13 @@ use crate::forwarding::planner::observation::Observation;
 use crate::model::port_policy::{ControlPorts, Policy};
 use crate::model::registration::ContainerName;
 use announced::Broker;
-use dirty_set::Agenda;
+use dirty_set::DirtySet;
 use forwards::Forwards;
 use plan::{Plan, Planned};
 
 pub use announced::OWED_MAX;
 pub use change::{Change, ClosedReason};
-pub use port_holds::HEIR_PATIENCE;
+pub use port_holds::PORT_HOLD;
 pub use reserved::RESERVED_MAX;
 pub use rows::{Row, Rows};
 pub use upstreams::Admission;
@@ -83,7 +83,7 @@ pub const LINGER: Duration = Duration::from_millis(250);
 
 /// A container that is to be forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wish {
+pub struct DesiredContainer {
     /// Its name.
     pub name: ContainerName,
     /// Which of its ports.
@@ -165,10 +165,10 @@ struct Failure {
 
 /// Everything that is known, asked for and answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fleet {
+pub struct Planner {
     control_ports: ControlPorts,
     /// In the order of registration: who is earlier gets a port that two want at once.
-    wishes: Vec<Wish>,
+    wishes: Vec<DesiredContainer>,
     /// Where each of them is.
     places: BTreeMap<ContainerName, usize>,
     upstreams: BTreeMap<UpstreamId, Upstream>,
@@ -185,19 +185,19 @@ pub struct Fleet {
     /// Ends of native ports of containers that are not registered any more, not reported yet.
     retired: Vec<Change>,
     /// Who had which port of an engine that was lost, and has not had the chance to take it again.
-    heirs: BTreeMap<NonZeroU16, ContainerName>,
+    port_holds: BTreeMap<NonZeroU16, ContainerName>,
     /// When the next engine was first planned for.
-    heirs_since: Option<Instant>,
+    holds_since: Option<Instant>,
     /// Which containers are to be planned.
-    agenda: Agenda,
+    dirty_set: DirtySet,
     next_upstream: u32,
     next_forward: u32,
 }
 
-impl Fleet {
+impl Planner {
     /// A fleet without containers and without an engine. No forward binds one of `control_ports`.
-    pub fn new(control_ports: ControlPorts) -> Fleet {
-        Fleet {
+    pub fn new(control_ports: ControlPorts) -> Planner {
+        Planner {
             control_ports,
             wishes: Vec::new(),
             places: BTreeMap::new(),
@@ -209,29 +209,30 @@ impl Fleet {
             sweeping: false,
             natives: BTreeMap::new(),
             retired: Vec::new(),
-            heirs: BTreeMap::new(),
-            heirs_since: None,
-            agenda: Agenda::default(),
+            port_holds: BTreeMap::new(),
+            holds_since: None,
+            dirty_set: DirtySet::default(),
             next_upstream: 1,
             next_forward: 1,
         }
     }
 
     /// Takes in what is to be forwarded, in the order of registration.
-    pub fn wish(&mut self, wishes: Vec<Wish>) {
-        for wish in &wishes {
-            if self.wish_of(&wish.name) != Some(wish) {
-                self.agenda.mark_paid(&wish.name);
+    pub fn desired(&mut self, wishes: Vec<DesiredContainer>) {
+        for desired in &wishes {
+            if self.wish_of(&desired.name) != Some(desired) {
+                self.dirty_set.mark_paid(&desired.name);
             }
         }
         self.wishes = wishes;
-        self.places = self.wishes.iter().enumerate().map(|(at, wish)| (wish.name.clone(), at)).collect();
+        self.places =
+            self.wishes.iter().enumerate().map(|(at, desired)| (desired.name.clone(), at)).collect();
         self.failures.retain(|name, _| self.places.contains_key(name));
-        self.agenda.retain(|name| self.places.contains_key(name));
+        self.dirty_set.retain(|name| self.places.contains_key(name));
         self.expect_natives();
     }
 
-    /// Takes over an engine. Nothing of it belongs to anybody until [`Fleet::reached`] says so, and numbers continue
+    /// Takes over an engine. Nothing of it belongs to anybody until [`Planner::reached`] says so, and numbers continue
     /// above all that were ever used.
     pub fn attach(&mut self, inventory: Inventory) {
         let Inventory { upstreams, forwards, mut observed } = inventory;
@@ -273,15 +274,15 @@ impl Fleet {
 
     /// Every container is to be planned, and its rows are to be read again.
     fn mark_all(&mut self) {
-        for wish in &self.wishes {
-            self.agenda.mark(&wish.name);
-            self.agenda.mark_stale(&wish.name);
+        for desired in &self.wishes {
+            self.dirty_set.mark(&desired.name);
+            self.dirty_set.mark_stale(&desired.name);
         }
     }
 
     /// The engine is gone, and everything that it held.
     pub fn detach(&mut self) -> Vec<Change> {
-        self.note_heirs();
+        self.keep_port_holds();
         let ids: Vec<ForwardId> = self.forwards.all().map(|(id, _)| id).collect();
         let changes = ids.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
         self.upstreams.clear();
@@ -366,12 +367,12 @@ impl Fleet {
         self.upstreams.get(&forward.upstream)?.owner.as_ref()
     }
 
-    fn wish_of(&self, name: &ContainerName) -> Option<&Wish> {
+    fn wish_of(&self, name: &ContainerName) -> Option<&DesiredContainer> {
         self.wishes.get(*self.places.get(name)?)
     }
 
     fn policy_of(&self, name: &ContainerName) -> Option<&Policy> {
-        self.wish_of(name).map(|wish| &wish.policy)
+        self.wish_of(name).map(|desired| &desired.policy)
     }
 }
 

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use landfall_engine::command::{ForwardStats, UpstreamId};
 use landfall_engine::native::NativeListener;
 
-use super::{Change, ClosedReason, Fleet, LINGER, Plan, Row};
+use super::{Change, ClosedReason, LINGER, Plan, Planner, Row};
 use crate::forwarding::planner::observation::Listeners;
 use crate::model::forward_table::{ForwardPath, RowState};
 use crate::model::native_state::NativeState;
@@ -113,11 +113,12 @@ impl Natives {
     }
 }
 
-impl Fleet {
+impl Planner {
     /// Keeps what is known of sandboxes for which native sockets are announced.
     pub(super) fn expect_natives(&mut self) {
-        let announced =
-            |fleet: &Fleet, name: &ContainerName| fleet.wish_of(name).is_some_and(|wish| wish.native);
+        let announced = |planner: &Planner, name: &ContainerName| {
+            planner.wish_of(name).is_some_and(|desired| desired.native)
+        };
         let gone: Vec<ContainerName> =
             self.natives.keys().filter(|name| !announced(self, name)).cloned().collect();
         for name in gone {
@@ -127,8 +128,8 @@ impl Fleet {
                 self.wake(*port);
             }
         }
-        for wish in self.wishes.iter().filter(|wish| wish.native) {
-            self.natives.entry(wish.name.clone()).or_default();
+        for desired in self.wishes.iter().filter(|desired| desired.native) {
+            self.natives.entry(desired.name.clone()).or_default();
         }
     }
 
@@ -150,8 +151,8 @@ impl Fleet {
             }
         }
         difference.closed.into_iter().for_each(|port| self.wake(port));
-        self.agenda.mark(name);
-        self.agenda.mark_stale(name);
+        self.dirty_set.mark(name);
+        self.dirty_set.mark_stale(name);
         changes
     }
 
@@ -159,7 +160,7 @@ impl Fleet {
     pub fn native_lost(&mut self, name: &ContainerName, now: Instant) {
         if let Some(natives) = self.natives.get_mut(name) {
             natives.link = Link::Lost(now);
-            self.agenda.mark(name);
+            self.dirty_set.mark(name);
         }
     }
 
@@ -188,8 +189,8 @@ impl Fleet {
         for (name, port) in lost {
             plan.changes.push(closed(&name, port, ClosedReason::HostError));
             self.wake(port);
-            self.agenda.mark(&name);
-            self.agenda.mark_stale(&name);
+            self.dirty_set.mark(&name);
+            self.dirty_set.mark_stale(&name);
         }
     }
 

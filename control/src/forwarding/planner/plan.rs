@@ -7,8 +7,8 @@ use std::time::Instant;
 use landfall_engine::command::{Command, UpstreamId};
 
 use super::verdict::Verdict;
-use super::{Change, Fleet, HEIR_PATIENCE, LINGER, RETRY};
-use crate::forwarding::planner::dirty_set::Work;
+use super::{Change, LINGER, PORT_HOLD, Planner, RETRY};
+use crate::forwarding::planner::dirty_set::PlanWork;
 use crate::model::registration::ContainerName;
 
 /// A plan in the making.
@@ -25,46 +25,47 @@ pub(super) struct Planned {
     pub(super) upstreams: Vec<UpstreamId>,
     /// The verdict about each port that listens, where the container is watched and has been read.
     pub(super) verdicts: Option<BTreeMap<NonZeroU16, Verdict>>,
-    pub(super) work: Work,
+    pub(super) work: PlanWork,
 }
 
-impl Fleet {
+impl Planner {
     /// The commands that close the gap between what is wanted and what was asked for already, and what somebody is to be
     /// told. They count as asked for from now on.
     pub fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Change>) {
         let mut plan = Plan { now, commands: Vec::new(), changes: Vec::new() };
         self.retire_natives(&mut plan);
         self.dismiss(&mut plan);
-        self.settle_heirs(now);
-        let marked = self.agenda.take(now);
+        self.release_port_holds(now);
+        let marked = self.dirty_set.take(now);
         // In the order of registration, and each phase for all of them: what one closes another one may have to wait for.
-        let names = self.wishes.iter().map(|wish| &wish.name).filter(|name| marked.contains(name)).cloned();
+        let names =
+            self.wishes.iter().map(|desired| &desired.name).filter(|name| marked.contains(name)).cloned();
         let planned = names.map(|name| {
             let upstreams = self.upstreams_of(&name);
-            Planned { name, upstreams, verdicts: None, work: Work::default() }
+            Planned { name, upstreams, verdicts: None, work: PlanWork::default() }
         });
         let mut planned: Vec<Planned> = planned.collect();
         for one in &mut planned {
-            self.charge(one, &mut plan, |fleet, one, plan| fleet.reserve_all(&one.name, plan));
+            self.charge(one, &mut plan, |planner, one, plan| planner.reserve_all(&one.name, plan));
         }
         for one in &mut planned {
-            self.charge(one, &mut plan, |fleet, one, plan| {
-                one.verdicts = fleet.verdicts_of(&one.name);
-                one.work.visits += one.verdicts.as_ref().map_or(0, |verdicts| verdicts.len() as u64);
-                fleet.close_watched(one, plan);
-                fleet.close_announced(one, plan);
+            self.charge(one, &mut plan, |planner, one, plan| {
+                one.verdicts = planner.verdicts_of(&one.name);
+                one.work.tasks += one.verdicts.as_ref().map_or(0, |verdicts| verdicts.len() as u64);
+                planner.close_watched(one, plan);
+                planner.close_announced(one, plan);
             });
         }
         for one in &mut planned {
-            self.charge(one, &mut plan, |fleet, one, plan| {
-                fleet.open_watched(one, plan);
-                fleet.open_announced(one, plan);
+            self.charge(one, &mut plan, |planner, one, plan| {
+                planner.open_watched(one, plan);
+                planner.open_announced(one, plan);
             });
         }
         for one in &mut planned {
-            self.charge(one, &mut plan, |fleet, one, plan| fleet.pay(one, plan));
+            self.charge(one, &mut plan, |planner, one, plan| planner.pay(one, plan));
             let due = self.due_of(&one.name);
-            self.agenda.planned(&one.name, now, one.work, due);
+            self.dirty_set.planned(&one.name, now, one.work, due);
         }
         (plan.commands, plan.changes)
     }
@@ -74,19 +75,19 @@ impl Fleet {
         &mut self,
         one: &mut Planned,
         plan: &mut Plan,
-        part: impl FnOnce(&mut Fleet, &mut Planned, &mut Plan),
+        part: impl FnOnce(&mut Planner, &mut Planned, &mut Plan),
     ) {
-        let (visits, commands) = (self.forwards.visits(), plan.commands.len());
+        let (tasks, commands) = (self.forwards.tasks(), plan.commands.len());
         part(self, one, plan);
-        one.work.visits += self.forwards.visits().wrapping_sub(visits);
+        one.work.tasks += self.forwards.tasks().wrapping_sub(tasks);
         one.work.commands += plan.commands.len() - commands;
     }
 
     /// When stepping will yield something by itself: a failed port is due, one has lingered, or a container has paid for its
     /// last plan.
     pub fn due(&self) -> Option<Instant> {
-        let heirs = self.heirs_since.map(|since| since + HEIR_PATIENCE);
-        self.agenda.next().into_iter().chain(heirs).min()
+        let port_holds = self.holds_since.map(|since| since + PORT_HOLD);
+        self.dirty_set.next().into_iter().chain(port_holds).min()
     }
 
     /// When a container is to be planned though nothing changes.
@@ -108,18 +109,18 @@ impl Fleet {
         for upstream in self.upstreams.values() {
             let listens = upstream.seen.as_ref().is_some_and(|seen| seen.at(port).is_some());
             if let Some(owner) = upstream.owner.as_ref().filter(|_| listens) {
-                self.agenda.mark(owner);
+                self.dirty_set.mark(owner);
             }
         }
         for (name, broker) in &self.brokers {
             if broker.waits_for(port) {
-                self.agenda.mark(name);
+                self.dirty_set.mark(name);
             }
         }
     }
 
     /// The containers whose rows may differ from those that were read last.
     pub fn take_stale(&mut self) -> BTreeSet<ContainerName> {
-        self.agenda.take_stale()
+        self.dirty_set.take_stale()
     }
 }

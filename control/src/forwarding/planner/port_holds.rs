@@ -3,43 +3,43 @@
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
-use super::Fleet;
+use super::Planner;
 use crate::model::registration::ContainerName;
 
 /// How long a port of a lost engine is kept for the container that had it. Entering one takes milliseconds.
-pub const HEIR_PATIENCE: Duration = Duration::from_secs(3);
+pub const PORT_HOLD: Duration = Duration::from_secs(3);
 
-impl Fleet {
+impl Planner {
     /// Notes who has which port just now.
-    pub(super) fn note_heirs(&mut self) {
+    pub(super) fn keep_port_holds(&mut self) {
         for (_, forward) in self.forwards.all().filter(|(_, forward)| forward.is_live()) {
             let upstream = self.upstreams.get(&forward.upstream);
             if let Some(owner) = upstream.and_then(|upstream| upstream.owner.clone()) {
-                self.heirs.insert(forward.host_port, owner);
+                self.port_holds.insert(forward.host_port, owner);
             }
         }
-        self.heirs_since = None;
+        self.holds_since = None;
     }
 
     /// Strikes off those who have their port again, do not want it any more, or did not come in time.
-    pub(super) fn settle_heirs(&mut self, now: Instant) {
-        if self.heirs.is_empty() {
-            self.heirs_since = None;
+    pub(super) fn release_port_holds(&mut self, now: Instant) {
+        if self.port_holds.is_empty() {
+            self.holds_since = None;
             return;
         }
-        let since = *self.heirs_since.get_or_insert(now);
-        let is_late = now.saturating_duration_since(since) >= HEIR_PATIENCE;
-        let mut heirs = std::mem::take(&mut self.heirs);
-        let gone = heirs.extract_if(.., |port, name| {
+        let since = *self.holds_since.get_or_insert(now);
+        let is_late = now.saturating_duration_since(since) >= PORT_HOLD;
+        let mut port_holds = std::mem::take(&mut self.port_holds);
+        let gone = port_holds.extract_if(.., |port, name| {
             let wished = self.wish_of(name).is_some();
             let held = self.forwards.at_host_port(*port).is_some();
             is_late || !wished || held || self.wants(name, *port) == Some(false)
         });
         let gone: Vec<NonZeroU16> = gone.map(|(port, _)| port).collect();
-        self.heirs = heirs;
+        self.port_holds = port_holds;
         gone.into_iter().for_each(|port| self.wake(port));
-        if self.heirs.is_empty() {
-            self.heirs_since = None;
+        if self.port_holds.is_empty() {
+            self.holds_since = None;
         }
     }
 
@@ -54,8 +54,9 @@ impl Fleet {
             return Some(self.waits_for(name, port));
         }
         let seen = upstream.seen.as_ref()?;
-        let wish = self.wish_of(name)?;
-        let is_forwarded = !wish.published.contains_key(&port) && self.judge(&wish.policy, port).is_ok();
+        let desired = self.wish_of(name)?;
+        let is_forwarded =
+            !desired.published.contains_key(&port) && self.judge(&desired.policy, port).is_ok();
         Some(is_forwarded && seen.at(port).is_some())
     }
 }

@@ -17,7 +17,7 @@ use std::time::Instant;
 use landfall_engine::command::{Reach, UpstreamId};
 
 use super::watched::Holder;
-use super::{Change, FORWARDS_MAX, Failure, Fleet, Plan, RETRY};
+use super::{Change, FORWARDS_MAX, Failure, Plan, Planner, RETRY};
 use crate::model::announcement::EXCLUDED;
 use crate::model::port_policy::Decision;
 use crate::model::registration::ContainerName;
@@ -78,7 +78,7 @@ impl Reservation {
     }
 }
 
-impl Fleet {
+impl Planner {
     /// A container asks for a host port, the best candidate first.
     pub fn reserve(
         &mut self,
@@ -90,7 +90,7 @@ impl Fleet {
         let mut seen = BTreeSet::new();
         candidates.retain(|port| seen.insert(*port));
         candidates.truncate(CANDIDATES_MAX);
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
         let full = broker.reserved.len() >= RESERVED_MAX;
         match broker.reserved.get_mut(&target) {
             Some(Reservation { stage: Stage::Held { host_port, .. }, .. }) => {

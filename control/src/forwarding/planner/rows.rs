@@ -10,10 +10,10 @@ use std::num::NonZeroU16;
 
 use landfall_engine::command::ForwardStats;
 
-use super::announced::Over;
+use super::announced::NotForwarded;
 use super::reserved::Stage;
 use super::verdict::Verdict;
-use super::{Fleet, Forward, Status};
+use super::{Forward, Planner, Status};
 use crate::model::forward_table::{ForwardPath, RowState};
 use crate::model::registration::ContainerName;
 
@@ -55,7 +55,7 @@ pub struct Row {
     pub process: Option<u32>,
 }
 
-impl Fleet {
+impl Planner {
     /// The ports of a container, the lowest first.
     pub fn rows(&self, name: &ContainerName) -> Rows {
         let seen = self.upstream_of(name).and_then(|(_, upstream)| upstream.seen.as_ref());
@@ -87,10 +87,10 @@ impl Fleet {
             let is_dialled = self.dialled(name).is_some();
             for (port, known) in broker.known.iter().filter(|_| is_dialled) {
                 match &known.over {
-                    Some(Over::Denied(why)) => {
+                    Some(NotForwarded::Denied(why)) => {
                         add(*port, *port, RowState::Denied, Some(why.to_string()));
                     }
-                    Some(Over::Failed(why)) => add(*port, *port, RowState::Failed, Some(why.clone())),
+                    Some(NotForwarded::Failed(why)) => add(*port, *port, RowState::Failed, Some(why.clone())),
                     None => add(*port, *port, RowState::Opening, None),
                 }
             }

@@ -5,7 +5,7 @@ use std::num::NonZeroU16;
 
 use landfall_engine::command::{Command, Ending, ForwardId, UpstreamId};
 
-use super::{Change, ClosedReason, Fleet, Plan, Status, Upstream};
+use super::{Change, ClosedReason, Plan, Planner, Status, Upstream};
 use crate::forwarding::planner::observation::Listeners;
 use crate::model::registration::ContainerName;
 
@@ -30,7 +30,7 @@ pub enum Admission {
     Unwanted,
 }
 
-impl Fleet {
+impl Planner {
     /// A container was entered, and its namespace has this cookie.
     pub fn reached(&mut self, name: &ContainerName, cookie: u64) -> Admission {
         if self.wish_of(name).is_none() {
@@ -46,7 +46,7 @@ impl Fleet {
             }
         }
         self.on_watched(name);
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
         let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name);
         let holds = |id: &UpstreamId| self.forwards.of_upstream(*id).next().is_some();
         // Were there two of one namespace, the one with forwards is worth more.
@@ -73,7 +73,7 @@ impl Fleet {
 
     /// A container cannot be entered any more; the ports that were watched are let go of with the next step.
     pub fn left(&mut self, name: &ContainerName) {
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
         for upstream in self.upstreams.values_mut() {
             if upstream.owner.as_ref() == Some(name) && !upstream.dialled {
                 upstream.dismissed.get_or_insert(ClosedReason::HostError);
@@ -106,13 +106,13 @@ impl Fleet {
         if let Some(failures) = self.failures.remove(from) {
             self.failures.entry(to.clone()).or_default().extend(failures);
         }
-        for (port, heir) in self.heirs.iter_mut().filter(|(_, heir)| *heir == from) {
-            *heir = to.clone();
+        for (port, hold) in self.port_holds.iter_mut().filter(|(_, hold)| *hold == from) {
+            *hold = to.clone();
             held.push(*port);
         }
         held.into_iter().for_each(|port| self.wake(port));
-        self.agenda.mark(from);
-        self.agenda.mark(to);
+        self.dirty_set.mark(from);
+        self.dirty_set.mark(to);
         changes
     }
 
@@ -138,7 +138,7 @@ impl Fleet {
         }
         let id = self.add_upstream(name, |id| DIALLED | u64::from(id.0));
         self.on_dialled(name);
-        self.agenda.mark(name);
+        self.dirty_set.mark(name);
         self.upstreams.get(&id).map(|upstream| (id, upstream.cookie))
     }
 
@@ -181,7 +181,7 @@ impl Fleet {
             upstream.leaving = true;
             if let Some(owner) = &upstream.owner {
                 self.failures.remove(owner);
-                self.agenda.mark(owner);
+                self.dirty_set.mark(owner);
             }
             let ids: Vec<ForwardId> = self.forwards.of_upstream(*id).map(|(id, _)| id).collect();
             for forward in ids {

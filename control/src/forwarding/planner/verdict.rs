@@ -7,7 +7,7 @@ use std::num::NonZeroU16;
 
 use landfall_engine::command::Reach;
 
-use super::Fleet;
+use super::Planner;
 use crate::forwarding::planner::observation::Listeners;
 use crate::model::port_policy::{CONTAINER_PORT, Decision, DenyReason, Policy};
 use crate::model::registration::ContainerName;
@@ -47,20 +47,20 @@ const PUBLISHED: &str = "Docker publishes it";
 /// The same where that leads nowhere: a published port ends at the container's address in its network.
 const PUBLISHED_IN_VAIN: &str = "Docker publishes it, but inside it listens on loopback alone, which Docker does not reach: have it listen on 0.0.0.0, or do not publish it";
 
-impl Fleet {
+impl Planner {
     /// Judges every port that listens in a container that is watched and has been read, in time `n log n` for `n` ports.
     pub(super) fn verdicts_of(&self, name: &ContainerName) -> Option<BTreeMap<NonZeroU16, Verdict>> {
         let (id, upstream) = self.upstream_of(name).filter(|(_, upstream)| !upstream.dialled)?;
-        let wish = self.wish_of(name)?;
+        let desired = self.wish_of(name)?;
         let seen = upstream.seen.as_ref()?;
         let verdict = |port: NonZeroU16, listeners: &Listeners| {
-            let published = wish.published.get(&port).filter(|_| port.get() != CONTAINER_PORT);
+            let published = desired.published.get(&port).filter(|_| port.get() != CONTAINER_PORT);
             match published {
                 Some(host_port) if listeners.are_on_loopback_alone() => {
                     Verdict::Published(*host_port, PUBLISHED_IN_VAIN)
                 }
                 Some(host_port) => Verdict::Published(*host_port, PUBLISHED),
-                None => match self.judge(&wish.policy, port) {
+                None => match self.judge(&desired.policy, port) {
                     Ok(()) => Verdict::Wanted(listeners.reach()),
                     Err(why) => Verdict::Denied(why),
                 },

@@ -5,7 +5,7 @@ use std::num::NonZeroU16;
 use landfall_engine::command::{Command, Ending, ForwardId};
 
 use super::verdict::Verdict;
-use super::{Change, ClosedReason, Failure, Fleet, LINGER, Plan, Planned, RETRY, Status};
+use super::{Change, ClosedReason, Failure, LINGER, Plan, Planned, Planner, RETRY, Status};
 use crate::model::registration::ContainerName;
 
 /// Who stands in the way of a host port.
@@ -20,7 +20,7 @@ pub(super) enum Holder {
     Heir(String),
 }
 
-impl Fleet {
+impl Planner {
     /// Closes what is not wanted, and tells the reach of what is.
     pub(super) fn close_watched(&mut self, one: &Planned, plan: &mut Plan) {
         let Some(verdicts) = &one.verdicts else { return };
@@ -67,7 +67,7 @@ impl Fleet {
         let mut failures = self.failures.remove(name).unwrap_or_default();
         // A failure is remembered only while the port is still wanted.
         failures.retain(|port, _| matches!(verdicts.get(port), Some(Verdict::Wanted(_))));
-        work.visits += verdicts.len() as u64;
+        work.tasks += verdicts.len() as u64;
         for (port, verdict) in &*verdicts {
             let Verdict::Wanted(reach) = verdict else { continue };
             if self.brokers.get(name).is_some_and(|broker| broker.reserves(*port)) {
@@ -110,8 +110,8 @@ impl Fleet {
             return Holder::Taken(theirs(owner));
         }
         let Some(forward) = self.forwards.at_host_port(port) else {
-            return match self.heirs.get(&port).filter(|heir| *heir != name) {
-                Some(heir) => Holder::Heir(theirs(heir)),
+            return match self.port_holds.get(&port).filter(|hold| *hold != name) {
+                Some(hold) => Holder::Heir(theirs(hold)),
                 None => Holder::Free,
             };
         };

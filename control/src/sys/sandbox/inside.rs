@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketType};
 use rustix::process::Signal;
 
 use super::link;
-use super::wire::{self, Step, Word};
+use super::wire::{self, Message, Step};
 use crate::sys::event_loop;
 
 /// Runs the inner half of the protocol. Returns only if the command did not begin; the outer process has been told.
@@ -23,7 +23,7 @@ pub fn main(command: &[OsString]) {
     let Ok(channel) = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else { return };
     if let Err(Some((step, errno))) = become_command(&channel, command) {
         let errno = errno.raw_os_error();
-        let _ = wire::send(&channel, Word::Failed { step, errno });
+        let _ = wire::send(&channel, Message::Failed { step, errno });
     }
 }
 
@@ -38,16 +38,16 @@ fn become_command(
     drop(input);
 
     let user = unshare().map_err(at(Step::Unshare))?;
-    say(channel, Word::Unshared { user })?;
-    hear(channel, Word::Mapped)?;
+    say(channel, Message::Unshared { user })?;
+    hear(channel, Message::Mapped)?;
     link::bring_loopback_up().map_err(at(Step::Loopback))?;
-    say(channel, Word::Ready)?;
+    say(channel, Message::Ready)?;
     let mut due = wire::receive(channel).map_err(|_| None)?;
-    if due == Some(Word::Filter) {
+    if due == Some(Message::Filter) {
         install_filter(channel)?;
         due = wire::receive(channel).map_err(|_| None)?;
     }
-    due.filter(|word| *word == Word::Go).ok_or(None)?;
+    due.filter(|word| *word == Message::Go).ok_or(None)?;
 
     let (program, arguments) = command.split_first().ok_or(None)?;
     // A landfall that is killed takes the command with it. Asked for last, since a change of credentials, such as
@@ -63,14 +63,14 @@ fn become_command(
 fn install_filter(channel: &std::os::fd::OwnedFd) -> Result<(), Option<(Step, Errno)>> {
     let notifications = match native::install() {
         Ok(notifications) => notifications,
-        Err(error) => return say(channel, Word::NotFiltered { error }),
+        Err(error) => return say(channel, Message::NotFiltered { error }),
     };
     // The channel belongs to the namespace that it was made in.
     let inside = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None);
     let cookie = inside.map_err(std::io::Error::from).and_then(netns_cookie);
     let netns_cookie =
         cookie.map_err(|error| Some((Step::Filter, Errno::from_io_error(&error).unwrap_or(Errno::IO))))?;
-    say(channel, Word::Filtered { netns_cookie })?;
+    say(channel, Message::Filtered { netns_cookie })?;
     wire::send_descriptor(channel, notifications.as_fd()).map_err(|errno| Some((Step::Filter, errno)))
 }
 
@@ -84,11 +84,11 @@ fn unshare() -> Result<bool, Errno> {
     Err(Errno::from_raw_os_error(refused as i32))
 }
 
-fn say(channel: &std::os::fd::OwnedFd, word: Word) -> Result<(), Option<(Step, Errno)>> {
+fn say(channel: &std::os::fd::OwnedFd, word: Message) -> Result<(), Option<(Step, Errno)>> {
     wire::send(channel, word).map_err(|_| None)
 }
 
-fn hear(channel: &std::os::fd::OwnedFd, due: Word) -> Result<(), Option<(Step, Errno)>> {
+fn hear(channel: &std::os::fd::OwnedFd, due: Message) -> Result<(), Option<(Step, Errno)>> {
     match wire::receive(channel) {
         Ok(Some(word)) if word == due => Ok(()),
         _ => Err(None),

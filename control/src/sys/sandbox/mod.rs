@@ -44,8 +44,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use thiserror::Error;
 
+use wire::Message;
 pub use wire::Step;
-use wire::Word;
 
 /// Why there is no sandbox, or no command in it.
 #[derive(Debug, Error)]
@@ -107,12 +107,12 @@ impl Sandbox {
         wire::send_descriptor(sandbox.channel()?, rustix::stdio::stdin())
             .map_err(|errno| SandboxError::Start(errno.into()))?;
         sandbox.has_user_namespace =
-            sandbox.hear(Word::Unshared { user: true })? == (Word::Unshared { user: true });
+            sandbox.hear(Message::Unshared { user: true })? == (Message::Unshared { user: true });
         if sandbox.has_user_namespace {
             map_users(sandbox.pid())?;
         }
-        sandbox.say(Word::Mapped)?;
-        sandbox.hear(Word::Ready)?;
+        sandbox.say(Message::Mapped)?;
+        sandbox.hear(Message::Ready)?;
         Ok(sandbox)
     }
 
@@ -132,26 +132,26 @@ impl Sandbox {
     /// # Errors
     /// The kernel's refusal; the command then runs without the filter. [`SandboxError`] where the sandbox has ended.
     pub fn filter(&self) -> Result<Result<Filtered, InstallError>, SandboxError> {
-        self.say(Word::Filter)?;
+        self.say(Message::Filter)?;
         let start = |errno: Errno| SandboxError::Start(errno.into());
         match wire::receive(self.channel()?).map_err(start)? {
-            Some(Word::Filtered { netns_cookie }) => {
+            Some(Message::Filtered { netns_cookie }) => {
                 let notifications = wire::receive_descriptor(self.channel()?).map_err(start)?;
                 let notifications = notifications.ok_or(SandboxError::Ended)?;
                 Ok(Ok(Filtered { notifications, netns_cookie }))
             }
-            Some(Word::NotFiltered { error }) => Ok(Err(error)),
-            Some(Word::Failed { step, errno }) => Err(SandboxError::Step { step, errno }),
+            Some(Message::NotFiltered { error }) => Ok(Err(error)),
+            Some(Message::Failed { step, errno }) => Err(SandboxError::Step { step, errno }),
             _ => Err(SandboxError::Ended),
         }
     }
 
     /// Lets the inner process become the command; returns when it has.
     pub fn start(mut self) -> Result<Child, SandboxError> {
-        self.say(Word::Go)?;
+        self.say(Message::Go)?;
         match wire::receive(self.channel()?).map_err(|errno| SandboxError::Start(errno.into()))? {
             None => self.child.take().ok_or(SandboxError::Ended),
-            Some(Word::Failed { step, errno }) => Err(SandboxError::Step { step, errno }),
+            Some(Message::Failed { step, errno }) => Err(SandboxError::Step { step, errno }),
             Some(_) => Err(SandboxError::Ended),
         }
     }
@@ -160,16 +160,16 @@ impl Sandbox {
         self.channel.as_ref().ok_or(SandboxError::Ended)
     }
 
-    fn say(&self, word: Word) -> Result<(), SandboxError> {
+    fn say(&self, word: Message) -> Result<(), SandboxError> {
         wire::send(self.channel()?, word).map_err(|_| SandboxError::Ended)
     }
 
-    /// Waits for the word that is due; [`Word::Unshared`] may come in either form.
-    fn hear(&self, due: Word) -> Result<Word, SandboxError> {
+    /// Waits for the word that is due; [`Message::Unshared`] may come in either form.
+    fn hear(&self, due: Message) -> Result<Message, SandboxError> {
         let heard = wire::receive(self.channel()?).map_err(|errno| SandboxError::Start(errno.into()))?;
         match (heard, due) {
-            (Some(Word::Failed { step, errno }), _) => Err(SandboxError::Step { step, errno }),
-            (Some(word @ Word::Unshared { .. }), Word::Unshared { .. }) => Ok(word),
+            (Some(Message::Failed { step, errno }), _) => Err(SandboxError::Step { step, errno }),
+            (Some(word @ Message::Unshared { .. }), Message::Unshared { .. }) => Ok(word),
             (Some(word), due) if word == due => Ok(word),
             _ => Err(SandboxError::Ended),
         }

@@ -53,7 +53,7 @@ impl fmt::Display for Step {
 /// One word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Word {
+pub(super) enum Message {
     /// The namespaces are made; whether a user namespace is among them.
     Unshared { user: bool },
     /// The users are mapped.
@@ -73,13 +73,13 @@ pub(super) enum Word {
 }
 
 /// Sends one word.
-pub(super) fn send(channel: impl AsFd, word: Word) -> Result<(), Errno> {
+pub(super) fn send(channel: impl AsFd, word: Message) -> Result<(), Errno> {
     let text = serde_json::to_vec(&word).map_err(|_| Errno::INVAL)?;
     rustix::io::retry_on_intr(|| rustix::net::send(&channel, &text, SendFlags::NOSIGNAL)).map(drop)
 }
 
 /// Receives one word; none at the end of the channel.
-pub(super) fn receive(channel: impl AsFd) -> Result<Option<Word>, Errno> {
+pub(super) fn receive(channel: impl AsFd) -> Result<Option<Message>, Errno> {
     let mut text = [0; WORD_BYTES_MAX];
     let (bytes, _) = match rustix::io::retry_on_intr(|| {
         rustix::net::recv(&channel, text.as_mut_slice(), RecvFlags::empty())

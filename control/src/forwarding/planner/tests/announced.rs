@@ -27,21 +27,21 @@ fn cut(id: u32) -> Command {
 impl Bench {
     /// A bench whose container "a" is upstream 1, over its session.
     pub(super) fn dialled(allow: Option<&str>) -> Bench {
-        let mut bench = Bench::new(vec![wish("a", allow)]);
-        bench.fleet.broker_up(&name("a"));
-        assert_eq!(bench.fleet.dial(&name("a")), Some((UpstreamId(1), 1 << 63 | 1)));
-        assert_eq!(bench.fleet.dial(&name("a")), None, "there is one");
+        let mut bench = Bench::new(vec![desired("a", allow)]);
+        bench.planner.broker_up(&name("a"));
+        assert_eq!(bench.planner.dial(&name("a")), Some((UpstreamId(1), 1 << 63 | 1)));
+        assert_eq!(bench.planner.dial(&name("a")), None, "there is one");
         bench
     }
 
     pub(super) fn announce(&mut self, opened: &[u16], closed: &[u16], whole: bool) -> Vec<Change> {
         let opened: Vec<Announced> = opened.iter().map(|number| announced(*number)).collect();
         let closed: Vec<NonZeroU16> = closed.iter().map(|number| port(*number)).collect();
-        self.fleet.announce(&name("a"), &opened, &closed, whole, self.now)
+        self.planner.announce(&name("a"), &opened, &closed, whole, self.now)
     }
 
     pub(super) fn step(&mut self) -> (Vec<Command>, Vec<Change>) {
-        let stepped = self.fleet.step(self.now);
+        let stepped = self.planner.step(self.now);
         self.is_idle();
         stepped
     }
@@ -61,7 +61,7 @@ impl Bench {
 fn each_announced_port_is_opened_once_and_answered_once() {
     let mut bench = Bench::dialled(None);
     let opened = [announced(3000), Announced { port: port(5173), loopback: false }];
-    bench.fleet.announce(&name("a"), &opened, &[], true, bench.now);
+    bench.planner.announce(&name("a"), &opened, &[], true, bench.now);
     assert_eq!(bench.step(), (vec![dial(1, 1, 3000), dial(2, 1, 5173)], vec![]));
     assert_eq!(bench.opened(1, 3000), [told_opened("a", 3000, "127.0.0.1")]);
     assert_eq!(bench.step(), (vec![], vec![result("a", 3000, Ok(3000))]));
@@ -69,9 +69,9 @@ fn each_announced_port_is_opened_once_and_answered_once() {
     assert_eq!(bench.step(), (vec![], vec![]), "duplicates are worth nothing");
     assert_eq!(bench.opened(2, 5173), [told_opened("a", 5173, "127.0.0.1")]);
     assert_eq!(bench.step(), (vec![], vec![result("a", 5173, Ok(5173))]));
-    bench.fleet.announce(&name("a"), &opened, &[], true, bench.now);
+    bench.planner.announce(&name("a"), &opened, &[], true, bench.now);
     assert_eq!(bench.step(), (vec![], vec![]), "another address alone says nothing");
-    assert_eq!(bench.fleet.due(), None);
+    assert_eq!(bench.planner.due(), None);
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn the_rows_of_ports_without_a_forward_are_bounded_and_the_others_counted() {
     let mut bench = Bench::dialled(Some("1"));
     bench.announce(&(2000..3000).collect::<Vec<u16>>(), &[], true);
     bench.step();
-    let rows = bench.fleet.rows(&name("a"));
+    let rows = bench.planner.rows(&name("a"));
     assert_eq!(rows.listed.len() + rows.omitted, 1000);
     assert!(rows.listed.len() < 300, "{}", rows.listed.len());
     // A forward has its row whatever else there is.
@@ -124,7 +124,7 @@ fn a_port_that_failed_is_tried_again_only_when_it_is_announced_anew() {
     assert_eq!(bench.step(), (vec![], vec![result("a", 3000, Err(reason))]));
     assert_eq!(bench.states("a"), [(3000, RowState::Failed)]);
     bench.now += 10 * RETRY;
-    assert_eq!((bench.step(), bench.fleet.due()), ((vec![], vec![]), None));
+    assert_eq!((bench.step(), bench.planner.due()), ((vec![], vec![]), None));
     bench.announce(&[3000], &[], true);
     assert_eq!(bench.step(), (vec![dial(2, 1, 3000)], vec![]));
     assert_eq!(bench.opened(2, 3000).len(), 1);
@@ -170,10 +170,10 @@ fn a_snapshot_replaces_what_was_announced() {
 #[test]
 fn a_session_that_is_lost_takes_its_ports_along_and_the_next_one_is_answered_anew() {
     let mut bench = Bench::serving(3000);
-    bench.fleet.broker_down(&name("a"));
+    bench.planner.broker_down(&name("a"));
     assert_eq!(bench.step(), (vec![cut(1)], vec![]));
     assert_eq!(bench.announce(&[3000], &[], true), [], "nobody is there to announce");
-    bench.fleet.broker_up(&name("a"));
+    bench.planner.broker_up(&name("a"));
     bench.announce(&[3000], &[], true);
     assert_eq!(bench.step(), (vec![], vec![]));
     assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::HostError)]);
@@ -187,7 +187,7 @@ fn a_session_that_is_lost_during_a_bind_is_owed_nothing() {
     let mut bench = Bench::dialled(None);
     bench.announce(&[3000], &[], true);
     bench.step();
-    bench.fleet.broker_down(&name("a"));
+    bench.planner.broker_down(&name("a"));
     assert_eq!(bench.step(), (vec![cut(1)], vec![]));
     assert_eq!((bench.opened(1, 3000), bench.closed(1)), (vec![], vec![]));
     assert_eq!((bench.step(), bench.states("a")), ((vec![], vec![]), vec![]));
@@ -196,18 +196,18 @@ fn a_session_that_is_lost_during_a_bind_is_owed_nothing() {
 #[test]
 fn a_broker_that_stops_takes_everything_along() {
     let mut bench = Bench::serving(3000);
-    bench.fleet.broker_stopped(&name("a"));
+    bench.planner.broker_stopped(&name("a"));
     let removed = Command::RemoveUpstream { upstream: UpstreamId(1), ending: Ending::Reset };
     assert_eq!(bench.step(), (vec![removed], vec![]));
     assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::BrokerStopped)]);
     assert_eq!(bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: None }), []);
-    assert_eq!(bench.fleet.dial(&name("a")), None);
+    assert_eq!(bench.planner.dial(&name("a")), None);
 }
 
 #[test]
 fn a_broker_whose_registration_goes_first_has_stopped_as_well() {
     let mut bench = Bench::serving(3000);
-    bench.fleet.wish(vec![]);
+    bench.planner.desired(vec![]);
     bench.step();
     assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::BrokerStopped)]);
 }
@@ -215,30 +215,30 @@ fn a_broker_whose_registration_goes_first_has_stopped_as_well() {
 #[test]
 fn what_is_announced_before_the_registration_is_known_waits_for_it() {
     let mut bench = Bench::new(vec![]);
-    bench.fleet.broker_up(&name("a"));
+    bench.planner.broker_up(&name("a"));
     bench.announce(&[3000, 8973], &[], true);
-    assert_eq!((bench.fleet.dial(&name("a")), bench.step()), (None, (vec![], vec![])));
-    bench.fleet.wish(vec![wish("a", None)]);
-    assert!(bench.fleet.dial(&name("a")).is_some());
+    assert_eq!((bench.planner.dial(&name("a")), bench.step()), (None, (vec![], vec![])));
+    bench.planner.desired(vec![desired("a", None)]);
+    assert!(bench.planner.dial(&name("a")).is_some());
     assert_eq!(bench.step(), (vec![dial(1, 1, 3000)], vec![result("a", 8973, Err("policy excluded"))]));
 }
 
 #[test]
 fn a_port_of_another_container_is_an_error_and_one_that_closes_is_waited_for() {
     let mut bench = Bench::reached(&["b"]);
-    bench.fleet.wish(vec![wish("a", None), wish("b", None)]);
+    bench.planner.desired(vec![desired("a", None), desired("b", None)]);
     bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
     bench.commands();
     bench.opened(1, 3000);
-    bench.fleet.broker_up(&name("a"));
-    bench.fleet.dial(&name("a")).unwrap();
+    bench.planner.broker_up(&name("a"));
+    bench.planner.dial(&name("a")).unwrap();
     bench.announce(&[3000], &[], true);
     let (commands, told) = bench.step();
     assert_eq!(commands, []);
     let [Change::Failed { reason, .. }, answer] = told.as_slice() else { panic!("{told:?}") };
     assert!(reason.starts_with("EADDRINUSE") && reason.contains("\"b\""), "{reason}");
     assert_eq!(*answer, result("a", 3000, Err(reason)));
-    bench.fleet.left(&name("b"));
+    bench.planner.left(&name("b"));
     bench.step();
     bench.announce(&[3000], &[], false);
     assert_eq!(bench.step(), (vec![], vec![]), "the one attempt waits until it can succeed");
@@ -254,9 +254,9 @@ fn another_engine_is_asked_again_and_nobody_is_answered_twice() {
     let told = bench.failed(2, 4000);
     assert_eq!(told.len(), 1);
     assert_eq!(bench.step().1.len(), 1);
-    assert_eq!(bench.fleet.detach(), [told_closed("a", 3000, ClosedReason::HostError)]);
-    bench.fleet.attach(Inventory::default());
-    assert_eq!(bench.fleet.dial(&name("a")), Some((UpstreamId(2), 1 << 63 | 2)));
+    assert_eq!(bench.planner.detach(), [told_closed("a", 3000, ClosedReason::HostError)]);
+    bench.planner.attach(Inventory::default());
+    assert_eq!(bench.planner.dial(&name("a")), Some((UpstreamId(2), 1 << 63 | 2)));
     assert_eq!(bench.step().0, [dial(4, 2, 3000), dial(5, 2, 5173)], "what failed is not announced anew");
     bench.opened(4, 3000);
     bench.opened(5, 5173);
@@ -265,13 +265,13 @@ fn another_engine_is_asked_again_and_nobody_is_answered_twice() {
 
 #[test]
 fn what_an_earlier_drivers_sessions_dialled_for_is_let_go_of_at_once() {
-    let mut bench = Bench::new(vec![wish("a", None)]);
+    let mut bench = Bench::new(vec![desired("a", None)]);
     let upstreams = vec![UpstreamState { upstream: UpstreamId(4), netns_cookie: 1 << 63 | 4 }];
     let inventory = Inventory { upstreams, forwards: vec![held(7, 4, 3000)], observed: BTreeMap::new() };
-    bench.fleet.attach(inventory);
-    bench.fleet.broker_up(&name("a"));
+    bench.planner.attach(inventory);
+    bench.planner.broker_up(&name("a"));
     bench.announce(&[3000], &[], true);
-    assert_eq!(bench.fleet.dial(&name("a")), Some((UpstreamId(5), 1 << 63 | 5)));
+    assert_eq!(bench.planner.dial(&name("a")), Some((UpstreamId(5), 1 << 63 | 5)));
     assert_eq!(bench.step(), (vec![remove(4)], vec![]), "the port is not free yet");
     assert_eq!(bench.closed(7), [], "nobody knows whose it was");
     assert_eq!(bench.step(), (vec![dial(8, 5, 3000)], vec![]));
@@ -283,19 +283,19 @@ fn where_the_container_is_entered_announcements_are_only_answered() {
     bench.listen(1, &[row(3000, "127.0.0.1", 7), row(4000, "127.0.0.1", 8)], &[]);
     assert_eq!(bench.commands(), [open(1, 1, 3000), open(2, 1, 4000)]);
     bench.opened(1, 3000);
-    bench.fleet.broker_up(&name("a"));
-    assert_eq!(bench.fleet.dial(&name("a")), None, "there is a way in");
+    bench.planner.broker_up(&name("a"));
+    assert_eq!(bench.planner.dial(&name("a")), None, "there is a way in");
     bench.announce(&[3000, 4000, 5000, 8973], &[], true);
     let told = vec![result("a", 3000, Ok(3000)), result("a", 8973, Err("policy excluded"))];
     assert_eq!(bench.step(), (vec![], told));
     bench.opened(2, 4000);
     assert_eq!(bench.step(), (vec![], vec![result("a", 4000, Ok(4000))]));
-    assert_eq!(bench.fleet.due(), Some(bench.now + OWED_MAX), "the watch has not seen it yet");
+    assert_eq!(bench.planner.due(), Some(bench.now + OWED_MAX), "the watch has not seen it yet");
     bench.now += OWED_MAX;
     let (_, told) = bench.step();
     let reason = "ECONNREFUSED: nothing was seen to listen on the port";
     assert_eq!(told, [result("a", 5000, Err(reason))]);
-    assert_eq!(bench.fleet.due(), None);
+    assert_eq!(bench.planner.due(), None);
     bench.announce(&[3000], &[], true);
     assert_eq!(bench.step(), (vec![], vec![]), "it is forwarded already");
     bench.announce(&[5000], &[], false);
@@ -309,8 +309,8 @@ fn where_the_container_is_entered_announcements_are_only_answered() {
 #[test]
 fn ports_move_to_the_way_that_there_is() {
     let mut bench = Bench::serving(3000);
-    assert_eq!(bench.fleet.reached(&name("a"), 9), Admission::Add(UpstreamId(2)));
-    assert_eq!(bench.fleet.dialled(&name("a")), None);
+    assert_eq!(bench.planner.reached(&name("a"), 9), Admission::Add(UpstreamId(2)));
+    assert_eq!(bench.planner.dialled(&name("a")), None);
     assert_eq!(bench.commands(), [remove(1)], "what is open may finish");
     bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
     assert_eq!(bench.commands(), []);
@@ -318,8 +318,8 @@ fn ports_move_to_the_way_that_there_is() {
     assert_eq!(bench.commands(), [open(2, 2, 3000)]);
     bench.opened(2, 3000);
     assert_eq!(bench.step(), (vec![], vec![]), "nobody announced it anew");
-    bench.fleet.left(&name("a"));
-    assert!(bench.fleet.dial(&name("a")).is_some());
+    bench.planner.left(&name("a"));
+    assert!(bench.planner.dial(&name("a")).is_some());
     assert_eq!(bench.step(), (vec![remove(2)], vec![]));
     bench.closed(2);
     assert_eq!(bench.step(), (vec![dial(3, 3, 3000)], vec![]));
@@ -333,7 +333,7 @@ fn an_engine_that_lets_go_of_a_session_is_given_it_again() {
     let told = bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: Some("x".to_owned()) });
     let lost = Change::Lost { name: name("a"), dialled: true, reason: "x".to_owned() };
     assert_eq!(told, [told_closed("a", 3000, ClosedReason::HostError), lost]);
-    assert!(bench.fleet.dial(&name("a")).is_some());
+    assert!(bench.planner.dial(&name("a")).is_some());
     assert_eq!(bench.step(), (vec![dial(2, 2, 3000)], vec![]));
 }
 
@@ -342,7 +342,7 @@ fn an_engine_that_relieves_another_one_is_asked_for_what_it_was_not_lent() {
     let mut bench = Bench::serving(3000);
     bench.announce(&[5173], &[], false);
     bench.step();
-    assert_eq!(bench.fleet.moved(&[UpstreamId(1)].into(), &[ForwardId(1)].into()), []);
+    assert_eq!(bench.planner.moved(&[UpstreamId(1)].into(), &[ForwardId(1)].into()), []);
     assert_eq!(bench.step(), (vec![dial(3, 1, 5173)], vec![]));
     bench.opened(3, 5173);
     assert_eq!(bench.step(), (vec![], vec![result("a", 5173, Ok(5173))]));

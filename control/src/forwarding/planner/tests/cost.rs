@@ -23,7 +23,7 @@ fn rows(ports: u16, inode: u64) -> Vec<Listening> {
 /// Steps, and has the engine open what it is asked to, until nothing is left to do.
 fn answer_all(bench: &mut Bench) {
     loop {
-        let (commands, _) = bench.fleet.step(bench.now);
+        let (commands, _) = bench.planner.step(bench.now);
         if commands.is_empty() {
             return;
         }
@@ -40,9 +40,9 @@ fn answer_all(bench: &mut Bench) {
 impl Bench {
     /// What a step costs: the forwards that were looked at, and the commands.
     fn counted(&mut self) -> (u64, usize) {
-        let before = self.fleet.forwards.visits();
-        let (commands, _) = self.fleet.step(self.now);
-        (self.fleet.forwards.visits() - before, commands.len())
+        let before = self.planner.forwards.tasks();
+        let (commands, _) = self.planner.step(self.now);
+        (self.planner.forwards.tasks() - before, commands.len())
     }
 }
 
@@ -71,20 +71,22 @@ fn c24_a_plan_looks_at_the_forwards_of_its_container_alone_and_at_each_a_few_tim
 fn c24_an_event_of_one_container_costs_no_steps_for_the_ports_of_others() {
     let mut bench = crowd(20_000, 40);
     answer_all(&mut bench);
-    bench.fleet.wish(std::iter::once(wish("small", None)).chain(bench.fleet.wishes.clone()).collect());
-    let Admission::Add(UpstreamId(small)) = bench.fleet.reached(&name("small"), 99) else { panic!() };
+    bench
+        .planner
+        .desired(std::iter::once(desired("small", None)).chain(bench.planner.wishes.clone()).collect());
+    let Admission::Add(UpstreamId(small)) = bench.planner.reached(&name("small"), 99) else { panic!() };
     bench.listen(small, &[], &[]);
     bench.counted();
-    bench.fleet.take_stale();
+    bench.planner.take_stale();
     bench.listen(small, &[row(1_500, "127.0.0.1", 1)], &[]);
     let (steps, commands) = bench.counted();
     assert_eq!(commands, 1);
     assert!(steps < 20, "{steps} steps");
-    let forward = ForwardId(bench.fleet.next_forward - 1);
+    let forward = ForwardId(bench.planner.next_forward - 1);
     bench.hear(&Event::ListenerOpened { forward, host_port: port(1_500) });
     let (steps, _) = bench.counted();
     assert!(steps < 20, "{steps} steps");
-    assert_eq!(bench.fleet.take_stale(), [name("small")].into(), "no other one is listed again");
+    assert_eq!(bench.planner.take_stale(), [name("small")].into(), "no other one is listed again");
 }
 
 #[test]
@@ -121,7 +123,7 @@ fn c24_a_container_that_cycles_its_listeners_is_planned_by_credit_and_another_on
     assert!(plans < 100, "{plans} plans for 500 events");
     assert!(commands < 3_000, "{commands} commands");
     // The container is planned again when its debt is paid off.
-    let due = bench.fleet.due().unwrap();
+    let due = bench.planner.due().unwrap();
     assert!(due <= bench.now + Duration::from_secs(5), "{:?}", due - bench.now);
     bench.now = due;
     assert!(bench.counted().0 > 0);

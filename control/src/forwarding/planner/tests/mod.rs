@@ -13,9 +13,9 @@ fn row(number: u16, address: &str, inode: u64) -> Listening {
     Listening { port: port(number), address: address.parse().unwrap(), inode, uid: 0 }
 }
 
-fn wish(text: &str, allow: Option<&str>) -> Wish {
+fn desired(text: &str, allow: Option<&str>) -> DesiredContainer {
     let allow = allow.map(|list| list.parse().unwrap());
-    Wish {
+    DesiredContainer {
         name: name(text),
         policy: Policy { allow, ..Policy::default() },
         published: BTreeMap::new(),
@@ -56,34 +56,34 @@ fn held(id: u32, upstream: u32, number: u16) -> ForwardState {
 }
 
 /// A step after a step is idle, and so is one that plans every container, whatever it was marked for.
-fn assert_idle(fleet: &mut Fleet, now: Instant) {
-    assert_eq!(fleet.step(now), (vec![], vec![]), "a step after a step is idle");
-    let mut all = fleet.clone();
+fn assert_idle(planner: &mut Planner, now: Instant) {
+    assert_eq!(planner.step(now), (vec![], vec![]), "a step after a step is idle");
+    let mut all = planner.clone();
     all.mark_all();
     assert_eq!(all.step(now), (vec![], vec![]), "a container was not marked");
     // A time that is noted and no longer needed costs a plan.
-    let is_noted = all.due().is_none_or(|due| fleet.due().is_some_and(|noted| noted <= due));
-    assert!(is_noted, "a time was not noted: {:?}, {:?}", all.due(), fleet.due());
+    let is_noted = all.due().is_none_or(|due| planner.due().is_some_and(|noted| noted <= due));
+    assert!(is_noted, "a time was not noted: {:?}, {:?}", all.due(), planner.due());
 }
 
 /// A driver without an engine.
 struct Bench {
-    fleet: Fleet,
+    planner: Planner,
     now: Instant,
 }
 
 impl Bench {
-    fn new(wishes: Vec<Wish>) -> Bench {
-        let mut fleet = Fleet::new(ControlPorts::default());
-        fleet.wish(wishes);
-        Bench { fleet, now: Instant::now() }
+    fn new(wishes: Vec<DesiredContainer>) -> Bench {
+        let mut planner = Planner::new(ControlPorts::default());
+        planner.desired(wishes);
+        Bench { planner, now: Instant::now() }
     }
 
     /// A bench whose containers, in their order, are upstreams 1 and so on, with that cookie and nothing listening.
     fn reached(names: &[&str]) -> Bench {
-        let mut bench = Bench::new(names.iter().map(|text| wish(text, None)).collect());
+        let mut bench = Bench::new(names.iter().map(|text| desired(text, None)).collect());
         for (number, text) in (1..).zip(names) {
-            let added = bench.fleet.reached(&name(text), u64::from(number));
+            let added = bench.planner.reached(&name(text), u64::from(number));
             assert_eq!(added, Admission::Add(UpstreamId(number)));
             bench.listen(number, &[], &[]);
         }
@@ -97,11 +97,11 @@ impl Bench {
     }
 
     fn hear(&mut self, event: &Event) -> Vec<Change> {
-        self.fleet.hear(event, self.now)
+        self.planner.hear(event, self.now)
     }
 
     fn commands(&mut self) -> Vec<Command> {
-        let (commands, changes) = self.fleet.step(self.now);
+        let (commands, changes) = self.planner.step(self.now);
         assert_eq!(changes, []);
         self.is_idle();
         commands
@@ -109,7 +109,7 @@ impl Bench {
 
     /// A step after a step is idle, and so is one that plans every container.
     fn is_idle(&mut self) {
-        assert_idle(&mut self.fleet, self.now);
+        assert_idle(&mut self.planner, self.now);
     }
 
     fn opened(&mut self, id: u32, number: u16) -> Vec<Change> {
@@ -130,7 +130,7 @@ impl Bench {
     }
 
     fn states(&self, text: &str) -> Vec<(u16, RowState)> {
-        self.fleet.rows(&name(text)).listed.into_iter().map(|row| (row.port.get(), row.state)).collect()
+        self.planner.rows(&name(text)).listed.into_iter().map(|row| (row.port.get(), row.state)).collect()
     }
 }
 
@@ -154,10 +154,10 @@ fn a_server_is_opened_and_closed_when_it_has_been_gone_for_a_moment() {
     assert_eq!(bench.opened(1, 3000), []);
     bench.listen(1, &[], &[row(3000, "127.0.0.1", 7)]);
     assert_eq!(bench.commands(), []);
-    assert_eq!(bench.fleet.due(), Some(bench.now + LINGER));
+    assert_eq!(bench.planner.due(), Some(bench.now + LINGER));
     bench.now += LINGER;
     assert_eq!(bench.commands(), [close(1)]);
-    assert_eq!(bench.fleet.due(), None);
+    assert_eq!(bench.planner.due(), None);
     assert_eq!(bench.states("a"), [(3000, RowState::Closing)]);
     assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::ContainerReleased)]);
     assert_eq!(bench.closed(1), []);
@@ -215,7 +215,7 @@ fn a_server_that_restarts_keeps_its_port() {
         bench.now += LINGER / 2;
         bench.listen(1, &[row(3000, "127.0.0.1", inode)], &[]);
         assert_eq!(bench.commands(), []);
-        assert_eq!(bench.fleet.due(), None);
+        assert_eq!(bench.planner.due(), None);
         bench.now += LINGER;
         assert_eq!(bench.commands(), []);
     }
@@ -228,7 +228,7 @@ fn of_two_containers_the_first_keeps_the_port_and_the_second_follows() {
     assert_eq!(bench.commands(), [open(1, 2, 3000)]);
     bench.opened(1, 3000);
     bench.listen(1, &[row(3000, "127.0.0.1", 8)], &[]);
-    let (commands, told) = bench.fleet.step(bench.now);
+    let (commands, told) = bench.planner.step(bench.now);
     assert_eq!(commands, []);
     let [Change::Failed { name: second, reason, .. }] = told.as_slice() else { panic!("{told:?}") };
     assert_eq!(second, &name("a"));
@@ -236,7 +236,7 @@ fn of_two_containers_the_first_keeps_the_port_and_the_second_follows() {
     assert_eq!(bench.commands(), []);
     assert_eq!(bench.states("a"), [(3000, RowState::Failed)]);
 
-    bench.fleet.left(&name("b"));
+    bench.planner.left(&name("b"));
     assert_eq!(bench.commands(), [remove(2)]);
     assert_eq!(bench.commands(), [], "the port is not free yet");
     assert_eq!(bench.closed(1), [told_closed("b", 3000, ClosedReason::HostError)]);
@@ -248,7 +248,7 @@ fn a_port_that_two_want_at_once_goes_to_who_registered_first() {
     let mut bench = Bench::reached(&["a", "b"]);
     bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
     bench.listen(1, &[row(3000, "127.0.0.1", 8)], &[]);
-    let (commands, told) = bench.fleet.step(bench.now);
+    let (commands, told) = bench.planner.step(bench.now);
     assert_eq!(commands, [open(1, 1, 3000)]);
     assert!(matches!(told.as_slice(), [Change::Failed { name: second, .. }] if *second == name("b")));
 }
@@ -264,24 +264,24 @@ fn a_port_that_the_host_has_is_told_once_and_tried_again_at_its_pace() {
         "{told:?}"
     );
     assert_eq!(bench.commands(), []);
-    assert_eq!(bench.fleet.due(), Some(bench.now + RETRY));
+    assert_eq!(bench.planner.due(), Some(bench.now + RETRY));
     bench.now += RETRY;
     assert_eq!(bench.commands(), [open(2, 1, 3000)]);
-    assert_eq!(bench.fleet.due(), None, "it waits for the answer, not for the time");
+    assert_eq!(bench.planner.due(), None, "it waits for the answer, not for the time");
     assert_eq!(bench.states("a"), [(3000, RowState::Failed)], "it flickers for nobody");
     assert_eq!(bench.failed(2, 3000), []);
     bench.now += RETRY;
     assert_eq!(bench.commands(), [open(3, 1, 3000)]);
     assert_eq!(bench.opened(3, 3000).len(), 1);
-    bench.fleet.left(&name("a"));
+    bench.planner.left(&name("a"));
     bench.commands();
-    assert_eq!(bench.fleet.due(), None);
+    assert_eq!(bench.planner.due(), None);
 }
 
 #[test]
 fn the_guard_stands_before_every_policy() {
-    let mut bench = Bench::new(vec![wish("a", Some("80,443,8973,8974,*"))]);
-    bench.fleet.reached(&name("a"), 1);
+    let mut bench = Bench::new(vec![desired("a", Some("80,443,8973,8974,*"))]);
+    bench.planner.reached(&name("a"), 1);
     let ports = [22, 80, 8973, 8974, 8976];
     bench.listen(1, &ports.map(|number| row(number, "127.0.0.1", u64::from(number))), &[]);
     assert_eq!(bench.commands(), [open(1, 1, 80), open(2, 1, 8976)]);
@@ -316,31 +316,31 @@ fn a_policy_that_changes_closes_at_once_and_one_that_is_gone_lets_the_container_
     bench.commands();
     bench.opened(1, 3000);
     bench.opened(2, 5173);
-    bench.fleet.wish(vec![wish("a", Some("5173"))]);
+    bench.planner.desired(vec![desired("a", Some("5173"))]);
     assert_eq!(bench.commands(), [close(1)]);
     bench.closed(1);
-    bench.fleet.wish(vec![]);
+    bench.planner.desired(vec![]);
     assert_eq!(bench.commands(), [remove(1)]);
     assert_eq!(bench.closed(2), [told_closed("a", 5173, ClosedReason::Deregistered)]);
     assert_eq!(bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: None }), []);
-    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Unwanted);
+    assert_eq!(bench.planner.reached(&name("a"), 1), Admission::Unwanted);
 }
 
 #[test]
 fn what_an_earlier_driver_left_is_claimed_by_its_cookie_and_numbers_continue_above_it() {
-    let mut bench = Bench::new(vec![wish("a", None), wish("b", None)]);
+    let mut bench = Bench::new(vec![desired("a", None), desired("b", None)]);
     let upstreams = [(7, 70), (8, 80)]
         .map(|(id, netns_cookie)| UpstreamState { upstream: UpstreamId(id), netns_cookie })
         .to_vec();
     let drains = ForwardState { listening: false, ..held(40, 7, 3000) };
     let forwards = vec![held(20, 7, 3000), held(21, 7, 4000), held(30, 8, 5000), drains];
     let observed = [(UpstreamId(7), vec![row(3000, "127.0.0.1", 1)])].into();
-    bench.fleet.attach(Inventory { upstreams, forwards, observed });
+    bench.planner.attach(Inventory { upstreams, forwards, observed });
     assert_eq!(bench.commands(), [], "nothing is let go of before everybody had the chance to claim it");
-    assert_eq!(bench.fleet.reached(&name("a"), 70), Admission::Known(UpstreamId(7)));
-    assert_eq!(bench.fleet.reached(&name("a"), 70), Admission::Known(UpstreamId(7)));
+    assert_eq!(bench.planner.reached(&name("a"), 70), Admission::Known(UpstreamId(7)));
+    assert_eq!(bench.planner.reached(&name("a"), 70), Admission::Known(UpstreamId(7)));
     assert_eq!(bench.states("a"), [(3000, RowState::Open), (4000, RowState::Open)]);
-    assert_eq!(bench.fleet.reached(&name("b"), 90), Admission::Add(UpstreamId(9)));
+    assert_eq!(bench.planner.reached(&name("b"), 90), Admission::Add(UpstreamId(9)));
     assert_eq!(bench.commands(), []);
     bench.now += LINGER;
     assert_eq!(bench.commands(), [close(21)], "nothing listens on it any more");
@@ -349,7 +349,7 @@ fn what_an_earlier_driver_left_is_claimed_by_its_cookie_and_numbers_continue_abo
     bench.listen(9, &[row(5000, "127.0.0.1", 2)], &[]);
     assert_eq!(bench.commands(), [], "the port is held by something that nobody has claimed");
     assert_eq!(bench.states("b"), [(5000, RowState::Opening)]);
-    bench.fleet.sweep();
+    bench.planner.sweep();
     assert_eq!(bench.commands(), [remove(8)]);
     assert_eq!(bench.closed(30), [], "nobody knows whose it was");
     assert_eq!(bench.commands(), [open(41, 9, 5000)]);
@@ -357,24 +357,24 @@ fn what_an_earlier_driver_left_is_claimed_by_its_cookie_and_numbers_continue_abo
 
 #[test]
 fn a_namespace_that_was_not_read_yet_keeps_its_forwards() {
-    let mut bench = Bench::new(vec![wish("a", None)]);
+    let mut bench = Bench::new(vec![desired("a", None)]);
     let upstreams = vec![UpstreamState { upstream: UpstreamId(1), netns_cookie: 5 }];
     let inventory = Inventory { upstreams, forwards: vec![held(1, 1, 3000)], observed: BTreeMap::new() };
-    bench.fleet.attach(inventory);
-    bench.fleet.reached(&name("a"), 5);
+    bench.planner.attach(inventory);
+    bench.planner.reached(&name("a"), 5);
     bench.now += 2 * LINGER;
     assert_eq!(bench.commands(), []);
-    assert_eq!(bench.fleet.due(), None);
+    assert_eq!(bench.planner.due(), None);
 }
 
 #[test]
 fn two_containers_in_one_namespace_are_one_too_many() {
     let mut bench = Bench::reached(&["a", "b"]);
-    bench.fleet.left(&name("b"));
+    bench.planner.left(&name("b"));
     bench.commands();
-    assert_eq!(bench.fleet.reached(&name("b"), 1), Admission::Shared(name("a")));
-    bench.fleet.left(&name("a"));
-    assert_eq!(bench.fleet.reached(&name("b"), 1), Admission::Add(UpstreamId(3)));
+    assert_eq!(bench.planner.reached(&name("b"), 1), Admission::Shared(name("a")));
+    bench.planner.left(&name("a"));
+    assert_eq!(bench.planner.reached(&name("b"), 1), Admission::Add(UpstreamId(3)));
 }
 
 #[test]
@@ -383,7 +383,7 @@ fn a_container_that_starts_again_is_another_namespace() {
     bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
     bench.commands();
     bench.opened(1, 3000);
-    assert_eq!(bench.fleet.reached(&name("a"), 100), Admission::Add(UpstreamId(2)));
+    assert_eq!(bench.planner.reached(&name("a"), 100), Admission::Add(UpstreamId(2)));
     assert_eq!(bench.commands(), [remove(1)]);
     bench.listen(2, &[row(3000, "127.0.0.1", 9)], &[]);
     assert_eq!(bench.commands(), []);
@@ -397,13 +397,13 @@ fn an_engine_that_is_gone_takes_everything_along_and_its_numbers() {
     bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
     bench.commands();
     bench.opened(1, 3000);
-    assert_eq!(bench.fleet.detach(), [told_closed("a", 3000, ClosedReason::HostError)]);
+    assert_eq!(bench.planner.detach(), [told_closed("a", 3000, ClosedReason::HostError)]);
     assert_eq!(bench.commands(), []);
-    bench.fleet.attach(Inventory::default());
-    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
+    bench.planner.attach(Inventory::default());
+    assert_eq!(bench.planner.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
     bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
     assert_eq!(bench.commands(), [open(2, 2, 3000)]);
-    assert_eq!((bench.commands(), bench.fleet.due()), (vec![], None));
+    assert_eq!((bench.commands(), bench.planner.due()), (vec![], None));
 }
 
 /// Two containers want port 3000, "b" had it, and the engine was lost. "a" is entered again first.
@@ -412,11 +412,11 @@ fn bereft() -> Bench {
     bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
     bench.commands();
     bench.opened(1, 3000);
-    bench.fleet.detach();
-    bench.fleet.attach(Inventory::default());
-    bench.fleet.reached(&name("a"), 1);
+    bench.planner.detach();
+    bench.planner.attach(Inventory::default());
+    bench.planner.reached(&name("a"), 1);
     bench.listen(3, &[row(3000, "127.0.0.1", 8)], &[]);
-    let (commands, told) = bench.fleet.step(bench.now);
+    let (commands, told) = bench.planner.step(bench.now);
     assert_eq!(commands, []);
     assert!(matches!(told.as_slice(), [Change::Failed { name: second, .. }] if *second == name("a")));
     assert_eq!(bench.commands(), []);
@@ -426,27 +426,27 @@ fn bereft() -> Bench {
 #[test]
 fn a_port_of_a_lost_engine_is_kept_for_who_had_it() {
     let mut bench = bereft();
-    bench.fleet.reached(&name("b"), 2);
+    bench.planner.reached(&name("b"), 2);
     bench.listen(4, &[row(3000, "127.0.0.1", 7)], &[]);
     assert_eq!(bench.commands(), [open(2, 4, 3000)]);
     bench.opened(2, 3000);
-    assert_eq!((bench.commands(), bench.fleet.due()), (vec![], None));
+    assert_eq!((bench.commands(), bench.planner.due()), (vec![], None));
 }
 
 #[test]
 fn a_port_of_a_lost_engine_is_not_kept_for_who_does_not_want_it_or_does_not_come() {
     let mut bench = bereft();
-    bench.fleet.reached(&name("b"), 2);
+    bench.planner.reached(&name("b"), 2);
     bench.listen(4, &[], &[]);
     assert_eq!(bench.commands(), [open(2, 3, 3000)]);
 
     let mut bench = bereft();
-    assert_eq!(bench.fleet.due(), Some(bench.now + HEIR_PATIENCE));
-    bench.now += HEIR_PATIENCE;
+    assert_eq!(bench.planner.due(), Some(bench.now + PORT_HOLD));
+    bench.now += PORT_HOLD;
     assert_eq!(bench.commands(), [open(2, 3, 3000)]);
 
     let mut bench = bereft();
-    bench.fleet.wish(vec![wish("a", None)]);
+    bench.planner.desired(vec![desired("a", None)]);
     assert_eq!(bench.commands(), [open(2, 3, 3000)]);
 }
 
@@ -456,7 +456,7 @@ fn an_upstream_that_the_engine_lets_go_of_is_told() {
     let told =
         bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: Some("it ended".to_owned()) });
     assert_eq!(told, [Change::Lost { name: name("a"), dialled: false, reason: "it ended".to_owned() }]);
-    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
+    assert_eq!(bench.planner.reached(&name("a"), 1), Admission::Add(UpstreamId(2)));
 }
 
 #[test]
@@ -465,7 +465,7 @@ fn an_engine_that_is_stopped_closes_its_ports_for_that_reason() {
     bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
     bench.commands();
     bench.opened(1, 3000);
-    bench.fleet.stop();
+    bench.planner.stop();
     assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::BrokerStopped)]);
 }
 
@@ -490,8 +490,8 @@ fn another_engine_takes_over_what_it_was_lent() {
     bench.commands();
     bench.opened(1, 3000);
     bench.opened(2, 4000);
-    assert!(bench.fleet.is_open(ForwardId(1)));
-    let told = bench.fleet.moved(&[UpstreamId(1)].into(), &[ForwardId(1)].into());
+    assert!(bench.planner.is_open(ForwardId(1)));
+    let told = bench.planner.moved(&[UpstreamId(1)].into(), &[ForwardId(1)].into());
     assert_eq!(told, [told_closed("a", 4000, ClosedReason::HostError)]);
     bench.now += 2 * LINGER;
     assert_eq!(bench.commands(), [], "what listens is not known yet");
@@ -509,16 +509,16 @@ mod reserved;
 fn what_docker_publishes_is_left_to_docker_and_shown_where_it_answers() {
     let published =
         BTreeMap::from([(port(3000), port(13_000)), (port(80), port(8080)), (port(4000), port(4000))]);
-    let shop = Wish { published, ..wish("shop", Some("3000-4001")) };
+    let shop = DesiredContainer { published, ..desired("shop", Some("3000-4001")) };
     let mut bench = Bench::new(vec![shop.clone()]);
-    bench.fleet.reached(&name("shop"), 1);
+    bench.planner.reached(&name("shop"), 1);
     bench.listen(
         1,
         &[row(3000, "0.0.0.0", 1), row(80, "0.0.0.0", 2), row(4000, "127.0.0.1", 3), row(4001, "0.0.0.0", 4)],
         &[],
     );
     assert_eq!(bench.commands(), [open(1, 1, 4001)]);
-    let rows = bench.fleet.rows(&name("shop")).listed;
+    let rows = bench.planner.rows(&name("shop")).listed;
     let told: Vec<_> = rows.iter().map(|row| (row.port.get(), row.host_port.get(), row.state)).collect();
     let published = RowState::Published;
     assert_eq!(
@@ -536,7 +536,7 @@ fn what_docker_publishes_is_left_to_docker_and_shown_where_it_answers() {
 
     // One that is published no longer is forwarded, and one that is from now on no more.
     let published = BTreeMap::from([(port(4001), port(4001))]);
-    bench.fleet.wish(vec![Wish { published, ..shop }]);
+    bench.planner.desired(vec![DesiredContainer { published, ..shop }]);
     assert_eq!(bench.commands(), [close(1), open(2, 1, 3000), open(3, 1, 4000)]);
 }
 
@@ -549,15 +549,15 @@ fn what_a_container_has_is_its_own_under_another_name() {
     bench.failed(2, 3001);
     let why = ClosedReason::Deregistered;
     let closed = Change::Closed { name: name("a"), port: port(3000), host_port: port(3000), why };
-    assert_eq!(bench.fleet.renamed(&name("a"), &name("b")), [closed, told_opened("b", 3000, "127.0.0.1")]);
-    bench.fleet.wish(vec![wish("b", None)]);
+    assert_eq!(bench.planner.renamed(&name("a"), &name("b")), [closed, told_opened("b", 3000, "127.0.0.1")]);
+    bench.planner.desired(vec![desired("b", None)]);
     assert_eq!(bench.commands(), [], "nothing closes, and what failed is not tried at once");
     assert_eq!(bench.states("b"), [(3000, RowState::Open), (3001, RowState::Failed)]);
-    assert_eq!(bench.fleet.reached(&name("b"), 1), Admission::Known(UpstreamId(1)));
+    assert_eq!(bench.planner.reached(&name("b"), 1), Admission::Known(UpstreamId(1)));
     // Also in the moment in which both names are registered.
-    assert_eq!(bench.fleet.reached(&name("a"), 1), Admission::Unwanted);
-    bench.fleet.left(&name("a"));
+    assert_eq!(bench.planner.reached(&name("a"), 1), Admission::Unwanted);
+    bench.planner.left(&name("a"));
     assert_eq!(bench.commands(), []);
-    bench.fleet.left(&name("b"));
+    bench.planner.left(&name("b"));
     assert_eq!(bench.commands(), [remove(1)]);
 }

@@ -74,7 +74,7 @@ struct Container {
 }
 
 struct World {
-    fleet: Fleet,
+    planner: Planner,
     now: Instant,
     containers: [Container; NAMES.len()],
     order: Vec<usize>,
@@ -92,7 +92,7 @@ struct World {
 impl World {
     fn new() -> World {
         World {
-            fleet: Fleet::new(ControlPorts::default()),
+            planner: Planner::new(ControlPorts::default()),
             now: Instant::now(),
             containers: Default::default(),
             order: Vec::new(),
@@ -106,8 +106,8 @@ impl World {
         }
     }
 
-    fn wishes(&self) -> Vec<Wish> {
-        self.order.iter().map(|who| wish(NAMES[*who], None)).collect()
+    fn wishes(&self) -> Vec<DesiredContainer> {
+        self.order.iter().map(|who| desired(NAMES[*who], None)).collect()
     }
 
     fn rows(&self, cookie: u64) -> Vec<Listening> {
@@ -120,7 +120,7 @@ impl World {
     fn enter(&mut self, who: usize) {
         let reachable = self.containers[who].registered && who != FAR;
         let Some(cookie) = self.containers[who].cookie.filter(|_| reachable) else { return };
-        match self.fleet.reached(&name(NAMES[who]), cookie) {
+        match self.planner.reached(&name(NAMES[who]), cookie) {
             Admission::Add(upstream) => {
                 assert!(self.used_upstreams.insert(upstream), "{upstream} is used twice");
                 self.queue.push_back(Command::AddUpstream {
@@ -150,7 +150,7 @@ impl World {
         let opened: Vec<Announced> =
             opened.iter().map(|number| Announced { port: port(*number), loopback: true }).collect();
         let closed: Vec<NonZeroU16> = closed.iter().map(|number| port(*number)).collect();
-        let changes = self.fleet.announce(&name(NAMES[who]), &opened, &closed, whole, self.now);
+        let changes = self.planner.announce(&name(NAMES[who]), &opened, &closed, whole, self.now);
         self.told(&changes);
     }
 
@@ -179,7 +179,7 @@ impl World {
         for upstream in upstreams {
             let (opened, closed) =
                 if opened { (rows.clone(), Vec::new()) } else { (Vec::new(), rows.clone()) };
-            self.fleet.hear(&Event::Listeners { upstream, opened, closed }, self.now);
+            self.planner.hear(&Event::Listeners { upstream, opened, closed }, self.now);
         }
     }
 
@@ -247,20 +247,20 @@ impl World {
             _ => Vec::new(),
         };
         for event in events {
-            let changes = self.fleet.hear(&event, self.now);
+            let changes = self.planner.hear(&event, self.now);
             self.told(&changes);
         }
         true
     }
 
     fn plan(&mut self) {
-        let (commands, changes) = self.fleet.step(self.now);
+        let (commands, changes) = self.planner.step(self.now);
         self.queue.extend(commands);
         self.told(&changes);
         for (who, text) in NAMES.iter().enumerate() {
             let enterable = who != FAR && self.containers[who].cookie.is_some();
             if let Some((upstream, netns_cookie)) =
-                (!enterable).then(|| self.fleet.dial(&name(text))).flatten()
+                (!enterable).then(|| self.planner.dial(&name(text))).flatten()
             {
                 assert!(self.used_upstreams.insert(upstream), "{upstream} is used twice");
                 self.queue.push_back(Command::AddUpstream {
@@ -271,10 +271,10 @@ impl World {
                 });
             }
         }
-        let (commands, changes) = self.fleet.step(self.now);
+        let (commands, changes) = self.planner.step(self.now);
         self.queue.extend(commands);
         self.told(&changes);
-        assert_idle(&mut self.fleet, self.now);
+        assert_idle(&mut self.planner, self.now);
     }
 
     fn take(&mut self, step: Step) {
@@ -282,13 +282,13 @@ impl World {
             Step::Register(who) if !self.containers[who].registered => {
                 self.containers[who].registered = true;
                 self.order.push(who);
-                self.fleet.wish(self.wishes());
+                self.planner.desired(self.wishes());
                 self.enter(who);
             }
             Step::Deregister(who) => {
                 self.containers[who].registered = false;
                 self.order.retain(|one| *one != who);
-                self.fleet.wish(self.wishes());
+                self.planner.desired(self.wishes());
             }
             Step::Start(who) if self.containers[who].cookie.is_none() => {
                 self.cookies += 1;
@@ -300,7 +300,7 @@ impl World {
                 let ended: Vec<u16> =
                     std::mem::take(&mut self.containers[who].listening).into_iter().collect();
                 self.announce(who, &[], &ended, false);
-                self.fleet.left(&name(NAMES[who]));
+                self.planner.left(&name(NAMES[who]));
             }
             Step::Listen(who, what) if self.containers[who].cookie.is_some() => {
                 if self.containers[who].listening.insert(PORTS[what]) {
@@ -322,44 +322,46 @@ impl World {
             Step::Answer => drop(self.carry_out()),
             Step::Wait => self.now += LINGER,
             Step::EngineKilled => {
-                self.fleet.detach();
+                self.planner.detach();
                 (self.upstreams, self.forwards, self.queue) = Default::default();
-                self.fleet.attach(Inventory::default());
+                self.planner.attach(Inventory::default());
                 self.enter_all();
             }
             Step::DriverKilled => {
                 // What was on its way still arrives.
                 while self.carry_out() {}
-                let (next_upstream, next_forward) = (self.fleet.next_upstream, self.fleet.next_forward);
-                self.fleet = Fleet::new(ControlPorts::default());
-                self.fleet.wish(self.wishes());
-                self.fleet.attach(self.inventory());
+                let (next_upstream, next_forward) = (self.planner.next_upstream, self.planner.next_forward);
+                self.planner = Planner::new(ControlPorts::default());
+                self.planner.desired(self.wishes());
+                self.planner.attach(self.inventory());
                 (0..NAMES.len()).for_each(|who| self.lose_session(who));
                 // A driver knows no numbers but those that the engine holds; one that is free may come again.
-                self.used.retain(|id| id.0 < self.fleet.next_forward);
-                self.used_upstreams.retain(|id| id.0 < self.fleet.next_upstream);
-                assert!(self.fleet.next_upstream <= next_upstream && self.fleet.next_forward <= next_forward);
+                self.used.retain(|id| id.0 < self.planner.next_forward);
+                self.used_upstreams.retain(|id| id.0 < self.planner.next_upstream);
+                assert!(
+                    self.planner.next_upstream <= next_upstream && self.planner.next_forward <= next_forward
+                );
                 self.enter_all();
             }
-            Step::Sweep => self.fleet.sweep(),
+            Step::Sweep => self.planner.sweep(),
             Step::Session(who) if !self.containers[who].up => {
                 self.containers[who].up = true;
-                self.fleet.broker_up(&name(NAMES[who]));
+                self.planner.broker_up(&name(NAMES[who]));
                 let all: Vec<u16> = self.containers[who].listening.iter().copied().collect();
                 self.announce(who, &all, &[], true);
             }
             Step::SessionLost(who) => {
                 self.lose_session(who);
-                self.fleet.broker_down(&name(NAMES[who]));
+                self.planner.broker_down(&name(NAMES[who]));
             }
             Step::BrokerStops(who) => {
                 self.lose_session(who);
-                self.fleet.broker_stopped(&name(NAMES[who]));
+                self.planner.broker_stopped(&name(NAMES[who]));
             }
             Step::Reserve(who, what) if self.containers[who].up => {
                 *self.containers[who].owed.entry(PORTS[what]).or_default() += 1;
                 let candidates = vec![port(PORTS[(what + 1) % PORTS.len()]), port(3500)];
-                let changes = self.fleet.reserve(&name(NAMES[who]), port(PORTS[what]), candidates);
+                let changes = self.planner.reserve(&name(NAMES[who]), port(PORTS[what]), candidates);
                 self.told(&changes);
             }
             Step::Register(_) | Step::Start(_) | Step::Listen(..) | Step::Session(_) | Step::Reserve(..) => {}
@@ -370,7 +372,7 @@ impl World {
     /// Everything that is under way ends, and nobody disturbs it.
     fn settle(&mut self) {
         self.host.clear();
-        self.fleet.sweep();
+        self.planner.sweep();
         for _ in 0..8 {
             self.plan();
             while self.carry_out() {
@@ -403,12 +405,12 @@ impl World {
                 let owner =
                     self.containers.iter().position(|container| container.cookie == Some(cookie)).unwrap();
                 assert!(wants(owner, number), "port {number} leads to {}", NAMES[owner]);
-                assert!(self.fleet.open_ports(&name(NAMES[owner])).contains(&port(number)));
+                assert!(self.planner.open_ports(&name(NAMES[owner])).contains(&port(number)));
             }
         }
         let namespaces: BTreeSet<u64> = self.upstreams.values().copied().collect();
         assert_eq!(namespaces.len(), self.upstreams.len(), "a namespace is held twice");
-        assert_eq!(self.fleet.due(), None, "nothing is left to do");
+        assert_eq!(self.planner.due(), None, "nothing is left to do");
     }
 }
 

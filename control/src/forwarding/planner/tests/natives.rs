@@ -5,18 +5,18 @@ use crate::forwarding::planner::natives::{LINK_MAX, REPORT_MAX};
 use crate::model::forward_table::ForwardPath;
 use crate::model::native_state::{NativeState, Relayed};
 
-fn native_wish(text: &str) -> Wish {
-    Wish { native: true, ..wish(text, None) }
+fn native_wish(text: &str) -> DesiredContainer {
+    DesiredContainer { native: true, ..desired(text, None) }
 }
 
 impl Bench {
     fn report(&mut self, text: &str, state: NativeState) -> Vec<Change> {
-        self.fleet.native(&name(text), state, self.now)
+        self.planner.native(&name(text), state, self.now)
     }
 
     /// The changes that a step reports; it gives the engine no command.
     fn changes(&mut self) -> Vec<Change> {
-        let (commands, changes) = self.fleet.step(self.now);
+        let (commands, changes) = self.planner.step(self.now);
         assert_eq!(commands, []);
         changes
     }
@@ -26,7 +26,7 @@ impl Bench {
 fn linked(names: &[&str]) -> Bench {
     let mut bench = Bench::new(names.iter().map(|text| native_wish(text)).collect());
     for (number, text) in (1..).zip(names) {
-        assert_eq!(bench.fleet.reached(&name(text), u64::from(number)), Admission::Add(UpstreamId(number)));
+        assert_eq!(bench.planner.reached(&name(text), u64::from(number)), Admission::Add(UpstreamId(number)));
         bench.listen(number, &[], &[]);
         assert_eq!(bench.report(text, NativeState::default()), []);
     }
@@ -68,20 +68,20 @@ fn a_native_port_is_reported_and_its_stub_is_never_relayed() {
         }
         bench.now += LINK_MAX;
         assert_eq!(bench.commands(), []);
-        let rows = bench.fleet.rows(&name("a")).listed;
+        let rows = bench.planner.rows(&name("a")).listed;
         assert_eq!(rows.len(), 1);
         assert_eq!(
             (rows[0].state, rows[0].path, rows[0].process),
             (RowState::Open, ForwardPath::Native, Some(42))
         );
         assert_eq!(rows[0].inodes, [7]);
-        assert_eq!(bench.fleet.open_ports(&name("a")), [port(3000)]);
+        assert_eq!(bench.planner.open_ports(&name("a")), [port(3000)]);
 
         // The watch notices the end of the stub later than the supervisor.
         assert_eq!(bench.report("a", state(&[], &[])), []);
         assert_eq!(bench.states("a"), []);
         assert_eq!(bench.commands(), []);
-        assert_eq!(bench.fleet.due(), Some(bench.now + LINGER));
+        assert_eq!(bench.planner.due(), Some(bench.now + LINGER));
         bench.now += LINGER;
         assert_eq!(bench.changes(), [told_closed("a", 3000, ClosedReason::ContainerReleased)]);
         bench.now += LINK_MAX;
@@ -103,10 +103,10 @@ fn a_port_is_relayed_at_once_when_its_supervisor_says_so_and_else_after_a_while(
     // A program whose calls no filter covers.
     bench.listen(1, &[row(4000, "127.0.0.1", 6)], &[]);
     assert_eq!(bench.commands(), []);
-    assert_eq!(bench.fleet.due(), Some(bench.now + REPORT_MAX));
+    assert_eq!(bench.planner.due(), Some(bench.now + REPORT_MAX));
     bench.now += REPORT_MAX;
     assert_eq!(bench.commands(), [open(2, 1, 4000)]);
-    assert_eq!(bench.fleet.due(), None);
+    assert_eq!(bench.planner.due(), None);
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn a_container_without_native_sockets_is_relayed_at_once() {
 #[test]
 fn a_supervisor_that_is_not_linked_is_waited_for() {
     let mut bench = Bench::new(vec![native_wish("a")]);
-    bench.fleet.reached(&name("a"), 1);
+    bench.planner.reached(&name("a"), 1);
     bench.listen(1, &[row(3000, "127.0.0.1", 1007)], &[]);
     assert_eq!(bench.commands(), []);
     bench.now += LINK_MAX / 2;
@@ -136,13 +136,13 @@ fn a_link_that_is_lost_for_long_closes_what_it_reported() {
     let mut bench = linked(&["a"]);
     let reported = state(&[listener("127.0.0.1:3000", 7)], &[]);
     bench.report("a", reported.clone());
-    bench.fleet.native_lost(&name("a"), bench.now);
+    bench.planner.native_lost(&name("a"), bench.now);
     bench.now += LINK_MAX / 2;
     assert_eq!(bench.commands(), []);
     assert_eq!(bench.report("a", reported), [], "it is back");
-    bench.fleet.native_lost(&name("a"), bench.now);
+    bench.planner.native_lost(&name("a"), bench.now);
     assert_eq!(bench.commands(), []);
-    assert_eq!(bench.fleet.due(), Some(bench.now + LINK_MAX));
+    assert_eq!(bench.planner.due(), Some(bench.now + LINK_MAX));
     bench.now += LINK_MAX;
     assert_eq!(bench.changes(), [told_closed("a", 3000, ClosedReason::HostError)]);
     assert_eq!(bench.states("a"), []);
@@ -152,8 +152,8 @@ fn a_link_that_is_lost_for_long_closes_what_it_reported() {
 fn a_registration_that_ends_takes_its_native_ports_along() {
     let mut bench = linked(&["a"]);
     bench.report("a", state(&[listener("127.0.0.1:3000", 7)], &[]));
-    bench.fleet.wish(Vec::new());
-    let (commands, changes) = bench.fleet.step(bench.now);
+    bench.planner.desired(Vec::new());
+    let (commands, changes) = bench.planner.step(bench.now);
     assert_eq!(
         (commands, changes),
         (vec![remove(1)], vec![told_closed("a", 3000, ClosedReason::Deregistered)])
@@ -166,7 +166,7 @@ fn a_native_port_is_taken_for_others_and_theirs_when_it_is_free() {
     bench.report("a", state(&[listener("127.0.0.1:3000", 7)], &[]));
     bench.report("b", state(&[], &[(3000, 9)]));
     bench.listen(2, &[row(3000, "127.0.0.1", 9)], &[]);
-    let (commands, changes) = bench.fleet.step(bench.now);
+    let (commands, changes) = bench.planner.step(bench.now);
     let reason = "EADDRINUSE: port 3000 is forwarded to container \"a\", which had it first".to_owned();
     assert_eq!(commands, []);
     assert_eq!(changes, [Change::Failed { name: name("b"), port: port(3000), reason }]);
@@ -191,13 +191,13 @@ fn a_server_that_closes_and_listens_again_is_one_forward() {
         assert_eq!(bench.commands(), []);
     }
     bench.report("a", state(&[], &[]));
-    assert_eq!(bench.fleet.end_natives(), [told_closed("a", 3000, ClosedReason::HostError)]);
+    assert_eq!(bench.planner.end_natives(), [told_closed("a", 3000, ClosedReason::HostError)]);
 }
 
 #[test]
 fn native_ports_outlive_the_engine() {
     let mut bench = linked(&["a"]);
     bench.report("a", state(&[listener("127.0.0.1:3000", 7)], &[]));
-    assert_eq!(bench.fleet.detach(), []);
+    assert_eq!(bench.planner.detach(), []);
     assert_eq!(bench.states("a"), [(3000, RowState::Open)]);
 }

@@ -39,7 +39,7 @@ fn closed_at(number: u16, why: ClosedReason) -> Change {
 impl Bench {
     fn reserve(&mut self, candidates: &[u16]) -> Vec<Change> {
         let candidates = candidates.iter().map(|number| port(*number)).collect();
-        self.fleet.reserve(&name("a"), port(4848), candidates)
+        self.planner.reserve(&name("a"), port(4848), candidates)
     }
 
     /// Container "a" over its session, with 4848 reserved at 4849.
@@ -53,7 +53,7 @@ impl Bench {
     }
 
     fn host_ports(&self) -> Vec<(u16, u16, RowState)> {
-        let rows = self.fleet.rows(&name("a")).listed.into_iter();
+        let rows = self.planner.rows(&name("a")).listed.into_iter();
         rows.map(|row| (row.port.get(), row.host_port.get(), row.state)).collect()
     }
 }
@@ -67,9 +67,9 @@ fn the_first_candidate_that_binds_is_the_one() {
     assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
     assert_eq!(bench.opened(2, 4849), [opened_at(4849), result("a", 4848, Ok(4849))]);
     assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Open)]);
-    assert_eq!(bench.fleet.open_ports(&name("a")), [port(4849)]);
+    assert_eq!(bench.planner.open_ports(&name("a")), [port(4849)]);
     assert_eq!(bench.reserve(&[5000]), [result("a", 4848, Ok(4849))], "it is reserved already");
-    assert_eq!((bench.step(), bench.fleet.due()), ((vec![], vec![]), None));
+    assert_eq!((bench.step(), bench.planner.due()), ((vec![], vec![]), None));
 }
 
 #[test]
@@ -107,14 +107,14 @@ fn a_target_that_the_policy_refuses_is_excluded_without_an_event() {
     bench.reserve(&[4849]);
     assert_eq!(bench.step(), (vec![], vec![refused("policy excluded")]));
     let mut bench = Bench::dialled(None);
-    bench.fleet.reserve(&name("a"), port(8973), vec![port(4849)]);
+    bench.planner.reserve(&name("a"), port(8973), vec![port(4849)]);
     assert_eq!(bench.step(), (vec![], vec![result("a", 8973, Err("policy excluded"))]));
 }
 
 #[test]
 fn a_port_below_1024_may_be_reserved_at_one_that_is_not() {
     let mut bench = Bench::dialled(None);
-    bench.fleet.reserve(&name("a"), port(80), vec![port(80), port(8080)]);
+    bench.planner.reserve(&name("a"), port(80), vec![port(80), port(8080)]);
     let (commands, _) = bench.step();
     assert!(
         matches!(commands.as_slice(), [Command::OpenListener { host_port, .. }] if host_port.get() == 8080)
@@ -134,7 +134,7 @@ fn c23_a_candidate_that_the_policy_refuses_is_skipped() {
         let mut bench = Bench::serving(4848);
         let list = |text: Option<&str>| text.map(|text| text.parse().unwrap());
         let policy = Policy { allow: list(lists.0), deny: list(lists.1).unwrap_or_default() };
-        bench.fleet.wish(vec![Wish { policy, ..wish("a", None) }]);
+        bench.planner.desired(vec![DesiredContainer { policy, ..desired("a", None) }]);
         bench.reserve(&[candidate]);
         assert_eq!(
             bench.step(),
@@ -150,9 +150,9 @@ fn c23_a_candidate_that_the_policy_refuses_is_skipped() {
 
 #[test]
 fn a_candidate_below_1024_that_a_list_names_is_one() {
-    let mut bench = Bench::new(vec![wish("a", Some("80,*"))]);
-    bench.fleet.broker_up(&name("a"));
-    bench.fleet.dial(&name("a")).unwrap();
+    let mut bench = Bench::new(vec![desired("a", Some("80,*"))]);
+    bench.planner.broker_up(&name("a"));
+    bench.planner.dial(&name("a")).unwrap();
     bench.reserve(&[80]);
     assert_eq!(bench.step(), (vec![open_at(1, 1, 80)], vec![]));
 }
@@ -162,9 +162,9 @@ fn c23_a_container_reserves_no_more_than_16_ports() {
     let mut bench = Bench::dialled(None);
     let most = u16::try_from(RESERVED_MAX).unwrap();
     for target in 2000..2000 + most {
-        assert_eq!(bench.fleet.reserve(&name("a"), port(target), vec![port(target)]), []);
+        assert_eq!(bench.planner.reserve(&name("a"), port(target), vec![port(target)]), []);
     }
-    let over = bench.fleet.reserve(&name("a"), port(4848), vec![port(4848)]);
+    let over = bench.planner.reserve(&name("a"), port(4848), vec![port(4848)]);
     assert_eq!(over, [refused("policy excluded")]);
     assert_eq!(bench.step().0.len(), 16);
 }
@@ -225,11 +225,11 @@ fn what_is_announced_of_a_reserved_port_is_ignored() {
 #[test]
 fn a_reserved_port_stays_when_the_session_is_lost_and_goes_when_the_broker_stops() {
     let mut bench = Bench::reserved();
-    bench.fleet.broker_down(&name("a"));
+    bench.planner.broker_down(&name("a"));
     assert_eq!(bench.step(), (vec![], vec![]));
-    bench.fleet.broker_up(&name("a"));
+    bench.planner.broker_up(&name("a"));
     assert_eq!(bench.reserve(&[4849]), [result("a", 4848, Ok(4849))], "it is confirmed");
-    bench.fleet.broker_stopped(&name("a"));
+    bench.planner.broker_stopped(&name("a"));
     let removed = Command::RemoveUpstream { upstream: UpstreamId(1), ending: Ending::Reset };
     assert_eq!(bench.step(), (vec![removed], vec![]));
     assert_eq!(bench.closed(1), [closed_at(4849, ClosedReason::BrokerStopped)]);
@@ -239,10 +239,10 @@ fn a_reserved_port_stays_when_the_session_is_lost_and_goes_when_the_broker_stops
 #[test]
 fn a_reserved_port_that_is_bound_as_the_broker_stops_is_undone() {
     let mut bench = Bench::reached(&["a"]);
-    bench.fleet.broker_up(&name("a"));
+    bench.planner.broker_up(&name("a"));
     bench.reserve(&[4849]);
     assert_eq!(bench.step(), (vec![open_at(1, 1, 4849)], vec![]));
-    bench.fleet.broker_stopped(&name("a"));
+    bench.planner.broker_stopped(&name("a"));
     let cut = Command::CloseListener { forward: ForwardId(1), ending: Ending::Reset };
     assert_eq!(bench.step(), (vec![cut], vec![]));
     assert_eq!((bench.opened(1, 4849), bench.closed(1)), (vec![], vec![]));
@@ -251,22 +251,22 @@ fn a_reserved_port_that_is_bound_as_the_broker_stops_is_undone() {
 #[test]
 fn a_reserved_port_is_asked_for_again_at_the_same_place_until_it_is_had() {
     let mut bench = Bench::reserved();
-    assert_eq!(bench.fleet.detach(), [closed_at(4849, ClosedReason::HostError)]);
+    assert_eq!(bench.planner.detach(), [closed_at(4849, ClosedReason::HostError)]);
     assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Opening)]);
-    bench.fleet.attach(Inventory::default());
-    bench.fleet.dial(&name("a")).unwrap();
+    bench.planner.attach(Inventory::default());
+    bench.planner.dial(&name("a")).unwrap();
     assert_eq!(bench.step(), (vec![open_at(2, 2, 4849)], vec![]));
     assert!(failed(&bench.failed(2, 4849)).starts_with("EADDRINUSE"));
     assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Failed)]);
     assert_eq!(bench.step(), (vec![], vec![]));
-    assert_eq!(bench.fleet.due(), Some(bench.now + RETRY));
+    assert_eq!(bench.planner.due(), Some(bench.now + RETRY));
     bench.now += RETRY;
     assert_eq!(bench.step(), (vec![open_at(3, 2, 4849)], vec![]));
     assert_eq!(bench.failed(3, 4849), [], "it is told once");
     bench.now += RETRY;
     bench.step();
     assert_eq!(bench.opened(4, 4849), [opened_at(4849)], "nobody asked again");
-    assert_eq!((bench.step(), bench.fleet.due()), ((vec![], vec![]), None));
+    assert_eq!((bench.step(), bench.planner.due()), ((vec![], vec![]), None));
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn where_the_container_is_entered_a_port_is_reserved_as_well() {
     bench.listen(1, &[row(4848, "127.0.0.1", 7)], &[]);
     bench.commands();
     bench.opened(1, 4848);
-    bench.fleet.broker_up(&name("a"));
+    bench.planner.broker_up(&name("a"));
     bench.reserve(&[4848, 4849]);
     assert_eq!(bench.step(), (vec![close(1)], vec![]));
     bench.closed(1);
@@ -283,8 +283,8 @@ fn where_the_container_is_entered_a_port_is_reserved_as_well() {
     bench.opened(2, 4848);
     bench.listen(1, &[], &[row(4848, "127.0.0.1", 7)]);
     bench.now += LINGER;
-    assert_eq!((bench.step(), bench.fleet.due()), ((vec![], vec![]), None), "nothing need listen");
-    bench.fleet.broker_stopped(&name("a"));
+    assert_eq!((bench.step(), bench.planner.due()), ((vec![], vec![]), None), "nothing need listen");
+    bench.planner.broker_stopped(&name("a"));
     bench.step();
     assert_eq!(bench.closed(2), [closed_at(4848, ClosedReason::BrokerStopped)]);
 }
@@ -292,16 +292,16 @@ fn where_the_container_is_entered_a_port_is_reserved_as_well() {
 #[test]
 fn a_reserved_port_moves_to_the_way_that_there_is() {
     let mut bench = Bench::reserved();
-    bench.fleet.reached(&name("a"), 9);
+    bench.planner.reached(&name("a"), 9);
     assert_eq!(bench.step(), (vec![remove(1)], vec![]));
     bench.closed(1);
     assert_eq!(bench.step(), (vec![], vec![]), "the engine may not have the new way yet");
     bench.listen(2, &[], &[]);
     assert_eq!(bench.step(), (vec![open_at(2, 2, 4849)], vec![]));
     bench.opened(2, 4849);
-    bench.fleet.broker_down(&name("a"));
-    bench.fleet.left(&name("a"));
-    assert!(bench.fleet.dial(&name("a")).is_some(), "it is kept without a session");
+    bench.planner.broker_down(&name("a"));
+    bench.planner.left(&name("a"));
+    assert!(bench.planner.dial(&name("a")).is_some(), "it is kept without a session");
     bench.step();
     bench.closed(2);
     assert_eq!(bench.step(), (vec![open_at(3, 3, 4849)], vec![]));
