@@ -8,7 +8,7 @@ use landfall::registry::file;
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 
-fn parse(stem: &str, content: &[u8]) -> Result<Registration, file::Unfit> {
+fn parse(stem: &str, content: &[u8]) -> Result<Registration, file::InvalidFile> {
     file::parse(stem, content)
 }
 

@@ -1,8 +1,8 @@
-//! Native sockets of `run`: servers in a sandbox that listen on sockets of the host, without the relay. Pure.
+//! The choices about native sockets of `landfall run`: servers in a sandbox that listen on sockets of the host, without the
+//! relay. Pure.
 //!
-//! The engine's [`native`](landfall_engine::native) module does the work on a thread of the `run` process. Here are the
-//! choices that people have, the driver that knows the port policy and the holders of ports, and the way of its reports: to
-//! the daemon where one runs ([`link`]), else to the planner in this process.
+//! The engine's [`native`](landfall_engine::native) module does the work, on a thread of the `run` process. The supervisor's
+//! reports go to the daemon where one runs, else to the planner in the `run` process.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
