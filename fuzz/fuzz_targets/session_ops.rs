@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use landfall::broker::container::{self, Ask, Attempt, ContainerEvent, ForwardRequest, Heard, Reserved};
 use landfall::broker::host::{self, Action, DialKey, Input};
 use landfall::broker::message::{
-    Credential, Extensions, ForwardResult, Frame, StreamId, ToContainer, ToHost, Unreadable, from_binary,
+    Credential, Extensions, Frame, StreamId, ToContainer, ToHost, Unreadable, from_binary,
 };
+use landfall::model::announcement::ForwardResult;
 use landfall::model::registration::Token;
 use landfall_engine::watch::parse::{BindAddr, WireListener};
 use libfuzzer_sys::fuzz_target;
@@ -209,7 +210,7 @@ impl Host {
 }
 
 fn to_host(number: u16, bytes: &[u8]) -> ToHost {
-    let listener = |byte: &u8| landfall::broker::message::Announced {
+    let listener = |byte: &u8| landfall::model::announcement::Announced {
         port: port(u16::from(*byte)),
         loopback: byte.is_multiple_of(2),
     };
