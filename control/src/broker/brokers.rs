@@ -129,7 +129,7 @@ impl Brokers {
         let name = &registration.container_name;
         if registration.exposes_nothing() {
             let text = format!("[portbroker:{name}] not started: its list of allowed ports is empty");
-            self.journal.tell(&Event::Notice { text });
+            self.journal.record(&Event::Notice { text });
             return None;
         }
         let by_docker = matches!(registration.attach_method, None | Some(AttachMethod::Docker { .. }));

@@ -299,7 +299,7 @@ impl Driver {
 
 fn notice(broker: &Broker, text: &str) {
     let text = format!("[portbroker:{}] {text}", broker.name);
-    broker.journal.tell(&Event::Notice { text });
+    broker.journal.record(&Event::Notice { text });
 }
 
 fn from_engine(asked: DialRequest) -> Input {

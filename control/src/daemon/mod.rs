@@ -171,7 +171,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let approvals = Approvals::of(&home);
     if let Err(error) = approvals.file().read() {
         let text = format!("no file of any folder is trusted: {error}; landfall trust DIR starts a new list");
-        journal.tell(&Event::Notice { text });
+        journal.record(&Event::Notice { text });
     }
     let grants = GrantTable::default();
     let supervisor = Supervisor::new(docker.clone(), grants.clone(), journal.clone(), approvals.clone());
@@ -253,7 +253,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let socket = paths::identity_of_name(&path);
     let server = Server::start(listener, Arc::clone(&request_handler));
     leave_number(&home.pid_file(), std::process::id());
-    journal.tell(&Event::DaemonListening { socket: path.display().to_string() });
+    journal.record(&Event::DaemonListening { socket: path.display().to_string() });
     Ok(Daemon { options, request_handler, http, tasks, tailscale, server, socket, claim })
 }
 
@@ -264,7 +264,7 @@ impl Daemon {
         let RequestHandler { journal, registry, forwarding, supervisor, helper, stop, .. } =
             &*self.request_handler;
         let bound = self.options.cleanup_timeout;
-        journal.tell(&Event::DaemonStopping);
+        journal.record(&Event::DaemonStopping);
         within(bound, "HTTP", journal, self.http.close()).await;
         let drain = if stop.was_asked() { bound.min(ASKED_DRAIN_TIME_MAX) } else { bound };
         tokio::join!(
@@ -292,7 +292,7 @@ impl Daemon {
 async fn within(bound: Duration, what: &str, journal: &Journal, step: impl Future<Output = ()>) {
     if timeout(bound, step).await.is_err() {
         let text = format!("{what} took longer than {} ms to stop and was left", bound.as_millis());
-        journal.tell(&Event::Notice { text });
+        journal.record(&Event::Notice { text });
     }
 }
 
@@ -396,7 +396,7 @@ async fn watch_launcher(journal: Journal) {
     let Some(launcher) = launcher() else { return };
     launcher.ended().await;
     let text = format!("{}; until then no container can be entered", LauncherError::Gone);
-    journal.tell(&Event::Notice { text });
+    journal.record(&Event::Notice { text });
 }
 
 /// A registration that stood for a process ends with it.
@@ -444,7 +444,7 @@ fn open_journal(home: &Home) -> Result<Journal, StartError> {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         default(panic);
-        told.tell(&Event::Notice { text: panic.to_string() });
+        told.record(&Event::Notice { text: panic.to_string() });
     }));
     Ok(journal)
 }

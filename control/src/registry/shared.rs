@@ -127,7 +127,7 @@ impl Shared {
         self.tell_set_aside(name, set_aside);
         let was_known = self.store(&registration);
         if !was_known {
-            self.options.journal.tell(&Event::Register { container_name: name.to_string() });
+            self.options.journal.record(&Event::Register { container_name: name.to_string() });
         } else {
             self.stop_attendants(name, StopReason::Replaced).await;
         }
@@ -140,7 +140,7 @@ impl Shared {
     pub(super) async fn take_in(&self, registration: Arc<Registration>) {
         self.store(&registration);
         let container_name = registration.container_name.to_string();
-        self.options.journal.tell(&Event::Register { container_name });
+        self.options.journal.record(&Event::Register { container_name });
         self.start_attendants(&registration).await;
     }
 
@@ -191,7 +191,7 @@ impl Shared {
         let was_known = self.forget(name, StopReason::Deregistered).await;
         if was_known {
             let reason = reason.as_str().to_owned();
-            self.options.journal.tell(&Event::Deregister { container_name: name.to_string(), reason });
+            self.options.journal.record(&Event::Deregister { container_name: name.to_string(), reason });
         }
     }
 
@@ -205,7 +205,7 @@ impl Shared {
             Ok(rights.into_iter().fold(false, |changed, right| grants.grant(right, &folder) | changed))
         })
         .await?;
-        self.options.journal.tell(&Event::Grant { container_name: name.to_owned(), what });
+        self.options.journal.record(&Event::Grant { container_name: name.to_owned(), what });
         Ok(())
     }
 
@@ -228,7 +228,7 @@ impl Shared {
             Ok(changed)
         })
         .await?;
-        self.options.journal.tell(&Event::Revoke { container_name: name.to_string(), what });
+        self.options.journal.record(&Event::Revoke { container_name: name.to_string(), what });
         Ok(())
     }
 
@@ -272,7 +272,7 @@ impl Shared {
             let name = &registration.container_name;
             self.forget(name, StopReason::Deregistered).await;
             let (container_name, reason) = (name.to_string(), reason.as_str().to_owned());
-            self.options.journal.tell(&Event::Deregister { container_name, reason });
+            self.options.journal.record(&Event::Deregister { container_name, reason });
         }
         is_current
     }
@@ -341,11 +341,11 @@ impl Shared {
 
     pub(super) fn skipped(&self, name: &str, reason: &str) {
         let (container_name, reason) = (name.to_owned(), reason.to_owned());
-        self.options.journal.tell(&Event::RegistrationSkipped { container_name, reason });
+        self.options.journal.record(&Event::RegistrationSkipped { container_name, reason });
     }
 
     pub(super) fn notice(&self, text: String) {
-        self.options.journal.tell(&Event::Notice { text });
+        self.options.journal.record(&Event::Notice { text });
     }
 
     /// Drains what runs beside the registrations.

@@ -67,8 +67,8 @@ impl Journal {
         serde_json::to_string(&Line { time: format!("{time:.3}"), event }).unwrap_or_default()
     }
 
-    /// Tells everybody.
-    pub fn tell(&self, event: &Event) {
+    /// Appends an event to the log and sends it to every subscriber.
+    pub fn record(&self, event: &Event) {
         let line = Journal::line(event);
         if let Some(log) = self.0.log.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             // Nothing can be done about a full disk, least of all by writing to it.
@@ -144,7 +144,7 @@ mod tests {
         let path = folder.path().join("hostd.log");
         let journal = Journal::open(&path).unwrap();
         let mut live = journal.listen();
-        journal.tell(&Event::Register { container_name: "coder".to_owned() });
+        journal.record(&Event::Register { container_name: "coder".to_owned() });
         let kept = std::fs::read_to_string(&path).unwrap();
         assert_eq!(kept.trim_end(), &*live.try_recv().unwrap());
         let line: serde_json::Value = serde_json::from_str(&kept).unwrap();

@@ -221,7 +221,7 @@ impl Work {
         self.told.retain(|remark| there.contains(remark.id.as_str()));
         for remark in remarks {
             if self.told.insert(remark.clone()) {
-                shared.journal.tell(&Event::Notice { text: escape(&remark.text).into_owned() });
+                shared.journal.record(&Event::Notice { text: escape(&remark.text).into_owned() });
             }
         }
         for step in steps {
@@ -253,7 +253,7 @@ impl Work {
             Err(error) => {
                 let text = format!("{name} is found in Docker and not forwarded: {error}");
                 if self.failed.insert(name, text.clone()).as_ref() != Some(&text) {
-                    self.discovery.0.journal.tell(&Event::Notice { text });
+                    self.discovery.0.journal.record(&Event::Notice { text });
                 }
                 false
             }

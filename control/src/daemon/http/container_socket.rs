@@ -129,7 +129,7 @@ impl ContainerSockets {
     }
 
     fn notice(&self, text: String) {
-        self.journal.tell(&Event::Notice { text });
+        self.journal.record(&Event::Notice { text });
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ContainerName, CancellationToken>> {

@@ -167,5 +167,5 @@ fn report(gateway: &Gateway, journal: &Journal) {
         Gateway::Held { by } => format!("{by}: containers send their tokens there"),
         Gateway::Failed { reason, .. } => format!("containers cannot reach the daemon over HTTP: {reason}"),
     };
-    journal.tell(&Event::Notice { text });
+    journal.record(&Event::Notice { text });
 }

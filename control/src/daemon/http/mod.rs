@@ -115,13 +115,13 @@ impl Bound {
             };
             let actual = port.get();
             if let Some(held) = &fallback {
-                journal.tell(&Event::DaemonHttpPortFallback { preferred, actual });
+                journal.record(&Event::DaemonHttpPortFallback { preferred, actual });
                 let text = format!("{held}: containers that were started before send their tokens there");
-                journal.tell(&Event::Notice { text });
+                journal.record(&Event::Notice { text });
             }
             let bound = Bound { port, listeners, fallback };
             for address in bound.listeners.keys() {
-                journal.tell(&Event::DaemonHttpListening { host: address.to_string(), port: actual });
+                journal.record(&Event::DaemonHttpListening { host: address.to_string(), port: actual });
             }
             return Ok(bound);
         }
@@ -233,7 +233,7 @@ impl Http {
             TcpListener::bind(address).await.map_err(|source| HttpError::Listen { address, source })?;
         self.accept_on(address.ip(), listener);
         let (host, port) = (address.ip().to_string(), address.port());
-        self.0.journal.tell(&Event::DaemonHttpListening { host, port });
+        self.0.journal.record(&Event::DaemonHttpListening { host, port });
         Ok(())
     }
 

@@ -81,7 +81,7 @@ impl Jobs {
                     true => format!("its commands are off; landfall trust {}", registration.cwd.display()),
                     false => "its jobs do not run".to_owned(),
                 };
-                self.journal.tell(&Event::Notice { text: format!("{name}: {error}; {attach_method}") });
+                self.journal.record(&Event::Notice { text: format!("{name}: {error}; {attach_method}") });
                 BTreeMap::new()
             }
         };
@@ -115,7 +115,7 @@ impl Jobs {
             let text = format!(
                 "{name}: {file} is not the one that was registered; landfall trust {folder} to use it"
             );
-            self.journal.tell(&Event::Notice { text });
+            self.journal.record(&Event::Notice { text });
         }
     }
 
@@ -156,9 +156,10 @@ impl Jobs {
     /// Runs gate and command. Returns whether the command succeeded.
     async fn attempt(&self, key: &Key, input: &Input) -> bool {
         let (container_name, job) = (key.container.to_string(), key.job.clone());
-        self.journal.tell(&Event::JobTickStart { container_name: container_name.clone(), job: job.clone() });
+        self.journal
+            .record(&Event::JobTickStart { container_name: container_name.clone(), job: job.clone() });
         let event = self.tick(container_name, job, input).await;
-        self.journal.tell(&event);
+        self.journal.record(&event);
         matches!(event, Event::JobTickOk { .. })
     }
 
@@ -199,9 +200,9 @@ impl Jobs {
         let (container_name, job) = (key.container.to_string(), key.job.clone());
         let accepted = refusal.map_or_else(|| self.supervisor.accept(registration, Build::No), Err);
         match accepted {
-            Err(reason) => self.journal.tell(&Event::JobRestartFailed { container_name, job, reason }),
+            Err(reason) => self.journal.record(&Event::JobRestartFailed { container_name, job, reason }),
             Ok(ticket) => {
-                self.journal.tell(&Event::JobRestartScheduled { container_name, job });
+                self.journal.record(&Event::JobRestartScheduled { container_name, job });
                 ticket.begin();
             }
         }

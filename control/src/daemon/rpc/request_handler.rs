@@ -283,7 +283,7 @@ impl RequestHandler {
 
     fn shutdown(&self, drain_engine: bool) -> Answer {
         if self.stop.ask() && !self.stop.is_pulled() {
-            self.journal.tell(&Event::ShutdownRequested);
+            self.journal.record(&Event::ShutdownRequested);
         }
         let stop = self.stop.clone();
         let response = Response::result(json!({ "scheduled": true }));

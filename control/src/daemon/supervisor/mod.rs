@@ -157,7 +157,7 @@ impl Supervisor {
             let left: Vec<String> = self.state().queue.running().map(ToString::to_string).collect();
             for container_name in left {
                 let reason = "the daemon stopped before it was done".to_owned();
-                self.0.journal.tell(&Event::RestartFailed { container_name, reason });
+                self.0.journal.record(&Event::RestartFailed { container_name, reason });
             }
         }
     }
@@ -168,7 +168,7 @@ impl Supervisor {
 
     fn begin(&self, restart: Restart) {
         let container_name = restart.registration.container_name.to_string();
-        self.0.journal.tell(&Event::RestartScheduled { container_name, build: restart.build > Build::No });
+        self.0.journal.record(&Event::RestartScheduled { container_name, build: restart.build > Build::No });
         let first = self.state().queue.add(restart);
         if let Some(first) = first {
             let supervisor = self.clone();
@@ -183,7 +183,7 @@ impl Supervisor {
             let done = self.execute(&restart).await;
             let name = &restart.registration.container_name;
             let container_name = name.to_string();
-            self.0.journal.tell(&match done {
+            self.0.journal.record(&match done {
                 Ok(()) => Event::RestartCompleted { container_name },
                 Err(reason) => Event::RestartFailed { container_name, reason },
             });

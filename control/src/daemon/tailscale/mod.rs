@@ -67,7 +67,7 @@ impl Tailscale {
         let stop = CancellationToken::new();
         let inherited = read(&options.file).unwrap_or_else(|error| {
             let text = format!("what tailscale served before is not known: {error}");
-            options.journal.tell(&Event::Notice { text });
+            options.journal.record(&Event::Notice { text });
             Ports::new()
         });
         let service = Service { machine: Machine::new(inherited.clone()), options, recorded: inherited };
@@ -135,7 +135,7 @@ impl Service {
         self.record().await;
         let called = call::call(Path::new(PROGRAM), &call.words(), self.options.timeout).await;
         if let Some(event) = self.machine.ended(&called) {
-            self.options.journal.tell(&Event::TailscaleServeEvent { event });
+            self.options.journal.record(&Event::TailscaleServeEvent { event });
         }
         self.record().await;
     }
@@ -151,7 +151,7 @@ impl Service {
             Ok(()) => self.recorded = record,
             Err(error) => {
                 let text = format!("what tailscale serves cannot be noted: {error}");
-                self.options.journal.tell(&Event::Notice { text });
+                self.options.journal.record(&Event::Notice { text });
             }
         }
     }

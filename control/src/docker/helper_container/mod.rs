@@ -254,7 +254,7 @@ impl Keeper {
                 None => format!("the helper {} runs: {ACCESS}", self.name),
                 Some(reason) => format!("the helper {} cannot be had: {reason}", self.name),
             };
-            self.journal.tell(&Event::Notice { text });
+            self.journal.record(&Event::Notice { text });
         }
     }
 

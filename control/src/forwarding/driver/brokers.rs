@@ -262,7 +262,7 @@ impl Driver {
             return;
         }
         let container_name = container.name().as_str().to_owned();
-        self.journal.tell(&match (over, container.state) {
+        self.journal.record(&match (over, container.state) {
             (true, _) => JournalEvent::ContainerReached {
                 container_name,
                 attach_method: AttachMethod::Websocket.to_string(),

@@ -42,7 +42,7 @@ impl Driver {
             Ok(Some(Attached { link, inventory, started })) => {
                 self.failure = None;
                 let facts = link.facts(0);
-                self.journal.tell(&JournalEvent::EngineAttached {
+                self.journal.record(&JournalEvent::EngineAttached {
                     version: facts.version,
                     ring: facts.ring,
                     reason: facts.reason,
@@ -69,7 +69,7 @@ impl Driver {
                 self.rest = (2 * self.rest).min(REST.1);
                 let text = error.to_string();
                 if self.failure.as_ref() != Some(&text) {
-                    self.journal.tell(&JournalEvent::Notice { text: text.clone() });
+                    self.journal.record(&JournalEvent::Notice { text: text.clone() });
                     self.failure = Some(text);
                 }
             }
@@ -82,7 +82,7 @@ impl Driver {
             self.departed = Some(Departed::new(link.process(), self.planner.held_ports()));
             let lived = now.saturating_duration_since(*since) >= LIVED;
             self.rest = if lived { REST.0 } else { self.rest };
-            self.journal.tell(&JournalEvent::EngineLost { reason: reason.to_owned() });
+            self.journal.record(&JournalEvent::EngineLost { reason: reason.to_owned() });
             // The first attempt is at once; one that dies young is given time.
             let pause = if lived || self.rest == REST.0 { Duration::ZERO } else { self.rest };
             self.rest = (2 * self.rest).min(REST.1);
@@ -145,7 +145,7 @@ impl Driver {
     }
 
     pub(super) fn notice(&self, text: String) {
-        self.journal.tell(&JournalEvent::Notice { text });
+        self.journal.record(&JournalEvent::Notice { text });
     }
 
     /// Gives the engine what the planner has, and deals with what is due once for each engine.
@@ -188,7 +188,7 @@ impl Driver {
             return;
         }
         match self.upgrade().await {
-            Ok(()) => self.journal.tell(&JournalEvent::EngineUpgraded { from: theirs, to: ours }),
+            Ok(()) => self.journal.record(&JournalEvent::EngineUpgraded { from: theirs, to: ours }),
             Err(reason) => self.notice(format!("the engine of version {theirs} was not relieved: {reason}")),
         }
     }

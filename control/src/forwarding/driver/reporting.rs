@@ -58,7 +58,7 @@ impl Driver {
                     continue;
                 }
             };
-            self.journal.tell(&JournalEvent::PortForwardEvent { event });
+            self.journal.record(&JournalEvent::PortForwardEvent { event });
         }
     }
 

@@ -161,7 +161,7 @@ impl Driver {
         }
         let container_name = container.name().as_str().to_owned();
         let attach_method = container.way_in_words().unwrap_or_default();
-        self.journal.tell(&match state {
+        self.journal.record(&match state {
             Reachability::Reached => JournalEvent::ContainerReached { container_name, attach_method },
             _ => JournalEvent::ContainerUnreachable { container_name, reason: reason.unwrap_or_default() },
         });
