@@ -190,7 +190,7 @@ fn files_are_short() {
 
 fn links_lead_somewhere() {
     let mut found = Vec::new();
-    for document in ["README.md", "benches/README.md"] {
+    for document in ["README.md", "benches/README.md", "control/README.md", "engine/README.md"] {
         let path = root().join(document);
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
         for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
