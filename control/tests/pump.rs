@@ -121,7 +121,7 @@ fn a_reset_is_a_reset_on_the_other_side_after_what_it_follows() {
             send(&from, 3, MEBIBYTE).unwrap();
             // A reset throws away what was not yet taken from it.
             let given_up = std::time::Instant::now() + PATIENCE;
-            while landfall_engine::ring::unacknowledged_bytes(&from) > 0 {
+            while landfall_engine::sys::unacknowledged_bytes(&from) > 0 {
                 assert!(std::time::Instant::now() < given_up, "it is never read");
                 std::thread::yield_now();
             }

@@ -19,7 +19,8 @@
 //! | [`process`], [`channel`] | the same contract between processes, with descriptors beside the messages |
 //! | [`shard`] | the loop of one thread, and what it keeps: connections, listeners, upstreams |
 //! | [`relay`], [`error`] | one connection, pure; why it ended, and whose doing it was |
-//! | [`ring`] | operations and their completions; errno is understood there and nowhere else |
+//! | [`ring`] | operations and their completions |
+//! | [`sys`] | system calls without a safe wrapper; the meaning of errno |
 //! | [`opener`] | the process that enters a namespace and makes sockets there; it alone has privilege |
 //! | [`watch`] | who listens inside: `sock_diag`, or `/proc/net/tcp` and its fuzzed parser |
 //! | [`native`] | sockets of the host for servers in a sandbox, without a relay |
@@ -49,6 +50,7 @@ pub mod process;
 pub mod relay;
 pub mod ring;
 pub mod shard;
+pub mod sys;
 pub mod table;
 mod upstream;
 pub mod watch;

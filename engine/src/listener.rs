@@ -18,7 +18,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 use crate::command::{
     Family, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind, Reach, UpstreamId,
 };
-use crate::ring::{OpKey, attempt, netns_cookie};
+use crate::ring::OpKey;
+use crate::sys::{netns_cookie, tune};
 use crate::table::SlotId;
 
 /// A forward in a shard's table.
@@ -137,7 +138,7 @@ fn check(socket: &OwnedFd, port: NonZeroU16) -> Result<Family, &'static str> {
     is(ours.is_some() && netns_cookie(socket).ok() == ours, "a socket of another network namespace")?;
     // It belongs to the open file, which all holders share. One of them may have thought otherwise.
     is(rustix::io::ioctl_fionbio(socket, true).is_ok(), "a socket that blocks")?;
-    attempt::tune(socket);
+    tune(socket);
     Ok(family)
 }
 
@@ -167,7 +168,7 @@ fn listen(address: SocketAddr, backlog: u16) -> Result<OwnedFd, Errno> {
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
-    attempt::tune(&socket);
+    tune(&socket);
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, i32::from(backlog))?;
     Ok(socket)

@@ -28,7 +28,7 @@ use landfall_engine::command::{
 use landfall_engine::opener::client::{OpenError, Opener, StockError, Target, ask, take};
 use landfall_engine::opener::{Answer, FailureKind, Request, VERB, serve};
 use landfall_engine::process::{self, CommandSocket, privileges};
-use landfall_engine::ring::netns_cookie;
+use landfall_engine::sys::netns_cookie;
 use landfall_engine::{Engine, EngineOptions};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};

@@ -11,7 +11,7 @@ use landfall_engine::channel::Channel;
 use landfall_engine::command::{Family, UpstreamKind, WatchSources};
 use landfall_engine::opener::client::Opener;
 use landfall_engine::opener::{AGENT_SOCKET, Answer, DialFailure, Request, serve};
-use landfall_engine::ring::netns_cookie;
+use landfall_engine::sys::netns_cookie;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, ipproto, netlink};
 
 use crate::Namespace;

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
 use std::time::Duration;
 
-use landfall_engine::ring::tune;
+use landfall_engine::sys::tune;
 use nix::errno::Errno;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;

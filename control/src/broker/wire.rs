@@ -18,7 +18,7 @@ use hyper::header::{
 };
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use landfall_engine::ring::tune;
+use landfall_engine::sys::tune;
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;

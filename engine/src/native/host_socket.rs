@@ -22,7 +22,7 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto};
 
 use super::decision::{HostAddress, SocketFacts};
-use crate::ring::netns_cookie;
+use crate::sys::netns_cookie;
 
 /// The loopback device of every network namespace.
 const LOOPBACK: &str = "lo";

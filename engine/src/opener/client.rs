@@ -24,7 +24,7 @@ use rustix::process::{Pid, PidfdFlags};
 use super::{ANSWER_BYTES_MAX, Answer, Failure, FailureKind, Request, TargetKind, VERB};
 use crate::channel::{self, Channel, ChannelError};
 use crate::command::{Family, WatchSources};
-use crate::ring::netns_cookie;
+use crate::sys::netns_cookie;
 pub use dial::{Heard, ask_to_dial, hear};
 pub use through::helper_listens;
 

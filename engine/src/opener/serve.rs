@@ -20,7 +20,7 @@ use rustix::thread::{CapabilitySet, LinkNameSpaceType, ThreadNameSpaceType};
 use super::{ANSWER_BYTES_MAX, Answer, CHANNELS_MAX, Failure, FailureKind, Request, TargetKind};
 use crate::channel::{self, Channel, ChannelError};
 use crate::process::privileges::drop_capabilities;
-use crate::ring::netns_cookie;
+use crate::sys::netns_cookie;
 pub use agent::agent;
 use answer::{answer, failed};
 

@@ -6,7 +6,7 @@ use std::num::NonZeroU16;
 
 use crate::command::{Family, Reach};
 use crate::error::EndReason;
-use crate::ring::Fault;
+use crate::sys::SocketError;
 
 /// The connect attempts of one connection: the family by which the client came, if the server listens there, then the
 /// other. Two servers may share a port, one on 127.0.0.1 and one on `::1`; each client gets the one it asked for.
@@ -49,19 +49,20 @@ impl Dial {
     }
 
     /// Takes in how the attempt ended. `own_peer` tells that the socket connected to itself, for nobody was there.
-    pub fn on_connected(&mut self, result: Result<(), Fault>, own_peer: bool) -> DialStep {
+    pub fn on_connected(&mut self, result: Result<(), SocketError>, own_peer: bool) -> DialStep {
         let reason = match result {
             Ok(()) if !own_peer => return DialStep::Established,
-            Ok(()) | Err(Fault::Refused | Fault::Reset | Fault::Unreachable | Fault::Other(_)) => {
-                EndReason::Refused
-            }
-            Err(Fault::TimedOut) => EndReason::TimedOut,
+            Ok(())
+            | Err(
+                SocketError::Refused | SocketError::Reset | SocketError::Unreachable | SocketError::Other(_),
+            ) => EndReason::Refused,
+            Err(SocketError::TimedOut) => EndReason::TimedOut,
             // The kernel says the same (EADDRNOTAVAIL) where every port of a client is taken and where there is no `::1`, as in
             // a container of Docker's; what listens on all addresses then answers on 127.0.0.1 alone.
-            Err(Fault::PortsExhausted) if self.family == Family::V6 => EndReason::PortsExhausted,
+            Err(SocketError::PortsExhausted) if self.family == Family::V6 => EndReason::PortsExhausted,
             // The other family would find the same shortage, and a client that is told may try again.
-            Err(Fault::PortsExhausted) => return DialStep::Failed(EndReason::PortsExhausted),
-            Err(Fault::Exhausted) => return DialStep::Failed(EndReason::DescriptorsExhausted),
+            Err(SocketError::PortsExhausted) => return DialStep::Failed(EndReason::PortsExhausted),
+            Err(SocketError::Exhausted) => return DialStep::Failed(EndReason::DescriptorsExhausted),
         };
         match self.next.take() {
             Some(family) => {
@@ -88,8 +89,11 @@ mod tests {
         for family in Family::ALL {
             let mut dial = Dial::new(family, Reach { v4: true, v6: true }, PORT);
             assert_eq!(dial.attempt(), attempt(family));
-            assert_eq!(dial.on_connected(Err(Fault::Refused), false), attempt(family.other()));
-            assert_eq!(dial.on_connected(Err(Fault::Refused), false), DialStep::Failed(EndReason::Refused));
+            assert_eq!(dial.on_connected(Err(SocketError::Refused), false), attempt(family.other()));
+            assert_eq!(
+                dial.on_connected(Err(SocketError::Refused), false),
+                DialStep::Failed(EndReason::Refused)
+            );
         }
     }
 
@@ -97,7 +101,7 @@ mod tests {
     fn a_family_that_does_not_listen_is_not_dialled() {
         let mut dial = Dial::new(Family::V4, Reach { v4: false, v6: true }, PORT);
         assert_eq!(dial.attempt(), attempt(Family::V6));
-        assert_eq!(dial.on_connected(Err(Fault::Refused), false), DialStep::Failed(EndReason::Refused));
+        assert_eq!(dial.on_connected(Err(SocketError::Refused), false), DialStep::Failed(EndReason::Refused));
     }
 
     #[test]
@@ -110,14 +114,14 @@ mod tests {
     fn a_shortage_is_told_as_one() {
         let mut dial = Dial::new(Family::V4, Reach::UNKNOWN, PORT);
         assert_eq!(
-            dial.on_connected(Err(Fault::PortsExhausted), false),
+            dial.on_connected(Err(SocketError::PortsExhausted), false),
             DialStep::Failed(EndReason::PortsExhausted)
         );
     }
 
     #[test]
     fn a_container_that_has_no_ipv6_loopback_is_reached_by_the_other() {
-        let shortage = Err(Fault::PortsExhausted);
+        let shortage = Err(SocketError::PortsExhausted);
         let mut dial = Dial::new(Family::V6, Reach { v4: true, v6: true }, PORT);
         assert_eq!(dial.on_connected(shortage, false), attempt(Family::V4));
         assert_eq!(dial.on_connected(Ok(()), false), DialStep::Established);

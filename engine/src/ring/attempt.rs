@@ -4,7 +4,6 @@
 //! it did anything (EINTR) is tried again at once.
 
 use std::net::SocketAddr;
-use std::sync::OnceLock;
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -12,8 +11,9 @@ use rustix::net::{RecvFlags, SendFlags, SocketAddrAny, SocketFlags, sockopt};
 use rustix::pipe::SpliceFlags;
 
 use super::pool::{Contents, Loan, Pool};
-use super::{Borrowed, Fault, Received, Way};
+use super::{Borrowed, Received, Way};
 use crate::command::Family;
+use crate::sys::SocketError;
 
 /// One splice asks for at most this much; what the pipe's slots hold decides.
 const SPLICE_BYTES_MAX: usize = 1024 * 1024;
@@ -25,7 +25,7 @@ fn settle<T>(result: Result<T, Errno>) -> Option<Result<T, Errno>> {
     }
 }
 
-pub(super) fn accept(listener: &OwnedFd) -> Option<Result<(OwnedFd, Family), Fault>> {
+pub(super) fn accept(listener: &OwnedFd) -> Option<Result<(OwnedFd, Family), SocketError>> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     loop {
         let accepted = rustix::net::acceptfrom_with(listener, flags);
@@ -34,7 +34,7 @@ pub(super) fn accept(listener: &OwnedFd) -> Option<Result<(OwnedFd, Family), Fau
             Err(Errno::INTR | Errno::CONNABORTED) => {}
             accepted => {
                 return settle(accepted).map(|result| {
-                    result.map(|(socket, peer)| (socket, family_of(peer.as_ref()))).map_err(Fault::of)
+                    result.map(|(socket, peer)| (socket, family_of(peer.as_ref()))).map_err(SocketError::of)
                 });
             }
         }
@@ -49,7 +49,7 @@ fn family_of(peer: Option<&SocketAddrAny>) -> Family {
 }
 
 /// Starts a connect. `None`: under way; writable means that it is over, and [`connected`] tells how.
-pub(super) fn connect(socket: &OwnedFd, address: SocketAddr) -> Option<Result<(), Fault>> {
+pub(super) fn connect(socket: &OwnedFd, address: SocketAddr) -> Option<Result<(), SocketError>> {
     // Loopback has answered by the time the first call returns, but that call looks before it handles the answer
     // (__inet_stream_connect() in net/ipv4/af_inet.c); a second one finds it, and saves a wait.
     let mut result = rustix::net::connect(socket, &address);
@@ -60,16 +60,16 @@ pub(super) fn connect(socket: &OwnedFd, address: SocketAddr) -> Option<Result<()
         // An interrupted connect goes on by itself.
         Err(Errno::INPROGRESS | Errno::ALREADY | Errno::INTR) => None,
         Err(Errno::ISCONN) => Some(Ok(())),
-        Err(errno) => Some(Err(Fault::of_connect(errno))),
+        Err(errno) => Some(Err(SocketError::of_connect(errno))),
         Ok(()) => Some(Ok(())),
     }
 }
 
 /// How a connect that was under way ended.
-pub(super) fn connected(socket: &OwnedFd) -> Result<(), Fault> {
+pub(super) fn connected(socket: &OwnedFd) -> Result<(), SocketError> {
     match sockopt::socket_error(socket) {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(errno)) | Err(errno) => Err(Fault::of_connect(errno)),
+        Ok(Err(errno)) | Err(errno) => Err(SocketError::of_connect(errno)),
     }
 }
 
@@ -99,7 +99,7 @@ pub(super) fn recv(socket: &OwnedFd, way: Way, pool: &Pool) -> Option<Received<L
                 loan.filled(bytes);
                 Some(Received::Bytes(loan))
             }
-            Err(errno) => Some(Received::Failed(Fault::of(errno))),
+            Err(errno) => Some(Received::Failed(SocketError::of(errno))),
         };
     }
 }
@@ -109,21 +109,21 @@ fn is_anything_there(socket: &OwnedFd) -> bool {
 }
 
 /// Sends until the loan is empty, the socket is full (`None`), or the connection is broken.
-pub(super) fn send(socket: &OwnedFd, loan: &mut Loan) -> Option<Result<(), Fault>> {
+pub(super) fn send(socket: &OwnedFd, loan: &mut Loan) -> Option<Result<(), SocketError>> {
     while loan.bytes() > 0 {
         let held = loan.bytes();
         let result = match loan.way() {
             Way::Copy => rustix::net::send(socket, loan.held(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT),
             Way::Splice => match loan.contents() {
                 Contents::Pipe { read, .. } => splice(read, socket, held),
-                Contents::Buffer(_) => return Some(Err(Fault::Other(Errno::INVAL))),
+                Contents::Buffer(_) => return Some(Err(SocketError::Other(Errno::INVAL))),
             },
         };
         match settle(result)? {
-            Ok(0) => return Some(Err(Fault::Reset)),
+            Ok(0) => return Some(Err(SocketError::Reset)),
             Ok(bytes) => loan.sent(bytes),
             Err(Errno::INTR) => {}
-            Err(errno) => return Some(Err(Fault::of(errno))),
+            Err(errno) => return Some(Err(SocketError::of(errno))),
         }
     }
     Some(Ok(()))
@@ -133,8 +133,8 @@ fn splice(from: impl AsFd, to: impl AsFd, bytes: usize) -> Result<usize, Errno> 
     rustix::pipe::splice(from, None, to, None, bytes, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)
 }
 
-pub(super) fn shutdown_write(socket: &OwnedFd) -> Result<(), Fault> {
-    rustix::net::shutdown(socket, rustix::net::Shutdown::Write).map_err(Fault::of)
+pub(super) fn shutdown_write(socket: &OwnedFd) -> Result<(), SocketError> {
+    rustix::net::shutdown(socket, rustix::net::Shutdown::Write).map_err(SocketError::of)
 }
 
 pub(super) fn reset_on_close(socket: &OwnedFd) {
@@ -146,35 +146,5 @@ pub(super) fn is_own_peer(socket: &OwnedFd) -> bool {
     match (rustix::net::getsockname(socket), rustix::net::getpeername(socket)) {
         (Ok(name), Ok(Some(peer))) => name == peer,
         _ => false,
-    }
-}
-
-/// The congestion control that a relay's own sockets should ask for, or `None` where the default will do.
-///
-/// A host that paces by default (BBR) paces loopback to a third of its speed, where nothing is ever congested.
-pub(crate) fn congestion() -> Option<&'static str> {
-    static CHOICE: OnceLock<Option<&'static str>> = OnceLock::new();
-    *CHOICE.get_or_init(|| {
-        let sysctl =
-            |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
-        let is_plain = |name: &str| matches!(name, "cubic" | "reno");
-        if is_plain(sysctl("tcp_congestion_control").trim()) {
-            return None;
-        }
-        // Without privilege only an allowed one may be chosen, and reno always is.
-        let allowed = sysctl("tcp_allowed_congestion_control");
-        Some(if allowed.split_whitespace().any(|name| name == "cubic") { "cubic" } else { "reno" })
-    })
-}
-
-/// Sets the TCP options of a relayed connection, or of a listener, whose connections inherit them except for `TCP_NODELAY`:
-/// small messages leave at once, an urgent byte stays in the stream, and nothing is paced. What is refused is done without.
-pub fn tune(socket: impl AsFd) {
-    let socket = socket.as_fd();
-    // Each of these only makes a connection faster or more faithful; none is worth refusing one for.
-    let _ = sockopt::set_tcp_nodelay(socket, true);
-    let _ = sockopt::set_socket_oobinline(socket, true);
-    if let Some(congestion) = congestion() {
-        let _ = sockopt::set_tcp_congestion(socket, congestion);
     }
 }

@@ -29,12 +29,12 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::ran_out;
-use super::uring::unacknowledged_bytes;
 use super::work::{Next, Work};
-use super::{Completion, Fault, Loan, Op, OpKey, Outcome, Pool, Ring, RingError, Submitted, Token};
+use super::{Completion, Loan, Op, OpKey, Outcome, Pool, Ring, RingError, Submitted, Token};
 use super::{Unusable, Waker, Way, attempt};
 use crate::command::RingKind;
 use crate::limits::Limits;
+use crate::sys::{SocketError, unacknowledged_bytes};
 
 /// Edges taken from the kernel at once; the rest stays queued there.
 const EVENTS_MAX: usize = 512;
@@ -177,8 +177,8 @@ impl EpollRing {
         let number = match self.register(&work) {
             Ok(number) => number,
             // More watches than `fs.epoll.max_user_watches`.
-            Err(Errno::NOSPC) => return Submitted::Done(work.into_failed(Fault::Exhausted)),
-            Err(errno) => return Submitted::Done(work.into_failed(Fault::of(errno))),
+            Err(Errno::NOSPC) => return Submitted::Done(work.into_failed(SocketError::Exhausted)),
+            Err(errno) => return Submitted::Done(work.into_failed(SocketError::of(errno))),
         };
         let registration = &mut self.registrations[number];
         if was_tried {
@@ -418,7 +418,7 @@ impl Ring for EpollRing {
         self.pool.can_lend(way)
     }
 
-    fn shutdown_write(&mut self, socket: &Rc<OwnedFd>) -> Result<(), Fault> {
+    fn shutdown_write(&mut self, socket: &Rc<OwnedFd>) -> Result<(), SocketError> {
         attempt::shutdown_write(socket)
     }
 

@@ -24,13 +24,14 @@ use rustix::io::Errno;
 use self::bytes::Pool;
 use self::net::What;
 use super::{
-    Borrowed, Completion, Dialled, Fault, Op, OpKey, Outcome, Received, Ring, RingError, Submitted, Token,
-    Waker, Way,
+    Borrowed, Completion, Dialled, Op, OpKey, Outcome, Received, Ring, RingError, Submitted, Token, Waker,
+    Way,
 };
 use crate::command::Family;
 use crate::limits::Limits;
 use crate::opener::client::StockError;
 use crate::opener::{Failure, FailureKind};
+use crate::sys::SocketError;
 use crate::table::TokenParts;
 
 pub use self::bytes::{Bytes, FakeLoan, Run};
@@ -79,7 +80,7 @@ enum ConnectFate {
     /// As the network says.
     Reach,
     OwnPeer,
-    Fail(Fault),
+    Fail(SocketError),
 }
 
 /// What a try came to.
@@ -137,13 +138,13 @@ impl FakeRing {
         }
         if self.strikes(Knob::ConnectTimedOut) {
             let at = now + Duration::from_secs(3);
-            return Fate::Connect(Some(at), ConnectFate::Fail(Fault::TimedOut));
+            return Fate::Connect(Some(at), ConnectFate::Fail(SocketError::TimedOut));
         }
         let at = if self.strikes(Knob::SlowConnect) { self.pause(Duration::from_millis(300)) } else { now };
         let failures = [
-            (Knob::ConnectRefused, Fault::Refused),
-            (Knob::ConnectUnreachable, Fault::Unreachable),
-            (Knob::PortsExhausted, Fault::PortsExhausted),
+            (Knob::ConnectRefused, SocketError::Refused),
+            (Knob::ConnectUnreachable, SocketError::Unreachable),
+            (Knob::PortsExhausted, SocketError::PortsExhausted),
         ];
         let failure = failures.into_iter().find(|(knob, _)| self.strikes(*knob));
         match failure {
@@ -203,27 +204,32 @@ impl FakeRing {
         }
     }
 
-    fn accept(&self, listener: &FakeSocket) -> Result<(FakeSocket, Family), Fault> {
-        let What::Listener(index) = listener.0.what else { return Err(Fault::Other(Errno::INVAL)) };
+    fn accept(&self, listener: &FakeSocket) -> Result<(FakeSocket, Family), SocketError> {
+        let What::Listener(index) = listener.0.what else { return Err(SocketError::Other(Errno::INVAL)) };
         if self.strikes(Knob::AcceptExhausted) {
-            return Err(Fault::Exhausted);
+            return Err(SocketError::Exhausted);
         }
         if self.strikes(Knob::AcceptStray) {
-            return Err(Fault::Other(Errno::PROTO));
+            return Err(SocketError::Other(Errno::PROTO));
         }
         let mut net = self.net.net();
-        let end = net.listeners[index].queue.pop_front().ok_or(Fault::Other(Errno::AGAIN))?;
+        let end = net.listeners[index].queue.pop_front().ok_or(SocketError::Other(Errno::AGAIN))?;
         let family = net.ends[end].family;
         drop(net);
         Ok((self.net.descriptor(What::End(end)), family))
     }
 
-    fn connect(&self, socket: &FakeSocket, address: SocketAddr, fate: ConnectFate) -> Result<(), Fault> {
-        let Some(id) = of_end(socket) else { return Err(Fault::Other(Errno::INVAL)) };
+    fn connect(
+        &self,
+        socket: &FakeSocket,
+        address: SocketAddr,
+        fate: ConnectFate,
+    ) -> Result<(), SocketError> {
+        let Some(id) = of_end(socket) else { return Err(SocketError::Other(Errno::INVAL)) };
         let mut net = self.net.net();
         let family = if address.is_ipv4() { Family::V4 } else { Family::V6 };
         assert_eq!(net.ends[id].family, family, "a socket is connected to an address of its own family");
-        let Some(namespace) = net.ends[id].namespace else { return Err(Fault::Other(Errno::INVAL)) };
+        let Some(namespace) = net.ends[id].namespace else { return Err(SocketError::Other(Errno::INVAL)) };
         match fate {
             ConnectFate::Fail(fault) => Err(fault),
             ConnectFate::OwnPeer => {
@@ -234,12 +240,12 @@ impl FakeRing {
                 net.reach(id, namespace, address);
                 Ok(())
             }
-            ConnectFate::Reach => Err(Fault::Refused),
+            ConnectFate::Reach => Err(SocketError::Refused),
         }
     }
 
     fn recv(&self, socket: &FakeSocket, way: Way) -> Received<FakeLoan> {
-        let Some(id) = of_end(socket) else { return Received::Failed(Fault::Other(Errno::INVAL)) };
+        let Some(id) = of_end(socket) else { return Received::Failed(SocketError::Other(Errno::INVAL)) };
         // As the real rings do, it takes the loan first, even if it then finds an end.
         let knob = if way == Way::Copy { Knob::NoLease } else { Knob::NoPipe };
         if !self.pool.can_lend(way) || self.strikes(knob) {
@@ -262,7 +268,7 @@ impl FakeRing {
 
     fn send(&self, socket: FakeSocket, mut loan: FakeLoan) -> Tried {
         let Some(id) = of_end(&socket) else {
-            return Tried::Over(Outcome::Sent(loan, Err(Fault::Other(Errno::INVAL))));
+            return Tried::Over(Outcome::Sent(loan, Err(SocketError::Other(Errno::INVAL))));
         };
         let net = &mut *self.net.net();
         let held = loan.bytes();
@@ -534,8 +540,8 @@ impl Ring for FakeRing {
         self.pool.can_lend(way)
     }
 
-    fn shutdown_write(&mut self, socket: &FakeSocket) -> Result<(), Fault> {
-        let Some(id) = of_end(socket) else { return Err(Fault::Other(Errno::INVAL)) };
+    fn shutdown_write(&mut self, socket: &FakeSocket) -> Result<(), SocketError> {
+        let Some(id) = of_end(socket) else { return Err(SocketError::Other(Errno::INVAL)) };
         let net = &mut *self.net.net();
         let result = net.shutdown(id);
         if result.is_err() {

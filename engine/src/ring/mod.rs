@@ -25,21 +25,19 @@ use crate::command::{Family, RingKind, RingReport};
 use crate::limits::Limits;
 use crate::opener::DialFailure;
 use crate::opener::client::StockError;
+use crate::sys::SocketError;
 
 pub(crate) mod attempt;
 mod epoll;
 #[cfg(feature = "fake-ring")]
 pub mod fake;
-mod fault;
 mod pool;
 mod uring;
 mod work;
 
-pub use attempt::tune;
 pub use epoll::EpollRing;
-pub use fault::Fault;
 pub use pool::{Loan, Pool};
-pub use uring::{UringRing, netns_cookie, unacknowledged_bytes};
+pub use uring::UringRing;
 
 /// A shard's own name for an operation in flight, given back with its completion. No two operations in flight share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -152,13 +150,13 @@ pub enum Op<R: Ring + ?Sized> {
 #[derive(Debug)]
 pub enum Outcome<R: Ring + ?Sized> {
     /// [`Op::Accept`]: the connection and the family by which the client came.
-    Accepted(Result<(R::Socket, Family), Fault>),
+    Accepted(Result<(R::Socket, Family), SocketError>),
     /// [`Op::Connect`].
-    Connected(Result<(), Fault>),
+    Connected(Result<(), SocketError>),
     /// [`Op::Recv`].
     Received(Received<R::Loan>),
     /// [`Op::Send`]: the loan, empty where all was sent.
-    Sent(R::Loan, Result<(), Fault>),
+    Sent(R::Loan, Result<(), SocketError>),
     /// [`Op::Watch`]: the connection is broken.
     Broken,
     /// [`Op::Stock`].
@@ -197,7 +195,7 @@ pub enum Received<L> {
     /// There is something to read, but nothing of this kind to read it into.
     NoLoan(Way),
     /// The connection is broken; every byte that came before was delivered.
-    Failed(Fault),
+    Failed(SocketError),
 }
 
 /// The answer to [`Ring::submit`].
@@ -267,7 +265,7 @@ pub trait Ring: fmt::Debug {
     ///
     /// # Errors
     /// The connection is broken.
-    fn shutdown_write(&mut self, socket: &Self::Socket) -> Result<(), Fault>;
+    fn shutdown_write(&mut self, socket: &Self::Socket) -> Result<(), SocketError>;
 
     /// Makes the close of `socket` a reset (`SO_LINGER` with zero seconds), which also discards what is not yet acknowledged.
     fn reset_on_close(&mut self, socket: &Self::Socket);

@@ -13,17 +13,13 @@
 //! The ring is restricted to the three requests that it makes (`IORING_REGISTER_RESTRICTIONS`), since io_uring
 //! bypasses seccomp.
 
-#![expect(
-    unsafe_code,
-    reason = "io_uring is driven through shared memory, and two kernel calls have no safe wrapper"
-)]
+#![expect(unsafe_code, reason = "io_uring is driven through shared memory")]
 
 mod setup;
 
 use std::fmt;
-use std::io;
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,10 +31,11 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::work::{Next, Work};
-use super::{Completion, Fault, Loan, Op, OpKey, Outcome, Pool, Ring, RingError, Submitted, Token};
+use super::{Completion, Loan, Op, OpKey, Outcome, Pool, Ring, RingError, Submitted, Token};
 use super::{Unusable, Waker, Way, attempt};
 use crate::command::RingKind;
 use crate::limits::Limits;
+use crate::sys::{SocketError, unacknowledged_bytes};
 
 /// Requests that fit one submission; a fuller turn is submitted in several.
 const SUBMISSION_ENTRIES: u32 = 512;
@@ -213,7 +210,7 @@ impl UringRing {
                 if cancelled || result == -Errno::CANCELED.raw_os_error() {
                     (token, work.into_cancelled())
                 } else if result < 0 {
-                    (token, work.into_failed(Fault::of(Errno::from_raw_os_error(-result))))
+                    (token, work.into_failed(SocketError::of(Errno::from_raw_os_error(-result))))
                 } else {
                     let events = PollFlags::from_bits_truncate(u16::try_from(result).unwrap_or(u16::MAX));
                     let outcome = self.step(index, token, work, events, more)?;
@@ -368,7 +365,7 @@ impl Ring for UringRing {
         self.pool.can_lend(way)
     }
 
-    fn shutdown_write(&mut self, socket: &Rc<OwnedFd>) -> Result<(), Fault> {
+    fn shutdown_write(&mut self, socket: &Rc<OwnedFd>) -> Result<(), SocketError> {
         attempt::shutdown_write(socket)
     }
 
@@ -420,34 +417,4 @@ fn poll_request(work: &Work, key: OpKey, multishot: bool) -> squeue::Entry {
         .multi(multishot)
         .build()
         .user_data(key.0.get())
-}
-
-/// `SO_NETNS_COOKIE` (Linux 5.14): a number that tells network namespaces apart and is never given twice.
-///
-/// # Errors
-/// ENOPROTOOPT on an older kernel, ENOTSOCK on what is no socket.
-pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
-    let mut cookie: u64 = 0;
-    let mut length: libc::socklen_t = 8;
-    // SAFETY: getsockopt(2) writes at most `length` bytes to the option's address, and the new length to `length`. Both
-    // point to live, writable locals of exactly those sizes, and the descriptor is open for as long as it is borrowed.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
-}
-
-/// `SIOCOUTQ` (tcp(7)): bytes sent and not yet acknowledged; 0 where the kernel does not tell.
-pub fn unacknowledged_bytes(socket: impl AsFd) -> usize {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: SIOCOUTQ, which has the number of TIOCOUTQ, writes one int to its argument (tcp_ioctl() in net/ipv4/tcp.c).
-    // The argument points to a live, writable int, and the descriptor is open for as long as it is borrowed.
-    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
-    if result == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
 }

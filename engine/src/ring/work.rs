@@ -9,10 +9,11 @@ use rustix::event::PollFlags;
 use rustix::fd::{AsFd, OwnedFd};
 
 use super::pool::{Loan, Pool};
-use super::{Dialled, Fault, Op, Outcome, Received, Ring, Way, attempt};
+use super::{Dialled, Op, Outcome, Received, Ring, Way, attempt};
 use crate::channel::ChannelError;
 use crate::command::Family;
 use crate::opener::client::{self as opener, StockError};
+use crate::sys::{SocketError, congestion};
 
 /// An operation that waits for its descriptor.
 #[derive(Debug)]
@@ -83,7 +84,7 @@ impl Work {
             Op::Ask { channel, dial, port } => Work::Ask { channel, dial, port }.attempt(pool),
             Op::Hear { channel } => Next::Wait(Work::Hear { channel }),
             Op::Stock { channel, family, count, netns_cookie } => {
-                match opener::ask(channel.as_fd(), family, count, attempt::congestion()) {
+                match opener::ask(channel.as_fd(), family, count, congestion()) {
                     Ok(()) => {
                         let expected = Box::new(Expected { family, count, netns_cookie });
                         Next::Wait(Work::Stock { channel, expected })
@@ -179,7 +180,7 @@ impl Work {
     }
 
     /// The outcome of work whose descriptor cannot be waited for.
-    pub(super) fn into_failed<R>(self, fault: Fault) -> Outcome<R>
+    pub(super) fn into_failed<R>(self, fault: SocketError) -> Outcome<R>
     where
         R: Ring<Socket = Rc<OwnedFd>, Loan = Loan>,
     {

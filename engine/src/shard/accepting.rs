@@ -2,7 +2,8 @@
 
 use super::{KIND_ACCEPT, Shard, Timer};
 use crate::command::Family;
-use crate::ring::{Fault, Op, Outcome, Ring, Submitted};
+use crate::ring::{Op, Outcome, Ring, Submitted};
+use crate::sys::SocketError;
 use crate::table::{SlotId, TokenParts};
 
 impl<R: Ring> Shard<R> {
@@ -79,7 +80,7 @@ impl<R: Ring> Shard<R> {
                     self.begin(id, socket, came_by);
                 }
             }
-            Outcome::Accepted(Err(Fault::Exhausted)) => {
+            Outcome::Accepted(Err(SocketError::Exhausted)) => {
                 self.degrade("no descriptors are left, so new connections wait; raise the limit (ulimit -n)");
                 self.rest(id);
             }

@@ -5,7 +5,8 @@ use crate::command::{Ending, Family};
 use crate::error::EndReason;
 use crate::opener::client::StockError;
 use crate::relay::{Connection, Dial, DialStep, Input, Operation, Side};
-use crate::ring::{Fault, Op, Outcome, Ring, Submitted};
+use crate::ring::{Op, Outcome, Ring, Submitted};
+use crate::sys::SocketError;
 use crate::table::{SlotId, TokenParts};
 
 impl<R: Ring> Shard<R> {
@@ -46,7 +47,7 @@ impl<R: Ring> Shard<R> {
             return self.ask_to_dial(id, upstream_slot);
         }
         if !upstream.is_possible(family) {
-            return self.on_connected(id, Err(Fault::Unreachable));
+            return self.on_connected(id, Err(SocketError::Unreachable));
         }
         match upstream.take(family) {
             Some(socket) => {
@@ -102,7 +103,7 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    fn on_connected(&mut self, id: SlotId, result: Result<(), Fault>) {
+    fn on_connected(&mut self, id: SlotId, result: Result<(), SocketError>) {
         let Some(connection) = self.connections.entry_mut(id) else { return };
         let Stage::Dialling(dial) = &mut connection.stage else { return };
         let own_peer = match (&connection.sockets[Side::Upstream as usize], result) {
@@ -212,7 +213,7 @@ impl<R: Ring> Shard<R> {
             }
             Err(StockError::Refused(_)) => {
                 for connection in upstream.impossible(family) {
-                    self.on_connected(connection, Err(Fault::Unreachable));
+                    self.on_connected(connection, Err(SocketError::Unreachable));
                 }
             }
             Err(error @ (StockError::Gone | StockError::Hostile(_))) => {

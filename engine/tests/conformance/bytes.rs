@@ -8,7 +8,8 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::{Borrowed, Fault, Op, Outcome, Received, Token, Way};
+use landfall_engine::ring::{Borrowed, Op, Outcome, Received, Token, Way};
+use landfall_engine::sys::SocketError;
 use rustix::event::PollFlags;
 use rustix::net::{SendFlags, sockopt};
 
@@ -121,7 +122,7 @@ pub(crate) fn bytes_before_a_reset_come_first<R: Real>(_: &str) {
             assert_eq!(bench.content(loan), b"the last");
             let read = bench.recv(&ours, way, false);
             match bench.received(read) {
-                Received::Failed(Fault::Reset) => {}
+                Received::Failed(SocketError::Reset) => {}
                 other => panic!("{way:?}: {other:?}"),
             }
         }
@@ -130,7 +131,7 @@ pub(crate) fn bytes_before_a_reset_come_first<R: Real>(_: &str) {
         let ours = bench.adopt(ours);
         let read = bench.recv(&ours, Way::Copy, false);
         reset(theirs);
-        assert!(matches!(bench.received(read), Received::Failed(Fault::Reset)));
+        assert!(matches!(bench.received(read), Received::Failed(SocketError::Reset)));
     });
 }
 
@@ -186,7 +187,7 @@ pub(crate) fn a_send_to_a_broken_connection_gives_the_loan_back<R: Real>(_: &str
             let (send, _) = fill(bench, &ours, way);
             reset(theirs);
             match bench.outcome(send) {
-                Outcome::Sent(loan, Err(Fault::Reset)) => assert!(loan.bytes() > 0),
+                Outcome::Sent(loan, Err(SocketError::Reset)) => assert!(loan.bytes() > 0),
                 other => panic!("{way:?}: {other:?}"),
             }
         });
@@ -218,7 +219,7 @@ pub(crate) fn a_blocked_send_to_a_half_closed_peer_sleeps<R: Real>(_: &str) {
                     assert!(bench.cancel(send).is_some_and(|loan| loan.bytes() > 0));
                 } else {
                     reset(theirs);
-                    assert!(matches!(bench.outcome(send), Outcome::Sent(_, Err(Fault::Reset))));
+                    assert!(matches!(bench.outcome(send), Outcome::Sent(_, Err(SocketError::Reset))));
                 }
             }
         });

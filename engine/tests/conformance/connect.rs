@@ -5,7 +5,8 @@ use std::process::Command;
 
 use landfall_engine::command::Family;
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::{Fault, Op, Outcome, Way};
+use landfall_engine::ring::{Op, Outcome, Way};
+use landfall_engine::sys::SocketError;
 use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
@@ -38,7 +39,7 @@ pub(crate) fn a_connect_to_nobody_is_refused<R: Real>(_: &str) {
         let socket = bench.adopt(tcp_socket());
         let connect = bench.submit(Op::Connect { socket, address: vacant() });
         match bench.outcome(connect) {
-            Outcome::Connected(Err(Fault::Refused)) => {}
+            Outcome::Connected(Err(SocketError::Refused)) => {}
             other => panic!("{other:?}"),
         }
     });
@@ -66,7 +67,7 @@ pub(crate) fn a_connect_to_itself_is_found_out<R: Real>(test: &str) {
                     bench.ring.reset_on_close(&socket);
                     own
                 }
-                Outcome::Connected(Err(Fault::Refused | Fault::PortsExhausted)) => false,
+                Outcome::Connected(Err(SocketError::Refused | SocketError::PortsExhausted)) => false,
                 other => panic!("{other:?}"),
             }
         });
@@ -158,7 +159,7 @@ pub(crate) fn an_accept_without_descriptors_is_exhausted<R: Real>(test: &str) {
         let _ = rustix::net::connect(&client, &address);
         for accept in [waiting, bench.submit(Op::Accept { listener: listener.clone() })] {
             match bench.outcome(accept) {
-                Outcome::Accepted(Err(Fault::Exhausted)) => {}
+                Outcome::Accepted(Err(SocketError::Exhausted)) => {}
                 other => panic!("{other:?}"),
             }
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use landfall_engine::channel::Channel;
 use landfall_engine::native;
-use landfall_engine::ring::netns_cookie;
+use landfall_engine::sys::netns_cookie;
 use nix::sched::{CloneFlags, unshare};
 use rustix::event::epoll;
 use rustix::io::Errno;

@@ -74,7 +74,7 @@ pub(crate) fn useless() {
         let channel = Channel::try_from(connection).unwrap();
         let _ = channel.recv::<Request>().unwrap().unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let netns_cookie = landfall_engine::ring::netns_cookie(&listener).unwrap();
+        let netns_cookie = landfall_engine::sys::netns_cookie(&listener).unwrap();
         channel.send(&Answer::Entered { netns_inode: 1, netns_cookie }, &[]).unwrap();
         let _ = channel.recv::<Request>();
     });

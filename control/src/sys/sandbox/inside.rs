@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use landfall_engine::native;
-use landfall_engine::ring::netns_cookie;
+use landfall_engine::sys::netns_cookie;
 use nix::sched::CloneFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType};

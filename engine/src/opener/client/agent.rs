@@ -24,7 +24,7 @@ use super::{OpenError, Opener, StockError, exchange, refused, take, unasked};
 use crate::channel::{Channel, ChannelError};
 use crate::command::{Family, WatchSources};
 use crate::opener::{AGENT_SOCKET, Answer, Failure, FailureKind, Request};
-use crate::ring::netns_cookie;
+use crate::sys::netns_cookie;
 
 /// What is said of a container that is where we are.
 pub(super) const OWN_NAMESPACE: &str =

@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sockopt};
 use super::{StockError, answered};
 use crate::channel::{self, ChannelError};
 use crate::opener::{Answer, DialFailure, Request};
-use crate::ring::attempt;
+use crate::sys::tune;
 
 /// Asks for a connection to a port inside. Never waits; [`hear`] brings the answer.
 ///
@@ -33,7 +33,7 @@ pub fn hear(channel: BorrowedFd<'_>) -> Result<Option<Heard>, StockError> {
     match (answer, sockets.pop()) {
         (Answer::Dialled { dial }, Some(socket)) if sockets.is_empty() => {
             check(&socket).map_err(|what| StockError::Hostile(what.to_owned()))?;
-            attempt::tune(&socket);
+            tune(&socket);
             Ok(Some((dial, Ok(socket))))
         }
         (Answer::NotDialled { dial, why }, None) => Ok(Some((dial, Err(why)))),

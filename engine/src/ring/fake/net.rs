@@ -19,7 +19,7 @@ use super::bytes::{Bytes, Run};
 use super::dials::AskedDial;
 use super::faults::{Dice, Faults, Knob};
 use crate::command::Family;
-use crate::ring::Fault;
+use crate::sys::SocketError;
 use crate::table::SlotId;
 
 /// One end of a connection, by number.
@@ -361,11 +361,11 @@ impl Net {
 /// What both a far end and the ring do with an end.
 impl Net {
     /// Queues bytes as far as there is room.
-    pub(super) fn send(&mut self, id: EndId, bytes: &mut Bytes, most: usize) -> Result<usize, Fault> {
+    pub(super) fn send(&mut self, id: EndId, bytes: &mut Bytes, most: usize) -> Result<usize, SocketError> {
         let end = &mut self.ends[id];
         if end.broken || end.fin_sent || end.peer.is_none() {
             end.error_untold = false;
-            return Err(Fault::Reset);
+            return Err(SocketError::Reset);
         }
         let room = end.send_buffer.saturating_sub(end.outbox.count());
         let sent = end.outbox.pull(bytes, room.min(most));
@@ -407,13 +407,13 @@ impl Net {
     }
 
     /// What stands after the last byte: an end, or an error that is told once.
-    pub(super) fn ending(&mut self, id: EndId) -> Result<(), Fault> {
+    pub(super) fn ending(&mut self, id: EndId) -> Result<(), SocketError> {
         let end = &mut self.ends[id];
         if end.fin_in {
             return Ok(());
         }
         if std::mem::replace(&mut end.error_untold, false) {
-            return Err(Fault::Reset);
+            return Err(SocketError::Reset);
         }
         self.faults.note(Knob::ResetReadAsEof);
         Ok(())
@@ -438,9 +438,9 @@ impl Net {
     ///
     /// # Errors
     /// The connection was reset.
-    pub fn shutdown(&mut self, id: EndId) -> Result<(), Fault> {
+    pub fn shutdown(&mut self, id: EndId) -> Result<(), SocketError> {
         if self.ends[id].broken {
-            return Err(Fault::Reset);
+            return Err(SocketError::Reset);
         }
         self.ends[id].fin_sent = true;
         self.flow(id);

@@ -1,0 +1,137 @@
+//! System calls without a safe wrapper, socket options of the relay's own sockets, and the meaning of errno.
+//!
+//! Everything else of the engine that may be unsafe is in `reactor/uring.rs`.
+
+#![expect(unsafe_code, reason = "getsockopt(SO_NETNS_COOKIE) and ioctl(SIOCOUTQ) have no safe wrapper")]
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::OnceLock;
+
+use rustix::io::Errno;
+use rustix::net::sockopt;
+
+/// What a failed operation on a socket means for a relayed connection or a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketError {
+    /// The peer reset the connection (ECONNRESET, EPIPE, ECONNABORTED), or the kernel ended it.
+    Reset,
+    /// No socket listens on the address (ECONNREFUSED).
+    Refused,
+    /// The address cannot be reached from this namespace (ENETUNREACH, EHOSTUNREACH, ENETDOWN, EAFNOSUPPORT).
+    Unreachable,
+    /// No answer in time (ETIMEDOUT).
+    TimedOut,
+    /// Every ephemeral port to that target is in use (EADDRNOTAVAIL or EAGAIN of a connect).
+    PortsExhausted,
+    /// No descriptors, buffers or memory are left (EMFILE, ENFILE, ENOBUFS, ENOMEM).
+    Exhausted,
+    /// Any other error; the socket cannot be used.
+    Other(Errno),
+}
+
+impl SocketError {
+    /// Decodes the error of an operation on an established connection or a listener.
+    pub fn of(errno: Errno) -> SocketError {
+        match errno {
+            Errno::CONNRESET | Errno::PIPE | Errno::CONNABORTED | Errno::NOTCONN | Errno::SHUTDOWN => {
+                SocketError::Reset
+            }
+            Errno::CONNREFUSED => SocketError::Refused,
+            Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::NETDOWN | Errno::AFNOSUPPORT => {
+                SocketError::Unreachable
+            }
+            Errno::TIMEDOUT => SocketError::TimedOut,
+            Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => SocketError::Exhausted,
+            other => SocketError::Other(other),
+        }
+    }
+
+    /// Decodes the error of a connect, where a few numbers have another meaning.
+    pub fn of_connect(errno: Errno) -> SocketError {
+        match errno {
+            // Linux, __inet_hash_connect(): no free source port for this target.
+            Errno::ADDRNOTAVAIL | Errno::AGAIN => SocketError::PortsExhausted,
+            // A reset in answer to the final ACK: the server's queue was full, or it closed at once.
+            Errno::CONNRESET => SocketError::Refused,
+            other => SocketError::of(other),
+        }
+    }
+}
+
+impl fmt::Display for SocketError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SocketError::Reset => f.write_str("the connection was reset"),
+            SocketError::Refused => f.write_str("no socket listens on the address"),
+            SocketError::Unreachable => f.write_str("the address cannot be reached"),
+            SocketError::TimedOut => f.write_str("no answer in time"),
+            SocketError::PortsExhausted => f.write_str("every ephemeral port is in use"),
+            SocketError::Exhausted => f.write_str("descriptors or memory ran out"),
+            SocketError::Other(errno) => write!(f, "{errno}"),
+        }
+    }
+}
+
+impl std::error::Error for SocketError {}
+
+/// Returns the congestion control that the relay's own sockets should use, or `None` where the default is suitable.
+///
+/// A host that paces by default (BBR) paces loopback to a third of its speed, where there is never congestion.
+pub(crate) fn congestion() -> Option<&'static str> {
+    static CHOICE: OnceLock<Option<&'static str>> = OnceLock::new();
+    *CHOICE.get_or_init(|| {
+        let sysctl =
+            |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+        let is_plain = |name: &str| matches!(name, "cubic" | "reno");
+        if is_plain(sysctl("tcp_congestion_control").trim()) {
+            return None;
+        }
+        // Without privilege only an allowed one may be chosen, and reno always is.
+        let allowed = sysctl("tcp_allowed_congestion_control");
+        Some(if allowed.split_whitespace().any(|name| name == "cubic") { "cubic" } else { "reno" })
+    })
+}
+
+/// Sets the TCP options of a relayed connection, or of a listener, whose accepted sockets inherit them: small messages
+/// leave at once, an urgent byte stays in the stream, and nothing is paced. An option that the kernel refuses is left unset.
+pub fn tune(socket: impl AsFd) {
+    let socket = socket.as_fd();
+    // Each of these only makes a connection faster or more faithful; none is worth refusing one for.
+    let _ = sockopt::set_tcp_nodelay(socket, true);
+    let _ = sockopt::set_socket_oobinline(socket, true);
+    if let Some(congestion) = congestion() {
+        let _ = sockopt::set_tcp_congestion(socket, congestion);
+    }
+}
+
+/// Returns `SO_NETNS_COOKIE` (Linux 5.14): a number that identifies a network namespace and is never used again.
+///
+/// # Errors
+/// ENOPROTOOPT on an older kernel, ENOTSOCK on a descriptor that is not a socket.
+pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
+    let mut cookie: u64 = 0;
+    let mut length: libc::socklen_t = 8;
+    // SAFETY: getsockopt(2) writes at most `length` bytes to the option's address, and the new length to `length`. Both
+    // point to live, writable locals of exactly those sizes, and the descriptor is open for as long as it is borrowed.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Returns `SIOCOUTQ` (tcp(7)): bytes sent and not yet acknowledged; 0 where the kernel does not report it.
+pub fn unacknowledged_bytes(socket: impl AsFd) -> usize {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which has the number of TIOCOUTQ, writes one int to its argument (tcp_ioctl() in net/ipv4/tcp.c).
+    // The argument points to a live, writable int, and the descriptor is open for as long as it is borrowed.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+}
