@@ -2,32 +2,40 @@
 //!
 //! All scans together may cost one part in [`COST_FACTOR`] of a core. Every namespace has an equal share of that, so an
 //! expensive one does not slow the cheap ones: a scan that cost `c`, with `n` namespaces watched, is paid off after
-//! `COST_FACTOR × n × c`, and the next one comes then, though never sooner than [`FLOOR`] after it.
+//! `COST_FACTOR × n × c`. The next scan follows then, though never sooner than [`FLOOR`] after it. A namespace without a
+//! change for [`QUIET_AFTER`] is scanned every [`QUIET`] only; its next change returns it to the floor.
 //!
-//! A change seldom comes alone (a dev server opens its port, then the one of its debugger), so for [`BRISK`] after one
+//! Changes come in groups (a dev server opens its port, then the one of its debugger), so for [`BRISK`] after a change
 //! scans follow each other at the floor, on credit: up to [`CREDIT`] of time may be owed. What is owed is paid off
-//! afterwards by waiting twice as long between scans (not by one long wait, which would miss the next change), so the
-//! bound holds in the long run whatever happens inside; a namespace that opens and closes ports without end only uses up
-//! its own credit. A rescan that was asked for uses the same credit.
+//! afterwards by waiting twice as long between scans (not by one long wait, which would miss the next change). So the
+//! bound holds in the long run, and a namespace that opens and closes ports without end only uses up its own credit. A
+//! requested rescan uses the same credit.
 //!
-//! Where the kernel tells of changes, a namespace rests for [`REST`] between scans: they only make sure. What is told is
-//! looked at on credit, at once, after [`SETTLE`] if there was nothing new, and after [`FLOOR`] in any case: the kernel
-//! tells of a listener before it has it in its table (`inet_csk_listen_start`, `net/ipv4/inet_connection_sock.c`). No other
-//! scans follow a change, since they would use up the credit that the next one needs.
+//! Where the kernel reports changes, a namespace rests for [`REST`] between scans, which then only confirm. A report causes
+//! a scan on credit, at once, after [`SETTLE`] if it found no change, and after [`FLOOR`] in any case: the kernel reports a
+//! listener before its table contains it (`inet_csk_listen_start`, `net/ipv4/inet_connection_sock.c`). No other scans follow
+//! a change, since they would use up the credit that the next one needs.
 //!
-//! A virtual machine that its host holds up may charge a scan with a hundred times its cost. One such figure would
-//! blind the watch for half a minute, so a scan is charged with at most twice what the one before was measured to
-//! cost. A cost that really grew is caught up with in a few scans.
+//! A virtual machine that its host suspends may charge a scan with a hundred times its cost. One such figure would
+//! blind the watch for half a minute, so a scan is charged with at most twice the measured cost of the one before. A cost
+//! that really grew is accounted for within a few scans.
 
 use std::time::{Duration, Instant};
 
 /// The shortest time between two scans of one namespace.
 pub(super) const FLOOR: Duration = Duration::from_millis(20);
 
-/// The shortest time between two scans of one namespace when the kernel tells of changes.
+/// The time between two scans of a namespace without changes, where the kernel does not report any. With the time that a
+/// scan and an open take, a new listener answers within 100 ms.
+const QUIET: Duration = Duration::from_millis(80);
+
+/// How long a namespace is scanned at the floor after its last change.
+const QUIET_AFTER: Duration = Duration::from_secs(60);
+
+/// The shortest time between two scans of one namespace when the kernel reports changes.
 const REST: Duration = Duration::from_secs(1);
 
-/// How long after the kernel told of something it is looked once more for what was not there at first.
+/// How long after a report the namespace is scanned again for a listener that the first scan did not find.
 const SETTLE: Duration = Duration::from_millis(3);
 
 /// How long scans follow a change at the floor.
@@ -75,6 +83,8 @@ pub(super) struct Pace {
     /// When all scans so far are paid off.
     paid: Instant,
     brisk_until: Instant,
+    /// When the last change was found or expected.
+    changed: Instant,
     /// When the kernel told of something last, while it is looked for.
     told: Option<Instant>,
     last_cost: Duration,
@@ -83,7 +93,7 @@ pub(super) struct Pace {
 impl Pace {
     /// The first scan is due at once, and not from those that follow a change: what listens already has settled.
     pub(super) fn new(now: Instant) -> Pace {
-        Pace { due: now, paid: now, brisk_until: now, told: None, last_cost: COST_AT_FIRST }
+        Pace { due: now, paid: now, brisk_until: now, changed: now, told: None, last_cost: COST_AT_FIRST }
     }
 
     /// When to scan next.
@@ -99,15 +109,23 @@ impl Pace {
         self.last_cost = cost;
         let owed = charged.saturating_mul(COST_FACTOR).saturating_mul(watched.max(1)).min(PAID_MAX);
         self.paid = (self.paid.max(now) + owed).min(now + PAID_MAX);
-        if found == Found::Change && !hinted {
-            self.brisk_until = now + BRISK;
+        if found == Found::Change {
+            self.changed = now;
+            if !hinted {
+                self.brisk_until = now + BRISK;
+            }
         }
         let looks = self.told.map(|told| [told + SETTLE, told + FLOOR]);
         let looks = looks.into_iter().flatten().skip(usize::from(found == Found::Change));
         let look = looks.filter(|look| *look > now).min();
         self.told = self.told.filter(|_| look.is_some());
         let is_brisk = now < self.brisk_until;
-        let rest = if hinted && !is_brisk && found != Found::Nothing { REST } else { FLOOR };
+        let is_quiet = now.saturating_duration_since(self.changed) >= QUIET_AFTER;
+        let rest = match found {
+            Found::Same | Found::Change if hinted && !is_brisk => REST,
+            _ if is_quiet => QUIET,
+            _ => FLOOR,
+        };
         let (next, may_owe) = match look {
             Some(look) => (look, CREDIT),
             None => (now + rest, if is_brisk { CREDIT } else { Duration::ZERO }),
@@ -119,11 +137,13 @@ impl Pace {
     /// The kernel told of a change somewhere: scan at once, as far as the credit reaches, and then to make sure.
     pub(super) fn hint(&mut self, now: Instant) {
         self.told = Some(now);
+        self.changed = now;
         self.due = self.due.min(self.payable(CREDIT).max(now));
     }
 
-    /// Somebody expects a change: scan at once, as far as the credit reaches, and look again for a while.
+    /// A caller expects a change: scan at once, as far as the credit reaches, and look again for a while.
     pub(super) fn hurry(&mut self, now: Instant) {
+        self.changed = now;
         self.brisk_until = now + BRISK;
         self.due = self.due.min(self.payable(CREDIT).max(now));
     }
@@ -153,6 +173,29 @@ mod tests {
         assert_eq!(pace.due(), now);
         pace.scanned(now, scan(100 * US, Found::Same, 1));
         assert_eq!(pace.due(), now + FLOOR);
+    }
+
+    #[test]
+    fn a_quiet_namespace_is_scanned_less_often() {
+        let start = Instant::now();
+        let mut now = start;
+        let mut pace = Pace::new(now);
+        let mut scans = 0;
+        while now < start + QUIET_AFTER {
+            pace.scanned(now, scan(100 * US, Found::Same, 1));
+            now = pace.due();
+            scans += 1;
+        }
+        assert_eq!(scans, 3_000, "50 a second in the first minute");
+        pace.scanned(now, scan(100 * US, Found::Same, 1));
+        assert_eq!(pace.due(), now + QUIET);
+        now = pace.due();
+        pace.scanned(now, scan(100 * US, Found::Change, 1));
+        assert_eq!(pace.due(), now + FLOOR, "after a change");
+        now += QUIET_AFTER;
+        pace.hurry(now);
+        pace.scanned(now, scan(100 * US, Found::Same, 1));
+        assert_eq!(pace.due(), now + FLOOR, "after a request");
     }
 
     #[test]
