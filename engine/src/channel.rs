@@ -217,7 +217,7 @@ pub fn send(
     send_bytes(socket, &text, descriptors, flags)
 }
 
-fn send_bytes(
+pub(crate) fn send_bytes(
     socket: BorrowedFd<'_>,
     text: &[u8],
     descriptors: &[BorrowedFd<'_>],
@@ -240,15 +240,22 @@ fn send_bytes(
 
 /// Receives one message of at most `bytes_max` on a descriptor that is a channel.
 ///
-/// Every descriptor that comes is close-on-exec, and is closed again when the message is refused.
+/// Every descriptor that arrives is close-on-exec, and is closed again when the message is refused.
 pub fn receive<T: DeserializeOwned>(
     socket: BorrowedFd<'_>,
     bytes_max: usize,
     flags: RecvFlags,
 ) -> Received<T> {
+    let Some((text, descriptors)) = receive_bytes(socket, bytes_max, flags)? else { return Ok(None) };
+    let value = serde_json::from_slice(&text).map_err(ChannelError::Malformed)?;
+    Ok(Some((value, descriptors)))
+}
+
+/// Receives the bytes of one message and its descriptors; `None` when the peer has closed its end.
+pub(crate) fn receive_bytes(socket: BorrowedFd<'_>, bytes_max: usize, flags: RecvFlags) -> Received<Vec<u8>> {
     let mut text = vec![0; bytes_max];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE_MAX))];
-    // Whatever is not drained from it is closed when it is dropped.
+    // The descriptors that are not drained from it are closed when it is dropped.
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message = loop {
         let iov = &mut [IoSliceMut::new(&mut text)];
@@ -272,9 +279,8 @@ pub fn receive<T: DeserializeOwned>(
     if message.bytes == 0 {
         return Ok(None);
     }
-    let text = text.get(..message.bytes).unwrap_or_default();
-    let value = serde_json::from_slice(text).map_err(ChannelError::Malformed)?;
-    Ok(Some((value, descriptors)))
+    text.truncate(message.bytes);
+    Ok(Some((text, descriptors)))
 }
 
 /// Waits until `socket` is ready as asked or has hung up; [`ChannelError::TimedOut`] after `deadline`.

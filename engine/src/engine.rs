@@ -27,10 +27,10 @@ use std::thread::JoinHandle;
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::command::{Command, Event, RingKind, Told};
+use crate::command::{Command, Event, RingKind, RingReport, Told};
 use crate::limits::Limits;
 use crate::process::Drive;
-use crate::ring::{self, RingChoice, Unusable};
+use crate::reactor::{self, RingChoice, Unusable};
 use crate::shard::{Peer, Peers, ShardCommand};
 use crate::watch::Watcher;
 use crate::watch::hint::HintSource;
@@ -39,7 +39,7 @@ use conductor::{Conductor, Message};
 use shard_thread::ShardThread;
 
 /// How an engine is started.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct EngineOptions {
     /// Its bounds.
     pub limits: Limits,
@@ -47,23 +47,8 @@ pub struct EngineOptions {
     pub ring: RingChoice,
     /// Where hints about new listeners come from ([`crate::watch::hint`]).
     pub hints: HintSource,
-    /// Whether an io_uring may be made after the start. Where not, as in a confined engine
-    /// ([`crate::process::confinement`]), isolated shards use epoll.
-    pub late_rings: bool,
     /// Which build of the program this is, for [`Event::Ready`].
     pub version: String,
-}
-
-impl Default for EngineOptions {
-    fn default() -> EngineOptions {
-        EngineOptions {
-            limits: Limits::default(),
-            ring: RingChoice::default(),
-            hints: HintSource::default(),
-            late_rings: true,
-            version: String::new(),
-        }
-    }
 }
 
 /// Why an engine could not start.
@@ -104,21 +89,21 @@ impl Engine {
     /// # Errors
     /// See [`StartError`].
     pub fn start(options: EngineOptions) -> Result<Engine, StartError> {
-        let EngineOptions { limits, ring, hints, late_rings, version } = options;
-        if limits.shards == 0 || limits.leases_max == 0 || limits.lease_bytes == 0 {
-            return Err(StartError::Limits("an engine needs at least one shard and one lease of one byte"));
+        let EngineOptions { limits, ring, hints, version } = options;
+        if limits.shards == 0 || limits.buffers_max == 0 || limits.buffer_bytes == 0 {
+            return Err(StartError::Limits("an engine needs at least one shard and one buffer of one byte"));
         }
-        let report = ring::choose(ring, &limits)?;
+        let mut report = reactor::choose(ring, &limits)?;
         let limits = within_descriptors(limits);
         let (messages, inbox) = mpsc::channel();
-        let mut shards = Vec::with_capacity(usize::from(limits.shards));
-        for index in 0..usize::from(limits.shards) {
-            let messages = messages.clone();
-            shards.push(ShardThread::start(index, report.kind, &limits, move |report| {
-                // A conductor that has ended needs no reports.
-                let _ = messages.send(Message::Report(index, report));
-            })?);
-        }
+        let shards = match start_shards(report.kind, &limits, &messages) {
+            // A ring worked and a second one does not: the kernel has no more locked memory for this user.
+            Err(StartError::Ring(unusable)) if ring == RingChoice::Auto && unusable.fall_back => {
+                report = RingReport { kind: RingKind::Epoll, reason: Some(unusable.reason) };
+                start_shards(report.kind, &limits, &messages)?
+            }
+            started => started?,
+        };
         if shards.len() > 1 {
             let peers: Vec<Peer> = shards.iter().map(ShardThread::peer).collect();
             for (own, shard) in shards.iter().enumerate() {
@@ -129,8 +114,7 @@ impl Engine {
         let watcher = Watcher::start(hints, move |event| {
             let _ = watch_messages.send(Message::Watch(event));
         })?;
-        let late_kind = if late_rings { report.kind } else { RingKind::Epoll };
-        let apart = Apart::new(late_kind, &limits, messages.clone());
+        let apart = Apart::new(&limits, messages.clone());
         let ready = Event::Ready {
             ring: report,
             shards: limits.shards,
@@ -184,6 +168,22 @@ impl Drop for Threads {
             let _ = conductor.join();
         }
     }
+}
+
+/// Starts the common shards.
+fn start_shards(
+    kind: RingKind,
+    limits: &Limits,
+    messages: &Sender<Message>,
+) -> Result<Vec<ShardThread>, StartError> {
+    let start = |index| {
+        let messages = messages.clone();
+        ShardThread::start(index, kind, limits, move |report| {
+            // A conductor that has ended needs no reports.
+            let _ = messages.send(Message::Report(index, report));
+        })
+    };
+    (0..usize::from(limits.shards)).map(start).collect()
 }
 
 /// Bounds the connections of a shard by the descriptors there are: two for each, and some for everything else. Clients

@@ -9,29 +9,29 @@ use std::time::Duration;
 pub struct Limits {
     /// Threads that relay. One is best on two cores: two win a tenth of requests per second and lose a fifth of bulk.
     pub shards: u16,
-    /// Relayed connections of one shard, waiting ones included. One over it is reset.
+    /// Relayed connections of one shard, waiting ones included. Further clients wait in the kernel's queue.
     pub connections_max: u32,
-    /// Size of one lease: a read that fills it is a hint of bulk.
-    pub lease_bytes: usize,
-    /// Leases of one shard. Allocated when first needed.
-    pub leases_max: usize,
-    /// Free leases kept for reuse; more are given back to the allocator.
-    pub leases_kept: usize,
+    /// Size of one buffer: a read that fills it is a hint of bulk.
+    pub buffer_bytes: usize,
+    /// Buffers of one shard that may hold bytes of blocked writes. Allocated when first needed.
+    pub buffers_max: usize,
+    /// Free buffers kept for reuse; more are returned to the allocator.
+    pub buffers_kept: usize,
     /// Capacity of one pipe. An unprivileged user may hold 64 MiB of pipes in all (`pipe-user-pages-soft`).
     pub pipe_bytes: usize,
     /// Pipes of one shard.
     pub pipes_max: usize,
     /// Free pipes kept for reuse.
     pub pipes_kept: usize,
-    /// Bytes that one direction may move before the others have their turn.
+    /// Bytes that one direction may move per turn before the others are served.
     pub turn_bytes: usize,
     /// Full reads in a row after which a direction is spliced.
     pub promote_after: u8,
     /// Small moves in a row after which a spliced direction is copied again.
     pub demote_after: u8,
-    /// The most sockets that one upstream keeps in stock for each family. The stock begins small and doubles when it ran dry.
+    /// The most sockets that one upstream keeps in stock for each family. The stock starts small and doubles when it ran dry.
     pub stock_max: usize,
-    /// The stock an upstream begins with.
+    /// The stock that an upstream starts with.
     pub stock_min: usize,
     /// How long a client may wait for a connection to the server inside.
     pub connect_timeout: Duration,
@@ -39,7 +39,7 @@ pub struct Limits {
     pub reset_drain_timeout: Duration,
     /// Backlog of a host listener; the kernel caps it at `net.core.somaxconn`.
     pub backlog: u16,
-    /// Connections that one listener accepts before the others have their turn.
+    /// Connections that one listener accepts per turn before the others are served.
     pub accept_burst: u32,
     /// How long a listener rests after descriptors ran out.
     pub exhausted_pause: Duration,
@@ -50,9 +50,9 @@ impl Default for Limits {
         Limits {
             shards: default_shards(),
             connections_max: 65_536,
-            lease_bytes: LEASE_BYTES,
-            leases_max: 4_096,
-            leases_kept: 64,
+            buffer_bytes: BUFFER_BYTES,
+            buffers_max: 4_096,
+            buffers_kept: 64,
             pipe_bytes: PIPE_BYTES,
             pipes_max: 64,
             pipes_kept: 16,
@@ -76,7 +76,7 @@ fn default_shards() -> u16 {
     u16::try_from(cores / 4).unwrap_or(u16::MAX).clamp(1, 8)
 }
 
-const LEASE_BYTES: usize = 64 * 1024;
+const BUFFER_BYTES: usize = 64 * 1024;
 const PIPE_BYTES: usize = 256 * 1024;
 const TURN_BYTES: usize = 1024 * 1024;
 
@@ -84,10 +84,10 @@ const TURN_BYTES: usize = 1024 * 1024;
 pub const DESCRIPTORS_PER_MESSAGE_MAX: usize = 253;
 
 /// The longest command or event, in bytes of JSON: below the default send buffer of a Unix socket (`net.core.wmem_default`),
-/// so that a datagram of this size is never refused. A longer state is told in several events.
+/// so that a datagram of this size is never refused. A longer state is sent in several events.
 pub const MESSAGE_BYTES_MAX: usize = 128 * 1024;
 
-// One turn moves several full leases and a full pipe, or promotion would never be seen within a turn.
-const _: () = assert!(TURN_BYTES >= 4 * LEASE_BYTES && TURN_BYTES >= 2 * PIPE_BYTES);
-// A pipe holds at least a lease, or promotion would move less at a time than the copy it replaces.
-const _: () = assert!(PIPE_BYTES >= LEASE_BYTES);
+// One turn moves several full buffers and a full pipe, or promotion would never happen within a turn.
+const _: () = assert!(TURN_BYTES >= 4 * BUFFER_BYTES && TURN_BYTES >= 2 * PIPE_BYTES);
+// A pipe holds at least a buffer, or promotion would move less at a time than the copy it replaces.
+const _: () = assert!(PIPE_BYTES >= BUFFER_BYTES);

@@ -1,77 +1,26 @@
-//! One forward's listeners on the host: 127.0.0.1 and `::1`, the same port.
+//! The listening sockets of a forward on the host: 127.0.0.1 and `::1`, the same port.
 //!
 //! Both addresses are bound or neither is: a browser tries `::1` first for `localhost`, and half a forward would show
-//! it another program. Where the host has no IPv6 at all, 127.0.0.1 stands alone.
+//! it another program. Where the host has no IPv6 at all, 127.0.0.1 is enough.
 //!
-//! A listening socket may be lent by another engine, which goes on accepting from it for a while. All holders of a socket
+//! A listening socket may be lent by another engine, which accepts from it for a while longer. All holders of a socket
 //! share one queue of connections, and it listens until the last of them closes it: `shutdown(2)` would end it for all,
-//! and reset what waits in the queue (`inet_csk_listen_stop()` in net/ipv4/inet_connection_sock.c), so nobody calls it.
+//! and reset what waits in the queue (`inet_csk_listen_stop()` in net/ipv4/inet_connection_sock.c), so no holder calls it.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
-use std::time::Instant;
 
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
-use crate::command::{
-    Family, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind, Reach, UpstreamId,
-};
-use crate::ring::OpKey;
-use crate::sys::{netns_cookie, tune};
-use crate::table::SlotId;
+use crate::command::{Family, ListenFailure, ListenFailureKind};
+use crate::sys::{SocketFacts, netns_cookie, tune};
 
-/// A forward in a shard's table.
-#[derive(Debug)]
-pub(crate) struct Listener<S> {
-    pub(crate) forward: ForwardId,
-    pub(crate) upstream: UpstreamId,
-    pub(crate) upstream_slot: SlotId,
-    pub(crate) host_port: NonZeroU16,
-    pub(crate) target_port: NonZeroU16,
-    pub(crate) reach: Reach,
-    /// The listening sockets, and the accept in flight on each.
-    pub(crate) sockets: Vec<Accepting<S>>,
-    /// Whether it still listens; otherwise it waits for its accepts to end, and then for its connections.
-    pub(crate) open: bool,
-    /// The driver was told that the port is free.
-    pub(crate) told_closed: bool,
-    /// It is in the queue of those that accept when there is room, or when the others have had their turn.
-    pub(crate) queued: bool,
-    /// Descriptors ran out; it accepts again at that time.
-    pub(crate) resting_until: Option<Instant>,
-    pub(crate) stats: ForwardStats,
-}
-
-impl<S> Listener<S> {
-    /// How it is told.
-    pub(crate) fn state(&self) -> ForwardState {
-        ForwardState {
-            forward: self.forward,
-            upstream: self.upstream,
-            host_port: self.host_port,
-            target_port: self.target_port,
-            reach: self.reach,
-            listening: self.open,
-            stats: self.stats,
-        }
-    }
-}
-
-/// A listening socket and the accept in flight on it.
-#[derive(Debug)]
-pub(crate) struct Accepting<S> {
-    /// Its number among the listener's sockets, which its accepts are known by. It stays when others close before it.
-    pub(crate) index: usize,
-    pub(crate) socket: S,
-    pub(crate) key: Option<OpKey>,
-}
-
-/// Makes the host side of a forward: of what was lent, and what is missing then is bound.
+/// Returns the listening sockets of a host port: those that were lent, and new ones for the families that are missing.
 ///
 /// # Errors
-/// The first address that refused, and why. Nothing stays open.
+/// The first address that refused, and why. No socket stays open.
 pub(crate) fn open(
     port: NonZeroU16,
     backlog: u16,
@@ -100,10 +49,9 @@ pub(crate) fn open(
 /// The first descriptor that is something else; all are closed then.
 pub(crate) fn adopt(port: NonZeroU16, sockets: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, ListenFailure> {
     let listens = |socket: &OwnedFd| {
-        let is_ip = matches!(sockopt::socket_domain(socket), Ok(AddressFamily::INET | AddressFamily::INET6));
-        let is_stream = sockopt::socket_type(socket) == Ok(SocketType::STREAM);
-        let listens = sockopt::socket_acceptconn(socket) == Ok(true);
-        is_ip && is_stream && listens && rustix::io::ioctl_fionbio(socket, true).is_ok()
+        let nonblocking = rustix::io::ioctl_fionbio(socket, true).is_ok();
+        let facts = SocketFacts::of(socket);
+        facts.family.is_some() && facts.is_stream && facts.listens && nonblocking
     };
     if sockets.is_empty() || !sockets.iter().all(listens) {
         return Err(strange(port, "a descriptor that is not a listening TCP socket"));
@@ -111,7 +59,7 @@ pub(crate) fn adopt(port: NonZeroU16, sockets: Vec<OwnedFd>) -> Result<Vec<Owned
     Ok(sockets)
 }
 
-/// Checks the sockets that were lent, and gives each its place.
+/// Checks the sockets that were lent, and sorts them by family.
 fn by_family(port: NonZeroU16, lent: Vec<OwnedFd>) -> Result<[Option<OwnedFd>; 2], ListenFailure> {
     let mut places = [None, None];
     for socket in lent {
@@ -123,28 +71,29 @@ fn by_family(port: NonZeroU16, lent: Vec<OwnedFd>) -> Result<[Option<OwnedFd>; 2
     Ok(places)
 }
 
-/// The family of a socket that was lent, or what it is instead. It is as well tuned as one of our own from then on.
+/// Returns the family of a lent socket, or what is wrong with it. The socket has the options of our own afterwards.
 fn check(socket: &OwnedFd, port: NonZeroU16) -> Result<Family, &'static str> {
     let is = |holds: bool, otherwise| if holds { Ok(()) } else { Err(otherwise) };
-    is(sockopt::socket_type(socket) == Ok(SocketType::STREAM), "a descriptor that is no stream socket")?;
-    is(sockopt::socket_protocol(socket) == Ok(Some(ipproto::TCP)), "a stream socket that is not TCP")?;
-    is(sockopt::socket_acceptconn(socket) == Ok(true), "a socket that does not listen")?;
-    let local = rustix::net::getsockname(socket).ok().and_then(|address| SocketAddr::try_from(address).ok());
-    let family = Family::ALL.into_iter().find(|family| local == Some(family.loopback(port)));
+    // Blocking or not belongs to the open file, which all holders share. One of them may have set it.
+    let nonblocking = rustix::io::ioctl_fionbio(socket, true).is_ok();
+    let facts = SocketFacts::of(socket);
+    is(facts.is_stream, "a descriptor that is no stream socket")?;
+    is(facts.is_tcp, "a stream socket that is not TCP")?;
+    is(facts.listens, "a socket that does not listen")?;
+    let family = Family::ALL.into_iter().find(|family| facts.local == Some(family.loopback(port)));
     let family = family.ok_or("a socket that listens elsewhere than on this port of loopback")?;
     // A socket of a kind that a confined engine may make.
     let ours = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).ok();
     let ours = ours.and_then(|ours| netns_cookie(ours).ok());
-    is(ours.is_some() && netns_cookie(socket).ok() == ours, "a socket of another network namespace")?;
-    // It belongs to the open file, which all holders share. One of them may have thought otherwise.
-    is(rustix::io::ioctl_fionbio(socket, true).is_ok(), "a socket that blocks")?;
+    is(ours.is_some() && facts.netns_cookie == ours, "a socket of another network namespace")?;
+    is(nonblocking, "a socket that blocks")?;
     tune(socket);
     Ok(family)
 }
 
 fn strange(port: NonZeroU16, what: &str) -> ListenFailure {
     let address = Family::V4.loopback(port);
-    let detail = format!("what was lent to listen with is not usable: {what}");
+    let detail = format!("a lent listening socket is not usable: {what}");
     ListenFailure { kind: ListenFailureKind::Other, address, detail }
 }
 
@@ -162,8 +111,8 @@ fn stream_socket(address: SocketAddr) -> Result<OwnedFd, Errno> {
 
 fn listen(address: SocketAddr, backlog: u16) -> Result<OwnedFd, Errno> {
     let socket = stream_socket(address)?;
-    // A port whose last connections are in TIME_WAIT may be listened on again. Never SO_REUSEPORT: another process of
-    // this user could then take a share of the connections.
+    // A port whose last connections are in TIME_WAIT may be bound again. Never SO_REUSEPORT: another process of this user
+    // could then take a share of the connections.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
@@ -193,14 +142,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn half_a_forward_is_none() {
+    fn both_addresses_are_bound_or_neither() {
         let other = std::net::TcpListener::bind("[::1]:0").unwrap();
         let port = NonZeroU16::new(other.local_addr().unwrap().port()).unwrap();
         let failure = open(port, 16, Vec::new()).unwrap_err();
         assert_eq!(failure.kind, ListenFailureKind::Taken);
         assert_eq!(failure.address, other.local_addr().unwrap());
         assert!(failure.detail.starts_with("EADDRINUSE"), "{}", failure.detail);
-        // The IPv4 half, which was bound first, is let go again.
+        // The IPv4 half, which was bound first, is closed again.
         std::net::TcpListener::bind(("127.0.0.1", port.get())).unwrap();
     }
 }

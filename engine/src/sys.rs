@@ -6,11 +6,15 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::sockopt;
+use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
+
+use crate::command::Family;
 
 /// What a failed operation on a socket means for a relayed connection or a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,4 +138,52 @@ pub fn unacknowledged_bytes(socket: impl AsFd) -> usize {
     // The argument points to a live, writable int, and the descriptor is open for as long as it is borrowed.
     let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
     if result == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
+}
+
+/// What the kernel reports of a descriptor that should be a TCP socket. Eight system calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketFacts {
+    /// It is a socket at all.
+    pub is_socket: bool,
+    /// Its family, if it is an IP socket.
+    pub family: Option<Family>,
+    /// It is a stream socket.
+    pub is_stream: bool,
+    /// Its protocol is TCP.
+    pub is_tcp: bool,
+    /// It listens.
+    pub listens: bool,
+    /// Its own address.
+    pub local: Option<SocketAddr>,
+    /// It is connected, or the kernel does not rule that out.
+    pub is_connected: bool,
+    /// Calls on it do not block.
+    pub nonblocking: bool,
+    /// The cookie of its network namespace.
+    pub netns_cookie: Option<u64>,
+}
+
+impl SocketFacts {
+    /// Asks the kernel.
+    pub fn of(socket: impl AsFd) -> SocketFacts {
+        let socket = socket.as_fd();
+        let domain = sockopt::socket_domain(socket);
+        SocketFacts {
+            is_socket: domain.is_ok(),
+            family: match domain {
+                Ok(AddressFamily::INET) => Some(Family::V4),
+                Ok(AddressFamily::INET6) => Some(Family::V6),
+                _ => None,
+            },
+            is_stream: sockopt::socket_type(socket) == Ok(SocketType::STREAM),
+            is_tcp: sockopt::socket_protocol(socket) == Ok(Some(ipproto::TCP)),
+            listens: sockopt::socket_acceptconn(socket) == Ok(true),
+            local: rustix::net::getsockname(socket)
+                .ok()
+                .and_then(|address| SocketAddr::try_from(address).ok()),
+            is_connected: !matches!(rustix::net::getpeername(socket), Err(Errno::NOTCONN)),
+            nonblocking: rustix::fs::fcntl_getfl(socket).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)),
+            netns_cookie: netns_cookie(socket).ok(),
+        }
+    }
 }

@@ -1,18 +1,18 @@
-//! Slots with generations: an id outlives its tenant without ever naming the next one.
+//! Slots with generations: an id outlives its entry and never names the next one. Pure.
 
-use crate::ring::Token;
+use crate::reactor::Token;
 
-/// Names one tenant of a [`Table`].
+/// The name of one entry of a [`Table`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotId {
     slot: u32,
     generation: u32,
 }
 
-/// What a [`Token`] names: a table, an operation of its entry, and the entry.
+/// The parts of a [`Token`]: a table, a socket of its entry, and the entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenParts {
-    /// The operation, below 256; each table has numbers of its own.
+    /// The table and the socket, below 256; each table has numbers of its own.
     pub kind: u8,
     /// The entry.
     pub id: SlotId,
@@ -63,15 +63,22 @@ impl<T> Table<T> {
 
     /// Adds an entry.
     pub fn insert(&mut self, entry: T) -> SlotId {
+        self.insert_with(|_| entry)
+    }
+
+    /// Adds an entry that is made with its id.
+    pub fn insert_with(&mut self, make: impl FnOnce(SlotId) -> T) -> SlotId {
         if let Some(slot) = self.free.pop()
             && let Some(place) = self.slots.get_mut(slot as usize)
         {
-            place.entry = Some(entry);
-            return SlotId { slot, generation: place.generation };
+            let id = SlotId { slot, generation: place.generation };
+            place.entry = Some(make(id));
+            return id;
         }
         let slot = u32::try_from(self.slots.len()).unwrap_or(SLOT_MASK) & SLOT_MASK;
-        self.slots.push(Slot { generation: 0, entry: Some(entry) });
-        SlotId { slot, generation: 0 }
+        let id = SlotId { slot, generation: 0 };
+        self.slots.push(Slot { generation: 0, entry: Some(make(id)) });
+        id
     }
 
     /// The entry of that id, if it is still there.

@@ -4,10 +4,11 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test, which says what it skipped")]
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use landfall_engine::command::{RingKind, RingReport};
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::{self, RingChoice, Unusable, UringRing};
+use landfall_engine::reactor::{self, ReactorError, RingChoice, Unusable, Uring};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 /// Numbers that are the same on every architecture (asm-generic/unistd.h, and x86's table since 5.1).
@@ -37,7 +38,7 @@ fn refusing<T: Send>(refused: i64, errno: rustix::io::Errno, what: impl FnOnce()
 }
 
 fn automatic() -> Result<RingReport, Unusable> {
-    ring::choose(RingChoice::Auto, &Limits::default())
+    reactor::choose(RingChoice::Auto, &Limits::default())
 }
 
 fn assert_falls_back(report: Result<RingReport, Unusable>, why: &str) {
@@ -59,7 +60,7 @@ impl Drop for Restore {
 
 #[test]
 fn a_refused_io_uring_is_replaced_and_the_reason_told() {
-    if let Err(unusable) = UringRing::self_test(&Limits::default()) {
+    if let Err(unusable) = Uring::self_test(&Limits::default()) {
         println!("skipped: there is no io_uring to refuse: {unusable}");
         return;
     }
@@ -72,14 +73,41 @@ fn a_refused_io_uring_is_replaced_and_the_reason_told() {
     assert_falls_back(refusing(IO_URING_ENTER, Errno::PERM, automatic), "self-test");
     assert_falls_back(refusing(IO_URING_ENTER, Errno::NOSYS, automatic), "self-test");
 
-    // What merely ran out is no reason to fall back, and who asked for io_uring alone gets no other.
-    let exhausted = refusing(IO_URING_SETUP, Errno::NOMEM, automatic).unwrap_err();
+    // Locked memory that rings of ended processes still hold is waited for, and then done without.
+    let started = Instant::now();
+    assert_falls_back(refusing(IO_URING_SETUP, Errno::NOMEM, automatic), "ENOMEM");
+    assert!(started.elapsed() >= Duration::from_secs(1), "after {:?}", started.elapsed());
+
+    // Descriptors are needed by epoll as well, and a caller that asks for io_uring alone gets no other poller.
+    let exhausted = refusing(IO_URING_SETUP, Errno::MFILE, automatic).unwrap_err();
     assert!(!exhausted.fall_back, "{exhausted}");
-    let alone = || ring::choose(RingChoice::IoUring, &Limits::default());
+    let alone = || reactor::choose(RingChoice::IoUring, &Limits::default());
     let refused = refusing(IO_URING_SETUP, Errno::PERM, alone).unwrap_err();
     assert!(refused.to_string().contains("seccomp"), "{refused}");
 
+    a_submission_that_keeps_failing_ends_the_reactor();
     switched_off();
+}
+
+/// Not at once, since the kernel may be short of memory for a while; but not never.
+fn a_submission_that_keeps_failing_ends_the_reactor() {
+    use rustix::io::Errno;
+    for errno in [Errno::AGAIN, Errno::BUSY] {
+        let (error, turns) = refusing(IO_URING_ENTER, errno, || {
+            let mut reactor = Uring::reactor(&Limits::default()).unwrap();
+            let mut events = Vec::new();
+            let mut turns = 0u32;
+            let error: ReactorError = loop {
+                turns += 1;
+                if let Err(error) = reactor.turn(None, &mut events) {
+                    break error;
+                }
+            };
+            (error, turns)
+        });
+        assert_eq!(error.source, errno);
+        assert!(turns < 100, "{turns} turns: it spun");
+    }
 }
 
 fn switched_off() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use landfall_engine::limits::Limits;
 use landfall_engine::opener::{VERB, serve};
-use landfall_engine::ring::{self, RingChoice};
+use landfall_engine::reactor::{self, RingChoice};
 use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
@@ -89,7 +89,7 @@ fn run(cases: &[&[Case]], verbs: &[Verb], when_asked: bool) -> ExitCode {
         helper(&arguments[1..]);
         return ExitCode::SUCCESS;
     }
-    let io_uring = ring::choose(RingChoice::IoUring, &Limits::default());
+    let io_uring = reactor::choose(RingChoice::IoUring, &Limits::default());
     if let Err(unusable) = &io_uring {
         println!("io_uring cannot be used here, so its cases are ignored: {unusable}");
     }

@@ -6,13 +6,13 @@ use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{
     Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, Told,
     UpstreamId, UpstreamKind, WatchSources,
 };
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::RingChoice;
 
 use crate::{Behind, Namespace, PATIENCE, enter, way};
 

@@ -199,7 +199,7 @@ pub fn honest(request: &Request) -> (Answer, Vec<OwnedFd>) {
         Request::Sockets { family, count, .. } => {
             let domain = if *family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
             let made = (0..*count).map(|_| make(domain, SocketType::STREAM, Some(ipproto::TCP))).collect();
-            (Answer::Made { count: *count, error: None }, made)
+            (Answer::Made { count: *count, error: None, ephemeral: None }, made)
         }
         Request::SockDiag => {
             let diag = make(AddressFamily::NETLINK, SocketType::DGRAM, Some(netlink::SOCK_DIAG));

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use landfall_engine::RingChoice;
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{
     Command, Ending, Event, ForwardId, Reach, UpstreamId, UpstreamKind, WatchSources,
@@ -14,7 +15,6 @@ use landfall_engine::command::{
 use landfall_engine::limits::Limits;
 use landfall_engine::opener::client::{OpenError, Opener};
 use landfall_engine::opener::{AGENT_SOCKET, Answer, FailureKind, Request};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::process::{descriptors, threads};
 use landfall_tests::{
@@ -199,7 +199,7 @@ fn what_is_handed_over() {
         let error = met(move |channel, request| match request {
             Request::Sockets { .. } => {
                 let bad = wrong_descriptors().swap_remove(index).1;
-                send(channel, (Answer::Made { count: 1, error: None }, bad))
+                send(channel, (Answer::Made { count: 1, error: None, ephemeral: None }, bad))
             }
             other => send(channel, honest(other)),
         });
@@ -208,9 +208,10 @@ fn what_is_handed_over() {
     // More than was asked for, whatever it is.
     let tcp = || socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
     let error = met(move |channel, request| match request {
-        Request::Sockets { .. } => {
-            send(channel, (Answer::Made { count: 100, error: None }, (0..100).map(|_| tcp()).collect()))
-        }
+        Request::Sockets { .. } => send(
+            channel,
+            (Answer::Made { count: 100, error: None, ephemeral: None }, (0..100).map(|_| tcp()).collect()),
+        ),
         other => send(channel, honest(other)),
     });
     assert!(error.to_string().contains("100 sockets where 1 were asked for"), "{error}");
@@ -338,7 +339,7 @@ fn turns_hostile(ring: RingChoice) {
             "something else than asked for",
             Arc::new(move |channel, _| {
                 let bad = wrong_descriptors().swap_remove(index).1;
-                send(channel, (Answer::Made { count: 1, error: None }, bad))
+                send(channel, (Answer::Made { count: 1, error: None, ephemeral: None }, bad))
             }),
         ));
     }

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 
-use landfall_engine::ring::RingChoice;
+use landfall_engine::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, finish, is_long, read_to_end, send_all};
 use rustix::net::SendFlags;

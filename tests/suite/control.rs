@@ -4,12 +4,12 @@ use std::os::fd::AsFd;
 use std::path::Path as FilePath;
 use std::process::{Child, Command, Stdio};
 
+use landfall_engine::RingChoice;
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{self, Event, ForwardState, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::opener::client::Opener;
 use landfall_engine::process::{self, CommandSocket, privileges};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{
     End, Namespace, PATIENCE, Pattern, Server, connect, finish, read_to_end, send_all, wait_until,

@@ -4,8 +4,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Ending, Event, Reach};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::process::{descriptors, engine_at_rest, limit_descriptors, process_at_rest};
 use landfall_tests::{End, Forward, Relay, Server, connect, note, reset, wait_until};

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Event, RingKind};
 use landfall_engine::engine::{Engine, EngineOptions};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_to_end, send_all};
 use rustix::io::Errno;

@@ -1,6 +1,6 @@
 //! Claim 2: a FIN in one direction leaves the other alone.
 
-use landfall_engine::ring::RingChoice;
+use landfall_engine::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::process::engine_at_rest;
 use landfall_tests::{End, Pattern, finish, send_all};

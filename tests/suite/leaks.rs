@@ -3,9 +3,9 @@
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Ending, Family};
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::process::{descriptors, resident_bytes, threads};
 use landfall_tests::{Driver, Namespace, Relay, Rng, Server, finish, is_long, note, reset, seed, wait_until};

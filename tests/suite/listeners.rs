@@ -3,8 +3,8 @@
 use std::net::TcpListener;
 use std::num::NonZeroU16;
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Command, Ending, Event, Family, ForwardId, ListenFailureKind, Reach};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_exactly, send_all};
 

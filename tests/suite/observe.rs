@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::time::Instant;
 
-use landfall_engine::ring::RingChoice;
+use landfall_engine::RingChoice;
 use landfall_tests::{
     Checker, End, Forward, Haproxy, Namespace, PATIENCE, Relay, Server, connect, connect_from,
 };

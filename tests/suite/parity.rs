@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use landfall_engine::ring::RingChoice;
+use landfall_engine::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::note;
 

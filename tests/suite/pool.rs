@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
+use landfall_engine::RingChoice;
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::process::engine_at_rest;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_to_end, send_all};
@@ -12,13 +12,13 @@ pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c10_two_leases_serve_five_hundred_connections", |ring| {
         five_hundred(
             ring,
-            Limits { leases_max: 2, leases_kept: 1, pipes_max: 0, pipes_kept: 0, ..Limits::default() },
+            Limits { buffers_max: 2, buffers_kept: 1, pipes_max: 0, pipes_kept: 0, ..Limits::default() },
         );
     }),
     Case::each_ring("c10_two_leases_and_two_pipes_serve_five_hundred_connections", |ring| {
         five_hundred(
             ring,
-            Limits { leases_max: 2, leases_kept: 2, pipes_max: 2, pipes_kept: 0, ..Limits::default() },
+            Limits { buffers_max: 2, buffers_kept: 2, pipes_max: 2, pipes_kept: 0, ..Limits::default() },
         );
     }),
 ];

@@ -3,8 +3,8 @@
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Command, Family, Reach};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{Forward, Namespace, Relay, Server, connect, note};
 use rustix::io::Errno;

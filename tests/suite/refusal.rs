@@ -3,9 +3,9 @@
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Family, Reach};
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Relay, Server, connect, note};
 

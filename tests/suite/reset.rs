@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 
-use landfall_engine::ring::RingChoice;
+use landfall_engine::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_exactly, reset, send_all};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};

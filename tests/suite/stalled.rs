@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
+use landfall_engine::RingChoice;
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::process::{engine_at_rest, resident_bytes};
 use landfall_tests::{
@@ -59,7 +59,7 @@ fn stalled_readers(ring: RingChoice) {
     });
     let grown = resident_bytes().saturating_sub(before);
     // A lease for each that stalls, and what the tables hold.
-    let bound = count * Limits::default().lease_bytes + 4 * 1024 * 1024;
+    let bound = count * Limits::default().buffer_bytes + 4 * 1024 * 1024;
     assert!(grown < bound, "{count} stalled readers: {grown} bytes, over {bound}");
     engine_at_rest("waiting for stalled readers");
 

@@ -4,9 +4,9 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Ending, Family};
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Rng, Server, connect, finish, is_long, note, read_to_end, seed};
 

@@ -6,10 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command as Process, Stdio};
 
+use landfall_engine::RingChoice;
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{Command, Event, Family, ForwardId, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::opener::client::Opener;
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{
     End, Flood, Namespace, PATIENCE, Pattern, Server, answer, connect, is_long, note, read_exactly,

@@ -1,10 +1,10 @@
 //! Claim 17: never relays to itself or to the wrong container.
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Ending, Event, UpstreamId};
 use landfall_engine::limits::Limits;
 use landfall_engine::opener::FailureKind;
 use landfall_engine::opener::client::{Opener, Target};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{Driver, End, Namespace, Relay, Server, connect, finish, wait_until};
 

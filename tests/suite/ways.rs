@@ -4,11 +4,11 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use landfall_engine::RingChoice;
 use landfall_engine::channel::Channel;
 use landfall_engine::command::{Ending, Event, ForwardId, Reach, UpstreamKind, WatchSources};
 use landfall_engine::limits::Limits;
 use landfall_engine::opener::{Answer, DialFailure, Request};
-use landfall_engine::ring::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::{Driver, End, PATIENCE, Pattern, Relay, enter_by};
 
@@ -175,7 +175,7 @@ fn goes(ring: RingChoice) {
         _ => None,
     });
     assert!(
-        reason.as_ref().is_some_and(|reason| reason.contains("whoever dialled for it has gone")),
+        reason.as_ref().is_some_and(|reason| reason.contains("the program that connects for it has ended")),
         "{reason:?}"
     );
     assert!(TcpStream::connect(("127.0.0.1", PORT)).is_err());

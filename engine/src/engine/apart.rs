@@ -21,12 +21,13 @@ use crate::limits::Limits;
 pub(super) const ANSWER_PATIENCE: Duration = Duration::from_millis(100);
 /// How long it may take to close a port or to let go of an upstream, and to give a sign of life when it drains.
 pub(super) const OBEY_PATIENCE: Duration = Duration::from_secs(1);
+/// Their poller. A ring takes locked memory, of which a user has little, and a confined engine may not create one.
+const KIND: RingKind = RingKind::Epoll;
 /// The most of them, those that were left to themselves and still hang included: each is a thread, a ring and its buffers.
 const THREADS_MAX: usize = 256;
 
 /// All of them. Their numbers follow those of the shards that serve everybody, and are never used again.
 pub(super) struct Apart {
-    kind: RingKind,
     limits: Limits,
     messages: Sender<Message>,
     threads: BTreeMap<usize, Lone>,
@@ -45,12 +46,12 @@ struct Lone {
 }
 
 impl Apart {
-    pub(super) fn new(kind: RingKind, limits: &Limits, messages: Sender<Message>) -> Apart {
+    pub(super) fn new(limits: &Limits, messages: Sender<Message>) -> Apart {
         let limits = Limits {
             // A container's share; beyond it, its clients wait in the kernel's queue.
             connections_max: limits.connections_max.min(4_096),
-            leases_max: limits.leases_max.min(512),
-            leases_kept: limits.leases_kept.min(64),
+            buffers_max: limits.buffers_max.min(512),
+            buffers_kept: limits.buffers_kept.min(64),
             pipes_max: limits.pipes_max.min(16),
             pipes_kept: limits.pipes_kept.min(8),
             stock_max: limits.stock_max.min(64),
@@ -58,7 +59,7 @@ impl Apart {
             ..limits.clone()
         };
         let next = usize::from(limits.shards);
-        Apart { kind, limits, messages, threads: BTreeMap::new(), next, alive: Arc::new(()) }
+        Apart { limits, messages, threads: BTreeMap::new(), next, alive: Arc::new(()) }
     }
 
     /// Starts one, and gives its number.
@@ -75,7 +76,7 @@ impl Apart {
             // A conductor that has ended needs no reports.
             let _ = messages.send(Message::Report(number, report));
         };
-        let thread = ShardThread::start(number, self.kind, &self.limits, report)
+        let thread = ShardThread::start(number, KIND, &self.limits, report)
             .map_err(|error: StartError| format!("there is no thread for an agent's sockets: {error}"))?;
         self.next += 1;
         self.threads.insert(number, Lone { thread, due: None, probe: None });

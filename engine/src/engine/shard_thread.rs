@@ -1,4 +1,4 @@
-//! The thread around a shard: makes the ring where it is used, hands in commands, hands out reports.
+//! The thread around a shard: creates the reactor where it is used, passes commands in and reports out.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use super::StartError;
 use crate::command::RingKind;
 use crate::limits::Limits;
-use crate::ring::{EpollRing, Ring, Unusable, UringRing, Waker};
+use crate::reactor::{Epoll, Poller, Reactor, SocketIo, Unusable, Uring, Waker};
 use crate::shard::{Peer, Report, Shard, ShardCommand};
 
 /// A shard on a thread of its own.
@@ -24,7 +24,7 @@ pub(super) struct ShardThread {
 }
 
 impl ShardThread {
-    /// Starts the thread and waits until its ring works.
+    /// Starts the thread and waits until its reactor works.
     pub(super) fn start(
         index: usize,
         kind: RingKind,
@@ -39,47 +39,47 @@ impl ShardThread {
         let thread = std::thread::Builder::new().name(format!("landfall-shard-{index}")).spawn(
             move || match kind {
                 RingKind::IoUring => {
-                    launch(UringRing::new(&limits), limits, &beaten, &inbox, &started, report)
+                    launch(Uring::reactor(&limits), limits, &beaten, &inbox, &started, report)
                 }
-                RingKind::Epoll => launch(EpollRing::new(&limits), limits, &beaten, &inbox, &started, report),
+                RingKind::Epoll => launch(Epoll::reactor(&limits), limits, &beaten, &inbox, &started, report),
             },
         )?;
         let waker = outcome
             .recv()
-            .map_err(|_| io::Error::other("the shard's thread ended before it had begun"))??;
+            .map_err(|_| io::Error::other("the shard's thread ended before it was ready"))??;
         Ok(ShardThread { commands, waker, thread: Some(thread), beats })
     }
 
-    /// How the other shards see this one.
+    /// Returns the view that the other shards have of this one.
     pub(super) fn peer(&self) -> Peer {
         let commands = self.commands.clone();
         Peer { commands, waker: self.waker.clone(), load: Arc::new(AtomicUsize::new(0)) }
     }
 
-    /// Gives the shard a command. One that has ended needs none.
+    /// Sends the shard a command. A shard that has ended ignores it.
     pub(super) fn send(&self, command: ShardCommand<OwnedFd>) {
         if self.commands.send(command).is_ok() {
             self.waker.wake();
         }
     }
 
-    /// How often the thread has looked for commands so far. Has it look once more.
+    /// Returns how often the thread has looked for commands so far, and makes it look again.
     pub(super) fn beats(&self) -> u64 {
         let beats = self.beats.load(Ordering::Relaxed);
         self.waker.wake();
         beats
     }
 
-    /// Tells it to stop, and does not wait for that.
+    /// Tells the thread to stop without waiting for its end.
     pub(super) fn abandon(mut self) {
-        // Not joined, then: dropping the handle leaves the thread to itself.
+        // Dropping the handle detaches the thread.
         drop(self.thread.take());
     }
 }
 
 impl Drop for ShardThread {
     fn drop(&mut self) {
-        // Its peers hold its mailbox, too, so it has to be told.
+        // Its peers hold its mailbox too, so the end of this one would not stop it.
         self.send(ShardCommand::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -87,19 +87,19 @@ impl Drop for ShardThread {
     }
 }
 
-fn launch<R: Ring>(
-    ring: Result<R, Unusable>,
+fn launch<P: Poller>(
+    reactor: Result<Reactor<P>, Unusable>,
     limits: Limits,
     beats: &AtomicU64,
     inbox: &Receiver<ShardCommand<OwnedFd>>,
     started: &Sender<Result<Waker, Unusable>>,
     report: impl FnMut(Report),
 ) {
-    match ring {
-        Ok(ring) => {
-            // Whoever started it waits for this.
-            let _ = started.send(Ok(ring.waker()));
-            run(Shard::new(ring, limits), beats, inbox, report);
+    match reactor {
+        Ok(reactor) => {
+            // The starting thread waits for this.
+            let _ = started.send(Ok(reactor.waker()));
+            run(Shard::new(reactor, limits), beats, inbox, report);
         }
         Err(unusable) => {
             let _ = started.send(Err(unusable));
@@ -107,8 +107,8 @@ fn launch<R: Ring>(
     }
 }
 
-fn run<R: Ring>(
-    mut shard: Shard<R>,
+fn run<P: Poller>(
+    mut shard: Shard<P>,
     beats: &AtomicU64,
     inbox: &Receiver<ShardCommand<OwnedFd>>,
     mut report: impl FnMut(Report),
@@ -118,7 +118,7 @@ fn run<R: Ring>(
         loop {
             match inbox.try_recv() {
                 Ok(command) => {
-                    let command = command.adopt(shard.ring_mut());
+                    let command = command.adopt(shard.reactor_mut().io());
                     shard.command(command);
                 }
                 Err(TryRecvError::Empty) => break,
@@ -133,7 +133,7 @@ fn run<R: Ring>(
             return;
         }
         if let Err(error) = shard.turn() {
-            // The connections are gone with the ring; saying so is all that is left.
+            // The connections are gone with the reactor; all that is left is to report it.
             report(Report::Degraded { what: error.to_string() });
             report(Report::Stopped);
             return;
@@ -142,21 +142,21 @@ fn run<R: Ring>(
 }
 
 impl ShardCommand<OwnedFd> {
-    /// The same command with the descriptors taken over by a ring.
-    fn adopt<R: Ring>(self, ring: &mut R) -> ShardCommand<R::Socket> {
+    /// Returns the same command with the descriptors as sockets of a shard.
+    fn adopt<I: SocketIo>(self, io: &mut I) -> ShardCommand<I::Socket> {
         match self {
             ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie } => {
-                ShardCommand::AddUpstream { upstream, kind, channel: ring.adopt(channel), netns_cookie }
+                ShardCommand::AddUpstream { upstream, kind, channel: io.adopt(channel), netns_cookie }
             }
             ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets } => {
-                let sockets = sockets.into_iter().map(|socket| ring.adopt(socket)).collect();
+                let sockets = sockets.into_iter().map(|socket| io.adopt(socket)).collect();
                 ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets }
             }
             ShardCommand::RemoveUpstream { upstream, ending } => {
                 ShardCommand::RemoveUpstream { upstream, ending }
             }
             ShardCommand::Adopt { forward, socket, came_by } => {
-                ShardCommand::Adopt { forward, socket: ring.adopt(socket), came_by }
+                ShardCommand::Adopt { forward, socket: io.adopt(socket), came_by }
             }
             ShardCommand::MeetPeers(peers) => ShardCommand::MeetPeers(peers),
             ShardCommand::SetReach { forward, reach } => ShardCommand::SetReach { forward, reach },

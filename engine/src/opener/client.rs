@@ -5,11 +5,10 @@
 //! then lives by the engine's channels alone. The shards of the engine use [`ask`] and [`take`], which never wait.
 
 mod agent;
-mod dial;
+pub(crate) mod answers;
 mod through;
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -18,14 +17,14 @@ use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, netlink, sockopt};
+use rustix::net::{AddressFamily, netlink, sockopt};
 use rustix::process::{Pid, PidfdFlags};
 
-use super::{ANSWER_BYTES_MAX, Answer, Failure, FailureKind, Request, TargetKind, VERB};
+use super::{Answer, Failure, FailureKind, Request, TargetKind, VERB};
 use crate::channel::{self, Channel, ChannelError};
-use crate::command::{Family, WatchSources};
+use crate::command::WatchSources;
 use crate::sys::netns_cookie;
-pub use dial::{Heard, ask_to_dial, hear};
+pub use answers::{StockError, ask, take};
 pub use through::helper_listens;
 
 /// How long an opener may take to answer. It needs a millisecond; a machine that swaps needs more.
@@ -319,112 +318,6 @@ fn reap(mut child: Child) -> io::Result<()> {
     let thread = std::thread::Builder::new().name("opener-reaper".to_owned()).stack_size(64 * 1024);
     // Without a thread the process ends all the same, when its channel is dropped.
     thread.spawn(move || child.wait()).map(drop)
-}
-
-/// Why a stock of sockets could not be filled.
-#[derive(Debug, thiserror::Error)]
-pub enum StockError {
-    /// The opener has ended.
-    #[error("the program inside has ended, so the namespace can no longer be reached")]
-    Gone,
-    /// Descriptors ran out, here or there.
-    #[error("no more sockets: {0}")]
-    Exhausted(String),
-    /// The opener will not make such sockets: there is no IPv6 inside, say.
-    #[error("{0}")]
-    Refused(Failure),
-    /// What came is not what was asked for. Nothing that comes over this channel is to be believed any more.
-    #[error("the program inside handed over something else than asked for: {0}")]
-    Hostile(String),
-}
-
-/// Asks for `count` sockets of `family`. Never waits; [`take`] brings them, in the order of the asking.
-///
-/// # Errors
-/// [`OpenError::Channel`] with [`ChannelError::WouldBlock`] when too many requests are unanswered;
-/// [`OpenError::Ended`] when the opener is gone.
-pub fn ask(
-    channel: BorrowedFd<'_>,
-    family: Family,
-    count: u16,
-    congestion: Option<&str>,
-) -> Result<(), OpenError> {
-    let request = Request::Sockets { family, count, congestion: congestion.map(str::to_owned) };
-    Ok(channel::send(channel, &request, &[], SendFlags::DONTWAIT)?)
-}
-
-/// Takes the answer to the oldest [`ask`], for `asked` sockets, without waiting, or `None` when it is not there yet.
-///
-/// Every socket is an unused, non-blocking TCP socket of `family` in the namespace of `netns_cookie`. From one to `asked`
-/// sockets come. It costs eight system calls a socket: 160 µs for 64 of them, measured.
-///
-/// # Errors
-/// See [`StockError`]. Everything that came is closed.
-pub fn take(
-    channel: BorrowedFd<'_>,
-    family: Family,
-    asked: u16,
-    netns_cookie: u64,
-) -> Result<Option<Vec<OwnedFd>>, StockError> {
-    let Some((answer, sockets)) = answered(channel)? else { return Ok(None) };
-    let (count, error) = match answer {
-        Answer::Made { count, .. } if count > asked => {
-            return Err(StockError::Hostile(format!("{count} sockets where {asked} were asked for")));
-        }
-        Answer::Made { count, error } => (usize::from(count), error),
-        Answer::Failed { failure } => (0, Some(failure)),
-        other => return Err(StockError::Hostile(format!("{other:?} where sockets were asked for"))),
-    };
-    if count != sockets.len() {
-        return Err(StockError::Hostile(format!("{} descriptors instead of {count}", sockets.len())));
-    }
-    for socket in &sockets {
-        check(socket.as_fd(), family, netns_cookie).map_err(|what| StockError::Hostile(what.to_owned()))?;
-    }
-    match error {
-        _ if count > 0 => Ok(Some(sockets)),
-        Some(failure) if failure.kind == FailureKind::Exhausted => Err(StockError::Exhausted(failure.detail)),
-        Some(failure) => Err(StockError::Refused(failure)),
-        None => Err(StockError::Hostile("an answer without sockets and without a reason".to_owned())),
-    }
-}
-
-/// The next answer and what came with it, without waiting; `None` when it is not there yet.
-fn answered(channel: BorrowedFd<'_>) -> Result<Option<(Answer, Vec<OwnedFd>)>, StockError> {
-    match channel::receive::<Answer>(channel, ANSWER_BYTES_MAX, RecvFlags::DONTWAIT) {
-        Ok(Some(received)) => Ok(Some(received)),
-        Err(ChannelError::WouldBlock) => Ok(None),
-        Ok(None) | Err(ChannelError::Gone) => Err(StockError::Gone),
-        Err(error @ (ChannelError::DescriptorsLost | ChannelError::System(_))) => {
-            Err(StockError::Exhausted(error.to_string()))
-        }
-        Err(error) => Err(StockError::Hostile(error.to_string())),
-    }
-}
-
-/// Whether a descriptor is what [`take`] promises; else what it is.
-fn check(socket: BorrowedFd<'_>, family: Family, cookie: u64) -> Result<(), &'static str> {
-    let domain = match family {
-        Family::V4 => AddressFamily::INET,
-        Family::V6 => AddressFamily::INET6,
-    };
-    let is = |holds: bool, otherwise| if holds { Ok(()) } else { Err(otherwise) };
-    let found = sockopt::socket_domain(socket).map_err(|_| "a descriptor that is no socket")?;
-    is(found == domain, "a socket of another address family")?;
-    is(sockopt::socket_type(socket) == Ok(SocketType::STREAM), "a socket that is no stream")?;
-    is(sockopt::socket_protocol(socket) == Ok(Some(ipproto::TCP)), "a stream socket that is not TCP")?;
-    is(sockopt::socket_acceptconn(socket) == Ok(false), "a socket that listens")?;
-    let peer = rustix::net::getpeername(socket);
-    is(matches!(peer, Err(Errno::NOTCONN)), "a socket that is connected")?;
-    let local = rustix::net::getsockname(socket).ok().and_then(|address| SocketAddr::try_from(address).ok());
-    is(
-        local.is_some_and(|local| local.port() == 0 && local.ip().is_unspecified()),
-        "a socket that is bound",
-    )?;
-    // One that blocks would hold up a whole shard.
-    let flags = rustix::fs::fcntl_getfl(socket);
-    is(flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)), "a socket that blocks")?;
-    is(netns_cookie(socket).is_ok_and(|found| found == cookie), "a socket of another network namespace")
 }
 
 #[cfg(test)]

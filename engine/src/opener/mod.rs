@@ -143,6 +143,9 @@ pub enum Answer {
         count: u16,
         /// Why not all.
         error: Option<Failure>,
+        /// The ports that the namespace gives to sockets which connect, as of now.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ephemeral: Option<PortRange>,
     },
     /// The files that are named true come with it, in this order.
     ProcNet {
@@ -173,6 +176,31 @@ pub enum Answer {
         /// Why.
         failure: Failure,
     },
+}
+
+/// Ports from the first to the last, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortRange {
+    /// The first.
+    pub first: u16,
+    /// The last.
+    pub last: u16,
+}
+
+impl PortRange {
+    /// Whether a port is in the range.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+
+    /// Parses `net.ipv4.ip_local_port_range`.
+    pub fn parse(sysctl: &str) -> Option<PortRange> {
+        let mut numbers = sysctl.split_whitespace().map(str::parse);
+        match (numbers.next(), numbers.next(), numbers.next()) {
+            (Some(Ok(first)), Some(Ok(last)), None) => Some(PortRange { first, last }),
+            _ => None,
+        }
+    }
 }
 
 /// Why a dial did not reach the server inside.

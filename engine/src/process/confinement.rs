@@ -15,7 +15,7 @@
 //! # io_uring
 //!
 //! Requests on a ring do not pass seccomp (`io_uring_setup(2)`). Every ring of the engine accepts two kinds of request
-//! (`IORING_REGISTER_RESTRICTIONS`), and the filter forbids new rings. Isolated shards, which start later, use epoll.
+//! (`IORING_REGISTER_RESTRICTIONS`), and the filter forbids new rings. Isolated shards, which start later, use epoll in any case.
 //!
 //! # What cannot be had
 //!
@@ -178,8 +178,8 @@ const NEW_NAMESPACES: c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWUSER
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET;
-/// `FIONREAD` and `FIONBIO` of `asm-generic/ioctls.h`.
-const IOCTLS: [u64; 2] = [0x541b, 0x5421];
+/// `TIOCOUTQ`, which for a socket is `SIOCOUTQ`, and `FIONBIO` of `asm-generic/ioctls.h`.
+const IOCTLS: [u64; 2] = [0x5411, 0x5421];
 const FCNTLS: [c_int; 7] = [
     libc::F_DUPFD_CLOEXEC,
     libc::F_GETFD,

@@ -3,14 +3,14 @@
 use std::time::Instant;
 
 use crate::error::EndReason;
-use crate::ring::Way;
+use crate::reactor::TransferMode;
 
 /// One of the two ends of a relayed connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// The client that dialled us.
+    /// The client, whose connection a listener accepted.
     Downstream = 0,
-    /// The server inside the container.
+    /// The server that the relay connected to.
     Upstream = 1,
 }
 
@@ -18,7 +18,7 @@ impl Side {
     /// Both sides.
     pub const ALL: [Side; 2] = [Side::Downstream, Side::Upstream];
 
-    /// The other end.
+    /// Returns the other end.
     pub fn other(self) -> Side {
         match self {
             Side::Downstream => Side::Upstream,
@@ -26,7 +26,7 @@ impl Side {
         }
     }
 
-    /// The direction that reads from this side.
+    /// Returns the direction that reads from this side.
     pub fn outgoing(self) -> Direction {
         match self {
             Side::Downstream => Direction::Up,
@@ -34,7 +34,7 @@ impl Side {
         }
     }
 
-    /// The direction that writes to this side.
+    /// Returns the direction that writes to this side.
     pub fn incoming(self) -> Direction {
         self.other().outgoing()
     }
@@ -53,7 +53,7 @@ impl Direction {
     /// Both directions.
     pub const ALL: [Direction; 2] = [Direction::Up, Direction::Down];
 
-    /// Where it reads.
+    /// Returns the side that it reads from.
     pub fn from(self) -> Side {
         match self {
             Direction::Up => Side::Downstream,
@@ -61,93 +61,43 @@ impl Direction {
         }
     }
 
-    /// Where it writes.
+    /// Returns the side that it writes to.
     pub fn to(self) -> Side {
         self.from().other()
     }
 }
 
-/// An operation of one connection, of which there is at most one in flight each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    /// The read or the write of a direction; it never has both.
-    Half(Direction),
-    /// The watch for a break of a side that is not read at the moment.
-    Watch(Side),
-    /// The connect to the server.
-    Connect,
-}
-
-impl Operation {
-    /// How many may be in flight at a time: the connect is over before anything else begins, and shares the first place.
-    pub const PLACES: usize = 4;
-
-    /// Where its key is kept, below [`Operation::PLACES`].
-    pub fn place(self) -> usize {
-        self.index() % Operation::PLACES
-    }
-
-    /// Its number in a token.
-    pub fn index(self) -> usize {
-        match self {
-            Operation::Half(direction) => direction as usize,
-            Operation::Watch(side) => 2 + side as usize,
-            Operation::Connect => 4,
-        }
-    }
-
-    /// The operation of that number.
-    pub fn of_index(index: usize) -> Option<Operation> {
-        Some(match index {
-            0 => Operation::Half(Direction::Up),
-            1 => Operation::Half(Direction::Down),
-            2 => Operation::Watch(Side::Downstream),
-            3 => Operation::Watch(Side::Upstream),
-            4 => Operation::Connect,
-            _ => return None,
-        })
-    }
-}
-
-/// How a read ended.
+/// Why a direction that reads stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadEnd {
-    /// Bytes came; the shard holds them until [`Action::Write`].
-    Bytes {
-        /// How many.
-        bytes: usize,
-        /// As many as a lease holds, or more: a hint that there are others.
-        full: bool,
-    },
     /// The peer's FIN.
     Eof,
-    /// There is something to read and nothing to read it into.
-    NoLoan,
-    /// The connection to that side is broken.
+    /// The connection to the source is broken; every byte that preceded the break was read.
     Broken,
+    /// The source has bytes that cannot be moved in this mode: no buffer or pipe is free, or they cannot be spliced.
+    Unavailable(TransferMode),
 }
 
-/// What happened.
+/// An event of a connection. A read and a write that succeed are no events: see [`Connection::moved`](super::Connection::moved).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
     /// Both sides are connected.
     Begin,
-    /// [`Action::Read`] ended.
+    /// A direction that reads stopped.
     Read(Direction, ReadEnd),
-    /// A direction that had no loan may try again.
-    LoanFree(Direction),
-    /// [`Action::Write`] could not be done at once; it goes on.
+    /// A direction that was starved may try again.
+    BufferFree(Direction),
+    /// The destination did not take all that was read; the shard holds the rest.
     Blocked(Direction),
-    /// [`Action::Write`] sent everything.
+    /// The bytes that were held are written.
     Wrote(Direction),
-    /// [`Action::Write`] found the side broken; the bytes are gone.
+    /// The destination is broken; the bytes that were being written are lost.
     WriteFailed(Direction),
-    /// [`Action::Watch`] found the side broken; the watch is over.
+    /// The kernel reported an error of a side (POLLERR). A hang-up without an error means a FIN in each direction, and is
+    /// not reported.
     Broke(Side),
     /// [`Action::SendFin`] found the side broken.
     FinFailed(Side),
-    /// An operation ended because of [`Action::Cancel`]; what it held is gone.
-    Cancelled(Operation),
     /// The answer to [`Action::MeasureUnacknowledged`].
     Unacknowledged(Side, usize),
     /// The deadline of [`Action::SetDeadline`] has passed.
@@ -156,35 +106,25 @@ pub enum Input {
     Abort(EndReason),
 }
 
-/// What a machine asks for.
+/// A request of a machine to its shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Read from the direction's source.
-    Read {
-        /// Which direction.
-        direction: Direction,
-        /// Into a buffer or a pipe.
-        way: Way,
-        /// There is probably something already.
-        eager: bool,
-    },
-    /// Write what was read to the direction's destination.
-    Write(Direction),
+    /// Move what the direction's source has, now and whenever it has more, until a [`Input::Read`], [`Input::Blocked`] or
+    /// [`Input::WriteFailed`] of this direction.
+    Read(Direction),
+    /// Drop the bytes that are held for this direction.
+    Discard(Direction),
     /// Send the FIN to a side.
     SendFin(Side),
-    /// Tell when a side breaks.
-    Watch(Side),
-    /// End an operation; [`Input::Cancelled`] or its own end follows.
-    Cancel(Operation),
-    /// Tell how many bytes a side has not acknowledged.
+    /// Return how many bytes a side has not acknowledged.
     MeasureUnacknowledged(Side),
     /// Give [`Input::Deadline`] at that time, instead of at any earlier one.
     SetDeadline(Instant),
-    /// Close both sockets; nothing is in flight any more.
+    /// Close both sockets.
     Finish {
         /// For each side (by its number): the close is a reset.
         reset: [bool; 2],
-        /// Why it is over.
+        /// Why the connection ended.
         reason: EndReason,
     },
 }

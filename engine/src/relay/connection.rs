@@ -1,63 +1,48 @@
 //! THE state machine of one relayed connection. Pure.
 //!
-//! Two [`Half`]s run independently: each reads, writes, reads again. What ties them together is how a connection ends:
+//! Two [`Half`]s run independently: each moves bytes from its source to its destination. What ties them together is how a
+//! connection ends:
 //!
 //! 1. A FIN from one side is owed to the other after every byte held, and only there. The opposite half runs on.
-//! 2. When both FINs are sent, both sockets are closed.
-//! 3. A side that breaks (reset, or a write that it refuses) ends the half that writes to it at once. The half that
-//!    reads from it runs on until nothing is left to pass on: what came before a reset still arrives (tcp(7); the
+//! 2. When both FINs are owed or sent, both sockets are closed. The last FIN is sent by the close.
+//! 3. A side that breaks (reset, or a refused write) ends the half that writes to it at once. The half that
+//!    reads from it runs on until everything is passed on: what preceded a reset still arrives (tcp(7); the
 //!    kernel keeps received bytes readable before ECONNRESET).
 //! 4. Then the other side is reset in turn, but not before it has acknowledged what was sent to it, since an abortive
-//!    close throws the send queue away. That wait, and the one for a reader that has stalled, have a deadline.
-//! 5. Nothing is closed while an operation is in flight. Closing cancels, waits for the cancelled, then closes.
+//!    close throws the send queue away. That wait, and the one for a stalled reader, have a deadline.
 //!
-//! A half that writes reads nothing, so a side whose bytes are not taken is neither read nor, if the opposite half
-//! waits on the other side, written to. A [`Action::Watch`] stands in, or its reset would go unseen.
+//! Reads and writes are calls that never wait, so no operation is in flight between two inputs, and the machine may close
+//! at any time. The common case, a read whose bytes are all written, changes no state: [`Connection::moved`] only learns
+//! from it which mode suits the direction.
+//!
+//! A half that holds bytes does not read. A reset of its source then shows as an error of the socket
+//! ([`Input::Broke`]), and later as the end of what can be read.
 //!
 //! ```text
-//! Begin -> Relaying -> (both FINs sent) ------------------------------> Closing -> Finish
-//!              |                                                           ^
-//!              +--- a side broke -> [its outgoing half drains] -> [acknowledged] -> reset the other
+//! Begin -> Relaying -> (both FINs) -----------------------------------------------> Finish
+//!              |                                                          ^
+//!              +--- a side broke -> [its outgoing half drains] -> [acknowledged]: reset the other
 //! ```
 
 use std::time::{Duration, Instant};
 
-use super::action::{Action, Actions, Direction, Input, Operation, ReadEnd, Side};
+use super::action::{Action, Actions, Direction, Input, ReadEnd, Side};
 use super::half::{Activity, Half, ReadSide, WriteSide};
 use crate::error::EndReason;
 use crate::limits::Limits;
+use crate::reactor::TransferMode;
 
 /// The first wait for acknowledgements, doubled each time; loopback acknowledges within microseconds.
 const ACKNOWLEDGE_PAUSE_FIRST: Duration = Duration::from_millis(1);
 const ACKNOWLEDGE_PAUSE_MAX: Duration = Duration::from_millis(128);
 
-/// One relayed connection, from the moment both sides are connected.
+/// One relayed connection, from the time both sides are connected.
 #[derive(Clone, Debug)]
 pub struct Connection {
-    phase: Phase,
+    finished: bool,
     halves: [Half; 2],
-    watches: [Watching; 2],
-    /// The side that broke first, if one has.
-    /// Boxed, for hardly any connection comes to this, and thousands wait idly.
+    /// The side that broke first, if one has. Boxed: it is rare, and thousands of connections wait idly.
     broken: Option<Box<Broken>>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Relaying,
-    /// Everything is cancelled; it finishes when nothing is in flight.
-    Closing {
-        reset: [bool; 2],
-        reason: EndReason,
-    },
-    Finished,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Watching {
-    No,
-    Armed,
-    Cancelled,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -71,71 +56,68 @@ struct Broken {
 }
 
 impl Connection {
-    /// A connection that awaits [`Input::Begin`].
+    /// Creates a connection that awaits [`Input::Begin`].
     pub fn new() -> Connection {
-        Connection {
-            phase: Phase::Relaying,
-            halves: [Half::new(); 2],
-            watches: [Watching::No; 2],
-            broken: None,
-        }
+        Connection { finished: false, halves: [Half::new(); 2], broken: None }
     }
 
-    /// Takes in what happened and appends what is to be done. Total: an input that does not fit the state is ignored.
+    /// Takes in an event and appends the actions that follow. Total: an input that does not fit the state is ignored.
     pub fn on(&mut self, input: Input, now: Instant, limits: &Limits, actions: &mut Actions) {
+        if self.finished {
+            return;
+        }
         match input {
-            Input::Begin => {
-                for direction in Direction::ALL {
-                    self.read(direction, actions);
-                }
-            }
+            Input::Begin => Direction::ALL.into_iter().for_each(|direction| self.read(direction, actions)),
             Input::Read(direction, end) => self.on_read(direction, end, now, limits, actions),
-            Input::LoanFree(direction) => {
+            Input::BufferFree(direction) => {
                 if self.half(direction).activity == Activity::Starved {
                     self.half_mut(direction).activity = Activity::Idle;
                     self.read(direction, actions);
                 }
             }
             Input::Blocked(direction) => {
-                if self.half(direction).activity == Activity::Writing {
+                if self.half(direction).activity == Activity::Reading {
                     self.half_mut(direction).activity = Activity::Blocked;
-                    self.watch(direction.from(), actions);
                 }
             }
-            Input::Wrote(direction) => self.on_wrote(direction, actions),
+            Input::Wrote(direction) => {
+                if self.half(direction).activity == Activity::Blocked {
+                    self.half_mut(direction).activity = Activity::Idle;
+                    self.read(direction, actions);
+                }
+            }
             Input::WriteFailed(direction) => {
-                self.half_mut(direction).activity = Activity::Idle;
-                self.break_side(direction.to(), now, limits, actions);
-            }
-            Input::Broke(side) => self.on_broke(side, now, limits, actions),
-            Input::FinFailed(side) => self.break_side(side, now, limits, actions),
-            Input::Cancelled(operation) => {
-                match operation {
-                    Operation::Half(direction) => self.half_mut(direction).activity = Activity::Idle,
-                    Operation::Watch(side) => {
-                        self.watches[side as usize] = Watching::No;
-                        if self.half(side.outgoing()).activity == Activity::Blocked {
-                            self.watch(side, actions);
-                        }
-                    }
-                    Operation::Connect => {}
+                if self.half(direction).write == WriteSide::Open {
+                    self.half_mut(direction).activity = Activity::Idle;
+                    self.break_side(direction.to(), now, limits, actions);
                 }
-                self.settle(actions);
             }
+            Input::Broke(side) | Input::FinFailed(side) => self.break_side(side, now, limits, actions),
             Input::Unacknowledged(side, bytes) => self.on_unacknowledged(side, bytes, now, actions),
             Input::Deadline => self.on_deadline(now, actions),
-            Input::Abort(reason) => self.close([true; 2], reason, actions),
+            Input::Abort(reason) => self.finish([true; 2], reason, actions),
         }
+    }
+
+    /// Notes that `bytes` were read and written; `full` if they filled the buffer, which hints at more.
+    pub fn moved(&mut self, direction: Direction, bytes: usize, full: bool, limits: &Limits) {
+        self.half_mut(direction).account(bytes, full, limits);
+    }
+
+    /// Returns how to move the bytes of a direction; `None` while it does not read.
+    pub fn reads(&self, direction: Direction) -> Option<TransferMode> {
+        let half = self.half(direction);
+        (half.activity == Activity::Reading).then_some(half.mode)
+    }
+
+    /// Whether the shard holds bytes that the direction's destination did not take.
+    pub fn is_blocked(&self, direction: Direction) -> bool {
+        self.half(direction).activity == Activity::Blocked
     }
 
     /// Whether [`Action::Finish`] was given.
     pub fn is_finished(&self) -> bool {
-        self.phase == Phase::Finished
-    }
-
-    /// Whether an operation of this connection is in flight, as far as the machine knows.
-    pub fn is_in_flight(&self) -> bool {
-        self.halves.iter().any(Half::in_flight) || self.watches.iter().any(|watch| *watch != Watching::No)
+        self.finished
     }
 
     fn half(&self, direction: Direction) -> &Half {
@@ -150,15 +132,14 @@ impl Connection {
         self.broken.as_ref().is_some_and(|broken| broken.side == side)
     }
 
-    /// Reads on, if there is anything to expect and somewhere to put it.
+    /// Reads, if the source may have more and the destination may take it.
     fn read(&mut self, direction: Direction, actions: &mut Actions) {
-        if self.phase != Phase::Relaying {
-            return;
-        }
         let half = self.half_mut(direction);
         if half.activity == Activity::Idle && half.read == ReadSide::Open && half.write == WriteSide::Open {
-            let (way, eager) = half.begin_read();
-            actions.push(Action::Read { direction, way, eager });
+            half.activity = Activity::Reading;
+            actions.push(Action::Read(direction));
+        } else {
+            self.settle(actions);
         }
     }
 
@@ -172,40 +153,28 @@ impl Connection {
     ) {
         let from = direction.from();
         let source_broken = self.is_broken(from);
-        let closing = self.phase != Phase::Relaying;
         let half = self.half_mut(direction);
+        if half.activity != Activity::Reading {
+            return;
+        }
         half.activity = Activity::Idle;
         match end {
-            ReadEnd::Bytes { .. } if closing || half.write != WriteSide::Open => {
-                // The read and its cancel crossed. There is nobody to give the bytes to.
-                self.settle(actions);
+            ReadEnd::Unavailable(TransferMode::Splice) => {
+                half.demote();
+                self.read(direction, actions);
             }
-            ReadEnd::Bytes { bytes, full } => {
-                half.activity = Activity::Writing;
-                half.account(bytes, full, limits);
-                actions.push(Action::Write(direction));
-            }
-            ReadEnd::NoLoan if closing || half.write != WriteSide::Open => self.settle(actions),
-            ReadEnd::NoLoan => {
-                let (way, _) = half.begin_read();
-                if way == crate::ring::Way::Splice {
-                    half.demote();
-                    let (way, eager) = half.begin_read();
-                    actions.push(Action::Read { direction, way, eager });
-                } else {
-                    half.activity = Activity::Starved;
-                }
-            }
-            // A reset is told once; a read after the write that was told it sees an end (tcp_recvmsg() with SOCK_DONE).
+            ReadEnd::Unavailable(TransferMode::Copy) => half.activity = Activity::Starved,
+            // The kernel reports a reset once. If a write to the source got it, a read sees an end after the last byte
+            // (tcp_recvmsg() with SOCK_DONE).
             ReadEnd::Eof if source_broken => {
                 half.read = ReadSide::Broken;
                 self.settle(actions);
             }
             ReadEnd::Eof => {
                 half.read = ReadSide::Eof;
-                if half.write == WriteSide::Open && !closing {
-                    half.write = WriteSide::FinSent;
-                    self.unwatch(direction.to(), actions);
+                half.write = WriteSide::FinSent;
+                // Where both directions have ended, the close sends this FIN.
+                if self.half(from.incoming()).write != WriteSide::FinSent {
                     actions.push(Action::SendFin(direction.to()));
                 }
                 self.settle(actions);
@@ -217,102 +186,44 @@ impl Connection {
         }
     }
 
-    fn on_wrote(&mut self, direction: Direction, actions: &mut Actions) {
-        self.half_mut(direction).activity = Activity::Idle;
-        self.unwatch(direction.from(), actions);
-        if self.phase == Phase::Relaying && self.half(direction).write == WriteSide::Open {
-            self.read(direction, actions);
-        } else {
-            self.settle(actions);
-        }
-    }
-
-    /// Watches a side that is not read at the moment, unless a write to it would tell of a break anyway.
-    fn watch(&mut self, side: Side, actions: &mut Actions) {
-        let incoming = self.half(side.incoming());
-        let told_anyway = matches!(incoming.activity, Activity::Writing | Activity::Blocked);
-        // Once our FIN is sent to a side, its own FIN alone makes a poll tell of a hang-up; that is no break.
-        let confusable = incoming.write != WriteSide::Open;
-        let watch = &mut self.watches[side as usize];
-        if *watch == Watching::No
-            && !told_anyway
-            && !confusable
-            && self.broken.is_none()
-            && self.phase == Phase::Relaying
-        {
-            *watch = Watching::Armed;
-            actions.push(Action::Watch(side));
-        }
-    }
-
-    fn unwatch(&mut self, side: Side, actions: &mut Actions) {
-        let watch = &mut self.watches[side as usize];
-        if *watch == Watching::Armed {
-            *watch = Watching::Cancelled;
-            actions.push(Action::Cancel(Operation::Watch(side)));
-        }
-    }
-
-    fn on_broke(&mut self, side: Side, now: Instant, limits: &Limits, actions: &mut Actions) {
-        let watch = std::mem::replace(&mut self.watches[side as usize], Watching::No);
-        if watch == Watching::Cancelled && self.half(side.incoming()).write != WriteSide::Open {
-            // The watch and its cancel crossed, and what it saw may be no more than a FIN in each direction.
-            self.settle(actions);
-        } else {
-            self.break_side(side, now, limits, actions);
-        }
-    }
-
     fn break_side(&mut self, side: Side, now: Instant, limits: &Limits, actions: &mut Actions) {
-        if self.phase == Phase::Relaying && self.broken.as_ref().is_some_and(|broken| broken.side != side) {
-            // The other one broke before. There is nobody left to relay for.
-            let reason =
-                self.broken.as_ref().map_or(EndReason::Removed, |broken| EndReason::ResetBy(broken.side));
-            self.close([true; 2], reason, actions);
-            return;
-        }
-        if self.broken.is_none() && self.phase == Phase::Relaying {
-            let give_up_at = now + limits.reset_drain_timeout;
-            self.broken =
-                Some(Box::new(Broken { side, give_up_at, pause: ACKNOWLEDGE_PAUSE_FIRST, measuring: false }));
-            actions.push(Action::SetDeadline(give_up_at));
-            let incoming = side.incoming();
-            let half = self.half_mut(incoming);
-            half.write = WriteSide::Broken;
-            match half.activity {
-                Activity::Starved => half.activity = Activity::Idle,
-                Activity::Idle => {}
-                _ => actions.push(Action::Cancel(Operation::Half(incoming))),
+        match self.broken.as_ref().map(|broken| broken.side) {
+            // The other one broke before. No side is left to relay for.
+            Some(first) if first != side => {
+                return self.finish([true; 2], EndReason::ResetBy(first), actions);
             }
-            // Its last bytes are still to be read, even if it was the other half that noticed.
-            self.read(side.outgoing(), actions);
+            Some(_) => {}
+            None => {
+                let give_up_at = now + limits.reset_drain_timeout;
+                let pause = ACKNOWLEDGE_PAUSE_FIRST;
+                self.broken = Some(Box::new(Broken { side, give_up_at, pause, measuring: false }));
+                actions.push(Action::SetDeadline(give_up_at));
+                let incoming = self.half_mut(side.incoming());
+                incoming.write = WriteSide::Broken;
+                if incoming.activity == Activity::Blocked {
+                    actions.push(Action::Discard(side.incoming()));
+                }
+                incoming.activity = Activity::Idle;
+                // Its last bytes are still to be read, even if the other half noticed the break.
+                if self.half(side.outgoing()).activity == Activity::Reading {
+                    actions.push(Action::Read(side.outgoing()));
+                }
+            }
         }
         self.settle(actions);
     }
 
-    /// Ends the connection if nothing is left to do.
+    /// Ends the connection if both directions have ended, or starts to wait for the last acknowledgements.
     fn settle(&mut self, actions: &mut Actions) {
-        if let Phase::Closing { reset, reason } = self.phase {
-            if !self.is_in_flight() {
-                self.phase = Phase::Finished;
-                actions.push(Action::Finish { reset, reason });
-            }
-            return;
-        }
-        if self.phase == Phase::Finished {
-            return;
-        }
         match &mut self.broken {
             None => {
                 if self.halves.iter().all(|half| half.write == WriteSide::FinSent) {
-                    self.close([false; 2], EndReason::Completed, actions);
+                    self.finish([false; 2], EndReason::Completed, actions);
                 }
             }
             Some(broken) if !broken.measuring => {
                 let side = broken.side;
-                if self.halves[side.outgoing() as usize].drained()
-                    && !self.halves[side.incoming() as usize].in_flight()
-                {
+                if self.halves[side.outgoing() as usize].drained() {
                     broken.measuring = true;
                     actions.push(Action::MeasureUnacknowledged(side.other()));
                 }
@@ -323,7 +234,7 @@ impl Connection {
 
     fn on_unacknowledged(&mut self, side: Side, bytes: usize, now: Instant, actions: &mut Actions) {
         let Some(broken) = &mut self.broken else { return };
-        if !broken.measuring || broken.side != side.other() || self.phase != Phase::Relaying {
+        if !broken.measuring || broken.side != side.other() {
             return;
         }
         if bytes == 0 || now >= broken.give_up_at {
@@ -335,44 +246,23 @@ impl Connection {
     }
 
     fn on_deadline(&mut self, now: Instant, actions: &mut Actions) {
-        match self.broken.as_deref().copied() {
-            Some(broken) if self.phase == Phase::Relaying => {
-                if now >= broken.give_up_at {
-                    self.reset_other(actions);
-                } else if broken.measuring {
-                    actions.push(Action::MeasureUnacknowledged(broken.side.other()));
-                }
-            }
-            _ => {}
+        let Some(broken) = self.broken.as_deref().copied() else { return };
+        if now >= broken.give_up_at {
+            self.reset_other(actions);
+        } else if broken.measuring {
+            actions.push(Action::MeasureUnacknowledged(broken.side.other()));
         }
     }
 
     fn reset_other(&mut self, actions: &mut Actions) {
         let reason =
             self.broken.as_ref().map_or(EndReason::Removed, |broken| EndReason::ResetBy(broken.side));
-        self.close([true; 2], reason, actions);
+        self.finish([true; 2], reason, actions);
     }
 
-    /// Cancels what is in flight, and finishes as soon as nothing is.
-    fn close(&mut self, reset: [bool; 2], reason: EndReason, actions: &mut Actions) {
-        if self.phase != Phase::Relaying {
-            return;
-        }
-        self.phase = Phase::Closing { reset, reason };
-        for direction in Direction::ALL {
-            let half = self.half_mut(direction);
-            if half.activity == Activity::Starved {
-                half.activity = Activity::Idle;
-            }
-            if half.in_flight() {
-                actions.push(Action::Cancel(Operation::Half(direction)));
-            }
-        }
-        for side in Side::ALL {
-            self.unwatch(side, actions);
-        }
-        if !self.is_in_flight() {
-            self.phase = Phase::Finished;
+    fn finish(&mut self, reset: [bool; 2], reason: EndReason, actions: &mut Actions) {
+        if !self.finished {
+            self.finished = true;
             actions.push(Action::Finish { reset, reason });
         }
     }

@@ -1,4 +1,4 @@
-//! How a client's connection reaches the server inside: which loopback family is dialled first, and what a failure means.
+//! How a client's connection reaches the server: the loopback family that is dialled first, and the meaning of a failure.
 //! Pure.
 
 use std::net::SocketAddr;
@@ -18,21 +18,21 @@ pub struct Dial {
     port: NonZeroU16,
 }
 
-/// What a connection does next on its way to the server.
+/// The next step of a dial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DialStep {
     /// Take a socket of this family and connect it to that address.
     Attempt(Family, SocketAddr),
     /// The server answered.
     Established,
-    /// There is no way to the server; the client is reset.
+    /// The server cannot be reached; the client is reset.
     Failed(EndReason),
 }
 
 impl Dial {
-    /// Begins with the first attempt.
+    /// Starts with the first attempt.
     pub fn new(came_by: Family, reach: Reach, port: NonZeroU16) -> Dial {
-        // Something that is not known to listen anywhere may have begun to since.
+        // A server that was not seen listening may have started since.
         let reach = if reach.v4 || reach.v6 { reach } else { Reach::UNKNOWN };
         let other = came_by.other();
         let (family, next) = match (reach.has(came_by), reach.has(other)) {
@@ -43,12 +43,12 @@ impl Dial {
         Dial { family, next, port }
     }
 
-    /// The attempt to make now.
+    /// Returns the attempt to make now.
     pub fn attempt(&self) -> DialStep {
         DialStep::Attempt(self.family, self.family.loopback(self.port))
     }
 
-    /// Takes in how the attempt ended. `own_peer` tells that the socket connected to itself, for nobody was there.
+    /// Takes in the result of the attempt. `own_peer`: the socket connected to itself, because no server listens.
     pub fn on_connected(&mut self, result: Result<(), SocketError>, own_peer: bool) -> DialStep {
         let reason = match result {
             Ok(()) if !own_peer => return DialStep::Established,
@@ -57,10 +57,10 @@ impl Dial {
                 SocketError::Refused | SocketError::Reset | SocketError::Unreachable | SocketError::Other(_),
             ) => EndReason::Refused,
             Err(SocketError::TimedOut) => EndReason::TimedOut,
-            // The kernel says the same (EADDRNOTAVAIL) where every port of a client is taken and where there is no `::1`, as in
-            // a container of Docker's; what listens on all addresses then answers on 127.0.0.1 alone.
+            // The kernel returns EADDRNOTAVAIL where every ephemeral port is in use and where there is no `::1`, as in a Docker
+            // container without IPv6; a server that listens on all addresses then answers on 127.0.0.1 alone.
             Err(SocketError::PortsExhausted) if self.family == Family::V6 => EndReason::PortsExhausted,
-            // The other family would find the same shortage, and a client that is told may try again.
+            // The other family would find the same shortage; a client that is reset may try again.
             Err(SocketError::PortsExhausted) => return DialStep::Failed(EndReason::PortsExhausted),
             Err(SocketError::Exhausted) => return DialStep::Failed(EndReason::DescriptorsExhausted),
         };

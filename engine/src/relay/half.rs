@@ -1,17 +1,18 @@
-//! One direction of a connection: read, write what was read, read again. Pure.
+//! One direction of a connection: move bytes from the source to the destination. Pure.
 //!
-//! | read side | write side | means |
+//! | read side | write side | meaning |
 //! | --- | --- | --- |
-//! | Open | Open | bytes flow, or nothing comes at the moment |
+//! | Open | Open | bytes flow, or the source has none at present |
 //! | Eof | FinSent | this direction has ended cleanly; the other one runs on |
-//! | Broken | Open | the source was reset; what came before it has been passed on |
-//! | any | Broken | the destination was reset; nothing can be passed on any more |
+//! | Broken | Open | the source was reset; the bytes that preceded it have been passed on |
+//! | any | Broken | the destination was reset; no byte can be passed on |
 //!
-//! A direction holds one loan at most, from the end of a read to the end of its write, and does not read meanwhile:
-//! that is the whole of backpressure. While it waits for bytes it holds nothing.
+//! A direction that reads holds no memory: its bytes pass through the shard's buffer within one call. Only bytes that the
+//! destination did not take are held, in one pooled buffer or pipe, and the direction does not read until they are
+//! written. That is the whole of backpressure.
 
 use crate::limits::Limits;
-use crate::ring::Way;
+use crate::reactor::TransferMode;
 
 /// The source's part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,18 +30,16 @@ pub(super) enum WriteSide {
     Broken,
 }
 
-/// What it is doing.
+/// The present activity of a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Activity {
-    /// Nothing is in flight.
+    /// It has ended, or has not started.
     Idle,
-    /// A read is in flight.
+    /// Bytes are moved whenever the source has some.
     Reading,
-    /// There is something to read, and it waits for a loan.
+    /// The source has bytes, and no buffer is free.
     Starved,
-    /// A write is in flight.
-    Writing,
-    /// A write is in flight, and the destination does not take it at the moment.
+    /// The shard holds bytes that the destination did not take.
     Blocked,
 }
 
@@ -49,11 +48,9 @@ pub(super) struct Half {
     pub(super) read: ReadSide,
     pub(super) write: WriteSide,
     pub(super) activity: Activity,
-    way: Way,
+    pub(super) mode: TransferMode,
     /// Full reads in a row while it copies; small moves in a row while it splices.
     streak: u8,
-    /// The last read found as much as it could take, so there is probably more.
-    eager: bool,
 }
 
 impl Half {
@@ -62,45 +59,34 @@ impl Half {
             read: ReadSide::Open,
             write: WriteSide::Open,
             activity: Activity::Idle,
-            way: Way::Copy,
+            mode: TransferMode::Copy,
             streak: 0,
-            eager: false,
         }
     }
 
-    pub(super) fn in_flight(&self) -> bool {
-        matches!(self.activity, Activity::Reading | Activity::Writing | Activity::Blocked)
-    }
-
-    /// Nothing more will come out of this direction, and nothing is on its way.
+    /// Whether this direction has passed on everything that its source will ever give.
     pub(super) fn drained(&self) -> bool {
         self.read != ReadSide::Open && self.activity == Activity::Idle
     }
 
-    /// Begins a read, and tells how.
-    pub(super) fn begin_read(&mut self) -> (Way, bool) {
-        self.activity = Activity::Reading;
-        (self.way, self.eager)
-    }
-
-    /// A pipe could not be had: this direction copies, and may be promoted again later.
+    /// Copies from now on, because no pipe is free or the bytes cannot be spliced. It may be promoted again later.
     pub(super) fn demote(&mut self) {
-        self.way = Way::Copy;
+        self.mode = TransferMode::Copy;
         self.streak = 0;
-        self.eager = true;
     }
 
-    /// Learns from a read of `bytes` how the next one should be done. A direction that fills its buffer again and again
-    /// is bulk and is spliced; one whose moves have become small is copied, which is cheaper for messages.
+    /// Chooses the mode of the next move after one of `bytes`. A direction that fills its buffer several times in a row is
+    /// bulk and is spliced; one whose moves have become small is copied, which is cheaper for messages.
     pub(super) fn account(&mut self, bytes: usize, full: bool, limits: &Limits) {
-        self.eager = full;
-        let (counts, bound, next) = match self.way {
-            Way::Copy => (full, limits.promote_after, Way::Splice),
-            Way::Splice => (bytes < limits.lease_bytes / 4, limits.demote_after, Way::Copy),
+        let (counts, bound, next) = match self.mode {
+            TransferMode::Copy => (full, limits.promote_after, TransferMode::Splice),
+            TransferMode::Splice => {
+                (bytes < limits.buffer_bytes / 4, limits.demote_after, TransferMode::Copy)
+            }
         };
         self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
         if self.streak >= bound {
-            self.way = next;
+            self.mode = next;
             self.streak = 0;
         }
     }

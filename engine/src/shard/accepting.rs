@@ -1,16 +1,39 @@
-//! Taking connections in: accepting as long as there is room, resting when descriptors run out.
+//! Accepting connections: as many as there is room for, with a rest when descriptors run out or accepts keep failing.
 
-use super::{KIND_ACCEPT, Shard, Timer};
+use std::time::Duration;
+
+use super::listener::Accepting;
+use super::{Report, Shard, Timer};
 use crate::command::Family;
-use crate::ring::{Op, Outcome, Ring, Submitted};
+use crate::reactor::{EventKind, Poller, SocketIo, SocketOf};
+use crate::relay::Dial;
 use crate::sys::SocketError;
-use crate::table::{SlotId, TokenParts};
+use crate::table::SlotId;
 
-impl<R: Ring> Shard<R> {
-    /// Accepts on every socket of a listener that has no accept in flight.
+/// How many accepts of one listener may fail in a row before it rests. Linux reports errors of a new connection, which is
+/// gone then, by accept(2); an error of the listener itself stays.
+const FAILURES_MAX: u32 = 16;
+/// The first such rest, doubled each time.
+const FAILURE_PAUSE_FIRST: Duration = Duration::from_millis(100);
+const FAILURE_PAUSE_MAX: Duration = Duration::from_secs(30);
+
+impl<P: Poller> Shard<P> {
+    /// Something happened to a listening socket.
+    pub(super) fn on_listener_event(&mut self, id: SlotId, index: usize, event: EventKind) {
+        match event {
+            EventKind::Ready => self.accept(id, index),
+            EventKind::Closed => {
+                let Some(listener) = self.listeners.entry_mut(id) else { return };
+                listener.sockets.retain(|accepting| accepting.index != index);
+                self.remove_listener_if_done(id);
+            }
+        }
+    }
+
+    /// Accepts on every socket of a listener.
     pub(super) fn accept_all(&mut self, id: SlotId) {
-        let sockets = self.listeners.entry(id).map_or(0, |listener| listener.sockets.len());
-        for index in 0..sockets {
+        let sockets = self.listeners.entry(id).map_or(Vec::new(), |listener| listener.sockets.clone());
+        for Accepting { index, .. } in sockets {
             self.accept(id, index);
         }
     }
@@ -19,29 +42,23 @@ impl<R: Ring> Shard<R> {
         self.connections.len() < self.limits.connections_max as usize
     }
 
-    /// Accepts until nobody waits, or this listener has had its turn.
+    /// Accepts until no client waits, or the budget of this listener is used up.
     fn accept(&mut self, id: SlotId, index: usize) {
         for _ in 0..self.limits.accept_burst {
             if !self.has_room() {
-                // Clients wait in the kernel's queue, and nothing is lost.
+                // Clients wait in the kernel's queue, and none is lost.
                 break;
             }
             let Some(listener) = self.listeners.entry_mut(id) else { return };
             if !listener.open || listener.resting_until.is_some() {
                 return;
             }
-            let Some(accepting) = listener.sockets.get_mut(index) else { return };
-            if accepting.key.is_some() {
-                return;
-            }
-            let kind = KIND_ACCEPT + u8::try_from(index).unwrap_or(0);
-            let op = Op::Accept { listener: accepting.socket.clone() };
-            match self.ring.submit(TokenParts { kind, id }.pack(), op) {
-                Submitted::Pending(key) => {
-                    accepting.key = Some(key);
-                    return;
-                }
-                Submitted::Done(outcome) => self.on_accepted(id, outcome),
+            let accepting = listener.sockets.iter().find(|accepting| accepting.index == index);
+            let Some(Accepting { key, family, .. }) = accepting.copied() else { return };
+            match self.reactor.accept(key) {
+                None => return,
+                Some(Ok(socket)) => self.on_accepted(id, socket, family),
+                Some(Err(error)) => self.on_accept_failed(id, error),
             }
         }
         // Once for all its sockets, or a listener that finds no room again and again would fill the queue.
@@ -52,59 +69,59 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    pub(super) fn on_accept_completion(&mut self, id: SlotId, index: usize, outcome: Outcome<R>) {
+    fn on_accepted(&mut self, id: SlotId, socket: SocketOf<P>, came_by: Family) {
+        if let Some(listener) = self.listeners.entry_mut(id)
+            && listener.failures > 0
+        {
+            if listener.failures > FAILURES_MAX {
+                let port = listener.host_port;
+                let what = format!("the listener on port {port} accepts connections again");
+                self.reports.push(Report::Recovered { what });
+            }
+            listener.failures = 0;
+            listener.pause = FAILURE_PAUSE_FIRST;
+        }
+        if let Some(socket) = self.hand_over(id, socket, came_by) {
+            self.start_connection(id, socket, came_by);
+        }
+    }
+
+    fn on_accept_failed(&mut self, id: SlotId, error: SocketError) {
+        if error == SocketError::Exhausted {
+            self.degrade("no descriptors are left, so new connections wait; raise the limit (ulimit -n)");
+            return self.rest(id, self.limits.exhausted_pause);
+        }
         let Some(listener) = self.listeners.entry_mut(id) else { return };
-        // Not by position: a socket that had no accept in flight when the listener closed is gone already.
-        if let Some(accepting) = listener.sockets.iter_mut().find(|accepting| accepting.index == index) {
-            accepting.key = None;
+        listener.failures = listener.failures.saturating_add(1);
+        if listener.failures < FAILURES_MAX {
+            return;
         }
-        if listener.open {
-            self.on_accepted(id, outcome);
-            self.accept(id, index);
-        } else {
-            // A client that was accepted while the listener closed goes on; it was told that it is connected.
-            self.on_accepted(id, outcome);
-            if let Some(listener) = self.listeners.entry_mut(id)
-                && listener.sockets.iter().all(|accepting| accepting.key.is_none())
-            {
-                listener.sockets.clear();
-            }
-            self.forget_listener(id);
+        if listener.failures == FAILURES_MAX {
+            let port = listener.host_port;
+            let what = format!("the listener on port {port} fails to accept connections: {error}");
+            self.reports.push(Report::Degraded { what });
+            listener.pause = FAILURE_PAUSE_FIRST;
+            // From now on each failure is followed by a rest.
+            listener.failures += 1;
         }
+        let pause = listener.pause;
+        listener.pause = (2 * pause).min(FAILURE_PAUSE_MAX);
+        self.rest(id, pause);
     }
 
-    fn on_accepted(&mut self, id: SlotId, outcome: Outcome<R>) {
-        match outcome {
-            Outcome::Accepted(Ok((socket, came_by))) => {
-                if let Some(socket) = self.hand_over(id, socket, came_by) {
-                    self.begin(id, socket, came_by);
-                }
-            }
-            Outcome::Accepted(Err(SocketError::Exhausted)) => {
-                self.degrade("no descriptors are left, so new connections wait; raise the limit (ulimit -n)");
-                self.rest(id);
-            }
-            // Linux hands errors of the new connection to accept(2); the listener is as well as before.
-            Outcome::Accepted(Err(_)) => {}
-            other => drop(other),
-        }
-    }
-
-    fn rest(&mut self, id: SlotId) {
-        let until = self.now + self.limits.exhausted_pause;
+    fn rest(&mut self, id: SlotId, pause: Duration) {
+        let until = self.now + pause;
         if let Some(listener) = self.listeners.entry_mut(id) {
             Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.resting_until, Some(until));
         }
     }
 
-    /// Gives a client to the shard with the fewest connections, if that is another one; else gives it back.
-    fn hand_over(&mut self, id: SlotId, socket: R::Socket, came_by: Family) -> Option<R::Socket> {
+    /// Gives a client to the shard with the fewest connections, if that is another one; otherwise returns it.
+    fn hand_over(&mut self, id: SlotId, socket: SocketOf<P>, came_by: Family) -> Option<SocketOf<P>> {
         let listener = self.listeners.entry(id)?;
         let Some(peers) = &mut self.peers else { return Some(socket) };
-        // While a listener closes, the others may have forgotten it already.
-        let peer = if listener.open { peers.emptier_than(self.connections.len()) } else { None };
-        let Some(peer) = peer else { return Some(socket) };
-        match self.ring.disown(socket) {
+        let Some(peer) = peers.emptier_than(self.connections.len()) else { return Some(socket) };
+        match self.reactor.io().disown(socket) {
             Ok(socket) => {
                 peers.send(peer, listener.forward, socket, came_by);
                 None
@@ -113,13 +130,13 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    /// A client is in: finds its way to the server.
-    pub(super) fn begin(&mut self, listener: SlotId, socket: R::Socket, came_by: Family) {
+    /// A client was accepted: connects to the server for it.
+    pub(super) fn start_connection(&mut self, listener: SlotId, socket: SocketOf<P>, came_by: Family) {
         let Some(entry) = self.listeners.entry_mut(listener) else { return };
         entry.stats.accepted += 1;
         entry.stats.open += 1;
         let (reach, port) = (entry.reach, entry.target_port);
-        self.dial(listener, socket, crate::relay::Dial::new(came_by, reach, port));
+        self.dial(listener, socket, Dial::new(came_by, reach, port));
     }
 
     pub(super) fn can_accept_later(&self) -> bool {

@@ -1,27 +1,28 @@
-//! What a shard is told between turns, and what it reports.
+//! The commands of a shard, which it takes between turns, and its reports.
 
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
-use super::{Peers, Shard, Stopping};
+use super::listener::{Accepting, Listener};
+use super::upstream::Upstream;
+use super::{KIND_LISTENER, KIND_UPSTREAM, Peers, Shard, Stage, Stopping, Timer};
 use crate::command::{
     Ending, Family, ForwardId, ForwardState, ForwardStats, Reach, UpstreamId, UpstreamKind,
 };
 use crate::error::EndReason;
-use crate::listener::{Accepting, Listener};
-use crate::relay::{Direction, Input};
-use crate::ring::{Op, OpKey, Outcome, Ring, Submitted};
+use crate::reactor::{Poller, SocketIo, SocketOf};
+use crate::relay::Input;
 use crate::table::{SlotId, TokenParts};
-use crate::upstream::Upstream;
 
-/// What a shard is told. Descriptors have been made and checked by then.
+/// A command to a shard. Its descriptors are made and checked.
 #[derive(Debug)]
 pub enum ShardCommand<S> {
     /// See [`crate::command::Command::AddUpstream`].
     AddUpstream {
         /// Its number.
         upstream: UpstreamId,
-        /// Who is behind the channel.
+        /// The kind of program at the other end of the channel.
         kind: UpstreamKind,
         /// An opener channel of this shard's own.
         channel: S,
@@ -32,7 +33,7 @@ pub enum ShardCommand<S> {
     RemoveUpstream {
         /// Its number.
         upstream: UpstreamId,
-        /// What becomes of its connections.
+        /// How its connections end.
         ending: Ending,
     },
     /// See [`crate::command::Command::OpenListener`].
@@ -47,10 +48,10 @@ pub enum ShardCommand<S> {
         target_port: NonZeroU16,
         /// Which families listen inside.
         reach: Reach,
-        /// The listening sockets; none where another shard accepts for this one.
+        /// The listening sockets; empty where another shard accepts for this one.
         sockets: Vec<S>,
     },
-    /// Relays a connection that another shard has accepted.
+    /// Relays a connection that another shard accepted.
     Adopt {
         /// The forward by which it came.
         forward: ForwardId,
@@ -70,7 +71,7 @@ pub enum ShardCommand<S> {
     CloseListener {
         /// Its number.
         forward: ForwardId,
-        /// What becomes of its connections.
+        /// How its connections end.
         ending: Ending,
     },
     /// Connections may be given to these from now on.
@@ -85,7 +86,7 @@ pub enum ShardCommand<S> {
     Stop,
 }
 
-/// A listener whose sockets are lent.
+/// A listener whose sockets are lent to another engine.
 #[derive(Debug)]
 pub struct Lent {
     /// Which.
@@ -94,7 +95,7 @@ pub struct Lent {
     pub sockets: Vec<OwnedFd>,
 }
 
-/// What a shard reports.
+/// A report of a shard.
 #[derive(Debug)]
 pub enum Report {
     /// The port of a forward is free again.
@@ -104,11 +105,11 @@ pub enum Report {
         /// Its counters at that moment.
         stats: ForwardStats,
     },
-    /// An upstream is let go.
+    /// An upstream is closed.
     UpstreamRemoved {
         /// Its number.
         upstream: UpstreamId,
-        /// Why, where nobody asked for it.
+        /// Why, where it was not requested.
         reason: Option<String>,
     },
     /// Answer to [`ShardCommand::Describe`].
@@ -118,26 +119,26 @@ pub enum Report {
     },
     /// Answer to [`ShardCommand::Lend`].
     Lent {
-        /// The open listeners that this shard accepts for, less those for which no descriptors are left.
+        /// The open listeners that this shard accepts for, except those for which no descriptors are left.
         listeners: Vec<Lent>,
     },
-    /// Something is used up.
+    /// A resource is used up.
     Degraded {
         /// A sentence for people.
         what: String,
     },
-    /// It is there again.
+    /// It is available again.
     Recovered {
         /// A sentence for people.
         what: String,
     },
-    /// The shard holds nothing any more.
+    /// The shard is empty; no report follows.
     Stopped,
 }
 
-impl<R: Ring> Shard<R> {
+impl<P: Poller> Shard<P> {
     /// Carries out a command.
-    pub fn command(&mut self, command: ShardCommand<R::Socket>) {
+    pub fn command(&mut self, command: ShardCommand<SocketOf<P>>) {
         match command {
             ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie } => {
                 self.add_upstream(upstream, kind, channel, netns_cookie);
@@ -145,34 +146,33 @@ impl<R: Ring> Shard<R> {
             ShardCommand::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending),
             ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets } => {
                 let Some(upstream_slot) = self.upstream_slots.get(&upstream).copied() else {
-                    // It went away while the ports were being bound.
+                    // It was closed while the ports were being bound.
                     let stats = ForwardStats::default();
                     self.reports.push(Report::ListenerClosed { forward, stats });
                     return;
                 };
-                let sockets = sockets.into_iter().enumerate();
-                let sockets = sockets.map(|(index, socket)| Accepting { index, socket, key: None }).collect();
-                let id = self.listeners.insert(Listener {
+                let listener = Listener {
                     forward,
                     upstream,
                     upstream_slot,
                     host_port,
                     target_port,
                     reach,
-                    sockets,
+                    sockets: Vec::new(),
                     open: true,
-                    told_closed: false,
+                    reported_closed: false,
                     queued: false,
                     resting_until: None,
+                    failures: 0,
+                    pause: Duration::ZERO,
                     stats: ForwardStats::default(),
-                });
-                self.forwards.insert(forward, id);
-                self.accept_all(id);
+                };
+                self.open_listener(listener, sockets);
             }
             ShardCommand::Adopt { forward, socket, came_by } => match self.forwards.get(&forward).copied() {
-                Some(id) => self.begin(id, socket, came_by),
-                // Its upstream was lost meanwhile. The client is told so as the others were.
-                None => self.ring.reset_on_close(&socket),
+                Some(id) => self.start_connection(id, socket, came_by),
+                // Its upstream was lost meanwhile. The client is reset, as the others were.
+                None => self.reactor.io().reset_on_close(&socket),
             },
             ShardCommand::SetReach { forward, reach } => {
                 if let Some(id) = self.forwards.get(&forward).copied()
@@ -202,11 +202,29 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    fn lend(&self) -> Vec<Lent> {
+    /// Registers the sockets of a listener. The kernel reports the clients that wait already.
+    fn open_listener(&mut self, listener: Listener, sockets: Vec<SocketOf<P>>) {
+        let forward = listener.forward;
+        let id = self.listeners.insert(listener);
+        self.forwards.insert(forward, id);
+        let sockets = (0u8..).zip(sockets).map(|(index, socket)| {
+            let family = self.reactor.io().facts(&socket).family.unwrap_or(Family::V4);
+            let token = TokenParts { kind: KIND_LISTENER + index, id }.pack();
+            Accepting { index: usize::from(index), key: self.reactor.register(socket, token), family }
+        });
+        let sockets: Vec<Accepting> = sockets.collect();
+        if let Some(listener) = self.listeners.entry_mut(id) {
+            listener.sockets = sockets;
+        }
+    }
+
+    fn lend(&mut self) -> Vec<Lent> {
         let ids = self.listeners.ids();
         let open = ids.into_iter().filter_map(|id| self.listeners.entry(id)).filter(|listener| listener.open);
         open.filter_map(|listener| {
-            let sockets = listener.sockets.iter().map(|accepting| self.ring.duplicate(&accepting.socket));
+            let sockets = listener.sockets.iter().map(|accepting| {
+                self.reactor.on_socket(accepting.key, |io, socket| io.duplicate(socket)).flatten()
+            });
             let sockets = sockets.collect::<Option<Vec<OwnedFd>>>()?;
             (!sockets.is_empty()).then(|| Lent { forward: listener.state(), sockets })
         })
@@ -217,25 +235,16 @@ impl<R: Ring> Shard<R> {
         &mut self,
         upstream: UpstreamId,
         kind: UpstreamKind,
-        channel: R::Socket,
+        channel: SocketOf<P>,
         netns_cookie: u64,
     ) {
-        let watched = channel.clone();
-        let id = self.upstreams.insert(Upstream::new(upstream, kind, channel, netns_cookie, &self.limits));
+        let limits = &self.limits;
+        let reactor = &mut self.reactor;
+        let id = self.upstreams.insert_with(|id| {
+            let key = reactor.register(channel, TokenParts { kind: KIND_UPSTREAM, id }.pack());
+            Upstream::new(upstream, kind, key, netns_cookie, limits)
+        });
         self.upstream_slots.insert(upstream, id);
-        if kind == UpstreamKind::Dialler {
-            // Answers are waited for all the time, which tells the driver's end as well.
-            return self.hear(id);
-        }
-        let token = TokenParts { kind: super::KIND_UPSTREAM_WATCH, id }.pack();
-        match self.ring.submit(token, Op::Watch { socket: watched }) {
-            Submitted::Pending(key) => {
-                if let Some(upstream) = self.upstreams.entry_mut(id) {
-                    upstream.watch = Some(key);
-                }
-            }
-            Submitted::Done(outcome) => self.on_upstream_watch(id, &outcome),
-        }
         self.refill(id);
     }
 
@@ -244,32 +253,17 @@ impl<R: Ring> Shard<R> {
             self.reports.push(Report::UpstreamRemoved { upstream, reason: None });
             return;
         };
-        self.let_go_of_upstream(id, ending, None);
+        self.close_upstream(id, ending, None);
     }
 
-    /// The opener has ended, or its watch was cancelled.
-    pub(super) fn on_upstream_watch(&mut self, id: SlotId, outcome: &Outcome<R>) {
-        if let Some(upstream) = self.upstreams.entry_mut(id) {
-            upstream.watch = None;
-        }
-        if !matches!(outcome, Outcome::Cancelled(_)) {
-            let reason = "the opener has ended, so the container can no longer be entered".to_owned();
-            self.let_go_of_upstream(id, Ending::Drain, Some(reason));
-        }
-        self.forget_upstream(id);
-    }
-
-    pub(super) fn let_go_of_upstream(&mut self, id: SlotId, ending: Ending, reason: Option<String>) {
+    pub(super) fn close_upstream(&mut self, id: SlotId, ending: Ending, reason: Option<String>) {
         let Some(upstream) = self.upstreams.entry_mut(id) else { return };
         if upstream.closing.is_some() {
             return;
         }
-        let waiting = upstream.let_go(reason);
-        let in_flight: Vec<OpKey> = upstream.in_flight().collect();
-        Self::set_timer(&mut self.timers, super::Timer::Upstream(id), &mut upstream.resting_until, None);
-        for key in in_flight {
-            self.ring.cancel(key);
-        }
+        let waiting = upstream.close(reason);
+        Self::set_timer(&mut self.timers, Timer::Upstream(id), &mut upstream.resting_until, None);
+        self.reactor.close(upstream.channel);
         for connection in waiting {
             self.fail(connection, EndReason::UpstreamLost);
         }
@@ -278,19 +272,18 @@ impl<R: Ring> Shard<R> {
                 self.close_listener(listener, ending);
             }
         }
-        self.forget_upstream(id);
+        self.remove_upstream_if_done(id);
     }
 
-    /// Removes an upstream that is closing and has nothing in flight.
-    pub(super) fn forget_upstream(&mut self, id: SlotId) {
+    /// Removes an upstream that is closing and whose ports are free.
+    fn remove_upstream_if_done(&mut self, id: SlotId) {
         let Some(upstream) = self.upstreams.entry(id) else { return };
         let Some(closing) = &upstream.closing else { return };
-        // Its ports are told to be free before it is told to be gone.
-        let has_ports =
-            |listener: &Listener<R::Socket>| listener.upstream_slot == id && !listener.told_closed;
+        // Its ports are reported as free before it is reported as removed.
+        let has_ports = |listener: &Listener| listener.upstream_slot == id && !listener.reported_closed;
         let ids = self.listeners.ids();
         let mut listeners = ids.into_iter().filter_map(|listener| self.listeners.entry(listener));
-        if upstream.in_flight().next().is_some() || listeners.any(has_ports) {
+        if listeners.any(has_ports) {
             return;
         }
         let (upstream, reason) = (upstream.id, closing.reason.clone());
@@ -301,33 +294,30 @@ impl<R: Ring> Shard<R> {
 
     pub(super) fn close_listener(&mut self, id: SlotId, ending: Ending) {
         let Some(listener) = self.listeners.entry_mut(id) else { return };
-        listener.open = false;
-        Self::set_timer(&mut self.timers, super::Timer::Listener(id), &mut listener.resting_until, None);
-        // They close together, with the last cancelled accept: an accept knows its socket by its place.
-        let keys: Vec<_> = listener.sockets.iter().filter_map(|accepting| accepting.key).collect();
-        if keys.is_empty() {
-            listener.sockets.clear();
-        }
-        for key in keys {
-            self.ring.cancel(key);
+        if std::mem::replace(&mut listener.open, false) {
+            Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.resting_until, None);
+            // Another engine may listen on them as well, and goes on.
+            for accepting in &listener.sockets {
+                self.reactor.close_and_report(accepting.key);
+            }
         }
         if ending == Ending::Reset {
             self.abort_connections(Some(id), EndReason::Removed);
         }
-        self.forget_listener(id);
+        self.remove_listener_if_done(id);
     }
 
-    /// Tells that a closed listener's port is free, and removes it once its last connection has ended.
-    pub(super) fn forget_listener(&mut self, id: SlotId) {
+    /// Reports that the port of a closed listener is free, and removes it once its last connection has ended.
+    pub(super) fn remove_listener_if_done(&mut self, id: SlotId) {
         let Some(listener) = self.listeners.entry_mut(id) else { return };
         if listener.open || !listener.sockets.is_empty() {
             return;
         }
         let (forward, stats, upstream) = (listener.forward, listener.stats, listener.upstream_slot);
-        if !std::mem::replace(&mut listener.told_closed, true) {
+        if !std::mem::replace(&mut listener.reported_closed, true) {
             self.forwards.remove(&forward);
             self.reports.push(Report::ListenerClosed { forward, stats });
-            self.forget_upstream(upstream);
+            self.remove_upstream_if_done(upstream);
         }
         if stats.open == 0 {
             self.listeners.remove(id);
@@ -341,7 +331,7 @@ impl<R: Ring> Shard<R> {
             if of.is_some_and(|listener| listener != connection.listener) {
                 continue;
             }
-            if matches!(connection.stage, super::Stage::Relaying(_)) {
+            if matches!(connection.stage, Stage::Relaying(_)) {
                 self.drive(id, Input::Abort(reason));
             } else {
                 self.fail(id, reason);
@@ -360,33 +350,27 @@ impl<R: Ring> Shard<R> {
         if stopping == Stopping::Now {
             self.abort_connections(None, EndReason::Removed);
             for id in self.upstreams.ids() {
-                self.let_go_of_upstream(id, ending, None);
+                self.close_upstream(id, ending, None);
             }
         }
         self.finish_stopping();
     }
 
-    /// Tells that the shard is empty, once it was asked to become so.
+    /// Reports that the shard is empty, once that was requested.
     pub(super) fn finish_stopping(&mut self) {
-        if self.stopping.is_none() || self.told_stopped || !self.connections.is_empty() {
+        if self.stopping.is_none() || self.stopped || !self.connections.is_empty() {
             return;
         }
         // While it drained, connections needed their upstreams.
         for id in self.upstreams.ids() {
-            self.let_go_of_upstream(id, Ending::Drain, None);
+            self.close_upstream(id, Ending::Drain, None);
         }
-        if self.upstreams.is_empty() && self.listeners.is_empty() {
-            self.told_stopped = true;
-            // Nothing is told after this.
-            Self::set_timer(&mut self.timers, super::Timer::Recovery, &mut self.degraded_until, None);
+        // The reactor's last registrations end before the shard does, so that no port or namespace outlives the report.
+        if self.upstreams.is_empty() && self.listeners.is_empty() && self.reactor.registered() == 0 {
+            self.stopped = true;
+            // No report follows.
+            Self::set_timer(&mut self.timers, Timer::Recovery, &mut self.degraded_until, None);
             self.reports.push(Report::Stopped);
         }
-    }
-
-    /// Takes a direction's turn-end back; true if its read was waiting for the next turn.
-    pub(super) fn take_deferred(&mut self, id: SlotId, direction: Direction) -> bool {
-        self.connections
-            .entry_mut(id)
-            .is_some_and(|connection| connection.deferred[direction as usize].take().is_some())
     }
 }

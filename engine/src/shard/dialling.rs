@@ -1,34 +1,40 @@
-//! From an accepted client to a connected server: a socket from the stock, a connect, perhaps a second family.
+//! From an accepted client to a connected server: a socket from the stock, a connect, perhaps a second family; or a request to
+//! a driver that connects, and its answer.
 
-use super::{KIND_STOCK, Relayed, Shard, Stage, Timer};
+use super::upstream::{Answer, UpstreamError};
+use super::{Relayed, Shard, Stage, Timer, side_token};
 use crate::command::{Ending, Family};
 use crate::error::EndReason;
-use crate::opener::client::StockError;
-use crate::relay::{Connection, Dial, DialStep, Input, Operation, Side};
-use crate::ring::{Op, Outcome, Ring, Submitted};
+use crate::opener::DialFailure;
+use crate::reactor::{Connected, Poller, Readiness, SocketIo, SocketOf};
+use crate::relay::{Dial, DialStep, Input, Side};
 use crate::sys::SocketError;
-use crate::table::{SlotId, TokenParts};
+use crate::table::SlotId;
 
-impl<R: Ring> Shard<R> {
-    /// Puts a client into the table and dials for it.
-    pub(super) fn dial(&mut self, listener: SlotId, downstream: R::Socket, dial: Dial) {
+impl<P: Poller> Shard<P> {
+    /// Puts a client into the table and connects to the server for it.
+    pub(super) fn dial(&mut self, listener: SlotId, downstream: SocketOf<P>, dial: Dial) {
         let step = dial.attempt();
         let id = self.connections.insert(Relayed {
             listener,
-            sockets: [Some(downstream), None],
-            loans: [None, None],
-            deferred: [None, None],
-            keys: [None; Operation::PLACES],
+            keys: [None, None],
+            held: [None, None],
+            yielded: [false; 2],
             stage: Stage::Dialling(dial),
             deadline: None,
         });
+        // The bytes of the client are reported with the result of the connect, and relayed in the same turn.
+        let key = self.reactor.register(downstream, side_token(Side::Downstream, id));
+        if let Some(connection) = self.connections.entry_mut(id) {
+            connection.keys[Side::Downstream as usize] = Some(key);
+        }
         self.step_dial(id, step);
     }
 
     fn step_dial(&mut self, id: SlotId, step: DialStep) {
         match step {
             DialStep::Attempt(family, _) => self.take_socket(id, family),
-            DialStep::Established => self.establish(id),
+            DialStep::Established => self.establish(id, false),
             DialStep::Failed(reason) => self.fail(id, reason),
         }
     }
@@ -37,17 +43,15 @@ impl<R: Ring> Shard<R> {
         let Some(connection) = self.connections.entry(id) else { return };
         let Some(listener) = self.listeners.entry(connection.listener) else { return };
         let upstream_slot = listener.upstream_slot;
-        let Some(upstream) = self.upstreams.entry_mut(upstream_slot) else {
+        let Some(upstream) = self.upstreams.entry_mut(upstream_slot).filter(|upstream| upstream.is_open())
+        else {
             return self.fail(id, EndReason::UpstreamLost);
         };
-        if upstream.closing.is_some() {
-            return self.fail(id, EndReason::UpstreamLost);
-        }
         if upstream.dials.is_some() {
             return self.ask_to_dial(id, upstream_slot);
         }
         if !upstream.is_possible(family) {
-            return self.on_connected(id, Err(SocketError::Unreachable));
+            return self.on_connected(id, Connected::Failed(SocketError::Unreachable));
         }
         match upstream.take(family) {
             Some(socket) => {
@@ -56,14 +60,14 @@ impl<R: Ring> Shard<R> {
             }
             None => {
                 upstream.wait(family, id);
-                self.await_with_deadline(id);
+                self.start_deadline(id);
                 self.refill(upstream_slot);
             }
         }
     }
 
     /// Starts the clock of a connection that has to wait for something, unless it runs already.
-    pub(super) fn await_with_deadline(&mut self, id: SlotId) {
+    fn start_deadline(&mut self, id: SlotId) {
         let at = self.now + self.limits.connect_timeout;
         if let Some(connection) = self.connections.entry_mut(id)
             && connection.deadline.is_none()
@@ -72,154 +76,101 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    fn connect(&mut self, id: SlotId, socket: R::Socket) {
+    /// Starts the clocks of the first `count` fresh dials that are still in progress.
+    pub(super) fn time_dials(&mut self, count: usize) {
+        for index in 0..count {
+            let Some(id) = self.fresh_dials.get(index).copied() else { break };
+            if self.connections.entry(id).is_some_and(|one| matches!(one.stage, Stage::Dialling(_))) {
+                self.start_deadline(id);
+            }
+        }
+        self.fresh_dials.drain(..count);
+    }
+
+    fn connect(&mut self, id: SlotId, socket: SocketOf<P>) {
         let Some(connection) = self.connections.entry_mut(id) else { return };
         let Stage::Dialling(dial) = &connection.stage else { return };
         let DialStep::Attempt(_, address) = dial.attempt() else { return };
-        connection.sockets[Side::Upstream as usize] = Some(socket.clone());
-        let kind = u8::try_from(Operation::Connect.index()).unwrap_or(0);
-        match self.ring.submit(TokenParts { kind, id }.pack(), Op::Connect { socket, address }) {
-            Submitted::Done(Outcome::Connected(result)) => self.on_connected(id, result),
-            Submitted::Done(other) => drop(other),
-            Submitted::Pending(key) => {
-                connection.keys[Operation::Connect.place()] = Some(key);
-                self.await_with_deadline(id);
-            }
+        let started = self.reactor.io().connect(&socket, address);
+        if let Some(failed @ Connected::Failed(_)) = started {
+            drop(socket);
+            return self.on_connected(id, failed);
+        }
+        // Not earlier: an unconnected socket is reported as writable and hung up (tcp_poll()).
+        let key = self.reactor.register(socket, side_token(Side::Upstream, id));
+        connection.keys[Side::Upstream as usize] = Some(key);
+        match started {
+            Some(connected) => self.on_connected(id, connected),
+            None => self.fresh_dials.push(id),
         }
     }
 
-    pub(super) fn on_connect_completion(&mut self, id: SlotId, outcome: Outcome<R>) {
+    /// The readiness of a socket changed whose connect was in progress.
+    pub(super) fn on_connecting(&mut self, id: SlotId) {
         let Some(connection) = self.connections.entry(id) else { return };
-        if let Stage::Failing(reason) = connection.stage {
-            self.end_failed(id, reason);
-            return;
-        }
-        match outcome {
-            Outcome::Connected(result) => self.on_connected(id, result),
-            other => {
-                drop(other);
-                self.fail(id, EndReason::Removed);
-            }
+        let Some(key) = connection.keys[Side::Upstream as usize] else { return };
+        let ready = self.reactor.readiness(key);
+        if ready.intersects(Readiness::ERR | Readiness::HUP) {
+            let result = self.reactor.on_socket(key, |io, socket| io.connect_result(socket));
+            self.on_connected(id, result.unwrap_or(Connected::Failed(SocketError::Reset)));
+        } else if ready.contains(Readiness::OUT) {
+            self.on_connected(id, Connected::Established);
         }
     }
 
-    fn on_connected(&mut self, id: SlotId, result: Result<(), SocketError>) {
+    fn on_connected(&mut self, id: SlotId, connected: Connected) {
+        let own_peer = !matches!(connected, Connected::Failed(_)) && self.is_own_peer(id);
         let Some(connection) = self.connections.entry_mut(id) else { return };
         let Stage::Dialling(dial) = &mut connection.stage else { return };
-        let own_peer = match (&connection.sockets[Side::Upstream as usize], result) {
-            (Some(socket), Ok(())) => self.ring.is_own_peer(socket),
-            _ => false,
+        let result = match connected {
+            Connected::Established | Connected::Reset => Ok(()),
+            Connected::Failed(error) => Err(error),
         };
         let step = dial.on_connected(result, own_peer);
-        if step != DialStep::Established {
-            // A socket whose connect failed is not used again; one that met itself must not linger in TIME_WAIT.
-            if let Some(socket) = connection.sockets[Side::Upstream as usize].take()
-                && own_peer
-            {
-                self.ring.reset_on_close(&socket);
+        if step != DialStep::Established
+            && let Some(key) = connection.keys[Side::Upstream as usize].take()
+        {
+            // A socket whose connect failed is not used again; one that met itself must not stay in TIME_WAIT.
+            if own_peer {
+                self.reactor.on_socket(key, |io, socket| io.reset_on_close(socket));
             }
+            self.reactor.close(key);
         }
-        self.step_dial(id, step);
-    }
-
-    pub(super) fn establish(&mut self, id: SlotId) {
-        if let Some(connection) = self.connections.entry_mut(id) {
-            connection.stage = Stage::Relaying(Connection::new());
-            Self::set_timer(&mut self.timers, Timer::Connection(id), &mut connection.deadline, None);
-            self.drive(id, Input::Begin);
+        match step {
+            DialStep::Established => self.establish(id, connected == Connected::Reset),
+            step => self.step_dial(id, step),
         }
     }
 
-    /// There is no way to the server: the client gets a reset, never a clean end that would look like an answer.
+    /// Whether a dial reached its own socket, because no server listens.
+    fn is_own_peer(&mut self, id: SlotId) -> bool {
+        let Some(connection) = self.connections.entry(id) else { return false };
+        let Stage::Dialling(dial) = &connection.stage else { return false };
+        let DialStep::Attempt(_, address) = dial.attempt() else { return false };
+        let upstream = self.listeners.entry(connection.listener).map(|listener| listener.upstream_slot);
+        let upstream = upstream.and_then(|slot| self.upstreams.entry(slot));
+        if upstream.is_some_and(|upstream| !upstream.may_meet_itself(address.port())) {
+            return false;
+        }
+        let Some(key) = connection.keys[Side::Upstream as usize] else { return false };
+        self.reactor.on_socket(key, |io, socket| io.is_own_peer(socket, address)).unwrap_or(false)
+    }
+
+    /// The server cannot be reached: the client gets a reset, never a clean end that would look like an answer.
     pub(super) fn fail(&mut self, id: SlotId, reason: EndReason) {
         let Some(connection) = self.connections.entry_mut(id) else { return };
         match connection.stage {
             Stage::Dialling(_) => {}
             Stage::Asking(dial) => {
-                let upstream =
-                    self.listeners.entry(connection.listener).map(|listener| listener.upstream_slot);
-                let upstream = upstream.and_then(|slot| self.upstreams.entry_mut(slot));
+                let listener = self.listeners.entry(connection.listener);
+                let upstream = listener.and_then(|listener| self.upstreams.entry_mut(listener.upstream_slot));
                 if let Some(dials) = upstream.and_then(|upstream| upstream.dials.as_mut()) {
                     dials.end(dial);
                 }
             }
-            Stage::Failing(_) | Stage::Relaying(_) => return,
+            Stage::Relaying(_) => return,
         }
-        connection.stage = Stage::Failing(reason);
-        match connection.keys[Operation::Connect.place()] {
-            Some(key) => self.ring.cancel(key),
-            None => self.end_failed(id, reason),
-        }
-    }
-
-    fn end_failed(&mut self, id: SlotId, reason: EndReason) {
         self.end(id, [true; 2], reason);
-    }
-
-    /// Asks for sockets if the stock of an upstream is low.
-    pub(super) fn refill(&mut self, id: SlotId) {
-        loop {
-            let Some(upstream) = self.upstreams.entry_mut(id) else { return };
-            let Some((family, count)) = upstream.wanted(&self.limits) else { return };
-            let op = Op::Stock {
-                channel: upstream.channel.clone(),
-                family,
-                count,
-                netns_cookie: upstream.netns_cookie,
-            };
-            match self.ring.submit(TokenParts { kind: KIND_STOCK, id }.pack(), op) {
-                Submitted::Pending(key) => {
-                    upstream.asking = Some((family, key));
-                    return;
-                }
-                Submitted::Done(Outcome::Stocked(result)) => self.on_stock(id, family, result),
-                Submitted::Done(other) => return drop(other),
-            }
-        }
-    }
-
-    pub(super) fn on_stocked(&mut self, id: SlotId, outcome: Outcome<R>) {
-        let Some(upstream) = self.upstreams.entry_mut(id) else { return };
-        let Some((family, _)) = upstream.asking.take() else { return };
-        if upstream.closing.is_some() {
-            drop(outcome);
-            return self.forget_upstream(id);
-        }
-        if let Outcome::Stocked(result) = outcome {
-            self.on_stock(id, family, result);
-        }
-        self.refill(id);
-    }
-
-    fn on_stock(&mut self, id: SlotId, family: Family, result: Result<Vec<R::Socket>, StockError>) {
-        let Some(upstream) = self.upstreams.entry_mut(id) else { return };
-        match result {
-            Ok(sockets) => {
-                for (connection, socket) in upstream.stocked(family, sockets) {
-                    self.connect(connection, socket);
-                }
-            }
-            Err(StockError::Exhausted(_)) => {
-                let until = self.now + self.limits.exhausted_pause;
-                Self::set_timer(
-                    &mut self.timers,
-                    Timer::Upstream(id),
-                    &mut upstream.resting_until,
-                    Some(until),
-                );
-                self.degrade(
-                    "no descriptors are left for sockets inside, so new connections wait (ulimit -n)",
-                );
-            }
-            Err(StockError::Refused(_)) => {
-                for connection in upstream.impossible(family) {
-                    self.on_connected(connection, Err(SocketError::Unreachable));
-                }
-            }
-            Err(error @ (StockError::Gone | StockError::Hostile(_))) => {
-                self.let_go_of_upstream(id, Ending::Drain, Some(error.to_string()));
-            }
-        }
     }
 
     pub(super) fn on_connection_deadline(&mut self, id: SlotId) {
@@ -228,13 +179,111 @@ impl<R: Ring> Shard<R> {
             Stage::Relaying(_) => self.drive(id, Input::Deadline),
             Stage::Dialling(_) => {
                 // Without a socket it is our side, or the opener's, that ran out.
-                let waits_for_socket = connection.sockets[Side::Upstream as usize].is_none();
+                let waits_for_socket = connection.keys[Side::Upstream as usize].is_none();
                 let reason =
                     if waits_for_socket { EndReason::DescriptorsExhausted } else { EndReason::TimedOut };
                 self.fail(id, reason);
             }
             Stage::Asking(_) => self.fail(id, EndReason::TimedOut),
-            Stage::Failing(_) => {}
         }
+    }
+
+    /// Has the driver connect for a client, which waits for the answer no longer than for any connect.
+    fn ask_to_dial(&mut self, id: SlotId, upstream_slot: SlotId) {
+        let Some(connection) = self.connections.entry_mut(id) else { return };
+        let Some(listener) = self.listeners.entry(connection.listener) else { return };
+        let Some(upstream) = self.upstreams.entry_mut(upstream_slot) else { return };
+        let Some(dials) = &mut upstream.dials else { return };
+        connection.stage = Stage::Asking(dials.begin(id, listener.target_port));
+        self.start_deadline(id);
+        self.send_dials(upstream_slot);
+    }
+
+    /// The channel of an upstream has answers, has room, or has ended; or a rest of it is over.
+    pub(super) fn on_upstream_ready(&mut self, id: SlotId) {
+        while let Some(upstream) = self.upstreams.entry_mut(id) {
+            match upstream.next_answer(&mut self.reactor) {
+                Ok(None) => break,
+                Ok(Some(Answer::Sockets(family, sockets))) => self.on_sockets(id, family, sockets),
+                Ok(Some(Answer::Dialled(dial, result))) => self.on_dialled(id, dial, result),
+                // The rest of what is there is read after a pause.
+                Err(error) => return self.on_upstream_error(id, error),
+            }
+        }
+        self.refill(id);
+        self.send_dials(id);
+    }
+
+    fn rest_upstream(&mut self, id: SlotId) {
+        let until = self.now + self.limits.exhausted_pause;
+        if let Some(upstream) = self.upstreams.entry_mut(id).filter(|upstream| upstream.is_open()) {
+            Self::set_timer(&mut self.timers, Timer::Upstream(id), &mut upstream.resting_until, Some(until));
+        }
+    }
+
+    /// Asks for sockets if the stock of an upstream is low.
+    pub(super) fn refill(&mut self, id: SlotId) {
+        let Some(upstream) = self.upstreams.entry_mut(id) else { return };
+        if let Err(error) = upstream.refill(&mut self.reactor, &self.limits) {
+            self.on_upstream_error(id, error);
+        }
+    }
+
+    fn send_dials(&mut self, id: SlotId) {
+        let Some(upstream) = self.upstreams.entry_mut(id) else { return };
+        if let Err(error) = upstream.send_dials(&mut self.reactor) {
+            self.on_upstream_error(id, error);
+        }
+    }
+
+    fn on_sockets(&mut self, id: SlotId, family: Family, sockets: Vec<SocketOf<P>>) {
+        let Some(upstream) = self.upstreams.entry_mut(id) else { return };
+        for (connection, socket) in upstream.stocked(family, sockets) {
+            self.connect(connection, socket);
+        }
+    }
+
+    fn on_dialled(&mut self, id: SlotId, dial: u64, result: Result<SocketOf<P>, DialFailure>) {
+        let dials = self.upstreams.entry_mut(id).and_then(|upstream| upstream.dials.as_mut());
+        let waiting = dials.and_then(|dials| dials.end(dial));
+        let connection = waiting.filter(|connection| self.connections.entry(*connection).is_some());
+        match (connection, result) {
+            (Some(connection), Ok(socket)) => {
+                let key = self.reactor.register(socket, side_token(Side::Upstream, connection));
+                if let Some(entry) = self.connections.entry_mut(connection) {
+                    entry.keys[Side::Upstream as usize] = Some(key);
+                }
+                self.establish(connection, false);
+            }
+            (Some(connection), Err(why)) => self.fail(connection, end_reason(why)),
+            // The client of this dial is gone. The server gets a reset, as it would from its client.
+            (None, Ok(socket)) => self.reactor.io().reset_on_close(&socket),
+            (None, Err(_)) => {}
+        }
+    }
+
+    fn on_upstream_error(&mut self, id: SlotId, error: UpstreamError) {
+        match error {
+            UpstreamError::Exhausted(what) => {
+                self.rest_upstream(id);
+                self.degrade(what);
+            }
+            UpstreamError::Unsupported(family) => {
+                let Some(upstream) = self.upstreams.entry_mut(id) else { return };
+                for connection in upstream.impossible(family) {
+                    self.on_connected(connection, Connected::Failed(SocketError::Unreachable));
+                }
+                self.on_upstream_ready(id);
+            }
+            UpstreamError::Lost(reason) => self.close_upstream(id, Ending::Drain, Some(reason)),
+        }
+    }
+}
+
+fn end_reason(why: DialFailure) -> EndReason {
+    match why {
+        DialFailure::Refused => EndReason::Refused,
+        DialFailure::TimedOut => EndReason::TimedOut,
+        DialFailure::Exhausted => EndReason::DescriptorsExhausted,
     }
 }

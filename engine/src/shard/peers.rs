@@ -1,7 +1,7 @@
-//! The other shards of an engine, as one that accepts sees them: how much they have to do, and how to give them more.
+//! The other shards of an engine, as one that accepts sees them: their loads, and how to hand connections over.
 //!
-//! Loads are read without any lock and may be out of date by a turn; a connection that goes to the second-best shard is
-//! as well off. What is given away is counted at once, so that a burst within one turn is spread, too.
+//! Loads are read without a lock and may be out of date by a turn; a connection that is handed to the second-best shard is
+//! served as well. A handed-over connection is counted at once, so that a burst within one turn is spread, too.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::mpsc::Sender;
 
 use super::ShardCommand;
 use crate::command::{Family, ForwardId};
-use crate::ring::Waker;
+use crate::reactor::Waker;
 
 /// The shards of one engine, and which of them this one is.
 #[derive(Debug)]
@@ -26,17 +26,17 @@ pub struct Peer {
     pub commands: Sender<ShardCommand<OwnedFd>>,
     /// Ends its wait.
     pub waker: Waker,
-    /// Its connections, as it told last, and what was given to it since.
+    /// Its connections, as it published last, and those handed to it since.
     pub load: Arc<AtomicUsize>,
 }
 
 impl Peers {
-    /// All shards, this one included, which is that of the index `own`.
+    /// Creates the set of all shards, this one included, which has the index `own`.
     pub fn new(own: usize, shards: Vec<Peer>) -> Peers {
         Peers { own, shards }
     }
 
-    /// The shard with the fewest connections, if it has fewer than `load`.
+    /// Returns the shard with the fewest connections, if it has fewer than `load`.
     pub(super) fn emptier_than(&self, load: usize) -> Option<usize> {
         let others = self.shards.iter().enumerate().filter(|(index, _)| *index != self.own);
         let (index, least) = others
@@ -45,7 +45,7 @@ impl Peers {
         (least < load).then_some(index)
     }
 
-    /// Gives a connection away. A shard that has ended closes it.
+    /// Hands a connection over. A shard that has ended closes it.
     pub(super) fn send(&self, peer: usize, forward: ForwardId, socket: OwnedFd, came_by: Family) {
         if let Some(peer) = self.shards.get(peer) {
             peer.load.fetch_add(1, Ordering::Relaxed);
@@ -55,8 +55,8 @@ impl Peers {
         }
     }
 
-    /// Tells the others how many connections this shard has.
-    pub(super) fn tell_load(&self, connections: usize) {
+    /// Publishes how many connections this shard has.
+    pub(super) fn publish_load(&self, connections: usize) {
         if let Some(own) = self.shards.get(self.own) {
             own.load.store(connections, Ordering::Relaxed);
         }

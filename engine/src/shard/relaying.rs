@@ -1,27 +1,125 @@
-//! Carrying out what a connection's machine asks for.
+//! Moving bytes: what an event of a relayed connection leads to, and the actions of its machine.
+//!
+//! [`Shard::pump`] is the path of nearly every byte: read, write, and again while the source is known to have more. It steps
+//! the machine only when that ends otherwise than with an empty source.
 
 use super::{Relayed, Shard, Stage, Timer};
 use crate::error::EndReason;
-use crate::relay::{Action, Direction, Input, Operation, ReadEnd, Side};
-use crate::ring::{Borrowed, Op, Outcome, Received, Ring, Submitted, Token, Way};
-use crate::table::{SlotId, TokenParts};
+use crate::reactor::{Poller, Readiness, Sent, SocketIo, Transfer, TransferMode};
+use crate::relay::{Action, Connection, Direction, Input, ReadEnd, Side};
+use crate::table::SlotId;
 
-fn token(id: SlotId, operation: Operation) -> Token {
-    TokenParts { kind: u8::try_from(operation.index()).unwrap_or(u8::MAX), id }.pack()
-}
+/// What makes it worth trying to write bytes that were held. A broken connection refuses them.
+const WRITABLE: Readiness = Readiness::OUT.union(Readiness::ERR).union(Readiness::HUP);
 
-impl<R: Ring> Shard<R> {
-    /// An operation of a relayed connection is over.
-    pub(super) fn on_relay_completion(&mut self, id: SlotId, operation: Operation, outcome: Outcome<R>) {
-        if let Some(input) = self.input_of(id, operation, outcome) {
-            self.drive(id, input);
+impl<P: Poller> Shard<P> {
+    /// The readiness of one side of a connection changed.
+    pub(super) fn on_side_ready(&mut self, id: SlotId, side: Side) {
+        // Events that a batch holds for a connection that ended within it find nothing.
+        let Some(connection) = self.connections.entry(id) else { return };
+        match &connection.stage {
+            Stage::Relaying(machine) => {
+                let Some(key) = connection.keys[side as usize] else { return };
+                let ready = self.reactor.readiness(key);
+                if machine.is_blocked(side.incoming())
+                    && ready.intersects(WRITABLE)
+                    && let Some(input) = self.write_held(id, side.incoming())
+                {
+                    self.drive(id, input);
+                }
+                if let Some(input) = self.pump(id, side.outgoing()) {
+                    self.drive(id, input);
+                }
+                // After what could be read, since bytes and a FIN that preceded a reset count. A direction that is blocked
+                // learns of the reset here alone.
+                if ready.contains(Readiness::ERR) {
+                    self.drive(id, Input::Broke(side));
+                }
+            }
+            Stage::Dialling(_) if side == Side::Upstream => self.on_connecting(id),
+            // The readiness of a client whose server is not connected yet stays in the table.
+            Stage::Dialling(_) | Stage::Asking(_) => {}
         }
     }
 
-    /// Steps a machine and carries out its actions, and what follows from those that are done at once.
+    /// Moves bytes of one direction while it reads, its source has some, and its budget lasts. Returns the event that ended
+    /// this, if the machine must know it.
+    fn pump(&mut self, id: SlotId, direction: Direction) -> Option<Input> {
+        let Relayed { listener, keys, held, yielded, stage, .. } = self.connections.entry_mut(id)?;
+        let Stage::Relaying(machine) = stage else { return None };
+        if yielded[direction as usize] {
+            return None;
+        }
+        let (from, to) = (keys[direction.from() as usize]?, keys[direction.to() as usize]?);
+        let mut moved = 0;
+        let mut input = None;
+        while let Some(mode) = machine.reads(direction)
+            && self.reactor.is_readable(from)
+        {
+            if moved >= self.limits.turn_bytes {
+                yielded[direction as usize] = true;
+                self.yielded.push_back((id, direction));
+                break;
+            }
+            let ended = match self.reactor.transfer(from, to, mode) {
+                Transfer::Moved { bytes, full } => {
+                    moved += bytes;
+                    machine.moved(direction, bytes, full, &self.limits);
+                    continue;
+                }
+                Transfer::Blocked { bytes, held: rest } => {
+                    moved += bytes;
+                    machine.moved(direction, bytes, bytes >= self.limits.buffer_bytes, &self.limits);
+                    held[direction as usize] = Some(rest);
+                    Some(Input::Blocked(direction))
+                }
+                Transfer::WriteFailed { bytes } => {
+                    moved += bytes;
+                    Some(Input::WriteFailed(direction))
+                }
+                Transfer::Empty => None,
+                Transfer::Eof => Some(Input::Read(direction, ReadEnd::Eof)),
+                Transfer::ReadFailed => Some(Input::Read(direction, ReadEnd::Broken)),
+                Transfer::Unavailable(mode) => {
+                    // A direction without a pipe copies, so only a lack of buffers makes it wait.
+                    if mode == TransferMode::Copy {
+                        self.starved.push_back((id, direction));
+                    }
+                    Some(Input::Read(direction, ReadEnd::Unavailable(mode)))
+                }
+            };
+            input = ended;
+            break;
+        }
+        let listener = *listener;
+        if moved > 0
+            && let Some(stats) = self.stats_mut(listener)
+        {
+            let counter = match direction {
+                Direction::Up => &mut stats.bytes_up,
+                Direction::Down => &mut stats.bytes_down,
+            };
+            *counter += u64::try_from(moved).unwrap_or(u64::MAX);
+        }
+        input
+    }
+
+    /// Writes the bytes that are held for a direction. Returns the result, unless the destination is still full.
+    fn write_held(&mut self, id: SlotId, direction: Direction) -> Option<Input> {
+        let connection = self.connections.entry_mut(id)?;
+        let to = connection.keys[direction.to() as usize]?;
+        let held = &mut connection.held[direction as usize];
+        let sent = self.reactor.write(to, held.as_mut()?);
+        if sent == Sent::Blocked {
+            return None;
+        }
+        *held = None;
+        Some(if sent == Sent::All { Input::Wrote(direction) } else { Input::WriteFailed(direction) })
+    }
+
+    /// Steps a machine and carries out its actions, and what follows from those.
     pub(super) fn drive(&mut self, id: SlotId, input: Input) {
         let mut actions = std::mem::take(&mut self.actions);
-        let mut moved = [0; 2];
         let mut input = Some(input);
         let mut next = 0;
         loop {
@@ -32,47 +130,32 @@ impl<R: Ring> Shard<R> {
             }
             let Some(action) = actions.get(next).copied() else { break };
             next += 1;
-            input = self.perform(id, action, &mut moved);
+            input = self.perform(id, action);
         }
         actions.clear();
         self.actions = actions;
     }
 
-    /// Carries out one action; gives the input that followed at once, if one did.
-    fn perform(&mut self, id: SlotId, action: Action, moved: &mut [usize; 2]) -> Option<Input> {
-        let connection = self.connections.entry_mut(id)?;
+    /// Carries out one action; returns the input that follows from it, if one does.
+    fn perform(&mut self, id: SlotId, action: Action) -> Option<Input> {
         match action {
-            Action::Read { direction, way, eager } => {
-                if moved[direction as usize] >= self.limits.turn_bytes {
-                    connection.deferred[direction as usize] = Some((way, eager));
-                    self.yielded.push_back((id, direction));
-                    return None;
-                }
-                self.read(id, direction, way, eager)
-            }
-            Action::Write(direction) => {
-                let loan = connection.loans[direction as usize].take()?;
-                moved[direction as usize] += loan.bytes();
-                let socket = connection.sockets[direction.to() as usize].clone()?;
-                let input = self.submit(id, Operation::Half(direction), Op::Send { socket, loan });
-                // The machine is told when a write has to wait, for then its source is not read.
-                input.or(Some(Input::Blocked(direction)))
+            Action::Read(direction) => self.pump(id, direction),
+            Action::Discard(direction) => {
+                self.connections.entry_mut(id)?.held[direction as usize] = None;
+                None
             }
             Action::SendFin(side) => {
-                let socket = connection.sockets[side as usize].as_ref()?;
-                self.ring.shutdown_write(socket).is_err().then_some(Input::FinFailed(side))
+                let key = self.connections.entry(id)?.keys[side as usize]?;
+                let sent = self.reactor.on_socket(key, |io, socket| io.shutdown_write(socket))?;
+                sent.is_err().then_some(Input::FinFailed(side))
             }
-            Action::Watch(side) => {
-                let socket = connection.sockets[side as usize].clone()?;
-                self.submit(id, Operation::Watch(side), Op::Watch { socket })
-            }
-            Action::Cancel(operation) => self.cancel(id, operation),
             Action::MeasureUnacknowledged(side) => {
-                let socket = connection.sockets[side as usize].as_ref()?;
-                let bytes = self.ring.unacknowledged_bytes(socket);
+                let key = self.connections.entry(id)?.keys[side as usize]?;
+                let bytes = self.reactor.on_socket(key, |io, socket| io.unacknowledged_bytes(socket))?;
                 Some(Input::Unacknowledged(side, bytes))
             }
             Action::SetDeadline(at) => {
+                let connection = self.connections.entry_mut(id)?;
                 let timer = Timer::Connection(id);
                 Self::set_timer(&mut self.timers, timer, &mut connection.deadline, Some(at));
                 None
@@ -84,91 +167,20 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    fn read(&mut self, id: SlotId, direction: Direction, way: Way, eager: bool) -> Option<Input> {
-        let socket = self.connections.entry(id)?.sockets[direction.from() as usize].clone()?;
-        self.submit(id, Operation::Half(direction), Op::Recv { socket, way, eager })
-    }
-
-    fn submit(&mut self, id: SlotId, operation: Operation, op: Op<R>) -> Option<Input> {
-        match self.ring.submit(token(id, operation), op) {
-            Submitted::Done(outcome) => self.input_of(id, operation, outcome),
-            Submitted::Pending(key) => {
-                let connection = self.connections.entry_mut(id)?;
-                debug_assert!(
-                    connection.keys[operation.place()].is_none(),
-                    "one operation of a kind at a time"
-                );
-                connection.keys[operation.place()] = Some(key);
-                None
-            }
-        }
-    }
-
-    fn cancel(&mut self, id: SlotId, operation: Operation) -> Option<Input> {
-        if let Operation::Half(direction) = operation
-            && self.take_deferred(id, direction)
-        {
-            return Some(Input::Cancelled(operation));
-        }
-        let key = self.connections.entry(id)?.keys[operation.place()]?;
-        self.ring.cancel(key);
-        None
-    }
-
-    /// What an outcome means to the machine. What was read is kept until the machine asks to write it.
-    fn input_of(&mut self, id: SlotId, operation: Operation, outcome: Outcome<R>) -> Option<Input> {
-        let direction = match operation {
-            Operation::Half(direction) => direction,
-            Operation::Watch(side) => {
-                return Some(match outcome {
-                    Outcome::Cancelled(_) => Input::Cancelled(operation),
-                    _ => Input::Broke(side),
-                });
-            }
-            Operation::Connect => return None,
-        };
-        let connection = self.connections.entry_mut(id)?;
-        Some(match outcome {
-            Outcome::Received(Received::Bytes(loan)) => {
-                let bytes = loan.bytes();
-                count_bytes(&mut self.listeners, connection, direction, bytes);
-                connection.loans[direction as usize] = Some(loan);
-                Input::Read(direction, ReadEnd::Bytes { bytes, full: bytes >= self.limits.lease_bytes })
-            }
-            Outcome::Received(Received::Eof) => Input::Read(direction, ReadEnd::Eof),
-            Outcome::Received(Received::NoLoan(way)) => {
-                // A direction that could have no pipe copies, so only a lack of buffers makes it wait.
-                if way == Way::Copy {
-                    self.starved.push_back((id, direction));
-                }
-                Input::Read(direction, ReadEnd::NoLoan)
-            }
-            Outcome::Received(Received::Failed(_)) => Input::Read(direction, ReadEnd::Broken),
-            Outcome::Sent(_, Ok(())) => Input::Wrote(direction),
-            Outcome::Sent(_, Err(_)) => Input::WriteFailed(direction),
-            other => {
-                drop(other);
-                Input::Cancelled(operation)
-            }
-        })
-    }
-
-    /// Closes both sockets and forgets the connection.
+    /// Closes both sockets and removes the connection.
     pub(super) fn end(&mut self, id: SlotId, reset: [bool; 2], reason: EndReason) {
         let Some(mut connection) = self.connections.remove(id) else { return };
-        debug_assert!(connection.keys.iter().all(Option::is_none), "nothing is closed while it is in flight");
         if let Some(at) = connection.deadline.take() {
             self.timers.remove(&(at, Timer::Connection(id)));
         }
         for side in Side::ALL {
-            if let Some(socket) = &connection.sockets[side as usize]
-                && reset[side as usize]
-            {
-                self.ring.reset_on_close(socket);
+            let Some(key) = connection.keys[side as usize] else { continue };
+            if reset[side as usize] {
+                self.reactor.on_socket(key, |io, socket| io.reset_on_close(socket));
             }
+            self.reactor.close(key);
         }
         let listener = connection.listener;
-        drop(connection);
         if let Some(stats) = self.stats_mut(listener) {
             stats.open -= 1;
             match reason {
@@ -180,48 +192,61 @@ impl<R: Ring> Shard<R> {
                 EndReason::Removed => {}
             }
         }
-        self.forget_listener(listener);
+        self.remove_listener_if_done(listener);
     }
 
-    /// Lets those read on that had used up their turn.
+    /// Continues with the directions that had used up their budget.
     pub(super) fn resume_yielded(&mut self) {
         for _ in 0..self.yielded.len() {
             let Some((id, direction)) = self.yielded.pop_front() else { return };
             let Some(connection) = self.connections.entry_mut(id) else { continue };
-            let Some((way, eager)) = connection.deferred[direction as usize].take() else { continue };
-            if let Some(input) = self.read(id, direction, way, eager) {
+            connection.yielded[direction as usize] = false;
+            if let Some(input) = self.pump(id, direction) {
                 self.drive(id, input);
             }
         }
     }
 
     pub(super) fn can_feed_starved(&self) -> bool {
-        !self.starved.is_empty() && self.ring.can_lend(Way::Copy)
+        !self.starved.is_empty() && self.reactor.can_lend(TransferMode::Copy)
     }
 
-    /// Lets those read on that waited for a loan, as long as there are loans. Whoever finds none again waits at the end.
+    /// Continues with the directions that waited for a buffer, as long as buffers are free. One that finds none again waits at
+    /// the end of the queue.
     pub(super) fn feed_starved(&mut self) {
         for _ in 0..self.starved.len() {
-            if !self.ring.can_lend(Way::Copy) {
+            if !self.can_feed_starved() {
                 return;
             }
             let Some((id, direction)) = self.starved.pop_front() else { return };
-            self.drive(id, Input::LoanFree(direction));
+            self.drive(id, Input::BufferFree(direction));
         }
+    }
+
+    /// The server is connected: relays. `broken`: it has reset the connection since, and the kernel has reported that.
+    pub(super) fn establish(&mut self, id: SlotId, broken: bool) {
+        let Some(connection) = self.connections.entry_mut(id) else { return };
+        connection.stage = Stage::Relaying(Connection::new());
+        if let [Some(downstream), Some(upstream)] = connection.keys {
+            self.reactor.pair(downstream, upstream);
+        }
+        Self::set_timer(&mut self.timers, Timer::Connection(id), &mut connection.deadline, None);
+        if broken {
+            // First, since what is read now ends as if by a FIN.
+            self.drive(id, Input::Broke(Side::Upstream));
+        }
+        self.drive(id, Input::Begin);
     }
 }
 
-fn count_bytes<R: Ring>(
-    listeners: &mut crate::table::Table<crate::listener::Listener<R::Socket>>,
-    connection: &Relayed<R>,
-    direction: Direction,
-    bytes: usize,
-) {
-    if let Some(listener) = listeners.entry_mut(connection.listener) {
-        let counter = match direction {
-            Direction::Up => &mut listener.stats.bytes_up,
-            Direction::Down => &mut listener.stats.bytes_down,
-        };
-        *counter += u64::try_from(bytes).unwrap_or(u64::MAX);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reactor::PooledBuffer;
+
+    #[test]
+    fn an_idle_connection_is_small() {
+        // Two entries of the readiness table, one of the connections.
+        assert!(2 * 24 + size_of::<Relayed<PooledBuffer>>() + 8 <= 200);
     }
 }

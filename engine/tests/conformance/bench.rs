@@ -1,203 +1,188 @@
-//! What every case works with: a ring that is watched for telling each operation once, and sockets.
+//! What every case works with: a reactor, and sockets.
 
-use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Command;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::{
-    Borrowed, Completion, EpollRing, Loan, Op, OpKey, Outcome, Received, Ring, RingError, Submitted, Token,
-    Unusable, UringRing, Way,
+use landfall_engine::reactor::{
+    Epoll, Event, EventKind, Held, KernelIo, Key, Poller, PooledBuffer, Reactor, Readiness, Received, Sent,
+    SocketIo, Token, Transfer, TransferMode, Unusable, Uring,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long something that must happen may take.
+/// How long an event that must come may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-/// How long is waited for something that must not happen.
+/// How long an event that must not come is waited for.
 pub(crate) const QUIET: Duration = Duration::from_millis(30);
 
-/// A ring over the kernel.
-pub(crate) trait Real: Ring<Socket = Rc<OwnedFd>, Loan = Loan> + Sized {
-    fn make(limits: &Limits) -> Result<Self, Unusable>;
-    fn lent(&self) -> (usize, usize);
+pub(crate) const MODES: [TransferMode; 2] = [TransferMode::Copy, TransferMode::Splice];
+
+/// A poller over the kernel.
+pub(crate) trait Real: Poller<Io = KernelIo> + Sized {
+    fn make(limits: &Limits) -> Result<Reactor<Self>, Unusable>;
 }
 
-impl Real for UringRing {
-    fn make(limits: &Limits) -> Result<Self, Unusable> {
-        UringRing::new(limits)
-    }
-    fn lent(&self) -> (usize, usize) {
-        UringRing::lent(self)
-    }
-}
-
-impl Real for EpollRing {
-    fn make(limits: &Limits) -> Result<Self, Unusable> {
-        EpollRing::new(limits)
-    }
-    fn lent(&self) -> (usize, usize) {
-        EpollRing::lent(self)
+impl Real for Uring {
+    fn make(limits: &Limits) -> Result<Reactor<Uring>, Unusable> {
+        Uring::reactor(limits)
     }
 }
 
-/// A ring under test.
-pub(crate) struct Bench<R: Real> {
-    pub(crate) ring: R,
+impl Real for Epoll {
+    fn make(limits: &Limits) -> Result<Reactor<Epoll>, Unusable> {
+        Epoll::reactor(limits)
+    }
+}
+
+/// A reactor under test.
+pub(crate) struct Bench<P: Real> {
+    pub(crate) reactor: Reactor<P>,
     next_token: u64,
-    pending: HashMap<Token, Option<OpKey>>,
-    over: HashMap<Token, Outcome<R>>,
+    /// Every event so far.
+    pub(crate) events: Vec<Event>,
 }
 
-/// Runs one case. Where the machine has no io_uring its ring cannot be tested, which is said.
-pub(crate) fn run<R: Real>(limits: &Limits, case: impl FnOnce(&mut Bench<R>)) {
-    let ring = match R::make(limits) {
-        Ok(ring) => ring,
+/// Runs one case. Where the machine has no io_uring its poller cannot be tested, which is printed.
+pub(crate) fn run<P: Real>(limits: &Limits, case: impl FnOnce(&mut Bench<P>)) {
+    let reactor = match P::make(limits) {
+        Ok(reactor) => reactor,
         Err(unusable) if unusable.fall_back => {
             println!("skipped: {unusable}");
             return;
         }
         Err(unusable) => panic!("{unusable}"),
     };
-    let mut bench = Bench { ring, next_token: 0, pending: HashMap::new(), over: HashMap::new() };
+    let mut bench = Bench { reactor, next_token: 0, events: Vec::new() };
     case(&mut bench);
-    assert!(bench.pending.is_empty(), "still in flight: {:?}", bench.pending);
-    bench.over.clear();
+    bench.settle();
     bench.assert_quiet();
-    assert_eq!(bench.ring.lent(), (0, 0), "leases and pipes still lent");
+    assert_eq!(bench.reactor.io().lent(), (0, 0), "buffers and pipes still lent");
 }
 
-impl<R: Real> Bench<R> {
-    pub(crate) fn adopt(&mut self, descriptor: impl Into<OwnedFd>) -> Rc<OwnedFd> {
-        self.ring.adopt(descriptor.into())
+impl<P: Real> Bench<P> {
+    pub(crate) fn register(&mut self, socket: impl Into<OwnedFd>) -> Key {
+        self.register_as(socket).0
     }
 
-    /// Submits under a token of its own, whether it is over at once or not.
-    pub(crate) fn submit(&mut self, op: Op<R>) -> Token {
+    pub(crate) fn register_as(&mut self, socket: impl Into<OwnedFd>) -> (Key, Token) {
         self.next_token += 1;
         let token = Token(self.next_token);
-        match self.ring.submit(token, op) {
-            Submitted::Done(outcome) => {
-                self.over.insert(token, outcome);
-            }
-            Submitted::Pending(key) => {
-                self.pending.insert(token, Some(key));
-            }
-        }
-        token
+        (self.reactor.register(socket.into(), token), token)
     }
 
-    pub(crate) fn recv(&mut self, socket: &Rc<OwnedFd>, way: Way, eager: bool) -> Token {
-        self.submit(Op::Recv { socket: socket.clone(), way, eager })
+    /// Waits once; returns how many events came.
+    pub(crate) fn turn(&mut self, until: Option<Instant>) -> usize {
+        let before = self.events.len();
+        self.reactor.turn(until, &mut self.events).unwrap();
+        self.events.len() - before
     }
 
-    pub(crate) fn send(&mut self, socket: &Rc<OwnedFd>, loan: Loan) -> Token {
-        self.submit(Op::Send { socket: socket.clone(), loan })
-    }
-
-    pub(crate) fn watch(&mut self, socket: &Rc<OwnedFd>) -> Token {
-        self.submit(Op::Watch { socket: socket.clone() })
-    }
-
-    pub(crate) fn is_pending(&self, token: Token) -> bool {
-        self.pending.contains_key(&token)
-    }
-
-    pub(crate) fn key(&self, token: Token) -> OpKey {
-        self.pending[&token].unwrap()
-    }
-
-    pub(crate) fn turn(&mut self, until: Option<Instant>) -> Result<usize, RingError> {
-        let mut completions: Vec<Completion<R>> = Vec::new();
-        self.ring.turn(until, &mut completions)?;
-        let told = completions.len();
-        for Completion { token, outcome } in completions {
-            assert!(self.pending.remove(&token).is_some(), "{token:?} was told, but is not in flight");
-            assert!(self.over.insert(token, outcome).is_none(), "{token:?} was told twice");
-        }
-        Ok(told)
-    }
-
-    /// What an operation came to.
-    pub(crate) fn outcome(&mut self, token: Token) -> Outcome<R> {
+    /// Turns until `condition` holds.
+    #[track_caller]
+    pub(crate) fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Bench<P>) -> bool) {
         let until = Instant::now() + PATIENCE;
-        loop {
-            if let Some(outcome) = self.over.remove(&token) {
-                return outcome;
-            }
-            assert!(Instant::now() < until, "{token:?} is not over after {PATIENCE:?}");
-            self.turn(Some(until)).unwrap();
+        while !condition(self) {
+            assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
+            self.turn(Some(until));
         }
     }
 
-    /// Gives an operation the time that TCP takes to come to rest.
-    pub(crate) fn settle(&mut self, token: Token) {
-        let until = Instant::now() + Duration::from_millis(300);
-        while self.is_pending(token) && Instant::now() < until {
-            self.turn(Some(until)).unwrap();
-        }
+    /// Waits until a socket was reported to be ready for all of `readiness`.
+    #[track_caller]
+    pub(crate) fn await_ready(&mut self, key: Key, readiness: Readiness) {
+        self.until(&format!("{readiness:?}"), |bench| bench.reactor.readiness(key).contains(readiness));
     }
 
-    pub(crate) fn received(&mut self, token: Token) -> Received<Loan> {
-        match self.outcome(token) {
-            Outcome::Received(received) => received,
-            other => panic!("a read came to {other:?}"),
-        }
+    /// Waits for the event that a socket was closed.
+    #[track_caller]
+    pub(crate) fn await_closed(&mut self, token: Token) {
+        let closed = Event { token, kind: EventKind::Closed };
+        self.until("closed", |bench| bench.events.contains(&closed));
     }
 
-    pub(crate) fn bytes(&mut self, token: Token) -> Loan {
-        match self.received(token) {
-            Received::Bytes(loan) => {
-                assert!(loan.bytes() > 0);
-                loan
-            }
-            other => panic!("bytes were expected and {other:?} came"),
-        }
+    /// Takes the events that have come or are about to, such as the first one of each registration.
+    pub(crate) fn settle(&mut self) {
+        while self.turn(Some(Instant::now() + QUIET)) > 0 {}
     }
 
-    pub(crate) fn sent(&mut self, token: Token) {
-        match self.outcome(token) {
-            Outcome::Sent(loan, Ok(())) => assert_eq!(loan.bytes(), 0),
-            other => panic!("a send came to {other:?}"),
-        }
+    /// Has the kernel take what was queued for it.
+    pub(crate) fn settle_once(&mut self) {
+        self.turn(Some(Instant::now()));
     }
 
-    /// Cancels and gives the loan that comes back.
-    pub(crate) fn cancel(&mut self, token: Token) -> Option<Loan> {
-        let key = self.key(token);
-        self.ring.cancel(key);
-        match self.outcome(token) {
-            Outcome::Cancelled(loan) => loan,
-            other => panic!("an operation was cancelled and came to {other:?}"),
-        }
-    }
-
-    /// Nothing is told for a while, and the ring sleeps all that while.
+    /// No event comes for a while, and the poller sleeps all that while.
+    #[track_caller]
     pub(crate) fn assert_quiet(&mut self) {
         let until = Instant::now() + QUIET;
         let mut turns = 0;
         while Instant::now() < until {
-            assert_eq!(self.turn(Some(until)).unwrap(), 0, "something was told: {:?}", self.over.keys());
+            assert_eq!(self.turn(Some(until)), 0, "an event came: {:?}", self.events.last());
             turns += 1;
         }
-        // What is ready without being enough ends a wait now and then.
-        assert!(turns <= 4, "the ring went round {turns} times and told nothing");
+        assert!(turns <= 4, "the poller returned {turns} times without an event");
     }
 
-    /// What a loan holds, by sending it through a pair of sockets.
-    pub(crate) fn content(&mut self, loan: Loan) -> Vec<u8> {
-        let (near, far) = tcp_pair();
-        let near = self.adopt(near);
-        let mut held = vec![0; loan.bytes()];
-        let token = self.send(&near, loan);
-        let reader = std::thread::spawn(move || {
-            std::io::Read::read_exact(&mut &far, &mut held).unwrap();
-            held
-        });
-        self.sent(token);
-        reader.join().unwrap()
+    /// Reads once, as soon as the socket was reported to be readable, into memory of its own.
+    #[track_caller]
+    pub(crate) fn receive(&mut self, key: Key, mode: TransferMode) -> (Received, PooledBuffer) {
+        loop {
+            self.until("readable", |bench| bench.reactor.is_readable(key));
+            let mut buffer = self.reactor.io().lend(mode).unwrap();
+            let received = self.reactor.on_socket(key, |io, socket| io.receive(socket, &mut buffer)).unwrap();
+            if received != Received::Empty {
+                return (received, buffer);
+            }
+            self.turn(Some(Instant::now() + PATIENCE));
+        }
+    }
+
+    /// Moves everything from one socket to another until the source ends, is empty, or the sink is blocked.
+    pub(crate) fn pump(&mut self, from: Key, to: Key, mode: TransferMode) -> Pumped {
+        let mut bytes = 0;
+        loop {
+            if !self.reactor.is_readable(from) {
+                return Pumped { bytes, held: None, ended: false };
+            }
+            match self.reactor.transfer(from, to, mode) {
+                Transfer::Moved { bytes: moved, .. } => bytes += moved,
+                Transfer::Empty => return Pumped { bytes, held: None, ended: false },
+                Transfer::Eof => return Pumped { bytes, held: None, ended: true },
+                Transfer::Blocked { bytes: read, held } => {
+                    return Pumped { bytes: bytes + read, held: Some(held), ended: false };
+                }
+                // The end of a spliced stream is found by a copy.
+                Transfer::Unavailable(TransferMode::Splice) => {
+                    return self.pump(from, to, TransferMode::Copy).after(bytes);
+                }
+                other => panic!("{mode:?}: {other:?}"),
+            }
+        }
+    }
+
+    /// Writes held bytes until they are all gone.
+    #[track_caller]
+    pub(crate) fn write_out(&mut self, to: Key, mut held: PooledBuffer) {
+        while self.reactor.write(to, &mut held) != Sent::All {
+            assert!(held.bytes() > 0);
+            self.await_ready(to, Readiness::OUT);
+        }
+    }
+}
+
+/// The result of [`Bench::pump`].
+#[derive(Debug)]
+pub(crate) struct Pumped {
+    pub(crate) bytes: usize,
+    pub(crate) held: Option<PooledBuffer>,
+    pub(crate) ended: bool,
+}
+
+impl Pumped {
+    fn after(mut self, bytes: usize) -> Pumped {
+        self.bytes += bytes;
+        self
     }
 }
 
@@ -213,7 +198,7 @@ pub(crate) fn tcp_pair() -> (TcpStream, TcpStream) {
     (ours, theirs)
 }
 
-/// Waits until a socket is ready for `events`; without a ring, so that the ring is told nothing by it.
+/// Waits until a socket is ready for `events`; without the reactor, so that it is not reported by that.
 pub(crate) fn until_ready(socket: impl AsFd, events: PollFlags) {
     let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), events)];
     let limit = Timespec { tv_sec: 20, tv_nsec: 0 };
@@ -236,10 +221,10 @@ pub(crate) fn is_alone(test: &str) -> bool {
         .env(ALONE, test)
         .output()
         .unwrap();
-    let told = String::from_utf8_lossy(&output.stdout);
-    print!("{told}{}", String::from_utf8_lossy(&output.stderr));
+    let printed = String::from_utf8_lossy(&output.stdout);
+    print!("{printed}{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "it failed in a process of its own");
-    assert!(told.contains("1 passed"), "there is no test of the name {test}");
+    assert!(printed.contains("1 passed"), "there is no test of the name {test}");
     false
 }
 

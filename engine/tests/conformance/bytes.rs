@@ -1,227 +1,224 @@
-//! Reading and sending: nothing lost, nothing twice, the end in its place.
+//! Moving bytes: nothing lost, nothing twice, the end after the last byte.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::net::{Shutdown, TcpStream};
 use std::time::Instant;
 
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::{Borrowed, Op, Outcome, Received, Token, Way};
+use landfall_engine::reactor::{
+    Held, Key, PooledBuffer, Readiness, Received, Sent, SocketIo, Transfer, TransferMode,
+};
 use landfall_engine::sys::SocketError;
 use rustix::event::PollFlags;
 use rustix::net::{SendFlags, sockopt};
 
-use crate::bench::{Bench, PATIENCE, Real, reset, run, tcp_pair, until_ready};
+use crate::bench::{Bench, MODES, PATIENCE, Pumped, Real, reset, run, tcp_pair, until_ready};
 
-const WAYS: [Way; 2] = [Way::Copy, Way::Splice];
 const BULK_BYTES: usize = 24 << 20;
 
-pub(crate) fn a_read_waits_and_then_completes<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
-        for (way, eager) in [(Way::Copy, false), (Way::Copy, true), (Way::Splice, false), (Way::Splice, true)]
-        {
-            let (ours, mut theirs) = tcp_pair();
-            let ours = bench.adopt(ours);
+/// Two registered sockets and their peers: bytes are to be moved from the first to the second.
+fn two<P: Real>(bench: &mut Bench<P>) -> (Key, TcpStream, Key, TcpStream) {
+    let ((source, writer), (sink, reader)) = (tcp_pair(), tcp_pair());
+    let (source, sink) = (bench.register(source), bench.register(sink));
+    bench.await_ready(source, Readiness::OUT);
+    bench.await_ready(sink, Readiness::OUT);
+    (source, writer, sink, reader)
+}
+
+pub(crate) fn bytes_are_reported_and_moved<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
+        for mode in MODES {
+            let (source, mut writer, sink, mut reader) = two(bench);
             for round in 0..5u8 {
-                let read = bench.recv(&ours, way, eager);
-                assert!(bench.is_pending(read));
-                bench.assert_quiet();
-                theirs.write_all(&[round; 3]).unwrap();
-                let loan = bench.bytes(read);
-                assert_eq!(loan.way(), way);
-                assert_eq!(bench.content(loan), [round; 3]);
+                bench.settle();
+                assert!(!bench.reactor.is_readable(source));
+                writer.write_all(&[round; 3]).unwrap();
+                bench.await_ready(source, Readiness::IN);
+                assert_eq!(bench.pump(source, sink, mode).bytes, 3);
+                let mut arrived = [0; 3];
+                reader.read_exact(&mut arrived).unwrap();
+                assert_eq!(arrived, [round; 3]);
             }
         }
     });
 }
 
-pub(crate) fn an_eager_read_takes_what_is_there<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
-        for way in WAYS {
-            let (ours, mut theirs) = tcp_pair();
-            let ours = bench.adopt(ours);
-            theirs.write_all(b"there").unwrap();
-            until_ready(&ours, PollFlags::IN);
-            let read = bench.recv(&ours, way, true);
-            assert!(!bench.is_pending(read), "it had to wait");
-            let loan = bench.bytes(read);
-            assert_eq!(bench.content(loan), b"there");
+pub(crate) fn bytes_that_came_before_the_registration_are_reported<P: Real>(_: &str) {
+    let limits = Limits { buffer_bytes: 1024, ..Limits::default() };
+    run::<P>(&limits, |bench| {
+        for mode in MODES {
+            let (source, mut writer) = tcp_pair();
+            writer.write_all(&[1; 10 * 1024]).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+            until_ready(&source, PollFlags::RDHUP);
+            let source = bench.register(source);
+            let (sink, mut reader) = tcp_pair();
+            let sink = bench.register(sink);
+            bench.await_ready(source, Readiness::IN | Readiness::RDHUP);
+            let Pumped { bytes, ended, .. } = bench.pump(source, sink, mode);
+            assert_eq!((bytes, ended), (10 * 1024, true), "{mode:?}");
+            reader.read_exact(&mut [0; 10 * 1024]).unwrap();
         }
     });
 }
 
-pub(crate) fn a_read_finds_what_came_before_it<R: Real>(_: &str) {
-    let limits = Limits { lease_bytes: 1024, ..Limits::default() };
-    run::<R>(&limits, |bench| {
-        let (ours, mut theirs) = tcp_pair();
-        let ours = bench.adopt(ours);
-        // The one edge is used up by the first read; the bytes are not.
-        let read = bench.recv(&ours, Way::Copy, false);
-        theirs.write_all(&[1; 10 * 1024]).unwrap();
-        theirs.shutdown(Shutdown::Write).unwrap();
-        until_ready(&ours, PollFlags::RDHUP);
-        let mut taken = bench.bytes(read).bytes();
-        while taken < 10 * 1024 {
-            let read = bench.recv(&ours, Way::Copy, false);
-            taken += bench.bytes(read).bytes();
-        }
-        let read = bench.recv(&ours, Way::Copy, false);
-        assert!(matches!(bench.received(read), Received::Eof));
-
-        // One that comes while nobody waits, after a read that was satisfied.
-        let (ours, mut theirs) = tcp_pair();
-        let ours = bench.adopt(ours);
-        for _ in 0..3 {
-            let read = bench.recv(&ours, Way::Copy, false);
-            theirs.write_all(b"first").unwrap();
-            drop(bench.bytes(read));
-            theirs.write_all(b"second").unwrap();
-            until_ready(&ours, PollFlags::IN);
-            // The edge is told to nobody.
-            bench.assert_quiet();
-            let read = bench.recv(&ours, Way::Splice, false);
-            assert_eq!(bench.bytes(read).bytes(), 6);
-        }
+pub(crate) fn a_short_read_empties_the_socket<P: Real>(_: &str) {
+    let limits = Limits { buffer_bytes: 1024, ..Limits::default() };
+    run::<P>(&limits, |bench| {
+        let (source, mut writer, sink, _reader) = two(bench);
+        let copy = |bench: &mut Bench<P>| bench.reactor.transfer(source, sink, TransferMode::Copy);
+        writer.write_all(&[1; 1500]).unwrap();
+        until_ready(bench.reactor.socket(source).unwrap(), PollFlags::IN);
+        bench.await_ready(source, Readiness::IN);
+        assert!(matches!(copy(bench), Transfer::Moved { bytes: 1024, full: true }));
+        assert!(bench.reactor.is_readable(source), "a full read proves nothing");
+        assert!(matches!(copy(bench), Transfer::Moved { bytes: 476, full: false }));
+        let left = bench.reactor.readiness(source);
+        assert!(!bench.reactor.is_readable(source), "a short one proves that it is empty: {left:?}");
+        // With a FIN, a short read may be followed by the end.
+        bench.settle();
+        writer.write_all(b"last").unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+        bench.await_ready(source, Readiness::IN | Readiness::RDHUP);
+        assert!(matches!(copy(bench), Transfer::Moved { bytes: 4, full: false }));
+        assert!(bench.reactor.is_readable(source));
+        assert!(matches!(copy(bench), Transfer::Eof));
     });
 }
 
-pub(crate) fn eof_comes_after_the_bytes<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
-        for (way, eager) in [(Way::Copy, false), (Way::Copy, true), (Way::Splice, false), (Way::Splice, true)]
-        {
-            let (ours, mut theirs) = tcp_pair();
-            let ours = bench.adopt(ours);
-            theirs.write_all(b"the last").unwrap();
-            theirs.shutdown(Shutdown::Write).unwrap();
-            until_ready(&ours, PollFlags::RDHUP);
-            let read = bench.recv(&ours, way, eager);
-            let loan = bench.bytes(read);
-            assert_eq!(bench.content(loan), b"the last");
+pub(crate) fn eof_comes_after_the_bytes<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
+        for mode in MODES {
+            let (source, mut writer, sink, mut reader) = two(bench);
+            writer.write_all(b"the last").unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+            bench.await_ready(source, Readiness::RDHUP);
+            let Pumped { bytes, ended, .. } = bench.pump(source, sink, mode);
+            assert_eq!((bytes, ended), (8, true), "{mode:?}");
             // It stays the end.
-            for _ in 0..2 {
-                let read = bench.recv(&ours, way, eager);
-                assert!(matches!(bench.received(read), Received::Eof));
-            }
+            assert!(matches!(bench.reactor.transfer(source, sink, TransferMode::Copy), Transfer::Eof));
+            bench.reactor.on_socket(sink, |io, socket| io.shutdown_write(socket)).unwrap().unwrap();
+            let mut arrived = Vec::new();
+            reader.read_to_end(&mut arrived).unwrap();
+            assert_eq!(arrived, b"the last");
         }
     });
 }
 
-pub(crate) fn bytes_before_a_reset_come_first<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
-        for way in WAYS {
-            let (ours, mut theirs) = tcp_pair();
-            let ours = bench.adopt(ours);
-            theirs.write_all(b"the last").unwrap();
-            until_ready(&ours, PollFlags::IN);
-            reset(theirs);
-            until_ready(&ours, PollFlags::empty());
-            let read = bench.recv(&ours, way, false);
-            let loan = bench.bytes(read);
-            assert_eq!(bench.content(loan), b"the last");
-            let read = bench.recv(&ours, way, false);
-            match bench.received(read) {
-                Received::Failed(SocketError::Reset) => {}
-                other => panic!("{way:?}: {other:?}"),
-            }
+pub(crate) fn bytes_before_a_reset_come_first<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
+        for mode in MODES {
+            let (source, mut writer) = tcp_pair();
+            let source = bench.register(source);
+            writer.write_all(b"the last").unwrap();
+            bench.await_ready(source, Readiness::IN);
+            reset(writer);
+            bench.await_ready(source, Readiness::ERR);
+            assert_eq!(bench.receive(source, mode).0, Received::Bytes(8));
+            assert_eq!(bench.receive(source, mode).0, Received::Failed(SocketError::Reset), "{mode:?}");
         }
-        // A read that waits is told of a reset.
-        let (ours, theirs) = tcp_pair();
-        let ours = bench.adopt(ours);
-        let read = bench.recv(&ours, Way::Copy, false);
-        reset(theirs);
-        assert!(matches!(bench.received(read), Received::Failed(SocketError::Reset)));
     });
 }
 
-/// Fills `ours` until a send has to wait, and gives that send and the bytes handed over so far.
-pub(crate) fn fill<R: Real>(bench: &mut Bench<R>, ours: &Rc<OwnedFd>, way: Way) -> (Token, usize) {
+/// Sends to `sink` until a write is blocked. Returns the bytes that are held, and how many were read in all.
+pub(crate) fn fill<P: Real>(bench: &mut Bench<P>, sink: Key, mode: TransferMode) -> (PooledBuffer, usize) {
     let (source, mut writer) = tcp_pair();
-    let source = bench.adopt(source);
-    sockopt::set_socket_send_buffer_size(ours, 32 * 1024).unwrap();
-    // A host's default may pace, and an acknowledgement may be held back for 200 ms (TCP_DELACK_MAX): until then what was
-    // sent long ago still trickles out.
-    sockopt::set_tcp_congestion(ours, "reno").unwrap();
-    let mut bytes = 0;
+    let source = bench.register(source);
+    let socket = bench.reactor.socket(sink).unwrap();
+    sockopt::set_socket_send_buffer_size(socket, 32 * 1024).unwrap();
+    // A host's default may pace, and an acknowledgement may be held back for 200 ms (TCP_DELACK_MAX): until then bytes that
+    // were sent long ago still trickle out.
+    sockopt::set_tcp_congestion(socket, "reno").unwrap();
+    let mut total = 0;
     loop {
         writer.write_all(&[9; 30_000]).unwrap();
-        let read = bench.recv(&source, way, false);
-        let loan = bench.bytes(read);
-        bytes += loan.bytes();
-        let send = bench.send(ours, loan);
-        if bench.is_pending(send) {
-            bench.settle(send);
+        bench.await_ready(source, Readiness::IN);
+        let Pumped { bytes, held, .. } = bench.pump(source, sink, mode);
+        total += bytes;
+        let Some(mut held) = held else { continue };
+        // TCP comes to rest first.
+        let until = Instant::now() + std::time::Duration::from_millis(300);
+        while Instant::now() < until {
+            bench.turn(Some(until));
+            if bench.reactor.readiness(sink).contains(Readiness::OUT) {
+                bench.reactor.write(sink, &mut held);
+            }
         }
-        if bench.is_pending(send) {
-            return (send, bytes);
+        if held.bytes() > 0 && !bench.reactor.readiness(sink).contains(Readiness::OUT) {
+            bench.reactor.close(source);
+            bench.settle();
+            return (held, total);
         }
-        bench.sent(send);
+        bench.write_out(sink, held);
     }
 }
 
-pub(crate) fn a_send_ends_when_the_last_byte_has_left<R: Real>(_: &str) {
-    for way in WAYS {
-        run::<R>(&Limits::default(), |bench| {
-            let (ours, mut theirs) = tcp_pair();
-            let ours = bench.adopt(ours);
-            let (send, bytes) = fill(bench, &ours, way);
+pub(crate) fn a_blocked_write_is_reported_when_there_is_room<P: Real>(_: &str) {
+    for mode in MODES {
+        run::<P>(&Limits::default(), |bench| {
+            let (sink, mut reader) = tcp_pair();
+            let sink = bench.register(sink);
+            let (held, bytes) = fill(bench, sink, mode);
             bench.assert_quiet();
-            assert!(bench.is_pending(send));
-            let reader = std::thread::spawn(move || {
-                let mut taken = vec![0; bytes];
-                theirs.read_exact(&mut taken).unwrap();
-                taken.iter().all(|byte| *byte == 9)
+            let reading = std::thread::spawn(move || {
+                let mut arrived = vec![0; bytes];
+                reader.read_exact(&mut arrived).unwrap();
+                arrived.iter().all(|byte| *byte == 9)
             });
-            bench.sent(send);
-            assert!(reader.join().unwrap());
+            bench.write_out(sink, held);
+            assert!(reading.join().unwrap());
         });
     }
 }
 
-pub(crate) fn a_send_to_a_broken_connection_gives_the_loan_back<R: Real>(_: &str) {
-    for way in WAYS {
-        run::<R>(&Limits::default(), |bench| {
-            let (ours, theirs) = tcp_pair();
-            let ours = bench.adopt(ours);
-            let (send, _) = fill(bench, &ours, way);
-            reset(theirs);
-            match bench.outcome(send) {
-                Outcome::Sent(loan, Err(SocketError::Reset)) => assert!(loan.bytes() > 0),
-                other => panic!("{way:?}: {other:?}"),
-            }
+pub(crate) fn bytes_that_arrive_while_a_write_is_blocked_are_remembered<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
+        let (sink, mut reader) = tcp_pair();
+        let (source, mut writer) = tcp_pair();
+        let (sink, source) = (bench.register(sink), bench.register(source));
+        let (held, bytes) = fill(bench, sink, TransferMode::Copy);
+        writer.write_all(b"meanwhile").unwrap();
+        bench.await_ready(source, Readiness::IN);
+        bench.assert_quiet();
+        let reading = std::thread::spawn(move || {
+            let mut arrived = vec![0; bytes + 9];
+            reader.read_exact(&mut arrived).unwrap();
+            arrived.ends_with(b"meanwhile")
+        });
+        bench.write_out(sink, held);
+        assert!(bench.reactor.is_readable(source), "the edge was forgotten");
+        assert_eq!(bench.pump(source, sink, TransferMode::Copy).bytes, 9);
+        assert!(reading.join().unwrap());
+    });
+}
+
+pub(crate) fn a_write_to_a_broken_connection_fails<P: Real>(_: &str) {
+    for mode in MODES {
+        run::<P>(&Limits::default(), |bench| {
+            let (sink, reader) = tcp_pair();
+            let sink = bench.register(sink);
+            let (mut held, _) = fill(bench, sink, mode);
+            reset(reader);
+            bench.await_ready(sink, Readiness::ERR);
+            assert_eq!(bench.reactor.write(sink, &mut held), Sent::Failed(SocketError::Reset), "{mode:?}");
         });
     }
 }
 
-pub(crate) fn a_blocked_send_to_a_half_closed_peer_sleeps<R: Real>(_: &str) {
-    for way in WAYS {
-        run::<R>(&Limits::default(), |bench| {
-            let (ours, mut theirs) = tcp_pair();
-            let ours = bench.adopt(ours);
-            theirs.shutdown(Shutdown::Write).unwrap();
-            until_ready(&ours, PollFlags::RDHUP);
-            let (send, bytes) = fill(bench, &ours, way);
+pub(crate) fn a_blocked_write_to_a_half_closed_peer_sleeps<P: Real>(_: &str) {
+    for mode in MODES {
+        run::<P>(&Limits::default(), |bench| {
+            let (sink, mut reader) = tcp_pair();
+            let sink = bench.register(sink);
+            reader.shutdown(Shutdown::Write).unwrap();
+            bench.await_ready(sink, Readiness::RDHUP);
+            let (held, bytes) = fill(bench, sink, mode);
             bench.assert_quiet();
             bench.assert_quiet();
-            let reader = std::thread::spawn(move || theirs.read_exact(&mut vec![0; bytes]).unwrap());
-            bench.sent(send);
-            reader.join().unwrap();
-            // And one that is cancelled, and one that is broken off.
-            for cancels in [true, false] {
-                let (ours, theirs) = tcp_pair();
-                let ours = bench.adopt(ours);
-                theirs.shutdown(Shutdown::Write).unwrap();
-                until_ready(&ours, PollFlags::RDHUP);
-                let (send, _) = fill(bench, &ours, way);
-                bench.assert_quiet();
-                if cancels {
-                    assert!(bench.cancel(send).is_some_and(|loan| loan.bytes() > 0));
-                } else {
-                    reset(theirs);
-                    assert!(matches!(bench.outcome(send), Outcome::Sent(_, Err(SocketError::Reset))));
-                }
-            }
+            let reading = std::thread::spawn(move || reader.read_exact(&mut vec![0; bytes]).unwrap());
+            bench.write_out(sink, held);
+            reading.join().unwrap();
         });
     }
 }
@@ -236,12 +233,10 @@ fn pattern(state: &mut u64, bytes: &mut [u8]) {
     }
 }
 
-/// Relays bulk from one thread to another through the ring, and compares what went in with what came out.
-fn relays<R: Real>(ways: fn(usize) -> Way) {
-    run::<R>(&Limits::default(), |bench| {
-        let (source, mut writer) = tcp_pair();
-        let (sink, mut reader) = tcp_pair();
-        let (source, sink) = (bench.adopt(source), bench.adopt(sink));
+/// Moves bulk from one thread to another through the reactor, and compares what went in with what came out.
+fn relays<P: Real>(mode: fn(usize) -> TransferMode) {
+    run::<P>(&Limits::default(), |bench| {
+        let (source, mut writer, sink, mut reader) = two(bench);
         let writing = std::thread::spawn(move || {
             let (mut state, mut hasher) = (0x9E37_79B9_7F4A_7C15, DefaultHasher::new());
             let mut block = vec![0; 256 * 1024];
@@ -260,134 +255,130 @@ fn relays<R: Real>(ways: fn(usize) -> Way) {
             (arrived.len(), hasher.finish())
         });
         for round in 0.. {
-            let read = bench.recv(&source, ways(round), round % 3 == 0);
-            match bench.received(read) {
-                Received::Bytes(loan) => {
-                    let send = bench.send(&sink, loan);
-                    bench.sent(send);
-                }
-                Received::Eof => break,
-                other => panic!("{other:?}"),
+            let Pumped { held, ended, .. } = bench.pump(source, sink, mode(round));
+            if let Some(held) = held {
+                bench.write_out(sink, held);
+            } else if ended {
+                break;
+            } else {
+                bench.until("readable", |bench| bench.reactor.is_readable(source));
             }
         }
-        bench.ring.shutdown_write(&sink).unwrap();
+        bench.reactor.on_socket(sink, |io, socket| io.shutdown_write(socket)).unwrap().unwrap();
         assert_eq!(reading.join().unwrap(), (BULK_BYTES, writing.join().unwrap()));
     });
 }
 
-pub(crate) fn copied_bytes_arrive_in_order<R: Real>(_: &str) {
-    relays::<R>(|_| Way::Copy);
+pub(crate) fn copied_bytes_arrive_in_order<P: Real>(_: &str) {
+    relays::<P>(|_| TransferMode::Copy);
 }
 
-pub(crate) fn spliced_bytes_arrive_in_order<R: Real>(_: &str) {
-    relays::<R>(|_| Way::Splice);
+pub(crate) fn spliced_bytes_arrive_in_order<P: Real>(_: &str) {
+    relays::<P>(|_| TransferMode::Splice);
 }
 
-pub(crate) fn mixed_ways_arrive_in_order<R: Real>(_: &str) {
-    relays::<R>(|round| WAYS[round / 3 % 2]);
+pub(crate) fn mixed_modes_arrive_in_order<P: Real>(_: &str) {
+    relays::<P>(|round| MODES[round / 3 % 2]);
 }
 
-pub(crate) fn an_urgent_byte_stays_in_the_stream<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
-        for way in WAYS {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            listener.set_nonblocking(true).unwrap();
-            // As the engine tunes its listeners; their connections inherit it.
-            sockopt::set_socket_oobinline(&listener, true).unwrap();
-            let address = listener.local_addr().unwrap();
-            let listener = bench.adopt(listener);
-            let accept = bench.submit(Op::Accept { listener });
-            let mut theirs = TcpStream::connect(address).unwrap();
-            let Outcome::Accepted(Ok((ours, _))) = bench.outcome(accept) else { panic!("not accepted") };
-            let mut arrived = Vec::new();
-            let read = bench.recv(&ours, way, false);
-            theirs.write_all(b"ab").unwrap();
-            rustix::net::send(&theirs, b"!", SendFlags::OOB).unwrap();
-            theirs.write_all(b"cd").unwrap();
-            let loan = bench.bytes(read);
-            arrived.extend(bench.content(loan));
-            // A read stops at the mark, so there are several.
-            while arrived.len() < 5 {
-                let read = bench.recv(&ours, way, false);
-                match bench.received(read) {
-                    Received::Bytes(loan) => arrived.extend(bench.content(loan)),
-                    // No splice gets past the mark; a copy does.
-                    Received::NoLoan(Way::Splice) => {
-                        let read = bench.recv(&ours, Way::Copy, false);
-                        let loan = bench.bytes(read);
-                        arrived.extend(bench.content(loan));
-                    }
-                    other => panic!("{other:?}"),
-                }
+/// An urgent byte between others, with or without a FIN after them.
+fn urgent<P: Real>(fin: bool) {
+    run::<P>(&Limits::default(), |bench| {
+        for mode in MODES {
+            let (source, mut writer) = tcp_pair();
+            // As the engine tunes its listeners; accepted sockets inherit it.
+            sockopt::set_socket_oobinline(&source, true).unwrap();
+            let (sink, mut reader) = tcp_pair();
+            let (source, sink) = (bench.register(source), bench.register(sink));
+            writer.write_all(b"ab").unwrap();
+            rustix::net::send(&writer, b"!", SendFlags::OOB).unwrap();
+            writer.write_all(b"cd").unwrap();
+            if fin {
+                writer.shutdown(Shutdown::Write).unwrap();
+                until_ready(bench.reactor.socket(source).unwrap(), PollFlags::RDHUP);
             }
-            assert_eq!(arrived, b"ab!cd", "{way:?}");
+            let mut moved = 0;
+            bench.until("all five", |bench| {
+                let Pumped { bytes, ended, .. } = bench.pump(source, sink, mode);
+                moved += bytes;
+                assert!(!ended || moved == 5, "{mode:?}: the end after {moved} bytes");
+                moved == 5
+            });
+            let mut arrived = [0; 5];
+            reader.read_exact(&mut arrived).unwrap();
+            assert_eq!(&arrived, b"ab!cd", "{mode:?}");
         }
     });
 }
 
-pub(crate) fn without_a_loan_the_read_says_so_only_when_there_is_something<R: Real>(_: &str) {
-    let limits = Limits { leases_max: 1, pipes_max: 1, ..Limits::default() };
-    for way in WAYS {
-        run::<R>(&limits, |bench| {
-            let (first, mut first_peer) = tcp_pair();
-            let (second, mut second_peer) = tcp_pair();
-            let (first, second) = (bench.adopt(first), bench.adopt(second));
-            // The second has been read before, so that its readiness is remembered and out of date.
-            let read = bench.recv(&second, way, false);
-            second_peer.write_all(b"early").unwrap();
-            drop(bench.bytes(read));
+pub(crate) fn an_urgent_byte_stays_in_the_stream<P: Real>(_: &str) {
+    urgent::<P>(false);
+}
 
-            let read = bench.recv(&first, way, false);
-            first_peer.write_all(b"held").unwrap();
-            let held = bench.bytes(read);
-            assert!(!bench.ring.can_lend(way));
-            let read = bench.recv(&second, way, false);
-            bench.assert_quiet();
-            second_peer.write_all(b"waits").unwrap();
-            match bench.received(read) {
-                Received::NoLoan(kind) => assert_eq!(kind, way),
+pub(crate) fn an_urgent_byte_before_a_fin_stays_in_the_stream<P: Real>(_: &str) {
+    urgent::<P>(true);
+}
+
+pub(crate) fn without_memory_no_byte_is_read<P: Real>(_: &str) {
+    let limits = Limits { buffers_max: 1, pipes_max: 1, ..Limits::default() };
+    for mode in MODES {
+        run::<P>(&limits, |bench| {
+            let (source, mut writer, sink, mut reader) = two(bench);
+            let held = bench.reactor.io().lend(mode).unwrap();
+            assert!(!bench.reactor.can_lend(mode));
+            writer.write_all(b"waits").unwrap();
+            bench.await_ready(source, Readiness::IN);
+            match bench.reactor.transfer(source, sink, mode) {
+                Transfer::Unavailable(of) => assert_eq!(of, mode),
                 other => panic!("{other:?}"),
             }
             drop(held);
-            assert!(bench.ring.can_lend(way));
-            let read = bench.recv(&second, way, false);
-            let loan = bench.bytes(read);
-            assert_eq!(bench.content(loan), b"waits");
+            assert!(bench.reactor.can_lend(mode) && bench.reactor.is_readable(source));
+            assert_eq!(bench.pump(source, sink, mode).bytes, 5);
+            reader.read_exact(&mut [0; 5]).unwrap();
         });
     }
 }
 
-pub(crate) fn a_pipe_that_holds_bytes_is_not_lent_again<R: Real>(_: &str) {
+pub(crate) fn a_pipe_that_holds_bytes_is_not_lent_again<P: Real>(_: &str) {
     let limits = Limits { pipes_max: 1, ..Limits::default() };
-    run::<R>(&limits, |bench| {
-        let (ours, mut theirs) = tcp_pair();
-        let ours = bench.adopt(ours);
-        for text in [b"old", b"new"] {
-            let read = bench.recv(&ours, Way::Splice, false);
-            theirs.write_all(text).unwrap();
-            let loan = bench.bytes(read);
-            if text == b"new" {
-                assert_eq!(bench.content(loan), b"new");
-            }
-        }
+    run::<P>(&limits, |bench| {
+        let (source, mut writer, sink, mut reader) = two(bench);
+        writer.write_all(b"old").unwrap();
+        let (received, pipe) = bench.receive(source, TransferMode::Splice);
+        assert_eq!(received, Received::Bytes(3));
+        drop(pipe);
+        bench.settle();
+        writer.write_all(b"new").unwrap();
+        let mut moved = 0;
+        bench.until("moved", |bench| {
+            moved += bench.pump(source, sink, TransferMode::Splice).bytes;
+            moved > 0
+        });
+        let mut arrived = [0; 3];
+        reader.read_exact(&mut arrived).unwrap();
+        assert_eq!(&arrived, b"new");
     });
 }
 
-pub(crate) fn unacknowledged_bytes_are_counted<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
-        let (ours, mut theirs) = tcp_pair();
-        let ours = bench.adopt(ours);
-        assert_eq!(bench.ring.unacknowledged_bytes(&ours), 0);
-        let (send, bytes) = fill(bench, &ours, Way::Copy);
-        assert!(bench.ring.unacknowledged_bytes(&ours) > 0);
-        let reader = std::thread::spawn(move || {
-            theirs.read_exact(&mut vec![0; bytes]).unwrap();
-            theirs
+pub(crate) fn unacknowledged_bytes_are_counted<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
+        let (sink, mut reader) = tcp_pair();
+        let sink = bench.register(sink);
+        let count = |bench: &mut Bench<P>| {
+            bench.reactor.on_socket(sink, |io, socket| io.unacknowledged_bytes(socket)).unwrap()
+        };
+        assert_eq!(count(bench), 0);
+        let (held, bytes) = fill(bench, sink, TransferMode::Copy);
+        assert!(count(bench) > 0);
+        let reading = std::thread::spawn(move || {
+            reader.read_exact(&mut vec![0; bytes]).unwrap();
+            reader
         });
-        bench.sent(send);
-        let _theirs = reader.join().unwrap();
+        bench.write_out(sink, held);
+        let _reader = reading.join().unwrap();
         let until = Instant::now() + PATIENCE;
-        while bench.ring.unacknowledged_bytes(&ours) > 0 {
+        while count(bench) > 0 {
             assert!(Instant::now() < until, "never acknowledged");
             std::thread::yield_now();
         }

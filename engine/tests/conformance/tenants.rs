@@ -1,42 +1,60 @@
-//! Several operations on one descriptor, and several descriptors in turn under one number.
+//! Several sockets at a time, and several after each other under one number.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
-use std::time::Instant;
 
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::{Borrowed, Outcome, Received, Way};
+use landfall_engine::reactor::{Event, EventKind, Readiness, Received, TransferMode};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::bench::{Bench, Real, reset, run, tcp_pair};
+use crate::bench::{Bench, MODES, Real, reset, run, tcp_pair};
 use crate::bytes::fill;
 
-pub(crate) fn three_operations_wait_on_one_socket<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
+pub(crate) fn both_sides_of_a_socket_are_reported<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
         let (ours, mut theirs) = tcp_pair();
-        let ours = bench.adopt(ours);
-        let watch = bench.watch(&ours);
-        let read = bench.recv(&ours, Way::Copy, false);
-        let (send, handed) = fill(bench, &ours, Way::Copy);
+        let key = bench.register(ours);
+        let (held, bytes) = fill(bench, key, TransferMode::Copy);
         bench.assert_quiet();
-        // Each is told of its own.
+        // Readable while it is blocked, and writable without bytes to read.
         theirs.write_all(b"in").unwrap();
-        let loan = bench.bytes(read);
-        assert_eq!(bench.content(loan), b"in");
-        assert!(bench.is_pending(send) && bench.is_pending(watch));
-        let read = bench.recv(&ours, Way::Splice, false);
-        let reader = std::thread::spawn(move || {
-            theirs.read_exact(&mut vec![0; handed]).unwrap();
+        bench.await_ready(key, Readiness::IN);
+        assert!(!bench.reactor.readiness(key).contains(Readiness::OUT));
+        assert_eq!(bench.receive(key, TransferMode::Copy).0, Received::Bytes(2));
+        let reading = std::thread::spawn(move || {
+            theirs.read_exact(&mut vec![0; bytes]).unwrap();
             theirs
         });
-        bench.sent(send);
-        let theirs = reader.join().unwrap();
-        assert!(bench.is_pending(read) && bench.is_pending(watch));
+        bench.write_out(key, held);
+        let theirs = reading.join().unwrap();
         reset(theirs);
-        assert!(matches!(bench.outcome(watch), Outcome::Broken));
-        assert!(matches!(bench.received(read), Received::Failed(_)));
+        bench.await_ready(key, Readiness::ERR);
+        assert!(matches!(bench.receive(key, TransferMode::Copy).0, Received::Failed(_)));
+    });
+}
+
+pub(crate) fn a_thousand_sockets_are_all_reported<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
+        // More than one batch of the kernel's, and more requests than one submission takes.
+        let mut theirs = Vec::new();
+        let mut tokens = HashSet::new();
+        for _ in 0..1_000 {
+            let (near, far) = unix_pair();
+            tokens.insert(bench.register_as(near).1);
+            theirs.push(far);
+        }
+        bench.settle();
+        bench.events.clear();
+        for far in &theirs {
+            rustix::io::write(far, b"all at once").unwrap();
+        }
+        let mut reported = HashSet::new();
+        bench.until("all are reported", |bench| {
+            reported.extend(bench.events.drain(..).map(|event| event.token));
+            reported.len() == tokens.len()
+        });
+        assert_eq!(reported, tokens);
     });
 }
 
@@ -56,20 +74,18 @@ impl Dice {
     }
 }
 
-/// A descriptor that the ring has closed, held by somebody else, and the other end while it is open.
+/// A descriptor that the reactor has closed, held by another holder, and the other end while it is open.
 type Ghost = (OwnedFd, Option<OwnedFd>);
 
-pub(crate) fn a_number_s_next_tenant_hears_nothing_of_the_last<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
+pub(crate) fn the_next_socket_of_a_number_gets_no_event_of_the_last<P: Real>(_: &str) {
+    run::<P>(&Limits::default(), |bench| {
         let mut dice = Dice(20_260_131);
-        // What was passed on to another process stays open there, and things go on happening to it.
+        // A socket that was passed to another process stays open there, and things happen to it.
         let mut ghosts: VecDeque<Ghost> = VecDeque::new();
-        for _ in 0..10_000 {
+        for _ in 0..5_000 {
             let (near, far) = unix_pair();
             let ghost = (dice.roll(4) == 0).then(|| near.try_clone().unwrap());
-            let socket = bench.adopt(near);
-            let far = one_tenancy(bench, &mut dice, &socket, far);
-            drop(socket);
+            let far = one_tenancy(bench, &mut dice, near, far);
             if let (Some(ghost), Some(far)) = (ghost, far) {
                 ghosts.push_back((ghost, Some(far)));
                 if ghosts.len() > 8 {
@@ -78,61 +94,55 @@ pub(crate) fn a_number_s_next_tenant_hears_nothing_of_the_last<R: Real>(_: &str)
             }
             haunt(&mut dice, &mut ghosts);
         }
+        ghosts.clear();
     });
 }
 
-/// Operations on a fresh socket, of which nothing may come before its own peer does something. Gives the peer back if it is
-/// still open.
-fn one_tenancy<R: Real>(
-    bench: &mut Bench<R>,
+/// Registers a fresh socket, of which no event may come that its own peer did not cause, and closes it. Returns the peer if it
+/// is still open.
+fn one_tenancy<P: Real>(
+    bench: &mut Bench<P>,
     dice: &mut Dice,
-    socket: &Rc<OwnedFd>,
+    near: OwnedFd,
     far: OwnedFd,
 ) -> Option<OwnedFd> {
-    let way = if dice.roll(3) == 0 { Way::Splice } else { Way::Copy };
-    let read = bench.recv(socket, way, dice.roll(2) == 0);
-    let watch = (dice.roll(2) == 0).then(|| bench.watch(socket));
-    assert_eq!(bench.turn(Some(Instant::now())).unwrap(), 0, "a stale edge was told");
+    let mode = MODES[usize::from(dice.roll(3) == 0)];
+    bench.events.clear();
+    let (key, token) = bench.register_as(near);
+    bench.await_ready(key, Readiness::OUT);
+    let own = Event { token, kind: EventKind::Ready };
+    assert!(bench.events.drain(..).all(|event| event == own), "an event of an earlier socket");
+    assert!(!bench.reactor.is_readable(key), "readiness of an earlier socket");
     let far = match dice.roll(4) {
-        0 => {
-            assert!(bench.cancel(read).is_none());
-            Some(far)
-        }
+        0 => Some(far),
         1 => {
             drop(far);
-            assert!(matches!(bench.received(read), Received::Eof));
+            assert_eq!(bench.receive(key, mode).0, Received::Eof);
             None
         }
         rolled => {
             let text = [7; 5];
             rustix::io::write(&far, &text).unwrap();
-            let loan = bench.bytes(read);
-            assert_eq!(loan.bytes(), text.len());
-            // Sometimes an edge is left behind that nobody took.
+            assert_eq!(bench.receive(key, mode).0, Received::Bytes(text.len()));
+            // Sometimes an edge is left behind that no call consumed.
             if rolled == 3 {
                 rustix::io::write(&far, &text).unwrap();
             }
             Some(far)
         }
     };
-    if let Some(watch) = watch {
-        if far.is_some() {
-            assert!(bench.cancel(watch).is_none());
-        } else {
-            assert!(matches!(bench.outcome(watch), Outcome::Broken));
-        }
-    }
+    bench.reactor.close(key);
     far
 }
 
-/// Something happens to descriptors that the ring has closed.
+/// Something happens to descriptors that the reactor has closed.
 fn haunt(dice: &mut Dice, ghosts: &mut VecDeque<Ghost>) {
     for _ in 0..dice.roll(3) {
         let Some((ghost, far)) = ghosts.pop_front() else { return };
         match (dice.roll(3), far) {
-            // It ends for everybody.
+            // Its last holder closes it.
             (0, _) => {}
-            // It breaks, and is held on to.
+            // It breaks, and stays open.
             (1, _) => ghosts.push_back((ghost, None)),
             (_, far) => {
                 if let Some(far) = &far {
@@ -142,21 +152,4 @@ fn haunt(dice: &mut Dice, ghosts: &mut VecDeque<Ghost>) {
             }
         }
     }
-}
-
-pub(crate) fn a_socket_given_back_can_be_adopted_again<R: Real>(_: &str) {
-    run::<R>(&Limits::default(), |bench| {
-        let (near, far) = unix_pair();
-        let socket = bench.adopt(near);
-        let read = bench.recv(&socket, Way::Copy, false);
-        assert!(bench.cancel(read).is_none());
-        // The same descriptor of the same file, under the same number.
-        let near = Rc::into_inner(socket).unwrap();
-        let socket = bench.adopt(near);
-        let read = bench.recv(&socket, Way::Copy, false);
-        bench.assert_quiet();
-        rustix::io::write(&far, b"again").unwrap();
-        let loan = bench.bytes(read);
-        assert_eq!(bench.content(loan), b"again");
-    });
 }

@@ -86,7 +86,7 @@ pub(crate) fn floods() {
     assert!(held < 64, "the agent holds {held} descriptors");
     for _ in 0..3 {
         let (answer, sockets) = flooding.recv_timeout::<Answer>(Duration::from_secs(10)).unwrap().unwrap();
-        assert_eq!(answer, Answer::Made { count: 64, error: None });
+        assert!(matches!(answer, Answer::Made { count: 64, error: None, .. }), "{answer:?}");
         assert_eq!(sockets.len(), 64);
     }
     drop(opener);

@@ -86,7 +86,7 @@ pub(crate) fn useless() {
         channel.send(&Answer::Entered { netns_inode: 1, netns_cookie: u64::MAX }, &[]).unwrap();
         let _ = channel.recv::<Request>().unwrap().unwrap();
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        channel.send(&Answer::Made { count: 1, error: None }, &[socket.as_fd()]).unwrap();
+        channel.send(&Answer::Made { count: 1, error: None, ephemeral: None }, &[socket.as_fd()]).unwrap();
         let _ = channel.recv::<Request>();
     });
     assert!(told(&path).contains("makes no sense"));

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use landfall_engine::ring::fake::{Dice, EndId, FakeNet, FarRead};
+use landfall_engine::reactor::fake::{Dice, EndId, FakeNet, FarRead};
 
 /// How a far end finishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

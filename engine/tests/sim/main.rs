@@ -9,7 +9,7 @@ mod world;
 
 use std::panic::AssertUnwindSafe;
 
-use landfall_engine::ring::fake::Knob;
+use landfall_engine::reactor::fake::Knob;
 
 use world::World;
 

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::command::{Ending, Family, ForwardId, ForwardState, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::limits::Limits;
-use landfall_engine::ring::Ring;
-use landfall_engine::ring::fake::{Dice, EndId, FakeNet, FakeRing, Faults, Knob};
+use landfall_engine::reactor::fake::{Dice, EndId, FakeNet, FakePoller, Faults, Knob};
 use landfall_engine::shard::{Report, Shard, ShardCommand};
 
 use crate::far::{Far, Finish, Told};
@@ -17,7 +16,7 @@ const TURNS_MAX: u64 = 1_000_000;
 
 pub(crate) struct World {
     net: FakeNet,
-    shard: Shard<FakeRing>,
+    shard: Shard<FakePoller>,
     limits: Limits,
     dice: Dice,
     fars: Vec<Far>,
@@ -42,8 +41,8 @@ fn limits(dice: &mut Dice) -> Limits {
     let tiny = dice.chance(500);
     Limits {
         connections_max: if dice.chance(200) { 3 } else { 1_000 },
-        lease_bytes: dice.size(1, if tiny { 64 } else { 4_000 }).max(4),
-        leases_max: dice.size(2, if tiny { 3 } else { 200 }),
+        buffer_bytes: dice.size(1, if tiny { 64 } else { 4_000 }).max(4),
+        buffers_max: dice.size(2, if tiny { 3 } else { 200 }),
         pipe_bytes: dice.size(4_000, 8_000),
         pipes_max: dice.size(0, if tiny { 1 } else { 8 }),
         turn_bytes: dice.size(1, if tiny { 200 } else { 20_000 }),
@@ -65,7 +64,7 @@ impl World {
         let faults = if dice.chance(100) { Faults::none() } else { Faults::random(&mut dice) };
         let limits = limits(&mut dice);
         let net = FakeNet::new(seed, faults);
-        let shard = Shard::new(FakeRing::new(net.clone(), &limits), limits.clone());
+        let shard = Shard::new(FakePoller::reactor(&net, &limits), limits.clone());
         let now = net.net().now();
         let clients_left = match dice.range(0, 9) {
             0 => dice.range(50, 200),
@@ -106,7 +105,11 @@ impl World {
     fn set_up(&mut self) {
         for number in 0..self.dice.range(1, 3) {
             let upstream = UpstreamId(u32::try_from(number).unwrap());
-            let kind = if self.dice.chance(400) { UpstreamKind::Dialler } else { UpstreamKind::Opener };
+            let kind = match self.dice.range(0, 9) {
+                0..=3 => UpstreamKind::Dialler,
+                4..=6 => UpstreamKind::Agent,
+                _ => UpstreamKind::Opener,
+            };
             let channel = match kind {
                 UpstreamKind::Dialler => self.net.driver(number),
                 UpstreamKind::Opener | UpstreamKind::Agent => self.net.channel(number),
@@ -166,7 +169,7 @@ impl World {
     }
 
     fn stuck(&mut self) -> String {
-        let ring = format!("{:?}", self.shard.ring_mut());
+        let reactor = format!("{:?}", self.shard.reactor_mut());
         let net = self.net.net();
         let far = |far: &Far| {
             let near = net.near(far.id);
@@ -185,7 +188,7 @@ impl World {
         };
         let open: Vec<String> = self.fars.iter().filter(|far| !far.left).map(far).collect();
         let connections = self.shard.connections();
-        format!("{connections} connections, stopping {}, {}\n{ring}", self.stopping, open.concat())
+        format!("{connections} connections, stopping {}, {}\n{reactor}", self.stopping, open.concat())
     }
 
     /// What everybody but the shard does at this time.
@@ -232,7 +235,7 @@ impl World {
         let stream = u32::try_from(self.fars.len()).unwrap();
         self.by_end.insert(end, self.fars.len());
         // With small leases or turns a long stream takes many rounds and shows nothing new.
-        let most = self.limits.lease_bytes.min(self.limits.turn_bytes) as u64 * 100;
+        let most = self.limits.buffer_bytes.min(self.limits.turn_bytes) as u64 * 100;
         self.fars.push(Far::new(end, stream, is_client, most, &mut self.dice, now));
     }
 
@@ -376,9 +379,10 @@ impl World {
         if self.shard.connections() != 0 {
             return Err("it has stopped with connections".into());
         }
-        let ring = self.shard.ring_mut();
-        if ring.lent() != (0, 0) || ring.in_flight() != 0 {
-            return Err(format!("{:?} are still lent, {} in flight", ring.lent(), ring.in_flight()));
+        let reactor = self.shard.reactor_mut();
+        let (lent, registered) = (reactor.io().lent(), reactor.registered());
+        if lent != (0, 0) || registered != 0 {
+            return Err(format!("{lent:?} are still lent, {registered} registered"));
         }
         let descriptors = self.net.net().descriptors();
         if descriptors != 0 {
@@ -421,6 +425,6 @@ impl World {
 
     /// How long it took, in virtual time.
     pub(crate) fn lasted(&mut self) -> Duration {
-        self.shard.ring_mut().now() - self.begun
+        self.shard.reactor_mut().now() - self.begun
     }
 }

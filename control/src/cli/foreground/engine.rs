@@ -3,10 +3,10 @@
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Receiver;
 
+use landfall_engine::RingChoice;
 use landfall_engine::command::{Command, Told};
 use landfall_engine::engine::{Engine, EngineOptions, Handle, StartError};
 use landfall_engine::process::Drive;
-use landfall_engine::ring::RingChoice;
 use landfall_engine::watch::hint::HintSource;
 
 use crate::cli::args::Ring;
@@ -44,12 +44,7 @@ pub(super) fn engine(ring: Ring) -> Result<Engine, StartError> {
     })
 }
 
-/// Starts an engine in a process of its own, which may be confined once it has started.
-pub(super) fn start_process(hints: HintSource, confined: bool) -> Result<Engine, StartError> {
-    Engine::start(EngineOptions {
-        hints,
-        late_rings: !confined,
-        version: version::current(),
-        ..EngineOptions::default()
-    })
+/// Starts an engine in a process of its own, which may be confined afterwards.
+pub(super) fn start_process(hints: HintSource) -> Result<Engine, StartError> {
+    Engine::start(EngineOptions { hints, version: version::current(), ..EngineOptions::default() })
 }

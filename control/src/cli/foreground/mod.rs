@@ -296,7 +296,7 @@ pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
         drop_capabilities(CapabilitySet::NET_BIND_SERVICE)?;
         None
     };
-    let engine = engine::start_process(hints, confined)?;
+    let engine = engine::start_process(hints)?;
     let mut ready = engine.ready().clone();
     if let (Some(confinement), Event::Ready { lacks, .. }) = (confinement, &mut ready) {
         *lacks = confinement.seal();

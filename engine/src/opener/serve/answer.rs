@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink, sockopt};
 
 use crate::command::Family;
 use crate::limits::DESCRIPTORS_PER_MESSAGE_MAX;
-use crate::opener::{Answer, Failure, FailureKind, Request};
+use crate::opener::{Answer, Failure, FailureKind, PortRange, Request};
 
 pub(super) fn failed(failure: Failure) -> (Answer, Vec<OwnedFd>) {
     (Answer::Failed { failure }, Vec::new())
@@ -41,11 +41,16 @@ fn sockets(family: Family, count: u16, congestion: Option<&str>) -> (Answer, Vec
             Ok(socket) => made.push(socket),
             Err(errno) => {
                 let error = Some(Failure::from_io("no more sockets could be made", &errno.into()));
-                return (Answer::Made { count: done, error }, made);
+                return (Answer::Made { count: done, error, ephemeral: ephemeral() }, made);
             }
         }
     }
-    (Answer::Made { count, error: None }, made)
+    (Answer::Made { count, error: None, ephemeral: ephemeral() }, made)
+}
+
+/// The ephemeral ports of this thread's network namespace. A caller that does not get them takes any port for one.
+fn ephemeral() -> Option<PortRange> {
+    PortRange::parse(&std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?)
 }
 
 fn socket(family: Family, congestion: Option<&str>) -> Result<OwnedFd, Errno> {

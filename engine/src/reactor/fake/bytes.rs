@@ -1,12 +1,12 @@
-//! Bytes by name. The relay never looks at what it moves, so a simulated byte is its stream and its place in it, and a
-//! byte that is lost, doubled or out of order is told by its number.
+//! Bytes by name. The relay never reads the bytes that it moves, so a simulated byte is its stream and its place in it. A
+//! byte that is lost, doubled or out of order shows by its number.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use crate::limits::Limits;
-use crate::ring::{Borrowed, Way};
+use crate::reactor::{Held, TransferMode};
 
 /// Bytes of one stream that follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,12 +27,12 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// How many.
+    /// Returns how many.
     pub fn count(&self) -> usize {
         self.count
     }
 
-    /// Takes in bytes at the end.
+    /// Appends bytes.
     pub fn push(&mut self, run: Run) {
         if run.count == 0 {
             return;
@@ -68,19 +68,19 @@ impl Bytes {
         count
     }
 
-    /// Throws everything away; tells how much it was.
+    /// Drops all bytes; returns how many.
     pub fn clear(&mut self) -> usize {
         self.runs.clear();
         std::mem::take(&mut self.count)
     }
 
-    /// The runs, from the front.
+    /// Returns the runs, from the front.
     pub fn runs(&self) -> impl Iterator<Item = Run> {
         self.runs.iter().copied()
     }
 }
 
-/// How many buffers and pipes are out, of how many.
+/// How many buffers and pipes are lent, of how many.
 #[derive(Debug)]
 pub(super) struct Pool {
     lent: [Cell<usize>; 2],
@@ -92,8 +92,8 @@ impl Pool {
     pub(super) fn new(limits: &Limits) -> Rc<Pool> {
         Rc::new(Pool {
             lent: [Cell::new(0), Cell::new(0)],
-            most: [limits.leases_max, limits.pipes_max],
-            bytes: [limits.lease_bytes, limits.pipe_bytes],
+            most: [limits.buffers_max, limits.pipes_max],
+            bytes: [limits.buffer_bytes, limits.pipe_bytes],
         })
     }
 
@@ -101,43 +101,52 @@ impl Pool {
         (self.lent[0].get(), self.lent[1].get())
     }
 
-    pub(super) fn can_lend(&self, way: Way) -> bool {
-        self.lent[way as usize].get() < self.most[way as usize]
+    pub(super) fn can_lend(&self, mode: TransferMode) -> bool {
+        self.lent[mode as usize].get() < self.most[mode as usize]
     }
 
-    /// What one loan holds at most.
-    pub(super) fn capacity(&self, way: Way) -> usize {
-        self.bytes[way as usize]
+    /// Returns how much a buffer or pipe holds at most.
+    pub(super) fn capacity(&self, mode: TransferMode) -> usize {
+        self.bytes[mode as usize]
     }
 
-    pub(super) fn lend(self: &Rc<Pool>, way: Way) -> FakeLoan {
-        let lent = &self.lent[way as usize];
+    pub(super) fn lend(self: &Rc<Pool>, mode: TransferMode) -> FakeBuffer {
+        let lent = &self.lent[mode as usize];
         lent.set(lent.get() + 1);
-        FakeLoan { pool: self.clone(), way, bytes: Bytes::default() }
+        FakeBuffer { pool: Some(self.clone()), mode, bytes: Bytes::default() }
     }
 }
 
 /// A simulated buffer or pipe.
 #[derive(Debug)]
-pub struct FakeLoan {
-    pool: Rc<Pool>,
-    way: Way,
+pub struct FakeBuffer {
+    /// Absent for the warm buffer of a shard, which is not lent.
+    pool: Option<Rc<Pool>>,
+    mode: TransferMode,
     pub(super) bytes: Bytes,
 }
 
-impl Borrowed for FakeLoan {
+impl FakeBuffer {
+    pub(super) fn warm() -> FakeBuffer {
+        FakeBuffer { pool: None, mode: TransferMode::Copy, bytes: Bytes::default() }
+    }
+}
+
+impl Held for FakeBuffer {
     fn bytes(&self) -> usize {
         self.bytes.count()
     }
 
-    fn way(&self) -> Way {
-        self.way
+    fn mode(&self) -> TransferMode {
+        self.mode
     }
 }
 
-impl Drop for FakeLoan {
+impl Drop for FakeBuffer {
     fn drop(&mut self) {
-        let lent = &self.pool.lent[self.way as usize];
-        lent.set(lent.get() - 1);
+        if let Some(pool) = &self.pool {
+            let lent = &pool.lent[self.mode as usize];
+            lent.set(lent.get() - 1);
+        }
     }
 }

@@ -1,17 +1,17 @@
-//! What a simulated ring does to its shard: each fault is a knob with a chance, and each counts how often it fired, since
-//! a knob that never fires is worse than none: it is believed.
+//! The faults of a simulated kernel: each is a knob with a chance, and each counts how often it fired, since a knob that
+//! never fires is worse than none: it is believed.
 
 /// A seeded source of chance (splitmix64): the same seed, the same run.
 #[derive(Clone, Debug)]
 pub struct Dice(u64);
 
 impl Dice {
-    /// Dice of a seed.
+    /// Creates dice of a seed.
     pub fn new(seed: u64) -> Dice {
         Dice(seed)
     }
 
-    /// The next 64 bits.
+    /// Returns the next 64 bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.0;
@@ -20,12 +20,12 @@ impl Dice {
         bits ^ (bits >> 31)
     }
 
-    /// A number from `low` to `high`, both included.
+    /// Returns a number from `low` to `high`, both included.
     pub fn range(&mut self, low: u64, high: u64) -> u64 {
         low + self.bits() % (high.saturating_sub(low) + 1)
     }
 
-    /// A size from `low` to `high`, both included.
+    /// Returns a size from `low` to `high`, both included.
     pub fn size(&mut self, low: usize, high: usize) -> usize {
         let spread = u64::try_from(high.saturating_sub(low)).unwrap_or(u64::MAX);
         low + usize::try_from(self.range(0, spread)).unwrap_or(0)
@@ -36,7 +36,7 @@ impl Dice {
         per_mille > 0 && self.range(1, 1000) <= u64::from(per_mille)
     }
 
-    /// Puts `items` into an order of chance.
+    /// Shuffles `items`.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             let other = self.size(0, last);
@@ -47,7 +47,7 @@ impl Dice {
 
 macro_rules! knobs {
     ($($(#[$doc:meta])* $name:ident: $most:literal,)*) => {
-        /// A fault, or something else that a shard must be ready for and that rarely happens.
+        /// A fault, or a rare event that a shard must handle.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Knob { $($(#[$doc])* $name,)* }
 
@@ -61,26 +61,42 @@ macro_rules! knobs {
 }
 
 knobs! {
-    /// A read finds less than there is.
+    /// A read returns less than there is; the rest is reported again, as if it had just arrived.
     ShortRecv: 800,
-    /// A send takes less than there is room for, and goes on later.
+    /// A send takes less than there is room for; room is reported soon.
     ShortSend: 800,
-    /// An operation is over at once.
-    Done: 1000,
-    /// A completion comes some turns late.
+    /// An urgent byte arrives: reads stop before it, and splices do not pass it.
+    Urgent: 300,
+    /// A notice comes some turns late.
     Delayed: 500,
-    /// Completions of one turn come in another order.
+    /// Notices of one turn come in another order.
     Reordered: 1000,
     /// A wait ends for no reason.
     SpuriousWakeup: 200,
-    /// A cancelled operation takes some turns to end.
-    CancelLate: 800,
-    /// A cancelled operation was over already, and says what it came to.
-    CancelLost: 800,
-    /// No buffer, though there would be one.
-    NoLease: 100,
-    /// No pipe, though there would be one.
+    /// A notice comes twice.
+    NoticeTwice: 300,
+    /// A notice reports nothing new.
+    NoticeSpurious: 100,
+    /// A notice comes for a registration that has ended, and whose place may have a successor.
+    NoticeStale: 300,
+    /// A registration ends with a notice that reports what happened, as a multishot poll does when completions overflow.
+    RegistrationEnds: 200,
+    /// A registration ends and what happened is not reported.
+    NoticeLost: 100,
+    /// A registration is refused.
+    RegistrationRefused: 20,
+    /// A registration fails after it was accepted.
+    RegistrationFails: 20,
+    /// A removed registration takes some turns to end, and holds its file until then.
+    RemovedLate: 800,
+    /// A removed registration reports once more before it ends.
+    NoticeAfterRemoval: 300,
+    /// No buffer, though one is free.
+    NoBuffer: 100,
+    /// No pipe, though one is free.
     NoPipe: 500,
+    /// A connect is over within the call.
+    ConnectAtOnce: 500,
     /// A connect is refused.
     ConnectRefused: 100,
     /// A connect is given up by the kernel.
@@ -92,18 +108,22 @@ knobs! {
     /// A connect finds no free port.
     PortsExhausted: 50,
     /// A socket connects to itself.
-    OwnPeer: 50,
+    OwnPeer: 200,
     /// A connect takes its time.
     SlowConnect: 500,
+    /// The server resets a connection right after it was established.
+    ResetOnConnect: 0,
     /// An accept finds no descriptor.
     AcceptExhausted: 100,
-    /// An accept tells an error of the connection that it would have taken.
+    /// An accept returns an error of the connection that it would have taken.
     AcceptStray: 100,
+    /// A listener fails for a while.
+    AcceptFails: 10,
     /// The opener is out of descriptors.
     StockExhausted: 300,
     /// The opener does not make sockets of this family.
     StockRefused: 20,
-    /// The opener has ended, and the request is what tells.
+    /// The opener has ended, and the request shows it.
     StockGone: 10,
     /// The opener hands over something else.
     StockHostile: 10,
@@ -111,39 +131,35 @@ knobs! {
     StockSlow: 500,
     /// The opener hands over fewer than asked for.
     StockFewer: 800,
-    /// The channel to a driver is full for a while.
+    /// The channel is full for a while.
     ChannelFull: 300,
-    /// A driver takes its time to dial, perhaps too long.
+    /// A driver takes its time to connect, perhaps too long.
     DialSlow: 500,
     /// A driver never answers.
     DialUnanswered: 30,
-    /// A driver says that nobody listens.
+    /// A driver reports that no server listens.
     DialRefused: 100,
-    /// A driver says that it got no answer itself.
+    /// A driver reports that it got no answer itself.
     DialTimedOut: 50,
     /// A driver is out of descriptors.
     DialExhausted: 50,
-    /// The socket of an answer got lost for want of descriptors.
+    /// The socket of an answer is lost for want of descriptors.
     DialLost: 50,
-    /// The driver has gone, and the wait for its answers is what tells.
+    /// The driver ends, and the channel shows it.
     DriverGone: 10,
     /// The peer's kernel takes its time to take bytes in and to acknowledge them.
     SlowAcknowledge: 300,
-    /// A watch saw a FIN and tells nothing any more until it is cancelled.
-    WatchAsleep: 1000,
-    /// A FIN could not be sent, for the connection was reset.
+    /// A FIN could not be sent because the connection was reset.
     FinFailed: 0,
     /// A send found its connection reset.
     SendFailed: 0,
-    /// A reset threw away what was on its way.
+    /// A reset threw away bytes on their way.
     ResetDiscarded: 0,
-    /// The error of a reset was told to a send, and a read saw an end instead.
+    /// The error of a reset was returned by a send, and a read saw an end instead.
     ResetReadAsEof: 0,
-    /// A cancelled send gave its loan back with bytes in it.
-    SendCancelled: 0,
 }
 
-/// The knobs of a run: how likely each is, and how often it fired.
+/// The knobs of a run: their chances, and how often they fired.
 #[derive(Clone, Debug)]
 pub struct Faults {
     chances: Vec<u16>,
@@ -151,12 +167,12 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// No faults at all.
+    /// Creates knobs that never fire.
     pub fn none() -> Faults {
         Faults { chances: vec![0; Knob::ALL.len()], fired: vec![0; Knob::ALL.len()] }
     }
 
-    /// Some knobs on, some off, by chance.
+    /// Turns some knobs on and some off, by chance.
     pub fn random(dice: &mut Dice) -> Faults {
         let mut faults = Faults::none();
         for (chance, most) in faults.chances.iter_mut().zip(Knob::MOST) {
@@ -172,12 +188,12 @@ impl Faults {
         self.chances[knob as usize] = per_mille;
     }
 
-    /// How often a knob fired.
+    /// Returns how often a knob fired.
     pub fn fired(&self, knob: Knob) -> u64 {
         self.fired[knob as usize]
     }
 
-    /// Rolls for a fault that its caller then makes happen.
+    /// Rolls for a fault, which the caller then carries out.
     pub(super) fn strikes(&mut self, knob: Knob, dice: &mut Dice) -> bool {
         let strikes = dice.chance(self.chances[knob as usize]);
         if strikes {
@@ -186,12 +202,7 @@ impl Faults {
         strikes
     }
 
-    /// Rolls for something that counts only once it came to pass, by [`Faults::note`].
-    pub(super) fn might(&self, knob: Knob, dice: &mut Dice) -> bool {
-        dice.chance(self.chances[knob as usize])
-    }
-
-    /// Counts what happened.
+    /// Counts an event that the network brought about.
     pub(super) fn note(&mut self, knob: Knob) {
         self.fired[knob as usize] += 1;
     }
