@@ -135,7 +135,7 @@ impl WatchSources {
     }
 }
 
-/// Who is behind the channels of an upstream, and so what the engine asks there and how far it is believed.
+/// The programs behind the channels of an upstream: what the engine asks them, and how far it trusts them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UpstreamKind {
@@ -145,6 +145,10 @@ pub enum UpstreamKind {
     /// A program inside the container, which speaks as an opener does and may be anybody. Its sockets are used on a shard of
     /// its own, so that what it does to them behind our back stops nobody else. It has one channel.
     Agent,
+    /// The host: the engine creates the sockets itself, in its own namespace, and there is no channel. With
+    /// [`Command::AdoptListener`], a listener inside a container leads to a server on the host: the same relay with the roles
+    /// swapped.
+    Host,
     /// The driver itself, which connects for each client
     /// ([`opener::Request::Dial`](crate::opener::Request::Dial)): the container is reached through it alone.
     Dialler,
@@ -155,13 +159,14 @@ pub enum UpstreamKind {
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Command {
     /// A way into a namespace. Its descriptors, in this order: one channel for each shard of the engine
-    /// ([`Event::Ready`] tells how many; an [`UpstreamKind::Agent`] has one), then the files that `sources` names.
+    /// ([`Event::Ready`] says how many; an [`UpstreamKind::Agent`] has one, an [`UpstreamKind::Host`] none), then the files that
+    /// `sources` names.
     /// Answer: [`Event::UpstreamAdded`], or [`Event::Refused`].
     AddUpstream {
         /// A number that is not in use.
         upstream: UpstreamId,
         /// `SO_NETNS_COOKIE` of the namespace; every socket from an opener channel must carry it. For an
-        /// [`UpstreamKind::Dialler`] a number that the driver chooses, and nothing that is checked.
+        /// [`UpstreamKind::Dialler`] or [`UpstreamKind::Host`] a number that the driver chooses, which is not checked.
         netns_cookie: u64,
         /// Who is behind the channels.
         #[serde(default)]
@@ -195,10 +200,14 @@ pub enum Command {
         /// Which families listen inside.
         reach: Reach,
     },
-    /// Accepts from sockets that listen in another network namespace, which are its descriptors. Nothing is bound, and
+    /// Accepts from sockets that listen in another network namespace, which are its descriptors: those of a server that a
+    /// native socket replaced, or [`Opener::listen`](crate::opener::client::Opener::listen)'s. Nothing is bound, and
     /// connections go to `target_port` of the upstream. Answer: [`Event::ListenerOpened`] with `target_port` as the port of the
     /// host, or [`Event::ListenerFailed`] where a descriptor is not a listening TCP socket. At
     /// [`Event::ListenerClosed`] every descriptor is closed.
+    ///
+    /// A process that holds the same socket can make its calls block, and with them everything that this engine relays.
+    /// Sockets that an untrusted process holds go to an engine of their own.
     AdoptListener {
         /// A number that is not in use.
         forward: ForwardId,

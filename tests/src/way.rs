@@ -64,6 +64,7 @@ pub fn enter(namespace: &Namespace, shards: u16) -> Entered {
             let channels = (0..shards).map(|_| dialler(namespace)).collect();
             (1 << 63, WatchSources::default(), channels, Behind { _agent: None })
         }
+        UpstreamKind::Host => panic!("the host is not a container's namespace"),
     }
 }
 

@@ -17,8 +17,11 @@ pub(crate) const CASES: &[Case] = &[
 const BOTH: [Who; 2] = [Who::Client, Who::Server];
 
 pub(crate) fn ten_mebibytes_come_back_after_a_fin(ring: RingChoice) {
+    ten_mebibytes_come_back(Path::landfall(ring));
+}
+
+pub(crate) fn ten_mebibytes_come_back(path: Path) {
     const BACK: u64 = 10 * 1024 * 1024;
-    let path = Path::landfall(ring);
     for first in BOTH {
         let (one, other) = path.pair().split(first);
         let (there, back) = (Pattern::new(1), Pattern::new(2));
@@ -95,7 +98,11 @@ pub(crate) fn a_half_closed_connection_stays(ring: RingChoice) {
 
 #[track_caller]
 fn all_completed(path: Path, count: u64) {
-    let AttachMethod::Landfall(mut relay, forward) = path.way else { return };
+    let (mut relay, forward) = match path.way {
+        AttachMethod::Landfall(relay, forward) => (*relay, forward),
+        AttachMethod::Swapped(inside) => (inside.relay, inside.forward),
+        AttachMethod::Direct(_) | AttachMethod::Haproxy { .. } => return,
+    };
     let stats = relay.stats_become(forward, "every connection to have completed", |stats| stats.open == 0);
     assert_eq!(stats.completed, count, "{stats:?}");
 }

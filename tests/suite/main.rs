@@ -47,6 +47,7 @@ mod secrets;
 mod stalled;
 mod strangers;
 mod streams;
+mod swapped;
 mod tailscale;
 mod tidy;
 mod trust;
@@ -62,6 +63,7 @@ fn main() -> std::process::ExitCode {
             streams::CASES,
             half_close::CASES,
             reset::CASES,
+            swapped::CASES,
             refusal::CASES,
             stalled::CASES,
             exhaustion::CASES,

@@ -9,12 +9,16 @@ use landfall_tests::{
     Checker, End, Forward, Haproxy, Namespace, PATIENCE, Relay, Server, connect, connect_from,
 };
 
+use crate::swapped::{Inside, lead_out};
+
 /// How a client reaches the server.
 pub(crate) enum AttachMethod {
     /// From inside the namespace, with nothing between.
     Direct(Namespace),
     /// From the host, through landfall.
     Landfall(Box<Relay>, Forward),
+    /// From inside the namespace to a server on the host, through landfall.
+    Swapped(Box<Inside>),
     /// From inside the namespace, through HAProxy.
     Haproxy { inside: Namespace, front: std::net::SocketAddr, _running: Haproxy },
 }
@@ -51,6 +55,12 @@ impl Path {
         let server = Server::listen(&relay.inside, "127.0.0.1:0");
         let forward = relay.forward(server.port());
         Path { way: AttachMethod::Landfall(Box::new(relay), forward), server }
+    }
+
+    pub(crate) fn swapped(ring: RingChoice) -> Path {
+        let server = Server::listen(&Namespace::current(), "127.0.0.1:0");
+        let inside = lead_out(ring, server.port());
+        Path { way: AttachMethod::Swapped(Box::new(inside)), server }
     }
 
     pub(crate) fn haproxy() -> Path {
@@ -90,6 +100,7 @@ impl Path {
         match &self.way {
             AttachMethod::Direct(inside) => connect_from(inside, self.server.address()),
             AttachMethod::Landfall(_, forward) => connect(forward.v4()),
+            AttachMethod::Swapped(inside) => connect_from(&inside.relay.inside, inside.address),
             AttachMethod::Haproxy { inside, front, .. } => connect_from(inside, *front),
         }
     }
@@ -120,7 +131,8 @@ impl Pair<'_> {
         let namespace = match (&self.path.way, who) {
             (AttachMethod::Direct(inside) | AttachMethod::Haproxy { inside, .. }, _) => inside,
             (AttachMethod::Landfall(relay, _), Who::Server) => &relay.inside,
-            (AttachMethod::Landfall(..), Who::Client) => &host,
+            (AttachMethod::Swapped(inside), Who::Client) => &inside.relay.inside,
+            (AttachMethod::Landfall(..), Who::Client) | (AttachMethod::Swapped(_), Who::Server) => &host,
         };
         landfall_tests::wait_until("all that was sent to be acknowledged", || {
             match namespace.unacknowledged(local, peer) {

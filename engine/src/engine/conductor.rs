@@ -239,17 +239,20 @@ impl Conductor {
         if kind == UpstreamKind::Agent {
             return self.add_agent(upstream, netns_cookie, sources, descriptors);
         }
-        let expected = self.shards.len() + sources.count();
+        // The host's sockets are made here.
+        let has_channels = kind != UpstreamKind::Host;
+        let channels = if has_channels { self.shards.len() } else { 0 };
+        let expected = channels + sources.count();
         if descriptors.len() != expected {
-            let (got, shards) = (descriptors.len(), self.shards.len());
+            let got = descriptors.len();
             return self.refuse(format!(
-                "{upstream} came with {got} descriptors; expected {expected}, a channel for each of {shards} \
+                "{upstream} came with {got} descriptors; expected {expected}, a channel for each of {channels} \
                  shards and the sources named"
             ));
         }
         let mut descriptors = descriptors.into_iter();
         for shard in &self.shards {
-            let Some(channel) = descriptors.next() else { break };
+            let channel = if has_channels { descriptors.next() } else { None };
             shard.send(ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie });
         }
         let mut source = |present: bool| if present { descriptors.next() } else { None };

@@ -146,7 +146,8 @@ impl ShardCommand<OwnedFd> {
     fn adopt<I: SocketIo>(self, io: &mut I) -> ShardCommand<I::Socket> {
         match self {
             ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie } => {
-                ShardCommand::AddUpstream { upstream, kind, channel: io.adopt(channel), netns_cookie }
+                let channel = channel.map(|channel| io.adopt(channel));
+                ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie }
             }
             ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets } => {
                 let sockets = sockets.into_iter().map(|socket| io.adopt(socket)).collect();

@@ -9,6 +9,8 @@ pub(crate) mod answers;
 mod through;
 
 use std::io;
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -22,8 +24,8 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::{Answer, Failure, FailureKind, Request, TargetKind, VERB};
 use crate::channel::{self, Channel, ChannelError};
-use crate::command::WatchSources;
-use crate::sys::netns_cookie;
+use crate::command::{Family, WatchSources};
+use crate::sys::{SocketFacts, netns_cookie};
 pub use answers::{StockError, ask, take};
 pub use through::helper_listens;
 
@@ -231,6 +233,27 @@ impl Opener {
         let mut sources = self.proc_net(&mut descriptors)?;
         sources.sock_diag = self.sock_diag(&mut descriptors)?;
         Ok((sources, descriptors))
+    }
+
+    /// A socket that listens inside on the loopback address of a family, and its port. `port` 0: one that is free.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; [`FailureKind::InUse`] where another socket has the port.
+    pub fn listen(&mut self, family: Family, port: u16) -> Result<(OwnedFd, NonZeroU16), OpenError> {
+        let (answer, mut received) = self.request(&Request::Listen { family, port })?;
+        let (Answer::Listening, Some(socket)) = (&answer, received.pop()) else {
+            return Err(unasked(answer));
+        };
+        let facts = SocketFacts::of(&socket);
+        let local = facts.local.and_then(|local| Some((local, NonZeroU16::new(local.port())?)));
+        let is_asked_for = |(local, found): (SocketAddr, NonZeroU16)| {
+            (port == 0 || found.get() == port) && local == family.loopback(found)
+        };
+        let ours = facts.listens && facts.is_tcp && facts.nonblocking;
+        match local.filter(|local| received.is_empty() && ours && is_asked_for(*local)) {
+            Some((_, found)) if facts.netns_cookie == Some(self.netns_cookie) => Ok((socket, found)),
+            _ => Err(OpenError::Nonsense("this is not the listening socket that was asked for".to_owned())),
+        }
     }
 
     fn proc_net(&mut self, descriptors: &mut Vec<OwnedFd>) -> Result<WatchSources, OpenError> {

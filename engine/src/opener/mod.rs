@@ -107,6 +107,13 @@ pub enum Request {
         /// Their congestion control, where the kernel allows it; a host's default of BBR paces loopback.
         congestion: Option<String>,
     },
+    /// A TCP socket that listens on the loopback address of a family. Answer: [`Answer::Listening`].
+    Listen {
+        /// The family.
+        family: Family,
+        /// The port; 0: one that is free.
+        port: u16,
+    },
     /// `/proc/net/tcp` and `/proc/net/tcp6`, opened inside. Answer: [`Answer::ProcNet`].
     ProcNet,
     /// A `NETLINK_SOCK_DIAG` socket. Answer: [`Answer::SockDiag`].
@@ -147,6 +154,8 @@ pub enum Answer {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ephemeral: Option<PortRange>,
     },
+    /// The listening socket comes with it.
+    Listening,
     /// The files that are named true come with it, in this order.
     ProcNet {
         /// `/proc/net/tcp`.
@@ -238,6 +247,8 @@ pub enum FailureKind {
     Exhausted,
     /// This kernel does not have it (EAFNOSUPPORT, EPROTONOSUPPORT, ENOPROTOOPT, ENOENT).
     Unsupported,
+    /// Another socket has the port (EADDRINUSE).
+    InUse,
     /// Anything else.
     Other,
 }
@@ -252,6 +263,7 @@ impl Failure {
         let kind = match Errno::from_io_error(error) {
             Some(Errno::PERM | Errno::ACCESS) => FailureKind::NotPermitted,
             Some(Errno::SRCH) => FailureKind::Gone,
+            Some(Errno::ADDRINUSE) => FailureKind::InUse,
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::TOOMANYREFS) => {
                 FailureKind::Exhausted
             }

@@ -48,7 +48,7 @@ pub type BufferOf<P> = <<P as Poller>::Io as SocketIo>::Buffer;
 pub struct Notice {
     /// Which registration.
     pub key: Key,
-    /// What the socket is ready for; an error where the registration failed.
+    /// The events for which the socket is ready; an error where the registration failed.
     pub readiness: Result<Readiness, Errno>,
     /// Whether the registration is still armed.
     pub armed: bool,

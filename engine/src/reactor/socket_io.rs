@@ -32,7 +32,7 @@ pub trait Held: fmt::Debug {
 pub enum Received {
     /// At least one byte was added.
     Bytes(usize),
-    /// The socket has none at present.
+    /// The socket is empty at present.
     Empty,
     /// The peer's FIN, after every byte.
     Eof,

@@ -26,7 +26,7 @@ pub enum Transfer<B> {
         /// How many bytes were read.
         bytes: usize,
     },
-    /// The source has nothing at present.
+    /// The source is empty at present.
     Empty,
     /// The source has ended.
     Eof,

@@ -41,7 +41,7 @@ const COMPLETION_ENTRIES: u32 = 4_096;
 /// The `user_data` of cancel requests and of the wake-up, which are not keys.
 const USER_DATA_CANCEL: u64 = u64::MAX;
 const USER_DATA_WAKE: u64 = u64::MAX - 1;
-/// How long submissions may fail in a row before the ring is given up.
+/// The time after which submissions that keep failing end the ring.
 const FAILING_MAX: Duration = Duration::from_secs(1);
 /// The longest pause between two failing submissions; the first is one millisecond.
 const FAILING_PAUSE_MAX: Duration = Duration::from_millis(64);

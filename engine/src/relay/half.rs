@@ -2,7 +2,7 @@
 //!
 //! | read side | write side | meaning |
 //! | --- | --- | --- |
-//! | Open | Open | bytes flow, or the source has none at present |
+//! | Open | Open | bytes flow, or the source is empty at present |
 //! | Eof | FinSent | this direction has ended cleanly; the other one runs on |
 //! | Broken | Open | the source was reset; the bytes that preceded it have been passed on |
 //! | any | Broken | the destination was reset; no byte can be passed on |

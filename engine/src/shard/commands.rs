@@ -24,8 +24,8 @@ pub enum ShardCommand<S> {
         upstream: UpstreamId,
         /// The kind of program at the other end of the channel.
         kind: UpstreamKind,
-        /// An opener channel of this shard's own.
-        channel: S,
+        /// A channel of this shard's own; absent for the host.
+        channel: Option<S>,
         /// `SO_NETNS_COOKIE` of the namespace.
         netns_cookie: u64,
     },
@@ -235,14 +235,15 @@ impl<P: Poller> Shard<P> {
         &mut self,
         upstream: UpstreamId,
         kind: UpstreamKind,
-        channel: SocketOf<P>,
+        channel: Option<SocketOf<P>>,
         netns_cookie: u64,
     ) {
         let limits = &self.limits;
         let reactor = &mut self.reactor;
         let id = self.upstreams.insert_with(|id| {
-            let key = reactor.register(channel, TokenParts { kind: KIND_UPSTREAM, id }.pack());
-            Upstream::new(upstream, kind, key, netns_cookie, limits)
+            let token = TokenParts { kind: KIND_UPSTREAM, id }.pack();
+            let channel = channel.map(|channel| reactor.register(channel, token));
+            Upstream::new(upstream, kind, channel, netns_cookie, limits)
         });
         self.upstream_slots.insert(upstream, id);
         self.refill(id);
@@ -263,7 +264,9 @@ impl<P: Poller> Shard<P> {
         }
         let waiting = upstream.close(reason);
         Self::set_timer(&mut self.timers, Timer::Upstream(id), &mut upstream.resting_until, None);
-        self.reactor.close(upstream.channel);
+        if let Some(channel) = upstream.channel.take() {
+            self.reactor.close(channel);
+        }
         for connection in waiting {
             self.fail(connection, EndReason::UpstreamLost);
         }
@@ -296,7 +299,7 @@ impl<P: Poller> Shard<P> {
         let Some(listener) = self.listeners.entry_mut(id) else { return };
         if std::mem::replace(&mut listener.open, false) {
             Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.resting_until, None);
-            // Another engine may listen on them as well, and goes on.
+            // Another engine may listen on them as well, and continues.
             for accepting in &listener.sockets {
                 self.reactor.close_and_report(accepting.key);
             }

@@ -47,6 +47,9 @@ impl<P: Poller> Shard<P> {
         else {
             return self.fail(id, EndReason::UpstreamLost);
         };
+        if upstream.is_host() {
+            return self.connect_on_the_host(id, family);
+        }
         if upstream.dials.is_some() {
             return self.ask_to_dial(id, upstream_slot);
         }
@@ -62,6 +65,20 @@ impl<P: Poller> Shard<P> {
                 upstream.wait(family, id);
                 self.start_deadline(id);
                 self.refill(upstream_slot);
+            }
+        }
+    }
+
+    fn connect_on_the_host(&mut self, id: SlotId, family: Family) {
+        match self.reactor.io().host_socket(family) {
+            Ok(socket) => self.connect(id, socket),
+            Err(error) => {
+                if error == SocketError::Exhausted {
+                    self.degrade(
+                        "no descriptors are left for connections to the host, so some are reset (ulimit -n)",
+                    );
+                }
+                self.on_connected(id, Connected::Failed(error));
             }
         }
     }

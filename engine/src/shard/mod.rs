@@ -152,7 +152,7 @@ impl<P: Poller> Shard<P> {
         self.connections.len()
     }
 
-    /// Whether [`Report::Stopped`] was given: the shard holds nothing any more.
+    /// Whether [`Report::Stopped`] was given: the shard is empty.
     pub fn is_stopped(&self) -> bool {
         self.stopped
     }

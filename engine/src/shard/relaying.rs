@@ -9,7 +9,7 @@ use crate::reactor::{Poller, Readiness, Sent, SocketIo, Transfer, TransferMode};
 use crate::relay::{Action, Connection, Direction, Input, ReadEnd, Side};
 use crate::table::SlotId;
 
-/// What makes it worth trying to write bytes that were held. A broken connection refuses them.
+/// The events that make it worth trying to write held bytes. A broken connection refuses them.
 const WRITABLE: Readiness = Readiness::OUT.union(Readiness::ERR).union(Readiness::HUP);
 
 impl<P: Poller> Shard<P> {

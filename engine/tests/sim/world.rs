@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::command::{Ending, Family, ForwardId, ForwardState, Reach, UpstreamId, UpstreamKind};
 use landfall_engine::limits::Limits;
-use landfall_engine::reactor::fake::{Dice, EndId, FakeNet, FakePoller, Faults, Knob};
+use landfall_engine::reactor::fake::{Dice, EndId, FakeNet, FakePoller, Faults, HOST, Knob};
 use landfall_engine::shard::{Report, Shard, ShardCommand};
 
 use crate::far::{Far, Finish, Told};
@@ -24,6 +24,8 @@ pub(crate) struct World {
     by_end: HashMap<EndId, usize>,
     ports: Vec<u16>,
     upstreams: Vec<UpstreamId>,
+    /// The namespaces of the upstreams.
+    namespaces: Vec<u64>,
     clients_left: u32,
     dial_at: Instant,
     interfere_at: Option<Instant>,
@@ -80,6 +82,7 @@ impl World {
             by_end: HashMap::new(),
             ports: Vec::new(),
             upstreams: Vec::new(),
+            namespaces: Vec::new(),
             clients_left: u32::try_from(clients_left).unwrap(),
             dial_at: now,
             interfere_at,
@@ -106,14 +109,17 @@ impl World {
         for number in 0..self.dice.range(1, 3) {
             let upstream = UpstreamId(u32::try_from(number).unwrap());
             let kind = match self.dice.range(0, 9) {
-                0..=3 => UpstreamKind::Dialler,
-                4..=6 => UpstreamKind::Agent,
+                0..=2 => UpstreamKind::Dialler,
+                3..=5 => UpstreamKind::Agent,
+                6 => UpstreamKind::Host,
                 _ => UpstreamKind::Opener,
             };
             let channel = match kind {
-                UpstreamKind::Dialler => self.net.driver(number),
-                UpstreamKind::Opener | UpstreamKind::Agent => self.net.channel(number),
+                UpstreamKind::Dialler => Some(self.net.driver(number)),
+                UpstreamKind::Opener | UpstreamKind::Agent => Some(self.net.channel(number)),
+                UpstreamKind::Host => None,
             };
+            self.namespaces.push(if kind == UpstreamKind::Host { HOST } else { number });
             self.shard.command(ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie: number });
             self.upstreams.push(upstream);
         }
@@ -134,7 +140,8 @@ impl World {
         for family in Family::ALL {
             if self.dice.chance(800) {
                 let window = self.dice.size(1, 6_000);
-                self.net.net().serve(u64::from(upstream.0), family.loopback(target_port), window);
+                let namespace = self.namespaces[upstream.0 as usize];
+                self.net.net().serve(namespace, family.loopback(target_port), window);
             }
         }
         let families = if self.dice.chance(800) { &Family::ALL[..] } else { &Family::ALL[..1] };
@@ -264,13 +271,17 @@ impl World {
             5..=8 => ShardCommand::CloseListener { forward, ending },
             9..=10 => ShardCommand::RemoveUpstream { upstream, ending },
             11 => {
-                self.net.net().end_opener(u64::from(upstream.0));
+                if let Some(namespace) = self.namespaces.get(upstream.0 as usize) {
+                    self.net.net().end_opener(*namespace);
+                }
                 return;
             }
             12..=13 => {
                 let port = NonZeroU16::new(3000 + u16::try_from(forward.0).unwrap()).unwrap();
                 let family = Family::ALL[self.dice.size(0, 1)];
-                self.net.net().stop_serving(u64::from(upstream.0), family.loopback(port));
+                if let Some(namespace) = self.namespaces.get(upstream.0 as usize) {
+                    self.net.net().stop_serving(*namespace, family.loopback(port));
+                }
                 return;
             }
             14 => return self.stop(),

@@ -136,6 +136,7 @@ fn failed(error: &OpenError) -> (Certainty, String) {
             FailureKind::NotPermitted
             | FailureKind::OwnNamespace
             | FailureKind::Unsupported
+            | FailureKind::InUse
             | FailureKind::Other,
         ) => Certainty::Refused,
         // An agent that does not answer as it should runs all the same.

@@ -45,6 +45,7 @@ impl Conductor {
             Err(reason) => return self.refuse(format!("{upstream}: {reason}")),
         };
         let kind = UpstreamKind::Agent;
+        let channel = Some(channel);
         self.send(own, ShardCommand::AddUpstream { upstream, kind, channel, netns_cookie });
         self.hold(upstream, netns_cookie, HashSet::from([own]), Some(own));
         if sources.sock_diag {

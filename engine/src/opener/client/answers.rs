@@ -56,7 +56,7 @@ pub(crate) struct Made<S> {
 pub(crate) struct Dialled<S> {
     /// Which dial.
     pub(crate) dial: u64,
-    /// The connected socket, or why there is none.
+    /// The connected socket, or the reason of the failure.
     pub(crate) result: Result<S, DialFailure>,
 }
 

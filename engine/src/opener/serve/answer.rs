@@ -1,6 +1,7 @@
 //! What is made inside on request: the same for an opener and for an agent.
 
 use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
@@ -10,6 +11,9 @@ use crate::command::Family;
 use crate::limits::DESCRIPTORS_PER_MESSAGE_MAX;
 use crate::opener::{Answer, Failure, FailureKind, PortRange, Request};
 
+/// The backlog of a listener inside; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 4_096;
+
 pub(super) fn failed(failure: Failure) -> (Answer, Vec<OwnedFd>) {
     (Answer::Failed { failure }, Vec::new())
 }
@@ -17,6 +21,7 @@ pub(super) fn failed(failure: Failure) -> (Answer, Vec<OwnedFd>) {
 pub(super) fn answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
     match request {
         Request::Sockets { family, count, congestion } => sockets(*family, *count, congestion.as_deref()),
+        Request::Listen { family, port } => listen(*family, *port),
         Request::ProcNet => proc_net(),
         Request::SockDiag => sock_diag(),
         Request::Dial { .. } => failed(Failure::new(
@@ -69,6 +74,27 @@ fn socket(family: Family, congestion: Option<&str>) -> Result<OwnedFd, Errno> {
         let _ = sockopt::set_tcp_congestion(&socket, name);
     }
     Ok(socket)
+}
+
+fn listen(family: Family, port: u16) -> (Answer, Vec<OwnedFd>) {
+    let made = socket(family, None).and_then(|socket| {
+        let ip = match family {
+            Family::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            Family::V6 => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        };
+        // A port whose last connections are in TIME_WAIT may be bound again.
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        rustix::net::bind(&socket, &SocketAddr::new(ip, port))?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(socket)
+    });
+    match made {
+        Ok(socket) => (Answer::Listening, vec![socket]),
+        Err(errno) => {
+            let what = format!("port {port} cannot be listened on inside");
+            failed(Failure::from_io(&what, &errno.into()))
+        }
+    }
 }
 
 /// Each file is bound for ever to the namespace of the thread that opens it: this one's.

@@ -119,6 +119,8 @@ knobs! {
     AcceptStray: 100,
     /// A listener fails for a while.
     AcceptFails: 10,
+    /// No descriptor is left for a socket of the host.
+    NoHostSocket: 50,
     /// The opener is out of descriptors.
     StockExhausted: 300,
     /// The opener does not make sockets of this family.

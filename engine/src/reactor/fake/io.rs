@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::bytes::{FakeBuffer, Pool};
 use super::faults::Knob;
-use super::net::{EndId, FakeNet, FakeSocket, File};
+use super::net::{EndId, FakeNet, FakeSocket, File, HOST};
 use super::tcp::{Connect, ConnectFate};
 use crate::channel::ChannelError;
 use crate::command::Family;
@@ -114,10 +114,14 @@ impl SocketIo for FakeIo {
     }
 
     fn host_socket(&mut self, family: Family) -> Result<FakeSocket, SocketError> {
-        let mut net = self.net.net();
-        let window = net.dice.size(1, 5000);
-        let end = net.end(None, family, window);
-        drop(net);
+        if self.strikes(Knob::NoHostSocket) {
+            return Err(SocketError::Exhausted);
+        }
+        let end = {
+            let net = &mut *self.net.net();
+            let window = net.dice.size(1, 5000);
+            net.end(None, family, window)
+        };
         Ok(self.net.descriptor(File::End(end)))
     }
 
@@ -134,8 +138,8 @@ impl SocketIo for FakeIo {
         assert!(matches!(self.net.net().ends[id].connect, Connect::No), "a socket connects once");
         let can_meet_itself = {
             let net = self.net.net();
-            let there = net.ends[id].namespace.and_then(|namespace| net.namespaces.get(&namespace));
-            there.is_some_and(|there| there.ephemeral.is_none_or(|range| range.contains(address.port())))
+            let there = net.namespaces.get(&net.ends[id].namespace.unwrap_or(HOST));
+            there.is_none_or(|there| there.ephemeral.is_none_or(|range| range.contains(address.port())))
         };
         let (at, fate) = self.connect_fate(can_meet_itself);
         self.net.net().start_connect(id, address, at, fate);

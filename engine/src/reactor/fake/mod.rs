@@ -29,10 +29,10 @@ use crate::limits::Limits;
 pub use self::bytes::{Bytes, FakeBuffer, Run};
 pub use self::faults::{Dice, Faults, Knob};
 pub use self::io::FakeIo;
-pub use self::net::{EndId, FakeNet, FakeSocket, Net, Newcomer};
+pub use self::net::{EndId, FakeNet, FakeSocket, HOST, Net, Newcomer};
 pub use self::tcp::FarRead;
 
-/// How many ended registrations are remembered, to be reported late.
+/// The number of ended registrations that are remembered, to be reported late.
 const ENDED_MAX: usize = 16;
 
 /// The simulated poller.

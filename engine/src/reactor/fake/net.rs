@@ -1,4 +1,4 @@
-//! A network in memory: TCP as far as a relay can tell it apart (`tcp.rs`), listeners, the channels of openers and drivers
+//! A network in memory: TCP as far as a relay can observe it (`tcp.rs`), listeners, the channels of openers and drivers
 //! (`channels.rs`), and the far ends that a simulation drives.
 //!
 //! A descriptor is closed when its last holder drops it: the shard's socket, or a registration, which holds the file as
@@ -16,6 +16,9 @@ use super::tcp::End;
 use crate::command::Family;
 use crate::opener::PortRange;
 use crate::reactor::Readiness;
+
+/// The number of the host's own network namespace.
+pub const HOST: u64 = u64::MAX;
 
 /// One end of a connection, by number.
 pub type EndId = usize;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::bytes::{Bytes, Run};
 use super::faults::Knob;
-use super::net::{EndId, File, Net, Newcomer};
+use super::net::{EndId, File, HOST, Net, Newcomer};
 use crate::command::Family;
 use crate::reactor::{Connected, Readiness, TransferMode};
 use crate::sys::SocketError;
@@ -22,7 +22,7 @@ use crate::sys::SocketError;
 #[derive(Debug)]
 pub(super) struct End {
     peer: Option<EndId>,
-    /// Where the socket was made; `None` for the host.
+    /// The namespace of the socket; `None` for the host.
     pub(super) namespace: Option<u64>,
     pub(super) family: Family,
     inbox: Bytes,
@@ -163,11 +163,12 @@ impl Net {
     }
 
     pub(super) fn finish_connect(&mut self, id: EndId, address: SocketAddr, fate: ConnectFate) {
-        let connect = match (fate, self.ends[id].namespace) {
-            (ConnectFate::Fail(error), _) => Connect::Failed(error),
-            (ConnectFate::OwnPeer, _) => Connect::OwnPeer(address),
-            (ConnectFate::Reach, Some(namespace)) if self.reach(id, namespace, address) => Connect::Done,
-            (ConnectFate::Reach, _) => Connect::Failed(SocketError::Refused),
+        let namespace = self.ends[id].namespace.unwrap_or(HOST);
+        let connect = match fate {
+            ConnectFate::Fail(error) => Connect::Failed(error),
+            ConnectFate::OwnPeer => Connect::OwnPeer(address),
+            ConnectFate::Reach if self.reach(id, namespace, address) => Connect::Done,
+            ConnectFate::Reach => Connect::Failed(SocketError::Refused),
         };
         self.ends[id].connect = connect;
         self.edges.insert(File::End(id));

@@ -15,7 +15,7 @@ use crate::limits::Limits;
 use crate::reactor::choice::ran_out;
 use crate::reactor::{Event, EventKind, Reactor, Token, Unusable};
 
-/// How long locked memory is waited for. The kernel frees the rings of ended processes asynchronously.
+/// The longest wait for locked memory. The kernel frees the rings of ended processes asynchronously.
 const MEMORY_PATIENCE: Duration = Duration::from_secs(1);
 /// The pause after the first attempt, doubled each time.
 const MEMORY_PAUSE_FIRST: Duration = Duration::from_millis(5);

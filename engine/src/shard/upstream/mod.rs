@@ -1,5 +1,6 @@
-//! A container's namespace, as one shard reaches it: a channel, and the conversation over it. An opener makes sockets ahead of
-//! need, which are kept in stock; a driver connects when it is asked to ([`Dials`]), and then there is no stock.
+//! A network namespace, as one shard reaches it: a channel, and the conversation over it. An opener makes sockets ahead of
+//! need, which are kept in stock; a driver connects when it is asked to ([`Dials`]), and then there is no stock. The host's own
+//! namespace needs neither, since the shard makes the sockets itself.
 //!
 //! The stock starts small. When it runs dry while a connection waits, its target doubles, up to a bound, so a busy dev
 //! server soon has enough for a burst, and an idle container costs a few descriptors. One pooled socket keeps its namespace
@@ -34,7 +35,8 @@ const EPHEMERAL_DEFAULT: PortRange = PortRange { first: 32_768, last: 60_999 };
 pub(super) struct Upstream<S> {
     pub(super) id: UpstreamId,
     kind: UpstreamKind,
-    pub(super) channel: Key,
+    /// Absent for the host, and once it is closing.
+    pub(super) channel: Option<Key>,
     netns_cookie: u64,
     stocks: [Stock<S>; 2],
     /// The request that is unanswered; there is at most one.
@@ -98,7 +100,7 @@ impl<S> Upstream<S> {
     pub(super) fn new(
         id: UpstreamId,
         kind: UpstreamKind,
-        channel: Key,
+        channel: Option<Key>,
         netns_cookie: u64,
         limits: &Limits,
     ) -> Upstream<S> {
@@ -120,6 +122,11 @@ impl<S> Upstream<S> {
             resting_until: None,
             closing: None,
         }
+    }
+
+    /// Whether it is the host's own namespace.
+    pub(super) fn is_host(&self) -> bool {
+        self.kind == UpstreamKind::Host
     }
 
     /// Whether connections may use it.
@@ -154,7 +161,8 @@ impl<S> Upstream<S> {
 
     /// Returns the next request, if a stock is low and a request is possible now.
     fn wanted(&mut self, limits: &Limits) -> Option<Asked> {
-        if self.dials.is_some()
+        if self.channel.is_none()
+            || self.dials.is_some()
             || self.asking.is_some()
             || self.resting_until.is_some()
             || self.closing.is_some()
@@ -210,9 +218,10 @@ impl<S> Upstream<S> {
         P: Poller,
         P::Io: SocketIo<Socket = S>,
     {
+        let Some(channel) = self.channel else { return Ok(()) };
         let Some(asked @ Asked { family, count }) = self.wanted(limits) else { return Ok(()) };
         let congestion = sys::congestion().map(str::to_owned);
-        if send(reactor, self.channel, &Request::Sockets { family, count, congestion })
+        if send(reactor, channel, &Request::Sockets { family, count, congestion })
             .map_err(|error| self.failure(family, error))?
         {
             self.asking = Some(asked);
@@ -227,10 +236,10 @@ impl<S> Upstream<S> {
         P::Io: SocketIo<Socket = S>,
     {
         while let Some(dials) = &mut self.dials
-            && self.closing.is_none()
+            && let Some(channel) = self.channel
             && let Some((dial, port)) = dials.next_to_ask()
         {
-            match send(reactor, self.channel, &Request::Dial { dial, port }) {
+            match send(reactor, channel, &Request::Dial { dial, port }) {
                 Ok(true) => {}
                 Ok(false) => {
                     // The channel reports when it has room again.
@@ -252,10 +261,8 @@ impl<S> Upstream<S> {
         P: Poller,
         P::Io: SocketIo<Socket = S>,
     {
-        if self.closing.is_some() {
-            return Ok(None);
-        }
-        let received = match reactor.receive_message(self.channel, ANSWER_BYTES_MAX) {
+        let Some(channel) = self.channel else { return Ok(None) };
+        let received = match reactor.receive_message(channel, ANSWER_BYTES_MAX) {
             Err(ChannelError::WouldBlock) => return Ok(None),
             received => received.map_err(StockError::from),
         };
@@ -292,12 +299,14 @@ impl<S> Upstream<S> {
             (UpstreamKind::Dialler, StockError::Hostile(what)) => {
                 UpstreamError::Lost(format!("the answer to a dial was invalid: {what}"))
             }
-            (UpstreamKind::Opener | UpstreamKind::Agent, StockError::Refused(_)) => {
+            (UpstreamKind::Opener | UpstreamKind::Agent | UpstreamKind::Host, StockError::Refused(_)) => {
                 UpstreamError::Unsupported(family)
             }
-            (UpstreamKind::Opener | UpstreamKind::Agent, StockError::Gone) => UpstreamError::Lost(
-                "the opener has ended, so the container can no longer be entered".to_owned(),
-            ),
+            (UpstreamKind::Opener | UpstreamKind::Agent | UpstreamKind::Host, StockError::Gone) => {
+                UpstreamError::Lost(
+                    "the opener has ended, so the container can no longer be entered".to_owned(),
+                )
+            }
             (_, error) => UpstreamError::Lost(error.to_string()),
         }
     }
