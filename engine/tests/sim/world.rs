@@ -39,6 +39,10 @@ pub(crate) struct World {
     pub(crate) ended: u64,
 }
 
+fn host_port(forward: ForwardId) -> NonZeroU16 {
+    NonZeroU16::new(1_000 + u16::try_from(forward.0).unwrap()).unwrap()
+}
+
 fn limits(dice: &mut Dice) -> Limits {
     let tiny = dice.chance(500);
     Limits {
@@ -133,7 +137,8 @@ impl World {
     }
 
     fn open_forward(&mut self, number: u16) {
-        let host_port = NonZeroU16::new(1000 + number).unwrap();
+        let forward = ForwardId(u32::from(number));
+        let host_port = host_port(forward);
         let target_port = NonZeroU16::new(3000 + number).unwrap();
         let reach = self.reach();
         let upstream = self.upstreams[self.dice.size(0, self.upstreams.len() - 1)];
@@ -146,7 +151,6 @@ impl World {
         }
         let families = if self.dice.chance(800) { &Family::ALL[..] } else { &Family::ALL[..1] };
         let sockets = families.iter().map(|family| self.net.listen(host_port.get(), *family)).collect();
-        let forward = ForwardId(u32::from(number));
         self.open.push(forward);
         self.ports.push(host_port.get());
         let command =
@@ -314,6 +318,12 @@ impl World {
             }
             match report {
                 Report::Stopped => self.stopped += 1,
+                Report::ListenerClosed { forward, .. } => {
+                    let port = host_port(forward);
+                    if self.net.net().is_bound(port) {
+                        return Err(format!("port {port} is bound and was reported as free"));
+                    }
+                }
                 Report::State { forwards } => self.check_state(&forwards)?,
                 _ => {}
             }

@@ -158,7 +158,7 @@ impl FakePoller {
             }
             Registered::Removed => {
                 if self.strikes(Knob::NoticeAfterRemoval) {
-                    notices.push(Notice { key, readiness: Ok(ready), armed: true });
+                    return notices.push(Notice { key, readiness: Ok(ready), armed: true });
                 }
                 notices.push(Notice { key, readiness: Err(Errno::CANCELED), armed: false });
                 self.end(key);

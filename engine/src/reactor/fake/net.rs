@@ -7,6 +7,7 @@
 use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -254,6 +255,11 @@ impl Net {
         self.listeners[listener].queue.push_back(near);
         self.edges.insert(File::Listener(listener));
         Some(client)
+    }
+
+    /// Whether a socket listens on a host port.
+    pub fn is_bound(&self, port: NonZeroU16) -> bool {
+        self.listeners.iter().any(|listener| listener.open && listener.port == port.get())
     }
 
     /// Returns the connections that reached a server since the last call.
