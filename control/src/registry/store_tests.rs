@@ -30,8 +30,7 @@ impl Script {
 
 impl Probe for Script {
     fn probe<'a>(&'a self, registration: &'a Registration) -> BoxFuture<'a, Liveness> {
-        let name = registration.container_name.to_string();
-        let takes = *self.takes.lock().unwrap();
+        let (name, takes) = (registration.container_name.to_string(), *self.takes.lock().unwrap());
         Box::pin(async move {
             sleep(takes).await;
             self.asked.lock().unwrap().push((name.clone(), Instant::now()));
