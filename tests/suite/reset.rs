@@ -2,8 +2,10 @@
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
 use landfall_engine::RingChoice;
+use landfall_engine::limits::Limits;
 use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_exactly, reset, send_all};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
@@ -13,6 +15,10 @@ use crate::observe::{Path, Who, learns_that_the_peer_is_gone, read_rest};
 pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c03_reset_stays_reset_as_it_does_directly", as_it_does_directly),
     Case::each_ring("c03_a_reset_finds_a_reader_that_stalls", a_reset_finds_a_reader_that_stalls),
+    Case::each_ring(
+        "c03_a_reset_ends_a_connection_whose_reader_never_reads",
+        a_reset_ends_a_connection_whose_reader_never_reads,
+    ),
     Case::each_ring("c03_a_megabyte_before_a_reset_arrives", a_megabyte_before_a_reset_arrives),
     Case::each_ring("c03_what_is_not_yet_acknowledged_arrives", what_is_not_yet_acknowledged_arrives),
 ];
@@ -135,26 +141,50 @@ pub(crate) fn a_reset_finds_a_reader_that_stalls(ring: RingChoice) {
     let path = Path::landfall(ring);
     for who in [Who::Client, Who::Server] {
         let pair = path.pair();
-        let mut sender = pair.end(who);
-        sender.set_nonblocking(true).unwrap();
-        let mut sent = 0;
-        let mut buffer = vec![0; 64 * 1024];
-        landfall_tests::wait_until("the way to be full", || {
-            Pattern::new(1).fill(sent, &mut buffer);
-            match sender.write(&buffer) {
-                Ok(bytes) => {
-                    sent += bytes as u64;
-                    Err(sent)
-                }
-                Err(_) => Ok(()),
-            }
-        });
+        let sent = fill(pair.end(who));
         let (breaker, other) = pair.split(who);
         reset(breaker);
         let (bytes, end) = read_rest(&other, &mut Pattern::new(1).checker());
         assert_eq!(end, End::Reset);
         assert!(bytes > 0 && bytes <= sent, "{bytes} of {sent}");
     }
+}
+
+/// Sends until no buffer on the path has room. Returns how many bytes were sent.
+fn fill(mut sender: &TcpStream) -> u64 {
+    sender.set_nonblocking(true).unwrap();
+    let (mut sent, mut full) = (0, 0);
+    let mut buffer = vec![0; 64 * 1024];
+    landfall_tests::wait_until("the path to be full", || {
+        Pattern::new(1).fill(sent, &mut buffer);
+        match sender.write(&buffer) {
+            Ok(bytes) => (sent, full) = (sent + bytes as u64, 0),
+            Err(_) => full += 1,
+        }
+        if full >= 20 { Ok(()) } else { Err(sent) }
+    });
+    sent
+}
+
+/// The relay holds bytes for the reader and reads no others meanwhile, so no read returns the error of the reset.
+pub(crate) fn a_reset_ends_a_connection_whose_reader_never_reads(ring: RingChoice) {
+    let limits = Limits { reset_drain_timeout: Duration::from_millis(100), ..Limits::default() };
+    let mut relay = Relay::start_with(limits, ring);
+    let server = Server::listen(&relay.inside, "127.0.0.1:0");
+    let forward = relay.forward(server.port());
+    let before = relay.stats(forward);
+    for who in [Who::Client, Who::Server] {
+        let client = connect(forward.v4());
+        let accepted = server.accept();
+        let (breaker, reader) = if who == Who::Client { (client, accepted) } else { (accepted, client) };
+        fill(&breaker);
+        reset(breaker);
+        relay.stats_become(forward, "the connection to have ended", |stats| stats.open == 0);
+        assert_eq!(read_rest(&reader, &mut Pattern::new(1).checker()).1, End::Reset, "reset by the {who:?}");
+    }
+    let stats = relay.stats(forward);
+    assert_eq!(stats.reset_by_downstream - before.reset_by_downstream, 1, "{stats:?}");
+    assert_eq!(stats.reset_by_upstream - before.reset_by_upstream, 1, "{stats:?}");
 }
 
 /// The receiver reads slowly, and the reset comes as soon as the relay has acknowledged the last byte.
