@@ -110,7 +110,7 @@ fn stranger() {
     let _daemon = home.daemon();
     register(&home, "shop");
     let reason = wait_for_state(&home, "shop", "unreachable");
-    let told = format!("process {} is not of this container", first.pid());
+    let told = format!("process {} does not belong to this container", first.pid());
     assert!(reason.starts_with(&told), "{reason}");
     assert!(!answers(3000));
 }

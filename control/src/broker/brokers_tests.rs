@@ -48,7 +48,7 @@ impl World {
             let (announce, announced) = mpsc::channel(ANNOUNCEMENTS_MAX);
             let (words, heard) = mpsc::unbounded_channel();
             links_in.send(Link { announced, words }).unwrap();
-            BrokerLink { announce, words: heard }
+            BrokerLink { announce, updates: heard }
         }));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         World { brokers, reports, links, listener, journal: heard }

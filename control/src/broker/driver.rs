@@ -189,7 +189,7 @@ impl Driver {
                     _ => self.owed.clear(),
                 },
                 // A container that is sent many results for one message sends its next one when they are said.
-                heard = connection::heard(&mut self.connection), if self.owed.is_empty() && self.link.words.is_empty() => match heard {
+                heard = connection::heard(&mut self.connection), if self.owed.is_empty() && self.link.updates.is_empty() => match heard {
                     Heard::Text(message) => return Input::Text(message),
                     Heard::Binary(stream, frame) => return Input::Binary(stream, frame),
                     Heard::Unreadable(why) => self.tell(&format!("a message could not be read: {why}")),
@@ -198,7 +198,7 @@ impl Driver {
                         return Input::Lost(why);
                     }
                 },
-                word = self.link.words.recv(), if !self.is_deaf => match word {
+                word = self.link.updates.recv(), if !self.is_deaf => match word {
                     Some(SessionUpdate::Result(result)) => return Input::Result(result),
                     Some(SessionUpdate::Serve(channels)) => self.dials.serve(channels),
                     None => self.is_deaf = true,

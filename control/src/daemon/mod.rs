@@ -214,7 +214,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
         file: home.tailscale_file(),
         timeout: options.tailscale_timeout,
         journal: journal.clone(),
-        answering: forwarding.answering(),
+        answering: forwarding.open_ports(),
     });
     let discovery = Discovery::new(docker.clone(), registry.clone(), journal.clone(), options.discover_all);
     let request_handler = Arc::new(RequestHandler {
@@ -349,11 +349,11 @@ impl HintSource {
     fn hint(&self, event: &LifeEvent) {
         match event {
             LifeEvent::Resync => {
-                self.forwarding.followed(true);
+                self.forwarding.set_events_followed(true);
                 self.helper.look_again(None);
             }
             LifeEvent::Changed { name, .. } => self.helper.look_again(Some(name)),
-            LifeEvent::Lost => return self.forwarding.followed(false),
+            LifeEvent::Lost => return self.forwarding.set_events_followed(false),
         }
         self.discovery.look_again();
         for entry in &self.registry.list().entries {
@@ -367,7 +367,7 @@ impl HintSource {
             };
             if is_meant {
                 self.registry.look_again(entry.container_name.as_str());
-                self.forwarding.look_again(entry.container_name.as_str());
+                self.forwarding.recheck(entry.container_name.as_str());
             }
         }
     }

@@ -1,10 +1,10 @@
-//! What a broker's session and forwarding tell each other.
+//! The channel between a broker's session and forwarding.
 //!
-//! The session knows the wire; forwarding knows ports, policy and the engine. For each registration with a broker there is
-//! one [`BrokerLink`] as long as the broker lives, across its WebSocket's losses.
+//! The session implements the wire protocol; forwarding decides about ports and drives the engine. Each registration
+//! with a broker has one [`BrokerLink`] for the broker's lifetime, across losses of its WebSocket.
 //!
-//! Where forwarding can enter the container itself, what is announced opens nothing: the container is told what became of
-//! each port all the same.
+//! If forwarding can enter the container itself, announcements open no ports, but each announced port still gets a
+//! result.
 
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
@@ -13,54 +13,55 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::model::announcement::{Announced, ForwardResult};
 
-/// How many announcements of one session may wait for forwarding.
+/// The most announcements of one session that wait for forwarding.
 pub(crate) const ANNOUNCEMENTS_MAX: usize = 16;
 
-/// What a session tells forwarding.
+/// A message of a session to forwarding.
 #[derive(Debug)]
 pub enum Announcement {
-    /// The container has taken the token. The first [`Announcement::Listening`] follows and tells all there is.
+    /// The container has accepted the token. An [`Announcement::Listening`] with all its ports follows.
     Up,
-    /// What listens in the container: everything (`whole`), or what changed. Each port of `opened` is owed one
-    /// [`SessionUpdate::Result`], unless it is reserved, or forwarded already when it was told before.
+    /// The ports that listen in the container: all of them (`whole`), or those that changed. Each port of `opened` gets
+    /// one [`SessionUpdate::Result`], unless it is reserved, or was announced before and is forwarded.
     Listening {
-        /// In the order told.
+        /// In the order of the message.
         opened: Vec<Announced>,
-        /// In the order told; empty where it is `whole`.
+        /// In the order of the message; empty if `whole`.
         closed: Vec<NonZeroU16>,
-        /// This replaces what was known.
+        /// Whether `opened` replaces all earlier announcements.
         whole: bool,
     },
-    /// A reserved forward is asked for (wire specification, A.3.8). It is owed one [`SessionUpdate::Result`].
+    /// Requests a reserved forward (wire specification, A.3.8). It gets one [`SessionUpdate::Result`].
     Reserve {
         /// The port in the container.
         target: NonZeroU16,
-        /// Ports on the host, the best first.
+        /// Ports on the host, in order of preference.
         candidates: Vec<NonZeroU16>,
     },
-    /// The WebSocket is lost: automatic forwards that led over it close (`host-error`), reserved ones stay.
+    /// The WebSocket is lost: automatic forwards over it close (`host-error`), reserved ones stay.
     Down,
-    /// The broker stops: every forward that led over it closes (`broker-stopped`), and the answer is given when the last one
-    /// has.
+    /// The broker stops: every forward over it closes (`broker-stopped`). The sender is answered when the last one has
+    /// closed.
     Stop(oneshot::Sender<()>),
 }
 
-/// What forwarding tells a session.
+/// A message of forwarding to a session.
 #[derive(Debug)]
 pub enum SessionUpdate {
-    /// What became of a port that was announced or reserved.
+    /// The result for a port that was announced or reserved.
     Result(ForwardResult),
-    /// The engine dials over these channels from now on, and over no earlier ones (one for each of its shards;
-    /// [`Request::Dial`](landfall_engine::opener::Request::Dial)). Closing them is the end of the upstream.
+    /// The engine dials over these channels from now on, one for each of its shards, and over no earlier ones
+    /// ([`Request::Dial`](landfall_engine::opener::Request::Dial)). Closing them ends the upstream.
     Serve(Vec<OwnedFd>),
 }
 
-/// A broker's end.
+/// A broker's end of the link.
 #[derive(Debug)]
 pub struct BrokerLink {
-    /// To forwarding. Dropping it stops as [`Announcement::Stop`] does. It is bounded: a session that waits for room reads
-    /// nothing from its container meanwhile, so one that announces without end is slowed down and no other one is.
+    /// Carries announcements to forwarding. Dropping it has the effect of [`Announcement::Stop`]. It is bounded: a
+    /// session that waits for room stops reading from its container, so a container that announces without
+    /// end slows down itself alone.
     pub announce: mpsc::Sender<Announcement>,
-    /// From forwarding.
-    pub words: mpsc::UnboundedReceiver<SessionUpdate>,
+    /// Carries updates from forwarding.
+    pub updates: mpsc::UnboundedReceiver<SessionUpdate>,
 }

@@ -1,9 +1,9 @@
-//! An engine that has ended, until nothing of it is left: the next one needs its ports.
+//! Waits until an engine that was lost has released its ports, which the next engine needs.
 //!
-//! The channel to an engine that is killed ends before the engine has. The kernel closes the channel and the listening
-//! sockets in no order that helps (`exit_files`, kernel/exit.c), and where an `io_uring` had a socket in its hands, a worker
-//! lets go of it after the process has ended (`io_ring_exit_work`, io_uring/io_uring.c): at once where nobody else has work
-//! to do; on a busy machine, ports were taken for up to 25 ms longer. Meanwhile nobody else can have them, and a container
+//! The channel to an engine that is killed ends before its process has. The kernel closes the channel and the listening
+//! sockets in no useful order (`exit_files`, kernel/exit.c). A socket that an `io_uring` operation holds is released by
+//! a kernel worker after the process has ended (`io_ring_exit_work`, io_uring/io_uring.c): at once on an idle machine;
+//! on a busy one, ports were taken for up to 25 ms longer. Until then no other process can bind them, and a container
 //! that is reached over a WebSocket has one attempt for each port that it announces (wire specification, A.6.3).
 
 use std::collections::BTreeSet;
@@ -24,32 +24,32 @@ use tokio::time::timeout;
 
 use crate::sys::readiness::watched;
 
-/// How long the process may take to end. One that hangs may have ports that nobody needs.
+/// The longest wait for the process to end. One that hangs may hold ports that no container needs.
 const END_MAX: Duration = Duration::from_secs(5);
-/// How long the ports may take to be free after that. Another program may have taken one meanwhile.
+/// The longest wait for the ports after that. Another program may have taken one meanwhile.
 const RELEASE_MAX: Duration = Duration::from_secs(1);
-/// How often they are looked at.
-const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// The interval at which the ports are checked.
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A process that is seen to end.
+/// A process whose end can be awaited.
 #[derive(Clone, Debug)]
 pub(super) struct Process(Arc<AsyncFd<OwnedFd>>);
 
 impl Process {
-    /// The one with this number; none where it has ended or cannot be watched.
+    /// The process of this id; `None` if it has ended or cannot be watched.
     pub(super) fn of(pid: u32) -> Option<Process> {
         let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
         Process::by(rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?).ok()
     }
 
-    /// The one that a pidfd refers to.
+    /// The process that a pidfd refers to.
     pub(super) fn by(pidfd: OwnedFd) -> io::Result<Process> {
         Ok(Process(Arc::new(watched(pidfd, Interest::READABLE)?)))
     }
 
     /// Waits for its end.
     pub(super) async fn ended(&self) {
-        // A pidfd that cannot be watched any more is taken for one whose process has ended.
+        // An error of the watch counts as the end of the process.
         let _ = self.0.readable().await;
     }
 }
@@ -62,26 +62,26 @@ pub(super) struct Departed {
 }
 
 impl Departed {
-    /// One that had these ports of the host.
+    /// Creates the record of an engine that had these host ports.
     pub(super) fn new(process: Option<Process>, ports: BTreeSet<NonZeroU16>) -> Departed {
         Departed { process, ports }
     }
 
-    /// Waits until its process has ended, for a bounded time, and removes its tracing instance, which an engine of root may not
-    /// remove itself.
+    /// Waits, for a bounded time, until its process has ended, and removes its tracing instance, which an engine of
+    /// root may not remove itself.
     pub(super) async fn ended(&self) {
         if let Some(process) = &self.process {
-            // Whether it ended or not: no more can be done about it.
+            // After the timeout the caller continues as if it had ended.
             let _ = timeout(END_MAX, process.ended()).await;
         }
         let _ = spawn_blocking(remove_leftovers).await;
     }
 
-    /// Waits until it has ended and its ports are free, for a bounded time.
-    pub(super) async fn gone(self) {
+    /// Waits, for a bounded time, until it has ended and its ports are free.
+    pub(super) async fn ports_released(self) {
         self.ended().await;
         let ports = self.ports;
-        // Where that cannot be seen, there is nothing to wait for.
+        // If the listeners cannot be read, the ports count as free.
         let _ = spawn_blocking(move || wait_until_free(&ports)).await;
     }
 }
@@ -93,7 +93,7 @@ fn wait_until_free(ports: &BTreeSet<NonZeroU16>) {
     while Instant::now() < until {
         match source.read(&older, &mut reading) {
             Ok(true) if !reading.rows().iter().any(|row| ports.contains(&row.port)) => return,
-            Ok(_) => std::thread::sleep(LOOK_INTERVAL),
+            Ok(_) => std::thread::sleep(CHECK_INTERVAL),
             Err(_) => return,
         }
     }

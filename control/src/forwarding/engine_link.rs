@@ -1,8 +1,8 @@
-//! The engine's process: found or started, talked to over its socket, and relieved by one of this build.
+//! The engine's process: finds or starts it, exchanges messages over its socket, and replaces it by one of this build.
 //!
-//! An engine outlives its driver, so one that runs is attached first and asked what it holds. One that has to be started
-//! takes the socket's name by a rename, which is how its readiness shows. It is a process of its own group that nobody
-//! waits for but to reap it.
+//! An engine outlives its driver, so a running one is attached first and asked for its inventory. An engine that is
+//! started takes the socket's name by a rename, which shows that it is ready. It runs in a process group of its own;
+//! its parent waits for it only to reap it.
 
 use std::ffi::OsStr;
 use std::io;
@@ -35,23 +35,23 @@ use crate::sys::private_file;
 use crate::sys::readiness::watched;
 use crate::version;
 
-/// How long an engine may take to begin, or to say what it holds. It takes milliseconds.
-const BEGIN_MAX: Duration = Duration::from_secs(10);
-/// How long an engine may not read while a command waits for it.
+/// The longest wait for an engine to start or to describe itself. Both take milliseconds.
+const START_MAX: Duration = Duration::from_secs(10);
+/// The longest time that a command waits because the engine does not read.
 const SEND_MAX: Duration = Duration::from_secs(10);
-/// How often the name of a starting engine is looked for.
-const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// The interval at which the name of a starting engine is checked.
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Why there is no engine, or no longer.
+/// The reason that no engine is attached.
 #[derive(Debug, Error)]
 pub(super) enum LinkError {
     #[error("the engine's socket {} cannot be used: {source}", path.display())]
     Connect { path: PathBuf, source: io::Error },
     #[error("the engine could not be started: {0}")]
     Spawn(io::Error),
-    #[error("the engine ended as it began ({0}); its log is log/engine.log in the daemon's home")]
+    #[error("the engine ended during its start ({0}); its log is log/engine.log in the daemon's home")]
     EndedEarly(String),
-    #[error("the engine did not answer within {} s", BEGIN_MAX.as_secs())]
+    #[error("the engine did not answer within {} s", START_MAX.as_secs())]
     Silent,
     #[error("the engine ended")]
     Ended,
@@ -59,7 +59,7 @@ pub(super) enum LinkError {
     Channel(#[from] ChannelError),
 }
 
-/// A channel to an engine that has said what it is.
+/// A channel to an engine that has sent [`Event::Ready`].
 #[derive(Debug)]
 pub(super) struct Link {
     socket: AsyncFd<OwnedFd>,
@@ -67,16 +67,16 @@ pub(super) struct Link {
     version: String,
     pid: Option<u32>,
     process: Option<Process>,
-    /// The file of its socket.
+    /// The device and inode of its socket's file.
     file: Option<(u64, u64)>,
-    /// What its confinement lacks.
+    /// The layers that its confinement lacks.
     pub(super) lacks: Vec<Lack>,
-    /// How many opener channels it takes for one upstream.
+    /// The number of opener channels that it takes for one upstream.
     pub(super) shards: u16,
 }
 
 impl Link {
-    /// Connects to the engine at `path`; its present driver, if any, loses its place.
+    /// Connects to the engine at `path`. Its present driver, if there is one, is disconnected.
     async fn connect(path: &Path) -> Result<Link, LinkError> {
         let failed = |source: io::Error| LinkError::Connect { path: path.to_owned(), source };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -85,13 +85,13 @@ impl Link {
         let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
         let file = identity_of_name(path);
         rustix::net::connect(&socket, &address).map_err(|errno| failed(errno.into()))?;
-        // None of an engine outside of this pid namespace (`unix(7)`).
+        // The id is 0 if the engine is outside of this pid namespace (`unix(7)`).
         let pid = getsockopt(&socket, PeerCredentials).ok().and_then(|peer| u32::try_from(peer.pid()).ok());
         let pid = pid.filter(|pid| *pid != 0);
         let process = pid.and_then(Process::of);
         let socket = watched(socket, Interest::READABLE | Interest::WRITABLE).map_err(failed)?;
         loop {
-            match timeout(BEGIN_MAX, receive(&socket)).await.map_err(|_| LinkError::Silent)?? {
+            match timeout(START_MAX, receive(&socket)).await.map_err(|_| LinkError::Silent)?? {
                 (Event::Ready { ring, shards, version, lacks, .. }, _) => {
                     return Ok(Link { socket, ring, version, pid, process, file, lacks, shards });
                 }
@@ -114,13 +114,17 @@ impl Link {
         Ok(timeout(SEND_MAX, sending).await.map_err(|_| LinkError::Silent)??)
     }
 
-    /// Gives the engine a command, and copies of the descriptors that belong to it.
-    pub(super) async fn give(&self, command: &Command, descriptors: &[OwnedFd]) -> Result<(), LinkError> {
+    /// Sends the engine a command with copies of its descriptors.
+    pub(super) async fn send_command(
+        &self,
+        command: &Command,
+        descriptors: &[OwnedFd],
+    ) -> Result<(), LinkError> {
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         self.send(command, &descriptors).await
     }
 
-    /// Waits for what the engine says next. Nothing is lost when this is abandoned.
+    /// Waits for the next event of the engine. Cancel-safe: dropping the future loses no event.
     pub(super) async fn recv(&self) -> Result<(Event, Vec<OwnedFd>), LinkError> {
         receive(&self.socket).await
     }
@@ -130,7 +134,7 @@ impl Link {
         self.recv().now_or_never().map(|received| received.map(|(event, _)| event))
     }
 
-    /// Asks what the engine holds.
+    /// Asks the engine for its inventory.
     async fn inventory(&self) -> Result<Inventory, LinkError> {
         self.send(&Command::Describe, &[]).await?;
         let gather = async {
@@ -147,40 +151,40 @@ impl Link {
                             return Ok(inventory);
                         }
                     }
-                    // Whatever came before is contained in the answer.
+                    // The answer includes the effect of earlier events.
                     _ => {}
                 }
             }
         };
-        timeout(BEGIN_MAX, gather).await.map_err(|_| LinkError::Silent)?
+        timeout(START_MAX, gather).await.map_err(|_| LinkError::Silent)?
     }
 
-    /// Where it is seen to end, if it can be.
+    /// The process, if its end can be awaited.
     pub(super) fn process(&self) -> Option<Process> {
         self.process.clone()
     }
 
-    /// Removes the name of its socket unless another engine has taken it. An engine of root runs as a user that may not do so
-    /// itself. Call it after the command to end.
+    /// Removes the name of its socket unless another engine has taken it: an engine of root runs as a user that may not
+    /// do so itself. Call it after sending the command to end.
     pub(super) fn remove_name(&self, home: &Home) {
         let path = home.engine_socket();
         if self.file.is_some() && identity_of_name(&path) == self.file {
-            // A name that remains leads to no engine, and the next one takes it over.
+            // A name that remains leads to no engine, and the next engine replaces it.
             let _ = std::fs::remove_file(path);
         }
     }
 
-    /// Whether it is of this build, for certain.
+    /// Whether the engine is certainly of this build.
     pub(super) fn is_ours(&self) -> bool {
         self.version == version::current() && self.version != version::UNVERSIONED
     }
 
-    /// Its build.
+    /// The version of its build.
     pub(super) fn version(&self) -> &str {
         &self.version
     }
 
-    /// What people are told of it.
+    /// Its description for the table of forwards.
     pub(super) fn facts(&self, draining: u32) -> EngineFacts {
         EngineFacts {
             version: self.version.clone(),
@@ -197,7 +201,7 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<(Event, Vec<OwnedFd>), Lin
         let mut ready = socket.readable().await.map_err(ChannelError::System)?;
         match channel::receive(socket.get_ref().as_fd(), MESSAGE_BYTES_MAX, RecvFlags::DONTWAIT) {
             Err(ChannelError::WouldBlock) => ready.clear_ready(),
-            // An engine of another release may tell more than this one understands.
+            // An engine of another release may send events that this one does not know.
             Err(ChannelError::Malformed(_)) => {}
             Ok(None) | Err(ChannelError::Gone) => return Err(LinkError::Ended),
             Ok(Some(received)) => return Ok(received),
@@ -206,17 +210,18 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<(Event, Vec<OwnedFd>), Lin
     }
 }
 
-/// An engine, and what it holds.
+/// An engine and its inventory.
 #[derive(Debug)]
 pub(super) struct Attached {
     pub(super) link: Link,
     pub(super) inventory: Inventory,
-    /// It did not run before.
+    /// Whether this call has started it.
     pub(super) started: bool,
 }
 
-/// Attaches to the engine that runs; where there is none, starts one if `may_start`, once the one before is gone.
-pub(super) async fn obtain(
+/// Attaches to the running engine. If no engine runs and `may_start`, waits until the one `before` has released its
+/// ports, and starts one.
+pub(super) async fn attach(
     home: &Home,
     may_start: bool,
     before: Option<Departed>,
@@ -226,17 +231,18 @@ pub(super) async fn obtain(
     match Link::connect(&path).await {
         Ok(link) => match link.inventory().await {
             Ok(inventory) => return Ok(Some(Attached { link, inventory, started: false })),
-            // It ended just now, or another driver has taken our place: which of the two shows when it is tried again.
+            // Either it has just ended, or another driver has replaced this one: the next attempt finds out.
             Err(LinkError::Ended) => return Err(LinkError::Ended),
             Err(error) => {
-                // It speaks another language. It knows how to end, and another one takes its place.
+                // The engine does not speak this protocol. It understands the command to end, and another one replaces
+                // it.
                 let _ = link.send(&Command::Drain, &[]).await;
                 if !may_start {
                     return Err(error);
                 }
             }
         },
-        // Nobody is there, or only a name that somebody left.
+        // No engine runs; the name may be that of one that has ended.
         Err(LinkError::Connect { source, .. }) if is_absence(&source) => {}
         Err(error) => return Err(error),
     }
@@ -244,7 +250,7 @@ pub(super) async fn obtain(
         return Ok(None);
     }
     if let Some(before) = before {
-        before.gone().await;
+        before.ports_released().await;
     }
     let link = start(home, &path).await?;
     Ok(Some(Attached { link, inventory: Inventory::default(), started: true }))
@@ -254,7 +260,7 @@ fn is_absence(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::CONNREFUSED))
 }
 
-/// Starts an engine, which takes the name `path`, and connects to it.
+/// Starts an engine that takes the name `path`, and connects to it.
 async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
     let before = identity_of_name(path);
     let mut started = spawn(home, path).await?;
@@ -263,27 +269,27 @@ async fn start(home: &Home, path: &Path) -> Result<Link, LinkError> {
             if identity_of_name(path).is_some_and(|found| Some(found) != before) {
                 return;
             }
-            sleep(LOOK_INTERVAL).await;
+            sleep(CHECK_INTERVAL).await;
         }
     };
     tokio::select! {
         how = started.ended() => return Err(LinkError::EndedEarly(how)),
-        named = timeout(BEGIN_MAX, named) => named.map_err(|_| LinkError::Silent)?,
+        named = timeout(START_MAX, named) => named.map_err(|_| LinkError::Silent)?,
     }
     // A child that is never waited for remains as a zombie.
     tokio::spawn(async move { started.ended().await });
     Link::connect(path).await
 }
 
-/// An engine's process that was started.
+/// The process of an engine that was started.
 enum Started {
     Child(tokio::process::Child),
-    /// By the launcher, which waits for it.
+    /// Started by the launcher, which waits for it.
     Launched(Process),
 }
 
 impl Started {
-    /// Waits for its end; how it ended, as far as that is known.
+    /// Waits for its end. Returns its exit status, if that is known.
     async fn ended(&mut self) -> String {
         match self {
             Started::Child(child) => {
@@ -321,68 +327,70 @@ async fn spawn(home: &Home, path: &Path) -> Result<Started, LinkError> {
     pidfd.and_then(Process::by).map(Started::Launched).map_err(LinkError::Spawn)
 }
 
-/// What the two engines of an upgrade are called. The socket's own name leads to one that has everything, at every moment:
-/// the next one starts under a name aside, and takes the socket's with one rename when it lacks nothing. A driver that is
-/// killed in between leaves names that are not the socket's, and whoever has one of those is the one to end.
+/// The names of the two engines of an upgrade. At every time, the socket's own name leads to an engine that has
+/// everything: the new engine starts under a temporary name, and takes the socket's by one rename when it has
+/// everything. If the driver is killed in between, it leaves temporary names; the engines under those are the ones to
+/// end.
 #[derive(Debug)]
 pub(super) struct Upgrade {
     home: Home,
     next: PathBuf,
-    relieved: PathBuf,
+    old: PathBuf,
 }
 
 impl Upgrade {
-    /// One of this process. Nothing has a name yet.
+    /// Chooses the temporary names, which contain the id of this process. No file is created yet.
     pub(super) fn new(home: &Home) -> Upgrade {
-        // No two processes have the same names aside, as an engine whose driver was killed may take its own one late.
-        let aside = |mark: char| home.engine_socket().with_extension(format!("{}{mark}", std::process::id()));
-        Upgrade { home: home.clone(), next: aside(NEXT), relieved: aside(RELIEVED) }
+        // The names differ between processes, as an engine whose driver was killed may still take its name later.
+        let temporary =
+            |mark: char| home.engine_socket().with_extension(format!("{}{mark}", std::process::id()));
+        Upgrade { home: home.clone(), next: temporary(NEXT), old: temporary(OLD) }
     }
 
-    /// Starts the next engine.
+    /// Starts the new engine.
     pub(super) async fn start(&self) -> Result<Link, LinkError> {
         start(&self.home, &self.next).await
     }
 
-    /// The next engine is the one from here on; the other one keeps a name aside until it was told to end.
+    /// Gives the socket's name to the new engine. The old one keeps a temporary name until it has received the command
+    /// to end.
     pub(super) fn hand_over(&self) -> io::Result<()> {
         let path = self.home.engine_socket();
-        match std::fs::remove_file(&self.relieved) {
+        match std::fs::remove_file(&self.old) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        std::fs::hard_link(&path, &self.relieved)?;
+        std::fs::hard_link(&path, &self.old)?;
         std::fs::rename(&self.next, &path)
     }
 
-    /// The older engine was told to end.
+    /// Removes the temporary name of the old engine, after it has received the command to end.
     pub(super) fn finish(self) -> io::Result<()> {
-        std::fs::remove_file(&self.relieved)
+        std::fs::remove_file(&self.old)
     }
 }
 
-/// The ends of the names aside.
+/// The last characters of the temporary names.
 const NEXT: char = '+';
-const RELIEVED: char = '-';
+const OLD: char = '-';
 
-/// Ends the engines that upgrades have left which were killed: the one that did not take the socket's name yet, or the
-/// one that had it before.
+/// Ends the engines of upgrades that were killed: a new one that had not taken the socket's name, or an old one that
+/// had lost it.
 async fn end_upgrades(home: &Home) {
     let path = home.engine_socket();
     let Ok(entries) = std::fs::read_dir(home.run()) else { return };
-    let is_aside = |aside: &PathBuf| {
-        let extension = aside.extension().and_then(OsStr::to_str);
-        aside.file_stem() == path.file_stem()
-            && extension.is_some_and(|name| name.ends_with([NEXT, RELIEVED]))
+    let is_temporary = |temporary: &PathBuf| {
+        let extension = temporary.extension().and_then(OsStr::to_str);
+        temporary.file_stem() == path.file_stem() && extension.is_some_and(|name| name.ends_with([NEXT, OLD]))
     };
-    for aside in entries.flatten().map(|entry| entry.path()).filter(is_aside) {
-        // Killed before the names were exchanged, the older one has both.
-        if identity_of_name(&aside) != identity_of_name(&path)
-            && let Ok(left) = Link::connect(&aside).await
+    for temporary in entries.flatten().map(|entry| entry.path()).filter(is_temporary) {
+        // If the driver was killed before the rename, both names lead to the old engine.
+        if identity_of_name(&temporary) != identity_of_name(&path)
+            && let Ok(left) = Link::connect(&temporary).await
         {
             let _ = left.send(&Command::Drain, &[]).await;
         }
-        // A name that cannot be removed leads to nobody.
-        let _ = std::fs::remove_file(&aside);
+        // A name that cannot be removed leads to no engine.
+        let _ = std::fs::remove_file(&temporary);
     }
 }

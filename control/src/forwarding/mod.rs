@@ -7,6 +7,19 @@
 //! - `broker_link` carries messages between a broker's session and the driver.
 //! - `engine_link` starts, finds and upgrades the engine's process; `departed` waits until a lost engine's ports are free.
 //!
+//! How a port becomes a forward:
+//!
+//! 1. A registration reaches the driver, which starts the container's task (`driver::event_loop`).
+//! 2. The task locates the container and enters its namespace (`entry`).
+//! 3. The driver adds the namespace to the engine as an upstream (`driver::task_events`).
+//! 4. The engine's watch reports a listener, and the planner records it (`planner::engine_events`).
+//! 5. The planner judges the port by the policy (`planner::verdict`), and commands a listener on the host
+//!    (`planner::watched`).
+//! 6. The engine answers that the listener is open, and the driver reports it (`driver::reporting`).
+//!
+//! A port of a container that cannot be entered comes from the announcements of its broker's session instead of steps 2 to 4
+//! (`driver::brokers`, `planner::announced`).
+//!
 //! Only the driver sends commands to the engine, so their order is the order of the planner's decisions. No two forwards
 //! hold one host port.
 

@@ -42,14 +42,14 @@ impl Session {
         let who = name.to_owned();
         std::thread::spawn(move || accept(&server, &who));
         let link = forwarding.broker(&ContainerName::new(name).unwrap());
-        let (tell, results) = mpsc::channel();
+        let (sender, results) = mpsc::channel();
         let served = Arc::new(AtomicUsize::new(0));
         let connected = Arc::new(AtomicBool::new(false));
-        let (counted, up, mut words) = (Arc::clone(&served), Arc::clone(&connected), link.words);
+        let (counted, up, mut updates) = (Arc::clone(&served), Arc::clone(&connected), link.updates);
         std::thread::spawn(move || {
-            while let Some(word) = words.blocking_recv() {
-                match word {
-                    SessionUpdate::Result(result) => drop(tell.send(result)),
+            while let Some(update) = updates.blocking_recv() {
+                match update {
+                    SessionUpdate::Result(result) => drop(sender.send(result)),
                     SessionUpdate::Serve(channels) => {
                         counted.fetch_add(1, Ordering::SeqCst);
                         for channel in channels {

@@ -121,7 +121,7 @@ impl Session {
         let mut opener = Opener::spawn(Path::new("/proc/self/exe"), target)?;
         let (sources, descriptors) = opener.upstream(shards)?;
         let netns_cookie = opener.netns_cookie();
-        if let Some(upstream) = session.forwarder.reached(netns_cookie) {
+        if let Some(upstream) = session.forwarder.container_entered(netns_cookie) {
             let kind = UpstreamKind::Opener;
             session.engine.apply(Command::AddUpstream { upstream, netns_cookie, sources, kind }, descriptors);
         }
@@ -335,8 +335,8 @@ impl Forwarder {
     }
 
     /// The namespace was entered. Answers with the number under which the engine is to have it, if it has not.
-    fn reached(&mut self, cookie: u64) -> Option<UpstreamId> {
-        match self.planner.reached(&self.only, cookie) {
+    fn container_entered(&mut self, cookie: u64) -> Option<UpstreamId> {
+        match self.planner.container_entered(&self.only, cookie) {
             Admission::Add(upstream) => Some(upstream),
             Admission::Known(_) | Admission::Shared(_) | Admission::Unwanted => None,
         }
@@ -354,7 +354,7 @@ impl Forwarder {
             Event::Stopped => return (reports, Some("has ended".to_owned())),
             _ => {}
         }
-        let changes = self.planner.hear(event, now);
+        let changes = self.planner.on_engine_event(event, now);
         if let Some(reason) = changes.iter().find_map(reason_of_loss) {
             return (reports, Some(format!("let the namespace go: {reason}")));
         }

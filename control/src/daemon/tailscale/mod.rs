@@ -27,7 +27,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::forwarding::driver::Answering;
+use crate::forwarding::driver::OpenPorts;
 use crate::model::event::Event;
 use crate::sys::journal::Journal;
 use crate::sys::private_file;
@@ -51,7 +51,7 @@ pub struct TailscaleOptions {
     /// Where events go.
     pub journal: Journal,
     /// What answers on the host.
-    pub answering: watch::Receiver<Answering>,
+    pub answering: watch::Receiver<OpenPorts>,
 }
 
 /// The task that serves. Dropping it kills the call that it makes.
@@ -106,7 +106,7 @@ impl Service {
     /// Waits until it is known what answers, so that nothing is turned off only because nobody has looked yet. False when
     /// everything stops before.
     async fn is_settled(&mut self, stop: &CancellationToken) -> bool {
-        let settled = self.options.answering.wait_for(|answering| answering.settled);
+        let settled = self.options.answering.wait_for(|answering| answering.complete);
         // Forwarding that has ended tells nothing any more.
         stop.run_until_cancelled(settled).await.is_some_and(|settled| settled.is_ok())
     }

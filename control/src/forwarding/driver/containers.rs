@@ -1,4 +1,4 @@
-//! What is known of each registered container beside its ports.
+//! The driver's record of each registered container, apart from its ports.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use tokio::task::AbortHandle;
 
 use super::owners::SocketOwners;
 use crate::docker::Docker;
-use crate::forwarding::entry::{self, ContainerTask, DockerFacts, EntryRequest, Means, TaskReport};
+use crate::forwarding::entry::{self, ContainerTask, DockerFacts, EnteredBy, EntryRequest, TaskReport};
 use crate::forwarding::planner::{DesiredContainer, Planner, Row, Rows};
 use crate::model::forward_table::{ContainerState, ForwardRow, Reachability, RowState};
 use crate::model::native_sockets;
@@ -22,34 +22,34 @@ use crate::sys::processes;
 #[derive(Debug)]
 pub(super) struct Container {
     pub(super) registration: Arc<Registration>,
-    /// How it is reached, if it is to be forwarded.
+    /// The attach method, if the container is to be forwarded.
     pub(super) attach_method: Option<AttachMethod>,
     pub(super) state: Reachability,
     pub(super) reason: Option<String>,
-    /// Since the engine was attached it was entered, or known not to run.
+    /// Since the engine was attached, the container was entered or found not to run.
     pub(super) tried: bool,
-    /// It cannot be entered just now, as far as was tried, so its broker's session may dial for it.
-    pub(super) missed: bool,
-    /// When it is to be entered once more.
-    pub(super) again: Option<Instant>,
-    /// The cookie of a namespace that it shares with another container, to which its ports are left.
-    pub(super) shares: Option<u64>,
-    /// When its session may dial again.
-    pub(super) dial_again: Option<Instant>,
-    /// What it was entered by last.
-    pub(super) means: Option<Means>,
-    /// What Docker told of it then.
-    pub(super) circumstances: DockerFacts,
-    /// It was told to be reached over its session alone.
-    pub(super) over_session: bool,
-    /// Something changed about it since it was listed.
+    /// The last attempt to enter failed, so a broker's session may dial for the container.
+    pub(super) entry_failed: bool,
+    /// When it is to be entered again.
+    pub(super) enter_at: Option<Instant>,
+    /// The cookie of a namespace that it shares with another container, which has the ports.
+    pub(super) shared_cookie: Option<u64>,
+    /// The earliest time at which its session may dial again.
+    pub(super) dial_at: Option<Instant>,
+    /// The method of the last successful entry.
+    pub(super) entered_by: Option<EnteredBy>,
+    /// The facts from Docker at that time.
+    pub(super) docker_facts: DockerFacts,
+    /// The last event said that the container is reached over its session alone.
+    pub(super) session_reported: bool,
+    /// Something changed since `view` was made.
     pub(super) is_stale: bool,
-    /// As it was listed last.
-    pub(super) listed: ContainerView,
+    /// The state that clients see.
+    pub(super) view: ContainerView,
     pub(super) task: Option<RunningTask>,
 }
 
-/// A container as clients see it.
+/// The state of a container that clients see.
 #[derive(Debug)]
 pub(super) struct ContainerView {
     pub(super) state: Arc<ContainerState>,
@@ -57,7 +57,7 @@ pub(super) struct ContainerView {
     pub(super) inodes: BTreeSet<u64>,
 }
 
-/// The task that is on its way into a container.
+/// The task that enters the container.
 #[derive(Debug)]
 pub(super) struct RunningTask {
     pub(super) number: u64,
@@ -67,14 +67,14 @@ pub(super) struct RunningTask {
     task: AbortHandle,
 }
 
-/// What every visit is given.
+/// The dependencies of every container task.
 #[derive(Debug)]
 pub(super) struct TaskContext {
     pub(super) docker: Docker,
     pub(super) helper: Option<PathBuf>,
-    /// Whether Docker's events are followed.
+    /// Whether Docker's events are being followed.
     pub(super) followed: watch::Sender<bool>,
-    pub(super) words: mpsc::UnboundedSender<TaskReport>,
+    pub(super) reports: mpsc::UnboundedSender<TaskReport>,
 }
 
 impl Drop for RunningTask {
@@ -84,8 +84,8 @@ impl Drop for RunningTask {
 }
 
 impl RunningTask {
-    /// Sets out.
-    pub(super) fn begin(
+    /// Starts the task.
+    pub(super) fn spawn(
         registration: &Registration,
         number: u64,
         attach_method: &AttachMethod,
@@ -105,7 +105,7 @@ impl RunningTask {
             entry_request: opened,
             hint: Arc::clone(&hint),
             followed: task_context.followed.subscribe(),
-            words: task_context.words.clone(),
+            reports: task_context.reports.clone(),
         };
         let task = tokio::spawn(task.run()).abort_handle();
         RunningTask { number, entry_request, id, hint, task }
@@ -113,9 +113,9 @@ impl RunningTask {
 }
 
 impl Container {
-    /// A container that nobody has set out for.
+    /// Creates a container without a task.
     pub(super) fn new(registration: Arc<Registration>) -> Container {
-        let attach_method = wanted_way(&registration);
+        let attach_method = desired_attach_method(&registration);
         let (state, reason) = match &attach_method {
             Some(AttachMethod::Websocket) => (Reachability::Waiting, Some("its WebSocket is not connected")),
             Some(_) => (Reachability::Waiting, None),
@@ -134,39 +134,39 @@ impl Container {
             forwards: Vec::new(),
             omitted: 0,
         };
-        let listed = ContainerView { state: Arc::new(unlisted), inodes: BTreeSet::new() };
+        let view = ContainerView { state: Arc::new(unlisted), inodes: BTreeSet::new() };
         Container {
             registration,
             attach_method,
             state,
             reason: reason.map(str::to_owned),
             tried: !visited,
-            missed: !visited,
-            again: None,
-            shares: None,
-            dial_again: None,
-            means: None,
-            circumstances: DockerFacts::default(),
-            over_session: false,
+            entry_failed: !visited,
+            enter_at: None,
+            shared_cookie: None,
+            dial_at: None,
+            entered_by: None,
+            docker_facts: DockerFacts::default(),
+            session_reported: false,
             is_stale: true,
-            listed,
+            view,
             task: None,
         }
     }
 
-    /// It is registered again, in the same way.
+    /// Replaces the registration, which has the same attach method.
     pub(super) fn registered_again(self, registration: &Arc<Registration>) -> Container {
         if let Some(task) = &self.task
             && !Arc::ptr_eq(&self.registration, registration)
         {
             task.id.send_replace(registration.found_id().map(str::to_owned));
-            // Whoever registers it again may know that it is there.
+            // A registration that is repeated may mean that the container runs.
             task.hint.notify_one();
         }
         Container { registration: Arc::clone(registration), is_stale: true, ..self }
     }
 
-    /// Whether another one is the same container of Docker's, under whatever name.
+    /// Whether both are the same Docker container, under any names.
     pub(super) fn is_same(&self, other: &Container) -> bool {
         let id = |container: &Container| {
             let is_dockers = matches!(container.attach_method, Some(AttachMethod::Docker { .. }));
@@ -175,31 +175,32 @@ impl Container {
         id(self).is_some_and(|own| id(other) == Some(own))
     }
 
-    /// What is known of it, where it is the same as this one was.
-    pub(super) fn go_on_from(&mut self, before: &Container) {
+    /// Copies the state of `before`, which is the same container.
+    pub(super) fn copy_state(&mut self, before: &Container) {
         (self.state, self.reason) = (before.state, before.reason.clone());
-        (self.tried, self.missed, self.shares) = (before.tried, before.missed, before.shares);
-        self.means.clone_from(&before.means);
-        self.circumstances = before.circumstances.clone();
-        self.listed.inodes.clone_from(&before.listed.inodes);
+        (self.tried, self.entry_failed, self.shared_cookie) =
+            (before.tried, before.entry_failed, before.shared_cookie);
+        self.entered_by.clone_from(&before.entered_by);
+        self.docker_facts = before.docker_facts.clone();
+        self.view.inodes.clone_from(&before.view.inodes);
     }
 
-    /// Ends it. Returns its name and the listing, which is to be taken back.
-    pub(super) fn into_listed(self) -> (ContainerName, ContainerView) {
-        (self.registration.container_name.clone(), self.listed)
+    /// Ends the container. Returns its name and its view, which is to be withdrawn.
+    pub(super) fn into_view(self) -> (ContainerName, ContainerView) {
+        (self.registration.container_name.clone(), self.view)
     }
 
-    /// Whether there is a way in that is gone by a visit.
+    /// Whether a container task enters the container.
     pub(super) fn has_task(&self) -> bool {
         self.attach_method.as_ref().is_some_and(has_task)
     }
 
     /// Whether its session may dial for it.
     pub(super) fn may_dial(&self, now: Instant) -> bool {
-        self.attach_method.is_some() && self.missed && self.dial_again.is_none_or(|again| again <= now)
+        self.attach_method.is_some() && self.entry_failed && self.dial_at.is_none_or(|time| time <= now)
     }
 
-    /// Whether its session is how it is reached.
+    /// Whether it is reached over its session.
     pub(super) fn is_dialled(&self, planner: &Planner) -> bool {
         planner.has_session(self.name()) && planner.dialled(self.name()).is_some()
     }
@@ -208,29 +209,29 @@ impl Container {
         &self.registration.container_name
     }
 
-    /// What the planner is told of it.
+    /// The planner's view of it, if it is to be forwarded.
     pub(super) fn desired(&self) -> Option<DesiredContainer> {
         self.attach_method.as_ref()?;
         let policy = Policy::from(self.registration.exposed().unwrap_or_default().as_ref());
-        let published = self.circumstances.published.clone();
+        let published = self.docker_facts.published.clone();
         let native = native_sockets::is_announced(&self.registration);
         Some(DesiredContainer { name: self.name().clone(), policy, published, native })
     }
 
-    /// Lists it again. Returns what was listed before.
+    /// Updates the view. Returns the one before.
     pub(super) fn list(&mut self, planner: &Planner, owners: &mut SocketOwners) -> Arc<ContainerState> {
         self.is_stale = false;
         let Rows { listed, omitted } = planner.rows(self.name());
         // A supervisor may hold a native socket as well, so it reports the process that listens.
         let shown = listed.iter().filter(|row| row.state != RowState::Denied && row.process.is_none());
         let inodes: BTreeSet<u64> = shown.flat_map(|row| row.inodes.iter().copied()).collect();
-        owners.replace(&self.listed.inodes, &inodes);
-        self.listed.inodes = inodes;
-        let state = Arc::new(self.as_listed(planner, owners, listed, omitted));
-        std::mem::replace(&mut self.listed.state, state)
+        owners.replace(&self.view.inodes, &inodes);
+        self.view.inodes = inodes;
+        let state = Arc::new(self.state_of(planner, owners, listed, omitted));
+        std::mem::replace(&mut self.view.state, state)
     }
 
-    fn as_listed(
+    fn state_of(
         &self,
         planner: &Planner,
         owners: &SocketOwners,
@@ -259,7 +260,7 @@ impl Container {
                 bytes_down: row.stats.bytes_down,
             }
         });
-        let (attach_method, state, reason) = self.standing(planner);
+        let (attach_method, state, reason) = self.reachability(planner);
         ContainerState {
             container_name: self.name().as_str().to_owned(),
             attach_method,
@@ -270,17 +271,21 @@ impl Container {
         }
     }
 
-    /// Its way, with what it was entered by.
-    pub(super) fn way_in_words(&self) -> Option<String> {
+    /// The attach method, with the method of entry where that differs.
+    pub(super) fn attach_method_text(&self) -> Option<String> {
         let attach_method = entry::attach_method_of(&self.registration)?;
-        let means = self.means.as_ref().filter(|_| self.state == Reachability::Reached);
-        Some(means.map_or_else(|| attach_method.to_string(), |means| means.words(&attach_method)))
+        let entered_by = self.entered_by.as_ref().filter(|_| self.state == Reachability::Reached);
+        Some(
+            entered_by
+                .map_or_else(|| attach_method.to_string(), |entered_by| entered_by.describe(&attach_method)),
+        )
     }
 
-    /// The way that its bytes go, how far it is reached by that, and why no further, or why by no faster way.
-    fn standing(&self, planner: &Planner) -> (Option<String>, Reachability, Option<String>) {
+    /// The attach method that carries the bytes, the reachability, and the reason why the container is unreachable or
+    /// why no faster method is used.
+    fn reachability(&self, planner: &Planner) -> (Option<String>, Reachability, Option<String>) {
         if !self.is_dialled(planner) {
-            return (self.way_in_words(), self.state, self.reason.clone());
+            return (self.attach_method_text(), self.state, self.reason.clone());
         }
         let attach_method = entry::attach_method_of(&self.registration);
         let faster = attach_method.filter(has_task).zip(self.reason.as_ref());
@@ -289,10 +294,10 @@ impl Container {
     }
 }
 
-/// Why a container that is to be reached by its WebSocket alone is not.
-const NO_BROKER: &str = "it is registered for its WebSocket alone, and without the three that this takes: wsHostPort, portForward and brokerToken";
+/// The reason for a container that is registered for its WebSocket alone and lacks the fields for it.
+const NO_BROKER: &str = "it is registered for its WebSocket alone, and the registration lacks wsHostPort, portForward or brokerToken";
 
-/// Whether a way leads in by a visit, and not by the container's broker alone.
+/// Whether a container task enters the container, as opposed to its broker's session alone.
 fn has_task(attach_method: &AttachMethod) -> bool {
     *attach_method != AttachMethod::Websocket
 }
@@ -301,8 +306,9 @@ fn is_off(registration: &Registration) -> bool {
     registration.exposes_nothing()
 }
 
-/// The way of a container that is to be forwarded: it has one, with all that it takes, and its policy exposes something.
-pub(super) fn wanted_way(registration: &Registration) -> Option<AttachMethod> {
+/// The attach method of a container that is to be forwarded: the registration has one, with all its fields, and its
+/// policy exposes something.
+pub(super) fn desired_attach_method(registration: &Registration) -> Option<AttachMethod> {
     let lacks = |attach_method: &AttachMethod| {
         *attach_method == AttachMethod::Websocket && registration.broker().is_none()
     };

@@ -1,4 +1,4 @@
-//! The engine: had, lost, heard, given its commands, and ended.
+//! The connection to the engine: attach, lose, receive events, send commands, stop.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -11,34 +11,34 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::containers::Container;
 use crate::forwarding::departed::Departed;
-use crate::forwarding::driver::event_loop::{Driver, Engine, REST};
+use crate::forwarding::driver::event_loop::{Driver, Engine, START_PAUSE};
 use crate::forwarding::engine_link::{self, Attached, LinkError};
 use crate::model::event::Event as JournalEvent;
 use crate::model::forward_table::Reachability;
 use crate::version;
 
-/// An engine that has lived this long is started again at once when it is gone.
-const LIVED: Duration = Duration::from_secs(10);
-/// The most events of the engine that are taken in before the next plan.
+/// An engine that was attached for this long is started again at once when it is lost.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
+/// The most events of the engine that are handled before the next plan.
 const EVENTS_MAX: usize = 64;
-/// How long connections may take to finish when the engine is stopped.
+/// The time that connections have to finish when the engine is stopped.
 const DRAIN_MAX: Duration = Duration::from_secs(3);
-/// How long the engine may then take to end.
+/// The time that the engine has to end after that.
 const STOP_MAX: Duration = Duration::from_secs(1);
 
 impl Driver {
-    pub(super) fn look_for_engine(&mut self, first: bool) {
+    pub(super) fn attach_engine(&mut self, first: bool) {
         let home = self.home.clone();
         let may_start = self.is_needed() || !first;
         let before = self.departed.clone();
-        let coming = tokio::spawn(async move { engine_link::obtain(&home, may_start, before).await });
-        self.engine = Engine::Coming(AbortOnDropHandle::new(coming));
+        let attaching = tokio::spawn(async move { engine_link::attach(&home, may_start, before).await });
+        self.engine = Engine::Attaching(AbortOnDropHandle::new(attaching));
     }
 
-    /// An engine is here, or there is none.
-    pub(super) fn welcome(&mut self, came: Result<Option<Attached>, LinkError>) {
+    /// Handles the result of an attempt to attach.
+    pub(super) fn on_attach_result(&mut self, result: Result<Option<Attached>, LinkError>) {
         let now = Instant::now();
-        match came {
+        match result {
             Ok(Some(Attached { link, inventory, started })) => {
                 self.failure = None;
                 let facts = link.facts(0);
@@ -53,8 +53,8 @@ impl Driver {
                 }
                 self.departed = None;
                 self.planner.attach(inventory);
-                self.settled = false;
-                self.compared = false;
+                self.swept = false;
+                self.version_compared = false;
                 self.engine = Engine::Attached(link, now);
                 for at in 0..self.containers.len() {
                     if let Some(container) = self.containers.get_mut(at) {
@@ -63,10 +63,10 @@ impl Driver {
                     self.enter(at);
                 }
             }
-            Ok(None) => self.engine = Engine::Absent { again: now },
+            Ok(None) => self.engine = Engine::Absent { retry_at: now },
             Err(error) => {
-                self.engine = Engine::Absent { again: now + self.rest };
-                self.rest = (2 * self.rest).min(REST.1);
+                self.engine = Engine::Absent { retry_at: now + self.start_pause };
+                self.start_pause = (2 * self.start_pause).min(START_PAUSE.1);
                 let text = error.to_string();
                 if self.failure.as_ref() != Some(&text) {
                     self.journal.record(&JournalEvent::Notice { text: text.clone() });
@@ -80,16 +80,21 @@ impl Driver {
         let now = Instant::now();
         if let Engine::Attached(link, since) = &self.engine {
             self.departed = Some(Departed::new(link.process(), self.planner.held_ports()));
-            let lived = now.saturating_duration_since(*since) >= LIVED;
-            self.rest = if lived { REST.0 } else { self.rest };
+            let was_stable = now.saturating_duration_since(*since) >= STABLE_AFTER;
+            self.start_pause = if was_stable { START_PAUSE.0 } else { self.start_pause };
             self.journal.record(&JournalEvent::EngineLost { reason: reason.to_owned() });
-            // The first attempt is at once; one that dies young is given time.
-            let pause = if lived || self.rest == REST.0 { Duration::ZERO } else { self.rest };
-            self.rest = (2 * self.rest).min(REST.1);
-            self.engine = Engine::Absent { again: now + pause };
+            // The first attempt is made at once. An engine that ends soon after its start is started again after a
+            // pause.
+            let pause = if was_stable || self.start_pause == START_PAUSE.0 {
+                Duration::ZERO
+            } else {
+                self.start_pause
+            };
+            self.start_pause = (2 * self.start_pause).min(START_PAUSE.1);
+            self.engine = Engine::Absent { retry_at: now + pause };
         }
         let changes = self.planner.detach();
-        self.tell_all(changes);
+        self.report_changes(changes);
         for container in &mut self.containers {
             if let Some(task) = &container.task {
                 task.entry_request.send_replace(None);
@@ -97,7 +102,7 @@ impl Driver {
             if container.state == Reachability::Reached {
                 container.is_stale = true;
                 container.state = Reachability::Waiting;
-                container.reason = Some("the engine is being started again".to_owned());
+                container.reason = Some("the engine is being restarted".to_owned());
             }
         }
         let table = self.table();
@@ -106,14 +111,14 @@ impl Driver {
         }
     }
 
-    /// Takes in an event, and those that have arrived behind it: there is one plan for all of them, and everything else on
-    /// this thread runs in between.
-    pub(super) async fn hear_engine_until_silent(&mut self, first: Result<Event, LinkError>) {
+    /// Handles an event and those that have arrived after it, so that one plan follows all of them. Other tasks of this
+    /// thread run in between.
+    pub(super) async fn on_engine_events(&mut self, first: Result<Event, LinkError>) {
         let mut next = Some(first);
         let mut left = EVENTS_MAX;
         while let Some(event) = next {
             match event {
-                Ok(event) => self.hear_engine(&event),
+                Ok(event) => self.on_engine_event(&event),
                 Err(error) => return self.lose_engine(&error.to_string()),
             }
             tokio::task::yield_now().await;
@@ -125,7 +130,7 @@ impl Driver {
         }
     }
 
-    pub(super) fn hear_engine(&mut self, event: &Event) {
+    pub(super) fn on_engine_event(&mut self, event: &Event) {
         match event {
             Event::Degraded { what } => self.notice(what.clone()),
             Event::Recovered { what } => self.notice(format!("recovered: {what}")),
@@ -133,12 +138,12 @@ impl Driver {
             Event::Stopped => return self.lose_engine("it was stopped"),
             _ => {}
         }
-        let changes = self.planner.hear(event, Instant::now());
-        self.tell_all(changes);
+        let changes = self.planner.on_engine_event(event, Instant::now());
+        self.report_changes(changes);
         if matches!(event, Event::State { more: false, .. }) {
             let table = self.table();
             for answer in self.tables.drain(..) {
-                // Whoever asked may have gone.
+                // The caller may have gone.
                 let _ = answer.send(table.clone());
             }
         }
@@ -148,31 +153,31 @@ impl Driver {
         self.journal.record(&JournalEvent::Notice { text });
     }
 
-    /// Gives the engine what the planner has, and deals with what is due once for each engine.
+    /// Sends the engine the planner's commands, and does what is due once for each engine.
     pub(super) async fn step(&mut self) {
         self.step_once().await;
-        self.dial_all().await;
+        self.dial_upstreams().await;
         self.step_once().await;
-        if !self.settled && self.is_settled() {
-            self.settled = true;
+        if !self.swept && self.are_all_tried() {
+            self.swept = true;
             self.planner.sweep();
             self.step_once().await;
         }
-        if self.settled && !self.compared {
-            self.compared = true;
+        if self.swept && !self.version_compared {
+            self.version_compared = true;
             self.compare_versions().await;
             self.step_once().await;
         }
     }
 
-    /// Whether everybody had the chance to claim what an earlier driver left.
-    pub(super) fn is_settled(&self) -> bool {
+    /// Whether every registered container was tried, and could claim what an earlier driver left.
+    pub(super) fn are_all_tried(&self) -> bool {
         let attached = matches!(self.engine, Engine::Attached(..));
         let tried = |container: &Container| container.tried || container.attach_method.is_none();
         attached && self.replayed.is_none() && self.containers.iter().all(tried)
     }
 
-    /// Whether there is no engine, and nobody who needs one.
+    /// Whether the engine is absent and no container needs one.
     pub(super) fn is_idle(&self) -> bool {
         matches!(self.engine, Engine::Absent { .. }) && self.replayed.is_none() && !self.is_needed()
     }
@@ -184,12 +189,12 @@ impl Driver {
             return;
         }
         if !self.is_needed() {
-            self.dismiss_engine().await;
+            self.drain_engine().await;
             return;
         }
         match self.upgrade().await {
             Ok(()) => self.journal.record(&JournalEvent::EngineUpgraded { from: theirs, to: ours }),
-            Err(reason) => self.notice(format!("the engine of version {theirs} was not relieved: {reason}")),
+            Err(reason) => self.notice(format!("the engine of version {theirs} was not replaced: {reason}")),
         }
     }
 
@@ -198,18 +203,18 @@ impl Driver {
             return;
         }
         let (commands, changes) = self.planner.step(Instant::now());
-        self.tell_all(changes);
+        self.report_changes(changes);
         for command in &commands {
-            if !self.give(command, &[]).await {
+            if !self.send_command(command, &[]).await {
                 return;
             }
         }
     }
 
-    /// Gives the engine a command; one that cannot be given to is lost.
-    pub(super) async fn give(&mut self, command: &Command, descriptors: &[OwnedFd]) -> bool {
+    /// Sends a command to the engine. Returns false if that failed, which loses the engine.
+    pub(super) async fn send_command(&mut self, command: &Command, descriptors: &[OwnedFd]) -> bool {
         let Engine::Attached(link, _) = &self.engine else { return false };
-        match link.give(command, descriptors).await {
+        match link.send_command(command, descriptors).await {
             Ok(()) => true,
             Err(error) => {
                 self.lose_engine(&error.to_string());
@@ -218,14 +223,14 @@ impl Driver {
         }
     }
 
-    /// Ends the engine: connections may finish for a while, and then they end.
+    /// Stops the engine: first it drains its connections for a bounded time, then it resets them.
     pub(super) async fn stop(&mut self) {
-        self.gone.extend(std::mem::take(&mut self.containers).into_iter().map(Container::into_listed));
+        self.removed.extend(std::mem::take(&mut self.containers).into_iter().map(Container::into_view));
         self.planner.stop();
         let begin = tokio::time::Instant::now();
         let process = match &self.engine {
             Engine::Attached(link, _) => link.process(),
-            Engine::Absent { .. } | Engine::Coming(_) => None,
+            Engine::Absent { .. } | Engine::Attaching(_) => None,
         };
         for (command, until) in
             [(Command::Drain, begin + DRAIN_MAX), (Command::Stop, begin + DRAIN_MAX + STOP_MAX)]
@@ -233,7 +238,7 @@ impl Driver {
             if command == Command::Stop {
                 self.stop_drained.send_replace(true);
             }
-            if !self.give(&command, &[]).await {
+            if !self.send_command(&command, &[]).await {
                 break;
             }
             if let Engine::Attached(link, _) = &self.engine {
@@ -242,11 +247,11 @@ impl Driver {
             while let Engine::Attached(link, _) = &self.engine {
                 match timeout_at(until, link.recv()).await {
                     Ok(Ok((Event::Stopped, _)) | Err(_)) => {
-                        self.engine = Engine::Absent { again: Instant::now() };
+                        self.engine = Engine::Absent { retry_at: Instant::now() };
                     }
                     Ok(Ok((event, _))) => {
-                        let changes = self.planner.hear(&event, Instant::now());
-                        self.tell_all(changes);
+                        let changes = self.planner.on_engine_event(&event, Instant::now());
+                        self.report_changes(changes);
                     }
                     Err(_) => break,
                 }
@@ -260,7 +265,7 @@ impl Driver {
     }
 }
 
-/// A layer that the confinement of root's engine lacks, in a sentence for people.
+/// The notice about a missing layer of confinement of root's engine.
 fn confinement_lack(lack: Lack) -> &'static str {
     match lack {
         Lack::User => {

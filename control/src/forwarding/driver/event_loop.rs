@@ -1,4 +1,4 @@
-//! The loop: what happens comes in, commands go out.
+//! The event loop: receives one input per turn, and sends the commands that result from it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep_until;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::brokers::{ANNOUNCED_MAX, Brokers, SessionMessage};
-use super::containers::{Container, ContainerView, RunningTask, TaskContext, wanted_way};
+use super::brokers::{Brokers, SESSION_MESSAGES_MAX, SessionMessage};
+use super::containers::{Container, ContainerView, RunningTask, TaskContext, desired_attach_method};
 use super::owners::{Found, SocketOwners};
-use super::{Answering, Ask, ForwardingOptions, Published};
+use super::{ForwardingOptions, OpenPorts, Published, Request};
 use crate::forwarding::departed::Departed;
 use crate::forwarding::engine_link::{Attached, Link, LinkError};
 use crate::forwarding::entry::{EntryRequest, TaskReport};
@@ -24,26 +24,27 @@ use crate::registry::store::Registered;
 use crate::sys::journal::Journal;
 use crate::sys::paths::Home;
 
-/// How long an engine rests between attempts to start it: the first time, and at most.
-pub(super) const REST: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// How long after the engine let go of a container it is entered again.
-pub(super) const ENTER_AGAIN: Duration = Duration::from_secs(2);
+/// The pause between two attempts to start an engine: the first and the longest.
+pub(super) const START_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// The delay before a container is entered again, after the engine removed its upstream or an attempt was refused
+/// because another container has its namespace.
+pub(super) const REENTER_PAUSE: Duration = Duration::from_secs(2);
 
-/// The task's ends of the handle.
+/// The task's ends of the handle's channels.
 pub(super) struct Parts {
-    pub(super) asked: mpsc::UnboundedReceiver<Ask>,
+    pub(super) request_receiver: mpsc::UnboundedReceiver<Request>,
     pub(super) ended: mpsc::UnboundedSender<ContainerName>,
     pub(super) published: Arc<Published>,
-    pub(super) answers: watch::Sender<Answering>,
+    pub(super) open_ports_sender: watch::Sender<OpenPorts>,
 }
 
-/// Where the engine is.
+/// The state of the engine's connection.
 pub(super) enum Engine {
-    /// Not there. It is tried to have one at `again`, if somebody needs one.
-    Absent { again: Instant },
-    /// Being looked for.
-    Coming(AbortOnDropHandle<Result<Option<Attached>, LinkError>>),
-    /// Here, since then.
+    /// No engine is attached. The next attempt is at `retry_at`, if a container needs an engine.
+    Absent { retry_at: Instant },
+    /// An attempt to attach or to start one is running.
+    Attaching(AbortOnDropHandle<Result<Option<Attached>, LinkError>>),
+    /// Attached since that time.
     Attached(Link, Instant),
 }
 
@@ -56,40 +57,40 @@ pub(super) struct Driver {
     pub(super) parts: Parts,
     pub(super) planner: Planner,
     pub(super) engine: Engine,
-    /// The one that was lost, until there is another one.
+    /// The engine that was lost, until another one is attached.
     pub(super) departed: Option<Departed>,
-    pub(super) rest: Duration,
-    /// The last failure to have an engine, told once.
+    pub(super) start_pause: Duration,
+    /// The last failure to attach an engine; each distinct failure is reported once.
     pub(super) failure: Option<String>,
     /// In the order of registration.
     pub(super) containers: Vec<Container>,
     pub(super) brokers: Brokers,
-    pub(super) told: mpsc::UnboundedReceiver<TaskReport>,
-    /// Numbers of visits and of requests to enter.
+    pub(super) task_reports: mpsc::UnboundedReceiver<TaskReport>,
+    /// The last number of a container task or of an entry request.
     pub(super) serial: u64,
-    /// Everything that an earlier driver left is claimed or swept.
-    pub(super) settled: bool,
-    /// Whether the engine's other version was dealt with.
-    pub(super) compared: bool,
-    /// One token for each engine that finishes its connections; told to stop by the watch.
+    /// Whether what an earlier driver left was claimed, or removed by [`Planner::sweep`].
+    pub(super) swept: bool,
+    /// Whether the engine's version was compared with this build's.
+    pub(super) version_compared: bool,
+    /// One clone for each engine that finishes its connections; `stop_drained` makes those engines stop.
     pub(super) draining: Arc<()>,
     pub(super) stop_drained: watch::Sender<bool>,
     pub(super) tables: Vec<oneshot::Sender<ForwardTable>>,
     pub(super) owners: SocketOwners,
-    /// The number of the link that stands for each sandbox with native sockets.
+    /// The number of the current supervisor link of each sandbox with native sockets.
     pub(super) native_links: BTreeMap<ContainerName, u64>,
-    /// Containers that are listed and not there any more.
-    pub(super) gone: Vec<(ContainerName, ContainerView)>,
+    /// Containers that were removed and whose listed state has not been withdrawn yet.
+    pub(super) removed: Vec<(ContainerName, ContainerView)>,
 }
 
-/// What woke the loop.
+/// The inputs of the loop.
 enum Input {
-    Ask(Option<Ask>),
+    Request(Option<Request>),
     Registrations,
     TaskEvent(TaskReport),
     Broker(SessionMessage),
     Engine(Result<Event, LinkError>),
-    Came(Result<Option<Attached>, LinkError>),
+    AttachResult(Result<Option<Attached>, LinkError>),
     Replayed,
     Owners(Found),
     Time,
@@ -99,85 +100,87 @@ impl Driver {
     pub(super) fn new(options: ForwardingOptions, parts: Parts) -> Driver {
         let ForwardingOptions { home, journal, docker, helper, replayed, registrations, control_ports } =
             options;
-        let (words, told) = mpsc::unbounded_channel();
+        let (reports, task_reports) = mpsc::unbounded_channel();
         Driver {
             home,
             journal,
-            task_context: TaskContext { docker, helper, followed: watch::Sender::new(false), words },
+            task_context: TaskContext { docker, helper, followed: watch::Sender::new(false), reports },
             replayed: Some(replayed),
             registrations,
             parts,
             planner: Planner::new(control_ports),
-            engine: Engine::Absent { again: Instant::now() },
+            engine: Engine::Absent { retry_at: Instant::now() },
             departed: None,
-            rest: REST.0,
+            start_pause: START_PAUSE.0,
             failure: None,
             containers: Vec::new(),
             brokers: Brokers::new(),
-            told,
+            task_reports,
             serial: 0,
-            settled: false,
-            compared: false,
+            swept: false,
+            version_compared: false,
             draining: Arc::new(()),
             stop_drained: watch::Sender::new(false),
             tables: Vec::new(),
             owners: SocketOwners::new(),
             native_links: BTreeMap::new(),
-            gone: Vec::new(),
+            removed: Vec::new(),
         }
     }
 
     pub(super) async fn run(mut self) {
         self.registrations.mark_unchanged();
         self.sync();
-        // One that runs is taken over even where nobody needs it: what it holds for nobody has to end.
+        // Attach even if no container needs an engine: the forwards that a running one holds for no container have to
+        // close.
         if matches!(self.engine, Engine::Absent { .. }) {
-            self.look_for_engine(true);
+            self.attach_engine(true);
         }
         loop {
             self.step().await;
-            self.see_off_brokers();
+            self.answer_stopped_brokers();
             self.publish();
             match self.wait().await {
-                Input::Ask(None) => return,
-                Input::Ask(Some(Ask::Detach(done))) => {
-                    // Whoever waits may go on once the channel is closed.
+                Input::Request(None) => return,
+                Input::Request(Some(Request::Detach(done))) => {
+                    // The caller continues after the channel to the engine is closed.
                     drop(self);
                     let _ = done.send(());
                     return;
                 }
-                Input::Ask(Some(Ask::StopEngine(done))) => {
+                Input::Request(Some(Request::StopEngine(done))) => {
                     self.stop().await;
                     self.publish();
                     let _ = done.send(());
                     return;
                 }
-                Input::Ask(Some(Ask::Table(answer))) => self.describe(answer).await,
-                Input::Ask(Some(Ask::LookAgain(name))) => self.look_again(&name),
-                Input::Ask(Some(Ask::Followed(followed))) => {
+                Input::Request(Some(Request::Table(answer))) => self.describe(answer).await,
+                Input::Request(Some(Request::Recheck(name))) => self.recheck(&name),
+                Input::Request(Some(Request::EventsFollowed(followed))) => {
                     self.task_context.followed.send_replace(followed);
                 }
-                Input::Ask(Some(Ask::Native(report))) => self.hear_native(report),
-                Input::Ask(Some(Ask::Broker(name, announcements, words))) => {
-                    self.meet_broker(name, announcements, words);
+                Input::Request(Some(Request::Native(report))) => self.on_native_report(report),
+                Input::Request(Some(Request::Broker(name, announcements, updates))) => {
+                    self.add_broker(name, announcements, updates);
                 }
                 Input::Registrations => self.sync(),
-                Input::Broker(heard) => {
-                    // What a container announces is as much as it likes, and planning takes a while: what is there already is
-                    // taken in first, and everybody else on this thread has a turn in between.
-                    self.hear_broker(heard).await;
-                    for _ in 1..ANNOUNCED_MAX {
-                        let Some(heard) = self.brokers.heard_already() else { break };
-                        self.hear_broker(heard).await;
+                Input::Broker(message) => {
+                    // A container can announce without end, and planning takes time. So what has arrived is taken in
+                    // first, up to a bound, and the other tasks of this thread run before the next turn.
+                    self.on_session_message(message).await;
+                    for _ in 1..SESSION_MESSAGES_MAX {
+                        let Some(message) = self.brokers.try_recv() else { break };
+                        self.on_session_message(message).await;
                     }
                     tokio::task::yield_now().await;
                 }
-                Input::TaskEvent(word) => self.hear_word(word).await,
-                Input::Engine(event) => self.hear_engine_until_silent(event).await,
-                Input::Came(came) => self.welcome(came),
+                Input::TaskEvent(event) => self.on_task_report(event).await,
+                Input::Engine(event) => self.on_engine_events(event).await,
+                Input::AttachResult(result) => self.on_attach_result(result),
                 Input::Replayed => {
                     self.replayed = None;
-                    // They may not have been heard of yet, and whoever is missing now is taken for gone.
+                    // The last registrations may not have been read yet, and a container that is missing now counts as
+                    // gone.
                     self.sync();
                 }
                 Input::Owners(found) => self.on_owners(found),
@@ -186,7 +189,7 @@ impl Driver {
         }
     }
 
-    /// Waits for whatever is next.
+    /// Waits for the next input.
     async fn wait(&mut self) -> Input {
         let due = self.due();
         let time = async {
@@ -204,42 +207,44 @@ impl Driver {
         let engine = async {
             match &mut self.engine {
                 Engine::Attached(link, _) => Input::Engine(link.recv().await.map(|(event, _)| event)),
-                Engine::Coming(coming) => Input::Came(coming.await.unwrap_or(Err(LinkError::Silent))),
+                Engine::Attaching(attaching) => {
+                    Input::AttachResult(attaching.await.unwrap_or(Err(LinkError::Silent)))
+                }
                 Engine::Absent { .. } => std::future::pending().await,
             }
         };
         let registrations = async {
-            // Once the registry is gone, what was registered last is forwarded on.
+            // After the registry has ended, the last registrations stay forwarded.
             if self.registrations.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
         };
         tokio::select! {
-            // Questions of people and of the daemon come before events of containers.
+            // Requests of users and of the daemon come before events of containers.
             biased;
-            ask = self.parts.asked.recv() => Input::Ask(ask),
+            request = self.parts.request_receiver.recv() => Input::Request(request),
             () = registrations => Input::Registrations,
-            Some(word) = self.told.recv() => Input::TaskEvent(word),
+            Some(event) = self.task_reports.recv() => Input::TaskEvent(event),
             () = replayed => Input::Replayed,
             owners = self.owners.found() => Input::Owners(owners),
             () = time => Input::Time,
-            // The engine reports what it was asked for, and what its watch found at a bounded pace.
+            // The engine reports the results of commands, and what its watch finds at a bounded rate.
             turn = engine => turn,
-            heard = self.brokers.hear() => Input::Broker(heard),
+            message = self.brokers.recv() => Input::Broker(message),
         }
     }
 
     fn due(&self) -> Option<Instant> {
         let engine = match &self.engine {
-            Engine::Absent { again } if self.is_needed() => Some(*again),
+            Engine::Absent { retry_at } if self.is_needed() => Some(*retry_at),
             _ => None,
         };
         let planner = matches!(self.engine, Engine::Attached(..)).then(|| self.planner.due()).flatten();
-        let again = self.containers.iter().filter_map(|container| container.again).min();
-        let waits = |container: &&Container| self.planner.wants_dialler(container.name());
-        let dial = self.containers.iter().filter(waits).filter_map(|container| container.dial_again).min();
+        let enter = self.containers.iter().filter_map(|container| container.enter_at).min();
+        let waits = |container: &&Container| self.planner.wants_dialled_upstream(container.name());
+        let dial = self.containers.iter().filter(waits).filter_map(|container| container.dial_at).min();
         let dial = matches!(self.engine, Engine::Attached(..)).then_some(dial).flatten();
-        [engine, planner, again, dial, self.owners.due()].into_iter().flatten().min()
+        [engine, planner, enter, dial, self.owners.due()].into_iter().flatten().min()
     }
 
     pub(super) fn is_needed(&self) -> bool {
@@ -248,15 +253,15 @@ impl Driver {
 
     fn on_time(&mut self) {
         let now = Instant::now();
-        if matches!(&self.engine, Engine::Absent { again } if *again <= now) && self.is_needed() {
-            self.look_for_engine(false);
+        if matches!(&self.engine, Engine::Absent { retry_at } if *retry_at <= now) && self.is_needed() {
+            self.attach_engine(false);
         }
-        let due = |container: &Container| container.again.is_some_and(|again| again <= now);
-        let again: Vec<usize> =
+        let due = |container: &Container| container.enter_at.is_some_and(|time| time <= now);
+        let due: Vec<usize> =
             (0..self.containers.len()).filter(|at| self.containers.get(*at).is_some_and(due)).collect();
-        for at in again {
-            if self.is_shared_still(at) {
-                // To enter it would show the same.
+        for at in due {
+            if self.still_shares_network(at) {
+                // An entry would have the same result.
                 self.enter_later(at);
             } else {
                 self.enter(at);
@@ -264,43 +269,46 @@ impl Driver {
         }
     }
 
-    /// Makes the containers those that are registered.
+    /// Updates the containers to those that are registered.
     fn sync(&mut self) {
         let registered = self.registrations.borrow_and_update().clone();
         let mut before = std::mem::take(&mut self.containers);
-        let (mut changes, mut gone) = (Vec::new(), Vec::new());
+        let (mut changes, mut removed) = (Vec::new(), Vec::new());
         for registration in &registered.entries {
             let same = |known: &Container| known.name() == &registration.container_name;
             let known = before.iter().position(same).map(|at| before.swap_remove(at));
             let container = match known {
-                Some(known) if known.attach_method == wanted_way(registration) => {
+                Some(known) if known.attach_method == desired_attach_method(registration) => {
                     known.registered_again(registration)
                 }
                 known => {
-                    let new = self.newcomer(registration, known.as_ref(), &before, &mut changes);
-                    gone.extend(known);
+                    let new = self.new_container(registration, known.as_ref(), &before, &mut changes);
+                    removed.extend(known);
                     new
                 }
             };
             self.containers.push(container);
         }
-        self.gone.extend(gone.into_iter().chain(before).map(Container::into_listed));
-        self.tell_all(changes);
-        let unvisited = |container: &Container| container.task.is_none() && container.has_task();
-        let unvisited: Vec<usize> =
-            (0..self.containers.len()).filter(|at| self.containers.get(*at).is_some_and(unvisited)).collect();
-        for at in unvisited {
-            self.set_out(at);
+        self.removed.extend(removed.into_iter().chain(before).map(Container::into_view));
+        self.report_changes(changes);
+        let without_task = |container: &Container| container.task.is_none() && container.has_task();
+        let without_task: Vec<usize> = (0..self.containers.len())
+            .filter(|at| self.containers.get(*at).is_some_and(without_task))
+            .collect();
+        for at in without_task {
+            self.start_task(at);
         }
         self.desired();
-        if self.is_needed() && matches!(&self.engine, Engine::Absent { again } if *again <= Instant::now()) {
-            self.look_for_engine(false);
+        if self.is_needed()
+            && matches!(&self.engine, Engine::Absent { retry_at } if *retry_at <= Instant::now())
+        {
+            self.attach_engine(false);
         }
     }
 
-    /// A container under a name or in a way that is new to it; `known` had the name before. What it has stays open where it is
-    /// the container that had that under another name, or in another way.
-    fn newcomer(
+    /// Creates a container whose name or attach method is new; `known` is the container that had the name before. If it
+    /// is the same Docker container under another name or attach method, its forwards stay open.
+    fn new_container(
         &mut self,
         registration: &Arc<Registration>,
         known: Option<&Container>,
@@ -310,29 +318,30 @@ impl Driver {
         let mut new = Container::new(Arc::clone(registration));
         if let Some(known) = known {
             if new.is_same(known) {
-                new.go_on_from(known);
+                new.copy_state(known);
             } else {
-                self.planner.left(known.name());
+                self.planner.container_lost(known.name());
             }
         } else if let Some(same) = before.iter().chain(&self.containers).find(|other| new.is_same(other)) {
             changes.extend(self.planner.renamed(same.name(), new.name()));
-            new.go_on_from(same);
+            new.copy_state(same);
         }
         new
     }
 
-    /// Tells the planner what is to be forwarded.
+    /// Passes the containers to forward to the planner.
     pub(super) fn desired(&mut self) {
         self.planner.desired(self.containers.iter().filter_map(Container::desired).collect());
     }
 
-    fn set_out(&mut self, at: usize) {
-        let entry_request = self.next_gate();
+    fn start_task(&mut self, at: usize) {
+        let entry_request = self.next_entry_request();
         let number = self.serial;
         let Some(container) = self.containers.get_mut(at) else { return };
-        // A process that has ended does not come again under the same registration.
+        // The task of a process registration ends with its process and is not started again: the same process does not
+        // come back.
         if let Some(attach_method) = container.attach_method.clone() {
-            let task = RunningTask::begin(
+            let task = RunningTask::spawn(
                 &container.registration,
                 number,
                 &attach_method,
@@ -343,8 +352,8 @@ impl Driver {
         }
     }
 
-    /// A new request to enter, if there is an engine to enter for.
-    pub(super) fn next_gate(&mut self) -> Option<EntryRequest> {
+    /// Returns a new request to enter, if an engine is attached.
+    pub(super) fn next_entry_request(&mut self) -> Option<EntryRequest> {
         self.serial += 1;
         match &self.engine {
             Engine::Attached(link, _) => Some(EntryRequest { serial: self.serial, shards: link.shards }),
@@ -352,18 +361,18 @@ impl Driver {
         }
     }
 
-    /// Has a container entered anew.
+    /// Requests that a container is entered again.
     pub(super) fn enter(&mut self, at: usize) {
-        let entry_request = self.next_gate();
+        let entry_request = self.next_entry_request();
         if let Some(container) = self.containers.get_mut(at) {
-            container.again = None;
+            container.enter_at = None;
             if let Some(task) = &container.task {
                 task.entry_request.send_replace(entry_request);
             }
         }
     }
 
-    fn look_again(&self, name: &str) {
+    fn recheck(&self, name: &str) {
         for container in self.containers.iter().filter(|container| container.name().as_str() == name) {
             if let Some(task) = &container.task {
                 task.hint.notify_one();

@@ -1,12 +1,13 @@
-//! Forwarding for every registered container: the task that drives the engine, and the handle to it.
+//! The task that drives the engine for every registered container, and the handle to it.
 //!
-//! One task owns everything that is known ([`Planner`](crate::forwarding::planner::Planner)) and the engine's channel. It waits for
-//! whatever comes first: other registrations, a word of a container's visit, an event of the engine, a question, or the
-//! time; takes it in; and gives the engine the commands that the planner then has. Nobody else talks to the engine, so
-//! the order in which things are known is the order in which they are said.
+//! One task owns the whole state ([`Planner`](crate::forwarding::planner::Planner)) and the engine's channel. Each turn
+//! of its loop waits for one input (changed registrations, a report of a container task, an announcement of a broker's
+//! session, an event of the engine, a request of the handle, or a timer), updates the planner with it, and sends the
+//! engine the commands that [`Planner::step`](crate::forwarding::planner::Planner::step) returns. No other task sends
+//! commands to the engine.
 //!
-//! Questions that may not wait ([`Forwarding::forwarded_ports`]) are answered from what was published after the last
-//! turn.
+//! The engine is absent, being connected, or attached ([`event_loop::Engine`]). [`Forwarding::forwarded_ports`] never
+//! waits: it reads the snapshot that the task published after its last turn.
 
 mod brokers;
 mod containers;
@@ -42,46 +43,46 @@ use event_loop::{Driver, Parts};
 pub use natives::NativeLink;
 use natives::NativeReport;
 
-/// What answers on the host.
+/// The host ports that accept connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Answering {
-    /// Whether every registered container had the chance to be reached. Before, ports may be missing that answer.
-    pub settled: bool,
+pub struct OpenPorts {
+    /// Whether every registered container was tried. Before that, open ports may be missing.
+    pub complete: bool,
     /// The container behind each host port.
     pub ports: BTreeMap<NonZeroU16, String>,
 }
 
-/// How long fresh counters are waited for.
+/// The longest wait for fresh counters.
 const TABLE_MAX: Duration = Duration::from_millis(500);
 
-/// What forwarding works with.
+/// The dependencies of forwarding.
 pub struct ForwardingOptions {
-    /// Where the engine's socket is.
+    /// The directory of the engine's socket.
     pub home: Home,
-    /// Where events go.
+    /// Receives the events.
     pub journal: Journal,
-    /// Where containers are looked for by name.
+    /// Resolves containers by name.
     pub docker: Docker,
-    /// Where a helper listens that may enter Docker's containers, if there is to be one.
+    /// The socket of the helper that can enter Docker's containers, if a helper is configured.
     pub helper: Option<PathBuf>,
-    /// Ready when every registration that was kept on disk is among `registrations`: what the engine still holds for
-    /// nobody is let go of after that, and not before.
+    /// Ready when `registrations` contains every registration that was kept on disk. Only after that are ports closed
+    /// that the engine holds for no registration.
     pub replayed: BoxFuture<'static, ()>,
-    /// The registrations, as a level.
+    /// The current registrations; a level, not a stream of changes.
     pub registrations: watch::Receiver<Arc<Registered>>,
-    /// The ports of the host that no forward binds.
+    /// The host ports that no forward binds.
     pub control_ports: ControlPorts,
 }
 
-/// The handle; clones drive the same task. When the last one is dropped, the task lets go of the engine.
+/// The handle; clones drive the same task. When the last one is dropped, the task ends and the engine keeps running.
 #[derive(Clone)]
 pub struct Forwarding(Arc<Shared>);
 
 struct Shared {
-    asks: mpsc::UnboundedSender<Ask>,
+    requests: mpsc::UnboundedSender<Request>,
     native_links: AtomicU64,
     published: Arc<Published>,
-    answering: watch::Receiver<Answering>,
+    open_ports: watch::Receiver<OpenPorts>,
     ended: Mutex<Option<mpsc::UnboundedReceiver<ContainerName>>>,
 }
 
@@ -95,7 +96,7 @@ impl fmt::Debug for Forwarding {
 #[derive(Debug, Default)]
 struct Published(Mutex<Snapshot>);
 
-/// The engine, and every container. A container that did not change is the one of the snapshot before.
+/// The engine and every container. The state of an unchanged container is shared with the previous snapshot.
 #[derive(Clone, Debug, Default)]
 struct Snapshot {
     engine: Option<EngineFacts>,
@@ -119,12 +120,12 @@ impl From<Snapshot> for ForwardTable {
     }
 }
 
-/// What the handle asks of the task.
+/// A request of the handle to the task.
 #[derive(Debug)]
-enum Ask {
+enum Request {
     Table(oneshot::Sender<ForwardTable>),
-    LookAgain(String),
-    Followed(bool),
+    Recheck(String),
+    EventsFollowed(bool),
     Native(NativeReport),
     Broker(ContainerName, mpsc::Receiver<Announcement>, mpsc::UnboundedSender<SessionUpdate>),
     Detach(oneshot::Sender<()>),
@@ -132,30 +133,30 @@ enum Ask {
 }
 
 impl Forwarding {
-    /// Begins, as a task of the runtime that calls. The engine that runs is attached; one is started when a registration
-    /// needs one.
+    /// Starts the task on the current runtime. The task attaches to a running engine, and starts one when a
+    /// registration needs it.
     pub fn start(options: ForwardingOptions) -> Forwarding {
-        let (asks, asked) = mpsc::unbounded_channel();
+        let (requests, request_receiver) = mpsc::unbounded_channel();
         let (ended, ends) = mpsc::unbounded_channel();
         let published = Arc::new(Published::default());
-        let (answers, answering) = watch::channel(Answering::default());
-        let parts = Parts { asked, ended, published: Arc::clone(&published), answers };
+        let (open_ports_sender, open_ports) = watch::channel(OpenPorts::default());
+        let parts = Parts { request_receiver, ended, published: Arc::clone(&published), open_ports_sender };
         tokio::spawn(Driver::new(options, parts).run());
         let (native_links, ended) = (AtomicU64::new(1), Mutex::new(Some(ends)));
-        Forwarding(Arc::new(Shared { asks, native_links, published, answering, ended }))
+        Forwarding(Arc::new(Shared { requests, native_links, published, open_ports, ended }))
     }
 
-    /// What is forwarded, with fresh counters where the engine answers within 500 ms.
+    /// Returns the table of forwards, with fresh counters if the engine answers within 500 ms.
     pub async fn table(&self) -> ForwardTable {
         let (answer, table) = oneshot::channel();
-        let asked = self.0.asks.send(Ask::Table(answer)).is_ok();
+        let is_sent = self.0.requests.send(Request::Table(answer)).is_ok();
         match timeout(TABLE_MAX, table).await {
-            Ok(Ok(table)) if asked => table,
+            Ok(Ok(table)) if is_sent => table,
             _ => self.0.published.read().into(),
         }
     }
 
-    /// The host ports that answer for a container. Never waits.
+    /// Returns the host ports that are open for a container. Never waits.
     pub fn forwarded_ports(&self, name: &str) -> Vec<u16> {
         let containers = self.0.published.read().containers;
         let container = containers.iter().find(|container| container.container_name == name);
@@ -163,60 +164,60 @@ impl Forwarding {
         rows.filter(|row| row.state == RowState::Open).map(|row| row.host_port).collect()
     }
 
-    /// The host ports that answer, as a level.
-    pub fn answering(&self) -> watch::Receiver<Answering> {
-        self.0.answering.clone()
+    /// Returns the host ports that accept connections; a level, not a stream of changes.
+    pub fn open_ports(&self) -> watch::Receiver<OpenPorts> {
+        self.0.open_ports.clone()
     }
 
-    /// Tells which registrations have ended, because the process that they stood for has. Can be taken once; later
-    /// receivers tell nothing.
+    /// Returns the names of registrations whose process has ended, as a stream. Only the first call returns the stream;
+    /// later ones return a closed one.
     pub fn ended(&self) -> mpsc::UnboundedReceiver<ContainerName> {
         let taken = self.0.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
         taken.unwrap_or_else(|| mpsc::unbounded_channel().1)
     }
 
-    /// The link of a broker that begins. It may come before the registration is known here, and after an earlier one of the
-    /// same name, which then counts as stopped. Never waits.
+    /// Adds a broker and returns its link. The call may precede the registration. A broker of the same name that is
+    /// linked already counts as stopped. Never waits.
     pub fn broker(&self, name: &ContainerName) -> BrokerLink {
-        let (link, announcements, words) = brokers::link();
-        // A task that has ended hears nothing: the link is closed from the beginning.
-        let _ = self.0.asks.send(Ask::Broker(name.clone(), announcements, words));
+        let (link, announcements, updates) = brokers::link();
+        // A task that has ended drops the request, and with it its end of the link.
+        let _ = self.0.requests.send(Request::Broker(name.clone(), announcements, updates));
         link
     }
 
-    /// A link for the reports of a sandbox's supervisor. Another one of the same name takes its place. Never waits.
+    /// Returns a link for the reports of a sandbox's supervisor. It replaces a link of the same name. Never waits.
     pub fn native(&self, name: &ContainerName) -> NativeLink {
         let number = self.0.native_links.fetch_add(1, Ordering::Relaxed);
-        NativeLink { name: name.clone(), number, asks: self.0.asks.clone() }
+        NativeLink { name: name.clone(), number, requests: self.0.requests.clone() }
     }
 
-    /// Docker says that something changed about a container.
-    pub fn look_again(&self, name: &str) {
-        // A task that has ended looks at nothing.
-        let _ = self.0.asks.send(Ask::LookAgain(name.to_owned()));
+    /// Rechecks a container because Docker has reported a change of it.
+    pub fn recheck(&self, name: &str) {
+        // A task that has ended rechecks nothing.
+        let _ = self.0.requests.send(Request::Recheck(name.to_owned()));
     }
 
-    /// Whether [`Forwarding::look_again`] is called for all that happens from now on. As long as it is not, containers that do
-    /// not run are looked at again and again.
-    pub fn followed(&self, followed: bool) {
-        // A task that has ended looks at nothing.
-        let _ = self.0.asks.send(Ask::Followed(followed));
+    /// Sets whether [`Forwarding::recheck`] is called for every change that Docker reports from now on. While it is
+    /// not, containers that do not run are polled.
+    pub fn set_events_followed(&self, followed: bool) {
+        // A task that has ended polls nothing.
+        let _ = self.0.requests.send(Request::EventsFollowed(followed));
     }
 
-    /// Lets go of the engine, which goes on: the daemon stops.
+    /// Ends the task and leaves the engine running: the daemon stops.
     pub async fn detach(&self) {
-        self.end(Ask::Detach).await;
+        self.end(Request::Detach).await;
     }
 
-    /// Ends the engine, after its connections have had 3 s to finish.
+    /// Stops the engine after its connections have had 3 s to finish.
     pub async fn stop_engine(&self) {
-        self.end(Ask::StopEngine).await;
+        self.end(Request::StopEngine).await;
     }
 
-    async fn end(&self, ask: impl FnOnce(oneshot::Sender<()>) -> Ask) {
+    async fn end(&self, request: impl FnOnce(oneshot::Sender<()>) -> Request) {
         let (done, waits) = oneshot::channel();
-        if self.0.asks.send(ask(done)).is_ok() {
-            // It fails when the task has ended, which is what was asked for.
+        if self.0.requests.send(request(done)).is_ok() {
+            // The send fails if the task has ended, which is the requested state.
             let _ = waits.await;
         }
     }

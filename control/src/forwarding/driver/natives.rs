@@ -1,10 +1,10 @@
-//! Links of supervisors: the state of a sandbox's native listeners, for as long as its `run` is connected.
+//! The links of supervisors: each carries the state of a sandbox's native listeners while its `run` is connected.
 
 use std::time::Instant;
 
 use tokio::sync::mpsc;
 
-use super::Ask;
+use super::Request;
 use crate::forwarding::driver::event_loop::Driver;
 use crate::model::native_state::NativeState;
 use crate::model::registration::ContainerName;
@@ -13,30 +13,30 @@ use crate::model::registration::ContainerName;
 #[derive(Debug)]
 pub(super) struct NativeReport {
     name: ContainerName,
-    /// Of which link: one that was replaced may end later.
+    /// The number of the link: one that was replaced may end later.
     number: u64,
-    /// None at the end of the link.
+    /// `None` at the end of the link.
     state: Option<NativeState>,
 }
 
-/// The link of one sandbox. Dropping it forgets its native listeners.
+/// The link of one sandbox. Dropping it removes its native listeners.
 #[derive(Debug)]
 pub struct NativeLink {
     pub(super) name: ContainerName,
     pub(super) number: u64,
-    pub(super) asks: mpsc::UnboundedSender<Ask>,
+    pub(super) requests: mpsc::UnboundedSender<Request>,
 }
 
 impl NativeLink {
-    /// Reports the listeners as they are now.
+    /// Reports the current listeners.
     pub fn report(&self, state: NativeState) {
         self.send(Some(state));
     }
 
     fn send(&self, state: Option<NativeState>) {
         let report = NativeReport { name: self.name.clone(), number: self.number, state };
-        // A task that has ended forgets everything.
-        let _ = self.asks.send(Ask::Native(report));
+        // A task that has ended keeps no state.
+        let _ = self.requests.send(Request::Native(report));
     }
 }
 
@@ -47,7 +47,7 @@ impl Drop for NativeLink {
 }
 
 impl Driver {
-    pub(super) fn hear_native(&mut self, report: NativeReport) {
+    pub(super) fn on_native_report(&mut self, report: NativeReport) {
         let NativeReport { name, number, state } = report;
         let current = self.native_links.get(&name).copied().unwrap_or(0);
         if number < current {
@@ -59,6 +59,6 @@ impl Driver {
         };
         self.native_links.insert(name.clone(), number);
         let changes = self.planner.native(&name, state, Instant::now());
-        self.tell_all(changes);
+        self.report_changes(changes);
     }
 }

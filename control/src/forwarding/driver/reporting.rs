@@ -1,4 +1,4 @@
-//! What people and programs are told: events in the journal, and the table.
+//! Reports changes: events in the journal, results to broker sessions, and the table of forwards.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU16;
@@ -12,14 +12,14 @@ use super::Snapshot;
 use super::containers::ContainerView;
 use super::owners::Found;
 use crate::forwarding::broker_link::SessionUpdate;
-use crate::forwarding::driver::event_loop::{Driver, ENTER_AGAIN, Engine};
+use crate::forwarding::driver::event_loop::{Driver, Engine, REENTER_PAUSE};
 use crate::forwarding::planner::Change;
 use crate::model::event::{Event as JournalEvent, PortForwardEvent};
 use crate::model::forward_table::{ContainerState, ForwardPath, ForwardTable, Reachability, RowState};
 use crate::model::registration::ContainerName;
 
 impl Driver {
-    pub(super) fn tell_all(&mut self, changes: Vec<Change>) {
+    pub(super) fn report_changes(&mut self, changes: Vec<Change>) {
         for change in changes {
             let event = match change {
                 Change::Opened { name, port, host_port, bind } => {
@@ -40,7 +40,7 @@ impl Driver {
                     reason,
                 },
                 Change::Result { name, result } => {
-                    self.brokers.tell(&name, SessionUpdate::Result(result));
+                    self.brokers.send_update(&name, SessionUpdate::Result(result));
                     continue;
                 }
                 Change::Lost { name, dialled: true, .. } => {
@@ -51,7 +51,7 @@ impl Driver {
                     let at = self.containers.iter().position(|container| *container.name() == name);
                     if let Some(at) = at {
                         if let Some(container) = self.containers.get_mut(at) {
-                            container.again = Some(Instant::now() + ENTER_AGAIN);
+                            container.enter_at = Some(Instant::now() + REENTER_PAUSE);
                         }
                         self.mark(at, Reachability::Unreachable, Some(reason), true);
                     }
@@ -89,16 +89,16 @@ impl Driver {
             let _ = answer.send(self.table());
             return;
         };
-        // An engine of another release may not know the shorter question.
-        let ask = if link.is_ours() { Command::Count } else { Command::Describe };
+        // An engine of another release may not support the shorter command.
+        let request = if link.is_ours() { Command::Count } else { Command::Describe };
         self.tables.retain(|waiting| !waiting.is_closed());
         self.tables.push(answer);
-        // A link that fails answers those that wait.
-        self.give(&ask, &[]).await;
+        // If sending fails, losing the engine answers the waiting callers.
+        self.send_command(&request, &[]).await;
     }
 
     pub(super) fn table(&mut self) -> ForwardTable {
-        self.list_changed();
+        self.update_views();
         self.snapshot().into()
     }
 
@@ -110,22 +110,23 @@ impl Driver {
             }
             _ => None,
         };
-        let containers =
-            self.containers.iter().map(|container| Arc::clone(&container.listed.state)).collect();
+        let containers = self.containers.iter().map(|container| Arc::clone(&container.view.state)).collect();
         Snapshot { engine, containers }
     }
 
-    /// Publishes the state after this turn, and has the processes behind new sockets looked up.
+    /// Publishes the state after this turn, and starts looking up the processes behind new sockets.
     pub(super) fn publish(&mut self) {
-        self.list_changed();
+        self.update_views();
         self.owners.look();
-        let settled = self.settled || self.is_idle();
-        self.parts.answers.send_if_modified(|told| std::mem::replace(&mut told.settled, settled) != settled);
+        let complete = self.swept || self.is_idle();
+        self.parts
+            .open_ports_sender
+            .send_if_modified(|open| std::mem::replace(&mut open.complete, complete) != complete);
         self.parts.published.publish(self.snapshot());
     }
 
-    /// Lists the containers about which something changed, and no others.
-    fn list_changed(&mut self) {
+    /// Updates the views of the containers that changed.
+    fn update_views(&mut self) {
         let stale = self.planner.take_stale();
         for at in 0..self.containers.len() {
             let Some(container) = self.containers.get_mut(at) else { continue };
@@ -133,58 +134,58 @@ impl Driver {
                 continue;
             }
             let before = container.list(&self.planner, &mut self.owners);
-            let (name, now) = (container.name().clone(), Arc::clone(&container.listed.state));
-            self.answer_instead(name.as_str(), &before, &now);
-            self.tell_session(at);
+            let (name, now) = (container.name().clone(), Arc::clone(&container.view.state));
+            self.replace_open_ports(name.as_str(), &before, &now);
+            self.report_session(at);
         }
-        self.unlist_gone();
+        self.withdraw_removed();
     }
 
-    /// The ports of a container that answer are those of `now` instead of those of `before`.
-    fn answer_instead(&self, name: &str, before: &ContainerState, now: &ContainerState) {
-        let (before, now) = (answering(before), answering(now));
+    /// Replaces the open ports of a container, those of `before`, by those of `now`.
+    fn replace_open_ports(&self, name: &str, before: &ContainerState, now: &ContainerState) {
+        let (before, now) = (open_ports_of(before), open_ports_of(now));
         if before == now {
             return;
         }
-        self.parts.answers.send_modify(|told| {
+        self.parts.open_ports_sender.send_modify(|open| {
             for port in before.difference(&now) {
-                // Another container may have it by now.
-                if told.ports.get(port).is_some_and(|owner| owner == name) {
-                    told.ports.remove(port);
+                // Another container may have the port by now.
+                if open.ports.get(port).is_some_and(|owner| owner == name) {
+                    open.ports.remove(port);
                 }
             }
             for port in now.difference(&before) {
-                told.ports.insert(*port, name.to_owned());
+                open.ports.insert(*port, name.to_owned());
             }
         });
     }
 
-    /// Takes containers that are not there any more, or not as they were, out of what is listed.
-    fn unlist_gone(&mut self) {
-        for (name, ContainerView { state, inodes }) in std::mem::take(&mut self.gone) {
-            let has = |inode: &&u64| self.containers.iter().any(|one| one.listed.inodes.contains(inode));
+    /// Withdraws the views of containers that were removed or replaced.
+    fn withdraw_removed(&mut self) {
+        for (name, ContainerView { state, inodes }) in std::mem::take(&mut self.removed) {
+            let has = |inode: &&u64| self.containers.iter().any(|one| one.view.inodes.contains(inode));
             let kept: BTreeSet<u64> = inodes.iter().filter(has).copied().collect();
             self.owners.replace(&inodes, &kept);
             let successor = self.containers.iter().find(|container| *container.name() == name);
-            let now = successor.map(|successor| Arc::clone(&successor.listed.state));
+            let now = successor.map(|successor| Arc::clone(&successor.view.state));
             let now = now.unwrap_or_else(|| {
                 Arc::new(ContainerState { forwards: Vec::new(), ..ContainerState::clone(&state) })
             });
-            self.answer_instead(name.as_str(), &state, &now);
+            self.replace_open_ports(name.as_str(), &state, &now);
         }
     }
 
-    /// The processes behind these sockets are known.
+    /// Takes in the processes behind some sockets.
     pub(super) fn on_owners(&mut self, found: Found) {
         let known = self.owners.take(found);
         for container in &mut self.containers {
-            container.is_stale |= !container.listed.inodes.is_disjoint(&known);
+            container.is_stale |= !container.view.inodes.is_disjoint(&known);
         }
     }
 }
 
 /// The host ports of a container that answer.
-fn answering(state: &ContainerState) -> BTreeSet<NonZeroU16> {
+fn open_ports_of(state: &ContainerState) -> BTreeSet<NonZeroU16> {
     let open = state.forwards.iter().filter(|row| row.state == RowState::Open);
     open.filter_map(|row| NonZeroU16::new(row.host_port)).collect()
 }

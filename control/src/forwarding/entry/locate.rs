@@ -1,4 +1,4 @@
-//! Where a container is: looked for along its way, and referred to by something that cannot mean another one.
+//! Locates a container by its attach method, and refers to it by something that cannot come to mean another one.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -11,7 +11,7 @@ use landfall_engine::opener::client::{OpenError, Target};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::{Certainty, DockerFacts, ENTER_AGAIN, ownership};
+use super::{Certainty, DockerFacts, ENTRY_PAUSE, ownership};
 use crate::docker::{Docker, DockerError, FirstProcess, Network};
 use crate::forwarding::entry::methods::EntryMethod;
 use crate::forwarding::entry::ownership::Evidence;
@@ -22,14 +22,14 @@ use crate::sys::paths::identity_of_file;
 use crate::sys::processes;
 use crate::sys::readiness::watched;
 
-/// To whom Docker is open, and its containers are not.
-const HELPER_ADVICE: &str = "landfall up --docker-helper keeps a container that may";
+/// The hint when Docker answers this user but its containers may not be entered.
+const HELPER_ADVICE: &str = "landfall up --docker-helper runs a container that has the permission";
 
-/// The hint for a container that only its mounts identify.
+/// The hint when only the mounts identify the container's process.
 const HELPER_NOT_ASKED: &str =
     "its control group does not name the container, so the helper is not asked to enter it";
 
-/// Where a container was found.
+/// The location of a container.
 pub(super) enum Location {
     Process {
         pidfd: AsyncFd<OwnedFd>,
@@ -39,36 +39,36 @@ pub(super) enum Location {
         path: PathBuf,
         identity: (u64, u64),
     },
-    /// Where an agent's socket is, or will be.
+    /// The directory of an agent's socket, which need not exist yet.
     Directory {
         path: PathBuf,
     },
 }
 
-/// Why it was not.
+/// The reason that a container was not located.
 pub(super) enum LocateError {
-    /// Docker says that it does not run, or that there is none.
+    /// Docker says that it does not run or does not exist.
     Stopped(String),
     Missing(Certainty, String),
-    /// The process that the registration stands for has ended.
-    Ended,
+    /// The process of the registration has ended.
+    ProcessEnded,
 }
 
 impl Location {
-    /// The ways in, fastest first. The descriptor of a namespace is opened anew, since one that is held keeps the namespace
-    /// alive. `helper` is where one listens.
-    pub(super) fn doors(&self, helper: Option<&Path>) -> io::Result<Vec<EntryMethod>> {
+    /// The methods to enter it, fastest first. The file of a namespace is opened again for each call, since an open
+    /// descriptor keeps the namespace alive. `helper` is the socket of the helper.
+    pub(super) fn entry_methods(&self, helper: Option<&Path>) -> io::Result<Vec<EntryMethod>> {
         match self {
             Location::Process { pidfd, container } => {
                 let process = || pidfd.get_ref().try_clone().map(Target::Process);
-                let mut doors = vec![EntryMethod::Target(process()?)];
+                let mut entry_methods = vec![EntryMethod::Target(process()?)];
                 if let Some((container, evidence)) = container {
-                    doors.extend(container.agent_directory.clone().map(EntryMethod::Agent));
+                    entry_methods.extend(container.agent_directory.clone().map(EntryMethod::Agent));
                     if let (Some(helper), Evidence::ControlGroup) = (helper, evidence) {
-                        doors.push(EntryMethod::Helper(helper.to_owned(), process()?));
+                        entry_methods.push(EntryMethod::Helper(helper.to_owned(), process()?));
                     }
                 }
-                Ok(doors)
+                Ok(entry_methods)
             }
             Location::File { path, .. } => {
                 let file = open_namespace(path).map_err(io::Error::other)?;
@@ -78,7 +78,7 @@ impl Location {
         }
     }
 
-    /// What would help somebody who may not enter it.
+    /// The hint for a failure to enter for lack of permission.
     pub(super) fn advice(&self, helper: Option<&Path>) -> Option<&'static str> {
         let Location::Process { container: Some((_, evidence)), .. } = self else { return None };
         match (helper, evidence) {
@@ -88,8 +88,8 @@ impl Location {
         }
     }
 
-    /// What Docker tells of it, where it is Docker's.
-    pub(super) fn circumstances(&self) -> DockerFacts {
+    /// The facts from Docker, if Docker manages it.
+    pub(super) fn docker_facts(&self) -> DockerFacts {
         let Location::Process { container: Some((container, _)), .. } = self else {
             return DockerFacts::default();
         };
@@ -100,37 +100,37 @@ impl Location {
         DockerFacts { published: container.published.clone(), network_of }
     }
 
-    /// How long after a failure to enter it is tried again, at most.
+    /// The longest pause before another attempt to enter it.
     pub(super) fn pause_max(&self, helper: Option<&Path>) -> Duration {
         match self {
-            // To look for an agent's socket, or a helper's, costs little, and it comes at any time.
+            // Checking for the socket of an agent or of the helper costs little, and it can appear at any time.
             Location::Directory { .. } => RETRY,
             Location::Process { container: Some((container, _)), .. }
                 if container.agent_directory.is_some() || helper.is_some() =>
             {
                 RETRY
             }
-            Location::Process { .. } | Location::File { .. } => ENTER_AGAIN.1,
+            Location::Process { .. } | Location::File { .. } => ENTRY_PAUSE.1,
         }
     }
 }
 
-/// Looks for a container along its way.
-pub(super) async fn find(
+/// Locates a container.
+pub(super) async fn locate(
     attach_method: &AttachMethod,
     name: &ContainerName,
     docker: &Docker,
 ) -> Result<Location, LocateError> {
     match attach_method {
-        AttachMethod::Process { pid, started } => find_process(*pid, started.as_ref()),
+        AttachMethod::Process { pid, started } => locate_process(*pid, started.as_ref()),
         AttachMethod::Netns { path } => {
             let path = path.clone();
-            // The file may be on a file system that does not answer.
-            let looked = tokio::task::spawn_blocking(move || find_file(path)).await;
+            // The file system may not answer.
+            let looked = tokio::task::spawn_blocking(move || locate_file(path)).await;
             looked.unwrap_or_else(|error| Err(LocateError::Missing(Certainty::Unknown, error.to_string())))
         }
         AttachMethod::Docker { container } => {
-            find_container(container.as_ref().unwrap_or(name), docker).await
+            locate_container(container.as_ref().unwrap_or(name), docker).await
         }
         AttachMethod::Agent { directory } => {
             let path = directory.clone();
@@ -141,28 +141,28 @@ pub(super) async fn find(
             let reason = format!("there is no directory {}", directory.display());
             Err(LocateError::Missing(Certainty::Gone, reason))
         }
-        // Nobody sets out for it.
+        // Such a container has no task.
         AttachMethod::Websocket => {
-            let reason = "its WebSocket alone leads to it".to_owned();
+            let reason = "it is reached over its WebSocket alone".to_owned();
             Err(LocateError::Missing(Certainty::Refused, reason))
         }
     }
 }
 
-async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Location, LocateError> {
+async fn locate_container(name: &ContainerName, docker: &Docker) -> Result<Location, LocateError> {
     let found = docker.first_process(name).await.map_err(docker_absent)?;
-    // "The host" of a rootless engine may be a network of its own, which shows where this user may look.
+    // The "host network" of a rootless engine may be another namespace, which this user's `/proc` shows.
     if found.network == Network::Host && ownership::is_in_our_network(found.pid) != Some(false) {
         let reason = "it uses the host's network, so its ports answer on the host already".to_owned();
         return Err(LocateError::Missing(Certainty::Refused, reason));
     }
     let pidfd = open_process(found.pid)?;
-    // Looked at after the pidfd was opened: it then means the process that was looked at.
+    // Read after the pidfd was opened, so both refer to the same process.
     let evidence = match ownership::evidence(found.pid, &found.id) {
         Ok(Some(evidence)) => evidence,
         Ok(None) => {
             let reason = format!(
-                "process {} is not of this container: is the engine on another machine, or in a virtual one?",
+                "process {} does not belong to this container: does the engine run on another machine, or in a virtual machine?",
                 found.pid
             );
             return Err(LocateError::Missing(Certainty::Refused, reason));
@@ -171,13 +171,15 @@ async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Locatio
             return Err(LocateError::Missing(Certainty::Gone, "its process has ended".to_owned()));
         }
         Err(error) => {
-            let reason =
-                format!("it cannot be seen whether process {} is of this container: {error}", found.pid);
+            let reason = format!(
+                "whether process {} belongs to this container cannot be determined: {error}",
+                found.pid
+            );
             return Err(LocateError::Missing(Certainty::Refused, reason));
         }
     };
-    // Between Docker's word and the pidfd the process may have ended and its number been given to another one; if
-    // Docker says the same once more, it had not.
+    // Between Docker's answer and the opening of the pidfd, the process may have ended and its id been reused. If
+    // Docker gives the same answer again, it had not.
     let again = docker.first_process(name).await.map_err(docker_absent)?;
     if again != found {
         return Err(LocateError::Missing(Certainty::Gone, "it is being restarted".to_owned()));
@@ -185,15 +187,15 @@ async fn find_container(name: &ContainerName, docker: &Docker) -> Result<Locatio
     Ok(Location::Process { pidfd, container: Some((found, evidence)) })
 }
 
-fn find_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Location, LocateError> {
+fn locate_process(pid: NonZeroU32, meant: Option<&Started>) -> Result<Location, LocateError> {
     let pidfd = match open_process(pid.get()) {
-        Err(LocateError::Missing(Certainty::Gone, _)) => return Err(LocateError::Ended),
+        Err(LocateError::Missing(Certainty::Gone, _)) => return Err(LocateError::ProcessEnded),
         done => done?,
     };
-    // Asked after the pidfd was opened: it then means the process that was asked about.
+    // Checked after the pidfd was opened, so both refer to the same process.
     match processes::still_runs(pid, meant) {
         Ok(true) => Ok(Location::Process { pidfd, container: None }),
-        Ok(false) => Err(LocateError::Ended),
+        Ok(false) => Err(LocateError::ProcessEnded),
         Err(reason) => Err(LocateError::Missing(Certainty::Unknown, reason)),
     }
 }
@@ -207,13 +209,13 @@ fn open_process(pid: u32) -> Result<AsyncFd<OwnedFd>, LocateError> {
         LocateError::Missing(certainty, error.to_string())
     };
     let Target::Process(pidfd) = Target::process(pid).map_err(missing)? else {
-        return Err(LocateError::Missing(Certainty::Refused, format!("{pid} is no process")));
+        return Err(LocateError::Missing(Certainty::Refused, format!("{pid} is not the id of a process")));
     };
     watched(pidfd, Interest::READABLE)
         .map_err(|error| LocateError::Missing(Certainty::Unknown, format!("process {pid}: {error}")))
 }
 
-fn find_file(path: PathBuf) -> Result<Location, LocateError> {
+fn locate_file(path: PathBuf) -> Result<Location, LocateError> {
     let file = open_namespace(&path).map_err(|error| {
         let is_absent = path.try_exists().is_ok_and(|there| !there);
         let certainty = if is_absent { Certainty::Gone } else { Certainty::Refused };

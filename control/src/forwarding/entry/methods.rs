@@ -1,4 +1,5 @@
-//! The ways into a container that was found, fastest first. The first that works is used; why no faster one did is kept.
+//! The methods to enter a located container, fastest first. The first one that works is used; the failures of faster
+//! ones are kept as the reason.
 
 use std::path::PathBuf;
 
@@ -11,52 +12,52 @@ use crate::model::registration::AttachMethod;
 use crate::sys::directory_access::{self, DirectoryAccessError};
 use crate::sys::launcher;
 
-/// One way in.
+/// One method.
 pub(super) enum EntryMethod {
-    /// By an opener that goes there.
+    /// An opener of this process, which enters the target.
     Target(Target),
-    /// By an agent whose socket is in this directory.
+    /// The agent whose socket is in this directory.
     Agent(PathBuf),
-    /// By an opener that the helper starts, which listens at this socket.
+    /// An opener that the helper starts; the helper listens at this socket.
     Helper(PathBuf, Target),
 }
 
-/// What a container was entered by.
+/// The method by which a container was entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::forwarding) enum Means {
-    /// An opener of our own.
+pub(in crate::forwarding) enum EnteredBy {
+    /// An opener of this process.
     Opener,
     /// The agent in this directory.
     Agent(PathBuf),
-    /// An opener of the helper's.
+    /// An opener that the helper started.
     Helper,
 }
 
-impl Means {
-    /// The way of a container with what it was entered by, where the way leaves that open.
-    pub(in crate::forwarding) fn words(&self, attach_method: &AttachMethod) -> String {
+impl EnteredBy {
+    /// The text of an attach method, with the method of entry where the attach method allows several.
+    pub(in crate::forwarding) fn describe(&self, attach_method: &AttachMethod) -> String {
         match (attach_method, self) {
-            (AttachMethod::Docker { .. }, Means::Agent(directory)) => {
+            (AttachMethod::Docker { .. }, EnteredBy::Agent(directory)) => {
                 format!("{attach_method}, agent in {}", directory.display())
             }
-            (AttachMethod::Docker { .. }, Means::Helper) => format!("{attach_method}, helper"),
+            (AttachMethod::Docker { .. }, EnteredBy::Helper) => format!("{attach_method}, helper"),
             _ => attach_method.to_string(),
         }
     }
 }
 
 impl EntryMethod {
-    fn means(&self) -> Means {
+    fn entered_by(&self) -> EnteredBy {
         match self {
-            EntryMethod::Target(_) => Means::Opener,
-            EntryMethod::Agent(directory) => Means::Agent(directory.clone()),
-            EntryMethod::Helper(..) => Means::Helper,
+            EntryMethod::Target(_) => EnteredBy::Opener,
+            EntryMethod::Agent(directory) => EnteredBy::Agent(directory.clone()),
+            EntryMethod::Helper(..) => EnteredBy::Helper,
         }
     }
 
-    /// Goes through, and brings what an engine with so many shards needs.
+    /// Enters, and returns what an engine with this number of shards needs.
     fn open(self, shards: u16) -> Result<EntryResult, OpenError> {
-        let means = self.means();
+        let entered_by = self.entered_by();
         let (opener, sources, descriptors, kind) = match self {
             EntryMethod::Target(target) => {
                 let mut opener = launcher::opener(target)?;
@@ -74,62 +75,72 @@ impl EntryMethod {
                 (opener, sources, descriptors, UpstreamKind::Agent)
             }
         };
-        Ok(EntryResult { cookie: opener.netns_cookie(), sources, kind, descriptors, means, faster: None })
+        Ok(EntryResult {
+            cookie: opener.netns_cookie(),
+            sources,
+            kind,
+            descriptors,
+            entered_by,
+            fallback_reason: None,
+        })
     }
 }
 
-/// Enters by the first of these doors that opens. Blocks for some milliseconds, and on an agent for seconds. `advice` is what would
-/// help whoever is not permitted to.
+/// Enters by the first of these methods that works. Blocks for some milliseconds, with an agent for seconds. `advice`
+/// is the hint for a failure for lack of permission.
 pub(super) fn enter(
-    doors: Vec<EntryMethod>,
+    entry_methods: Vec<EntryMethod>,
     advice: Option<&str>,
     shards: u16,
 ) -> Result<EntryResult, (Certainty, String)> {
-    let mut missed: Option<(Certainty, String)> = None;
-    for door in doors {
-        if let EntryMethod::Agent(directory) = &door
+    let mut failed: Option<(Certainty, String)> = None;
+    for method in entry_methods {
+        if let EntryMethod::Agent(directory) = &method
             && let Err(error) = directory_access::check(directory)
-            // The agent says more about a directory that is missing.
+            // For an unreadable directory, the agent's own error is more precise.
             && !matches!(error, DirectoryAccessError::Unreadable { .. })
         {
-            missed = Some(and_also(missed, Certainty::Refused, error.to_string()));
+            failed = Some(and_also(failed, Certainty::Refused, error.to_string()));
             continue;
         }
-        match door.open(shards) {
-            // Nothing is faster than a helper's opener, which is like our own.
-            Ok(entry) if entry.means == Means::Helper => return Ok(entry),
-            Ok(entry) => return Ok(EntryResult { faster: missed.map(|(_, reason)| reason), ..entry }),
+        match method.open(shards) {
+            // Only the opener of this process is faster, and the helper's opener works the same way, so no reason is
+            // kept.
+            Ok(entry) if entry.entered_by == EnteredBy::Helper => return Ok(entry),
+            Ok(entry) => {
+                return Ok(EntryResult { fallback_reason: failed.map(|(_, reason)| reason), ..entry });
+            }
             Err(error) => {
-                let (certainty, mut reason) = failed(&error);
+                let (certainty, mut reason) = certainty_of(&error);
                 if let (Some(FailureKind::NotPermitted), Some(advice)) = (error.kind(), advice) {
                     reason = format!("{reason} ({advice})");
                 }
-                // No other door leads further into a container that is gone, or that is where we are.
+                // No other method can enter a container that is gone or that is in this process's own namespace.
                 let final_word = matches!(error.kind(), Some(FailureKind::Gone | FailureKind::OwnNamespace));
-                if missed.is_none() && final_word {
+                if failed.is_none() && final_word {
                     return Err((certainty, reason));
                 }
-                missed = Some(and_also(missed, certainty, reason));
+                failed = Some(and_also(failed, certainty, reason));
             }
         }
     }
-    Err(missed.unwrap_or((Certainty::Unknown, "there is no way in".to_owned())))
+    Err(failed.unwrap_or((Certainty::Unknown, "no method to enter it is available".to_owned())))
 }
 
-/// Adds one more reason. Users expect the first method to be used, so its certainty counts.
+/// Appends another reason. The first method is the one that users expect, so its certainty is kept.
 fn and_also(
-    missed: Option<(Certainty, String)>,
+    failed: Option<(Certainty, String)>,
     certainty: Certainty,
     reason: String,
 ) -> (Certainty, String) {
-    match missed {
+    match failed {
         None => (certainty, reason),
         Some((certainty, first)) => (certainty, format!("{first}; {reason}")),
     }
 }
 
-/// What a failure says of the container.
-fn failed(error: &OpenError) -> (Certainty, String) {
+/// Derives the certainty and the reason from a failure.
+fn certainty_of(error: &OpenError) -> (Certainty, String) {
     let certainty = match error.kind() {
         Some(FailureKind::Gone) => Certainty::Gone,
         Some(
@@ -139,7 +150,7 @@ fn failed(error: &OpenError) -> (Certainty, String) {
             | FailureKind::InUse
             | FailureKind::Other,
         ) => Certainty::Refused,
-        // An agent that does not answer as it should runs all the same.
+        // An agent that answers wrongly is running.
         None if matches!(error, OpenError::Agent { .. }) => Certainty::Refused,
         Some(FailureKind::Exhausted) | None => Certainty::Unknown,
     };
@@ -162,18 +173,21 @@ mod tests {
     }
 
     #[test]
-    fn a_way_by_docker_is_told_with_what_it_was_entered_by() {
-        let agent = Means::Agent("/home/u/shared".into());
-        assert_eq!(Means::Opener.words(&attach_method(None)), "docker");
-        assert_eq!(agent.words(&attach_method(None)), "docker, agent in /home/u/shared");
-        assert_eq!(agent.words(&attach_method(Some("shop-1"))), "docker (shop-1), agent in /home/u/shared");
-        assert_eq!(Means::Helper.words(&attach_method(Some("shop-1"))), "docker (shop-1), helper");
+    fn docker_attach_method_text_names_the_method_of_entry() {
+        let agent = EnteredBy::Agent("/home/u/shared".into());
+        assert_eq!(EnteredBy::Opener.describe(&attach_method(None)), "docker");
+        assert_eq!(agent.describe(&attach_method(None)), "docker, agent in /home/u/shared");
+        assert_eq!(
+            agent.describe(&attach_method(Some("shop-1"))),
+            "docker (shop-1), agent in /home/u/shared"
+        );
+        assert_eq!(EnteredBy::Helper.describe(&attach_method(Some("shop-1"))), "docker (shop-1), helper");
         let own = AttachMethod::Agent { directory: "/d".into() };
-        assert_eq!(Means::Agent("/d".into()).words(&own), "agent in /d");
+        assert_eq!(EnteredBy::Agent("/d".into()).describe(&own), "agent in /d");
     }
 
     #[test]
-    fn without_any_way_in_every_reason_is_told_and_the_first_one_counts() {
+    fn failed_entry_has_every_reason_and_the_certainty_of_the_first() {
         let closed = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         let nowhere = tempfile::Builder::new().permissions(closed).tempdir().unwrap();
         let missing = nowhere.path().join("missing");

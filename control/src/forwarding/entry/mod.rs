@@ -1,13 +1,14 @@
-//! The way into one container: found, entered, watched until it ends, and found again.
+//! The task of one container: locates it, enters it, waits for its end, and locates it again.
 //!
-//! A task for each container ([`ContainerTask::run`]) tells the forwarding task in words what became of it. Being entered is
-//! asked for by the gate: each of its values is one request, since an engine that is started anew needs a new way in.
-//! What a container is reached by is held by a pidfd, which cannot mean a stranger, or by the file of a namespace, whose
-//! identity is looked at again. Where an agent inside is met in a directory, the engine's word that it has lost the agent is
-//! what has it met again. Nothing here keeps a namespace alive: the opener is gone when its descriptors are.
+//! Each container has a task ([`ContainerTask::run`]), which sends [`TaskReport`]s to the driver. The driver requests
+//! each entry through the watch channel `entry_request`; each value is one request, since an engine that is started
+//! again needs the container entered again. A located container is referred to by a pidfd, which cannot come to mean
+//! another process, or by the file of a namespace or the directory of an agent, whose identity is checked every
+//! [`CHECK_INTERVAL`]. If the engine loses the agent in a directory, the driver requests another entry. No descriptor
+//! here keeps a namespace alive: the opener ends when its descriptors are closed.
 //!
-//! A container that is not there is looked for again when a hint says that something has changed about it, and after the
-//! pauses of `retry_delay`. Every hint that comes while a look is under way is one more look, so that none is lost.
+//! A container that is not found is located again after a hint that something has changed, and after the pauses of
+//! `retry_delay`. A hint that arrives during an attempt causes another attempt, so no hint is lost.
 
 mod locate;
 mod methods;
@@ -31,89 +32,89 @@ use crate::model::registration::{AttachMethod, ContainerName, Registration};
 use crate::sys::launcher::identity_of_namespace;
 use crate::sys::paths::identity_of_file;
 use locate::{LocateError, Location};
-pub(super) use methods::Means;
+pub(super) use methods::EnteredBy;
 use methods::enter;
-use retry_delay::{LookResult, RetryDelay};
+use retry_delay::{LocateFailure, RetryDelay};
 
-/// How often the file of a namespace is looked at.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// How long after a failure to enter it is tried again: the first time, and at most.
-const ENTER_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+/// The interval at which the file of a namespace, or an agent's directory, is checked.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// The pause after a failure to enter: the first and the longest.
+const ENTRY_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
-/// A request to enter.
+/// A request to enter a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct EntryRequest {
-    /// Which request; each has another number.
+    /// The number of the request; no two are equal.
     pub(super) serial: u64,
-    /// How many channels the engine needs.
+    /// The number of shards of the engine: it needs one channel for each.
     pub(super) shards: u16,
 }
 
-/// How much is known of a container that is not entered.
+/// What a failure to enter says about the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Certainty {
     /// It does not run.
     Gone,
-    /// It runs, and is not to be had.
+    /// It runs, and cannot be entered.
     Refused,
-    /// Nobody can say whether it runs.
+    /// Whether it runs is not known.
     Unknown,
 }
 
-/// What the engine needs for a container that was entered.
+/// The descriptors and facts that the engine needs for an entered container.
 #[derive(Debug)]
 pub(super) struct EntryResult {
-    /// That of its namespace.
+    /// The cookie of its network namespace.
     pub(super) cookie: u64,
     sources: WatchSources,
     kind: UpstreamKind,
     pub(super) descriptors: Vec<OwnedFd>,
-    /// What it was entered by.
-    pub(super) means: Means,
-    /// Why by nothing faster.
-    pub(super) faster: Option<String>,
+    /// The method of entry.
+    pub(super) entered_by: EnteredBy,
+    /// The failures of faster methods, if there are any.
+    pub(super) fallback_reason: Option<String>,
 }
 
-/// What Docker tells of a container that was entered.
+/// Facts from Docker about a container that was entered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct DockerFacts {
-    /// What Docker publishes of it: ports inside, and those of the host.
+    /// The ports that Docker publishes: those of the container, and those of the host.
     pub(super) published: BTreeMap<NonZeroU16, NonZeroU16>,
-    /// The container whose network it uses, by its name at Docker.
+    /// The container whose network it uses, by its Docker name.
     pub(super) network_of: Option<String>,
 }
 
 impl EntryResult {
-    /// The command that its descriptors belong to.
+    /// The command that the descriptors are sent with.
     pub(super) fn command(&self, upstream: UpstreamId) -> Command {
         let (sources, kind) = (self.sources, self.kind);
         Command::AddUpstream { upstream, netns_cookie: self.cookie, sources, kind }
     }
 }
 
-/// What a visit tells.
+/// An event of a container task.
 #[derive(Debug)]
 pub(super) enum TaskEvent {
-    /// It is inside: what the engine needs for it.
-    Entered { serial: u64, entry: EntryResult, circumstances: DockerFacts },
-    /// It is not, for this reason.
-    Missed { certainty: Certainty, reason: String },
-    /// The container has ended, or became another one.
-    Left { reason: String },
-    /// The registration has ended with its process; nothing follows.
-    Ended,
+    /// It was entered; `entry` is what the engine needs.
+    Entered { serial: u64, entry: EntryResult, docker_facts: DockerFacts },
+    /// It was not located or not entered.
+    EntryFailed { certainty: Certainty, reason: String },
+    /// The container has ended, or another one has replaced it.
+    ContainerGone { reason: String },
+    /// The process of the registration has ended; no events follow.
+    ProcessEnded,
 }
 
-/// A word, and whose it is.
+/// An event, and its task.
 #[derive(Debug)]
 pub(super) struct TaskReport {
     pub(super) name: ContainerName,
-    /// Which visit: one that was replaced may have left a word behind.
+    /// The number of the task: reports of one that was replaced may still arrive.
     pub(super) task: u64,
-    pub(super) word: TaskEvent,
+    pub(super) event: TaskEvent,
 }
 
-/// The way of a registration, where it is to be forwarded at all.
+/// The attach method of a registration; `None` if it has neither an attach method nor a broker.
 pub(super) fn attach_method_of(registration: &Registration) -> Option<AttachMethod> {
     registration.attach_method.clone().or_else(|| registration.broker().map(|_| AttachMethod::DOCKER))
 }
@@ -125,56 +126,57 @@ pub(super) struct ContainerTask {
     pub(super) number: u64,
     pub(super) attach_method: AttachMethod,
     pub(super) docker: Docker,
-    /// Where a helper listens that may enter containers.
+    /// The socket of the helper.
     pub(super) helper: Option<PathBuf>,
     pub(super) entry_request: watch::Receiver<Option<EntryRequest>>,
-    /// Docker's id of the container that is meant, where its registration follows that and not a name.
+    /// The Docker id of the container, if the registration follows an id and not a name.
     pub(super) id: watch::Receiver<Option<String>>,
-    /// Something may have changed.
+    /// Notified when something may have changed.
     pub(super) hint: Arc<Notify>,
-    /// Whether everything that Docker tells is such a hint.
+    /// Whether every change that Docker reports causes such a hint.
     pub(super) followed: watch::Receiver<bool>,
-    pub(super) words: mpsc::UnboundedSender<TaskReport>,
+    pub(super) reports: mpsc::UnboundedSender<TaskReport>,
 }
 
 impl ContainerTask {
-    /// Runs until the registration's process has ended; for other ways until it is aborted.
+    /// Runs until the process of the registration has ended; with other attach methods, until it is aborted.
     pub(super) async fn run(mut self) {
-        let mut told = None;
+        let mut reported = None;
         let mut retry_delay = RetryDelay::new();
         loop {
-            let (finding, certainty, reason) =
-                match locate::find(&self.attach_method, &self.name, &self.docker).await {
+            let (failure, certainty, reason) =
+                match locate::locate(&self.attach_method, &self.name, &self.docker).await {
                     Ok(location) => {
-                        (told, retry_delay) = (None, RetryDelay::new());
-                        let reason = self.stay(location).await;
-                        self.tell(TaskEvent::Left { reason });
-                        // A container that is restarted is there again soon, and a process has ended for good.
+                        (reported, retry_delay) = (None, RetryDelay::new());
+                        let reason = self.enter_until_end(location).await;
+                        self.report(TaskEvent::ContainerGone { reason });
+                        // A restarted container is located again soon; an ended process is reported by the next turn.
                         tokio::task::yield_now().await;
                         continue;
                     }
-                    Err(LocateError::Ended) => return self.tell(TaskEvent::Ended),
-                    Err(LocateError::Stopped(reason)) => (LookResult::Stopped, Certainty::Gone, reason),
+                    Err(LocateError::ProcessEnded) => return self.report(TaskEvent::ProcessEnded),
+                    Err(LocateError::Stopped(reason)) => (LocateFailure::Stopped, Certainty::Gone, reason),
                     Err(LocateError::Missing(certainty, reason)) => {
                         let is_dockers = matches!(self.attach_method, AttachMethod::Docker { .. });
-                        let finding = if is_dockers { LookResult::Withheld } else { LookResult::Untold };
-                        (finding, certainty, reason)
+                        let failure =
+                            if is_dockers { LocateFailure::Unavailable } else { LocateFailure::NotDocker };
+                        (failure, certainty, reason)
                     }
                 };
             let missed = Some((certainty, reason.clone()));
-            if told != missed {
-                told = missed;
-                self.tell(TaskEvent::Missed { certainty, reason });
+            if reported != missed {
+                reported = missed;
+                self.report(TaskEvent::EntryFailed { certainty, reason });
             }
-            retry_delay = self.retry_delay(finding, retry_delay).await;
+            retry_delay = self.retry_delay(failure, retry_delay).await;
         }
     }
 
-    /// Returns when it is time to look again, with the rest after that.
-    async fn retry_delay(&mut self, finding: LookResult, retry_delay: RetryDelay) -> RetryDelay {
+    /// Waits until the next attempt is due. Returns the delay to use after it.
+    async fn retry_delay(&mut self, failure: LocateFailure, retry_delay: RetryDelay) -> RetryDelay {
         loop {
-            // Whoever follows Docker says so before the hints that come with it, so none of them is waited for in vain.
-            let pause = retry_delay.pause(finding, *self.followed.borrow_and_update());
+            // `followed` is set before the first hint of a Docker event, so none of those hints is missed.
+            let pause = retry_delay.pause(failure, *self.followed.borrow_and_update());
             let over = async {
                 match pause {
                     Some(pause) => sleep(pause).await,
@@ -182,40 +184,40 @@ impl ContainerTask {
                 }
             };
             tokio::select! {
-                () = over => return retry_delay.passed(),
+                () = over => return retry_delay.increased(),
                 () = self.hint.notified() => return RetryDelay::new(),
-                // How long it rests is another matter from here on.
+                // The pause depends on `followed`.
                 Ok(()) = self.followed.changed() => {}
             }
         }
     }
 
-    fn tell(&self, word: TaskEvent) {
-        // The forwarding task goes only together with this one.
-        let _ = self.words.send(TaskReport { name: self.name.clone(), task: self.number, word });
+    fn report(&self, event: TaskEvent) {
+        // The receiver ends only after this task was aborted.
+        let _ = self.reports.send(TaskReport { name: self.name.clone(), task: self.number, event });
     }
 
-    /// Enters as often as the gate asks for it, until the container ends. Tells why it did.
-    async fn stay(&mut self, location: Location) -> String {
+    /// Enters for each request until the container ends. Returns the reason of its end.
+    async fn enter_until_end(&mut self, location: Location) -> String {
         let mut done = None;
-        let mut pause = ENTER_AGAIN.0;
+        let mut pause = ENTRY_PAUSE.0;
         loop {
             let mut entry_request = self.entry_request.clone();
             let wanted =
                 entry_request.wait_for(|entry_request| entry_request.is_some() && *entry_request != done);
             let asked = tokio::select! {
                 biased;
-                reason = self.end_of(&location) => return reason,
+                reason = self.until_gone(&location) => return reason,
                 asked = wanted => match asked {
                     Ok(asked) => *asked,
                     Err(_) => return "forwarding has ended".to_owned(),
                 },
             };
             let Some(EntryRequest { serial, shards }) = asked else { continue };
-            let entered = match location.doors(self.helper.as_deref()) {
-                Ok(doors) => {
+            let entered = match location.entry_methods(self.helper.as_deref()) {
+                Ok(entry_methods) => {
                     let advice = location.advice(self.helper.as_deref());
-                    let work = tokio::task::spawn_blocking(move || enter(doors, advice, shards));
+                    let work = tokio::task::spawn_blocking(move || enter(entry_methods, advice, shards));
                     work.await.unwrap_or_else(|error| Err((Certainty::Unknown, error.to_string())))
                 }
                 Err(error) => Err((Certainty::Unknown, error.to_string())),
@@ -223,17 +225,17 @@ impl ContainerTask {
             match entered {
                 Ok(entry) => {
                     done = asked;
-                    pause = ENTER_AGAIN.0;
-                    let circumstances = location.circumstances();
-                    self.tell(TaskEvent::Entered { serial, entry, circumstances });
+                    pause = ENTRY_PAUSE.0;
+                    let docker_facts = location.docker_facts();
+                    self.report(TaskEvent::Entered { serial, entry, docker_facts });
                 }
                 Err((certainty, reason)) => {
-                    self.tell(TaskEvent::Missed { certainty, reason });
-                    let disturbed = tokio::select! {
-                        disturbed = self.disturbed(&location) => disturbed,
+                    self.report(TaskEvent::EntryFailed { certainty, reason });
+                    let until_changed = tokio::select! {
+                        until_changed = self.until_changed(&location) => until_changed,
                         () = sleep(pause) => None,
                     };
-                    if let Some(reason) = disturbed {
+                    if let Some(reason) = until_changed {
                         return reason;
                     }
                     pause = (2 * pause).min(location.pause_max(self.helper.as_deref()));
@@ -242,26 +244,26 @@ impl ContainerTask {
         }
     }
 
-    /// Returns when the container is no longer where it was found.
-    async fn end_of(&self, location: &Location) -> String {
+    /// Waits until the container is no longer where it was located. Returns the reason.
+    async fn until_gone(&self, location: &Location) -> String {
         loop {
-            if let Some(reason) = self.disturbed(location).await {
+            if let Some(reason) = self.until_changed(location).await {
                 return reason;
             }
         }
     }
 
-    /// Returns when the container is no longer where it was found, and why; or with nothing, when a hint has shown that it
-    /// is.
-    async fn disturbed(&self, location: &Location) -> Option<String> {
+    /// Waits until the container is no longer where it was located, and returns the reason; or returns `None` after a
+    /// hint, if it is still there.
+    async fn until_changed(&self, location: &Location) -> Option<String> {
         match location {
             Location::Process { pidfd, container: None } => Some(process_end(pidfd).await),
             Location::Process { pidfd, container: Some((known, _)) } => tokio::select! {
                 reason = process_end(pidfd) => Some(reason),
-                another = self.has_become_another(known) => another,
+                another = self.replaced_by_another(known) => another,
             },
             Location::File { path, identity } => loop {
-                let is_hint = self.until_a_look().await;
+                let is_hint = self.until_check().await;
                 if identity_of_namespace(path).await != Some(*identity) {
                     return Some(format!("{} is no longer the same namespace", path.display()));
                 }
@@ -270,7 +272,7 @@ impl ContainerTask {
                 }
             },
             Location::Directory { path } => loop {
-                let is_hint = self.until_a_look().await;
+                let is_hint = self.until_check().await;
                 if identity_of_file(path).is_none() {
                     return Some(format!("the directory {} is gone", path.display()));
                 }
@@ -281,35 +283,35 @@ impl ContainerTask {
         }
     }
 
-    /// Waits for a hint, or until it is time to look without one; whether it was a hint.
-    async fn until_a_look(&self) -> bool {
+    /// Waits for a hint or for the next check. Returns whether it was a hint.
+    async fn until_check(&self) -> bool {
         tokio::select! {
-            () = sleep(LOOK_INTERVAL) => false,
+            () = sleep(CHECK_INTERVAL) => false,
             () = self.hint.notified() => true,
         }
     }
 
-    /// Waits for a hint; whether Docker then has another process for the name, or none. One that is renamed stays what it is
-    /// where its registration follows it: that is moved to the new name.
-    async fn has_become_another(&self, known: &FirstProcess) -> Option<String> {
+    /// Waits for a hint, and checks whether Docker now has another process for the name, or no container. A renamed
+    /// container stays the same one if its registration follows its id: the registration moves to the new name.
+    async fn replaced_by_another(&self, known: &FirstProcess) -> Option<String> {
         self.hint.notified().await;
         let owed = PendingHint(&self.hint);
         let name = self.attach_method.docker_name(&self.name);
-        let told = self.docker.first_process(name).await;
+        let found = self.docker.first_process(name).await;
         std::mem::forget(owed);
         let is_meant = self.id.borrow().as_ref() == Some(&known.id);
-        let another = match told {
+        let another = match found {
             Ok(now) if is_meant && now.id != known.id => false,
             Ok(now) => now != *known,
             Err(DockerError::NoSuchContainer(_)) => !is_meant,
-            // The pidfd knows better than an engine that does not answer.
+            // If the engine does not answer, the pidfd decides.
             Err(_) => false,
         };
         another.then(|| "another container has its name now".to_owned())
     }
 }
 
-/// A hint that was taken and not followed yet. A look that is given up for something else gives it back.
+/// A hint that was taken and not processed yet. If the check is cancelled, dropping this restores the hint.
 struct PendingHint<'a>(&'a Notify);
 
 impl Drop for PendingHint<'_> {

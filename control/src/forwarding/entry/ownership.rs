@@ -1,9 +1,10 @@
-//! Whether a process is a container's, and whether it is in the host's network: an engine's word on a process id holds on the
-//! engine's machine alone, and may name a stranger here.
+//! Checks whether a process belongs to a container, and whether it is in this process's network namespace. A process id
+//! that an engine reports is valid on the engine's machine alone, and may be that of an unrelated process here.
 //!
-//! What the kernel tells of a process (`cgroups(7)`, `proc_pid_mountinfo(5)`) names its container by id: an engine makes a
-//! control group for each, or at least mounts files of the container's own. The helper is only asked to enter a process with the
-//! former: it has the privilege to enter any process, and cannot read `/proc` of the host to check one itself.
+//! The kernel's files about a process (`cgroups(7)`, `proc_pid_mountinfo(5)`) contain the id of its container: an
+//! engine makes a control group for each container, or at least mounts files of the container's own. The helper is
+//! asked to enter a process only on the evidence of its control group: the helper has the privilege to enter any
+//! process, and cannot read `/proc` of the host to check one itself.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,13 +14,14 @@ use crate::sys::paths::identity_of_file;
 /// The evidence that a process is one of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Evidence {
-    /// Its control group. A process needs privilege to join one of another container.
+    /// The control group. A process needs privilege to join that of another container.
     ControlGroup,
-    /// The files that are mounted for it. In a user namespace of its own, any process may mount files with such names.
+    /// The mounted files. In a user namespace of its own, any process may mount files with such names.
     Mounts,
 }
 
-/// Returns the evidence that the process of this number is one of the container with this id, if there is any on this machine.
+/// Returns the evidence that this process belongs to the container with this id; `None` if this machine
+/// has none.
 ///
 /// # Errors
 /// The files of the process cannot be read; those of a process that has ended are not found.
@@ -31,13 +33,13 @@ pub(super) fn evidence(pid: u32, container: &str) -> io::Result<Option<Evidence>
     Ok(names(&read("mountinfo")?, container).then_some(Evidence::Mounts))
 }
 
-/// Whether a text names a container by its id. The beginning of one is none.
+/// Whether a text contains the container's full id; a prefix is not enough.
 fn names(text: &str, id: &str) -> bool {
     const ID_CHARS_MIN: usize = 32;
     id.len() >= ID_CHARS_MIN && text.contains(id)
 }
 
-/// Whether a process shares the network of this one; none where this user may not know.
+/// Whether a process is in the network namespace of this one; `None` if this user may not read that.
 pub(super) fn is_in_our_network(pid: u32) -> Option<bool> {
     let namespace = |process: &str| identity_of_file(&PathBuf::from(format!("/proc/{process}/ns/net")));
     Some(namespace(&pid.to_string())? == namespace("self")?)
@@ -50,7 +52,7 @@ mod tests {
     const ID: &str = "6d1e3a9b6d1e3a9b6d1e3a9b6d1e3a9b6d1e3a9b6d1e3a9b6d1e3a9b6d1e3a9b";
 
     #[test]
-    fn a_container_is_named_by_its_whole_id() {
+    fn container_is_named_by_its_full_id() {
         for text in [
             format!("0::/system.slice/docker-{ID}.scope\n"),
             format!("12:pids:/docker/{ID}\n1:name=systemd:/docker/{ID}\n"),
@@ -70,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_of_this_machine_is_of_no_container_that_it_is_not_in() {
+    fn unrelated_process_has_no_evidence() {
         let own = std::process::id();
         assert_eq!(evidence(own, ID).unwrap(), None);
         assert_eq!(evidence(u32::MAX, ID).unwrap_err().kind(), io::ErrorKind::NotFound);

@@ -1,20 +1,20 @@
-//! What a broker's session announces: the ports that listen in a container, and what it is told of each
-//! (wire specification, A.3.9, A.6.3 and A.6.5). Pure.
+//! Ports that a broker's session announces, and the result for each (wire specification, A.3.9, A.6.3 and A.6.5). Pure.
 //!
-//! Where the container is reached over the session alone, an announcement is worth one attempt:
+//! If the container is reached over its session alone, each announcement causes one attempt:
 //!
 //! ```text
-//!              announced             ListenerOpened
-//!  unknown ───────────────► due ─────────────────────► forwarded
-//!     ▲                      │ denied, or                  │
-//!     │ closed, or           ▼ ListenerFailed              │ closed, reserved, or the session is lost
-//!     └────────────────── over ◄── announced anew: due ────┘   (CloseListener)
+//!               announced             ListenerOpened
+//!   unknown ───────────────► due ─────────────────────► forwarded
+//!      ▲                      │ denied, or                  │
+//!      │ closed, or           ▼ ListenerFailed              │ closed, reserved, or the session is lost
+//!      └────────── not_forwarded ◄── announced again: due ──┘   (CloseListener)
 //! ```
 //!
-//! A bind that is under way when its port closes is undone when it is done; its answer counts for nothing. Where the
-//! container is entered, the engine's watch decides what is open, and announcements only have to be answered.
+//! If a port closes while its listener is being opened, the listener is closed as soon as it is open, and no result is
+//! sent. If the container is entered, the engine's watch decides which ports are open, and announcements only get
+//! results.
 //!
-//! A result is a debt: it is paid by [`Planner::step`] as soon as the truth is known, once.
+//! [`Planner::step`] emits each result once, as soon as it is known.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
@@ -25,49 +25,49 @@ use landfall_engine::command::{Command, Ending, ForwardId, Reach, UpstreamId};
 use super::reserved::Reservation;
 use super::verdict::{Exclusion, Verdict};
 use super::watched::Holder;
-use super::{Change, ClosedReason, FORWARDS_MAX, Forward, Plan, Planned, Planner, Status};
+use super::{Change, ClosedReason, FORWARDS_MAX, Forward, Plan, PlannedContainer, Planner, Status};
 use crate::model::announcement::{Announced, EXCLUDED};
 use crate::model::registration::ContainerName;
 
-/// How long after its announcement a port that the engine's watch does not see, or that is not open yet, is answered for.
-/// The watch looks at least twice a second.
-pub const OWED_MAX: Duration = Duration::from_secs(2);
+/// The longest time after its announcement until a port gets a result that the engine's watch does not see, or that is
+/// not open yet. The watch reads at least twice a second.
+pub const RESULT_MAX: Duration = Duration::from_secs(2);
 
-/// One container's broker.
+/// The broker of one container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Broker {
-    /// Whether its session tells what listens.
+    /// Whether it has a session.
     up: bool,
-    /// What it told; nothing while the session is down.
+    /// The announced ports; empty without a session.
     pub(super) known: BTreeMap<NonZeroU16, AnnouncedPort>,
-    /// By the port inside.
+    /// By the container's port.
     pub(super) reserved: BTreeMap<NonZeroU16, Reservation>,
 }
 
 impl Broker {
-    /// Whether a port inside is reserved, or about to be.
+    /// Whether a port of the container is reserved, or its request was accepted.
     pub(super) fn reserves(&self, target: NonZeroU16) -> bool {
-        self.reserved.get(&target).is_some_and(Reservation::has_begun)
+        self.reserved.get(&target).is_some_and(Reservation::is_accepted)
     }
 
-    /// Whether a host port matters to it: a port of that number was announced, or one is reserved there or tried there.
+    /// Whether a host port matters to it: it was announced under the same number, or is reserved or tried next.
     pub(super) fn waits_for(&self, host_port: NonZeroU16) -> bool {
         self.known.contains_key(&host_port) || self.reserved.values().any(|one| one.waits_for(host_port))
     }
 }
 
-/// A port that was announced.
+/// An announced port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct AnnouncedPort {
-    /// Since when a result is owed.
-    pub(super) owed: Option<Instant>,
-    /// The attempt that the announcement is worth has not been made.
+    /// When it was announced, until its result is sent.
+    pub(super) result_due_since: Option<Instant>,
+    /// Whether its attempt has not been made yet.
     pub(super) due: bool,
-    /// Why it came to nothing.
-    pub(super) over: Option<NotForwarded>,
+    /// Why its attempt failed.
+    pub(super) not_forwarded: Option<NotForwarded>,
 }
 
-/// Why a port is not forwarded.
+/// The reason that an announced port is not forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum NotForwarded {
     Denied(Exclusion),
@@ -75,23 +75,23 @@ pub(super) enum NotForwarded {
 }
 
 impl Planner {
-    /// The container has taken the broker's token. What listens is told next.
+    /// Notes that the container has accepted the broker's token. Announcements follow.
     pub fn broker_up(&mut self, name: &ContainerName) {
         self.brokers.entry(name.clone()).or_default().up = true;
         self.dirty_set.mark(name);
     }
 
-    /// The session is lost: what it announced is forwarded no longer, and nobody waits for a result.
+    /// Notes that the session is lost: the forwards of its announcements close, and no result is sent for them.
     pub fn broker_down(&mut self, name: &ContainerName) {
         self.dirty_set.mark(name);
         if let Some(broker) = self.brokers.get_mut(name) {
             broker.up = false;
             broker.known.clear();
-            broker.reserved.values_mut().for_each(Reservation::forgive);
+            broker.reserved.values_mut().for_each(Reservation::drop_requests);
         }
     }
 
-    /// The broker stops, and everything that is there for its sake.
+    /// Notes that the broker has stopped: its forwards close.
     pub fn broker_stopped(&mut self, name: &ContainerName) {
         self.dirty_set.mark(name);
         self.brokers.remove(name);
@@ -102,14 +102,14 @@ impl Planner {
         }
     }
 
-    /// Whether the engine still holds a port that leads, or led, over the session of `name`.
+    /// Whether the engine still holds a port over the session of `name`.
     pub fn holds_dialled(&self, name: &ContainerName) -> bool {
         let dialled =
             |forward: &Forward| self.upstreams.get(&forward.upstream).is_some_and(|one| one.dialled);
         self.forwards_of(name).any(dialled)
     }
 
-    /// Takes in what listens, or what changed; `whole` replaces what was known.
+    /// Handles an announcement; if `whole`, `opened` replaces all earlier ones.
     pub fn announce(
         &mut self,
         name: &ContainerName,
@@ -119,7 +119,7 @@ impl Planner {
         now: Instant,
     ) -> Vec<Change> {
         let upstreams = self.upstreams_of(name);
-        let ports = opened.iter().map(|told| told.port);
+        let ports = opened.iter().map(|announced| announced.port);
         let forwarded: BTreeSet<NonZeroU16> =
             ports.filter(|port| self.announced_at(&upstreams, *port).is_some_and(Forward::is_live)).collect();
         let Some(broker) = self.brokers.get_mut(name).filter(|broker| broker.up) else { return Vec::new() };
@@ -127,11 +127,11 @@ impl Planner {
         let mut changes = Vec::new();
         let mut closed = closed.to_vec();
         if whole {
-            let listed: BTreeSet<NonZeroU16> = opened.iter().map(|told| told.port).collect();
+            let listed: BTreeSet<NonZeroU16> = opened.iter().map(|announced| announced.port).collect();
             closed.extend(broker.known.keys().filter(|port| !listed.contains(port)));
         }
         for port in closed {
-            if broker.known.remove(&port).is_some_and(|known| known.owed.is_some()) {
+            if broker.known.remove(&port).is_some_and(|known| known.result_due_since.is_some()) {
                 let why = ClosedReason::ContainerReleased.as_str().to_owned();
                 changes.push(Change::result(name, port, Err(why)));
             }
@@ -140,55 +140,57 @@ impl Planner {
             let reserved = broker.reserved.contains_key(port);
             match broker.known.get_mut(port) {
                 Some(known) => {
-                    if !reserved && known.owed.is_none() && !forwarded.contains(port) {
-                        (known.owed, known.due, known.over) = (Some(now), true, None);
+                    if !reserved && known.result_due_since.is_none() && !forwarded.contains(port) {
+                        (known.result_due_since, known.due, known.not_forwarded) = (Some(now), true, None);
                     }
                 }
                 None => {
-                    let owed = (!reserved).then_some(now);
-                    broker.known.insert(*port, AnnouncedPort { owed, due: true, over: None });
+                    let result_due_since = (!reserved).then_some(now);
+                    broker
+                        .known
+                        .insert(*port, AnnouncedPort { result_due_since, due: true, not_forwarded: None });
                 }
             }
         }
         changes
     }
 
-    /// Whether there is anything to dial for: a session, or a port that is kept for the next one.
+    /// Whether a dialled upstream is needed: for a session, or for reserved ports that outlive one.
     pub(super) fn has_broker_to_serve(&self, name: &ContainerName) -> bool {
         self.brokers.get(name).is_some_and(|broker| broker.up || !broker.reserved.is_empty())
     }
 
-    /// Whether the container's broker has a session, so that what is dialled arrives.
+    /// Whether the container's broker has a session, so that dialled connections arrive.
     pub fn has_session(&self, name: &ContainerName) -> bool {
         self.brokers.get(name).is_some_and(|broker| broker.up)
     }
 
-    /// The engine's watch takes over: an attempt that came to nothing over the session is none any more.
+    /// Clears the failures of attempts over the session, since the engine's watch decides from now on.
     pub(super) fn on_watched(&mut self, name: &ContainerName) {
         for known in self.brokers.get_mut(name).into_iter().flat_map(|broker| broker.known.values_mut()) {
-            known.over = None;
+            known.not_forwarded = None;
         }
     }
 
-    /// A new upstream over the session: everything that was not refused is asked for again.
+    /// Makes attempts due again for a new upstream over the session, except those that have failed.
     pub(super) fn on_dialled(&mut self, name: &ContainerName) {
         for known in self.brokers.get_mut(name).into_iter().flat_map(|broker| broker.known.values_mut()) {
-            known.due = known.over.is_none();
+            known.due = known.not_forwarded.is_none();
         }
     }
 
-    /// Whether a host port is one that the session's container would have.
+    /// Whether the session announced this port and its attempt has not failed.
     pub(super) fn waits_for(&self, name: &ContainerName, port: NonZeroU16) -> bool {
         let known = self.brokers.get(name).and_then(|broker| broker.known.get(&port));
-        known.is_some_and(|known| known.over.is_none())
+        known.is_some_and(|known| known.not_forwarded.is_none())
     }
 
-    /// Closes what its session does not announce any more, and what nobody reserves any more.
-    pub(super) fn close_announced(&mut self, one: &Planned, plan: &mut Plan) {
+    /// Closes the forwards that the session no longer announces and those that are no longer reserved.
+    pub(super) fn close_announced(&mut self, one: &PlannedContainer, plan: &mut Plan) {
         let own = one.upstreams.iter().flat_map(|id| self.forwards.of_upstream(*id));
         let live = own.filter(|(_, forward)| forward.is_live());
         let ended: Vec<(ForwardId, ClosedReason, Ending)> = live
-            .filter_map(|(id, forward)| self.ends(forward).map(|(why, ending)| (id, why, ending)))
+            .filter_map(|(id, forward)| self.close_reason(forward).map(|(why, ending)| (id, why, ending)))
             .collect();
         for (forward, why, ending) in ended {
             if let Some(known) = self.forwards.get_mut(forward) {
@@ -198,8 +200,8 @@ impl Planner {
         }
     }
 
-    /// Why a forward that is there for a broker's sake is to end, and how.
-    fn ends(&self, forward: &Forward) -> Option<(ClosedReason, Ending)> {
+    /// The reason and the manner in which a broker's forward is to close; `None` if it stays open.
+    fn close_reason(&self, forward: &Forward) -> Option<(ClosedReason, Ending)> {
         let upstream = self.upstreams.get(&forward.upstream)?;
         let owner = upstream.owner.as_ref()?;
         let broker = self.brokers.get(owner);
@@ -216,7 +218,7 @@ impl Planner {
             return Some((ClosedReason::HostError, Ending::Reset));
         }
         if broker.reserves(target) {
-            // What is open may finish: the container did not let go of the port.
+            // The container still listens, so open connections may finish.
             return Some((ClosedReason::ContainerReleased, Ending::Drain));
         }
         let allowed = self.policy_of(owner).is_some_and(|policy| self.judge(policy, target).is_ok());
@@ -224,8 +226,8 @@ impl Planner {
         (!stays).then_some((ClosedReason::ContainerReleased, Ending::Reset))
     }
 
-    /// Makes the attempts that are due over a session.
-    pub(super) fn open_announced(&mut self, one: &Planned, plan: &mut Plan) {
+    /// Makes the due attempts over a session.
+    pub(super) fn open_announced(&mut self, one: &PlannedContainer, plan: &mut Plan) {
         let name = &one.name;
         let Some((upstream, _)) = self.dialled(name) else { return };
         let Some(broker) = self.brokers.get(name) else { return };
@@ -233,142 +235,147 @@ impl Planner {
         let due: Vec<NonZeroU16> = due.map(|(port, _)| *port).collect();
         let mut live = self.forwards_of(name).filter(|forward| forward.is_live()).count();
         for port in due {
-            let over = match self.attempt(one, port, live) {
-                OpenResult::Wait => continue,
-                OpenResult::Make => {
+            let not_forwarded = match self.decide_attempt(one, port, live) {
+                Attempt::Wait => continue,
+                Attempt::Open => {
                     live += 1;
                     plan.commands.push(self.open_one(upstream, port, port, Reach::UNKNOWN, false));
                     None
                 }
-                OpenResult::Made => None,
-                OpenResult::NotForwarded(over) => Some(over),
+                Attempt::AlreadyOpen => None,
+                Attempt::NotForwarded(not_forwarded) => Some(not_forwarded),
             };
-            if let Some(NotForwarded::Failed(reason)) = &over {
+            if let Some(NotForwarded::Failed(reason)) = &not_forwarded {
                 plan.changes.push(Change::Failed { name: name.clone(), port, reason: reason.clone() });
             }
-            self.note(name, port, over);
+            self.record_attempt(name, port, not_forwarded);
         }
     }
 
     /// Decides about the attempt for a port of a container that has `live` forwards.
-    fn attempt(&self, one: &Planned, port: NonZeroU16, live: usize) -> OpenResult {
-        let Some(policy) = self.policy_of(&one.name) else { return OpenResult::Wait };
+    fn decide_attempt(&self, one: &PlannedContainer, port: NonZeroU16, live: usize) -> Attempt {
+        let Some(policy) = self.policy_of(&one.name) else { return Attempt::Wait };
         if let Err(reason) = self.judge(policy, port) {
-            return OpenResult::NotForwarded(NotForwarded::Denied(reason));
+            return Attempt::NotForwarded(NotForwarded::Denied(reason));
         }
         match self.announced_at(&one.upstreams, port).map(Forward::is_live) {
-            Some(true) => return OpenResult::Made,
-            Some(false) => return OpenResult::Wait,
+            Some(true) => return Attempt::AlreadyOpen,
+            Some(false) => return Attempt::Wait,
             None => {}
         }
         if live >= FORWARDS_MAX {
-            return OpenResult::NotForwarded(NotForwarded::Denied(Exclusion::Quota));
+            return Attempt::NotForwarded(NotForwarded::Denied(Exclusion::Quota));
         }
         match self.holder(&one.name, port) {
-            Holder::Free => OpenResult::Make,
-            // There is one attempt, so it is made when it is known what comes of it.
-            Holder::Soon | Holder::Heir(_) => OpenResult::Wait,
-            Holder::Taken(reason) => OpenResult::NotForwarded(NotForwarded::Failed(reason)),
+            Holder::Free => Attempt::Open,
+            // There is one attempt only, so it waits until the result of the other forward is known.
+            Holder::Changing | Holder::Held(_) => Attempt::Wait,
+            Holder::Taken(reason) => Attempt::NotForwarded(NotForwarded::Failed(reason)),
         }
     }
 
-    /// The forward to a port inside that is not there by a reservation.
+    /// The forward to a port of the container, unless it is reserved.
     fn announced_at(&self, upstreams: &[UpstreamId], port: NonZeroU16) -> Option<&Forward> {
         self.forwards_to(upstreams, port).find(|forward| !forward.reserved)
     }
 
-    /// Notes what became of the attempt for a port.
-    pub(super) fn note(&mut self, name: &ContainerName, port: NonZeroU16, over: Option<NotForwarded>) {
+    /// Records that the attempt for a port was made, and why it failed if it did.
+    pub(super) fn record_attempt(
+        &mut self,
+        name: &ContainerName,
+        port: NonZeroU16,
+        not_forwarded: Option<NotForwarded>,
+    ) {
         let broker = self.brokers.get_mut(name);
         if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
-            (known.due, known.over) = (false, over);
+            (known.due, known.not_forwarded) = (false, not_forwarded);
         }
     }
 
-    /// What was forwarded is not, and nobody asked for that: it is asked for again.
-    pub(super) fn renew(&mut self, name: &ContainerName, port: NonZeroU16) {
+    /// Makes the attempt for a port due again, after its forward ended without a request.
+    pub(super) fn retry_announced(&mut self, name: &ContainerName, port: NonZeroU16) {
         let broker = self.brokers.get_mut(name);
         if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
-            known.due = known.over.is_none();
+            known.due = known.not_forwarded.is_none();
         }
     }
 
-    /// Pays the results of which the truth is known.
-    pub(super) fn pay(&mut self, one: &Planned, plan: &mut Plan) {
+    /// Emits the results that are known.
+    pub(super) fn emit_results(&mut self, one: &PlannedContainer, plan: &mut Plan) {
         let Some(broker) = self.brokers.get(&one.name) else { return };
         let is_watched = self.upstream_of(&one.name).is_some_and(|(_, upstream)| !upstream.dialled);
-        let owed = broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port));
-        let paid = owed.filter_map(|(port, known)| {
-            let is_late = plan.now.saturating_duration_since(known.owed?) >= OWED_MAX;
-            let result = match self.truth(one, *port, known) {
-                AnnouncedResult::AnnouncedPort(result) => result,
+        let unanswered = broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port));
+        let results = unanswered.filter_map(|(port, known)| {
+            let is_late = plan.now.saturating_duration_since(known.result_due_since?) >= RESULT_MAX;
+            let result = match self.result_of(one, *port, known) {
+                AnnouncedResult::Known(result) => result,
                 AnnouncedResult::Unknown(reason) if is_watched && is_late => Err(reason.to_owned()),
                 AnnouncedResult::Unknown(_) => return None,
             };
             Some((*port, result))
         });
-        let paid: Vec<_> = paid.collect();
-        for (port, result) in paid {
+        let results: Vec<_> = results.collect();
+        for (port, result) in results {
             let broker = self.brokers.get_mut(&one.name);
             if let Some(known) = broker.and_then(|broker| broker.known.get_mut(&port)) {
-                known.owed = None;
+                known.result_due_since = None;
             }
             plan.changes.push(Change::result(&one.name, port, result));
         }
     }
 
     /// The result for a port.
-    fn truth(&self, one: &Planned, port: NonZeroU16, known: &AnnouncedPort) -> AnnouncedResult {
-        let excluded = || AnnouncedResult::AnnouncedPort(Err(EXCLUDED.to_owned()));
+    fn result_of(&self, one: &PlannedContainer, port: NonZeroU16, known: &AnnouncedPort) -> AnnouncedResult {
+        let excluded = || AnnouncedResult::Known(Err(EXCLUDED.to_owned()));
         if self.policy_of(&one.name).is_some_and(|policy| self.judge(policy, port).is_err()) {
             return excluded();
         }
         let own = self.announced_at(&one.upstreams, port);
         if let Some(open) = own.filter(|forward| forward.status == Status::Open) {
-            return AnnouncedResult::AnnouncedPort(Ok(open.host_port));
+            return AnnouncedResult::Known(Ok(open.host_port));
         }
-        match &known.over {
+        match &known.not_forwarded {
             Some(NotForwarded::Denied(_)) => return excluded(),
-            Some(NotForwarded::Failed(reason)) => return AnnouncedResult::AnnouncedPort(Err(reason.clone())),
+            Some(NotForwarded::Failed(reason)) => return AnnouncedResult::Known(Err(reason.clone())),
             None => {}
         }
         if let Some(failure) = self.failures.get(&one.name).and_then(|failures| failures.get(&port)) {
-            return AnnouncedResult::AnnouncedPort(Err(failure.reason.clone()));
+            return AnnouncedResult::Known(Err(failure.reason.clone()));
         }
         match one.verdicts.as_ref().and_then(|verdicts| verdicts.get(&port)) {
             Some(Verdict::Denied(_)) => excluded(),
-            Some(Verdict::Published(host_port, _)) => AnnouncedResult::AnnouncedPort(Ok(*host_port)),
+            Some(Verdict::Published(host_port, _)) => AnnouncedResult::Known(Ok(*host_port)),
             Some(Verdict::Wanted(_)) => AnnouncedResult::Unknown("EAGAIN: the port is not open yet"),
             None => AnnouncedResult::Unknown("ECONNREFUSED: nothing was seen to listen on the port"),
         }
     }
 
-    /// When the debts of ports that the watch does not see are due.
-    pub(super) fn debts_due(&self, name: &ContainerName) -> impl Iterator<Item = Instant> {
+    /// When ports that the watch does not see get their results.
+    pub(super) fn results_due(&self, name: &ContainerName) -> impl Iterator<Item = Instant> {
         let is_watched = self.upstream_of(name).is_some_and(|(_, upstream)| !upstream.dialled);
         let broker = self.brokers.get(name).filter(|_| is_watched);
-        let owed = broker
+        let unanswered = broker
             .into_iter()
             .flat_map(|broker| broker.known.iter().filter(|(port, _)| !broker.reserved.contains_key(port)));
-        owed.filter_map(|(_, known)| known.owed).map(|since| since + OWED_MAX)
+        unanswered.filter_map(|(_, known)| known.result_due_since).map(|since| since + RESULT_MAX)
     }
 }
 
-/// The result for a port that was announced.
+/// The result for an announced port.
 enum AnnouncedResult {
-    AnnouncedPort(Result<NonZeroU16, String>),
-    /// It is not known yet. Where the container is watched, this is the result after a while.
+    Known(Result<NonZeroU16, String>),
+    /// Not known yet. If the container is watched, this is the result after [`RESULT_MAX`].
     Unknown(&'static str),
 }
 
-/// What became of an attempt.
-enum OpenResult {
+/// The decision about an attempt.
+enum Attempt {
     /// It cannot be made yet.
     Wait,
-    /// It is to be made now.
-    Make,
+    /// It is made now.
+    Open,
     /// The port is forwarded already.
-    Made,
-    /// It comes to nothing.
+    AlreadyOpen,
+    /// It fails.
     NotForwarded(NotForwarded),
 }

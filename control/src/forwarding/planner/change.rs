@@ -1,16 +1,16 @@
-//! What changed, for those who are told. Pure.
+//! The changes that a step or an event reports. Pure.
 
 use std::num::NonZeroU16;
 
 use crate::model::announcement::ForwardResult;
 use crate::model::registration::ContainerName;
 
-/// Why a port no longer answers; the texts are those of the wire specification, A.13.
+/// The reason that a port has closed; the texts are those of the wire specification, A.13.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClosedReason {
-    /// Nothing listens inside any more, or it may not be exposed any more.
+    /// The container no longer listens, or the policy no longer allows the port.
     ContainerReleased,
-    /// The container or the engine went away.
+    /// The container or the engine has ended.
     HostError,
     /// The container is no longer registered.
     Deregistered,
@@ -19,7 +19,7 @@ pub enum ClosedReason {
 }
 
 impl ClosedReason {
-    /// The wire's word.
+    /// The text of the wire specification.
     pub fn as_str(self) -> &'static str {
         match self {
             ClosedReason::ContainerReleased => "container-released",
@@ -30,26 +30,26 @@ impl ClosedReason {
     }
 }
 
-/// What changed, as far as somebody is told of it.
+/// A change that is reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields say what they are")]
 pub enum Change {
-    /// The port answers on the host, at `host_port`; `bind` is where its server listens.
+    /// The port is open on the host, at `host_port`; `bind` is the address on which its server listens.
     Opened { name: ContainerName, port: NonZeroU16, host_port: NonZeroU16, bind: &'static str },
-    /// The port answers on the host, on the server's own native socket, at the same port.
+    /// The port is open on the host, on the server's own native socket, at the same port.
     OpenedNative { name: ContainerName, port: NonZeroU16, bind: &'static str },
-    /// It no longer does.
+    /// The port is no longer open.
     Closed { name: ContainerName, port: NonZeroU16, host_port: NonZeroU16, why: ClosedReason },
-    /// It could not be opened. Told once, however often it is tried again.
+    /// The port could not be opened. Reported once, however often it is tried again.
     Failed { name: ContainerName, port: NonZeroU16, reason: String },
-    /// The engine let go of a container that it was not told to let go of.
+    /// The engine has removed the upstream of a container without a command.
     Lost { name: ContainerName, dialled: bool, reason: String },
-    /// What the container is told of a port that it announced or reserved (`port-forward-result`).
+    /// The result for a port that the container announced or reserved (`port-forward-result`).
     Result { name: ContainerName, result: ForwardResult },
 }
 
 impl Change {
-    /// What the container is told of its port.
+    /// Creates a result.
     pub(super) fn result(
         name: &ContainerName,
         port: NonZeroU16,

@@ -1,4 +1,4 @@
-//! What the engine says, taken in. Pure.
+//! The planner's reactions to the engine's events. Pure.
 
 use std::time::Instant;
 
@@ -9,8 +9,8 @@ use super::{Change, ClosedReason, Failure, Forward, Planner, Status};
 use crate::forwarding::planner::observation::{Listeners, Observation};
 
 impl Planner {
-    /// Takes in an event of the engine; what it says of something unknown changes nothing.
-    pub fn hear(&mut self, event: &Event, now: Instant) -> Vec<Change> {
+    /// Handles an event of the engine. An event about an unknown upstream or forward changes nothing.
+    pub fn on_engine_event(&mut self, event: &Event, now: Instant) -> Vec<Change> {
         match event {
             Event::Listeners { upstream, opened, closed } => {
                 if let Some(known) = self.upstreams.get_mut(upstream) {
@@ -45,10 +45,11 @@ impl Planner {
                 let mut changes: Vec<Change> =
                     ids.into_iter().filter_map(|id| self.forget(id, ClosedReason::HostError)).collect();
                 if let Some(known) = self.upstreams.remove(upstream)
-                    && !known.leaving
+                    && !known.removing
                     && let Some(name) = known.owner
                 {
-                    let reason = reason.clone().unwrap_or_else(|| "the engine let go of it".to_owned());
+                    let reason =
+                        reason.clone().unwrap_or_else(|| "the engine removed its upstream".to_owned());
                     changes.push(Change::Lost { name, dialled: known.dialled, reason });
                 }
                 return changes;
@@ -58,18 +59,18 @@ impl Planner {
         Vec::new()
     }
 
-    /// Something changed about the container behind an upstream.
+    /// Marks the container behind an upstream.
     fn mark_owner(&mut self, upstream: UpstreamId) {
         if let Some(owner) = self.upstreams.get(&upstream).and_then(|upstream| upstream.owner.as_ref()) {
             self.dirty_set.mark(owner);
         }
     }
 
-    /// Takes a forward out of the table. Its host port is free from now on.
+    /// Removes a forward from the table. Its host port is free from now on.
     fn remove(&mut self, id: ForwardId) -> Option<Forward> {
         let forward = self.forwards.remove(id)?;
         self.mark_owner(forward.upstream);
-        self.wake(forward.host_port);
+        self.mark_port_waiters(forward.host_port);
         Some(forward)
     }
 
@@ -79,7 +80,7 @@ impl Planner {
             return Vec::new();
         };
         forward.status = Status::Open;
-        forward.told = true;
+        forward.reported_open = true;
         let (port, host_port) = (forward.target_port, forward.host_port);
         let (reserved, upstream) = (forward.reserved, forward.upstream);
         self.mark_owner(upstream);
@@ -88,7 +89,7 @@ impl Planner {
         if reserved {
             return self.on_reserved(&name, port, host_port);
         }
-        // Of what a session announces, the wire's event tells where it answers on the host.
+        // For an announced port, the wire's event has the address on which the host listens.
         let seen = upstream.seen.as_ref().filter(|_| !upstream.dialled).and_then(|seen| seen.at(port));
         let unseen = if upstream.dialled { "127.0.0.1" } else { "0.0.0.0" };
         let bind = seen.map_or(unseen, Listeners::bind_address);
@@ -102,17 +103,17 @@ impl Planner {
 
     fn on_failed(&mut self, id: ForwardId, reason: String, now: Instant) -> Option<Change> {
         let forward = self.remove(id)?;
-        let upstream = self.upstreams.get(&forward.upstream).filter(|upstream| !upstream.leaving)?;
+        let upstream = self.upstreams.get(&forward.upstream).filter(|upstream| !upstream.removing)?;
         let name = upstream.owner.clone()?;
         let port = forward.target_port;
-        // What was let go of meanwhile has nobody who waits for it.
+        // If it was closed meanwhile, no result is expected.
         let waits = forward.status == Status::Opening;
         if forward.reserved {
-            return waits.then(|| self.on_not_reserved(&name, port, reason, now)).flatten();
+            return waits.then(|| self.on_reserve_failed(&name, port, reason, now)).flatten();
         }
         if upstream.dialled {
             if waits {
-                self.note(&name, port, Some(NotForwarded::Failed(reason.clone())));
+                self.record_attempt(&name, port, Some(NotForwarded::Failed(reason.clone())));
             }
             return waits.then_some(Change::Failed { name, port, reason });
         }
@@ -121,7 +122,7 @@ impl Planner {
         before.is_none().then_some(Change::Failed { name, port, reason })
     }
 
-    /// Forgets a forward that is gone; `why` holds where nobody asked for that.
+    /// Removes a forward that has ended; `why` is the reason unless a command closed it.
     pub(super) fn forget(&mut self, id: ForwardId, why: ClosedReason) -> Option<Change> {
         let forward = self.remove(id)?;
         let upstream = self.upstreams.get(&forward.upstream)?;
@@ -131,12 +132,12 @@ impl Planner {
             Status::Closing { why } => why,
             Status::Opening | Status::Open => {
                 if upstream.dialled && !forward.reserved {
-                    self.renew(&name, port);
+                    self.retry_announced(&name, port);
                 }
                 why
             }
         };
-        forward.told.then_some(Change::Closed { name, port, host_port, why })
+        forward.reported_open.then_some(Change::Closed { name, port, host_port, why })
     }
 
     fn count(&mut self, forwards: &[ForwardState]) {

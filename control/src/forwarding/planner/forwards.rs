@@ -1,7 +1,8 @@
-//! The forwards of all containers, found by number, by host port, and by the port inside of an upstream. Pure.
+//! The forwards of all containers, indexed by id, by host port, and by upstream and container port. Pure.
 //!
-//! Each question has an index, so that planning one container never walks over the forwards of all. The table counts what
-//! it returns: the planner is charged for it ([`crate::forwarding::planner::dirty_set`]).
+//! Each kind of look-up has an index, so that planning one container never iterates over the forwards of all. The table
+//! counts the forwards that it returns, and the planner charges the container for them
+//! ([`crate::forwarding::planner::dirty_set`]).
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,18 +15,18 @@ use super::Forward;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Forwards {
     by_id: BTreeMap<ForwardId, Forward>,
-    /// The kernel allows one; an engine of another release could report two.
+    /// The kernel allows one forward for each; an engine of another release could report two.
     by_host_port: BTreeSet<(NonZeroU16, ForwardId)>,
     by_target: BTreeSet<(UpstreamId, NonZeroU16, ForwardId)>,
-    tasks: Cell<u64>,
+    lookups: Cell<u64>,
 }
 
-/// The greatest number, as the end of a range.
+/// The greatest id, as the end of a range.
 const LAST: ForwardId = ForwardId(u32::MAX);
 const FIRST: ForwardId = ForwardId(0);
 
 impl Forwards {
-    /// Adds a forward under a number that is not in use.
+    /// Adds a forward under an unused id.
     pub(super) fn insert(&mut self, id: ForwardId, forward: Forward) {
         self.by_host_port.insert((forward.host_port, id));
         self.by_target.insert((forward.upstream, forward.target_port, id));
@@ -40,7 +41,7 @@ impl Forwards {
     }
 
     pub(super) fn clear(&mut self) {
-        *self = Forwards { tasks: self.tasks.clone(), ..Forwards::default() };
+        *self = Forwards { lookups: self.lookups.clone(), ..Forwards::default() };
     }
 
     pub(super) fn get(&self, id: ForwardId) -> Option<&Forward> {
@@ -48,13 +49,13 @@ impl Forwards {
         self.by_id.get(&id)
     }
 
-    /// A forward, to change its state: its ports and its upstream stay what they are.
+    /// Returns a forward to change its state. Its ports and its upstream must not change: they are indexed.
     pub(super) fn get_mut(&mut self, id: ForwardId) -> Option<&mut Forward> {
         self.count(1);
         self.by_id.get_mut(&id)
     }
 
-    /// The forward that binds a host port, or is about to.
+    /// The forward that binds a host port, or is opening it.
     pub(super) fn at_host_port(&self, port: NonZeroU16) -> Option<&Forward> {
         let (_, id) = self.by_host_port.range((port, FIRST)..=(port, LAST)).next()?;
         self.get(*id)
@@ -65,7 +66,7 @@ impl Forwards {
         self.in_range((upstream, NonZeroU16::MIN, FIRST), (upstream, NonZeroU16::MAX, LAST))
     }
 
-    /// The forwards to one port inside.
+    /// The forwards to one container port.
     pub(super) fn of_target(
         &self,
         upstream: UpstreamId,
@@ -83,17 +84,17 @@ impl Forwards {
         found.filter_map(|(.., id)| self.get(*id).map(|forward| (*id, forward)))
     }
 
-    /// Every forward, for what is about all of them.
+    /// Every forward.
     pub(super) fn all(&self) -> impl Iterator<Item = (ForwardId, &Forward)> {
         self.by_id.iter().inspect(|_| self.count(1)).map(|(id, forward)| (*id, forward))
     }
 
-    fn count(&self, tasks: u64) {
-        self.tasks.set(self.tasks.get().wrapping_add(tasks));
+    fn count(&self, lookups: u64) {
+        self.lookups.set(self.lookups.get().wrapping_add(lookups));
     }
 
-    /// The number of forwards that were returned so far.
-    pub(super) fn tasks(&self) -> u64 {
-        self.tasks.get()
+    /// The number of forwards returned so far.
+    pub(super) fn lookups(&self) -> u64 {
+        self.lookups.get()
     }
 }

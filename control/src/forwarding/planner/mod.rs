@@ -1,38 +1,43 @@
-//! The planner of all containers: what they have listening, what may be exposed, and what the engine holds go in;
-//! commands come out. Pure: time comes in as an argument.
+//! The planner of all containers: from the desired containers, their listeners, the policy and the state of the engine
+//! it computes the commands for the engine. Pure: the current time is an argument.
 //!
-//! Everything is a level. [`Planner::step`] compares whole states, so a lost or doubled observation heals with the next
-//! one, and stepping again yields nothing. One port of one container goes through these states:
+//! A port becomes a forward in three calls. [`Planner::container_entered`] gives a container its upstream.
+//! [`Planner::on_engine_event`] records the listeners that the engine's watch sees in it. [`Planner::step`] judges each
+//! listener by the policy (`verdict`), and opens an engine listener on the same host port (`watched`).
+//!
+//! All state is levels, not changes: [`Planner::step`] compares whole states, so the next observation repairs the
+//! effect of a lost or doubled one, and a second step yields no commands. One port of one container has these states:
 //!
 //! ```text
-//!          OpenListener            ListenerOpened
-//!  absent ──────────────► Opening ───────────────► Open
-//!    ▲                       │ │ ListenerFailed      │ not seen for LINGER, or no longer allowed: CloseListener
-//!    │ no longer wanted      │ ▼                     ▼
-//!    ├──────────────────── failed ◄─ still wanted  Closing
-//!    │                       └─ OpenListener, RETRY later   │ ListenerClosed
-//!    └──────────────────────────────────────────────────────┘
+//!           OpenListener            ListenerOpened
+//!   absent ──────────────► Opening ───────────────► Open
+//!     ▲                       │ │ ListenerFailed      │ not seen for LINGER, or no longer allowed: CloseListener
+//!     │ no longer wanted      │ ▼                     ▼
+//!     ├──────────────────── failed ◄─ still wanted  Closing
+//!     │                       └─ OpenListener, RETRY later   │ ListenerClosed
+//!     └──────────────────────────────────────────────────────┘
 //! ```
 //!
-//! A container is reached by an upstream of the engine. The shell enters the container and says with which cookie
-//! ([`Planner::reached`]); the fleet answers whether the engine has that namespace already, from the time of an earlier
-//! driver, or needs it. What an earlier driver left and nobody claims is let go, but only after everybody had the
-//! chance to claim it ([`Planner::sweep`]).
+//! The engine reaches a container by an upstream. The driver has the container entered and reports the cookie of its
+//! namespace ([`Planner::container_entered`]). The planner answers whether the engine has that namespace already, from
+//! the time of an earlier driver, or needs it. Upstreams of an earlier driver that no container claims are removed, but
+//! only after every container was tried ([`Planner::sweep`]).
 //!
-//! Where a container has a broker, its session tells what listens (`announced`), which is forwarded over the WebSocket
-//! where the container cannot be entered, by the wire's rules: one attempt for each announcement. Ports that it reserves
-//! (`reserved`) are forwarded whichever way there is.
+//! If a container has a broker, its session announces the listening ports (`announced`). They are forwarded over the
+//! WebSocket if the container cannot be entered, by the rules of the wire specification: one attempt for each
+//! announcement. Ports that the container reserves (`reserved`) are forwarded over either kind of upstream. Servers of
+//! a sandbox with native sockets listen on the host themselves (`natives`).
 //!
-//! When an engine is lost, its ports are kept for a moment for those who had them ([`PORT_HOLD`]): who is entered
-//! first the next time is chance, and a port would change hands by it.
+//! When an engine is lost, its ports are held for the containers that had them ([`PORT_HOLD`]): otherwise the order in
+//! which the containers are entered again would decide which one gets a port.
 //!
-//! A step plans the containers about which something changed, and no other ones (`dirty_set`). What one of them does can
-//! matter to another one in one way alone: by a host port. So whatever frees a host port marks those that wait for it
-//! (`Planner::wake`), and a full plan would find nothing more.
+//! A step plans only the containers that changed (`dirty_set`). One container affects another one only through a host
+//! port. So each event that frees a host port marks the containers that wait for it (`Planner::mark_port_waiters`), and
+//! planning all containers would yield no further commands.
 //!
-//! What never happens: two live forwards on one host port (the first keeps it, the second is told the first one's name
-//! and follows when the port is free, always at the same number), a number used twice, and a port that failed being
-//! asked for again before [`RETRY`] has passed.
+//! Never: two live forwards on one host port (the first container keeps it; the second one fails with the name of the
+//! first, and gets the port when it is free, always at the same number); an id used twice; a second attempt for a
+//! failed port before [`RETRY`] has passed.
 
 mod announced;
 mod change;
@@ -63,9 +68,9 @@ use crate::model::registration::ContainerName;
 use announced::Broker;
 use dirty_set::DirtySet;
 use forwards::Forwards;
-use plan::{Plan, Planned};
+use plan::{Plan, PlannedContainer};
 
-pub use announced::OWED_MAX;
+pub use announced::RESULT_MAX;
 pub use change::{Change, ClosedReason};
 pub use port_holds::PORT_HOLD;
 pub use reserved::RESERVED_MAX;
@@ -73,12 +78,12 @@ pub use rows::{Row, Rows};
 pub use upstreams::Admission;
 pub use verdict::{Exclusion, FORWARDS_MAX};
 
-/// How long a port that could not be opened rests. Short enough that a freed port feels as if it were taken at once,
-/// long enough to cost nothing.
+/// The pause after a port could not be opened. Short enough for a user who has freed the port, long enough to cost
+/// little.
 pub const RETRY: Duration = Duration::from_secs(2);
 
-/// How long a port stays open on the host after its server ceased to listen. Dev servers try a port before they use it,
-/// and close and reopen it when they restart; meanwhile a client is reset, as by any port on which nothing listens.
+/// How long a port stays open on the host after its server stopped listening. Dev servers try a port before they use
+/// it, and close and reopen it when they restart. Meanwhile connections are reset, as on any port without a listener.
 pub const LINGER: Duration = Duration::from_millis(250);
 
 /// A container that is to be forwarded.
@@ -86,44 +91,44 @@ pub const LINGER: Duration = Duration::from_millis(250);
 pub struct DesiredContainer {
     /// Its name.
     pub name: ContainerName,
-    /// Which of its ports.
+    /// The ports to forward.
     pub policy: Policy,
-    /// Ports inside that Docker publishes on the host, and where: they are left to it.
+    /// Container ports that Docker publishes, and their host ports: these are not forwarded.
     pub published: BTreeMap<NonZeroU16, NonZeroU16>,
-    /// Its servers may listen on sockets of the host, which a supervisor reports.
+    /// Whether its servers may listen on sockets of the host, which a supervisor reports.
     pub native: bool,
 }
 
-/// What an engine holds when a driver arrives.
+/// The state of a running engine when a driver attaches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inventory {
     /// Its upstreams.
     pub upstreams: Vec<UpstreamState>,
-    /// Its forwards, those that drain included.
+    /// Its forwards, including draining ones.
     pub forwards: Vec<ForwardState>,
-    /// What listens in those upstreams that have been read.
+    /// The listeners in those upstreams that have been read.
     pub observed: BTreeMap<UpstreamId, Vec<Listening>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Upstream {
     cookie: u64,
-    /// The container behind it; none while nobody has claimed what an earlier driver left.
+    /// The container behind it; `None` until a container claims what an earlier driver left.
     owner: Option<ContainerName>,
-    /// What listens inside; none before the first reading, and where nothing is watched.
+    /// The listeners inside; `None` before the first reading, and if the upstream is dialled.
     seen: Option<Observation>,
-    /// The driver dials for each connection: what listens is what a broker's session announced.
+    /// Whether a broker's session dials for each connection: then the session's announcements replace the watch.
     dialled: bool,
-    /// It is to be removed, and why.
+    /// Set if it is to be removed: the reason.
     dismissed: Option<ClosedReason>,
-    /// The engine was told to remove it.
-    leaving: bool,
+    /// Whether the engine was given the command to remove it.
+    removing: bool,
 }
 
 impl Upstream {
-    /// Whether it is there to stay: new connections may be led over it.
+    /// Whether it is not to be removed, so new forwards may use it.
     fn stays(&self) -> bool {
-        self.dismissed.is_none() && !self.leaving
+        self.dismissed.is_none() && !self.removing
     }
 }
 
@@ -139,13 +144,13 @@ struct Forward {
     upstream: UpstreamId,
     host_port: NonZeroU16,
     target_port: NonZeroU16,
-    /// The container asked for it, and for no host port in particular.
+    /// Whether the container reserved it, at a host port that may differ from the container's.
     reserved: bool,
     status: Status,
     reach: Reach,
-    /// Whether it ever answered, so that its end is worth telling.
-    told: bool,
-    /// Since when nothing listens behind it.
+    /// Whether it was reported as open, so its end is reported as well.
+    reported_open: bool,
+    /// Since when its container port has had no listener.
     unseen: Option<Instant>,
     stats: ForwardStats,
 }
@@ -158,49 +163,49 @@ impl Forward {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Failure {
-    /// When the engine said so; none for a port that another container has.
+    /// When the engine reported the failure; `None` if another container has the port.
     at: Option<Instant>,
     reason: String,
 }
 
-/// Everything that is known, asked for and answered.
+/// The whole state: what is desired, what was commanded, and what the engine has reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Planner {
     control_ports: ControlPorts,
-    /// In the order of registration: who is earlier gets a port that two want at once.
-    wishes: Vec<DesiredContainer>,
-    /// Where each of them is.
-    places: BTreeMap<ContainerName, usize>,
+    /// In the order of registration: the earlier one gets a port that two want at once.
+    desired_containers: Vec<DesiredContainer>,
+    /// The index of each in `desired_containers`.
+    positions: BTreeMap<ContainerName, usize>,
     upstreams: BTreeMap<UpstreamId, Upstream>,
     forwards: Forwards,
-    /// Of ports that are watched, by the container.
+    /// Failures of watched ports, by container.
     failures: BTreeMap<ContainerName, BTreeMap<NonZeroU16, Failure>>,
-    /// Containers with a broker; they stay when the engine is lost.
+    /// Containers with a broker; kept when the engine is lost.
     brokers: BTreeMap<ContainerName, Broker>,
-    /// Parts of observations that are still being told.
+    /// Observations that the engine has sent in part.
     partial: BTreeMap<UpstreamId, Vec<Listening>>,
     sweeping: bool,
-    /// Sandboxes with native sockets; they stay when the engine is lost.
+    /// Sandboxes with native sockets; kept when the engine is lost.
     natives: BTreeMap<ContainerName, natives::Natives>,
-    /// Ends of native ports of containers that are not registered any more, not reported yet.
+    /// Ends of native ports of containers that are no longer registered, until the next step reports them.
     retired: Vec<Change>,
-    /// Who had which port of an engine that was lost, and has not had the chance to take it again.
+    /// The containers that had a port of the lost engine and have not been planned with the next one.
     port_holds: BTreeMap<NonZeroU16, ContainerName>,
     /// When the next engine was first planned for.
     holds_since: Option<Instant>,
-    /// Which containers are to be planned.
+    /// The containers to plan.
     dirty_set: DirtySet,
     next_upstream: u32,
     next_forward: u32,
 }
 
 impl Planner {
-    /// A fleet without containers and without an engine. No forward binds one of `control_ports`.
+    /// Creates a planner without containers and without an engine. No forward binds one of `control_ports`.
     pub fn new(control_ports: ControlPorts) -> Planner {
         Planner {
             control_ports,
-            wishes: Vec::new(),
-            places: BTreeMap::new(),
+            desired_containers: Vec::new(),
+            positions: BTreeMap::new(),
             upstreams: BTreeMap::new(),
             forwards: Forwards::default(),
             failures: BTreeMap::new(),
@@ -217,23 +222,27 @@ impl Planner {
         }
     }
 
-    /// Takes in what is to be forwarded, in the order of registration.
-    pub fn desired(&mut self, wishes: Vec<DesiredContainer>) {
-        for desired in &wishes {
-            if self.wish_of(&desired.name) != Some(desired) {
+    /// Sets the containers to forward, in the order of registration.
+    pub fn desired(&mut self, desired_containers: Vec<DesiredContainer>) {
+        for desired in &desired_containers {
+            if self.desired_container(&desired.name) != Some(desired) {
                 self.dirty_set.mark_paid(&desired.name);
             }
         }
-        self.wishes = wishes;
-        self.places =
-            self.wishes.iter().enumerate().map(|(at, desired)| (desired.name.clone(), at)).collect();
-        self.failures.retain(|name, _| self.places.contains_key(name));
-        self.dirty_set.retain(|name| self.places.contains_key(name));
+        self.desired_containers = desired_containers;
+        self.positions = self
+            .desired_containers
+            .iter()
+            .enumerate()
+            .map(|(at, desired)| (desired.name.clone(), at))
+            .collect();
+        self.failures.retain(|name, _| self.positions.contains_key(name));
+        self.dirty_set.retain(|name| self.positions.contains_key(name));
         self.expect_natives();
     }
 
-    /// Takes over an engine. Nothing of it belongs to anybody until [`Planner::reached`] says so, and numbers continue
-    /// above all that were ever used.
+    /// Attaches an engine. Its upstreams have no owner until [`Planner::container_entered`] claims them, and new ids
+    /// are above all that were ever used.
     pub fn attach(&mut self, inventory: Inventory) {
         let Inventory { upstreams, forwards, mut observed } = inventory;
         self.upstreams.clear();
@@ -243,17 +252,17 @@ impl Planner {
         self.sweeping = false;
         for UpstreamState { upstream, netns_cookie } in upstreams {
             let seen = observed.remove(&upstream).map(|rows| Observation::whole(&rows));
-            // Whoever dialled for it is gone, so it leads nowhere.
+            // The session that dialled for it was another driver's, so it is useless.
             let dialled = upstreams::is_dialled(netns_cookie);
             let dismissed = dialled.then_some(ClosedReason::HostError);
             let taken =
-                Upstream { cookie: netns_cookie, owner: None, seen, dialled, dismissed, leaving: false };
+                Upstream { cookie: netns_cookie, owner: None, seen, dialled, dismissed, removing: false };
             self.upstreams.insert(upstream, taken);
             self.next_upstream = self.next_upstream.max(upstream.0.wrapping_add(1));
         }
         for state in forwards {
             self.next_forward = self.next_forward.max(state.forward.0.wrapping_add(1));
-            // One that drains no longer holds a port.
+            // A draining forward no longer holds a port.
             if state.listening {
                 let taken = Forward {
                     upstream: state.upstream,
@@ -262,7 +271,7 @@ impl Planner {
                     reserved: false,
                     status: Status::Open,
                     reach: state.reach,
-                    told: true,
+                    reported_open: true,
                     unseen: None,
                     stats: state.stats,
                 };
@@ -272,15 +281,15 @@ impl Planner {
         self.mark_all();
     }
 
-    /// Every container is to be planned, and its rows are to be read again.
+    /// Marks every container, and its rows.
     fn mark_all(&mut self) {
-        for desired in &self.wishes {
+        for desired in &self.desired_containers {
             self.dirty_set.mark(&desired.name);
             self.dirty_set.mark_stale(&desired.name);
         }
     }
 
-    /// The engine is gone, and everything that it held.
+    /// Detaches the engine, which has ended with all of its forwards.
     pub fn detach(&mut self) -> Vec<Change> {
         self.keep_port_holds();
         let ids: Vec<ForwardId> = self.forwards.all().map(|(id, _)| id).collect();
@@ -293,22 +302,22 @@ impl Planner {
         changes
     }
 
-    /// The ports of the host that the engine has, or is about to have.
+    /// The host ports of the engine's forwards, including those that are opening or closing.
     pub fn held_ports(&self) -> BTreeSet<NonZeroU16> {
         self.forwards.all().map(|(_, forward)| forward.host_port).collect()
     }
 
-    /// Whether a forward listens, as far as is known, and is to go on.
+    /// Whether a forward is open and not closing.
     pub fn is_open(&self, id: ForwardId) -> bool {
         self.forwards.get(id).is_some_and(|forward| forward.status == Status::Open)
     }
 
-    /// Everybody had the chance to claim what an earlier driver left: the rest is let go of.
+    /// Makes the next step remove what an earlier driver left and no container has claimed.
     pub fn sweep(&mut self) {
         self.sweeping = true;
     }
 
-    /// From now on every port that closes does so because the engine is stopped on purpose.
+    /// Marks every forward as closing because the engine is stopped on purpose.
     pub fn stop(&mut self) {
         let ids: Vec<ForwardId> = self.forwards.all().map(|(id, _)| id).collect();
         for id in ids {
@@ -336,7 +345,7 @@ impl Planner {
             reserved,
             status: Status::Opening,
             reach,
-            told: false,
+            reported_open: false,
             unseen: None,
             stats: ForwardStats::default(),
         };
@@ -344,7 +353,7 @@ impl Planner {
         Command::OpenListener { forward, upstream, host_port, target_port, reach }
     }
 
-    /// Those forwards that lead into a container, over whatever upstream.
+    /// The forwards of a container, over any upstream.
     fn forwards_of(&self, name: &ContainerName) -> impl Iterator<Item = &Forward> {
         self.upstreams_of(name)
             .into_iter()
@@ -352,13 +361,13 @@ impl Planner {
             .map(|(_, forward)| forward)
     }
 
-    /// The upstreams of a container, those that it is leaving included.
+    /// The upstreams of a container, including those that are being removed.
     fn upstreams_of(&self, name: &ContainerName) -> Vec<UpstreamId> {
         let own = self.upstreams.iter().filter(|(_, upstream)| upstream.owner.as_ref() == Some(name));
         own.map(|(id, _)| *id).collect()
     }
 
-    /// The forwards to one port inside, over any of these upstreams.
+    /// The forwards to one container port over these upstreams.
     fn forwards_to(&self, upstreams: &[UpstreamId], target: NonZeroU16) -> impl Iterator<Item = &Forward> {
         upstreams.iter().flat_map(move |id| self.forwards.of_target(*id, target)).map(|(_, forward)| forward)
     }
@@ -367,12 +376,12 @@ impl Planner {
         self.upstreams.get(&forward.upstream)?.owner.as_ref()
     }
 
-    fn wish_of(&self, name: &ContainerName) -> Option<&DesiredContainer> {
-        self.wishes.get(*self.places.get(name)?)
+    fn desired_container(&self, name: &ContainerName) -> Option<&DesiredContainer> {
+        self.desired_containers.get(*self.positions.get(name)?)
     }
 
     fn policy_of(&self, name: &ContainerName) -> Option<&Policy> {
-        self.wish_of(name).map(|desired| &desired.policy)
+        self.desired_container(name).map(|desired| &desired.policy)
     }
 }
 

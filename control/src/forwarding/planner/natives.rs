@@ -1,17 +1,18 @@
-//! Native ports: servers of a sandbox that listen on sockets of the host. Their supervisor reports them; the engine has no
-//! part in them. Pure.
+//! Native ports: servers of a sandbox that listen on sockets of the host. Their supervisor reports them; the engine is
+//! not involved. Pure.
 //!
-//! Each native listener has a stub, which the engine's watch sees as a listener in the sandbox. It is ignored, also after
-//! the listener has ended, until the watch no longer sees it: what the watch saw and what the supervisor reports arrive in
-//! any order. For the same reason a port of such a sandbox is relayed only when its supervisor has left it to the relay, or
-//! has reported nothing for a while: a program that its filter does not cover listens then.
+//! Each native listener has a stub, which the engine's watch sees as a listener in the sandbox. The planner ignores the
+//! stub, also after the listener has ended, until the watch no longer sees it: the observations of the watch and the
+//! reports of the supervisor arrive in any order. For the same reason a port of such a sandbox is relayed only if its
+//! supervisor has left it to the relay, or has reported nothing for [`REPORT_MAX`], as with a program that the
+//! supervisor's filter does not cover.
 //!
-//! A port that is native no longer is free for others at once. Its end is reported after [`LINGER`], as that of a relayed port
-//! is, and not at all when the server listens again until then.
+//! The host port of a native listener that has ended is free for others at once. Its end is reported after [`LINGER`],
+//! as that of a relayed port is, and not at all if the server listens again until then.
 //!
-//! A container whose registration announces native sockets and whose supervisor is not linked, such as after a restart of the
-//! daemon, is given longer. A link that is lost is given the same time before its listeners count as closed: the `run` that
-//! holds it connects again, unless it has died, which ends its registration as well.
+//! If a registration announces native sockets and its supervisor is not linked, such as after a restart of the daemon,
+//! a port waits for [`LINK_MAX`] instead. A link that is lost has the same time before its listeners count as closed:
+//! the `run` that holds it connects again, unless it has died, which ends its registration as well.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
@@ -26,36 +27,36 @@ use crate::model::forward_table::{ForwardPath, RowState};
 use crate::model::native_state::NativeState;
 use crate::model::registration::ContainerName;
 
-/// The time for which a port waits for the report of a linked supervisor. A report takes less than a millisecond.
+/// The longest wait of a port for the report of a linked supervisor. A report takes less than a millisecond.
 pub(super) const REPORT_MAX: Duration = Duration::from_millis(250);
-/// The same for a supervisor that is not linked yet.
+/// The longest wait for a supervisor that is not linked.
 pub(super) const LINK_MAX: Duration = Duration::from_secs(3);
 
-/// What is known of one sandbox with native sockets.
+/// The state of one sandbox with native sockets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Natives {
     /// The supervisor's last report.
     state: NativeState,
     /// The native ports of that report.
     ports: BTreeSet<NonZeroU16>,
-    /// The ports that it leaves to the relay, and those that have waited for it long enough.
+    /// The ports that the supervisor leaves to the relay, and those that have waited long enough.
     relayed: BTreeSet<NonZeroU16>,
     link: Link,
-    /// Stubs and their ports, also of listeners that have ended, as long as the watch may see them.
+    /// Stubs and their ports, including those of ended listeners that the watch may still see.
     stubs: BTreeMap<u64, NonZeroU16>,
-    /// Ports that are not reported, and since when they have been seen.
+    /// Ports without a report, and when they were first seen.
     waiting: BTreeMap<NonZeroU16, Instant>,
-    /// Ports that are native no longer and whose end is not reported yet, and since when.
+    /// Ports that are no longer native and whose end is not reported yet, and since when.
     closing: BTreeMap<NonZeroU16, Instant>,
 }
 
 /// The link of a supervisor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Link {
-    /// It has not been there yet.
+    /// It has not been linked yet.
     #[default]
     Expected,
-    /// It is there.
+    /// It is linked.
     Up,
     /// It was lost at this time.
     Lost(Instant),
@@ -68,11 +69,11 @@ struct Difference {
 }
 
 impl Natives {
-    fn patience(&self) -> Duration {
+    fn report_wait_max(&self) -> Duration {
         if self.link == Link::Up { REPORT_MAX } else { LINK_MAX }
     }
 
-    /// Takes the state.
+    /// Replaces the state. Returns the difference.
     fn replace(&mut self, state: NativeState) -> Difference {
         let stubs = |state: &NativeState| -> Vec<(u64, NonZeroU16)> {
             let of = |one: &NativeListener| Some((one.stub_inode, NonZeroU16::new(one.port())?));
@@ -81,7 +82,7 @@ impl Natives {
         let before = std::mem::replace(&mut self.state, state);
         self.stubs.extend(stubs(&before));
         self.stubs.extend(stubs(&self.state));
-        // A stub that was left to the relay is a server's socket again.
+        // A socket that the supervisor leaves to the relay is no longer a stub.
         for one in &self.state.relayed {
             self.stubs.remove(&one.inode);
         }
@@ -106,7 +107,7 @@ impl Natives {
     }
 
     fn due(&self) -> Option<Instant> {
-        let report = self.waiting.values().min().map(|since| *since + self.patience());
+        let report = self.waiting.values().min().map(|since| *since + self.report_wait_max());
         let link = if let Link::Lost(since) = self.link { Some(since + LINK_MAX) } else { None };
         let closing = self.closing.values().min().map(|since| *since + LINGER);
         report.into_iter().chain(link).chain(closing).min()
@@ -114,10 +115,10 @@ impl Natives {
 }
 
 impl Planner {
-    /// Keeps what is known of sandboxes for which native sockets are announced.
+    /// Updates the sandboxes to those for which native sockets are announced.
     pub(super) fn expect_natives(&mut self) {
         let announced = |planner: &Planner, name: &ContainerName| {
-            planner.wish_of(name).is_some_and(|desired| desired.native)
+            planner.desired_container(name).is_some_and(|desired| desired.native)
         };
         let gone: Vec<ContainerName> =
             self.natives.keys().filter(|name| !announced(self, name)).cloned().collect();
@@ -125,15 +126,15 @@ impl Planner {
             let Some(natives) = self.natives.remove(&name) else { continue };
             for port in natives.ports.iter().chain(natives.closing.keys()) {
                 self.retired.push(closed(&name, *port, ClosedReason::Deregistered));
-                self.wake(*port);
+                self.mark_port_waiters(*port);
             }
         }
-        for desired in self.wishes.iter().filter(|desired| desired.native) {
+        for desired in self.desired_containers.iter().filter(|desired| desired.native) {
             self.natives.entry(desired.name.clone()).or_default();
         }
     }
 
-    /// Takes in the report of a container's supervisor.
+    /// Handles a report of a container's supervisor.
     pub fn native(&mut self, name: &ContainerName, state: NativeState, now: Instant) -> Vec<Change> {
         let Some(natives) = self.natives.get_mut(name) else { return Vec::new() };
         natives.link = Link::Up;
@@ -150,13 +151,13 @@ impl Planner {
                 changes.push(Change::OpenedNative { name: name.clone(), port, bind });
             }
         }
-        difference.closed.into_iter().for_each(|port| self.wake(port));
+        difference.closed.into_iter().for_each(|port| self.mark_port_waiters(port));
         self.dirty_set.mark(name);
         self.dirty_set.mark_stale(name);
         changes
     }
 
-    /// The link of a container's supervisor has ended.
+    /// Notes that the link of a container's supervisor has ended.
     pub fn native_lost(&mut self, name: &ContainerName, now: Instant) {
         if let Some(natives) = self.natives.get_mut(name) {
             natives.link = Link::Lost(now);
@@ -164,8 +165,8 @@ impl Planner {
         }
     }
 
-    /// Reports the end of native ports of containers that are not registered any more, of supervisors that did not link again,
-    /// and of servers that did not listen again.
+    /// Reports the end of native ports of three kinds: the container is no longer registered, the supervisor did not
+    /// link again, or the server did not listen again.
     pub(super) fn retire_natives(&mut self, plan: &mut Plan) {
         plan.changes.append(&mut self.retired);
         let mut lost = Vec::new();
@@ -188,13 +189,13 @@ impl Planner {
         }
         for (name, port) in lost {
             plan.changes.push(closed(&name, port, ClosedReason::HostError));
-            self.wake(port);
+            self.mark_port_waiters(port);
             self.dirty_set.mark(&name);
             self.dirty_set.mark_stale(&name);
         }
     }
 
-    /// Reports the end of every native port at once: nothing will be planned any more.
+    /// Reports the end of every native port at once. No step may follow.
     pub fn end_natives(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
         for (name, natives) in &mut self.natives {
@@ -206,7 +207,7 @@ impl Planner {
         changes
     }
 
-    /// Another server has a port from now on: its last end is reported before that.
+    /// Reports the end of a native port that lingers, because another server has the port from now on.
     pub(super) fn end_lingering(&mut self, port: NonZeroU16) -> Option<Change> {
         let mut natives = self.natives.iter_mut();
         natives.find_map(|(name, natives)| {
@@ -215,7 +216,7 @@ impl Planner {
         })
     }
 
-    /// The container, other than `name`, one of whose servers has a port of the host.
+    /// The container other than `name` that has a native listener on a host port.
     pub(super) fn native_holder(&self, name: &ContainerName, port: NonZeroU16) -> Option<&ContainerName> {
         let holds =
             |(owner, natives): &(&ContainerName, &Natives)| *owner != name && natives.ports.contains(&port);
@@ -238,18 +239,18 @@ impl Planner {
         if natives.relayed.contains(&port) {
             return false;
         }
-        let patience = natives.patience();
+        let report_wait_max = natives.report_wait_max();
         let since = *natives.waiting.entry(port).or_insert(now);
-        let waits = now.saturating_duration_since(since) < patience;
+        let waits = now.saturating_duration_since(since) < report_wait_max;
         if !waits {
-            // From now on it is relayed like one that was left to the relay.
+            // From now on it counts as left to the relay.
             natives.waiting.remove(&port);
             natives.relayed.insert(port);
         }
         waits
     }
 
-    /// Forgets that ports without a report have waited, of those that do not listen any more.
+    /// Removes the waiting times of ports that no longer listen.
     pub(super) fn forget_waiting(&mut self, name: &ContainerName, listens: impl Fn(NonZeroU16) -> bool) {
         let Some(natives) = self.natives.get_mut(name) else { return };
         natives.waiting.retain(|port, _| listens(*port));
@@ -257,12 +258,12 @@ impl Planner {
         natives.relayed.retain(|port| left.contains(port) || listens(*port));
     }
 
-    /// When something about a container's native ports is due.
+    /// When native ports of a container need a plan although nothing changes.
     pub(super) fn natives_due(&self, name: &ContainerName) -> Option<Instant> {
         self.natives.get(name).and_then(Natives::due)
     }
 
-    /// Forgets stubs that a container's watch does not see any more.
+    /// Removes stubs that the container's watch no longer sees.
     pub(super) fn forget_stubs(&mut self, upstream: UpstreamId) {
         let Some(known) = self.upstreams.get(&upstream) else { return };
         let (Some(owner), Some(seen)) = (&known.owner, &known.seen) else { return };

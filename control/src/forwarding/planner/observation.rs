@@ -1,7 +1,7 @@
-//! What listens inside one namespace, by port. Pure.
+//! The listeners inside one namespace, by port. Pure.
 //!
-//! A container can listen on 65,535 ports, so an observation takes 64 bytes for a port, whatever listens on it, and each
-//! change costs the time of a look-up.
+//! A container can listen on 65,535 ports, so an observation takes 64 bytes for a port, however many sockets listen on
+//! it, and each change costs the time of a look-up.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -17,7 +17,7 @@ const ADDRESSES: [IpAddr; 4] = [
     IpAddr::V6(Ipv6Addr::UNSPECIFIED),
 ];
 
-/// The ports of one namespace on which something listens.
+/// The ports of one namespace that have a listener.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
     ports: BTreeMap<NonZeroU16, Listeners>,
@@ -28,15 +28,15 @@ pub struct Observation {
 pub struct Listeners([Option<u64>; ADDRESSES.len()]);
 
 impl Observation {
-    /// Everything that listens.
+    /// An observation of these listeners.
     pub fn whole(rows: &[Listening]) -> Observation {
         let mut whole = Observation::default();
         whole.update(rows, &[]);
         whole
     }
 
-    /// Takes in [`Event::Listeners`](landfall_engine::command::Event::Listeners). A listener on another address than the
-    /// four is not reachable and left out.
+    /// Applies [`Event::Listeners`](landfall_engine::command::Event::Listeners). A listener on another address than the
+    /// four cannot be reached and is ignored.
     pub fn update(&mut self, opened: &[Listening], closed: &[Listening]) {
         for row in closed {
             let Some(listeners) = self.ports.get_mut(&row.port) else { continue };
@@ -58,12 +58,12 @@ impl Observation {
         }
     }
 
-    /// Every port on which something listens, in ascending order.
+    /// Every port with a listener, in ascending order.
     pub fn ports(&self) -> impl Iterator<Item = (NonZeroU16, &Listeners)> {
         self.ports.iter().map(|(port, listeners)| (*port, listeners))
     }
 
-    /// The listeners of a port; none where nothing listens on it.
+    /// The listeners of a port, if it has any.
     pub fn at(&self, port: NonZeroU16) -> Option<&Listeners> {
         self.ports.get(&port)
     }
@@ -78,7 +78,7 @@ impl Listeners {
         ADDRESSES.into_iter().zip(self.0).filter_map(|(address, inode)| inode.map(|_| address))
     }
 
-    /// The families that listen.
+    /// The address families that listen.
     pub fn reach(&self) -> Reach {
         Reach {
             v4: self.addresses().any(|address| address.is_ipv4()),
@@ -86,7 +86,7 @@ impl Listeners {
         }
     }
 
-    /// The sockets.
+    /// The inodes of the sockets.
     pub fn inodes(&self) -> impl Iterator<Item = u64> {
         self.0.into_iter().flatten()
     }

@@ -1,4 +1,4 @@
-//! One step: the containers that are marked, each through the same phases. Pure.
+//! One step: the marked containers pass through the same phases. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
@@ -11,47 +11,52 @@ use super::{Change, LINGER, PORT_HOLD, Planner, RETRY};
 use crate::forwarding::planner::dirty_set::PlanWork;
 use crate::model::registration::ContainerName;
 
-/// A plan in the making.
+/// The output of a step.
 pub(super) struct Plan {
     pub(super) now: Instant,
     pub(super) commands: Vec<Command>,
     pub(super) changes: Vec<Change>,
 }
 
-/// One container that is being planned.
-pub(super) struct Planned {
+/// One container in a step.
+pub(super) struct PlannedContainer {
     pub(super) name: ContainerName,
-    /// Those of its upstreams that it is leaving included.
+    /// Its upstreams, including those that are being removed.
     pub(super) upstreams: Vec<UpstreamId>,
-    /// The verdict about each port that listens, where the container is watched and has been read.
+    /// The verdict about each listening port, if the container is watched and has been read.
     pub(super) verdicts: Option<BTreeMap<NonZeroU16, Verdict>>,
     pub(super) work: PlanWork,
 }
 
 impl Planner {
-    /// The commands that close the gap between what is wanted and what was asked for already, and what somebody is to be
-    /// told. They count as asked for from now on.
+    /// Returns the commands that close the gap between the desired state and what was commanded, and the changes to
+    /// report. The commands count as sent.
     pub fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Change>) {
         let mut plan = Plan { now, commands: Vec::new(), changes: Vec::new() };
         self.retire_natives(&mut plan);
-        self.dismiss(&mut plan);
+        self.remove_upstreams(&mut plan);
         self.release_port_holds(now);
         let marked = self.dirty_set.take(now);
-        // In the order of registration, and each phase for all of them: what one closes another one may have to wait for.
-        let names =
-            self.wishes.iter().map(|desired| &desired.name).filter(|name| marked.contains(name)).cloned();
+        // In the order of registration. Each phase runs for all containers before the next one: one container may close
+        // a port that another one opens.
+        let names = self
+            .desired_containers
+            .iter()
+            .map(|desired| &desired.name)
+            .filter(|name| marked.contains(name))
+            .cloned();
         let planned = names.map(|name| {
             let upstreams = self.upstreams_of(&name);
-            Planned { name, upstreams, verdicts: None, work: PlanWork::default() }
+            PlannedContainer { name, upstreams, verdicts: None, work: PlanWork::default() }
         });
-        let mut planned: Vec<Planned> = planned.collect();
+        let mut planned: Vec<PlannedContainer> = planned.collect();
         for one in &mut planned {
             self.charge(one, &mut plan, |planner, one, plan| planner.reserve_all(&one.name, plan));
         }
         for one in &mut planned {
             self.charge(one, &mut plan, |planner, one, plan| {
                 one.verdicts = planner.verdicts_of(&one.name);
-                one.work.tasks += one.verdicts.as_ref().map_or(0, |verdicts| verdicts.len() as u64);
+                one.work.lookups += one.verdicts.as_ref().map_or(0, |verdicts| verdicts.len() as u64);
                 planner.close_watched(one, plan);
                 planner.close_announced(one, plan);
             });
@@ -63,36 +68,36 @@ impl Planner {
             });
         }
         for one in &mut planned {
-            self.charge(one, &mut plan, |planner, one, plan| planner.pay(one, plan));
+            self.charge(one, &mut plan, |planner, one, plan| planner.emit_results(one, plan));
             let due = self.due_of(&one.name);
             self.dirty_set.planned(&one.name, now, one.work, due);
         }
         (plan.commands, plan.changes)
     }
 
-    /// Runs one part of a plan, and charges its work to the container.
+    /// Runs one phase for a container, and charges its work to the container.
     fn charge(
         &mut self,
-        one: &mut Planned,
+        one: &mut PlannedContainer,
         plan: &mut Plan,
-        part: impl FnOnce(&mut Planner, &mut Planned, &mut Plan),
+        part: impl FnOnce(&mut Planner, &mut PlannedContainer, &mut Plan),
     ) {
-        let (tasks, commands) = (self.forwards.tasks(), plan.commands.len());
+        let (lookups, commands) = (self.forwards.lookups(), plan.commands.len());
         part(self, one, plan);
-        one.work.tasks += self.forwards.tasks().wrapping_sub(tasks);
+        one.work.lookups += self.forwards.lookups().wrapping_sub(lookups);
         one.work.commands += plan.commands.len() - commands;
     }
 
-    /// When stepping will yield something by itself: a failed port is due, one has lingered, or a container has paid for its
-    /// last plan.
+    /// When the next step will yield something although nothing changes: a retry or a lingering port is due, or a
+    /// container has paid for its last plan.
     pub fn due(&self) -> Option<Instant> {
         let port_holds = self.holds_since.map(|since| since + PORT_HOLD);
         self.dirty_set.next().into_iter().chain(port_holds).min()
     }
 
-    /// When a container is to be planned though nothing changes.
+    /// When a container is planned although nothing changes.
     fn due_of(&self, name: &ContainerName) -> Option<Instant> {
-        // A port that is held by any forward waits for the engine's answer, not for the time.
+        // A host port with a forward waits for the engine's answer, not for a time.
         let is_free = |port: NonZeroU16| self.forwards.at_host_port(port).is_none();
         let failures = self.failures.get(name).into_iter().flatten();
         let retries = failures.filter_map(|(port, failure)| Some((*port, failure.at?)));
@@ -101,11 +106,11 @@ impl Planner {
         let lingering = lingering.filter_map(|forward| forward.unseen).map(|since| since + LINGER);
         let reserved = self.reserved_retries(name).filter(|(port, _)| is_free(*port)).map(|(_, at)| at);
         let natives = self.natives_due(name);
-        retries.chain(lingering).chain(reserved).chain(natives).chain(self.debts_due(name)).min()
+        retries.chain(lingering).chain(reserved).chain(natives).chain(self.results_due(name)).min()
     }
 
-    /// A host port is free, or another container's from now on: those that wait for it are planned.
-    pub(super) fn wake(&mut self, port: NonZeroU16) {
+    /// Marks the containers that wait for a host port, because it is free or has another owner.
+    pub(super) fn mark_port_waiters(&mut self, port: NonZeroU16) {
         for upstream in self.upstreams.values() {
             let listens = upstream.seen.as_ref().is_some_and(|seen| seen.at(port).is_some());
             if let Some(owner) = upstream.owner.as_ref().filter(|_| listens) {
@@ -119,7 +124,7 @@ impl Planner {
         }
     }
 
-    /// The containers whose rows may differ from those that were read last.
+    /// The containers whose rows may have changed since they were read.
     pub fn take_stale(&mut self) -> BTreeSet<ContainerName> {
         self.dirty_set.take_stale()
     }

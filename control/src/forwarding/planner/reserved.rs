@@ -1,14 +1,14 @@
-//! Ports that a container asks for: a host port of its choice for one of its ports, kept until its broker stops
-//! (wire specification, A.3.8). Pure.
+//! Reserved ports: a container requests a host port for one of its ports, and keeps it until its broker stops (wire
+//! specification, A.3.8). Pure.
 //!
 //! ```text
-//!  asked ──► trying one candidate after the other ──► held, and opened again at the same host port
-//!    │                    │                           whenever the engine or the way changes
-//!    └─ refused           └─ none binds: given up, and the port is forwarded as if it had not been asked for
+//!   requested ──► trying one candidate after the other ──► held, and opened again at the same host port
+//!     │                    │                               when the engine or the upstream changes
+//!     └─ refused           └─ none binds: the request fails, and the port is forwarded like any other
 //! ```
 //!
-//! One request for a port is in flight at a time; the latest that comes meanwhile is begun when that one fails, and answered
-//! with it when it succeeds.
+//! One request for a port is in flight at a time. The latest request that arrives meanwhile starts if that one fails,
+//! and gets the same result if it succeeds.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::num::NonZeroU16;
@@ -22,64 +22,64 @@ use crate::model::announcement::EXCLUDED;
 use crate::model::port_policy::Decision;
 use crate::model::registration::ContainerName;
 
-/// How many candidates of one request are tried; the program that this is for names ten.
+/// The most candidates of one request that are tried. The reference's client sends ten.
 const CANDIDATES_MAX: usize = 256;
 
-/// How many requests for one port can wait for the one in flight. Each is owed a result.
+/// The most requests for one port that wait for the one in flight. Each gets a result.
 const WAITING_MAX: usize = 64;
 
-/// How many ports a container can reserve at the same time. A reservation holds its host port while nothing listens behind
-/// it, and the container chooses which one. The program that this is for reserves one.
+/// The most ports that a container can reserve at the same time. A reservation holds its host port even without a
+/// listener behind it, and the container chooses the port. The reference's client reserves one.
 pub const RESERVED_MAX: usize = 16;
 
-/// One port that is reserved.
+/// One reservation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Reservation {
     pub(super) stage: Stage,
-    /// How many requests wait for what comes of it.
-    owed: usize,
-    /// Candidates of a later request, and how many wait for that one.
+    /// The number of requests that get its result.
+    unanswered: usize,
+    /// The candidates of the latest later request, and the number of requests that wait for its result.
     next: Option<(Vec<NonZeroU16>, usize)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Nobody has looked at it yet.
-    Asked(Vec<NonZeroU16>),
-    /// The first candidate is being tried, or about to be; `error` is why the one before it could not be had.
+    /// Not checked against the policy yet.
+    Requested(Vec<NonZeroU16>),
+    /// The first candidate is being tried or is next; `error` is the failure of the one before.
     Trying { left: VecDeque<NonZeroU16>, error: Option<String> },
-    /// It is this host port. `failure` is why it could not be opened again.
+    /// The request succeeded with this host port. `failure` is why it could not be opened again.
     Held { host_port: NonZeroU16, failure: Option<Failure> },
 }
 
 impl Reservation {
-    fn asked(candidates: Vec<NonZeroU16>, owed: usize) -> Reservation {
-        Reservation { stage: Stage::Asked(candidates), owed, next: None }
+    fn requested(candidates: Vec<NonZeroU16>, unanswered: usize) -> Reservation {
+        Reservation { stage: Stage::Requested(candidates), unanswered, next: None }
     }
 
-    /// Whether the port inside belongs to it.
-    pub(super) fn has_begun(&self) -> bool {
-        !matches!(self.stage, Stage::Asked(_))
+    /// Whether the request was accepted, so that the container's port belongs to it.
+    pub(super) fn is_accepted(&self) -> bool {
+        !matches!(self.stage, Stage::Requested(_))
     }
 
-    /// Whether a host port is the one that it has, or tries next.
+    /// Whether a host port is the one that it has or tries next.
     pub(super) fn waits_for(&self, port: NonZeroU16) -> bool {
         match &self.stage {
-            Stage::Asked(_) => false,
+            Stage::Requested(_) => false,
             Stage::Trying { left, .. } => left.front() == Some(&port),
             Stage::Held { host_port, .. } => *host_port == port,
         }
     }
 
-    /// Nobody waits for an answer any more.
-    pub(super) fn forgive(&mut self) {
-        self.owed = 0;
+    /// Drops the requests, because no result can be sent.
+    pub(super) fn drop_requests(&mut self) {
+        self.unanswered = 0;
         self.next = None;
     }
 }
 
 impl Planner {
-    /// A container asks for a host port, the best candidate first.
+    /// Handles a request for a host port; `candidates` are in order of preference.
     pub fn reserve(
         &mut self,
         name: &ContainerName,
@@ -96,37 +96,37 @@ impl Planner {
             Some(Reservation { stage: Stage::Held { host_port, .. }, .. }) => {
                 return vec![Change::result(name, target, Ok(*host_port))];
             }
-            Some(under_way) => {
-                let waiting = under_way.next.as_ref().map_or(0, |(_, waiting)| *waiting);
+            Some(in_flight) => {
+                let waiting = in_flight.next.as_ref().map_or(0, |(_, waiting)| *waiting);
                 if waiting >= WAITING_MAX {
                     let reason = format!("EAGAIN: {WAITING_MAX} requests for port {target} wait already");
                     return vec![Change::result(name, target, Err(reason))];
                 }
-                under_way.next = Some((candidates, waiting + 1));
+                in_flight.next = Some((candidates, waiting + 1));
             }
             None if full => {
                 return vec![Change::result(name, target, Err(EXCLUDED.to_owned()))];
             }
-            None => drop(broker.reserved.insert(target, Reservation::asked(candidates, 1))),
+            None => drop(broker.reserved.insert(target, Reservation::requested(candidates, 1))),
         }
         Vec::new()
     }
 
-    /// Takes every reservation of a container as far as it goes.
+    /// Advances every reservation of a container as far as possible.
     pub(super) fn reserve_all(&mut self, name: &ContainerName, plan: &mut Plan) {
         let Some(broker) = self.brokers.get(name) else { return };
         let targets: Vec<NonZeroU16> = broker.reserved.keys().copied().collect();
         for target in targets {
             while let Some(stage) = self.stage(name, target) {
-                let goes_on = match stage.clone() {
-                    Stage::Asked(candidates) => self.consider(name, target, candidates, plan),
+                let is_unfinished = match stage.clone() {
+                    Stage::Requested(candidates) => self.check_request(name, target, candidates, plan),
                     Stage::Trying { left, error } => self.try_next(name, target, left, error, plan),
                     Stage::Held { host_port, failure } => {
-                        self.keep(name, target, host_port, failure.as_ref(), plan);
+                        self.reopen(name, target, host_port, failure.as_ref(), plan);
                         false
                     }
                 };
-                if !goes_on {
+                if !is_unfinished {
                     break;
                 }
             }
@@ -147,10 +147,10 @@ impl Planner {
     /// Checks a new request against the policy, and keeps the candidates that it allows. Returns whether the port needs
     /// more work in this step.
     ///
-    /// This narrows the reference, which checks the port inside alone: a candidate that the policy refuses as a host port is
-    /// skipped, and a request without another one has the result `policy excluded`. As for a refused target, there is no
-    /// event.
-    fn consider(
+    /// This is stricter than the reference, which checks the container's port alone: a candidate that the policy
+    /// refuses as a host port is skipped, and a request whose candidates are all refused has the result `policy
+    /// excluded`. As for a refused target, no event is recorded.
+    fn check_request(
         &mut self,
         name: &ContainerName,
         target: NonZeroU16,
@@ -161,22 +161,22 @@ impl Planner {
         let others = self.forwards_of(name).filter(|forward| forward.is_live());
         let full = others.filter(|forward| forward.target_port != target).count() >= FORWARDS_MAX;
         if full || policy.decide_target(target) != Decision::Allow {
-            return self.give_up(name, target, EXCLUDED.to_owned(), plan);
+            return self.fail_request(name, target, EXCLUDED.to_owned(), plan);
         }
         if candidates.is_empty() {
             let reason = "no host candidates".to_owned();
             plan.changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
-            return self.give_up(name, target, reason, plan);
+            return self.fail_request(name, target, reason, plan);
         }
         candidates.retain(|candidate| self.judge(policy, *candidate).is_ok());
         if candidates.is_empty() {
-            return self.give_up(name, target, EXCLUDED.to_owned(), plan);
+            return self.fail_request(name, target, EXCLUDED.to_owned(), plan);
         }
         self.set_stage(name, target, Stage::Trying { left: candidates.into(), error: None });
         true
     }
 
-    /// Asks for the first candidate that may be had; answers whether there is more to do for the port now.
+    /// Opens the first candidate that is free. Returns whether the port needs more work in this step.
     fn try_next(
         &mut self,
         name: &ContainerName,
@@ -192,7 +192,7 @@ impl Planner {
                     error = Some(reason);
                     left.pop_front();
                 }
-                Holder::Soon | Holder::Heir(_) => {
+                Holder::Changing | Holder::Held(_) => {
                     self.set_stage(name, target, Stage::Trying { left, error });
                     return false;
                 }
@@ -205,11 +205,11 @@ impl Planner {
         }
         let reason = error.unwrap_or_else(|| "no host candidates".to_owned());
         plan.changes.push(Change::Failed { name: name.clone(), port: target, reason: reason.clone() });
-        self.give_up(name, target, reason, plan)
+        self.fail_request(name, target, reason, plan)
     }
 
-    /// Opens a reserved port again that is not.
-    fn keep(
+    /// Opens a held port again that is not open.
+    fn reopen(
         &mut self,
         name: &ContainerName,
         target: NonZeroU16,
@@ -226,11 +226,11 @@ impl Planner {
             Holder::Free => {
                 plan.commands.push(self.open_one(upstream, host_port, target, Reach::UNKNOWN, true));
             }
-            Holder::Soon | Holder::Heir(_) => {}
+            Holder::Changing | Holder::Held(_) => {}
             Holder::Taken(reason) => {
                 if failure.is_none() {
-                    let told = Change::Failed { name: name.clone(), port: target, reason: reason.clone() };
-                    plan.changes.push(told);
+                    let change = Change::Failed { name: name.clone(), port: target, reason: reason.clone() };
+                    plan.changes.push(change);
                 }
                 let failure = Some(Failure { at: None, reason });
                 self.set_stage(name, target, Stage::Held { host_port, failure });
@@ -238,29 +238,35 @@ impl Planner {
         }
     }
 
-    /// The upstream over which a port can be opened now: the engine has one, and nothing leads to the port any more.
+    /// The upstream over which a port can be opened now: the container has one, and no forward leads to the port.
     fn free_upstream(&self, name: &ContainerName, target: NonZeroU16) -> Option<UpstreamId> {
         let (id, upstream) = self.upstream_of(name)?;
         let taken = self.forwards_to(&self.upstreams_of(name), target).next().is_some();
-        // One that is watched may not have been given to the engine before it was read.
+        // A watched upstream may not have been added to the engine before its first reading.
         ((upstream.dialled || upstream.seen.is_some()) && !taken).then_some(id)
     }
 
-    /// A request came to nothing. Answers whether a later one is to be looked at now.
-    fn give_up(&mut self, name: &ContainerName, target: NonZeroU16, reason: String, plan: &mut Plan) -> bool {
+    /// Ends a request that failed. Returns whether a later one is to be checked in this step.
+    fn fail_request(
+        &mut self,
+        name: &ContainerName,
+        target: NonZeroU16,
+        reason: String,
+        plan: &mut Plan,
+    ) -> bool {
         let Some(broker) = self.brokers.get_mut(name) else { return false };
         let Some(ended) = broker.reserved.remove(&target) else { return false };
-        plan.changes.extend((0..ended.owed).map(|_| Change::result(name, target, Err(reason.clone()))));
-        if let Some((candidates, owed)) = ended.next {
-            broker.reserved.insert(target, Reservation::asked(candidates, owed));
+        plan.changes.extend((0..ended.unanswered).map(|_| Change::result(name, target, Err(reason.clone()))));
+        if let Some((candidates, unanswered)) = ended.next {
+            broker.reserved.insert(target, Reservation::requested(candidates, unanswered));
             return true;
         }
-        // As if it had not been asked for: whatever listens there is forwarded on its own.
-        self.renew(name, target);
+        // A listener on the port is forwarded as if the port had not been requested.
+        self.retry_announced(name, target);
         false
     }
 
-    /// The engine has opened a reserved port.
+    /// Handles the opening of a reserved port.
     pub(super) fn on_reserved(
         &mut self,
         name: &ContainerName,
@@ -270,18 +276,18 @@ impl Planner {
         let Some(broker) = self.brokers.get_mut(name) else { return Vec::new() };
         let Some(reservation) = broker.reserved.get_mut(&target) else { return Vec::new() };
         reservation.stage = Stage::Held { host_port, failure: None };
-        let owed = reservation.owed + reservation.next.take().map_or(0, |(_, waiting)| waiting);
-        reservation.owed = 0;
+        let unanswered = reservation.unanswered + reservation.next.take().map_or(0, |(_, waiting)| waiting);
+        reservation.unanswered = 0;
         if let Some(known) = broker.known.get_mut(&target) {
-            known.owed = None;
+            known.result_due_since = None;
         }
         let opened = Change::Opened { name: name.clone(), port: target, host_port, bind: "127.0.0.1" };
-        let results = (0..owed).map(|_| Change::result(name, target, Ok(host_port)));
+        let results = (0..unanswered).map(|_| Change::result(name, target, Ok(host_port)));
         std::iter::once(opened).chain(results).collect()
     }
 
-    /// The engine could not open a reserved port.
-    pub(super) fn on_not_reserved(
+    /// Handles the failure to open a reserved port.
+    pub(super) fn on_reserve_failed(
         &mut self,
         name: &ContainerName,
         target: NonZeroU16,
@@ -289,16 +295,16 @@ impl Planner {
         now: Instant,
     ) -> Option<Change> {
         match self.stage(name, target)? {
-            Stage::Asked(_) => None,
+            Stage::Requested(_) => None,
             Stage::Trying { left, error } => {
                 left.pop_front();
                 *error = Some(reason);
                 None
             }
             Stage::Held { failure, .. } => {
-                let told = failure.is_some();
+                let was_reported = failure.is_some();
                 *failure = Some(Failure { at: Some(now), reason: reason.clone() });
-                (!told).then(|| Change::Failed { name: name.clone(), port: target, reason })
+                (!was_reported).then(|| Change::Failed { name: name.clone(), port: target, reason })
             }
         }
     }
@@ -311,13 +317,13 @@ impl Planner {
         )
     }
 
-    /// How many ports of a container are reserved, or about to be.
+    /// The number of ports of a container that are reserved or whose request was accepted.
     pub(super) fn reserved_count(&self, name: &ContainerName) -> usize {
         let reserved = self.brokers.get(name).into_iter().flat_map(|broker| broker.reserved.values());
-        reserved.filter(|reservation| reservation.has_begun()).count()
+        reserved.filter(|reservation| reservation.is_accepted()).count()
     }
 
-    /// The host ports of reservations that could not be opened again, and when that is tried next.
+    /// The host ports of reservations that could not be opened again, and the times of the next attempts.
     pub(super) fn reserved_retries(
         &self,
         name: &ContainerName,

@@ -1,4 +1,4 @@
-//! The ways into containers, as the engine knows them: claimed, added, let go of, and moved. Pure.
+//! The upstreams of containers: claimed, added, removed, and moved to another engine. Pure.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU16;
@@ -9,35 +9,36 @@ use super::{Change, ClosedReason, Plan, Planner, Status, Upstream};
 use crate::forwarding::planner::observation::Listeners;
 use crate::model::registration::ContainerName;
 
-/// The bit of a cookie that says that the driver chose it. The kernel counts those of namespaces up from one.
+/// The bit of a cookie that marks an upstream for which a session dials. The kernel counts the cookies of namespaces up
+/// from one.
 const DIALLED: u64 = 1 << 63;
 
-/// Whether a cookie is one that a driver chose for an upstream for which it dials.
+/// Whether a driver chose this cookie for an upstream for which a session dials.
 pub(super) fn is_dialled(cookie: u64) -> bool {
     cookie & DIALLED != 0
 }
 
-/// What becomes of a container that was entered.
+/// The result of entering a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Admission {
     /// The engine has its namespace already.
     Known(UpstreamId),
-    /// The engine is to be given its namespace, under this number.
+    /// The namespace is to be added to the engine, under this id.
     Add(UpstreamId),
-    /// Its namespace is that of another container.
+    /// Another container has its namespace.
     Shared(ContainerName),
-    /// Nobody wants it any more.
+    /// It is no longer to be forwarded.
     Unwanted,
 }
 
 impl Planner {
-    /// A container was entered, and its namespace has this cookie.
-    pub fn reached(&mut self, name: &ContainerName, cookie: u64) -> Admission {
-        if self.wish_of(name).is_none() {
+    /// Handles the entry of a container whose namespace has this cookie.
+    pub fn container_entered(&mut self, name: &ContainerName, cookie: u64) -> Admission {
+        if self.desired_container(name).is_none() {
             return Admission::Unwanted;
         }
-        if let Some(fellow) = self.fellow(name, cookie) {
-            return Admission::Shared(fellow.clone());
+        if let Some(other_owner) = self.other_owner(name, cookie) {
+            return Admission::Shared(other_owner.clone());
         }
         let same = |upstream: &Upstream| upstream.stays() && upstream.cookie == cookie;
         for upstream in self.upstreams.values_mut() {
@@ -49,7 +50,7 @@ impl Planner {
         self.dirty_set.mark(name);
         let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name);
         let holds = |id: &UpstreamId| self.forwards.of_upstream(*id).next().is_some();
-        // Were there two of one namespace, the one with forwards is worth more.
+        // If two upstreams have the namespace, one with forwards is preferred.
         let known = self.upstreams.iter().filter(|(_, upstream)| same(upstream));
         let known = known.max_by_key(|(id, upstream)| (own(upstream), holds(id))).map(|(id, _)| *id);
         let Some(id) = known else {
@@ -58,21 +59,21 @@ impl Planner {
         if let Some(upstream) = self.upstreams.get_mut(&id) {
             upstream.owner = Some(name.clone());
         }
-        // Another container that waits for one of these ports can name its owner from now on.
+        // A container that waits for one of these ports can now be given the name of its owner.
         let held: Vec<NonZeroU16> =
             self.forwards.of_upstream(id).map(|(_, forward)| forward.host_port).collect();
-        held.into_iter().for_each(|port| self.wake(port));
+        held.into_iter().for_each(|port| self.mark_port_waiters(port));
         Admission::Known(id)
     }
 
-    /// Another container than this one that has the namespace with this cookie.
-    pub fn fellow(&self, name: &ContainerName, cookie: u64) -> Option<&ContainerName> {
+    /// The container other than `name` that has the namespace with this cookie.
+    pub fn other_owner(&self, name: &ContainerName, cookie: u64) -> Option<&ContainerName> {
         let same = self.upstreams.values().filter(|upstream| upstream.stays() && upstream.cookie == cookie);
         same.filter_map(|upstream| upstream.owner.as_ref()).find(|owner| *owner != name)
     }
 
-    /// A container cannot be entered any more; the ports that were watched are let go of with the next step.
-    pub fn left(&mut self, name: &ContainerName) {
+    /// Notes that a container can no longer be entered. The next step closes its watched ports.
+    pub fn container_lost(&mut self, name: &ContainerName) {
         self.dirty_set.mark(name);
         for upstream in self.upstreams.values_mut() {
             if upstream.owner.as_ref() == Some(name) && !upstream.dialled {
@@ -81,8 +82,8 @@ impl Planner {
         }
     }
 
-    /// A container is known by another name from now on, and what it has stays as it is. Whoever is told hears that its ports
-    /// are the other name's.
+    /// Renames a container, whose forwards stay open. Its ports are reported as closed under the old name and opened
+    /// under the new one.
     pub fn renamed(&mut self, from: &ContainerName, to: &ContainerName) -> Vec<Change> {
         let mut changes = Vec::new();
         let mut held = Vec::new();
@@ -110,14 +111,14 @@ impl Planner {
             *hold = to.clone();
             held.push(*port);
         }
-        held.into_iter().for_each(|port| self.wake(port));
+        held.into_iter().for_each(|port| self.mark_port_waiters(port));
         self.dirty_set.mark(from);
         self.dirty_set.mark(to);
         changes
     }
 
-    /// The engine was relieved by another one, which holds these upstreams and these forwards under the same numbers and
-    /// tells anew what listens.
+    /// Notes that another engine has replaced the attached one. It holds these upstreams and forwards under the same
+    /// ids, and reports all listeners again.
     pub fn moved(&mut self, upstreams: &BTreeSet<UpstreamId>, forwards: &BTreeSet<ForwardId>) -> Vec<Change> {
         let lost = self.forwards.all().map(|(id, _)| id).filter(|id| !forwards.contains(id));
         let lost: Vec<ForwardId> = lost.collect();
@@ -131,9 +132,9 @@ impl Planner {
         changes
     }
 
-    /// The number and the cookie of a new upstream for which the driver dials; none where there is nothing to dial for.
+    /// Adds an upstream for which the session dials. Returns its id and its cookie; `None` if none is needed.
     pub fn dial(&mut self, name: &ContainerName) -> Option<(UpstreamId, u64)> {
-        if !self.wants_dialler(name) {
+        if !self.wants_dialled_upstream(name) {
             return None;
         }
         let id = self.add_upstream(name, |id| DIALLED | u64::from(id.0));
@@ -142,12 +143,14 @@ impl Planner {
         self.upstreams.get(&id).map(|upstream| (id, upstream.cookie))
     }
 
-    /// Whether a container has a broker with something to forward, and no way in.
-    pub fn wants_dialler(&self, name: &ContainerName) -> bool {
-        self.has_broker_to_serve(name) && self.wish_of(name).is_some() && self.upstream_of(name).is_none()
+    /// Whether a container has a broker with something to forward, and no upstream.
+    pub fn wants_dialled_upstream(&self, name: &ContainerName) -> bool {
+        self.has_broker_to_serve(name)
+            && self.desired_container(name).is_some()
+            && self.upstream_of(name).is_none()
     }
 
-    /// The upstream for which the driver dials, where that is how a container is reached; with its cookie.
+    /// The upstream of a container and its cookie, if the session dials for it.
     pub fn dialled(&self, name: &ContainerName) -> Option<(UpstreamId, u64)> {
         self.upstream_of(name)
             .filter(|(_, upstream)| upstream.dialled)
@@ -159,26 +162,26 @@ impl Planner {
         self.next_upstream = self.next_upstream.wrapping_add(1);
         let cookie = cookie(id);
         let (owner, dialled) = (Some(name.clone()), is_dialled(cookie));
-        let added = Upstream { cookie, owner, seen: None, dialled, dismissed: None, leaving: false };
+        let added = Upstream { cookie, owner, seen: None, dialled, dismissed: None, removing: false };
         self.upstreams.insert(id, added);
         id
     }
 
-    /// Lets go of upstreams that have no container any more.
-    pub(super) fn dismiss(&mut self, plan: &mut Plan) {
+    /// Removes upstreams without a container.
+    pub(super) fn remove_upstreams(&mut self, plan: &mut Plan) {
         for (id, upstream) in &mut self.upstreams {
             let is_wanted = match &upstream.owner {
-                Some(owner) => self.places.contains_key(owner),
+                Some(owner) => self.positions.contains_key(owner),
                 None => !self.sweeping,
             };
             if !is_wanted {
-                // The wire's brokers know no other reason (wire specification, A.6.6).
+                // The wire has no other reason for brokers (wire specification, A.6.6).
                 let why =
                     if upstream.dialled { ClosedReason::BrokerStopped } else { ClosedReason::Deregistered };
                 upstream.dismissed.get_or_insert(why);
             }
-            let Some(why) = upstream.dismissed.filter(|_| !upstream.leaving) else { continue };
-            upstream.leaving = true;
+            let Some(why) = upstream.dismissed.filter(|_| !upstream.removing) else { continue };
+            upstream.removing = true;
             if let Some(owner) = &upstream.owner {
                 self.failures.remove(owner);
                 self.dirty_set.mark(owner);
@@ -189,14 +192,14 @@ impl Planner {
                     forward.status = Status::Closing { why };
                 }
             }
-            // What goes over a broker ends with it; what is dialled otherwise from now on may finish.
+            // Connections over a stopped broker cannot continue; all others may finish.
             let cut = upstream.dialled && why == ClosedReason::BrokerStopped;
             let ending = if cut { Ending::Reset } else { Ending::Drain };
             plan.commands.push(Command::RemoveUpstream { upstream: *id, ending });
         }
     }
 
-    /// The upstream of a container that stays.
+    /// The upstream of a container that is not being removed.
     pub(super) fn upstream_of(&self, name: &ContainerName) -> Option<(UpstreamId, &Upstream)> {
         let own = |upstream: &Upstream| upstream.owner.as_ref() == Some(name) && upstream.stays();
         self.upstreams.iter().find(|(_, upstream)| own(upstream)).map(|(id, upstream)| (*id, upstream))

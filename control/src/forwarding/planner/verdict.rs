@@ -1,5 +1,5 @@
-//! What is to be done about each port that listens: left to Docker where that publishes it, then the guard that no policy can
-//! lift, then the policy, then the quota. Pure.
+//! The verdict about each listening port. In this order: a port that Docker publishes is left to Docker; then the
+//! guard, which no policy overrides; then the policy; then the quota. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,8 +12,8 @@ use crate::forwarding::planner::observation::Listeners;
 use crate::model::port_policy::{CONTAINER_PORT, Decision, DenyReason, Policy};
 use crate::model::registration::ContainerName;
 
-/// How many ports of one container are forwarded. A dev server has a handful; a program that listens on thousands is a
-/// mistake or an attack, and may not have all of the host's ports.
+/// The most ports of one container that are forwarded. A dev server has a handful; a program that listens on thousands
+/// is a mistake or an attack, and must not take all of the host's ports.
 pub const FORWARDS_MAX: usize = 256;
 
 /// The reason that a port of a container is not forwarded.
@@ -38,20 +38,20 @@ impl fmt::Display for Exclusion {
 pub(super) enum Verdict {
     Wanted(Reach),
     Denied(Exclusion),
-    /// Docker has it answer at this port of the host; what people are told of that.
+    /// Docker publishes it at this host port; with the reason to show.
     Published(NonZeroU16, &'static str),
 }
 
-/// What people are told of a port that Docker publishes.
+/// The reason shown for a port that Docker publishes.
 const PUBLISHED: &str = "Docker publishes it";
-/// The same where that leads nowhere: a published port ends at the container's address in its network.
-const PUBLISHED_IN_VAIN: &str = "Docker publishes it, but inside it listens on loopback alone, which Docker does not reach: have it listen on 0.0.0.0, or do not publish it";
+/// The reason if the published port cannot be reached: it leads to the container's address in its Docker network.
+const PUBLISHED_IN_VAIN: &str = "Docker publishes it, but the server listens on loopback alone, which Docker does not reach: let it listen on 0.0.0.0, or do not publish the port";
 
 impl Planner {
-    /// Judges every port that listens in a container that is watched and has been read, in time `n log n` for `n` ports.
+    /// Judges every listening port of a container that is watched and has been read, in time `n log n` for `n` ports.
     pub(super) fn verdicts_of(&self, name: &ContainerName) -> Option<BTreeMap<NonZeroU16, Verdict>> {
         let (id, upstream) = self.upstream_of(name).filter(|(_, upstream)| !upstream.dialled)?;
-        let desired = self.wish_of(name)?;
+        let desired = self.desired_container(name)?;
         let seen = upstream.seen.as_ref()?;
         let verdict = |port: NonZeroU16, listeners: &Listeners| {
             let published = desired.published.get(&port).filter(|_| port.get() != CONTAINER_PORT);
@@ -73,7 +73,7 @@ impl Planner {
         let mut wanted: Vec<NonZeroU16> = wanted.map(|(port, _)| *port).collect();
         let most = FORWARDS_MAX.saturating_sub(self.reserved_count(name) + self.native_count(name));
         if wanted.len() > most {
-            // Those that are open already come before those that would be new.
+            // Open ports precede new ones.
             let live = self.forwards.of_upstream(id).filter(|(_, forward)| forward.is_live());
             let open: BTreeSet<NonZeroU16> = live.map(|(_, forward)| forward.target_port).collect();
             wanted.sort_by_cached_key(|port| (!open.contains(port), *port));
@@ -84,7 +84,7 @@ impl Planner {
         Some(verdicts)
     }
 
-    /// Whether a port may be forwarded to the same port of the host.
+    /// Whether a port may be forwarded to the same host port.
     pub(super) fn judge(&self, policy: &Policy, port: NonZeroU16) -> Result<(), Exclusion> {
         match policy.decide(port, &self.control_ports) {
             Decision::Allow => Ok(()),

@@ -1,28 +1,29 @@
-//! Ports of containers that are entered: what the engine's watch sees is open, and is tried again until it is. Pure.
+//! The ports of entered containers: the listeners that the engine's watch sees are opened, and tried again until they
+//! are open. Pure.
 
 use std::num::NonZeroU16;
 
 use landfall_engine::command::{Command, Ending, ForwardId};
 
 use super::verdict::Verdict;
-use super::{Change, ClosedReason, Failure, LINGER, Plan, Planned, Planner, RETRY, Status};
+use super::{Change, ClosedReason, Failure, LINGER, Plan, PlannedContainer, Planner, RETRY, Status};
 use crate::model::registration::ContainerName;
 
-/// Who stands in the way of a host port.
+/// The state of a host port, as seen by one container.
 pub(super) enum Holder {
-    /// Nobody.
+    /// The port is free.
     Free,
-    /// Somebody who answers or closes soon.
-    Soon,
-    /// Somebody who stays, for this reason that people are told.
+    /// A forward is closing, or no container has claimed its upstream yet: the state changes soon.
+    Changing,
+    /// Another forward has the port, for this reason.
     Taken(String),
-    /// A container that had it until its engine was lost and may come for it.
-    Heir(String),
+    /// The port is held for a container that had it when the engine was lost.
+    Held(String),
 }
 
 impl Planner {
-    /// Closes what is not wanted, and tells the reach of what is.
-    pub(super) fn close_watched(&mut self, one: &Planned, plan: &mut Plan) {
+    /// Closes forwards that are not wanted, and updates the reach of the others.
+    pub(super) fn close_watched(&mut self, one: &PlannedContainer, plan: &mut Plan) {
         let Some(verdicts) = &one.verdicts else { return };
         let Some((upstream, _)) = self.upstream_of(&one.name) else { return };
         let mut ids: Vec<ForwardId> = self.forwards.of_upstream(upstream).map(|(id, _)| id).collect();
@@ -60,14 +61,14 @@ impl Planner {
         }
     }
 
-    pub(super) fn open_watched(&mut self, one: &mut Planned, plan: &mut Plan) {
-        let Planned { name, verdicts: Some(verdicts), work, .. } = one else { return };
+    pub(super) fn open_watched(&mut self, one: &mut PlannedContainer, plan: &mut Plan) {
+        let PlannedContainer { name, verdicts: Some(verdicts), work, .. } = one else { return };
         let Some((upstream, _)) = self.upstream_of(name) else { return };
         self.forget_waiting(name, |port| verdicts.contains_key(&port));
         let mut failures = self.failures.remove(name).unwrap_or_default();
-        // A failure is remembered only while the port is still wanted.
+        // A failure is kept only while the port is wanted.
         failures.retain(|port, _| matches!(verdicts.get(port), Some(Verdict::Wanted(_))));
-        work.tasks += verdicts.len() as u64;
+        work.lookups += verdicts.len() as u64;
         for (port, verdict) in &*verdicts {
             let Verdict::Wanted(reach) = verdict else { continue };
             if self.brokers.get(name).is_some_and(|broker| broker.reserves(*port)) {
@@ -82,8 +83,8 @@ impl Planner {
             }
             match self.holder(name, *port) {
                 Holder::Free => {}
-                Holder::Soon => continue,
-                Holder::Taken(reason) | Holder::Heir(reason) => {
+                Holder::Changing => continue,
+                Holder::Taken(reason) | Holder::Held(reason) => {
                     if failures.insert(*port, Failure { at: None, reason: reason.clone() }).is_none() {
                         plan.changes.push(Change::Failed { name: name.clone(), port: *port, reason });
                     }
@@ -101,7 +102,7 @@ impl Planner {
         }
     }
 
-    /// Who stands between a container and a host port.
+    /// The state of a host port for a container.
     pub(super) fn holder(&self, name: &ContainerName, port: NonZeroU16) -> Holder {
         let theirs = |owner: &ContainerName| {
             format!("EADDRINUSE: port {port} is forwarded to container \"{owner}\", which had it first")
@@ -111,19 +112,19 @@ impl Planner {
         }
         let Some(forward) = self.forwards.at_host_port(port) else {
             return match self.port_holds.get(&port).filter(|hold| *hold != name) {
-                Some(hold) => Holder::Heir(theirs(hold)),
+                Some(hold) => Holder::Held(theirs(hold)),
                 None => Holder::Free,
             };
         };
         match self.owner_of(forward) {
-            _ if !forward.is_live() => Holder::Soon,
+            _ if !forward.is_live() => Holder::Changing,
             Some(owner) if owner != name => Holder::Taken(theirs(owner)),
             Some(_) => Holder::Taken(format!(
                 "EADDRINUSE: port {port} of the host leads to port {} of this container",
                 forward.target_port
             )),
-            // One that nobody has claimed.
-            None => Holder::Soon,
+            // No container has claimed its upstream.
+            None => Holder::Changing,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What sessions announce.
+//! Ports that a broker's session announces.
 
 use super::*;
 use crate::model::announcement::{Announced, ForwardResult};
@@ -30,7 +30,7 @@ impl Bench {
         let mut bench = Bench::new(vec![desired("a", allow)]);
         bench.planner.broker_up(&name("a"));
         assert_eq!(bench.planner.dial(&name("a")), Some((UpstreamId(1), 1 << 63 | 1)));
-        assert_eq!(bench.planner.dial(&name("a")), None, "there is one");
+        assert_eq!(bench.planner.dial(&name("a")), None, "the session has an upstream");
         bench
     }
 
@@ -51,62 +51,62 @@ impl Bench {
         let mut bench = Bench::dialled(None);
         bench.announce(&[number], &[], true);
         assert_eq!(bench.step(), (vec![dial(1, 1, number)], vec![]));
-        assert_eq!(bench.opened(1, number), [told_opened("a", number, "127.0.0.1")]);
+        assert_eq!(bench.opened(1, number), [opened_change("a", number, "127.0.0.1")]);
         assert_eq!(bench.step(), (vec![], vec![result("a", number, Ok(number))]));
         bench
     }
 }
 
 #[test]
-fn each_announced_port_is_opened_once_and_answered_once() {
+fn announced_port_is_opened_once_and_gets_one_result() {
     let mut bench = Bench::dialled(None);
     let opened = [announced(3000), Announced { port: port(5173), loopback: false }];
     bench.planner.announce(&name("a"), &opened, &[], true, bench.now);
     assert_eq!(bench.step(), (vec![dial(1, 1, 3000), dial(2, 1, 5173)], vec![]));
-    assert_eq!(bench.opened(1, 3000), [told_opened("a", 3000, "127.0.0.1")]);
+    assert_eq!(bench.opened(1, 3000), [opened_change("a", 3000, "127.0.0.1")]);
     assert_eq!(bench.step(), (vec![], vec![result("a", 3000, Ok(3000))]));
     bench.announce(&[3000, 5173], &[], false);
-    assert_eq!(bench.step(), (vec![], vec![]), "duplicates are worth nothing");
-    assert_eq!(bench.opened(2, 5173), [told_opened("a", 5173, "127.0.0.1")]);
+    assert_eq!(bench.step(), (vec![], vec![]), "a repeated announcement changes nothing");
+    assert_eq!(bench.opened(2, 5173), [opened_change("a", 5173, "127.0.0.1")]);
     assert_eq!(bench.step(), (vec![], vec![result("a", 5173, Ok(5173))]));
     bench.planner.announce(&name("a"), &opened, &[], true, bench.now);
-    assert_eq!(bench.step(), (vec![], vec![]), "another address alone says nothing");
+    assert_eq!(bench.step(), (vec![], vec![]), "another address alone changes nothing");
     assert_eq!(bench.planner.due(), None);
 }
 
 #[test]
-fn what_the_guard_or_the_policy_refuses_is_answered_with_the_wires_words() {
+fn refused_port_gets_the_result_of_the_wire_specification() {
     let mut bench = Bench::dialled(Some("8973,8974,5000,*"));
     bench.announce(&[8973, 8974, 80, 5000], &[], true);
-    let (commands, told) = bench.step();
+    let (commands, changes) = bench.step();
     assert_eq!(commands, [dial(1, 1, 5000)]);
-    assert_eq!(told, [80, 8973, 8974].map(|number| result("a", number, Err("policy excluded"))));
+    assert_eq!(changes, [80, 8973, 8974].map(|number| result("a", number, Err("policy excluded"))));
     let denied = [(80, RowState::Denied), (5000, RowState::Opening)];
     assert_eq!(bench.states("a")[..2], denied);
     bench.announce(&[8973], &[], false);
-    assert_eq!(bench.step(), (vec![], vec![result("a", 8973, Err("policy excluded"))]), "announced anew");
+    assert_eq!(bench.step(), (vec![], vec![result("a", 8973, Err("policy excluded"))]), "announced again");
 }
 
 #[test]
-fn no_more_than_the_quota_is_opened_and_the_others_are_excluded() {
+fn announced_ports_beyond_the_quota_are_excluded() {
     let mut bench = Bench::dialled(None);
     let many: Vec<u16> = (2000..2300).collect();
     bench.announce(&many, &[], true);
-    let (commands, told) = bench.step();
+    let (commands, changes) = bench.step();
     assert_eq!(commands.len(), FORWARDS_MAX);
-    assert_eq!(told.len(), 300 - FORWARDS_MAX);
-    assert_eq!(told[0], result("a", 2256, Err("policy excluded")));
+    assert_eq!(changes.len(), 300 - FORWARDS_MAX);
+    assert_eq!(changes[0], result("a", 2256, Err("policy excluded")));
 }
 
 #[test]
-fn the_rows_of_ports_without_a_forward_are_bounded_and_the_others_counted() {
+fn rows_of_ports_without_a_forward_are_bounded_and_the_rest_counted() {
     let mut bench = Bench::dialled(Some("1"));
     bench.announce(&(2000..3000).collect::<Vec<u16>>(), &[], true);
     bench.step();
     let rows = bench.planner.rows(&name("a"));
     assert_eq!(rows.listed.len() + rows.omitted, 1000);
     assert!(rows.listed.len() < 300, "{}", rows.listed.len());
-    // A forward has its row whatever else there is.
+    // Every forward has a row.
     let mut bench = Bench::serving(60_000);
     bench.announce(&(2000..3000).chain([60_000]).collect::<Vec<u16>>(), &[], true);
     bench.step();
@@ -114,12 +114,12 @@ fn the_rows_of_ports_without_a_forward_are_bounded_and_the_others_counted() {
 }
 
 #[test]
-fn a_port_that_failed_is_tried_again_only_when_it_is_announced_anew() {
+fn failed_port_is_tried_again_only_after_another_announcement() {
     let mut bench = Bench::dialled(None);
     bench.announce(&[3000], &[], true);
     bench.step();
-    let told = bench.failed(1, 3000);
-    let [Change::Failed { reason, .. }] = told.as_slice() else { panic!("{told:?}") };
+    let changes = bench.failed(1, 3000);
+    let [Change::Failed { reason, .. }] = changes.as_slice() else { panic!("{changes:?}") };
     assert!(reason.starts_with("EADDRINUSE"), "{reason}");
     assert_eq!(bench.step(), (vec![], vec![result("a", 3000, Err(reason))]));
     assert_eq!(bench.states("a"), [(3000, RowState::Failed)]);
@@ -132,24 +132,24 @@ fn a_port_that_failed_is_tried_again_only_when_it_is_announced_anew() {
 }
 
 #[test]
-fn a_port_that_closes_is_let_go_of_at_once_and_may_come_back() {
+fn closed_port_closes_its_forward_at_once_and_may_reopen() {
     let mut bench = Bench::serving(3000);
     assert_eq!(bench.announce(&[], &[3000], false), []);
     assert_eq!(bench.step(), (vec![cut(1)], vec![]));
     bench.announce(&[3000], &[], false);
-    assert_eq!(bench.step(), (vec![], vec![]), "it is not free yet");
-    assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::ContainerReleased)]);
+    assert_eq!(bench.step(), (vec![], vec![]), "the port is not free yet");
+    assert_eq!(bench.closed(1), [closed_change("a", 3000, ClosedReason::ContainerReleased)]);
     assert_eq!(bench.step(), (vec![dial(2, 1, 3000)], vec![]));
 }
 
 #[test]
-fn a_port_that_closes_while_it_is_bound_leaves_nothing_behind() {
+fn port_that_closes_during_its_bind_is_closed_after_it() {
     for fails in [false, true] {
         let mut bench = Bench::dialled(None);
         bench.announce(&[3000], &[], true);
         bench.step();
-        let told = bench.announce(&[], &[3000], false);
-        assert_eq!(told, [result("a", 3000, Err("container-released"))]);
+        let changes = bench.announce(&[], &[3000], false);
+        assert_eq!(changes, [result("a", 3000, Err("container-released"))]);
         assert_eq!(bench.step(), (vec![cut(1)], vec![]));
         bench.announce(&[3000], &[], false);
         assert_eq!(if fails { bench.failed(1, 3000) } else { bench.opened(1, 3000) }, []);
@@ -161,29 +161,29 @@ fn a_port_that_closes_while_it_is_bound_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_snapshot_replaces_what_was_announced() {
+fn whole_announcement_replaces_earlier_ones() {
     let mut bench = Bench::serving(3000);
     bench.announce(&[5173], &[], true);
     assert_eq!(bench.step(), (vec![cut(1), dial(2, 1, 5173)], vec![]));
 }
 
 #[test]
-fn a_session_that_is_lost_takes_its_ports_along_and_the_next_one_is_answered_anew() {
+fn lost_session_closes_its_ports_and_the_next_one_gets_results_again() {
     let mut bench = Bench::serving(3000);
     bench.planner.broker_down(&name("a"));
     assert_eq!(bench.step(), (vec![cut(1)], vec![]));
-    assert_eq!(bench.announce(&[3000], &[], true), [], "nobody is there to announce");
+    assert_eq!(bench.announce(&[3000], &[], true), [], "there is no session");
     bench.planner.broker_up(&name("a"));
     bench.announce(&[3000], &[], true);
     assert_eq!(bench.step(), (vec![], vec![]));
-    assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::HostError)]);
+    assert_eq!(bench.closed(1), [closed_change("a", 3000, ClosedReason::HostError)]);
     assert_eq!(bench.step(), (vec![dial(2, 1, 3000)], vec![]));
     bench.opened(2, 3000);
     assert_eq!(bench.step(), (vec![], vec![result("a", 3000, Ok(3000))]));
 }
 
 #[test]
-fn a_session_that_is_lost_during_a_bind_is_owed_nothing() {
+fn session_lost_during_a_bind_gets_no_result() {
     let mut bench = Bench::dialled(None);
     bench.announce(&[3000], &[], true);
     bench.step();
@@ -194,26 +194,26 @@ fn a_session_that_is_lost_during_a_bind_is_owed_nothing() {
 }
 
 #[test]
-fn a_broker_that_stops_takes_everything_along() {
+fn stopped_broker_closes_its_ports() {
     let mut bench = Bench::serving(3000);
     bench.planner.broker_stopped(&name("a"));
     let removed = Command::RemoveUpstream { upstream: UpstreamId(1), ending: Ending::Reset };
     assert_eq!(bench.step(), (vec![removed], vec![]));
-    assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::BrokerStopped)]);
-    assert_eq!(bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: None }), []);
+    assert_eq!(bench.closed(1), [closed_change("a", 3000, ClosedReason::BrokerStopped)]);
+    assert_eq!(bench.on_engine_event(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: None }), []);
     assert_eq!(bench.planner.dial(&name("a")), None);
 }
 
 #[test]
-fn a_broker_whose_registration_goes_first_has_stopped_as_well() {
+fn broker_without_its_registration_counts_as_stopped() {
     let mut bench = Bench::serving(3000);
     bench.planner.desired(vec![]);
     bench.step();
-    assert_eq!(bench.closed(1), [told_closed("a", 3000, ClosedReason::BrokerStopped)]);
+    assert_eq!(bench.closed(1), [closed_change("a", 3000, ClosedReason::BrokerStopped)]);
 }
 
 #[test]
-fn what_is_announced_before_the_registration_is_known_waits_for_it() {
+fn announcement_before_the_registration_waits_for_it() {
     let mut bench = Bench::new(vec![]);
     bench.planner.broker_up(&name("a"));
     bench.announce(&[3000, 8973], &[], true);
@@ -224,8 +224,8 @@ fn what_is_announced_before_the_registration_is_known_waits_for_it() {
 }
 
 #[test]
-fn a_port_of_another_container_is_an_error_and_one_that_closes_is_waited_for() {
-    let mut bench = Bench::reached(&["b"]);
+fn port_of_another_container_fails_and_a_closing_one_is_awaited() {
+    let mut bench = Bench::with_entered(&["b"]);
     bench.planner.desired(vec![desired("a", None), desired("b", None)]);
     bench.listen(1, &[row(3000, "127.0.0.1", 7)], &[]);
     bench.commands();
@@ -233,12 +233,12 @@ fn a_port_of_another_container_is_an_error_and_one_that_closes_is_waited_for() {
     bench.planner.broker_up(&name("a"));
     bench.planner.dial(&name("a")).unwrap();
     bench.announce(&[3000], &[], true);
-    let (commands, told) = bench.step();
+    let (commands, changes) = bench.step();
     assert_eq!(commands, []);
-    let [Change::Failed { reason, .. }, answer] = told.as_slice() else { panic!("{told:?}") };
+    let [Change::Failed { reason, .. }, answer] = changes.as_slice() else { panic!("{changes:?}") };
     assert!(reason.starts_with("EADDRINUSE") && reason.contains("\"b\""), "{reason}");
     assert_eq!(*answer, result("a", 3000, Err(reason)));
-    bench.planner.left(&name("b"));
+    bench.planner.container_lost(&name("b"));
     bench.step();
     bench.announce(&[3000], &[], false);
     assert_eq!(bench.step(), (vec![], vec![]), "the one attempt waits until it can succeed");
@@ -247,24 +247,24 @@ fn a_port_of_another_container_is_an_error_and_one_that_closes_is_waited_for() {
 }
 
 #[test]
-fn another_engine_is_asked_again_and_nobody_is_answered_twice() {
+fn next_engine_opens_the_ports_again_without_second_results() {
     let mut bench = Bench::serving(3000);
     bench.announce(&[5173, 4000], &[], false);
     assert_eq!(bench.step(), (vec![dial(2, 1, 4000), dial(3, 1, 5173)], vec![]));
-    let told = bench.failed(2, 4000);
-    assert_eq!(told.len(), 1);
+    let changes = bench.failed(2, 4000);
+    assert_eq!(changes.len(), 1);
     assert_eq!(bench.step().1.len(), 1);
-    assert_eq!(bench.planner.detach(), [told_closed("a", 3000, ClosedReason::HostError)]);
+    assert_eq!(bench.planner.detach(), [closed_change("a", 3000, ClosedReason::HostError)]);
     bench.planner.attach(Inventory::default());
     assert_eq!(bench.planner.dial(&name("a")), Some((UpstreamId(2), 1 << 63 | 2)));
-    assert_eq!(bench.step().0, [dial(4, 2, 3000), dial(5, 2, 5173)], "what failed is not announced anew");
+    assert_eq!(bench.step().0, [dial(4, 2, 3000), dial(5, 2, 5173)], "a failed port is not announced again");
     bench.opened(4, 3000);
     bench.opened(5, 5173);
     assert_eq!(bench.step(), (vec![], vec![result("a", 5173, Ok(5173))]));
 }
 
 #[test]
-fn what_an_earlier_drivers_sessions_dialled_for_is_let_go_of_at_once() {
+fn dialled_upstreams_of_an_earlier_driver_are_removed_at_once() {
     let mut bench = Bench::new(vec![desired("a", None)]);
     let upstreams = vec![UpstreamState { upstream: UpstreamId(4), netns_cookie: 1 << 63 | 4 }];
     let inventory = Inventory { upstreams, forwards: vec![held(7, 4, 3000)], observed: BTreeMap::new() };
@@ -273,28 +273,28 @@ fn what_an_earlier_drivers_sessions_dialled_for_is_let_go_of_at_once() {
     bench.announce(&[3000], &[], true);
     assert_eq!(bench.planner.dial(&name("a")), Some((UpstreamId(5), 1 << 63 | 5)));
     assert_eq!(bench.step(), (vec![remove(4)], vec![]), "the port is not free yet");
-    assert_eq!(bench.closed(7), [], "nobody knows whose it was");
+    assert_eq!(bench.closed(7), [], "no container has claimed it");
     assert_eq!(bench.step(), (vec![dial(8, 5, 3000)], vec![]));
 }
 
 #[test]
-fn where_the_container_is_entered_announcements_are_only_answered() {
-    let mut bench = Bench::reached(&["a"]);
+fn announcements_of_an_entered_container_only_get_results() {
+    let mut bench = Bench::with_entered(&["a"]);
     bench.listen(1, &[row(3000, "127.0.0.1", 7), row(4000, "127.0.0.1", 8)], &[]);
     assert_eq!(bench.commands(), [open(1, 1, 3000), open(2, 1, 4000)]);
     bench.opened(1, 3000);
     bench.planner.broker_up(&name("a"));
-    assert_eq!(bench.planner.dial(&name("a")), None, "there is a way in");
+    assert_eq!(bench.planner.dial(&name("a")), None, "the container is entered");
     bench.announce(&[3000, 4000, 5000, 8973], &[], true);
-    let told = vec![result("a", 3000, Ok(3000)), result("a", 8973, Err("policy excluded"))];
-    assert_eq!(bench.step(), (vec![], told));
+    let changes = vec![result("a", 3000, Ok(3000)), result("a", 8973, Err("policy excluded"))];
+    assert_eq!(bench.step(), (vec![], changes));
     bench.opened(2, 4000);
     assert_eq!(bench.step(), (vec![], vec![result("a", 4000, Ok(4000))]));
-    assert_eq!(bench.planner.due(), Some(bench.now + OWED_MAX), "the watch has not seen it yet");
-    bench.now += OWED_MAX;
-    let (_, told) = bench.step();
+    assert_eq!(bench.planner.due(), Some(bench.now + RESULT_MAX), "the watch has not seen it yet");
+    bench.now += RESULT_MAX;
+    let (_, changes) = bench.step();
     let reason = "ECONNREFUSED: nothing was seen to listen on the port";
-    assert_eq!(told, [result("a", 5000, Err(reason))]);
+    assert_eq!(changes, [result("a", 5000, Err(reason))]);
     assert_eq!(bench.planner.due(), None);
     bench.announce(&[3000], &[], true);
     assert_eq!(bench.step(), (vec![], vec![]), "it is forwarded already");
@@ -302,23 +302,26 @@ fn where_the_container_is_entered_announcements_are_only_answered() {
     bench.listen(1, &[row(5000, "127.0.0.1", 9)], &[]);
     assert_eq!(bench.step(), (vec![open(3, 1, 5000)], vec![]));
     bench.failed(3, 5000);
-    let (_, told) = bench.step();
-    assert!(matches!(told.as_slice(), [Change::Result { result, .. }] if result.result.is_err()), "{told:?}");
+    let (_, changes) = bench.step();
+    assert!(
+        matches!(changes.as_slice(), [Change::Result { result, .. }] if result.result.is_err()),
+        "{changes:?}"
+    );
 }
 
 #[test]
-fn ports_move_to_the_way_that_there_is() {
+fn announced_ports_move_to_the_present_upstream() {
     let mut bench = Bench::serving(3000);
-    assert_eq!(bench.planner.reached(&name("a"), 9), Admission::Add(UpstreamId(2)));
+    assert_eq!(bench.planner.container_entered(&name("a"), 9), Admission::Add(UpstreamId(2)));
     assert_eq!(bench.planner.dialled(&name("a")), None);
-    assert_eq!(bench.commands(), [remove(1)], "what is open may finish");
+    assert_eq!(bench.commands(), [remove(1)], "open connections may finish");
     bench.listen(2, &[row(3000, "127.0.0.1", 7)], &[]);
     assert_eq!(bench.commands(), []);
     bench.closed(1);
     assert_eq!(bench.commands(), [open(2, 2, 3000)]);
     bench.opened(2, 3000);
-    assert_eq!(bench.step(), (vec![], vec![]), "nobody announced it anew");
-    bench.planner.left(&name("a"));
+    assert_eq!(bench.step(), (vec![], vec![]), "it was not announced again");
+    bench.planner.container_lost(&name("a"));
     assert!(bench.planner.dial(&name("a")).is_some());
     assert_eq!(bench.step(), (vec![remove(2)], vec![]));
     bench.closed(2);
@@ -328,17 +331,18 @@ fn ports_move_to_the_way_that_there_is() {
 }
 
 #[test]
-fn an_engine_that_lets_go_of_a_session_is_given_it_again() {
+fn dialled_upstream_removed_by_the_engine_is_added_again() {
     let mut bench = Bench::serving(3000);
-    let told = bench.hear(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: Some("x".to_owned()) });
+    let changes = bench
+        .on_engine_event(&Event::UpstreamRemoved { upstream: UpstreamId(1), reason: Some("x".to_owned()) });
     let lost = Change::Lost { name: name("a"), dialled: true, reason: "x".to_owned() };
-    assert_eq!(told, [told_closed("a", 3000, ClosedReason::HostError), lost]);
+    assert_eq!(changes, [closed_change("a", 3000, ClosedReason::HostError), lost]);
     assert!(bench.planner.dial(&name("a")).is_some());
     assert_eq!(bench.step(), (vec![dial(2, 2, 3000)], vec![]));
 }
 
 #[test]
-fn an_engine_that_relieves_another_one_is_asked_for_what_it_was_not_lent() {
+fn upgraded_engine_opens_ports_it_was_not_lent() {
     let mut bench = Bench::serving(3000);
     bench.announce(&[5173], &[], false);
     bench.step();

@@ -1,17 +1,17 @@
-//! The cost of planning, counted in forwards that are looked at and not in time.
+//! The cost of planning, in forwards looked up and not in time.
 
 use super::*;
 
-/// Container "a" listens on so many ports, and each of `others` more has as many forwards as one may have.
-fn crowd(ports: u16, others: u16) -> Bench {
+/// Container "a" listens on `ports` ports, and each of `others` further containers has the most forwards allowed.
+fn crowded_bench(ports: u16, others: u16) -> Bench {
     let names: Vec<String> = (0..others).map(|number| format!("other{number}")).collect();
     let names: Vec<&str> = std::iter::once("a").chain(names.iter().map(String::as_str)).collect();
-    let mut bench = Bench::reached(&names);
+    let mut bench = Bench::with_entered(&names);
     for (upstream, first) in (2..).zip((0..others).map(|number| 2_000 + 256 * number)) {
         let rows: Vec<Listening> = (first..first + 256).map(|number| row(number, "127.0.0.1", 1)).collect();
         bench.listen(upstream, &rows, &[]);
     }
-    answer_all(&mut bench);
+    open_all(&mut bench);
     bench.listen(1, &rows(ports, 1), &[]);
     bench
 }
@@ -20,8 +20,8 @@ fn rows(ports: u16, inode: u64) -> Vec<Listening> {
     (30_000..30_000 + ports).map(|number| row(number, "127.0.0.1", inode)).collect()
 }
 
-/// Steps, and has the engine open what it is asked to, until nothing is left to do.
-fn answer_all(bench: &mut Bench) {
+/// Steps and opens what the engine is commanded to open, until a step yields no commands.
+fn open_all(bench: &mut Bench) {
     loop {
         let (commands, _) = bench.planner.step(bench.now);
         if commands.is_empty() {
@@ -29,35 +29,35 @@ fn answer_all(bench: &mut Bench) {
         }
         for command in commands {
             if let Command::OpenListener { forward, host_port, .. } = command {
-                bench.hear(&Event::ListenerOpened { forward, host_port });
+                bench.on_engine_event(&Event::ListenerOpened { forward, host_port });
             }
         }
-        // Opening costs credit.
+        // Opening listeners costs credit.
         bench.now += Duration::from_secs(10);
     }
 }
 
 impl Bench {
-    /// What a step costs: the forwards that were looked at, and the commands.
+    /// The cost of a step: the forwards that were looked up, and the commands.
     fn counted(&mut self) -> (u64, usize) {
-        let before = self.planner.forwards.tasks();
+        let before = self.planner.forwards.lookups();
         let (commands, _) = self.planner.step(self.now);
-        (self.planner.forwards.tasks() - before, commands.len())
+        (self.planner.forwards.lookups() - before, commands.len())
     }
 }
 
-/// The most forwards that a plan looks at: each that a container may have, a few times. Its ports beyond are sorted, which looks
-/// at no forward.
+/// The most look-ups of a plan: a few for each forward that a container may have. Ports beyond those are sorted, which
+/// looks up no forward.
 const STEPS_MAX: u64 = 8 * FORWARDS_MAX as u64;
 
 #[test]
-fn c24_a_plan_looks_at_the_forwards_of_its_container_alone_and_at_each_a_few_times() {
+fn c24_plan_looks_up_the_forwards_of_its_container_alone_a_few_times_each() {
     for ports in [64, 512, 2_500, 20_000] {
         for others in [0, 40] {
-            let mut bench = crowd(ports, others);
+            let mut bench = crowded_bench(ports, others);
             let (first, commands) = bench.counted();
             assert_eq!(commands, FORWARDS_MAX.min(ports.into()));
-            // Another socket on one of its ports.
+            // Open another socket on one of its ports.
             bench.listen(1, &[row(30_000, "127.0.0.1", 2)], &[row(30_000, "127.0.0.1", 1)]);
             let (again, _) = bench.counted();
             for steps in [first, again] {
@@ -68,13 +68,15 @@ fn c24_a_plan_looks_at_the_forwards_of_its_container_alone_and_at_each_a_few_tim
 }
 
 #[test]
-fn c24_an_event_of_one_container_costs_no_steps_for_the_ports_of_others() {
-    let mut bench = crowd(20_000, 40);
-    answer_all(&mut bench);
-    bench
-        .planner
-        .desired(std::iter::once(desired("small", None)).chain(bench.planner.wishes.clone()).collect());
-    let Admission::Add(UpstreamId(small)) = bench.planner.reached(&name("small"), 99) else { panic!() };
+fn c24_event_of_one_container_costs_no_lookups_of_other_containers_ports() {
+    let mut bench = crowded_bench(20_000, 40);
+    open_all(&mut bench);
+    bench.planner.desired(
+        std::iter::once(desired("small", None)).chain(bench.planner.desired_containers.clone()).collect(),
+    );
+    let Admission::Add(UpstreamId(small)) = bench.planner.container_entered(&name("small"), 99) else {
+        panic!()
+    };
     bench.listen(small, &[], &[]);
     bench.counted();
     bench.planner.take_stale();
@@ -83,17 +85,17 @@ fn c24_an_event_of_one_container_costs_no_steps_for_the_ports_of_others() {
     assert_eq!(commands, 1);
     assert!(steps < 20, "{steps} steps");
     let forward = ForwardId(bench.planner.next_forward - 1);
-    bench.hear(&Event::ListenerOpened { forward, host_port: port(1_500) });
+    bench.on_engine_event(&Event::ListenerOpened { forward, host_port: port(1_500) });
     let (steps, _) = bench.counted();
     assert!(steps < 20, "{steps} steps");
     assert_eq!(bench.planner.take_stale(), [name("small")].into(), "no other one is listed again");
 }
 
 #[test]
-fn c24_however_many_events_there_are_there_is_one_plan_of_the_state_after_them() {
-    let mut bench = crowd(2_500, 0);
+fn c24_many_events_cause_one_plan_of_the_final_state() {
+    let mut bench = crowded_bench(2_500, 0);
     let once = bench.counted();
-    let mut bench = crowd(2_500, 0);
+    let mut bench = crowded_bench(2_500, 0);
     for inode in 2..50 {
         bench.listen(1, &rows(2_500, inode), &rows(2_500, inode - 1));
     }
@@ -101,8 +103,8 @@ fn c24_however_many_events_there_are_there_is_one_plan_of_the_state_after_them()
 }
 
 #[test]
-fn c24_a_container_that_cycles_its_listeners_is_planned_by_credit_and_another_one_at_once() {
-    let mut bench = crowd(0, 1);
+fn c24_container_that_cycles_its_listeners_is_planned_by_credit_and_others_at_once() {
+    let mut bench = crowded_bench(0, 1);
     let cycled = |turn: u16| {
         let first = 30_000 + 300 * (turn % 50);
         (first..first + 300).map(|number| row(number, "127.0.0.1", 1)).collect::<Vec<_>>()
@@ -113,7 +115,7 @@ fn c24_a_container_that_cycles_its_listeners_is_planned_by_credit_and_another_on
         let (steps, asked) = bench.counted();
         plans += usize::from(steps > 0);
         commands += asked;
-        // The other one is planned whenever something changed about it.
+        // The other container is planned after each of its changes.
         let reach = if turn < 256 { "::1" } else { "::" };
         bench.listen(2, &[row(2_000 + turn % 256, reach, 2)], &[]);
         let (steps, _) = bench.counted();

@@ -1,4 +1,4 @@
-//! Random lives of containers against a model of an engine that does as it is told.
+//! Random histories of containers against a model of an engine that carries out every command.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use super::*;
 use crate::model::announcement::Announced;
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
-/// This one cannot be entered: what it has is known from its session alone.
+/// This container cannot be entered: its ports are known from its session alone.
 const FAR: usize = 2;
 const PORTS: [u16; 5] = [80, 3000, 3001, 5173, 8973];
 
@@ -20,20 +20,20 @@ enum Step {
     Die(usize),
     Listen(usize, usize),
     Unlisten(usize, usize),
-    /// A program on the host takes a port, or lets go of it.
+    /// A program on the host binds a port, or closes it.
     Host(usize),
     Answer,
     Wait,
     /// The engine is killed; the driver gets another one.
     EngineKilled,
-    /// The driver is killed; the next one takes over what the engine holds.
+    /// The driver is killed; the next one attaches to the same engine.
     DriverKilled,
     Sweep,
-    /// A broker's session begins, and tells what listens.
+    /// A broker's session starts and announces the listening ports.
     Session(usize),
     SessionLost(usize),
     BrokerStops(usize),
-    /// The container asks for a port of the host for one of its own.
+    /// The container reserves a host port for one of its ports.
     Reserve(usize, usize),
 }
 
@@ -67,10 +67,10 @@ struct Container {
     /// The cookie of its namespace while it runs.
     cookie: Option<u64>,
     listening: BTreeSet<u16>,
-    /// Its broker has a session.
+    /// Whether its broker has a session.
     up: bool,
-    /// How many results it waits for, by port.
-    owed: BTreeMap<u16, usize>,
+    /// The number of results that it waits for, by port.
+    unanswered: BTreeMap<u16, usize>,
 }
 
 struct World {
@@ -80,10 +80,10 @@ struct World {
     order: Vec<usize>,
     cookies: u64,
     host: BTreeSet<u16>,
-    /// What the engine holds.
+    /// The state of the engine.
     upstreams: BTreeMap<UpstreamId, u64>,
     forwards: BTreeMap<ForwardId, (UpstreamId, u16)>,
-    /// Commands that it has not carried out.
+    /// Commands that the engine has not carried out.
     queue: std::collections::VecDeque<Command>,
     used: BTreeSet<ForwardId>,
     used_upstreams: BTreeSet<UpstreamId>,
@@ -106,7 +106,7 @@ impl World {
         }
     }
 
-    fn wishes(&self) -> Vec<DesiredContainer> {
+    fn desired_containers(&self) -> Vec<DesiredContainer> {
         self.order.iter().map(|who| desired(NAMES[*who], None)).collect()
     }
 
@@ -116,11 +116,11 @@ impl World {
         ports.map(|number| row(*number, "127.0.0.1", u64::from(*number))).collect()
     }
 
-    /// The shell enters a container that runs and is registered.
+    /// Enters a container that runs and is registered.
     fn enter(&mut self, who: usize) {
         let reachable = self.containers[who].registered && who != FAR;
         let Some(cookie) = self.containers[who].cookie.filter(|_| reachable) else { return };
-        match self.planner.reached(&name(NAMES[who]), cookie) {
+        match self.planner.container_entered(&name(NAMES[who]), cookie) {
             Admission::Add(upstream) => {
                 assert!(self.used_upstreams.insert(upstream), "{upstream} is used twice");
                 self.queue.push_back(Command::AddUpstream {
@@ -139,34 +139,34 @@ impl World {
         (0..NAMES.len()).for_each(|who| self.enter(who));
     }
 
-    /// A session tells of one port, or of all.
+    /// Announces the change of a session's ports, or all of them.
     fn announce(&mut self, who: usize, opened: &[u16], closed: &[u16], whole: bool) {
         if !self.containers[who].up {
             return;
         }
         for number in opened {
-            *self.containers[who].owed.entry(*number).or_default() += 1;
+            *self.containers[who].unanswered.entry(*number).or_default() += 1;
         }
         let opened: Vec<Announced> =
             opened.iter().map(|number| Announced { port: port(*number), loopback: true }).collect();
         let closed: Vec<NonZeroU16> = closed.iter().map(|number| port(*number)).collect();
         let changes = self.planner.announce(&name(NAMES[who]), &opened, &closed, whole, self.now);
-        self.told(&changes);
+        self.check_changes(&changes);
     }
 
-    fn told(&mut self, changes: &[Change]) {
+    fn check_changes(&mut self, changes: &[Change]) {
         for change in changes {
             let Change::Result { name: to, result } = change else { continue };
             let who = NAMES.iter().position(|text| *to == name(text)).unwrap();
-            let owed = self.containers[who].owed.entry(result.port.get()).or_default();
-            assert!(self.containers[who].up && *owed > 0, "{change:?} answers nothing");
-            *owed -= 1;
+            let unanswered = self.containers[who].unanswered.entry(result.port.get()).or_default();
+            assert!(self.containers[who].up && *unanswered > 0, "{change:?} was not requested");
+            *unanswered -= 1;
         }
     }
 
     fn lose_session(&mut self, who: usize) {
         self.containers[who].up = false;
-        self.containers[who].owed.clear();
+        self.containers[who].unanswered.clear();
     }
 
     fn observe(&mut self, who: usize, number: u16, opened: bool) {
@@ -179,7 +179,7 @@ impl World {
         for upstream in upstreams {
             let (opened, closed) =
                 if opened { (rows.clone(), Vec::new()) } else { (Vec::new(), rows.clone()) };
-            self.planner.hear(&Event::Listeners { upstream, opened, closed }, self.now);
+            self.planner.on_engine_event(&Event::Listeners { upstream, opened, closed }, self.now);
         }
     }
 
@@ -199,7 +199,7 @@ impl World {
         }
     }
 
-    /// The engine carries out one command.
+    /// Makes the engine carry out one command.
     fn carry_out(&mut self) -> bool {
         let Some(command) = self.queue.pop_front() else { return false };
         let events = match command {
@@ -223,7 +223,7 @@ impl World {
             }
             Command::OpenListener { forward, upstream, host_port, .. } => {
                 assert!(self.used.insert(forward), "{forward} is used twice");
-                assert!(self.upstreams.contains_key(&upstream), "{upstream} is not there");
+                assert!(self.upstreams.contains_key(&upstream), "{upstream} does not exist");
                 assert!(host_port.get() >= 1024 && host_port.get() != 8973, "{host_port} is guarded");
                 let number = host_port.get();
                 let twice = self.forwards.values().any(|(_, taken)| *taken == number);
@@ -247,8 +247,8 @@ impl World {
             _ => Vec::new(),
         };
         for event in events {
-            let changes = self.planner.hear(&event, self.now);
-            self.told(&changes);
+            let changes = self.planner.on_engine_event(&event, self.now);
+            self.check_changes(&changes);
         }
         true
     }
@@ -256,7 +256,7 @@ impl World {
     fn plan(&mut self) {
         let (commands, changes) = self.planner.step(self.now);
         self.queue.extend(commands);
-        self.told(&changes);
+        self.check_changes(&changes);
         for (who, text) in NAMES.iter().enumerate() {
             let enterable = who != FAR && self.containers[who].cookie.is_some();
             if let Some((upstream, netns_cookie)) =
@@ -273,7 +273,7 @@ impl World {
         }
         let (commands, changes) = self.planner.step(self.now);
         self.queue.extend(commands);
-        self.told(&changes);
+        self.check_changes(&changes);
         assert_idle(&mut self.planner, self.now);
     }
 
@@ -282,13 +282,13 @@ impl World {
             Step::Register(who) if !self.containers[who].registered => {
                 self.containers[who].registered = true;
                 self.order.push(who);
-                self.planner.desired(self.wishes());
+                self.planner.desired(self.desired_containers());
                 self.enter(who);
             }
             Step::Deregister(who) => {
                 self.containers[who].registered = false;
                 self.order.retain(|one| *one != who);
-                self.planner.desired(self.wishes());
+                self.planner.desired(self.desired_containers());
             }
             Step::Start(who) if self.containers[who].cookie.is_none() => {
                 self.cookies += 1;
@@ -300,7 +300,7 @@ impl World {
                 let ended: Vec<u16> =
                     std::mem::take(&mut self.containers[who].listening).into_iter().collect();
                 self.announce(who, &[], &ended, false);
-                self.planner.left(&name(NAMES[who]));
+                self.planner.container_lost(&name(NAMES[who]));
             }
             Step::Listen(who, what) if self.containers[who].cookie.is_some() => {
                 if self.containers[who].listening.insert(PORTS[what]) {
@@ -328,14 +328,14 @@ impl World {
                 self.enter_all();
             }
             Step::DriverKilled => {
-                // What was on its way still arrives.
+                // Commands that were sent before still arrive.
                 while self.carry_out() {}
                 let (next_upstream, next_forward) = (self.planner.next_upstream, self.planner.next_forward);
                 self.planner = Planner::new(ControlPorts::default());
-                self.planner.desired(self.wishes());
+                self.planner.desired(self.desired_containers());
                 self.planner.attach(self.inventory());
                 (0..NAMES.len()).for_each(|who| self.lose_session(who));
-                // A driver knows no numbers but those that the engine holds; one that is free may come again.
+                // A new driver knows only the ids that the engine holds, so a free id may be used again.
                 self.used.retain(|id| id.0 < self.planner.next_forward);
                 self.used_upstreams.retain(|id| id.0 < self.planner.next_upstream);
                 assert!(
@@ -359,18 +359,18 @@ impl World {
                 self.planner.broker_stopped(&name(NAMES[who]));
             }
             Step::Reserve(who, what) if self.containers[who].up => {
-                *self.containers[who].owed.entry(PORTS[what]).or_default() += 1;
+                *self.containers[who].unanswered.entry(PORTS[what]).or_default() += 1;
                 let candidates = vec![port(PORTS[(what + 1) % PORTS.len()]), port(3500)];
                 let changes = self.planner.reserve(&name(NAMES[who]), port(PORTS[what]), candidates);
-                self.told(&changes);
+                self.check_changes(&changes);
             }
             Step::Register(_) | Step::Start(_) | Step::Listen(..) | Step::Session(_) | Step::Reserve(..) => {}
         }
         self.plan();
     }
 
-    /// Everything that is under way ends, and nobody disturbs it.
-    fn settle(&mut self) {
+    /// Frees the host ports that other programs hold, sweeps, and carries out all commands during eight retry pauses.
+    fn run_to_rest(&mut self) {
         self.host.clear();
         self.planner.sweep();
         for _ in 0..8 {
@@ -382,7 +382,7 @@ impl World {
         }
     }
 
-    /// Without brokers, every port that somebody wants is open, for the right one of those who want it, and no other one is.
+    /// Without brokers, exactly the wanted ports are open, each for the right container.
     fn check(&self) {
         let wants = |who: usize, number: u16| {
             let container = &self.containers[who];
@@ -410,7 +410,7 @@ impl World {
         }
         let namespaces: BTreeSet<u64> = self.upstreams.values().copied().collect();
         assert_eq!(namespaces.len(), self.upstreams.len(), "a namespace is held twice");
-        assert_eq!(self.planner.due(), None, "nothing is left to do");
+        assert_eq!(self.planner.due(), None, "no plan is due");
     }
 }
 
@@ -420,16 +420,16 @@ fn closed_event(forward: ForwardId) -> Event {
 
 proptest! {
     #[test]
-    fn every_wanted_port_is_open_in_the_end_and_no_invariant_breaks_on_the_way(steps in steps()) {
+    fn every_wanted_port_is_open_in_the_end_and_invariants_hold(steps in steps()) {
         let mut world = World::new();
         for step in steps {
             world.take(step);
         }
-        world.settle();
+        world.run_to_rest();
         for who in 0..NAMES.len() {
             world.take(Step::BrokerStops(who));
         }
-        world.settle();
+        world.run_to_rest();
         world.check();
     }
 }

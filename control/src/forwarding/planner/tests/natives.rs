@@ -5,7 +5,7 @@ use crate::forwarding::planner::natives::{LINK_MAX, REPORT_MAX};
 use crate::model::forward_table::ForwardPath;
 use crate::model::native_state::{NativeState, Relayed};
 
-fn native_wish(text: &str) -> DesiredContainer {
+fn desired_native(text: &str) -> DesiredContainer {
     DesiredContainer { native: true, ..desired(text, None) }
 }
 
@@ -24,16 +24,19 @@ impl Bench {
 
 /// Containers with native sockets, each with a supervisor that is linked.
 fn linked(names: &[&str]) -> Bench {
-    let mut bench = Bench::new(names.iter().map(|text| native_wish(text)).collect());
+    let mut bench = Bench::new(names.iter().map(|text| desired_native(text)).collect());
     for (number, text) in (1..).zip(names) {
-        assert_eq!(bench.planner.reached(&name(text), u64::from(number)), Admission::Add(UpstreamId(number)));
+        assert_eq!(
+            bench.planner.container_entered(&name(text), u64::from(number)),
+            Admission::Add(UpstreamId(number))
+        );
         bench.listen(number, &[], &[]);
         assert_eq!(bench.report(text, NativeState::default()), []);
     }
     bench
 }
 
-/// A native listener; its stub has the inode of the host's socket and 1000.
+/// A native listener; the inode of its stub is that of the host's socket plus 1000.
 fn listener(address: &str, inode: u64) -> NativeListener {
     let address = HostAddress { address: address.parse().unwrap(), v6_only: false };
     NativeListener { address, inode, stub_inode: inode + 1000, process: 42 }
@@ -51,10 +54,10 @@ fn opened_native(text: &str, number: u16) -> Change {
 }
 
 #[test]
-fn a_native_port_is_reported_and_its_stub_is_never_relayed() {
+fn native_port_is_reported_and_its_stub_is_never_relayed() {
     let reported = state(&[listener("127.0.0.1:3000", 7)], &[]);
     let stub = row(3000, "127.0.0.1", 1007);
-    // Whichever of the two comes first.
+    // The watch and the supervisor may report in either order.
     for watch_first in [true, false] {
         let mut bench = linked(&["a"]);
         if watch_first {
@@ -62,7 +65,7 @@ fn a_native_port_is_reported_and_its_stub_is_never_relayed() {
             assert_eq!(bench.commands(), []);
         }
         assert_eq!(bench.report("a", reported.clone()), [opened_native("a", 3000)]);
-        assert_eq!(bench.report("a", reported.clone()), [], "it is a level");
+        assert_eq!(bench.report("a", reported.clone()), [], "a repeated report changes nothing");
         if !watch_first {
             bench.listen(1, &[stub], &[]);
         }
@@ -77,13 +80,13 @@ fn a_native_port_is_reported_and_its_stub_is_never_relayed() {
         assert_eq!(rows[0].inodes, [7]);
         assert_eq!(bench.planner.open_ports(&name("a")), [port(3000)]);
 
-        // The watch notices the end of the stub later than the supervisor.
+        // The watch sees the end of the stub after the supervisor's report.
         assert_eq!(bench.report("a", state(&[], &[])), []);
         assert_eq!(bench.states("a"), []);
         assert_eq!(bench.commands(), []);
         assert_eq!(bench.planner.due(), Some(bench.now + LINGER));
         bench.now += LINGER;
-        assert_eq!(bench.changes(), [told_closed("a", 3000, ClosedReason::ContainerReleased)]);
+        assert_eq!(bench.changes(), [closed_change("a", 3000, ClosedReason::ContainerReleased)]);
         bench.now += LINK_MAX;
         assert_eq!(bench.commands(), []);
         bench.listen(1, &[], &[stub]);
@@ -95,12 +98,12 @@ fn a_native_port_is_reported_and_its_stub_is_never_relayed() {
 }
 
 #[test]
-fn a_port_is_relayed_at_once_when_its_supervisor_says_so_and_else_after_a_while() {
+fn port_is_relayed_at_once_on_its_supervisors_report_or_after_a_wait() {
     let mut bench = linked(&["a"]);
     bench.report("a", state(&[], &[(3000, 5)]));
     bench.listen(1, &[row(3000, "127.0.0.1", 5)], &[]);
     assert_eq!(bench.commands(), [open(1, 1, 3000)]);
-    // A program whose calls no filter covers.
+    // A program whose calls the filter does not cover.
     bench.listen(1, &[row(4000, "127.0.0.1", 6)], &[]);
     assert_eq!(bench.commands(), []);
     assert_eq!(bench.planner.due(), Some(bench.now + REPORT_MAX));
@@ -110,17 +113,17 @@ fn a_port_is_relayed_at_once_when_its_supervisor_says_so_and_else_after_a_while(
 }
 
 #[test]
-fn a_container_without_native_sockets_is_relayed_at_once() {
-    let mut bench = Bench::reached(&["a"]);
+fn container_without_native_sockets_is_relayed_at_once() {
+    let mut bench = Bench::with_entered(&["a"]);
     assert_eq!(bench.report("a", state(&[listener("127.0.0.1:3000", 7)], &[])), []);
     bench.listen(1, &[row(4000, "127.0.0.1", 6)], &[]);
     assert_eq!(bench.commands(), [open(1, 1, 4000)]);
 }
 
 #[test]
-fn a_supervisor_that_is_not_linked_is_waited_for() {
-    let mut bench = Bench::new(vec![native_wish("a")]);
-    bench.planner.reached(&name("a"), 1);
+fn port_waits_for_a_supervisor_that_is_not_linked() {
+    let mut bench = Bench::new(vec![desired_native("a")]);
+    bench.planner.container_entered(&name("a"), 1);
     bench.listen(1, &[row(3000, "127.0.0.1", 1007)], &[]);
     assert_eq!(bench.commands(), []);
     bench.now += LINK_MAX / 2;
@@ -132,36 +135,36 @@ fn a_supervisor_that_is_not_linked_is_waited_for() {
 }
 
 #[test]
-fn a_link_that_is_lost_for_long_closes_what_it_reported() {
+fn supervisor_link_lost_for_long_closes_its_ports() {
     let mut bench = linked(&["a"]);
     let reported = state(&[listener("127.0.0.1:3000", 7)], &[]);
     bench.report("a", reported.clone());
     bench.planner.native_lost(&name("a"), bench.now);
     bench.now += LINK_MAX / 2;
     assert_eq!(bench.commands(), []);
-    assert_eq!(bench.report("a", reported), [], "it is back");
+    assert_eq!(bench.report("a", reported), [], "its link is up again");
     bench.planner.native_lost(&name("a"), bench.now);
     assert_eq!(bench.commands(), []);
     assert_eq!(bench.planner.due(), Some(bench.now + LINK_MAX));
     bench.now += LINK_MAX;
-    assert_eq!(bench.changes(), [told_closed("a", 3000, ClosedReason::HostError)]);
+    assert_eq!(bench.changes(), [closed_change("a", 3000, ClosedReason::HostError)]);
     assert_eq!(bench.states("a"), []);
 }
 
 #[test]
-fn a_registration_that_ends_takes_its_native_ports_along() {
+fn deregistration_closes_native_ports() {
     let mut bench = linked(&["a"]);
     bench.report("a", state(&[listener("127.0.0.1:3000", 7)], &[]));
     bench.planner.desired(Vec::new());
     let (commands, changes) = bench.planner.step(bench.now);
     assert_eq!(
         (commands, changes),
-        (vec![remove(1)], vec![told_closed("a", 3000, ClosedReason::Deregistered)])
+        (vec![remove(1)], vec![closed_change("a", 3000, ClosedReason::Deregistered)])
     );
 }
 
 #[test]
-fn a_native_port_is_taken_for_others_and_theirs_when_it_is_free() {
+fn native_port_is_taken_for_others_until_it_is_free() {
     let mut bench = linked(&["a", "b"]);
     bench.report("a", state(&[listener("127.0.0.1:3000", 7)], &[]));
     bench.report("b", state(&[], &[(3000, 9)]));
@@ -174,12 +177,12 @@ fn a_native_port_is_taken_for_others_and_theirs_when_it_is_free() {
     bench.report("a", state(&[], &[]));
     assert_eq!(bench.commands(), [open(1, 2, 3000)]);
     // The end is reported before the port opens again.
-    let closed = told_closed("a", 3000, ClosedReason::ContainerReleased);
-    assert_eq!(bench.opened(1, 3000), [closed, told_opened("b", 3000, "127.0.0.1")]);
+    let closed = closed_change("a", 3000, ClosedReason::ContainerReleased);
+    assert_eq!(bench.opened(1, 3000), [closed, opened_change("b", 3000, "127.0.0.1")]);
 }
 
 #[test]
-fn a_server_that_closes_and_listens_again_is_one_forward() {
+fn native_server_that_listens_again_is_one_forward() {
     let mut bench = linked(&["a"]);
     bench.report("a", state(&[listener("127.0.0.1:3000", 7)], &[]));
     for inode in 8..20 {
@@ -191,7 +194,7 @@ fn a_server_that_closes_and_listens_again_is_one_forward() {
         assert_eq!(bench.commands(), []);
     }
     bench.report("a", state(&[], &[]));
-    assert_eq!(bench.planner.end_natives(), [told_closed("a", 3000, ClosedReason::HostError)]);
+    assert_eq!(bench.planner.end_natives(), [closed_change("a", 3000, ClosedReason::HostError)]);
 }
 
 #[test]

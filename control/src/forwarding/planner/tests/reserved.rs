@@ -1,4 +1,4 @@
-//! What containers reserve.
+//! Ports that a container reserves.
 
 use super::announced::{dial, result};
 use super::*;
@@ -14,8 +14,8 @@ fn open_at(id: u32, upstream: u32, number: u16) -> Command {
     }
 }
 
-fn failed(told: &[Change]) -> String {
-    match told.first() {
+fn failed(changes: &[Change]) -> String {
+    match changes.first() {
         Some(Change::Failed { name: who, port: target, reason }) => {
             assert_eq!((who, *target), (&name("a"), port(4848)));
             reason.clone()
@@ -59,11 +59,11 @@ impl Bench {
 }
 
 #[test]
-fn the_first_candidate_that_binds_is_the_one() {
+fn first_candidate_that_binds_is_held() {
     let mut bench = Bench::dialled(None);
     assert_eq!(bench.reserve(&[4848, 4849, 4850]), []);
     assert_eq!(bench.step(), (vec![open_at(1, 1, 4848)], vec![]));
-    assert_eq!(bench.failed(1, 4848), [], "nothing is told before the last one");
+    assert_eq!(bench.failed(1, 4848), [], "no change before the last one fails");
     assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
     assert_eq!(bench.opened(2, 4849), [opened_at(4849), result("a", 4848, Ok(4849))]);
     assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Open)]);
@@ -73,36 +73,36 @@ fn the_first_candidate_that_binds_is_the_one() {
 }
 
 #[test]
-fn where_none_binds_the_last_error_is_told_and_the_port_is_forwarded_as_before() {
+fn last_error_is_reported_if_no_candidate_binds() {
     let mut bench = Bench::serving(4848);
     bench.reserve(&[4849, 4850]);
     assert_eq!(bench.step(), (vec![close(1)], vec![]), "the automatic forward closes first");
-    assert_eq!(bench.closed(1), [told_closed("a", 4848, ClosedReason::ContainerReleased)]);
+    assert_eq!(bench.closed(1), [closed_change("a", 4848, ClosedReason::ContainerReleased)]);
     assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
     bench.failed(2, 4849);
     bench.step();
     bench.failed(3, 4850);
-    let (commands, told) = bench.step();
-    assert_eq!(commands, [dial(4, 1, 4848)], "what was last announced still listens");
-    let reason = failed(&told);
+    let (commands, changes) = bench.step();
+    assert_eq!(commands, [dial(4, 1, 4848)], "the announced port still listens");
+    let reason = failed(&changes);
     assert!(reason.starts_with("EADDRINUSE") && reason.contains("4850"), "{reason}");
-    assert_eq!(told[1..], [refused(&reason)]);
+    assert_eq!(changes[1..], [refused(&reason)]);
     bench.opened(4, 4848);
     assert_eq!(bench.step(), (vec![], vec![]), "its announcement was answered before");
 }
 
 #[test]
-fn without_candidates_there_is_none() {
+fn request_without_candidates_fails() {
     let mut bench = Bench::serving(4848);
     bench.reserve(&[]);
-    let (commands, told) = bench.step();
+    let (commands, changes) = bench.step();
     assert_eq!(commands, []);
-    assert_eq!(failed(&told), "no host candidates");
-    assert_eq!(told[1..], [refused("no host candidates")]);
+    assert_eq!(failed(&changes), "no host candidates");
+    assert_eq!(changes[1..], [refused("no host candidates")]);
 }
 
 #[test]
-fn a_target_that_the_policy_refuses_is_excluded_without_an_event() {
+fn refused_target_is_excluded_without_an_event() {
     let mut bench = Bench::dialled(Some("5173"));
     bench.reserve(&[4849]);
     assert_eq!(bench.step(), (vec![], vec![refused("policy excluded")]));
@@ -112,7 +112,7 @@ fn a_target_that_the_policy_refuses_is_excluded_without_an_event() {
 }
 
 #[test]
-fn a_port_below_1024_may_be_reserved_at_one_that_is_not() {
+fn port_below_1024_may_be_reserved_at_a_higher_host_port() {
     let mut bench = Bench::dialled(None);
     bench.planner.reserve(&name("a"), port(80), vec![port(80), port(8080)]);
     let (commands, _) = bench.step();
@@ -122,7 +122,7 @@ fn a_port_below_1024_may_be_reserved_at_one_that_is_not() {
 }
 
 #[test]
-fn c23_a_candidate_that_the_policy_refuses_is_skipped() {
+fn c23_candidate_that_the_policy_refuses_is_skipped() {
     for (lists, candidate) in [
         ((None, None), 80),
         ((None, None), 8973),
@@ -149,7 +149,7 @@ fn c23_a_candidate_that_the_policy_refuses_is_skipped() {
 }
 
 #[test]
-fn a_candidate_below_1024_that_a_list_names_is_one() {
+fn candidate_below_1024_is_tried_if_the_policy_lists_it() {
     let mut bench = Bench::new(vec![desired("a", Some("80,*"))]);
     bench.planner.broker_up(&name("a"));
     bench.planner.dial(&name("a")).unwrap();
@@ -158,7 +158,7 @@ fn a_candidate_below_1024_that_a_list_names_is_one() {
 }
 
 #[test]
-fn c23_a_container_reserves_no_more_than_16_ports() {
+fn c23_container_reserves_at_most_16_ports() {
     let mut bench = Bench::dialled(None);
     let most = u16::try_from(RESERVED_MAX).unwrap();
     for target in 2000..2000 + most {
@@ -170,28 +170,28 @@ fn c23_a_container_reserves_no_more_than_16_ports() {
 }
 
 #[test]
-fn a_candidate_that_leads_elsewhere_is_passed_over() {
+fn candidate_that_another_forward_has_is_skipped() {
     let mut bench = Bench::serving(5173);
     bench.reserve(&[5173, 4849]);
     assert_eq!(bench.step(), (vec![open_at(2, 1, 4849)], vec![]));
     bench.opened(2, 4849);
     bench.announce(&[4849], &[], false);
-    let (_, told) = bench.step();
-    let [Change::Failed { reason, .. }, _] = told.as_slice() else { panic!("{told:?}") };
+    let (_, changes) = bench.step();
+    let [Change::Failed { reason, .. }, _] = changes.as_slice() else { panic!("{changes:?}") };
     assert!(reason.starts_with("EADDRINUSE") && reason.contains("4848"), "{reason}");
 }
 
 #[test]
-fn one_request_for_a_port_is_in_flight_and_the_latest_follows_it() {
+fn one_request_for_a_port_is_in_flight_and_the_latest_is_next() {
     let mut bench = Bench::dialled(None);
     bench.reserve(&[4849]);
     assert_eq!(bench.step().0, [open_at(1, 1, 4849)]);
     assert_eq!((bench.reserve(&[1]), bench.reserve(&[4850])), (vec![], vec![]));
     assert_eq!(bench.step(), (vec![], vec![]), "it waits for the one in flight");
     bench.failed(1, 4849);
-    let (commands, told) = bench.step();
+    let (commands, changes) = bench.step();
     assert_eq!(commands, [open_at(2, 1, 4850)]);
-    assert_eq!(told.len(), 2, "{told:?}");
+    assert_eq!(changes.len(), 2, "{changes:?}");
     bench.reserve(&[4851]);
     let answers = bench.opened(2, 4850);
     assert_eq!(answers[0], opened_at(4850));
@@ -199,17 +199,17 @@ fn one_request_for_a_port_is_in_flight_and_the_latest_follows_it() {
 }
 
 #[test]
-fn c24_a_flood_of_requests_for_one_port_leaves_few_that_wait() {
+fn c24_waiting_requests_for_one_port_are_bounded() {
     let mut bench = Bench::dialled(None);
     bench.reserve(&[4849]);
     bench.step();
     let refused = (0..1_000).filter(|_| !bench.reserve(&[4850]).is_empty()).count();
     assert_eq!(refused, 1_000 - 64);
-    assert_eq!(bench.opened(1, 4849).len(), 1 + 1 + 64, "an event, and the results that are owed");
+    assert_eq!(bench.opened(1, 4849).len(), 1 + 1 + 64, "an event, and the results");
 }
 
 #[test]
-fn what_is_announced_of_a_reserved_port_is_ignored() {
+fn announcement_of_a_reserved_port_is_ignored() {
     let mut bench = Bench::reserved();
     assert_eq!(bench.announce(&[4848], &[], true), []);
     assert_eq!(bench.step(), (vec![], vec![]));
@@ -219,16 +219,16 @@ fn what_is_announced_of_a_reserved_port_is_ignored() {
     bench.reserve(&[4849]);
     bench.step();
     bench.announce(&[4848], &[], false);
-    assert_eq!(bench.step(), (vec![], vec![]), "nor while it is being reserved");
+    assert_eq!(bench.step(), (vec![], vec![]), "nor while the request is in flight");
 }
 
 #[test]
-fn a_reserved_port_stays_when_the_session_is_lost_and_goes_when_the_broker_stops() {
+fn reserved_port_outlives_its_session_but_not_its_broker() {
     let mut bench = Bench::reserved();
     bench.planner.broker_down(&name("a"));
     assert_eq!(bench.step(), (vec![], vec![]));
     bench.planner.broker_up(&name("a"));
-    assert_eq!(bench.reserve(&[4849]), [result("a", 4848, Ok(4849))], "it is confirmed");
+    assert_eq!(bench.reserve(&[4849]), [result("a", 4848, Ok(4849))], "the result is repeated");
     bench.planner.broker_stopped(&name("a"));
     let removed = Command::RemoveUpstream { upstream: UpstreamId(1), ending: Ending::Reset };
     assert_eq!(bench.step(), (vec![removed], vec![]));
@@ -237,8 +237,8 @@ fn a_reserved_port_stays_when_the_session_is_lost_and_goes_when_the_broker_stops
 }
 
 #[test]
-fn a_reserved_port_that_is_bound_as_the_broker_stops_is_undone() {
-    let mut bench = Bench::reached(&["a"]);
+fn reserved_port_bound_after_the_broker_stopped_is_closed() {
+    let mut bench = Bench::with_entered(&["a"]);
     bench.planner.broker_up(&name("a"));
     bench.reserve(&[4849]);
     assert_eq!(bench.step(), (vec![open_at(1, 1, 4849)], vec![]));
@@ -249,7 +249,7 @@ fn a_reserved_port_that_is_bound_as_the_broker_stops_is_undone() {
 }
 
 #[test]
-fn a_reserved_port_is_asked_for_again_at_the_same_place_until_it_is_had() {
+fn reserved_port_is_retried_at_the_same_host_port_until_it_is_open() {
     let mut bench = Bench::reserved();
     assert_eq!(bench.planner.detach(), [closed_at(4849, ClosedReason::HostError)]);
     assert_eq!(bench.host_ports(), [(4848, 4849, RowState::Opening)]);
@@ -262,16 +262,16 @@ fn a_reserved_port_is_asked_for_again_at_the_same_place_until_it_is_had() {
     assert_eq!(bench.planner.due(), Some(bench.now + RETRY));
     bench.now += RETRY;
     assert_eq!(bench.step(), (vec![open_at(3, 2, 4849)], vec![]));
-    assert_eq!(bench.failed(3, 4849), [], "it is told once");
+    assert_eq!(bench.failed(3, 4849), [], "it is reported once");
     bench.now += RETRY;
     bench.step();
-    assert_eq!(bench.opened(4, 4849), [opened_at(4849)], "nobody asked again");
+    assert_eq!(bench.opened(4, 4849), [opened_at(4849)], "there was no other request");
     assert_eq!((bench.step(), bench.planner.due()), ((vec![], vec![]), None));
 }
 
 #[test]
-fn where_the_container_is_entered_a_port_is_reserved_as_well() {
-    let mut bench = Bench::reached(&["a"]);
+fn port_of_an_entered_container_can_be_reserved() {
+    let mut bench = Bench::with_entered(&["a"]);
     bench.listen(1, &[row(4848, "127.0.0.1", 7)], &[]);
     bench.commands();
     bench.opened(1, 4848);
@@ -283,32 +283,32 @@ fn where_the_container_is_entered_a_port_is_reserved_as_well() {
     bench.opened(2, 4848);
     bench.listen(1, &[], &[row(4848, "127.0.0.1", 7)]);
     bench.now += LINGER;
-    assert_eq!((bench.step(), bench.planner.due()), ((vec![], vec![]), None), "nothing need listen");
+    assert_eq!((bench.step(), bench.planner.due()), ((vec![], vec![]), None), "no listener is needed");
     bench.planner.broker_stopped(&name("a"));
     bench.step();
     assert_eq!(bench.closed(2), [closed_at(4848, ClosedReason::BrokerStopped)]);
 }
 
 #[test]
-fn a_reserved_port_moves_to_the_way_that_there_is() {
+fn reserved_port_moves_to_the_present_upstream() {
     let mut bench = Bench::reserved();
-    bench.planner.reached(&name("a"), 9);
+    bench.planner.container_entered(&name("a"), 9);
     assert_eq!(bench.step(), (vec![remove(1)], vec![]));
     bench.closed(1);
-    assert_eq!(bench.step(), (vec![], vec![]), "the engine may not have the new way yet");
+    assert_eq!(bench.step(), (vec![], vec![]), "the engine may not have the new upstream yet");
     bench.listen(2, &[], &[]);
     assert_eq!(bench.step(), (vec![open_at(2, 2, 4849)], vec![]));
     bench.opened(2, 4849);
     bench.planner.broker_down(&name("a"));
-    bench.planner.left(&name("a"));
-    assert!(bench.planner.dial(&name("a")).is_some(), "it is kept without a session");
+    bench.planner.container_lost(&name("a"));
+    assert!(bench.planner.dial(&name("a")).is_some(), "it is held without a session");
     bench.step();
     bench.closed(2);
     assert_eq!(bench.step(), (vec![open_at(3, 3, 4849)], vec![]));
 }
 
 #[test]
-fn no_more_than_the_quota_is_reserved() {
+fn reservations_count_towards_the_quota() {
     let mut bench = Bench::dialled(None);
     let many: Vec<u16> = (2000..2000 + u16::try_from(FORWARDS_MAX).unwrap()).collect();
     bench.announce(&many, &[], true);
