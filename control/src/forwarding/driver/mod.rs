@@ -6,7 +6,7 @@
 //! engine the commands that [`Planner::step`](crate::forwarding::planner::Planner::step) returns. No other task sends
 //! commands to the engine.
 //!
-//! The engine is absent, being connected, or attached ([`event_loop::Engine`]). [`Forwarding::forwarded_ports`] never
+//! The engine is absent, being connected, or attached (`event_loop::Engine`). [`Forwarding::forwarded_ports`] never
 //! waits: it reads the snapshot that the task published after its last turn.
 
 mod brokers;
