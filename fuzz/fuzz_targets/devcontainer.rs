@@ -1,5 +1,5 @@
-//! `devcontainer.json`, and a container's label that says the same: nothing in them ends the daemon, and what they say can be
-//! told on the wire and is read there as the same.
+//! `devcontainer.json`, and the label with the same content: no input ends the daemon, and the parsed result survives a
+//! round trip through the wire format.
 
 #![no_main]
 

@@ -1,7 +1,7 @@
-//! The head and the body of a request of the HTTP endpoint, as far as they decide who asks (wire specification, A.2):
-//! - a token is presented exactly where a naive reading of the header finds one;
-//! - whoever is let through has presented the very token of the container that the body names;
-//! - a request that is taken as meant for us names nobody else anywhere.
+//! The authentication of a request of the HTTP endpoint, from its head and body (wire specification, A.2):
+//! - a token is accepted exactly where a simple reading of the header finds one;
+//! - an authorised request contains the token of the container that its body names;
+//! - a request with an accepted `Host` contains no other host.
 
 #![no_main]
 
@@ -21,7 +21,7 @@ const TOKENS: [(&str, Option<&str>); 3] =
     [("a", Some("token-of-a")), ("b", Some("token-of-b")), ("closed", None)];
 
 fuzz_target!(|data: &[u8]| {
-    // A head and a body, as they come: lines, an empty line, the rest.
+    // A head and a body: lines, an empty line, the rest.
     let end = data.windows(2).position(|two| two == b"\n\n");
     let (head, body) = end.map_or((data, &[][..]), |end| (&data[..end], &data[end + 2..]));
     let headers = headers(head);
@@ -48,7 +48,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// What hyper would make of the lines; it refuses the others before anybody sees them.
+/// Parses the lines as hyper would; hyper rejects invalid ones before they reach the endpoint.
 fn headers(head: &[u8]) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for line in head.split(|byte| *byte == b'\n').take(64) {
@@ -69,7 +69,7 @@ fn check_host(headers: &HeaderMap) {
     }
     for host in headers.get_all(HOST) {
         let text = host.to_str().expect("a name of ours is text").to_ascii_lowercase();
-        // Whatever stands before the name in an authority is not the name.
+        // The user information before the name in an authority is ignored.
         let text = text.rsplit_once('@').map_or(text.as_str(), |(_, host)| host);
         let bare = match text.strip_prefix('[') {
             Some(rest) => rest.split_once(']').expect("a bracket ends").0,

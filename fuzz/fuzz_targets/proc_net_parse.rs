@@ -1,7 +1,7 @@
-//! The text of `/proc/net/tcp[6]`, three ways:
-//! - anything at all: no panic, bounded output, and the answer of a naive reading of the wire specification (A.4);
-//! - split in two at any place, as the two files are: the same answer, if a newline stood there;
-//! - the same bytes taken as numbers and printed as the kernel prints rows: the answer of the `procfs` crate.
+//! The text of `/proc/net/tcp[6]`, with three properties:
+//! - any bytes: no panic, bounded output, and the result of a simple implementation of the wire specification (A.4);
+//! - split at any newline, as the two files are: the same result;
+//! - the same bytes as numbers, printed in the kernel's format: the result of the `procfs` crate.
 
 #![no_main]
 
@@ -34,11 +34,11 @@ fn agrees_with_the_specification(data: &[u8]) {
     }
 }
 
-/// The specification, word for word, without regard to speed.
+/// A literal implementation of the specification, without regard to speed.
 fn naive(data: &[u8]) -> Vec<(u16, BindAddr)> {
     let mut found: Vec<(u16, BindAddr)> = Vec::new();
     for line in data.split(|&byte| byte == b'\n') {
-        // Each byte becomes one character, so that bytes which are not UTF-8 take part as something unknown.
+        // Each byte becomes one character, so that bytes which are not UTF-8 count as unknown characters.
         let line: String =
             line.iter().map(|&byte| if byte.is_ascii() { char::from(byte) } else { '?' }).collect();
         let space = |c: char| matches!(c, ' ' | '\t' | '\r' | '\u{b}' | '\u{c}');
@@ -85,10 +85,10 @@ fn agrees_with_procfs(data: &[u8]) {
     assert_eq!(ours, theirs);
 }
 
-/// Formatting is what costs most of a run; this many rows show every pair of neighbours.
+/// Formatting takes most of the time of a run; this many rows cover every pair of neighbours.
 const ROWS_MAX: usize = 12;
 
-/// One row for each 27 bytes.
+/// Formats one row for each 27 bytes.
 fn kernel_text(data: &[u8]) -> String {
     let mut text =
         "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -96,7 +96,7 @@ fn kernel_text(data: &[u8]) -> String {
     for (index, row) in data.chunks_exact(27).take(ROWS_MAX).enumerate() {
         let word = |at: usize| u32::from_ne_bytes(row[at..at + 4].try_into().expect("four bytes"));
         let words = if row[0] & 1 == 0 { 1 } else { 4 };
-        // Half of the rows listen on an address that counts; the state is one that the kernel has.
+        // Half of the rows listen on a relevant address; the state is one that the kernel uses.
         let address: String = (0..words)
             .map(|i| match (row[0] & 6, i) {
                 (2, _) => 0,

@@ -1,5 +1,5 @@
-//! The content of a registration's file: whatever it is, it is read or refused; and what is read is written back, read
-//! again, and the same, token for token and field for field.
+//! The content of a registration's file: any content is parsed or rejected; a parsed registration survives a round trip,
+//! including its tokens and unknown fields.
 
 #![no_main]
 
@@ -13,7 +13,7 @@ fn parse(stem: &str, content: &[u8]) -> Result<Registration, file::InvalidFile> 
 }
 
 fuzz_target!(|content: &[u8]| {
-    // The name that the content gives itself is the file's, so that most of what is JSON gets past that check.
+    // The name in the content is the file's name, so that most valid JSON passes that check.
     let named: Option<Value> = serde_json::from_slice(content).ok();
     let stem = named.as_ref().and_then(|value| value["containerName"].as_str()).unwrap_or("a");
     let Ok(registration) = parse(stem, content) else { return };
@@ -29,11 +29,11 @@ fuzz_target!(|content: &[u8]| {
     assert_eq!(again, registration);
     assert_eq!(serde_json::to_vec(&again).expect("as before"), written);
     assert!(parse("another", content).is_err() || stem == "another");
-    // Half of it is no registration, and never another one.
+    // A truncated file is invalid, and never parsed as another registration.
     for end in [written.len() / 2, written.len() - 1] {
         assert!(parse(stem, &written[..end]).is_err());
     }
-    // What prints of it holds no token.
+    // Its `Debug` output contains no token.
     let shown = format!("{registration:?}");
     for token in [&registration.restart_token, &registration.broker_token].into_iter().flatten() {
         let secret = token.reveal();
@@ -42,7 +42,7 @@ fuzz_target!(|content: &[u8]| {
     }
 });
 
-/// How many strings of a value, keys among them, hold `text`.
+/// Counts the strings of a value, including keys, that contain `text`.
 fn count(value: &Value, text: &str) -> usize {
     match value {
         Value::String(string) => usize::from(string.contains(text)),

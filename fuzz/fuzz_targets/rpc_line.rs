@@ -1,6 +1,6 @@
-//! A request of the daemon's socket, as bytes that arrive in whatever pieces:
-//! - any chunking gives what one shot gives, and what a naive reading of the wire specification (A.1.1, A.1.2) gives;
-//! - a line, whatever is in it, becomes a request or a refusal, and whatever is answered is one line of the wire's shape.
+//! A request of the daemon's socket, as bytes that arrive in pieces:
+//! - any split gives the result of one piece, and of a simple implementation of the wire specification (A.1.1, A.1.2);
+//! - any line becomes a request or a refusal, and every answer is one line in the wire format.
 
 #![no_main]
 
@@ -13,7 +13,7 @@ type Outcome = Option<Result<Vec<u8>, LineError>>;
 
 fuzz_target!(|input: (Vec<u8>, Vec<u16>, u8)| {
     let (text, cuts, padding) = input;
-    // Long lines are rare among inputs, so that one byte makes one: up to a little more than the limit.
+    // Long lines are rare among inputs, so one byte selects the length: up to slightly above the limit.
     let mut bytes = vec![b' '; usize::from(padding) * (LINE_BYTES_MAX + 64) / 255];
     bytes.extend_from_slice(&text);
     let whole = RequestLine::new().take(&bytes);
@@ -35,7 +35,7 @@ fuzz_target!(|input: (Vec<u8>, Vec<u16>, u8)| {
     }
 });
 
-/// The first newline decides, if it is among the first bytes that may be a request.
+/// The first newline counts, if it is within the maximum length.
 fn naive(bytes: &[u8]) -> Outcome {
     match bytes.iter().position(|byte| *byte == b'\n') {
         Some(end) if end < LINE_BYTES_MAX => Some(Ok(bytes[..end].to_vec())),

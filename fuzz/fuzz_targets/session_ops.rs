@@ -1,6 +1,6 @@
-//! Both sides of a broker's session, each with whatever may happen to it in any order: messages before and after the hello,
-//! frames that are none, dials, outcomes, losses, time, the stop. What holds then is in the sources of the machines: nothing
-//! is said before its time, every dial has one answer, no number is given twice, and no list grows without a bound.
+//! Both sides of a broker session, with any sequence of operations: messages before and after the hello, invalid frames,
+//! dials, their results, lost connections, time, the stop. The invariants are in the sources of the state machines: no
+//! message is sent too early, every dial has one result, no stream id is assigned twice, and every list is bounded.
 
 #![no_main]
 
@@ -20,7 +20,7 @@ use libfuzzer_sys::fuzz_target;
 
 const TOKEN: &str = "the-token-of-this-container";
 
-/// What happens, as a kind, a number and some bytes.
+/// An operation: a kind, a number and some bytes.
 type Op = (u8, u16, Vec<u8>);
 
 fuzz_target!(|input: (bool, Vec<Op>)| {
@@ -36,7 +36,7 @@ fn token() -> Token {
     Token::new(TOKEN).expect("it is not empty")
 }
 
-/// Few streams, so that messages meet those that there are; and a few that there cannot be.
+/// Few streams, so that messages hit existing ones; and a few invalid ids.
 fn stream(number: u16) -> StreamId {
     StreamId(match number % 16 {
         15 => i64::MIN,
@@ -65,22 +65,22 @@ fn frame(number: u16, bytes: &[u8]) -> Frame {
     }
 }
 
-/// What the shell of the host's machine would know.
+/// The state that the shell of the host's machine would have.
 #[derive(Default)]
 struct Host {
-    /// An attempt or a connection is there.
+    /// A connection attempt or a connection exists.
     connected: bool,
-    /// It is open, and the hello was said.
+    /// The connection is open, and the hello was sent.
     greeted: bool,
-    /// The other end has answered the challenge of this connection, and of an earlier one.
+    /// The peer has answered the challenge of this connection; the peer has answered one of an earlier connection.
     has_answered: bool,
     must_answer: bool,
     up: bool,
     stopped: bool,
-    /// The dials that wait for an answer.
+    /// The dials without a result.
     waiting: BTreeSet<DialKey>,
     dials: u64,
-    /// The numbers in use: those that opened, and those whose pump has begun.
+    /// The stream ids in use: opened ones, and those whose pump has started.
     opening: BTreeSet<StreamId>,
     begun: BTreeSet<StreamId>,
 }
@@ -142,7 +142,7 @@ fn drive_host(ops: &[Op]) {
         assert!(!shell.stopped || shell.waiting.is_empty(), "a dial waits on after the stop");
         assert!(machine.due().is_none_or(|due| due <= now + host::CONNECT_MAX));
     }
-    // Whatever was dialled has an answer when its time is over.
+    // Every dial has a result after its timeout.
     let mut actions = Vec::new();
     now += host::DIAL_MAX;
     machine.on(Input::Time, now, &mut actions);
@@ -238,17 +238,17 @@ fn nack_reason(number: u16, bytes: &[u8]) -> String {
     }
 }
 
-/// What the shell of the container's machine would know.
+/// The state that the shell of the container's machine would have.
 #[derive(Default)]
 struct Container {
-    /// The extensions, once the host is let in.
+    /// The extensions, once the host is authenticated.
     let_in: Option<Extensions>,
     ended: bool,
     watching: bool,
     connecting: BTreeMap<Attempt, StreamId>,
-    /// Streams whose pump runs and is delivered to.
+    /// Streams whose pump runs and receives data.
     open: BTreeMap<StreamId, Attempt>,
-    /// Pumps that run.
+    /// The running pumps.
     pumps: Vec<(Attempt, StreamId)>,
     unexpected: usize,
 }
@@ -344,7 +344,7 @@ impl Container {
         assert!(acknowledged.is_none(), "an acknowledgement without a socket");
     }
 
-    /// What only a host is asked for that was let in.
+    /// Asserts what only an authenticated host may request.
     fn act(&mut self, ask: Ask) {
         let extensions = self.let_in.expect("nothing is done before the hello");
         match ask {
@@ -382,7 +382,7 @@ fn reading(byte: &u8) -> WireListener {
     WireListener { port: port(u16::from(byte / 2)), bind_addr }
 }
 
-/// A text frame, as far as it can be read.
+/// Parses a text frame.
 fn heard(text: &str) -> Heard {
     match ToContainer::from_text(text) {
         Ok(Some(message)) => Heard::Message(message),

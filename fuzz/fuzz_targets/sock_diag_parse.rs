@@ -1,5 +1,5 @@
-//! A datagram of `NETLINK_SOCK_DIAG`: no panic, no more sockets than fit, nothing after the end of the answer.
-//! The first byte chooses the family; every message is also tried under the sequence number that it carries.
+//! A datagram of `NETLINK_SOCK_DIAG`: no panic, no more sockets than fit, none after the end of the answer.
+//! The first byte selects the family; every message is also tried with the sequence number that it contains.
 
 #![no_main]
 
@@ -22,7 +22,7 @@ fuzz_target!(|data: &[u8]| {
         assert!(rows.len() <= bytes.len() / MESSAGE_BYTES_MIN + 1);
         assert!(rows.iter().all(|row| row.address.is_ipv4() == (family == Family::V4)));
         if first.is_ok_and(|progress| progress.done) {
-            // What follows the end is not looked at.
+            // Bytes after the end are ignored.
             let mut longer = bytes.to_vec();
             longer.extend([0xff; 7]);
             let mut again: Vec<Listening> = Vec::new();
@@ -30,7 +30,7 @@ fuzz_target!(|data: &[u8]| {
             assert!(second.is_ok() && again == rows);
         }
     }
-    // Our own request has a sound header, and is no answer.
+    // Our own request has a valid header, but is not an answer.
     let own: [u8; REQUEST_BYTES] = request(family, carried);
     let _ = datagram(&own, carried, family, |_| panic!("a request told a socket"));
 });

@@ -1,11 +1,11 @@
-//! What fuzz targets share.
+//! Shared parts of the fuzz targets.
 
 #[doc(hidden)]
 pub use {bytes, landfall, libfuzzer_sys, serde_json};
 
-/// A target of its own for the messages of one direction of the port broker, as text and as a binary frame:
-/// - whatever can be read is written so that it is read as the same;
-/// - payload is read exactly where a naive reading of the JSON finds base64 that is written the same way.
+/// Defines a target for the messages of one direction of the port broker, as text and as a binary frame:
+/// - every parsed message survives a round trip;
+/// - a payload is parsed exactly where a simple reading of the JSON finds canonical base64.
 #[macro_export]
 macro_rules! broker_message {
     ($Message:ident) => {
@@ -50,7 +50,7 @@ macro_rules! broker_message {
     };
 }
 
-/// Whether this is base64 with padding and without bits to spare (RFC 4648, 4 and 3.5).
+/// Returns whether this is base64 with padding and without excess bits (RFC 4648, 4 and 3.5).
 pub fn is_canonical(text: &str) -> bool {
     let digits = text.trim_end_matches('=');
     let value = |byte: u8| match byte {

@@ -1,4 +1,4 @@
-//! A real browser: headless Chromium, driven by its DevTools protocol.
+//! A real browser: headless Chromium, driven with its DevTools protocol.
 
 use std::net::{Ipv4Addr, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -10,17 +10,17 @@ use tungstenite::{Message, WebSocket};
 
 use super::engine::{page_at, until};
 
-/// How long the browser may take to answer one question.
+/// The timeout of one command.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 
-/// The browser; it ends when it is dropped.
+/// The browser. Dropping it ends the process.
 pub(crate) struct Browser {
     child: Child,
     profile: TempDir,
 }
 
 impl Browser {
-    /// Starts it, with one empty tab.
+    /// Starts the browser with one empty tab.
     pub(crate) fn start() -> Browser {
         let profile = tempfile::Builder::new().prefix("landfall-chromium-").tempdir().unwrap();
         let mut command = Command::new("setpriv");
@@ -41,7 +41,7 @@ impl Browser {
         Browser { child: command.spawn().unwrap(), profile }
     }
 
-    /// Its tab, as somebody who looks at it has it.
+    /// Attaches to its tab.
     #[track_caller]
     pub(crate) fn tab(&mut self) -> Tab {
         let port: u16 = until("the browser to take part", || {
@@ -82,20 +82,20 @@ pub(crate) struct Tab {
 }
 
 impl Tab {
-    /// Goes to an address, as typed.
+    /// Navigates to an address.
     #[track_caller]
     pub(crate) fn go(&mut self, url: &str) {
         let told = self.call("Page.navigate", &json!({"url": url}));
         assert!(told["errorText"].is_null(), "{url}: {told}");
     }
 
-    /// What an expression is worth in the page; null while one page makes place for another.
+    /// Returns the value of an expression in the page; null while one page replaces another.
     pub(crate) fn value(&mut self, expression: &str) -> Value {
         let asked = json!({"expression": expression, "returnByValue": true});
         self.call("Runtime.evaluate", &asked)["result"]["value"].clone()
     }
 
-    /// Waits until the page says so.
+    /// Waits until an expression in the page has this value.
     #[track_caller]
     pub(crate) fn shows(&mut self, expression: &str, wanted: &Value) {
         until(&format!("{expression} to be {wanted}"), || match self.value(expression) {
@@ -109,7 +109,7 @@ impl Tab {
         let question = json!({"id": self.asked, "method": method, "params": parameters});
         self.socket.send(Message::text(question.to_string())).unwrap();
         loop {
-            // Events come between the answers.
+            // Events arrive between the answers.
             let Message::Text(text) = self.socket.read().unwrap() else { continue };
             let answer: Value = serde_json::from_str(&text).unwrap();
             if answer["id"] == self.asked {

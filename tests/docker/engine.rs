@@ -1,4 +1,4 @@
-//! A Docker engine of the case's own, its containers, and who visits them.
+//! A Docker engine for one case, its containers, and the clients that connect to them.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -13,13 +13,13 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// How long anything of Docker's may take. Nothing that works needs a tenth of it, on a machine with nothing else to do.
+/// The timeout of Docker operations. On an idle machine a successful one needs less than a tenth of it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// By it a container is forwarded.
+/// The label with which a container is forwarded.
 pub(crate) const LABEL: &str = "dev.landfall.forward=true";
 
-/// Looks again and again until `look` gives `Ok`.
+/// Calls `look` repeatedly until it returns `Ok`.
 #[track_caller]
 pub(crate) fn until<T, S: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> Result<T, S>) -> T {
     let start = Instant::now();
@@ -30,12 +30,12 @@ pub(crate) fn until<T, S: std::fmt::Debug>(what: &str, mut look: impl FnMut() ->
                 assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; last seen: {seen:?}");
             }
         }
-        // Between two looks, so that whoever is waited for has the processor.
+        // Pauses between two calls, so that the awaited process can run.
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// An engine that listens where `home` looks for Docker. Dropping it removes its containers and ends it.
+/// An engine that listens where `home` expects Docker. Dropping it removes its containers and ends it.
 pub(crate) struct Engine<'a> {
     home: &'a Home,
     files: TempDir,
@@ -43,7 +43,7 @@ pub(crate) struct Engine<'a> {
 }
 
 impl<'a> Engine<'a> {
-    /// Starts one, with these images (names of files that `images.sh` made).
+    /// Starts an engine with these images (names of files that `images.sh` made).
     #[track_caller]
     pub(crate) fn start(home: &'a Home, images: &[&str]) -> Engine<'a> {
         Engine::start_with(home, images, &[])
@@ -63,7 +63,7 @@ impl<'a> Engine<'a> {
         engine
     }
 
-    /// Starts `dockerd`, on what an earlier one left, and waits until it answers.
+    /// Starts `dockerd` on the data of an earlier one, and waits until it answers.
     #[track_caller]
     pub(crate) fn begin(&mut self, options: &[&str]) {
         assert!(self.child.is_none(), "one at a time");
@@ -89,7 +89,7 @@ impl<'a> Engine<'a> {
         });
     }
 
-    /// Ends `dockerd` in order, or without a warning.
+    /// Stops `dockerd` with SIGTERM or SIGKILL.
     #[track_caller]
     pub(crate) fn end(&mut self, signal: Signal) {
         let mut child = self.child.take().unwrap();
@@ -100,8 +100,8 @@ impl<'a> Engine<'a> {
             Some(_) => Ok(()),
             None => Err(self.last_words()),
         });
-        // Its own child ends with it, and is then this process's to wait for, as that of every orphan here: the next engine
-        // takes one that nobody has waited for to be running.
+        // Its own child, containerd, is reparented to this process, which must reap it, as every orphan here: the next
+        // engine takes a zombie for a running containerd.
         until("the end of containerd", || match waitpid(Some(containerd), WaitOptions::NOHANG) {
             Ok(None) => Err("it runs"),
             Ok(Some(_)) | Err(_) => Ok(()),
@@ -132,7 +132,7 @@ impl<'a> Engine<'a> {
             .unwrap()
     }
 
-    /// Runs Docker's own client, and gives what it says.
+    /// Runs the Docker client, and returns its output.
     #[track_caller]
     pub(crate) fn docker(&self, arguments: &[&str]) -> String {
         let output = self.try_docker(arguments);
@@ -147,8 +147,8 @@ impl<'a> Engine<'a> {
         self.docker(&["exec", name, "sh", "-c", script])
     }
 
-    /// A container that is forwarded by its label, whose web server answers with the container's first name, on its own
-    /// loopback alone.
+    /// Starts a container with the label, whose web server answers with the container's first name, on the container's
+    /// loopback only.
     #[track_caller]
     pub(crate) fn serve(&self, name: &str, port: u16, options: &[&str]) {
         self.serve_plainly(name, port, &[&["--label", LABEL], options].concat());
@@ -163,14 +163,14 @@ impl<'a> Engine<'a> {
         self.run(name, options, "base", &["sh", "-c", &script]);
     }
 
-    /// A container with whatever in it.
+    /// Starts a container with any content.
     #[track_caller]
     pub(crate) fn run(&self, name: &str, options: &[&str], image: &str, command: &[&str]) {
         let head = ["run", "-d", "--name", name];
         self.docker(&[&head[..], options, &[image], command].concat());
     }
 
-    /// The container's first process.
+    /// Returns the pid of the container's first process.
     #[track_caller]
     pub(crate) fn first_process(&self, name: &str) -> u32 {
         self.docker(&["inspect", "--type", "container", "-f", "{{.State.Pid}}", name]).parse().unwrap()
@@ -194,7 +194,7 @@ impl Drop for Engine<'_> {
             let _ = kill_process(Pid::from_child(child), Signal::TERM);
             let _ = child.wait();
         }
-        // What is mounted below cannot be removed: the handle on the host's network, and what a killed engine left.
+        // Mounts below the directory must be removed first: the handle on the host's network, and those of a killed engine.
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let below = mounts.lines().filter_map(|line| line.split(' ').nth(1));
         for path in below.filter(|path| Path::new(path).starts_with(self.files.path())) {
@@ -203,18 +203,18 @@ impl Drop for Engine<'_> {
     }
 }
 
-/// Where `images.sh` has put the images.
+/// The directory in which `images.sh` has put the images.
 pub(crate) fn images_directory() -> PathBuf {
     std::env::var_os("LANDFALL_IMAGES").expect("LANDFALL_IMAGES names them; run tests/docker.sh").into()
 }
 
-/// Starts the daemon as a person does.
+/// Starts the daemon with `landfall up`.
 #[track_caller]
 pub(crate) fn up(home: &Home, options: &[&str]) {
     landfall(home, &[&["up"], options].concat());
 }
 
-/// Runs a verb that must succeed, and gives what it says.
+/// Runs a verb that must succeed, and returns its output.
 #[track_caller]
 pub(crate) fn landfall(home: &Home, arguments: &[&str]) -> String {
     let output = home.run(arguments);
@@ -223,7 +223,7 @@ pub(crate) fn landfall(home: &Home, arguments: &[&str]) -> String {
     said.into_owned()
 }
 
-/// What the relay holds when it has had a container and some visitors, and both are gone.
+/// Returns the resources of the relay after it has had a container and some clients, and both are gone.
 #[track_caller]
 pub(crate) fn held_at_rest(home: &Home, engine: &Engine<'_>) -> Held {
     const PORT: u16 = 2999;
@@ -238,7 +238,7 @@ pub(crate) fn held_at_rest(home: &Home, engine: &Engine<'_>) -> Held {
     Held::without_containers(home)
 }
 
-/// Asks a web server on the host for its page, by one address, and gives it without the white space at its end.
+/// Fetches the page of a web server on the host by one address, and returns it without trailing white space.
 pub(crate) fn page_at(address: IpAddr, port: u16, path: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(SocketAddr::new(address, port))?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -263,14 +263,14 @@ pub(crate) fn page_at(address: IpAddr, port: u16, path: &str) -> std::io::Result
     if is_whole { Ok(body.trim_end().to_owned()) } else { Err(ErrorKind::UnexpectedEof.into()) }
 }
 
-/// The page by the address that this number says: a browser uses either.
+/// Fetches the page by IPv4 or IPv6, alternating with the number: a browser uses either.
 pub(crate) fn page(port: u16, turn: usize) -> std::io::Result<String> {
     let address: IpAddr =
         if turn.is_multiple_of(2) { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     page_at(address, port, "/")
 }
 
-/// Waits until this container's page comes by both addresses.
+/// Waits until both addresses return this container's page.
 #[track_caller]
 pub(crate) fn answers(port: u16, wanted: &str) {
     for turn in 0..2 {
@@ -281,7 +281,7 @@ pub(crate) fn answers(port: u16, wanted: &str) {
     }
 }
 
-/// Whether nobody is there, by either address.
+/// Returns whether both addresses refuse connections.
 pub(crate) fn is_refused(port: u16) -> bool {
     let refuses = |address: IpAddr| {
         TcpStream::connect((address, port)).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
@@ -289,7 +289,7 @@ pub(crate) fn is_refused(port: u16) -> bool {
     refuses(Ipv4Addr::LOCALHOST.into()) && refuses(Ipv6Addr::LOCALHOST.into())
 }
 
-/// Waits until nobody is there.
+/// Waits until both addresses refuse connections.
 #[track_caller]
 pub(crate) fn refuses(port: u16) {
     until(
@@ -298,19 +298,19 @@ pub(crate) fn refuses(port: u16) {
     );
 }
 
-/// What the daemon says of everything.
+/// Returns the daemon's whole description.
 pub(crate) fn described(home: &Home) -> Value {
     rpc::done(home, &json!({"kind": "describe"}))
 }
 
-/// A container's part of the description; null where it has none.
+/// Returns a container's part of the description, or null.
 pub(crate) fn container(home: &Home, name: &str) -> Value {
     let description = described(home);
     let mut all = description["containers"].as_array().unwrap().iter();
     all.find(|one| one["containerName"] == name).cloned().unwrap_or_default()
 }
 
-/// A container's rows: port and state, the lowest port first.
+/// Returns a container's rows: port and state, the lowest port first.
 pub(crate) fn rows(container: &Value) -> Vec<(u16, String)> {
     let rows = container["forwards"].as_array().into_iter().flatten();
     rows.map(|row| {
@@ -320,7 +320,7 @@ pub(crate) fn rows(container: &Value) -> Vec<(u16, String)> {
     .collect()
 }
 
-/// Waits until a container has exactly these ports open.
+/// Waits until exactly these ports of a container are open.
 #[track_caller]
 pub(crate) fn is_open(home: &Home, name: &str, ports: &[u16]) {
     let wanted: Vec<_> = ports.iter().map(|port| (*port, "open".to_owned())).collect();
@@ -330,13 +330,13 @@ pub(crate) fn is_open(home: &Home, name: &str, ports: &[u16]) {
     });
 }
 
-/// What the relay engine and its openers hold.
+/// Resources of the relay engine and its openers.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Held {
     engines: usize,
     openers: usize,
     connections: u64,
-    /// How many descriptors there are of each kind.
+    /// The number of descriptors of each kind.
     descriptors: BTreeMap<String, usize>,
 }
 
@@ -354,8 +354,8 @@ impl Held {
         }
     }
 
-    /// Waits until nothing is held for any container, and gives what is held then. It takes a container to be gone, since the
-    /// relay is started for the first one.
+    /// Waits until the relay holds no resource for a container, and returns its resources. At least one container must have
+    /// existed, because the relay is started for the first one.
     #[track_caller]
     pub(crate) fn without_containers(home: &Home) -> Held {
         until("the relay to have let go of everything", || match Held::now(home) {
@@ -368,7 +368,7 @@ impl Held {
         })
     }
 
-    /// Waits until no more is held than `self`.
+    /// Waits until the relay holds no more than `self`.
     #[track_caller]
     pub(crate) fn comes_back(&self, home: &Home) {
         let few =
@@ -380,7 +380,7 @@ impl Held {
     }
 }
 
-/// Waits until one relay holds one opener for each of so many containers, and nobody is connected.
+/// Waits until one relay has one opener for each of this many containers, and no connection is open.
 #[track_caller]
 pub(crate) fn has_openers(home: &Home, count: usize) {
     until("one relay and its openers", || match Held::now(home) {
@@ -389,14 +389,14 @@ pub(crate) fn has_openers(home: &Home, count: usize) {
     });
 }
 
-/// The descriptors of processes, counted by what they are: `socket`, `pipe`, `anon_inode:[eventfd]`, a path.
+/// Counts the descriptors of processes by their targets: `socket`, `pipe`, `anon_inode:[eventfd]`, a path.
 fn kinds_of_descriptors(pids: &[u32]) -> BTreeMap<String, usize> {
     let mut kinds = BTreeMap::new();
     for pid in pids {
         let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         for target in entries.filter_map(|entry| std::fs::read_link(entry.path()).ok()) {
             let target = target.to_string_lossy();
-            // The number in `socket:[4242]` is its own, as is that of a process.
+            // Without the number in `socket:[4242]`, and without process ids.
             let kind = match target.split_once(":[") {
                 Some((kind, _)) if !target.starts_with("anon_inode") => kind,
                 _ => &target,

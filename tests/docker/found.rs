@@ -1,4 +1,4 @@
-//! Containers whose servers answer on the host.
+//! Discovery of containers whose servers answer on the host.
 
 use landfall_tests::Home;
 use landfall_tests::case::Case;
@@ -11,10 +11,10 @@ use super::engine::{
 };
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("by_label_by_name_or_all_of_them", found),
+    Case::once("containers_are_forwarded_by_label_by_name_or_all", found),
     Case::once("c23_an_image_opens_no_port_by_its_labels", hostile_image),
-    Case::once("of_containers_with_one_port_the_next_follows_when_the_first_ends", same_port),
-    Case::once("twenty_containers_at_once", twenty),
+    Case::once("a_port_passes_to_the_next_container_when_its_owner_ends", same_port),
+    Case::once("twenty_containers_started_at_once_are_forwarded", twenty),
 ];
 
 fn found() {
@@ -37,7 +37,7 @@ fn found() {
     answers(3001, "plain");
     landfall(&home, &["detach", "plain"]);
     refuses(3001);
-    // What a label asks for stays off when a person has said so.
+    // `detach` by the user overrides the label.
     landfall(&home, &["detach", "after"]);
     refuses(3003);
     engine.docker(&["restart", "-t", "0", "after"]);
@@ -55,7 +55,7 @@ fn found() {
     answers(3003, "after");
 }
 
-/// A public image whose author chose what it opens on the host of those who run it.
+/// A public image whose author chose which ports it opens on the host of its users.
 fn hostile_image() {
     let home = Home::new();
     let engine = Engine::start(&home, &["base"]);
@@ -77,7 +77,7 @@ fn hostile_image() {
         busybox httpd -p 127.0.0.1:80 -h /www; exec busybox httpd -f -p 127.0.0.1:5432 -h /www";
     engine.run("db", &[], "hostile", &["sh", "-c", script]);
     up(&home, &[]);
-    // Made after it, so it is found no sooner.
+    // Created after it, so it is not discovered earlier.
     engine.serve("own", 3000, &[]);
     answers(3000, "own");
     let why = |name: &str| {
@@ -92,7 +92,7 @@ fn hostile_image() {
     landfall(&home, &["attach", "db"]);
     answers(5432, "hostile");
     assert!(is_refused(80), "nobody named a port below 1024");
-    // Without its image, nothing shows which labels the container was given.
+    // Without its image, it is unknown which labels the container was given itself.
     engine.docker(&["stop", "-t", "0", "own", "db"]);
     engine.docker(&["rmi", "-f", "base"]);
     landfall(&home, &["down"]);
@@ -109,7 +109,7 @@ fn same_port() {
     up(&home, &[]);
     for name in ["first", "second", "third"] {
         engine.serve(name, 3000, &[]);
-        // Whoever comes first has it, so they come one after another.
+        // The first container gets the port, so they are started one after another.
         until("it to be seen", || match container(&home, name) {
             found if found["forwards"][0]["port"] == 3000 => Ok(()),
             found => Err(found),
@@ -121,7 +121,7 @@ fn same_port() {
     assert!(told["reason"].as_str().unwrap().contains("first"), "who has it: {told}");
     engine.docker(&["rm", "-f", "first"]);
     answers(3000, "second");
-    // One that only pauses its server has let it go, too.
+    // A container that stops only its server frees the port, too.
     engine.docker(&["kill", "second"]);
     answers(3000, "third");
     engine.docker(&["start", "second"]);
@@ -139,7 +139,7 @@ fn twenty() {
     up(&home, &[]);
     let names: Vec<_> = (0..COUNT).map(|number| format!("c{number:02}")).collect();
     let port = |number: u16| 4000 + number;
-    // All at once, as a compose file has it.
+    // All at once, as a compose file does it.
     std::thread::scope(|scope| {
         for (number, name) in (0..).zip(&names) {
             let engine = &engine;

@@ -1,5 +1,5 @@
-//! How soon a server answers on the host: after `docker start`, and after it listens. Told, not judged: the machine has other
-//! things to do.
+//! The time until a server answers on the host: after `docker start`, and after it listens. Reported without a limit,
+//! because other processes share the machine.
 
 use std::time::{Duration, Instant};
 
@@ -9,12 +9,12 @@ use landfall_tests::{Home, Namespace, is_long, note};
 
 use super::engine::{Engine, answers, page, refuses, until, up};
 
-pub(crate) const CASES: &[Case] = &[Case::once("how_soon_a_server_answers", latency)];
+pub(crate) const CASES: &[Case] = &[Case::once("latency_until_a_server_answers", latency)];
 
 const PORT: u16 = 3000;
-/// The first of as many as there are rounds.
+/// The first of as many ports as there are rounds.
 const LISTENS: u16 = 4000;
-/// Between two of them.
+/// The pause between two rounds.
 const REST: Duration = Duration::from_millis(25);
 
 fn latency() {
@@ -25,7 +25,7 @@ fn latency() {
     engine.serve("server", PORT, &[]);
     answers(PORT, "server");
 
-    // From the moment at which a person asks for it to the first byte; and how much of that is Docker's own.
+    // From the request of a user to the first byte; and Docker's own part of that.
     let (mut firsts, mut dockers) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         engine.docker(&["kill", "server"]);

@@ -1,4 +1,4 @@
-//! What happens to a container in its life, and what its visitors on the host see of it.
+//! Events in the life of a container, and their effect on clients on the host.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
@@ -16,14 +16,14 @@ use super::engine::{
 };
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("restarts_under_load_end_well", restarts),
-    Case::once("a_transfer_outlives_a_pause", pause),
-    Case::once("a_killed_container_refuses_at_once_and_is_let_go_of", kill),
-    Case::once("renamed_and_made_anew_a_container_keeps_its_ports_and_its_policy", names),
-    Case::once("networks_of_others_are_explained", networks),
+    Case::once("restarts_under_load_recover_every_forward", restarts),
+    Case::once("a_transfer_continues_after_a_pause", pause),
+    Case::once("a_killed_container_refuses_connections_at_once_and_is_released", kill),
+    Case::once("a_renamed_or_recreated_container_keeps_its_ports_and_its_policy", names),
+    Case::once("shared_networks_are_reported_with_a_reason", networks),
 ];
 
-/// Visitors of one port, one after another, until the end. Whoever is served at all is served by the right container.
+/// Clients of one port, one after another, until the end. Every answer must come from the right container.
 pub(crate) struct Visitors<'a> {
     over: &'a AtomicBool,
     served: AtomicUsize,
@@ -45,7 +45,7 @@ impl<'a> Visitors<'a> {
                 }
                 Err(error) => {
                     self.failed.lock().unwrap().push(error.to_string());
-                    // Whoever would serve the next one needs the processor, too.
+                    // A pause, because the next server needs the processor, too.
                     std::thread::sleep(Duration::from_millis(1));
                 }
             }
@@ -57,12 +57,12 @@ impl<'a> Visitors<'a> {
         self.served.load(Ordering::Relaxed)
     }
 
-    /// What went wrong, in the order in which it did.
+    /// Returns the failures, in order.
     pub(crate) fn failed(&self) -> Vec<String> {
         self.failed.lock().unwrap().clone()
     }
 
-    /// Waits until some more were served.
+    /// Waits until some further clients were served.
     #[track_caller]
     pub(crate) fn go_on(&self) {
         let wanted = self.served() + 5;
@@ -73,7 +73,7 @@ impl<'a> Visitors<'a> {
     }
 }
 
-/// Ends the visitors also when the case fails between.
+/// Stops the clients also when the case panics.
 pub(crate) struct Over<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for Over<'_> {
@@ -110,7 +110,7 @@ fn restarts() {
             engine.docker(&["restart", "-t", "0", "restarted"]);
             assert_ne!(engine.first_process("restarted"), pid);
         }
-        // Again while it is being entered: nobody waits between.
+        // Restarted while the daemon enters it, without a wait.
         for _ in 0..2 {
             engine.docker(&["restart", "-t", "0", "restarted"]);
         }
@@ -136,7 +136,7 @@ fn restarts() {
     );
 }
 
-/// What is sent of a big file, in bytes: more than all buffers between the ends hold.
+/// The length of a large file, in bytes: more than all buffers between the ends hold.
 const BIG: u64 = 64 << 20;
 
 fn pause() {
@@ -167,7 +167,7 @@ fn pause() {
     let mut checker = Pattern::new(7).checker();
     read(&mut reader, &mut bytes[..1 << 20], &mut checker).unwrap();
     engine.docker(&["pause", "paused"]);
-    // What was on its way still comes, and then nothing; neither end of the connection is told anything.
+    // Data in transit still arrives, and then no more; neither end of the connection sees an error.
     let silence = loop {
         if let Err(error) = read(&mut reader, &mut bytes, &mut checker) {
             break error;
@@ -176,7 +176,7 @@ fn pause() {
     assert_eq!(silence.kind(), std::io::ErrorKind::WouldBlock, "{silence}");
     let sent = checker.position();
     assert!(sent < BIG, "all of it had been sent before the pause");
-    // A new visitor waits, and is not refused.
+    // A new client waits, and is not refused.
     let waiting = std::thread::spawn(|| page(PORT, 0));
     until("the new visitor to be taken in", || match container(&home, "paused") {
         found if found["forwards"][0]["connections"] == 2 => Ok(()),
@@ -191,7 +191,7 @@ fn pause() {
     note!("{sent} of {BIG} bytes came before the pause, and all of them in the end, each the right one");
 }
 
-/// Takes in what comes next, and checks every byte.
+/// Reads the next bytes and checks each.
 fn read(
     reader: &mut impl Read,
     bytes: &mut [u8],
@@ -205,7 +205,7 @@ fn read(
 
 fn kill() {
     const PORT: u16 = 3000;
-    /// How long a port of a container that was killed may still be had.
+    /// The longest time for which a port of a killed container may still accept connections.
     const REFUSED_WITHIN: Duration = Duration::from_secs(1);
     let home = Home::new();
     let engine = Engine::start(&home, &["base"]);
@@ -233,11 +233,11 @@ fn networks() {
     let home = Home::new();
     let engine = Engine::start(&home, &["base"]);
     up(&home, &[]);
-    // One on the host's network answers there by itself, and must not be forwarded to itself.
+    // A container on the host's network answers there by itself, and must not be forwarded to itself.
     engine.serve("on-the-host", 3000, &["--network", "host"]);
     is_explained(&home, "on-the-host", "host's network");
     assert_eq!(page(3000, 0).unwrap(), "on-the-host");
-    // One on another's network has that one's ports, which are forwarded once.
+    // A container on another's network has that one's ports, which are forwarded once.
     engine.serve("owner", 3001, &[]);
     answers(3001, "owner");
     engine.serve("guest", 3002, &["--network", "container:owner"]);
@@ -248,7 +248,7 @@ fn networks() {
     refuses(3000);
 }
 
-/// Waits until a container is not forwarded, and its reason names this.
+/// Waits until a container is not forwarded, and its reason contains this text.
 #[track_caller]
 fn is_explained(home: &Home, name: &str, wanted: &str) {
     let told = until(&format!("{name} to be explained"), || match container(home, name) {
@@ -258,7 +258,7 @@ fn is_explained(home: &Home, name: &str, wanted: &str) {
     assert_eq!(told["forwards"].as_array().unwrap().len(), 0, "{told}");
 }
 
-/// What people have said about a container holds when it is called otherwise, and when another is made under its name.
+/// The user's settings for a container stay in effect when it is renamed, and when another one is created under its name.
 fn names() {
     const ONLY: &str = "dev.landfall.allow=3000";
     let home = Home::new();

@@ -1,8 +1,8 @@
-//! The whole way, with a real Docker engine: what listens in a container answers on the host, through every event of its life.
+//! End-to-end tests with a real Docker engine: listeners in a container answer on the host, through every event of its life.
 //!
-//! Each case is a process of its own in a network namespace of its own, which plays the host (see `landfall_tests::case`),
-//! and starts an engine of its own there: its containers, ports, bridges and restarts are nobody else's. It takes root and the
-//! images that `tests/docker/images.sh` makes, so the cases are run only when they are asked for, by `tests/docker.sh`.
+//! Each case is a process of its own in its own network namespace, which plays the host (see `landfall_tests::case`). It
+//! starts its own engine there, so its containers, ports, bridges and restarts are private. The cases need root and the
+//! images that `tests/docker/images.sh` makes, so they run only on request, by `tests/docker.sh`.
 #![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
 
 mod browser;

@@ -1,5 +1,5 @@
-//! The engine, the daemon and the relay end and come back, in whatever order; what is left goes on meanwhile, and in the end
-//! every forward is right.
+//! Docker engine, daemon and relay end and restart in any order; the others continue in the meantime, and in the end every
+//! forward is right.
 
 use std::sync::atomic::AtomicBool;
 
@@ -12,9 +12,9 @@ use super::engine::{Engine, Held, answers, described, has_openers, held_at_rest,
 use super::life::{Over, Visitors};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("an_engine_that_keeps_its_containers_may_restart_unnoticed", live_restore),
-    Case::once("an_engine_that_restarts_its_containers_is_followed", without_live_restore),
-    Case::once("engine_daemon_and_relay_may_all_be_killed", all_killed),
+    Case::once("a_docker_restart_with_live_restore_affects_no_connection", live_restore),
+    Case::once("containers_are_forwarded_again_after_a_docker_restart_without_live_restore", without_live_restore),
+    Case::once("forwards_recover_after_docker_daemon_and_relay_are_killed", all_killed),
 ];
 
 const PORTS: [(&str, u16); 2] = [("one", 3000), ("two", 3001)];
@@ -64,7 +64,7 @@ fn live_restore() {
             assert_eq!(engine.first_process("one"), pid, "the engine did not keep its containers");
             visitors.go_on();
         }
-        // What happens after the outage is heard of again.
+        // Events after the outage are received again.
         engine.docker(&["restart", "-t", "0", "two"]);
         is_open(&home, "two", &[3001]);
         answers(3001, "two");
@@ -81,13 +81,13 @@ fn without_live_restore() {
     let mut engine = Engine::start(&home, &["base"]);
     let before = both_served(&home, &engine, &["--restart", "always", "--stop-timeout", "1"]);
     let pid = engine.first_process("one");
-    // In order, it ends its containers with itself.
+    // On SIGTERM, it stops its containers.
     engine.end(Signal::TERM);
     PORTS.iter().for_each(|(_, port)| refuses(*port));
     engine.begin(&[]);
     all_is_right(&home);
     assert_ne!(engine.first_process("one"), pid);
-    // Killed, it leaves them, and ends them as it begins again.
+    // On SIGKILL, it leaves them running, and stops them when it starts again.
     engine.end(Signal::KILL);
     PORTS.iter().for_each(|(name, port)| answers(*port, name));
     engine.begin(&[]);
@@ -104,19 +104,20 @@ fn all_killed() {
         let server = engine.first_process("two");
         assert_eq!((relay.len(), daemon.len()), (1, 1), "{round}: {relay:?} {daemon:?}");
         engine.end(Signal::KILL);
-        // Who of them dies, and who first, makes a difference.
+        // Which of them is killed, and which first, matters.
         match round {
             0 => kill(relay[0]),
             1 => kill(daemon[0]),
             _ => [relay[0], daemon[0]].into_iter().for_each(kill),
         }
         if round > 0 {
-            // What ends while nobody looks, and nobody can be asked.
+            // Containers that end while no daemon runs, and Docker cannot be queried.
             kill(server);
             up(&home, &[]);
         }
         engine.begin(&[]);
-        // Docker may take one that ended while it was away for one that somebody has stopped. One that runs stays as it is.
+        // Docker may treat a container that ended in the meantime as one that a user has stopped. A running container stays
+        // as it is.
         engine.docker(&["start", "two"]);
         all_is_right(&home);
     }

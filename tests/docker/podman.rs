@@ -1,4 +1,4 @@
-//! Podman without root: an unprivileged person's containers, found by the socket of that person's own engine.
+//! Rootless Podman: the containers of an unprivileged user, discovered through the socket of that user's own engine.
 
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use tempfile::TempDir;
 
 use super::engine::{LABEL, answers, images_directory, refuses, until};
 
-pub(crate) const CASES: &[Case] = &[Case::once("podman_without_root_is_walked_the_same_way", podman)];
+pub(crate) const CASES: &[Case] = &[Case::once("rootless_podman_works_like_docker", podman)];
 
-/// A person who has no privilege. The account is of this case alone: it stands in files that are mounted over those of the
-/// machine where nobody else sees it.
+/// A user without privileges. The account exists for this case only: in files that are mounted over those of the machine, in
+/// the case's own mount namespace.
 struct Person {
     directory: TempDir,
 }
@@ -33,7 +33,7 @@ impl Person {
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o700)).unwrap();
             chown(&path, Some(Person::ID), Some(Person::ID)).unwrap();
         }
-        // No journal is needed, and no systemd.
+        // No journal and no systemd are needed.
         let settings =
             "[engine]\nruntime = \"runc\"\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n";
         std::fs::write(person.path("home/.config/containers/containers.conf"), settings).unwrap();
@@ -52,7 +52,7 @@ impl Person {
         self.directory.path().join(name)
     }
 
-    /// Adds a line to a file of the machine, for this case alone.
+    /// Adds a line to a file of the machine, for this case only.
     fn mount_over(&self, path: &str, line: &str) {
         let mine = self.path(&path.replace('/', "-"));
         let there = std::fs::read_to_string(path).unwrap_or_default();
@@ -62,7 +62,7 @@ impl Person {
         assert!(status.success(), "{path} cannot be mounted over");
     }
 
-    /// A program that this person runs, with nothing in its environment that leads elsewhere.
+    /// A program that runs as this user, without variables in its environment that select other directories.
     fn command(&self, program: &str) -> Command {
         let id = Person::ID.to_string();
         let mut command = Command::new("setpriv");
@@ -132,7 +132,7 @@ impl Drop for Person {
 }
 
 fn podman() {
-    // Ends what is started here.
+    // Reaps the orphans of the processes that are started here.
     let _home = Home::new();
     let person = Person::new();
     let tar = person.path("base.tar");
@@ -152,7 +152,7 @@ fn podman() {
     let mut service = service.args(["system", "service", "-t", "0", &address]).spawn().unwrap();
     until("Podman's socket", || if socket.exists() { Ok(()) } else { Err(service.try_wait()) });
 
-    // Nobody says where the engine is.
+    // The location of the engine is not configured.
     person.landfall(&["up"]);
     person.serve("web", 3000, &["--label", LABEL]);
     answers(3000, "web");
@@ -162,7 +162,7 @@ fn podman() {
     refuses(3000);
     person.run("podman", &["start", "web"]);
     answers(3000, "web");
-    // What an image says grants nothing.
+    // Labels of an image grant nothing.
     let label = format!("LABEL {LABEL}");
     person.run("podman", &["import", "-q", "--change", &label, tar.to_str().unwrap(), "hostile"]);
     person.serve_from("hostile", "hostile", 3002, &[]);

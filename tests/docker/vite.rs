@@ -1,4 +1,4 @@
-//! A dev server in a container, on the container's own loopback, as a person has it open in a browser on the host.
+//! A dev server in a container, on the container's own loopback, with a page open in a browser on the host.
 
 use landfall_tests::Home;
 use landfall_tests::case::Case;
@@ -29,14 +29,15 @@ fn vite() {
     tab.shows(SHOWN, &json!("first"));
     is_updated(&mut tab, &engine, "second");
 
-    // Vite's client sees that its server is gone, waits until it answers again, and loads the page anew.
+    // Vite's client detects that its server is gone, waits until it answers again, and reloads the page.
     engine.docker(&["restart", "-t", "0", "shop"]);
     tab.shows("document.readyState === 'complete' && window.stays === undefined", &json!(true));
     tab.shows(SHOWN, &json!("second"));
     is_updated(&mut tab, &engine, "third");
 }
 
-/// A file changes inside, and the page shows it without being loaded anew: what was put into it by hand is still there.
+/// Changes a file inside, and asserts that the page shows it without a reload: a variable that was set in the page is still
+/// there.
 #[track_caller]
 fn is_updated(tab: &mut Tab, engine: &Engine<'_>, text: &str) {
     assert_eq!(tab.value("window.stays = 'here'"), "here");

@@ -1,9 +1,9 @@
-//! Peers of the port broker that know nothing but its wire: a scripted container for our daemon, a scripted daemon for our
-//! agent, and the agent itself in a namespace.
+//! Peers of the port broker that implement only its wire protocol: a scripted container for our daemon, a scripted daemon
+//! for our agent, and the agent itself in a namespace.
 //!
-//! A case drives its peer from its own thread: it says one message, it waits for one. What comes meanwhile is kept in its
-//! order, so that a case can ask for what it is about and look at the rest later. Whoever is not read from is not read
-//! from: a peer that a case leaves alone is a peer that stalls.
+//! A case drives its peer from its own thread: it sends a message and waits for a message. Other messages that arrive
+//! meanwhile are kept in order, and the case can read them later. A peer reads only when its case asks it to: a peer that
+//! its case leaves alone stalls.
 
 mod agent;
 mod container;
@@ -26,10 +26,10 @@ pub use recorder::Recorder;
 /// The port of the container's own server (wire specification, A.0.1).
 pub const CONTAINER_PORT: u16 = 8973;
 
-/// Where the container answers.
+/// The path of the container's WebSocket.
 pub const PATH: &str = "/portbroker";
 
-/// `broker-hello`, as a peer of the reference says it.
+/// A `broker-hello` as a peer of the reference sends it.
 pub fn hello(token: &str) -> Value {
     json!({"type": "broker-hello", "token": token})
 }
@@ -54,23 +54,23 @@ pub fn data(stream: i64, bytes: &[u8]) -> Value {
     json!({"type": "relay-data", "streamId": stream, "bytes": STANDARD.encode(bytes)})
 }
 
-/// `relay-close` as the daemon says it.
+/// `relay-close` as the daemon sends it.
 pub fn close_downstream(stream: i64) -> Value {
     json!({"type": "relay-close", "streamId": stream, "side": "downstream"})
 }
 
-/// `relay-close` as the container says it.
+/// `relay-close` as the container sends it.
 pub fn close_upstream(stream: i64) -> Value {
     json!({"type": "relay-close", "streamId": stream, "side": "upstream"})
 }
 
-/// `port-listen-snapshot` of ports on every address.
+/// `port-listen-snapshot` of ports that listen on every address.
 pub fn snapshot(ports: &[u16]) -> Value {
     let ports: Vec<Value> = ports.iter().map(|port| json!({"port": port, "bindAddr": "0.0.0.0"})).collect();
     json!({"type": "port-listen-snapshot", "ports": ports})
 }
 
-/// `port-listen-opened` on the loopback.
+/// `port-listen-opened` on loopback.
 pub fn opened(port: u16) -> Value {
     json!({"type": "port-listen-opened", "port": port, "bindAddr": "127.0.0.1"})
 }
@@ -95,20 +95,20 @@ pub fn not_forwarded(port: u16, reason: &str) -> Value {
     json!({"type": "port-forward-result", "port": port, "ok": false, "reason": reason})
 }
 
-/// The payload of a `relay-data`.
+/// Returns the payload of a `relay-data`.
 ///
 /// # Panics
-/// When it is not standard base64 with its padding.
+/// If it is not standard base64 with padding.
 #[track_caller]
 pub fn payload(message: &Value) -> Vec<u8> {
     let text = message["bytes"].as_str().unwrap_or_else(|| panic!("no bytes: {message}"));
     STANDARD.decode(text).unwrap_or_else(|error| panic!("{error}: {message}"))
 }
 
-/// The stream that a message is about.
+/// Returns the stream of a message.
 ///
 /// # Panics
-/// When it names none.
+/// If the message names no stream.
 #[track_caller]
 pub fn stream(message: &Value) -> i64 {
     message["streamId"].as_i64().unwrap_or_else(|| panic!("no stream: {message}"))

@@ -1,7 +1,7 @@
-//! Cases, and how they are run: each in a process of its own, by name, with a bound on its time.
+//! Test cases and their runner: each case is a process of its own, selected by name, with a time limit.
 //!
-//! The program that holds the cases is also what they need beside them: with `_opener` it is an opener, with `_case NAME`
-//! it is that case alone, with a verb of the suite's own a helper process.
+//! The program that contains the cases is also the helper program that they need: with `_opener` it is an opener, with
+//! `_case NAME` it is that case alone, with a verb of the suite it is a helper process.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -15,7 +15,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
 
-/// One behaviour.
+/// A test case for one behaviour.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
     name: &'static str,
@@ -28,11 +28,11 @@ enum Run {
     Once(fn()),
 }
 
-/// What the program does when its first argument is this word; the rest follows.
+/// A first argument of the program, and the function that it runs; the function gets the remaining arguments.
 pub type Verb = (&'static str, fn(&[String]));
 
 impl Case {
-    /// A case that is run on io_uring and on epoll.
+    /// A case that runs on io_uring and on epoll.
     pub const fn each_ring(name: &'static str, run: fn(RingChoice)) -> Case {
         Case { name, run: Run::EachRing(run) }
     }
@@ -60,16 +60,16 @@ const NOTE: &str = "landfall-note: ";
 /// The main function of a suite.
 ///
 /// # Panics
-/// When a case does, in that case's process.
+/// If a case panics, in that case's process.
 pub fn main(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
     run(cases, verbs, false)
 }
 
-/// The main function of a suite that needs more than a machine has by itself: its cases are ignored until they are asked for
-/// with `--ignored`.
+/// The main function of a suite that needs more than an ordinary machine: its cases are ignored unless the caller passes
+/// `--ignored`.
 ///
 /// # Panics
-/// When a case does, in that case's process.
+/// If a case panics, in that case's process.
 pub fn main_when_asked(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
     run(cases, verbs, true)
 }
@@ -100,14 +100,14 @@ fn run(cases: &[&[Case]], verbs: &[Verb], when_asked: bool) -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
 }
 
-/// Says something that is shown even when the case passes.
+/// Prints a note that is shown even when the case passes.
 pub fn note(text: &str) {
     println!("{NOTE}{text}");
 }
 
 /// Runs a case in this process, in a new network namespace.
 fn run_here<'a>(mut all: impl Iterator<Item = &'a Case>, wanted: &str) {
-    // A case whose runner was killed ends too.
+    // The case ends when its runner is killed.
     set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
     crate::process::raise_descriptors();
     crate::namespace::enter_new_host();
@@ -122,7 +122,7 @@ fn run_here<'a>(mut all: impl Iterator<Item = &'a Case>, wanted: &str) {
     }
 }
 
-/// Runs a case in a process of its own and gives what it said when it failed.
+/// Runs a case in a child process. Returns its output if it fails.
 fn run_apart(name: &str) -> Result<(), Failed> {
     let (mut said, theirs) = std::io::pipe()?;
     let mut child = Command::new(std::env::current_exe()?)
@@ -137,7 +137,7 @@ fn run_apart(name: &str) -> Result<(), Failed> {
     });
     let patience = if crate::is_long() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).unwrap();
-    // Our own child, which nobody else waits for, so the number is its own.
+    // Our own child, and no other thread waits for it, so the process id is valid.
     let process = pidfd_open(pid, PidfdFlags::empty())?;
     let patient = Timespec::try_from(patience).unwrap();
     let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&patient))? == 1;
@@ -148,7 +148,7 @@ fn run_apart(name: &str) -> Result<(), Failed> {
     let text = reader.join().unwrap()?;
     if ended && status.success() {
         for line in text.lines().filter(|line| line.starts_with(NOTE)) {
-            // One write, so that lines of cases beside each other do not mix.
+            // One write, so that the lines of concurrent cases do not mix.
             std::io::stderr().write_all(format!("  {name}: {}\n", &line[NOTE.len()..]).as_bytes())?;
         }
         return Ok(());

@@ -1,7 +1,7 @@
-//! The real program in a home of its own: its daemon, and whatever verb of its command line.
+//! The real program with its own home: its daemon, and any verb of its command line.
 //!
-//! A daemon leaves processes behind on purpose (an engine outlives it), so the process of a case adopts every orphan
-//! of its own descendants, and a [`Home`] that is let go ends them all, by id.
+//! A daemon leaves processes behind intentionally (an engine outlives it). So the process of a case is the subreaper of all
+//! its descendants, and dropping a [`Home`] ends them all, by process id.
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -16,30 +16,30 @@ use tempfile::TempDir;
 use crate::process::descendants;
 use crate::{PATIENCE, rpc, wait_until};
 
-/// Where a landfall keeps what it keeps, with room beside it for the folders of containers. Ends what runs in it.
+/// A home of landfall, with space for the folders of containers. Dropping it ends the processes that run in it.
 #[derive(Debug)]
 pub struct Home {
     directory: TempDir,
 }
 
 impl Home {
-    /// A new one, with nothing in it. No Docker is there unless a fake one is started.
+    /// Makes an empty home. It has no Docker unless a fake one is started.
     ///
     /// # Panics
-    /// When no directory can be made.
+    /// If no directory can be made.
     pub fn new() -> Home {
         set_child_subreaper(Some(getpid())).unwrap();
-        // Closed, as a directory for the agents of containers has to be.
+        // Closed to other users, as required of a directory above the agents' directories.
         let closed = Permissions::from_mode(0o700);
         let directory =
             tempfile::Builder::new().prefix("landfall-suite-").permissions(closed).tempdir().unwrap();
         Home { directory }
     }
 
-    /// The program that is tested: `LANDFALL_PROGRAM`, or the one that was built beside the suite.
+    /// Returns the program under test: `LANDFALL_PROGRAM`, or the one that was built beside the suite.
     ///
     /// # Panics
-    /// When there is none.
+    /// If the program does not exist.
     pub fn program() -> PathBuf {
         if let Some(program) = std::env::var_os("LANDFALL_PROGRAM") {
             return program.into();
@@ -50,7 +50,7 @@ impl Home {
         program
     }
 
-    /// What `LANDFALL_HOME` says.
+    /// The value of `LANDFALL_HOME`.
     pub fn path(&self) -> PathBuf {
         self.directory.path().join("home")
     }
@@ -60,7 +60,7 @@ impl Home {
         self.path().join("run/hostd.sock")
     }
 
-    /// Where a Docker Engine would listen.
+    /// The socket where a Docker engine would listen.
     pub fn docker_socket(&self) -> PathBuf {
         self.directory.path().join("docker.sock")
     }
@@ -70,16 +70,16 @@ impl Home {
         self.path().join(format!("run/registrations/{name}.json"))
     }
 
-    /// A registration as it lies on the disk, when it does.
+    /// Returns the content of a registration's file, if it exists.
     pub fn registered(&self, name: &str) -> Option<Value> {
         let bytes = std::fs::read(self.registration(name)).ok()?;
         Some(serde_json::from_slice(&bytes).unwrap())
     }
 
-    /// Puts a file where a registration would be, before a daemon is there.
+    /// Writes a registration's file before a daemon runs.
     ///
     /// # Panics
-    /// When it cannot be written.
+    /// If it cannot be written.
     pub fn plant(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.registration(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -87,17 +87,18 @@ impl Home {
         path
     }
 
-    /// The folder of a container, made when it is not there.
+    /// Returns the folder of a container, and makes it if it does not exist.
     ///
     /// # Panics
-    /// When it cannot be made.
+    /// If it cannot be made.
     pub fn folder(&self, name: &str) -> PathBuf {
         let folder = self.directory.path().join("folders").join(name);
         std::fs::create_dir_all(&folder).unwrap();
         folder
     }
 
-    /// The program with `arguments`, in this home and no other; nothing of the suite's own environment leads elsewhere.
+    /// Returns a command for the program with `arguments` in this home, without variables of the suite's environment that
+    /// select another home.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(Home::program());
         self.furnish(&mut command);
@@ -119,18 +120,18 @@ impl Home {
             .stdin(Stdio::null());
     }
 
-    /// Runs a verb to its end.
+    /// Runs a verb until it exits.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().unwrap()
     }
 
-    /// Approves the files of a folder as they are now, with the program itself.
+    /// Approves the current files of a folder, with the program itself.
     ///
     /// # Panics
-    /// When it refuses.
+    /// If it refuses.
     #[track_caller]
     pub fn trust(&self, folder: &Path) {
         let output = self.command(&["trust", "--yes"]).arg(folder).output().unwrap();
@@ -140,36 +141,36 @@ impl Home {
     /// Starts the daemon and waits until it answers.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not answer.
     pub fn daemon(&self) -> Daemon<'_> {
         self.start().and_wait()
     }
 
-    /// A daemon that is about to be started.
+    /// Prepares the start of a daemon.
     pub fn start(&self) -> Start<'_> {
-        // It ends with the case, whatever becomes of the case.
+        // The daemon ends with the case, even if the case panics.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(Home::program()).arg("_hostd");
         self.furnish(&mut command);
         Start { home: self, command }
     }
 
-    /// What the daemons of this home have said where nobody reads, all together.
+    /// Returns the standard error of all daemons of this home.
     pub fn stderr(&self) -> String {
         let bytes = std::fs::read(self.directory.path().join("stderr")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Every event of the log, in order.
+    /// Returns every event of the log, in order.
     pub fn events(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path().join("log/hostd.log")).unwrap_or_default();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// Waits for an event of `kind` that `wanted` holds for.
+    /// Waits for an event of `kind` that `wanted` accepts.
     ///
     /// # Panics
-    /// When none comes.
+    /// If none arrives.
     #[track_caller]
     pub fn wait_for_event(&self, kind: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         wait_until(&format!("the event {kind}"), || {
@@ -179,13 +180,13 @@ impl Home {
         })
     }
 
-    /// How many events of `kind` there are about a container.
+    /// Counts the events of `kind` about a container.
     pub fn count_events(&self, kind: &str, name: &str) -> usize {
         let events = self.events();
         events.iter().filter(|event| event["kind"] == kind && event["containerName"] == name).count()
     }
 
-    /// Every file below the home, with what is in it.
+    /// Returns every file below the home with its content.
     pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let mut found = Vec::new();
         let mut directories = vec![self.path()];
@@ -202,10 +203,10 @@ impl Home {
         found
     }
 
-    /// The mode of a file below the home, without its type.
+    /// Returns the mode of a file below the home, without its type.
     ///
     /// # Panics
-    /// When there is no such file.
+    /// If the file does not exist.
     #[track_caller]
     pub fn mode(&self, name: &str) -> u32 {
         let path = self.path().join(name);
@@ -229,7 +230,7 @@ impl Drop for Home {
                 eprintln!("{event}");
             }
         }
-        // New ones may come while the old ones are ended.
+        // New processes may appear while these are ended.
         let start = Instant::now();
         loop {
             let left = descendants();
@@ -238,7 +239,7 @@ impl Drop for Home {
             }
             for pid in left {
                 let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-                // Each is a descendant of this process, which reaps here and nowhere else at this time.
+                // Each is a descendant of this process, and no other thread reaps at this time.
                 let _ = pid.map(|pid| kill_process(pid, Signal::KILL));
             }
             while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
@@ -246,7 +247,7 @@ impl Drop for Home {
     }
 }
 
-/// A daemon that is about to be started.
+/// A daemon that has not been started yet.
 #[derive(Debug)]
 pub struct Start<'a> {
     home: &'a Home,
@@ -254,7 +255,7 @@ pub struct Start<'a> {
 }
 
 impl<'a> Start<'a> {
-    /// Adds an argument to `_hostd`.
+    /// Adds an argument of `_hostd`.
     pub fn argument(mut self, argument: &str) -> Start<'a> {
         self.command.arg(argument);
         self
@@ -266,10 +267,10 @@ impl<'a> Start<'a> {
         self
     }
 
-    /// Starts it, and does not wait.
+    /// Starts it without waiting.
     ///
     /// # Panics
-    /// When the program cannot be started.
+    /// If the program cannot be started.
     pub fn spawn(mut self) -> Daemon<'a> {
         let said = File::options()
             .append(true)
@@ -288,7 +289,7 @@ impl<'a> Start<'a> {
     /// Starts it, and waits until it answers.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not answer.
     #[track_caller]
     pub fn and_wait(self) -> Daemon<'a> {
         let mut daemon = self.spawn();
@@ -306,7 +307,7 @@ impl<'a> Start<'a> {
     }
 }
 
-/// A daemon that was started. Dropping it kills it.
+/// A running daemon. Dropping it kills it.
 #[derive(Debug)]
 pub struct Daemon<'a> {
     home: &'a Home,
@@ -315,15 +316,15 @@ pub struct Daemon<'a> {
 }
 
 impl Daemon<'_> {
-    /// Its process.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Ends it without a warning.
+    /// Kills the daemon with SIGKILL.
     ///
     /// # Panics
-    /// When it had ended before.
+    /// If it had ended before.
     #[track_caller]
     pub fn kill(mut self) {
         assert!(self.has_ended().is_none(), "it had ended already; it said:\n{}", self.home.stderr());
@@ -331,21 +332,21 @@ impl Daemon<'_> {
         self.ended = Some(self.child.wait().unwrap());
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the daemon.
     ///
     /// # Panics
-    /// When it has ended.
+    /// If it has ended.
     #[track_caller]
     pub fn signal(&mut self, signal: Signal) {
         assert!(self.has_ended().is_none(), "it has ended; it said:\n{}", self.home.stderr());
-        // Our own child, not waited for, so the number is its own.
+        // Our own child, not waited for, so the process id is valid.
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// How it ended, when it has.
+    /// Returns the exit status, if the daemon has ended.
     ///
     /// # Panics
-    /// When the kernel does not say.
+    /// If `waitpid(2)` fails.
     pub fn has_ended(&mut self) -> Option<ExitStatus> {
         if self.ended.is_none() {
             self.ended = self.child.try_wait().unwrap();
@@ -353,10 +354,10 @@ impl Daemon<'_> {
         self.ended
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the daemon exits by itself.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not exit.
     #[track_caller]
     pub fn end(mut self) -> ExitStatus {
         self.wait_for_end()
@@ -367,10 +368,10 @@ impl Daemon<'_> {
         wait_until("the daemon to end", || self.has_ended().ok_or("it runs"))
     }
 
-    /// Asks it to stop over its socket, and waits until it has.
+    /// Sends `shutdown` over the socket, and waits until the daemon exits.
     ///
     /// # Panics
-    /// When it does not, or not well.
+    /// If it does not exit, or exits with an error.
     #[track_caller]
     pub fn shut_down(mut self) {
         let answer = rpc::ask(self.home, &json!({"kind": "shutdown"}));

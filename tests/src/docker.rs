@@ -1,5 +1,5 @@
-//! A Docker Engine that does what a case says: it knows containers by name, counts what it is asked, and can fail, hang
-//! or hold a stop until it is let go. A thread for each connection; enough of the API for one daemon and no more.
+//! A scripted Docker engine: it looks up containers by name, counts requests, and can fail, hang or delay a stop until the
+//! case releases it. One thread per connection; it implements the part of the API that one daemon uses.
 
 mod create;
 mod images;
@@ -18,14 +18,14 @@ use serde_json::{Value, json};
 use self::request::{Request, parameter, read_request, respond};
 use crate::{Home, PATIENCE, wait_until};
 
-/// How it treats whoever asks.
+/// The treatment of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DockerMode {
-    /// It answers.
+    /// Answers normally.
     Answers,
-    /// It answers everything with 500.
+    /// Answers every request with 500.
     Fails,
-    /// It takes requests and never answers.
+    /// Accepts requests and never answers.
     Hangs,
 }
 
@@ -35,22 +35,22 @@ struct Container {
     running: bool,
     pid: u32,
     image: String,
-    /// Where port 8973 is published on the host.
+    /// The host port on which port 8973 is published.
     published: Option<u16>,
     labels: BTreeMap<String, String>,
-    /// When it was made; each is made in a second of its own.
+    /// The creation time; each container has a different second.
     created: u32,
-    /// What an inspection tells otherwise.
+    /// Fields of an inspection that replace the usual ones.
     told: Value,
     /// The request that created it.
     wish: Value,
 }
 
-/// Whether an answer is held.
+/// The state of a delayed answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Held {
     No,
-    /// The next one will be.
+    /// The next answer will be delayed.
     Next,
     Yes,
 }
@@ -59,27 +59,27 @@ enum Held {
 struct State {
     mode: DockerMode,
     containers: BTreeMap<String, Container>,
-    /// Those that the next list by name leaves out, once each.
+    /// Containers that the next list by name omits, once each.
     missed: Vec<String>,
-    /// Former names, by the id: so many whole lists more tell them beside the name.
+    /// Former names, by id: this many further complete lists contain them beside the new name.
     former: BTreeMap<String, (String, u32)>,
-    /// The labels of images that have some, by name; none for an image that is gone.
+    /// The labels of images that have labels, by name; `None` for a deleted image.
     images: BTreeMap<String, Option<BTreeMap<String, String>>>,
-    /// Whether a whole list waits, with what it is to tell, until it is let go.
+    /// Whether a complete list waits, with its content, until the case releases it.
     list: Held,
-    /// The error of every start, if there is one.
+    /// The error of every start, if set.
     start_error: Option<String>,
-    /// Stops wait while this holds.
+    /// Stops wait while this is true.
     stops_held: bool,
     /// The gateway of the network `bridge`.
     gateway: Option<IpAddr>,
-    /// It does not tell what happens while this holds.
+    /// Events are disabled while this is true.
     is_silent: bool,
-    /// What it was asked, as `METHOD path`, in order.
+    /// The requests so far, as `METHOD path`, in order.
     calls: Vec<String>,
-    /// One for each `/events` that is open.
+    /// One sender for each open `/events` stream.
     listeners: Vec<UnixStream>,
-    /// What it told so far, as it was sent, and when.
+    /// The events so far, as they were sent, with their times.
     told: Vec<(SystemTime, String)>,
     made: u32,
 }
@@ -90,7 +90,7 @@ struct Shared {
     changed: Condvar,
 }
 
-/// The fake engine; it listens until the case ends.
+/// The scripted engine; it listens until the case ends.
 #[derive(Clone, Debug)]
 pub struct FakeDocker(Arc<Shared>);
 
@@ -102,10 +102,10 @@ enum Reply {
 }
 
 impl FakeDocker {
-    /// Listens where `home` looks for Docker, with these containers running.
+    /// Listens where `home` expects Docker, with these containers running.
     ///
     /// # Panics
-    /// When the socket cannot be had.
+    /// If the socket cannot be bound.
     pub fn start(home: &Home, running: &[&str]) -> FakeDocker {
         FakeDocker::start_at(&home.docker_socket(), running)
     }
@@ -146,7 +146,7 @@ impl FakeDocker {
         self.0.state.lock().unwrap()
     }
 
-    /// Sets how it treats whoever asks, those that wait included.
+    /// Sets the treatment of requests, including waiting ones.
     pub fn set_mode(&self, mode: DockerMode) {
         self.state().mode = mode;
         self.0.changed.notify_all();
@@ -159,7 +159,7 @@ impl FakeDocker {
         let container = Container {
             id: format!("{:064x}", state.made),
             running,
-            // Nobody is there: what looks for its namespace finds none.
+            // No process has this pid, so an attempt to open its namespace finds none.
             pid: 0,
             image: format!("image-of-{name}"),
             published: None,
@@ -171,18 +171,18 @@ impl FakeDocker {
         state.containers.insert(name.to_owned(), container);
     }
 
-    /// Makes a container with labels and starts it, and tells of both.
+    /// Creates and starts a container with labels, and emits both events.
     ///
     /// # Panics
-    /// When there is one of that name.
+    /// If a container with this name exists.
     pub fn launch(&self, name: &str, labels: &[(&str, &str)]) {
         self.launch_from(&format!("image-of-{name}"), name, labels);
     }
 
-    /// The same with an image: its labels are copied to the container, below those of its own.
+    /// The same with an image: its labels are copied to the container, unless the container's own labels override them.
     ///
     /// # Panics
-    /// When there is a container of that name.
+    /// If a container with this name exists.
     pub fn launch_from(&self, image: &str, name: &str, labels: &[(&str, &str)]) {
         assert!(self.name_of(name).is_none(), "{name} is there already");
         self.add(name, true);
@@ -196,10 +196,10 @@ impl FakeDocker {
         self.announce("start", name);
     }
 
-    /// Gives a container another name, and tells of it.
+    /// Renames a container and emits the event.
     ///
     /// # Panics
-    /// When there is no such container.
+    /// If the container does not exist.
     pub fn rename_to(&self, old: &str, new: &str) {
         let mut state = self.state();
         let container = state.containers.remove(old).unwrap();
@@ -209,25 +209,25 @@ impl FakeDocker {
         self.tell_with("rename", &id, &json!({"name": new, "oldName": format!("/{old}")}));
     }
 
-    /// The same as Docker may do it: so many whole lists after it was told show both names.
+    /// The same as Docker can do it: this many complete lists after the event contain both names.
     ///
     /// # Panics
-    /// When there is no such container.
+    /// If the container does not exist.
     pub fn rename_slowly(&self, old: &str, new: &str, lists: u32) {
         let id = self.id(old);
         self.state().former.insert(id, (old.to_owned(), lists));
         self.rename_to(old, new);
     }
 
-    /// Has the next whole list wait, with what it is to tell by then.
+    /// Delays the next complete list, with its content at that time.
     pub fn hold_list(&self) {
         self.state().list = Held::Next;
     }
 
-    /// Waits until a list is held.
+    /// Waits until a list is delayed.
     ///
     /// # Panics
-    /// When none is asked for.
+    /// If no list is requested.
     #[track_caller]
     pub fn wait_for_held_list(&self) {
         wait_until("a list to be held", || match self.state().list {
@@ -236,29 +236,29 @@ impl FakeDocker {
         });
     }
 
-    /// Lets go of the list that is held.
+    /// Releases the delayed list.
     pub fn let_list_go(&self) {
         self.state().list = Held::No;
         self.0.changed.notify_all();
     }
 
-    /// The id of a container.
+    /// Returns the id of a container.
     ///
     /// # Panics
-    /// When there is no such container.
+    /// If the container does not exist.
     pub fn id(&self, name: &str) -> String {
         self.state().containers[name].id.clone()
     }
 
-    /// Ends every stream of events, as an engine does that is stopped.
+    /// Ends every stream of events, as an engine that is stopped does.
     pub fn hang_up(&self) {
         for listener in self.state().listeners.drain(..) {
-            // One that is gone has ended already.
+            // A closed stream has ended already.
             let _ = listener.shutdown(Shutdown::Both);
         }
     }
 
-    /// Tells nobody what happens, and refuses whoever asks for that; or does so no longer.
+    /// Disables events and refuses requests for them, or enables both again.
     pub fn silence(&self, silent: bool) {
         self.state().is_silent = silent;
         if silent {
@@ -266,34 +266,34 @@ impl FakeDocker {
         }
     }
 
-    /// Has a container run from now on, and tells of it.
+    /// Starts a container and emits the event.
     ///
     /// # Panics
-    /// When there is no such container.
+    /// If the container does not exist.
     pub fn run(&self, name: &str) {
         self.state().containers.get_mut(name).unwrap().running = true;
         self.announce("start", name);
     }
 
-    /// Publishes a container's port 8973 on a port of the host, or no longer.
+    /// Publishes a container's port 8973 on a port of the host, or stops that.
     ///
     /// # Panics
-    /// When there is no such container.
+    /// If the container does not exist.
     pub fn publish(&self, name: &str, port: Option<u16>) {
         self.state().containers.get_mut(name).unwrap().published = port;
     }
 
-    /// Has a container have this first process, and an inspection tell this of it beside or instead of the usual.
+    /// Sets the first process of a container, and fields of its inspection that are added or replaced.
     ///
     /// # Panics
-    /// When there is no such container.
+    /// If the container does not exist.
     pub fn inhabit(&self, name: &str, pid: u32, told: Value) {
         let mut state = self.state();
         let container = state.containers.get_mut(name).unwrap();
         (container.pid, container.told) = (pid, told);
     }
 
-    /// Forgets a container, without an event when `quietly`.
+    /// Removes a container, without an event if `quietly`.
     pub fn remove(&self, name: &str, quietly: bool) {
         let gone = self.state().containers.remove(name);
         if let (Some(container), false) = (gone, quietly) {
@@ -301,50 +301,50 @@ impl FakeDocker {
         }
     }
 
-    /// Leaves a container out of the next list that is asked for by its name, and of that one only.
+    /// Omits a container from the next list by its name, once.
     pub fn miss_once(&self, name: &str) {
         self.state().missed.push(name.to_owned());
     }
 
-    /// Tells whoever listens that something happened to a container.
+    /// Emits an event about a container.
     ///
     /// # Panics
-    /// When there is no such container.
+    /// If the container does not exist.
     pub fn announce(&self, action: &str, name: &str) {
         let id = self.state().containers[name].id.clone();
         self.tell(action, name, &id);
     }
 
-    /// Whether it runs.
+    /// Returns whether a container runs.
     pub fn is_running(&self, name: &str) -> bool {
         self.state().containers.get(name).is_some_and(|container| container.running)
     }
 
-    /// Holds every stop until it is let go.
+    /// Delays every stop until it is released.
     pub fn hold_stops(&self, held: bool) {
         self.state().stops_held = held;
         self.0.changed.notify_all();
     }
 
-    /// How often a call was made whose `METHOD path` begins so.
+    /// Counts the requests whose `METHOD path` starts with `beginning`.
     pub fn calls(&self, beginning: &str) -> usize {
         self.state().calls.iter().filter(|call| call.starts_with(beginning)).count()
     }
 
-    /// Every call so far that changes something, in order.
+    /// Returns every request so far that changes state, in order.
     pub fn changes(&self) -> Vec<String> {
         self.state().calls.iter().filter(|call| !call.starts_with("GET ")).cloned().collect()
     }
 
-    /// How often it was asked about a container, by list or by name.
+    /// Counts the requests about a container, by list or by name.
     pub fn probes(&self) -> usize {
         self.calls("GET /containers/")
     }
 
-    /// Waits until it was asked about containers so many times more.
+    /// Waits until the engine has received this many further requests about containers.
     ///
     /// # Panics
-    /// When it is not.
+    /// If it does not receive them.
     #[track_caller]
     pub fn wait_for_probes(&self, more: usize) {
         let wanted = self.probes() + more;
@@ -354,10 +354,10 @@ impl FakeDocker {
         });
     }
 
-    /// Waits until a call was made so often.
+    /// Waits until a request was made this often.
     ///
     /// # Panics
-    /// When it is not.
+    /// If it was not.
     #[track_caller]
     pub fn wait_for_calls(&self, beginning: &str, count: usize) {
         wait_until(&format!("{count} of {beginning}"), || {
@@ -393,7 +393,7 @@ impl FakeDocker {
                 Reply::Hang => return self.hang(),
                 Reply::Events => {
                     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
-                    // Whoever asks for them hears what was told since then, and misses nothing in between.
+                    // A new stream first sends the events since the requested time, so that none is missed.
                     let since = parameter(&request.query, "since").and_then(|since| since.parse().ok());
                     let since = since.map(|since| SystemTime::UNIX_EPOCH + Duration::from_secs(since));
                     let mut state = self.state();
@@ -412,7 +412,7 @@ impl FakeDocker {
         }
     }
 
-    /// Keeps the connection until it is told to answer again, and lets go of it without an answer then.
+    /// Keeps the connection open until the engine answers again, and then closes it without an answer.
     fn hang(&self) {
         let mut state = self.state();
         while state.mode == DockerMode::Hangs {
@@ -457,7 +457,7 @@ impl FakeDocker {
         }
     }
 
-    /// The name is a regular expression to Docker; the daemon anchors it, so what is between the anchors is the name.
+    /// To Docker the name is a regular expression. The daemon anchors it, so the text between the anchors is the name.
     fn list(&self, query: &str) -> Reply {
         let all = parameter(query, "all").is_some_and(|all| all == "true" || all == "1");
         let filters: Value = parameter(query, "filters")
@@ -502,7 +502,7 @@ impl FakeDocker {
         Reply::Json(200, Value::Array(found))
     }
 
-    /// The name of a container that is named or whose id is given.
+    /// Returns the name of a container from its name or id.
     fn name_of(&self, wanted: &str) -> Option<String> {
         let state = self.state();
         let mut all = state.containers.iter();
@@ -513,7 +513,7 @@ impl FakeDocker {
         let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
         let container = self.state().containers[&name].clone();
         let ports = match container.published {
-            // Docker tells both families, and the first one is not always IPv4.
+            // Docker reports both families, and the first one is not always IPv4.
             Some(port) => json!({"8973/tcp": [{"HostIp": "::1", "HostPort": "1"},
                 {"HostIp": "127.0.0.1", "HostPort": port.to_string()}]}),
             None => json!({}),
@@ -569,7 +569,7 @@ impl FakeDocker {
     }
 }
 
-/// Puts what `more` tells in the place of what `answer` tells.
+/// Merges the fields of `more` into `answer`; fields of `more` win.
 fn merge(answer: &mut Value, more: &Value) {
     match (answer, more) {
         (Value::Object(answer), Value::Object(more)) => {
@@ -586,7 +586,7 @@ fn no_such(name: &str) -> Reply {
     Reply::Json(404, json!({"message": format!("No such container: {name}")}))
 }
 
-/// A moment in which something that must not happen would have happened; the only wait for a while there is.
+/// The time after which something that must not happen would have happened; the only fixed wait of the suite.
 pub const MOMENT: Duration = Duration::from_millis(200);
 
 const _: () = assert!(PATIENCE.as_millis() > 10 * MOMENT.as_millis());

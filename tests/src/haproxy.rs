@@ -1,4 +1,4 @@
-//! HAProxy as a second opinion: a TCP relay that many people trust, on the same path.
+//! HAProxy for comparison: a widely used TCP relay, on the same path.
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -14,10 +14,10 @@ pub struct Haproxy {
 }
 
 impl Haproxy {
-    /// Starts it between `front` and `back` inside `namespace`, and waits until it listens.
+    /// Starts HAProxy between `front` and `back` inside `namespace`, and waits until it listens.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not listen.
     pub fn start(namespace: &Namespace, front: SocketAddr, back: SocketAddr) -> Haproxy {
         let directory = std::env::temp_dir().join(format!("landfall-haproxy-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
@@ -29,7 +29,8 @@ impl Haproxy {
              listen relay\n  bind {front}\n  server inside {back}\n"
         );
         std::fs::write(&file, text).unwrap();
-        // Ended with the thread that starts it, however that ends; so it is this one, and enters by itself.
+        // The kernel ends HAProxy when the thread that started it ends. So this thread starts it, and enters the namespace
+        // itself.
         let child = Command::new("setpriv")
             .args([
                 "--pdeathsig",

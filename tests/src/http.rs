@@ -10,28 +10,28 @@ use serde_json::Value;
 use crate::peer::{Peer, Stream};
 use crate::rpc;
 
-/// What came back.
+/// An HTTP answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// The head as it came.
+    /// The head as it arrived.
     pub head: String,
     /// The body.
     pub body: Value,
 }
 
 impl Answer {
-    /// The reason of a refusal.
+    /// Returns the reason of a refusal.
     ///
     /// # Panics
-    /// When it is none.
+    /// If the answer is not a refusal.
     #[track_caller]
     pub fn reason(&self) -> &str {
         self.body["reason"].as_str().unwrap_or_else(|| panic!("no reason: {self:?}"))
     }
 
-    /// A header by its name in lower case.
+    /// Returns a header by its lower-case name.
     pub fn header(&self, name: &str) -> Option<String> {
         let value = |line: &str| {
             let (key, value) = line.split_once(':')?;
@@ -45,10 +45,10 @@ impl Answer {
 pub type Web = Peer<TcpStream>;
 
 impl Web {
-    /// Connects to this address, from another one of this machine.
+    /// Connects to this address, from another address of this machine.
     ///
     /// # Panics
-    /// When nobody listens.
+    /// If no listener accepts the connection.
     #[track_caller]
     pub fn connect_from(from: IpAddr, to: SocketAddr) -> Web {
         let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
@@ -60,7 +60,7 @@ impl Web {
     /// Connects to 127.0.0.1.
     ///
     /// # Panics
-    /// When nobody listens.
+    /// If no listener accepts the connection.
     #[track_caller]
     pub fn connect(port: u16) -> Web {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
@@ -69,19 +69,19 @@ impl Web {
         Peer::new(stream).unwrap()
     }
 
-    /// The next answer on this connection: its body is what `content-length` says.
+    /// Returns the next answer on this connection; `content-length` gives the length of its body.
     ///
     /// # Panics
-    /// When none comes, or not in the wire's shape.
+    /// If none arrives, or it violates the wire specification.
     #[track_caller]
     pub fn answer(&mut self) -> Answer {
         checked(self.any_answer())
     }
 
-    /// Whether the peer closes without another byte.
+    /// Returns whether the peer closes the connection without another byte.
     ///
     /// # Panics
-    /// When it does neither.
+    /// If the peer neither closes nor sends.
     #[track_caller]
     pub fn is_closed(&mut self) -> bool {
         self.unread.is_empty() && !self.read_more()
@@ -97,10 +97,10 @@ fn checked(answer: Option<Answer>) -> Answer {
 }
 
 impl<S: Stream> Peer<S> {
-    /// The next answer of whatever kind, or nothing when the connection ends before it.
+    /// Returns the next answer of any form, or `None` if the connection ends before it.
     ///
     /// # Panics
-    /// When neither comes.
+    /// If neither an answer nor the end arrives.
     #[track_caller]
     pub fn any_answer(&mut self) -> Option<Answer> {
         let end = loop {
@@ -128,13 +128,13 @@ impl<S: Stream> Peer<S> {
     }
 }
 
-/// Sends one request over a Unix socket on a connection of its own.
+/// Sends one request over a Unix socket on a new connection.
 ///
 /// # Errors
 /// Those of `connect(2)`.
 ///
 /// # Panics
-/// When no answer comes.
+/// If no answer arrives.
 #[track_caller]
 pub fn ask_at(socket: &Path, token: Option<&str>, request: &Value) -> std::io::Result<Answer> {
     let mut web = Peer::new(UnixStream::connect(socket)?)?;
@@ -142,7 +142,7 @@ pub fn ask_at(socket: &Path, token: Option<&str>, request: &Value) -> std::io::R
     Ok(checked(web.any_answer()))
 }
 
-/// The head and body of a `POST /rpc`.
+/// Returns the head and body of a `POST /rpc`.
 pub fn post(port: u16, token: Option<&str>, body: &str) -> String {
     let authorization = token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
     format!(
@@ -151,19 +151,19 @@ pub fn post(port: u16, token: Option<&str>, body: &str) -> String {
     )
 }
 
-/// Sends one request on a connection of its own.
+/// Sends one request on a new connection.
 ///
 /// # Panics
-/// When no answer comes.
+/// If no answer arrives.
 #[track_caller]
 pub fn ask(port: u16, token: Option<&str>, request: &Value) -> Answer {
     ask_text(port, post(port, token, &request.to_string()))
 }
 
-/// Sends exact bytes on a connection of their own.
+/// Sends exact bytes on a new connection.
 ///
 /// # Panics
-/// When no answer comes.
+/// If no answer arrives.
 #[track_caller]
 pub fn ask_text(port: u16, request: impl AsRef<[u8]>) -> Answer {
     let mut web = Web::connect(port);

@@ -1,4 +1,4 @@
-//! How soon something happens: measured and told, never judged, since the machine has other things to do.
+//! Latency measurements: reported, without a pass or fail limit, because other processes share the machine.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -7,19 +7,19 @@ use std::time::{Duration, Instant};
 
 use crate::{Namespace, PATIENCE, Server};
 
-/// How long it takes, for each of these ports in turn, from the return of `listen(2)` inside to the first byte outside. A port
-/// that was visited before may have a visitor on the way who is too late, so none should come twice. Between two ports
-/// nothing happens for one to two times `rest`, never twice the same, so that nothing of ours falls in step with it.
+/// Measures, for each of these ports in turn, the time from the return of `listen(2)` inside to the first byte outside. A
+/// port of an earlier measurement may still have a late client, so use each port once. Between two ports the case pauses for
+/// one to two times `rest`, never twice the same, so that the pauses do not synchronise with the engine's scans.
 ///
 /// # Panics
-/// When one never answers.
+/// If a port never answers.
 #[must_use]
 pub fn from_listen_to_first_byte(inside: &Namespace, ports: Range<u16>, rest: Duration) -> Vec<Duration> {
     let first_byte = |port: u16| {
         std::thread::sleep(rest + rest * u32::from(port % 16) / 16);
         let server = Server::listen(inside, &format!("127.0.0.1:{port}"));
         let listens = Instant::now();
-        // More often than `wait_until` looks, which would be most of what is measured.
+        // More often than `wait_until` polls, because its interval would dominate the measurement.
         let mut client = loop {
             match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
                 Ok(client) => break client,
@@ -35,10 +35,10 @@ pub fn from_listen_to_first_byte(inside: &Namespace, ports: Range<u16>, rest: Du
     ports.map(first_byte).collect()
 }
 
-/// The median and the 99th percentile, in milliseconds.
+/// Returns the median and the 99th percentile, in milliseconds.
 ///
 /// # Panics
-/// When nothing was measured.
+/// If `times` is empty.
 #[must_use]
 pub fn percentiles(mut times: Vec<Duration>) -> String {
     times.sort_unstable();

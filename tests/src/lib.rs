@@ -1,9 +1,9 @@
-//! What the suite stands on: network namespaces, an engine that relays into one, streams whose every byte is known, and
-//! waits that end with what they last saw.
+//! The test harness: network namespaces, an engine that relays into one, streams whose every byte is known, and waits with a
+//! time limit that report the last state.
 //!
-//! Each case is a process of its own (see [`case`]) in a network namespace of its own, which plays the host: ports,
-//! sysctls, descriptors, limits and memory belong to that case alone, so cases run beside each other and none can hide
-//! in another's figures. [`Namespace::new`] makes the container's side.
+//! Each case is a process of its own (see [`case`]) in its own network namespace, which plays the host. Ports, sysctls,
+//! descriptors, limits and memory belong to that case alone. So cases run in parallel and do not affect each other's
+//! figures. [`Namespace::new`] makes the container's side.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -46,18 +46,18 @@ pub use traffic::{Conversation, Flood, answer, visit};
 pub use wait::{PATIENCE, wait_until};
 pub use way::{Agent, Behind, Entered, Scripted, agents_listener, enter, enter_by, honest, way};
 
-/// Tells the person who runs the suite something that is no failure: a figure, or why something could not be tried here.
+/// Prints information that is not a failure: a figure, or the reason why a test was skipped on this machine.
 #[macro_export]
 macro_rules! note {
     ($($argument:tt)*) => { $crate::case::note(&format!($($argument)*)) };
 }
 
-/// Whether the suite runs in its long form (`tests/run --long`).
+/// Returns whether the suite runs in its long form (`tests/run --long`).
 pub fn is_long() -> bool {
     std::env::var_os("LANDFALL_LONG").is_some_and(|value| value == "1")
 }
 
-/// The seed of this run: `LANDFALL_SEED`, or a fixed one.
+/// Returns the seed of this run: `LANDFALL_SEED`, or a fixed one.
 pub fn seed() -> u64 {
     std::env::var("LANDFALL_SEED")
         .map_or(20_260, |text| text.parse().expect("LANDFALL_SEED must be a number"))

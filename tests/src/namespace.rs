@@ -1,4 +1,4 @@
-//! Network namespaces, each with a loopback of its own.
+//! Network namespaces, each with its own loopback.
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -11,19 +11,19 @@ use landfall_engine::opener::client::Target;
 use nix::sched::{CloneFlags, unshare};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// A network namespace whose loopback is up. It lives as long as this, or a socket made inside.
+/// A network namespace whose loopback is up. The namespace exists as long as this value, or a socket made inside.
 #[derive(Debug)]
 pub struct Namespace {
     file: OwnedFd,
 }
 
 impl Namespace {
-    /// A new one, with nothing in it.
+    /// Makes a new namespace without processes or sockets.
     ///
     /// # Panics
-    /// When namespaces cannot be made.
+    /// If the kernel refuses.
     pub fn new() -> Namespace {
-        // A thread of its own, since nothing brings the thread back.
+        // A new thread, because it cannot return to the old namespace.
         std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             let namespace = Namespace::current();
@@ -34,28 +34,28 @@ impl Namespace {
         .unwrap()
     }
 
-    /// The one that this thread is in.
+    /// Returns the namespace of this thread.
     ///
     /// # Panics
-    /// Without `/proc`.
+    /// If `/proc` is not mounted.
     pub fn current() -> Namespace {
         Namespace { file: File::open("/proc/thread-self/ns/net").unwrap().into() }
     }
 
-    /// The one that a process is in.
+    /// Returns the namespace of a process.
     ///
     /// # Panics
-    /// When there is no such process.
+    /// If the process does not exist.
     #[track_caller]
     pub fn of(pid: u32) -> Namespace {
         Namespace { file: File::open(format!("/proc/{pid}/ns/net")).unwrap().into() }
     }
 
-    /// Runs `work` inside, on a thread of its own, and waits for it. A socket that it makes belongs to this namespace
-    /// wherever it is used later.
+    /// Runs `work` inside, on a new thread, and waits for it. A socket that it makes belongs to this namespace, wherever it
+    /// is used later.
     ///
     /// # Panics
-    /// When `work` does.
+    /// If `work` panics.
     #[track_caller]
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
@@ -67,10 +67,10 @@ impl Namespace {
         })
     }
 
-    /// Runs `work` inside, on a thread of its own that nobody waits for.
+    /// Runs `work` inside, on a new thread, without waiting for it.
     ///
     /// # Panics
-    /// When no descriptor or thread is left.
+    /// If no descriptor or thread is left.
     pub fn spawn(&self, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
         let file = self.file.try_clone().unwrap();
         std::thread::spawn(move || {
@@ -80,23 +80,23 @@ impl Namespace {
         })
     }
 
-    /// Where an opener goes to enter it.
+    /// Returns the target with which an opener enters it.
     ///
     /// # Panics
-    /// When no descriptor is left.
+    /// If no descriptor is left.
     pub fn target(&self) -> Target {
         Target::Path(self.file.try_clone().unwrap())
     }
 
-    /// The same namespace once more, for another thread.
+    /// Returns a second handle of the same namespace, for another thread.
     ///
     /// # Panics
-    /// When no descriptor is left.
+    /// If no descriptor is left.
     pub fn again(&self) -> Namespace {
         Namespace { file: self.file.try_clone().unwrap() }
     }
 
-    /// A path by which other programs enter it, as long as this lives.
+    /// Returns a path with which other programs enter it, valid as long as this value.
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
     }
@@ -104,16 +104,17 @@ impl Namespace {
     /// Sets a network sysctl inside, such as `ipv4/ip_local_port_range`.
     ///
     /// # Panics
-    /// When the kernel does not know it, or does not take the value.
+    /// If the kernel does not have it, or rejects the value.
     pub fn set_sysctl(&self, name: &str, value: &str) {
         let path = format!("/proc/sys/net/{name}");
         self.run(|| std::fs::write(&path, value)).unwrap_or_else(|error| panic!("{path} = {value}: {error}"));
     }
 
-    /// Lets go of it, and gives a way to see when the kernel does: it does so when no socket, file or process is left inside.
+    /// Drops this handle, and returns a value that shows when the kernel removes the namespace: when no socket, file or
+    /// process is left inside.
     ///
     /// # Panics
-    /// When the kernel has no veth.
+    /// If the kernel has no veth.
     pub fn watch_for_end(self) -> End {
         // A veth ends with the namespace of either of its ends.
         let name = format!("end{}", ENDS.fetch_add(1, Ordering::Relaxed));
@@ -125,14 +126,14 @@ impl Namespace {
         End { name }
     }
 
-    /// How many bytes a connection inside has sent that its peer has not acknowledged.
+    /// Returns how many bytes a connection inside has sent without an acknowledgement of its peer.
     ///
     /// # Panics
-    /// When there is no such connection.
+    /// If the connection does not exist.
     pub fn unacknowledged(&self, local: SocketAddr, peer: SocketAddr) -> usize {
         let table = if local.is_ipv4() { "/proc/thread-self/net/tcp" } else { "/proc/thread-self/net/tcp6" };
         let rows = self.run(|| std::fs::read_to_string(table)).unwrap();
-        // Ports are enough to know one by: there is one loopback.
+        // Ports identify the connection, because there is only one loopback.
         let ends = |address: &str, port| address.ends_with(&format!(":{port:04X}"));
         rows.lines()
             .map(|row| row.split_whitespace().collect::<Vec<_>>())
@@ -150,21 +151,21 @@ impl Default for Namespace {
 
 static ENDS: AtomicUsize = AtomicUsize::new(0);
 
-/// Tells whether a namespace has ended.
+/// Shows whether a namespace has ended.
 #[derive(Debug)]
 pub struct End {
     name: String,
 }
 
 impl End {
-    /// Whether it has.
+    /// Returns whether the namespace has ended.
     pub fn is_gone(&self) -> bool {
         let devices = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         !devices.contains(&format!("{}:", self.name))
     }
 }
 
-/// Puts this process, which must have one thread, into a new network namespace; without root, in a new user namespace.
+/// Moves this process, which must have one thread, into a new network namespace; without root, in a new user namespace.
 pub(crate) fn enter_new_host() {
     let user = rustix::process::geteuid();
     if user.is_root() {

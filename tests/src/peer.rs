@@ -1,4 +1,4 @@
-//! A peer over a stream of bytes: what the clients of the daemon's two doors have in common.
+//! A peer over a byte stream: the common part of the clients of the daemon's Unix socket and of its HTTP endpoint.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use crate::PATIENCE;
 
-/// A stream that can be told how long to wait.
+/// A stream with timeouts.
 pub trait Stream: Read + Write {
-    /// How long a read waits from now on.
+    /// Sets the timeout of reads.
     ///
     /// # Errors
     /// Those of `setsockopt(2)`.
     fn wait_to_read(&self, patience: Duration) -> std::io::Result<()>;
 
-    /// How long a write waits from now on.
+    /// Sets the timeout of writes.
     ///
     /// # Errors
     /// Those of `setsockopt(2)`.
@@ -42,7 +42,7 @@ impl Stream for UnixStream {
     }
 }
 
-/// A connection, and what was read of it ahead of its time.
+/// A connection, and bytes that were read from it in advance.
 #[derive(Debug)]
 pub struct Peer<S> {
     pub(crate) stream: S,
@@ -50,20 +50,20 @@ pub struct Peer<S> {
 }
 
 impl<S: Stream> Peer<S> {
-    /// Takes a stream that is connected.
+    /// Takes a connected stream.
     ///
     /// # Errors
-    /// When it cannot be told how long to wait.
+    /// Those of `setsockopt(2)`.
     pub(crate) fn new(stream: S) -> std::io::Result<Peer<S>> {
         stream.wait_to_read(PATIENCE)?;
         stream.wait_to_write(PATIENCE)?;
         Ok(Peer { stream, unread: Vec::new() })
     }
 
-    /// How long a read waits.
+    /// Sets the timeout of reads.
     ///
     /// # Panics
-    /// When it is no time at all.
+    /// If it is zero.
     #[must_use]
     pub fn patience(self, patience: Duration) -> Peer<S> {
         self.stream.wait_to_read(patience).unwrap();
@@ -73,13 +73,13 @@ impl<S: Stream> Peer<S> {
     /// Sends bytes.
     ///
     /// # Panics
-    /// When the peer does not take them.
+    /// If the peer does not accept them.
     #[track_caller]
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream.write_all(bytes.as_ref()).unwrap();
     }
 
-    /// Sends bytes for as long as the peer takes them; that it may refuse to is part of the case.
+    /// Sends bytes as long as the peer accepts them, for cases in which the peer may refuse.
     ///
     /// # Errors
     /// Those of `write(2)`.
@@ -87,10 +87,10 @@ impl<S: Stream> Peer<S> {
         self.stream.write_all(bytes.as_ref())
     }
 
-    /// Whether nothing has come, not even the end.
+    /// Returns whether nothing has arrived, not even the end of the stream.
     ///
     /// # Panics
-    /// When the stream cannot be asked.
+    /// If the stream fails.
     pub fn is_silent(&self) -> bool
     where
         S: std::os::fd::AsFd,
@@ -100,7 +100,7 @@ impl<S: Stream> Peer<S> {
         self.unread.is_empty() && rustix::event::poll(&mut ready, Some(&now)).unwrap() == 0
     }
 
-    /// Reads more; false at the end, a reset included.
+    /// Reads more bytes. Returns false at the end of the stream or after a reset.
     #[track_caller]
     pub(crate) fn read_more(&mut self) -> bool {
         let mut buffer = [0; 4096];

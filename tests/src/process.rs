@@ -1,4 +1,4 @@
-//! What this process uses, as the kernel counts it.
+//! Resource usage of processes, as the kernel counts it.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -7,30 +7,31 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
-/// What is mounted from now on is nobody else's, and goes away with the last process of this case. No thread may run yet.
+/// Makes later mounts private to this process and its descendants; they disappear with the last of them. The process must
+/// have one thread.
 ///
 /// # Panics
-/// When this is not root.
+/// Without root.
 pub fn private_mounts() {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     let private = Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap();
     assert!(private.success(), "the mounts cannot be made private");
 }
 
-/// Descriptors open in this process.
+/// Returns the number of open descriptors of this process.
 ///
 /// # Panics
-/// When none is left to count them with.
+/// If no descriptor is left to read the directory.
 pub fn descriptors() -> usize {
-    // The directory that is being read is one itself.
+    // The directory that is being read uses one.
     std::fs::read_dir("/proc/self/fd").unwrap().count() - 1
 }
 
-/// Threads of this process. One that was joined may be listed for a moment longer, since whoever joins is woken before
-/// the kernel is done with it (`do_exit`, kernel/exit.c): a thread on its way out does not count.
+/// Returns the number of threads of this process. A joined thread may still be listed, because the kernel wakes the joining
+/// thread before the exit is complete (`do_exit`, kernel/exit.c): an exiting thread does not count.
 ///
 /// # Panics
-/// Without `/proc`.
+/// If `/proc` is not mounted.
 pub fn threads() -> usize {
     /// `PF_EXITING` (include/linux/sched.h) among the flags, the seventh field behind the name in `proc_pid_stat(5)`.
     const EXITING: u64 = 0x4;
@@ -44,33 +45,33 @@ pub fn threads() -> usize {
     stats.filter(|stat| !is_leaving(stat)).count()
 }
 
-/// Resident memory, in bytes.
+/// Returns the resident memory, in bytes.
 ///
 /// # Panics
-/// Without `/proc`.
+/// If `/proc` is not mounted.
 pub fn resident_bytes() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.split_whitespace().next().unwrap().parse::<usize>().unwrap() * 1024
 }
 
-/// Processor time of the engine's threads (all whose name begins with `landfall-`), so that what clients and servers of
-/// the same process use does not count.
+/// Returns the processor time of the engine's threads (those whose names start with `landfall-`), without that of clients
+/// and servers in the same process.
 ///
 /// # Panics
-/// Without `/proc`.
+/// If `/proc` is not mounted.
 pub fn engine_cpu() -> Duration {
     let mut ticks = 0;
     for task in std::fs::read_dir("/proc/self/task").unwrap() {
         let path = task.unwrap().path();
-        // A thread may end between being listed and being read.
+        // A thread may end after it was listed.
         let (Ok(name), Ok(stat)) =
             (std::fs::read_to_string(path.join("comm")), std::fs::read_to_string(path.join("stat")))
         else {
             continue;
         };
         if name.starts_with("landfall-") {
-            // Behind the name, which may hold anything, utime and stime are fields 14 and 15 (proc_pid_stat(5)).
+            // After the name, which may contain any character, utime and stime are fields 14 and 15 (proc_pid_stat(5)).
             let fields: Vec<&str> = stat[stat.rfind(')').unwrap() + 2..].split(' ').collect();
             ticks += fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
         }
@@ -78,26 +79,26 @@ pub fn engine_cpu() -> Duration {
     Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
 }
 
-/// The share of one processor that the engine's threads take at rest.
+/// Returns the share of one processor that the engine's threads use at rest.
 ///
 /// # Panics
-/// When they are never at rest; without `/proc`.
+/// If they never come to rest, or if `/proc` is not mounted.
 #[track_caller]
 pub fn engine_at_rest(what: &str) -> f64 {
     at_rest(what, engine_cpu)
 }
 
-/// The share of one processor that this whole process takes at rest; needs no descriptor to look.
+/// Returns the share of one processor that this whole process uses at rest. Needs no further descriptor.
 ///
 /// # Panics
-/// When it is never at rest.
+/// If it never comes to rest.
 #[track_caller]
 pub fn process_at_rest(what: &str) -> f64 {
     at_rest(what, || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default())
 }
 
-/// What spins spins in every window. One window alone tells less: on a virtual machine the time that another one takes
-/// away from us may be counted as used by whoever had the processor.
+/// Returns the least share of several windows: a thread that spins does so in every window. A single window is not reliable,
+/// because on a virtual machine stolen time may be accounted to the running thread.
 #[track_caller]
 fn at_rest(what: &str, used: impl Fn() -> Duration) -> f64 {
     const WINDOWS: usize = 8;
@@ -116,24 +117,24 @@ fn at_rest(what: &str, used: impl Fn() -> Duration) -> f64 {
     panic!("{what}: the shares of a processor taken are {loads:.2?}");
 }
 
-/// Lets this process have no more than `count` descriptors.
+/// Lowers the descriptor limit of this process to `count`.
 ///
 /// # Panics
-/// When the hard limit is lower.
+/// If the hard limit is lower.
 pub fn limit_descriptors(count: usize) {
     let maximum = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: Some(count as u64), maximum }).unwrap();
 }
 
-/// Lets this process have as many descriptors as it may.
+/// Raises the descriptor limit of this process to the hard limit.
 pub fn raise_descriptors() {
     let maximum = getrlimit(Resource::Nofile).maximum;
-    // Where that is refused the default has to do.
+    // If the kernel refuses, the default limit stays.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// Every process that descends from this one, those that ended and were not waited for included. Where this process
-/// adopts orphans, nobody who was started here escapes.
+/// Returns every descendant of this process, including zombies. If this process is a subreaper, that includes all processes
+/// that it started, directly or indirectly.
 pub fn descendants() -> Vec<u32> {
     let mut parents = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -141,7 +142,7 @@ pub fn descendants() -> Vec<u32> {
             continue;
         };
         let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        // Behind the name, which may hold anything, come the state and the parent (proc_pid_stat(5)).
+        // After the name, which may contain any character, come the state and the parent (proc_pid_stat(5)).
         let parent = stat.rfind(')').and_then(|end| stat[end + 2..].split(' ').nth(1)?.parse::<u32>().ok());
         parents.extend(parent.map(|parent| (pid, parent)));
     }
@@ -157,7 +158,7 @@ pub fn descendants() -> Vec<u32> {
     found
 }
 
-/// The descendants that run the program with this verb as its first argument. One that has ended has no arguments.
+/// Returns the descendants that run the program with this verb as first argument. A zombie has no arguments.
 pub fn running(verb: &str) -> Vec<u32> {
     let has_verb = |pid: &u32| {
         let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -166,35 +167,35 @@ pub fn running(verb: &str) -> Vec<u32> {
     descendants().into_iter().filter(has_verb).collect()
 }
 
-/// Descriptors open in another process; none when it has ended.
+/// Returns the number of open descriptors of another process; 0 if it has ended.
 pub fn descriptors_of(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// Resident memory of another process, in bytes.
+/// Returns the resident memory of another process, in bytes.
 ///
 /// # Panics
-/// When it has ended.
+/// If it has ended.
 pub fn resident_bytes_of(pid: u32) -> usize {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.split_whitespace().next().unwrap().parse::<usize>().unwrap() * 1024
 }
 
-/// The most memory that another process had resident at a time, in bytes.
+/// Returns the peak resident memory of another process, in bytes.
 ///
 /// # Panics
-/// When it has ended.
+/// If it has ended.
 pub fn peak_bytes_of(pid: u32) -> usize {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.split_whitespace().next().unwrap().parse::<usize>().unwrap() * 1024
 }
 
-/// Kills a process without a warning.
+/// Kills a process with SIGKILL.
 ///
 /// # Panics
-/// When it does not descend from this one: nobody else's is ended.
+/// If it is not a descendant of this process.
 #[track_caller]
 pub fn kill(pid: u32) {
     assert!(descendants().contains(&pid), "{pid} was not started here");

@@ -16,7 +16,7 @@ use landfall_engine::limits::Limits;
 
 use crate::{Behind, Namespace, PATIENCE, enter, way};
 
-/// An engine and the events that nobody has asked for yet.
+/// An engine, and the events that no call of [`Driver::expect`] has returned yet.
 #[derive(Debug)]
 pub struct Driver {
     engine: Engine,
@@ -26,10 +26,10 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Starts an engine and checks that it runs on the ring that was asked for.
+    /// Starts an engine and checks that it runs on the requested ring.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not.
     pub fn start(limits: Limits, ring: RingChoice) -> Driver {
         let engine = Engine::start(EngineOptions { limits, ring, ..EngineOptions::default() }).unwrap();
         let mut driver = Driver { engine, shards: 0, waiting: VecDeque::new(), behind: HashMap::new() };
@@ -40,25 +40,25 @@ impl Driver {
         driver
     }
 
-    /// What the engine said of itself when it started.
+    /// Returns the engine's ready event.
     pub fn ready(&self) -> &Event {
         self.engine.ready()
     }
 
-    /// Gives a command.
+    /// Sends a command.
     pub fn apply(&self, command: Command) {
         self.engine.apply(command, Vec::new());
     }
 
-    /// Gives a command and its descriptors.
+    /// Sends a command with its descriptors.
     pub fn apply_with(&self, command: Command, descriptors: Vec<OwnedFd>) {
         self.engine.apply(command, descriptors);
     }
 
-    /// Waits for the first event that `choose` takes; those it does not are kept for later.
+    /// Waits for the first event that `choose` accepts; earlier events are kept.
     ///
     /// # Panics
-    /// When it does not come, with the events that came instead.
+    /// If it does not arrive; the message lists the events that arrived.
     #[track_caller]
     pub fn expect<T>(&mut self, what: &str, mut choose: impl FnMut(&Event) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
@@ -80,16 +80,16 @@ impl Driver {
         }
     }
 
-    /// Every event that came so far and was not expected, without waiting.
+    /// Returns every event so far that was not expected, without waiting.
     pub fn pending(&mut self) -> Vec<Event> {
         self.waiting.extend(self.engine.events().try_iter().map(|told| told.event));
         self.waiting.drain(..).collect()
     }
 
-    /// Adds a namespace as an upstream, told under `cookie` instead of its own where that is given.
+    /// Adds a namespace as an upstream, with `cookie` instead of its own cookie if one is given.
     ///
     /// # Panics
-    /// When no opener gets in.
+    /// If no opener can enter it.
     #[track_caller]
     pub fn add_upstream(&mut self, upstream: UpstreamId, namespace: &Namespace, cookie: Option<u64>) {
         let (own_cookie, sources, descriptors, behind) = enter(namespace, self.shards);
@@ -98,10 +98,10 @@ impl Driver {
         self.add_entered(upstream, way(), (netns_cookie, sources, descriptors));
     }
 
-    /// Adds an upstream of that cookie, those sources, and their descriptors.
+    /// Adds an upstream with this cookie, these watch sources, and their descriptors.
     ///
     /// # Panics
-    /// When the engine refuses it.
+    /// If the engine refuses it.
     #[track_caller]
     pub fn add_entered(
         &mut self,
@@ -117,10 +117,10 @@ impl Driver {
         });
     }
 
-    /// Asks for a listener and waits for the answer.
+    /// Requests a listener and waits for the result.
     ///
     /// # Panics
-    /// When none comes.
+    /// If no result arrives.
     #[track_caller]
     pub fn open(
         &mut self,
@@ -144,7 +144,7 @@ impl Driver {
     /// Closes a listener and waits until its port is free.
     ///
     /// # Panics
-    /// When that is not told.
+    /// If the engine does not report it.
     #[track_caller]
     pub fn close(&mut self, forward: ForwardId, ending: Ending) -> ForwardStats {
         self.apply(Command::CloseListener { forward, ending });
@@ -154,10 +154,10 @@ impl Driver {
         })
     }
 
-    /// Lets go of a namespace, and waits until that is done.
+    /// Removes an upstream and waits until that is complete.
     ///
     /// # Panics
-    /// When that is not told.
+    /// If the engine does not report it.
     #[track_caller]
     pub fn remove_upstream(&mut self, upstream: UpstreamId, ending: Ending) {
         self.apply(Command::RemoveUpstream { upstream, ending });
@@ -168,10 +168,10 @@ impl Driver {
         self.behind.remove(&upstream);
     }
 
-    /// Every forward that the engine holds.
+    /// Returns every forward that the engine holds.
     ///
     /// # Panics
-    /// When it does not say.
+    /// If the engine does not answer.
     #[track_caller]
     pub fn describe(&mut self) -> Vec<ForwardState> {
         self.apply(Command::Describe);
@@ -199,18 +199,18 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Its address on the host, by family.
+    /// Returns its address on the host, by family.
     pub fn at(self, family: Family) -> SocketAddr {
         family.loopback(port(self.host_port))
     }
 
-    /// 127.0.0.1 and its port.
+    /// Returns 127.0.0.1 with its port.
     pub fn v4(self) -> SocketAddr {
         self.at(Family::V4)
     }
 }
 
-/// An engine, one namespace, and forwards into it. Dropping it ends the engine.
+/// An engine, one namespace, and forwards into it. Dropping it stops the engine.
 #[derive(Debug)]
 pub struct Relay {
     /// The engine.
@@ -221,18 +221,18 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// The number of the one upstream.
+    /// The id of the only upstream.
     pub const UPSTREAM: UpstreamId = UpstreamId(1);
 
-    /// An engine with its usual bounds.
+    /// Starts an engine with the default limits.
     pub fn start(ring: RingChoice) -> Relay {
         Relay::start_with(Limits::default(), ring)
     }
 
-    /// An engine with bounds of one's own.
+    /// Starts an engine with other limits.
     ///
     /// # Panics
-    /// When it does not start, or does not get inside.
+    /// If the engine does not start, or cannot enter the namespace.
     pub fn start_with(limits: Limits, ring: RingChoice) -> Relay {
         let inside = Namespace::new();
         let mut driver = Driver::start(limits, ring);
@@ -240,15 +240,15 @@ impl Relay {
         Relay::of(driver, inside)
     }
 
-    /// An engine that has `inside` as its upstream already.
+    /// Wraps an engine that already has `inside` as its upstream.
     pub fn of(driver: Driver, inside: Namespace) -> Relay {
         Relay { driver, inside, forwards: 0 }
     }
 
-    /// Opens the same port on the host, for a server whose families are not known.
+    /// Opens the same port on the host, for a server whose address families are not known.
     ///
     /// # Panics
-    /// When the port cannot be had.
+    /// If the port cannot be bound.
     #[track_caller]
     pub fn forward(&mut self, port: u16) -> Forward {
         self.forward_reach(port, Reach::UNKNOWN)
@@ -257,7 +257,7 @@ impl Relay {
     /// Opens the same port on the host, for a server that listens on the families of `reach`.
     ///
     /// # Panics
-    /// When the port cannot be had.
+    /// If the port cannot be bound.
     #[track_caller]
     pub fn forward_reach(&mut self, port: u16, reach: Reach) -> Forward {
         self.forwards += 1;
@@ -266,20 +266,20 @@ impl Relay {
         Forward { id, host_port: port }
     }
 
-    /// The counters of a forward now.
+    /// Returns the current counters of a forward.
     ///
     /// # Panics
-    /// When there is no such forward.
+    /// If the forward does not exist.
     #[track_caller]
     pub fn stats(&mut self, forward: Forward) -> ForwardStats {
         let state = self.driver.describe();
         state.iter().find(|state| state.forward == forward.id).expect("a forward that is held").stats
     }
 
-    /// Waits until the counters of a forward are as wanted.
+    /// Waits until `wanted` accepts the counters of a forward.
     ///
     /// # Panics
-    /// When they do not become so, with what they are.
+    /// If it never accepts them; the message shows the counters.
     #[track_caller]
     pub fn stats_become(
         &mut self,

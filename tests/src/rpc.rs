@@ -1,4 +1,4 @@
-//! A client of the daemon's socket that knows nothing but the wire: it sends exact bytes and reads exact bytes.
+//! A client of the daemon's socket that implements only the wire protocol: it sends exact bytes and reads exact bytes.
 
 use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
@@ -14,17 +14,17 @@ use crate::{Home, PATIENCE};
 pub type Wire = Peer<UnixStream>;
 
 impl Wire {
-    /// Connects.
+    /// Connects to the daemon.
     ///
     /// # Panics
-    /// When nobody listens.
+    /// If no daemon listens.
     #[track_caller]
     pub fn connect(home: &Home) -> Wire {
         Wire::try_connect(home)
             .unwrap_or_else(|error| panic!("connect: {error}; the daemon said:\n{}", home.stderr()))
     }
 
-    /// Connects, if somebody listens.
+    /// Connects if a daemon listens.
     ///
     /// # Errors
     /// Those of `connect(2)`.
@@ -32,28 +32,28 @@ impl Wire {
         Peer::new(UnixStream::connect(home.socket())?)
     }
 
-    /// Says that nothing more comes.
+    /// Shuts down the sending direction.
     ///
     /// # Panics
-    /// When the connection is broken.
+    /// If the connection is broken.
     pub fn finish(&mut self) {
         self.stream.shutdown(Shutdown::Write).unwrap();
     }
 
-    /// Everything up to the end of the connection; a reset ends it as well.
+    /// Returns everything up to the end of the connection; a reset counts as the end.
     ///
     /// # Panics
-    /// When no end comes.
+    /// If the connection does not end.
     #[track_caller]
     pub fn rest(&mut self) -> String {
         while self.read_more() {}
         String::from_utf8(std::mem::take(&mut self.unread)).unwrap()
     }
 
-    /// One line, without its newline.
+    /// Returns one line without its newline.
     ///
     /// # Panics
-    /// When none comes.
+    /// If none arrives.
     #[track_caller]
     pub fn line(&mut self) -> String {
         let mut line = Vec::new();
@@ -69,10 +69,10 @@ impl Wire {
         }
     }
 
-    /// Whether nothing can be read for this long.
+    /// Returns whether no byte can be read for this long.
     ///
     /// # Panics
-    /// When the connection cannot be asked.
+    /// If the connection fails.
     pub fn is_silent_for(&mut self, time: Duration) -> bool {
         self.stream.set_read_timeout(Some(time)).unwrap();
         let mut byte = [0];
@@ -81,10 +81,10 @@ impl Wire {
         silent
     }
 
-    /// The one answer: one line of JSON in the wire's shape, then the end.
+    /// Returns the only answer: one line of JSON that follows the wire specification, then the end.
     ///
     /// # Panics
-    /// When it is anything else.
+    /// If the daemon sends anything else.
     #[track_caller]
     pub fn answer(&mut self) -> Value {
         let text = self.rest();
@@ -96,10 +96,11 @@ impl Wire {
     }
 }
 
-/// Every answer is `{"ok":true,"result"?}` or `{"ok":false,"reason"}` and nothing else (wire specification, A.1.1).
+/// Asserts that the answer is `{"ok":true,"result"?}` or `{"ok":false,"reason"}` without other fields (wire specification,
+/// A.1.1).
 ///
 /// # Panics
-/// When it is anything else.
+/// If it is not.
 #[track_caller]
 pub fn check_shape(answer: &Value) {
     let fields = answer.as_object().unwrap_or_else(|| panic!("not an object: {answer}"));
@@ -114,10 +115,10 @@ pub fn check_shape(answer: &Value) {
     }
 }
 
-/// Sends `bytes` on a connection of their own and gives the one answer.
+/// Sends `bytes` on a new connection and returns the only answer.
 ///
 /// # Panics
-/// When there is none.
+/// If there is none.
 #[track_caller]
 pub fn tell(home: &Home, bytes: impl AsRef<[u8]>) -> Value {
     let mut wire = Wire::connect(home);
@@ -125,19 +126,19 @@ pub fn tell(home: &Home, bytes: impl AsRef<[u8]>) -> Value {
     wire.answer()
 }
 
-/// Makes one request and gives the answer.
+/// Sends one request and returns the answer.
 ///
 /// # Panics
-/// When there is none.
+/// If there is none.
 #[track_caller]
 pub fn ask(home: &Home, request: &Value) -> Value {
     tell(home, format!("{request}\n"))
 }
 
-/// Makes a request that must succeed, and gives its result (null where there is none).
+/// Sends a request that must succeed, and returns its result (null without one).
 ///
 /// # Panics
-/// When it does not.
+/// If it fails.
 #[track_caller]
 pub fn done(home: &Home, request: &Value) -> Value {
     let answer = ask(home, request);
@@ -145,10 +146,10 @@ pub fn done(home: &Home, request: &Value) -> Value {
     answer["result"].clone()
 }
 
-/// Makes a request that must be refused, and gives the reason.
+/// Sends a request that must be refused, and returns the reason.
 ///
 /// # Panics
-/// When it is not.
+/// If it succeeds.
 #[track_caller]
 pub fn refused(home: &Home, request: &Value) -> String {
     let answer = ask(home, request);
@@ -156,39 +157,39 @@ pub fn refused(home: &Home, request: &Value) -> String {
     answer["reason"].as_str().unwrap().to_owned()
 }
 
-/// Registers a container by its name alone, with its own folder.
+/// Registers a container with its name and its own folder only.
 ///
 /// # Panics
-/// When that is refused.
+/// If the daemon refuses.
 #[track_caller]
 pub fn register(home: &Home, name: &str) {
     register_with(home, name, &json!({}));
 }
 
-/// Registers a container with more fields than its name and its folder.
+/// Registers a container with further fields.
 ///
 /// # Panics
-/// When that is refused.
+/// If the daemon refuses.
 #[track_caller]
 pub fn register_with(home: &Home, name: &str, fields: &Value) {
     let answer = ask(home, &registration(home, name, fields));
     assert_eq!(answer, json!({"ok": true}));
 }
 
-/// A `register` request.
+/// Returns a `register` request.
 ///
 /// # Panics
-/// When `fields` is no object.
+/// If `fields` is not an object.
 pub fn registration(home: &Home, name: &str, fields: &Value) -> Value {
     let mut request = json!({"kind": "register", "containerName": name, "cwd": home.folder(name)});
     request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     request
 }
 
-/// The names that `list` tells, in its order.
+/// Returns the names in the answer of `list`, in its order.
 ///
 /// # Panics
-/// When it does not answer.
+/// If the daemon does not answer.
 #[track_caller]
 pub fn names(home: &Home) -> Vec<String> {
     let result = done(home, &json!({"kind": "list"}));
@@ -196,17 +197,17 @@ pub fn names(home: &Home) -> Vec<String> {
     registrations.map(|entry| entry["containerName"].as_str().unwrap().to_owned()).collect()
 }
 
-/// The port that `http-info` tells.
+/// Returns the port in the answer of `http-info`.
 ///
 /// # Panics
-/// When it does not answer.
+/// If the daemon does not answer.
 #[track_caller]
 pub fn http_port(home: &Home) -> u16 {
     let result = done(home, &json!({"kind": "http-info"}));
     u16::try_from(result["port"].as_u64().unwrap()).unwrap()
 }
 
-/// Whether a daemon answers `list`.
+/// Returns whether a daemon answers `list`.
 pub fn answers(home: &Home) -> bool {
     let Ok(mut wire) = Wire::try_connect(home) else { return false };
     wire.try_send("{\"kind\":\"list\"}\n").is_ok() && wire.rest().contains("\"ok\":true")

@@ -1,4 +1,4 @@
-//! Commands under `landfall run`, and the lines that they and landfall print.
+//! Commands under `landfall run`, and the output of both.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -10,10 +10,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{PATIENCE, wait_until};
 
-/// A Python that every user may execute; one that a developer installed may be in a private directory.
+/// A Python that every user can execute; one that a developer installed may be in a private directory.
 pub const PYTHON: &str = "/usr/bin/python3";
 
-/// The head of every script: `listen` makes a server that answers each client with a word, `say` prints a line.
+/// The start of every script: `listen` starts a server that answers each client with a text, `say` prints a line.
 const PRELUDE: &str = "
 import os, socket, sys, threading, time
 def say(*words): print(*words, flush=True)
@@ -48,31 +48,31 @@ def fetch(host, port):
 def wait(): sys.stdin.read()
 ";
 
-/// A command that runs. Dropping it kills landfall.
+/// A running command. Dropping it kills landfall.
 #[derive(Debug)]
 pub struct Run {
     child: Child,
-    /// What the command printed.
+    /// The standard output of the command.
     pub out: Lines,
-    /// What landfall printed, and the command's errors.
+    /// The standard error of landfall and of the command.
     pub err: Lines,
 }
 
 impl Run {
-    /// Starts `command`, which is a `landfall run` without the command, with a Python script. The script ends when its
-    /// standard input does.
+    /// Starts `command`, a `landfall run` without its command, with a Python script. The script ends when its standard input
+    /// ends.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub fn python(mut command: Command, script: &str) -> Run {
         command.args(["--", PYTHON, "-c", &format!("{PRELUDE}{script}")]);
         Run::start(command)
     }
 
-    /// Starts a `landfall run`. Without a PATH, pasta is not found; its start would take most of the time of a case.
+    /// Starts a `landfall run`. PATH is empty, so that pasta is not found: its start would take most of the time of a case.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub fn start(mut command: Command) -> Run {
         command.env("PATH", "/nonexistent").env("PYTHONDONTWRITEBYTECODE", "1");
         let mut child =
@@ -81,32 +81,32 @@ impl Run {
         Run { child, out, err }
     }
 
-    /// The process of landfall.
+    /// The process id of landfall.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Sends landfall a signal.
+    /// Sends a signal to landfall.
     ///
     /// # Panics
-    /// When it has ended.
+    /// If it has ended.
     pub fn signal(&self, signal: Signal) {
-        // Our own child, not waited for, so the number is its own.
+        // Our own child, not waited for, so the process id is valid.
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// Writes a line to the command's standard input.
     ///
     /// # Panics
-    /// When it has closed it.
+    /// If the command has closed it.
     pub fn write(&mut self, line: &str) {
         writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
     }
 
-    /// Ends the command's standard input, and waits for the end of landfall.
+    /// Closes the command's standard input, and waits until landfall exits.
     ///
     /// # Panics
-    /// When it does not end.
+    /// If it does not exit.
     #[track_caller]
     pub fn end(&mut self) -> ExitStatus {
         self.child.stdin = None;
@@ -126,7 +126,7 @@ impl Drop for Run {
     }
 }
 
-/// Lines that a process has printed so far.
+/// The lines that a process has printed so far.
 #[derive(Clone, Debug)]
 pub struct Lines(Arc<Mutex<Vec<String>>>);
 
@@ -142,12 +142,12 @@ impl Lines {
         lines
     }
 
-    /// All of them.
+    /// Returns all lines.
     pub fn all(&self) -> String {
         self.0.lock().unwrap().join("\n")
     }
 
-    /// How many contain `text`.
+    /// Counts the lines that contain `text`.
     pub fn count(&self, text: &str) -> usize {
         self.0.lock().unwrap().iter().filter(|line| line.contains(text)).count()
     }
@@ -155,7 +155,7 @@ impl Lines {
     /// Waits for a line that contains `text`, and returns the first one.
     ///
     /// # Panics
-    /// When none comes.
+    /// If none appears.
     #[track_caller]
     pub fn wait_for(&self, text: &str) -> String {
         wait_until(&format!("a line with {text:?}"), || {
@@ -165,10 +165,10 @@ impl Lines {
     }
 }
 
-/// The answer of the server at an address, or the kind of the error.
+/// Returns the answer of the server at an address, or the kind of the error.
 ///
 /// # Panics
-/// When the address is not one.
+/// If the address is invalid.
 #[track_caller]
 pub fn fetch(at: &str) -> String {
     let at: SocketAddr = at.parse().unwrap();
@@ -181,7 +181,7 @@ pub fn fetch(at: &str) -> String {
     fetched.unwrap_or_else(|error| format!("{:?}", error.kind()))
 }
 
-/// Whether a process is there, also as a zombie.
+/// Returns whether a process exists, also as a zombie.
 pub fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }

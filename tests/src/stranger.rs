@@ -1,8 +1,9 @@
-//! Another user of the machine: work that runs under another user id, and an impostor that listens where a program of ours
-//! would and keeps what is sent to it.
+//! Another user of the machine: work that runs under another uid, and an impostor that listens where a program of ours would
+//! listen and records what it receives.
 //!
-//! The kernel keeps credentials for each thread, and a raw `setresuid` changes those of the calling thread alone
-//! (`nptl(7)`, "C library/kernel differences" of `setuid(2)`). So a stranger is a thread: the sockets that it makes and
+//! The kernel keeps credentials per thread, and a raw `setresuid` changes those of the calling thread only (`nptl(7)`, "C
+//! library/kernel differences" of `setuid(2)`). So the other user is a thread: sockets that it makes and accepts belong to
+//! the other user, and it has no capability.
 //! accepts are of the other user, and it has no capability.
 
 use std::io::{Read, Write};
@@ -19,10 +20,10 @@ use tungstenite::handshake::derive_accept_key;
 use crate::broker::Recorder;
 use crate::wait_until;
 
-/// The other user. The user database need not have it.
+/// The uid of the other user. The user database need not contain it.
 pub const STRANGER: u32 = 61_234;
 
-/// Whether this process may act for another user. Without root there is none in its user namespace.
+/// Returns whether this process can change its uid. An unprivileged user namespace maps only one uid.
 pub fn strangers_are_possible() -> bool {
     let is_root =
         std::fs::read_to_string("/proc/self/uid_map").unwrap().split_whitespace().nth(2) != Some("1");
@@ -32,10 +33,10 @@ pub fn strangers_are_possible() -> bool {
     is_root
 }
 
-/// Runs `work` as the other user, on a thread of its own, and waits for it.
+/// Runs `work` as the other user, on a new thread, and waits for it.
 ///
 /// # Panics
-/// When `work` does, or without root.
+/// If `work` panics, or without root.
 #[track_caller]
 pub fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
@@ -54,18 +55,18 @@ fn become_stranger() {
     set_thread_res_uid(user, user, user).unwrap();
 }
 
-/// How an impostor treats a connection.
+/// How an impostor answers a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manner {
-    /// It answers every request for a WebSocket as a container of the reference does, and acknowledges every message.
+    /// Answers every WebSocket request as a container of the reference does, and acknowledges every message.
     Reference,
-    /// It puts the request's own headers into that answer.
+    /// Copies the headers of the request into that answer.
     Echo,
-    /// It answers every HTTP request with success.
+    /// Answers every HTTP request with success.
     Http,
 }
 
-/// A listener of another user. It keeps every byte that arrives.
+/// A listener of another user. It records every byte that arrives.
 #[derive(Debug)]
 pub struct Impostor {
     address: SocketAddr,
@@ -79,7 +80,7 @@ impl Impostor {
     /// Listens on this address.
     ///
     /// # Panics
-    /// When it is taken.
+    /// If the address is in use.
     #[track_caller]
     pub fn listen(address: impl Into<SocketAddr>, manner: Manner) -> Impostor {
         let address = address.into();
@@ -87,18 +88,18 @@ impl Impostor {
         Impostor::serve(listener, manner)
     }
 
-    /// Accepts, as another user, from this listener, whose user may be any.
+    /// Accepts connections as another user from this listener, which may belong to any user.
     ///
     /// # Panics
-    /// When it has no address.
+    /// If the listener has no address.
     pub fn serve(listener: TcpListener, manner: Manner) -> Impostor {
         Impostor::start(listener, manner, become_stranger)
     }
 
-    /// Accepts from this listener as our own user, and is not the program that it claims to be.
+    /// Accepts connections from this listener as our own user, without being the program that it claims to be.
     ///
     /// # Panics
-    /// When it has no address.
+    /// If the listener has no address.
     pub fn of_our_user(listener: TcpListener, manner: Manner) -> Impostor {
         Impostor::start(listener, manner, || {})
     }
@@ -128,34 +129,34 @@ impl Impostor {
                 }
             }
             for stream in all {
-                // One may have ended by itself.
+                // It may have closed the connection already.
                 let _ = stream.shutdown(std::net::Shutdown::Both);
             }
         }));
         impostor
     }
 
-    /// Where it listens.
+    /// The address of the listener.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// How many connections it accepted.
+    /// Returns the number of accepted connections.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// Everything that arrived so far, readable.
+    /// Returns everything that arrived so far, in readable form.
     ///
     /// # Panics
-    /// Never.
+    /// If a thread of the impostor panicked.
     pub fn received(&self) -> String {
         self.recorders.lock().unwrap().iter().map(Recorder::readable).collect()
     }
 
     /// Waits until this text has arrived.
     ///
-    /// # Panics
+    /// If it does not arrive.
     /// When it does not.
     #[track_caller]
     pub fn wait_for(&self, text: &str) {
@@ -168,7 +169,7 @@ impl Impostor {
     /// Asserts that a secret has not arrived.
     ///
     /// # Panics
-    /// When it has.
+    /// If it has.
     #[track_caller]
     pub fn assert_without(&self, secret: &str) {
         let received = self.received();
@@ -180,13 +181,13 @@ impl Drop for Impostor {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // A panic in there was seen by the case, or does not matter any more.
+            // The case has already seen a panic of that thread, or it no longer matters.
             let _ = thread.join();
         }
     }
 }
 
-/// Takes what comes, and answers in its manner.
+/// Reads what arrives, and answers as configured.
 fn converse(mut stream: &TcpStream, manner: Manner, recorder: &Recorder) {
     let mut is_upgraded = false;
     let mut buffer = [0; 4096];
@@ -194,7 +195,7 @@ fn converse(mut stream: &TcpStream, manner: Manner, recorder: &Recorder) {
         let head = recorder.take(&buffer[..count]);
         let answer = match head {
             Some(head) => answer(&head, manner).into_bytes(),
-            // A short text frame, whatever was asked.
+            // A short text frame, regardless of the request.
             None if is_upgraded => {
                 let ack = br#"{"type":"broker-hello-ack"}"#;
                 [&[0x81, u8::try_from(ack.len()).unwrap()][..], ack].concat()

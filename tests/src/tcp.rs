@@ -1,4 +1,4 @@
-//! The ends of a connection: a server inside, a client outside, and what each can see.
+//! The two ends of a connection: a server inside, a client outside, and what each observes.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use crate::{Checker, Pattern};
 use crate::{Namespace, PATIENCE};
 
-/// How what one can read of a connection ended.
+/// How the readable side of a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// A FIN.
@@ -32,16 +32,16 @@ impl Server {
     /// Listens on `address` (port 0: any) inside `namespace`.
     ///
     /// # Panics
-    /// When the address cannot be had.
+    /// If the address cannot be bound.
     #[track_caller]
     pub fn listen(namespace: &Namespace, address: &str) -> Server {
         Server::listen_backlog(namespace, address.parse().unwrap(), 4096, None)
     }
 
-    /// The same with a backlog and a protocol (`None`: TCP) of one's own.
+    /// The same with a given backlog and protocol (`None`: TCP).
     ///
     /// # Panics
-    /// When the address cannot be had.
+    /// If the address cannot be bound.
     #[track_caller]
     pub fn listen_backlog(
         namespace: &Namespace,
@@ -63,30 +63,30 @@ impl Server {
         Server::from_socket(listener)
     }
 
-    /// Takes a socket that listens already.
+    /// Takes a listening socket.
     ///
     /// # Panics
-    /// When it is not bound.
+    /// If it is not bound.
     pub fn from_socket(socket: OwnedFd) -> Server {
         let listener = TcpListener::from(socket);
         let address = listener.local_addr().unwrap();
         Server { listener, address }
     }
 
-    /// Where it listens.
+    /// The address of the listener.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Its port.
+    /// The port of the listener.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
-    /// Takes the next connection.
+    /// Accepts the next connection.
     ///
     /// # Panics
-    /// When none comes.
+    /// If none arrives.
     #[track_caller]
     pub fn accept(&self) -> TcpStream {
         let patience = Timespec::try_from(PATIENCE).unwrap();
@@ -95,15 +95,15 @@ impl Server {
         patient(self.listener.accept().unwrap().0)
     }
 
-    /// Whether a connection waits to be taken.
+    /// Returns whether a connection waits in the backlog.
     ///
     /// # Panics
-    /// When it cannot be looked.
+    /// If `poll(2)` fails.
     pub fn has_caller(&self) -> bool {
         poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&Timespec::default())).unwrap() == 1
     }
 
-    /// Serves every connection, now and later, on `threads` threads that take them in turn.
+    /// Serves every current and future connection, on `threads` threads that accept in turn.
     pub fn serve_in_turn(self, threads: usize, service: impl Fn(TcpStream) + Send + Sync + 'static) {
         let shared = std::sync::Arc::new((self.listener, service));
         for _ in 0..threads {
@@ -116,7 +116,7 @@ impl Server {
         }
     }
 
-    /// Takes every connection, now and later, on a thread of its own, and serves it on another.
+    /// Accepts every current and future connection on one thread, and serves each on another.
     pub fn serve(self, service: impl Fn(TcpStream) + Send + Sync + 'static) {
         let service = std::sync::Arc::new(service);
         std::thread::spawn(move || {
@@ -128,10 +128,10 @@ impl Server {
     }
 }
 
-/// Connects to `address` from this process's own namespace.
+/// Connects to `address` from the namespace of this process.
 ///
 /// # Panics
-/// When nobody listens there.
+/// If no listener accepts the connection.
 #[track_caller]
 pub fn connect(address: impl Into<SocketAddr>) -> TcpStream {
     let address = address.into();
@@ -141,13 +141,13 @@ pub fn connect(address: impl Into<SocketAddr>) -> TcpStream {
 /// Connects to `address` from inside `namespace`.
 ///
 /// # Panics
-/// When nobody listens there.
+/// If no listener accepts the connection.
 #[track_caller]
 pub fn connect_from(namespace: &Namespace, address: SocketAddr) -> TcpStream {
     namespace.run(|| connect(address))
 }
 
-/// A stream on which nothing waits for ever.
+/// Sets timeouts on a stream, so that no call blocks forever.
 fn patient(stream: TcpStream) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -155,10 +155,10 @@ fn patient(stream: TcpStream) -> TcpStream {
     stream
 }
 
-/// Ends a connection with a reset.
+/// Closes a connection with a reset.
 ///
 /// # Panics
-/// When the socket does not take the option.
+/// If the socket rejects the option.
 pub fn reset(stream: TcpStream) {
     set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
     drop(stream);
@@ -167,16 +167,16 @@ pub fn reset(stream: TcpStream) {
 /// Sends a FIN.
 ///
 /// # Panics
-/// When the connection is broken.
+/// If the connection is broken.
 #[track_caller]
 pub fn finish(stream: &TcpStream) {
     stream.shutdown(Shutdown::Write).unwrap();
 }
 
-/// Reads what comes next, as `read(2)` does but for interruptions.
+/// Reads the available bytes as `read(2)` does, and retries after an interruption.
 ///
 /// # Errors
-/// Those of `read(2)`; on a socket with a timeout it is interrupted by any signal (`signal(7)`), and goes on then.
+/// Those of `read(2)`, except EINTR: any signal interrupts a read from a socket with a timeout (`signal(7)`).
 pub fn read_some(mut stream: &TcpStream, buffer: &mut [u8]) -> std::io::Result<usize> {
     loop {
         match stream.read(buffer) {
@@ -189,7 +189,7 @@ pub fn read_some(mut stream: &TcpStream, buffer: &mut [u8]) -> std::io::Result<u
 /// Sends the first `count` bytes of a pattern.
 ///
 /// # Panics
-/// When the connection breaks, or nobody reads.
+/// If the connection breaks, or the peer stops reading.
 #[track_caller]
 pub fn send_all(mut stream: &TcpStream, pattern: Pattern, count: u64) {
     let mut buffer = vec![0; 256 * 1024];
@@ -202,10 +202,10 @@ pub fn send_all(mut stream: &TcpStream, pattern: Pattern, count: u64) {
     }
 }
 
-/// Reads up to byte `count` of the stream, and checks each.
+/// Reads up to byte `count` of the stream, and checks each byte.
 ///
 /// # Panics
-/// When the stream ends before, or a byte is wrong.
+/// If the stream ends before, or a byte is wrong.
 #[track_caller]
 pub fn read_exactly(stream: &TcpStream, checker: &mut Checker, count: u64) {
     let mut buffer = vec![0; 256 * 1024];
@@ -222,7 +222,7 @@ pub fn read_exactly(stream: &TcpStream, checker: &mut Checker, count: u64) {
 /// Reads exactly these bytes.
 ///
 /// # Panics
-/// When others come, or none.
+/// If other bytes arrive, or none.
 #[track_caller]
 pub fn read_these(mut stream: &TcpStream, wanted: &[u8]) {
     let mut bytes = vec![0; wanted.len()];
@@ -230,10 +230,10 @@ pub fn read_these(mut stream: &TcpStream, wanted: &[u8]) {
     assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(wanted));
 }
 
-/// Reads to the end, checks each byte, and tells how it ended.
+/// Reads to the end, checks each byte, and returns how the stream ended.
 ///
 /// # Panics
-/// When a byte is wrong, or no end comes.
+/// If a byte is wrong, or the stream does not end.
 #[track_caller]
 pub fn read_to_end(stream: &TcpStream, checker: &mut Checker) -> End {
     let mut buffer = vec![0; 256 * 1024];
@@ -247,7 +247,7 @@ pub fn read_to_end(stream: &TcpStream, checker: &mut Checker) -> End {
     }
 }
 
-/// Whether an error says that the peer is gone rather than slow.
+/// Returns whether an error means that the connection ended, rather than that the peer is slow.
 pub(crate) fn is_broken(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted)
 }

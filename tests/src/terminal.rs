@@ -1,4 +1,4 @@
-//! A program on a terminal, for what it asks a person.
+//! A program on a pseudo-terminal, to test its questions to a person.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -22,7 +22,7 @@ impl Terminal {
     /// Starts a program.
     ///
     /// # Panics
-    /// When a terminal cannot be opened, or the program cannot be started.
+    /// If a terminal cannot be opened, or the program cannot be started.
     pub fn run(mut command: Command) -> Terminal {
         let outer = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&outer).unwrap();
@@ -35,15 +35,15 @@ impl Terminal {
             .stderr(inner)
             .spawn()
             .unwrap();
-        // The command holds the inner end until it is dropped; the end of the program then ends the terminal.
+        // The command holds the inner end until it is dropped; then the end of the program closes the terminal.
         drop(command);
         Terminal { outer: outer.into(), child, shown: String::new() }
     }
 
-    /// Waits until the program has shown `text`.
+    /// Waits until the program has printed `text`.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) {
         while !self.shown.contains(text) {
@@ -54,23 +54,23 @@ impl Terminal {
     /// Types a line.
     ///
     /// # Panics
-    /// When the terminal is gone.
+    /// If the terminal is closed.
     #[track_caller]
     pub fn type_line(&mut self, line: &str) {
         self.outer.write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
-    /// Waits for the end of the program. Returns its status and everything that it showed.
+    /// Waits until the program exits. Returns its status and all of its output.
     ///
     /// # Panics
-    /// When it does not end.
+    /// If it does not exit.
     #[track_caller]
     pub fn end(mut self) -> (ExitStatus, String) {
         while self.read_more() {}
         (self.child.wait().unwrap(), std::mem::take(&mut self.shown))
     }
 
-    /// Reads what is there. Returns false at the end.
+    /// Reads the available output. Returns false at the end.
     #[track_caller]
     fn read_more(&mut self) -> bool {
         let until = Instant::now() + PATIENCE;

@@ -1,7 +1,7 @@
-//! Traffic that goes on while something else happens: visitors that come one after another, and conversations that last.
+//! Background traffic: short connections in sequence, and long-lived connections.
 //!
-//! Both check every byte, and both tell what went wrong at the end, so that whoever makes trouble meanwhile has nothing
-//! to look after.
+//! Both check every byte, and both report failures at their end, so that a case which kills processes in the meantime needs
+//! no checks of its own.
 
 use std::io::Write;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -12,30 +12,30 @@ use std::thread::JoinHandle;
 use crate::tcp::{End, Server, connect, finish, read_exactly, read_some, read_to_end, send_all};
 use crate::{PATIENCE, Pattern, Rng, wait_until};
 
-/// How many bytes answer a visit.
+/// The length of the answer to one short connection, in bytes.
 const ANSWER: u64 = 2_000;
-/// The longest piece of a conversation, in bytes. Two of them fit into the buffers of any socket.
+/// The longest piece of a [`Conversation`], in bytes. Two of them fit into the buffers of any socket.
 const PIECE_MAX: u64 = 16 * 1024;
 
-/// What a server does for a visitor of a [`Flood`]: it answers a seed with its pattern.
+/// Serves a client of a [`Flood`]: answers a seed with its pattern.
 pub fn answer(stream: TcpStream) {
     let mut seed = [0; 8];
     let mut filled = 0;
     while filled < seed.len() {
-        // A visitor that ends early has nothing to be told.
+        // A client that ends early gets no answer.
         let Ok(bytes @ 1..) = read_some(&stream, &mut seed[filled..]) else { return };
         filled += bytes;
     }
     send_all(&stream, Pattern::new(u64::from_le_bytes(seed)), ANSWER);
     finish(&stream);
-    // The visitor ends second, so that its port is the one that rests.
+    // The server sends its FIN first and waits for the client's.
     let _ = read_some(&stream, &mut [0]);
 }
 
-/// One visit to a port of the host, by the family that the seed says.
+/// Makes one short connection to a port of the host; the seed selects the address family.
 ///
 /// # Errors
-/// What went wrong, and at which step.
+/// The error, and the step at which it occurred.
 pub fn visit(port: u16, seed: u64) -> Result<(), String> {
     let address = if seed.is_multiple_of(2) {
         SocketAddr::from((Ipv4Addr::LOCALHOST, port))
@@ -59,7 +59,7 @@ struct Visits {
     failures: Mutex<Vec<String>>,
 }
 
-/// Visitors of one port that come one after another, several at once, until it is dropped.
+/// Clients that connect to one port in sequence, several at once, until it is dropped.
 #[derive(Debug)]
 pub struct Flood {
     visits: Arc<Visits>,
@@ -67,7 +67,7 @@ pub struct Flood {
 }
 
 impl Flood {
-    /// So many visitors at a time.
+    /// Starts this many clients at a time.
     pub fn start(port: u16, at_once: usize) -> Flood {
         let visits = Arc::new(Visits::default());
         let visitor = |visits: Arc<Visits>| {
@@ -84,10 +84,10 @@ impl Flood {
         Flood { visits, threads }
     }
 
-    /// Waits for so many visits more.
+    /// Waits for this many further connections.
     ///
     /// # Panics
-    /// When they do not come, or one has failed.
+    /// If they do not happen, or one has failed.
     #[track_caller]
     pub fn goes_on(&self, count: u64) {
         let until = self.visits.begun.load(Ordering::Relaxed) + count;
@@ -98,10 +98,10 @@ impl Flood {
         self.check();
     }
 
-    /// Ends it, and gives the number of visits, all of which went well.
+    /// Stops the clients, and returns the number of connections, all of which succeeded.
     ///
     /// # Panics
-    /// When one did not.
+    /// If one failed.
     #[track_caller]
     pub fn end(mut self) -> u64 {
         self.visits.over.store(true, Ordering::Relaxed);
@@ -132,7 +132,7 @@ struct Talk {
     bytes: AtomicU64,
 }
 
-/// A connection on which both ends send and check without an end: piece after piece there, as many bytes back.
+/// A connection on which both ends send and check without end: a piece in one direction, then as many bytes back.
 #[derive(Debug)]
 pub struct Conversation {
     talk: Arc<Talk>,
@@ -141,10 +141,10 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    /// Connects to a port of the host, which leads to `server`.
+    /// Connects to a port of the host that leads to `server`.
     ///
     /// # Panics
-    /// When it does not.
+    /// If the connection fails.
     #[track_caller]
     pub fn begin(port: u16, server: &Server, seed: u64) -> Conversation {
         let (client, accepted) = (connect((Ipv4Addr::LOCALHOST, port)), server.accept());
@@ -158,10 +158,10 @@ impl Conversation {
         }
     }
 
-    /// Waits until more has been said.
+    /// Waits until more bytes have been exchanged.
     ///
     /// # Panics
-    /// When nothing is, or not what was sent.
+    /// If none are, or a byte is wrong.
     #[track_caller]
     pub fn goes_on(&mut self) {
         let until = self.talk.bytes.load(Ordering::Relaxed) + PIECE_MAX;
@@ -176,10 +176,10 @@ impl Conversation {
         });
     }
 
-    /// Ends it in order, and gives how many bytes went each way, every one right.
+    /// Closes the connection with FINs, and returns how many bytes went in each direction, all of them right.
     ///
     /// # Panics
-    /// When one was not, or the connection ended before.
+    /// If a byte was wrong, or the connection ended before.
     #[track_caller]
     pub fn end(mut self) -> u64 {
         self.talk.over.store(true, Ordering::Relaxed);

@@ -1,15 +1,15 @@
-//! Waiting for a state, never for a while.
+//! Waiting for a state with a time limit, instead of waiting for a fixed time.
 
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-/// How long anything may take before it counts as never happening. Nothing that works needs a tenth of it.
+/// The time after which a state counts as unreachable. Everything that works needs less than a tenth of it.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Looks again and again until `look` gives `Ok`, and returns it.
+/// Calls `look` repeatedly until it returns `Ok`, and returns the value.
 ///
 /// # Panics
-/// After [`PATIENCE`], with `what` was waited for and what was last seen.
+/// After [`PATIENCE`], with `what` was expected and the last state.
 #[track_caller]
 pub fn wait_until<T, S: Debug>(what: &str, mut look: impl FnMut() -> Result<T, S>) -> T {
     let start = Instant::now();
@@ -20,7 +20,7 @@ pub fn wait_until<T, S: Debug>(what: &str, mut look: impl FnMut() -> Result<T, S
                 assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; last seen: {seen:?}")
             }
         }
-        // Between two looks, so that whoever is waited for has the processor.
+        // Pauses between two calls, so that the awaited process can run.
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -1,4 +1,4 @@
-//! The ways into a namespace, each as the engine is driven to use it.
+//! The kinds of upstreams: how the engine gets sockets inside a namespace.
 
 use std::net::{SocketAddr, TcpStream};
 use std::num::NonZeroU16;
@@ -18,32 +18,32 @@ use crate::Namespace;
 
 static WAY: OnceLock<UpstreamKind> = OnceLock::new();
 
-/// Has this case, which is a process of its own, enter namespaces by another way than an opener's.
+/// Makes this case, which is a process of its own, use another kind of upstream than an opener.
 ///
 /// # Panics
-/// When it has entered one already.
+/// If it has added an upstream already.
 pub fn enter_by(way: UpstreamKind) {
     assert_eq!(*WAY.get_or_init(|| way), way, "the way of this case was chosen before");
 }
 
-/// How this case enters namespaces.
+/// Returns the kind of upstream that this case uses.
 pub fn way() -> UpstreamKind {
     *WAY.get_or_init(UpstreamKind::default)
 }
 
-/// What stands behind an upstream. Dropping it ends that.
+/// The other end of an upstream. Dropping it ends that end.
 #[derive(Debug)]
 pub struct Behind {
     _agent: Option<Agent>,
 }
 
-/// What an upstream is made of: the cookie, the sources and the descriptors of the command, and what is behind it.
+/// The parts of an upstream: the cookie, the watch sources and the descriptors of the command, and the other end.
 pub type Entered = (u64, WatchSources, Vec<OwnedFd>, Behind);
 
-/// Enters a namespace by the way of this case, for an engine of so many shards.
+/// Enters a namespace with the upstream kind of this case, for an engine with this many shards.
 ///
 /// # Panics
-/// When it cannot.
+/// If it cannot.
 #[track_caller]
 pub fn enter(namespace: &Namespace, shards: u16) -> Entered {
     match way() {
@@ -68,7 +68,7 @@ pub fn enter(namespace: &Namespace, shards: u16) -> Entered {
     }
 }
 
-/// A thread that is inside and hands out sockets to whoever connects to its socket. Dropping it ends the thread.
+/// A thread inside that passes sockets to every client of its Unix socket. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct Agent {
     listener: OwnedFd,
@@ -79,7 +79,7 @@ impl Agent {
     /// Makes its socket in `directory`.
     ///
     /// # Panics
-    /// When it cannot.
+    /// If it cannot.
     pub fn start(namespace: &Namespace, directory: &Path) -> Agent {
         let listener = agents_listener(&directory.join(AGENT_SOCKET));
         let served = listener.try_clone().unwrap();
@@ -97,10 +97,10 @@ impl Drop for Agent {
     }
 }
 
-/// A listening socket such as an agent has, at `path`.
+/// Makes a listening socket like an agent's, at `path`.
 ///
 /// # Panics
-/// When the path cannot be had.
+/// If the path cannot be bound.
 pub fn agents_listener(path: &Path) -> OwnedFd {
     let kind = SocketType::SEQPACKET;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
@@ -109,7 +109,7 @@ pub fn agents_listener(path: &Path) -> OwnedFd {
     socket
 }
 
-/// One end of a channel at whose other a thread dials inside, as long as the engine holds its end.
+/// Returns one end of a channel. A thread holds the other end and dials inside, as long as the engine holds its end.
 fn dialler(namespace: &Namespace) -> OwnedFd {
     let (engines, ours) = Channel::pair().unwrap();
     namespace.spawn(move || {
@@ -127,11 +127,11 @@ fn dialler(namespace: &Namespace) -> OwnedFd {
     engines.into()
 }
 
-/// 127.0.0.1 first, then `::1`.
+/// Tries 127.0.0.1 first, then `::1`.
 fn dial_inside(port: NonZeroU16) -> Result<TcpStream, DialFailure> {
     let addresses: Vec<SocketAddr> = Family::ALL.into_iter().map(|family| family.loopback(port)).collect();
     let stream = TcpStream::connect(addresses.as_slice()).map_err(|_| DialFailure::Refused)?;
-    // It met itself, for nobody was there (RFC 9293, 3.5).
+    // The socket connected to itself, because no server listens (RFC 9293, 3.5).
     if stream.local_addr().ok() == stream.peer_addr().ok() {
         crate::reset(stream);
         return Err(DialFailure::Refused);
@@ -140,18 +140,18 @@ fn dial_inside(port: NonZeroU16) -> Result<TcpStream, DialFailure> {
     Ok(stream)
 }
 
-/// An agent that answers as a script says, which may be anything.
+/// An agent that answers as a script decides, which may be invalid.
 #[derive(Debug)]
 pub struct Scripted {
     listener: OwnedFd,
 }
 
 impl Scripted {
-    /// Listens at `path`, inside. `script` is called on a thread of its own for each connection and each request; the
-    /// connection ends when it says false.
+    /// Listens at `path`, inside. Each connection has its own thread, which calls `script` for each request; the connection
+    /// ends when `script` returns false.
     ///
     /// # Panics
-    /// When the path cannot be had.
+    /// If the path cannot be bound.
     pub fn start(
         namespace: &Namespace,
         path: &Path,
@@ -181,10 +181,10 @@ impl Drop for Scripted {
     }
 }
 
-/// What an honest agent answers, from the namespace of this thread.
+/// Returns the answer of an honest agent, from the namespace of this thread.
 ///
 /// # Panics
-/// When no sockets are left.
+/// If no sockets are left.
 pub fn honest(request: &Request) -> (Answer, Vec<OwnedFd>) {
     let make = |domain, kind, protocol| {
         rustix::net::socket_with(domain, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol)

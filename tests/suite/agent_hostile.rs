@@ -1,4 +1,5 @@
-//! Claim 25: an agent may be anybody. What it is not is told, nothing of it is kept, and nobody else's forwards notice.
+//! Claim 25: an agent is not trusted. An invalid one is reported and its upstream is removed, without an effect on other
+//! forwards.
 
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,22 +28,22 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use crate::observe::ends_by;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c25_what_is_no_agents_socket_is_told", what_is_no_agents_socket),
-    Case::once("c25_an_agent_that_makes_no_sense_is_told", makes_no_sense),
-    Case::once("c25_an_agent_that_says_nothing_is_given_up", says_nothing),
-    Case::once("c25_what_an_agent_hands_over_is_looked_at", what_is_handed_over),
-    Case::each_ring("c25_an_agent_that_turns_hostile_is_let_go", turns_hostile),
-    Case::each_ring("c25_an_agent_that_falls_silent_resets_its_own_clients", falls_silent),
-    Case::each_ring("c25_a_socket_that_blocks_stops_nobody_else", blocks),
-    Case::each_ring("c25_stolen_bytes_are_nobody_elses", steals),
+    Case::once("c25_a_path_without_an_agent_is_reported", what_is_no_agents_socket),
+    Case::once("c25_an_invalid_answer_of_an_agent_is_reported", makes_no_sense),
+    Case::once("c25_a_silent_agent_times_out", says_nothing),
+    Case::once("c25_descriptors_of_an_agent_are_checked", what_is_handed_over),
+    Case::each_ring("c25_an_agent_that_turns_hostile_is_removed", turns_hostile),
+    Case::each_ring("c25_an_agent_that_stops_answering_resets_only_its_own_clients", falls_silent),
+    Case::each_ring("c25_a_blocking_socket_stops_no_other_forward", blocks),
+    Case::each_ring("c25_a_hostile_agent_reads_only_bytes_of_its_own_container", steals),
     Case::each_ring("c25_a_wrong_number_of_channels_is_refused", wrong_numbers),
     Case::each_ring("c25_an_engine_with_a_hanging_agent_drains", engine_drains),
     Case::each_ring("c25_an_engine_with_a_hanging_agent_stops", engine_stops),
 ];
 
-/// The container that behaves, and its forward.
+/// The container with an honest agent, and its forward.
 const GOOD: (UpstreamId, ForwardId, u16) = (UpstreamId(1), ForwardId(1), 3001);
-/// The one that does not.
+/// The container with the hostile agent.
 const BAD: (UpstreamId, ForwardId, u16) = (UpstreamId(2), ForwardId(2), 3002);
 
 #[track_caller]
@@ -50,7 +51,7 @@ fn refused(directory: &Path, kind: FailureKind, words: &str) {
     let before = descriptors();
     let begun = Instant::now();
     let error = Opener::connect(directory).expect_err(words);
-    // Not for want of an answer, which takes 5 s.
+    // Not because of a timeout, which takes 5 s.
     assert!(begun.elapsed() < Duration::from_secs(4), "{words}: {:?}", begun.elapsed());
     assert_eq!(error.kind(), Some(kind), "{error}");
     assert!(error.to_string().contains(words), "{error}");
@@ -88,7 +89,7 @@ fn what_is_no_agents_socket() {
     let directory = place();
     drop(agents_listener(&socket(&directory)));
     refused(directory.path(), FailureKind::Gone, "no agent listens on it");
-    // Nobody accepts: as many wait as fit, and the next is not kept waiting.
+    // The listener never accepts: its backlog is full, and a further connect does not block.
     let waiting: Vec<_> = std::iter::from_fn(|| try_connect(&socket(&elsewhere))).take(100).collect();
     assert!(waiting.len() < 100);
     refused(elsewhere.path(), FailureKind::Exhausted, "the agent takes no connection");
@@ -107,7 +108,7 @@ fn send(channel: &Channel, (answer, descriptors): (Answer, Vec<OwnedFd>)) -> boo
     channel.send(&answer, &descriptors).is_ok()
 }
 
-/// What comes of meeting an agent that answers so. Nothing of it may be left.
+/// Returns the error of adding an upstream whose agent answers like this. Asserts that no descriptor of it is left.
 #[track_caller]
 fn met(script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static) -> OpenError {
     let (inside, directory) = (Namespace::new(), tempfile::tempdir().unwrap());
@@ -121,7 +122,7 @@ fn met(script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static) -> O
         }
         Err(error) => error,
     };
-    // Its side of the connection is closed by its own thread, and so are those of its start.
+    // Its own thread closes its side of the connection, as do the threads of its start.
     wait_until("descriptors to be as before", || match descriptors() {
         now if now <= before => Ok(()),
         now => Err((now, before)),
@@ -142,14 +143,14 @@ fn makes_no_sense() {
         true
     });
     assert!(error.to_string().contains("not a message that is understood"), "{error}");
-    // It says that it is where we are, and has a socket from nowhere near.
+    // It claims the cookie of our namespace, and has a socket of another namespace.
     let own = honest(&Request::Introduce).0;
     let error = met(move |channel, request| match request {
         Request::Introduce => send(channel, (own.clone(), Vec::new())),
         other => send(channel, honest(other)),
     });
     assert_eq!(error.kind(), Some(FailureKind::OwnNamespace), "{error}");
-    // It says that it is where another container is.
+    // It claims the cookie of another container.
     let other = Namespace::new().run(|| honest(&Request::Introduce).0);
     let error = met(move |channel, request| match request {
         Request::Introduce => send(channel, (other.clone(), Vec::new())),
@@ -165,11 +166,11 @@ fn says_nothing() {
     assert!(begun.elapsed() >= Duration::from_secs(5), "{:?}", begun.elapsed());
 }
 
-/// Descriptors that are no unused TCP socket of IPv4, and what each is told to be.
+/// Descriptors that are not unused TCP sockets of IPv4, with the text that names each in the error.
 fn wrong_descriptors() -> Vec<(&'static str, Vec<OwnedFd>)> {
     let tcp = |family| socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    // It is its own peer, and so needs nobody to stay connected.
+    // It is its own peer, so it stays connected without another socket.
     let connected = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
     rustix::net::bind(&connected, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
     let own = SocketAddr::try_from(rustix::net::getsockname(&connected).unwrap()).unwrap();
@@ -205,7 +206,7 @@ fn what_is_handed_over() {
         });
         assert!(error.to_string().contains(words), "{words}: {error}");
     }
-    // More than was asked for, whatever it is.
+    // More descriptors than requested, of any kind.
     let tcp = || socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
     let error = met(move |channel, request| match request {
         Request::Sockets { .. } => send(
@@ -226,7 +227,7 @@ fn what_is_handed_over() {
         });
         assert!(error.to_string().contains("descriptors came with it"), "{error}");
     }
-    // A socket of ours that it got hold of.
+    // One of our own sockets, which it received before.
     let host = Arc::new(Mutex::new(Some(honest(&Request::SockDiag).1)));
     let diags: [Arc<dyn Fn() -> Vec<OwnedFd> + Send + Sync>; 4] = [
         Arc::new(|| {
@@ -245,11 +246,11 @@ fn what_is_handed_over() {
     }
 }
 
-/// An engine with a container that behaves, whose forward is busy, and one whose agent follows a script from the moment
-/// when its upstream is there.
+/// An engine with an honest container, whose forward is busy, and a container whose agent follows a script after its
+/// upstream was added.
 struct Two {
     driver: Driver,
-    /// Dropped first: it must have gone well to the end.
+    /// Dropped first: asserts that every connection succeeded.
     talk: Conversation,
     flood: Flood,
     bad: Namespace,
@@ -274,7 +275,7 @@ impl Two {
         let partner = Server::listen(&good, "127.0.0.1:3003");
         let talk = Conversation::begin(3003, &partner, 7);
         let flood = Flood::start(GOOD.2, 2);
-        // Honest until the engine has it.
+        // Honest until the engine has added it.
         let agent = Scripted::start(&bad, &directory.path().join(AGENT_SOCKET), script);
         let mut opener = Opener::connect(directory.path()).unwrap();
         let (sources, descriptors) = opener.agent_upstream().unwrap();
@@ -284,7 +285,7 @@ impl Two {
         Two { driver, talk, flood, bad, _agent: agent, _good: good, _directory: directory }
     }
 
-    /// The other container's connections go on, and new ones come.
+    /// Asserts that the other container's connections continue and new ones succeed.
     #[track_caller]
     fn others_go_on(&mut self) {
         self.talk.goes_on();
@@ -299,7 +300,7 @@ impl Two {
         })
     }
 
-    /// Everything of the other container went well to the end.
+    /// Asserts that every connection of the other container succeeded.
     #[track_caller]
     fn end(self) {
         assert!(self.talk.end() > 0);
@@ -307,7 +308,7 @@ impl Two {
     }
 }
 
-/// The first request for sockets is the proof, answered honestly; from then on `rest` answers.
+/// Answers the first request for sockets, which is the proof, honestly; `rest` answers all later requests.
 fn after_the_proof(
     rest: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static,
 ) -> impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static {
@@ -352,7 +353,7 @@ fn turns_hostile(ring: RingChoice) {
         let reason = two.removed().expect("nobody asked for it");
         assert!(reason.contains(words), "{words}: {reason}");
         two.others_go_on();
-        // It is told once, and its number is free.
+        // The engine reports it once, and its id is free.
         two.driver.apply(Command::RemoveUpstream { upstream: BAD.0, ending: Ending::Reset });
         assert_eq!(two.removed(), None);
         two.end();
@@ -371,7 +372,7 @@ fn falls_silent(ring: RingChoice) {
     two.end();
 }
 
-/// An agent that keeps a duplicate of each socket and makes them block when it is told to.
+/// An agent that keeps a duplicate of each socket and makes them blocking on request.
 struct Thief {
     kept: Arc<Mutex<Vec<OwnedFd>>>,
 }
@@ -395,7 +396,7 @@ impl Thief {
     }
 }
 
-/// A server whose queue is full: a connect to it gets no answer.
+/// Makes a server whose backlog is full: a connect to it gets no answer.
 fn server_that_does_not_answer(inside: &Namespace) -> (Server, Vec<TcpStream>) {
     let address = ([127, 0, 0, 1], 3000).into();
     let server = Server::listen_backlog(inside, address, 0, None);
@@ -406,12 +407,12 @@ fn server_that_does_not_answer(inside: &Namespace) -> (Server, Vec<TcpStream>) {
     (server, filling)
 }
 
-/// Brings the shard of the hostile container into a connect that does not return.
+/// Makes the shard of the hostile container block in a connect that does not return.
 #[track_caller]
 fn hang(two: &mut Two, thief: &Thief) -> (Server, Vec<TcpStream>, TcpStream) {
     let (server, filling) = server_that_does_not_answer(&two.bad);
     two.driver.open(BAD.1, BAD.0, (BAD.2, 3000), Reach { v4: true, v6: false }).unwrap();
-    // The stock is there, or a socket would be looked at after it blocks.
+    // The stock is complete; otherwise a socket would be checked after it became blocking.
     wait_until("both stocks", || match thief.kept.lock().unwrap().len() {
         8.. => Ok(()),
         few => Err(few),
@@ -438,11 +439,11 @@ fn blocks(ring: RingChoice) {
     let mut two = Two::start(ring, Limits::default(), script);
     let (server, filling, client) = hang(&mut two, &thief);
     two.others_go_on();
-    // What is asked of all is answered without it, and tells of it.
+    // The engine answers a query of all shards without the hung shard, and includes its forward.
     let state = two.driver.describe();
     let bad = state.iter().find(|state| state.forward == BAD.1).expect("its forward");
     assert!(bad.listening && bad.host_port.get() == BAD.2);
-    // Its port is let go of, and may be another's.
+    // Its port is free for another forward.
     two.driver.remove_upstream(BAD.0, Ending::Drain);
     let after = TcpStream::connect(("127.0.0.1", BAD.2)).expect_err("nobody listens");
     assert_eq!(after.kind(), std::io::ErrorKind::ConnectionRefused);
@@ -450,7 +451,7 @@ fn blocks(ring: RingChoice) {
     landfall_tests::visit(BAD.2, 2).unwrap();
     two.others_go_on();
     assert_eq!(two.driver.describe().len(), 3);
-    // With the container's end the thread has nothing to wait for any more.
+    // Without the container's end the thread has no descriptor left to wait for.
     drop((server, filling));
     thief.kept.lock().unwrap().clear();
     assert_eq!(ends_by(&client), End::Reset);
@@ -461,7 +462,7 @@ fn blocks(ring: RingChoice) {
     });
 }
 
-/// It reads what is meant for its own container's clients, from a socket that blocks.
+/// The agent reads bytes for its own container's clients from a duplicate of a socket that blocks.
 fn steals(ring: RingChoice) {
     let (thief, script) = Thief::new();
     let mut two = Two::start(ring, Limits::default(), script);
@@ -469,7 +470,7 @@ fn steals(ring: RingChoice) {
     two.driver.open(BAD.1, BAD.0, (BAD.2, 3000), Reach { v4: true, v6: false }).unwrap();
     let client = connect(([127, 0, 0, 1], BAD.2));
     let accepted = server.accept();
-    // Bulk, so that the engine splices.
+    // Bulk data, so that the engine splices.
     let pushing = std::thread::spawn(move || {
         use std::io::Write;
         let mut accepted = accepted;
@@ -490,7 +491,7 @@ fn steals(ring: RingChoice) {
     two.driver.remove_upstream(BAD.0, Ending::Reset);
     two.others_go_on();
     drop((client, server));
-    // Whoever pushes is told when the last copy of its peer is closed.
+    // The sender gets an error when the last duplicate of its peer is closed.
     for socket in thief.kept.lock().unwrap().drain(..) {
         let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
     }
@@ -512,7 +513,7 @@ fn engine_ends(ring: RingChoice, command: Command) {
     let (_server, _filling, _client) = hang(&mut two, &thief);
     let Two { mut driver, talk, flood, .. } = two;
     assert!(talk.end() > 0 && flood.end() > 0);
-    // Everything is lent, by whoever can.
+    // Every listener is lent, also that of the hung shard.
     driver.apply(Command::LendListeners);
     let count = driver.expect("the listeners", |event| match event {
         Event::ListenersLent { count } => Some(*count),
@@ -523,7 +524,7 @@ fn engine_ends(ring: RingChoice, command: Command) {
     driver.expect("the engine to stop", |event| (*event == Event::Stopped).then_some(()));
 }
 
-/// An upstream that came with something else than it must is refused with a sentence.
+/// An upstream with an invalid number of channels is refused with a sentence.
 fn wrong_numbers(ring: RingChoice) {
     let mut driver = Driver::start(Limits::default(), ring);
     let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
@@ -543,7 +544,7 @@ fn wrong_numbers(ring: RingChoice) {
             _ => None,
         });
         assert!(reason.contains(words), "{words}: {reason}");
-        // The engine refuses first, and closes what it was given then.
+        // The engine refuses first, and then closes the descriptors.
         wait_until("what was given to be closed", || match descriptors() {
             now if now == before => Ok(()),
             now => Err(now),

@@ -1,4 +1,4 @@
-//! Much of it, and the byte that is out of band.
+//! Large transfers, and out-of-band data.
 
 use std::io::{Read, Write};
 
@@ -10,7 +10,7 @@ use rustix::net::SendFlags;
 use crate::observe::{Path, Who};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c01_much_goes_up_and_down_unchanged", much_goes_up_and_down),
+    Case::each_ring("c01_large_transfers_in_both_directions_are_unchanged", much_goes_up_and_down),
     Case::each_ring("c01_an_urgent_byte_stays_in_the_stream", an_urgent_byte_stays),
 ];
 
@@ -31,7 +31,7 @@ fn much_goes_up_and_down(ring: RingChoice) {
     }
 }
 
-/// To the server inside it is an ordinary byte, at its place; without care it would vanish at the relay.
+/// To the server inside the urgent byte is an ordinary byte at its position. A relay without SO_OOBINLINE would lose it.
 fn an_urgent_byte_stays(ring: RingChoice) {
     let path = Path::landfall(ring);
     for who in [Who::Client, Who::Server] {

@@ -1,5 +1,5 @@
-//! Claim 31, between our own peers: a challenge replaces the broker token, so that a process which passes the check of the
-//! port's owner learns nothing either.
+//! Claim 31, between our own peers: a challenge replaces the broker token, so that even a process that passes the check of
+//! the port's owner does not receive it.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
@@ -16,14 +16,14 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c31_challenge_a_container_that_answered_once_never_gets_the_token", once_is_always),
     Case::once("c31_challenge_an_impostor_that_echoes_headers_gets_no_token", echoes),
     Case::once("c31_challenge_reflected_and_replayed_proofs_are_refused", reflected),
-    Case::once("c31_challenge_passed_on_to_another_container_proves_nothing", passed_on),
-    Case::once("c31_challenge_is_kept_with_the_token_it_belongs_to", kept_with_its_token),
+    Case::once("c31_challenge_relayed_to_another_container_is_refused", passed_on),
+    Case::once("c31_challenge_requirement_is_stored_with_its_token", kept_with_its_token),
 ];
 
 const NAME: &str = "coder";
 const TOKEN: &str = "canary-of-the-broker-0123456789-abcdefghijkl";
 
-/// An agent inside, which knows its own name.
+/// An agent inside, configured with its container's name.
 fn agent(home: &Home, inside: &Namespace, name: &str) -> Agent {
     let mut command = Agent::command(home, TOKEN);
     command.env("LANDFALL_CONTAINER_NAME", name);
@@ -66,7 +66,7 @@ fn replaces_the_token() {
     let _daemon = home.daemon();
     register_with(&home, NAME, &fields(published.port()));
     connected(&home, 1);
-    // Everything up to the watch, and neither the token nor anything but the proof.
+    // The messages up to the subscription contain the proof, but not the token.
     wait_until("the subscription", || match published.recorded() {
         sent if sent.contains("port-watch-subscribe") => Ok(()),
         sent => Err(sent),
@@ -86,7 +86,7 @@ fn once_is_always() {
     register_with(&home, NAME, &fields(port));
     connected(&home, 1);
     wait_until_required(&home);
-    // Its port is taken by a process of our own user that claims to be a peer of the reference.
+    // A process of our own user that claims to be a peer of the reference takes its port.
     drop(published);
     running.kill();
     let local = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -95,7 +95,7 @@ fn once_is_always() {
     refused(&home, NO_ANSWER);
     impostor.wait_for("GET /portbroker");
     impostor.assert_without(TOKEN);
-    // Neither by the next daemon.
+    // The next daemon does not send the token either.
     daemon.kill();
     let before = impostor.connections();
     let _daemon = home.daemon();
@@ -111,7 +111,7 @@ fn once_is_always() {
         }
     });
     impostor.assert_without(TOKEN);
-    // The container itself comes in again.
+    // The container itself connects again.
     drop(impostor);
     let _agent = agent(&home, &inside, NAME);
     let _published = Published::start_at(port, inside.again(), CONTAINER_PORT);
@@ -123,7 +123,7 @@ fn echoes() {
     let _daemon = home.daemon();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let impostor = Impostor::of_our_user(listener, Manner::Echo);
-    // Also where nothing says yet that the container answers.
+    // Also before any peer has answered a challenge.
     register_with(&home, NAME, &fields(impostor.address().port()));
     refused(&home, "its answer to our challenge is malformed");
     impostor.wait_for("landfall-challenge");
@@ -131,14 +131,14 @@ fn echoes() {
     assert_eq!(home.registered(NAME).unwrap().get("challengeRequired"), None);
 }
 
-/// A WebSocket of a host that sends this challenge, and what is answered to it.
+/// Opens a WebSocket of a host that sends this challenge, and returns the answer to it.
 fn dial_with(inside: &Namespace, challenge: &str) -> (Peer, Option<String>) {
     let (peer, headers) = try_dial_with(inside, &[("landfall-challenge", challenge)]).unwrap();
     let answer = headers.get("landfall-challenge").map(|answer| answer.to_str().unwrap().to_owned());
     (peer, answer)
 }
 
-/// An attacker inside, or at the published port, who has no token: it can have the agent answer challenges.
+/// An attacker inside, or at the published port, without a token: it can request proofs from the agent.
 fn reflected() {
     let (home, inside) = (Home::new(), Namespace::new());
     let _agent = agent(&home, &inside, NAME);
@@ -152,21 +152,21 @@ fn reflected() {
         assert_eq!(peer.ending(), Heard::Closed(Some(1008), "invalid token".to_owned()));
         answer
     };
-    // The container's own proof sent back; that of an earlier connection; none at all.
+    // The container's own proof sent back; a proof of an earlier connection; no proof.
     let first = refused(&challenge, "").expect("an answer");
     let second = refused(&challenge, &proof_of(&first)).expect("an answer");
     assert_ne!(first, second, "each connection has a nonce of its own");
     let (mut peer, answer) = dial_with(&inside, &challenge);
     peer.say(&json!({"type": "broker-hello", "proof": proof_of(&answer.unwrap())}));
     assert_eq!(peer.message()["type"], "broker-hello-nack");
-    // A challenge to another container, or of another form, is not answered, and a proof then counts for nothing.
+    // A challenge to another container, or in another form, is not answered, and a proof for it is rejected.
     for other in [format!("1 other {nonce}"), format!("2 {NAME} {nonce}"), "1".to_owned(), String::new()] {
         assert_eq!(refused(&other, &proof_of(&first)), None, "{other}");
     }
 }
 
 fn passed_on() {
-    // Two containers to which their user gave one token; the port of the one leads to the other.
+    // Two containers that were given the same token; the registered port of one leads to the other.
     let (home, inside) = (Home::new(), Namespace::new());
     let _agent = agent(&home, &inside, "other");
     let wrong = Published::start(inside.again(), CONTAINER_PORT);
@@ -190,11 +190,11 @@ fn kept_with_its_token() {
     register_with(&home, NAME, &fields(published.port()));
     connected(&home, 1);
     wait_until_required(&home);
-    // The same instance, registered once more by a client that does not know the field.
+    // The same instance, registered again by a client without support for the field.
     register_with(&home, NAME, &fields(published.port()));
     assert_eq!(home.registered(NAME).unwrap()["challengeRequired"], true);
     connected(&home, 2);
-    // Another instance, which may be of the reference, gets its own token as ever.
+    // Another instance, which may be a peer of the reference, gets its own token as before.
     running.kill();
     let container = Container::listen("token-of-another-instance");
     container.register(&home, NAME);

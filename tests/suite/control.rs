@@ -1,4 +1,4 @@
-//! Claim 19, in short: control comes and goes, and the engine in its own process goes on.
+//! Claim 19, in short: the control process stops and starts, and the engine in its own process continues.
 
 use std::os::fd::AsFd;
 use std::path::Path as FilePath;
@@ -17,7 +17,7 @@ use landfall_tests::{
 use rustix::thread::CapabilitySet;
 
 pub(crate) const CASES: &[Case] =
-    &[Case::each_ring("c19_control_comes_and_goes_and_nothing_is_dropped", control_comes_and_goes)];
+    &[Case::each_ring("c19_connections_survive_a_change_of_the_control_process", control_comes_and_goes)];
 
 /// `_engine RING SOCKET`: an engine in a process of its own.
 pub(crate) fn engine(arguments: &[String]) {
@@ -32,7 +32,7 @@ pub(crate) fn engine(arguments: &[String]) {
     process::serve(socket, &ready, &handle, events, process::IDLE_EXIT).unwrap();
 }
 
-/// A driver of the engine at `path`, after it was told that the engine is ready.
+/// Connects a driver to the engine at `path`, and waits for its ready event.
 pub(crate) fn arrive(path: &FilePath) -> Channel {
     let channel = wait_until("the engine's socket", || Channel::connect(path));
     assert!(matches!(hear(&channel), Event::Ready { shards: 1.., .. }));
@@ -44,7 +44,7 @@ fn hear(channel: &Channel) -> Event {
     channel.recv_timeout::<Event>(PATIENCE).unwrap().expect("the engine goes on").0
 }
 
-/// Waits for the first event that `choose` takes.
+/// Waits for the first event that `choose` accepts.
 #[track_caller]
 pub(crate) fn hear_of<T>(channel: &Channel, choose: impl Fn(Event) -> Option<T>) -> T {
     loop {
@@ -106,7 +106,7 @@ fn control_comes_and_goes(ring: RingChoice) {
 
     let client = connect(([127, 0, 0, 1], 3000));
     let accepted = server.accept();
-    // Gone without a word, in the middle of it all.
+    // The driver disconnects without a message, in the middle of the traffic.
     drop(first);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -123,7 +123,7 @@ fn control_comes_and_goes(ring: RingChoice) {
             assert_eq!(held.len(), 1, "round {round}: {held:?}");
             assert!(held[0].listening && held[0].host_port == port, "round {round}: {held:?}");
             if round % 2 == 0 {
-                // One that has lost its memory says again what it wants.
+                // A driver without any state sends its commands again.
                 control.send(&open, &[]).unwrap();
                 hear_of(&control, is_open);
             }

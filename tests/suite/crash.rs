@@ -1,6 +1,7 @@
-//! Claims 18 and 19: whoever dies, what is left goes on, and what is lost comes back; and a port belongs to one container.
+//! Claims 18 and 19: after the crash of one process the others continue, lost state is restored, and a port belongs to one
+//! container.
 //!
-//! The daemon is the real program, containers are network namespaces, and clients connect on the host while others die.
+//! The daemon is the real program, containers are network namespaces, and clients connect on the host during the crashes.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -16,39 +17,39 @@ use landfall_tests::{
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c19_control_may_die", control_may_die),
-    Case::once("c19_control_may_die_as_it_begins", control_may_die_as_it_begins),
-    Case::once("c19_the_engine_may_die", engine_may_die),
-    Case::once("c19_both_may_die", both_may_die),
-    Case::once("c19_what_changed_while_control_was_away_is_seen", changes_meanwhile),
-    Case::once("c18_a_container_that_is_killed_is_let_go_of", killed_container),
-    Case::once("of_two_containers_the_first_keeps_the_port", two_of_one_port),
+    Case::once("c19_connections_survive_a_killed_daemon", control_may_die),
+    Case::once("c19_connections_survive_a_daemon_killed_during_its_start", control_may_die_as_it_begins),
+    Case::once("c19_forwards_recover_after_the_engine_is_killed", engine_may_die),
+    Case::once("c19_connections_recover_after_both_processes_are_killed", both_may_die),
+    Case::once("c19_changes_without_a_daemon_are_detected_by_the_next_one", changes_meanwhile),
+    Case::once("c18_a_killed_container_is_released", killed_container),
+    Case::once("the_first_of_two_containers_keeps_the_port", two_of_one_port),
 ];
 
-/// The port of the server that the flood visits, and of the one whose connections last.
+/// The port of the server for short connections, and the port of the server for long ones.
 pub(crate) const BUSY: u16 = 3000;
 pub(crate) const QUIET: u16 = 3001;
-/// How long it may take until every forward answers again after the engine was killed. The engine rests a little longer
-/// each time that it dies young.
+/// The longest time until every forward answers again after the engine was killed. The delay before a restart of the engine
+/// grows each time it exits soon after its start.
 const BACK_WITHIN: Duration = Duration::from_secs(8);
 
-/// A namespace by its file.
+/// The registration of a namespace by its file.
 pub(crate) fn by_file(inside: &Namespace) -> Value {
     json!({"way": {"kind": "netns", "path": inside.path()}})
 }
 
-/// A namespace by a process in it.
+/// The registration of a namespace by a process in it.
 fn by_process(process: &Child) -> Value {
     json!({"way": {"kind": "process", "pid": process.id()}})
 }
 
-/// A process that does nothing inside. It ends with the case, whose end its input is.
+/// A sleeping process inside. It ends with the case, because its standard input ends.
 fn idle_inside(inside: &Namespace) -> Child {
     let start = || Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     inside.run(start)
 }
 
-/// What the daemon shows of its forwards: container, port and state, in its order.
+/// Returns the daemon's forwards: container, port and state, in the daemon's order.
 pub(crate) fn rows(description: &Value) -> Vec<(String, u16, String)> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let containers = description["containers"].as_array().unwrap();
@@ -67,7 +68,7 @@ pub(crate) fn describe(home: &Home) -> Value {
     rpc::done(home, &json!({"kind": "describe"}))
 }
 
-/// Waits until these ports are open, each once, and nothing else is shown; gives the whole description.
+/// Waits until exactly these ports are open, each once. Returns the whole description.
 #[track_caller]
 pub(crate) fn wait_for_open(home: &Home, wanted: &[(&str, u16)]) -> Value {
     let wanted: Vec<_> =
@@ -83,7 +84,7 @@ pub(crate) fn engine_pid(description: &Value) -> u32 {
     u32::try_from(description["engine"]["pid"].as_u64().unwrap()).unwrap()
 }
 
-/// The two containers of most cases: one reached by a file, with the busy server; one by a process, with the quiet one.
+/// The two containers of most cases: one by a namespace file, with the busy server; one by a process, with the quiet server.
 pub(crate) struct Pair {
     pub(crate) quiet: Server,
     busy: Namespace,
@@ -118,7 +119,7 @@ impl Drop for Pair {
     }
 }
 
-/// What an engine holds, when nobody is connected.
+/// Resources of an engine without connections.
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
     engines: Vec<u32>,
@@ -153,7 +154,7 @@ fn control_may_die() {
     for round in 0..rounds {
         flood.goes_on(10);
         daemon.kill();
-        // Nobody is at the controls.
+        // No daemon runs.
         flood.goes_on(10);
         talks.iter_mut().for_each(Conversation::goes_on);
         daemon = home.daemon();
@@ -165,7 +166,7 @@ fn control_may_die() {
     let bytes: u64 = talks.into_iter().map(Conversation::end).sum();
     note!("{rounds} kills, {} visits, {bytes} bytes each way in lasting connections", flood.end());
     wait_until("the engine to hold what it held before", || match Held::now() {
-        // Fewer are fine: what was held for the next visitor may be older than that.
+        // Fewer are possible: sockets in stock for future connections may have expired.
         now if now.engines == before.engines
             && now.openers == before.openers
             && now.descriptors <= before.descriptors =>
@@ -177,7 +178,7 @@ fn control_may_die() {
     daemon.shut_down();
 }
 
-/// Most kills hit a daemon that has just begun: that replays, attaches, enters, or is about to start an engine.
+/// Most kills hit a daemon that has just started: it replays, attaches, enters namespaces, or is about to start an engine.
 fn control_may_die_as_it_begins() {
     let rounds = if is_long() { 300 } else { 12 };
     let home = Home::new();
@@ -227,7 +228,7 @@ fn engine_may_die() {
         drop(pair.quiet.accept());
         kill(engine);
         let died = Instant::now();
-        // Whoever was connected is told.
+        // Clients that were connected get an error.
         assert!(!matches!(lost.read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock));
         wait_until("a visit to go well", || visit(BUSY, round));
         wait_until("the other one to answer", || TcpStream::connect((Ipv4Addr::LOCALHOST, QUIET)));
@@ -257,7 +258,7 @@ fn both_may_die() {
     let mut engine = engine_pid(&pair.register(&home));
     let kept = on_disk(&home);
     for round in 0..rounds {
-        // Who dies first makes a difference: an engine without a driver, or a driver that starts another engine.
+        // The order of the kills matters: an engine without a driver, or a driver that starts another engine.
         if round % 2 == 0 {
             daemon.kill();
             kill(engine);
@@ -280,7 +281,7 @@ fn both_may_die() {
     daemon.shut_down();
 }
 
-/// What happens inside while no daemon runs: one server ends, another begins, and a whole container goes.
+/// Changes inside while no daemon runs: one server ends, another starts, and a whole container ends.
 fn changes_meanwhile() {
     let home = Home::new();
     let (one, other) = (Namespace::new(), Namespace::new());
@@ -312,7 +313,7 @@ fn changes_meanwhile() {
     daemon.shut_down();
 }
 
-/// Whether neither family of a port is had.
+/// Returns whether connections to a port are refused on both families.
 fn is_refused(port: u16) -> bool {
     let refuses = |address: SocketAddr| {
         TcpStream::connect(address).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
@@ -320,7 +321,7 @@ fn is_refused(port: u16) -> bool {
     refuses((Ipv4Addr::LOCALHOST, port).into()) && refuses((Ipv6Addr::LOCALHOST, port).into())
 }
 
-/// A server in a process of its own, alone inside. It greets everybody with the pattern of its port and waits.
+/// A server in a process of its own inside. It greets each client with the pattern of its port and waits.
 fn serve_inside(inside: &Namespace, port: u16) -> Child {
     let mut child = Command::new("nsenter")
         .arg(format!("--net={}", inside.path()))
@@ -331,7 +332,7 @@ fn serve_inside(inside: &Namespace, port: u16) -> Child {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    // It says when it listens.
+    // It prints a line when it listens.
     child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
     child
 }
@@ -348,7 +349,7 @@ pub(crate) fn serve(arguments: &[String]) {
     for stream in listener.incoming() {
         let mut stream = stream.unwrap();
         let greeting = Pattern::new(port.into()).bytes(usize::try_from(GREETING).unwrap());
-        // Whoever is gone already needs no greeting.
+        // A client that has gone needs no greeting.
         let _ = stream.write_all(&greeting);
         held.push(stream);
     }
@@ -379,7 +380,7 @@ fn killed_container() {
         let took = died.elapsed();
         assert!(took < Duration::from_secs(1), "the port answered for {took:?}");
         for (stream, mut checker) in clients {
-            // By whatever end; none hangs, and nothing is made up.
+            // Each connection ends in some way: none hangs, and none receives wrong bytes.
             read_to_end(&stream, &mut checker);
             assert_eq!(checker.position(), GREETING);
         }
@@ -437,7 +438,7 @@ fn two_of_one_port() {
         leads_to(0);
     };
     second_fails();
-    // A daemon that is killed does not change whose it is.
+    // The kill of a daemon does not change the owner of the port.
     for _ in 0..2 {
         daemon.kill();
         leads_to(0);
@@ -449,7 +450,7 @@ fn two_of_one_port() {
     rpc::done(&home, &json!({"kind": "deregister", "containerName": "first"}));
     wait_for_open(&home, &[("second", BUSY)]);
     leads_to(1);
-    // Whoever comes back is second now.
+    // The container that returns is second now.
     rpc::register_with(&home, "first", &by_file(&first));
     wait_until("the first to fail", || match state("first") {
         Some(one) if one == "failed" => Ok(()),

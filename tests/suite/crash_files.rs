@@ -1,5 +1,5 @@
-//! Claims 21, 22 and 24 for the daemon as a whole: killed at any step that it takes on the disk, it leaves nothing in the
-//! way of the next one and has kept what it acknowledged; and what clients send without an end costs bounded memory.
+//! Claims 21, 22 and 24 for the whole daemon: when it is killed at any step that changes the disk, the next daemon starts
+//! and has all acknowledged changes; endless input of clients uses bounded memory.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -13,12 +13,12 @@ use landfall_tests::{Home, note, rpc, wait_until};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c21_a_daemon_killed_at_any_step_leaves_nothing_in_the_way", killed_at_any_step),
-    Case::once("c24_many_lines_without_an_end_take_bounded_memory", endless_lines),
+    Case::once("c21_a_daemon_killed_at_any_step_does_not_block_the_next_one", killed_at_any_step),
+    Case::once("c24_endless_lines_use_bounded_memory", endless_lines),
 ];
 
-/// The calls by which the daemon changes what is on the disk, beside `write`: what it writes is complete or not there at
-/// one of these.
+/// The system calls with which the daemon changes the disk, besides `write`: data that it writes becomes visible as a whole
+/// with one of these.
 const CALLS: [&str; 12] = [
     "mkdir",
     "flock",
@@ -33,19 +33,19 @@ const CALLS: [&str; 12] = [
     "chmod",
     "fchmod",
 ];
-/// How often a daemon may make one of these calls before this case gives up.
+/// The most calls of one kind before this case fails.
 const NTH_MAX: u32 = 60;
 
-/// How many connections the daemon serves at a time, and how many may be there with those that wait for a place.
+/// The number of connections that the daemon serves at a time, and the number including those that wait for a place.
 const PLACES: usize = 256;
 const CLIENTS: usize = PLACES + 500;
-/// How many looks in a row have to see the same before it counts as at rest.
+/// The number of equal readings in a row that count as at rest.
 const LOOKS: u32 = 100;
 
 /// Each container, with its folder and whether it has the grant.
 type Known = BTreeMap<String, (String, bool)>;
 
-/// A change that the daemon is asked for.
+/// A change that is requested from the daemon.
 #[derive(Clone, Copy)]
 enum Change {
     Register(&'static str),
@@ -63,7 +63,7 @@ const CHANGES: [(&str, Change); 5] = [
     ("old", Register("/four")),
 ];
 
-/// Returns what is known after so many changes.
+/// Returns the registrations and grants after this many changes.
 fn after(changes: usize) -> Known {
     let mut known = Known::from([("old".to_owned(), ("/one".to_owned(), false))]);
     for (name, change) in &CHANGES[..changes] {
@@ -76,7 +76,7 @@ fn after(changes: usize) -> Known {
     known
 }
 
-/// A daemon under strace, which kills it as it enters the `nth` such call.
+/// Starts a daemon under strace, which kills it when it enters the `nth` call of this kind.
 fn doomed(home: &Home, call: &str, nth: u32) -> Child {
     let daemon = home.command(&["_hostd"]);
     let mut command = Command::new("strace");
@@ -94,7 +94,7 @@ fn doomed(home: &Home, call: &str, nth: u32) -> Child {
     command.spawn().unwrap_or_else(|error| panic!("strace cannot be run ({error}); tests/run installs it"))
 }
 
-/// Makes a request of a daemon that may die meanwhile; none when it has.
+/// Sends a request to a daemon that may be killed; `None` if it was.
 fn ask(home: &Home, request: &Value) -> Option<Value> {
     let mut wire = Wire::try_connect(home).ok()?;
     wire.try_send(format!("{request}\n")).ok()?;
@@ -102,7 +102,7 @@ fn ask(home: &Home, request: &Value) -> Option<Value> {
     text.ends_with('\n').then(|| serde_json::from_str(&text).unwrap())
 }
 
-/// Makes every change, until the daemon has died; tells how many were acknowledged.
+/// Requests every change until the daemon is killed. Returns how many were acknowledged.
 fn make_changes(home: &Home, daemon: &mut Child) -> usize {
     let mut has_ended = || daemon.try_wait().unwrap().is_some();
     wait_until("the daemon to answer, or to die", || {
@@ -122,7 +122,7 @@ fn make_changes(home: &Home, daemon: &mut Child) -> usize {
     CHANGES.len()
 }
 
-/// What the next daemon knows.
+/// Returns the registrations and grants of the next daemon.
 fn known(home: &Home) -> Known {
     let described = rpc::done(home, &json!({"kind": "describe"}));
     let entries = described["containers"].as_array().unwrap().iter();
@@ -147,13 +147,13 @@ fn killed_at_any_step() {
     assert!(kills > 20, "only {kills} steps were found");
 }
 
-/// Whether a daemon came so far.
+/// Returns whether the daemon reached this call.
 fn survives_a_kill(call: &str, nth: u32) -> bool {
     let home = Home::new();
     home.plant("old", json!({"containerName": "old", "cwd": "/one"}).to_string());
     let mut daemon = doomed(&home, call, nth);
     let acknowledged = make_changes(&home, &mut daemon);
-    // Its orderly end takes steps, too.
+    // An orderly shutdown changes the disk, too.
     ask(&home, &json!({"kind": "shutdown"}));
     let ended = wait_until("the daemon to end", || daemon.try_wait().unwrap().ok_or("it runs"));
     if ended.success() {
@@ -186,7 +186,7 @@ fn endless_lines() {
     let daemon = home.daemon();
     let pid = daemon.pid();
     let before = resident_bytes_of(pid);
-    // As much as a line may have, and nothing that ends it.
+    // As many bytes as a line can have, without a newline.
     let almost = vec![b'x'; 65_000];
     let mut held = Vec::new();
     wait_until("every place to be taken, and the backlog to be full", || {
@@ -204,7 +204,7 @@ fn endless_lines() {
         if grown > PLACES * almost.len() / 2 && looks == LOOKS { Ok(grown) } else { Err(grown) }
     });
     note!("{} connections with {} bytes each: {} KiB more", held.len(), almost.len(), full / 1024);
-    // What the allocator adds is bounded, too.
+    // The overhead of the allocator is bounded, too.
     assert!(full < 2 * PLACES * almost.len(), "{full} bytes more");
     drop(held);
     rpc::done(&home, &json!({"kind": "list"}));

@@ -1,5 +1,5 @@
-//! Claim 20, by the real program: a daemon of another version takes over, the engine of the old one finishes what it has,
-//! and nobody who connects meanwhile is refused, whoever is killed in between.
+//! Claim 20, with the real program: a daemon of another version takes over, the old engine finishes its connections, and no
+//! new connection is refused, even if processes are killed in between.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 use crate::crash::{BUSY, Pair, QUIET, describe, engine_pid, rows};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c20_up_of_another_version_refuses_nobody", up_refuses_nobody),
-    Case::once("c20_an_upgrade_that_is_killed_refuses_nobody", killed_upgrade_refuses_nobody),
+    Case::once("c20_up_of_another_version_refuses_no_connection", up_refuses_nobody),
+    Case::once("c20_a_killed_upgrade_refuses_no_connection", killed_upgrade_refuses_nobody),
 ];
 
 const VERSION: &str = "LANDFALL_VERSION";
 
-/// Waits until the daemon and its engine are of a version and every port is open, once; gives the engine's process.
+/// Waits until the daemon and its engine have a version and every port is open, once. Returns the process id of the engine.
 #[track_caller]
 fn wait_for_version(home: &Home, version: &str) -> u32 {
     let wanted: Vec<_> =
@@ -32,7 +32,7 @@ fn wait_for_version(home: &Home, version: &str) -> u32 {
     engine_pid(&description)
 }
 
-/// Waits until there are no more engines than this one.
+/// Waits until this engine is the only one.
 #[track_caller]
 fn wait_for_one(home: &Home, engine: u32) {
     wait_until("the other engines to end", || match running("_engine") {
@@ -70,7 +70,7 @@ fn up_refuses_nobody() {
         assert_ne!(next, engine);
         assert!(running("_engine").contains(&engine), "the old engine ended before its connections did");
         engine = next;
-        // Served by the new one, while the old ones carry on.
+        // The new engine accepts, while the old ones finish their connections.
         flood.goes_on(10);
         talks.iter_mut().for_each(Conversation::goes_on);
     }
@@ -83,7 +83,7 @@ fn up_refuses_nobody() {
     rpc::done(&home, &json!({"kind": "shutdown"}));
 }
 
-/// The next daemon is of another version and is killed at whatever it does; the one after that is of another one again.
+/// The next daemon has another version and is killed at an arbitrary step; the one after it has yet another version.
 fn killed_upgrade_refuses_nobody() {
     let rounds = if is_long() { 300 } else { 15 };
     let home = Home::new();

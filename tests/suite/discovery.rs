@@ -1,5 +1,5 @@
-//! Containers that the daemon finds by itself, through every event of their lives, against a Docker that says what a case
-//! says. What is forwarded of them is the business of other cases.
+//! Containers that the daemon discovers, through every event of their lives, against a scripted Docker engine. Other files
+//! test which ports are forwarded.
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{done, names, refused, register};
@@ -8,25 +8,25 @@ use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("a_labelled_container_is_registered_while_it_exists", labelled),
-    Case::once("a_container_without_a_label_is_forwarded_only_where_all_are", unlabelled),
-    Case::once("a_renamed_container_is_known_by_its_new_name", renamed),
-    Case::once("a_list_with_both_names_is_read_again", both_names),
-    Case::once("a_list_that_could_not_be_had_is_asked_for_again", list_again),
-    Case::once("what_somebody_else_read_is_not_what_is_judged", late_list),
-    Case::once("a_container_made_anew_is_registered_as_it_says_then", made_anew),
-    Case::once("while_docker_is_away_nothing_is_dropped_and_then_everything_is_right", docker_away),
-    Case::once("containers_that_came_and_went_between_two_daemons_are_noticed", between_daemons),
-    Case::once("what_somebody_registered_is_left_alone", left_alone),
-    Case::once("labels_without_sense_are_told_once", nonsense),
+    Case::once("a_container_without_a_label_is_forwarded_only_with_all", unlabelled),
+    Case::once("a_renamed_container_is_registered_under_its_new_name", renamed),
+    Case::once("a_list_with_both_names_of_a_renamed_container_is_read_again", both_names),
+    Case::once("a_failed_list_request_is_repeated", list_again),
+    Case::once("a_stale_list_does_not_undo_a_rename", late_list),
+    Case::once("a_recreated_container_is_registered_with_its_new_labels", made_anew),
+    Case::once("a_docker_outage_drops_no_registration", docker_away),
+    Case::once("containers_created_and_removed_between_two_daemons_are_detected", between_daemons),
+    Case::once("a_user_registration_is_not_replaced_by_discovery", left_alone),
+    Case::once("invalid_labels_are_reported_once", nonsense),
     Case::once("c23_labels_of_an_image_grant_nothing", image_labels),
     Case::once("c23_labels_grant_nothing_while_the_image_cannot_be_inspected", image_deleted),
-    Case::once("of_two_that_want_one_name_one_has_it_and_the_other_is_told", one_name),
-    Case::once("a_hundred_containers_at_once_are_a_few_lists", a_hundred),
-    Case::once("what_docker_tells_beside_lives_is_no_reason_to_look", no_reason),
-    Case::once("attach_is_remembered_until_detach_even_without_a_container", attached),
-    Case::once("attach_puts_a_folder_on_top_of_what_the_image_says", on_top),
-    Case::once("detach_turns_off_what_would_come_back", turned_off),
-    Case::once("ls_all_says_of_every_container_why", every_container),
+    Case::once("a_name_conflict_is_reported_and_the_first_container_keeps_the_name", one_name),
+    Case::once("a_hundred_containers_at_once_cause_a_few_list_requests", a_hundred),
+    Case::once("unrelated_docker_events_cause_no_requests", no_reason),
+    Case::once("attach_persists_until_detach_even_without_a_container", attached),
+    Case::once("attach_with_a_folder_overrides_the_image_metadata", on_top),
+    Case::once("detach_turns_off_a_container_that_would_be_discovered_again", turned_off),
+    Case::once("ls_all_shows_the_reason_for_every_container", every_container),
 ];
 
 const FORWARD: (&str, &str) = ("dev.landfall.forward", "true");
@@ -50,7 +50,7 @@ fn wait_for_discovered(home: &Home, name: &str, by: &str, id: &str) {
     });
 }
 
-/// What a verb prints as one object of JSON, when it succeeds.
+/// Runs a verb that must succeed, and returns the JSON object that it prints.
 #[track_caller]
 fn told(home: &Home, arguments: &[&str]) -> Value {
     let output = home.run(arguments);
@@ -75,7 +75,7 @@ fn labelled() {
     wait_for_names(&home, &["shop"]);
     docker.remove("shop", false);
     wait_for_names(&home, &[]);
-    // Told last, after the file is gone.
+    // This event comes last, after the file was removed.
     let event = home.wait_for_event("deregister", |event| event["containerName"] == "shop");
     assert_eq!(event["reason"], "gone");
     assert!(home.registered("shop").is_none());
@@ -92,7 +92,7 @@ fn unlabelled() {
     assert_eq!(done(&home, &json!({"kind": "describe"}))["all"], true);
     daemon.shut_down();
     let _daemon = home.daemon();
-    // Registered only because all were.
+    // It was registered only because of `--all`.
     wait_for_names(&home, &[]);
 }
 
@@ -123,7 +123,7 @@ fn both_names() {
     wait_for_names(&home, &["cache", "store"]);
     docker.rename_slowly("cache", "redis", 3);
     wait_for_names(&home, &["redis", "store"]);
-    // It moved, and nobody had to be told anything.
+    // The registration moved, without a message to the user.
     assert_eq!(notices(&home, ""), 0);
 }
 
@@ -138,7 +138,7 @@ fn list_again() {
     docker.launch("shop", &[FORWARD]);
     docker.wait_for_calls("GET /containers/json", asked + 1);
     docker.set_mode(DockerMode::Answers);
-    // Nothing more is told.
+    // No further event follows.
     wait_for_names(&home, &["first", "shop"]);
 }
 
@@ -148,8 +148,8 @@ fn late_list() {
     let _daemon = home.daemon();
     docker.launch("shop", &[FORWARD]);
     wait_for_names(&home, &["shop"]);
-    // The list that is held may be one that the daemon reads for itself, after an event or a start. Then the verb has its answer
-    // meanwhile, and the next round holds another list.
+    // The delayed list may be one that the daemon reads by itself, after an event or a start. Then the verb gets its answer
+    // in the meantime, and the next round delays another list.
     let (mut old, mut new) = ("shop", "store");
     let before = loop {
         let before = home.count_events("register", old);
@@ -173,7 +173,7 @@ fn late_list() {
         }
         std::mem::swap(&mut old, &mut new);
     };
-    // Has everything judged.
+    // Makes the daemon evaluate all containers.
     register(&home, "other");
     docker.launch("next", &[FORWARD]);
     let mut wanted = ["next", "other", new];
@@ -244,7 +244,8 @@ fn left_alone() {
     docker.launch("next", &[FORWARD]);
     wait_for_names(&home, &["next", "shop"]);
     assert_eq!(home.registered("shop").unwrap(), before);
-    // Whoever registers a name that was found takes it, and when they leave it is found again.
+    // A registration by a user replaces a discovered one of the same name; when the user deregisters it, the container is
+    // discovered again.
     register(&home, "next");
     assert_eq!(home.registered("next").unwrap().get("discovered"), None);
     done_deregister(&home, "next");
@@ -270,7 +271,7 @@ fn nonsense() {
     assert_eq!(notices(&home, "container shop: its label dev.landfall.forward is \"perhaps\""), 1);
     assert_eq!(notices(&home, "container db: nothing of it is forwarded"), 1);
     assert!(home.registered("shop").is_none() && home.registered("db").is_none());
-    // Nor is it when somebody asks for it by name, and does not say which ports.
+    // Nor is it forwarded when a user attaches it by name without a port list.
     let output = home.run(&["attach", "db"]);
     let told = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(6), "{told}");
@@ -307,7 +308,7 @@ fn a_hundred() {
         let count = names(&home).len();
         if count == 101 { Ok(()) } else { Err(count) }
     });
-    // Two hundred events, within much less than a second where nothing else runs.
+    // Two hundred events, in much less than a second on an idle machine.
     let lists = docker.calls("GET /containers/json") - lists;
     assert!(lists < 70, "{lists} lists");
 }
@@ -318,7 +319,7 @@ fn no_reason() {
     let _daemon = home.daemon();
     docker.launch("shop", &[FORWARD]);
     wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
-    // The list for the last of these events may be on its way.
+    // The list for the last of these events may still be in progress.
     std::thread::sleep(MOMENT);
     let lists = docker.calls("GET /containers/json");
     for what in
@@ -342,7 +343,7 @@ fn attached() {
     let policy = json!({"allow": "*", "deny": [9229]});
     assert_eq!(home.registered("shop").unwrap()["portForward"], policy);
     docker.remove("shop", false);
-    // Longer than others have.
+    // A verb that takes longer than others.
     std::thread::sleep(MOMENT);
     wait_for_names(&home, &["shop"]);
     daemon.shut_down();
@@ -367,16 +368,16 @@ fn on_top() {
     let folder = home.folder("shop");
     let said = r#"{"forwardPorts": [81], "portsAttributes": {"3000": {"onAutoForward": "ignore"}}}"#;
     std::fs::write(folder.join(".devcontainer.json"), said).unwrap();
-    // Nobody is in it, so it is attached and cannot be reached.
+    // No process runs in it, so it is attached and cannot be entered.
     home.run(&["attach", "shop", "--cwd", folder.to_str().unwrap()]);
     let both = home.registered("shop").unwrap();
     assert_eq!(both["portForward"], json!({"allow": "*", "deny": [3000, 9229], "privileged": [80]}));
-    // The folder's own counts when it is approved.
+    // The folder's own file takes effect when it is approved.
     assert_eq!(both["folderPorts"]["privileged"], json!([81]));
     assert_eq!(both["portNotes"], json!([{"first": 9229, "last": 9229, "label": "debug"}]));
 }
 
-/// The labels with which a public image opened ports of the host by a plain `docker run`.
+/// Labels with which a public image opened ports of the host on a plain `docker run`.
 const HOSTILE: [(&str, &str); 4] = [
     FORWARD,
     ("dev.landfall.name", "postgres"),
@@ -384,7 +385,7 @@ const HOSTILE: [(&str, &str); 4] = [
     ("devcontainer.metadata", r#"[{"forwardPorts": [22, 80, 443]}]"#),
 ];
 
-/// What `ls --all` says of a container: whether it is forwarded, and why.
+/// Returns the row of `ls --all` for a container: whether it is forwarded, and why.
 fn forwarded(home: &Home, name: &str) -> Value {
     let found = told(home, &["ls", "--all", "--json"]);
     let one = found["containers"].as_array().unwrap().iter().find(|one| one["name"] == name).unwrap().clone();
@@ -396,7 +397,7 @@ fn image_labels() {
     let docker = FakeDocker::start(&home, &[]);
     docker.add_image("hostile", &[&HOSTILE[..], &[("dev.landfall.deny", "9229")]].concat());
     docker.launch_from("hostile", "shop", &[]);
-    // The same label again changes nothing, and another value is the container's own.
+    // A label with the same value as the image's grants nothing; another value is the container's own.
     docker.launch_from("hostile", "same", &HOSTILE);
     docker.launch_from("hostile", "own", &[("dev.landfall.forward", "yes"), ("dev.landfall.allow", "3000")]);
     let daemon = home.daemon();
@@ -409,7 +410,7 @@ fn image_labels() {
     let listed = home.run(&["ls", "--all"]);
     let said = String::from_utf8_lossy(&listed.stderr);
     assert!(said.contains("hint: landfall attach shop has it forwarded"), "{said}");
-    // Each image is inspected once, whatever happens to containers.
+    // Each image is inspected once, regardless of container events.
     let inspected = docker.calls("GET /images/");
     docker.remove("same", false);
     wait_until("same to be gone from the list", || {
@@ -417,7 +418,7 @@ fn image_labels() {
         if found["containers"].as_array().unwrap().len() == 2 { Ok(()) } else { Err(found) }
     });
     assert_eq!((inspected, docker.calls("GET /images/")), (1, 1));
-    // Its user attaches it: no port below 1024 for that, and what the image denies is denied.
+    // A user attaches it: that opens no port below 1024, and the ports that the image denies stay denied.
     home.run(&["attach", "shop"]);
     assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": "*", "deny": [9229]}));
     home.run(&["detach", "shop"]);
@@ -427,7 +428,7 @@ fn image_labels() {
     let _daemon = home.start().argument("--all").and_wait();
     wait_for_discovered(&home, "new", "all", &docker.id("new"));
     assert_eq!(home.registered("new").unwrap()["portForward"], json!({"allow": "*", "deny": [9229]}));
-    // A folder that an image claims does not make its container one that `start` has made.
+    // A folder label of an image does not make its container one of `landfall start`.
     docker.add_image("claims", &[("dev.landfall.folder", home.folder("shop").to_str().unwrap())]);
     docker.launch_from("claims", "claims", &[]);
     let output = home.run(&["stop", home.folder("shop").to_str().unwrap()]);
@@ -448,7 +449,7 @@ fn image_deleted() {
     wait_for_names(&home, &["own"]);
     let why = "label may come from the image, which cannot be inspected";
     assert_eq!(forwarded(&home, "shop"), json!(["no", why, "landfall attach shop"]));
-    // What was known once stays: an id stands for a content.
+    // Labels of an image that were read once stay valid: an id identifies the content.
     docker.delete_image("image-of-own");
     docker.launch("db", &[]);
     assert_eq!(forwarded(&home, "own"), json!(["yes", null, null]));
@@ -470,7 +471,7 @@ fn turned_off() {
     docker.launch("shop", &[FORWARD, ("dev.landfall.allow", "80")]);
     wait_for_discovered(&home, "shop", "name", &docker.id("shop"));
     assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": []}));
-    // Nobody is in this one, so it is attached and cannot be reached.
+    // No process runs in this one, so it is attached and cannot be entered.
     home.run(&["attach", "shop"]);
     assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": [80]}));
     let before = home.count_events("register", "shop");
@@ -481,7 +482,7 @@ fn turned_off() {
         count => Err(count),
     });
     wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
-    // It would come back again.
+    // The label would turn it on again.
     let output = home.run(&["deregister", "shop"]);
     assert_eq!(output.status.code(), Some(6), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("landfall detach shop"), "{output:?}");

@@ -1,5 +1,5 @@
-//! Ways into containers of Docker's: whose process it is, whose network, and what is left to Docker. The engine says what a case
-//! says; the processes and their networks are real.
+//! Attaching to Docker containers: which process belongs to the container, which network it has, and which ports Docker
+//! publishes itself. The engine is scripted; the processes and their networks are real.
 
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -14,16 +14,16 @@ use serde_json::{Value, json};
 use crate::crash::describe;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c17_a_process_that_is_not_of_the_container_is_not_entered", stranger),
-    Case::once("c17_a_container_on_the_hosts_network_is_explained", host_network),
-    Case::once("what_docker_publishes_is_left_to_docker", published),
-    Case::once("who_uses_anothers_network_leaves_its_ports_to_that_one", guest),
-    Case::once("stopped_containers_are_not_asked_about_until_docker_tells_of_them", stopped),
-    Case::once("a_container_that_starts_while_docker_tells_nothing_is_found", untold),
-    Case::once("a_labelled_container_that_is_renamed_keeps_its_ports", renamed),
+    Case::once("c17_a_process_outside_the_container_is_not_entered", stranger),
+    Case::once("c17_a_container_on_the_hosts_network_is_refused_with_a_reason", host_network),
+    Case::once("ports_published_by_docker_are_not_forwarded", published),
+    Case::once("ports_of_a_shared_network_belong_to_its_owner", guest),
+    Case::once("stopped_containers_are_not_inspected_until_an_event", stopped),
+    Case::once("a_container_that_starts_without_a_docker_event_is_discovered", untold),
+    Case::once("a_labelled_container_keeps_its_ports_when_it_is_renamed", renamed),
 ];
 
-/// The first process of a container: in a network, and known to be the container's by what is mounted for it.
+/// The first process of a container: in a network namespace, and identified as the container's by its mounts.
 struct First(Child);
 
 impl First {
@@ -60,14 +60,14 @@ impl Drop for First {
     }
 }
 
-/// How a container stands.
+/// Returns the description of a container.
 fn container(home: &Home, name: &str) -> Value {
     let containers = describe(home)["containers"].take();
     let found = containers.as_array().unwrap().iter().find(|container| container["containerName"] == name);
     found.cloned().unwrap_or_default()
 }
 
-/// Waits until a container is in this state, and gives why.
+/// Waits until a container is in this state. Returns the reason.
 #[track_caller]
 fn wait_for_state(home: &Home, name: &str, state: &str) -> String {
     wait_until(&format!("{name} to be {state}"), || {
@@ -80,7 +80,7 @@ fn wait_for_state(home: &Home, name: &str, state: &str) -> String {
     })
 }
 
-/// Waits until a container has these ports: inside, on the host, and how they stand.
+/// Waits until a container has these ports: inside, on the host, and their states.
 #[track_caller]
 fn wait_for_ports(home: &Home, name: &str, wanted: &[(u16, u16, &str)]) -> Value {
     wait_until(&format!("{name} to have {wanted:?}"), || {
@@ -142,7 +142,7 @@ fn published() {
     assert_eq!(rows[0]["reason"], "Docker publishes it");
     assert!(rows[1]["reason"].as_str().unwrap().contains("loopback"), "{rows}");
     assert!(answers(3002) && !answers(3000) && !answers(3001) && !answers(13_000));
-    // By names, as people see it.
+    // By names, as users address containers.
     let listed = home.run(&["ls"]);
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
     assert!(listed.contains("published") && listed.contains("localhost:13000"), "{listed}");
@@ -158,7 +158,7 @@ fn guest() {
     let mode = format!("container:{}", docker.id("shop"));
     docker.inhabit("side", firsts[1].pid(), json!({"HostConfig": {"NetworkMode": mode}}));
     let _daemon = home.daemon();
-    // Alone it has the ports; the one whose network it is has them from its coming to its going.
+    // Alone it has the ports. The container that owns the network has them while it runs.
     register(&home, "side");
     wait_for_ports(&home, "side", &[(3000, 3000, "open")]);
     register(&home, "shop");
@@ -171,12 +171,12 @@ fn guest() {
     wait_for_ports(&home, "side", &open);
 }
 
-/// How often Docker was asked about the containers whose path begins so.
+/// Counts the requests about containers whose path starts like this.
 fn inspections(docker: &FakeDocker, beginning: &str) -> usize {
     docker.calls(&format!("GET /containers/{beginning}"))
 }
 
-/// Stopped containers, registered and looked at.
+/// Registers stopped containers, and waits until each was inspected.
 fn idle(home: &Home, docker: &FakeDocker, names: &[String]) {
     for name in names {
         docker.add(name, false);
@@ -189,7 +189,7 @@ fn idle(home: &Home, docker: &FakeDocker, names: &[String]) {
 }
 
 fn stopped() {
-    // The second pause of a container that is not to be had, a little less than it is.
+    // The second delay of a container that cannot be entered, minus a margin.
     const WINDOW: Duration = Duration::from_millis(3_500);
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["odd"]);
@@ -200,7 +200,7 @@ fn stopped() {
     docker.wait_for_calls("GET /events", 1);
     let names: Vec<String> = (0..20).map(|number| format!("idle-{number}")).collect();
     idle(&home, &docker, &names);
-    // The looks at a container that nobody may enter are the clock: at once, then after 2 s, then after 4 s.
+    // The attempts to enter an inaccessible container measure the time: at once, then after 2 s, then after 4 s.
     register(&home, "odd");
     wait_for_state(&home, "odd", "unreachable");
     let odd = "GET /containers/odd/json";
@@ -210,7 +210,7 @@ fn stopped() {
     let pause = begin.elapsed();
     assert_eq!(inspections(&docker, "idle-"), before, "in {pause:?}");
     assert!(pause > WINDOW, "the pauses do not grow: {pause:?}");
-    // An event is at once a look, at this one alone.
+    // An event causes an inspection at once, of this container only.
     let first = First::start(&home, &network, &docker.id("idle-7"));
     docker.inhabit("idle-7", first.pid(), json!({}));
     let own = inspections(&docker, "idle-7/");
@@ -219,13 +219,13 @@ fn stopped() {
     assert!(answers(3000));
     let others = inspections(&docker, "idle-") - inspections(&docker, "idle-7/");
     assert_eq!(others, before - own);
-    // So is whatever is told of one that nobody may enter, or that is registered again.
+    // So does any event about an inaccessible container, and a new registration of it.
     let looks = docker.calls(odd);
     docker.announce("unpause", "odd");
     docker.wait_for_calls(odd, looks + 1);
     register(&home, "idle-3");
     docker.wait_for_calls("GET /containers/idle-3/json", 2);
-    // When events may have been missed, everything is looked at.
+    // When events may have been missed, every container is inspected.
     docker.hang_up();
     for name in names.iter().filter(|name| *name != "idle-7") {
         docker.wait_for_calls(&format!("GET /containers/{name}/json"), 2);
@@ -278,7 +278,7 @@ fn renamed() {
     }
     flood.end();
     conversation.end();
-    // The listeners are the very same ones, and whoever listens is told whose they are.
+    // The listeners stay the same, and event subscribers are notified of the new name.
     let told = |kind: &str, name: &str| {
         let events = home.events();
         let events = events.iter().filter(|event| event["event"]["kind"] == kind);
@@ -287,7 +287,7 @@ fn renamed() {
             .count()
     };
     assert_eq!((told("port-forward-opened", "stall"), told("port-forward-closed", "stall")), (1, 1));
-    // It goes with the container, whatever that is called.
+    // The registration ends with the container, regardless of its name.
     docker.remove("shop", false);
     wait_until("the port to close", || if answers(3000) { Err("open") } else { Ok(()) });
 }

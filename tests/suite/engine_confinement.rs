@@ -1,9 +1,9 @@
-//! Claim 25: root's engine is root no more, and code that takes it over does not become root again.
+//! Claim 25: root's engine is not root, and code that takes it over does not become root again.
 //!
-//! A stand-in takes the engine's place: a process that gives up what the engine gives up, by the same calls, and then tries
-//! each way out that a process of uid 0 without capabilities would have. It is run with more and more of the layers
-//! ([`landfall_engine::process::confinement`]), so that each layer is seen to close what it is there for. With the layer that root's engine
-//! had before (capabilities alone) the ways out are open: the attempts are real.
+//! A stand-in replaces the engine: a process that drops the same privileges with the same calls, and then makes each escape
+//! attempt that a process of uid 0 without capabilities could make. It runs with an increasing number of layers
+//! ([`landfall_engine::process::confinement`]), so that each layer is shown to block the attempts that it exists for. With
+//! the earlier layer alone (capabilities) the attempts succeed: they are real.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
@@ -38,10 +38,10 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c25_roots_engine_serves_as_another_user", serves_as_another_user),
 ];
 
-/// How much of the confinement a stand-in has.
+/// The confinement layers of a stand-in.
 const LAYERS: [&str; 4] = ["capabilities", "user", "files", "calls"];
 
-/// What a stand-in tries, and the first layer with which it fails.
+/// The attempts of a stand-in, and the first layer with which each fails.
 const ATTEMPTS: [(&str, &str); 19] = [
     ("write core_pattern", "user"),
     ("create a file in /etc", "user"),
@@ -52,23 +52,23 @@ const ATTEMPTS: [(&str, &str); 19] = [
     ("connect to a socket of root's", "user"),
     ("signal the daemon", "user"),
     ("become uid 0", "user"),
-    // The daemon has no capability that the engine lacks.
+    // The daemon has no capability that the engine does not have.
     ("take a descriptor of the daemon", "user"),
     ("trace the daemon", "user"),
-    // A capability would be needed for these in any case.
+    // These need a capability in any case.
     ("enter a namespace", "capabilities"),
     ("mount", "capabilities"),
     ("open a packet socket", "capabilities"),
-    // Any user may do these.
+    // Every user can do these.
     ("read /etc/passwd", "files"),
     ("execute a program", "files"),
     ("connect to a socket that is open to all", "calls"),
     ("make an io_uring", "calls"),
-    // The last one, since it changes what the others may do.
+    // The last one, because it changes the result of the others.
     ("make a user namespace", "calls"),
 ];
 
-/// Whether this runs as root of the whole machine. A user namespace has no other user to change to.
+/// Returns whether this runs as root of the whole machine. A user namespace has no other user to change to.
 pub(crate) fn is_root() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap();
     let is_root = map.split_whitespace().eq(["0", "0", "4294967295"]);
@@ -113,7 +113,7 @@ fn serves_as_another_user() {
     let mut by_file = by_file(&inside);
     by_file["portForward"] = json!({"allow": [80, 3000]});
     rpc::register_with(&home, "a", &by_file);
-    // A port below 1024 takes the one capability that is left.
+    // A port below 1024 uses the only remaining capability.
     let low = Server::listen(&inside, "127.0.0.1:80");
     let high = Server::listen(&inside, "127.0.0.1:3000");
     let description = wait_for_open(&home, &[("a", 80), ("a", 3000)]);
@@ -135,7 +135,7 @@ fn serves_as_another_user() {
     );
     assert_eq!(describe(&home)["engine"]["reason"], Value::Null, "its ring is the one that others have");
     drop(stand_in);
-    // Its socket's name is in a directory that it may not enter, and goes all the same.
+    // The name of its socket is in a directory that it cannot enter; it is removed nevertheless.
     rpc::done(&home, &json!({"kind": "shutdown", "engine": "drain"}));
     assert!(daemon.end().success());
     assert!(!home.path().join("run/engine.sock").exists());
@@ -145,7 +145,7 @@ fn serves_as_another_user() {
     });
 }
 
-/// The lines of `/proc/PID/status` that say what a process may do.
+/// Returns the lines of `/proc/PID/status` about privileges.
 pub(crate) fn credentials(pid: u32) -> BTreeMap<String, String> {
     const LINES: [&str; 11] = [
         "Uid",
@@ -168,7 +168,7 @@ pub(crate) fn credentials(pid: u32) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// Sockets that a stand-in tries to connect to.
+/// Sockets to which a stand-in tries to connect.
 pub(crate) struct Place {
     directory: tempfile::TempDir,
     _listeners: Vec<UnixListener>,
@@ -184,7 +184,7 @@ impl Place {
             fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
             listener
         };
-        // As docker.sock is.
+        // With the mode of docker.sock.
         let listeners = vec![listen("root.sock", 0o660), listen("all.sock", 0o666)];
         fs::create_dir(directory.path().join("mount")).unwrap();
         Place { directory, _listeners: listeners }
@@ -197,7 +197,8 @@ pub(crate) struct StandIn {
 }
 
 impl StandIn {
-    /// Starts one, and waits until it has tried everything. `daemon` is the process that it tries to signal and to trace.
+    /// Starts a stand-in, and waits until it has made every attempt. `daemon` is the process that it tries to signal and to
+    /// trace.
     pub(crate) fn start(layer: &str, daemon: u32, home: &Home, place: &Place) -> StandIn {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["_stand_in", layer, &daemon.to_string()])
@@ -218,7 +219,7 @@ impl StandIn {
         self.child.id()
     }
 
-    /// `done`, or the error.
+    /// Returns `done`, or the error.
     pub(crate) fn outcome(&self, attempt: &str) -> &str {
         &self.outcomes[attempt]
     }
@@ -226,16 +227,16 @@ impl StandIn {
 
 impl Drop for StandIn {
     fn drop(&mut self) {
-        // The end of its input is its end.
+        // It exits when its input ends.
         drop(self.child.stdin.take());
         let _ = self.child.wait();
     }
 }
 
-/// `_stand_in LAYER DAEMON HOME PLACE`: gives up what the engine gives up, tries the ways out, and prints what came of each.
+/// `_stand_in LAYER DAEMON HOME PLACE`: drops the engine's privileges, makes the attempts, and prints the result of each.
 pub(crate) fn stand_in(arguments: &[String]) {
     let [layer, daemon, home, place] = arguments else { panic!("{arguments:?}") };
-    // A daemon has less than the engine had, and nothing else.
+    // The daemon has fewer privileges than the engine had, and no others.
     let at = LAYERS.iter().position(|known| known == layer);
     let way_out = WayOut::new(daemon.parse().unwrap(), Path::new(home), Path::new(place));
     let user = EngineUser::of_this_machine();
@@ -256,14 +257,14 @@ pub(crate) fn stand_in(arguments: &[String]) {
     note("listen at port 80", TcpListener::bind((Ipv4Addr::LOCALHOST, 80)).map(drop).map_err(errno));
     note("count unacknowledged bytes", count_unacknowledged());
     for (attempt, _) in ATTEMPTS {
-        // It would show the capabilities that it has there.
+        // On success it prints the capabilities that it has there.
         if at.is_some() || attempt != "make a user namespace" {
             note(attempt, way_out.attempt(attempt));
         }
     }
     let line = serde_json::to_string(&outcomes).unwrap() + "\n";
     std::io::stdout().write_all(line.as_bytes()).unwrap();
-    // Its credentials are looked at meanwhile.
+    // The case reads its credentials in the meantime.
     let _ = std::io::stdin().read_line(&mut String::new());
 }
 
@@ -281,7 +282,7 @@ fn errno(error: std::io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
-/// What a stand-in holds when it gives up its privileges.
+/// The descriptors and paths of a stand-in when it drops its privileges.
 struct WayOut<'a> {
     daemon: Pid,
     pidfd: OwnedFd,
@@ -298,7 +299,7 @@ impl WayOut<'_> {
         WayOut { daemon, pidfd, namespace, home, place }
     }
 
-    /// Tries one. Nothing of the machine is changed where it succeeds.
+    /// Makes one attempt. A successful attempt changes no state of the machine.
     fn attempt(&self, what: &str) -> Result<(), Errno> {
         let open = |path: &Path, flags| {
             rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR).map(drop)
@@ -307,7 +308,7 @@ impl WayOut<'_> {
         match what {
             "write core_pattern" => open(Path::new("/proc/sys/kernel/core_pattern"), OFlags::WRONLY),
             "create a file in /etc" => {
-                // Never created for a name: a file without one goes with its descriptor.
+                // Without a name: an O_TMPFILE file disappears with its descriptor.
                 rustix::fs::openat(CWD, "/etc", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR)
                     .map(drop)
             }

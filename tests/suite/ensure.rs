@@ -1,4 +1,4 @@
-//! Starting the daemon from outside, with the real command line (wire specification, A.8): one daemon, whoever asks.
+//! Starting the daemon with the real command line (wire specification, A.8): all callers get the same daemon.
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -14,24 +14,24 @@ use serde_json::json;
 pub(crate) const CASES: &[Case] = &[
     Case::once("up_starts_the_daemon_and_down_ends_it", up_and_down),
     Case::once("up_reuses_a_reachable_daemon_when_the_version_matches", reuse),
-    Case::once("up_replaces_a_daemon_of_another_version_and_nothing_is_forgotten", drift),
-    Case::once("c22_a_hundred_starts_at_once_make_one_daemon", a_hundred_starts),
-    Case::once("c22_a_hundred_starts_replace_a_daemon_of_another_version_by_one", a_hundred_replacements),
-    Case::once("c22_a_stale_socket_is_no_daemon", stale_socket),
-    Case::once("c22_a_stale_pid_file_that_names_a_stranger_is_no_daemon_and_nobody_is_signalled", stranger),
-    Case::once("c22_a_lock_that_somebody_holds_is_waited_for", held_lock),
-    Case::once("c22_a_killed_daemon_leaves_nothing_in_the_way", after_a_kill),
-    Case::once("up_says_what_became_of_a_daemon_that_exits", exits_at_once),
-    Case::once("a_signal_ends_the_daemon_in_order", signals),
+    Case::once("up_replaces_a_daemon_of_another_version_and_keeps_registrations", drift),
+    Case::once("c22_a_hundred_concurrent_starts_start_one_daemon", a_hundred_starts),
+    Case::once("c22_a_hundred_concurrent_starts_replace_a_daemon_once", a_hundred_replacements),
+    Case::once("c22_a_stale_socket_does_not_prevent_a_start", stale_socket),
+    Case::once("c22_a_stale_pid_file_signals_no_process", stranger),
+    Case::once("c22_a_start_waits_for_the_lock", held_lock),
+    Case::once("c22_a_killed_daemon_does_not_block_the_next_one", after_a_kill),
+    Case::once("up_reports_the_error_of_a_daemon_that_exits", exits_at_once),
+    Case::once("a_signal_stops_the_daemon_cleanly", signals),
 ];
 
-/// Processes of this case that are a daemon.
+/// Returns the daemon processes of this case.
 fn daemons() -> Vec<String> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        // The same network namespace: a daemon of another case is none of ours.
+        // In the same network namespace; a daemon of another case is in a different one.
         let here = |path: &Path| std::fs::read_link(path.join("ns/net")).ok();
         if line.contains(" _hostd") && here(&entry.path()) == here(Path::new("/proc/self")) {
             found.push(format!("{}: {line}", entry.file_name().to_string_lossy()));
@@ -59,7 +59,7 @@ fn up_and_down() {
     assert_eq!(running.len(), 1, "{running:?}");
     let pid = pid_file(&home).expect("a pid file");
     assert!(running[0].starts_with(&format!("{pid}:")), "{running:?} is not {pid}");
-    // It has a session of its own, no terminal and no standard input.
+    // It has its own session, no terminal and no standard input.
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let session = stat[stat.rfind(')').unwrap() + 2..].split(' ').nth(3).unwrap().to_owned();
     assert_eq!(session, pid.to_string(), "it would end with our terminal");
@@ -68,7 +68,7 @@ fn up_and_down() {
     assert!(output.status.success(), "{output:?}");
     assert!(!home.socket().exists());
     wait_until("the daemon to end", || if daemons().is_empty() { Ok(()) } else { Err(daemons()) });
-    // Down twice is down.
+    // A second `down` succeeds, too.
     assert!(home.run(&["down"]).status.success());
 }
 
@@ -93,13 +93,13 @@ fn drift() {
     assert_ne!(version, "another");
     assert_eq!(done(&home, &json!({"kind": "status", "containerName": "a"}))["containerName"], "a");
     assert_eq!(daemons().len(), 1);
-    // Whoever knows no version of its own finds none to differ.
+    // A client without a version of its own accepts every version.
     let output = home.command(&["up"]).env("LANDFALL_VERSION", "unversioned").output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert_eq!(daemons().len(), 1);
 }
 
-/// Starts so many `up`s before waiting for any, and checks that each did well.
+/// Starts this many `up`s before waiting for any, and checks that each succeeded.
 fn up_at_once(home: &Home, count: usize) {
     let start = Instant::now();
     let children: Vec<Child> = (0..count)
@@ -143,7 +143,7 @@ fn stale_socket() {
     up(&home);
     assert_eq!(names(&home), Vec::<String>::new());
     assert!(home.run(&["down"]).status.success());
-    // No socket at all, but something else in its place.
+    // Not a socket, but another kind of file at its path.
     std::fs::write(home.socket(), "").unwrap();
     let _daemon = home.daemon();
     assert_eq!(home.mode("run/hostd.sock"), 0o600);
@@ -153,7 +153,7 @@ fn stranger() {
     let home = Home::new();
     std::fs::create_dir_all(home.path().join("run")).unwrap();
     let file = home.path().join("run/hostd.pid");
-    // Everything that has a signal of its own would show it.
+    // A process with a handler for every signal would print it.
     let mut stranger = Command::new("sh")
         .args([
             "-c",
@@ -165,14 +165,14 @@ fn stranger() {
     let mut said = std::io::BufReader::new(stranger.stdout.take().unwrap());
     let mut line = String::new();
     std::io::BufRead::read_line(&mut said, &mut line).unwrap();
-    // The file is older than the process: the number was given anew after its daemon had ended.
+    // The file is older than the process: the kernel reused the process id after its daemon had ended.
     std::fs::write(&file, format!("{}\n", stranger.id())).unwrap();
     let yesterday = std::time::SystemTime::now() - Duration::from_secs(86_400);
     std::fs::File::options().write(true).open(&file).unwrap().set_modified(yesterday).unwrap();
     up(&home);
     assert_ne!(pid_file(&home), Some(stranger.id()));
     assert!(home.run(&["down"]).status.success());
-    // Numbers that nobody has, and what is no number.
+    // Process ids without a process, and content that is not a number.
     for content in ["4194304\n", "0\n", "-1\n", "1e3\n", "", "x"] {
         std::fs::write(&file, content).unwrap();
         up(&home);
@@ -193,7 +193,7 @@ fn held_lock() {
     let lock = std::fs::File::create(&path).unwrap();
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
     let mut child = home.command(&["up"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    // It has come as far as the lock, and waits.
+    // It waits at the lock.
     wait_until("somebody to wait at the lock", || {
         let inode = std::os::unix::fs::MetadataExt::ino(&lock.metadata().unwrap()).to_string();
         let open =
@@ -219,7 +219,7 @@ fn after_a_kill() {
         register(&home, &format!("c{round}"));
         let pid = i32::try_from(pid_file(&home).unwrap()).unwrap();
         assert_eq!(daemons().len(), 1);
-        // Our own descendant, adopted by this process, which waits for nobody.
+        // Our own descendant, adopted by this process, which does not reap it.
         rustix::process::kill_process(
             rustix::process::Pid::from_raw(pid).unwrap(),
             rustix::process::Signal::KILL,
@@ -235,7 +235,7 @@ fn after_a_kill() {
 
 fn exits_at_once() {
     let home = Home::new();
-    // Nothing can be made where a file stands.
+    // A directory cannot be created at the path of a file.
     std::fs::create_dir_all(home.path()).unwrap();
     std::fs::write(home.path().join("run"), "in the way").unwrap();
     let output = home.run(&["up"]);

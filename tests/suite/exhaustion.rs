@@ -1,4 +1,5 @@
-//! Claims 7 and 8: what runs out on our side or inside degrades, never kills, and is over as soon as it is there again.
+//! Claims 7 and 8: an exhausted resource on the host or inside degrades service without ending it, and service recovers when
+//! the resource is available again.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,8 +18,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c08_running_out_of_ephemeral_ports_is_contained", running_out_of_ports),
 ];
 
-/// `_flood ADDRESS`: reads a number from its standard input, connects that often, holds all, says so, and lets go when
-/// its standard input ends.
+/// `_flood ADDRESS`: reads a number from its standard input, makes that many connections, holds them, prints a line, and
+/// closes them when its standard input ends.
 pub(crate) fn flood(arguments: &[String]) {
     landfall_tests::process::raise_descriptors();
     let address: SocketAddr = arguments[0].parse().unwrap();
@@ -31,7 +32,7 @@ pub(crate) fn flood(arguments: &[String]) {
     drop(held);
 }
 
-/// A process that holds connections, so that none of its descriptors is ours.
+/// A process that holds connections, so that its descriptors do not count as ours.
 struct Flood(Child);
 
 impl Flood {
@@ -45,7 +46,7 @@ impl Flood {
         Flood(child)
     }
 
-    /// Has it connect, and waits until it has.
+    /// Makes it connect, and waits until it has.
     fn connect(&mut self, count: u8) {
         self.0.stdin.as_mut().unwrap().write_all(&[count]).unwrap();
         self.0.stdout.as_mut().unwrap().read_exact(&mut [0; 9]).unwrap();
@@ -74,7 +75,7 @@ fn running_out_of_descriptors(ring: RingChoice) {
     }
     relay.driver.pending();
     let mut floods = forwards.map(Flood::prepare);
-    // Nobody accepts inside, so the servers take no descriptors; a connection takes two of ours.
+    // The servers never accept, so they use no descriptors; a connection uses two of the relay's.
     let few = descriptors() + 40;
     limit_descriptors(few);
     floods.iter_mut().for_each(|flood| flood.connect(100));
@@ -87,19 +88,20 @@ fn running_out_of_descriptors(ring: RingChoice) {
         !told.iter().any(|event| matches!(event, Event::Degraded { .. })),
         "told more than once while it lasted: {told:?}"
     );
-    // A listener whose accepts rest can be closed like any other.
+    // A listener whose accepts are paused can be closed like any other.
     relay.driver.close(forwards[2].id, Ending::Reset);
     for flood in floods {
         flood.end();
     }
-    // The servers have not accepted, so the relay still holds what the flood left, and the shortage lasts until there is more.
+    // The servers have not accepted, so the relay still holds the connections of the flood, and the shortage continues until
+    // the limit is raised.
     limit_descriptors(few + 4000);
     relay
         .driver
         .expect("the recovery to be told", |event| matches!(event, Event::Recovered { .. }).then_some(()));
     let forwards = [forwards[0], forwards[1], relay.forward(3002)];
     for ((forward, server), accepted) in forwards.into_iter().zip(&servers).zip([101, 101, 0]) {
-        // Clients that waited are served after all, though they have said their last word since.
+        // Waiting clients are served, although they have sent their FIN in the meantime.
         relay.stats_become(forward, "the flood to be over", |stats| {
             while server.has_caller() {
                 drop(server.accept());
@@ -135,7 +137,7 @@ fn running_out_of_ports(ring: RingChoice) {
             }
         }
         assert_eq!(living.len(), PORTS);
-        // Reset, so that no port rests in TIME_WAIT.
+        // With a reset, so that no port stays in TIME_WAIT.
         living.into_iter().for_each(reset);
         wait_until("all to be over", || {
             let stats = relay.stats(forward);

@@ -1,4 +1,4 @@
-//! Claim 12: where io_uring is refused, epoll takes its place, and the engine says why.
+//! Claim 12: where io_uring is refused, the engine uses epoll and reports why.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +12,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c12_falls_back_when_seccomp_refuses", || falls_back(Errno::PERM)),
-    Case::once("c12_falls_back_when_the_kernel_has_none", || falls_back(Errno::NOSYS)),
-    Case::once("c12_io_uring_or_nothing_is_nothing_where_it_is_refused", io_uring_or_nothing),
+    Case::once("c12_falls_back_when_the_kernel_lacks_io_uring", || falls_back(Errno::NOSYS)),
+    Case::once("c12_an_explicit_io_uring_fails_where_it_is_refused", io_uring_or_nothing),
 ];
 
 /// Makes `io_uring_setup(2)` fail in this thread and in those it starts.

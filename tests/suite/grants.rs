@@ -1,4 +1,4 @@
-//! Grants: rights that only the host's user gives, and the route that needs one.
+//! Grants: rights that only the host's user can give, and the request that requires one.
 
 use landfall_tests::case::Case;
 use landfall_tests::http;
@@ -14,7 +14,7 @@ pub(crate) const CASES: &[Case] = &[
 
 const TOKEN: &str = "token-of-a";
 
-/// Asks for a rebuild as the container `a` does.
+/// Requests a rebuild as the container `a`.
 fn rebuild(home: &Home) -> Value {
     let request = json!({"kind": "restart", "containerName": "a", "build": true});
     let answer = http::ask(http_port(home), Some(TOKEN), &request);
@@ -31,7 +31,7 @@ fn register_ours(home: &Home) {
     register_with(home, "a", &json!({"restartToken": TOKEN, "way": {"kind": "docker"}}));
 }
 
-/// The rights of `a` as they are shown.
+/// The rights of `a` as `status` shows them.
 fn shown(home: &Home) -> Value {
     let described = done(home, &json!({"kind": "describe"}));
     let containers = described["containers"].as_array().unwrap();
@@ -54,7 +54,7 @@ fn rebuild_needs_the_right() {
     is_refused();
     assert_eq!(docker.changes(), Vec::<String>::new());
     assert_eq!(home.count_events("restart-scheduled", "a"), 0);
-    // A wrong token learns nothing of the right.
+    // The answer to a wrong token does not reveal the right.
     let request = json!({"kind": "restart", "containerName": "a", "build": true});
     let answer = http::ask(http_port(&home), Some("wrong"), &request);
     assert_eq!((answer.status, answer.reason()), (403, "invalid restart token"));
@@ -71,7 +71,7 @@ fn rebuild_needs_the_right() {
     is_refused();
     assert_eq!(docker.calls("POST /build"), 1);
 
-    // A client of the reference registers without an attach method, and its containers rebuild themselves.
+    // A client of the reference registers without an attach method, and its containers can rebuild themselves.
     register_with(&home, "a", &json!({"restartToken": TOKEN}));
     assert_eq!(shown(&home), json!([{"what": "rebuild", "state": "registered"}]));
     assert_eq!(rebuild(&home), scheduled);

@@ -1,4 +1,4 @@
-//! Claim 2: a FIN in one direction leaves the other alone.
+//! Claim 2: a FIN in one direction does not affect the other direction.
 
 use landfall_engine::RingChoice;
 use landfall_tests::case::Case;
@@ -9,9 +9,9 @@ use crate::observe::{AttachMethod, Path, Who, ends_by, read_rest};
 
 pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c02_ten_mebibytes_come_back_after_a_fin", ten_mebibytes_come_back_after_a_fin),
-    Case::each_ring("c02_both_ends_finish_at_once", both_ends_finish_at_once),
+    Case::each_ring("c02_both_ends_send_a_fin_at_once", both_ends_finish_at_once),
     Case::each_ring("c02_a_fin_right_after_connect", a_fin_right_after_connect),
-    Case::each_ring("c02_a_half_closed_connection_stays", a_half_closed_connection_stays),
+    Case::each_ring("c02_a_half_closed_connection_stays_open", a_half_closed_connection_stays),
 ];
 
 const BOTH: [Who; 2] = [Who::Client, Who::Server];
@@ -65,7 +65,7 @@ pub(crate) fn both_ends_finish_at_once(ring: RingChoice) {
 pub(crate) fn a_fin_right_after_connect(ring: RingChoice) {
     let path = Path::landfall(ring);
     for _ in 0..50 {
-        // Sent before the server could have been dialled.
+        // Sent before the relay could have connected to the server.
         let client = path.client();
         finish(&client);
         let server = path.accept();
@@ -77,7 +77,7 @@ pub(crate) fn a_fin_right_after_connect(ring: RingChoice) {
     all_completed(path, 50);
 }
 
-/// A client that has said all it has to say may wait long for the answer; meanwhile nothing spins and nothing is closed.
+/// A client that has sent its FIN may wait long for the answer; in the meantime no thread spins and no connection is closed.
 pub(crate) fn a_half_closed_connection_stays(ring: RingChoice) {
     let path = Path::landfall(ring);
     for first in BOTH {

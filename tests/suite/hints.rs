@@ -1,6 +1,6 @@
-//! Claim 14: a new listener is usable at once, with the kernel's hints and without; and nothing of them stays behind.
+//! Claim 14: a new listener is usable at once, with the kernel's hints and without, and no tracing instance is left behind.
 //!
-//! Tracing is mounted, or hidden, in a mount namespace of the case's own; the instances in it are the whole machine's.
+//! Each case mounts or hides tracefs in its own mount namespace; the instances in it belong to the whole machine.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpStream};
@@ -18,10 +18,10 @@ use landfall_tests::{Home, Namespace, PATIENCE, Server, is_long, note, rpc, wait
 use crate::crash::{by_file, describe, engine_pid};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c14_a_listener_in_another_namespace_is_hinted_at", hinted),
-    Case::once("c14_connections_are_no_hints", connections),
+    Case::once("c14_a_listener_in_another_namespace_causes_a_hint", hinted),
+    Case::once("c14_connections_cause_no_hints", connections),
     Case::once("c14_a_new_listener_is_usable_at_once", usable_at_once),
-    Case::once("c14_nothing_stays_of_an_engines_hints", nothing_stays),
+    Case::once("c14_no_tracing_instance_outlives_an_engine", nothing_stays),
 ];
 
 /// A port that no other case uses.
@@ -29,7 +29,7 @@ const QUIET: u16 = 3917;
 
 const TRACING: &str = "/sys/kernel/tracing";
 
-/// Hides the kernel's tracing from this case.
+/// Hides tracefs from this case.
 fn hide_tracing() {
     private_mounts();
     for place in [TRACING, "/sys/kernel/debug"] {
@@ -37,7 +37,7 @@ fn hide_tracing() {
     }
 }
 
-/// Shows it, hidden or not.
+/// Mounts tracefs, whether it was hidden or not.
 fn show_tracing() {
     mount(&["-t", "tracefs", "none", TRACING]);
 }
@@ -46,7 +46,8 @@ fn mount(arguments: &[&str]) {
     assert!(Command::new("mount").args(arguments).status().unwrap().success(), "mount {arguments:?}");
 }
 
-/// Whether this may mount and trace: root may, and not that of a user namespace, which cases have where they are not started by root.
+/// Returns whether this process can mount and trace: only root of the whole machine can, not root of a user namespace, in
+/// which cases run without root.
 fn may_trace() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap();
     let may = map.split_whitespace().eq(["0", "0", "4294967295"]);
@@ -69,7 +70,7 @@ fn hinted() {
     let thread = std::thread::spawn(move || hints.follow(stop, || looks.send(()).unwrap()));
     let inside = Namespace::new();
     for port in 3000..3010 {
-        // What other cases do is hinted at as well.
+        // Other cases cause hints, too.
         looked.try_iter().for_each(drop);
         let server = Server::listen(&inside, &format!("127.0.0.1:{port}"));
         looked.recv_timeout(PATIENCE).expect("it listens");
@@ -96,7 +97,7 @@ fn connections() {
         server.accept();
     }
     drop((clients, server));
-    // Not read by anybody: what the kernel told is all there, but for what had no room.
+    // The trace is not consumed: it contains every event that fit into the buffer.
     let told = fs::read_to_string(instance(std::process::id()).join("trace")).unwrap();
     let ours: Vec<&str> = told.lines().filter(|line| line.contains(&format!("sport={QUIET} "))).collect();
     assert!(
@@ -109,7 +110,7 @@ fn connections() {
     assert_eq!(ours.iter().filter(is_hint).count(), ours.len(), "{ours:?}");
 }
 
-/// Told, not judged: the machine has other things to do.
+/// Reported without a limit, because other processes share the machine.
 fn usable_at_once() {
     if !may_trace() {
         return;
@@ -150,7 +151,7 @@ fn nothing_stays() {
     rpc::register_with(&home, "a", &by_file(&inside));
     let first = wait_for_engine(&home, None);
     wait_for_instance(first);
-    // What a killed engine leaves is removed by the next one.
+    // The next engine removes the instance of a killed one.
     kill(first);
     let second = wait_for_engine(&home, Some(first));
     wait_for_instance(second);
@@ -167,7 +168,7 @@ fn instance(pid: u32) -> PathBuf {
     PathBuf::from(format!("{TRACING}/instances/landfall-{pid}-0"))
 }
 
-/// Waits until the kernel has been asked for hints.
+/// Waits until an engine has made its tracing instance.
 fn wait_for_instance(pid: u32) {
     let enabled = instance(pid).join("events/sock/inet_sock_set_state/enable");
     wait_until("the event to be enabled", || match fs::read_to_string(&enabled) {
@@ -176,7 +177,7 @@ fn wait_for_instance(pid: u32) {
     });
 }
 
-/// Waits for an engine that is not `before`.
+/// Waits for an engine other than `before`.
 fn wait_for_engine(home: &Home, before: Option<u32>) -> u32 {
     wait_until("an engine", || {
         let description = describe(home);

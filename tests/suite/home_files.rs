@@ -1,4 +1,4 @@
-//! Claim 24: the daemon's files are in a directory that only its user may change, and a name there leads nowhere else.
+//! Claim 24: the daemon's files are in a directory that only its user can change, and no name there leads elsewhere.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -9,12 +9,12 @@ use landfall_tests::case::Case;
 use landfall_tests::{Home, STRANGER, strangers_are_possible};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c24_root_uses_no_home_that_another_user_may_change", foreign_homes),
+    Case::once("c24_root_refuses_a_home_that_another_user_can_change", foreign_homes),
     Case::once("c24_a_link_among_the_daemons_files_is_not_followed", links),
     Case::once("c24_a_link_among_the_daemons_directories_is_refused", linked_directories),
 ];
 
-/// What the daemon and the verb that starts it say about a home.
+/// Returns the outputs of the daemon, and of the verb that starts it, for a home.
 fn refusals(home: &Home, path: &Path) -> [Output; 2] {
     [&["_hostd"][..], &["up", "--http-port", "0"]]
         .map(|arguments| home.command(arguments).env("LANDFALL_HOME", path).output().unwrap())
@@ -39,7 +39,7 @@ fn foreign_homes() {
     chown(&group, None, Some(STRANGER)).unwrap();
     let parent = make(&place.join("d"), Some(STRANGER), 0o755);
     let below = make(&parent.join("home"), None, 0o700);
-    // The link's directory decides what it leads to, also where the home itself is root's.
+    // The directory of the link decides where it leads, even if the home itself belongs to root.
     let by_a_link = parent.join("link");
     symlink(make(&place.join("e"), None, 0o700), &by_a_link).unwrap();
     let absent = parent.join("absent");
@@ -59,7 +59,7 @@ fn foreign_homes() {
         }
         assert!(!path.join("run").exists(), "something was made in {}", path.display());
     }
-    // Sticky, as /tmp is, and root's own through a link of root's.
+    // A sticky directory such as /tmp, and root's own through a link of root.
     let sticky = make(&place.join("f"), None, 0o1777);
     let fine = make(&sticky.join("home"), None, 0o700);
     let link = place.join("g");

@@ -1,4 +1,4 @@
-//! The HTTP endpoint, row by row of the wire specification, A.2, and who is kept out of it.
+//! The HTTP endpoint, row by row of the wire specification, A.2, and the clients that it refuses.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -15,19 +15,19 @@ pub(crate) const CASES: &[Case] = &[
         "c24_http_rejects_oversized_unauthenticated_requests_before_reading_them",
         oversized_unauthenticated,
     ),
-    Case::once("c24_http_a_body_over_the_limit_is_refused_however_it_comes", oversized_body),
-    Case::once("c24_http_a_foreign_host_header_gets_nothing", foreign_hosts),
-    Case::once("c24_http_the_bearer_token_is_taken_as_the_wire_says", bearer_forms),
+    Case::once("c24_http_a_body_over_the_limit_is_refused_in_any_framing", oversized_body),
+    Case::once("c24_http_a_foreign_host_header_is_refused", foreign_hosts),
+    Case::once("c24_http_the_bearer_token_is_parsed_as_specified", bearer_forms),
     Case::once("c23_http_a_container_acts_for_itself_alone", for_itself_alone),
-    Case::once("http_a_connection_says_whether_it_may_ask_again", asked_again),
-    Case::once("http_chunked_bodies_and_http_1_0_are_understood", other_framings),
-    Case::once("c24_http_a_slow_client_is_cut_off", slow_client),
-    Case::once("c24_http_what_is_no_http_gets_nothing", no_http),
+    Case::once("http_a_connection_announces_whether_it_can_be_reused", asked_again),
+    Case::once("http_chunked_bodies_and_http_1_0_are_supported", other_framings),
+    Case::once("c24_http_a_slow_client_is_disconnected", slow_client),
+    Case::once("c24_http_invalid_http_is_refused", no_http),
     Case::once("c24_http_a_thousand_half_open_connections_do_not_stop_the_daemon", half_open),
     Case::once("http_control_uses_the_preferred_port_when_it_is_free", preferred_port),
     Case::once("http_control_falls_back_to_an_ephemeral_port_when_the_preferred_port_is_busy", fallback_port),
     Case::once("http_the_port_stays_the_same_across_daemons", same_port),
-    Case::once("c24_a_token_is_told_nowhere", canary),
+    Case::once("c24_a_token_appears_in_no_output", canary),
 ];
 
 const TOKEN: &str = "dGhlIHRva2VuIG9mIGEgY29udGFpbmVyIGluc3RhbmNl";
@@ -53,7 +53,7 @@ fn checks_in_order() {
     let head = |line: &str, more: &str| format!("{line}\r\nhost: 127.0.0.1:{port}\r\n{more}\r\n");
     let bearer = format!("authorization: Bearer {TOKEN}\r\n");
 
-    // 1: everything else is wrong as well.
+    // 1: every other property is wrong as well.
     for line in [
         "GET /rpc HTTP/1.1",
         "POST / HTTP/1.1",
@@ -65,11 +65,11 @@ fn checks_in_order() {
         assert_refused(&ask_text(port, head(line, "")), 404, "not found");
         assert_refused(&ask_text(port, head(line, &bearer)), 404, "not found");
     }
-    // 2: no token; the body is too long, no JSON and of a wrong kind.
+    // 2: no token; the body is too long, invalid JSON, and of a wrong kind.
     let long = "content-length: 70000\r\n";
     assert_refused(&ask_text(port, head("POST /rpc HTTP/1.1", "")), 401, "missing bearer token");
     assert_refused(&ask_text(port, head("POST /rpc HTTP/1.1", long)), 401, "missing bearer token");
-    // 3 and 4: with any token at all.
+    // 3 and 4: with any token.
     let any = "authorization: Bearer x\r\n";
     let announced = head("POST /rpc HTTP/1.1", &format!("{any}{long}"));
     assert_refused(&ask_text(port, announced), 413, "request exceeds buffer limit");
@@ -100,16 +100,16 @@ fn checks_in_order() {
         assert_refused(&ask(port, Some(TOKEN), &request), 403, ONLY);
     }
     assert_refused(&ask(port, Some(TOKEN), &json!({"containerName": "a"})), 403, ONLY);
-    // 7: before anything of the handler, whose own checks would say otherwise.
+    // 7: before every check of the handler, whose result would be different.
     let wrong = json!({"kind": "restart", "containerName": "a", "build": "yes"});
     assert_refused(&ask(port, Some("x"), &wrong), 403, "invalid restart token");
     assert_refused(&ask(port, Some(TOKEN), &restart("unknown")), 403, "invalid restart token");
     assert_refused(&ask(port, Some(TOKEN), &json!({"kind": "restart"})), 403, "invalid restart token");
-    // 8: what the handler refuses is still status 200.
+    // 8: a refusal of the handler still has status 200.
     let answer = ask(port, Some(TOKEN), &wrong);
     assert_refused(&answer, 200, "restart.build must be a boolean if provided");
     assert_eq!(docker.changes(), Vec::<String>::new());
-    // The query is ignored, and this one goes through.
+    // The query is ignored, and this request succeeds.
     let text = post(port, Some(TOKEN), &restart("a").to_string()).replacen("/rpc", "/rpc?x=/y", 1);
     let answer = ask_text(port, text);
     assert_eq!(answer.status, 200);
@@ -121,11 +121,11 @@ fn oversized_unauthenticated() {
     let home = Home::new();
     let _daemon = home.daemon();
     let port = http_port(&home);
-    // As the reference's own client does it: all at once.
+    // As the reference's own client does it: in one write.
     let mut web = Web::connect(port);
     let _ = web.try_send(post(port, None, &"x".repeat(70_000)));
     assert_refused(&web.answer(), 401, "missing bearer token");
-    // The answer comes although not one byte of the body did.
+    // The answer arrives although no byte of the body was sent.
     let mut web = Web::connect(port);
     web.send(format!("POST /rpc HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-length: 70000\r\n\r\n"));
     assert_refused(&web.answer(), 401, "missing bearer token");
@@ -145,7 +145,7 @@ fn oversized_body() {
     let mut web = Web::connect(port);
     let _ = web.try_send(post(port, Some(TOKEN), &body(65_537)));
     assert_refused(&web.answer(), 413, "request exceeds buffer limit");
-    // Without an announced length the body is counted.
+    // Without an announced length the endpoint counts the body's bytes.
     let mut web = Web::connect(port);
     let _ = web.try_send(format!(
         "POST /rpc HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nauthorization: Bearer {TOKEN}\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -153,7 +153,7 @@ fn oversized_body() {
     let piece = body(65_536);
     let _ = web.try_send(format!("{:x}\r\n{piece}\r\n1\r\n \r\n", piece.len()));
     assert_refused(&web.answer(), 413, "request exceeds buffer limit");
-    // One that never ends is not waited for, nor kept.
+    // The endpoint neither waits for an endless body nor stores it.
     let mut web = Web::connect(port);
     let _ = web.try_send(format!(
         "POST /rpc HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nauthorization: Bearer {TOKEN}\r\ntransfer-encoding: chunked\r\n\r\nffffffff\r\n"
@@ -177,7 +177,7 @@ fn foreign_hosts() {
         );
         ask_text(port, request.replacen(&format!("host: 127.0.0.1:{port}"), host, 1))
     };
-    // What browsers send after a name of a stranger was bound to this address, and its relatives.
+    // The header that browsers send after a foreign name was bound to this address, and variants of it.
     for host in [
         format!("host: evil.example:{port}"),
         "host: evil.example".to_owned(),
@@ -244,17 +244,17 @@ fn for_itself_alone() {
     register_with(&home, "c", &json!({"brokerToken": "broker-of-c"}));
     let port = http_port(&home);
     let patch = |name: &str| json!({"kind": "secrets-patch", "containerName": name, "patch": {"mcp": {"server": "s", "credential": {}}}});
-    // The other's token, the other's name, a container without a token, and a token of another channel.
+    // Another container's token, another container's name, a container without a token, and the token of another channel.
     for (name, token) in
         [("a", OTHER), ("b", TOKEN), ("c", TOKEN), ("c", OTHER), ("c", "broker-of-c"), ("c", "undefined")]
     {
         assert_refused(&ask(port, Some(token), &restart(name)), 403, "invalid restart token");
         assert_refused(&ask(port, Some(token), &patch(name)), 403, "invalid restart token");
     }
-    // A new instance has a new token, and the old one is worth nothing.
+    // A new instance has a new token, and the old token is invalid.
     register_with(&home, "a", &json!({"restartToken": "new"}));
     assert_refused(&ask(port, Some(TOKEN), &restart("a")), 403, "invalid restart token");
-    // Registered again without one, HTTP is closed to it; with an empty one, too.
+    // After a registration without a token, HTTP is closed to the container; with an empty one, too.
     for fields in [json!({}), json!({"restartToken": ""})] {
         register_with(&home, "b", &fields);
         assert_refused(&ask(port, Some(OTHER), &restart("b")), 403, "invalid restart token");
@@ -274,13 +274,13 @@ fn asked_again() {
         web.send(post(port, Some("x"), &restart("a").to_string()));
         let answer = web.answer();
         assert_refused(&answer, 403, "invalid restart token");
-        // Whether one connection may ask again is the daemon's choice; a client is told, and can rely on it.
+        // Whether a connection can be reused is the daemon's choice; it announces the choice, and a client can rely on it.
         if answer.header("connection").as_deref() == Some("close") {
             assert!(web.is_closed());
             web = Web::connect(port);
         }
     }
-    // Of two at once the first is answered, and the second is answered or left.
+    // Of two pipelined requests the first is answered; the second may be answered or dropped.
     let mut web = Web::connect(port);
     web.send(format!("{}{}", post(port, None, ""), post(port, Some("x"), "no")));
     assert_eq!(web.answer().status, 401);
@@ -304,7 +304,7 @@ fn other_framings() {
     web.send(old);
     assert_refused(&web.answer(), 403, "invalid restart token");
     assert!(web.is_closed());
-    // Told to wait for permission, a client gets it or its answer.
+    // A client that sends `Expect: 100-continue` gets the permission or the answer.
     let mut web = Web::connect(port);
     web.send(post(port, Some("x"), "").replacen(
         "content-length: 0",
@@ -324,7 +324,7 @@ fn slow_client() {
     let _daemon = home.daemon();
     let port = http_port(&home);
     let limit = Duration::from_secs(60);
-    // One says nothing, one never ends its head, one never ends its body.
+    // One client sends nothing, one never ends its head, one never ends its body.
     let silent = Web::connect(port).patience(limit);
     let mut in_head = Web::connect(port).patience(limit);
     in_head.send(format!("POST /rpc HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nx-slow: "));
@@ -334,7 +334,7 @@ fn slow_client() {
     ));
     let start = Instant::now();
     for (what, mut web) in [("head", in_head), ("body", in_body), ("silence", silent)] {
-        // Whether it is told so before it is cut off is the daemon's choice.
+        // The daemon may answer before it closes the connection.
         while let Some(answer) = web.any_answer() {
             assert!(answer.status >= 400, "{what}: {answer:?}");
         }
@@ -381,7 +381,7 @@ fn half_open() {
         let Ok(stream) =
             TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), Duration::from_millis(200))
         else {
-            // Full: it may let callers wait where the kernel does.
+            // All places are in use: the daemon may leave clients in the kernel's backlog.
             break;
         };
         if index % 2 == 0 {
@@ -389,11 +389,11 @@ fn half_open() {
         }
         crowd.push(stream);
     }
-    // The other channel is not in their hands.
+    // The Unix socket is not affected.
     assert_eq!(rpc::names(&home), Vec::<String>::new());
     assert!(daemon.has_ended().is_none());
     drop(crowd);
-    // Their places are free again as soon as the daemon has seen that they left.
+    // Places are free again as soon as the daemon has seen the clients close.
     wait_until("an answer after the crowd", || {
         let mut web = Web::connect(port);
         let _ = web.try_send(post(port, Some("x"), &restart("a").to_string()));
@@ -409,7 +409,7 @@ fn preferred_port() {
     let event = home.wait_for_event("daemon-http-listening", |event| event["host"] == "127.0.0.1");
     assert_eq!(event["port"], 8974);
     assert!(home.events().iter().all(|event| event["kind"] != "daemon-http-port-fallback"));
-    // The listeners are told in the order in which they open: HTTP is there before the socket is.
+    // Events arrive in the order in which the listeners open: the HTTP listener opens before the socket.
     let events = home.events();
     let at = |kind: &str| events.iter().position(|event| event["kind"] == kind).unwrap();
     assert!(at("daemon-http-listening") < at("daemon-listening"));
@@ -426,7 +426,7 @@ fn fallback_port() {
     assert_eq!((&event["preferred"], &event["actual"]), (&json!(8974), &json!(port)));
     assert_eq!(ask(port, Some("x"), &restart("a")).status, 403);
     daemon.shut_down();
-    // The next one prefers what it should prefer.
+    // The next daemon uses the preferred port again.
     drop(busy);
     let _daemon = home.daemon();
     assert_eq!(http_port(&home), 8974);
@@ -437,7 +437,7 @@ fn same_port() {
     for round in 0..3 {
         let daemon = home.daemon();
         assert_eq!(http_port(&home), 8974, "round {round}");
-        // Connections of the daemon before linger in the kernel, and must not cost the port.
+        // Connections of the previous daemon stay in TIME_WAIT, and must not block the port.
         let mut web = Web::connect(8974);
         web.send(post(8974, Some("x"), &restart("a").to_string()));
         assert_eq!(web.answer().status, 403);
@@ -447,7 +447,7 @@ fn same_port() {
             daemon.shut_down();
         }
     }
-    // Any port that is asked for, and any at all with 0.
+    // A given port, and any free port with 0.
     let daemon = home.start().argument("--http-port").argument("9111").and_wait();
     assert_eq!(http_port(&home), 9111);
     daemon.shut_down();
@@ -466,7 +466,7 @@ fn canary() {
     let fields = json!({"restartToken": token, "brokerToken": broker, "wsHostPort": 4000, "portForward": {"allow": [3000]}});
     register_with(&home, "a", &fields);
     let port = http_port(&home);
-    // Right ones, wrong ones that look like them, in places where they do not belong.
+    // Valid tokens, and invalid ones that look like them, in fields where they do not belong.
     for (name, presented) in [("a", token), ("a", broker), ("b", token), ("a", "canary-3-guess")] {
         heard.push(ask(port, Some(presented), &restart(name)).body.to_string());
         let body = json!({"kind": presented, "containerName": presented, "restartToken": presented});
@@ -483,7 +483,7 @@ fn canary() {
     ] {
         heard.push(rpc::ask(&home, &request).to_string());
     }
-    // A line that is broken is not repeated either.
+    // The daemon does not repeat an invalid line either.
     heard.push(rpc::tell(&home, format!("{{\"restartToken\":\"{token}\"\n")).to_string());
     for verb in
         [&["status"][..], &["status", "a"], &["ls"], &["ls", "--json"], &["status", "a", "--json"], &["logs"]]
@@ -497,7 +497,7 @@ fn canary() {
         String::from_utf8_lossy(&std::fs::read(format!("/proc/{}/cmdline", daemon.pid())).unwrap())
             .into_owned(),
     );
-    // A file that is no registration, with a token in it, is told about without it.
+    // The event about an invalid registration file with a token in it does not contain the token.
     daemon.shut_down();
     heard.push(live.rest());
     home.plant("torn", format!("{{\"containerName\":\"torn\",\"restartToken\":\"{token}\",\"cwd\":"));

@@ -1,4 +1,4 @@
-//! Claim 31: no token reaches an impostor. Another user of the machine listens where a container's port would be published.
+//! Claim 31: an impostor receives no token. Another user of the machine listens where a container's port would be published.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
@@ -27,18 +27,18 @@ fn local(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that is currently free.
 fn free_port() -> u16 {
     TcpListener::bind(local(0)).unwrap().local_addr().unwrap().port()
 }
 
-/// A registration as a reference client makes it: Docker is asked by its name.
+/// Registers as a reference client does: the daemon queries Docker by name.
 fn register(home: &Home, port: u16) {
     let fields = json!({"wsHostPort": port, "portForward": {"allow": "*"}, "brokerToken": TOKEN});
     register_with(home, NAME, &fields);
 }
 
-/// Waits for the line of the journal that names the impostor.
+/// Waits for the line of the log that names the impostor.
 #[track_caller]
 fn wait_for_its_name(home: &Home, port: u16) -> Value {
     let holds = format!("port {port} is held by");
@@ -55,7 +55,7 @@ fn another_user() {
     }
     let home = Home::new();
     let _daemon = home.daemon();
-    // On every address that answers 127.0.0.1, by a listener that claims to be a container of the reference.
+    // On every address that receives connections to 127.0.0.1, by a listener that claims to be a container of the reference.
     for address in [local(0), "0.0.0.0:0".parse().unwrap(), "[::]:0".parse().unwrap()] {
         let impostor = Impostor::listen(address, Manner::Reference);
         let port = impostor.address().port();
@@ -64,7 +64,7 @@ fn another_user() {
         impostor.assert_without(TOKEN);
         assert_eq!(impostor.connections(), 0, "{address}: it was connected to");
         drop(impostor);
-        // The container itself is connected to as soon as it has its port.
+        // The daemon connects to the container itself as soon as it has its port.
         Container::at(port, TOKEN).welcome().ping();
     }
 }
@@ -77,13 +77,13 @@ fn stopped() {
     docker.publish(NAME, Some(container.port()));
     let _daemon = home.daemon();
     register(&home, container.port());
-    // Docker says that it does not run, so whoever listens there is somebody else.
+    // Docker reports that it does not run, so the listener is another process.
     docker.wait_for_calls("GET /containers/coder/json", 2);
     home.wait_for_event("notice", |event| {
         event["text"].as_str().unwrap_or_default().contains("container coder is not running")
     });
     assert!(!container.has_caller(), "it was connected to");
-    // It runs, and does not publish the port any more.
+    // It runs, and no longer publishes the port.
     docker.publish(NAME, None);
     docker.run(NAME);
     home.wait_for_event("notice", |event| {
@@ -106,7 +106,7 @@ fn during_restart() {
     let _daemon = home.daemon();
     register(&home, port);
     let peer = container.welcome();
-    // It stops: its port is free, and is taken before the broker comes back. To Docker it runs again.
+    // The container stops: its port is free, and is taken before the broker reconnects. Docker reports that it runs again.
     drop(container);
     let impostor = Impostor::listen(local(port), Manner::Reference);
     peer.hang_up();
@@ -121,7 +121,7 @@ fn accepted_by_another() {
     }
     let home = Home::new();
     let _daemon = home.daemon();
-    // A listener of ours, from which another user accepts.
+    // Our own listener, from which another user accepts.
     let listener = TcpListener::bind(local(0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let impostor = Impostor::serve(listener, Manner::Reference);
@@ -141,7 +141,7 @@ fn replaced() {
     let container = Container::at(port, TOKEN);
     register(&home, port);
     let stream = container.accept_raw();
-    // The request is there, and not answered yet. Meanwhile the port gets another owner.
+    // The request has arrived, without an answer yet. Now the port gets another owner.
     drop(container);
     let listener = as_stranger(|| {
         let socket =
@@ -155,7 +155,7 @@ fn replaced() {
     let impostor = Impostor::serve(listener, Manner::Reference);
     let mut peer = Container::upgrade(stream, port);
     wait_for_its_name(&home, port);
-    // What the connection of before gets is its end.
+    // The connection from before is closed.
     peer.ending();
     assert!(peer.is_silent_for(MOMENT) || peer.has_ended());
     impostor.assert_without(TOKEN);
@@ -199,7 +199,7 @@ fn started() {
     let folder = home.folder("shop");
     let started = home.run(&["start", "--image", "busybox", folder.to_str().unwrap()]);
     assert!(started.status.success(), "{started:?}");
-    // No port is fixed that another user could take while the container is stopped.
+    // No fixed port exists that another user could take while the container is stopped.
     let wish = docker.wish("shop").unwrap();
     let bindings = &wish["HostConfig"]["PortBindings"]["8973/tcp"];
     assert_eq!(bindings, &json!([{"HostIp": "127.0.0.1", "HostPort": ""}]), "{wish}");

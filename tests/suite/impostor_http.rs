@@ -1,5 +1,5 @@
-//! Claim 31, for HTTP: a process of another user that holds the port to which containers send their tokens is named, no container
-//! is made that would send its token there, and the socket of a container leads to the daemon alone.
+//! Claim 31, for HTTP: a process of another user that holds the port to which containers send their tokens is named, no
+//! container is made that would send its token there, and the socket of a container leads only to the daemon.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
@@ -20,15 +20,15 @@ use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c31_http_an_impostor_at_the_gateway_before_the_start_is_named", before_the_start),
-    Case::once("c31_http_an_impostor_before_a_late_docker_is_named_and_outlasted", late_docker),
+    Case::once("c31_http_an_impostor_before_a_late_docker_is_named_and_the_port_bound_later", late_docker),
     Case::once("c31_http_a_container_has_a_socket_that_no_other_user_reaches", socket_of_its_own),
     Case::once("c31_http_a_container_asks_over_its_socket_and_never_at_the_url", socket_before_url),
-    Case::once("c24_http_loopback_clients_leave_places_to_containers", places),
+    Case::once("c24_http_loopback_clients_cannot_exhaust_the_connections_of_containers", places),
 ];
 
 const NAME: &str = "coder";
 const TOKEN: &str = "canary-of-a-restart-0123456789-abcdefghijkl";
-/// What Docker says that its bridge's gateway is.
+/// The address that Docker reports as its bridge's gateway.
 const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77));
 const PORT: u16 = 8974;
 
@@ -37,7 +37,7 @@ fn text(output: &Output) -> String {
     format!("{out}{err}")
 }
 
-/// The holder, as every verb names it.
+/// Asserts that a text names the holder as every verb does.
 fn assert_named(told: &str, port: u16) {
     assert!(told.contains(&format!("port {port} of {GATEWAY} is held by")), "{told}");
     assert!(told.contains(&format!("uid {STRANGER}")), "{told}");
@@ -50,7 +50,7 @@ fn listens_at(home: &Home, host: IpAddr, port: u16) {
     TcpStream::connect((host, port)).unwrap();
 }
 
-/// `landfall start` of a folder, from an image that is there.
+/// Runs `landfall start` of a folder, from an existing image.
 fn start(home: &Home) -> Output {
     let folder = home.folder(NAME);
     home.run(&["start", "--image", "busybox", folder.to_str().unwrap()])
@@ -76,7 +76,7 @@ fn before_the_start() {
         let text = event["text"].as_str().unwrap_or_default();
         text.contains("is held by") && text.contains(&format!("uid {STRANGER}"))
     });
-    // A container that is made now is given a port at which the daemon listens.
+    // A container that is made now gets a port on which the daemon listens.
     let started = start(&home);
     assert!(started.status.success(), "{started:?}");
     let wish = docker.wish(NAME).unwrap();
@@ -85,7 +85,7 @@ fn before_the_start() {
     let url = json!(format!("LANDFALL_HOSTD_URL=http://host.docker.internal:{port}"));
     assert!(wish["Env"].as_array().unwrap().contains(&url), "{wish}");
     listens_at(&home, GATEWAY, port.try_into().unwrap());
-    // Those that were made before reach the daemon as soon as they can.
+    // Containers that were made before reach the daemon as soon as the port is free.
     drop(impostor);
     listens_at(&home, GATEWAY, PORT);
     wait_until("the holder to be forgotten", || match text(&home.run(&["status"])) {
@@ -118,7 +118,7 @@ fn late_docker() {
     assert!(text(&refused).contains("hint: "), "{refused:?}");
     assert_eq!(docker.calls("POST /containers/create"), 0);
     assert_eq!(home.registered(NAME), None);
-    // It is reported once, however often it is tried; and once the port is free it is the daemon's.
+    // The daemon reports it once, although it retries, and binds the port when it is free.
     let count = || home.events().iter().filter(|event| event["kind"] == "notice" && named(event)).count();
     assert_eq!(count(), 1);
     drop(impostor);
@@ -145,7 +145,7 @@ fn socket_of_its_own() {
     let docker = FakeDocker::start(&home, &[NAME]);
     let daemon = home.daemon();
     register_with(&home, NAME, &json!({"restartToken": TOKEN, "httpSocket": true}));
-    // Everything above it is open, as a home directory may be.
+    // Every directory above it is open, as a home directory may be.
     for path in [home.path().parent().unwrap().to_owned(), home.path()] {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
     }
@@ -154,7 +154,7 @@ fn socket_of_its_own() {
     let path = directory(&home).join("http.sock");
     let error = as_stranger(|| UnixStream::connect(&path)).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
-    // A container has the directory itself, whatever its user.
+    // Any user of the container can use the mounted directory.
     let mounted = std::fs::File::open(directory(&home)).unwrap();
     let inside = PathBuf::from(format!("/proc/self/fd/{}/http.sock", mounted.as_raw_fd()));
     let ask = |token| as_stranger(|| ask_at(&inside, token, &restart()).unwrap());
@@ -163,13 +163,13 @@ fn socket_of_its_own() {
     assert_eq!(listed.status, 403, "the privileged kinds are not there");
     assert_eq!(ask(Some(TOKEN)).status, 200);
     home.wait_for_event("restart-completed", |event| event["containerName"] == NAME);
-    // The next daemon, after one that was killed, is met in the same directory.
+    // The next daemon, after a kill, listens in the same directory.
     daemon.kill();
     assert!(as_stranger(|| UnixStream::connect(&inside)).is_err());
     let daemon = home.daemon();
     wait_until("the socket of the next daemon", || as_stranger(|| UnixStream::connect(&inside)));
     assert_eq!(ask(Some(TOKEN)).status, 200);
-    // An orderly end takes the socket along and leaves the directory; the container's end takes that, too.
+    // An orderly stop removes the socket and keeps the directory; removing the container removes the directory, too.
     daemon.shut_down();
     assert!(directory(&home).exists() && !path.exists());
     docker.remove(NAME, true);
@@ -198,12 +198,12 @@ fn socket_before_url() {
     home.wait_for_event("restart-completed", |event| event["containerName"] == NAME);
     let denied = agent().env("LANDFALL_HOSTD_TOKEN", "wrong").output().unwrap();
     assert_eq!(denied.status.code(), Some(4), "{denied:?}");
-    // While the daemon is away, the socket refuses and the URL is not used.
+    // While the daemon does not run, the socket refuses connections, and the URL is not used.
     daemon.kill();
     let asked = agent().output().unwrap();
     assert_eq!(asked.status.code(), Some(5), "{asked:?}");
     assert_eq!(impostor.connections(), 0);
-    // A container without a socket is at the mercy of its URL, as one of the reference is.
+    // A container without a socket depends on its URL, as one of the reference does.
     let asked = agent().env_remove("LANDFALL_HOSTD_SOCKET").output().unwrap();
     assert!(asked.status.success(), "{asked:?}");
     impostor.wait_for(TOKEN);
@@ -216,12 +216,12 @@ fn places() {
     let daemon = home.daemon();
     register_with(&home, NAME, &json!({"restartToken": TOKEN, "httpSocket": true}));
     listens_at(&home, GATEWAY, PORT);
-    // As many clients of the loopback as there are addresses, each with a request whose body never comes.
+    // One client per loopback address, each with a request whose body never arrives.
     let held: Vec<Web> = (0..300)
         .map(|number: u32| {
             let from = Ipv4Addr::new(127, 0, 1, u8::try_from(number % 250 + 1).unwrap());
             let mut web = Web::connect_from(from.into(), SocketAddr::from((Ipv4Addr::LOCALHOST, PORT)));
-            // One that is turned away is closed.
+            // A rejected connection is closed.
             let _ = web.try_send(
                 "POST /rpc HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer x\r\ncontent-length: 9\r\n\r\n",
             );
@@ -243,7 +243,7 @@ fn places() {
         container.send(landfall_tests::http::post(PORT, Some("x"), "{}"));
         refused(&container.answer());
     }
-    // The answers did not wait for the places of the others, which are as many as one client may have.
+    // The container's requests took no place from the waiting clients, which hold as many places as loopback clients may.
     assert_eq!(waiting(), before, "loopback clients lost their places first");
     refused(&ask_at(&directory(&home).join("http.sock"), Some("x"), &json!({})).unwrap());
     assert_eq!(before, 64);

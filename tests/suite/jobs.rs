@@ -1,4 +1,4 @@
-//! Jobs (wire specification, A.10): the seven rules, seen from outside by what the commands write.
+//! Jobs (wire specification, A.10): the seven rules, observed through the files that the commands write.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -11,16 +11,16 @@ use serde_json::json;
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("jobs_run_at_once_on_register_and_at_every_interval", at_once_and_again),
-    Case::once("jobs_run_again_when_a_daemon_comes_back", on_replay),
+    Case::once("jobs_run_again_after_a_daemon_restart", on_replay),
     Case::once("jobs_end_with_deregister", end_with_deregister),
     Case::once("jobs_of_a_container_registered_again_are_those_of_its_new_folder", replaced),
-    Case::once("jobs_ask_their_gate_first", gate),
-    Case::once("jobs_never_run_beside_themselves", single_flight),
+    Case::once("jobs_run_their_gate_first", gate),
+    Case::once("jobs_never_overlap", single_flight),
     Case::once("jobs_that_succeed_restart_their_container_and_others_do_not", restart_on_success),
-    Case::once("jobs_whose_container_is_gone_restart_nothing", suppressed_restart),
+    Case::once("jobs_of_a_removed_container_cause_no_restart", suppressed_restart),
     Case::once("deregister_does_not_wait_for_a_running_job", stop_never_waits),
-    Case::once("a_signal_drains_the_jobs_before_the_daemon_ends", drain_waits),
-    Case::once("a_configuration_that_means_nothing_costs_its_own_container_alone", bad_configuration),
+    Case::once("a_signal_drains_the_jobs_before_the_daemon_exits", drain_waits),
+    Case::once("an_invalid_configuration_affects_only_its_own_container", bad_configuration),
 ];
 
 fn diary(home: &Home) -> PathBuf {
@@ -39,7 +39,7 @@ fn wait_for_lines(home: &Home, count: usize) -> Vec<String> {
     })
 }
 
-/// A job that runs `script`, with the diary as `$1`, and more keys.
+/// A job that runs `script`, with the diary as `$1`, and further keys.
 fn job(home: &Home, script: &str, more: &str) -> String {
     let command = json!(["sh", "-c", script, "sh", diary(home)]);
     format!("[jobs.renew]\ncommand = {command}\n{more}\n")
@@ -97,7 +97,7 @@ fn end_with_deregister() {
     wait_for_lines(&home, 2);
     deregister(&home, "a");
     let runs = lines(&home).len();
-    // Another job shows that a time has passed in which the first would have run twice.
+    // Another job shows that enough time has passed for two runs of the first.
     let beat = home.folder("outside").join("beat");
     let command = json!(["sh", "-c", "echo beat >> $1", "sh", beat]);
     configure(&home, "b", &format!("[jobs.beat]\ncommand = {command}\nevery = \"1s\"\n"));
@@ -127,7 +127,7 @@ fn replaced() {
     let first_new = all.iter().position(|line| *line == new).unwrap();
     let late = all[first_new + 1..].iter().filter(|line| *line == "old").count();
     assert_eq!(late, 0, "{all:?}");
-    // A folder that configures nothing ends them.
+    // A folder without jobs ends the previous ones.
     let bare = json!({"kind": "register", "containerName": "a", "cwd": home.folder("bare")});
     assert_eq!(ask(&home, &bare), json!({"ok": true}));
     assert_eq!(names(&home), ["a"]);
@@ -151,12 +151,12 @@ fn gate() {
 fn single_flight() {
     let home = Home::new();
     let _daemon = home.daemon();
-    // Each run takes longer than the interval, and says so when another is there.
+    // Each run takes longer than the interval, and prints a line when another run is active.
     let script =
         "mkdir $1.busy || echo overlap >> $1; echo begin >> $1; sleep 1.5; rmdir $1.busy; echo end >> $1";
     register_job(&home, "a", script, "every = \"1s\"");
     wait_for_lines(&home, 1);
-    // Asked for again while it runs: folded into one more.
+    // Requests during a run are folded into one further run.
     register(&home, "a");
     register(&home, "a");
     let lines = wait_for_lines(&home, 5);
@@ -180,7 +180,7 @@ fn restart_on_success() {
     assert!(event["error"].as_str().unwrap().contains("no luck"), "{event}");
     home.wait_for_event("job-tick-ok", |event| event["containerName"] == "plain");
     assert_eq!(docker.changes(), ["POST /containers/good/stop", "POST /containers/good/start"]);
-    // A restart is not a new registration: the job does not run again because of it.
+    // A restart is not a new registration: it does not start the job again.
     assert_eq!(lines(&home).iter().filter(|line| *line == "good").count(), 1);
 }
 
@@ -199,7 +199,7 @@ fn suppressed_restart() {
     register_job(&home, "a", &script("a"), more);
     register_job(&home, "b", &script("b"), more);
     wait_for_lines(&home, 2);
-    // One goes, the other moves, both in the middle of a run.
+    // One container is removed, the other changes its folder, both during a run.
     deregister(&home, "a");
     assert_eq!(
         ask(&home, &json!({"kind": "register", "containerName": "b", "cwd": home.folder("elsewhere")})),
@@ -215,7 +215,7 @@ fn suppressed_restart() {
             Err((lines, home.events()))
         }
     });
-    // What comes later shows that the restart would have come before.
+    // The later restart shows that the suppressed one would have come before it.
     register_job(&home, "c", "echo c >> $1", "every = \"1h\"");
     home.wait_for_event("job-tick-ok", |event| event["containerName"] == "c");
     assert_eq!(docker.changes(), Vec::<String>::new());
@@ -256,7 +256,7 @@ fn bad_configuration() {
     for (index, text) in texts.iter().enumerate() {
         let name = format!("bad{index}");
         write(&home, &name, text);
-        // It is known all the same: a mistake in a file costs what the file configures.
+        // The container is registered nevertheless: an error in a file disables only the settings of that file.
         register(&home, &name);
     }
     register_job(&home, "good", "echo good >> $1", "every = \"1h\"");
@@ -272,7 +272,7 @@ fn bad_configuration() {
             if told(&format!("bad{index}")) { Ok(()) } else { Err(home.events()) }
         });
     }
-    // A program in the folder itself could be the container's own work.
+    // A program in the folder could have been written by the container.
     let own = home.folder("own").join("run.sh");
     std::fs::write(&own, format!("#!/bin/sh\necho own >> {}\n", diary(&home).display())).unwrap();
     std::fs::set_permissions(&own, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();

@@ -1,4 +1,4 @@
-//! Claim 9: nothing leaks, however connections end.
+//! Claim 9: connections leak no resource, however they end.
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,8 +11,8 @@ use landfall_tests::process::{descriptors, resident_bytes, threads};
 use landfall_tests::{Driver, Namespace, Relay, Rng, Server, finish, is_long, note, reset, seed, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c09_churn_with_random_aborts_leaks_nothing", churn),
-    Case::each_ring("c09_engines_and_upstreams_leave_nothing", engines_and_upstreams),
+    Case::each_ring("c09_churn_with_random_aborts_leaks_no_resource", churn),
+    Case::each_ring("c09_stopped_engines_and_removed_upstreams_leak_no_resource", engines_and_upstreams),
 ];
 
 /// Threads of the server inside.
@@ -20,7 +20,7 @@ const SERVERS: usize = 8;
 
 pub(crate) fn churn(ring: RingChoice) {
     let count: u64 = if is_long() { 1_000_000 } else { 20_000 };
-    // A client's port that rests in TIME_WAIT is none for the next one.
+    // A client port in TIME_WAIT is not available to the next client.
     Namespace::current().set_sysctl("ipv4/ip_local_port_range", "10000 65535");
     let mut driver = Driver::start(Limits::default(), ring);
     let inside = Namespace::new();
@@ -60,14 +60,14 @@ pub(crate) fn churn(ring: RingChoice) {
         }
     }
     relay.driver.remove_upstream(Relay::UPSTREAM, Ending::Drain);
-    // The server inside holds its listener and its threads; the relay nothing.
+    // The server inside holds its listener and its threads; the relay holds no descriptor of a connection.
     wait_until("descriptors and threads to be as before", || {
         let now = (descriptors(), threads());
         if now == (before.0 + 1, before.1 + SERVERS) { Ok(()) } else { Err((now, before)) }
     });
 }
 
-/// Reads and answers, and breaks off whenever it likes.
+/// Reads and answers, and aborts at random points.
 fn serve_capriciously(server: Server) {
     let number = AtomicU64::new(0);
     server.serve_in_turn(SERVERS, move |mut stream| {
@@ -93,7 +93,7 @@ fn visit(address: std::net::SocketAddr, number: u64) {
     }
     let message = vec![7; rng.length(16 * 1024)];
     let mut answer = vec![0; message.len()];
-    // The server may have broken off at any of these.
+    // The server may have aborted at any of these.
     if stream.write_all(&message).is_err() || rng.one_in(10) {
         return reset(stream);
     }
@@ -103,7 +103,7 @@ fn visit(address: std::net::SocketAddr, number: u64) {
     }
     let _ = stream.read_exact(&mut answer);
     if finished && rng.one_in(2) {
-        // The server's FIN, or its reset.
+        // The server's FIN or its reset.
         let _ = stream.read(&mut [0]);
     }
     if rng.one_in(2) {
@@ -119,7 +119,7 @@ pub(crate) fn engines_and_upstreams(ring: RingChoice) {
         let client = landfall_tests::connect(forward.v4());
         finish(&client);
         let accepted = server.accept();
-        // Ended while a connection is open.
+        // Stopped while a connection is open.
         drop(relay);
         drop((client, accepted));
     };
@@ -134,7 +134,7 @@ pub(crate) fn engines_and_upstreams(ring: RingChoice) {
     });
 }
 
-/// Threads that wait for an opener's end are gone a moment after it.
+/// Threads that wait for the exit of an opener end shortly after it.
 fn wait_for_quiet() -> (usize, usize) {
     wait_until("one thread", || match threads() {
         1 => Ok((descriptors(), 1)),

@@ -1,7 +1,7 @@
 //! Claim 25: no process of a root daemon has a capability, except its launcher, and the engine the one for low ports.
 //!
-//! The launcher is the only way back to a capability, so it is asked for everything here that it must not do: by a client
-//! in the daemon's place, which sends what a daemon that was taken over could send.
+//! The launcher is the only way to regain a capability. So a client in the daemon's place sends it every request that it
+//! must refuse, as a daemon that was taken over could.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +24,7 @@ use crate::engine_confinement::{Place, StandIn, credentials, is_root};
 pub(crate) const CASES: &[Case] = &[
     Case::once("c25_no_process_of_a_root_daemon_has_a_capability", no_capability),
     Case::once("c25_an_opener_of_root_has_two_capabilities_until_it_is_inside", opener_capabilities),
-    Case::once("c25_the_launcher_does_nothing_but_its_requests", launcher_refuses),
+    Case::once("c25_the_launcher_refuses_every_other_request", launcher_refuses),
     Case::once("c25_commands_of_a_folder_run_by_roots_launcher", commands_by_the_launcher),
     Case::once("c25_the_launcher_verifies_the_approval_of_a_command", launcher_verifies),
     Case::once("c25_code_in_roots_daemon_does_not_reach_the_launcher", daemon_taken_over),
@@ -92,7 +92,7 @@ fn opener_capabilities() {
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .spawn()
         .unwrap();
-    // CAP_SYS_PTRACE and CAP_SYS_ADMIN. It waits to be sent somewhere.
+    // CAP_SYS_PTRACE and CAP_SYS_ADMIN. The opener waits for its target.
     wait_until("the opener to drop the others", || {
         let has = credentials(opener.id());
         let sets =
@@ -128,7 +128,7 @@ impl Launcher {
         Launcher { child, channel }
     }
 
-    /// Sends a request with the end of a channel and these descriptors; the other end.
+    /// Sends a request with one end of a channel and these descriptors. Returns the other end.
     fn send(&self, request: &Value, more: &[OwnedFd]) -> Channel {
         let (ours, theirs) = Channel::pair().unwrap();
         let descriptors: Vec<_> =
@@ -137,14 +137,14 @@ impl Launcher {
         ours
     }
 
-    /// Sends a request; the first part of the answer, where there is one.
+    /// Sends a request. Returns the first part of the answer, if there is one.
     #[track_caller]
     fn ask(&self, request: &Value, more: &[OwnedFd]) -> Option<Value> {
         heard(&self.send(request, more))
     }
 }
 
-/// The next part of an answer, where there is one.
+/// Returns the next part of an answer, if there is one.
 #[track_caller]
 fn heard(channel: &Channel) -> Option<Value> {
     channel.recv_timeout(PATIENCE).unwrap().map(|(answer, _)| answer)
@@ -174,7 +174,7 @@ fn launcher_refuses() {
         let answer = launcher.ask(&json!({"launch": "engine", "socket": socket}), &log());
         assert_eq!(answer.unwrap()["refusal"], "invalid", "{socket}");
     }
-    // The log is missing.
+    // The log descriptor is missing.
     let answer = launcher.ask(&json!({"launch": "engine", "socket": "engine.sock"}), &[]);
     assert_eq!(answer.unwrap()["refusal"], "invalid");
     for path in [
@@ -220,7 +220,7 @@ fn commands_by_the_launcher() {
     let home = Home::new();
     let folder = home.folder("shop");
     let status = home.folder("outside").join("status");
-    // Renamed, so that it is seen whole.
+    // Renamed, so that a reader sees the whole file.
     let script = "cat /proc/$$/status > $1.new; mv $1.new $1";
     let command = json!(["sh", "-c", script, "sh", status]);
     fs::write(folder.join("landfall.toml"), format!("[jobs.x]\ncommand = {command}\nevery = \"1h\"\n"))
@@ -231,7 +231,7 @@ fn commands_by_the_launcher() {
     let status = wait_until("the command to run", || fs::read_to_string(&status));
     let launcher = running("_launcher")[0];
     assert!(status.contains(&format!("\nPPid:\t{launcher}\n")), "{status}");
-    // It runs as root's commands always did, although the daemon could not.
+    // It runs with root's capabilities, as before the split of the daemon.
     let all = &credentials(launcher)["CapEff"];
     assert!(
         status.contains(&format!("\nCapEff:\t{all}\n")) && status.contains("\nNoNewPrivs:\t0\n"),
@@ -283,7 +283,7 @@ fn launcher_verifies() {
     reader.read_to_string(&mut said).unwrap();
     assert_eq!(said.trim_end(), folder.to_str().unwrap());
 
-    // It ends with the interest in it, and with the daemon.
+    // It ends when its requester disconnects, and with the daemon.
     let commands = || descendants().into_iter().filter(|pid| verb_of(*pid).as_deref() == Some("1000"));
     let ended = || match commands().count() {
         0 => Ok(()),
@@ -297,7 +297,7 @@ fn launcher_verifies() {
     wait_until("the command to end with its channel", ended);
     let channel = launcher.send(&request(&folder, &sleep, settings), &writer);
     assert_eq!(heard(&channel), Some(json!({"reply": "started"})));
-    // As the kernel does for a daemon that was killed.
+    // The kernel closes the descriptors of a killed daemon like this.
     drop(channel);
     drop(launcher);
     wait_until("the command to end with the launcher", ended);
@@ -335,7 +335,7 @@ fn launcher_lost() {
         return;
     }
     let home = Home::new();
-    // By `up`, which is to find it again.
+    // Started by `up`, which must find it again.
     let up = || {
         let output = home.run(&["up", "--json", "--http-port", "0"]);
         assert!(output.status.success(), "{output:?}");
@@ -359,7 +359,7 @@ fn launcher_lost() {
     // The open forward works.
     let _client = connect((Ipv4Addr::LOCALHOST, 3000));
     server.accept();
-    // And what would take a capability says so.
+    // A request that needs a capability reports the missing launcher.
     let other = Namespace::new();
     rpc::register_with(&home, "b", &by_file(&other));
     wait_until("the second container to be refused", || {

@@ -18,13 +18,13 @@ use serde_json::{Value, json};
 use crate::portbroker_host::Scene;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c24_a_flood_of_listeners_holds_up_no_other_container", listeners),
+    Case::once("c24_a_flood_of_listeners_delays_no_other_container", listeners),
     Case::once("c24_a_flood_of_snapshots_takes_bounded_memory", snapshots),
 ];
 
 /// The most ports of one container that are forwarded.
 const FORWARDS_MAX: usize = 256;
-/// How many ports the first attacker listens on.
+/// The number of ports on which the first attacker listens.
 const LISTENERS: u16 = 2_500;
 
 fn register(home: &Home, name: &str, inside: &Namespace) {
@@ -69,7 +69,7 @@ impl Attack {
         let cycle = std::thread::spawn(move || {
             for port in (30_000_u16..38_000).cycle().take_while(|_| !over.load(Ordering::Relaxed)) {
                 let before = if port < 30_500 { port + 7_500 } else { port - 500 };
-                // One that is cut off has been dealt with.
+                // A connection that the daemon has closed ends the attack.
                 let said = speaker.try_say(&opened(port)).and_then(|()| speaker.try_say(&closed(before)));
                 if said.is_err() {
                     return;
@@ -85,7 +85,7 @@ impl Drop for Attack {
     fn drop(&mut self) {
         self.ends.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // The panic of an attacker was printed where it happened.
+            // The attacker's panic was printed where it happened.
             let _ = thread.join();
         }
     }
@@ -114,7 +114,7 @@ fn listeners() {
     });
     let bytes = describe(&home, "many").to_string().len();
     assert!(bytes < 160 * 1024, "the rows of one container take {bytes} bytes");
-    // The time counts under `--long` only: other tests use the same processors.
+    // The time limit applies with `--long` only, because other tests share the processors.
     let until = Instant::now() + Duration::from_secs(if is_long() { 20 } else { 1 });
     let mut took = Vec::new();
     while took.len() < 10 || Instant::now() < until {
@@ -127,12 +127,12 @@ fn listeners() {
     let (half, slowest) = (took[took.len() / 2], took[took.len() - 1]);
     note!("status of another container, {} times: {half:?} at half, {slowest:?} at most", took.len());
     took.retain(|took| *took > Duration::from_millis(250));
-    // One late answer is allowed: the host of a virtual machine may stop it for that long.
+    // One late answer is allowed: the hypervisor may pause the machine for that long.
     assert!(!is_long() || took.len() <= 1, "{took:?}");
 }
 
-/// Messages of nearly the largest size, and snapshots of every port there is, from a container that reads no answer and comes
-/// again whenever it is cut off.
+/// Messages of nearly the largest size, and snapshots of every port, from a container that reads no answer and reconnects
+/// whenever it is disconnected.
 fn snapshots() {
     const BYTES_MAX: usize = 100 * 1024 * 1024;
     let home = Home::new();
@@ -155,7 +155,7 @@ fn snapshots() {
             scene.peer = scene.container.welcome();
         }
     }
-    // The container is served on.
+    // The container is still served.
     scene.peer.hang_up();
     let mut peer = scene.container.welcome();
     peer.say(&snapshot(&[5173]));

@@ -1,4 +1,4 @@
-//! Listeners come and go; connections that are open are not theirs to end unless asked.
+//! Opening and closing listeners; open connections end only if requested.
 
 use std::net::TcpListener;
 use std::num::NonZeroU16;
@@ -11,12 +11,12 @@ use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_exactly,
 use crate::observe::ends_by;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("a_listener_that_drains_frees_its_port_and_keeps_its_connections", drains),
-    Case::each_ring("a_listener_that_is_reset_takes_its_connections_along", resets),
-    Case::each_ring("a_taken_port_is_told_and_changes_nothing", taken),
-    Case::each_ring("a_port_opens_and_closes_again_and_again", again_and_again),
-    Case::each_ring("what_the_engine_describes_adds_up", adds_up),
-    Case::each_ring("an_engine_that_drains_finishes_what_is_open", engine_drains),
+    Case::each_ring("draining_a_listener_frees_its_port_and_keeps_its_connections", drains),
+    Case::each_ring("resetting_a_listener_resets_its_connections", resets),
+    Case::each_ring("a_port_in_use_is_reported_without_side_effects", taken),
+    Case::each_ring("a_port_can_be_opened_and_closed_repeatedly", again_and_again),
+    Case::each_ring("the_counters_of_the_engine_add_up", adds_up),
+    Case::each_ring("a_draining_engine_finishes_open_connections", engine_drains),
 ];
 
 fn drains(ring: RingChoice) {
@@ -27,7 +27,7 @@ fn drains(ring: RingChoice) {
     let accepted = server.accept();
     let closed = relay.driver.close(forward.id, Ending::Drain);
     assert_eq!((closed.accepted, closed.open), (1, 1));
-    // The port is another's from now on.
+    // Another process can bind the port from now on.
     for address in ["127.0.0.1:3000", "[::1]:3000"] {
         drop(TcpListener::bind(address).unwrap_or_else(|error| panic!("{address}: {error}")));
     }
@@ -71,7 +71,7 @@ fn taken(ring: RingChoice) {
         drop(holder);
         assert!(relay.driver.describe().is_empty());
     }
-    // Free again, and nothing of the failed tries is left.
+    // The port is free again, and no descriptor of the failed attempts is left.
     let server = Server::listen(&relay.inside, "127.0.0.1:3000");
     let forward = relay.forward(3000);
     for family in Family::ALL {
@@ -94,7 +94,7 @@ fn again_and_again(ring: RingChoice) {
         let refused = std::net::TcpStream::connect(forward.v4()).expect_err("it is closed");
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     }
-    // Saying so twice, and of one that never was, changes nothing.
+    // Repeating it, and closing a forward that never existed, has no effect.
     let never = relay.driver.close(ForwardId(9999), Ending::Drain);
     assert_eq!(never.accepted, 0);
 }

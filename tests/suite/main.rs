@@ -1,4 +1,5 @@
-//! What landfall claims, each claim by the case that fails when it is broken. The number in a name is the claim's.
+//! The claims of landfall, each tested by the cases that fail when it is broken. The number in a case's name is the number
+//! of the claim.
 #![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
 
 mod agent_hostile;

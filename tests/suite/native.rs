@@ -1,5 +1,5 @@
-//! Claim 26: a native socket answers as the server's own would on the host, is never reachable from elsewhere and never
-//! shared, and a server without one is relayed. `engine/tests/native.rs` has the cases of the supervisor alone.
+//! Claim 26: a native socket answers as the server's own socket would on the host, is never reachable from other machines
+//! and never shared; a server without one is relayed. `engine/tests/native.rs` has the cases of the supervisor alone.
 
 use std::net::TcpListener;
 use std::process::Command;
@@ -12,15 +12,15 @@ use serde_json::Value;
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c26_a_server_listens_on_the_host_itself", listens_itself),
-    Case::once("c26_the_daemon_shows_native_ports_and_may_die", daemon_may_die),
+    Case::once("c26_native_ports_are_shown_by_the_daemon_and_survive_its_kill", daemon_may_die),
     Case::once("c26_the_death_of_landfall_ends_the_sandbox", death_ends_the_sandbox),
     Case::once("c26_a_foreign_holder_makes_listen_fail", foreign_holder),
     Case::once("c26_two_sandboxes_with_one_port_both_work_inside", two_with_one_port),
     Case::once("c26_the_choice_of_sockets_is_obeyed", choices),
-    Case::once("c26_policy_holds_for_native_ports", policy),
-    Case::once("c26_a_kernel_that_refuses_is_named_and_servers_are_relayed", refused),
+    Case::once("c26_port_policy_applies_to_native_ports", policy),
+    Case::once("c26_a_refusing_kernel_is_reported_and_servers_are_relayed", refused),
     Case::once("c26_a_sandbox_in_a_sandbox_is_relayed", nested),
-    Case::once("c26_no_new_privileges_are_no_obstacle", no_new_privileges),
+    Case::once("c26_native_sockets_work_with_no_new_privileges", no_new_privileges),
     Case::once("c26_an_ordinary_user_has_native_sockets", ordinary_user),
     Case::once("c26_interrupted_calls_have_no_side_effect", interrupted),
     Case::once("c26_hostile_programs_harm_only_themselves", hostile),
@@ -35,7 +35,7 @@ fn run(home: &Home, options: &[&str]) -> Command {
     command
 }
 
-/// The row of a port in `landfall ls --json`.
+/// Waits until `wanted` accepts the row of a port in `landfall ls --json`.
 #[track_caller]
 fn row(home: &Home, name: &str, port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
     wait_until(&format!("port {port} of {name} in ls"), || {
@@ -97,7 +97,7 @@ fn daemon_may_die() {
     let after = row(&home, "web", 3000, native);
     assert_eq!(after["pid"], before["pid"]);
     assert_eq!(fetch("127.0.0.1:3000"), "hello");
-    // The stub was there before the link was: neither relayed nor reported as a port that cannot be opened.
+    // The stub existed before the link: the port is neither relayed nor reported as failed.
     let failed = home.events().into_iter().find(|event| event["event"]["kind"] == "port-forward-failed");
     assert_eq!(failed, None);
     assert!(server.end().success());
@@ -109,7 +109,7 @@ fn death_ends_the_sandbox() {
     let home = Home::new();
     let server = Run::python(
         run(&home, &[]),
-        // The command ignores the signal that the kernel sends it, and a grandchild has left its session.
+        // The command ignores the kernel's signal, and a grandchild has left its session.
         "
 import signal, subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -134,7 +134,7 @@ fn is_zombie(pid: u32) -> bool {
     stat.rsplit_once(") ").is_none_or(|(_, fields)| fields.starts_with('Z'))
 }
 
-/// A dev server that looks for a free port by listening, as Vite, Next and others do.
+/// A dev server that finds a free port by calling `listen`, as Vite, Next and others do.
 const PROBING: &str = "
 for port in range(3000, 3010):
     try: s = listen('127.0.0.1', port); break
@@ -189,7 +189,7 @@ fn two_with_one_port() {
             other => Err(other),
         });
         assert!(two.end().success());
-        // A port that fails is the server's to try again.
+        // The server can retry a port that failed.
         let mut one = Run::python(run(&home, &["--name", "one"]), &script("one"));
         one.err.wait_for("forward  http://localhost:3000");
         let mut two = Run::python(run(&home, &["--name", "two", "--on-conflict", "fail"]), PROBING);
@@ -245,7 +245,7 @@ say(fetch('127.0.0.1', 3000)); wait()";
     assert!(server.end().success());
 }
 
-/// A program that puts itself under a filter in which `seccomp(2)` fails, and becomes the rest of its arguments.
+/// A program that installs a filter in which `seccomp(2)` fails, and then executes its remaining arguments.
 pub(crate) const WITHOUT_SECCOMP: &str = "_without_seccomp";
 
 /// [`WITHOUT_SECCOMP`].
@@ -261,7 +261,7 @@ pub(crate) fn without_seccomp(arguments: &[String]) {
     panic!("{}", Command::new(&arguments[0]).args(&arguments[1..]).exec());
 }
 
-/// The same command as another program's arguments, with its environment.
+/// Returns the same command as arguments of another program, with its environment.
 fn under(program: &str, before: &[&str], command: &Command) -> Command {
     let mut outer = Command::new(program);
     outer.args(before).arg(command.get_program()).args(command.get_args());
@@ -317,7 +317,7 @@ while True:
         .wait_for("servers are relayed, since native sockets do not work here: another program supervises");
     let line = server.err.wait_for("inner:3000");
     assert!(!line.contains("native"), "{line}");
-    // The relay of the inner one is a server of the outer one's sandbox.
+    // The inner sandbox's relay is a server in the outer sandbox.
     let line = server.err.wait_for("outer:3000");
     assert!(line.ends_with("native socket"), "{line}");
     assert_eq!(fetch("127.0.0.1:3000"), "nested");
@@ -337,7 +337,7 @@ fn ordinary_user() {
     if !rustix::process::geteuid().is_root() {
         return note!("every case here is that of an ordinary user");
     }
-    // The user may not read the directory of the program.
+    // The user cannot read the directory of the program.
     let directory = tempfile::Builder::new().prefix("landfall-suite-").tempdir_in("/tmp").unwrap();
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
@@ -359,8 +359,8 @@ fn ordinary_user() {
     assert!(server.end().success());
 }
 
-/// Binds and listens under a flood of signals, whose handler does not restart calls. Each call succeeds, or fails with EINTR and
-/// without an effect.
+/// Binds and listens under a flood of signals, whose handler does not restart calls. Each call succeeds, or fails with EINTR
+/// and without an effect.
 fn interrupted() {
     let home = Home::new();
     let pairs = if is_long() { 20_000 } else { 200 };
@@ -409,7 +409,7 @@ s = listen('127.0.0.1', 3001); wait()"
     assert!(server.end().success());
 }
 
-/// Waits longer than usual, for what is long in the long form.
+/// Waits longer than usual, for cases that take longer with `--long`.
 #[track_caller]
 fn wait_long(server: &Run, text: &str) -> String {
     let start = std::time::Instant::now();
@@ -518,7 +518,7 @@ os.kill(pid, signal.SIGKILL)",
     assert_eq!(fetch("127.0.0.1:3000"), "first");
     server.write("second");
     server.out.wait_for("gone");
-    // Between two children a client waits in the queue, as it does on the host.
+    // Between two children a client waits in the backlog, as it does on the host.
     let client = std::thread::spawn(|| fetch("127.0.0.1:3000"));
     server.write("go on");
     server.out.wait_for("ready second");

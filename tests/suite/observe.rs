@@ -1,4 +1,4 @@
-//! One script, several ways between its two ends, and what the ends saw.
+//! One script, several attach methods between its two ends, and the observations of the ends.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -13,7 +13,7 @@ use crate::swapped::{Inside, lead_out};
 
 /// How a client reaches the server.
 pub(crate) enum AttachMethod {
-    /// From inside the namespace, with nothing between.
+    /// From inside the namespace, directly.
     Direct(Namespace),
     /// From the host, through landfall.
     Landfall(Box<Relay>, Forward),
@@ -23,20 +23,20 @@ pub(crate) enum AttachMethod {
     Haproxy { inside: Namespace, front: std::net::SocketAddr, _running: Haproxy },
 }
 
-/// A way, and the server at its end.
+/// A connection method, and the server at its end.
 pub(crate) struct Path {
     pub(crate) way: AttachMethod,
     server: Server,
 }
 
-/// A connection through a way, by its two ends.
+/// A connection, by its two ends.
 pub(crate) struct Pair<'a> {
     pub(crate) client: TcpStream,
     pub(crate) server: TcpStream,
     path: &'a Path,
 }
 
-/// Which end.
+/// One of the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Who {
     Client,
@@ -68,19 +68,19 @@ impl Path {
         let server = Server::listen(&inside, "127.0.0.1:0");
         let front = ([127, 0, 0, 1], if server.port() == 9000 { 9001 } else { 9000 }).into();
         let running = Haproxy::start(&inside, front, server.address());
-        // The connections by which it was found to listen.
+        // The connections of the readiness check.
         while server.has_caller() {
             drop(server.accept());
         }
         Path { way: AttachMethod::Haproxy { inside, front, _running: running }, server }
     }
 
-    /// Connects; the client first, then the server takes it.
+    /// Connects; then the server accepts.
     #[track_caller]
     pub(crate) fn pair(&self) -> Pair<'_> {
         let (client, server) = (self.client(), self.server.accept());
         if matches!(self.way, AttachMethod::Haproxy { .. }) {
-            // Of it nothing is demanded, and what does not come need not be waited for long.
+            // No assertion depends on HAProxy, so a missing event is not awaited for long.
             for stream in [&client, &server] {
                 stream.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
             }
@@ -88,13 +88,13 @@ impl Path {
         Pair { client, server, path: self }
     }
 
-    /// Takes the next connection at the server.
+    /// Accepts the next connection at the server.
     #[track_caller]
     pub(crate) fn accept(&self) -> TcpStream {
         self.server.accept()
     }
 
-    /// Connects alone.
+    /// Connects without an accept.
     #[track_caller]
     pub(crate) fn client(&self) -> TcpStream {
         match &self.way {
@@ -114,7 +114,7 @@ impl Pair<'_> {
         }
     }
 
-    /// The two ends apart: first that of `who`, then the other.
+    /// Returns the two ends: first that of `who`, then the other.
     pub(crate) fn split(self, who: Who) -> (TcpStream, TcpStream) {
         match who {
             Who::Client => (self.client, self.server),
@@ -122,7 +122,7 @@ impl Pair<'_> {
         }
     }
 
-    /// Waits until all that `who` sent was acknowledged, so that it is the receiver's kernel (or a relay's) that has it.
+    /// Waits until every byte that `who` sent was acknowledged, so that the receiver's kernel (or a relay) has it.
     #[track_caller]
     pub(crate) fn delivered(&self, who: Who) {
         let stream = self.end(who);
@@ -143,7 +143,7 @@ impl Pair<'_> {
     }
 }
 
-/// Writes until told that the peer is gone; false if nothing tells.
+/// Writes until the kernel reports that the peer is gone; false if it never does.
 pub(crate) fn learns_that_the_peer_is_gone(mut stream: &TcpStream) -> bool {
     let deadline = Instant::now() + PATIENCE / 4;
     while Instant::now() < deadline {
@@ -155,13 +155,13 @@ pub(crate) fn learns_that_the_peer_is_gone(mut stream: &TcpStream) -> bool {
     false
 }
 
-/// What one end read: how many bytes, each right, and how it ended.
+/// Returns what one end read: the number of bytes, all of them right, and how it ended.
 pub(crate) fn read_rest(stream: &TcpStream, checker: &mut Checker) -> (u64, End) {
     let end = landfall_tests::read_to_end(stream, checker);
     (checker.position(), end)
 }
 
-/// How a connection on which nothing is expected ends.
+/// Returns how a connection ends on which no bytes are expected.
 #[track_caller]
 pub(crate) fn ends_by(stream: &TcpStream) -> End {
     let mut buffer = [0; 64];

@@ -1,4 +1,4 @@
-//! Claim 13: both rings behave the same, and as a direct connection does. HAProxy runs the same script for comparison.
+//! Claim 13: both rings behave identically, and like a direct connection. HAProxy runs the same script for comparison.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

@@ -1,4 +1,4 @@
-//! Claim 10: an empty pool of buffers neither deadlocks nor spins.
+//! Claim 10: an empty buffer pool causes neither a deadlock nor a busy loop.
 
 use std::io::Write;
 
@@ -9,13 +9,13 @@ use landfall_tests::process::engine_at_rest;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_to_end, send_all};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c10_two_leases_serve_five_hundred_connections", |ring| {
+    Case::each_ring("c10_two_buffers_serve_five_hundred_connections", |ring| {
         five_hundred(
             ring,
             Limits { buffers_max: 2, buffers_kept: 1, pipes_max: 0, pipes_kept: 0, ..Limits::default() },
         );
     }),
-    Case::each_ring("c10_two_leases_and_two_pipes_serve_five_hundred_connections", |ring| {
+    Case::each_ring("c10_two_buffers_and_two_pipes_serve_five_hundred_connections", |ring| {
         five_hundred(
             ring,
             Limits { buffers_max: 2, buffers_kept: 2, pipes_max: 2, pipes_kept: 0, ..Limits::default() },
@@ -39,7 +39,7 @@ fn five_hundred(ring: RingChoice, limits: Limits) {
     engine_at_rest("idle connections");
     std::thread::scope(|scope| {
         for (seed, client) in (0..).zip(&clients) {
-            // One in ten is a bulk stream, the others say little.
+            // One in ten is a bulk stream, the others send few bytes.
             let length = if seed % 10 == 0 { 2_000_000 } else { 30_000 };
             let pattern = Pattern::new(seed);
             scope.spawn(move || {

@@ -1,5 +1,5 @@
-//! `landfall agent` against a daemon that knows nothing but the wire: the acceptance rows of `container-server.test.ts` by
-//! their titles (wire specification, A.14), in their order.
+//! `landfall agent` against a daemon that implements only the wire protocol: the acceptance rows of
+//! `container-server.test.ts` by their titles (wire specification, A.14), in their order.
 
 use std::io::{Read, Write};
 use std::process::{Child, Stdio};
@@ -39,7 +39,7 @@ pub(crate) const CASES: &[Case] = &[
 
 pub(crate) const TOKEN: &str = "token-of-the-broker-0123456789-abcdefghijkl";
 
-/// An agent in a container of its own.
+/// An agent in its own container.
 pub(crate) struct Inside {
     pub(crate) agent: Agent,
     pub(crate) namespace: Namespace,
@@ -52,13 +52,13 @@ impl Inside {
         Inside { agent, namespace }
     }
 
-    /// An authenticated host.
+    /// Returns an authenticated host.
     #[track_caller]
     pub(crate) fn host(&self) -> Peer {
         welcome(&self.namespace, TOKEN)
     }
 
-    /// A server, a host, and a stream between them; the server's end of it comes last.
+    /// Returns a server, a host, and a stream between them; the server's end of the stream comes last.
     #[track_caller]
     pub(crate) fn stream(&self, id: i64) -> (Server, Peer, std::net::TcpStream) {
         let server = Server::listen(&self.namespace, "127.0.0.1:5173");
@@ -69,7 +69,7 @@ impl Inside {
         (server, host, upstream)
     }
 
-    /// `landfall agent forward` beside the agent.
+    /// Starts `landfall agent forward` beside the agent.
     pub(crate) fn ask(&self, home: &Home, target: u16, candidates: &str, reason: Option<&str>) -> Asking {
         let target = target.to_string();
         let mut arguments = vec!["agent", "forward", &target, "--host", candidates];
@@ -86,7 +86,7 @@ impl Inside {
 pub(crate) struct Asking(Child);
 
 impl Asking {
-    /// Whether it succeeded, and what it said both ways.
+    /// Returns whether it succeeded, and its two outputs.
     #[track_caller]
     pub(crate) fn answer(mut self) -> (bool, String, String) {
         let status =
@@ -145,7 +145,7 @@ fn rejects_wrong_token() {
     for token in ["wrong", "", &TOKEN[..TOKEN.len() - 1], &longer, &TOKEN.to_uppercase()] {
         let mut peer = dial(&inside.namespace);
         peer.say(&hello(token));
-        // What is said behind it is not acted on.
+        // Later messages on this connection have no effect.
         let _ = peer.try_say(&subscribe());
         assert_eq!(
             peer.message(),
@@ -173,7 +173,7 @@ fn accepts_hello() {
     });
 }
 
-/// What a snapshot tells, without the agent's own port.
+/// Returns the ports of a snapshot, without the agent's own port.
 #[track_caller]
 pub(crate) fn ports(message: &Value) -> Vec<(u64, String)> {
     assert_eq!(message["type"], "port-listen-snapshot", "{message}");
@@ -221,7 +221,7 @@ fn unsubscribe_stops() {
     peer.message();
     peer.say(&json!({"type": "port-watch-unsubscribe"}));
     let _server = Server::listen(&inside.namespace, "0.0.0.0:5173");
-    // Two readings would have been taken.
+    // Two scans would have taken place.
     assert!(peer.is_silent_for(6 * MOMENT));
     // A later subscribe sends a fresh snapshot.
     peer.say(&subscribe());
@@ -234,7 +234,7 @@ fn open_acks() {
     let server = Server::listen(&inside.namespace, "127.0.0.1:5173");
     let mut peer = inside.host();
     let mut kept = Vec::new();
-    // It takes any integer.
+    // Any integer is a valid stream.
     for id in [1, 2, 0, -7, i64::from(i32::MAX), 4_294_967_297, 9_007_199_254_740_991] {
         peer.say(&open(id, 5173));
         assert_eq!(peer.message(), ack(id));
@@ -296,7 +296,7 @@ fn upstream_close() {
     drop(upstream);
     assert_eq!(host.hear_data(1, 3), b"bye");
     assert_eq!(host.message(), close_upstream(1));
-    // One that is finished from inside, and one that is reset.
+    // A stream with a FIN from inside, and one with a reset.
     for (id, ending) in [(2, finish as fn(&std::net::TcpStream)), (3, |_| {})] {
         host.say(&open(id, 5173));
         assert_eq!(host.message(), ack(id));
@@ -328,7 +328,7 @@ fn close_ends_all() {
     for upstream in [first, second] {
         let _ = ends_by(&upstream);
     }
-    // Those of another connection go on.
+    // Streams of another connection continue.
     other.say(&data(1, b"alive"));
     read_these(&kept, b"alive");
     other.hang_up();
@@ -380,7 +380,7 @@ fn survives_askers() {
     host.hear("port-forward-request");
     drop(asking);
     host.say(&forwarded(4848, 4848));
-    // Nobody asked for this one.
+    // A result that no client requested.
     host.say(&forwarded(9999, 9999));
     host.say(&not_forwarded(9998, "x"));
     host.say(&subscribe());
@@ -415,14 +415,14 @@ fn reconnect_repeats() {
     host.say(&forwarded(4000, 4000));
     assert!(asking.answer().0);
     host.hang_up();
-    // In the order in which they were first requested, the newest of each target.
+    // In the order of the first request, with the newest candidates of each target.
     let _asking = inside.ask(&home, 4848, "4860", None);
     let mut host = dial(&inside.namespace);
     host.say(&hello(TOKEN));
     assert_eq!(host.message(), json!({"type": "broker-hello-ack"}));
     let mut repeated = [host.message(), host.message()];
     if repeated[0] == first {
-        // Whoever asked came a moment later than the host.
+        // The client connected after the host.
         assert_eq!(host.message(), request(4848, &[4860]));
         repeated[0] = request(4848, &[4860]);
     }

@@ -1,4 +1,4 @@
-//! The daemon's side of the port broker against a container that knows nothing but the wire: the acceptance rows of
+//! The daemon's side of the port broker against a container that implements only the wire protocol: the acceptance rows of
 //! `hostd-client.test.ts` by their titles (wire specification, A.14), in their order.
 
 use std::io::Write;
@@ -48,7 +48,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("a14_hostd_client_emits_policy_excluded_for_denied_ports", result_excluded),
 ];
 
-/// A daemon with one container at whose broker a case sits.
+/// A daemon with one container, whose broker the case plays.
 pub(crate) struct Scene<'a> {
     pub(crate) home: &'a Home,
     pub(crate) daemon: Daemon<'a>,
@@ -60,7 +60,7 @@ pub(crate) const NAME: &str = "coder";
 pub(crate) const TOKEN: &str = "token-of-the-broker-0123456789-abcdefghijkl";
 
 impl Scene<'_> {
-    /// With any policy, up to where the broker watches.
+    /// With any port policy, up to the subscription of the broker.
     pub(crate) fn open(home: &Home, policy: Value) -> Scene<'_> {
         let daemon = home.daemon();
         let container = Container::listen(TOKEN).allowing(policy);
@@ -69,7 +69,7 @@ impl Scene<'_> {
         Scene { home, daemon, container, peer }
     }
 
-    /// With everything allowed and these ports forwarded.
+    /// With every port allowed, and these ports forwarded.
     #[track_caller]
     pub(crate) fn forwarding<'a>(home: &'a Home, ports: &[u16]) -> Scene<'a> {
         let mut scene = Scene::open(home, json!({"allow": "*"}));
@@ -80,18 +80,18 @@ impl Scene<'_> {
         scene
     }
 
-    /// The events of this container, each as `kind port` with what tells it from others.
+    /// Returns the events of this container, each as `kind port` with its distinguishing field.
     pub(crate) fn events(&self) -> Vec<String> {
         events(self.home)
     }
 
-    /// Waits until exactly these are the events, in any order.
+    /// Waits until exactly these events exist, in any order.
     #[track_caller]
     pub(crate) fn events_become(&self, wanted: &[&str]) {
         events_become(self.home, wanted);
     }
 
-    /// A client of a port, and its stream as the container is asked for it.
+    /// Returns a client of a port, and the stream that the container is requested to open for it.
     #[track_caller]
     pub(crate) fn client(&mut self, port: u16) -> (TcpStream, i64) {
         let client = connect((Ipv4Addr::LOCALHOST, port));
@@ -134,7 +134,7 @@ pub(crate) fn events_become(home: &Home, wanted: &[&str]) {
     });
 }
 
-/// Whether nobody answers at a port of the host, on either family.
+/// Asserts that no listener answers at a port of the host, on either family.
 #[track_caller]
 pub(crate) fn assert_unbound(port: u16) {
     for address in [
@@ -145,7 +145,7 @@ pub(crate) fn assert_unbound(port: u16) {
     }
 }
 
-/// The ports that `status` tells, which have no order.
+/// Returns the ports in the answer of `status`, which are unordered.
 pub(crate) fn status_ports(home: &Home) -> Value {
     let status = done(home, &json!({"kind": "status", "containerName": NAME}));
     let mut ports: Vec<u64> =
@@ -168,7 +168,7 @@ fn start_sends_hello() {
     let container = Container::listen(TOKEN);
     container.register(&home, NAME);
     let mut peer = container.greeted();
-    // Nothing more before it is answered.
+    // No further message before the answer.
     assert!(peer.is_silent_for(MOMENT));
     peer.ping();
 }
@@ -187,7 +187,7 @@ fn auth_nack_is_fatal() {
         container.register(&home, NAME);
         let mut peer = container.greeted();
         peer.say(&json!({"type": "broker-hello-nack", "reason": reason}));
-        // Whether or not the container closes after it.
+        // Whether or not the container closes the connection after it.
         peer.ending();
         let event = home.wait_for_event("registration-skipped", |event| event["containerName"] == NAME);
         assert_eq!(event["reason"], format!("fatal broker auth: {reason}"));
@@ -195,7 +195,7 @@ fn auth_nack_is_fatal() {
             let left = (names(&home), home.registration(NAME).exists());
             if left == (vec![], false) { Ok(()) } else { Err(left) }
         });
-        // The first rest would be over.
+        // The first retry delay would be over.
         let start = Instant::now();
         while start.elapsed() < Duration::from_millis(1500) {
             assert!(!container.has_caller(), "it came back after {reason}");
@@ -213,7 +213,7 @@ fn close_reconnects() {
     peer.close(1001, "going away");
     drop(peer);
     let mut peer = container.welcome();
-    // A nack with any other reason is no verdict.
+    // A nack with another reason is not fatal.
     peer.hang_up();
     peer = container.greeted();
     peer.say(&json!({"type": "broker-hello-nack", "reason": "too busy"}));
@@ -255,7 +255,7 @@ fn allowlist() {
     assert_unbound(8080);
     assert_unbound(8973);
     scene.events_become(&["opened 5173 5173 127.0.0.1"]);
-    // Highest and lowest of what a list may name.
+    // The highest and the lowest port that a list may name.
     let other = Container::listen("another-token").allowing(json!({"allow": [1, 65535]}));
     other.register(&home, "other");
     let mut peer = other.welcome();
@@ -271,7 +271,7 @@ fn off_switch() {
     let (off, on) = (Container::listen(TOKEN).allowing(json!({"allow": []})), Container::listen("on"));
     off.register(&home, NAME);
     on.register(&home, "on");
-    // The other one, registered later, is dialled and welcomed.
+    // The other container, registered later, is connected and authenticated.
     on.welcome();
     assert!(!off.has_caller());
     std::thread::sleep(MOMENT);
@@ -299,11 +299,11 @@ fn closed_tears_down() {
     scene.peer.say(&closed(5173));
     scene.events_become(&["opened 5173 5173 127.0.0.1", "closed 5173 5173 container-released"]);
     assert_unbound(5173);
-    // Its clients are ended, and the container is told so that its side does not stay.
+    // Its clients are disconnected, and the container is notified so that it closes its side.
     scene.peer.hear_that(&close_downstream(id));
     let _ = ends_by(&client);
     status_ports_become(&home, &[]);
-    // It is announced anew, and answers anew.
+    // It is announced again, and answers again.
     scene.peer.say(&opened(5173));
     scene.peer.hear_that(&forwarded(5173, 5173));
     scene.client(5173);
@@ -321,7 +321,7 @@ fn address_in_use() {
     scene.events_become(&["failed 5173"]);
     assert_eq!(forward_events(&home, NAME)[0]["reason"], reason.as_str());
     assert_eq!(status_ports(&home), json!([]));
-    // Free again, it is not tried until it is announced again.
+    // When it is free again, the daemon does not retry until it is announced again.
     drop(taken);
     assert!(scene.peer.is_silent_for(2 * MOMENT), "it tried again by itself");
     assert_unbound(5173);
@@ -341,7 +341,7 @@ fn allocates_streams() {
             client
         })
         .collect();
-    // They grow on over a reconnect.
+    // They continue to increase after a reconnect.
     scene.peer.hang_up();
     scene.peer = scene.container.welcome();
     scene.peer.say(&snapshot(&[5173]));
@@ -369,7 +369,7 @@ fn data_to_host() {
         scene.peer.say(&data(id, piece));
     }
     read_these(&client, b"HTTP/1.1 200 OK\r\n\r\n\x00\xff\x80");
-    // What was sent arrives before the end.
+    // The bytes arrive before the end.
     scene.peer.say(&data(id, b"last words"));
     scene.peer.say(&close_upstream(id));
     read_these(&client, b"last words");
@@ -399,7 +399,7 @@ fn close_sends_close() {
     drop(client);
     assert_eq!(scene.peer.hear_data(id, 3), b"bye");
     assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
-    // The same for one that is finished and waits, and one that is gone before the ack.
+    // The same for a client that sent a FIN and waits, and for one that disconnects before the ack.
     let (waiting, id) = scene.connected(5173);
     finish(&waiting);
     assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
@@ -447,7 +447,7 @@ fn stop_ends_all() {
         let _ = ends_by(&client);
         assert_unbound(5173);
         assert_unbound(8080);
-        // The first rest would be over.
+        // The first retry delay would be over.
         std::thread::sleep(Duration::from_millis(1200));
         assert!(!scene.container.has_caller(), "it came back");
     }
@@ -461,7 +461,7 @@ fn forwarded_ports() {
     status_ports_become(&home, &[5173]);
     scene.peer.say(&request(4848, &[4900]));
     scene.peer.hear_that(&forwarded(4848, 4900));
-    // A reserved one is shown by its port on the host.
+    // A reserved forward is shown by its port on the host.
     status_ports_become(&home, &[4900, 5173]);
 }
 
@@ -502,7 +502,7 @@ fn rejection_reconnects() {
     let _daemon = home.daemon();
     let container = Container::listen(TOKEN);
     container.register(&home, NAME);
-    // Closed at once, garbage, a refusal, a WebSocket that ends before the hello is answered: each is a failed attempt.
+    // Closed at once, garbage, a refusal, a WebSocket that ends before the answer to the hello: each is a failed attempt.
     let mut at = vec![Instant::now()];
     drop(container.accept_raw());
     let mut garbage = container.accept_raw();
@@ -514,10 +514,10 @@ fn rejection_reconnects() {
     let peer = container.greeted();
     at.push(Instant::now());
     let rests = [at[1] - at[0], at[2] - at[1]];
-    // Not sooner; a busy machine may take longer.
+    // Not earlier; on a busy machine it may be later.
     assert!(rests[0] >= Duration::from_millis(900) && rests[1] >= Duration::from_millis(1900), "{rests:?}");
     if landfall_tests::is_long() {
-        // Opened, but not authenticated: the rests grow on. After an ack they begin anew.
+        // Connected, but not authenticated: the delays continue to grow. After an ack they start again.
         let before = Instant::now();
         peer.hang_up();
         let peer = container.welcome();
@@ -534,7 +534,7 @@ fn no_host_port() {
     let docker = FakeDocker::start(&home, &[NAME]);
     let _daemon = home.daemon();
     let container = Container::listen(TOKEN);
-    // What was registered leads nowhere, and no way is given: Docker is asked.
+    // The registered port leads nowhere, and no attach method is given: the daemon queries Docker.
     let nowhere = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
     let fields = json!({"wsHostPort": nowhere, "portForward": {"allow": "*"}, "brokerToken": TOKEN});
     landfall_tests::rpc::register_with(&home, NAME, &fields);
@@ -542,7 +542,7 @@ fn no_host_port() {
     assert!(!container.has_caller());
     docker.publish(NAME, Some(container.port()));
     let peer = container.welcome();
-    // It is looked up again for every attempt.
+    // The daemon queries it again for every attempt.
     let elsewhere = Container::listen(TOKEN);
     docker.publish(NAME, Some(elsewhere.port()));
     peer.hang_up();
@@ -558,7 +558,7 @@ fn result_ok() {
         scene.peer.message(),
         json!({"type": "port-forward-result", "port": 5173, "ok": true, "hostPort": 5173})
     );
-    // Nothing is sent for duplicates.
+    // No result is sent for duplicates.
     scene.peer.say(&opened(5173));
     assert!(scene.peer.is_silent_for(MOMENT));
 }

@@ -1,5 +1,5 @@
-//! What `landfall agent` makes of hosts that are slow, confused or hostile, and of servers that are: the repairs of A.3.5 and
-//! A.3.6 of the wire specification on the container's side, and claims 9 and 24 there.
+//! `landfall agent` with slow, invalid or hostile hosts and servers: the repairs of A.3.5 and A.3.6 of the wire
+//! specification on the container's side, and claims 9 and 24 there.
 
 use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
@@ -20,23 +20,23 @@ use serde_json::json;
 use crate::portbroker_container::{Inside, TOKEN, ports};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("portbroker_agent_answers_http_as_the_wire_says", http_answers),
-    Case::once("portbroker_agent_takes_a_server_on_v6_alone", v6_alone),
-    Case::once("portbroker_agent_tells_changes_in_their_order", order_of_changes),
+    Case::once("portbroker_agent_answers_http_as_specified", http_answers),
+    Case::once("portbroker_agent_reaches_a_server_on_ipv6_only", v6_alone),
+    Case::once("portbroker_agent_reports_changes_in_order", order_of_changes),
     Case::once("portbroker_agent_serialises_subscriptions", subscriptions),
-    Case::once("portbroker_agent_ignores_what_means_nothing", nonsense),
+    Case::once("portbroker_agent_ignores_invalid_messages", nonsense),
     Case::once("portbroker_agent_loses_no_byte_to_a_slow_server", slow_server),
-    Case::once("portbroker_agent_bounds_what_a_host_that_reads_nothing_costs", host_reads_nothing),
+    Case::once("portbroker_agent_uses_bounded_memory_for_a_host_that_never_reads", host_reads_nothing),
     Case::once(
-        "portbroker_agent_drops_a_connection_that_was_closed_while_it_was_made",
+        "portbroker_agent_drops_a_connection_that_was_closed_while_connecting",
         closed_while_connecting,
     ),
-    Case::once("c09_broker_cycles_leave_no_descriptor_in_the_agent", cycles_leave_nothing),
-    Case::once("c24_agent_lets_go_of_hosts_that_never_say_hello", never_say_hello),
-    Case::once("c24_agent_survives_slow_and_giant_strangers", strangers),
+    Case::once("c09_broker_cycles_leak_no_descriptor_in_the_agent", cycles_leave_nothing),
+    Case::once("c24_agent_disconnects_hosts_that_send_no_hello", never_say_hello),
+    Case::once("c24_agent_survives_slow_and_oversized_requests", strangers),
 ];
 
-/// Sends bytes to the agent's port, and gives all that comes back.
+/// Sends bytes to the agent's port, and returns everything that comes back.
 #[track_caller]
 fn http(namespace: &Namespace, request: &str) -> String {
     let mut stream = connect_from(namespace, SocketAddr::from(([127, 0, 0, 1], CONTAINER_PORT)));
@@ -68,7 +68,7 @@ fn http_answers() {
     assert_answer(&get("/portbroker", ""), "400", "upgrade failed");
     assert_answer(&get("/", ""), "404", "");
     assert_answer(&get("/other", ""), "404", "");
-    // Without a token in its environment nothing is upgraded.
+    // Without a token in its environment the agent upgrades no connection.
     let (disabled, shared) = (Namespace::new(), home.folder("shared"));
     let mut command = Agent::command(&home, "");
     command.args(["--directory", shared.to_str().unwrap()]);
@@ -92,8 +92,8 @@ fn v6_alone() {
     read_these(&upstream, b"v6");
 }
 
-/// First all openings in the order of the new reading, then all closings in the order of the previous one; a change of the
-/// address alone is none.
+/// First all openings in the order of the new scan, then all closings in the order of the previous scan; a change of the
+/// address alone is not a change.
 fn order_of_changes() {
     let home = Home::new();
     let inside = Inside::start(&home);
@@ -103,7 +103,7 @@ fn order_of_changes() {
     let mut host = inside.host();
     host.say(&json!({"type": "port-watch-subscribe"}));
     let before: Vec<u64> = ports(&host.message()).into_iter().map(|(port, _)| port).collect();
-    // All of it between two readings, most of the time: a listener moves to every address, eight end, eight begin.
+    // Usually all of it between two scans: a listener moves to every address, eight end, eight start.
     let moved = Server::listen(&inside.namespace, "127.0.0.1:5000");
     assert_eq!(host.message()["port"], 5000);
     drop(moved);
@@ -123,7 +123,7 @@ fn order_of_changes() {
     };
     let closed = of("port-listen-closed");
     assert_eq!(of("port-listen-opened").len(), new.len(), "{changes:?}");
-    // A reading may fall between the two halves; each half keeps its order then as well.
+    // A scan may fall between the two halves; then each half keeps its order as well.
     assert_eq!(closed, before, "closings in the order of the reading before: {changes:?}");
     let openings_first = changes[..8].iter().all(|(kind, _)| kind == "port-listen-opened");
     let closings_first = changes[..8].iter().all(|(kind, _)| kind == "port-listen-closed");
@@ -137,14 +137,14 @@ fn subscriptions() {
     let mut host = inside.host();
     let (subscribe, unsubscribe) =
         (json!({"type": "port-watch-subscribe"}), json!({"type": "port-watch-unsubscribe"}));
-    // Two at once are one.
+    // Two subscriptions have the effect of one.
     host.say(&subscribe);
     host.say(&subscribe);
     host.hear("port-listen-snapshot");
     let server = Server::listen(&inside.namespace, "127.0.0.1:5173");
     host.hear("port-listen-opened");
     assert!(host.is_silent_for(3 * MOMENT), "two timers");
-    // One that is taken back before its reading is.
+    // A subscription that is withdrawn before its scan.
     host.say(&unsubscribe);
     for _ in 0..20 {
         host.say(&subscribe);
@@ -158,7 +158,7 @@ fn subscriptions() {
     }
     let _server = Server::listen(&inside.namespace, "127.0.0.1:5174");
     assert!(host.is_silent_for(4 * MOMENT), "an unsubscribe was lost");
-    // Each connection watches for itself.
+    // Each connection has its own subscription.
     let mut other = inside.host();
     other.say(&subscribe);
     other.hear("port-listen-snapshot");
@@ -212,15 +212,15 @@ fn slow_server() {
         host.say(&data(1, &block));
     }
     host.say(&close_downstream(1));
-    // It has all been taken, and the server has read nothing.
+    // The host has sent everything, and the server has read no byte.
     host.ping();
     let mut checker = Pattern::new(1).checker();
     assert_eq!(read_to_end(&upstream, &mut checker), End::Eof);
     assert_eq!(checker.position(), COUNT);
 }
 
-/// Never more than a few megabytes wait for a host that does not read, far from the 16 MiB at which the reference's runtime
-/// gives up; the servers are held, and nothing is lost.
+/// At most a few megabytes are buffered for a host that does not read, far below the 16 MiB at which the reference's runtime
+/// fails; the servers are held back, and no byte is lost.
 fn host_reads_nothing() {
     const STREAMS: i64 = 20;
     let home = Home::new();
@@ -252,13 +252,13 @@ fn host_reads_nothing() {
     }
     let grown = resident_bytes_of(inside.agent.pid()).saturating_sub(before) >> 20;
     assert!(grown < 64, "{grown} MiB for a host that reads nothing");
-    // Another host is served meanwhile.
+    // Another host is served in the meantime.
     let (mut other, small) = (inside.host(), &server);
     other.say(&open(1, 5173));
     assert_eq!(other.message(), ack(1));
     small.accept().write_all(b"other").unwrap();
     assert_eq!(other.hear_data(1, 5), b"other");
-    // It reads after all.
+    // The host reads now.
     let mut checkers: Vec<_> = sent.iter().map(|_| Pattern::new(3).checker()).collect();
     while checkers.iter().zip(&sent).any(|(checker, sent)| checker.position() < *sent) {
         let message = host.hear("relay-data");
@@ -269,7 +269,7 @@ fn host_reads_nothing() {
     note!("{STREAMS} servers held: {} KiB sent, {grown} MiB in the agent", sent.iter().sum::<u64>() >> 10);
 }
 
-/// A server whose queue is full, so that a connection to it stays in the making until it accepts.
+/// A server whose backlog is full, so that a connection to it stays pending until the server accepts.
 struct Busy {
     server: Server,
     _waiting: Vec<std::net::TcpStream>,
@@ -279,7 +279,7 @@ impl Busy {
     fn listen(namespace: &Namespace, port: u16) -> Busy {
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         let server = Server::listen_backlog(namespace, address, 0, None);
-        // One is queued; a second one would wait for its SYN to be answered.
+        // One connection is queued; the SYN of a second one would not be answered.
         let waiting = vec![connect_from(namespace, address)];
         Busy { server, _waiting: waiting }
     }
@@ -296,7 +296,7 @@ fn closed_while_connecting() {
         host.say(&data(id, b"dropped"));
         host.say(&close_downstream(id));
     }
-    // None is answered, and none stays.
+    // No connect is answered, and none stays.
     assert!(host.is_silent_for(MOMENT), "an ack of a stream that was closed");
     wait_until("the descriptors to be back", || match descriptors_of(inside.agent.pid()) {
         count if count <= before => Ok(()),
@@ -324,7 +324,7 @@ fn cycles_leave_nothing() {
     let run = |host: &mut Peer, from: i64, until: i64| {
         for id in from..until {
             match id % 4 {
-                // Opened, used, and closed from the host.
+                // Opened, used, and closed by the host.
                 0 => {
                     host.say(&open(id, 5173));
                     host.hear_that(&ack(id));
@@ -337,7 +337,7 @@ fn cycles_leave_nothing() {
                     host.say(&open(id, 5174));
                     host.say(&close_downstream(id));
                 }
-                // Closed as it opens.
+                // Closed while it opens.
                 2 => {
                     host.say(&open(id, 5173));
                     host.say(&close_downstream(id));
@@ -356,7 +356,7 @@ fn cycles_leave_nothing() {
     let mut host = inside.host();
     run(&mut host, 1, 41);
     host.hang_up();
-    // A first round warms up whatever is kept; nobody is connected before and after.
+    // A first round fills all caches; no client is connected before and after.
     let alone = || {
         let mut last = (0, 0);
         wait_until("the agent to be at rest", || {
@@ -369,7 +369,7 @@ fn cycles_leave_nothing() {
     let resident = resident_bytes_of(inside.agent.pid());
     let mut host = inside.host();
     run(&mut host, 41, cycles);
-    // Some are open when the connection is lost, and some in the making.
+    // Some streams are open when the connection is lost, and some are pending.
     for id in 0..20 {
         host.say(&open(1_000_000 + id, 5173 + u16::try_from(id % 2).unwrap()));
     }
@@ -395,7 +395,7 @@ fn never_say_hello() {
     let waited = begun.elapsed();
     assert!((4500..8000).contains(&waited.as_millis()), "{late:?} after {waited:?}");
     assert!(matches!(pinging.ending(), Heard::Closed(..) | Heard::Lost));
-    // Whoever said it stays.
+    // A host that sent its hello stays connected.
     let mut host = inside.host();
     host.ping();
 }
@@ -405,7 +405,7 @@ fn strangers() {
     let inside = Inside::start(&home);
     let before = resident_bytes_of(inside.agent.pid());
     let address = SocketAddr::from(([127, 0, 0, 1], CONTAINER_PORT));
-    // Many that say nothing, or half a head.
+    // Many connections that send no byte, or half a head.
     let slow: Vec<_> = (0..200)
         .map(|index| {
             let mut stream = connect_from(&inside.namespace, address);
@@ -424,7 +424,7 @@ fn strangers() {
         taken += line.len();
     }
     assert!(taken < 64 << 20, "a head of {taken} bytes was read");
-    // Before the hello nobody may send much: a frame of gigabytes, and a message of many.
+    // Before the hello a peer can send only little: a frame of gigabytes, and a message of many frames, are refused.
     for frame in [[0x81_u8, 0xff, 0x40, 0, 0, 0, 0, 0, 0, 0], [0x01, 0xff, 0, 0, 0, 0, 0x01, 0, 0, 0]] {
         let host = dial(&inside.namespace);
         let mut speaker = host.speaker();
@@ -436,7 +436,7 @@ fn strangers() {
         }
         inside.host().ping();
     }
-    // And after it, a message over the limit ends the connection.
+    // After it, a message over the limit ends the connection.
     let (mut host, _) = welcome_with(&inside.namespace, &json!({"type": "broker-hello", "token": TOKEN}));
     let mut speaker = host.speaker();
     let giant = std::thread::spawn(move || speaker.try_say(&json!({"type": "x".repeat(17 << 20)})).is_ok());

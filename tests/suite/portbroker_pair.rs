@@ -1,5 +1,5 @@
-//! Our daemon and our agent together: the rows of `broker.test.ts` (wire specification, A.14), and what is claimed of a
-//! relayed connection, over each way that leads through an agent.
+//! Our daemon and our agent together: the rows of `broker.test.ts` (wire specification, A.14), and the claims about relayed
+//! connections, over each attach method that uses an agent.
 
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -28,29 +28,29 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c01_every_byte_arrives_once_over_the_broker", || duplex_streams(Kind::Extended)),
     Case::once("c01_every_byte_arrives_once_over_the_plain_broker", || duplex_streams(Kind::Plain)),
     Case::once("c01_every_byte_arrives_once_over_agent_descriptors", || duplex_streams(Kind::Descriptors)),
-    Case::once("c02_half_close_passes_the_broker", || half_close(Kind::Extended)),
-    Case::once("c02_half_close_passes_agent_descriptors", || half_close(Kind::Descriptors)),
-    Case::once("c03_reset_passes_the_broker", || resets(Kind::Extended)),
-    Case::once("c03_reset_passes_agent_descriptors", || resets(Kind::Descriptors)),
-    Case::once("c03_a_killed_daemon_is_a_reset_and_no_end", killed_daemon),
+    Case::once("c02_half_close_is_preserved_over_the_broker", || half_close(Kind::Extended)),
+    Case::once("c02_half_close_is_preserved_over_agent_descriptors", || half_close(Kind::Descriptors)),
+    Case::once("c03_reset_is_preserved_over_the_broker", || resets(Kind::Extended)),
+    Case::once("c03_reset_is_preserved_over_agent_descriptors", || resets(Kind::Descriptors)),
+    Case::once("c03_a_killed_daemon_causes_a_reset_not_a_fin", killed_daemon),
     Case::once("c04_a_dead_port_behind_an_agent_never_looks_alive", dead_port),
     Case::once("c05_a_slow_reader_gets_every_byte_over_the_broker", || slow_reader(Kind::Extended)),
     Case::once("c05_a_slow_reader_gets_every_byte_over_agent_descriptors", || slow_reader(Kind::Descriptors)),
-    Case::once("c05_stalled_readers_hold_up_nobody_over_the_broker", || stalled(Kind::Extended)),
-    Case::once("c05_stalled_readers_hold_up_nobody_over_the_plain_broker", || stalled(Kind::Plain)),
-    Case::once("c05_stalled_readers_hold_up_nobody_over_agent_descriptors", || stalled(Kind::Descriptors)),
-    Case::once("c09_broker_cycles_leave_nothing_behind", || cycles(Kind::Extended)),
-    Case::once("c09_plain_broker_cycles_leave_nothing_behind", || cycles(Kind::Plain)),
-    Case::once("c09_agent_descriptor_cycles_leave_nothing_behind", || cycles(Kind::Descriptors)),
-    Case::once("c19_control_may_die_over_agent_descriptors", control_may_die),
+    Case::once("c05_stalled_readers_block_no_other_stream_over_the_broker", || stalled(Kind::Extended)),
+    Case::once("c05_stalled_readers_block_no_other_stream_over_the_plain_broker", || stalled(Kind::Plain)),
+    Case::once("c05_stalled_readers_block_no_other_stream_over_agent_descriptors", || stalled(Kind::Descriptors)),
+    Case::once("c09_broker_cycles_leak_no_resource", || cycles(Kind::Extended)),
+    Case::once("c09_plain_broker_cycles_leak_no_resource", || cycles(Kind::Plain)),
+    Case::once("c09_agent_descriptor_cycles_leak_no_resource", || cycles(Kind::Descriptors)),
+    Case::once("c19_connections_survive_a_killed_daemon_over_agent_descriptors", control_may_die),
 ];
 
-/// A way that leads through an agent.
+/// An attach method that uses an agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// The WebSocket, with all that our two sides know.
+    /// The WebSocket with all extensions of our two sides.
     Extended,
-    /// The WebSocket as the reference speaks it.
+    /// The WebSocket with the protocol of the reference.
     Plain,
     /// Sockets from the agent's directory.
     Descriptors,
@@ -58,7 +58,7 @@ enum Kind {
 
 const TOKEN: &str = "token-of-a-pair";
 
-/// A daemon on the host and an agent inside, and what lies between.
+/// A daemon on the host, an agent inside, and the connection between them.
 struct Road<'a> {
     home: &'a Home,
     daemon: Daemon<'a>,
@@ -97,7 +97,7 @@ impl<'a> Road<'a> {
         Road { home, daemon, agent, inside, _published: published }
     }
 
-    /// A server inside, once its port answers on the host.
+    /// Returns a server inside, once its port answers on the host.
     #[track_caller]
     fn server(&self, port: u16) -> Server {
         let server = Server::listen(&self.inside, &format!("127.0.0.1:{port}"));
@@ -108,14 +108,14 @@ impl<'a> Road<'a> {
         server
     }
 
-    /// What the daemon, its engine and the agent hold.
+    /// Returns the numbers of descriptors of the daemon, its engine and the agent.
     fn held(&self) -> [usize; 3] {
         let engines = running("_engine");
         assert_eq!(engines.len(), 1);
         [self.daemon.pid(), engines[0], self.agent.pid()].map(descriptors_of)
     }
 
-    /// The same, once it is the same for a while.
+    /// The same, once it has not changed for a while.
     #[track_caller]
     fn rest(&self) -> [usize; 3] {
         let mut last = ([0; 3], 0);
@@ -161,7 +161,7 @@ fn disabled() {
     let home = Home::new();
     let road = Road::allowing(&home, Kind::Extended, &json!({"allow": []}));
     let _server = Server::listen(&road.inside, "127.0.0.1:5173");
-    // Two readings would have been taken.
+    // Two scans would have taken place.
     std::thread::sleep(Duration::from_millis(1200));
     assert_unbound(5173);
     assert!(events(&home).is_empty());
@@ -192,8 +192,8 @@ fn downstream() {
 /// The longest direction of a stream, in bytes.
 const LENGTH_MAX: usize = 1 << 20;
 
-/// Both directions at once, with random lengths and pauses; nobody ends before both have everything, so that it is the same
-/// whether or not a FIN passes. Gives how many bytes there were.
+/// Both directions at once, with random lengths and pauses. No side ends before both have received everything, so that the
+/// result is the same whether or not a FIN passes. Returns the number of bytes.
 fn duplex(stream: &TcpStream, seed: u64, end: u64, confirms: bool) -> u64 {
     let length = |end: u64| Rng::new(seed ^ end).length(LENGTH_MAX) as u64;
     std::thread::scope(|scope| {
@@ -237,7 +237,7 @@ fn duplex_streams(kind: Kind) {
             let mut running = Vec::new();
             for index in 0..AT_ONCE {
                 let seed = seed() ^ ((batch * AT_ONCE + index) << 32);
-                // One by one, so that the two ends of a connection are known.
+                // One by one, so that the two ends of a connection can be matched.
                 let (visitor, upstream) = (client(5173), server.accept());
                 running.push(scope.spawn(move || duplex(&visitor, seed, 0, false)));
                 running.push(scope.spawn(move || duplex(&upstream, seed, 1, true)));
@@ -267,7 +267,7 @@ fn half_close(kind: Kind) {
             assert_eq!(read_rest(&one, &mut Pattern::new(2).checker()), (BACK, End::Eof), "{upstream_first}");
         });
     }
-    // Both at once, and right after connecting.
+    // Both ends at once, and right after connecting.
     for bytes in [0, 1, 100_000] {
         let visitor = client(5173);
         send_all(&visitor, Pattern::new(1), bytes);
@@ -304,7 +304,7 @@ fn resets(kind: Kind) {
         read_exactly(&breaker, &mut Pattern::new(2).checker(), BYTES);
         reset(breaker);
         assert_eq!(read_rest(&other, &mut checker), (BYTES, End::Reset), "{by_upstream}");
-        // By the one who was told of the end: no clean end for the other.
+        // By the end that received the FIN: the other end must not see a clean end.
         let (breaker, other) = pair();
         finish(&other);
         assert_eq!(ends_by(&breaker), End::Eof);
@@ -331,7 +331,7 @@ fn dead_port() {
         let home = Home::new();
         let road = Road::open(&home, kind);
         let server = road.server(5173);
-        // Gone, and for a moment nobody has noticed.
+        // The server has ended, and the agent has not noticed yet.
         drop(server);
         for _ in 0..20 {
             let Ok(visitor) = TcpStream::connect((Ipv4Addr::LOCALHOST, 5173)) else { break };
@@ -368,7 +368,7 @@ fn slow_reader(kind: Kind) {
         if until.is_multiple_of(20 * STEP) {
             most = most.max(resident_bytes_of(road.daemon.pid()));
         }
-        // The pace is the case, not a wait.
+        // The pace is the test, not a wait for a state.
         let due = Duration::from_secs_f64(until as f64 / RATE as f64);
         std::thread::sleep(due.saturating_sub(begun.elapsed()));
     }
@@ -379,7 +379,7 @@ fn slow_reader(kind: Kind) {
     note!("{} MiB at {:.1} MB/s", count >> 20, count as f64 / 1e6 / begun.elapsed().as_secs_f64());
 }
 
-/// How long it takes to fetch a few streams at once.
+/// Returns the time to fetch a few streams at once.
 fn fetch(port: u16, streams: u64, each: u64) -> Duration {
     let begun = Instant::now();
     std::thread::scope(|scope| {
@@ -395,9 +395,10 @@ fn fetch(port: u16, streams: u64, each: u64) -> Duration {
 }
 
 fn stalled(kind: Kind) {
-    /// What each of the stalled is sent at most where nothing but a cap holds it: 200 of them stay below the cap of a connection.
+    /// The most bytes sent to each stalled stream where only a cap holds it back: 200 of them stay below the cap of a
+    /// connection.
     const PLAIN: u64 = 512 * 1024;
-    // A window for each is what takes time to fill.
+    // A window for each stream takes time to fill.
     let count = if kind == Kind::Extended && !is_long() { 50 } else { 200 };
     let home = Home::new();
     let road = Road::open(&home, kind);
@@ -416,7 +417,7 @@ fn stalled(kind: Kind) {
     let mut stalled: Vec<(TcpStream, TcpStream, u64)> = (0..count)
         .map(|_| {
             let (visitor, upstream) = (client(5173), sources.accept());
-            // What the kernel would hold at either end is nobody's claim.
+            // Data in the kernel's buffers at either end is not part of the claim.
             sockopt::set_socket_recv_buffer_size(&visitor, 64 * 1024).unwrap();
             sockopt::set_socket_send_buffer_size(&upstream, 64 * 1024).unwrap();
             upstream.set_nonblocking(true).unwrap();
@@ -443,14 +444,14 @@ fn stalled(kind: Kind) {
     let grown =
         (resident_bytes_of(road.daemon.pid()) + resident_bytes_of(road.agent.pid())).saturating_sub(before);
     let grown = grown >> 20;
-    // A window for each, on either side of the WebSocket.
+    // A window for each stream, on either side of the WebSocket.
     assert!(grown < 2 * count + 64, "{grown} MiB for {count} stalled readers");
     let beside = fetch(5174, 4, each).min(fetch(5174, 4, each));
     let share = alone.as_secs_f64() / beside.as_secs_f64();
     note!("beside {count} stalled readers ({grown} MiB): {:.0} % of the speed without them", share * 100.0);
-    // The claim is 80 %. It is told and not judged: other cases run beside this one, and have failed it at their own pace. A stream
-    // that is held up does not arrive at all, which fails.
-    // Those who read after all get every byte.
+    // The claim is 80 %. It is reported without a limit, because other cases run at the same time. A stream that is blocked
+    // does not arrive at all, which fails the case.
+    // The stalled readers that read now get every byte.
     for (index, (visitor, upstream, sent)) in stalled.into_iter().enumerate() {
         if index % 20 == 0 {
             read_exactly(&visitor, &mut Pattern::new(1).checker(), sent);
@@ -467,18 +468,18 @@ fn cycles(kind: Kind) {
     let quiet = road.server(5173);
     road.server(5174).serve_in_turn(2, reset);
     road.server(5175).serve_in_turn(2, drop);
-    // A first round warms up whatever is kept.
+    // A first round fills all caches.
     let round = |visits: u64| {
         let flood = Flood::start(3000, 4);
-        // In parts, since each is waited for as long as anything is.
+        // In parts, because each part is awaited with the default timeout.
         (0..visits / 40).for_each(|_| flood.goes_on(40));
         flood.end();
         for index in 0..visits / 10 {
             match index % 4 {
-                // Gone before the server can have taken it.
+                // Closed before the server can have accepted.
                 0 => reset(client(5173)),
                 1 => drop(client(5173)),
-                // Without the extension a reset is an end, but for one that comes before the stream is open.
+                // Without the extension a reset arrives as an end, except for a reset before the stream is open.
                 2 => {
                     let end = ends_by(&client(5174));
                     assert!(end == End::Reset || kind == Kind::Plain, "{end:?}");
@@ -494,10 +495,10 @@ fn cycles(kind: Kind) {
     let before = road.rest();
     let resident = [road.daemon.pid(), road.agent.pid()].map(resident_bytes_of);
     round(count);
-    // The engine keeps sockets of the agent in stock: at rest between a half and all of what it wants, which doubles when it
-    // runs dry. One left behind by each visit would be many more.
+    // The engine keeps sockets of the agent in stock: at rest between half of its target and all of it, and the target
+    // doubles when the stock runs out. A leak of one per connection would be many more.
     let stocked = [0, if kind == Kind::Descriptors { 32 } else { 0 }, 0];
-    // Some are open when the agent's connection is lost.
+    // Some connections are open when the agent's connection is lost.
     wait_until("the descriptors to be back", || {
         while quiet.has_caller() {
             drop(quiet.accept());
@@ -511,7 +512,7 @@ fn cycles(kind: Kind) {
     assert!(grown.iter().all(|grown| *grown < 16), "{grown:?} MiB after {count} cycles");
 }
 
-/// The engine has its sockets from the agent itself, so what is open stays open.
+/// The engine has its sockets from the agent itself, so open connections stay open.
 fn control_may_die() {
     let home = Home::new();
     let Road { daemon, agent: _agent, inside, _published, .. } = Road::open(&home, Kind::Descriptors);

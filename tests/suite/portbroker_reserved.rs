@@ -1,5 +1,5 @@
-//! Reserved forwards (wire specification, A.3.8) and the registrations that brokers hang on, against a scripted container:
-//! the remaining acceptance rows of `hostd-client.test.ts`, those of `daemon.test.ts` and of `portbroker-manager.test.ts`.
+//! Reserved forwards (wire specification, A.3.8) and the registrations of brokers, against a scripted container: the
+//! remaining acceptance rows of `hostd-client.test.ts`, those of `daemon.test.ts` and of `portbroker-manager.test.ts`.
 
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -29,7 +29,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c23_a_reserved_forward_obeys_the_policy_of_its_host_port", host_port_obeys_policy),
     Case::once("c23_no_forward_binds_a_port_of_landfall", no_control_port),
     Case::once("c23_a_container_reserves_no_more_than_16_ports", no_more_than_16),
-    Case::once("portbroker_a_failed_reservation_gives_the_port_back", failed_gives_back),
+    Case::once("portbroker_a_failed_reservation_frees_the_port", failed_gives_back),
     Case::once(
         "portbroker_reserved_listeners_outlive_the_websocket_and_their_streams_do_not",
         reserved_outlive,
@@ -89,7 +89,7 @@ fn no_double_bind() {
     assert!(scene.peer.is_silent_for(MOMENT));
     assert_unbound(4848);
     scene.events_become(&["opened 4848 4900 127.0.0.1", "opened 5173 5173 127.0.0.1"]);
-    // The other way round, the automatic one gives way.
+    // In the other order, the automatic forward is closed.
     scene.peer.say(&request(5173, &[5173]));
     scene.peer.hear_that(&forwarded(5173, 5173));
     scene.events_become(&[
@@ -160,13 +160,13 @@ fn closed_carries_host_port() {
     assert_unbound(4849);
 }
 
-/// The numbered steps of A.3.8, and what a container may send instead of a port.
+/// The numbered steps of A.3.8, and invalid values in place of ports.
 fn every_kind_of_request() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*", "deny": [9229]}));
     scene.peer.say(&request(4848, &[4900]));
     scene.peer.hear_that(&forwarded(4848, 4900));
-    // Again, with other candidates: what there is already.
+    // A repeated request with other candidates returns the existing forward.
     scene.peer.say(&request(4848, &[4901]));
     assert_eq!(scene.peer.message(), forwarded(4848, 4900));
     for port in [9229, 8973] {
@@ -175,7 +175,7 @@ fn every_kind_of_request() {
     }
     scene.peer.say(&request(4850, &[]));
     assert_eq!(scene.peer.message(), not_forwarded(4850, "no host candidates"));
-    // What is no port is none; the rest counts.
+    // Invalid ports are ignored; the valid ones count.
     scene.peer.say(&json!({"type": "port-forward-request", "targetPort": 4851, "hostCandidates": [0, -1, 70_000, "x", null, 4903]}));
     assert_eq!(scene.peer.message(), forwarded(4851, 4903));
     for target in [json!(0), json!(65_536), json!(-1), json!("4852"), json!(null), json!(1.5)] {
@@ -238,7 +238,7 @@ fn no_more_than_16() {
     assert_unbound(4816);
 }
 
-/// Two defects of the reference: two requests in flight bind once, and a failed one re-evaluates the port.
+/// Two defects of the reference: two requests in progress bind once, and a failed one re-evaluates the port.
 fn failed_gives_back() {
     let home = Home::new();
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 4900)).unwrap();
@@ -270,7 +270,7 @@ fn reserved_outlive() {
         (client, id)
     };
     scene.peer.hang_up();
-    // The stream ends, the listener stays, and whoever comes now is closed at once.
+    // The stream ends, the listener stays, and a new connection is closed at once.
     let _ = ends_by(&client);
     events_become(
         &home,
@@ -305,7 +305,7 @@ fn status_surfaces() {
     );
 }
 
-/// The container takes nothing any more while a client floods it, so not even a close can be sent.
+/// The container stops reading while a client floods it, so that not even a close can be sent.
 fn hung_broker() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
@@ -322,7 +322,7 @@ fn hung_broker() {
     assert_eq!(names(&home), [NAME]);
 }
 
-/// Writes until nothing is taken for a while; gives how many bytes were.
+/// Writes until the socket accepts no more bytes for a while. Returns how many it accepted.
 pub(crate) fn fill(mut client: &TcpStream) -> u64 {
     client.set_nonblocking(true).unwrap();
     let (block, mut sent, mut quiet) = (vec![7; 256 * 1024], 0, Instant::now());
@@ -342,7 +342,7 @@ fn fatal_auth() {
     let mut scene = Scene::forwarding(&home, &[5173]);
     scene.peer.hang_up();
     scene.peer = scene.container.greeted();
-    // A container that was made anew knows another token.
+    // A container that was created again has another token.
     scene.peer.say(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
     let skipped = home.wait_for_event("registration-skipped", |event| event["containerName"] == NAME);
     assert_eq!(skipped["reason"], "fatal broker auth: invalid token");
@@ -360,7 +360,7 @@ fn stale_fatal_auth() {
     old.register(&home, NAME);
     let mut stale = old.greeted();
     let mut asked = Wire::connect(&home);
-    // The verdict on the old token and the new registration cross.
+    // The rejection of the old token and the new registration cross.
     asked.send(landfall_tests::rpc::registration(&home, NAME, &new.fields()).to_string() + "\n");
     let _ = stale.try_say(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
     assert_eq!(asked.answer(), json!({"ok": true}));
@@ -388,7 +388,7 @@ fn replay_revives() {
     peer.hear_that(&forwarded(5173, 5173));
 }
 
-/// What an earlier daemon remembered of a container.
+/// Writes the registration of a container as an earlier daemon would have.
 fn plant(home: &Home, container: &Container) -> PathBuf {
     let remembered = json!({"containerName": NAME, "cwd": home.folder(NAME), "wsHostPort": container.port(),
         "portForward": {"allow": "*"}, "brokerToken": TOKEN});
@@ -414,7 +414,7 @@ fn replay_tolerates() {
     let container = Container::listen(TOKEN);
     let path = plant(&home, &container);
     let _daemon = home.daemon();
-    // Docker says nothing, so what was registered counts.
+    // Docker does not answer, so the registration counts.
     container.welcome().ping();
     assert!(path.exists());
     assert_eq!(names(&home), [NAME]);
@@ -427,7 +427,7 @@ fn replacement_waits() {
     let next = Container::listen("next-token");
     next.register(&home, NAME);
     let mut peer = next.greeted();
-    // Whatever the old one was told has been told by now: its connection has ended.
+    // The old broker has received everything by now, because its connection has ended.
     assert!(scene.peer.has_ended(), "the old broker's connection outlived the new one's hello");
     assert_eq!(scene.events(), ["opened 5173 5173 127.0.0.1", "closed 5173 5173 broker-stopped"]);
     assert_unbound(5173);

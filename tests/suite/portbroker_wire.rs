@@ -1,5 +1,5 @@
-//! What the daemon's side of the port broker makes of a container that is slow, confused or hostile: the repairs of A.3.6
-//! of the wire specification, and claims 23 and 24 on this channel.
+//! The daemon's side of the port broker with a slow, invalid or hostile container: the repairs of A.3.6 of the wire
+//! specification, and claims 23 and 24 on this channel.
 
 use std::io::{ErrorKind, Write};
 use std::net::TcpStream;
@@ -20,27 +20,27 @@ use serde_json::{Value, json};
 use crate::portbroker_host::{NAME, Scene, TOKEN};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("portbroker_what_means_nothing_is_ignored", nonsense_is_ignored),
+    Case::once("portbroker_invalid_messages_are_ignored", nonsense_is_ignored),
     Case::once("portbroker_an_ack_of_an_unknown_stream_is_answered_with_a_close", unknown_ack),
-    Case::once("portbroker_streams_that_the_container_invents_reach_nobody", invented_streams),
+    Case::once("portbroker_messages_of_unknown_streams_reach_no_client", invented_streams),
     Case::once("portbroker_data_before_the_ack_is_kept", data_before_ack),
-    Case::once("portbroker_pieces_are_small_and_nothing_is_lost", pieces_are_small),
+    Case::once("portbroker_pieces_are_small_and_no_byte_is_lost", pieces_are_small),
     Case::once("portbroker_a_slow_client_gets_every_byte", slow_client),
-    Case::once("portbroker_a_client_that_never_reads_costs_a_bounded_amount", client_never_reads),
-    Case::once("portbroker_a_container_that_takes_nothing_holds_its_clients", container_takes_nothing),
+    Case::once("portbroker_a_client_that_never_reads_uses_bounded_memory", client_never_reads),
+    Case::once("portbroker_a_container_that_stops_reading_blocks_its_own_clients", container_takes_nothing),
     Case::once("portbroker_a_large_stream_leaves_room_for_small_ones", fair),
     Case::once("c23_a_container_acts_only_for_itself_over_its_broker", only_for_itself),
     Case::once("c23_a_container_gets_no_more_ports_than_its_quota", quota),
-    Case::once("c24_a_broker_token_appears_nowhere", token_appears_nowhere),
-    Case::once("c24_a_container_that_floods_holds_up_nobody", flood_holds_up_nobody),
-    Case::once("c24_giant_messages_end_the_connection_and_nothing_else", giant_messages),
-    Case::once("c24_peers_that_are_no_broker_are_let_go_of", no_broker),
+    Case::once("c24_a_broker_token_appears_in_no_output", token_appears_nowhere),
+    Case::once("c24_a_flooding_container_blocks_no_other_client", flood_holds_up_nobody),
+    Case::once("c24_oversized_messages_end_only_their_connection", giant_messages),
+    Case::once("c24_peers_without_the_broker_protocol_are_disconnected", no_broker),
 ];
 
-/// How long an answer may take while somebody makes trouble.
+/// The longest time for an answer during an attack.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// Asks for the list, and gives how long that took.
+/// Requests the list. Returns how long the answer took.
 #[track_caller]
 fn lists_at_once(home: &Home) -> Duration {
     let begun = Instant::now();
@@ -50,10 +50,11 @@ fn lists_at_once(home: &Home) -> Duration {
     took
 }
 
-/// How long it may take while a flood is understood by an unoptimised build that shares its processors. Without one it is [`AT_ONCE`].
+/// The longest time for an answer while an unoptimised build that shares its processors parses a flood. Without a flood it
+/// is [`AT_ONCE`].
 const IN_A_FLOOD: Duration = Duration::from_secs(5);
 
-/// The connection works: a port that is announced is forwarded and relayed.
+/// Asserts that the connection works: a port that is announced is forwarded and relayed.
 #[track_caller]
 fn works(scene: &mut Scene<'_>, port: u16) {
     scene.peer.say(&opened(port));
@@ -102,13 +103,13 @@ fn nonsense_is_ignored() {
     ] {
         scene.peer.say(&message);
     }
-    // No extension is in use, so a binary frame means nothing either.
+    // No extension is in use, so a binary frame is ignored, too.
     scene.peer.send_binary(&[1, 0, 0, 0, 1, 66, 66, 66]);
     scene.peer.send_binary(&[]);
-    // A piece whose base64 is broken must not become other bytes; whether its stream lives on is not laid down.
+    // A piece with invalid base64 must not become other bytes; the specification does not say whether its stream stays open.
     scene.peer.say(&data(id, b"fine"));
     read_these(&client, b"fine");
-    // Fields nobody knows are no reason to ignore a message.
+    // A message with unknown fields is not ignored.
     scene.peer.say(&json!({"type": "port-listen-opened", "port": 3000, "bindAddr": "0.0.0.0", "pid": 7, "extra": {"x": []}}));
     scene.peer.hear_that(&forwarded(3000, 3000));
     works(&mut scene, 3001);
@@ -172,7 +173,7 @@ fn pieces_are_small() {
     assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
 }
 
-/// Says a pattern on a stream from one byte to another, in pieces of 64 KiB.
+/// Sends the bytes of a pattern from one position to another on a stream, in pieces of 64 KiB.
 fn say_pattern(peer: &mut Peer, id: i64, pattern: Pattern, from: u64, until: u64) {
     let mut block = vec![0; 65_536];
     let mut position = from;
@@ -184,16 +185,16 @@ fn say_pattern(peer: &mut Peer, id: i64, pattern: Pattern, from: u64, until: u64
     }
 }
 
-/// Partial writes to the client are queued and not forgotten; a close waits for what is queued.
+/// Bytes after a partial write to the client are queued; a close waits for the queue.
 fn slow_client() {
-    // Below any cap that A.3.6 suggests, and above any socket's buffers.
+    // Below every cap that A.3.6 suggests, and above every socket buffer.
     const COUNT: u64 = 12 << 20;
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.connected(5173);
     say_pattern(&mut scene.peer, id, Pattern::new(1), 0, COUNT);
     scene.peer.say(&close_upstream(id));
-    // All of it has been taken by now, and the client has read nothing.
+    // The daemon has read everything by now, and the client has read no byte.
     works(&mut scene, 3000);
     let mut checker = Pattern::new(1).checker();
     assert_eq!(read_to_end(&client, &mut checker), End::Eof);
@@ -214,10 +215,10 @@ fn client_never_reads() {
             speaker.try_say(&block).unwrap();
         }
     });
-    // All of it is taken, however long that takes, and the stream was over its cap long before.
+    // The daemon reads everything, and the stream exceeded its cap long before.
     flood.join().unwrap();
     assert_eq!(scene.peer.hear("relay-close"), close_downstream(id), "a stream over its cap is closed");
-    // What the client had been given it may still read; then the end.
+    // The client can still read the bytes that were delivered before; then the end.
     let mut bytes = 0_u64;
     let mut buffer = vec![0; 1 << 20];
     while let Ok(count @ 1..) = landfall_tests::read_some(&client, &mut buffer) {
@@ -238,13 +239,13 @@ fn container_takes_nothing() {
     let mut scene = Scene::forwarding(&home, &[5173]);
     let before = resident_bytes_of(scene.daemon.pid());
     let clients: Vec<(TcpStream, i64)> = (0..CLIENTS).map(|_| scene.connected(5173)).collect();
-    // From here on nobody reads what the daemon says.
+    // The container does not read the daemon's messages from here on.
     let sent: Vec<u64> = clients.iter().map(|(client, _)| fill_pattern(client)).collect();
     lists_at_once(&home);
     let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
-    // 8 MiB for a connection by A.3.6, base64 and what is on its way included.
+    // 8 MiB for a connection by A.3.6, including base64 and data in transit.
     assert!(grown < 64, "{grown} MiB for {CLIENTS} clients of a container that takes nothing");
-    // It takes everything again, and nothing was lost or mixed.
+    // The container reads again, and no byte was lost or reordered.
     let mut left: Vec<(i64, Checker, u64)> =
         clients.iter().zip(&sent).map(|((_, id), sent)| (*id, Pattern::new(5).checker(), *sent)).collect();
     while left.iter().any(|(_, checker, sent)| checker.position() < *sent) {
@@ -255,7 +256,7 @@ fn container_takes_nothing() {
     note!("{CLIENTS} clients held: {} KiB sent, {grown} MiB in the daemon", sent.iter().sum::<u64>() >> 10);
 }
 
-/// Writes a pattern until nothing is taken any more; gives how much was.
+/// Writes a pattern until the socket accepts no more bytes. Returns how many it accepted.
 fn fill_pattern(mut client: &TcpStream) -> u64 {
     client.set_nonblocking(true).unwrap();
     let (mut block, mut sent, mut refused) = (vec![0; 65_536], 0, 0);
@@ -272,7 +273,8 @@ fn fill_pattern(mut client: &TcpStream) -> u64 {
     sent
 }
 
-/// One client sends more than anybody takes; another asks small things meanwhile, and is heard between its pieces.
+/// One client sends more than the container reads; another sends small messages at the same time, which are sent between the
+/// pieces of the first.
 fn fair() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
@@ -280,7 +282,7 @@ fn fair() {
     let (mut small, small_id) = scene.connected(5173);
     let mut between = Vec::new();
     for _ in 0..10 {
-        // Nobody reads what the daemon says, so all that may wait does, and the small byte comes in its turn behind that.
+        // The container does not read, so all queues fill up, and the small message is queued behind them.
         fill_pattern(&large);
         small.write_all(b"?").unwrap();
         fill_pattern(&large);
@@ -296,7 +298,8 @@ fn fair() {
         between.push(pieces);
     }
     between.sort_unstable();
-    // What was handed to the socket goes first, which is a bounded amount; the megabyte of the stream's own queue does not.
+    // Bytes that are already in the socket's buffer are sent first, a bounded amount; the megabyte in the stream's own queue
+    // is not.
     let median = between[between.len() / 2];
     assert!(median < 120, "pieces of 64 KiB before each small one: {between:?}");
     note!("64 KiB pieces of a large stream that go before one byte of another: {between:?}");
@@ -311,7 +314,7 @@ fn only_for_itself() {
     b.say(&snapshot(&[6000, 5173]));
     b.hear_that(&not_forwarded(5173, "policy excluded"));
     b.hear_that(&forwarded(6000, 6000));
-    // Both have a stream 1. What B says of its own reaches A's client neither as data nor as an end.
+    // Both have a stream 1. Messages of B about its stream cause neither data nor an end at A's client.
     let (client, id) = scene.connected(5173);
     b.say(&data(id, b"from b"));
     b.say(&close_upstream(id));
@@ -321,13 +324,13 @@ fn only_for_itself() {
     b.hear_that(&forwarded(6000, 6000));
     scene.peer.say(&data(id, b"from a"));
     read_these(&client, b"from a");
-    // The port of A is not B's, whatever B asks for, nor are the daemon's own.
+    // B cannot request the port of A, nor the daemon's own ports.
     let http = http_port(&home);
     b.say(&request(6000, &[5173]));
     assert_eq!(b.hear("port-forward-result")["ok"], false);
     b.say(&request(6000, &[http]));
     assert_eq!(b.hear("port-forward-result")["ok"], false);
-    // A broker's token opens nothing else.
+    // A broker token authenticates no other channel.
     let restart = json!({"kind": "restart", "containerName": NAME});
     assert_eq!(http::ask(http, Some(TOKEN), &restart).status, 403);
     // Two containers that announce the same port: the first keeps it.
@@ -355,7 +358,7 @@ fn quota() {
         }
     }
     assert_eq!(granted, 256);
-    // Reserved ones count as well.
+    // Reserved forwards count as well.
     scene.peer.say(&request(30_000, &[30_000]));
     assert_eq!(scene.peer.hear("port-forward-result")["ok"], false);
     lists_at_once(&home);
@@ -367,7 +370,8 @@ fn token_appears_nowhere() {
     let daemon = home.daemon();
     let container = Container::listen(CANARY);
     container.register(&home, NAME);
-    // It goes through everything that may be logged: a refusal that says it back, a loss, nonsense, a stop.
+    // The token is in every place that could be logged: a refusal that repeats it, a lost connection, invalid messages, a
+    // stop.
     let mut peer = container.greeted();
     peer.say(&json!({"type": "broker-hello-nack", "reason": "try later"}));
     peer.ending();
@@ -417,7 +421,7 @@ fn flood_holds_up_nobody() {
     let (client, id) = scene.connected(5173);
     let mut speaker = scene.peer.speaker();
     let rounds = if landfall_tests::is_long() { 40 } else { 1 };
-    // Its own thread sends all of it as fast as the daemon takes it, while what comes back is read and dropped.
+    // A separate thread sends everything as fast as the daemon reads it; answers are read and discarded.
     let flood = std::thread::spawn(move || {
         let every: Vec<u16> = (1..=u16::MAX).collect();
         for round in 0..rounds {
@@ -450,7 +454,7 @@ fn flood_holds_up_nobody() {
         flood.is_finished()
     });
     let mut speaker = flood.join().unwrap();
-    // What was forwarded before is so still, and what is said after it all is heard.
+    // Existing forwards continue, and messages after the flood are processed.
     speaker.try_say(&data(id, b"after all")).unwrap();
     std::thread::scope(|scope| {
         let reading = scope.spawn(|| read_these(&client, b"after all"));
@@ -459,7 +463,7 @@ fn flood_holds_up_nobody() {
     let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
     assert!(grown < 192, "{grown} MiB after the flood");
     note!("a flood: list within {slowest:?}, {grown} MiB");
-    // Fair or not, another container is served.
+    // Another container is served as well.
     let other = Container::listen("other");
     other.register(&home, "other");
     let mut peer = other.welcome();
@@ -479,7 +483,7 @@ fn giant_messages() {
                 // Larger than the peers of this protocol allow.
                 let _ = speaker.try_say(&json!({"type": "x".repeat(17 << 20)}));
             } else {
-                // A text frame that announces 2^62 bytes, and some of them.
+                // A text frame with an announced length of 2^62 bytes, and some of them.
                 let _ = speaker.try_raw(&[0x81, 127, 0x40, 0, 0, 0, 0, 0, 0, 0]);
                 let block = vec![b'x'; 1 << 20];
                 for _ in 0..64 {
@@ -500,7 +504,7 @@ fn giant_messages() {
     works(&mut scene, 3000);
 }
 
-/// At the published port there may be anybody. Each is an attempt that failed, and costs nothing that lasts.
+/// Any program may listen at the published port. Each connection is a failed attempt, and uses no lasting resources.
 fn no_broker() {
     let home = Home::new();
     let daemon = home.daemon();
@@ -522,7 +526,7 @@ fn no_broker() {
     assert!(grown < 16, "{grown} MiB for a head without an end");
     drop(garbage);
     lists_at_once(&home);
-    // The port is another server's.
+    // Another server has the port.
     let mut web = container.accept_raw();
     let _ = web.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 19\r\n\r\nportbroker disabled");
     drop(web);

@@ -1,4 +1,4 @@
-//! Claim 16: a server is found on whichever loopback address it listens, and the answer is its own.
+//! Claim 16: a server is found on whichever loopback address it listens, and the client gets that server's answer.
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use rustix::net::sockopt::set_ipv6_v6only;
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c16_the_answer_says_which_server_gave_it", the_answer_says),
+    Case::each_ring("c16_the_client_reaches_the_server_that_listens", the_answer_says),
     Case::each_ring("c16_two_servers_share_a_port_by_family", two_servers),
     Case::each_ring("c16_an_mptcp_server_answers", mptcp),
 ];
@@ -20,10 +20,10 @@ pub(crate) const CASES: &[Case] = &[
 const V4: Reach = Reach { v4: true, v6: false };
 const V6: Reach = Reach { v4: false, v6: true };
 
-/// Answers everybody with `label`.
+/// Answers each client with `label`.
 fn labelled(server: Server, label: &'static str) {
     server.serve(move |mut stream| {
-        // A client that is gone needs no answer.
+        // A client that has gone needs no answer.
         let _ = stream.write_all(label.as_bytes());
     });
 }
@@ -41,7 +41,7 @@ fn both_get(forward: Forward, label: &str) {
     }
 }
 
-/// Tells the reach and waits until the engine goes by it: a state is told after the commands before it.
+/// Sets the reach and waits until the engine uses it: the engine answers a state query after the commands before it.
 fn set_reach(relay: &mut Relay, forward: Forward, reach: Reach) {
     relay.driver.apply(Command::SetReach { forward: forward.id, reach });
     let told = relay.driver.describe().into_iter().find(|state| state.forward == forward.id);
@@ -60,7 +60,7 @@ fn the_answer_says(ring: RingChoice) {
         let server = Server::listen(&relay.inside, address);
         let port = server.port();
         labelled(server, label);
-        // As it is known, and when nothing is known.
+        // With the reach known, and without.
         let forward = relay.forward_reach(port, reach);
         both_get(forward, label);
         for other in [Reach::UNKNOWN, Reach { v4: false, v6: false }] {
@@ -96,7 +96,7 @@ fn two_servers(ring: RingChoice) {
         assert_eq!(answer(forward, Family::V4), "four");
         assert_eq!(answer(forward, Family::V6), "six");
     }
-    // One that is told to be gone is not asked.
+    // An upstream address that was reported as closed is not tried.
     set_reach(&mut relay, forward, V6);
     both_get(forward, "six");
     set_reach(&mut relay, forward, V4);

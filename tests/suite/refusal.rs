@@ -1,4 +1,4 @@
-//! Claim 4: a dead port never looks alive. The client sees a reset, and no clean end that could be taken for an answer.
+//! Claim 4: a dead port never looks alive. The client sees a reset, not a clean end that it could take for an answer.
 
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c04_a_refused_connect_is_a_reset", a_refused_connect_is_a_reset),
     Case::each_ring("c04_a_connect_that_times_out_is_a_reset", a_connect_that_times_out_is_a_reset),
     Case::each_ring("c04_a_connect_to_itself_is_a_reset", a_connect_to_itself_is_a_reset),
-    Case::each_ring("c04_a_server_that_ends_is_refused_from_then_on", a_server_that_ends),
+    Case::each_ring("c04_connections_are_refused_after_the_server_ends", a_server_that_ends),
 ];
 
 pub(crate) fn a_refused_connect_is_a_reset(ring: RingChoice) {
@@ -41,7 +41,7 @@ fn a_connect_that_times_out_is_a_reset(ring: RingChoice) {
     let mut relay = Relay::start_with(limits, ring);
     let address: SocketAddr = ([127, 0, 0, 1], 3000).into();
     let server = Server::listen_backlog(&relay.inside, address, 0, None);
-    // With the queue full, the kernel drops what knocks (tcp_conn_request() in net/ipv4/tcp_input.c).
+    // When the backlog is full, the kernel drops SYNs (tcp_conn_request() in net/ipv4/tcp_input.c).
     let mut filling = Vec::new();
     let full = relay.inside.run(|| {
         (0..10).any(|_| match TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
@@ -59,7 +59,7 @@ fn a_connect_that_times_out_is_a_reset(ring: RingChoice) {
     assert!(begun.elapsed() >= Duration::from_millis(200), "{:?}", begun.elapsed());
     let stats = relay.stats_become(forward, "it to be over", |stats| stats.open == 0);
     assert_eq!(stats.refused, 1, "{stats:?}");
-    // The server takes those who waited, and all is well again.
+    // The server accepts the waiting connections, and new ones succeed again.
     for _ in 0..filling.len() {
         server.accept();
     }
@@ -72,7 +72,7 @@ pub(crate) fn a_connect_to_itself_is_a_reset(ring: RingChoice) {
     let mut relay = Relay::start(ring);
     relay.inside.set_sysctl("ipv4/ip_local_port_range", "40000 40001");
     let ports = [40_000, 40_001];
-    // The trap must be there: without a relay, a client inside does meet itself.
+    // Verifies the premise: without a relay, a client inside does connect to itself.
     let met = relay.inside.run(|| {
         let itself = |stream: &TcpStream| stream.local_addr().ok() == stream.peer_addr().ok();
         (0..50)
@@ -105,12 +105,12 @@ pub(crate) fn a_server_that_ends(ring: RingChoice) {
     let accepted = server.accept();
     drop(server);
     assert_eq!(ends_by(&connect(forward.v4())), End::Reset);
-    // The connection that there was is not the listener's.
+    // The open connection is independent of the listener.
     landfall_tests::send_all(&accepted, landfall_tests::Pattern::new(1), 10);
     drop(accepted);
     let mut checker = landfall_tests::Pattern::new(1).checker();
     assert_eq!(landfall_tests::read_to_end(&first, &mut checker), End::Eof);
-    // And a new server is found again, behind the same listener.
+    // A new server is found again, behind the same listener.
     drop(first);
     let server = Server::listen(&relay.inside, "127.0.0.1:3000");
     let client = connect(forward.v4());

@@ -1,4 +1,4 @@
-//! What the daemon knows of containers, and keeps: the wire specification's A.7, and its acceptance rows by their titles.
+//! The daemon's registrations and their files: the wire specification's A.7, and its acceptance rows by their titles.
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{
@@ -14,8 +14,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("deregister_of_an_unknown_container_is_a_no_op", deregister_unknown),
     Case::once("status_returns_the_registered_cwd_and_no_ports_where_there_are_none", status),
     Case::once("status_surfaces_the_ports_that_are_forwarded", status_with_ports),
-    Case::once("register_refuses_what_does_not_fit_and_changes_nothing", register_refuses),
-    Case::once("register_refuses_names_that_lead_out_of_the_directory", register_refuses_names),
+    Case::once("register_refuses_invalid_fields_without_side_effects", register_refuses),
+    Case::once("register_refuses_names_that_escape_the_directory", register_refuses_names),
     Case::once("register_concurrent_with_deregister_leaves_no_registration", serialised),
     Case::once("a_hundred_registers_at_once_are_all_kept", a_hundred_at_once),
     Case::once("register_persists_the_payload_with_mode_0600", persisted),
@@ -23,10 +23,10 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("gc_removes_registrations_whose_containers_vanished", gc_removes),
     Case::once("gc_requires_consecutive_absences", gc_consecutive),
     Case::once("gc_tolerates_a_docker_that_fails", gc_tolerates),
-    Case::once("gc_counts_a_stopped_container_as_there", gc_stopped),
-    Case::once("gc_knows_a_name_from_a_longer_one", gc_exact_name),
-    Case::once("a_container_that_docker_destroys_is_forgotten_at_once", destroyed),
-    Case::once("a_process_that_ends_takes_its_registration_with_it", process_ends),
+    Case::once("gc_counts_a_stopped_container_as_present", gc_stopped),
+    Case::once("gc_matches_the_exact_name", gc_exact_name),
+    Case::once("a_destroyed_container_is_deregistered_at_once", destroyed),
+    Case::once("a_registration_ends_with_its_process", process_ends),
     Case::once("c22_a_second_daemon_refuses_to_start", second_daemon),
 ];
 
@@ -47,7 +47,7 @@ fn idempotent() {
         register(&home, name);
     }
     assert_eq!(names(&home), ["b", "a"], "the order of the first registration");
-    // The folder of the last one counts.
+    // The folder of the last registration counts.
     let elsewhere = home.folder("elsewhere");
     let request = json!({"kind": "register", "containerName": "b", "cwd": elsewhere});
     assert_eq!(ask(&home, &request), json!({"ok": true}));
@@ -158,7 +158,7 @@ fn register_refuses() {
     assert!(reason.contains("portForward.deny is only meaningful when allow is \"*\""), "{reason}");
     assert_eq!(home.registered("a"), before, "a refused register changed the file");
     assert_eq!(names(&home), ["a"]);
-    // What means nothing is no fault.
+    // Unknown fields are not an error.
     let fields = json!({"restartToken": "", "wsHostPort": null, "portForward": {"allow": "*", "deny": []}});
     register_with(&home, "b", &fields);
     register_with(&home, "c", &json!({"portForward": {"allow": [3000], "deny": []}, "wsHostPort": 4000.0}));
@@ -200,7 +200,7 @@ fn serialised() {
     let home = Home::new();
     let _daemon = home.daemon();
     for _ in 0..20 {
-        // Connected and asked in this order; answered whenever.
+        // Connected and sent in this order; answered in any order.
         let (mut first, mut second) = (Wire::connect(&home), Wire::connect(&home));
         first.send(registration(&home, "a", &json!({})).to_string() + "\n");
         second.send("{\"kind\":\"deregister\",\"containerName\":\"a\"}\n");
@@ -224,7 +224,7 @@ fn a_hundred_at_once() {
     for mut wire in asked {
         assert_eq!(wire.answer(), json!({"ok": true}));
     }
-    // Side by side, they have no order but the one that came of it.
+    // Concurrent registrations have the order in which the daemon processed them.
     let sorted = || {
         let mut known = names(&home);
         known.sort();
@@ -251,7 +251,7 @@ fn persisted() {
     let text = std::fs::read_to_string(home.registration("a")).unwrap();
     assert_eq!(text.trim_end_matches('\n').lines().count(), 1, "{text:?}");
     assert_eq!(home.mode("run/registrations/a.json"), 0o600);
-    // Nothing else lies beside it, and what is absent is not written.
+    // The directory contains no other file, and absent fields are not written.
     register(&home, "b");
     assert_eq!(home.registered("b").unwrap(), json!({"containerName": "b", "cwd": home.folder("b")}));
     let mut files: Vec<_> = std::fs::read_dir(home.path().join("run/registrations"))
@@ -260,7 +260,7 @@ fn persisted() {
         .collect();
     files.sort();
     assert_eq!(files, ["a.json", "b.json"]);
-    // A later register replaces the whole.
+    // A later registration replaces all fields.
     register(&home, "a");
     assert_eq!(home.registered("a").unwrap(), json!({"containerName": "a", "cwd": home.folder("a")}));
 }
@@ -282,7 +282,7 @@ fn unknown_fields() {
     check();
 }
 
-/// A daemon that looks every 20 ms, and lets go after so many misses.
+/// A daemon that checks containers every 20 ms, and removes a registration after this many absences.
 fn eager<'a>(home: &'a Home, misses: &str) -> landfall_tests::Daemon<'a> {
     home.start().variable("LANDFALL_GC_INTERVAL", "20ms").variable("LANDFALL_GC_MISSES", misses).and_wait()
 }
@@ -309,7 +309,7 @@ fn gc_removes() {
     assert_eq!(event["reason"], "gone");
     wait_until("the file to go", || if home.registration("a").exists() { Err("there") } else { Ok(()) });
     assert_eq!(names(&home), ["b"]);
-    // Everything of it is forgotten, the token included.
+    // The whole registration is removed, including the token.
     let restart = json!({"kind": "restart", "containerName": "a"});
     assert_eq!(http::ask(http_port(&home), Some("token-of-a"), &restart).status, 403);
 }
@@ -337,7 +337,7 @@ fn gc_tolerates() {
     register(&home, "a");
     docker.wait_for_calls("", 10);
     assert_eq!(names(&home), ["a"]);
-    // An engine that is not there says nothing about its containers either.
+    // An unreachable engine does not count as an absence either.
     std::fs::remove_file(home.docker_socket()).unwrap();
     assert!(Wire::connect(&home).is_silent_for(MOMENT));
     assert_eq!(names(&home), ["a"]);
@@ -360,7 +360,7 @@ fn gc_exact_name() {
     let _daemon = eager(&home, "1");
     register(&home, "web");
     wait_until_gone(&home, "web");
-    // A dot is a dot.
+    // A dot in the name matches only a dot.
     register(&home, "a.b");
     wait_until_gone(&home, "a.b");
     assert!(docker.probes() > 0);
@@ -372,15 +372,15 @@ fn destroyed() {
     let _daemon = home.daemon();
     register(&home, "a");
     docker.wait_for_calls("GET /events", 1);
-    // Only what was seen to be there can be seen to go: containers are registered before they are started. One look
-    // follows the other, so when the second begins the first has been taken to heart.
+    // Only a container that was seen running can be seen to disappear, because containers are registered before they are
+    // started. Checks run one after the other, so when the second starts, the first is complete.
     for _ in 0..2 {
         let before = docker.probes();
         docker.announce("start", "a");
         wait_until("a look at the container", || if docker.probes() > before { Ok(()) } else { Err(before) });
     }
     docker.remove("a", false);
-    // Three misses 30 s apart would be longer than anybody waits here.
+    // Three absences at intervals of 30 s would exceed the timeout of this wait.
     wait_until_gone(&home, "a");
     assert_eq!(home.wait_for_event("deregister", |_| true)["reason"], "gone");
 }
@@ -407,7 +407,7 @@ fn second_daemon() {
     assert!(!status.success());
     assert!(home.stderr().contains("already listening"), "{}", home.stderr());
     assert!(home.stderr().contains(home.socket().to_str().unwrap()), "{}", home.stderr());
-    // The first one has noticed nothing, and neither has its socket.
+    // The first daemon and its socket are not affected.
     assert_eq!(names(&home), ["a"]);
     first.shut_down();
     let _third = home.daemon();

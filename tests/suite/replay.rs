@@ -1,4 +1,4 @@
-//! What a daemon finds when it starts: registrations of the one before, whole and torn (wire specification, A.7.5).
+//! The start of a daemon with registrations of the previous one, valid and corrupted (wire specification, A.7.5).
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::time::Duration;
@@ -9,16 +9,16 @@ use landfall_tests::{DockerMode, FakeDocker, Home, MOMENT, http, wait_until};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("replay_takes_back_names_folders_tokens_and_their_order", replay_keeps_order),
+    Case::once("replay_restores_names_folders_tokens_and_order", replay_keeps_order),
     Case::once("c21_replay_tolerates_corrupted_registration_files", corrupted_files),
     Case::once("replay_skips_registrations_whose_container_is_gone", replay_gone),
     Case::once("replay_applies_a_registration_when_the_probe_fails", replay_unknown),
     Case::once("the_daemon_is_reachable_before_a_slow_replay_completes", slow_replay),
     Case::once("register_waits_for_replay_to_complete", register_waits),
-    Case::once("replay_ends_although_docker_never_answers", endless_replay),
-    Case::once("a_daemon_can_be_asked_to_stop_while_it_replays", stop_while_replaying),
-    Case::once("replay_removes_what_an_interrupted_write_left", stale_temporary_files),
-    Case::once("c21_what_was_answered_survives_kill_9_at_any_moment", kill_at_any_moment),
+    Case::once("replay_completes_although_docker_never_answers", endless_replay),
+    Case::once("a_daemon_can_be_stopped_during_replay", stop_while_replaying),
+    Case::once("replay_removes_temporary_files_of_an_interrupted_write", stale_temporary_files),
+    Case::once("c21_acknowledged_registrations_survive_sigkill_at_any_time", kill_at_any_moment),
 ];
 
 fn replay_keeps_order() {
@@ -28,12 +28,12 @@ fn replay_keeps_order() {
     for name in order {
         register_with(&home, name, &json!({"restartToken": format!("token-{name}")}));
     }
-    // Registered again, it keeps its place.
+    // Registered again, it keeps its position.
     register_with(&home, "alpha", &json!({"restartToken": "token-alpha", "wsHostPort": 4000}));
     daemon.kill();
     for round in 0..2 {
         let daemon = home.daemon();
-        // This one waits for replay.
+        // This request waits for the replay.
         let status = done(&home, &json!({"kind": "status", "containerName": "mid"}));
         assert_eq!(status["cwd"], home.folder("mid").to_str().unwrap());
         assert_eq!(names(&home), order, "round {round}");
@@ -51,7 +51,7 @@ fn corrupted_files() {
     let cwd = home.folder("x");
     let whole = |name: &str| json!({"containerName": name, "cwd": cwd}).to_string();
     home.plant("good", whole("good"));
-    // Where no file of its kind should be: each is told about, and none is removed.
+    // Entries that are not regular files: each is reported, and none is removed.
     let mut bad = vec![
         home.plant("torn", &whole("torn")[..20]),
         home.plant("empty", ""),
@@ -101,7 +101,7 @@ fn corrupted_files() {
             .iter()
             .any(|event| event["kind"] == "registration-skipped" && event["containerName"] == name.as_str());
         assert!(told, "nothing is told about {name:?}: {:?}", home.events());
-        // It may be set aside under another name, and is not lost.
+        // The file may be renamed, and its content is kept.
         let directory = path.parent().unwrap();
         let kept = std::fs::read_dir(directory)
             .unwrap()
@@ -110,7 +110,7 @@ fn corrupted_files() {
     }
     let mismatch = home.wait_for_event("registration-skipped", |event| event["containerName"] == "renamed");
     assert_eq!(mismatch["reason"], "schema mismatch");
-    // The names are free for what is whole.
+    // The names are free for valid registrations.
     register(&home, "torn");
     assert_eq!(home.registered("torn").unwrap()["cwd"], home.folder("torn").to_str().unwrap());
 }
@@ -140,7 +140,7 @@ fn replay_unknown() {
     assert!(home.registration("a").exists());
 }
 
-/// A daemon whose replay waits for a Docker that does not answer.
+/// A daemon whose replay waits for a Docker engine that does not answer.
 fn replaying(home: &Home) -> FakeDocker {
     let docker = FakeDocker::start(home, &["a"]);
     docker.set_mode(DockerMode::Hangs);
@@ -164,7 +164,7 @@ fn slow_replay() {
     let docker = replaying(&home);
     let _daemon = home.daemon();
     docker.wait_for_probes(0);
-    // Docker says nothing until it is told to, so who waited for the replay would find it given up and over.
+    // Docker does not answer until the case lets it, so a request that waited for the replay would time out.
     for kind in ["http-info", "list", "version"] {
         done(&home, &json!({"kind": kind}));
     }
@@ -245,7 +245,7 @@ fn stale_temporary_files() {
     assert_eq!(left, ["a.json"]);
 }
 
-/// Registers without a pause, kills the daemon somewhere in it, and looks at what the next one knows.
+/// Registers without a pause, kills the daemon at a random time, and checks the registrations of the next one.
 fn kill_at_any_moment() {
     let home = Home::new();
     let rounds = if landfall_tests::is_long() { 200 } else { 8 };
@@ -261,7 +261,7 @@ fn kill_at_any_moment() {
             register_with(&home, &name, &json!({"restartToken": format!("token-of-{name}")}));
             answered.push(name);
         }
-        // One more that is not waited for.
+        // One further request that is not awaited.
         let mut last = Wire::connect(&home);
         last.send(registration(&home, &format!("last{round}"), &json!({})).to_string() + "\n");
         daemon.kill();

@@ -1,4 +1,4 @@
-//! Claim 3: a reset stays a reset, and what came before it still arrives. What a direct connection shows is the measure.
+//! Claim 3: a reset stays a reset, and the bytes before it still arrive. The reference is what a direct connection shows.
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
@@ -13,26 +13,26 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use crate::observe::{Path, Who, learns_that_the_peer_is_gone, read_rest};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c03_reset_stays_reset_as_it_does_directly", as_it_does_directly),
-    Case::each_ring("c03_a_reset_finds_a_reader_that_stalls", a_reset_finds_a_reader_that_stalls),
+    Case::each_ring("c03_resets_look_like_those_of_a_direct_connection", as_it_does_directly),
+    Case::each_ring("c03_a_reset_reaches_a_stalled_reader", a_reset_finds_a_reader_that_stalls),
     Case::each_ring(
         "c03_a_reset_ends_a_connection_whose_reader_never_reads",
         a_reset_ends_a_connection_whose_reader_never_reads,
     ),
     Case::each_ring("c03_a_megabyte_before_a_reset_arrives", a_megabyte_before_a_reset_arrives),
-    Case::each_ring("c03_what_is_not_yet_acknowledged_arrives", what_is_not_yet_acknowledged_arrives),
+    Case::each_ring("c03_unacknowledged_data_arrives_before_a_reset", what_is_not_yet_acknowledged_arrives),
 ];
 
-/// What the end that did not break the connection saw.
+/// The observation of the end that did not break the connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Saw {
-    /// Bytes, each right, and then this.
+    /// The number of bytes, each right, and how the stream ended.
     pub(crate) read: (u64, End),
-    /// Whether writing told that the peer is gone.
+    /// Whether a write reported that the peer is gone.
     pub(crate) told_by_write: bool,
 }
 
-/// A script: the first stream breaks the connection, the other one looks on.
+/// A script: the first stream breaks the connection, the other one observes.
 pub(crate) type Script = fn(&Path, Who) -> Saw;
 
 pub(crate) const SCRIPTS: [(&str, Script); 7] = [
@@ -98,7 +98,7 @@ fn close_with_unread_data(path: &Path, who: Who) -> Saw {
     let pair = path.pair();
     let (breaker, other) = pair.split(who);
     (&other).write_all(b"never read").unwrap();
-    // It must have arrived, or the close would be a FIN.
+    // The data must have arrived; otherwise the close would send a FIN.
     landfall_tests::wait_until("the data to arrive", || {
         let mut byte = [0];
         breaker.peek(&mut byte).map(drop)
@@ -113,7 +113,7 @@ fn by_the_finished(path: &Path, who: Who) -> Saw {
     assert_eq!(read_rest(&breaker, &mut Pattern::new(9).checker()), (0, End::Eof));
     reset(breaker);
     let read = read_rest(&other, &mut Pattern::new(1).checker());
-    // Its own direction is finished, so it has nothing to write.
+    // Its own direction is finished, so it cannot write.
     Saw { read, told_by_write: true }
 }
 
@@ -128,7 +128,7 @@ pub(crate) fn as_it_does_directly(ring: RingChoice) {
     for (name, script) in SCRIPTS {
         for who in [Who::Client, Who::Server] {
             let expected = script(&direct, who);
-            // Each several times, since two events that come close together may come in either order.
+            // Each several times, because two events that are close together may arrive in either order.
             for round in 0..10 {
                 assert_eq!(script(&relayed, who), expected, "{name}, by the {who:?}, round {round}");
             }
@@ -136,7 +136,7 @@ pub(crate) fn as_it_does_directly(ring: RingChoice) {
     }
 }
 
-/// A client that stops reading is told of a reset as soon as it reads again, after every byte that was acknowledged.
+/// A client that stops reading gets the reset as soon as it reads again, after every byte that was acknowledged.
 pub(crate) fn a_reset_finds_a_reader_that_stalls(ring: RingChoice) {
     let path = Path::landfall(ring);
     for who in [Who::Client, Who::Server] {
@@ -166,7 +166,7 @@ fn fill(mut sender: &TcpStream) -> u64 {
     sent
 }
 
-/// The relay holds bytes for the reader and reads no others meanwhile, so no read returns the error of the reset.
+/// The relay holds bytes for the reader and does not read in the meantime, so no read returns the error of the reset.
 pub(crate) fn a_reset_ends_a_connection_whose_reader_never_reads(ring: RingChoice) {
     let limits = Limits { reset_drain_timeout: Duration::from_millis(100), ..Limits::default() };
     let mut relay = Relay::start_with(limits, ring);
@@ -187,7 +187,7 @@ pub(crate) fn a_reset_ends_a_connection_whose_reader_never_reads(ring: RingChoic
     assert_eq!(stats.reset_by_upstream - before.reset_by_upstream, 1, "{stats:?}");
 }
 
-/// The receiver reads slowly, and the reset comes as soon as the relay has acknowledged the last byte.
+/// The receiver reads slowly, and the reset arrives as soon as the relay has acknowledged the last byte.
 pub(crate) fn a_megabyte_before_a_reset_arrives(ring: RingChoice) {
     const COUNT: u64 = 1_000_000;
     let path = Path::landfall(ring);
@@ -208,14 +208,14 @@ pub(crate) fn a_megabyte_before_a_reset_arrives(ring: RingChoice) {
     }
 }
 
-/// Resets a connection of which another thread holds the other end: connecting to nowhere dissolves it (`connect(2)`,
-/// AF_UNSPEC), which the kernel tells the peer by a reset.
+/// Resets a connection whose other descriptor another thread uses: connecting with AF_UNSPEC dissolves the association
+/// (`connect(2)`), and the kernel sends the peer a reset.
 fn reset_shared(stream: &TcpStream) {
     rustix::net::connect_unspec(stream).unwrap();
 }
 
-/// The reader's window is small, so nearly everything waits in the relay's send queue when the reset comes. An abortive
-/// close throws that queue away.
+/// The reader's window is small, so nearly all bytes wait in the relay's send queue when the reset arrives. An abortive
+/// close would discard that queue.
 pub(crate) fn what_is_not_yet_acknowledged_arrives(ring: RingChoice) {
     const COUNT: u64 = 200_000;
     let mut relay = Relay::start(ring);

@@ -17,8 +17,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("restart_is_rejected_when_the_daemon_was_started_without_restart_capability", no_capability),
     Case::once("restart_rejects_an_unknown_container_name", unknown),
     Case::once("http_restart_works_against_a_fresh_daemon_with_the_persisted_token", fresh_daemon),
-    Case::once("restarts_of_one_container_run_one_at_a_time_and_once_more", single_flight),
-    Case::once("a_restart_that_fails_says_why", failures),
+    Case::once("concurrent_restarts_of_one_container_are_serialised_and_coalesced", single_flight),
+    Case::once("a_failed_restart_reports_the_reason", failures),
     Case::once("a_restart_by_commands_stops_and_starts_in_order", command_pair),
     Case::once("a_preflight_refuses_before_the_acknowledgement", preflight),
     Case::once("c23_a_container_cannot_change_the_commands_that_restart_it", sealed_commands),
@@ -33,7 +33,7 @@ fn scheduled(name: &str) -> Value {
     json!({"ok": true, "result": {"containerName": name, "scheduled": true}})
 }
 
-/// What commands of a folder write to, outside of it.
+/// The file to which commands of a folder write, outside of the folder.
 fn diary(home: &Home) -> PathBuf {
     home.folder("outside").join("diary")
 }
@@ -69,9 +69,9 @@ fn acks_and_restarts() {
     assert!(docker.is_running("a"));
     let event = home.wait_for_event("restart-scheduled", |_| true);
     assert_eq!((&event["containerName"], &event["build"]), (&json!("a"), &json!(false)));
-    // A restart is no departure: it is registered as before.
+    // A restart is not a removal: the container stays registered.
     assert_eq!(names(&home), ["a", "b"]);
-    // A stopped one is started.
+    // A stopped container is started.
     docker.add("b", false);
     assert_eq!(ask(&home, &json!({"kind": "restart", "containerName": "b", "build": false})), scheduled("b"));
     wait_until("b to run", || if docker.is_running("b") { Ok(()) } else { Err(docker.changes()) });
@@ -83,14 +83,14 @@ fn ack_before_effects() {
     docker.hold_stops(true);
     let _daemon = home.daemon();
     register_with(&home, "a", &json!({"restartToken": "t"}));
-    // The caller is inside the container that is being stopped: it has its whole answer while nothing has happened to it.
+    // The caller is inside the container that is being stopped: it receives its whole answer before the container changes.
     let port = http_port(&home);
     let mut web = Web::connect(port);
     web.send(http::post(port, Some("t"), &restart("a").to_string()));
     assert_eq!(web.answer().body, scheduled("a"));
     assert!(docker.is_running("a"));
     docker.wait_for_calls("POST /containers/a/stop", 1);
-    // Nor does the daemon wait for it anywhere else.
+    // The daemon does not wait for the restart in any other place either.
     assert_eq!(ask(&home, &json!({"kind": "status", "containerName": "a"}))["ok"], true);
     assert_eq!(home.count_events("restart-completed", "a"), 0);
     docker.hold_stops(false);
@@ -120,7 +120,7 @@ fn builds() {
     assert_eq!(docker.calls("POST /build"), 1, "{:?}", docker.changes());
     assert_eq!(home.count_events("restart-completed", "a"), 1, "{:?} {:?}", home.events(), docker.changes());
     assert!(docker.is_running("a"), "{:?}", docker.changes());
-    // The image is there before the old container goes.
+    // The image exists before the old container is removed.
     let changes = docker.changes();
     let build = changes.iter().position(|change| change.starts_with("POST /build"));
     let stop = changes.iter().position(|change| change.ends_with("/stop"));
@@ -185,7 +185,7 @@ fn fresh_daemon() {
     register_with(&home, "a", &json!({"restartToken": "t"}));
     daemon.kill();
     let _daemon = home.daemon();
-    // Asked at once: the answer waits until the daemon knows its registrations.
+    // Sent at once: the answer waits until the daemon has replayed its registrations.
     let answer = http::ask(8974, Some("t"), &restart("a"));
     assert_eq!((answer.status, answer.body), (200, scheduled("a")));
     docker.wait_for_calls("POST /containers/a/start", 1);
@@ -205,7 +205,7 @@ fn single_flight() {
     assert_eq!(docker.calls("POST /containers/a/stop"), 1, "two restarts at the same time");
     docker.hold_stops(false);
     docker.wait_for_calls("POST /containers/a/start", 2);
-    // The next one is a new one, and shows that none was left of those before.
+    // The next restart is a new one, and shows that none of the earlier ones is pending.
     wait_until("the second restart to end", || {
         let ended = home.count_events("restart-completed", "a");
         if ended >= 2 { Ok(()) } else { Err(home.events()) }
@@ -233,7 +233,7 @@ fn failures() {
     assert_eq!(ask(&home, &restart("a")), scheduled("a"));
     let event = home.wait_for_event("restart-failed", |event| event["containerName"] == "a");
     assert!(event["reason"].as_str().unwrap().contains("unwell"), "{event}");
-    // The next one is as good as any.
+    // The next restart works.
     docker.set_mode(DockerMode::Answers);
     assert_eq!(ask(&home, &restart("a")), scheduled("a"));
     home.wait_for_event("restart-completed", |event| event["containerName"] == "a");
@@ -264,7 +264,7 @@ fn command_pair() {
     let folder = home.folder("a");
     assert_eq!(written[1], format!("start a 0 {}", folder.display()));
     assert_eq!(written[3], format!("start a 1 {}", folder.display()));
-    // One that fails says so, with its last line, and nothing is started after it.
+    // A command that fails is reported with its last line, and no further command is started.
     configure(
         &home,
         "a",
@@ -310,7 +310,7 @@ fn sealed_commands() {
     let docker = FakeDocker::start(&home, &["a"]);
     let daemon = home.daemon();
     register_with(&home, "a", &json!({"restartToken": "t"}));
-    // What a process in the container writes into its folder later is not what the user registered.
+    // A file that a process in the container writes later is not the file that the user registered.
     let evil = shell(&home, "echo evil >> $1");
     write(
         &home,
@@ -321,7 +321,7 @@ fn sealed_commands() {
     );
     assert_eq!(http::ask(http_port(&home), Some("t"), &restart("a")).body, scheduled("a"));
     home.wait_for_event("restart-completed", |_| true);
-    // Nor is it taken up by the next daemon.
+    // The next daemon does not use it either.
     daemon.kill();
     let _daemon = home.daemon();
     assert_eq!(ask(&home, &restart("a")), scheduled("a"));
@@ -340,7 +340,7 @@ fn stop_in_the_middle() {
     let mut late = Wire::connect(&home);
     daemon.signal(Signal::TERM);
     home.wait_for_event("daemon-stopping", |_| true);
-    // Whoever comes now is turned away, one way or the other.
+    // A new request is refused, in one of several ways.
     if late.try_send(format!("{}\n", restart("a"))).is_ok() {
         let answer = late.rest();
         assert!(!answer.contains("\"ok\":true"), "{answer}");

@@ -1,4 +1,4 @@
-//! The daemon's socket, row by row of the wire specification, A.1: exact bytes in, exact bytes out.
+//! The daemon's socket, row by row of the wire specification, A.1: exact bytes in both directions.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -12,21 +12,21 @@ use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("rpc_one_line_one_answer_and_the_end", one_line_one_answer),
+    Case::once("rpc_one_line_gets_one_answer_and_the_end_of_the_stream", one_line_one_answer),
     Case::once("c24_rpc_a_line_of_65535_characters_is_read_and_a_longer_one_refused", the_longest_line),
-    Case::once("c24_rpc_a_giant_line_takes_no_memory", a_giant_line),
+    Case::once("c24_rpc_a_giant_line_uses_bounded_memory", a_giant_line),
     Case::once("rpc_several_lines_get_one_answer", several_lines),
-    Case::once("rpc_what_is_no_request_is_told_so", no_request),
+    Case::once("rpc_an_invalid_request_is_refused_with_a_reason", no_request),
     Case::once("rpc_a_request_may_come_byte_by_byte", byte_by_byte),
     Case::once("rpc_a_character_may_be_split_between_reads", a_split_character),
-    Case::once("rpc_a_client_that_leaves_in_the_middle_costs_nothing", leaving_in_the_middle),
-    Case::once("c24_rpc_a_client_that_never_ends_its_line_is_let_go_after_ten_seconds", never_ending),
-    Case::once("c24_rpc_a_thousand_silent_clients_do_not_end_the_daemon", silent_clients),
-    Case::once("c24_the_socket_and_what_lies_beside_it_are_for_their_owner_alone", modes),
-    Case::once("c24_another_user_gets_nothing_even_through_an_open_door", another_user),
-    Case::once("rpc_version_and_http_info_say_who_and_where", version_and_http_info),
-    Case::once("rpc_shutdown_is_answered_and_then_done", shutdown),
-    Case::once("rpc_two_shutdowns_are_both_answered_and_told_once", two_shutdowns),
+    Case::once("rpc_a_client_that_disconnects_in_the_middle_leaks_no_resource", leaving_in_the_middle),
+    Case::once("c24_rpc_a_client_that_never_ends_its_line_is_disconnected_after_ten_seconds", never_ending),
+    Case::once("c24_rpc_a_thousand_silent_clients_do_not_stop_the_daemon", silent_clients),
+    Case::once("c24_the_socket_and_the_other_files_are_accessible_to_their_owner_only", modes),
+    Case::once("c24_another_user_is_refused_even_with_open_modes", another_user),
+    Case::once("rpc_version_and_http_info_return_build_and_port", version_and_http_info),
+    Case::once("rpc_shutdown_is_answered_before_it_takes_effect", shutdown),
+    Case::once("rpc_two_shutdowns_are_both_answered_and_reported_once", two_shutdowns),
     Case::once("rpc_events_arrive_as_they_happen", events_arrive),
 ];
 
@@ -38,7 +38,7 @@ fn one_line_one_answer() {
     let mut wire = Wire::connect(&home);
     wire.send(LIST);
     assert_eq!(wire.rest(), "{\"ok\":true,\"result\":{\"registrations\":[]}}\n");
-    // Fields that nobody knows are ignored, and so is white space.
+    // Unknown fields and white space are ignored.
     assert_eq!(tell(&home, " { \"kind\" : \"list\", \"id\" : 7 } \r\n")["ok"], true);
 }
 
@@ -51,16 +51,16 @@ fn the_longest_line() {
     };
     assert_eq!(tell(&home, line(65_535) + "\n")["ok"], true);
     let too_long = json!({"ok": false, "reason": "request exceeds buffer limit"});
-    // One more with its newline is too long whether the newline is there or not.
+    // One byte more, including its newline, is too long whether or not the newline has arrived.
     assert_eq!(tell(&home, line(65_536) + "\n"), too_long);
     assert_eq!(tell(&home, "x".repeat(65_537)), too_long);
-    // Nothing is said as long as the line may still end well.
+    // No answer is sent as long as the line may still be valid.
     let mut wire = Wire::connect(&home);
     wire.send(line(65_535));
     assert!(wire.is_silent_for(MOMENT), "a line that may still end was answered");
     wire.send("\n");
     assert_eq!(wire.answer()["ok"], true);
-    // Bytes are counted, not characters.
+    // The limit counts bytes, not characters.
     let wide = format!("{{\"kind\":\"list\",\"pad\":\"{}\"}}\n", "é".repeat(33_000));
     assert!(wide.chars().count() < 65_536);
     assert_eq!(tell(&home, wide), too_long);
@@ -78,7 +78,7 @@ fn a_giant_line() {
     let mut clients = Vec::new();
     for _ in 0..16 {
         let mut wire = Wire::connect(&home);
-        // The daemon may stop listening in the middle of it, and is right to.
+        // The daemon may close the connection in the middle of the line.
         let _ = wire.try_send(vec![b'x'; 8 << 20]);
         clients.push(wire);
     }
@@ -96,7 +96,7 @@ fn several_lines() {
     let second = registration(&home, "second", &json!({}));
     wire.send(format!("{{\"kind\":\"version\"}}\n{second}\n{LIST}"));
     assert!(wire.answer()["result"]["version"].is_string());
-    // The first one is all that was done.
+    // Only the first line has an effect.
     assert!(names(&home).is_empty());
 }
 
@@ -125,7 +125,7 @@ fn no_request() {
         assert!(["unknown request kind", "invalid request"].contains(&reason), "{line:?}: {answer}");
     }
     assert_eq!(refused(&home, &json!({"kind": "dance"})), "unknown request kind");
-    // A nesting that would break a recursive reader.
+    // A nesting depth that would overflow the stack of a recursive parser.
     let deep = format!("{}{}\n", "[".repeat(30_000), "]".repeat(30_000));
     assert_eq!(tell(&home, deep)["ok"], false);
     assert_eq!(names(&home), Vec::<String>::new());
@@ -146,8 +146,8 @@ fn byte_by_byte() {
 fn a_split_character() {
     let home = Home::new();
     let _daemon = home.daemon();
-    // Two, three and four bytes, split at every place; each piece is read alone, since the answer to the next line of
-    // another client comes between.
+    // Two, three and four bytes, split at every position. Each piece is read separately, because the answer to another
+    // client's next line comes between.
     let cwd = home.folder("großes-模型-🦀");
     let request = json!({"kind": "register", "containerName": "wide", "cwd": cwd}).to_string() + "\n";
     let bytes = request.as_bytes();
@@ -176,7 +176,7 @@ fn leaving_in_the_middle() {
             1 => wire.send(LIST),
             2 => wire.finish(),
             _ => {
-                // An end without a newline is no request.
+                // A line without a newline before the end is not a request.
                 wire.send("{\"kind\":\"list\"}");
                 wire.finish();
                 assert!(!wire.rest().contains("\"ok\":true"));
@@ -202,7 +202,7 @@ fn never_ending() {
         trickle.push(b'x');
         assert!(trickling.is_silent_for(MOMENT), "let go after {:?}", start.elapsed());
     }
-    // A byte now and then is no excuse.
+    // Single bytes from time to time do not extend the deadline.
     let _ = (silent.rest(), trickling.rest());
     let taken = start.elapsed();
     assert!((Duration::from_secs(9)..Duration::from_secs(15)).contains(&taken), "let go after {taken:?}");
@@ -214,7 +214,7 @@ fn silent_clients() {
     let mut daemon = home.daemon();
     let mut crowd = Vec::new();
     for _ in 0..1000 {
-        // Beyond its bound the daemon may refuse, or let them wait where the kernel does.
+        // Above its limit the daemon may refuse connections, or leave them in the kernel's backlog.
         match UnixStream::connect(home.socket()) {
             Ok(stream) => crowd.push(stream),
             Err(_) => break,
@@ -236,7 +236,7 @@ fn silent_clients() {
 
 fn modes() {
     let home = Home::new();
-    // What a careless umask and an earlier mode leave open is closed.
+    // The daemon corrects modes that a permissive umask or an earlier release left open.
     std::fs::create_dir_all(home.path().join("run/registrations")).unwrap();
     let _daemon = home.daemon();
     register(&home, "a");
@@ -249,7 +249,7 @@ fn modes() {
     assert_eq!(home.mode("log/hostd.log") & 0o077, 0, "the log is for its owner");
 }
 
-/// Runs `work` as a user who owns nothing here. Credentials belong to a thread, so one thread alone changes.
+/// Runs `work` as a user without files here. Credentials belong to a thread, so only one thread changes.
 fn as_nobody<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
     std::thread::scope(|scope| {
         let nobody = scope.spawn(|| {
@@ -269,7 +269,7 @@ fn another_user() {
     let home = Home::new();
     let _daemon = home.daemon();
     register(&home, "a");
-    // The temporary directory above it is for its owner alone as well; that door is opened first.
+    // The temporary directory above it is closed to other users as well; it is opened first.
     let open = |path: &std::path::Path, mode| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     };
@@ -281,7 +281,7 @@ fn another_user() {
     };
     assert_eq!(refusal.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
     assert!(as_nobody(|| std::fs::read(home.registration("a"))).unwrap().is_err());
-    // Somebody opens the doors: the daemon looks at who knocks.
+    // With open modes, the daemon checks the user of the peer.
     open(&home.path().join("run"), 0o777);
     open(&home.socket(), 0o777);
     let heard = as_nobody(|| {
@@ -302,7 +302,7 @@ fn version_and_http_info() {
     assert_eq!(version.as_object().unwrap().len(), 1);
     assert_eq!(ask(&home, &json!({"kind": "http-info"})), json!({"ok": true, "result": {"port": 8974}}));
     daemon.shut_down();
-    // Reports the version that it is told to.
+    // Reports the version that was given to it.
     let daemon = home.start().variable("LANDFALL_VERSION", "unversioned").and_wait();
     assert_eq!(done(&home, &json!({"kind": "version"})), json!({"version": "unversioned"}));
     daemon.shut_down();
@@ -315,7 +315,7 @@ fn shutdown() {
     let daemon = home.daemon();
     register(&home, "a");
     let port = http_port(&home);
-    // A client that reads its answer late: the stop comes after the answer, and takes nothing of it away.
+    // A client that reads its answer late: the daemon stops after the answer, and the answer arrives completely.
     let mut late = Wire::connect(&home);
     late.send("{\"kind\":\"shutdown\"}\n");
     assert!(daemon.end().success());
@@ -330,11 +330,11 @@ fn two_shutdowns() {
     let home = Home::new();
     let daemon = home.daemon();
     let (mut first, mut second) = (Wire::connect(&home), Wire::connect(&home));
-    // Both lines are there before either is read to its end.
+    // Both lines have arrived before either is answered.
     first.send("{\"kind\":\"shutdown\"}");
     second.send("{\"kind\":\"shutdown\"}");
     first.send("\n");
-    // The daemon may be gone before this one is heard.
+    // The daemon may have stopped before it reads this one.
     let _ = second.try_send("\n");
     let scheduled = json!({"ok": true, "result": {"scheduled": true}});
     assert_eq!(first.answer(), scheduled);

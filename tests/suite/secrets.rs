@@ -1,4 +1,4 @@
-//! `secrets-patch` (wire specification, A.1.4) over both channels: one named object is replaced, everything else stays.
+//! `secrets-patch` (wire specification, A.1.4) over both channels: one named object is replaced, all other content stays.
 
 use landfall_tests::case::Case;
 use landfall_tests::http::{self, Web};
@@ -12,8 +12,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("http_secrets_patch_preserves_other_channels_and_serializes_concurrent_patches", preserves),
     Case::once("http_secrets_patch_writes_mcp_credentials_beside_channels_and_sibling_servers", mcp),
     Case::once("http_secrets_patch_rejects_malformed_payloads", malformed),
-    Case::once("secrets_patch_never_overwrites_what_it_cannot_read", unreadable),
-    Case::once("secrets_patch_waits_for_the_lock_of_others_and_takes_a_stale_one", locks),
+    Case::once("secrets_patch_never_overwrites_an_unreadable_file", unreadable),
+    Case::once("secrets_patch_waits_for_a_held_lock_and_breaks_a_stale_one", locks),
 ];
 
 fn patch(name: &str, patch: &Value) -> Value {
@@ -51,11 +51,11 @@ fn writes() {
     assert_eq!(mode & 0o777, 0o600);
     let text = std::fs::read_to_string(&path).unwrap();
     assert!(text.starts_with("{\n  \"") && text.ends_with("}\n"), "{text:?}");
-    // Nothing else is left in the folder, neither lock nor temporary file.
+    // The folder contains no further file, neither a lock nor a temporary file.
     let left: Vec<_> =
         std::fs::read_dir(home.folder("a")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["secrets.json"]);
-    // The socket's way is the same.
+    // The socket has the same effect.
     assert_patched(&ask(&home, &patch("a", &json!({"channels": {"kakaotalk": kakaotalk("newer")}}))), "a");
     assert_eq!(secrets(&home, "a")["channels"]["kakaotalk"], kakaotalk("newer"));
 }
@@ -110,7 +110,7 @@ fn mcp() {
     std::fs::write(home.folder("a").join("secrets.json"), before.to_string()).unwrap();
     let credential =
         json!({"client": {"id": "c"}, "tokens": {"access": "t"}, "discovery": {"url": "u"}, "more": 1});
-    // Where there are both, this one wins.
+    // If both exist, this one is used.
     let both = json!({"mcp": {"server": "new", "credential": credential}, "channels": {"slack": {"accounts": {"x": {}}}}});
     assert_patched(&http::ask(http_port(&home), Some("t"), &patch("a", &both)).body, "a");
     let after = secrets(&home, "a");
@@ -172,7 +172,7 @@ fn unreadable() {
         assert_eq!(answer["ok"], false, "{content:?}: {answer}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
     }
-    // A folder that is gone is no reason to make one.
+    // A missing folder is not created.
     std::fs::remove_dir_all(home.folder("a")).unwrap();
     assert_eq!(ask(&home, &change)["ok"], false);
 }
@@ -194,7 +194,7 @@ fn locks() {
     assert_patched(&ask(&home, &patch("b", &json!({"mcp": {"server": "s", "credential": {}}}))), "b");
     std::fs::remove_dir(&lock).unwrap();
     assert_patched(&wire.answer(), "a");
-    // Half a minute without a sign of life: whoever held it is gone.
+    // Half a minute without an update of the lock file: its holder has ended.
     std::fs::create_dir(&lock).unwrap();
     let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
     std::fs::File::open(&lock).unwrap().set_modified(long_ago).unwrap();

@@ -1,4 +1,4 @@
-//! Claim 5: readers that stall hold a bounded amount of memory, and hold up nobody else.
+//! Claim 5: stalled readers use a bounded amount of memory, and do not block other connections.
 
 use std::io::Write;
 
@@ -11,13 +11,13 @@ use landfall_tests::{
 };
 
 pub(crate) const CASES: &[Case] =
-    &[Case::each_ring("c05_stalled_readers_bound_memory_and_hold_up_nobody", stalled_readers)];
+    &[Case::each_ring("c05_stalled_readers_use_bounded_memory_and_block_no_other_connection", stalled_readers)];
 
 fn stalled_readers(ring: RingChoice) {
     let count = if is_long() { 1000 } else { 200 };
-    // What waits in the kernel is bounded as well, or it would be the case that fails: where TCP's memory runs out, the kernel
-    // resets what is closed before it was sent (tcp_mem, tcp_check_oom() in net/ipv4/tcp.c), and a thousand ways that are
-    // full take gigabytes by default.
+    // The data in the kernel is bounded as well; otherwise the case itself would fail: when TCP's memory runs out, the
+    // kernel resets connections that were closed before their data was sent (tcp_mem, tcp_check_oom() in net/ipv4/tcp.c),
+    // and a thousand full connections take gigabytes by default.
     kernel_holds_little(&Namespace::current());
     let mut relay = Relay::start(ring);
     kernel_holds_little(&relay.inside);
@@ -34,7 +34,7 @@ fn stalled_readers(ring: RingChoice) {
     let echo = relay.forward(3001);
     round_trips(echo, 1);
 
-    // More than the buffers of one way hold.
+    // More than the buffers of one direction hold.
     let pattern = Pattern::new(1).bytes(8 << 20);
     let before = resident_bytes();
     let mut stalled = Vec::new();
@@ -44,7 +44,7 @@ fn stalled_readers(ring: RingChoice) {
         server.set_nonblocking(true).unwrap();
         stalled.push((client, server, 0));
     }
-    // Everything is full once no server could send a byte for a while.
+    // Every buffer is full when no server could send a byte for a while.
     let mut quiet = 0;
     wait_until("every way to be full", || {
         let mut moved = 0;
@@ -58,19 +58,19 @@ fn stalled_readers(ring: RingChoice) {
         if quiet >= 20 { Ok(()) } else { Err(moved) }
     });
     let grown = resident_bytes().saturating_sub(before);
-    // A lease for each that stalls, and what the tables hold.
+    // A buffer for each stalled direction, and the tables.
     let bound = count * Limits::default().buffer_bytes + 4 * 1024 * 1024;
     assert!(grown < bound, "{count} stalled readers: {grown} bytes, over {bound}");
     engine_at_rest("waiting for stalled readers");
 
-    // Others go on as if nothing were.
+    // Other connections continue unaffected.
     std::thread::scope(|scope| {
         for seed in 0..50 {
             scope.spawn(move || round_trips(echo, seed));
         }
     });
 
-    // Those who read after all get every byte; the rest leave.
+    // The stalled readers that read now get every byte; the others close.
     for (index, (client, server, sent)) in stalled.into_iter().enumerate() {
         if index % 10 == 0 {
             drop(server);
@@ -83,13 +83,13 @@ fn stalled_readers(ring: RingChoice) {
     note!("{count} stalled readers: {} KiB of memory each", grown / count / 1024);
 }
 
-/// At most 128 KiB in each buffer of a socket that is made in `namespace` from now on.
+/// Limits the buffers of later sockets in `namespace` to 128 KiB each.
 fn kernel_holds_little(namespace: &Namespace) {
     namespace.set_sysctl("ipv4/tcp_rmem", "4096 65536 131072");
     namespace.set_sysctl("ipv4/tcp_wmem", "4096 65536 131072");
 }
 
-/// A hundred times there and back.
+/// Exchanges a hundred messages in both directions.
 fn round_trips(echo: landfall_tests::Forward, seed: u64) {
     let stream = connect(echo.v4());
     let mut checker = Pattern::new(seed).checker();

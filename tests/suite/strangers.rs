@@ -1,5 +1,5 @@
-//! Claims 24 and 31: what other users of the machine, pages in a browser and programs without a token get of an agent, and of
-//! the daemon's own environment.
+//! Claims 24 and 31: other users of the machine, pages in a browser and programs without a token get nothing from an agent,
+//! nor from the daemon's own environment.
 
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c24_agent_a_request_of_a_page_is_refused", request_of_a_page),
-    Case::once("c24_agent_wrong_hellos_fill_no_log", wrong_hellos),
+    Case::once("c24_agent_rejected_hellos_do_not_fill_the_log", wrong_hellos),
     Case::once("c31_agent_a_directory_that_other_users_enter_is_refused", open_directory),
     Case::once("c24_tokens_are_not_in_the_environment_of_the_daemon", environment),
 ];
@@ -87,13 +87,13 @@ fn open_directory() {
     let refused = rpc::refused(&home, &registration(&home, "coder", &fields));
     assert!(refused.contains("other users can enter"), "{refused}");
     assert!(refused.contains("install -d -m 0700"), "{refused}");
-    // A registration of before is not used either.
+    // An existing registration is not used either.
     daemon.kill();
     home.plant("coder", registration(&home, "coder", &fields).to_string());
     let _daemon = home.daemon();
     let event = home.wait_for_event("container-unreachable", |event| event["containerName"] == "coder");
     assert!(event["reason"].as_str().unwrap().contains("other users can enter"), "{event}");
-    // With a closed directory above it, other users are refused and the directory is used.
+    // With a closed directory above it, other users cannot enter it, and the directory is used.
     mode(above.path(), 0o700);
     stranger_connects(&directory).unwrap_err();
     let server = Server::listen(&inside, "127.0.0.1:5173");
@@ -106,7 +106,7 @@ fn open_directory() {
     connect((Ipv4Addr::LOCALHOST, 5173));
 }
 
-/// The variables in which `register` and a container have tokens.
+/// The variables in which `register` and a container receive tokens.
 const VARIABLES: [&str; 6] = [
     "LANDFALL_RESTART_TOKEN",
     "LANDFALL_BROKER_TOKEN",
@@ -116,7 +116,7 @@ const VARIABLES: [&str; 6] = [
     "TYPECLAW_HOSTD_BROKER_TOKEN",
 ];
 
-/// What `/proc` shows of a process to root and to its own user.
+/// Returns the environment that `/proc` shows to root and to the process's own user.
 fn environment_of(pid: u32) -> String {
     let bytes = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     String::from_utf8_lossy(&bytes).into_owned()
@@ -124,7 +124,7 @@ fn environment_of(pid: u32) -> String {
 
 fn environment() {
     let (home, inside) = (Home::new(), Namespace::new());
-    // Started by itself, as a service manager does it.
+    // Started directly, as a service manager does.
     let mut start = home.start();
     for variable in VARIABLES {
         start = start.variable(variable, TOKEN);
@@ -132,7 +132,7 @@ fn environment() {
     let daemon = start.and_wait();
     assert!(environment_of(daemon.pid()).contains("LANDFALL_HOME"), "it is there");
     assert!(!environment_of(daemon.pid()).contains(TOKEN));
-    // Its children have none either: an engine is one.
+    // Its children do not have them either; an engine is one.
     let _agent = Agent::start(&home, &inside, TOKEN);
     let published = Published::start(inside.again(), CONTAINER_PORT);
     let fields = json!({"wsHostPort": published.port(), "portForward": {"allow": "*"}, "brokerToken": TOKEN,
@@ -145,7 +145,7 @@ fn environment() {
         assert!(!environment_of(engine).contains(TOKEN));
     }
     daemon.shut_down();
-    // Started by a verb, in an environment that holds one.
+    // Started by a verb whose environment contains one.
     let mut up = home.command(&["up"]);
     for variable in VARIABLES {
         up.env(variable, TOKEN);

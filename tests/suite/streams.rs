@@ -15,21 +15,21 @@ pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c01_shards_share_the_connections", shards_share_the_connections),
 ];
 
-/// Streams that run beside each other.
+/// The number of concurrent streams.
 const AT_ONCE: u64 = 20;
 
 pub(crate) fn every_byte_arrives_once_in_order(ring: RingChoice) {
     relay_streams(Relay::start(ring));
 }
 
-/// One shard accepts, and each gets its part.
+/// One shard accepts, and each shard gets a share of the connections.
 fn shards_share_the_connections(ring: RingChoice) {
     let mut relay = relay_streams(Relay::start_with(Limits { shards: 3, ..Limits::default() }, ring));
     let work: Vec<u64> = threads_named("landfall-shard").into_iter().map(run_time).collect();
     assert_eq!(work.len(), 3);
     let most = work.iter().max().unwrap();
     assert!(work.iter().all(|part| part * 10 > *most), "nanoseconds of each shard: {work:?}");
-    // All shards have counted, and the sum is told.
+    // Every shard has counted, and the engine reports the sum.
     let forward = relay.driver.describe().first().unwrap().clone();
     let stats = relay.driver.close(forward.forward, Ending::Drain);
     assert_eq!(stats, forward.stats);
@@ -40,7 +40,7 @@ fn threads_named(name: &str) -> Vec<PathBuf> {
     threads.filter(|path| std::fs::read_to_string(path.join("comm")).unwrap().starts_with(name)).collect()
 }
 
-/// How long a thread has run, in nanoseconds (`/proc/PID/task/TID/schedstat`, its first number).
+/// Returns how long a thread has run, in nanoseconds (`/proc/PID/task/TID/schedstat`, its first number).
 fn run_time(thread: PathBuf) -> u64 {
     let schedstat = std::fs::read_to_string(thread.join("schedstat")).unwrap();
     schedstat.split(' ').next().unwrap().parse().unwrap()
@@ -57,7 +57,7 @@ fn relay_streams(mut relay: Relay) -> Relay {
             for index in 0..AT_ONCE {
                 let seed = seed() ^ ((batch * AT_ONCE + index) << 32);
                 let family = Family::ALL[(seed >> 32) as usize % 2];
-                // Connected and accepted one by one, so that the two ends of a connection are known.
+                // Connected and accepted one by one, so that the two ends of a connection can be matched.
                 let client = connect(forward.at(family));
                 let accepted = server.accept();
                 running.push((scope.spawn(move || duplex(client, seed, 1)), 0));
@@ -75,13 +75,13 @@ fn relay_streams(mut relay: Relay) -> Relay {
     relay
 }
 
-/// One end of a stream: sends its own pattern and a FIN while it checks the other's. Gives how much it received.
+/// One end of a stream: sends its own pattern and a FIN while it checks the other's. Returns how many bytes it received.
 fn duplex(stream: TcpStream, seed: u64, end: u64) -> u64 {
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| send_in_fits(&stream, seed ^ end));
         let mut checker = Pattern::new(seed ^ end ^ 1).checker();
         let mut rng = Rng::new(seed ^ end ^ 2);
-        // Some read nothing for a while, so that bytes are owed to them.
+        // Some ends do not read for a while, so that bytes queue up for them.
         if rng.one_in(4) {
             pause(&mut rng);
         }
@@ -96,7 +96,7 @@ fn duplex(stream: TcpStream, seed: u64, end: u64) -> u64 {
 
 const LENGTH_MAX: usize = 4 * 1024 * 1024;
 
-/// Sends a whole pattern in pieces of any size, with pauses, then a FIN. Its length is the first number of its seed.
+/// Sends a whole pattern in pieces of random sizes, with pauses, then a FIN. The first number of the seed is its length.
 fn send_in_fits(mut stream: &TcpStream, seed: u64) {
     use std::io::Write;
     let mut rng = Rng::new(seed);
@@ -116,7 +116,7 @@ fn send_in_fits(mut stream: &TcpStream, seed: u64) {
     finish(stream);
 }
 
-/// A pause of a random length: a part of the load, not a wait for anything.
+/// A pause of a random length: a part of the load, not a wait for a state.
 fn pause(rng: &mut Rng) {
     std::thread::sleep(Duration::from_micros(rng.below(4000)));
 }

@@ -1,5 +1,5 @@
-//! Tailscale (wire specification, A.11 and A.14): which calls are made and what is told of them, with a `tailscale` that
-//! writes down how it is called.
+//! Tailscale (wire specification, A.11 and A.14): which commands the daemon runs and which events it reports, with a fake
+//! `tailscale` that records its arguments.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
@@ -16,25 +16,26 @@ use crate::crash::{by_file, wait_for_open};
 pub(crate) const CASES: &[Case] = &[
     Case::once("tailscale_serves_an_opened_port_and_removes_only_that_owned_serve_on_close", open_and_close),
     Case::once("tailscale_is_skipped_when_it_is_disconnected", disconnected),
-    Case::once("tailscale_with_a_malformed_status_is_a_skip_that_is_not_fatal", malformed),
+    Case::once("tailscale_with_a_malformed_status_is_skipped_without_an_error", malformed),
     Case::once("tailscale_that_fails_to_serve_claims_no_ownership", serve_fails),
     Case::once("tailscale_that_fails_to_turn_off_still_owns", off_fails),
-    Case::once("tailscale_is_looked_for_on_path_only", path_only),
-    Case::once("tailscale_that_hangs_is_killed_and_forwarding_goes_on", hangs),
+    Case::once("tailscale_is_searched_on_path_only", path_only),
+    Case::once("tailscale_that_hangs_is_killed_and_forwarding_continues", hangs),
     Case::once("tailscale_is_turned_off_when_its_container_is_deregistered", deregistered),
     Case::once("tailscale_is_never_called_for_a_policy_that_exposes_nothing", off_switch),
     Case::once("tailscale_serves_the_bound_host_port_of_a_reserved_forward", reserved),
     Case::once("tailscale_is_never_called_unless_asked_for", not_asked_for),
     Case::once("tailscale_is_turned_off_when_the_daemon_stops", daemon_stops),
-    Case::once("tailscale_of_a_killed_daemon_is_taken_over", killed_daemon),
-    Case::once("tailscale_of_a_killed_daemon_is_turned_off_by_one_that_does_not_serve", killed_and_off),
-    Case::once("a_daemon_in_the_place_of_another_serves_on", replaced),
+    Case::once("tailscale_ports_of_a_killed_daemon_are_taken_over", killed_daemon),
+    Case::once("tailscale_ports_of_a_killed_daemon_are_turned_off_by_one_without_the_option", killed_and_off),
+    Case::once("tailscale_keeps_serving_when_the_daemon_is_replaced", replaced),
 ];
 
 const PORT: u16 = 3000;
 const OTHER: u16 = 3001;
 
-/// A `tailscale` that notes its arguments, and does what the file named after its first argument says (`off` for that).
+/// A `tailscale` that records its arguments, and executes the file that is named after its first argument (`off` to turn a
+/// port off).
 const SCRIPT: &str = r#"#!/bin/sh
 here=${0%/*}
 echo "$*" >> "$here/calls"
@@ -43,7 +44,7 @@ case "$*" in *" off") verb=off;; esac
 . "$here/$verb"
 "#;
 
-/// A home with a fake tailscale beside it.
+/// A home, and a fake tailscale.
 struct World {
     home: Home,
     inside: Namespace,
@@ -65,9 +66,9 @@ impl World {
         self.home.folder("bin")
     }
 
-    /// From now on `verb` runs this.
+    /// Sets the script for `verb`.
     fn answers(&self, verb: &str, script: &str) {
-        // Renamed, so that a call which begins meanwhile finds one or the other.
+        // Renamed, so that a concurrent call finds the old or the new file.
         let aside = self.bin().join("aside");
         std::fs::write(&aside, format!("{script}\n")).unwrap();
         std::fs::rename(aside, self.bin().join(verb)).unwrap();
@@ -87,7 +88,7 @@ impl World {
         text.lines().map(str::to_owned).collect()
     }
 
-    /// What was told, as `KIND NAME PORT COMMAND REASON`.
+    /// Returns the events, as `KIND NAME PORT COMMAND REASON`.
     fn told(&self) -> Vec<String> {
         let events = self.home.events();
         let of_ours = events.iter().filter(|event| event["kind"] == "tailscale-serve-event");
@@ -122,7 +123,7 @@ impl World {
         self.home.path().join("run/tailscale.json")
     }
 
-    /// Waits until nothing answers on the host at `port`.
+    /// Waits until no listener answers on the host at `port`.
     #[track_caller]
     fn wait_for_closed(&self, port: u16) {
         self.home.wait_for_event("port-forward-event", |event| {
@@ -131,7 +132,7 @@ impl World {
     }
 }
 
-/// The calls by which a port is served.
+/// The calls that serve a port.
 fn served(port: u16) -> [String; 2] {
     ["status --json".to_owned(), format!("serve --bg --tcp={port} {port}")]
 }
@@ -163,7 +164,7 @@ fn disconnected() {
     wait_for_open(&world.home, &[("a", PORT)]);
     drop(server);
     world.wait_for_closed(PORT);
-    // It is tried anew when the port comes back, and by then tailscale runs.
+    // The daemon tries again when the port reopens, and tailscale runs by then.
     world.answers("status", r#"echo '{"BackendState":"Running"}'"#);
     let _server = world.listen(PORT);
     world.wait_for_told(&["skipped a 3000 tailscale backend is Stopped", "opened a 3000"]);
@@ -187,7 +188,7 @@ fn malformed() {
 
 fn serve_fails() {
     let world = World::new();
-    // Both outputs are read while it runs, though they are more than pipes hold.
+    // The daemon reads both outputs while the command runs, although they exceed the capacity of a pipe.
     world.answers("serve", "head -c 200000 /dev/zero; echo 'no such thing' >&2; exit 3");
     let daemon = world.daemon();
     let server = world.listen(PORT);
@@ -255,7 +256,7 @@ fn off_switch() {
     let mut fields = by_file(&world.inside);
     fields["portForward"] = json!({"allow": []});
     rpc::register_with(&world.home, "shut", &fields);
-    // Another container shows that there was time enough.
+    // Another container shows that enough time has passed.
     let elsewhere = Namespace::new();
     let _other = Server::listen(&elsewhere, &format!("127.0.0.1:{OTHER}"));
     rpc::register_with(&world.home, "open", &by_file(&elsewhere));
@@ -302,7 +303,7 @@ fn daemon_stops() {
     world.wait_for_told(&["opened a 3000", "closed a 3000"]);
     assert_eq!(world.calls().last(), Some(&off(PORT)));
     assert!(!world.list().exists());
-    // What is forwarded outlives a daemon, and the next one serves it again.
+    // Forwards outlive a daemon, and the next daemon serves them again.
     let _daemon = world.daemon();
     world.wait_for_told(&["opened a 3000", "closed a 3000", "opened a 3000"]);
 }
@@ -322,7 +323,7 @@ fn killed_daemon() {
         let told = world.told();
         if told.last().is_some_and(|last| last == "closed a 3001") { Ok(()) } else { Err(told) }
     });
-    // It may have been served again for the moment in which the engine still listened.
+    // It may have been served again while the engine still listened.
     assert!(!world.told().contains(&"closed a 3000".to_owned()), "{:?}", world.told());
     assert_eq!(world.calls()[before..before + 2], served(PORT));
 }
@@ -343,7 +344,7 @@ fn killed_and_off() {
 
 fn replaced() {
     let world = World::new();
-    // A version of its own makes it one that is replaced.
+    // A daemon with another version is replaced.
     let daemon = world.start().argument("--tailscale").variable("LANDFALL_VERSION", "another").and_wait();
     let _server = world.listen(PORT);
     world.register();

@@ -1,22 +1,22 @@
-//! House rules that no compiler sees, read from the sources.
+//! House rules that the compiler does not check, read from the sources.
 
 use std::path::{Path, PathBuf};
 
 use landfall_tests::case::Case;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("tidy_no_leftovers", no_leftovers),
-    Case::once("tidy_unsafe_only_where_it_has_to_be", unsafe_only_where_it_has_to_be),
+    Case::once("tidy_no_leftover_markers", no_leftovers),
+    Case::once("tidy_unsafe_only_in_listed_files", unsafe_only_where_it_has_to_be),
     Case::once("tidy_pure_files_do_no_io", pure_files_do_no_io),
     Case::once("tidy_modules_import_downwards", modules_import_downwards),
     Case::once("tidy_files_are_short", files_are_short),
-    Case::once("tidy_links_lead_somewhere", links_lead_somewhere),
+    Case::once("tidy_links_have_a_target", links_lead_somewhere),
 ];
 
-/// The longest a source file may be; half of that is better.
+/// The most lines of a source file; half of that is better.
 const LINES_MAX: usize = 600;
 
-/// Where `unsafe` may stand.
+/// The files that may contain `unsafe`.
 const UNSAFE: [&str; 3] = ["engine/src/native/notify.rs", "engine/src/reactor/uring.rs", "engine/src/sys.rs"];
 
 /// Directories that contain at least one pure file, whatever else moves.
@@ -28,7 +28,7 @@ const WITH_PURE_FILES: [&str; 5] = [
     "control/src/forwarding/planner",
 ];
 
-/// The modules of `control`, lowest first: each imports only from those before it.
+/// The modules of `control`, lowest first: each imports only modules that precede it.
 const CONTROL_MODULES: [&str; 12] = [
     "error",
     "version",
@@ -44,7 +44,7 @@ const CONTROL_MODULES: [&str; 12] = [
     "cli",
 ];
 
-/// What a pure file does not name.
+/// Paths that a pure file does not use.
 const IMPURE: [&str; 8] = [
     "std::fs",
     "std::io",
@@ -60,7 +60,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// Every Rust source, by its path from the root.
+/// Returns every Rust source with its path from the root.
 fn sources() -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut directories: Vec<PathBuf> =
@@ -88,7 +88,7 @@ fn assert_none(what: &str, found: &[String]) {
     assert!(found.is_empty(), "{what}:\n{}", found.join("\n"));
 }
 
-/// The lines of a source in which `wanted` holds, as `file:line: text`.
+/// Returns the lines of a source that `wanted` accepts, as `file:line: text`.
 fn lines(name: &str, text: &str, wanted: impl Fn(&str) -> bool) -> Vec<String> {
     (1..)
         .zip(text.lines())
@@ -102,7 +102,7 @@ fn is_comment(line: &str) -> bool {
 }
 
 fn no_leftovers() {
-    // Written apart, so that this file is not found.
+    // In two parts, so that this file does not match.
     let words = [["FIX", "ME"], ["XX", "X"], ["TO", "DO"], ["HA", "CK"]].map(|word| word.concat());
     let mut found = Vec::new();
     for (name, text) in sources() {
@@ -128,7 +128,7 @@ fn unsafe_only_where_it_has_to_be() {
     assert_none("unsafe where it may not be", &found);
 }
 
-/// Whether a file's documentation marks it as pure: "Pure." or "Pure:" in its `//!` lines.
+/// Returns whether a file's documentation marks it as pure: "Pure." or "Pure:" in its `//!` lines.
 fn is_marked_pure(text: &str) -> bool {
     text.lines()
         .take_while(|line| line.starts_with("//!"))
@@ -140,7 +140,7 @@ fn pure_files_do_no_io() {
     let sources = sources();
     let pure = || sources.iter().filter(|(name, text)| !name.contains("test") && is_marked_pure(text));
     for (name, text) in pure() {
-        // What follows is for tests.
+        // The remaining lines are tests.
         let code = text.split("#[cfg(test)]").next().unwrap();
         found.extend(lines(name, code, |line| {
             !is_comment(line) && IMPURE.iter().any(|impure| line.contains(impure))
@@ -153,7 +153,7 @@ fn pure_files_do_no_io() {
     }
 }
 
-/// The module below the crate root that a source of `control` belongs to.
+/// Returns the top-level module of a source of `control`.
 fn control_module(name: &str) -> Option<&str> {
     let module = name.strip_prefix("control/src/")?.split('/').next()?.trim_end_matches(".rs");
     (module != "lib" && module != "main").then_some(module)

@@ -1,7 +1,7 @@
-//! Claim 30 at the daemon: the files of a folder run nothing on the host until their user approved exactly those bytes.
+//! Claim 30 at the daemon: the files of a folder run no command on the host until their user approved exactly their bytes.
 //!
-//! Each command of a folder writes a line to a diary outside of the folder. A case that expects no line registers another
-//! container last, whose file is approved: its line shows that commands run, and that the others had the time.
+//! Each command of a folder writes a line to a diary outside of the folder. A case that expects no line registers a further
+//! container last, whose file is approved: its line shows that commands run, and that enough time has passed for the others.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -12,13 +12,13 @@ use landfall_tests::{FakeDocker, Home, Namespace, Server, connect, http, wait_un
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c30_a_planted_file_runs_nothing_until_it_is_trusted", planted),
-    Case::once("c30_a_changed_file_is_a_new_file", changed),
-    Case::once("c30_text_that_an_earlier_release_kept_runs_nothing_on_replay", kept_before_approvals),
-    Case::once("c30_an_approval_without_a_daemon_counts_from_its_start", trusted_without_daemon),
+    Case::once("c30_a_planted_file_runs_no_command_until_it_is_trusted", planted),
+    Case::once("c30_a_changed_file_needs_a_new_approval", changed),
+    Case::once("c30_text_stored_by_an_earlier_release_runs_no_command_on_replay", kept_before_approvals),
+    Case::once("c30_an_approval_without_a_daemon_takes_effect_at_the_next_start", trusted_without_daemon),
     Case::once("c30_revoking_kills_what_runs_and_turns_commands_off", revoked),
     Case::once("c30_a_container_that_is_made_again_runs_what_was_trusted", made_again),
-    Case::once("c30_a_corrupt_list_of_approvals_approves_nothing", corrupt_list),
+    Case::once("c30_a_corrupt_list_of_approvals_approves_no_file", corrupt_list),
     Case::once("c30_a_file_that_others_could_write_is_never_trusted", files_of_others),
     Case::once("c30_secrets_of_a_file_need_its_approval", secrets),
     Case::once("c30_ports_below_1024_of_a_folder_need_its_approval", ports),
@@ -46,7 +46,7 @@ fn shell(home: &Home, script: &str) -> Value {
     json!(["sh", "-c", script, "sh", diary(home)])
 }
 
-/// A file whose every command writes `who` and what it is.
+/// A file in which every command writes `who` and the command's purpose.
 pub(crate) fn commands(home: &Home, who: &str) -> String {
     let note = |what: &str| shell(home, &format!("echo {who} {what} >> $1"));
     format!(
@@ -63,7 +63,7 @@ pub(crate) fn write(folder: &Path, text: &str) {
     std::fs::write(folder.join("landfall.toml"), text).unwrap();
 }
 
-/// Registers a container whose file is approved, and waits for its command. Only its lines are in the diary.
+/// Registers a container whose file is approved, and waits for its command. Asserts that the diary contains only its lines.
 #[track_caller]
 pub(crate) fn only_control_runs(home: &Home) {
     let folder = home.folder("control");
@@ -79,7 +79,7 @@ fn restart(name: &str) -> Value {
     json!({"kind": "restart", "containerName": name})
 }
 
-/// Restarts a container and waits for the end.
+/// Restarts a container and waits for the end of the restart.
 #[track_caller]
 fn restarted(home: &Home, name: &str) {
     let before = home.count_events("restart-completed", name);
@@ -89,7 +89,7 @@ fn restarted(home: &Home, name: &str) {
     });
 }
 
-/// What `status` prints.
+/// Returns the output of `status`.
 #[track_caller]
 pub(crate) fn status(home: &Home, arguments: &[&str]) -> String {
     let output = home.run(&[&["status"], arguments].concat());
@@ -116,7 +116,7 @@ fn planted() {
     assert!(status(&home, &[]).contains(&of_folder), "{}", status(&home, &[]));
     let up = home.run(&["up"]);
     assert!(String::from_utf8_lossy(&up.stdout).contains(&of_folder), "{up:?}");
-    // A release without approvals, which would run it, does not find the text either.
+    // A release without approvals, which would run the text, does not find it either.
     assert_eq!(home.registered("a").unwrap().get("folder"), None);
     home.trust(&folder);
     assert_eq!(home.mode("trust.json"), 0o600);
@@ -138,7 +138,7 @@ fn changed() {
     home.trust(&folder);
     register(&home, "a");
     wait_for_line(&home, "old job", 1);
-    // The approved commands stay in effect, whatever the container writes, under the next daemon too.
+    // The approved commands stay in effect when the container changes the file, also with the next daemon.
     write(&folder, &commands(&home, "new"));
     restarted(&home, "a");
     wait_for_line(&home, "old start", 1);
@@ -152,7 +152,7 @@ fn changed() {
     assert!(before.iter().all(|line| line.starts_with("old ")), "{before:?}");
     std::fs::remove_file(diary(&home)).unwrap();
     only_control_runs(&home);
-    // So is the old one again, after the new one was approved.
+    // The old content needs a new approval, too, after the new content was approved.
     home.trust(&folder);
     wait_for_line(&home, "new job", 1);
     std::fs::remove_file(diary(&home)).unwrap();
@@ -198,7 +198,7 @@ fn trusted_without_daemon() {
     home.trust(&folder);
     let daemon = home.daemon();
     wait_for_line(&home, "a job", 1);
-    // And a withdrawal likewise.
+    // The same for a withdrawal.
     daemon.kill();
     let revoked = home.command(&["trust", "--revoke"]).arg(&folder).output().unwrap();
     assert!(revoked.status.success(), "{revoked:?}");
@@ -251,7 +251,7 @@ fn made_again() {
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
     let attach = |name: &str| {
-        // One that does not run is attached at once: there is nothing to wait for.
+        // A container that does not run is attached at once, without a wait.
         docker.add(name, false);
         let folder = home.folder(name);
         home.command(&["attach", name, "--cwd"]).arg(&folder).output().unwrap();
@@ -264,7 +264,7 @@ fn made_again() {
     let a = attach("a");
     attach("b");
     wait_for_line(&home, "a job", 1);
-    // The container writes to its folder, and has itself made again: the daemon registers it again by itself.
+    // The container changes its folder and requests its own restart with a build: the daemon registers it again.
     write(&a, &commands(&home, "evil"));
     for name in ["a", "b"] {
         docker.remove(name, false);
@@ -368,7 +368,7 @@ fn secrets() {
     write(&folder, "[secrets]\nfile = \"own.json\"\nkeys = [\"custom\"]\n");
     register(&home, "a");
     assert_eq!(refused(&home, &patch("custom")), "landfall.toml is not trusted");
-    // The names of the reference's channels are no way around it.
+    // The names of the reference's channels do not bypass the approval.
     assert_eq!(refused(&home, &patch("slack")), "landfall.toml is not trusted");
     assert!(!folder.join("own.json").exists());
     home.trust(&folder);
@@ -383,7 +383,7 @@ fn secrets() {
 }
 
 fn ports() {
-    // Each case has a network of its own, so the port is free.
+    // Each case has its own network, so the port is free.
     const PORT: u16 = 617;
     let home = Home::new();
     let _daemon = home.daemon();
@@ -421,7 +421,7 @@ fn ports() {
     wait_for_state("open");
     drop(connect(([127, 0, 0, 1], PORT)));
     server.accept();
-    // A changed file is a new file.
+    // A changed file needs a new approval.
     std::fs::write(&file, json!({"forwardPorts": [PORT, 618]}).to_string()).unwrap();
     register(&[]);
     wait_for_state("denied");

@@ -1,4 +1,5 @@
-//! Claim 30 at the command line: what the verbs print and ask, and that what was shown is what is approved.
+//! Claim 30 at the command line: the output and the questions of the verbs, and that the shown content is the approved
+//! content.
 
 use std::process::Command;
 
@@ -11,12 +12,12 @@ use serde_json::{Value, json};
 use crate::trust::{commands, lines, only_control_runs, status, wait_for_line, write};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c30_start_register_and_attach_of_a_cloned_folder_run_nothing", verbs),
+    Case::once("c30_start_register_and_attach_of_a_cloned_folder_run_no_command", verbs),
     Case::once("c30_the_content_that_was_shown_is_the_content_that_is_approved", swapped),
     Case::once("c30_a_new_user_answers_one_question", one_question),
     Case::once("c30_trust_shows_every_command_and_hides_none", shown),
     Case::once("c30_an_approval_survives_a_full_disk_and_unknown_fields", list_is_kept),
-    Case::once("c21_an_approval_killed_at_any_step_is_there_or_not", killed_at_any_step),
+    Case::once("c21_an_approval_killed_at_any_step_is_stored_completely_or_not_at_all", killed_at_any_step),
     Case::once("c30_a_folder_that_holds_the_approvals_cannot_be_trusted", home_inside),
 ];
 
@@ -27,7 +28,7 @@ fn verbs() {
     for name in ["started", "registered", "attached"] {
         write(&home.folder(name), &commands(&home, name));
     }
-    // One that does not run is attached at once: there is nothing to wait for.
+    // A container that does not run is attached at once, without a wait.
     docker.add("attached", false);
     let verbs: [(&str, &[&str]); 3] = [
         ("started", &["start", "--image", "busybox"]),
@@ -106,7 +107,7 @@ fn one_question() {
     assert!(!answered("y").contains("commands off"));
     wait_for_line(&home, "a job", 1);
     assert!(!status(&home, &["a"]).contains("trust"));
-    // Asked once: a folder that is trusted is registered without a word, with a terminal and without.
+    // Asked once: a trusted folder is registered without a message, with and without a terminal.
     let again = home.command(&["register", "a", "--cwd"]).arg(&folder).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&again.stderr), "");
     let mut command = home.command(&["register", "a", "--cwd"]);
@@ -133,7 +134,7 @@ fn shown() {
     std::fs::write(folder.join(".devcontainer/devcontainer.json"), said.to_string()).unwrap();
     let output = home.command(&["trust", "--show"]).arg(&folder).output().unwrap();
     let shown = String::from_utf8(output.stdout).unwrap();
-    // No word of a command can move the cursor or hide text.
+    // No argument of a command can move the cursor or hide text.
     assert!(!shown.contains('\u{1b}') && !shown.contains('\r') && !shown.contains('\u{202e}'), "{shown:?}");
     for part in [
         "command  renew, every 1m 30s, at most 5m: 'renew\\u{1b}[2K\\r\\u{202e}' 'a b'\n",
@@ -182,7 +183,7 @@ fn list_is_kept() {
     assert_eq!(now["later"], list["later"]);
     let first = folders[0].to_str().unwrap();
     assert_eq!(now["folders"][first], list["folders"][first]);
-    // A disk of 64 KiB, filled: the next approval fails, and those before it are kept.
+    // A full disk of 64 KiB: the next approval fails, and the earlier ones are kept.
     let script = "mount -t tmpfs -o size=64k,mode=700 none \"$LANDFALL_HOME\" || exit 99
         \"$1\" trust --yes \"$2\" >/dev/null || exit 98
         head -c 1000000 /dev/zero > \"$LANDFALL_HOME/fill\"
@@ -207,7 +208,7 @@ fn home_inside() {
     let refused = home.command(&["trust", "--yes"]).arg(&folder).output().unwrap();
     assert_eq!(refused.status.code(), Some(6), "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("inside the folder"), "{refused:?}");
-    // A container that writes the approval itself gains nothing.
+    // A container that writes the approval itself gets no approval.
     let digest = Command::new("sha256sum").arg(folder.join("landfall.toml")).output().unwrap();
     let digest = String::from_utf8_lossy(&digest.stdout)[..64].to_owned();
     let forged = json!({"formatVersion": 1, "folders": {folder.to_str().unwrap(): {"files": {"landfall.toml": {"sha256": digest}}}}});
@@ -222,7 +223,7 @@ fn home_inside() {
     assert!(lines(&home).iter().all(|line| line.starts_with("control ")));
 }
 
-/// The calls by which an approval changes the disk, besides `write`.
+/// The calls with which an approval changes the disk, besides `write`.
 const CALLS: [&str; 5] = ["openat", "fchmod", "fsync", "renameat", "flock"];
 
 fn killed_at_any_step() {
@@ -244,7 +245,7 @@ fn killed_at_any_step() {
         for nth in 1.. {
             let verb = home.command(&["trust", "--yes"]);
             let mut killed = Command::new("strace");
-            // Only calls below the home: the start of a process opens many files.
+            // Only calls below the home, because the start of a process opens many files.
             killed.args(["-f", "-qq", "-o", "/dev/null", "-P"]).arg(home.path());
             killed.arg("-P").arg(&path).arg("-P").arg(path.with_extension("json.tmp"));
             killed.arg("-P").arg(home.path().join("run"));

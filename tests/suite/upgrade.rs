@@ -1,4 +1,4 @@
-//! Claim 20: one engine takes the place of another, and nobody who connects meanwhile is refused, reset or cut short.
+//! Claim 20: one engine replaces another, and no connection is refused, reset or truncated in the meantime.
 
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,12 +19,12 @@ use landfall_tests::{
 use crate::control::{Running, arrive, hear_of};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c20_an_upgrade_under_load_refuses_nobody", an_upgrade_refuses_nobody),
-    Case::each_ring("c20_what_is_lent_is_checked", what_is_lent_is_checked),
+    Case::each_ring("c20_an_engine_upgrade_under_load_refuses_no_connection", an_upgrade_refuses_nobody),
+    Case::each_ring("c20_lent_listeners_are_checked", what_is_lent_is_checked),
 ];
 
 const UPSTREAM: UpstreamId = UpstreamId(1);
-/// The port of the server that the flood visits, and of the one whose connections stay.
+/// The port of the server for short connections, and the port of the server for long ones.
 const BUSY: u16 = 3000;
 const QUIET: u16 = 3001;
 
@@ -32,12 +32,12 @@ const QUIET: u16 = 3001;
 struct Generation {
     process: Running,
     driver: Channel,
-    /// A connection that came by it, and outlives it as a listener.
+    /// A connection that this engine accepted, and that outlives its listener.
     held: Option<(TcpStream, TcpStream)>,
 }
 
 impl Generation {
-    /// Starts one at `path`, which another one may have, and waits until it has it.
+    /// Starts an engine at `path`, which another engine may have, and waits until it has the path.
     fn start(path: &Path, ring: RingChoice) -> Generation {
         let inode = || std::fs::metadata(path).map(|found| found.ino()).ok();
         let before = inode();
@@ -52,7 +52,7 @@ impl Generation {
         Generation { process, driver: arrive(path), held: None }
     }
 
-    /// Gives it a way into the namespace.
+    /// Adds an upstream for the namespace.
     fn enter(&self, opener: &mut Opener) {
         let (sources, descriptors) = opener.upstream(1).unwrap();
         let add = Command::AddUpstream {
@@ -65,7 +65,7 @@ impl Generation {
         hear_of(&self.driver, |event| matches!(event, Event::UpstreamAdded { .. }).then_some(()));
     }
 
-    /// Asks for a forward, and gives what it came to.
+    /// Requests a forward. Returns the resulting event.
     fn open(&self, port: u16, lent: &[OwnedFd]) -> Event {
         self.driver.send(&open(port), &borrow(lent)).unwrap();
         hear_of(&self.driver, |event| {
@@ -73,7 +73,7 @@ impl Generation {
         })
     }
 
-    /// Asks for its listening sockets, by port.
+    /// Requests its listening sockets, by port.
     fn lend(&self) -> Vec<(u16, Vec<OwnedFd>)> {
         self.driver.send(&Command::LendListeners, &[]).unwrap();
         let mut lent = Vec::new();
@@ -93,7 +93,7 @@ impl Generation {
         }
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until it exits by itself.
     fn end(mut self) {
         hear_of(&self.driver, |event| (event == Event::Stopped).then_some(()));
         assert!(self.process.0.wait().unwrap().success());
@@ -140,7 +140,7 @@ fn an_upgrade_refuses_nobody(ring: RingChoice) {
             let opened = next.open(port, &sockets);
             assert!(matches!(opened, Event::ListenerOpened { .. }), "{opened:?}");
         }
-        // Both accept.
+        // Both engines accept.
         flood.goes_on(20);
         current.driver.send(&Command::Drain, &[]).unwrap();
         hear_of(&current.driver, |event| matches!(event, Event::ListenerClosed { .. }).then_some(()));
@@ -150,7 +150,7 @@ fn an_upgrade_refuses_nobody(ring: RingChoice) {
     flood.goes_on(20);
     note!("{} visits during {rounds} upgrades", flood.end());
 
-    // Each engine that was replaced still has the connection that came by it, and ends with it.
+    // Each replaced engine still has the connection that it accepted, and exits when that ends.
     for mut generation in before {
         let (client, accepted) = generation.held.take().unwrap();
         for (from, to) in [(&client, &accepted), (&accepted, &client)] {
@@ -182,7 +182,7 @@ fn what_is_lent_is_checked(ring: RingChoice) {
             other => panic!("{what}: {other:?}"),
         }
         drop(sockets);
-        // The engine has closed its copies, or the port would be taken.
+        // The engine has closed its copies; otherwise the port would be in use.
         drop(listening(&busy));
     };
     refused("no stream socket", vec![std::fs::File::open("/dev/null").unwrap().into()]);
@@ -197,7 +197,7 @@ fn what_is_lent_is_checked(ring: RingChoice) {
         let socket = listening(&busy);
         vec![socket.try_clone().unwrap(), socket]
     });
-    // One that blocks, and of one family alone: it does not block any more, and the other family is bound.
+    // A blocking socket of one family: it is made non-blocking, and the other family is bound.
     let server = Server::listen(&inside, &busy);
     let lent = std::net::TcpListener::bind(&busy).unwrap();
     assert!(matches!(engine.open(BUSY, &[lent.into()]), Event::ListenerOpened { .. }));

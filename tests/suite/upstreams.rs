@@ -1,4 +1,4 @@
-//! Claim 17: never relays to itself or to the wrong container.
+//! Claim 17: the engine never relays to its own namespace or to the wrong container.
 
 use landfall_engine::RingChoice;
 use landfall_engine::command::{Ending, Event, UpstreamId};
@@ -13,8 +13,8 @@ use crate::observe::ends_by;
 pub(crate) const CASES: &[Case] = &[
     Case::once("c17_our_own_namespace_is_refused", own_namespace),
     Case::each_ring("c17_sockets_of_another_namespace_are_refused", another_namespace),
-    Case::each_ring("c17_two_upstreams_keep_apart", two_upstreams),
-    Case::each_ring("c18_a_removed_upstream_is_let_go", removed_upstream),
+    Case::each_ring("c17_two_upstreams_are_not_mixed_up", two_upstreams),
+    Case::each_ring("c18_a_removed_upstream_releases_its_namespace", removed_upstream),
 ];
 
 fn own_namespace() {
@@ -26,7 +26,7 @@ fn own_namespace() {
     }
 }
 
-/// An opener that hands out sockets of another namespace than it says is believed nothing.
+/// An opener that passes sockets of another namespace than it claims is refused.
 fn another_namespace(ring: RingChoice) {
     let mut driver = Driver::start(Limits::default(), ring);
     let (told, real) = (Namespace::new(), Namespace::new());
@@ -65,7 +65,7 @@ fn two_upstreams(ring: RingChoice) {
     }
 }
 
-/// No pooled socket keeps a namespace alive that the engine was told to let go of.
+/// No pooled socket keeps the namespace of a removed upstream alive.
 fn removed_upstream(ring: RingChoice) {
     for ending in [Ending::Drain, Ending::Reset] {
         let mut relay = Relay::start(ring);
@@ -87,7 +87,7 @@ fn removed_upstream(ring: RingChoice) {
             }
         }
         drop((client, accepted, server));
-        // The namespace is gone when nothing refers to it, and its inode with it.
+        // The namespace and its inode disappear when no reference is left.
         let gone = relay.inside.watch_for_end();
         let driver = relay.driver;
         wait_until("the namespace to be gone", || {

@@ -1,4 +1,4 @@
-//! One daemon, one client that knows nothing but the wire specification, and every row of its A.1 and A.2 in order.
+//! One daemon, one client that implements only the wire protocol, and every row of its A.1 and A.2 in order.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use landfall_tests::rpc::{Wire, tell};
 use landfall_tests::{FakeDocker, Home};
 use serde_json::{Value, json};
 
-pub(crate) const CASES: &[Case] = &[Case::once("walk_through_every_row_of_the_wire", walk)];
+pub(crate) const CASES: &[Case] = &[Case::once("every_row_of_the_wire_specification_in_order", walk)];
 
-/// Requests and their whole answers, in order; `FOLDER` stands for the container's folder.
+/// Requests and their complete answers, in order; `FOLDER` stands for the container's folder.
 const SOCKET: &[(&str, &str)] = &[
     // A.1.1 and A.1.2
     ("{\"kind\":\"list\"}\n", "{\"ok\":true,\"result\":{\"registrations\":[]}}\n"),
@@ -78,7 +78,7 @@ const SOCKET: &[(&str, &str)] = &[
     ("{\"kind\":\"deregister\"}\n", "{\"ok\":true}\n"),
 ];
 
-/// The first line and the authorization of a request, its body, and what comes back.
+/// The request line and the authorization of a request, its body, and the answer.
 const HTTP: &[(&str, &str, &str, u16, &str)] = &[
     ("GET /rpc", "Bearer t", "", 404, "not found"),
     ("POST /", "Bearer t", "", 404, "not found"),
@@ -135,7 +135,7 @@ fn walk() {
         let mut wire = Wire::connect(&home);
         wire.send(&request);
         let answer: String = wire.rest();
-        // The order of fields is nobody's promise; the framing is.
+        // The order of fields is not specified; the framing is.
         assert!(answer.ends_with('\n') && answer.matches('\n').count() == 1, "{shown}: {answer:?}");
         let (answer, wanted): (Value, Value) = (
             serde_json::from_str(&answer).unwrap(),
@@ -157,7 +157,7 @@ fn walk() {
     let answer = ask_text(port, post(port, Some("t"), "{\"kind\":\"restart\",\"containerName\":\"walker\"}"));
     assert_eq!((answer.status, answer.body["result"]["scheduled"].clone()), (200, json!(true)));
     docker.wait_for_calls("POST /containers/walker/start", 2);
-    // Last of all: a client that does not end its line, and the end itself.
+    // Last: a client that does not end its line, and the shutdown.
     let mut waiting = Wire::connect(&home);
     waiting.send("{");
     assert!(waiting.is_silent_for(Duration::from_millis(50)));

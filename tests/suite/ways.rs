@@ -1,4 +1,4 @@
-//! Claims 1, 2, 3, 4 and 9 by the other ways into a container: sockets of an agent, and a driver that dials.
+//! Claims 1, 2, 3, 4 and 9 with the other kinds of upstreams: sockets of an agent, and a driver that dials.
 
 use std::net::TcpStream;
 use std::os::fd::AsFd;
@@ -15,7 +15,7 @@ use landfall_tests::{Driver, End, PATIENCE, Pattern, Relay, enter_by};
 use crate::observe::ends_by;
 use crate::{half_close, leaks, refusal, reset, streams};
 
-/// A case for a claim's test by each of the ways.
+/// Defines a case for the test of a claim with each kind.
 macro_rules! cases {
     ($($dialler:ident, $agent:ident: $test:path;)*) => {
         $(
@@ -30,9 +30,9 @@ macro_rules! cases {
             }
         )*
         pub(crate) const CASES: &[Case] = &[
-            Case::each_ring("c04_a_driver_that_answers_late_or_not_is_a_reset", answers_late),
-            Case::each_ring("c04_what_a_driver_says_is_told_and_counted", says_why),
-            Case::each_ring("c04_a_driver_that_goes_takes_its_forwards_along", goes),
+            Case::each_ring("c04_a_late_or_missing_dial_result_is_a_reset", answers_late),
+            Case::each_ring("c04_dial_failures_are_reported_and_counted", says_why),
+            Case::each_ring("c04_forwards_end_with_the_driver_that_dials_for_them", goes),
             $(
             Case::each_ring(stringify!($dialler), $dialler),
             Case::each_ring(stringify!($agent), $agent),
@@ -72,7 +72,7 @@ cases! {
 const FORWARD: ForwardId = ForwardId(1);
 const PORT: u16 = 3000;
 
-/// An engine with a forward whose dials this thread answers.
+/// Starts an engine with a forward whose dials this thread answers.
 fn driven(ring: RingChoice, limits: Limits) -> (Driver, Channel) {
     let mut driver = Driver::start(limits, ring);
     let (engines, ours) = Channel::pair().unwrap();
@@ -96,7 +96,7 @@ fn asked(ours: &Channel) -> u64 {
     dial
 }
 
-/// Both ends of a connection as a driver makes one.
+/// Makes both ends of a connection, as a driver does.
 fn pair() -> (TcpStream, TcpStream) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let one = landfall_tests::connect(listener.local_addr().unwrap());
@@ -109,7 +109,7 @@ fn answers_late(ring: RingChoice) {
     let waiting = client();
     let late = asked(&ours);
     assert_eq!(ends_by(&waiting), End::Reset);
-    // The socket of an answer that comes now is reset; the next dial is none the worse.
+    // The socket of a late answer is reset; the next dial is not affected.
     let (theirs, far) = pair();
     ours.send(&Answer::Dialled { dial: late }, &[theirs.as_fd()]).unwrap();
     drop(theirs);
@@ -131,7 +131,7 @@ fn answers_late(ring: RingChoice) {
     assert_eq!((stats.accepted, stats.refused), (2, 1), "{stats:?}");
 }
 
-/// Answers in another order than the requests, each to its own client.
+/// Answers in a different order than the requests, each for its own client.
 fn says_why(ring: RingChoice) {
     let (mut driver, ours) = driven(ring, Limits::default());
     let clients: Vec<TcpStream> = (0..3).map(|_| client()).collect();
@@ -143,7 +143,7 @@ fn says_why(ring: RingChoice) {
     for client in &clients {
         assert_eq!(ends_by(client), End::Reset);
     }
-    // A server that breaks off at once, after a byte: both are told.
+    // A server that aborts at once, after a byte: the client receives both.
     let waiting = client();
     let dial = asked(&ours);
     let (theirs, far) = pair();
@@ -160,7 +160,7 @@ fn says_why(ring: RingChoice) {
 
 fn goes(ring: RingChoice) {
     let (mut driver, ours) = driven(ring, Limits::default());
-    // One is relayed, and one waits.
+    // One connection is relayed, and one waits.
     let open = client();
     let dial = asked(&ours);
     let (theirs, far) = pair();
@@ -179,7 +179,7 @@ fn goes(ring: RingChoice) {
         "{reason:?}"
     );
     assert!(TcpStream::connect(("127.0.0.1", PORT)).is_err());
-    // What is open ends in its own time.
+    // Open connections continue until they end.
     landfall_tests::finish(&open);
     assert_eq!(ends_by(&far), End::Eof);
     landfall_tests::finish(&far);

@@ -1,25 +1,25 @@
-//! Bytes whose position can be told from their value, and the random numbers behind every choice of a case.
+//! Bytes whose value shows their position, and the random numbers behind every choice of a case.
 //!
-//! A [`Pattern`] is a function from position to byte, so a receiver checks each slice as it comes, keeps nothing, and
-//! names the first byte that is not what was sent there. That catches what a length or a sum would not: two slices
-//! in the wrong order, one twice, a hole.
+//! A [`Pattern`] is a function from position to byte. So a receiver checks each slice as it arrives, without storing it, and
+//! reports the first wrong byte. That detects errors which a length or a checksum would miss: two slices in the wrong order,
+//! a duplicate, a gap.
 //!
-//! A package of its own, so that this little is optimised where the tests around it need not be.
+//! A separate package, so that it is optimised in debug builds and the tests are not.
 #![expect(clippy::unwrap_used, reason = "for tests: what surprises it fails the test")]
 
-/// A stream of bytes, endless, given by a seed.
+/// An endless stream of bytes, determined by a seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pattern {
     seed: u64,
 }
 
 impl Pattern {
-    /// The stream of this seed. Streams of two seeds differ in nearly every byte.
+    /// Returns the stream of this seed. The streams of two seeds differ in nearly every byte.
     pub fn new(seed: u64) -> Pattern {
         Pattern { seed }
     }
 
-    /// Fills `buffer` with the bytes that begin at `position`.
+    /// Fills `buffer` with the bytes that start at `position`.
     pub fn fill(self, position: u64, buffer: &mut [u8]) {
         let mut position = position;
         let mut rest = buffer;
@@ -34,14 +34,14 @@ impl Pattern {
         }
     }
 
-    /// The first `count` bytes.
+    /// Returns the first `count` bytes.
     pub fn bytes(self, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         self.fill(0, &mut bytes);
         bytes
     }
 
-    /// One who checks this stream from its first byte on.
+    /// Returns a checker for this stream, from its first byte.
     pub fn checker(self) -> Checker {
         Checker { pattern: self, position: 0, expected: Vec::new() }
     }
@@ -56,10 +56,10 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// Takes in what came next.
+    /// Checks the next bytes.
     ///
     /// # Panics
-    /// At the first byte that is not the one that was sent at its position.
+    /// If a byte differs from the pattern at its position.
     #[track_caller]
     pub fn check(&mut self, received: &[u8]) {
         self.expected.resize(received.len(), 0);
@@ -77,7 +77,7 @@ impl Checker {
         self.position += received.len() as u64;
     }
 
-    /// How many bytes came, every one right.
+    /// The number of bytes checked, all of them right.
     pub fn position(&self) -> u64 {
         self.position
     }
@@ -90,28 +90,28 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// The sequence of this seed.
+    /// Returns the sequence of this seed.
     pub fn new(seed: u64) -> Rng {
         Rng { state: mix(seed) }
     }
 
-    /// The next number.
+    /// Returns the next number.
     pub fn next_u64(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.state)
     }
 
-    /// A number below `bound`, or 0 where that is 0.
+    /// Returns a number below `bound`, or 0 if `bound` is 0.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.next_u64() % bound.max(1)
     }
 
-    /// True once in `times`.
+    /// Returns true with a probability of 1 in `times`.
     pub fn one_in(&mut self, times: u64) -> bool {
         self.below(times) == 0
     }
 
-    /// A length below `bound` bytes, small ones as likely as large ones.
+    /// Returns a length below `bound` bytes; small lengths are as likely as large ones.
     pub fn length(&mut self, bound: usize) -> usize {
         let bits = u64::from(bound.max(2).ilog2()) + 1;
         let magnitude = 1_u64 << self.below(bits);
@@ -119,7 +119,7 @@ impl Rng {
     }
 }
 
-/// The output function of SplitMix64 (Steele, Lea and Flood, 2014): every bit of the input stirs every bit of the output.
+/// The output function of SplitMix64 (Steele, Lea and Flood, 2014): every bit of the input affects every bit of the output.
 fn mix(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

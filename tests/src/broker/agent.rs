@@ -13,12 +13,13 @@ use crate::{Home, Namespace, wait_until};
 pub struct Agent {
     child: Child,
     said: PathBuf,
-    /// The thread inside that started it: it ends when that thread does.
+    /// The thread inside that started the agent. The kernel ends the agent when this thread ends.
     _inside: (mpsc::Sender<()>, JoinHandle<()>),
 }
 
 impl Agent {
-    /// A command that runs `landfall agent` with this token in its environment (an empty one: none).
+    /// Returns a command that runs `landfall agent` with this token in its environment (an empty token: without the
+    /// variable).
     pub fn command(home: &Home, token: &str) -> Command {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(Home::program());
@@ -36,19 +37,19 @@ impl Agent {
         command
     }
 
-    /// Starts it inside, and waits until it listens on the container port.
+    /// Starts the agent inside, and waits until it listens on the container port.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not listen.
     #[track_caller]
     pub fn start(home: &Home, inside: &Namespace, token: &str) -> Agent {
         Agent::spawn(home, inside, Agent::command(home, token))
     }
 
-    /// The same with a command of one's own.
+    /// The same with a command of the caller.
     ///
     /// # Panics
-    /// When it does not listen.
+    /// If it does not listen.
     #[track_caller]
     pub fn spawn(home: &Home, inside: &Namespace, mut command: Command) -> Agent {
         let said = home.folder("agents").join(format!("said-{}", rustix::thread::gettid().as_raw_nonzero()));
@@ -57,7 +58,7 @@ impl Agent {
         let (sender, started) = mpsc::channel();
         let (alive, ended) = mpsc::channel::<()>();
         let namespace = inside.again();
-        // It dies with the thread that starts it, so that thread stays.
+        // The agent dies with the thread that starts it, so that thread waits for it.
         let thread = std::thread::spawn(move || {
             namespace.run(move || {
                 sender.send(command.spawn().expect("setpriv (util-linux)")).unwrap();
@@ -76,20 +77,20 @@ impl Agent {
         agent
     }
 
-    /// Its process.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has said, both ways.
+    /// Everything that the agent has printed on both outputs.
     pub fn said(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.said).unwrap_or_default()).into_owned()
     }
 
-    /// Ends it without a warning.
+    /// Kills the agent with SIGKILL.
     ///
     /// # Panics
-    /// When it cannot be.
+    /// If the kernel refuses.
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -98,7 +99,7 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The agent may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {

@@ -1,4 +1,4 @@
-//! A container that says what a case says: the server at which a daemon's broker dials.
+//! A scripted container: the server to which a daemon's broker connects.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
@@ -12,41 +12,41 @@ use super::peer::{Carrier, Peer, generous};
 use super::{PATH, hello};
 use crate::{Home, PATIENCE, rpc};
 
-/// What a connection holds that a case has not read, in bytes; the kernel doubles it for its own account (socket(7)). Left to
-/// itself it grows to whatever the machine allows (tcp_rmem), and a case would measure that.
+/// The receive buffer of a connection, in bytes; the kernel doubles it for its own bookkeeping (socket(7)). Without a limit
+/// it grows to the maximum of the machine (tcp_rmem), and a case would measure that.
 const RECEIVE_BYTES: usize = 256 * 1024;
 
-/// A listener where a container's port 8973 would be published, and the token that it expects.
+/// A listener where the port 8973 of a container would be published, and the token that it expects.
 #[derive(Debug)]
 pub struct Container {
     listener: TcpListener,
     /// The broker token.
     pub token: String,
-    /// What ports it may forward.
+    /// The ports that it may forward.
     pub policy: Value,
 }
 
 impl Container {
-    /// One on some port of the host.
+    /// Listens on any free port of the host.
     ///
     /// # Panics
-    /// When there is none to be had.
+    /// If no port is free.
     pub fn listen(token: &str) -> Container {
         Container::at(0, token)
     }
 
-    /// One on this port of the host (0: any).
+    /// Listens on this port of the host (0: any).
     ///
     /// # Panics
-    /// When it is taken.
+    /// If the port is in use.
     pub fn at(port: u16, token: &str) -> Container {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
-        // Its connections take it over.
+        // Accepted connections inherit it.
         sockopt::set_socket_recv_buffer_size(&listener, RECEIVE_BYTES).unwrap();
         Container { listener, token: token.to_owned(), policy: json!({"allow": "*"}) }
     }
 
-    /// The same with another policy.
+    /// The same with another port policy.
     pub fn allowing(mut self, policy: Value) -> Container {
         self.policy = policy;
         self
@@ -60,33 +60,33 @@ impl Container {
         self.listener.local_addr().unwrap().port()
     }
 
-    /// What its registration carries beside its name.
+    /// The fields of its registration, without its name.
     pub fn fields(&self) -> Value {
         json!({"wsHostPort": self.port(), "portForward": self.policy, "brokerToken": self.token,
             "way": {"kind": "websocket"}})
     }
 
-    /// Registers it by this name.
+    /// Registers it under this name.
     ///
     /// # Panics
-    /// When that is refused.
+    /// If the daemon refuses.
     #[track_caller]
     pub fn register(&self, home: &Home, name: &str) {
         rpc::register_with(home, name, &self.fields());
     }
 
-    /// Whether a caller waits.
+    /// Returns whether a connection waits in the backlog.
     ///
     /// # Panics
-    /// When it cannot be looked.
+    /// If `poll(2)` fails.
     pub fn has_caller(&self) -> bool {
         poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&Timespec::default())).unwrap() == 1
     }
 
-    /// Takes the next connection, and does nothing with it.
+    /// Accepts the next connection without a handshake.
     ///
     /// # Panics
-    /// When none comes.
+    /// If no connection arrives.
     #[track_caller]
     pub fn accept_raw(&self) -> TcpStream {
         let patient = Timespec::try_from(PATIENCE).unwrap();
@@ -95,19 +95,19 @@ impl Container {
         self.listener.accept().unwrap().0
     }
 
-    /// Takes the next connection and makes it a WebSocket.
+    /// Accepts the next connection and upgrades it to a WebSocket.
     ///
     /// # Panics
-    /// When none comes, or it asks for anything but the broker's path.
+    /// If no connection arrives, or it requests a path other than the broker's.
     #[track_caller]
     pub fn accept(&self) -> Peer {
         Container::upgrade(self.accept_raw(), self.port())
     }
 
-    /// Makes a connection to this port of the host a WebSocket.
+    /// Upgrades a connection to this port of the host to a WebSocket.
     ///
     /// # Panics
-    /// When it asks for anything but the broker's path.
+    /// If it requests a path other than the broker's.
     #[track_caller]
     pub fn upgrade(stream: TcpStream, port: u16) -> Peer {
         let carrier = Carrier::new(stream);
@@ -116,24 +116,24 @@ impl Container {
         Peer::new(socket, Role::Server)
     }
 
-    /// Takes the next connection up to its hello.
+    /// Accepts the next connection up to its hello.
     ///
     /// # Panics
-    /// When none comes, or its first message is not the hello with our token.
+    /// If no connection arrives, or its first message is not the hello with our token.
     #[track_caller]
     pub fn greeted(&self) -> Peer {
         let mut peer = self.accept();
         let mut first = peer.message();
-        // What it offers beside is nobody's business who does not know it.
+        // A peer of the reference ignores the extensions that the hello offers.
         first.as_object_mut().unwrap().remove("extensions");
         assert_eq!(first, hello(&self.token), "the first message");
         peer
     }
 
-    /// Takes the next connection up to where it watches, as a container of the reference does.
+    /// Accepts the next connection up to its subscription, as a container of the reference does.
     ///
     /// # Panics
-    /// When it does not come so far.
+    /// If the handshake fails.
     #[track_caller]
     pub fn welcome(&self) -> Peer {
         let mut peer = self.greeted();
@@ -143,7 +143,7 @@ impl Container {
     }
 }
 
-/// What the request of a daemon looks like that dials `ws://127.0.0.1:PORT/portbroker`.
+/// The request of a daemon that connects to `ws://127.0.0.1:PORT/portbroker`.
 struct Expected(u16);
 
 impl Callback for Expected {
@@ -156,7 +156,7 @@ impl Callback for Expected {
     }
 }
 
-/// Every port event about a container so far.
+/// Returns every port event of a container so far.
 pub fn forward_events(home: &Home, name: &str) -> Vec<Value> {
     let events = home.events().into_iter().filter(|event| event["kind"] == "port-forward-event");
     events.map(|event| event["event"].clone()).filter(|event| event["containerName"] == name).collect()

@@ -1,4 +1,4 @@
-//! A daemon that says what a case says: the one who dials an agent.
+//! A scripted daemon, which connects to an agent.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -11,38 +11,39 @@ use super::peer::{Carrier, Peer, generous};
 use super::{CONTAINER_PORT, PATH, hello};
 use crate::{Namespace, connect_from};
 
-/// What a daemon that dials a published port says in its request: the port is the host's, not the container's.
+/// The `Host` header of a daemon that connects to a published port: it has the port of the host, not the port of the
+/// container.
 pub const HOST_HEADER: &str = "127.0.0.1:41234";
 
-/// Makes a WebSocket to the agent inside.
+/// Opens a WebSocket to the agent inside.
 ///
 /// # Panics
-/// When there is none to be had.
+/// If the agent refuses it.
 #[track_caller]
 pub fn dial(inside: &Namespace) -> Peer {
     try_dial(inside).unwrap_or_else(|error| panic!("no WebSocket: {error}"))
 }
 
-/// Makes a WebSocket to the agent inside, if it agrees.
+/// Opens a WebSocket to the agent inside, if the agent accepts it.
 ///
 /// # Errors
-/// What it answered.
+/// The agent's answer.
 ///
 /// # Panics
-/// When nobody listens.
+/// If no listener accepts the connection.
 #[track_caller]
 pub fn try_dial(inside: &Namespace) -> Result<Peer, String> {
     try_dial_with(inside, &[]).map(|(peer, _)| peer)
 }
 
-/// Makes a WebSocket to the agent inside with these headers beside the usual ones, if it agrees, and gives the headers of its
+/// Opens a WebSocket to the agent inside with these additional headers, if the agent accepts it. Returns the headers of its
 /// answer.
 ///
 /// # Errors
-/// What it answered.
+/// The agent's answer.
 ///
 /// # Panics
-/// When nobody listens.
+/// If no listener accepts the connection.
 #[track_caller]
 pub fn try_dial_with(
     inside: &Namespace,
@@ -59,10 +60,10 @@ pub fn try_dial_with(
     Ok((Peer::new(socket, Role::Client), response.headers().clone()))
 }
 
-/// Makes a WebSocket to the agent inside and has the token taken, as a daemon of the reference does.
+/// Opens a WebSocket to the agent inside and authenticates with the token, as a daemon of the reference does.
 ///
 /// # Panics
-/// When it is not.
+/// If the agent refuses the token.
 #[track_caller]
 pub fn welcome(inside: &Namespace, token: &str) -> Peer {
     let (peer, ack) = welcome_with(inside, &hello(token));
@@ -70,10 +71,10 @@ pub fn welcome(inside: &Namespace, token: &str) -> Peer {
     peer
 }
 
-/// The same with any hello; gives the ack.
+/// The same with any hello. Returns the ack.
 ///
 /// # Panics
-/// When there is none.
+/// If no ack arrives.
 #[track_caller]
 pub fn welcome_with(inside: &Namespace, hello: &Value) -> (Peer, Value) {
     let mut peer = dial(inside);

@@ -1,4 +1,4 @@
-//! One end of a WebSocket, in a case's hands.
+//! One end of a WebSocket, driven by a case.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -14,20 +14,20 @@ use tungstenite::{Error, Message, WebSocket};
 use super::{payload, stream};
 use crate::PATIENCE;
 
-/// What came from the other side.
+/// An item that arrived from the other side.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Heard {
-    /// A text frame with JSON in it.
+    /// A text frame that contains JSON.
     Message(Value),
     /// A binary frame.
     Binary(Vec<u8>),
-    /// It closed the WebSocket, with this code and reason.
+    /// A close frame with this code and reason.
     Closed(Option<u16>, String),
-    /// The connection ended without a close.
+    /// The connection ended without a close frame.
     Lost,
 }
 
-/// The connection under both ends of a [`Peer`]. What one of them writes goes out whole, so frames do not mix.
+/// The connection under both ends of a [`Peer`]. Each write is sent completely, so frames do not mix.
 #[derive(Debug)]
 pub(super) struct Carrier {
     stream: TcpStream,
@@ -65,22 +65,22 @@ impl Write for Carrier {
     }
 }
 
-/// An end of a WebSocket that speaks and listens.
+/// An end of a WebSocket that sends and receives.
 #[derive(Debug)]
 pub struct Peer {
     socket: WebSocket<Carrier>,
     role: Role,
-    /// What came while something else was waited for.
+    /// Items that arrived while the case waited for another one.
     kept: VecDeque<Heard>,
 }
 
-/// The part of a [`Peer`] that only speaks, for another thread.
+/// The sending part of a [`Peer`], for another thread.
 #[derive(Debug)]
 pub struct Speaker {
     socket: WebSocket<Carrier>,
 }
 
-/// Limits far above what any case sends, so that a peer can be as rude as it wants.
+/// Limits far above the needs of any case, so that a peer can send invalid amounts.
 pub(super) fn generous() -> WebSocketConfig {
     WebSocketConfig::default().max_message_size(None).max_frame_size(None)
 }
@@ -90,19 +90,19 @@ impl Peer {
         Peer { socket, role, kept: VecDeque::new() }
     }
 
-    /// Says a message.
+    /// Sends a message.
     ///
     /// # Panics
-    /// When the other side does not take it.
+    /// If the connection fails.
     #[track_caller]
     pub fn say(&mut self, message: &Value) {
         self.try_say(message).unwrap_or_else(|error| panic!("{error} at {message}"));
     }
 
-    /// Says a message if the other side takes it.
+    /// Sends a message if the connection still takes it.
     ///
     /// # Errors
-    /// What became of the connection.
+    /// The error of the connection.
     pub fn try_say(&mut self, message: &Value) -> Result<(), Error> {
         self.socket.send(Message::text(message.to_string()))
     }
@@ -110,13 +110,13 @@ impl Peer {
     /// Sends any text in a text frame.
     ///
     /// # Panics
-    /// When the other side does not take it.
+    /// If the connection fails.
     #[track_caller]
     pub fn send_text(&mut self, text: &str) {
         self.socket.send(Message::text(text)).unwrap();
     }
 
-    /// Sends any text in a text frame, if the other side takes it.
+    /// Sends any text in a text frame, if the connection still takes it.
     ///
     /// # Errors
     /// Those of the connection.
@@ -127,16 +127,16 @@ impl Peer {
     /// Sends a binary frame.
     ///
     /// # Panics
-    /// When the other side does not take it.
+    /// If the connection fails.
     #[track_caller]
     pub fn send_binary(&mut self, bytes: &[u8]) {
         self.socket.send(Message::binary(bytes.to_vec())).unwrap();
     }
 
-    /// Asks for a sign of life, and waits for it.
+    /// Sends a ping and waits for the pong.
     ///
     /// # Panics
-    /// When none comes.
+    /// If no pong arrives.
     #[track_caller]
     pub fn ping(&mut self) {
         self.socket.send(Message::Ping("are you there".into())).unwrap();
@@ -154,10 +154,10 @@ impl Peer {
         self.kept.extend(heard);
     }
 
-    /// What came next, in order.
+    /// Returns the next item, in order of arrival.
     ///
     /// # Panics
-    /// When nothing comes.
+    /// If nothing arrives.
     #[track_caller]
     pub fn anything(&mut self) -> Heard {
         match self.kept.pop_front() {
@@ -166,7 +166,7 @@ impl Peer {
         }
     }
 
-    /// What comes next from the connection, whatever is kept.
+    /// Receives the next item from the connection, regardless of kept items.
     #[track_caller]
     fn listen(&mut self) -> Heard {
         loop {
@@ -184,10 +184,10 @@ impl Peer {
         }
     }
 
-    /// The next message, in order.
+    /// Returns the next message, in order of arrival.
     ///
     /// # Panics
-    /// When something else comes, or nothing.
+    /// If another item arrives, or none.
     #[track_caller]
     pub fn message(&mut self) -> Value {
         match self.anything() {
@@ -196,10 +196,10 @@ impl Peer {
         }
     }
 
-    /// The first thing for which `wanted` holds; what comes before it is kept.
+    /// Returns the first item that `wanted` accepts; earlier items are kept.
     ///
     /// # Panics
-    /// When it does not come.
+    /// If it does not arrive.
     #[track_caller]
     pub fn find(&mut self, what: &str, wanted: impl Fn(&Heard) -> bool) -> Heard {
         if let Some(at) = self.kept.iter().position(&wanted) {
@@ -218,10 +218,10 @@ impl Peer {
         }
     }
 
-    /// The first message of this type.
+    /// Returns the first message of this type.
     ///
     /// # Panics
-    /// When none comes.
+    /// If none arrives.
     #[track_caller]
     pub fn hear(&mut self, kind: &str) -> Value {
         let wanted = |heard: &Heard| matches!(heard, Heard::Message(message) if message["type"] == kind);
@@ -234,16 +234,16 @@ impl Peer {
     /// Waits for exactly this message.
     ///
     /// # Panics
-    /// When it does not come.
+    /// If it does not arrive.
     #[track_caller]
     pub fn hear_that(&mut self, message: &Value) {
         self.find(&message.to_string(), |heard| matches!(heard, Heard::Message(came) if came == message));
     }
 
-    /// So many bytes of a stream at least, in text frames.
+    /// Receives at least this many bytes of a stream, from text frames.
     ///
     /// # Panics
-    /// When they do not come.
+    /// If they do not arrive.
     #[track_caller]
     pub fn hear_data(&mut self, id: i64, count: usize) -> Vec<u8> {
         let mut all = Vec::new();
@@ -255,23 +255,23 @@ impl Peer {
         all
     }
 
-    /// How many messages of this type came and were not asked for.
+    /// The number of kept messages of this type.
     pub fn kept(&self, kind: &str) -> usize {
         let wanted = |heard: &&Heard| matches!(heard, Heard::Message(message) if message["type"] == kind);
         self.kept.iter().filter(wanted).count()
     }
 
-    /// Reads and forgets whatever comes, until `over`, which is asked again and again.
+    /// Receives and discards items until `over` returns true; calls it repeatedly.
     ///
     /// # Panics
-    /// When the connection ends.
+    /// If the connection ends.
     #[track_caller]
     pub fn drop_all_until(&mut self, mut over: impl FnMut() -> bool) {
         let start = Instant::now();
         while !over() {
             assert!(start.elapsed() < 10 * PATIENCE, "it is not over");
             self.kept.clear();
-            // Until nothing comes for a moment, or long enough to ask again.
+            // Until the read times out, or until it is time to call `over` again.
             let until = Instant::now() + Duration::from_millis(50);
             while Instant::now() < until && !self.is_silent_for(Duration::from_millis(5)) {
                 let lost = matches!(self.kept.pop_front(), Some(Heard::Lost | Heard::Closed(..)));
@@ -280,15 +280,15 @@ impl Peer {
         }
     }
 
-    /// Forgets what came and was not asked for.
+    /// Discards the kept items.
     pub fn forget(&mut self) {
         self.kept.clear();
     }
 
-    /// Whether nothing comes for so long. What comes is kept.
+    /// Returns whether no item arrives for this long. Items that arrive are kept.
     ///
     /// # Panics
-    /// When the connection cannot be asked.
+    /// If the connection fails.
     pub fn is_silent_for(&mut self, time: Duration) -> bool {
         if !self.kept.is_empty() {
             return false;
@@ -311,10 +311,10 @@ impl Peer {
         silent
     }
 
-    /// How the other side ends the connection: what it says before is dropped.
+    /// Returns the item with which the other side ends the connection; earlier items are discarded.
     ///
     /// # Panics
-    /// When it does not end it.
+    /// If the other side does not end it.
     #[track_caller]
     pub fn ending(&mut self) -> Heard {
         let start = Instant::now();
@@ -326,12 +326,12 @@ impl Peer {
         }
     }
 
-    /// Whether the other side has ended the connection by now: what it said before is dropped.
+    /// Returns whether the other side has ended the connection; earlier items are discarded.
     ///
     /// # Panics
-    /// When the connection cannot be asked.
+    /// If the connection fails.
     pub fn has_ended(&mut self) -> bool {
-        // What has come is read without waiting for it.
+        // Reads only the data that has already arrived.
         while !self.is_silent_for(Duration::from_millis(1)) {
             if let Some(Heard::Closed(..) | Heard::Lost) = self.kept.pop_front() {
                 return true;
@@ -340,26 +340,26 @@ impl Peer {
         false
     }
 
-    /// Closes the WebSocket in order.
+    /// Closes the WebSocket with a close frame.
     ///
     /// # Panics
-    /// When it is broken.
+    /// If the connection fails.
     pub fn close(&mut self, code: u16, reason: &str) {
         let frame = CloseFrame { code: CloseCode::from(code), reason: reason.to_owned().into() };
         self.socket.close(Some(frame)).unwrap();
         let _ = self.socket.flush();
     }
 
-    /// Ends the connection without a close.
+    /// Closes the connection without a close frame.
     pub fn hang_up(self) {
-        // It may have been ended from the other side.
+        // The other side may have closed it first.
         let _ = self.socket.get_ref().stream.shutdown(Shutdown::Both);
     }
 
-    /// A second one who speaks, for another thread.
+    /// Returns a second sender, for another thread.
     ///
     /// # Panics
-    /// When no descriptor is left.
+    /// If no descriptor is left.
     pub fn speaker(&self) -> Speaker {
         let carrier = self.socket.get_ref().share();
         Speaker { socket: WebSocket::from_raw_socket(carrier, self.role, Some(generous())) }
@@ -367,15 +367,15 @@ impl Peer {
 }
 
 impl Speaker {
-    /// Says a message if the other side takes it.
+    /// Sends a message if the connection still takes it.
     ///
     /// # Errors
-    /// What became of the connection.
+    /// The error of the connection.
     pub fn try_say(&mut self, message: &Value) -> Result<(), Error> {
         self.socket.send(Message::text(message.to_string()))
     }
 
-    /// Sends bytes below the WebSocket, whatever they mean.
+    /// Sends raw bytes below the WebSocket layer.
     ///
     /// # Errors
     /// Those of `write(2)`.

@@ -1,5 +1,5 @@
-//! A port of a namespace, published on the host as Docker's proxy does it: bytes, FIN and reset pass, each connection on two
-//! threads.
+//! A port of a namespace, published on the host as Docker's proxy does it: it passes bytes, FIN and reset on, with two
+//! threads per connection.
 
 use std::io::Write;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::Recorder;
 use crate::{Namespace, read_some, reset};
 
-/// A published port; nobody is let in any more once it is dropped.
+/// A published port. Dropping it stops the listener.
 #[derive(Debug)]
 pub struct Published {
     address: SocketAddr,
@@ -19,10 +19,10 @@ pub struct Published {
 }
 
 impl Published {
-    /// Publishes a port of `inside` on some port of the host.
+    /// Publishes a port of `inside` on any free port of the host.
     ///
     /// # Panics
-    /// When there is none to be had.
+    /// If no port is free.
     pub fn start(inside: Namespace, port: u16) -> Published {
         Published::start_at(0, inside, port)
     }
@@ -30,7 +30,7 @@ impl Published {
     /// Publishes a port of `inside` on this port of the host (0: any).
     ///
     /// # Panics
-    /// When it is taken.
+    /// If the port is in use.
     pub fn start_at(host: u16, inside: Namespace, port: u16) -> Published {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, host)).unwrap();
         let address = listener.local_addr().unwrap();
@@ -67,7 +67,7 @@ impl Published {
 impl Drop for Published {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
-        // Wakes whoever accepts.
+        // Wakes the accept call.
         let _ = TcpStream::connect(self.address);
     }
 }
@@ -80,7 +80,7 @@ fn join(outer: TcpStream, inner: TcpStream, recorder: &Recorder) {
     }
 }
 
-/// The part of a connection that is recorded, in bytes: greetings are short, and the rest may be gigabytes.
+/// The recorded part of a connection, in bytes: handshakes are short, but the remaining data may be gigabytes.
 const RECORDED_BYTES: usize = 64 * 1024;
 
 fn carry(from: &TcpStream, mut to: &TcpStream, recorder: Option<&Recorder>) {
@@ -88,7 +88,7 @@ fn carry(from: &TcpStream, mut to: &TcpStream, recorder: Option<&Recorder>) {
     let mut buffer = vec![0; 256 * 1024];
     loop {
         match read_some(from, &mut buffer) {
-            // Whoever is gone needs no FIN.
+            // A peer that has closed needs no FIN.
             Ok(0) => return drop(to.shutdown(Shutdown::Write)),
             Ok(count) => {
                 if let Some(recorder) = recorder.filter(|_| recorded < RECORDED_BYTES) {
@@ -104,7 +104,7 @@ fn carry(from: &TcpStream, mut to: &TcpStream, recorder: Option<&Recorder>) {
     }
 }
 
-/// Dissolves both connections, which their peers see as a reset.
+/// Disconnects both sockets, which their peers see as a reset.
 fn cut(one: &TcpStream, other: &TcpStream) {
     let _ = rustix::net::connect_unspec(one);
     let _ = rustix::net::connect_unspec(other);

@@ -1,9 +1,9 @@
-//! What a client has sent over a WebSocket, readable: the head of its request, and its frames without their mask (RFC 6455,
-//! 5.3), so that a secret in them can be searched for.
+//! The bytes that a client sent over a WebSocket, in readable form: the head of its request, and its frames without their
+//! mask (RFC 6455, 5.3), so that a secret in them can be searched for.
 
 use std::sync::{Arc, Mutex};
 
-/// Keeps what one client sends. Clones keep it together.
+/// Records the bytes of one client. Clones share the record.
 #[derive(Clone, Debug, Default)]
 pub struct Recorder(Arc<Mutex<State>>);
 
@@ -15,10 +15,10 @@ struct State {
 }
 
 impl Recorder {
-    /// Takes bytes as they came. Returns the head of the request when these bytes complete it.
+    /// Records bytes in order of arrival. Returns the head of the request when these bytes complete it.
     ///
     /// # Panics
-    /// Never, unless another thread did with it.
+    /// If another thread panicked while it recorded.
     pub fn take(&self, bytes: &[u8]) -> Option<String> {
         let mut state = self.0.lock().unwrap();
         state.unread.extend_from_slice(bytes);
@@ -37,10 +37,10 @@ impl Recorder {
         Some(head)
     }
 
-    /// Everything so far.
+    /// Returns everything so far.
     ///
     /// # Panics
-    /// Never, unless another thread did with it.
+    /// If another thread panicked while it recorded.
     pub fn readable(&self) -> String {
         String::from_utf8_lossy(&self.0.lock().unwrap().readable).into_owned()
     }
@@ -59,7 +59,7 @@ impl State {
     }
 }
 
-/// Where the mask of the first whole frame is, and how long its payload.
+/// Returns the position of the mask of the first complete frame, and the length of its payload.
 fn frame(bytes: &[u8]) -> Option<(usize, usize)> {
     let (at, length) = match bytes.get(1)? & 0x7f {
         126 => (4, usize::from(u16::from_be_bytes(*bytes.get(2..4)?.first_chunk()?))),

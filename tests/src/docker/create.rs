@@ -1,4 +1,4 @@
-//! Containers that are created over the API, and settings of the engine that affect them.
+//! Containers created over the API, and engine settings that affect them.
 
 use std::net::IpAddr;
 
@@ -13,7 +13,7 @@ impl FakeDocker {
         self.state().start_error = message.map(str::to_owned);
     }
 
-    /// Sets the gateway of the network `bridge`.
+    /// Sets the gateway address of the network `bridge`.
     pub fn set_gateway(&self, gateway: IpAddr) {
         self.state().gateway = Some(gateway);
     }

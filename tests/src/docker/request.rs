@@ -1,12 +1,12 @@
-//! Requests and answers of HTTP/1.1, as much of it as an engine needs.
+//! The part of HTTP/1.1 that the scripted engine needs.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 
-/// What was asked for.
+/// A request.
 pub(super) struct Request {
     pub(super) method: String,
-    /// Without the API's version.
+    /// The path without the API version.
     pub(super) path: String,
     pub(super) query: String,
     pub(super) body: Vec<u8>,
@@ -25,7 +25,7 @@ pub(super) fn respond(mut stream: &UnixStream, status: u16, body: &str) -> std::
     stream.write_all(format!("{head}{body}").as_bytes())
 }
 
-/// Reads the next one; none when there is none, or none that can be read.
+/// Reads the next request; `None` at the end of the stream, or if the request is invalid.
 pub(super) fn read_request(reader: &mut BufReader<&UnixStream>) -> Option<Request> {
     let mut line = String::new();
     if reader.read_line(&mut line).ok()? == 0 {
@@ -48,7 +48,7 @@ pub(super) fn read_request(reader: &mut BufReader<&UnixStream>) -> Option<Reques
     }
     let body = if chunked { read_chunks(reader)? } else { read_bytes(reader, length)? };
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
-    // The API's version in front means nothing here.
+    // The API version prefix is ignored.
     let rest = path.strip_prefix("/v1.").and_then(|rest| rest.find('/').map(|at| &rest[at..]));
     Some(Request { method, path: rest.unwrap_or(path).to_owned(), query: query.to_owned(), body })
 }
@@ -73,7 +73,7 @@ fn read_chunks(reader: &mut BufReader<&UnixStream>) -> Option<Vec<u8>> {
     }
 }
 
-/// A parameter of a query, its escapes undone.
+/// Returns a parameter of a query, percent-decoded.
 pub(super) fn parameter(query: &str, name: &str) -> Option<String> {
     let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;
     let mut bytes = Vec::new();
