@@ -188,7 +188,7 @@ impl Host {
                 self.opening.remove(&stream);
                 self.begun.remove(&stream);
             }
-            Action::Notice(text) => assert!(!text.contains(TOKEN), "the token was told"),
+            Action::Notice(text) => assert!(!text.contains(TOKEN), "the token was sent"),
             Action::Answered => {
                 assert!(self.has_answered && !self.must_answer);
                 self.must_answer = true;
@@ -198,7 +198,7 @@ impl Host {
     }
 
     fn say(&mut self, message: &ToContainer) {
-        assert!(self.up, "said before the hello was answered: {message:?}");
+        assert!(self.up, "sent before the hello was answered: {message:?}");
         let text = message.to_text();
         assert_eq!(ToContainer::from_text(&text).as_ref(), Ok(&Some(message.clone())), "{text}");
         if let ToContainer::Open { stream, .. } = message {
@@ -360,7 +360,7 @@ impl Container {
                 self.pumps.push((attempt, stream));
             }
             Ask::Deliver(stream, frame) => {
-                assert!(self.open.contains_key(&stream), "delivered to nobody");
+                assert!(self.open.contains_key(&stream), "delivered to an unknown stream");
                 assert!(match frame {
                     Frame::Data(_) | Frame::Close(_) => true,
                     Frame::Credit(_) => extensions.credit,

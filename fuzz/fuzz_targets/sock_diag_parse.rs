@@ -32,5 +32,5 @@ fuzz_target!(|data: &[u8]| {
     }
     // Our own request has a valid header, but is not an answer.
     let own: [u8; REQUEST_BYTES] = request(family, carried);
-    let _ = datagram(&own, carried, family, |_| panic!("a request told a socket"));
+    let _ = datagram(&own, carried, family, |_| panic!("a request was parsed as a socket"));
 });

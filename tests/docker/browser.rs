@@ -45,10 +45,10 @@ impl Browser {
     #[track_caller]
     pub(crate) fn tab(&mut self) -> Tab {
         let port: u16 = until("the browser to take part", || {
-            assert_eq!(self.child.try_wait().unwrap(), None, "the browser ended: {}", self.said());
-            let told = std::fs::read_to_string(self.profile.path().join("DevToolsActivePort"));
-            let first = told.ok().and_then(|text| text.lines().next()?.parse().ok());
-            first.ok_or_else(|| self.said())
+            assert_eq!(self.child.try_wait().unwrap(), None, "the browser ended: {}", self.printed());
+            let reported = std::fs::read_to_string(self.profile.path().join("DevToolsActivePort"));
+            let first = reported.ok().and_then(|text| text.lines().next()?.parse().ok());
+            first.ok_or_else(|| self.printed())
         });
         let url = until("a tab", || {
             let list =
@@ -63,7 +63,7 @@ impl Browser {
         Tab { socket, asked: 0 }
     }
 
-    fn said(&self) -> String {
+    fn printed(&self) -> String {
         std::fs::read_to_string(self.profile.path().join("stderr")).unwrap_or_default()
     }
 }
@@ -85,8 +85,8 @@ impl Tab {
     /// Navigates to an address.
     #[track_caller]
     pub(crate) fn go(&mut self, url: &str) {
-        let told = self.call("Page.navigate", &json!({"url": url}));
-        assert!(told["errorText"].is_null(), "{url}: {told}");
+        let reported = self.call("Page.navigate", &json!({"url": url}));
+        assert!(reported["errorText"].is_null(), "{url}: {reported}");
     }
 
     /// Returns the value of an expression in the page; null while one page replaces another.

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// The timeout of Docker operations. On an idle machine a successful one needs less than a tenth of it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The label with which a container is forwarded.
 pub(crate) const LABEL: &str = "dev.landfall.forward=true";
@@ -27,7 +27,7 @@ pub(crate) fn until<T, S: std::fmt::Debug>(what: &str, mut look: impl FnMut() ->
         match look() {
             Ok(found) => return found,
             Err(seen) => {
-                assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; last seen: {seen:?}");
+                assert!(start.elapsed() < TIMEOUT, "waited {TIMEOUT:?} for {what}; last seen: {seen:?}");
             }
         }
         // Pauses between two calls, so that the awaited process can run.
@@ -55,7 +55,7 @@ impl<'a> Engine<'a> {
         private_mounts();
         let files = tempfile::Builder::new().prefix("landfall-docker-").tempdir().unwrap();
         let mut engine = Engine { home, files, child: None };
-        engine.begin(options);
+        engine.start_dockerd(options);
         for image in images {
             let from = images_directory().join(format!("{image}.tar"));
             engine.docker(&["import", from.to_str().unwrap(), image]);
@@ -65,9 +65,9 @@ impl<'a> Engine<'a> {
 
     /// Starts `dockerd` on the data of an earlier one, and waits until it answers.
     #[track_caller]
-    pub(crate) fn begin(&mut self, options: &[&str]) {
+    pub(crate) fn start_dockerd(&mut self, options: &[&str]) {
         assert!(self.child.is_none(), "one at a time");
-        let said = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
+        let printed = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = Command::new("setpriv");
         command
             .args(["--pdeathsig", "KILL", "dockerd", "--data-root"])
@@ -80,12 +80,12 @@ impl<'a> Engine<'a> {
             .arg(self.address())
             .args(options)
             .stdin(Stdio::null())
-            .stdout(said.try_clone().unwrap())
-            .stderr(said);
+            .stdout(printed.try_clone().unwrap())
+            .stderr(printed);
         self.child = Some(command.spawn().unwrap());
         until("the engine's answer", || {
             let output = self.try_docker(&["version", "-f", "{{.Server.Version}}"]);
-            if output.status.success() { Ok(()) } else { Err(self.last_words()) }
+            if output.status.success() { Ok(()) } else { Err(self.log_tail()) }
         });
     }
 
@@ -98,7 +98,7 @@ impl<'a> Engine<'a> {
         kill_process(Pid::from_child(&child), signal).unwrap();
         until("the engine's end", || match child.try_wait().unwrap() {
             Some(_) => Ok(()),
-            None => Err(self.last_words()),
+            None => Err(self.log_tail()),
         });
         // Its own child, containerd, is reparented to this process, which must reap it, as every orphan here: the next
         // engine takes a zombie for a running containerd.
@@ -116,7 +116,7 @@ impl<'a> Engine<'a> {
         format!("unix://{}", self.home.docker_socket().display())
     }
 
-    fn last_words(&self) -> String {
+    fn log_tail(&self) -> String {
         let text = std::fs::read_to_string(self.path("log")).unwrap_or_default();
         let lines: Vec<_> = text.lines().rev().take(5).collect();
         lines.join("\n")
@@ -137,7 +137,7 @@ impl<'a> Engine<'a> {
     pub(crate) fn docker(&self, arguments: &[&str]) -> String {
         let output = self.try_docker(arguments);
         let wrong = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "docker {arguments:?}: {wrong}\n{}", self.last_words());
+        assert!(output.status.success(), "docker {arguments:?}: {wrong}\n{}", self.log_tail());
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
@@ -151,12 +151,12 @@ impl<'a> Engine<'a> {
     /// loopback only.
     #[track_caller]
     pub(crate) fn serve(&self, name: &str, port: u16, options: &[&str]) {
-        self.serve_plainly(name, port, &[&["--label", LABEL], options].concat());
+        self.serve_with_options(name, port, &[&["--label", LABEL], options].concat());
     }
 
-    /// The same without the label.
+    /// The same with these options, and without the label.
     #[track_caller]
-    pub(crate) fn serve_plainly(&self, name: &str, port: u16, options: &[&str]) {
+    pub(crate) fn serve_with_options(&self, name: &str, port: u16, options: &[&str]) {
         let script = format!(
             "mkdir -p /www; echo {name} >/www/index.html; exec busybox httpd -f -p 127.0.0.1:{port} -h /www"
         );
@@ -182,7 +182,7 @@ impl Drop for Engine<'_> {
         if std::thread::panicking() {
             let list = self.try_docker(&["ps", "-a"]);
             let containers = String::from_utf8_lossy(&list.stdout);
-            note!("the engine's last words:\n{}\nits containers:\n{containers}", self.last_words());
+            note!("the end of the engine's log:\n{}\nits containers:\n{containers}", self.log_tail());
         }
         let list = self.try_docker(&["ps", "-aq"]);
         let text = String::from_utf8_lossy(&list.stdout);
@@ -218,14 +218,14 @@ pub(crate) fn up(home: &Home, options: &[&str]) {
 #[track_caller]
 pub(crate) fn landfall(home: &Home, arguments: &[&str]) -> String {
     let output = home.run(arguments);
-    let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "landfall {arguments:?}: {}\n{said}{wrong}", output.status);
-    said.into_owned()
+    let (printed, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "landfall {arguments:?}: {}\n{printed}{wrong}", output.status);
+    printed.into_owned()
 }
 
 /// Returns the resources of the relay after it has had a container and some clients, and both are gone.
 #[track_caller]
-pub(crate) fn held_at_rest(home: &Home, engine: &Engine<'_>) -> Held {
+pub(crate) fn wait_until_idle(home: &Home, engine: &Engine<'_>) -> Held {
     const PORT: u16 = 2999;
     engine.serve("warm", PORT, &[]);
     answers(PORT, "warm");
@@ -241,7 +241,7 @@ pub(crate) fn held_at_rest(home: &Home, engine: &Engine<'_>) -> Held {
 /// Fetches the page of a web server on the host by one address, and returns it without trailing white space.
 pub(crate) fn page_at(address: IpAddr, port: u16, path: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(SocketAddr::new(address, port))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost:{port}\r\nconnection: close\r\n\r\n")?;
     let mut reader = BufReader::new(stream);
     let mut head = String::new();
@@ -358,7 +358,7 @@ impl Held {
     /// existed, because the relay is started for the first one.
     #[track_caller]
     pub(crate) fn without_containers(home: &Home) -> Held {
-        until("the relay to have let go of everything", || match Held::now(home) {
+        until("the relay to release every resource", || match Held::now(home) {
             held if (held.engines, held.openers, held.connections) == (1, 0, 0)
                 && described(home)["containers"].as_array().unwrap().is_empty() =>
             {
@@ -370,7 +370,7 @@ impl Held {
 
     /// Waits until the relay holds no more than `self`.
     #[track_caller]
-    pub(crate) fn comes_back(&self, home: &Home) {
+    pub(crate) fn wait_until_released(&self, home: &Home) {
         let few =
             |(kind, count): (&String, &usize)| *count <= self.descriptors.get(kind).copied().unwrap_or(0);
         until("no more to be held than before", || match Held::without_containers(home) {
@@ -382,7 +382,7 @@ impl Held {
 
 /// Waits until one relay has one opener for each of this many containers, and no connection is open.
 #[track_caller]
-pub(crate) fn has_openers(home: &Home, count: usize) {
+pub(crate) fn wait_for_openers(home: &Home, count: usize) {
     until("one relay and its openers", || match Held::now(home) {
         held if (held.engines, held.openers, held.connections) == (1, count, 0) => Ok(()),
         held => Err(held),

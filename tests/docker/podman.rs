@@ -123,8 +123,11 @@ impl Drop for Person {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for arguments in [&["ls"][..], &["status"], &["doctor"], &["logs"]] {
-                let said = self.try_run(self.path("landfall").to_str().unwrap(), arguments);
-                note!("{arguments:?}: {}", String::from_utf8_lossy(&[said.stdout, said.stderr].concat()));
+                let printed = self.try_run(self.path("landfall").to_str().unwrap(), arguments);
+                note!(
+                    "{arguments:?}: {}",
+                    String::from_utf8_lossy(&[printed.stdout, printed.stderr].concat())
+                );
             }
         }
         self.try_run("podman", &["rm", "-f", "-a", "-t", "0"]);
@@ -169,8 +172,8 @@ fn podman() {
     person.serve("plain", 3001, &[]);
     person.landfall(&["attach", "plain"]);
     answers(3001, "plain");
-    let told = person.landfall(&["ls", "--all"]);
-    assert!(told.contains("label comes from the image"), "{told}");
+    let reported = person.landfall(&["ls", "--all"]);
+    assert!(reported.contains("label comes from the image"), "{reported}");
     person.run("podman", &["rm", "-f", "-t", "0", "web"]);
     refuses(3000);
     answers(3001, "plain");

@@ -43,5 +43,5 @@ fn is_updated(tab: &mut Tab, engine: &Engine<'_>, text: &str) {
     assert_eq!(tab.value("window.stays = 'here'"), "here");
     engine.exec("shop", &format!("echo \"export const text = '{text}';\" >/app/src/hot.js"));
     tab.shows(SHOWN, &json!(text));
-    assert_eq!(tab.value("window.stays"), "here", "the page was loaded anew");
+    assert_eq!(tab.value("window.stays"), "here", "the page was reloaded");
 }

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 pub use agent::Agent;
 pub use container::{Container, forward_events};
 pub use host::{HOST_HEADER, dial, try_dial, try_dial_with, welcome, welcome_with};
-pub use peer::{Heard, Peer, Speaker};
+pub use peer::{MessageSender, Peer, Received};
 pub use published::Published;
 pub use recorder::Recorder;
 

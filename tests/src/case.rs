@@ -70,7 +70,7 @@ pub fn main(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
 ///
 /// # Panics
 /// If a case panics, in that case's process.
-pub fn main_when_asked(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
+pub fn main_ignored(cases: &[&[Case]], verbs: &[Verb]) -> ExitCode {
     run(cases, verbs, true)
 }
 
@@ -82,7 +82,7 @@ fn run(cases: &[&[Case]], verbs: &[Verb], when_asked: bool) -> ExitCode {
         return serve::main(std::io::stdin().as_fd()).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
     }
     if verb == CASE {
-        run_here(all(), &arguments[1]);
+        run_in_process(all(), &arguments[1]);
         return ExitCode::SUCCESS;
     }
     if let Some((_, helper)) = verbs.iter().find(|(name, _)| *name == verb) {
@@ -95,7 +95,7 @@ fn run(cases: &[&[Case]], verbs: &[Verb], when_asked: bool) -> ExitCode {
     }
     let trials = all().flat_map(Case::instances).map(|(name, ring)| {
         let ignored = when_asked || (ring == RingChoice::IoUring && io_uring.is_err());
-        Trial::test(name.clone(), move || run_apart(&name)).with_ignored_flag(ignored)
+        Trial::test(name.clone(), move || run_in_child(&name)).with_ignored_flag(ignored)
     });
     libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
 }
@@ -106,7 +106,7 @@ pub fn note(text: &str) {
 }
 
 /// Runs a case in this process, in a new network namespace.
-fn run_here<'a>(mut all: impl Iterator<Item = &'a Case>, wanted: &str) {
+fn run_in_process<'a>(mut all: impl Iterator<Item = &'a Case>, wanted: &str) {
     // The case ends when its runner is killed.
     set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
     crate::process::raise_descriptors();
@@ -123,8 +123,8 @@ fn run_here<'a>(mut all: impl Iterator<Item = &'a Case>, wanted: &str) {
 }
 
 /// Runs a case in a child process. Returns its output if it fails.
-fn run_apart(name: &str) -> Result<(), Failed> {
-    let (mut said, theirs) = std::io::pipe()?;
+fn run_in_child(name: &str) -> Result<(), Failed> {
+    let (mut printed, theirs) = std::io::pipe()?;
     let mut child = Command::new(std::env::current_exe()?)
         .args([CASE, name])
         .stdin(Stdio::null())
@@ -133,13 +133,14 @@ fn run_apart(name: &str) -> Result<(), Failed> {
         .spawn()?;
     let reader = std::thread::spawn(move || {
         let mut text = Vec::new();
-        said.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned())
+        printed.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned())
     });
-    let patience = if crate::is_long() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
+    let with_read_timeout =
+        if crate::is_long() { Duration::from_secs(3600) } else { Duration::from_secs(240) };
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).unwrap();
     // Our own child, and no other thread waits for it, so the process id is valid.
     let process = pidfd_open(pid, PidfdFlags::empty())?;
-    let patient = Timespec::try_from(patience).unwrap();
+    let patient = Timespec::try_from(with_read_timeout).unwrap();
     let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&patient))? == 1;
     if !ended {
         child.kill()?;
@@ -153,6 +154,6 @@ fn run_apart(name: &str) -> Result<(), Failed> {
         }
         return Ok(());
     }
-    let how = if ended { status.to_string() } else { format!("killed after {patience:?}") };
+    let how = if ended { status.to_string() } else { format!("killed after {with_read_timeout:?}") };
     Err(format!("{how}\n{text}").into())
 }

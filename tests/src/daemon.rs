@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::process::descendants;
-use crate::{PATIENCE, rpc, wait_until};
+use crate::{TIMEOUT, rpc, wait_until};
 
 /// A home of landfall, with space for the folders of containers. Dropping it ends the processes that run in it.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl Home {
     ///
     /// # Panics
     /// If it cannot be written.
-    pub fn plant(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+    pub fn write_registration(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.registration(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, content).unwrap();
@@ -101,12 +101,12 @@ impl Home {
     /// select another home.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(Home::program());
-        self.furnish(&mut command);
+        self.set_environment(&mut command);
         command.args(arguments);
         command
     }
 
-    fn furnish(&self, command: &mut Command) {
+    fn set_environment(&self, command: &mut Command) {
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy().into_owned();
             if ["LANDFALL_", "TYPECLAW_", "DOCKER_"].iter().any(|prefix| name.starts_with(prefix)) {
@@ -143,7 +143,7 @@ impl Home {
     /// # Panics
     /// If it does not answer.
     pub fn daemon(&self) -> Daemon<'_> {
-        self.start().and_wait()
+        self.start().wait_until_ready()
     }
 
     /// Prepares the start of a daemon.
@@ -151,7 +151,7 @@ impl Home {
         // The daemon ends with the case, even if the case panics.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(Home::program()).arg("_hostd");
-        self.furnish(&mut command);
+        self.set_environment(&mut command);
         Start { home: self, command }
     }
 
@@ -225,7 +225,7 @@ impl Default for Home {
 impl Drop for Home {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("its daemons said:\n{}", self.stderr());
+            eprintln!("output of its daemons:\n{}", self.stderr());
             for event in self.events() {
                 eprintln!("{event}");
             }
@@ -234,7 +234,7 @@ impl Drop for Home {
         let start = Instant::now();
         loop {
             let left = descendants();
-            if left.is_empty() || start.elapsed() > PATIENCE {
+            if left.is_empty() || start.elapsed() > TIMEOUT {
                 break;
             }
             for pid in left {
@@ -272,15 +272,15 @@ impl<'a> Start<'a> {
     /// # Panics
     /// If the program cannot be started.
     pub fn spawn(mut self) -> Daemon<'a> {
-        let said = File::options()
+        let printed = File::options()
             .append(true)
             .create(true)
             .open(self.home.directory.path().join("stderr"))
             .unwrap();
         let child = self
             .command
-            .stdout(said.try_clone().unwrap())
-            .stderr(said)
+            .stdout(printed.try_clone().unwrap())
+            .stderr(printed)
             .spawn()
             .expect("setpriv (util-linux)");
         Daemon { home: self.home, child, ended: None }
@@ -291,14 +291,14 @@ impl<'a> Start<'a> {
     /// # Panics
     /// If it does not answer.
     #[track_caller]
-    pub fn and_wait(self) -> Daemon<'a> {
+    pub fn wait_until_ready(self) -> Daemon<'a> {
         let mut daemon = self.spawn();
         let start = Instant::now();
         while !rpc::answers(daemon.home) {
             let ended = daemon.has_ended();
             assert!(
-                ended.is_none() && start.elapsed() < PATIENCE,
-                "the daemon does not answer ({ended:?}); it said:\n{}",
+                ended.is_none() && start.elapsed() < TIMEOUT,
+                "the daemon does not answer ({ended:?}); output:\n{}",
                 daemon.home.stderr()
             );
             std::thread::sleep(Duration::from_millis(2));
@@ -327,7 +327,7 @@ impl Daemon<'_> {
     /// If it had ended before.
     #[track_caller]
     pub fn kill(mut self) {
-        assert!(self.has_ended().is_none(), "it had ended already; it said:\n{}", self.home.stderr());
+        assert!(self.has_ended().is_none(), "it had ended already; output:\n{}", self.home.stderr());
         self.child.kill().unwrap();
         self.ended = Some(self.child.wait().unwrap());
     }
@@ -338,7 +338,7 @@ impl Daemon<'_> {
     /// If it has ended.
     #[track_caller]
     pub fn signal(&mut self, signal: Signal) {
-        assert!(self.has_ended().is_none(), "it has ended; it said:\n{}", self.home.stderr());
+        assert!(self.has_ended().is_none(), "it has ended; output:\n{}", self.home.stderr());
         // Our own child, not waited for, so the process id is valid.
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -377,7 +377,7 @@ impl Daemon<'_> {
         let answer = rpc::ask(self.home, &json!({"kind": "shutdown"}));
         assert_eq!(answer, json!({"ok": true, "result": {"scheduled": true}}));
         let status = self.wait_for_end();
-        assert!(status.success(), "{status}; it said:\n{}", self.home.stderr());
+        assert!(status.success(), "{status}; output:\n{}", self.home.stderr());
     }
 }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use self::request::{Request, parameter, read_request, respond};
-use crate::{Home, PATIENCE, wait_until};
+use crate::{Home, TIMEOUT, wait_until};
 
 /// The treatment of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,9 +41,9 @@ struct Container {
     /// The creation time; each container has a different second.
     created: u32,
     /// Fields of an inspection that replace the usual ones.
-    told: Value,
+    reported: Value,
     /// The request that created it.
-    wish: Value,
+    create_request: Value,
 }
 
 /// The state of a delayed answer.
@@ -74,13 +74,13 @@ struct State {
     /// The gateway of the network `bridge`.
     gateway: Option<IpAddr>,
     /// Events are disabled while this is true.
-    is_silent: bool,
+    events_disabled: bool,
     /// The requests so far, as `METHOD path`, in order.
     calls: Vec<String>,
     /// One sender for each open `/events` stream.
     listeners: Vec<UnixStream>,
     /// The events so far, as they were sent, with their times.
-    told: Vec<(SystemTime, String)>,
+    reported: Vec<(SystemTime, String)>,
     made: u32,
 }
 
@@ -121,10 +121,10 @@ impl FakeDocker {
             start_error: None,
             stops_held: false,
             gateway: None,
-            is_silent: false,
+            events_disabled: false,
             calls: Vec::new(),
             listeners: Vec::new(),
-            told: Vec::new(),
+            reported: Vec::new(),
             made: 0,
         };
         let fake = FakeDocker(Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }));
@@ -165,8 +165,8 @@ impl FakeDocker {
             published: None,
             labels: BTreeMap::new(),
             created: state.made,
-            told: Value::Null,
-            wish: Value::Null,
+            reported: Value::Null,
+            create_request: Value::Null,
         };
         state.containers.insert(name.to_owned(), container);
     }
@@ -192,8 +192,8 @@ impl FakeDocker {
         let container = state.containers.get_mut(name).unwrap();
         (container.image, container.labels) = (image.to_owned(), all);
         drop(state);
-        self.announce("create", name);
-        self.announce("start", name);
+        self.emit_event("create", name);
+        self.emit_event("start", name);
     }
 
     /// Renames a container and emits the event.
@@ -206,7 +206,7 @@ impl FakeDocker {
         let id = container.id.clone();
         state.containers.insert(new.to_owned(), container);
         drop(state);
-        self.tell_with("rename", &id, &json!({"name": new, "oldName": format!("/{old}")}));
+        self.emit_with("rename", &id, &json!({"name": new, "oldName": format!("/{old}")}));
     }
 
     /// The same as Docker can do it: this many complete lists after the event contain both names.
@@ -237,7 +237,7 @@ impl FakeDocker {
     }
 
     /// Releases the delayed list.
-    pub fn let_list_go(&self) {
+    pub fn release_list(&self) {
         self.state().list = Held::No;
         self.0.changed.notify_all();
     }
@@ -259,9 +259,9 @@ impl FakeDocker {
     }
 
     /// Disables events and refuses requests for them, or enables both again.
-    pub fn silence(&self, silent: bool) {
-        self.state().is_silent = silent;
-        if silent {
+    pub fn set_events_disabled(&self, disabled: bool) {
+        self.state().events_disabled = disabled;
+        if disabled {
             self.hang_up();
         }
     }
@@ -272,7 +272,7 @@ impl FakeDocker {
     /// If the container does not exist.
     pub fn run(&self, name: &str) {
         self.state().containers.get_mut(name).unwrap().running = true;
-        self.announce("start", name);
+        self.emit_event("start", name);
     }
 
     /// Publishes a container's port 8973 on a port of the host, or stops that.
@@ -287,22 +287,22 @@ impl FakeDocker {
     ///
     /// # Panics
     /// If the container does not exist.
-    pub fn inhabit(&self, name: &str, pid: u32, told: Value) {
+    pub fn set_process(&self, name: &str, pid: u32, reported: Value) {
         let mut state = self.state();
         let container = state.containers.get_mut(name).unwrap();
-        (container.pid, container.told) = (pid, told);
+        (container.pid, container.reported) = (pid, reported);
     }
 
     /// Removes a container, without an event if `quietly`.
     pub fn remove(&self, name: &str, quietly: bool) {
         let gone = self.state().containers.remove(name);
         if let (Some(container), false) = (gone, quietly) {
-            self.tell("destroy", name, &container.id);
+            self.emit("destroy", name, &container.id);
         }
     }
 
     /// Omits a container from the next list by its name, once.
-    pub fn miss_once(&self, name: &str) {
+    pub fn omit_once(&self, name: &str) {
         self.state().missed.push(name.to_owned());
     }
 
@@ -310,9 +310,9 @@ impl FakeDocker {
     ///
     /// # Panics
     /// If the container does not exist.
-    pub fn announce(&self, action: &str, name: &str) {
+    pub fn emit_event(&self, action: &str, name: &str) {
         let id = self.state().containers[name].id.clone();
-        self.tell(action, name, &id);
+        self.emit(action, name, &id);
     }
 
     /// Returns whether a container runs.
@@ -367,18 +367,18 @@ impl FakeDocker {
         });
     }
 
-    fn tell(&self, action: &str, name: &str, id: &str) {
-        self.tell_with(action, id, &json!({"name": name}));
+    fn emit(&self, action: &str, name: &str, id: &str) {
+        self.emit_with(action, id, &json!({"name": name}));
     }
 
-    fn tell_with(&self, action: &str, id: &str, attributes: &Value) {
+    fn emit_with(&self, action: &str, id: &str, attributes: &Value) {
         let event = json!({"Type": "container", "Action": action, "scope": "local", "time": 1, "timeNano": 1,
             "Actor": {"ID": id, "Attributes": attributes}});
         let line = format!("{event}\n");
         let chunk = format!("{:x}\r\n{line}\r\n", line.len());
         let mut state = self.state();
         state.listeners.retain_mut(|listener| listener.write_all(chunk.as_bytes()).is_ok());
-        state.told.push((SystemTime::now(), chunk));
+        state.reported.push((SystemTime::now(), chunk));
     }
 
     fn serve(&self, stream: &UnixStream) {
@@ -398,7 +398,8 @@ impl FakeDocker {
                     let since = since.map(|since| SystemTime::UNIX_EPOCH + Duration::from_secs(since));
                     let mut state = self.state();
                     let mut text = head.to_owned();
-                    let missed = state.told.iter().filter(|(at, _)| since.is_some_and(|since| *at >= since));
+                    let missed =
+                        state.reported.iter().filter(|(at, _)| since.is_some_and(|since| *at >= since));
                     text.extend(missed.map(|(_, chunk)| chunk.as_str()));
                     if writer.write_all(text.as_bytes()).is_ok() {
                         state.listeners.extend(stream.try_clone());
@@ -432,8 +433,8 @@ impl FakeDocker {
             ("GET", ["version"]) => {
                 Reply::Json(200, json!({"Version": "29.0.0", "ApiVersion": "1.53", "MinAPIVersion": "1.24"}))
             }
-            ("GET", ["events"]) if self.state().is_silent => {
-                Reply::Json(500, json!({"message": "nothing is told"}))
+            ("GET", ["events"]) if self.state().events_disabled => {
+                Reply::Json(500, json!({"message": "events are disabled"}))
             }
             ("GET", ["events"]) => Reply::Events,
             ("GET", ["networks", "bridge"]) => {
@@ -510,7 +511,7 @@ impl FakeDocker {
     }
 
     fn inspect(&self, wanted: &str) -> Reply {
-        let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
+        let Some(name) = self.name_of(wanted) else { return not_found(wanted) };
         let container = self.state().containers[&name].clone();
         let ports = match container.published {
             // Docker reports both families, and the first one is not always IPv4.
@@ -525,44 +526,44 @@ impl FakeDocker {
             "Config": {"Image": container.image, "Env": [], "Cmd": ["sleep"]},
             "HostConfig": {"NetworkMode": "bridge", "AutoRemove": false}, "NetworkSettings": {"Networks": {}, "Ports": ports},
         });
-        merge(&mut answer, &container.told);
+        merge(&mut answer, &container.reported);
         Reply::Json(200, answer)
     }
 
     fn stop(&self, wanted: &str) -> Reply {
-        let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
+        let Some(name) = self.name_of(wanted) else { return not_found(wanted) };
         let mut state = self.state();
         while state.stops_held {
             state = self.0.changed.wait(state).unwrap();
         }
-        let Some(container) = state.containers.get_mut(&name) else { return no_such(wanted) };
+        let Some(container) = state.containers.get_mut(&name) else { return not_found(wanted) };
         let was_running = std::mem::replace(&mut container.running, false);
         let id = container.id.clone();
         drop(state);
         if was_running {
-            self.tell("die", &name, &id);
+            self.emit("die", &name, &id);
         }
         Reply::Nothing(if was_running { 204 } else { 304 })
     }
 
     fn start_container(&self, wanted: &str) -> Reply {
-        let Some(name) = self.name_of(wanted) else { return no_such(wanted) };
+        let Some(name) = self.name_of(wanted) else { return not_found(wanted) };
         if let Some(message) = self.state().start_error.clone() {
             return Reply::Json(500, json!({"message": message}));
         }
         let id = {
             let mut state = self.state();
-            let Some(container) = state.containers.get_mut(&name) else { return no_such(wanted) };
+            let Some(container) = state.containers.get_mut(&name) else { return not_found(wanted) };
             container.running = true;
             container.id.clone()
         };
-        self.tell("start", &name, &id);
+        self.emit("start", &name, &id);
         Reply::Nothing(204)
     }
 
     fn rename(&self, wanted: &str, query: &str) -> Reply {
         let (Some(name), Some(new)) = (self.name_of(wanted), parameter(query, "name")) else {
-            return no_such(wanted);
+            return not_found(wanted);
         };
         self.rename_to(&name, &new);
         Reply::Nothing(204)
@@ -582,11 +583,11 @@ fn merge(answer: &mut Value, more: &Value) {
     }
 }
 
-fn no_such(name: &str) -> Reply {
+fn not_found(name: &str) -> Reply {
     Reply::Json(404, json!({"message": format!("No such container: {name}")}))
 }
 
 /// The time after which something that must not happen would have happened; the only fixed wait of the suite.
-pub const MOMENT: Duration = Duration::from_millis(200);
+pub const NEGATIVE_WAIT: Duration = Duration::from_millis(200);
 
-const _: () = assert!(PATIENCE.as_millis() > 10 * MOMENT.as_millis());
+const _: () = assert!(TIMEOUT.as_millis() > 10 * NEGATIVE_WAIT.as_millis());

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crate::{Namespace, PATIENCE, Server};
+use crate::{Namespace, Server, TIMEOUT};
 
 /// Measures, for each of these ports in turn, the time from the return of `listen(2)` inside to the first byte outside. A
 /// port of an earlier measurement may still have a late client, so use each port once. Between two ports the case pauses for
@@ -23,11 +23,11 @@ pub fn from_listen_to_first_byte(inside: &Namespace, ports: Range<u16>, rest: Du
         let mut client = loop {
             match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
                 Ok(client) => break client,
-                Err(error) => assert!(listens.elapsed() < PATIENCE, "port {port}: {error}"),
+                Err(error) => assert!(listens.elapsed() < TIMEOUT, "port {port}: {error}"),
             }
             std::thread::sleep(Duration::from_micros(100));
         };
-        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
         server.accept().write_all(b"x").unwrap();
         client.read_exact(&mut [0]).unwrap();
         listens.elapsed()

@@ -19,32 +19,35 @@ mod haproxy;
 pub mod http;
 pub mod latency;
 mod namespace;
+mod other_user;
 pub mod peer;
 pub mod process;
 mod relay;
 pub mod rpc;
 pub mod run;
-mod stranger;
 mod tcp;
 pub mod terminal;
 mod traffic;
+mod upstream;
 mod wait;
-mod way;
 
 pub use daemon::{Daemon, Home, Start};
-pub use docker::{DockerMode, FakeDocker, MOMENT};
+pub use docker::{DockerMode, FakeDocker, NEGATIVE_WAIT};
 pub use haproxy::Haproxy;
 pub use landfall_pattern::{Checker, Pattern, Rng};
 pub use namespace::Namespace;
+pub use other_user::{Impostor, ImpostorReply, OTHER_UID, as_other_user, can_change_user};
 pub use relay::{Driver, Forward, Relay};
-pub use stranger::{Impostor, Manner, STRANGER, as_stranger, strangers_are_possible};
 pub use tcp::{
-    End, Server, connect, connect_from, finish, read_exactly, read_some, read_these, read_to_end, reset,
+    End, Server, connect, connect_from, expect_bytes, finish, read_exactly, read_some, read_to_end, reset,
     send_all,
 };
 pub use traffic::{Conversation, Flood, answer, visit};
-pub use wait::{PATIENCE, wait_until};
-pub use way::{Agent, Behind, Entered, Scripted, agents_listener, enter, enter_by, honest, way};
+pub use upstream::{
+    Agent, Entered, Scripted, UpstreamGuard, agent_listener, enter, honest_answer, set_upstream_kind,
+    upstream_kind,
+};
+pub use wait::{TIMEOUT, wait_until};
 
 /// Prints information that is not a failure: a figure, or the reason why a test was skipped on this machine.
 #[macro_export]

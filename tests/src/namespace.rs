@@ -92,7 +92,7 @@ impl Namespace {
     ///
     /// # Panics
     /// If no descriptor is left.
-    pub fn again(&self) -> Namespace {
+    pub fn duplicate(&self) -> Namespace {
         Namespace { file: self.file.try_clone().unwrap() }
     }
 
@@ -115,7 +115,7 @@ impl Namespace {
     ///
     /// # Panics
     /// If the kernel has no veth.
-    pub fn watch_for_end(self) -> End {
+    pub fn into_end_watch(self) -> End {
         // A veth ends with the namespace of either of its ends.
         let name = format!("end{}", ENDS.fetch_add(1, Ordering::Relaxed));
         let status = Command::new("ip")

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 
 /// A stream with timeouts.
 pub trait Stream: Read + Write {
@@ -13,32 +13,32 @@ pub trait Stream: Read + Write {
     ///
     /// # Errors
     /// Those of `setsockopt(2)`.
-    fn wait_to_read(&self, patience: Duration) -> std::io::Result<()>;
+    fn wait_to_read(&self, timeout: Duration) -> std::io::Result<()>;
 
     /// Sets the timeout of writes.
     ///
     /// # Errors
     /// Those of `setsockopt(2)`.
-    fn wait_to_write(&self, patience: Duration) -> std::io::Result<()>;
+    fn wait_to_write(&self, timeout: Duration) -> std::io::Result<()>;
 }
 
 impl Stream for TcpStream {
-    fn wait_to_read(&self, patience: Duration) -> std::io::Result<()> {
-        self.set_read_timeout(Some(patience))
+    fn wait_to_read(&self, timeout: Duration) -> std::io::Result<()> {
+        self.set_read_timeout(Some(timeout))
     }
 
-    fn wait_to_write(&self, patience: Duration) -> std::io::Result<()> {
-        self.set_write_timeout(Some(patience))
+    fn wait_to_write(&self, timeout: Duration) -> std::io::Result<()> {
+        self.set_write_timeout(Some(timeout))
     }
 }
 
 impl Stream for UnixStream {
-    fn wait_to_read(&self, patience: Duration) -> std::io::Result<()> {
-        self.set_read_timeout(Some(patience))
+    fn wait_to_read(&self, timeout: Duration) -> std::io::Result<()> {
+        self.set_read_timeout(Some(timeout))
     }
 
-    fn wait_to_write(&self, patience: Duration) -> std::io::Result<()> {
-        self.set_write_timeout(Some(patience))
+    fn wait_to_write(&self, timeout: Duration) -> std::io::Result<()> {
+        self.set_write_timeout(Some(timeout))
     }
 }
 
@@ -55,8 +55,8 @@ impl<S: Stream> Peer<S> {
     /// # Errors
     /// Those of `setsockopt(2)`.
     pub(crate) fn new(stream: S) -> std::io::Result<Peer<S>> {
-        stream.wait_to_read(PATIENCE)?;
-        stream.wait_to_write(PATIENCE)?;
+        stream.wait_to_read(TIMEOUT)?;
+        stream.wait_to_write(TIMEOUT)?;
         Ok(Peer { stream, unread: Vec::new() })
     }
 
@@ -65,8 +65,8 @@ impl<S: Stream> Peer<S> {
     /// # Panics
     /// If it is zero.
     #[must_use]
-    pub fn patience(self, patience: Duration) -> Peer<S> {
-        self.stream.wait_to_read(patience).unwrap();
+    pub fn with_read_timeout(self, timeout: Duration) -> Peer<S> {
+        self.stream.wait_to_read(timeout).unwrap();
         self
     }
 

@@ -35,14 +35,14 @@ pub fn descriptors() -> usize {
 pub fn threads() -> usize {
     /// `PF_EXITING` (include/linux/sched.h) among the flags, the seventh field behind the name in `proc_pid_stat(5)`.
     const EXITING: u64 = 0x4;
-    let is_leaving = |stat: &str| {
+    let is_exiting = |stat: &str| {
         let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
         let flags = fields.split_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
         flags.is_some_and(|flags| flags & EXITING != 0)
     };
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let stats = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
-    stats.filter(|stat| !is_leaving(stat)).count()
+    stats.filter(|stat| !is_exiting(stat)).count()
 }
 
 /// Returns the resident memory, in bytes.
@@ -84,8 +84,8 @@ pub fn engine_cpu() -> Duration {
 /// # Panics
 /// If they never come to rest, or if `/proc` is not mounted.
 #[track_caller]
-pub fn engine_at_rest(what: &str) -> f64 {
-    at_rest(what, engine_cpu)
+pub fn engine_idle_share(what: &str) -> f64 {
+    idle_share(what, engine_cpu)
 }
 
 /// Returns the share of one processor that this whole process uses at rest. Needs no further descriptor.
@@ -93,14 +93,14 @@ pub fn engine_at_rest(what: &str) -> f64 {
 /// # Panics
 /// If it never comes to rest.
 #[track_caller]
-pub fn process_at_rest(what: &str) -> f64 {
-    at_rest(what, || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default())
+pub fn process_idle_share(what: &str) -> f64 {
+    idle_share(what, || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default())
 }
 
 /// Returns the least share of several windows: a thread that spins does so in every window. A single window is not reliable,
 /// because on a virtual machine stolen time may be accounted to the running thread.
 #[track_caller]
-fn at_rest(what: &str, used: impl Fn() -> Duration) -> f64 {
+fn idle_share(what: &str, used: impl Fn() -> Duration) -> f64 {
     const WINDOWS: usize = 8;
     const WINDOW: Duration = Duration::from_millis(300);
     const REST: f64 = 0.2;

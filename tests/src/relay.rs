@@ -14,7 +14,7 @@ use landfall_engine::command::{
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
 
-use crate::{Behind, Namespace, PATIENCE, enter, way};
+use crate::{Namespace, TIMEOUT, UpstreamGuard, enter, upstream_kind};
 
 /// An engine, and the events that no call of [`Driver::expect`] has returned yet.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub struct Driver {
     engine: Engine,
     shards: u16,
     waiting: VecDeque<Event>,
-    behind: HashMap<UpstreamId, Behind>,
+    behind: HashMap<UpstreamId, UpstreamGuard>,
 }
 
 impl Driver {
@@ -61,7 +61,7 @@ impl Driver {
     /// If it does not arrive; the message lists the events that arrived.
     #[track_caller]
     pub fn expect<T>(&mut self, what: &str, mut choose: impl FnMut(&Event) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         for index in 0..self.waiting.len() {
             if let Some(found) = choose(&self.waiting[index]) {
                 self.waiting.remove(index);
@@ -71,7 +71,7 @@ impl Driver {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let Ok(Told { event, .. }) = self.engine.events().recv_timeout(left) else {
-                panic!("waited {PATIENCE:?} for {what}; came instead: {:?}", self.waiting);
+                panic!("waited {TIMEOUT:?} for {what}; came instead: {:?}", self.waiting);
             };
             match choose(&event) {
                 Some(found) => return found,
@@ -82,7 +82,7 @@ impl Driver {
 
     /// Returns every event so far that was not expected, without waiting.
     pub fn pending(&mut self) -> Vec<Event> {
-        self.waiting.extend(self.engine.events().try_iter().map(|told| told.event));
+        self.waiting.extend(self.engine.events().try_iter().map(|reported| reported.event));
         self.waiting.drain(..).collect()
     }
 
@@ -95,7 +95,7 @@ impl Driver {
         let (own_cookie, sources, descriptors, behind) = enter(namespace, self.shards);
         let netns_cookie = cookie.unwrap_or(own_cookie);
         self.behind.insert(upstream, behind);
-        self.add_entered(upstream, way(), (netns_cookie, sources, descriptors));
+        self.add_entered(upstream, upstream_kind(), (netns_cookie, sources, descriptors));
     }
 
     /// Adds an upstream with this cookie, these watch sources, and their descriptors.
@@ -287,13 +287,13 @@ impl Relay {
         what: &str,
         wanted: impl Fn(&ForwardStats) -> bool,
     ) -> ForwardStats {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let stats = self.stats(forward);
             if wanted(&stats) {
                 return stats;
             }
-            assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}; last seen: {stats:?}");
+            assert!(Instant::now() < deadline, "waited {TIMEOUT:?} for {what}; last seen: {stats:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }

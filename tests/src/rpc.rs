@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::peer::Peer;
-use crate::{Home, PATIENCE};
+use crate::{Home, TIMEOUT};
 
 /// A connection to the daemon's socket.
 pub type Wire = Peer<UnixStream>;
@@ -21,7 +21,7 @@ impl Wire {
     #[track_caller]
     pub fn connect(home: &Home) -> Wire {
         Wire::try_connect(home)
-            .unwrap_or_else(|error| panic!("connect: {error}; the daemon said:\n{}", home.stderr()))
+            .unwrap_or_else(|error| panic!("connect: {error}; output of the daemon:\n{}", home.stderr()))
     }
 
     /// Connects if a daemon listens.
@@ -77,7 +77,7 @@ impl Wire {
         self.stream.set_read_timeout(Some(time)).unwrap();
         let mut byte = [0];
         let silent = matches!(self.stream.read(&mut byte), Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut));
-        self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         silent
     }
 
@@ -120,7 +120,7 @@ pub fn check_shape(answer: &Value) {
 /// # Panics
 /// If there is none.
 #[track_caller]
-pub fn tell(home: &Home, bytes: impl AsRef<[u8]>) -> Value {
+pub fn exchange(home: &Home, bytes: impl AsRef<[u8]>) -> Value {
     let mut wire = Wire::connect(home);
     wire.send(bytes);
     wire.answer()
@@ -132,7 +132,7 @@ pub fn tell(home: &Home, bytes: impl AsRef<[u8]>) -> Value {
 /// If there is none.
 #[track_caller]
 pub fn ask(home: &Home, request: &Value) -> Value {
-    tell(home, format!("{request}\n"))
+    exchange(home, format!("{request}\n"))
 }
 
 /// Sends a request that must succeed, and returns its result (null without one).

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{PATIENCE, wait_until};
+use crate::{TIMEOUT, wait_until};
 
 /// A Python that every user can execute; one that a developer installed may be in a private directory.
 pub const PYTHON: &str = "/usr/bin/python3";
@@ -121,7 +121,7 @@ impl Drop for Run {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!("the command said:\n{}\nlandfall said:\n{}", self.out.all(), self.err.all());
+            eprintln!("output of the command:\n{}\noutput of landfall:\n{}", self.out.all(), self.err.all());
         }
     }
 }
@@ -172,13 +172,13 @@ impl Lines {
 #[track_caller]
 pub fn fetch(at: &str) -> String {
     let at: SocketAddr = at.parse().unwrap();
-    let fetched = TcpStream::connect_timeout(&at, PATIENCE).and_then(|mut server| {
-        let mut said = String::new();
-        server.set_read_timeout(Some(PATIENCE))?;
-        server.read_to_string(&mut said)?;
-        Ok(said)
+    let response = TcpStream::connect_timeout(&at, TIMEOUT).and_then(|mut server| {
+        let mut printed = String::new();
+        server.set_read_timeout(Some(TIMEOUT))?;
+        server.read_to_string(&mut printed)?;
+        Ok(printed)
     });
-    fetched.unwrap_or_else(|error| format!("{:?}", error.kind()))
+    response.unwrap_or_else(|error| format!("{:?}", error.kind()))
 }
 
 /// Returns whether a process exists, also as a zombie.

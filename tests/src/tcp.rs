@@ -10,7 +10,7 @@ use rustix::net::sockopt::{set_socket_linger, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::{Checker, Pattern};
-use crate::{Namespace, PATIENCE};
+use crate::{Namespace, TIMEOUT};
 
 /// How the readable side of a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,17 +89,18 @@ impl Server {
     /// If none arrives.
     #[track_caller]
     pub fn accept(&self) -> TcpStream {
-        let patience = Timespec::try_from(PATIENCE).unwrap();
-        let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&patience)).unwrap();
-        assert_eq!(ready, 1, "nobody connected to {} within {PATIENCE:?}", self.address);
-        patient(self.listener.accept().unwrap().0)
+        let with_read_timeout = Timespec::try_from(TIMEOUT).unwrap();
+        let ready =
+            poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&with_read_timeout)).unwrap();
+        assert_eq!(ready, 1, "no connection to {} within {TIMEOUT:?}", self.address);
+        with_timeouts(self.listener.accept().unwrap().0)
     }
 
     /// Returns whether a connection waits in the backlog.
     ///
     /// # Panics
     /// If `poll(2)` fails.
-    pub fn has_caller(&self) -> bool {
+    pub fn has_pending_connection(&self) -> bool {
         poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&Timespec::default())).unwrap() == 1
     }
 
@@ -110,7 +111,7 @@ impl Server {
             let shared = shared.clone();
             std::thread::spawn(move || {
                 while let Ok((stream, _)) = shared.0.accept() {
-                    (shared.1)(patient(stream));
+                    (shared.1)(with_timeouts(stream));
                 }
             });
         }
@@ -122,7 +123,7 @@ impl Server {
         std::thread::spawn(move || {
             while let Ok((stream, _)) = self.listener.accept() {
                 let service = service.clone();
-                std::thread::spawn(move || service(patient(stream)));
+                std::thread::spawn(move || service(with_timeouts(stream)));
             }
         });
     }
@@ -135,7 +136,7 @@ impl Server {
 #[track_caller]
 pub fn connect(address: impl Into<SocketAddr>) -> TcpStream {
     let address = address.into();
-    patient(TcpStream::connect(address).unwrap_or_else(|error| panic!("connect to {address}: {error}")))
+    with_timeouts(TcpStream::connect(address).unwrap_or_else(|error| panic!("connect to {address}: {error}")))
 }
 
 /// Connects to `address` from inside `namespace`.
@@ -148,9 +149,9 @@ pub fn connect_from(namespace: &Namespace, address: SocketAddr) -> TcpStream {
 }
 
 /// Sets timeouts on a stream, so that no call blocks forever.
-fn patient(stream: TcpStream) -> TcpStream {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+fn with_timeouts(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+    stream.set_write_timeout(Some(TIMEOUT)).unwrap();
     stream.set_nodelay(true).unwrap();
     stream
 }
@@ -224,7 +225,7 @@ pub fn read_exactly(stream: &TcpStream, checker: &mut Checker, count: u64) {
 /// # Panics
 /// If other bytes arrive, or none.
 #[track_caller]
-pub fn read_these(mut stream: &TcpStream, wanted: &[u8]) {
+pub fn expect_bytes(mut stream: &TcpStream, wanted: &[u8]) {
     let mut bytes = vec![0; wanted.len()];
     stream.read_exact(&mut bytes).unwrap_or_else(|error| panic!("{error} instead of {} bytes", wanted.len()));
     assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(wanted));

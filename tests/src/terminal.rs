@@ -8,7 +8,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 
 /// A program whose three standard streams are one terminal.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl Terminal {
     /// Reads the available output. Returns false at the end.
     #[track_caller]
     fn read_more(&mut self) -> bool {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         let mut bytes = [0; 4096];
         loop {
             let left = until.saturating_duration_since(Instant::now());

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::tcp::{End, Server, connect, finish, read_exactly, read_some, read_to_end, send_all};
-use crate::{PATIENCE, Pattern, Rng, wait_until};
+use crate::{Pattern, Rng, TIMEOUT, wait_until};
 
 /// The length of the answer to one short connection, in bytes.
 const ANSWER: u64 = 2_000;
@@ -43,8 +43,9 @@ pub fn visit(port: u16, seed: u64) -> Result<(), String> {
         SocketAddr::from((Ipv6Addr::LOCALHOST, port))
     };
     let mut stream = TcpStream::connect(address).map_err(|error| format!("connect to {address}: {error}"))?;
-    let told = stream.set_read_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&seed.to_le_bytes()));
-    told.map_err(|error| format!("send to {address}: {error}"))?;
+    let reported =
+        stream.set_read_timeout(Some(TIMEOUT)).and_then(|()| stream.write_all(&seed.to_le_bytes()));
+    reported.map_err(|error| format!("send to {address}: {error}"))?;
     let mut checker = Pattern::new(seed).checker();
     match read_to_end(&stream, &mut checker) {
         End::Eof if checker.position() == ANSWER => Ok(()),
@@ -89,7 +90,7 @@ impl Flood {
     /// # Panics
     /// If they do not happen, or one has failed.
     #[track_caller]
-    pub fn goes_on(&self, count: u64) {
+    pub fn wait_for_progress(&self, count: u64) {
         let until = self.visits.begun.load(Ordering::Relaxed) + count;
         wait_until("more visits", || match self.visits.begun.load(Ordering::Relaxed) {
             visits if visits >= until => Ok(()),
@@ -127,7 +128,7 @@ impl Drop for Flood {
 }
 
 #[derive(Debug, Default)]
-struct Talk {
+struct Progress {
     over: AtomicBool,
     bytes: AtomicU64,
 }
@@ -135,7 +136,7 @@ struct Talk {
 /// A connection on which both ends send and check without end: a piece in one direction, then as many bytes back.
 #[derive(Debug)]
 pub struct Conversation {
-    talk: Arc<Talk>,
+    progress: Arc<Progress>,
     client: Option<JoinHandle<()>>,
     server: Option<JoinHandle<()>>,
 }
@@ -146,15 +147,15 @@ impl Conversation {
     /// # Panics
     /// If the connection fails.
     #[track_caller]
-    pub fn begin(port: u16, server: &Server, seed: u64) -> Conversation {
+    pub fn start(port: u16, server: &Server, seed: u64) -> Conversation {
         let (client, accepted) = (connect((Ipv4Addr::LOCALHOST, port)), server.accept());
-        let talk = Arc::new(Talk::default());
+        let progress = Arc::new(Progress::default());
         let (there, back) = (Pattern::new(2 * seed), Pattern::new(2 * seed + 1));
-        let shared = Arc::clone(&talk);
+        let shared = Arc::clone(&progress);
         Conversation {
-            talk,
-            client: Some(std::thread::spawn(move || lead(&client, there, back, &shared))),
-            server: Some(std::thread::spawn(move || follow(&accepted, there, back))),
+            progress,
+            client: Some(std::thread::spawn(move || run_client(&client, there, back, &shared))),
+            server: Some(std::thread::spawn(move || run_server(&accepted, there, back))),
         }
     }
 
@@ -163,13 +164,13 @@ impl Conversation {
     /// # Panics
     /// If none are, or a byte is wrong.
     #[track_caller]
-    pub fn goes_on(&mut self) {
-        let until = self.talk.bytes.load(Ordering::Relaxed) + PIECE_MAX;
+    pub fn wait_for_progress(&mut self) {
+        let until = self.progress.bytes.load(Ordering::Relaxed) + PIECE_MAX;
         wait_until("more of a conversation", || {
             if self.client.as_ref().is_some_and(JoinHandle::is_finished) {
                 self.join();
             }
-            match self.talk.bytes.load(Ordering::Relaxed) {
+            match self.progress.bytes.load(Ordering::Relaxed) {
                 bytes if bytes >= until => Ok(()),
                 bytes => Err(bytes),
             }
@@ -182,9 +183,9 @@ impl Conversation {
     /// If a byte was wrong, or the connection ended before.
     #[track_caller]
     pub fn end(mut self) -> u64 {
-        self.talk.over.store(true, Ordering::Relaxed);
+        self.progress.over.store(true, Ordering::Relaxed);
         self.join();
-        self.talk.bytes.load(Ordering::Relaxed)
+        self.progress.bytes.load(Ordering::Relaxed)
     }
 
     fn join(&mut self) {
@@ -196,27 +197,27 @@ impl Conversation {
 
 impl Drop for Conversation {
     fn drop(&mut self) {
-        self.talk.over.store(true, Ordering::Relaxed);
+        self.progress.over.store(true, Ordering::Relaxed);
     }
 }
 
-fn lead(stream: &TcpStream, there: Pattern, back: Pattern, talk: &Talk) {
+fn run_client(stream: &TcpStream, there: Pattern, back: Pattern, progress: &Progress) {
     let mut lengths = Rng::new(crate::seed());
     let mut checker = back.checker();
-    let mut said = 0;
-    while !talk.over.load(Ordering::Relaxed) {
-        let until = said + 1 + lengths.below(PIECE_MAX);
-        say(stream, there, said, until);
+    let mut printed = 0;
+    while !progress.over.load(Ordering::Relaxed) {
+        let until = printed + 1 + lengths.below(PIECE_MAX);
+        send_pattern(stream, there, printed, until);
         read_exactly(stream, &mut checker, until);
-        said = until;
-        talk.bytes.store(said, Ordering::Relaxed);
+        printed = until;
+        progress.bytes.store(printed, Ordering::Relaxed);
     }
     finish(stream);
     assert_eq!(read_to_end(stream, &mut checker), End::Eof);
-    assert_eq!(checker.position(), said);
+    assert_eq!(checker.position(), printed);
 }
 
-fn follow(stream: &TcpStream, there: Pattern, back: Pattern) {
+fn run_server(stream: &TcpStream, there: Pattern, back: Pattern) {
     let mut checker = there.checker();
     let mut buffer = vec![0; usize::try_from(PIECE_MAX).unwrap()];
     loop {
@@ -226,12 +227,12 @@ fn follow(stream: &TcpStream, there: Pattern, back: Pattern) {
             Ok(count) => checker.check(&buffer[..count]),
             Err(error) => panic!("read inside at byte {before}: {error}"),
         }
-        say(stream, back, before, checker.position());
+        send_pattern(stream, back, before, checker.position());
     }
 }
 
 /// Sends the bytes of a pattern from one position to another.
-fn say(mut stream: &TcpStream, pattern: Pattern, from: u64, until: u64) {
+fn send_pattern(mut stream: &TcpStream, pattern: Pattern, from: u64, until: u64) {
     let mut bytes = vec![0; usize::try_from(until - from).unwrap()];
     pattern.fill(from, &mut bytes);
     stream.write_all(&bytes).unwrap_or_else(|error| panic!("send at byte {from}: {error}"));

@@ -4,12 +4,12 @@ use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 /// The time after which a state counts as unreachable. Everything that works needs less than a tenth of it.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Calls `look` repeatedly until it returns `Ok`, and returns the value.
 ///
 /// # Panics
-/// After [`PATIENCE`], with `what` was expected and the last state.
+/// After [`TIMEOUT`], with `what` was expected and the last state.
 #[track_caller]
 pub fn wait_until<T, S: Debug>(what: &str, mut look: impl FnMut() -> Result<T, S>) -> T {
     let start = Instant::now();
@@ -17,7 +17,7 @@ pub fn wait_until<T, S: Debug>(what: &str, mut look: impl FnMut() -> Result<T, S
         match look() {
             Ok(found) => return found,
             Err(seen) => {
-                assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; last seen: {seen:?}")
+                assert!(start.elapsed() < TIMEOUT, "waited {TIMEOUT:?} for {what}; last seen: {seen:?}")
             }
         }
         // Pauses between two calls, so that the awaited process can run.

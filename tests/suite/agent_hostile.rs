@@ -19,8 +19,8 @@ use landfall_engine::opener::{AGENT_SOCKET, Answer, FailureKind, Request};
 use landfall_tests::case::Case;
 use landfall_tests::process::{descriptors, threads};
 use landfall_tests::{
-    Conversation, Driver, End, Flood, Namespace, Scripted, Server, agents_listener, answer, connect, honest,
-    wait_until,
+    Conversation, Driver, End, Flood, Namespace, Scripted, Server, agent_listener, answer, connect,
+    honest_answer, wait_until,
 };
 use rustix::fs::{CWD, Mode};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
@@ -28,15 +28,15 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use crate::observe::ends_by;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c25_a_path_without_an_agent_is_reported", what_is_no_agents_socket),
-    Case::once("c25_an_invalid_answer_of_an_agent_is_reported", makes_no_sense),
-    Case::once("c25_a_silent_agent_times_out", says_nothing),
-    Case::once("c25_descriptors_of_an_agent_are_checked", what_is_handed_over),
+    Case::once("c25_a_path_without_an_agent_is_reported", path_without_agent),
+    Case::once("c25_an_invalid_answer_of_an_agent_is_reported", invalid_answer),
+    Case::once("c25_a_silent_agent_times_out", silent_agent),
+    Case::once("c25_descriptors_of_an_agent_are_checked", descriptors_are_checked),
     Case::each_ring("c25_an_agent_that_turns_hostile_is_removed", turns_hostile),
-    Case::each_ring("c25_an_agent_that_stops_answering_resets_only_its_own_clients", falls_silent),
-    Case::each_ring("c25_a_blocking_socket_stops_no_other_forward", blocks),
-    Case::each_ring("c25_a_hostile_agent_reads_only_bytes_of_its_own_container", steals),
-    Case::each_ring("c25_a_wrong_number_of_channels_is_refused", wrong_numbers),
+    Case::each_ring("c25_an_agent_that_stops_answering_resets_only_its_own_clients", stops_answering),
+    Case::each_ring("c25_a_blocking_socket_stops_no_other_forward", blocking_socket),
+    Case::each_ring("c25_a_hostile_agent_reads_only_bytes_of_its_own_container", stolen_bytes),
+    Case::each_ring("c25_a_wrong_number_of_channels_is_refused", wrong_channel_count),
     Case::each_ring("c25_an_engine_with_a_hanging_agent_drains", engine_drains),
     Case::each_ring("c25_an_engine_with_a_hanging_agent_stops", engine_stops),
 ];
@@ -58,10 +58,10 @@ fn refused(directory: &Path, kind: FailureKind, words: &str) {
     assert_eq!(descriptors(), before, "{words}");
 }
 
-fn what_is_no_agents_socket() {
+fn path_without_agent() {
     let place = || tempfile::tempdir().unwrap();
     let (elsewhere, directory) = (place(), place());
-    let real = agents_listener(&elsewhere.path().join(AGENT_SOCKET));
+    let real = agent_listener(&elsewhere.path().join(AGENT_SOCKET));
     let socket = |directory: &tempfile::TempDir| directory.path().join(AGENT_SOCKET);
     refused(directory.path(), FailureKind::Gone, "no agent has made its socket there");
     refused(&directory.path().join("missing"), FailureKind::Gone, "there is no such directory");
@@ -87,7 +87,7 @@ fn what_is_no_agents_socket() {
     refused(directory.path(), FailureKind::Other, "another type than SOCK_SEQPACKET");
 
     let directory = place();
-    drop(agents_listener(&socket(&directory)));
+    drop(agent_listener(&socket(&directory)));
     refused(directory.path(), FailureKind::Gone, "no agent listens on it");
     // The listener never accepts: its backlog is full, and a further connect does not block.
     let waiting: Vec<_> = std::iter::from_fn(|| try_connect(&socket(&elsewhere))).take(100).collect();
@@ -110,13 +110,13 @@ fn send(channel: &Channel, (answer, descriptors): (Answer, Vec<OwnedFd>)) -> boo
 
 /// Returns the error of adding an upstream whose agent answers like this. Asserts that no descriptor of it is left.
 #[track_caller]
-fn met(script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static) -> OpenError {
+fn open_error(script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static) -> OpenError {
     let (inside, directory) = (Namespace::new(), tempfile::tempdir().unwrap());
     let agent = Scripted::start(&inside, &directory.path().join(AGENT_SOCKET), script);
     let before = descriptors();
     let error = match Opener::connect(directory.path()) {
         Ok(mut opener) => {
-            let error = opener.agent_upstream().expect_err("nothing was wrong");
+            let error = opener.agent_upstream().expect_err("a hostile agent was accepted");
             drop(opener);
             error
         }
@@ -131,37 +131,37 @@ fn met(script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static) -> O
     error
 }
 
-fn makes_no_sense() {
-    let error = met(|channel, _| channel.send(&"let me think", &[]).is_ok());
+fn invalid_answer() {
+    let error = open_error(|channel, _| channel.send(&"let me think", &[]).is_ok());
     assert!(error.to_string().contains("not a message that is understood"), "{error}");
-    let error = met(|_, _| false);
+    let error = open_error(|_, _| false);
     assert!(error.to_string().contains("ended without an answer"), "{error}");
-    let error = met(|channel, _| send(channel, (Answer::Channel, Vec::new())));
+    let error = open_error(|channel, _| send(channel, (Answer::Channel, Vec::new())));
     assert!(error.to_string().contains("makes no sense"), "{error}");
-    let error = met(|channel, _| {
+    let error = open_error(|channel, _| {
         while channel.try_send(&"and another thing".repeat(100), &[]).is_ok() {}
         true
     });
     assert!(error.to_string().contains("not a message that is understood"), "{error}");
     // It claims the cookie of our namespace, and has a socket of another namespace.
-    let own = honest(&Request::Introduce).0;
-    let error = met(move |channel, request| match request {
+    let own = honest_answer(&Request::Introduce).0;
+    let error = open_error(move |channel, request| match request {
         Request::Introduce => send(channel, (own.clone(), Vec::new())),
-        other => send(channel, honest(other)),
+        other => send(channel, honest_answer(other)),
     });
     assert_eq!(error.kind(), Some(FailureKind::OwnNamespace), "{error}");
     // It claims the cookie of another container.
-    let other = Namespace::new().run(|| honest(&Request::Introduce).0);
-    let error = met(move |channel, request| match request {
+    let other = Namespace::new().run(|| honest_answer(&Request::Introduce).0);
+    let error = open_error(move |channel, request| match request {
         Request::Introduce => send(channel, (other.clone(), Vec::new())),
-        other => send(channel, honest(other)),
+        other => send(channel, honest_answer(other)),
     });
     assert!(error.to_string().contains("a socket of another network namespace"), "{error}");
 }
 
-fn says_nothing() {
+fn silent_agent() {
     let begun = Instant::now();
-    let error = met(|_, _| true);
+    let error = open_error(|_, _| true);
     assert!(error.to_string().contains("did not answer within 5 s"), "{error}");
     assert!(begun.elapsed() >= Duration::from_secs(5), "{:?}", begun.elapsed());
 }
@@ -194,32 +194,32 @@ fn wrong_descriptors() -> Vec<(&'static str, Vec<OwnedFd>)> {
     ]
 }
 
-fn what_is_handed_over() {
+fn descriptors_are_checked() {
     for index in 0..wrong_descriptors().len() {
         let (words, _) = wrong_descriptors().swap_remove(index);
-        let error = met(move |channel, request| match request {
+        let error = open_error(move |channel, request| match request {
             Request::Sockets { .. } => {
                 let bad = wrong_descriptors().swap_remove(index).1;
                 send(channel, (Answer::Made { count: 1, error: None, ephemeral: None }, bad))
             }
-            other => send(channel, honest(other)),
+            other => send(channel, honest_answer(other)),
         });
         assert!(error.to_string().contains(words), "{words}: {error}");
     }
     // More descriptors than requested, of any kind.
     let tcp = || socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
-    let error = met(move |channel, request| match request {
+    let error = open_error(move |channel, request| match request {
         Request::Sockets { .. } => send(
             channel,
             (Answer::Made { count: 100, error: None, ephemeral: None }, (0..100).map(|_| tcp()).collect()),
         ),
-        other => send(channel, honest(other)),
+        other => send(channel, honest_answer(other)),
     });
     assert!(error.to_string().contains("100 sockets where 1 were asked for"), "{error}");
     for beside in [false, true] {
-        let error = met(move |channel, request| {
+        let error = open_error(move |channel, request| {
             let is_it = matches!(request, Request::SockDiag) == beside;
-            let (answer, mut descriptors) = honest(request);
+            let (answer, mut descriptors) = honest_answer(request);
             if is_it && matches!(request, Request::Introduce | Request::SockDiag) {
                 descriptors.extend((0..3).map(|_| tcp()));
             }
@@ -228,7 +228,7 @@ fn what_is_handed_over() {
         assert!(error.to_string().contains("descriptors came with it"), "{error}");
     }
     // One of our own sockets, which it received before.
-    let host = Arc::new(Mutex::new(Some(honest(&Request::SockDiag).1)));
+    let host = Arc::new(Mutex::new(Some(honest_answer(&Request::SockDiag).1)));
     let diags: [Arc<dyn Fn() -> Vec<OwnedFd> + Send + Sync>; 4] = [
         Arc::new(|| {
             vec![socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None).unwrap()]
@@ -238,9 +238,9 @@ fn what_is_handed_over() {
         Arc::new(move || host.lock().unwrap().take().unwrap_or_default()),
     ];
     for diag in diags {
-        let error = met(move |channel, request| match request {
+        let error = open_error(move |channel, request| match request {
             Request::SockDiag => send(channel, (Answer::SockDiag, diag())),
-            other => send(channel, honest(other)),
+            other => send(channel, honest_answer(other)),
         });
         assert!(error.to_string().contains("not a sock_diag socket of the namespace"), "{error}");
     }
@@ -273,7 +273,7 @@ impl Two {
         driver.open(ForwardId(3), GOOD.0, (3003, 3003), Reach { v4: true, v6: false }).unwrap();
         Server::listen(&good, "127.0.0.1:3000").serve(answer);
         let partner = Server::listen(&good, "127.0.0.1:3003");
-        let talk = Conversation::begin(3003, &partner, 7);
+        let talk = Conversation::start(3003, &partner, 7);
         let flood = Flood::start(GOOD.2, 2);
         // Honest until the engine has added it.
         let agent = Scripted::start(&bad, &directory.path().join(AGENT_SOCKET), script);
@@ -287,9 +287,9 @@ impl Two {
 
     /// Asserts that the other container's connections continue and new ones succeed.
     #[track_caller]
-    fn others_go_on(&mut self) {
-        self.talk.goes_on();
-        self.flood.goes_on(20);
+    fn assert_others_continue(&mut self) {
+        self.talk.wait_for_progress();
+        self.flood.wait_for_progress(20);
     }
 
     #[track_caller]
@@ -314,16 +314,16 @@ fn after_the_proof(
 ) -> impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static {
     move |channel, request| match request {
         Request::Sockets { count: 1, .. } | Request::Introduce | Request::SockDiag => {
-            send(channel, honest(request))
+            send(channel, honest_answer(request))
         }
         other => rest(channel, other),
     }
 }
 
-type Turn = Arc<dyn Fn(&Channel, &Request) -> bool + Send + Sync>;
+type AgentScript = Arc<dyn Fn(&Channel, &Request) -> bool + Send + Sync>;
 
 fn turns_hostile(ring: RingChoice) {
-    let mut turns: Vec<(&str, Turn)> = vec![
+    let mut scripts: Vec<(&str, AgentScript)> = vec![
         ("has ended", Arc::new(|_, _| false)),
         ("not a message that is understood", Arc::new(|channel, _| channel.send(&"no", &[]).is_ok())),
         (
@@ -333,10 +333,13 @@ fn turns_hostile(ring: RingChoice) {
                 false
             }),
         ),
-        ("where sockets were asked for", Arc::new(|channel, _| send(channel, honest(&Request::SockDiag)))),
+        (
+            "where sockets were asked for",
+            Arc::new(|channel, _| send(channel, honest_answer(&Request::SockDiag))),
+        ),
     ];
     for index in [0, 1, 4, 5, 7] {
-        turns.push((
+        scripts.push((
             "something else than asked for",
             Arc::new(move |channel, _| {
                 let bad = wrong_descriptors().swap_remove(index).1;
@@ -344,15 +347,15 @@ fn turns_hostile(ring: RingChoice) {
             }),
         ));
     }
-    for (words, turn) in turns {
+    for (words, script) in scripts {
         let mut two = Two::start(
             ring,
             Limits::default(),
-            after_the_proof(move |channel, request| turn(channel, request)),
+            after_the_proof(move |channel, request| script(channel, request)),
         );
-        let reason = two.removed().expect("nobody asked for it");
+        let reason = two.removed().expect("removed without a request");
         assert!(reason.contains(words), "{words}: {reason}");
-        two.others_go_on();
+        two.assert_others_continue();
         // The engine reports it once, and its id is free.
         two.driver.apply(Command::RemoveUpstream { upstream: BAD.0, ending: Ending::Reset });
         assert_eq!(two.removed(), None);
@@ -360,14 +363,14 @@ fn turns_hostile(ring: RingChoice) {
     }
 }
 
-fn falls_silent(ring: RingChoice) {
+fn stops_answering(ring: RingChoice) {
     let limits = Limits { connect_timeout: Duration::from_millis(300), ..Limits::default() };
     let mut two = Two::start(ring, limits, after_the_proof(|_, _| true));
     two.driver.open(BAD.1, BAD.0, (BAD.2, 3000), Reach::UNKNOWN).unwrap();
     for _ in 0..3 {
         assert_eq!(ends_by(&connect(([127, 0, 0, 1], BAD.2))), End::Reset);
     }
-    two.others_go_on();
+    two.assert_others_continue();
     two.driver.remove_upstream(BAD.0, Ending::Drain);
     two.end();
 }
@@ -382,7 +385,7 @@ impl Thief {
         let kept = Arc::new(Mutex::new(Vec::new()));
         let keeps = kept.clone();
         let script = after_the_proof(move |channel, request| {
-            let (answer, sockets) = honest(request);
+            let (answer, sockets) = honest_answer(request);
             keeps.lock().unwrap().extend(sockets.iter().map(|socket| socket.try_clone().unwrap()));
             send(channel, (answer, sockets))
         });
@@ -401,8 +404,8 @@ fn server_that_does_not_answer(inside: &Namespace) -> (Server, Vec<TcpStream>) {
     let address = ([127, 0, 0, 1], 3000).into();
     let server = Server::listen_backlog(inside, address, 0, None);
     let filling = inside.run(|| {
-        let knock = || TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
-        std::iter::from_fn(knock).collect()
+        let try_connect = || TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
+        std::iter::from_fn(try_connect).collect()
     });
     (server, filling)
 }
@@ -433,23 +436,23 @@ fn hang(two: &mut Two, thief: &Thief) -> (Server, Vec<TcpStream>, TcpStream) {
     (server, filling, client)
 }
 
-fn blocks(ring: RingChoice) {
+fn blocking_socket(ring: RingChoice) {
     let before = threads();
     let (thief, script) = Thief::new();
     let mut two = Two::start(ring, Limits::default(), script);
     let (server, filling, client) = hang(&mut two, &thief);
-    two.others_go_on();
+    two.assert_others_continue();
     // The engine answers a query of all shards without the hung shard, and includes its forward.
     let state = two.driver.describe();
     let bad = state.iter().find(|state| state.forward == BAD.1).expect("its forward");
     assert!(bad.listening && bad.host_port.get() == BAD.2);
     // Its port is free for another forward.
     two.driver.remove_upstream(BAD.0, Ending::Drain);
-    let after = TcpStream::connect(("127.0.0.1", BAD.2)).expect_err("nobody listens");
+    let after = TcpStream::connect(("127.0.0.1", BAD.2)).expect_err("the port is closed");
     assert_eq!(after.kind(), std::io::ErrorKind::ConnectionRefused);
     two.driver.open(ForwardId(4), GOOD.0, (BAD.2, 3000), Reach { v4: true, v6: false }).unwrap();
     landfall_tests::visit(BAD.2, 2).unwrap();
-    two.others_go_on();
+    two.assert_others_continue();
     assert_eq!(two.driver.describe().len(), 3);
     // Without the container's end the thread has no descriptor left to wait for.
     drop((server, filling));
@@ -463,7 +466,7 @@ fn blocks(ring: RingChoice) {
 }
 
 /// The agent reads bytes for its own container's clients from a duplicate of a socket that blocks.
-fn steals(ring: RingChoice) {
+fn stolen_bytes(ring: RingChoice) {
     let (thief, script) = Thief::new();
     let mut two = Two::start(ring, Limits::default(), script);
     let server = Server::listen(&two.bad, "127.0.0.1:3000");
@@ -487,9 +490,9 @@ fn steals(ring: RingChoice) {
             let _ = rustix::net::recv(socket, buffer.as_mut_slice(), rustix::net::RecvFlags::DONTWAIT);
         }
     }
-    two.others_go_on();
+    two.assert_others_continue();
     two.driver.remove_upstream(BAD.0, Ending::Reset);
-    two.others_go_on();
+    two.assert_others_continue();
     drop((client, server));
     // The sender gets an error when the last duplicate of its peer is closed.
     for socket in thief.kept.lock().unwrap().drain(..) {
@@ -525,7 +528,7 @@ fn engine_ends(ring: RingChoice, command: Command) {
 }
 
 /// An upstream with an invalid number of channels is refused with a sentence.
-fn wrong_numbers(ring: RingChoice) {
+fn wrong_channel_count(ring: RingChoice) {
     let mut driver = Driver::start(Limits::default(), ring);
     let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     let proc = WatchSources { proc_tcp: true, ..WatchSources::default() };

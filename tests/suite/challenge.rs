@@ -4,19 +4,22 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use landfall_tests::broker::{
-    Agent, CONTAINER_PORT, Container, Heard, Peer, Published, snapshot, try_dial_with,
+    Agent, CONTAINER_PORT, Container, Peer, Published, Received, snapshot, try_dial_with,
 };
 use landfall_tests::case::Case;
 use landfall_tests::rpc::register_with;
-use landfall_tests::{Home, Impostor, Manner, Namespace, wait_until};
+use landfall_tests::{Home, Impostor, ImpostorReply, Namespace, wait_until};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c31_challenge_replaces_the_token_between_our_peers", replaces_the_token),
-    Case::once("c31_challenge_a_container_that_answered_once_never_gets_the_token", once_is_always),
+    Case::once(
+        "c31_challenge_a_container_that_answered_once_never_gets_the_token",
+        required_after_one_answer,
+    ),
     Case::once("c31_challenge_an_impostor_that_echoes_headers_gets_no_token", echoes),
     Case::once("c31_challenge_reflected_and_replayed_proofs_are_refused", reflected),
-    Case::once("c31_challenge_relayed_to_another_container_is_refused", passed_on),
+    Case::once("c31_challenge_relayed_to_another_container_is_refused", relayed_challenge),
     Case::once("c31_challenge_requirement_is_stored_with_its_token", kept_with_its_token),
 ];
 
@@ -62,7 +65,7 @@ fn wait_until_required(home: &Home) {
 fn replaces_the_token() {
     let (home, inside) = (Home::new(), Namespace::new());
     let _agent = agent(&home, &inside, NAME);
-    let published = Published::start(inside.again(), CONTAINER_PORT);
+    let published = Published::start(inside.duplicate(), CONTAINER_PORT);
     let _daemon = home.daemon();
     register_with(&home, NAME, &fields(published.port()));
     connected(&home, 1);
@@ -77,10 +80,10 @@ fn replaces_the_token() {
     assert!(sent.contains("\"proof\""), "{sent}");
 }
 
-fn once_is_always() {
+fn required_after_one_answer() {
     let (home, inside) = (Home::new(), Namespace::new());
     let running = agent(&home, &inside, NAME);
-    let published = Published::start(inside.again(), CONTAINER_PORT);
+    let published = Published::start(inside.duplicate(), CONTAINER_PORT);
     let port = published.port();
     let daemon = home.daemon();
     register_with(&home, NAME, &fields(port));
@@ -91,7 +94,7 @@ fn once_is_always() {
     running.kill();
     let local = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let listener = wait_until("the port to be free", || TcpListener::bind(local));
-    let impostor = Impostor::of_our_user(listener, Manner::Reference);
+    let impostor = Impostor::of_our_user(listener, ImpostorReply::Reference);
     refused(&home, NO_ANSWER);
     impostor.wait_for("GET /portbroker");
     impostor.assert_without(TOKEN);
@@ -103,9 +106,9 @@ fn once_is_always() {
         now if now > before => Ok(()),
         now => Err(now),
     });
-    let told = |event: &Value| event["text"].as_str().unwrap_or_default().contains(NO_ANSWER);
+    let reported = |event: &Value| event["text"].as_str().unwrap_or_default().contains(NO_ANSWER);
     wait_until("the next daemon to refuse", || {
-        match home.events().iter().filter(|event| told(event)).count() {
+        match home.events().iter().filter(|event| reported(event)).count() {
             2.. => Ok(()),
             count => Err(count),
         }
@@ -114,7 +117,7 @@ fn once_is_always() {
     // The container itself connects again.
     drop(impostor);
     let _agent = agent(&home, &inside, NAME);
-    let _published = Published::start_at(port, inside.again(), CONTAINER_PORT);
+    let _published = Published::start_at(port, inside.duplicate(), CONTAINER_PORT);
     connected(&home, 2);
 }
 
@@ -122,7 +125,7 @@ fn echoes() {
     let home = Home::new();
     let _daemon = home.daemon();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let impostor = Impostor::of_our_user(listener, Manner::Echo);
+    let impostor = Impostor::of_our_user(listener, ImpostorReply::Echo);
     // Also before any peer has answered a challenge.
     register_with(&home, NAME, &fields(impostor.address().port()));
     refused(&home, "its answer to our challenge is malformed");
@@ -147,9 +150,9 @@ fn reflected() {
     let proof_of = |answer: &str| answer.rsplit(' ').next().unwrap().to_owned();
     let refused = |challenge: &str, proof: &str| {
         let (mut peer, answer) = dial_with(&inside, challenge);
-        peer.say(&json!({"type": "broker-hello", "proof": proof}));
+        peer.send_message(&json!({"type": "broker-hello", "proof": proof}));
         assert_eq!(peer.message(), json!({"type": "broker-hello-nack", "reason": "invalid token"}));
-        assert_eq!(peer.ending(), Heard::Closed(Some(1008), "invalid token".to_owned()));
+        assert_eq!(peer.receive_end(), Received::Closed(Some(1008), "invalid token".to_owned()));
         answer
     };
     // The container's own proof sent back; a proof of an earlier connection; no proof.
@@ -157,7 +160,7 @@ fn reflected() {
     let second = refused(&challenge, &proof_of(&first)).expect("an answer");
     assert_ne!(first, second, "each connection has a nonce of its own");
     let (mut peer, answer) = dial_with(&inside, &challenge);
-    peer.say(&json!({"type": "broker-hello", "proof": proof_of(&answer.unwrap())}));
+    peer.send_message(&json!({"type": "broker-hello", "proof": proof_of(&answer.unwrap())}));
     assert_eq!(peer.message()["type"], "broker-hello-nack");
     // A challenge to another container, or in another form, is not answered, and a proof for it is rejected.
     for other in [format!("1 other {nonce}"), format!("2 {NAME} {nonce}"), "1".to_owned(), String::new()] {
@@ -165,11 +168,11 @@ fn reflected() {
     }
 }
 
-fn passed_on() {
+fn relayed_challenge() {
     // Two containers that were given the same token; the registered port of one leads to the other.
     let (home, inside) = (Home::new(), Namespace::new());
     let _agent = agent(&home, &inside, "other");
-    let wrong = Published::start(inside.again(), CONTAINER_PORT);
+    let wrong = Published::start(inside.duplicate(), CONTAINER_PORT);
     let _daemon = home.daemon();
     let mut required = fields(wrong.port());
     required["challengeRequired"] = json!(true);
@@ -185,7 +188,7 @@ fn passed_on() {
 fn kept_with_its_token() {
     let (home, inside) = (Home::new(), Namespace::new());
     let running = agent(&home, &inside, NAME);
-    let published = Published::start(inside.again(), CONTAINER_PORT);
+    let published = Published::start(inside.duplicate(), CONTAINER_PORT);
     let _daemon = home.daemon();
     register_with(&home, NAME, &fields(published.port()));
     connected(&home, 1);
@@ -200,6 +203,6 @@ fn kept_with_its_token() {
     container.register(&home, NAME);
     assert_eq!(home.registered(NAME).unwrap().get("challengeRequired"), None);
     let mut peer = container.welcome();
-    peer.say(&snapshot(&[]));
+    peer.send_message(&snapshot(&[]));
     peer.ping();
 }

@@ -12,12 +12,12 @@ use landfall_engine::opener::client::Opener;
 use landfall_engine::process::{self, CommandSocket, privileges};
 use landfall_tests::case::Case;
 use landfall_tests::{
-    End, Namespace, PATIENCE, Pattern, Server, connect, finish, read_to_end, send_all, wait_until,
+    End, Namespace, Pattern, Server, TIMEOUT, connect, finish, read_to_end, send_all, wait_until,
 };
 use rustix::thread::CapabilitySet;
 
 pub(crate) const CASES: &[Case] =
-    &[Case::each_ring("c19_connections_survive_a_change_of_the_control_process", control_comes_and_goes)];
+    &[Case::each_ring("c19_connections_survive_a_change_of_the_control_process", driver_reconnects)];
 
 /// `_engine RING SOCKET`: an engine in a process of its own.
 pub(crate) fn engine(arguments: &[String]) {
@@ -33,22 +33,22 @@ pub(crate) fn engine(arguments: &[String]) {
 }
 
 /// Connects a driver to the engine at `path`, and waits for its ready event.
-pub(crate) fn arrive(path: &FilePath) -> Channel {
+pub(crate) fn connect_driver(path: &FilePath) -> Channel {
     let channel = wait_until("the engine's socket", || Channel::connect(path));
-    assert!(matches!(hear(&channel), Event::Ready { shards: 1.., .. }));
+    assert!(matches!(next_event(&channel), Event::Ready { shards: 1.., .. }));
     channel
 }
 
 #[track_caller]
-fn hear(channel: &Channel) -> Event {
-    channel.recv_timeout::<Event>(PATIENCE).unwrap().expect("the engine goes on").0
+fn next_event(channel: &Channel) -> Event {
+    channel.recv_timeout::<Event>(TIMEOUT).unwrap().expect("the engine continues").0
 }
 
 /// Waits for the first event that `choose` accepts.
 #[track_caller]
-pub(crate) fn hear_of<T>(channel: &Channel, choose: impl Fn(Event) -> Option<T>) -> T {
+pub(crate) fn expect_event<T>(channel: &Channel, choose: impl Fn(Event) -> Option<T>) -> T {
     loop {
-        if let Some(found) = choose(hear(channel)) {
+        if let Some(found) = choose(next_event(channel)) {
             return found;
         }
     }
@@ -56,13 +56,13 @@ pub(crate) fn hear_of<T>(channel: &Channel, choose: impl Fn(Event) -> Option<T>)
 
 fn describe(channel: &Channel) -> Vec<ForwardState> {
     channel.send(&command::Command::Describe, &[]).unwrap();
-    hear_of(channel, |event| match event {
+    expect_event(channel, |event| match event {
         Event::State { forwards, more: false, .. } => Some(forwards),
         _ => None,
     })
 }
 
-fn control_comes_and_goes(ring: RingChoice) {
+fn driver_reconnects(ring: RingChoice) {
     const BYTES: u64 = 256 << 20;
     let directory = std::env::temp_dir().join(format!("landfall-control-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
@@ -77,7 +77,7 @@ fn control_comes_and_goes(ring: RingChoice) {
         .unwrap();
     let inside = Namespace::new();
     let server = Server::listen(&inside, "127.0.0.1:3000");
-    let first = arrive(&path);
+    let first = connect_driver(&path);
     let mut opener = Opener::spawn(&std::env::current_exe().unwrap(), inside.target()).unwrap();
     let (sources, descriptors) = opener.upstream(1).unwrap();
     let (upstream, netns_cookie) = (UpstreamId(1), opener.netns_cookie());
@@ -102,7 +102,7 @@ fn control_comes_and_goes(ring: RingChoice) {
         matches!(event, Event::ListenerOpened { forward: opened, .. } if opened == forward).then_some(())
     };
     first.send(&open, &[]).unwrap();
-    hear_of(&first, is_open);
+    expect_event(&first, is_open);
 
     let client = connect(([127, 0, 0, 1], 3000));
     let accepted = server.accept();
@@ -118,22 +118,22 @@ fn control_comes_and_goes(ring: RingChoice) {
             (read_to_end(&client, &mut checker), checker.position())
         });
         for round in 0..50 {
-            let control = arrive(&path);
+            let control = connect_driver(&path);
             let held = describe(&control);
             assert_eq!(held.len(), 1, "round {round}: {held:?}");
             assert!(held[0].listening && held[0].host_port == port, "round {round}: {held:?}");
             if round % 2 == 0 {
                 // A driver without any state sends its commands again.
                 control.send(&open, &[]).unwrap();
-                hear_of(&control, is_open);
+                expect_event(&control, is_open);
             }
         }
         assert_eq!(reading.join().unwrap(), (End::Eof, BYTES));
     });
     finish(&client);
-    let last = arrive(&path);
+    let last = connect_driver(&path);
     last.send(&command::Command::Stop, &[]).unwrap();
-    hear_of(&last, |event| matches!(event, Event::Stopped).then_some(()));
+    expect_event(&last, |event| matches!(event, Event::Stopped).then_some(()));
     assert!(engine.0.wait().unwrap().success());
     std::fs::remove_dir_all(&directory).unwrap();
 }

@@ -17,13 +17,13 @@ use landfall_tests::{
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c19_connections_survive_a_killed_daemon", control_may_die),
-    Case::once("c19_connections_survive_a_daemon_killed_during_its_start", control_may_die_as_it_begins),
-    Case::once("c19_forwards_recover_after_the_engine_is_killed", engine_may_die),
-    Case::once("c19_connections_recover_after_both_processes_are_killed", both_may_die),
-    Case::once("c19_changes_without_a_daemon_are_detected_by_the_next_one", changes_meanwhile),
+    Case::once("c19_connections_survive_a_killed_daemon", daemon_killed),
+    Case::once("c19_connections_survive_a_daemon_killed_during_its_start", daemon_killed_at_start),
+    Case::once("c19_forwards_recover_after_the_engine_is_killed", engine_killed),
+    Case::once("c19_connections_recover_after_both_processes_are_killed", both_killed),
+    Case::once("c19_changes_without_a_daemon_are_detected_by_the_next_one", changes_without_daemon),
     Case::once("c18_a_killed_container_is_released", killed_container),
-    Case::once("the_first_of_two_containers_keeps_the_port", two_of_one_port),
+    Case::once("the_first_of_two_containers_keeps_the_port", port_conflict),
 ];
 
 /// The port of the server for short connections, and the port of the server for long ones.
@@ -135,7 +135,7 @@ impl Held {
     }
 }
 
-fn control_may_die() {
+fn daemon_killed() {
     let rounds = if is_long() { 1_000 } else { 10 };
     let home = Home::new();
     let (pair, _inside) = Pair::new();
@@ -150,19 +150,19 @@ fn control_may_die() {
 
     let flood = Flood::start(BUSY, 2);
     let mut talks: Vec<_> =
-        (0..3).map(|number| Conversation::begin(QUIET, &pair.quiet, seed() + number)).collect();
+        (0..3).map(|number| Conversation::start(QUIET, &pair.quiet, seed() + number)).collect();
     for round in 0..rounds {
-        flood.goes_on(10);
+        flood.wait_for_progress(10);
         daemon.kill();
         // No daemon runs.
-        flood.goes_on(10);
-        talks.iter_mut().for_each(Conversation::goes_on);
+        flood.wait_for_progress(10);
+        talks.iter_mut().for_each(Conversation::wait_for_progress);
         daemon = home.daemon();
         let description = wait_for_open(&home, &Pair::OPEN);
         assert_eq!(engine_pid(&description), engine, "another engine after {round} kills");
         assert_eq!(running("_engine"), [engine], "after {round} kills");
     }
-    flood.goes_on(10);
+    flood.wait_for_progress(10);
     let bytes: u64 = talks.into_iter().map(Conversation::end).sum();
     note!("{rounds} kills, {} visits, {bytes} bytes each way in lasting connections", flood.end());
     wait_until("the engine to hold what it held before", || match Held::now() {
@@ -179,7 +179,7 @@ fn control_may_die() {
 }
 
 /// Most kills hit a daemon that has just started: it replays, attaches, enters namespaces, or is about to start an engine.
-fn control_may_die_as_it_begins() {
+fn daemon_killed_at_start() {
     let rounds = if is_long() { 300 } else { 12 };
     let home = Home::new();
     let (pair, _inside) = Pair::new();
@@ -188,18 +188,18 @@ fn control_may_die_as_it_begins() {
     daemon.kill();
     let mut moments = Rng::new(seed());
     let flood = Flood::start(BUSY, 2);
-    let mut talk = Conversation::begin(QUIET, &pair.quiet, seed());
+    let mut talk = Conversation::start(QUIET, &pair.quiet, seed());
     for _ in 0..rounds {
         let daemon = home.start().spawn();
         std::thread::sleep(Duration::from_micros(moments.below(60_000)));
         daemon.kill();
-        flood.goes_on(5);
-        talk.goes_on();
+        flood.wait_for_progress(5);
+        talk.wait_for_progress();
     }
     let daemon = home.daemon();
     let description = wait_for_open(&home, &Pair::OPEN);
     assert_eq!(engine_pid(&description), engine);
-    flood.goes_on(10);
+    flood.wait_for_progress(10);
     talk.end();
     flood.end();
     wait_until("one engine, and one opener for each container", || {
@@ -214,7 +214,7 @@ fn on_disk(home: &Home) -> [Option<Value>; 2] {
     ["busy", "quiet"].map(|name| home.registered(name))
 }
 
-fn engine_may_die() {
+fn engine_killed() {
     let rounds = if is_long() { 50 } else { 5 };
     let home = Home::new();
     let (pair, _inside) = Pair::new();
@@ -250,7 +250,7 @@ fn engine_may_die() {
     daemon.shut_down();
 }
 
-fn both_may_die() {
+fn both_killed() {
     let rounds = if is_long() { 50 } else { 4 };
     let home = Home::new();
     let (pair, _inside) = Pair::new();
@@ -282,7 +282,7 @@ fn both_may_die() {
 }
 
 /// Changes inside while no daemon runs: one server ends, another starts, and a whole container ends.
-fn changes_meanwhile() {
+fn changes_without_daemon() {
     let home = Home::new();
     let (one, other) = (Namespace::new(), Namespace::new());
     let (ends, stays) = (Server::listen(&one, "127.0.0.1:3000"), Server::listen(&one, "127.0.0.1:3001"));
@@ -292,13 +292,13 @@ fn changes_meanwhile() {
     rpc::register_with(&home, "other", &by_process(&gone));
     let engine =
         engine_pid(&wait_for_open(&home, &[("one", ends.port()), ("one", stays.port()), ("other", 3003)]));
-    let mut talk = Conversation::begin(stays.port(), &stays, seed());
+    let mut talk = Conversation::start(stays.port(), &stays, seed());
     daemon.kill();
     drop(ends);
     let begins = Server::listen(&one, "127.0.0.1:3002");
     gone.kill().unwrap();
     gone.wait().unwrap();
-    talk.goes_on();
+    talk.wait_for_progress();
     let daemon = home.daemon();
     let description = wait_for_open(&home, &[("one", stays.port()), ("one", begins.port())]);
     assert_eq!(engine_pid(&description), engine);
@@ -308,7 +308,7 @@ fn changes_meanwhile() {
     }
     drop(connect((Ipv4Addr::LOCALHOST, begins.port())));
     drop(begins.accept());
-    talk.goes_on();
+    talk.wait_for_progress();
     talk.end();
     daemon.shut_down();
 }
@@ -355,7 +355,7 @@ pub(crate) fn serve(arguments: &[String]) {
     }
 }
 
-fn greeted(port: u16) -> (TcpStream, Checker) {
+fn connect_greeted(port: u16) -> (TcpStream, Checker) {
     let stream = connect((Ipv4Addr::LOCALHOST, port));
     let mut checker = Pattern::new(port.into()).checker();
     read_exactly(&stream, &mut checker, GREETING);
@@ -370,8 +370,8 @@ fn killed_container() {
         let mut server = serve_inside(&inside, BUSY);
         rpc::register_with(&home, "a", &by_process(&server));
         wait_for_open(&home, &[("a", BUSY)]);
-        let clients: Vec<_> = (0..20).map(|_| greeted(BUSY)).collect();
-        let end = inside.watch_for_end();
+        let clients: Vec<_> = (0..20).map(|_| connect_greeted(BUSY)).collect();
+        let end = inside.into_end_watch();
         assert!(!end.is_gone());
         server.kill().unwrap();
         let died = Instant::now();
@@ -389,7 +389,7 @@ fn killed_container() {
             names if names.is_empty() => Ok(()),
             names => Err(names),
         });
-        wait_until("the end to be told", || match home.count_events("deregister", "a") {
+        wait_until("the end to be reported", || match home.count_events("deregister", "a") {
             count if count == round + 1 => Ok(()),
             count => Err(count),
         });
@@ -403,7 +403,7 @@ fn killed_container() {
     daemon.shut_down();
 }
 
-fn two_of_one_port() {
+fn port_conflict() {
     let home = Home::new();
     let mut daemon = home.daemon();
     let (first, second) = (Namespace::new(), Namespace::new());
@@ -416,7 +416,7 @@ fn two_of_one_port() {
             drop(stream);
             Ok::<_, String>(())
         });
-        assert!(!servers[1 - index].has_caller());
+        assert!(!servers[1 - index].has_pending_connection());
     };
     let state = |name: &str| {
         let of_name = |(container, _, state): (String, u16, String)| (container == name).then_some(state);
@@ -425,10 +425,10 @@ fn two_of_one_port() {
     rpc::register_with(&home, "first", &by_file(&first));
     wait_for_open(&home, &[("first", BUSY)]);
     rpc::register_with(&home, "second", &by_file(&second));
-    let told = home.wait_for_event("port-forward-event", |event| {
+    let reported = home.wait_for_event("port-forward-event", |event| {
         event["event"]["kind"] == "port-forward-failed" && event["event"]["containerName"] == "second"
     });
-    let reason = told["event"]["reason"].as_str().unwrap();
+    let reason = reported["event"]["reason"].as_str().unwrap();
     assert!(reason.contains("EADDRINUSE") && reason.contains("\"first\""), "{reason}");
     let second_fails = || {
         wait_until("the second to fail", || match (state("first"), state("second")) {

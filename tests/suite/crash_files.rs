@@ -77,7 +77,7 @@ fn after(changes: usize) -> Known {
 }
 
 /// Starts a daemon under strace, which kills it when it enters the `nth` call of this kind.
-fn doomed(home: &Home, call: &str, nth: u32) -> Child {
+fn start_under_strace(home: &Home, call: &str, nth: u32) -> Child {
     let daemon = home.command(&["_hostd"]);
     let mut command = Command::new("strace");
     command
@@ -150,8 +150,8 @@ fn killed_at_any_step() {
 /// Returns whether the daemon reached this call.
 fn survives_a_kill(call: &str, nth: u32) -> bool {
     let home = Home::new();
-    home.plant("old", json!({"containerName": "old", "cwd": "/one"}).to_string());
-    let mut daemon = doomed(&home, call, nth);
+    home.write_registration("old", json!({"containerName": "old", "cwd": "/one"}).to_string());
+    let mut daemon = start_under_strace(&home, call, nth);
     let acknowledged = make_changes(&home, &mut daemon);
     // An orderly shutdown changes the disk, too.
     ask(&home, &json!({"kind": "shutdown"}));
@@ -190,7 +190,7 @@ fn endless_lines() {
     let almost = vec![b'x'; 65_000];
     let mut held = Vec::new();
     wait_until("every place to be taken, and the backlog to be full", || {
-        while let Some(mut stream) = knock(&home) {
+        while let Some(mut stream) = try_connect(&home) {
             stream.write_all(&almost).unwrap();
             held.push(stream);
         }
@@ -212,7 +212,7 @@ fn endless_lines() {
 }
 
 /// Connects to the daemon's socket, if there is room in its backlog.
-fn knock(home: &Home) -> Option<UnixStream> {
+fn try_connect(home: &Home) -> Option<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use crate::crash::{BUSY, Pair, QUIET, describe, engine_pid, rows};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c20_up_of_another_version_refuses_no_connection", up_refuses_nobody),
-    Case::once("c20_a_killed_upgrade_refuses_no_connection", killed_upgrade_refuses_nobody),
+    Case::once("c20_up_of_another_version_refuses_no_connection", up_refuses_no_connection),
+    Case::once("c20_a_killed_upgrade_refuses_no_connection", killed_upgrade_refuses_no_connection),
 ];
 
 const VERSION: &str = "LANDFALL_VERSION";
@@ -49,30 +49,30 @@ fn wait_for_one(home: &Home, engine: u32) {
     });
 }
 
-fn up_refuses_nobody() {
+fn up_refuses_no_connection() {
     let rounds = if is_long() { 50 } else { 4 };
     let home = Home::new();
     let (pair, _inside) = Pair::new();
-    let first = home.start().variable(VERSION, "v0").and_wait();
+    let first = home.start().variable(VERSION, "v0").wait_until_ready();
     pair.register(&home);
     let mut engine = wait_for_version(&home, "v0");
     let flood = Flood::start(BUSY, 3);
     let mut talks = Vec::new();
     for round in 1..=rounds {
-        talks.push(Conversation::begin(QUIET, &pair.quiet, seed() + round));
+        talks.push(Conversation::start(QUIET, &pair.quiet, seed() + round));
         let version = format!("v{round}");
-        flood.goes_on(10);
+        flood.wait_for_progress(10);
         let up = home.command(&["up", "--json"]).env(VERSION, &version).output().unwrap();
         assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
-        let told: Value = serde_json::from_slice(&up.stdout).unwrap();
-        assert_eq!(told["outcome"], "upgraded", "{told}");
+        let reported: Value = serde_json::from_slice(&up.stdout).unwrap();
+        assert_eq!(reported["outcome"], "upgraded", "{reported}");
         let next = wait_for_version(&home, &version);
         assert_ne!(next, engine);
         assert!(running("_engine").contains(&engine), "the old engine ended before its connections did");
         engine = next;
         // The new engine accepts, while the old ones finish their connections.
-        flood.goes_on(10);
-        talks.iter_mut().for_each(Conversation::goes_on);
+        flood.wait_for_progress(10);
+        talks.iter_mut().for_each(Conversation::wait_for_progress);
     }
     assert!(first.end().success());
     for talk in talks.drain(..) {
@@ -84,27 +84,27 @@ fn up_refuses_nobody() {
 }
 
 /// The next daemon has another version and is killed at an arbitrary step; the one after it has yet another version.
-fn killed_upgrade_refuses_nobody() {
+fn killed_upgrade_refuses_no_connection() {
     let rounds = if is_long() { 300 } else { 15 };
     let home = Home::new();
     let (pair, _inside) = Pair::new();
-    let daemon = home.start().variable(VERSION, "v0").and_wait();
+    let daemon = home.start().variable(VERSION, "v0").wait_until_ready();
     pair.register(&home);
     wait_for_version(&home, "v0");
     let mut moments = Rng::new(seed());
     let flood = Flood::start(BUSY, 2);
-    let mut talk = Conversation::begin(QUIET, &pair.quiet, seed());
+    let mut talk = Conversation::start(QUIET, &pair.quiet, seed());
     daemon.kill();
     for round in 1..=rounds {
         let daemon = home.start().variable(VERSION, &format!("v{round}")).spawn();
         std::thread::sleep(Duration::from_micros(moments.below(250_000)));
         daemon.kill();
-        flood.goes_on(5);
-        talk.goes_on();
+        flood.wait_for_progress(5);
+        talk.wait_for_progress();
     }
-    let daemon = home.start().variable(VERSION, "last").and_wait();
+    let daemon = home.start().variable(VERSION, "last").wait_until_ready();
     let engine = wait_for_version(&home, "last");
-    flood.goes_on(10);
+    flood.wait_for_progress(10);
     assert!(talk.end() > 0);
     note!("{} visits while {rounds} upgrades were killed", flood.end());
     wait_for_one(&home, engine);

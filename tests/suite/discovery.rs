@@ -3,7 +3,7 @@
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{done, names, refused, register};
-use landfall_tests::{DockerMode, FakeDocker, Home, MOMENT, wait_until};
+use landfall_tests::{DockerMode, FakeDocker, Home, NEGATIVE_WAIT, wait_until};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
@@ -11,21 +11,21 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("a_container_without_a_label_is_forwarded_only_with_all", unlabelled),
     Case::once("a_renamed_container_is_registered_under_its_new_name", renamed),
     Case::once("a_list_with_both_names_of_a_renamed_container_is_read_again", both_names),
-    Case::once("a_failed_list_request_is_repeated", list_again),
-    Case::once("a_stale_list_does_not_undo_a_rename", late_list),
-    Case::once("a_recreated_container_is_registered_with_its_new_labels", made_anew),
-    Case::once("a_docker_outage_drops_no_registration", docker_away),
+    Case::once("a_failed_list_request_is_repeated", failed_list),
+    Case::once("a_stale_list_does_not_undo_a_rename", stale_list),
+    Case::once("a_recreated_container_is_registered_with_its_new_labels", recreated),
+    Case::once("a_docker_outage_drops_no_registration", docker_outage),
     Case::once("containers_created_and_removed_between_two_daemons_are_detected", between_daemons),
-    Case::once("a_user_registration_is_not_replaced_by_discovery", left_alone),
-    Case::once("invalid_labels_are_reported_once", nonsense),
+    Case::once("a_user_registration_is_not_replaced_by_discovery", user_registration),
+    Case::once("invalid_labels_are_reported_once", invalid_labels),
     Case::once("c23_labels_of_an_image_grant_nothing", image_labels),
     Case::once("c23_labels_grant_nothing_while_the_image_cannot_be_inspected", image_deleted),
-    Case::once("a_name_conflict_is_reported_and_the_first_container_keeps_the_name", one_name),
-    Case::once("a_hundred_containers_at_once_cause_a_few_list_requests", a_hundred),
-    Case::once("unrelated_docker_events_cause_no_requests", no_reason),
+    Case::once("a_name_conflict_is_reported_and_the_first_container_keeps_the_name", name_conflict),
+    Case::once("a_hundred_containers_at_once_cause_a_few_list_requests", hundred_containers),
+    Case::once("unrelated_docker_events_cause_no_requests", unrelated_events),
     Case::once("attach_persists_until_detach_even_without_a_container", attached),
-    Case::once("attach_with_a_folder_overrides_the_image_metadata", on_top),
-    Case::once("detach_turns_off_a_container_that_would_be_discovered_again", turned_off),
+    Case::once("attach_with_a_folder_overrides_the_image_metadata", folder_overrides_image),
+    Case::once("detach_turns_off_a_container_that_would_be_discovered_again", detached),
     Case::once("ls_all_shows_the_reason_for_every_container", every_container),
 ];
 
@@ -52,7 +52,7 @@ fn wait_for_discovered(home: &Home, name: &str, by: &str, id: &str) {
 
 /// Runs a verb that must succeed, and returns the JSON object that it prints.
 #[track_caller]
-fn told(home: &Home, arguments: &[&str]) -> Value {
+fn verb_output(home: &Home, arguments: &[&str]) -> Value {
     let output = home.run(arguments);
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
@@ -87,7 +87,7 @@ fn unlabelled() {
     docker.launch("private", &[("dev.landfall.forward", "false")]);
     docker.launch("landfall-helper-0", &[("dev.landfall.helper", "1")]);
     docker.add("idle", false);
-    let daemon = home.start().argument("--all").and_wait();
+    let daemon = home.start().argument("--all").wait_until_ready();
     wait_for_names(&home, &["plain"]);
     assert_eq!(done(&home, &json!({"kind": "describe"}))["all"], true);
     daemon.shut_down();
@@ -103,7 +103,7 @@ fn renamed() {
     docker.launch("shop", &[FORWARD]);
     docker.launch("cache", &[]);
     wait_for_names(&home, &["shop"]);
-    told(&home, &["attach", "cache", "--allow", "6379", "--json"]);
+    verb_output(&home, &["attach", "cache", "--allow", "6379", "--json"]);
     docker.rename_to("shop", "store");
     docker.rename_to("cache", "redis");
     wait_for_names(&home, &["redis", "store"]);
@@ -118,7 +118,7 @@ fn both_names() {
     docker.launch("shop", &[FORWARD]);
     docker.launch("cache", &[]);
     wait_for_names(&home, &["shop"]);
-    told(&home, &["attach", "cache", "--json"]);
+    verb_output(&home, &["attach", "cache", "--json"]);
     docker.rename_slowly("shop", "store", 3);
     wait_for_names(&home, &["cache", "store"]);
     docker.rename_slowly("cache", "redis", 3);
@@ -127,7 +127,7 @@ fn both_names() {
     assert_eq!(notices(&home, ""), 0);
 }
 
-fn list_again() {
+fn failed_list() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
@@ -142,7 +142,7 @@ fn list_again() {
     wait_for_names(&home, &["first", "shop"]);
 }
 
-fn late_list() {
+fn stale_list() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
@@ -155,16 +155,16 @@ fn late_list() {
         let before = home.count_events("register", old);
         docker.hold_list();
         let is_held = std::thread::scope(|scope| {
-            let asked = scope.spawn(|| told(&home, &["ls", "--all", "--json"]));
+            let asked = scope.spawn(|| verb_output(&home, &["ls", "--all", "--json"]));
             docker.wait_for_held_list();
             docker.rename_to(old, new);
             let is_held = wait_until("the new name, or the answer of the verb", || {
                 let (is_answered, names) = (asked.is_finished(), names(&home));
                 if is_answered || names == [new] { Ok(!is_answered) } else { Err(names) }
             });
-            docker.let_list_go();
-            let told = asked.join().unwrap();
-            assert!(!is_held || told["containers"][0]["name"] == old, "{told}");
+            docker.release_list();
+            let verb_output = asked.join().unwrap();
+            assert!(!is_held || verb_output["containers"][0]["name"] == old, "{verb_output}");
             is_held
         });
         wait_for_names(&home, &[new]);
@@ -182,7 +182,7 @@ fn late_list() {
     assert_eq!(home.count_events("register", old), before, "{:?}", home.events());
 }
 
-fn made_anew() {
+fn recreated() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
@@ -197,10 +197,10 @@ fn made_anew() {
     wait_for_names(&home, &[]);
 }
 
-fn docker_away() {
+fn docker_outage() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
-    let _daemon = home.start().variable("LANDFALL_GC_INTERVAL", "20ms").and_wait();
+    let _daemon = home.start().variable("LANDFALL_GC_INTERVAL", "20ms").wait_until_ready();
     docker.launch("shop", &[FORWARD]);
     docker.launch("cache", &[FORWARD]);
     wait_for_names(&home, &["cache", "shop"]);
@@ -224,7 +224,7 @@ fn between_daemons() {
     }
     docker.launch("named", &[]);
     wait_for_names(&home, &["goes", "moves", "stays"]);
-    told(&home, &["attach", "named", "--json"]);
+    verb_output(&home, &["attach", "named", "--json"]);
     daemon.shut_down();
     docker.remove("goes", false);
     docker.rename_to("moves", "moved");
@@ -234,7 +234,7 @@ fn between_daemons() {
     wait_for_names(&home, &["came", "moved", "renamed", "stays"]);
 }
 
-fn left_alone() {
+fn user_registration() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
@@ -257,7 +257,7 @@ fn done_deregister(home: &Home, name: &str) {
     assert_eq!(answer, json!({"ok": true}));
 }
 
-fn nonsense() {
+fn invalid_labels() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
@@ -273,13 +273,16 @@ fn nonsense() {
     assert!(home.registered("shop").is_none() && home.registered("db").is_none());
     // Nor is it forwarded when a user attaches it by name without a port list.
     let output = home.run(&["attach", "db"]);
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(6), "{told}");
-    assert!(told.contains("its label dev.landfall.deny is \"ssh\"") && told.contains("--allow"), "{told}");
+    let verb_output = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{verb_output}");
+    assert!(
+        verb_output.contains("its label dev.landfall.deny is \"ssh\"") && verb_output.contains("--allow"),
+        "{verb_output}"
+    );
     assert!(home.registered("db").is_none());
 }
 
-fn one_name() {
+fn name_conflict() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
@@ -294,7 +297,7 @@ fn one_name() {
     wait_for_discovered(&home, "web", "label", &docker.id("two"));
 }
 
-fn a_hundred() {
+fn hundred_containers() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
@@ -313,21 +316,21 @@ fn a_hundred() {
     assert!(lists < 70, "{lists} lists");
 }
 
-fn no_reason() {
+fn unrelated_events() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
     docker.launch("shop", &[FORWARD]);
     wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
     // The list for the last of these events may still be in progress.
-    std::thread::sleep(MOMENT);
+    std::thread::sleep(NEGATIVE_WAIT);
     let lists = docker.calls("GET /containers/json");
     for what in
         ["exec_create: true", "exec_start: true", "exec_die", "health_status: healthy", "top", "attach"]
     {
-        docker.announce(what, "shop");
+        docker.emit_event(what, "shop");
     }
-    std::thread::sleep(MOMENT);
+    std::thread::sleep(NEGATIVE_WAIT);
     assert_eq!(docker.calls("GET /containers/json"), lists);
 }
 
@@ -335,16 +338,16 @@ fn attached() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     docker.add("shop", false);
-    let daemon = home.start().variable("LANDFALL_GC_INTERVAL", "20ms").and_wait();
+    let daemon = home.start().variable("LANDFALL_GC_INTERVAL", "20ms").wait_until_ready();
     let output = home.run(&["attach", "nobody"]);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
-    let attached = told(&home, &["attach", "shop", "--deny", "9229", "--json"]);
+    let attached = verb_output(&home, &["attach", "shop", "--deny", "9229", "--json"]);
     assert_eq!((&attached["attached"], &attached["running"]), (&json!("shop"), &json!(false)));
     let policy = json!({"allow": "*", "deny": [9229]});
     assert_eq!(home.registered("shop").unwrap()["portForward"], policy);
     docker.remove("shop", false);
     // A verb that takes longer than others.
-    std::thread::sleep(MOMENT);
+    std::thread::sleep(NEGATIVE_WAIT);
     wait_for_names(&home, &["shop"]);
     daemon.shut_down();
     let _daemon = home.daemon();
@@ -352,22 +355,22 @@ fn attached() {
     docker.launch("shop", &[]);
     wait_for_discovered(&home, "shop", "name", &docker.id("shop"));
     assert_eq!(home.registered("shop").unwrap()["portForward"], policy);
-    assert_eq!(told(&home, &["detach", "shop", "--json"]), json!({"detached": "shop", "off": false}));
+    assert_eq!(verb_output(&home, &["detach", "shop", "--json"]), json!({"detached": "shop", "off": false}));
     wait_for_names(&home, &[]);
     assert_eq!(refused(&home, &json!({"kind": "detach", "containerName": "shop"})), "shop is not forwarded");
     assert_eq!(home.run(&["detach", "nobody"]).status.code(), Some(3));
 }
 
-fn on_top() {
+fn folder_overrides_image() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
-    let said = r#"[{"forwardPorts": [80], "portsAttributes": {"3000": {"label": "image"}}},
+    let printed = r#"[{"forwardPorts": [80], "portsAttributes": {"3000": {"label": "image"}}},
         {"portsAttributes": {"9229": {"onAutoForward": "ignore", "label": "debug"}}}]"#;
-    docker.launch("shop", &[("devcontainer.metadata", said)]);
+    docker.launch("shop", &[("devcontainer.metadata", printed)]);
     let folder = home.folder("shop");
-    let said = r#"{"forwardPorts": [81], "portsAttributes": {"3000": {"onAutoForward": "ignore"}}}"#;
-    std::fs::write(folder.join(".devcontainer.json"), said).unwrap();
+    let printed = r#"{"forwardPorts": [81], "portsAttributes": {"3000": {"onAutoForward": "ignore"}}}"#;
+    std::fs::write(folder.join(".devcontainer.json"), printed).unwrap();
     // No process runs in it, so it is attached and cannot be entered.
     home.run(&["attach", "shop", "--cwd", folder.to_str().unwrap()]);
     let both = home.registered("shop").unwrap();
@@ -387,7 +390,7 @@ const HOSTILE: [(&str, &str); 4] = [
 
 /// Returns the row of `ls --all` for a container: whether it is forwarded, and why.
 fn forwarded(home: &Home, name: &str) -> Value {
-    let found = told(home, &["ls", "--all", "--json"]);
+    let found = verb_output(home, &["ls", "--all", "--json"]);
     let one = found["containers"].as_array().unwrap().iter().find(|one| one["name"] == name).unwrap().clone();
     json!([one["forwarded"], one["why"], one["hint"]])
 }
@@ -408,13 +411,13 @@ fn image_labels() {
     assert_eq!(forwarded(&home, "shop"), why("shop"));
     assert_eq!(forwarded(&home, "same"), why("same"));
     let listed = home.run(&["ls", "--all"]);
-    let said = String::from_utf8_lossy(&listed.stderr);
-    assert!(said.contains("hint: landfall attach shop has it forwarded"), "{said}");
+    let printed = String::from_utf8_lossy(&listed.stderr);
+    assert!(printed.contains("hint: landfall attach shop has it forwarded"), "{printed}");
     // Each image is inspected once, regardless of container events.
     let inspected = docker.calls("GET /images/");
     docker.remove("same", false);
     wait_until("same to be gone from the list", || {
-        let found = told(&home, &["ls", "--all", "--json"]);
+        let found = verb_output(&home, &["ls", "--all", "--json"]);
         if found["containers"].as_array().unwrap().len() == 2 { Ok(()) } else { Err(found) }
     });
     assert_eq!((inspected, docker.calls("GET /images/")), (1, 1));
@@ -425,7 +428,7 @@ fn image_labels() {
     daemon.shut_down();
     docker.remove("shop", false);
     docker.launch_from("hostile", "new", &[]);
-    let _daemon = home.start().argument("--all").and_wait();
+    let _daemon = home.start().argument("--all").wait_until_ready();
     wait_for_discovered(&home, "new", "all", &docker.id("new"));
     assert_eq!(home.registered("new").unwrap()["portForward"], json!({"allow": "*", "deny": [9229]}));
     // A folder label of an image does not make its container one of `landfall start`.
@@ -459,13 +462,13 @@ fn image_deleted() {
     wait_for_names(&home, &[]);
 }
 
-fn turned_off() {
+fn detached() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let _daemon = home.daemon();
     docker.launch("shop", &[FORWARD, ("dev.landfall.allow", "80")]);
     wait_for_discovered(&home, "shop", "label", &docker.id("shop"));
-    assert_eq!(told(&home, &["detach", "shop", "--json"]), json!({"detached": "shop", "off": true}));
+    assert_eq!(verb_output(&home, &["detach", "shop", "--json"]), json!({"detached": "shop", "off": true}));
     assert_eq!(home.registered("shop").unwrap()["portForward"], json!({"allow": []}));
     docker.remove("shop", false);
     docker.launch("shop", &[FORWARD, ("dev.landfall.allow", "80")]);
@@ -495,7 +498,7 @@ fn every_container() {
     docker.launch("shop", &[FORWARD, ("dev.landfall.name", "web")]);
     docker.launch("db", &[]);
     docker.add("idle", false);
-    let found = told(&home, &["ls", "--all", "--json"]);
+    let found = verb_output(&home, &["ls", "--all", "--json"]);
     let of = |name: &str| {
         let found = found["containers"].as_array().unwrap().iter().find(|one| one["name"] == name);
         let one = found.unwrap();

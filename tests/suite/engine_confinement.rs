@@ -209,8 +209,8 @@ impl StandIn {
             .spawn()
             .unwrap();
         let mut line = String::new();
-        let said = child.stdout.as_mut().unwrap();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(said), &mut line).unwrap();
+        let printed = child.stdout.as_mut().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(printed), &mut line).unwrap();
         let outcomes = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
         StandIn { child, outcomes }
     }
@@ -238,7 +238,7 @@ pub(crate) fn stand_in(arguments: &[String]) {
     let [layer, daemon, home, place] = arguments else { panic!("{arguments:?}") };
     // The daemon has fewer privileges than the engine had, and no others.
     let at = LAYERS.iter().position(|known| known == layer);
-    let way_out = WayOut::new(daemon.parse().unwrap(), Path::new(home), Path::new(place));
+    let escape = EscapeAttempt::new(daemon.parse().unwrap(), Path::new(home), Path::new(place));
     let user = EngineUser::of_this_machine();
     match at {
         None => drop_capabilities(CapabilitySet::empty()).unwrap(),
@@ -259,7 +259,7 @@ pub(crate) fn stand_in(arguments: &[String]) {
     for (attempt, _) in ATTEMPTS {
         // On success it prints the capabilities that it has there.
         if at.is_some() || attempt != "make a user namespace" {
-            note(attempt, way_out.attempt(attempt));
+            note(attempt, escape.attempt(attempt));
         }
     }
     let line = serde_json::to_string(&outcomes).unwrap() + "\n";
@@ -283,7 +283,7 @@ fn errno(error: std::io::Error) -> Errno {
 }
 
 /// The descriptors and paths of a stand-in when it drops its privileges.
-struct WayOut<'a> {
+struct EscapeAttempt<'a> {
     daemon: Pid,
     pidfd: OwnedFd,
     namespace: OwnedFd,
@@ -291,12 +291,12 @@ struct WayOut<'a> {
     place: &'a Path,
 }
 
-impl WayOut<'_> {
-    fn new<'a>(daemon: i32, home: &'a Path, place: &'a Path) -> WayOut<'a> {
+impl EscapeAttempt<'_> {
+    fn new<'a>(daemon: i32, home: &'a Path, place: &'a Path) -> EscapeAttempt<'a> {
         let daemon = Pid::from_raw(daemon).unwrap();
         let pidfd = rustix::process::pidfd_open(daemon, PidfdFlags::empty()).unwrap();
         let namespace = fs::File::open("/proc/self/ns/net").unwrap().into();
-        WayOut { daemon, pidfd, namespace, home, place }
+        EscapeAttempt { daemon, pidfd, namespace, home, place }
     }
 
     /// Makes one attempt. A successful attempt changes no state of the machine.

@@ -18,7 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c22_a_hundred_concurrent_starts_start_one_daemon", a_hundred_starts),
     Case::once("c22_a_hundred_concurrent_starts_replace_a_daemon_once", a_hundred_replacements),
     Case::once("c22_a_stale_socket_does_not_prevent_a_start", stale_socket),
-    Case::once("c22_a_stale_pid_file_signals_no_process", stranger),
+    Case::once("c22_a_stale_pid_file_signals_no_process", foreign_pid),
     Case::once("c22_a_start_waits_for_the_lock", held_lock),
     Case::once("c22_a_killed_daemon_does_not_block_the_next_one", after_a_kill),
     Case::once("up_reports_the_error_of_a_daemon_that_exits", exits_at_once),
@@ -84,7 +84,7 @@ fn reuse() {
 
 fn drift() {
     let home = Home::new();
-    let old = home.start().variable("LANDFALL_VERSION", "another").and_wait();
+    let old = home.start().variable("LANDFALL_VERSION", "another").wait_until_ready();
     register(&home, "a");
     up(&home);
     assert!(old.end().success(), "it was asked, not killed");
@@ -124,7 +124,7 @@ fn a_hundred_starts() {
 
 fn a_hundred_replacements() {
     let home = Home::new();
-    let old = home.start().variable("LANDFALL_VERSION", "another").and_wait();
+    let old = home.start().variable("LANDFALL_VERSION", "another").wait_until_ready();
     register(&home, "a");
     up_at_once(&home, 100);
     assert!(old.end().success());
@@ -149,12 +149,12 @@ fn stale_socket() {
     assert_eq!(home.mode("run/hostd.sock"), 0o600);
 }
 
-fn stranger() {
+fn foreign_pid() {
     let home = Home::new();
     std::fs::create_dir_all(home.path().join("run")).unwrap();
     let file = home.path().join("run/hostd.pid");
     // A process with a handler for every signal would print it.
-    let mut stranger = Command::new("sh")
+    let mut foreign_pid = Command::new("sh")
         .args([
             "-c",
             "trap 'echo signalled' TERM INT HUP USR1 QUIT; echo ready; while :; do sleep 0.05; done",
@@ -162,15 +162,15 @@ fn stranger() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut said = std::io::BufReader::new(stranger.stdout.take().unwrap());
+    let mut printed = std::io::BufReader::new(foreign_pid.stdout.take().unwrap());
     let mut line = String::new();
-    std::io::BufRead::read_line(&mut said, &mut line).unwrap();
+    std::io::BufRead::read_line(&mut printed, &mut line).unwrap();
     // The file is older than the process: the kernel reused the process id after its daemon had ended.
-    std::fs::write(&file, format!("{}\n", stranger.id())).unwrap();
+    std::fs::write(&file, format!("{}\n", foreign_pid.id())).unwrap();
     let yesterday = std::time::SystemTime::now() - Duration::from_secs(86_400);
     std::fs::File::options().write(true).open(&file).unwrap().set_modified(yesterday).unwrap();
     up(&home);
-    assert_ne!(pid_file(&home), Some(stranger.id()));
+    assert_ne!(pid_file(&home), Some(foreign_pid.id()));
     assert!(home.run(&["down"]).status.success());
     // Process ids without a process, and content that is not a number.
     for content in ["4194304\n", "0\n", "-1\n", "1e3\n", "", "x"] {
@@ -178,12 +178,12 @@ fn stranger() {
         up(&home);
         assert!(home.run(&["down"]).status.success(), "{content:?}");
     }
-    assert!(stranger.try_wait().unwrap().is_none(), "the stranger was ended");
-    stranger.kill().unwrap();
-    stranger.wait().unwrap();
-    let mut heard = String::new();
-    std::io::Read::read_to_string(&mut said, &mut heard).unwrap();
-    assert_eq!(heard, "", "the stranger was signalled");
+    assert!(foreign_pid.try_wait().unwrap().is_none(), "the stranger was ended");
+    foreign_pid.kill().unwrap();
+    foreign_pid.wait().unwrap();
+    let mut received = String::new();
+    std::io::Read::read_to_string(&mut printed, &mut received).unwrap();
+    assert_eq!(received, "", "the foreign process was signalled");
 }
 
 fn held_lock() {
@@ -194,7 +194,7 @@ fn held_lock() {
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
     let mut child = home.command(&["up"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     // It waits at the lock.
-    wait_until("somebody to wait at the lock", || {
+    wait_until("a process to wait at the lock", || {
         let inode = std::os::unix::fs::MetadataExt::ino(&lock.metadata().unwrap()).to_string();
         let open =
             std::fs::read_dir(format!("/proc/{}/fd", child.id())).map_err(|error| error.to_string())?;
@@ -240,8 +240,8 @@ fn exits_at_once() {
     std::fs::write(home.path().join("run"), "in the way").unwrap();
     let output = home.run(&["up"]);
     assert!(!output.status.success());
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(said.contains("run") && !said.contains("panicked"), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(printed.contains("run") && !printed.contains("panicked"), "{printed}");
     assert!(daemons().is_empty());
 }
 

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use landfall_engine::RingChoice;
 use landfall_engine::command::{Ending, Event, Reach};
 use landfall_tests::case::Case;
-use landfall_tests::process::{descriptors, engine_at_rest, limit_descriptors, process_at_rest};
+use landfall_tests::process::{descriptors, engine_idle_share, limit_descriptors, process_idle_share};
 use landfall_tests::{End, Forward, Relay, Server, connect, note, reset, wait_until};
 
 use crate::observe::ends_by;
@@ -81,12 +81,12 @@ fn running_out_of_descriptors(ring: RingChoice) {
     floods.iter_mut().for_each(|flood| flood.connect(100));
     relay
         .driver
-        .expect("the shortage to be told", |event| matches!(event, Event::Degraded { .. }).then_some(()));
-    let load = process_at_rest("without descriptors");
-    let told = relay.driver.pending();
+        .expect("the shortage to be reported", |event| matches!(event, Event::Degraded { .. }).then_some(()));
+    let load = process_idle_share("without descriptors");
+    let reported = relay.driver.pending();
     assert!(
-        !told.iter().any(|event| matches!(event, Event::Degraded { .. })),
-        "told more than once while it lasted: {told:?}"
+        !reported.iter().any(|event| matches!(event, Event::Degraded { .. })),
+        "reported more than once while it lasted: {reported:?}"
     );
     // A listener whose accepts are paused can be closed like any other.
     relay.driver.close(forwards[2].id, Ending::Reset);
@@ -96,14 +96,14 @@ fn running_out_of_descriptors(ring: RingChoice) {
     // The servers have not accepted, so the relay still holds the connections of the flood, and the shortage continues until
     // the limit is raised.
     limit_descriptors(few + 4000);
-    relay
-        .driver
-        .expect("the recovery to be told", |event| matches!(event, Event::Recovered { .. }).then_some(()));
+    relay.driver.expect("the recovery to be reported", |event| {
+        matches!(event, Event::Recovered { .. }).then_some(())
+    });
     let forwards = [forwards[0], forwards[1], relay.forward(3002)];
     for ((forward, server), accepted) in forwards.into_iter().zip(&servers).zip([101, 101, 0]) {
         // Waiting clients are served, although they have sent their FIN in the meantime.
         relay.stats_become(forward, "the flood to be over", |stats| {
-            while server.has_caller() {
+            while server.has_pending_connection() {
                 drop(server.accept());
             }
             stats.open == 0 && stats.accepted == accepted
@@ -125,7 +125,7 @@ fn running_out_of_ports(ring: RingChoice) {
             stats.exhausted == round * 2 * PORTS as u64
         });
         assert_eq!(over.open, PORTS as u64, "{over:?}");
-        engine_at_rest("without ports");
+        engine_idle_share("without ports");
         let held: Vec<TcpStream> = (0..PORTS).map(|_| server.accept()).collect();
         let mut living = Vec::new();
         for client in clients {

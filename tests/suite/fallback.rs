@@ -13,7 +13,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 pub(crate) const CASES: &[Case] = &[
     Case::once("c12_falls_back_when_seccomp_refuses", || falls_back(Errno::PERM)),
     Case::once("c12_falls_back_when_the_kernel_lacks_io_uring", || falls_back(Errno::NOSYS)),
-    Case::once("c12_an_explicit_io_uring_fails_where_it_is_refused", io_uring_or_nothing),
+    Case::once("c12_an_explicit_io_uring_fails_where_it_is_refused", explicit_io_uring),
 ];
 
 /// Makes `io_uring_setup(2)` fail in this thread and in those it starts.
@@ -54,7 +54,7 @@ fn falls_back(errno: Errno) {
     });
 }
 
-fn io_uring_or_nothing() {
+fn explicit_io_uring() {
     refuse_io_uring(Errno::PERM);
     let options = EngineOptions { ring: RingChoice::IoUring, ..EngineOptions::default() };
     let error = Engine::start(options).expect_err("there is no io_uring");

@@ -2,10 +2,10 @@
 
 use landfall_engine::RingChoice;
 use landfall_tests::case::Case;
-use landfall_tests::process::engine_at_rest;
+use landfall_tests::process::engine_idle_share;
 use landfall_tests::{End, Pattern, finish, send_all};
 
-use crate::observe::{AttachMethod, Path, Who, ends_by, read_rest};
+use crate::observe::{Path, Route, Side, ends_by, read_rest};
 
 pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c02_ten_mebibytes_come_back_after_a_fin", ten_mebibytes_come_back_after_a_fin),
@@ -14,7 +14,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c02_a_half_closed_connection_stays_open", a_half_closed_connection_stays),
 ];
 
-const BOTH: [Who; 2] = [Who::Client, Who::Server];
+const BOTH: [Side; 2] = [Side::Client, Side::Server];
 
 pub(crate) fn ten_mebibytes_come_back_after_a_fin(ring: RingChoice) {
     ten_mebibytes_come_back(Path::landfall(ring));
@@ -43,7 +43,7 @@ pub(crate) fn both_ends_finish_at_once(ring: RingChoice) {
     let path = Path::landfall(ring);
     for bytes in [0, 1, 100_000] {
         for _ in 0..20 {
-            let (client, server) = path.pair().split(Who::Client);
+            let (client, server) = path.pair().split(Side::Client);
             let together = std::sync::Barrier::new(2);
             std::thread::scope(|scope| {
                 for (stream, own, others) in [(&client, 1, 2), (&server, 2, 1)] {
@@ -84,7 +84,7 @@ pub(crate) fn a_half_closed_connection_stays(ring: RingChoice) {
         let (one, other) = path.pair().split(first);
         finish(&one);
         assert_eq!(ends_by(&other), End::Eof);
-        engine_at_rest("a half-closed connection");
+        engine_idle_share("a half-closed connection");
         for round in 0..10 {
             let pattern = Pattern::new(round);
             send_all(&other, pattern, 10);
@@ -98,10 +98,10 @@ pub(crate) fn a_half_closed_connection_stays(ring: RingChoice) {
 
 #[track_caller]
 fn all_completed(path: Path, count: u64) {
-    let (mut relay, forward) = match path.way {
-        AttachMethod::Landfall(relay, forward) => (*relay, forward),
-        AttachMethod::Swapped(inside) => (inside.relay, inside.forward),
-        AttachMethod::Direct(_) | AttachMethod::Haproxy { .. } => return,
+    let (mut relay, forward) = match path.route {
+        Route::Landfall(relay, forward) => (*relay, forward),
+        Route::Swapped(inside) => (inside.relay, inside.forward),
+        Route::Direct(_) | Route::Haproxy { .. } => return,
     };
     let stats = relay.stats_become(forward, "every connection to have completed", |stats| stats.open == 0);
     assert_eq!(stats.completed, count, "{stats:?}");

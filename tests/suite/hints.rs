@@ -13,15 +13,15 @@ use landfall_engine::watch::hint::Hints;
 use landfall_tests::case::Case;
 use landfall_tests::latency::{from_listen_to_first_byte, percentiles};
 use landfall_tests::process::{kill, private_mounts};
-use landfall_tests::{Home, Namespace, PATIENCE, Server, is_long, note, rpc, wait_until};
+use landfall_tests::{Home, Namespace, Server, TIMEOUT, is_long, note, rpc, wait_until};
 
 use crate::crash::{by_file, describe, engine_pid};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c14_a_listener_in_another_namespace_causes_a_hint", hinted),
+    Case::once("c14_a_listener_in_another_namespace_causes_a_hint", causes_hint),
     Case::once("c14_connections_cause_no_hints", connections),
     Case::once("c14_a_new_listener_is_usable_at_once", usable_at_once),
-    Case::once("c14_no_tracing_instance_outlives_an_engine", nothing_stays),
+    Case::once("c14_no_tracing_instance_outlives_an_engine", instance_is_removed),
 ];
 
 /// A port that no other case uses.
@@ -57,12 +57,12 @@ fn may_trace() -> bool {
     may
 }
 
-fn hinted() {
+fn causes_hint() {
     if !may_trace() {
         return;
     }
     hide_tracing();
-    assert!(Hints::open().is_err(), "there is nothing to be had from");
+    assert!(Hints::open().is_err(), "no hints are available from");
     show_tracing();
     let hints = Hints::open().unwrap();
     let (stop, running) = std::io::pipe().unwrap();
@@ -73,10 +73,10 @@ fn hinted() {
         // Other cases cause hints, too.
         looked.try_iter().for_each(drop);
         let server = Server::listen(&inside, &format!("127.0.0.1:{port}"));
-        looked.recv_timeout(PATIENCE).expect("it listens");
+        looked.recv_timeout(TIMEOUT).expect("it listens");
         looked.try_iter().for_each(drop);
         drop(server);
-        looked.recv_timeout(PATIENCE).expect("it listens no more");
+        looked.recv_timeout(TIMEOUT).expect("it listens no more");
     }
     drop(running);
     thread.join().unwrap();
@@ -98,11 +98,11 @@ fn connections() {
     }
     drop((clients, server));
     // The trace is not consumed: it contains every event that fit into the buffer.
-    let told = fs::read_to_string(instance(std::process::id()).join("trace")).unwrap();
-    let ours: Vec<&str> = told.lines().filter(|line| line.contains(&format!("sport={QUIET} "))).collect();
+    let reported = fs::read_to_string(instance(std::process::id()).join("trace")).unwrap();
+    let ours: Vec<&str> = reported.lines().filter(|line| line.contains(&format!("sport={QUIET} "))).collect();
     assert!(
         ours.last().is_some_and(|last| last.contains("oldstate=TCP_LISTEN newstate=TCP_CLOSE")),
-        "{told}"
+        "{reported}"
     );
     let is_hint = |line: &&&str| {
         ["newstate=TCP_LISTEN", "newstate=TCP_CLOSE"].iter().any(|end| line.trim_end().ends_with(end))
@@ -139,7 +139,7 @@ fn usable_at_once() {
     }
 }
 
-fn nothing_stays() {
+fn instance_is_removed() {
     if !may_trace() {
         return;
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use landfall_tests::case::Case;
-use landfall_tests::{Home, STRANGER, strangers_are_possible};
+use landfall_tests::{Home, OTHER_UID, can_change_user};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c24_root_refuses_a_home_that_another_user_can_change", foreign_homes),
@@ -28,16 +28,16 @@ fn make(path: &Path, owner: Option<u32>, mode: u32) -> PathBuf {
 }
 
 fn foreign_homes() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
     let place = home.folder("homes");
-    let of_a_stranger = make(&place.join("a"), Some(STRANGER), 0o700);
+    let of_a_stranger = make(&place.join("a"), Some(OTHER_UID), 0o700);
     let open = make(&place.join("b"), None, 0o777);
     let group = make(&place.join("c"), None, 0o770);
-    chown(&group, None, Some(STRANGER)).unwrap();
-    let parent = make(&place.join("d"), Some(STRANGER), 0o755);
+    chown(&group, None, Some(OTHER_UID)).unwrap();
+    let parent = make(&place.join("d"), Some(OTHER_UID), 0o755);
     let below = make(&parent.join("home"), None, 0o700);
     // The directory of the link decides where it leads, even if the home itself belongs to root.
     let by_a_link = parent.join("link");
@@ -52,10 +52,10 @@ fn foreign_homes() {
         (&absent, &parent, "belongs to uid 61234"),
     ] {
         for refusal in refusals(&home, path) {
-            let said = String::from_utf8_lossy(&refusal.stderr);
-            assert!(!refusal.status.success(), "{}: {said}", path.display());
+            let printed = String::from_utf8_lossy(&refusal.stderr);
+            assert!(!refusal.status.success(), "{}: {printed}", path.display());
             let names = [reason, culprit.to_str().unwrap(), "hint:", "LANDFALL_HOME"];
-            assert!(names.iter().all(|name| said.contains(name)), "{}: {said}", path.display());
+            assert!(names.iter().all(|name| printed.contains(name)), "{}: {printed}", path.display());
         }
         assert!(!path.join("run").exists(), "something was made in {}", path.display());
     }
@@ -101,8 +101,8 @@ fn linked_directories() {
         fs::create_dir_all(link.parent().unwrap()).unwrap();
         symlink(&victim, &link).unwrap();
         for refusal in refusals(&home, &home.path()) {
-            let said = String::from_utf8_lossy(&refusal.stderr);
-            assert!(!refusal.status.success() && said.contains("is not a directory"), "{name}: {said}");
+            let printed = String::from_utf8_lossy(&refusal.stderr);
+            assert!(!refusal.status.success() && printed.contains("is not a directory"), "{name}: {printed}");
         }
         assert_eq!(fs::metadata(&victim).unwrap().permissions().mode() & 0o777, 0o755, "{name}");
         assert_eq!(fs::read_dir(&victim).unwrap().count(), 0, "{name}");

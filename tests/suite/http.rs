@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use landfall_tests::case::Case;
 use landfall_tests::http::{Answer, Web, ask, ask_text, post};
 use landfall_tests::rpc::{self, http_port, register_with};
-use landfall_tests::{FakeDocker, Home, MOMENT, wait_until};
+use landfall_tests::{FakeDocker, Home, NEGATIVE_WAIT, wait_until};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
@@ -19,15 +19,15 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c24_http_a_foreign_host_header_is_refused", foreign_hosts),
     Case::once("c24_http_the_bearer_token_is_parsed_as_specified", bearer_forms),
     Case::once("c23_http_a_container_acts_for_itself_alone", for_itself_alone),
-    Case::once("http_a_connection_announces_whether_it_can_be_reused", asked_again),
+    Case::once("http_a_connection_announces_whether_it_can_be_reused", connection_reuse),
     Case::once("http_chunked_bodies_and_http_1_0_are_supported", other_framings),
     Case::once("c24_http_a_slow_client_is_disconnected", slow_client),
-    Case::once("c24_http_invalid_http_is_refused", no_http),
+    Case::once("c24_http_invalid_http_is_refused", invalid_http),
     Case::once("c24_http_a_thousand_half_open_connections_do_not_stop_the_daemon", half_open),
     Case::once("http_control_uses_the_preferred_port_when_it_is_free", preferred_port),
     Case::once("http_control_falls_back_to_an_ephemeral_port_when_the_preferred_port_is_busy", fallback_port),
     Case::once("http_the_port_stays_the_same_across_daemons", same_port),
-    Case::once("c24_a_token_appears_in_no_output", canary),
+    Case::once("c24_a_token_appears_in_no_output", token_in_no_output),
 ];
 
 const TOKEN: &str = "dGhlIHRva2VuIG9mIGEgY29udGFpbmVyIGluc3RhbmNl";
@@ -265,7 +265,7 @@ fn for_itself_alone() {
     assert!(!home.folder("a").join("secrets.json").exists());
 }
 
-fn asked_again() {
+fn connection_reuse() {
     let home = Home::new();
     let _daemon = home.daemon();
     let port = http_port(&home);
@@ -325,10 +325,10 @@ fn slow_client() {
     let port = http_port(&home);
     let limit = Duration::from_secs(60);
     // One client sends nothing, one never ends its head, one never ends its body.
-    let silent = Web::connect(port).patience(limit);
-    let mut in_head = Web::connect(port).patience(limit);
+    let silent = Web::connect(port).with_read_timeout(limit);
+    let mut in_head = Web::connect(port).with_read_timeout(limit);
     in_head.send(format!("POST /rpc HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nx-slow: "));
-    let mut in_body = Web::connect(port).patience(limit);
+    let mut in_body = Web::connect(port).with_read_timeout(limit);
     in_body.send(format!(
         "POST /rpc HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nauthorization: Bearer x\r\ncontent-length: 100\r\n\r\n{{"
     ));
@@ -344,10 +344,10 @@ fn slow_client() {
             start.elapsed()
         );
     }
-    assert!(start.elapsed() > MOMENT, "nobody is given time at all");
+    assert!(start.elapsed() > NEGATIVE_WAIT, "the time limit is zero");
 }
 
-fn no_http() {
+fn invalid_http() {
     let home = Home::new();
     let mut daemon = home.daemon();
     let port = http_port(&home);
@@ -448,19 +448,19 @@ fn same_port() {
         }
     }
     // A given port, and any free port with 0.
-    let daemon = home.start().argument("--http-port").argument("9111").and_wait();
+    let daemon = home.start().argument("--http-port").argument("9111").wait_until_ready();
     assert_eq!(http_port(&home), 9111);
     daemon.shut_down();
-    let _daemon = home.start().argument("--http-port").argument("0").and_wait();
+    let _daemon = home.start().argument("--http-port").argument("0").wait_until_ready();
     assert_ne!(http_port(&home), 0);
 }
 
-fn canary() {
+fn token_in_no_output() {
     let home = Home::new();
     let _docker = FakeDocker::start(&home, &["a"]);
     let daemon = home.daemon();
     let (token, broker) = ("canary-1-restart-token", "canary-2-broker-token");
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     let mut live = rpc::Wire::connect(&home);
     live.send("{\"kind\":\"events\"}\n");
     let fields = json!({"restartToken": token, "brokerToken": broker, "wsHostPort": 4000, "portForward": {"allow": [3000]}});
@@ -468,9 +468,9 @@ fn canary() {
     let port = http_port(&home);
     // Valid tokens, and invalid ones that look like them, in fields where they do not belong.
     for (name, presented) in [("a", token), ("a", broker), ("b", token), ("a", "canary-3-guess")] {
-        heard.push(ask(port, Some(presented), &restart(name)).body.to_string());
+        received.push(ask(port, Some(presented), &restart(name)).body.to_string());
         let body = json!({"kind": presented, "containerName": presented, "restartToken": presented});
-        heard.push(ask(port, Some(presented), &body).body.to_string());
+        received.push(ask(port, Some(presented), &body).body.to_string());
     }
     home.wait_for_event("restart-completed", |_| true);
     for request in [
@@ -481,34 +481,40 @@ fn canary() {
         json!({"kind": "register", "containerName": "a", "cwd": "/", "brokerToken": {"x": broker}}),
         json!({"kind": "register", "containerName": "a", "cwd": 7, "restartToken": token, "brokerToken": broker}),
     ] {
-        heard.push(rpc::ask(&home, &request).to_string());
+        received.push(rpc::ask(&home, &request).to_string());
     }
     // The daemon does not repeat an invalid line either.
-    heard.push(rpc::tell(&home, format!("{{\"restartToken\":\"{token}\"\n")).to_string());
+    received.push(rpc::exchange(&home, format!("{{\"restartToken\":\"{token}\"\n")).to_string());
     for verb in
         [&["status"][..], &["status", "a"], &["ls"], &["ls", "--json"], &["status", "a", "--json"], &["logs"]]
     {
         let output = home.run(verb);
-        heard.push(
+        received.push(
             String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr),
         );
     }
-    heard.push(
+    received.push(
         String::from_utf8_lossy(&std::fs::read(format!("/proc/{}/cmdline", daemon.pid())).unwrap())
             .into_owned(),
     );
     // The event about an invalid registration file with a token in it does not contain the token.
     daemon.shut_down();
-    heard.push(live.rest());
-    home.plant("torn", format!("{{\"containerName\":\"torn\",\"restartToken\":\"{token}\",\"cwd\":"));
-    home.plant("odd", json!({"containerName": "odd", "cwd": "/", "restartToken": [token]}).to_string());
+    received.push(live.rest());
+    home.write_registration(
+        "torn",
+        format!("{{\"containerName\":\"torn\",\"restartToken\":\"{token}\",\"cwd\":"),
+    );
+    home.write_registration(
+        "odd",
+        json!({"containerName": "odd", "cwd": "/", "restartToken": [token]}).to_string(),
+    );
     let daemon = home.daemon();
     home.wait_for_event("registration-skipped", |event| event["containerName"] == "odd");
     home.wait_for_event("registration-skipped", |event| event["containerName"] == "torn");
     daemon.shut_down();
-    heard.push(home.stderr());
-    let leak = heard.iter().find(|text| text.contains("canary"));
-    assert!(leak.is_none(), "told: {leak:?}");
+    received.push(home.stderr());
+    let leak = received.iter().find(|text| text.contains("canary"));
+    assert!(leak.is_none(), "token in an output: {leak:?}");
     let kept: Vec<_> =
         home.files().into_iter().filter(|(_, bytes)| bytes.windows(6).any(|six| six == b"canary")).collect();
     assert!(!kept.is_empty(), "the canary is not where it should be");

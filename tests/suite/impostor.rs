@@ -6,7 +6,7 @@ use landfall_tests::broker::Container;
 use landfall_tests::case::Case;
 use landfall_tests::rpc::register_with;
 use landfall_tests::{
-    FakeDocker, Home, Impostor, MOMENT, Manner, STRANGER, as_stranger, strangers_are_possible,
+    FakeDocker, Home, Impostor, ImpostorReply, NEGATIVE_WAIT, OTHER_UID, as_other_user, can_change_user,
 };
 use serde_json::{Value, json};
 
@@ -42,7 +42,7 @@ fn register(home: &Home, port: u16) {
 #[track_caller]
 fn wait_for_its_name(home: &Home, port: u16) -> Value {
     let holds = format!("port {port} is held by");
-    let user = format!("uid {STRANGER}");
+    let user = format!("uid {OTHER_UID}");
     home.wait_for_event("notice", |event| {
         let text = event["text"].as_str().unwrap_or_default();
         text.contains(NAME) && text.contains(&holds) && text.contains(&user)
@@ -50,14 +50,14 @@ fn wait_for_its_name(home: &Home, port: u16) -> Value {
 }
 
 fn another_user() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
     let _daemon = home.daemon();
     // On every address that receives connections to 127.0.0.1, by a listener that claims to be a container of the reference.
     for address in [local(0), "0.0.0.0:0".parse().unwrap(), "[::]:0".parse().unwrap()] {
-        let impostor = Impostor::listen(address, Manner::Reference);
+        let impostor = Impostor::listen(address, ImpostorReply::Reference);
         let port = impostor.address().port();
         register(&home, port);
         wait_for_its_name(&home, port);
@@ -82,20 +82,20 @@ fn stopped() {
     home.wait_for_event("notice", |event| {
         event["text"].as_str().unwrap_or_default().contains("container coder is not running")
     });
-    assert!(!container.has_caller(), "it was connected to");
+    assert!(!container.has_pending_connection(), "it was connected to");
     // It runs, and no longer publishes the port.
     docker.publish(NAME, None);
     docker.run(NAME);
     home.wait_for_event("notice", |event| {
         event["text"].as_str().unwrap_or_default().contains("does not publish port 8973 of coder")
     });
-    assert!(!container.has_caller(), "it was connected to");
+    assert!(!container.has_pending_connection(), "it was connected to");
     docker.publish(NAME, Some(container.port()));
     container.welcome().ping();
 }
 
 fn during_restart() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
@@ -108,7 +108,7 @@ fn during_restart() {
     let peer = container.welcome();
     // The container stops: its port is free, and is taken before the broker reconnects. Docker reports that it runs again.
     drop(container);
-    let impostor = Impostor::listen(local(port), Manner::Reference);
+    let impostor = Impostor::listen(local(port), ImpostorReply::Reference);
     peer.hang_up();
     wait_for_its_name(&home, port);
     impostor.assert_without(TOKEN);
@@ -116,7 +116,7 @@ fn during_restart() {
 }
 
 fn accepted_by_another() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
@@ -124,7 +124,7 @@ fn accepted_by_another() {
     // Our own listener, from which another user accepts.
     let listener = TcpListener::bind(local(0)).unwrap();
     let port = listener.local_addr().unwrap().port();
-    let impostor = Impostor::serve(listener, Manner::Reference);
+    let impostor = Impostor::serve(listener, ImpostorReply::Reference);
     register(&home, port);
     wait_for_its_name(&home, port);
     impostor.wait_for("GET /portbroker");
@@ -132,7 +132,7 @@ fn accepted_by_another() {
 }
 
 fn replaced() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
@@ -143,7 +143,7 @@ fn replaced() {
     let stream = container.accept_raw();
     // The request has arrived, without an answer yet. Now the port gets another owner.
     drop(container);
-    let listener = as_stranger(|| {
+    let listener = as_other_user(|| {
         let socket =
             rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None)
                 .unwrap();
@@ -152,33 +152,33 @@ fn replaced() {
         rustix::net::listen(&socket, 1).unwrap();
         TcpListener::from(socket)
     });
-    let impostor = Impostor::serve(listener, Manner::Reference);
+    let impostor = Impostor::serve(listener, ImpostorReply::Reference);
     let mut peer = Container::upgrade(stream, port);
     wait_for_its_name(&home, port);
     // The connection from before is closed.
-    peer.ending();
-    assert!(peer.is_silent_for(MOMENT) || peer.has_ended());
+    peer.receive_end();
+    assert!(peer.is_silent_for(NEGATIVE_WAIT) || peer.has_ended());
     impostor.assert_without(TOKEN);
 }
 
 fn port_taken_at_restart() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[NAME]);
     let _daemon = home.daemon();
-    let impostor = Impostor::listen(local(0), Manner::Reference);
+    let impostor = Impostor::listen(local(0), ImpostorReply::Reference);
     let port = impostor.address().port();
     // A container whose user chose the port.
     let binding = json!([{"HostIp": "127.0.0.1", "HostPort": port.to_string()}]);
-    docker.inhabit(NAME, 0, json!({"HostConfig": {"PortBindings": {"8973/tcp": binding}}}));
+    docker.set_process(NAME, 0, json!({"HostConfig": {"PortBindings": {"8973/tcp": binding}}}));
     register(&home, port);
     docker.fail_starts(Some("Error starting userland proxy: listen tcp4: bind: address already in use"));
     let restarted = home.run(&["restart", NAME]);
     assert_eq!(restarted.status.code(), Some(6), "{restarted:?}");
     let held = format!("port {port} of 127.0.0.1 is held by");
-    let user = format!("uid {STRANGER}");
+    let user = format!("uid {OTHER_UID}");
     let text = String::from_utf8_lossy(&restarted.stderr).into_owned();
     assert!(text.contains(&held) && text.contains(&user), "{text}");
     home.wait_for_event("restart-failed", |event| {
@@ -200,15 +200,15 @@ fn started() {
     let started = home.run(&["start", "--image", "busybox", folder.to_str().unwrap()]);
     assert!(started.status.success(), "{started:?}");
     // No fixed port exists that another user could take while the container is stopped.
-    let wish = docker.wish("shop").unwrap();
-    let bindings = &wish["HostConfig"]["PortBindings"]["8973/tcp"];
-    assert_eq!(bindings, &json!([{"HostIp": "127.0.0.1", "HostPort": ""}]), "{wish}");
+    let create_request = docker.create_request("shop").unwrap();
+    let bindings = &create_request["HostConfig"]["PortBindings"]["8973/tcp"];
+    assert_eq!(bindings, &json!([{"HostIp": "127.0.0.1", "HostPort": ""}]), "{create_request}");
     let registered = home.registered("shop").unwrap();
     assert_eq!(registered.get("wsHostPort"), None, "{registered}");
     // The daemon connects to the port that Docker reports. Even there it sends no token to a peer that does not answer the
     // challenge, such as a process of our own user.
     let listener = TcpListener::bind(local(0)).unwrap();
-    let impostor = Impostor::of_our_user(listener, Manner::Reference);
+    let impostor = Impostor::of_our_user(listener, ImpostorReply::Reference);
     docker.publish("shop", Some(impostor.address().port()));
     impostor.wait_for("GET /portbroker");
     home.wait_for_event("notice", |event| {

@@ -14,7 +14,7 @@ use landfall_tests::http::{Web, ask_at};
 use landfall_tests::process::descriptors_of;
 use landfall_tests::rpc::register_with;
 use landfall_tests::{
-    FakeDocker, Home, Impostor, Manner, STRANGER, as_stranger, strangers_are_possible, wait_until,
+    FakeDocker, Home, Impostor, ImpostorReply, OTHER_UID, as_other_user, can_change_user, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -38,9 +38,9 @@ fn text(output: &Output) -> String {
 }
 
 /// Asserts that a text names the holder as every verb does.
-fn assert_named(told: &str, port: u16) {
-    assert!(told.contains(&format!("port {port} of {GATEWAY} is held by")), "{told}");
-    assert!(told.contains(&format!("uid {STRANGER}")), "{told}");
+fn assert_named(reported: &str, port: u16) {
+    assert!(reported.contains(&format!("port {port} of {GATEWAY} is held by")), "{reported}");
+    assert!(reported.contains(&format!("uid {OTHER_UID}")), "{reported}");
 }
 
 fn listens_at(home: &Home, host: IpAddr, port: u16) {
@@ -57,13 +57,13 @@ fn start(home: &Home) -> Output {
 }
 
 fn before_the_start() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     docker.set_gateway(GATEWAY);
-    let impostor = Impostor::listen((GATEWAY, PORT), Manner::Http);
+    let impostor = Impostor::listen((GATEWAY, PORT), ImpostorReply::Http);
     assert_named(&text(&home.run(&["doctor"])), PORT);
     let up = home.run(&["up"]);
     assert!(up.status.success(), "{up:?}");
@@ -71,41 +71,41 @@ fn before_the_start() {
     assert_named(&text(&home.run(&["status"])), PORT);
     assert_named(&text(&home.run(&["doctor"])), PORT);
     let status: Value = serde_json::from_slice(&home.run(&["status", "--json"]).stdout).unwrap();
-    assert_eq!(status["http"]["fallback"]["uid"], STRANGER, "{status}");
+    assert_eq!(status["http"]["fallback"]["uid"], OTHER_UID, "{status}");
     home.wait_for_event("notice", |event| {
         let text = event["text"].as_str().unwrap_or_default();
-        text.contains("is held by") && text.contains(&format!("uid {STRANGER}"))
+        text.contains("is held by") && text.contains(&format!("uid {OTHER_UID}"))
     });
     // A container that is made now gets a port on which the daemon listens.
     let started = start(&home);
     assert!(started.status.success(), "{started:?}");
-    let wish = docker.wish(NAME).unwrap();
+    let create_request = docker.create_request(NAME).unwrap();
     let port = status["httpPort"].as_u64().unwrap();
     assert_ne!(port, u64::from(PORT));
     let url = json!(format!("LANDFALL_HOSTD_URL=http://host.docker.internal:{port}"));
-    assert!(wish["Env"].as_array().unwrap().contains(&url), "{wish}");
+    assert!(create_request["Env"].as_array().unwrap().contains(&url), "{create_request}");
     listens_at(&home, GATEWAY, port.try_into().unwrap());
     // Containers that were made before reach the daemon as soon as the port is free.
     drop(impostor);
     listens_at(&home, GATEWAY, PORT);
     wait_until("the holder to be forgotten", || match text(&home.run(&["status"])) {
-        told if told.contains("is held by") => Err(told),
+        reported if reported.contains("is held by") => Err(reported),
         _ => Ok(()),
     });
 }
 
 fn late_docker() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
     let _daemon = home.daemon();
-    let impostor = Impostor::listen((GATEWAY, PORT), Manner::Http);
+    let impostor = Impostor::listen((GATEWAY, PORT), ImpostorReply::Http);
     let docker = FakeDocker::start(&home, &[]);
     docker.set_gateway(GATEWAY);
     let named = |event: &Value| {
         let text = event["text"].as_str().unwrap_or_default();
-        text.contains("is held by") && text.contains(&format!("uid {STRANGER}"))
+        text.contains("is held by") && text.contains(&format!("uid {OTHER_UID}"))
     };
     home.wait_for_event("notice", named);
     assert_named(&text(&home.run(&["up"])), PORT);
@@ -138,7 +138,7 @@ fn restart() -> Value {
 }
 
 fn socket_of_its_own() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
@@ -152,22 +152,22 @@ fn socket_of_its_own() {
     assert_eq!((home.mode("run/http"), home.mode("run/http/coder")), (0o700, 0o755));
     assert_eq!(home.mode("run/http/coder/http.sock"), 0o666);
     let path = directory(&home).join("http.sock");
-    let error = as_stranger(|| UnixStream::connect(&path)).unwrap_err();
+    let error = as_other_user(|| UnixStream::connect(&path)).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
     // Any user of the container can use the mounted directory.
     let mounted = std::fs::File::open(directory(&home)).unwrap();
     let inside = PathBuf::from(format!("/proc/self/fd/{}/http.sock", mounted.as_raw_fd()));
-    let ask = |token| as_stranger(|| ask_at(&inside, token, &restart()).unwrap());
+    let ask = |token| as_other_user(|| ask_at(&inside, token, &restart()).unwrap());
     assert_eq!((ask(None).status, ask(Some("wrong")).status), (401, 403));
-    let listed = as_stranger(|| ask_at(&inside, Some(TOKEN), &json!({"kind": "list"})).unwrap());
+    let listed = as_other_user(|| ask_at(&inside, Some(TOKEN), &json!({"kind": "list"})).unwrap());
     assert_eq!(listed.status, 403, "the privileged kinds are not there");
     assert_eq!(ask(Some(TOKEN)).status, 200);
     home.wait_for_event("restart-completed", |event| event["containerName"] == NAME);
     // The next daemon, after a kill, listens in the same directory.
     daemon.kill();
-    assert!(as_stranger(|| UnixStream::connect(&inside)).is_err());
+    assert!(as_other_user(|| UnixStream::connect(&inside)).is_err());
     let daemon = home.daemon();
-    wait_until("the socket of the next daemon", || as_stranger(|| UnixStream::connect(&inside)));
+    wait_until("the socket of the next daemon", || as_other_user(|| UnixStream::connect(&inside)));
     assert_eq!(ask(Some(TOKEN)).status, 200);
     // An orderly stop removes the socket and keeps the directory; removing the container removes the directory, too.
     daemon.shut_down();
@@ -178,14 +178,14 @@ fn socket_of_its_own() {
 }
 
 fn socket_before_url() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let home = Home::new();
     let _docker = FakeDocker::start(&home, &[NAME]);
     let daemon = home.daemon();
     register_with(&home, NAME, &json!({"restartToken": TOKEN, "httpSocket": true}));
-    let impostor = Impostor::listen((GATEWAY, PORT), Manner::Http);
+    let impostor = Impostor::listen((GATEWAY, PORT), ImpostorReply::Http);
     let agent = || {
         let mut command = home.command(&["agent", "restart"]);
         command.env("LANDFALL_HOSTD_SOCKET", directory(&home).join("http.sock"));
@@ -230,7 +230,7 @@ fn places() {
         .collect();
     let refused = |answer: &landfall_tests::http::Answer| assert_eq!(answer.status, 403, "{answer:?}");
     let mut looks = Vec::new();
-    wait_until("every client to have a place or none", || {
+    wait_until("every client to be accepted or rejected", || {
         looks.push(descriptors_of(daemon.pid()));
         std::thread::sleep(Duration::from_millis(20));
         let last = &looks[looks.len().saturating_sub(10)..];

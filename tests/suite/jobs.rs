@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{ask, names, register};
-use landfall_tests::{FakeDocker, Home, PATIENCE, wait_until};
+use landfall_tests::{FakeDocker, Home, TIMEOUT, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -139,7 +139,7 @@ fn gate() {
     let open = home.folder("outside").join("open");
     let gate = json!(["sh", "-c", "test -e $1", "sh", open]);
     register_job(&home, "a", "echo run >> $1", &format!("every = \"1s\"\ngate = {gate}"));
-    wait_until("the gate to have said no", || {
+    wait_until("the gate to refuse", || {
         let asked = home.count_events("job-tick-skipped", "a");
         if asked >= 2 { Ok(()) } else { Err(home.events()) }
     });
@@ -229,7 +229,7 @@ fn stop_never_waits() {
     let start = Instant::now();
     deregister(&home, "a");
     register(&home, "a");
-    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+    assert!(start.elapsed() < TIMEOUT, "{:?}", start.elapsed());
     assert_eq!(names(&home), ["a"]);
 }
 
@@ -262,14 +262,14 @@ fn bad_configuration() {
     register_job(&home, "good", "echo good >> $1", "every = \"1h\"");
     wait_for_lines(&home, 1);
     assert_eq!(names(&home).len(), texts.len() + 1);
-    let told = |name: &str| {
+    let reported = |name: &str| {
         home.events()
             .iter()
             .any(|event| event.to_string().contains("landfall.toml") && event.to_string().contains(name))
     };
     for index in 0..texts.len() {
-        wait_until("the mistake to be told", || {
-            if told(&format!("bad{index}")) { Ok(()) } else { Err(home.events()) }
+        wait_until("the error to be reported", || {
+            if reported(&format!("bad{index}")) { Ok(()) } else { Err(home.events()) }
         });
     }
     // A program in the folder could have been written by the container.

@@ -28,7 +28,7 @@ pub(crate) fn churn(ring: RingChoice) {
     let before = (descriptors(), threads());
     driver.add_upstream(Relay::UPSTREAM, &inside, None);
     let mut relay = Relay::of(driver, inside);
-    serve_capriciously(Server::listen(&relay.inside, "[::]:3000"));
+    serve_with_random_aborts(Server::listen(&relay.inside, "[::]:3000"));
     let forward = relay.forward(3000);
     let next = AtomicU64::new(0);
     let mut resident = 0;
@@ -68,7 +68,7 @@ pub(crate) fn churn(ring: RingChoice) {
 }
 
 /// Reads and answers, and aborts at random points.
-fn serve_capriciously(server: Server) {
+fn serve_with_random_aborts(server: Server) {
     let number = AtomicU64::new(0);
     server.serve_in_turn(SERVERS, move |mut stream| {
         let mut rng = Rng::new(seed() ^ number.fetch_add(1, Ordering::Relaxed) ^ 0x5e17);

@@ -15,7 +15,7 @@ use landfall_engine::channel::Channel;
 use landfall_engine::opener::client::Opener;
 use landfall_tests::case::Case;
 use landfall_tests::process::{descendants, kill, running};
-use landfall_tests::{Home, Namespace, PATIENCE, Server, connect, rpc, wait_until};
+use landfall_tests::{Home, Namespace, Server, TIMEOUT, connect, rpc, wait_until};
 use serde_json::{Value, json};
 
 use crate::crash::{by_file, describe, engine_pid, wait_for_open};
@@ -133,21 +133,21 @@ impl Launcher {
         let (ours, theirs) = Channel::pair().unwrap();
         let descriptors: Vec<_> =
             std::iter::once(theirs.as_fd()).chain(more.iter().map(AsFd::as_fd)).collect();
-        self.channel.send_timeout(request, &descriptors, PATIENCE).unwrap();
+        self.channel.send_timeout(request, &descriptors, TIMEOUT).unwrap();
         ours
     }
 
     /// Sends a request. Returns the first part of the answer, if there is one.
     #[track_caller]
     fn ask(&self, request: &Value, more: &[OwnedFd]) -> Option<Value> {
-        heard(&self.send(request, more))
+        next_reply(&self.send(request, more))
     }
 }
 
 /// Returns the next part of an answer, if there is one.
 #[track_caller]
-fn heard(channel: &Channel) -> Option<Value> {
-    channel.recv_timeout(PATIENCE).unwrap().map(|(answer, _)| answer)
+fn next_reply(channel: &Channel) -> Option<Value> {
+    channel.recv_timeout(TIMEOUT).unwrap().map(|(answer, _)| answer)
 }
 
 impl Drop for Launcher {
@@ -165,7 +165,7 @@ fn launcher_refuses() {
     let works = || {
         let path = format!("/proc/{}/ns/net", std::process::id());
         let answer = launcher.ask(&json!({"launch": "namespace", "path": path}), &[]);
-        assert_eq!(answer, Some(json!({"reply": "done"})), "it goes on");
+        assert_eq!(answer, Some(json!({"reply": "done"})), "the launcher continues");
     };
     works();
     for socket in
@@ -277,11 +277,11 @@ fn launcher_verifies() {
     let (mut reader, writer) = output();
     let channel = launcher.send(&request(&folder, &echo, settings), &writer);
     drop(writer);
-    assert_eq!(heard(&channel), Some(json!({"reply": "started"})));
-    assert_eq!(heard(&channel), Some(json!({"reply": "exited", "status": 3 << 8})));
-    let mut said = String::new();
-    reader.read_to_string(&mut said).unwrap();
-    assert_eq!(said.trim_end(), folder.to_str().unwrap());
+    assert_eq!(next_reply(&channel), Some(json!({"reply": "started"})));
+    assert_eq!(next_reply(&channel), Some(json!({"reply": "exited", "status": 3 << 8})));
+    let mut printed = String::new();
+    reader.read_to_string(&mut printed).unwrap();
+    assert_eq!(printed.trim_end(), folder.to_str().unwrap());
 
     // It ends when its requester disconnects, and with the daemon.
     let commands = || descendants().into_iter().filter(|pid| verb_of(*pid).as_deref() == Some("1000"));
@@ -291,12 +291,12 @@ fn launcher_verifies() {
     };
     let (_reader, writer) = output();
     let channel = launcher.send(&request(&folder, &sleep, settings), &writer);
-    assert_eq!(heard(&channel), Some(json!({"reply": "started"})));
+    assert_eq!(next_reply(&channel), Some(json!({"reply": "started"})));
     wait_until("the command", || commands().next().ok_or("it does not run"));
     drop(channel);
     wait_until("the command to end with its channel", ended);
     let channel = launcher.send(&request(&folder, &sleep, settings), &writer);
-    assert_eq!(heard(&channel), Some(json!({"reply": "started"})));
+    assert_eq!(next_reply(&channel), Some(json!({"reply": "started"})));
     // The kernel closes the descriptors of a killed daemon like this.
     drop(channel);
     drop(launcher);

@@ -64,19 +64,21 @@ impl Attack {
     fn by_messages(container: &Container) -> Attack {
         let mut peer = container.welcome();
         let ends = Arc::new(AtomicBool::new(false));
-        let (over, heard) = (Arc::clone(&ends), Arc::clone(&ends));
-        let mut speaker = peer.speaker();
+        let (over, received) = (Arc::clone(&ends), Arc::clone(&ends));
+        let mut message_sender = peer.message_sender();
         let cycle = std::thread::spawn(move || {
             for port in (30_000_u16..38_000).cycle().take_while(|_| !over.load(Ordering::Relaxed)) {
                 let before = if port < 30_500 { port + 7_500 } else { port - 500 };
                 // A connection that the daemon has closed ends the attack.
-                let said = speaker.try_say(&opened(port)).and_then(|()| speaker.try_say(&closed(before)));
-                if said.is_err() {
+                let printed = message_sender
+                    .try_send_message(&opened(port))
+                    .and_then(|()| message_sender.try_send_message(&closed(before)));
+                if printed.is_err() {
                     return;
                 }
             }
         });
-        let hears = std::thread::spawn(move || peer.drop_all_until(|| heard.load(Ordering::Relaxed)));
+        let hears = std::thread::spawn(move || peer.discard_until(|| received.load(Ordering::Relaxed)));
         Attack { ends, threads: vec![cycle, hears] }
     }
 }
@@ -106,10 +108,10 @@ fn listeners() {
     talker.register(&home, "talker");
     let _attacks = [Attack::by_listeners(&cycled), Attack::by_messages(&talker)];
     wait_until("as many ports as may be to be forwarded", || {
-        let told = describe(&home, "many");
-        let rows = told["forwards"].as_array().unwrap();
+        let reported = describe(&home, "many");
+        let rows = reported["forwards"].as_array().unwrap();
         let open = rows.iter().filter(|row| row["state"] == "open").count();
-        let all = json!(rows.len() as u64 + told["omitted"].as_u64().unwrap_or_default());
+        let all = json!(rows.len() as u64 + reported["omitted"].as_u64().unwrap_or_default());
         if open == FORWARDS_MAX && all == LISTENERS { Ok(()) } else { Err((open, all)) }
     });
     let bytes = describe(&home, "many").to_string().len();
@@ -158,8 +160,8 @@ fn snapshots() {
     // The container is still served.
     scene.peer.hang_up();
     let mut peer = scene.container.welcome();
-    peer.say(&snapshot(&[5173]));
-    peer.hear_that(&forwarded(5173, 5173));
+    peer.send_message(&snapshot(&[5173]));
+    peer.receive_exactly(&forwarded(5173, 5173));
     let most = peak_bytes_of(scene.daemon.pid());
     note!("the daemon took {} MiB at most", most >> 20);
     assert!(most < BYTES_MAX, "{} MiB", most >> 20);

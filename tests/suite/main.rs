@@ -10,7 +10,7 @@ mod crash;
 mod crash_files;
 mod crash_upgrade;
 mod discovery;
-mod docker_ways;
+mod docker_attach;
 mod engine_confinement;
 mod ensure;
 mod exhaustion;
@@ -29,6 +29,7 @@ mod listener_floods;
 mod listeners;
 mod native;
 mod observe;
+mod other_users;
 mod parity;
 mod pool;
 mod portbroker_container;
@@ -46,7 +47,6 @@ mod restart;
 mod rpc;
 mod secrets;
 mod stalled;
-mod strangers;
 mod streams;
 mod swapped;
 mod tailscale;
@@ -54,9 +54,9 @@ mod tidy;
 mod trust;
 mod trust_verbs;
 mod upgrade;
+mod upstream_kinds;
 mod upstreams;
-mod walk;
-mod ways;
+mod wire_rows;
 
 fn main() -> std::process::ExitCode {
     landfall_tests::case::main(
@@ -75,7 +75,7 @@ fn main() -> std::process::ExitCode {
             reach::CASES,
             hints::CASES,
             upstreams::CASES,
-            ways::CASES,
+            upstream_kinds::CASES,
             agent_hostile::CASES,
             listener_floods::CASES,
             listeners::CASES,
@@ -90,9 +90,9 @@ fn main() -> std::process::ExitCode {
             impostor::CASES,
             impostor_http::CASES,
             challenge::CASES,
-            strangers::CASES,
+            other_users::CASES,
             registrations::CASES,
-            docker_ways::CASES,
+            docker_attach::CASES,
             replay::CASES,
             secrets::CASES,
             restart::CASES,
@@ -100,7 +100,7 @@ fn main() -> std::process::ExitCode {
             discovery::CASES,
             jobs::CASES,
             tailscale::CASES,
-            walk::CASES,
+            wire_rows::CASES,
             portbroker_container::CASES,
             portbroker_inside::CASES,
             portbroker_host::CASES,

@@ -6,13 +6,13 @@ use std::process::Command;
 
 use landfall_tests::case::Case;
 use landfall_tests::run::{PYTHON, Run, exists, fetch};
-use landfall_tests::{Home, PATIENCE, is_long, note, wait_until};
+use landfall_tests::{Home, TIMEOUT, is_long, note, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("c26_a_server_listens_on_the_host_itself", listens_itself),
-    Case::once("c26_native_ports_are_shown_by_the_daemon_and_survive_its_kill", daemon_may_die),
+    Case::once("c26_native_ports_are_shown_by_the_daemon_and_survive_its_kill", daemon_killed),
     Case::once("c26_the_death_of_landfall_ends_the_sandbox", death_ends_the_sandbox),
     Case::once("c26_a_foreign_holder_makes_listen_fail", foreign_holder),
     Case::once("c26_two_sandboxes_with_one_port_both_work_inside", two_with_one_port),
@@ -40,12 +40,12 @@ fn run(home: &Home, options: &[&str]) -> Command {
 fn row(home: &Home, name: &str, port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
     wait_until(&format!("port {port} of {name} in ls"), || {
         let output = home.run(&["ls", "--json"]);
-        let told: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        let containers = told["containers"].as_array().into_iter().flatten();
+        let reported: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let containers = reported["containers"].as_array().into_iter().flatten();
         let container = containers.into_iter().find(|container| container["containerName"] == name);
         let rows = container.and_then(|container| container["forwards"].as_array()).into_iter().flatten();
         let row = rows.into_iter().find(|row| row["port"] == port).cloned();
-        row.filter(&wanted).ok_or(told)
+        row.filter(&wanted).ok_or(reported)
     })
 }
 
@@ -76,7 +76,7 @@ fn listens_itself() {
     assert_eq!(server.err.count("forward"), 2, "neither stub was relayed: {}", server.err.all());
 }
 
-fn daemon_may_die() {
+fn daemon_killed() {
     let home = Home::new();
     let daemon = home.daemon();
     let mut server = Run::python(run(&home, &["--name", "web"]), "listen('::', 3000); wait()");
@@ -218,7 +218,7 @@ fn choices() {
         let output = command.env("LANDFALL_SOCKETS", variable).args(["--", "true"]).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{output:?}");
     }
-    let daemon = home.start().argument("--sockets").argument("relay").and_wait();
+    let daemon = home.start().argument("--sockets").argument("relay").wait_until_ready();
     assert_eq!(path_of(run(&home, &[])), "relay");
     assert_eq!(path_of(run(&home, &["--sockets", "auto"])), "native");
     drop(daemon);
@@ -287,16 +287,16 @@ fn refused() {
     assert!(server.end().success());
     let mut command = without(&["--sockets", "native"]);
     let output = command.args(["--", "/bin/true"]).output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(125), "{said}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(125), "{printed}");
     assert!(
-        said.contains("native sockets do not work here") && said.contains("\nhint: --sockets relay"),
-        "{said}"
+        printed.contains("native sockets do not work here") && printed.contains("\nhint: --sockets relay"),
+        "{printed}"
     );
     let output =
         under(this.to_str().unwrap(), &[WITHOUT_SECCOMP], &home.command(&["doctor"])).output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    let line = said.lines().find(|line| line.contains("native sockets")).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let line = printed.lines().find(|line| line.contains("native sockets")).unwrap();
     assert!(line.starts_with("lack") && line.contains("not permitted"), "{line}");
 }
 
@@ -402,8 +402,8 @@ os.kill(child, signal.SIGKILL)
 s = listen('127.0.0.1', 3001); wait()"
     );
     let mut server = Run::python(run(&home, &[]), &script);
-    let said = wait_long(&server, "done ");
-    let counts: Vec<&str> = said.split(' ').collect();
+    let printed = wait_long(&server, "done ");
+    let counts: Vec<&str> = printed.split(' ').collect();
     note!("{pairs} pairs of bind and listen, {} signals: {} failed with EINTR", counts[2], counts[1]);
     server.err.wait_for("forward  http://localhost:3001");
     assert!(server.end().success());
@@ -413,7 +413,7 @@ s = listen('127.0.0.1', 3001); wait()"
 #[track_caller]
 fn wait_long(server: &Run, text: &str) -> String {
     let start = std::time::Instant::now();
-    let most = if is_long() { 30 * PATIENCE } else { 3 * PATIENCE };
+    let most = if is_long() { 30 * TIMEOUT } else { 3 * TIMEOUT };
     while server.out.count(text) == 0 {
         assert!(start.elapsed() < most, "no {text:?}: {}{}", server.out.all(), server.err.all());
         std::thread::sleep(std::time::Duration::from_millis(5));
@@ -425,9 +425,9 @@ fn wait_long(server: &Run, text: &str) -> String {
 fn hostile() {
     let home = Home::new();
     let rounds = if is_long() { 5_000 } else { 60 };
-    let mut honest =
+    let mut honest_answer =
         Run::python(run(&home, &["--name", "honest"]), "listen('127.0.0.1', 4000, 'honest'); wait()");
-    honest.err.wait_for("forward  http://localhost:4000");
+    honest_answer.err.wait_for("forward  http://localhost:4000");
     let script = format!(
         "
 null = os.open('/dev/null', os.O_RDONLY)
@@ -463,7 +463,7 @@ listen('127.0.0.1', 3001, 'after'); say(fetch('127.0.0.1', 3001)); wait()"
     server.err.wait_for("forward  http://localhost:3001");
     assert_eq!(fetch("127.0.0.1:3001"), "after");
     assert_eq!(fetch("127.0.0.1:4000"), "honest");
-    assert!(server.end().success() && honest.end().success());
+    assert!(server.end().success() && honest_answer.end().success());
     until_refused("127.0.0.1:3000");
 }
 

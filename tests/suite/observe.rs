@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use landfall_engine::RingChoice;
 use landfall_tests::{
-    Checker, End, Forward, Haproxy, Namespace, PATIENCE, Relay, Server, connect, connect_from,
+    Checker, End, Forward, Haproxy, Namespace, Relay, Server, TIMEOUT, connect, connect_from,
 };
 
 use crate::swapped::{Inside, lead_out};
 
 /// How a client reaches the server.
-pub(crate) enum AttachMethod {
+pub(crate) enum Route {
     /// From inside the namespace, directly.
     Direct(Namespace),
     /// From the host, through landfall.
@@ -25,7 +25,7 @@ pub(crate) enum AttachMethod {
 
 /// A connection method, and the server at its end.
 pub(crate) struct Path {
-    pub(crate) way: AttachMethod,
+    pub(crate) route: Route,
     server: Server,
 }
 
@@ -38,7 +38,7 @@ pub(crate) struct Pair<'a> {
 
 /// One of the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Who {
+pub(crate) enum Side {
     Client,
     Server,
 }
@@ -47,20 +47,20 @@ impl Path {
     pub(crate) fn direct() -> Path {
         let inside = Namespace::new();
         let server = Server::listen(&inside, "127.0.0.1:0");
-        Path { way: AttachMethod::Direct(inside), server }
+        Path { route: Route::Direct(inside), server }
     }
 
     pub(crate) fn landfall(ring: RingChoice) -> Path {
         let mut relay = Relay::start(ring);
         let server = Server::listen(&relay.inside, "127.0.0.1:0");
         let forward = relay.forward(server.port());
-        Path { way: AttachMethod::Landfall(Box::new(relay), forward), server }
+        Path { route: Route::Landfall(Box::new(relay), forward), server }
     }
 
     pub(crate) fn swapped(ring: RingChoice) -> Path {
         let server = Server::listen(&Namespace::current(), "127.0.0.1:0");
         let inside = lead_out(ring, server.port());
-        Path { way: AttachMethod::Swapped(Box::new(inside)), server }
+        Path { route: Route::Swapped(Box::new(inside)), server }
     }
 
     pub(crate) fn haproxy() -> Path {
@@ -69,17 +69,17 @@ impl Path {
         let front = ([127, 0, 0, 1], if server.port() == 9000 { 9001 } else { 9000 }).into();
         let running = Haproxy::start(&inside, front, server.address());
         // The connections of the readiness check.
-        while server.has_caller() {
+        while server.has_pending_connection() {
             drop(server.accept());
         }
-        Path { way: AttachMethod::Haproxy { inside, front, _running: running }, server }
+        Path { route: Route::Haproxy { inside, front, _running: running }, server }
     }
 
     /// Connects; then the server accepts.
     #[track_caller]
     pub(crate) fn pair(&self) -> Pair<'_> {
         let (client, server) = (self.client(), self.server.accept());
-        if matches!(self.way, AttachMethod::Haproxy { .. }) {
+        if matches!(self.route, Route::Haproxy { .. }) {
             // No assertion depends on HAProxy, so a missing event is not awaited for long.
             for stream in [&client, &server] {
                 stream.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
@@ -97,42 +97,42 @@ impl Path {
     /// Connects without an accept.
     #[track_caller]
     pub(crate) fn client(&self) -> TcpStream {
-        match &self.way {
-            AttachMethod::Direct(inside) => connect_from(inside, self.server.address()),
-            AttachMethod::Landfall(_, forward) => connect(forward.v4()),
-            AttachMethod::Swapped(inside) => connect_from(&inside.relay.inside, inside.address),
-            AttachMethod::Haproxy { inside, front, .. } => connect_from(inside, *front),
+        match &self.route {
+            Route::Direct(inside) => connect_from(inside, self.server.address()),
+            Route::Landfall(_, forward) => connect(forward.v4()),
+            Route::Swapped(inside) => connect_from(&inside.relay.inside, inside.address),
+            Route::Haproxy { inside, front, .. } => connect_from(inside, *front),
         }
     }
 }
 
 impl Pair<'_> {
-    pub(crate) fn end(&self, who: Who) -> &TcpStream {
-        match who {
-            Who::Client => &self.client,
-            Who::Server => &self.server,
+    pub(crate) fn end(&self, side: Side) -> &TcpStream {
+        match side {
+            Side::Client => &self.client,
+            Side::Server => &self.server,
         }
     }
 
-    /// Returns the two ends: first that of `who`, then the other.
-    pub(crate) fn split(self, who: Who) -> (TcpStream, TcpStream) {
-        match who {
-            Who::Client => (self.client, self.server),
-            Who::Server => (self.server, self.client),
+    /// Returns the two ends: first that of `side`, then the other.
+    pub(crate) fn split(self, side: Side) -> (TcpStream, TcpStream) {
+        match side {
+            Side::Client => (self.client, self.server),
+            Side::Server => (self.server, self.client),
         }
     }
 
-    /// Waits until every byte that `who` sent was acknowledged, so that the receiver's kernel (or a relay) has it.
+    /// Waits until every byte that `side` sent was acknowledged, so that the receiver's kernel (or a relay) has it.
     #[track_caller]
-    pub(crate) fn delivered(&self, who: Who) {
-        let stream = self.end(who);
+    pub(crate) fn delivered(&self, side: Side) {
+        let stream = self.end(side);
         let (local, peer) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
         let host = Namespace::current();
-        let namespace = match (&self.path.way, who) {
-            (AttachMethod::Direct(inside) | AttachMethod::Haproxy { inside, .. }, _) => inside,
-            (AttachMethod::Landfall(relay, _), Who::Server) => &relay.inside,
-            (AttachMethod::Swapped(inside), Who::Client) => &inside.relay.inside,
-            (AttachMethod::Landfall(..), Who::Client) | (AttachMethod::Swapped(_), Who::Server) => &host,
+        let namespace = match (&self.path.route, side) {
+            (Route::Direct(inside) | Route::Haproxy { inside, .. }, _) => inside,
+            (Route::Landfall(relay, _), Side::Server) => &relay.inside,
+            (Route::Swapped(inside), Side::Client) => &inside.relay.inside,
+            (Route::Landfall(..), Side::Client) | (Route::Swapped(_), Side::Server) => &host,
         };
         landfall_tests::wait_until("all that was sent to be acknowledged", || {
             match namespace.unacknowledged(local, peer) {
@@ -144,8 +144,8 @@ impl Pair<'_> {
 }
 
 /// Writes until the kernel reports that the peer is gone; false if it never does.
-pub(crate) fn learns_that_the_peer_is_gone(mut stream: &TcpStream) -> bool {
-    let deadline = Instant::now() + PATIENCE / 4;
+pub(crate) fn write_reports_that_the_peer_is_gone(mut stream: &TcpStream) -> bool {
+    let deadline = Instant::now() + TIMEOUT / 4;
     while Instant::now() < deadline {
         if stream.write(b"?").is_err() {
             return true;

@@ -6,7 +6,7 @@ use landfall_engine::RingChoice;
 use landfall_tests::case::Case;
 use landfall_tests::note;
 
-use crate::observe::{Path, Who};
+use crate::observe::{Path, Side};
 use crate::reset::SCRIPTS;
 
 pub(crate) const CASES: &[Case] =
@@ -19,18 +19,19 @@ fn both_rings_show_the_same() {
     let haproxy = Path::haproxy();
     let mut unexplained = Vec::new();
     for (name, script) in SCRIPTS {
-        for who in [Who::Client, Who::Server] {
-            let expected = script(&direct, who);
+        for side in [Side::Client, Side::Server] {
+            let expected = script(&direct, side);
             for (ring, path) in &rings {
-                let seen = script(path, who);
+                let seen = script(path, side);
                 if seen != expected {
-                    unexplained.push(format!("{name}, by the {who:?}: {ring} {seen:?}, direct {expected:?}"));
+                    unexplained
+                        .push(format!("{name}, by the {side:?}: {ring} {seen:?}, direct {expected:?}"));
                 }
             }
-            match catch_unwind(AssertUnwindSafe(|| script(&haproxy, who))) {
+            match catch_unwind(AssertUnwindSafe(|| script(&haproxy, side))) {
                 Ok(seen) if seen == expected => {}
-                Ok(seen) => note!("{name}, by the {who:?}: haproxy {seen:?}, direct {expected:?}"),
-                Err(_) => note!("{name}, by the {who:?}: haproxy tells nothing, direct {expected:?}"),
+                Ok(seen) => note!("{name}, by the {side:?}: haproxy {seen:?}, direct {expected:?}"),
+                Err(_) => note!("{name}, by the {side:?}: haproxy reports no end, direct {expected:?}"),
             }
         }
     }

@@ -5,7 +5,7 @@ use std::io::Write;
 use landfall_engine::RingChoice;
 use landfall_engine::limits::Limits;
 use landfall_tests::case::Case;
-use landfall_tests::process::engine_at_rest;
+use landfall_tests::process::engine_idle_share;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_to_end, send_all};
 
 pub(crate) const CASES: &[Case] = &[
@@ -36,7 +36,7 @@ fn five_hundred(ring: RingChoice, limits: Limits) {
     });
     let forward = relay.forward(3000);
     let clients: Vec<_> = (0..COUNT).map(|_| connect(forward.v4())).collect();
-    engine_at_rest("idle connections");
+    engine_idle_share("idle connections");
     std::thread::scope(|scope| {
         for (seed, client) in (0..).zip(&clients) {
             // One in ten is a bulk stream, the others send few bytes.

@@ -5,11 +5,11 @@ use std::io::{Read, Write};
 use std::process::{Child, Stdio};
 
 use landfall_tests::broker::{
-    Agent, Heard, Peer, ack, close_downstream, close_upstream, data, dial, forwarded, hello, not_forwarded,
-    open, request, welcome,
+    Agent, Peer, Received, ack, close_downstream, close_upstream, data, dial, forwarded, hello,
+    not_forwarded, open, request, welcome,
 };
 use landfall_tests::case::Case;
-use landfall_tests::{Home, MOMENT, Namespace, Server, finish, read_these, reset, wait_until};
+use landfall_tests::{Home, NEGATIVE_WAIT, Namespace, Server, expect_bytes, finish, reset, wait_until};
 use serde_json::{Value, json};
 
 use crate::observe::ends_by;
@@ -31,7 +31,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("a14_container_server_forwards_ok_results", ok_results),
     Case::once("a14_container_server_forwards_failure_results", failure_results),
     Case::once("a14_container_server_takes_no_result_before_the_ack", no_result_before_ack),
-    Case::once("a14_container_server_survives_those_who_asked", survives_askers),
+    Case::once("a14_container_server_survives_those_who_asked", survives_clients),
     Case::once("a14_container_server_published_request_is_sent_after_auth", request_after_auth),
     Case::once("a14_container_server_reconnect_repeats_stored_requests", reconnect_repeats),
     Case::once("a14_container_server_sends_no_request_before_the_ack", no_request_before_ack),
@@ -63,7 +63,7 @@ impl Inside {
     pub(crate) fn stream(&self, id: i64) -> (Server, Peer, std::net::TcpStream) {
         let server = Server::listen(&self.namespace, "127.0.0.1:5173");
         let mut host = self.host();
-        host.say(&open(id, 5173));
+        host.send_message(&open(id, 5173));
         assert_eq!(host.message(), ack(id));
         let upstream = server.accept();
         (server, host, upstream)
@@ -89,8 +89,7 @@ impl Asking {
     /// Returns whether it succeeded, and its two outputs.
     #[track_caller]
     pub(crate) fn answer(mut self) -> (bool, String, String) {
-        let status =
-            wait_until("the answer to whoever asked", || self.0.try_wait().unwrap().ok_or("it waits"));
+        let status = wait_until("the answer to the request", || self.0.try_wait().unwrap().ok_or("it waits"));
         let (mut out, mut error) = (String::new(), String::new());
         self.0.stdout.take().unwrap().read_to_string(&mut out).unwrap();
         self.0.stderr.take().unwrap().read_to_string(&mut error).unwrap();
@@ -126,16 +125,19 @@ fn rejects_non_hello() {
         json!({"type": "broker-hello-ack"}),
     ] {
         let mut peer = dial(&inside.namespace);
-        peer.say(&first);
+        peer.send_message(&first);
         assert_eq!(
             peer.message(),
             json!({"type": "broker-hello-nack", "reason": "expected broker-hello first"}),
             "{first}"
         );
-        assert_eq!(peer.ending(), Heard::Closed(Some(1008), "auth required".to_owned()), "{first}");
+        assert_eq!(peer.receive_end(), Received::Closed(Some(1008), "auth required".to_owned()), "{first}");
     }
-    let said = inside.agent.said();
-    assert!(said.contains("auth-failed") && said.contains("first message was not broker-hello"), "{said}");
+    let printed = inside.agent.printed();
+    assert!(
+        printed.contains("auth-failed") && printed.contains("first message was not broker-hello"),
+        "{printed}"
+    );
 }
 
 fn rejects_wrong_token() {
@@ -144,19 +146,19 @@ fn rejects_wrong_token() {
     let longer = format!("{TOKEN}x");
     for token in ["wrong", "", &TOKEN[..TOKEN.len() - 1], &longer, &TOKEN.to_uppercase()] {
         let mut peer = dial(&inside.namespace);
-        peer.say(&hello(token));
+        peer.send_message(&hello(token));
         // Later messages on this connection have no effect.
-        let _ = peer.try_say(&subscribe());
+        let _ = peer.try_send_message(&subscribe());
         assert_eq!(
             peer.message(),
             json!({"type": "broker-hello-nack", "reason": "invalid token"}),
             "{token:?}"
         );
-        assert_eq!(peer.ending(), Heard::Closed(Some(1008), "invalid token".to_owned()), "{token:?}");
+        assert_eq!(peer.receive_end(), Received::Closed(Some(1008), "invalid token".to_owned()), "{token:?}");
     }
-    let said = inside.agent.said();
-    assert!(said.contains("auth-failed") && said.contains("token mismatch"), "{said}");
-    assert!(!said.contains(TOKEN), "{said}");
+    let printed = inside.agent.printed();
+    assert!(printed.contains("auth-failed") && printed.contains("token mismatch"), "{printed}");
+    assert!(!printed.contains(TOKEN), "{printed}");
 }
 
 fn accepts_hello() {
@@ -164,12 +166,12 @@ fn accepts_hello() {
     let inside = Inside::start(&home);
     let mut peer = inside.host();
     // A second hello is ignored, whatever its token.
-    peer.say(&hello("another"));
-    assert!(peer.is_silent_for(MOMENT));
+    peer.send_message(&hello("another"));
+    assert!(peer.is_silent_for(NEGATIVE_WAIT));
     peer.ping();
     wait_until("the log", || {
-        let said = inside.agent.said();
-        if said.contains("\"authed\"") { Ok(()) } else { Err(said) }
+        let printed = inside.agent.printed();
+        if printed.contains("\"authed\"") { Ok(()) } else { Err(printed) }
     });
 }
 
@@ -178,11 +180,11 @@ fn accepts_hello() {
 pub(crate) fn ports(message: &Value) -> Vec<(u64, String)> {
     assert_eq!(message["type"], "port-listen-snapshot", "{message}");
     let ports = message["ports"].as_array().unwrap().iter();
-    let told = ports.map(|entry| {
+    let reported = ports.map(|entry| {
         assert_eq!(entry.as_object().unwrap().len(), 2, "{message}");
         (entry["port"].as_u64().unwrap(), entry["bindAddr"].as_str().unwrap().to_owned())
     });
-    let (own, others): (Vec<_>, Vec<_>) = told.partition(|(port, _)| *port == 8973);
+    let (own, others): (Vec<_>, Vec<_>) = reported.partition(|(port, _)| *port == 8973);
     assert_eq!(own.len(), 1, "the container's own port always listens: {message}");
     others
 }
@@ -194,18 +196,18 @@ fn subscribe_snapshot() {
     let _loopback = Server::listen(&inside.namespace, "127.0.0.1:3000");
     let _elsewhere = Server::listen(&inside.namespace, "127.0.0.2:3001");
     let mut peer = inside.host();
-    assert!(peer.is_silent_for(MOMENT), "nothing before it is subscribed");
-    peer.say(&subscribe());
-    let mut told = ports(&peer.message());
-    told.sort();
-    assert_eq!(told, [(3000, "127.0.0.1".to_owned()), (5173, "0.0.0.0".to_owned())]);
+    assert!(peer.is_silent_for(NEGATIVE_WAIT), "nothing before it is subscribed");
+    peer.send_message(&subscribe());
+    let mut reported = ports(&peer.message());
+    reported.sort();
+    assert_eq!(reported, [(3000, "127.0.0.1".to_owned()), (5173, "0.0.0.0".to_owned())]);
 }
 
 fn opened_and_closed() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let mut peer = inside.host();
-    peer.say(&subscribe());
+    peer.send_message(&subscribe());
     assert!(ports(&peer.message()).is_empty());
     let server = Server::listen(&inside.namespace, "0.0.0.0:5173");
     assert_eq!(peer.message(), json!({"type": "port-listen-opened", "port": 5173, "bindAddr": "0.0.0.0"}));
@@ -217,14 +219,14 @@ fn unsubscribe_stops() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let mut peer = inside.host();
-    peer.say(&subscribe());
+    peer.send_message(&subscribe());
     peer.message();
-    peer.say(&json!({"type": "port-watch-unsubscribe"}));
+    peer.send_message(&json!({"type": "port-watch-unsubscribe"}));
     let _server = Server::listen(&inside.namespace, "0.0.0.0:5173");
     // Two scans would have taken place.
-    assert!(peer.is_silent_for(6 * MOMENT));
+    assert!(peer.is_silent_for(6 * NEGATIVE_WAIT));
     // A later subscribe sends a fresh snapshot.
-    peer.say(&subscribe());
+    peer.send_message(&subscribe());
     assert_eq!(ports(&peer.message()), [(5173, "0.0.0.0".to_owned())]);
 }
 
@@ -236,7 +238,7 @@ fn open_acks() {
     let mut kept = Vec::new();
     // Any integer is a valid stream.
     for id in [1, 2, 0, -7, i64::from(i32::MAX), 4_294_967_297, 9_007_199_254_740_991] {
-        peer.say(&open(id, 5173));
+        peer.send_message(&open(id, 5173));
         assert_eq!(peer.message(), ack(id));
         kept.push(server.accept());
     }
@@ -246,16 +248,16 @@ fn open_nacks() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let mut peer = inside.host();
-    peer.say(&open(7, 5173));
+    peer.send_message(&open(7, 5173));
     let answer = peer.message();
     assert_eq!((&answer["type"], &answer["streamId"]), (&json!("relay-open-nack"), &json!(7)), "{answer}");
     assert!(answer["reason"].as_str().unwrap().contains("ECONNREFUSED"), "{answer}");
-    peer.say(&data(7, b"nobody"));
-    peer.say(&close_downstream(7));
-    assert!(peer.is_silent_for(MOMENT));
+    peer.send_message(&data(7, b"nobody"));
+    peer.send_message(&close_downstream(7));
+    assert!(peer.is_silent_for(NEGATIVE_WAIT));
     wait_until("the log", || {
-        let said = inside.agent.said();
-        if said.contains("relay-open-failed") { Ok(()) } else { Err(said) }
+        let printed = inside.agent.printed();
+        if printed.contains("relay-open-failed") { Ok(()) } else { Err(printed) }
     });
 }
 
@@ -264,9 +266,9 @@ fn data_to_upstream() {
     let inside = Inside::start(&home);
     let (_server, mut host, upstream) = inside.stream(1);
     for piece in [&b"GET / "[..], b"", b"HTTP/1.1\r\n\r\n", &[0, 255, 10, 13]] {
-        host.say(&data(1, piece));
+        host.send_message(&data(1, piece));
     }
-    read_these(&upstream, b"GET / HTTP/1.1\r\n\r\n\x00\xff\n\r");
+    expect_bytes(&upstream, b"GET / HTTP/1.1\r\n\r\n\x00\xff\n\r");
 }
 
 fn data_from_upstream() {
@@ -281,11 +283,11 @@ fn close_ends_upstream() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let (_server, mut host, upstream) = inside.stream(1);
-    host.say(&data(1, b"last words"));
-    host.say(&close_downstream(1));
-    read_these(&upstream, b"last words");
+    host.send_message(&data(1, b"last words"));
+    host.send_message(&close_downstream(1));
+    expect_bytes(&upstream, b"last words");
     let _ = ends_by(&upstream);
-    assert!(host.is_silent_for(MOMENT), "it sends nothing back");
+    assert!(host.is_silent_for(NEGATIVE_WAIT), "it sends nothing back");
 }
 
 fn upstream_close() {
@@ -294,14 +296,14 @@ fn upstream_close() {
     let (server, mut host, mut upstream) = inside.stream(1);
     upstream.write_all(b"bye").unwrap();
     drop(upstream);
-    assert_eq!(host.hear_data(1, 3), b"bye");
+    assert_eq!(host.receive_data(1, 3), b"bye");
     assert_eq!(host.message(), close_upstream(1));
     // A stream with a FIN from inside, and one with a reset.
-    for (id, ending) in [(2, finish as fn(&std::net::TcpStream)), (3, |_| {})] {
-        host.say(&open(id, 5173));
+    for (id, receive_end) in [(2, finish as fn(&std::net::TcpStream)), (3, |_| {})] {
+        host.send_message(&open(id, 5173));
         assert_eq!(host.message(), ack(id));
         let upstream = server.accept();
-        ending(&upstream);
+        receive_end(&upstream);
         if id == 3 {
             reset(upstream);
             assert_eq!(host.message(), close_upstream(id));
@@ -310,18 +312,18 @@ fn upstream_close() {
             drop(upstream);
         }
     }
-    assert!(host.is_silent_for(MOMENT), "once");
+    assert!(host.is_silent_for(NEGATIVE_WAIT), "once");
 }
 
 fn close_ends_all() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let (server, mut host, first) = inside.stream(1);
-    host.say(&open(2, 5173));
+    host.send_message(&open(2, 5173));
     assert_eq!(host.message(), ack(2));
     let second = server.accept();
     let mut other = inside.host();
-    other.say(&open(1, 5173));
+    other.send_message(&open(1, 5173));
     assert_eq!(other.message(), ack(1));
     let kept = server.accept();
     host.close(1000, "");
@@ -329,8 +331,8 @@ fn close_ends_all() {
         let _ = ends_by(&upstream);
     }
     // Streams of another connection continue.
-    other.say(&data(1, b"alive"));
-    read_these(&kept, b"alive");
+    other.send_message(&data(1, b"alive"));
+    expect_bytes(&kept, b"alive");
     other.hang_up();
     let _ = ends_by(&kept);
 }
@@ -341,7 +343,7 @@ fn ok_results() {
     let mut host = inside.host();
     let asking = inside.ask(&home, 4848, "4848-4850", None);
     assert_eq!(host.message(), request(4848, &[4848, 4849, 4850]));
-    host.say(&forwarded(4848, 4849));
+    host.send_message(&forwarded(4848, 4849));
     let (done, out, error) = asking.answer();
     assert!(done && out.contains("4849"), "{out}{error}");
 }
@@ -352,7 +354,7 @@ fn failure_results() {
     let mut host = inside.host();
     let asking = inside.ask(&home, 4848, "4848", None);
     assert_eq!(host.message(), request(4848, &[4848]));
-    host.say(&not_forwarded(4848, "policy excluded"));
+    host.send_message(&not_forwarded(4848, "policy excluded"));
     let (done, out, error) = asking.answer();
     assert!(!done && error.contains("policy excluded"), "{out}{error}");
 }
@@ -362,32 +364,32 @@ fn no_result_before_ack() {
     let inside = Inside::start(&home);
     let mut asking = inside.ask(&home, 4848, "4848", None);
     let mut stranger = dial(&inside.namespace);
-    stranger.say(&forwarded(4848, 4848));
-    stranger.ending();
+    stranger.send_message(&forwarded(4848, 4848));
+    stranger.receive_end();
     let mut host = inside.host();
-    assert_eq!(host.hear("port-forward-request"), request(4848, &[4848]));
+    assert_eq!(host.receive("port-forward-request"), request(4848, &[4848]));
     assert!(asking.waits(), "a stranger answered it");
-    host.say(&forwarded(4848, 4850));
+    host.send_message(&forwarded(4848, 4850));
     let (done, out, error) = asking.answer();
     assert!(done && out.contains("4850"), "{out}{error}");
 }
 
-fn survives_askers() {
+fn survives_clients() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let mut host = inside.host();
     let asking = inside.ask(&home, 4848, "4848", None);
-    host.hear("port-forward-request");
+    host.receive("port-forward-request");
     drop(asking);
-    host.say(&forwarded(4848, 4848));
+    host.send_message(&forwarded(4848, 4848));
     // A result that no client requested.
-    host.say(&forwarded(9999, 9999));
-    host.say(&not_forwarded(9998, "x"));
-    host.say(&subscribe());
-    host.hear("port-listen-snapshot");
+    host.send_message(&forwarded(9999, 9999));
+    host.send_message(&not_forwarded(9998, "x"));
+    host.send_message(&subscribe());
+    host.receive("port-listen-snapshot");
     let asking = inside.ask(&home, 4849, "4849", None);
-    assert_eq!(host.hear("port-forward-request"), request(4849, &[4849]));
-    host.say(&forwarded(4849, 4849));
+    assert_eq!(host.receive("port-forward-request"), request(4849, &[4849]));
+    host.send_message(&forwarded(4849, 4849));
     assert!(asking.answer().0);
 }
 
@@ -408,17 +410,17 @@ fn reconnect_repeats() {
     let mut host = inside.host();
     let asking = inside.ask(&home, 4848, "4848", None);
     let first = host.message();
-    host.say(&forwarded(4848, 4848));
+    host.send_message(&forwarded(4848, 4848));
     assert!(asking.answer().0);
     let asking = inside.ask(&home, 4000, "4000", None);
     let second = host.message();
-    host.say(&forwarded(4000, 4000));
+    host.send_message(&forwarded(4000, 4000));
     assert!(asking.answer().0);
     host.hang_up();
     // In the order of the first request, with the newest candidates of each target.
     let _asking = inside.ask(&home, 4848, "4860", None);
     let mut host = dial(&inside.namespace);
-    host.say(&hello(TOKEN));
+    host.send_message(&hello(TOKEN));
     assert_eq!(host.message(), json!({"type": "broker-hello-ack"}));
     let mut repeated = [host.message(), host.message()];
     if repeated[0] == first {
@@ -427,7 +429,7 @@ fn reconnect_repeats() {
         repeated[0] = request(4848, &[4860]);
     }
     assert_eq!(repeated, [request(4848, &[4860]), second]);
-    assert!(host.is_silent_for(MOMENT), "exactly these");
+    assert!(host.is_silent_for(NEGATIVE_WAIT), "exactly these");
 }
 
 fn no_request_before_ack() {
@@ -436,9 +438,9 @@ fn no_request_before_ack() {
     let mut host = inside.host();
     let mut early = dial(&inside.namespace);
     let _asking = inside.ask(&home, 4848, "4848", None);
-    host.hear("port-forward-request");
-    assert!(early.is_silent_for(MOMENT));
-    early.say(&hello(TOKEN));
+    host.receive("port-forward-request");
+    assert!(early.is_silent_for(NEGATIVE_WAIT));
+    early.send_message(&hello(TOKEN));
     assert_eq!(early.message(), json!({"type": "broker-hello-ack"}));
     assert_eq!(early.message(), request(4848, &[4848]));
 }

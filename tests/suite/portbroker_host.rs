@@ -6,12 +6,14 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use landfall_tests::broker::{
-    Container, Heard, Peer, ack, close_downstream, close_upstream, closed, data, forward_events, forwarded,
-    nack, not_forwarded, open, opened, request, snapshot, stream,
+    Container, Peer, Received, ack, close_downstream, close_upstream, closed, data, forward_events,
+    forwarded, nack, not_forwarded, open, opened, request, snapshot, stream,
 };
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{done, names};
-use landfall_tests::{Daemon, End, FakeDocker, Home, MOMENT, connect, finish, read_these, reset, wait_until};
+use landfall_tests::{
+    Daemon, End, FakeDocker, Home, NEGATIVE_WAIT, connect, expect_bytes, finish, reset, wait_until,
+};
 use serde_json::{Value, json};
 
 use crate::observe::ends_by;
@@ -73,9 +75,9 @@ impl Scene<'_> {
     #[track_caller]
     pub(crate) fn forwarding<'a>(home: &'a Home, ports: &[u16]) -> Scene<'a> {
         let mut scene = Scene::open(home, json!({"allow": "*"}));
-        scene.peer.say(&snapshot(ports));
+        scene.peer.send_message(&snapshot(ports));
         for port in ports {
-            scene.peer.hear_that(&forwarded(*port, *port));
+            scene.peer.receive_exactly(&forwarded(*port, *port));
         }
         scene
     }
@@ -95,7 +97,7 @@ impl Scene<'_> {
     #[track_caller]
     pub(crate) fn client(&mut self, port: u16) -> (TcpStream, i64) {
         let client = connect((Ipv4Addr::LOCALHOST, port));
-        let asked = self.peer.hear("relay-open");
+        let asked = self.peer.receive("relay-open");
         assert_eq!(asked["port"], port, "{asked}");
         (client, stream(&asked))
     }
@@ -104,13 +106,13 @@ impl Scene<'_> {
     #[track_caller]
     pub(crate) fn connected(&mut self, port: u16) -> (TcpStream, i64) {
         let (client, id) = self.client(port);
-        self.peer.say(&ack(id));
+        self.peer.send_message(&ack(id));
         (client, id)
     }
 }
 
 pub(crate) fn events(home: &Home) -> Vec<String> {
-    let tell = |event: Value| {
+    let exchange = |event: Value| {
         let kind = event["kind"].as_str().unwrap().trim_start_matches("port-forward-").to_owned();
         let detail = match kind.as_str() {
             "opened" => format!("{} {}", event["hostPort"], event["bindAddr"].as_str().unwrap()),
@@ -119,7 +121,7 @@ pub(crate) fn events(home: &Home) -> Vec<String> {
         };
         format!("{kind} {} {detail}", event["port"]).trim_end().to_owned()
     };
-    forward_events(home, NAME).into_iter().map(tell).collect()
+    forward_events(home, NAME).into_iter().map(exchange).collect()
 }
 
 #[track_caller]
@@ -127,10 +129,10 @@ pub(crate) fn events_become(home: &Home, wanted: &[&str]) {
     let mut wanted: Vec<String> = wanted.iter().map(|event| (*event).to_owned()).collect();
     wanted.sort();
     wait_until("the events", || {
-        let told = events(home);
-        let mut sorted = told.clone();
+        let reported = events(home);
+        let mut sorted = reported.clone();
         sorted.sort();
-        if sorted == wanted { Ok(()) } else { Err((told, wanted.clone())) }
+        if sorted == wanted { Ok(()) } else { Err((reported, wanted.clone())) }
     });
 }
 
@@ -167,16 +169,16 @@ fn start_sends_hello() {
     let _daemon = home.daemon();
     let container = Container::listen(TOKEN);
     container.register(&home, NAME);
-    let mut peer = container.greeted();
+    let mut peer = container.accept_hello();
     // No further message before the answer.
-    assert!(peer.is_silent_for(MOMENT));
+    assert!(peer.is_silent_for(NEGATIVE_WAIT));
     peer.ping();
 }
 
 fn subscribes() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    assert!(scene.peer.is_silent_for(MOMENT), "once");
+    assert!(scene.peer.is_silent_for(NEGATIVE_WAIT), "once");
 }
 
 fn auth_nack_is_fatal() {
@@ -185,10 +187,10 @@ fn auth_nack_is_fatal() {
         let _daemon = home.daemon();
         let container = Container::listen(TOKEN);
         container.register(&home, NAME);
-        let mut peer = container.greeted();
-        peer.say(&json!({"type": "broker-hello-nack", "reason": reason}));
+        let mut peer = container.accept_hello();
+        peer.send_message(&json!({"type": "broker-hello-nack", "reason": reason}));
         // Whether or not the container closes the connection after it.
-        peer.ending();
+        peer.receive_end();
         let event = home.wait_for_event("registration-skipped", |event| event["containerName"] == NAME);
         assert_eq!(event["reason"], format!("fatal broker auth: {reason}"));
         wait_until("the registration to go", || {
@@ -198,7 +200,7 @@ fn auth_nack_is_fatal() {
         // The first retry delay would be over.
         let start = Instant::now();
         while start.elapsed() < Duration::from_millis(1500) {
-            assert!(!container.has_caller(), "it came back after {reason}");
+            assert!(!container.has_pending_connection(), "it came back after {reason}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -215,9 +217,9 @@ fn close_reconnects() {
     let mut peer = container.welcome();
     // A nack with another reason is not fatal.
     peer.hang_up();
-    peer = container.greeted();
-    peer.say(&json!({"type": "broker-hello-nack", "reason": "too busy"}));
-    peer.ending();
+    peer = container.accept_hello();
+    peer.send_message(&json!({"type": "broker-hello-nack", "reason": "too busy"}));
+    peer.receive_end();
     container.welcome().ping();
     assert_eq!(names(&home), [NAME]);
     assert_eq!(home.count_events("registration-skipped", NAME), 0);
@@ -237,9 +239,9 @@ fn snapshot_installs() {
 fn deny_list() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*", "deny": [9229]}));
-    scene.peer.say(&snapshot(&[9229, 5173]));
-    scene.peer.hear_that(&not_forwarded(9229, "policy excluded"));
-    scene.peer.hear_that(&forwarded(5173, 5173));
+    scene.peer.send_message(&snapshot(&[9229, 5173]));
+    scene.peer.receive_exactly(&not_forwarded(9229, "policy excluded"));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
     assert_unbound(9229);
     scene.events_become(&["opened 5173 5173 127.0.0.1"]);
 }
@@ -248,10 +250,10 @@ fn allowlist() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": [5173, 8973]}));
     // The container's own port is never forwarded, even when it is listed.
-    scene.peer.say(&snapshot(&[8080, 8973, 5173]));
-    scene.peer.hear_that(&not_forwarded(8080, "policy excluded"));
-    scene.peer.hear_that(&not_forwarded(8973, "policy excluded"));
-    scene.peer.hear_that(&forwarded(5173, 5173));
+    scene.peer.send_message(&snapshot(&[8080, 8973, 5173]));
+    scene.peer.receive_exactly(&not_forwarded(8080, "policy excluded"));
+    scene.peer.receive_exactly(&not_forwarded(8973, "policy excluded"));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
     assert_unbound(8080);
     assert_unbound(8973);
     scene.events_become(&["opened 5173 5173 127.0.0.1"]);
@@ -259,10 +261,10 @@ fn allowlist() {
     let other = Container::listen("another-token").allowing(json!({"allow": [1, 65535]}));
     other.register(&home, "other");
     let mut peer = other.welcome();
-    peer.say(&snapshot(&[1, 65535, 2]));
-    peer.hear_that(&forwarded(1, 1));
-    peer.hear_that(&forwarded(65535, 65535));
-    peer.hear_that(&not_forwarded(2, "policy excluded"));
+    peer.send_message(&snapshot(&[1, 65535, 2]));
+    peer.receive_exactly(&forwarded(1, 1));
+    peer.receive_exactly(&forwarded(65535, 65535));
+    peer.receive_exactly(&not_forwarded(2, "policy excluded"));
 }
 
 fn off_switch() {
@@ -273,9 +275,9 @@ fn off_switch() {
     on.register(&home, "on");
     // The other container, registered later, is connected and authenticated.
     on.welcome();
-    assert!(!off.has_caller());
-    std::thread::sleep(MOMENT);
-    assert!(!off.has_caller());
+    assert!(!off.has_pending_connection());
+    std::thread::sleep(NEGATIVE_WAIT);
+    assert!(!off.has_pending_connection());
     assert_eq!(forward_events(&home, NAME), Vec::<Value>::new());
     assert_eq!(status_ports(&home), json!([]));
 }
@@ -283,9 +285,9 @@ fn off_switch() {
 fn opened_installs() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&snapshot(&[]));
-    scene.peer.say(&opened(3000));
-    scene.peer.hear_that(&forwarded(3000, 3000));
+    scene.peer.send_message(&snapshot(&[]));
+    scene.peer.send_message(&opened(3000));
+    scene.peer.receive_exactly(&forwarded(3000, 3000));
     scene.events_become(&["opened 3000 3000 127.0.0.1"]);
     scene.client(3000);
 }
@@ -294,18 +296,18 @@ fn closed_tears_down() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.connected(5173);
-    scene.peer.say(&data(id, b"hello"));
-    read_these(&client, b"hello");
-    scene.peer.say(&closed(5173));
+    scene.peer.send_message(&data(id, b"hello"));
+    expect_bytes(&client, b"hello");
+    scene.peer.send_message(&closed(5173));
     scene.events_become(&["opened 5173 5173 127.0.0.1", "closed 5173 5173 container-released"]);
     assert_unbound(5173);
     // Its clients are disconnected, and the container is notified so that it closes its side.
-    scene.peer.hear_that(&close_downstream(id));
+    scene.peer.receive_exactly(&close_downstream(id));
     let _ = ends_by(&client);
     status_ports_become(&home, &[]);
     // It is announced again, and answers again.
-    scene.peer.say(&opened(5173));
-    scene.peer.hear_that(&forwarded(5173, 5173));
+    scene.peer.send_message(&opened(5173));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
     scene.client(5173);
 }
 
@@ -313,8 +315,8 @@ fn address_in_use() {
     let home = Home::new();
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 5173)).unwrap();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&snapshot(&[5173]));
-    let result = scene.peer.hear("port-forward-result");
+    scene.peer.send_message(&snapshot(&[5173]));
+    let result = scene.peer.receive("port-forward-result");
     let reason = result["reason"].as_str().unwrap().to_owned();
     assert_eq!(result, not_forwarded(5173, &reason));
     assert!(reason.contains("EADDRINUSE"), "{reason}");
@@ -323,11 +325,11 @@ fn address_in_use() {
     assert_eq!(status_ports(&home), json!([]));
     // When it is free again, the daemon does not retry until it is announced again.
     drop(taken);
-    assert!(scene.peer.is_silent_for(2 * MOMENT), "it tried again by itself");
+    assert!(scene.peer.is_silent_for(2 * NEGATIVE_WAIT), "it tried again by itself");
     assert_unbound(5173);
-    scene.peer.say(&closed(5173));
-    scene.peer.say(&opened(5173));
-    scene.peer.hear_that(&forwarded(5173, 5173));
+    scene.peer.send_message(&closed(5173));
+    scene.peer.send_message(&opened(5173));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
     scene.events_become(&["failed 5173", "opened 5173 5173 127.0.0.1"]);
 }
 
@@ -337,15 +339,15 @@ fn allocates_streams() {
     let _clients: Vec<TcpStream> = (1..=3)
         .map(|id| {
             let client = connect((Ipv4Addr::LOCALHOST, 5173));
-            assert_eq!(scene.peer.hear("relay-open"), open(id, 5173));
+            assert_eq!(scene.peer.receive("relay-open"), open(id, 5173));
             client
         })
         .collect();
     // They continue to increase after a reconnect.
     scene.peer.hang_up();
     scene.peer = scene.container.welcome();
-    scene.peer.say(&snapshot(&[5173]));
-    scene.peer.hear_that(&forwarded(5173, 5173));
+    scene.peer.send_message(&snapshot(&[5173]));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
     let (_client, id) = scene.client(5173);
     assert_eq!(id, 4);
 }
@@ -356,9 +358,9 @@ fn data_after_ack() {
     let (mut client, id) = scene.client(5173);
     client.write_all(b"GET / HTTP/1.1\r\n").unwrap();
     client.write_all(b"\r\n").unwrap();
-    assert!(scene.peer.is_silent_for(MOMENT), "data before the ack is dropped by the container");
-    scene.peer.say(&ack(id));
-    assert_eq!(scene.peer.hear_data(id, 18), b"GET / HTTP/1.1\r\n\r\n");
+    assert!(scene.peer.is_silent_for(NEGATIVE_WAIT), "data before the ack is dropped by the container");
+    scene.peer.send_message(&ack(id));
+    assert_eq!(scene.peer.receive_data(id, 18), b"GET / HTTP/1.1\r\n\r\n");
 }
 
 fn data_to_host() {
@@ -366,17 +368,17 @@ fn data_to_host() {
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.connected(5173);
     for piece in [&b"HTTP/1.1 200 OK\r\n"[..], b"", b"\r\n", &[0, 255, 128]] {
-        scene.peer.say(&data(id, piece));
+        scene.peer.send_message(&data(id, piece));
     }
-    read_these(&client, b"HTTP/1.1 200 OK\r\n\r\n\x00\xff\x80");
+    expect_bytes(&client, b"HTTP/1.1 200 OK\r\n\r\n\x00\xff\x80");
     // The bytes arrive before the end.
-    scene.peer.say(&data(id, b"last words"));
-    scene.peer.say(&close_upstream(id));
-    read_these(&client, b"last words");
+    scene.peer.send_message(&data(id, b"last words"));
+    scene.peer.send_message(&close_upstream(id));
+    expect_bytes(&client, b"last words");
     assert_eq!(ends_by(&client), End::Eof);
     drop(client);
-    scene.peer.say(&opened(5174));
-    scene.peer.hear_that(&forwarded(5174, 5174));
+    scene.peer.send_message(&opened(5174));
+    scene.peer.receive_exactly(&forwarded(5174, 5174));
     assert_eq!(scene.peer.kept("relay-close"), 0, "a close is not answered");
 }
 
@@ -384,7 +386,7 @@ fn nack_closes() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.client(5173);
-    scene.peer.say(&nack(id, "connect ECONNREFUSED 127.0.0.1:5173"));
+    scene.peer.send_message(&nack(id, "connect ECONNREFUSED 127.0.0.1:5173"));
     assert_eq!(ends_by(&client), End::Reset, "a dead port never looks alive");
     // The listener stays, and no close is sent.
     let (_client, next) = scene.connected(5173);
@@ -397,16 +399,16 @@ fn close_sends_close() {
     let (mut client, id) = scene.connected(5173);
     client.write_all(b"bye").unwrap();
     drop(client);
-    assert_eq!(scene.peer.hear_data(id, 3), b"bye");
-    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
+    assert_eq!(scene.peer.receive_data(id, 3), b"bye");
+    assert_eq!(scene.peer.receive("relay-close"), close_downstream(id));
     // The same for a client that sent a FIN and waits, and for one that disconnects before the ack.
     let (waiting, id) = scene.connected(5173);
     finish(&waiting);
-    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
+    assert_eq!(scene.peer.receive("relay-close"), close_downstream(id));
     let (gone, id) = scene.client(5173);
     reset(gone);
-    scene.peer.say(&ack(id));
-    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
+    scene.peer.send_message(&ack(id));
+    assert_eq!(scene.peer.receive("relay-close"), close_downstream(id));
 }
 
 fn disconnect_tears_down() {
@@ -442,14 +444,14 @@ fn stop_ends_all() {
         let closed = ["closed 5173 5173 broker-stopped", "closed 8080 8080 broker-stopped"];
         let opened = ["opened 5173 5173 127.0.0.1", "opened 8080 8080 127.0.0.1"];
         events_become(&home, &[opened, closed].concat());
-        let over = scene.peer.ending();
-        assert!(matches!(over, Heard::Closed(..)), "it closes the WebSocket in order: {over:?}");
+        let over = scene.peer.receive_end();
+        assert!(matches!(over, Received::Closed(..)), "it closes the WebSocket in order: {over:?}");
         let _ = ends_by(&client);
         assert_unbound(5173);
         assert_unbound(8080);
         // The first retry delay would be over.
         std::thread::sleep(Duration::from_millis(1200));
-        assert!(!scene.container.has_caller(), "it came back");
+        assert!(!scene.container.has_pending_connection(), "it came back");
     }
 }
 
@@ -457,10 +459,10 @@ fn forwarded_ports() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[8080, 5173]);
     status_ports_become(&home, &[5173, 8080]);
-    scene.peer.say(&closed(8080));
+    scene.peer.send_message(&closed(8080));
     status_ports_become(&home, &[5173]);
-    scene.peer.say(&request(4848, &[4900]));
-    scene.peer.hear_that(&forwarded(4848, 4900));
+    scene.peer.send_message(&request(4848, &[4900]));
+    scene.peer.receive_exactly(&forwarded(4848, 4900));
     // A reserved forward is shown by its port on the host.
     status_ports_become(&home, &[4900, 5173]);
 }
@@ -469,14 +471,14 @@ fn dedups() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 4848)).unwrap();
-    scene.peer.say(&request(4848, &[4848, 4849]));
-    scene.peer.hear_that(&forwarded(4848, 4849));
+    scene.peer.send_message(&request(4848, &[4848, 4849]));
+    scene.peer.receive_exactly(&forwarded(4848, 4849));
     for _ in 0..3 {
-        scene.peer.say(&opened(5173));
-        scene.peer.say(&opened(4848));
-        scene.peer.say(&snapshot(&[5173, 4848]));
+        scene.peer.send_message(&opened(5173));
+        scene.peer.send_message(&opened(4848));
+        scene.peer.send_message(&snapshot(&[5173, 4848]));
     }
-    assert!(scene.peer.is_silent_for(MOMENT), "a duplicate is not answered");
+    assert!(scene.peer.is_silent_for(NEGATIVE_WAIT), "a duplicate is not answered");
     drop(taken);
     assert_unbound(4848);
     scene.events_become(&["opened 5173 5173 127.0.0.1", "opened 4848 4849 127.0.0.1"]);
@@ -508,10 +510,10 @@ fn rejection_reconnects() {
     let mut garbage = container.accept_raw();
     at.push(Instant::now());
     garbage.write_all(b"SSH-2.0-OpenSSH_9.6\r\n").unwrap();
-    garbage.set_read_timeout(Some(landfall_tests::PATIENCE)).unwrap();
+    garbage.set_read_timeout(Some(landfall_tests::TIMEOUT)).unwrap();
     while !matches!(landfall_tests::read_some(&garbage, &mut [0; 4096]), Ok(0) | Err(_)) {}
     drop(garbage);
-    let peer = container.greeted();
+    let peer = container.accept_hello();
     at.push(Instant::now());
     let rests = [at[1] - at[0], at[2] - at[1]];
     // Not earlier; on a busy machine it may be later.
@@ -539,7 +541,7 @@ fn no_host_port() {
     let fields = json!({"wsHostPort": nowhere, "portForward": {"allow": "*"}, "brokerToken": TOKEN});
     landfall_tests::rpc::register_with(&home, NAME, &fields);
     docker.wait_for_calls("GET /containers/coder/json", 3);
-    assert!(!container.has_caller());
+    assert!(!container.has_pending_connection());
     docker.publish(NAME, Some(container.port()));
     let peer = container.welcome();
     // The daemon queries it again for every attempt.
@@ -547,28 +549,28 @@ fn no_host_port() {
     docker.publish(NAME, Some(elsewhere.port()));
     peer.hang_up();
     elsewhere.welcome();
-    assert!(!container.has_caller());
+    assert!(!container.has_pending_connection());
 }
 
 fn result_ok() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&snapshot(&[5173]));
+    scene.peer.send_message(&snapshot(&[5173]));
     assert_eq!(
         scene.peer.message(),
         json!({"type": "port-forward-result", "port": 5173, "ok": true, "hostPort": 5173})
     );
     // No result is sent for duplicates.
-    scene.peer.say(&opened(5173));
-    assert!(scene.peer.is_silent_for(MOMENT));
+    scene.peer.send_message(&opened(5173));
+    assert!(scene.peer.is_silent_for(NEGATIVE_WAIT));
 }
 
 fn result_failed() {
     let home = Home::new();
     let _taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 5173)).unwrap();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&snapshot(&[]));
-    scene.peer.say(&opened(5173));
+    scene.peer.send_message(&snapshot(&[]));
+    scene.peer.send_message(&opened(5173));
     let result = scene.peer.message();
     assert_eq!((&result["port"], &result["ok"]), (&json!(5173), &json!(false)), "{result}");
     assert!(result["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{result}");
@@ -578,13 +580,13 @@ fn result_failed() {
 fn result_excluded() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*", "deny": [9229]}));
-    scene.peer.say(&snapshot(&[8973, 9229]));
+    scene.peer.send_message(&snapshot(&[8973, 9229]));
     for port in [8973, 9229] {
-        scene.peer.hear_that(
+        scene.peer.receive_exactly(
             &json!({"type": "port-forward-result", "port": port, "ok": false, "reason": "policy excluded"}),
         );
     }
-    scene.peer.say(&opened(9229));
+    scene.peer.send_message(&opened(9229));
     assert_eq!(scene.peer.message(), not_forwarded(9229, "policy excluded"));
     // A refused port yields no event.
     assert!(scene.events().is_empty(), "{:?}", scene.events());

@@ -6,14 +6,14 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use landfall_tests::broker::{
-    Agent, CONTAINER_PORT, Heard, Peer, ack, close_downstream, data, dial, open, payload, stream, try_dial,
-    welcome, welcome_with,
+    Agent, CONTAINER_PORT, Peer, Received, ack, close_downstream, data, dial, open, payload, stream,
+    try_dial, welcome, welcome_with,
 };
 use landfall_tests::case::Case;
 use landfall_tests::process::{descriptors_of, resident_bytes_of};
 use landfall_tests::{
-    End, Home, MOMENT, Namespace, Pattern, Server, connect_from, is_long, note, read_some, read_these,
-    read_to_end, wait_until,
+    End, Home, NEGATIVE_WAIT, Namespace, Pattern, Server, connect_from, expect_bytes, is_long, note,
+    read_some, read_to_end, wait_until,
 };
 use serde_json::json;
 
@@ -24,16 +24,16 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("portbroker_agent_reaches_a_server_on_ipv6_only", v6_alone),
     Case::once("portbroker_agent_reports_changes_in_order", order_of_changes),
     Case::once("portbroker_agent_serialises_subscriptions", subscriptions),
-    Case::once("portbroker_agent_ignores_invalid_messages", nonsense),
+    Case::once("portbroker_agent_ignores_invalid_messages", invalid_messages),
     Case::once("portbroker_agent_loses_no_byte_to_a_slow_server", slow_server),
-    Case::once("portbroker_agent_uses_bounded_memory_for_a_host_that_never_reads", host_reads_nothing),
+    Case::once("portbroker_agent_uses_bounded_memory_for_a_host_that_never_reads", host_never_reads),
     Case::once(
         "portbroker_agent_drops_a_connection_that_was_closed_while_connecting",
         closed_while_connecting,
     ),
-    Case::once("c09_broker_cycles_leak_no_descriptor_in_the_agent", cycles_leave_nothing),
+    Case::once("c09_broker_cycles_leak_no_descriptor_in_the_agent", cycles_leak_no_descriptor),
     Case::once("c24_agent_disconnects_hosts_that_send_no_hello", never_say_hello),
-    Case::once("c24_agent_survives_slow_and_oversized_requests", strangers),
+    Case::once("c24_agent_survives_slow_and_oversized_requests", slow_clients),
 ];
 
 /// Sends bytes to the agent's port, and returns everything that comes back.
@@ -83,13 +83,13 @@ fn v6_alone() {
     let inside = Inside::start(&home);
     let server = Server::listen(&inside.namespace, "[::1]:5173");
     let mut host = inside.host();
-    host.say(&json!({"type": "port-watch-subscribe"}));
+    host.send_message(&json!({"type": "port-watch-subscribe"}));
     assert_eq!(ports(&host.message()), [(5173, "127.0.0.1".to_owned())]);
-    host.say(&open(1, 5173));
+    host.send_message(&open(1, 5173));
     assert_eq!(host.message(), ack(1));
     let upstream = server.accept();
-    host.say(&data(1, b"v6"));
-    read_these(&upstream, b"v6");
+    host.send_message(&data(1, b"v6"));
+    expect_bytes(&upstream, b"v6");
 }
 
 /// First all openings in the order of the new scan, then all closings in the order of the previous scan; a change of the
@@ -101,7 +101,7 @@ fn order_of_changes() {
         .map(|index| Server::listen(&inside.namespace, &format!("127.0.0.1:{}", 4000 + index)))
         .collect();
     let mut host = inside.host();
-    host.say(&json!({"type": "port-watch-subscribe"}));
+    host.send_message(&json!({"type": "port-watch-subscribe"}));
     let before: Vec<u64> = ports(&host.message()).into_iter().map(|(port, _)| port).collect();
     // Usually all of it between two scans: a listener moves to every address, eight end, eight start.
     let moved = Server::listen(&inside.namespace, "127.0.0.1:5000");
@@ -119,7 +119,7 @@ fn order_of_changes() {
         })
         .collect();
     let of = |kind: &str| -> Vec<u64> {
-        changes.iter().filter(|(told, _)| told == kind).map(|(_, port)| *port).collect()
+        changes.iter().filter(|(reported, _)| reported == kind).map(|(_, port)| *port).collect()
     };
     let closed = of("port-listen-closed");
     assert_eq!(of("port-listen-opened").len(), new.len(), "{changes:?}");
@@ -128,7 +128,7 @@ fn order_of_changes() {
     let openings_first = changes[..8].iter().all(|(kind, _)| kind == "port-listen-opened");
     let closings_first = changes[..8].iter().all(|(kind, _)| kind == "port-listen-closed");
     assert!(openings_first || closings_first, "{changes:?}");
-    assert!(host.is_silent_for(3 * MOMENT), "a change of the address alone");
+    assert!(host.is_silent_for(3 * NEGATIVE_WAIT), "a change of the address alone");
 }
 
 fn subscriptions() {
@@ -138,34 +138,34 @@ fn subscriptions() {
     let (subscribe, unsubscribe) =
         (json!({"type": "port-watch-subscribe"}), json!({"type": "port-watch-unsubscribe"}));
     // Two subscriptions have the effect of one.
-    host.say(&subscribe);
-    host.say(&subscribe);
-    host.hear("port-listen-snapshot");
+    host.send_message(&subscribe);
+    host.send_message(&subscribe);
+    host.receive("port-listen-snapshot");
     let server = Server::listen(&inside.namespace, "127.0.0.1:5173");
-    host.hear("port-listen-opened");
-    assert!(host.is_silent_for(3 * MOMENT), "two timers");
+    host.receive("port-listen-opened");
+    assert!(host.is_silent_for(3 * NEGATIVE_WAIT), "two timers");
     // A subscription that is withdrawn before its scan.
-    host.say(&unsubscribe);
+    host.send_message(&unsubscribe);
     for _ in 0..20 {
-        host.say(&subscribe);
-        host.say(&unsubscribe);
+        host.send_message(&subscribe);
+        host.send_message(&unsubscribe);
     }
     drop(server);
-    host.is_silent_for(MOMENT);
+    host.is_silent_for(NEGATIVE_WAIT);
     while host.kept("port-listen-snapshot") > 0 {
-        host.hear("port-listen-snapshot");
-        host.is_silent_for(MOMENT);
+        host.receive("port-listen-snapshot");
+        host.is_silent_for(NEGATIVE_WAIT);
     }
     let _server = Server::listen(&inside.namespace, "127.0.0.1:5174");
-    assert!(host.is_silent_for(4 * MOMENT), "an unsubscribe was lost");
+    assert!(host.is_silent_for(4 * NEGATIVE_WAIT), "an unsubscribe was lost");
     // Each connection has its own subscription.
     let mut other = inside.host();
-    other.say(&subscribe);
-    other.hear("port-listen-snapshot");
-    assert!(host.is_silent_for(MOMENT));
+    other.send_message(&subscribe);
+    other.receive("port-listen-snapshot");
+    assert!(host.is_silent_for(NEGATIVE_WAIT));
 }
 
-fn nonsense() {
+fn invalid_messages() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let (_server, mut host, upstream) = inside.stream(1);
@@ -189,15 +189,15 @@ fn nonsense() {
         json!({"type": "relay-eof", "streamId": 1}),
         json!({"type": "relay-reset", "streamId": 1}),
     ] {
-        host.say(&message);
+        host.send_message(&message);
     }
     host.send_binary(&[1, 0, 0, 0, 1, 66, 66, 66]);
-    host.say(&data(1, b"fine"));
-    read_these(&upstream, b"fine");
+    host.send_message(&data(1, b"fine"));
+    expect_bytes(&upstream, b"fine");
     host.ping();
     wait_until("the log", || {
-        let said = inside.agent.said();
-        if said.contains("unexpected") && said.contains("invalid json") { Ok(()) } else { Err(said) }
+        let printed = inside.agent.printed();
+        if printed.contains("unexpected") && printed.contains("invalid json") { Ok(()) } else { Err(printed) }
     });
 }
 
@@ -209,9 +209,9 @@ fn slow_server() {
     let mut block = vec![0; 65_536];
     for position in (0..COUNT).step_by(block.len()) {
         Pattern::new(1).fill(position, &mut block);
-        host.say(&data(1, &block));
+        host.send_message(&data(1, &block));
     }
-    host.say(&close_downstream(1));
+    host.send_message(&close_downstream(1));
     // The host has sent everything, and the server has read no byte.
     host.ping();
     let mut checker = Pattern::new(1).checker();
@@ -221,7 +221,7 @@ fn slow_server() {
 
 /// At most a few megabytes are buffered for a host that does not read, far below the 16 MiB at which the reference's runtime
 /// fails; the servers are held back, and no byte is lost.
-fn host_reads_nothing() {
+fn host_never_reads() {
     const STREAMS: i64 = 20;
     let home = Home::new();
     let inside = Inside::start(&home);
@@ -229,8 +229,8 @@ fn host_reads_nothing() {
     let mut host = inside.host();
     let mut upstreams = Vec::new();
     for id in 1..=STREAMS {
-        host.say(&open(id, 5173));
-        host.hear_that(&ack(id));
+        host.send_message(&open(id, 5173));
+        host.receive_exactly(&ack(id));
         upstreams.push(server.accept());
     }
     let before = resident_bytes_of(inside.agent.pid());
@@ -254,14 +254,14 @@ fn host_reads_nothing() {
     assert!(grown < 64, "{grown} MiB for a host that reads nothing");
     // Another host is served in the meantime.
     let (mut other, small) = (inside.host(), &server);
-    other.say(&open(1, 5173));
+    other.send_message(&open(1, 5173));
     assert_eq!(other.message(), ack(1));
     small.accept().write_all(b"other").unwrap();
-    assert_eq!(other.hear_data(1, 5), b"other");
+    assert_eq!(other.receive_data(1, 5), b"other");
     // The host reads now.
     let mut checkers: Vec<_> = sent.iter().map(|_| Pattern::new(3).checker()).collect();
     while checkers.iter().zip(&sent).any(|(checker, sent)| checker.position() < *sent) {
-        let message = host.hear("relay-data");
+        let message = host.receive("relay-data");
         let bytes = payload(&message);
         assert!(bytes.len() <= 65_536, "{} bytes in a message", bytes.len());
         checkers[usize::try_from(stream(&message) - 1).unwrap()].check(&bytes);
@@ -292,22 +292,22 @@ fn closed_while_connecting() {
     let mut host = inside.host();
     let before = descriptors_of(inside.agent.pid());
     for id in 1..=50 {
-        host.say(&open(id, 5173));
-        host.say(&data(id, b"dropped"));
-        host.say(&close_downstream(id));
+        host.send_message(&open(id, 5173));
+        host.send_message(&data(id, b"dropped"));
+        host.send_message(&close_downstream(id));
     }
     // No connect is answered, and none stays.
-    assert!(host.is_silent_for(MOMENT), "an ack of a stream that was closed");
+    assert!(host.is_silent_for(NEGATIVE_WAIT), "an ack of a stream that was closed");
     wait_until("the descriptors to be back", || match descriptors_of(inside.agent.pid()) {
         count if count <= before => Ok(()),
         count => Err((count, before)),
     });
     drop(busy.server.accept());
-    assert!(host.is_silent_for(MOMENT));
+    assert!(host.is_silent_for(NEGATIVE_WAIT));
     host.ping();
 }
 
-fn cycles_leave_nothing() {
+fn cycles_leak_no_descriptor() {
     let cycles: i64 = if is_long() { 10_000 } else { 1_500 };
     let home = Home::new();
     let inside = Inside::start(&home);
@@ -326,30 +326,30 @@ fn cycles_leave_nothing() {
             match id % 4 {
                 // Opened, used, and closed by the host.
                 0 => {
-                    host.say(&open(id, 5173));
-                    host.hear_that(&ack(id));
-                    host.say(&data(id, b"x"));
-                    host.hear_data(id, 1);
-                    host.say(&close_downstream(id));
+                    host.send_message(&open(id, 5173));
+                    host.receive_exactly(&ack(id));
+                    host.send_message(&data(id, b"x"));
+                    host.receive_data(id, 1);
+                    host.send_message(&close_downstream(id));
                 }
                 // Closed before it can be open.
                 1 => {
-                    host.say(&open(id, 5174));
-                    host.say(&close_downstream(id));
+                    host.send_message(&open(id, 5174));
+                    host.send_message(&close_downstream(id));
                 }
                 // Closed while it opens.
                 2 => {
-                    host.say(&open(id, 5173));
-                    host.say(&close_downstream(id));
+                    host.send_message(&open(id, 5173));
+                    host.send_message(&close_downstream(id));
                 }
                 // Refused.
                 _ => {
-                    host.say(&open(id, 5999));
-                    host.hear("relay-open-nack");
+                    host.send_message(&open(id, 5999));
+                    host.receive("relay-open-nack");
                 }
             }
             if id % 100 == 0 {
-                host.forget();
+                host.discard_kept();
             }
         }
     };
@@ -371,7 +371,7 @@ fn cycles_leave_nothing() {
     run(&mut host, 41, cycles);
     // Some streams are open when the connection is lost, and some are pending.
     for id in 0..20 {
-        host.say(&open(1_000_000 + id, 5173 + u16::try_from(id % 2).unwrap()));
+        host.send_message(&open(1_000_000 + id, 5173 + u16::try_from(id % 2).unwrap()));
     }
     host.hang_up();
     wait_until("the descriptors to be back", || match descriptors_of(inside.agent.pid()) {
@@ -391,16 +391,16 @@ fn never_say_hello() {
     let mut silent = dial(&inside.namespace);
     let mut pinging = dial(&inside.namespace);
     pinging.ping();
-    let late = silent.ending();
+    let late = silent.receive_end();
     let waited = begun.elapsed();
     assert!((4500..8000).contains(&waited.as_millis()), "{late:?} after {waited:?}");
-    assert!(matches!(pinging.ending(), Heard::Closed(..) | Heard::Lost));
+    assert!(matches!(pinging.receive_end(), Received::Closed(..) | Received::Lost));
     // A host that sent its hello stays connected.
     let mut host = inside.host();
     host.ping();
 }
 
-fn strangers() {
+fn slow_clients() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let before = resident_bytes_of(inside.agent.pid());
@@ -427,10 +427,10 @@ fn strangers() {
     // Before the hello a peer can send only little: a frame of gigabytes, and a message of many frames, are refused.
     for frame in [[0x81_u8, 0xff, 0x40, 0, 0, 0, 0, 0, 0, 0], [0x01, 0xff, 0, 0, 0, 0, 0x01, 0, 0, 0]] {
         let host = dial(&inside.namespace);
-        let mut speaker = host.speaker();
-        let _ = speaker.try_raw(&frame);
+        let mut message_sender = host.message_sender();
+        let _ = message_sender.try_write_raw(&frame);
         for _ in 0..200 {
-            if speaker.try_raw(&line).is_err() {
+            if message_sender.try_write_raw(&line).is_err() {
                 break;
             }
         }
@@ -438,9 +438,11 @@ fn strangers() {
     }
     // After it, a message over the limit ends the connection.
     let (mut host, _) = welcome_with(&inside.namespace, &json!({"type": "broker-hello", "token": TOKEN}));
-    let mut speaker = host.speaker();
-    let giant = std::thread::spawn(move || speaker.try_say(&json!({"type": "x".repeat(17 << 20)})).is_ok());
-    host.ending();
+    let mut message_sender = host.message_sender();
+    let giant = std::thread::spawn(move || {
+        message_sender.try_send_message(&json!({"type": "x".repeat(17 << 20)})).is_ok()
+    });
+    host.receive_end();
     host.hang_up();
     let _ = giant.join().unwrap();
     let grown = resident_bytes_of(inside.agent.pid()).saturating_sub(before) >> 20;

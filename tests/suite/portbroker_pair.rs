@@ -9,14 +9,14 @@ use landfall_tests::broker::{Agent, CONTAINER_PORT, Published};
 use landfall_tests::case::Case;
 use landfall_tests::process::{descriptors_of, resident_bytes_of, running};
 use landfall_tests::{
-    Conversation, Daemon, End, Flood, Home, Namespace, PATIENCE, Pattern, Rng, Server, answer, connect,
-    finish, is_long, note, read_exactly, read_some, read_these, read_to_end, reset, rpc, seed, send_all,
+    Conversation, Daemon, End, Flood, Home, Namespace, Pattern, Rng, Server, TIMEOUT, answer, connect,
+    expect_bytes, finish, is_long, note, read_exactly, read_some, read_to_end, reset, rpc, seed, send_all,
     wait_until,
 };
 use rustix::net::sockopt;
 use serde_json::{Value, json};
 
-use crate::observe::{ends_by, learns_that_the_peer_is_gone, read_rest};
+use crate::observe::{ends_by, read_rest, write_reports_that_the_peer_is_gone};
 use crate::portbroker_host::{NAME, assert_unbound, events, events_become, status_ports_become};
 
 pub(crate) const CASES: &[Case] = &[
@@ -38,11 +38,13 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("c05_a_slow_reader_gets_every_byte_over_agent_descriptors", || slow_reader(Kind::Descriptors)),
     Case::once("c05_stalled_readers_block_no_other_stream_over_the_broker", || stalled(Kind::Extended)),
     Case::once("c05_stalled_readers_block_no_other_stream_over_the_plain_broker", || stalled(Kind::Plain)),
-    Case::once("c05_stalled_readers_block_no_other_stream_over_agent_descriptors", || stalled(Kind::Descriptors)),
+    Case::once("c05_stalled_readers_block_no_other_stream_over_agent_descriptors", || {
+        stalled(Kind::Descriptors)
+    }),
     Case::once("c09_broker_cycles_leak_no_resource", || cycles(Kind::Extended)),
     Case::once("c09_plain_broker_cycles_leak_no_resource", || cycles(Kind::Plain)),
     Case::once("c09_agent_descriptor_cycles_leak_no_resource", || cycles(Kind::Descriptors)),
-    Case::once("c19_connections_survive_a_killed_daemon_over_agent_descriptors", control_may_die),
+    Case::once("c19_connections_survive_a_killed_daemon_over_agent_descriptors", daemon_killed),
 ];
 
 /// An attach method that uses an agent.
@@ -59,7 +61,7 @@ enum Kind {
 const TOKEN: &str = "token-of-a-pair";
 
 /// A daemon on the host, an agent inside, and the connection between them.
-struct Road<'a> {
+struct BrokerPair<'a> {
     home: &'a Home,
     daemon: Daemon<'a>,
     agent: Agent,
@@ -67,12 +69,12 @@ struct Road<'a> {
     _published: Published,
 }
 
-impl<'a> Road<'a> {
-    fn open(home: &'a Home, kind: Kind) -> Road<'a> {
-        Road::allowing(home, kind, &json!({"allow": "*"}))
+impl<'a> BrokerPair<'a> {
+    fn open(home: &'a Home, kind: Kind) -> BrokerPair<'a> {
+        BrokerPair::allowing(home, kind, &json!({"allow": "*"}))
     }
 
-    fn allowing(home: &'a Home, kind: Kind, policy: &Value) -> Road<'a> {
+    fn allowing(home: &'a Home, kind: Kind, policy: &Value) -> BrokerPair<'a> {
         let inside = Namespace::new();
         let shared = home.folder("shared");
         let mut command = Agent::command(home, TOKEN);
@@ -85,8 +87,8 @@ impl<'a> Road<'a> {
             command.args(["--directory", shared.to_str().unwrap()]);
         }
         let agent = Agent::spawn(home, &inside, command);
-        let published = Published::start(inside.again(), CONTAINER_PORT);
-        let daemon = daemon.and_wait();
+        let published = Published::start(inside.duplicate(), CONTAINER_PORT);
+        let daemon = daemon.wait_until_ready();
         let way = match kind {
             Kind::Descriptors => json!({"kind": "agent", "directory": shared}),
             Kind::Extended | Kind::Plain => json!({"kind": "websocket"}),
@@ -94,7 +96,7 @@ impl<'a> Road<'a> {
         let fields =
             json!({"wsHostPort": published.port(), "portForward": policy, "brokerToken": TOKEN, "way": way});
         rpc::register_with(home, NAME, &fields);
-        Road { home, daemon, agent, inside, _published: published }
+        BrokerPair { home, daemon, agent, inside, _published: published }
     }
 
     /// Returns a server inside, once its port answers on the host.
@@ -134,14 +136,14 @@ fn client(port: u16) -> TcpStream {
 fn full_handshake() {
     for kind in [Kind::Extended, Kind::Plain] {
         let home = Home::new();
-        let road = Road::open(&home, kind);
-        let server = road.server(5173);
+        let pair = BrokerPair::open(&home, kind);
+        let server = pair.server(5173);
         let mut visitor = client(5173);
         let mut upstream = server.accept();
         visitor.write_all(b"ping").unwrap();
-        read_these(&upstream, b"ping");
+        expect_bytes(&upstream, b"ping");
         upstream.write_all(b"pong").unwrap();
-        read_these(&visitor, b"pong");
+        expect_bytes(&visitor, b"pong");
         drop(visitor);
         let _ = ends_by(&upstream);
         events_become(&home, &["opened 5173 5173 127.0.0.1"]);
@@ -150,8 +152,8 @@ fn full_handshake() {
 
 fn releases_port() {
     let home = Home::new();
-    let road = Road::open(&home, Kind::Extended);
-    drop(road.server(5173));
+    let pair = BrokerPair::open(&home, Kind::Extended);
+    drop(pair.server(5173));
     events_become(&home, &["opened 5173 5173 127.0.0.1", "closed 5173 5173 container-released"]);
     status_ports_become(&home, &[]);
     assert_unbound(5173);
@@ -159,32 +161,32 @@ fn releases_port() {
 
 fn disabled() {
     let home = Home::new();
-    let road = Road::allowing(&home, Kind::Extended, &json!({"allow": []}));
-    let _server = Server::listen(&road.inside, "127.0.0.1:5173");
+    let pair = BrokerPair::allowing(&home, Kind::Extended, &json!({"allow": []}));
+    let _server = Server::listen(&pair.inside, "127.0.0.1:5173");
     // Two scans would have taken place.
     std::thread::sleep(Duration::from_millis(1200));
     assert_unbound(5173);
     assert!(events(&home).is_empty());
-    assert!(!road.agent.said().contains("authed"), "the broker connected");
+    assert!(!pair.agent.printed().contains("authed"), "the broker connected");
 }
 
 fn deny() {
     let home = Home::new();
-    let road = Road::allowing(&home, Kind::Extended, &json!({"allow": "*", "deny": [9229]}));
-    let _denied = Server::listen(&road.inside, "127.0.0.1:9229");
-    let _allowed = road.server(5173);
+    let pair = BrokerPair::allowing(&home, Kind::Extended, &json!({"allow": "*", "deny": [9229]}));
+    let _denied = Server::listen(&pair.inside, "127.0.0.1:9229");
+    let _allowed = pair.server(5173);
     assert_unbound(9229);
     events_become(&home, &["opened 5173 5173 127.0.0.1"]);
 }
 
 fn downstream() {
     let home = Home::new();
-    let road = Road::open(&home, Kind::Plain);
-    let server = road.server(5173);
+    let pair = BrokerPair::open(&home, Kind::Plain);
+    let server = pair.server(5173);
     let visitor = client(5173);
     let mut upstream = server.accept();
     upstream.write_all(b"server speaks first").unwrap();
-    read_these(&visitor, b"server speaks first");
+    expect_bytes(&visitor, b"server speaks first");
     drop(upstream);
     assert_eq!(ends_by(&visitor), End::Eof);
 }
@@ -220,7 +222,7 @@ fn duplex(stream: &TcpStream, seed: u64, end: u64, confirms: bool) -> u64 {
         stream.write_all(b"!").unwrap();
         let _ = read_some(stream, &mut [0]);
     } else {
-        read_these(stream, b"!");
+        expect_bytes(stream, b"!");
     }
     length(0) + length(1)
 }
@@ -229,8 +231,8 @@ fn duplex_streams(kind: Kind) {
     const AT_ONCE: u64 = 10;
     let count = if is_long() { 1000 } else { 40 };
     let home = Home::new();
-    let road = Road::open(&home, kind);
-    let server = road.server(5173);
+    let pair = BrokerPair::open(&home, kind);
+    let server = pair.server(5173);
     let mut bytes = 0;
     for batch in 0..count / AT_ONCE {
         std::thread::scope(|scope| {
@@ -251,8 +253,8 @@ fn duplex_streams(kind: Kind) {
 fn half_close(kind: Kind) {
     const BACK: u64 = 10 << 20;
     let home = Home::new();
-    let road = Road::open(&home, kind);
-    let server = road.server(5173);
+    let pair = BrokerPair::open(&home, kind);
+    let server = pair.server(5173);
     for upstream_first in [false, true] {
         let (visitor, upstream) = (client(5173), server.accept());
         let (one, other) = if upstream_first { (upstream, visitor) } else { (visitor, upstream) };
@@ -283,8 +285,8 @@ fn half_close(kind: Kind) {
 fn resets(kind: Kind) {
     const BYTES: u64 = 40_000;
     let home = Home::new();
-    let road = Road::open(&home, kind);
-    let server = road.server(5173);
+    let pair = BrokerPair::open(&home, kind);
+    let server = pair.server(5173);
     for by_upstream in [false, true] {
         let pair = || {
             let (visitor, upstream) = (client(5173), server.accept());
@@ -294,7 +296,7 @@ fn resets(kind: Kind) {
         let (breaker, other) = pair();
         reset(breaker);
         assert_eq!(read_rest(&other, &mut Pattern::new(1).checker()), (0, End::Reset), "{by_upstream}");
-        assert!(learns_that_the_peer_is_gone(&other));
+        assert!(write_reports_that_the_peer_is_gone(&other));
         // After data in both directions, which arrived.
         let (breaker, other) = pair();
         let mut checker = Pattern::new(1).checker();
@@ -315,12 +317,13 @@ fn resets(kind: Kind) {
 
 fn killed_daemon() {
     let home = Home::new();
-    let Road { daemon, agent: _agent, inside, _published, .. } = Road::open(&home, Kind::Extended);
+    let BrokerPair { daemon, agent: _agent, inside, _published, .. } =
+        BrokerPair::open(&home, Kind::Extended);
     let server = Server::listen(&inside, "127.0.0.1:5173");
     status_ports_become(&home, &[5173]);
     let (visitor, mut upstream) = (client(5173), server.accept());
     upstream.write_all(b"half an ans").unwrap();
-    read_these(&visitor, b"half an ans");
+    expect_bytes(&visitor, b"half an ans");
     daemon.kill();
     assert_eq!(ends_by(&visitor), End::Reset, "half an answer with a clean end");
     let _ = ends_by(&upstream);
@@ -329,13 +332,13 @@ fn killed_daemon() {
 fn dead_port() {
     for kind in [Kind::Extended, Kind::Plain, Kind::Descriptors] {
         let home = Home::new();
-        let road = Road::open(&home, kind);
-        let server = road.server(5173);
+        let pair = BrokerPair::open(&home, kind);
+        let server = pair.server(5173);
         // The server has ended, and the agent has not noticed yet.
         drop(server);
         for _ in 0..20 {
             let Ok(visitor) = TcpStream::connect((Ipv4Addr::LOCALHOST, 5173)) else { break };
-            visitor.set_read_timeout(Some(PATIENCE)).unwrap();
+            visitor.set_read_timeout(Some(TIMEOUT)).unwrap();
             assert_eq!(ends_by(&visitor), End::Reset, "{kind:?}");
         }
         wait_until("the port to refuse", || match TcpStream::connect((Ipv4Addr::LOCALHOST, 5173)) {
@@ -351,10 +354,10 @@ fn slow_reader(kind: Kind) {
     const STEP: u64 = 100_000;
     let count: u64 = if is_long() { 1 << 30 } else { 64 << 20 };
     let home = Home::new();
-    let road = Road::open(&home, kind);
-    let server = road.server(5173);
+    let pair = BrokerPair::open(&home, kind);
+    let server = pair.server(5173);
     let (visitor, upstream) = (client(5173), server.accept());
-    let before = resident_bytes_of(road.daemon.pid());
+    let before = resident_bytes_of(pair.daemon.pid());
     let sending = std::thread::spawn(move || {
         upstream.set_write_timeout(None).unwrap();
         send_all(&upstream, Pattern::new(1), count);
@@ -366,7 +369,7 @@ fn slow_reader(kind: Kind) {
         let until = (checker.position() + STEP).min(count);
         read_exactly(&visitor, &mut checker, until);
         if until.is_multiple_of(20 * STEP) {
-            most = most.max(resident_bytes_of(road.daemon.pid()));
+            most = most.max(resident_bytes_of(pair.daemon.pid()));
         }
         // The pace is the test, not a wait for a state.
         let due = Duration::from_secs_f64(until as f64 / RATE as f64);
@@ -401,9 +404,9 @@ fn stalled(kind: Kind) {
     // A window for each stream takes time to fill.
     let count = if kind == Kind::Extended && !is_long() { 50 } else { 200 };
     let home = Home::new();
-    let road = Road::open(&home, kind);
-    let sources = road.server(5173);
-    road.server(5174).serve(|mut stream| {
+    let pair = BrokerPair::open(&home, kind);
+    let sources = pair.server(5173);
+    pair.server(5174).serve(|mut stream| {
         let mut wanted = [0; 8];
         if std::io::Read::read_exact(&mut stream, &mut wanted).is_ok() {
             send_all(&stream, Pattern::new(4), u64::from_le_bytes(wanted));
@@ -413,7 +416,7 @@ fn stalled(kind: Kind) {
     let each = 4 << 20;
     fetch(5174, 4, 1 << 20);
     let alone = fetch(5174, 4, each).min(fetch(5174, 4, each));
-    let before = resident_bytes_of(road.daemon.pid()) + resident_bytes_of(road.agent.pid());
+    let before = resident_bytes_of(pair.daemon.pid()) + resident_bytes_of(pair.agent.pid());
     let mut stalled: Vec<(TcpStream, TcpStream, u64)> = (0..count)
         .map(|_| {
             let (visitor, upstream) = (client(5173), sources.accept());
@@ -442,7 +445,7 @@ fn stalled(kind: Kind) {
         if quiet >= 50 { Ok(()) } else { Err(moved) }
     });
     let grown =
-        (resident_bytes_of(road.daemon.pid()) + resident_bytes_of(road.agent.pid())).saturating_sub(before);
+        (resident_bytes_of(pair.daemon.pid()) + resident_bytes_of(pair.agent.pid())).saturating_sub(before);
     let grown = grown >> 20;
     // A window for each stream, on either side of the WebSocket.
     assert!(grown < 2 * count + 64, "{grown} MiB for {count} stalled readers");
@@ -463,16 +466,16 @@ fn stalled(kind: Kind) {
 fn cycles(kind: Kind) {
     let count = if is_long() { 10_000 } else { 400 };
     let home = Home::new();
-    let road = Road::open(&home, kind);
-    road.server(3000).serve_in_turn(8, answer);
-    let quiet = road.server(5173);
-    road.server(5174).serve_in_turn(2, reset);
-    road.server(5175).serve_in_turn(2, drop);
+    let pair = BrokerPair::open(&home, kind);
+    pair.server(3000).serve_in_turn(8, answer);
+    let quiet = pair.server(5173);
+    pair.server(5174).serve_in_turn(2, reset);
+    pair.server(5175).serve_in_turn(2, drop);
     // A first round fills all caches.
     let round = |visits: u64| {
         let flood = Flood::start(3000, 4);
         // In parts, because each part is awaited with the default timeout.
-        (0..visits / 40).for_each(|_| flood.goes_on(40));
+        (0..visits / 40).for_each(|_| flood.wait_for_progress(40));
         flood.end();
         for index in 0..visits / 10 {
             match index % 4 {
@@ -487,46 +490,47 @@ fn cycles(kind: Kind) {
                 _ => assert_eq!(ends_by(&client(5175)), End::Eof),
             }
         }
-        while quiet.has_caller() {
+        while quiet.has_pending_connection() {
             drop(quiet.accept());
         }
     };
     round(40);
-    let before = road.rest();
-    let resident = [road.daemon.pid(), road.agent.pid()].map(resident_bytes_of);
+    let before = pair.rest();
+    let resident = [pair.daemon.pid(), pair.agent.pid()].map(resident_bytes_of);
     round(count);
     // The engine keeps sockets of the agent in stock: at rest between half of its target and all of it, and the target
     // doubles when the stock runs out. A leak of one per connection would be many more.
     let stocked = [0, if kind == Kind::Descriptors { 32 } else { 0 }, 0];
     // Some connections are open when the agent's connection is lost.
     wait_until("the descriptors to be back", || {
-        while quiet.has_caller() {
+        while quiet.has_pending_connection() {
             drop(quiet.accept());
         }
-        let now = road.held();
+        let now = pair.held();
         if (0..3).all(|who| now[who] <= before[who] + stocked[who]) { Ok(()) } else { Err((now, before)) }
     });
-    let now = [road.daemon.pid(), road.agent.pid()].map(resident_bytes_of);
+    let now = [pair.daemon.pid(), pair.agent.pid()].map(resident_bytes_of);
     let grown: Vec<usize> =
         now.iter().zip(&resident).map(|(now, before)| now.saturating_sub(*before) >> 20).collect();
     assert!(grown.iter().all(|grown| *grown < 16), "{grown:?} MiB after {count} cycles");
 }
 
 /// The engine has its sockets from the agent itself, so open connections stay open.
-fn control_may_die() {
+fn daemon_killed() {
     let home = Home::new();
-    let Road { daemon, agent: _agent, inside, _published, .. } = Road::open(&home, Kind::Descriptors);
+    let BrokerPair { daemon, agent: _agent, inside, _published, .. } =
+        BrokerPair::open(&home, Kind::Descriptors);
     let server = Server::listen(&inside, "127.0.0.1:5173");
     status_ports_become(&home, &[5173]);
-    let mut conversation = Conversation::begin(5173, &server, 1);
-    conversation.goes_on();
+    let mut conversation = Conversation::start(5173, &server, 1);
+    conversation.wait_for_progress();
     daemon.kill();
-    conversation.goes_on();
+    conversation.wait_for_progress();
     let _daemon = home.daemon();
-    conversation.goes_on();
+    conversation.wait_for_progress();
     status_ports_become(&home, &[5173]);
-    let mut other = Conversation::begin(5173, &server, 2);
-    other.goes_on();
+    let mut other = Conversation::start(5173, &server, 2);
+    other.wait_for_progress();
     conversation.end();
     other.end();
 }

@@ -11,7 +11,7 @@ use landfall_tests::broker::{
 };
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{Wire, ask, done, names, register_with};
-use landfall_tests::{DockerMode, End, FakeDocker, Home, MOMENT, connect, read_these, wait_until};
+use landfall_tests::{DockerMode, End, FakeDocker, Home, NEGATIVE_WAIT, connect, expect_bytes, wait_until};
 use serde_json::json;
 
 use crate::observe::ends_by;
@@ -48,20 +48,20 @@ fn first_free_candidate() {
     let home = Home::new();
     let _taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 4848)).unwrap();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&json!({"type": "port-forward-request", "targetPort": 4848, "hostCandidates": [4848, 4849, 4850], "reason": "dashboard"}));
+    scene.peer.send_message(&json!({"type": "port-forward-request", "targetPort": 4848, "hostCandidates": [4848, 4849, 4850], "reason": "dashboard"}));
     assert_eq!(scene.peer.message(), forwarded(4848, 4849));
     scene.events_become(&["opened 4848 4849 127.0.0.1"]);
     let (mut client, id) = {
         let client = connect((Ipv4Addr::LOCALHOST, 4849));
-        let asked = scene.peer.hear("relay-open");
+        let asked = scene.peer.receive("relay-open");
         assert_eq!(asked["port"], 4848, "it is opened at the target");
         (client, asked["streamId"].as_i64().unwrap())
     };
-    scene.peer.say(&ack(id));
+    scene.peer.send_message(&ack(id));
     client.write_all(b"there").unwrap();
-    assert_eq!(scene.peer.hear_data(id, 5), b"there");
-    scene.peer.say(&data(id, b"back"));
-    read_these(&client, b"back");
+    assert_eq!(scene.peer.receive_data(id, 5), b"there");
+    scene.peer.send_message(&data(id, b"back"));
+    expect_bytes(&client, b"back");
     assert_unbound(4850);
 }
 
@@ -69,7 +69,7 @@ fn all_busy() {
     let home = Home::new();
     let _taken = [4848, 4849].map(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap());
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&request(4848, &[4848, 4849]));
+    scene.peer.send_message(&request(4848, &[4848, 4849]));
     let result = scene.peer.message();
     let reason = result["reason"].as_str().unwrap_or_default();
     assert_eq!(result, not_forwarded(4848, reason));
@@ -81,17 +81,17 @@ fn all_busy() {
 fn no_double_bind() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&request(4848, &[4900]));
-    scene.peer.hear_that(&forwarded(4848, 4900));
-    scene.peer.say(&snapshot(&[4848, 5173]));
-    scene.peer.hear_that(&forwarded(5173, 5173));
-    scene.peer.say(&opened(4848));
-    assert!(scene.peer.is_silent_for(MOMENT));
+    scene.peer.send_message(&request(4848, &[4900]));
+    scene.peer.receive_exactly(&forwarded(4848, 4900));
+    scene.peer.send_message(&snapshot(&[4848, 5173]));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
+    scene.peer.send_message(&opened(4848));
+    assert!(scene.peer.is_silent_for(NEGATIVE_WAIT));
     assert_unbound(4848);
     scene.events_become(&["opened 4848 4900 127.0.0.1", "opened 5173 5173 127.0.0.1"]);
     // In the other order, the automatic forward is closed.
-    scene.peer.say(&request(5173, &[5173]));
-    scene.peer.hear_that(&forwarded(5173, 5173));
+    scene.peer.send_message(&request(5173, &[5173]));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
     scene.events_become(&[
         "opened 4848 4900 127.0.0.1",
         "opened 5173 5173 127.0.0.1",
@@ -104,16 +104,16 @@ fn no_double_bind() {
 fn closed_keeps_reserved() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&request(4848, &[4848]));
-    scene.peer.hear_that(&forwarded(4848, 4848));
+    scene.peer.send_message(&request(4848, &[4848]));
+    scene.peer.receive_exactly(&forwarded(4848, 4848));
     let (client, id) = scene.connected(4848);
-    scene.peer.say(&snapshot(&[4848]));
-    scene.peer.say(&closed(4848));
-    scene.peer.say(&snapshot(&[]));
-    scene.peer.say(&opened(3000));
-    scene.peer.hear_that(&forwarded(3000, 3000));
-    scene.peer.say(&data(id, b"still here"));
-    read_these(&client, b"still here");
+    scene.peer.send_message(&snapshot(&[4848]));
+    scene.peer.send_message(&closed(4848));
+    scene.peer.send_message(&snapshot(&[]));
+    scene.peer.send_message(&opened(3000));
+    scene.peer.receive_exactly(&forwarded(3000, 3000));
+    scene.peer.send_message(&data(id, b"still here"));
+    expect_bytes(&client, b"still here");
     scene.client(4848);
     status_ports_become(&home, &[3000, 4848]);
     scene.events_become(&["opened 4848 4848 127.0.0.1", "opened 3000 3000 127.0.0.1"]);
@@ -122,14 +122,14 @@ fn closed_keeps_reserved() {
 fn nack_keeps_reserved() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&request(4848, &[4848]));
-    scene.peer.hear_that(&forwarded(4848, 4848));
+    scene.peer.send_message(&request(4848, &[4848]));
+    scene.peer.receive_exactly(&forwarded(4848, 4848));
     let (alive, kept) = scene.connected(4848);
     let (refused, id) = scene.client(4848);
-    scene.peer.say(&nack(id, "ECONNREFUSED"));
+    scene.peer.send_message(&nack(id, "ECONNREFUSED"));
     assert_eq!(ends_by(&refused), End::Reset);
-    scene.peer.say(&data(kept, b"alive"));
-    read_these(&alive, b"alive");
+    scene.peer.send_message(&data(kept, b"alive"));
+    expect_bytes(&alive, b"alive");
     scene.connected(4848);
     status_ports_become(&home, &[4848]);
 }
@@ -139,22 +139,22 @@ fn racing_opened() {
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
     // As many as a container can reserve.
     for port in 4800..4816 {
-        scene.peer.say(&request(port, &[port + 100]));
-        scene.peer.say(&opened(port));
+        scene.peer.send_message(&request(port, &[port + 100]));
+        scene.peer.send_message(&opened(port));
     }
     for port in 4800..4816 {
-        scene.peer.hear_that(&forwarded(port, port + 100));
+        scene.peer.receive_exactly(&forwarded(port, port + 100));
         assert_unbound(port);
     }
-    assert!(scene.peer.is_silent_for(MOMENT), "one result each");
+    assert!(scene.peer.is_silent_for(NEGATIVE_WAIT), "one result each");
     assert_eq!(scene.events().len(), 16, "{:?}", scene.events());
 }
 
 fn closed_carries_host_port() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
-    scene.peer.say(&request(4848, &[4849]));
-    scene.peer.hear_that(&forwarded(4848, 4849));
+    scene.peer.send_message(&request(4848, &[4849]));
+    scene.peer.receive_exactly(&forwarded(4848, 4849));
     done(&home, &json!({"kind": "deregister", "containerName": NAME}));
     events_become(&home, &["opened 4848 4849 127.0.0.1", "closed 4848 4849 broker-stopped"]);
     assert_unbound(4849);
@@ -164,26 +164,26 @@ fn closed_carries_host_port() {
 fn every_kind_of_request() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*", "deny": [9229]}));
-    scene.peer.say(&request(4848, &[4900]));
-    scene.peer.hear_that(&forwarded(4848, 4900));
+    scene.peer.send_message(&request(4848, &[4900]));
+    scene.peer.receive_exactly(&forwarded(4848, 4900));
     // A repeated request with other candidates returns the existing forward.
-    scene.peer.say(&request(4848, &[4901]));
+    scene.peer.send_message(&request(4848, &[4901]));
     assert_eq!(scene.peer.message(), forwarded(4848, 4900));
     for port in [9229, 8973] {
-        scene.peer.say(&request(port, &[4902]));
+        scene.peer.send_message(&request(port, &[4902]));
         assert_eq!(scene.peer.message(), not_forwarded(port, "policy excluded"));
     }
-    scene.peer.say(&request(4850, &[]));
+    scene.peer.send_message(&request(4850, &[]));
     assert_eq!(scene.peer.message(), not_forwarded(4850, "no host candidates"));
     // Invalid ports are ignored; the valid ones count.
-    scene.peer.say(&json!({"type": "port-forward-request", "targetPort": 4851, "hostCandidates": [0, -1, 70_000, "x", null, 4903]}));
+    scene.peer.send_message(&json!({"type": "port-forward-request", "targetPort": 4851, "hostCandidates": [0, -1, 70_000, "x", null, 4903]}));
     assert_eq!(scene.peer.message(), forwarded(4851, 4903));
     for target in [json!(0), json!(65_536), json!(-1), json!("4852"), json!(null), json!(1.5)] {
-        scene
-            .peer
-            .say(&json!({"type": "port-forward-request", "targetPort": target, "hostCandidates": [4904]}));
+        scene.peer.send_message(
+            &json!({"type": "port-forward-request", "targetPort": target, "hostCandidates": [4904]}),
+        );
     }
-    assert!(scene.peer.is_silent_for(MOMENT));
+    assert!(scene.peer.is_silent_for(NEGATIVE_WAIT));
     for port in [4901, 4902, 4904] {
         assert_unbound(port);
     }
@@ -193,16 +193,16 @@ fn every_kind_of_request() {
 fn host_port_obeys_policy() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*", "deny": [5432]}));
-    scene.peer.say(&request(4848, &[5432]));
+    scene.peer.send_message(&request(4848, &[5432]));
     assert_eq!(scene.peer.message(), not_forwarded(4848, "policy excluded"));
-    scene.peer.say(&request(4848, &[5432, 4900]));
+    scene.peer.send_message(&request(4848, &[5432, 4900]));
     assert_eq!(scene.peer.message(), forwarded(4848, 4900));
     let next = Container::listen(TOKEN).allowing(json!({"allow": [4848, 4901]}));
     next.register(&home, NAME);
     let mut peer = next.welcome();
-    peer.say(&request(4848, &[5432, 80]));
+    peer.send_message(&request(4848, &[5432, 80]));
     assert_eq!(peer.message(), not_forwarded(4848, "policy excluded"));
-    peer.say(&request(4848, &[5432, 4901]));
+    peer.send_message(&request(4848, &[5432, 4901]));
     assert_eq!(peer.message(), forwarded(4848, 4901));
     assert_unbound(5432);
 }
@@ -212,7 +212,7 @@ fn no_control_port() {
     let own = [8975, 8788, 8789, 7900, 47823];
     let listed: Vec<u16> = own.into_iter().chain([5173]).collect();
     let mut scene = Scene::open(&home, json!({"allow": listed}));
-    scene.peer.say(&snapshot(&listed));
+    scene.peer.send_message(&snapshot(&listed));
     let mut results = listed.iter().map(|_| scene.peer.message()).collect::<Vec<_>>();
     results.sort_by_key(|result| result["ok"] == json!(true));
     assert_eq!(results.pop(), Some(forwarded(5173, 5173)));
@@ -220,7 +220,7 @@ fn no_control_port() {
         assert_eq!(result["reason"], "policy excluded", "{result}");
     }
     for port in own {
-        scene.peer.say(&request(4848, &[port]));
+        scene.peer.send_message(&request(4848, &[port]));
         assert_eq!(scene.peer.message(), not_forwarded(4848, "policy excluded"));
         assert_unbound(port);
     }
@@ -230,10 +230,10 @@ fn no_more_than_16() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
     for port in 4800..4816 {
-        scene.peer.say(&request(port, &[port]));
+        scene.peer.send_message(&request(port, &[port]));
         assert_eq!(scene.peer.message(), forwarded(port, port));
     }
-    scene.peer.say(&request(4816, &[4816]));
+    scene.peer.send_message(&request(4816, &[4816]));
     assert_eq!(scene.peer.message(), not_forwarded(4816, "policy excluded"));
     assert_unbound(4816);
 }
@@ -243,17 +243,17 @@ fn failed_gives_back() {
     let home = Home::new();
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 4900)).unwrap();
     let mut scene = Scene::forwarding(&home, &[5173]);
-    scene.peer.say(&request(5173, &[4900]));
-    let result = scene.peer.hear("port-forward-result");
+    scene.peer.send_message(&request(5173, &[4900]));
+    let result = scene.peer.receive("port-forward-result");
     assert_eq!((&result["port"], &result["ok"]), (&json!(5173), &json!(false)), "{result}");
     status_ports_become(&home, &[5173]);
     scene.client(5173);
     drop(taken);
     for _ in 0..2 {
-        scene.peer.say(&request(4848, &[4901, 4902]));
+        scene.peer.send_message(&request(4848, &[4901, 4902]));
     }
     for _ in 0..2 {
-        scene.peer.hear_that(&forwarded(4848, 4901));
+        scene.peer.receive_exactly(&forwarded(4848, 4901));
     }
     assert_unbound(4902);
 }
@@ -261,12 +261,12 @@ fn failed_gives_back() {
 fn reserved_outlive() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
-    scene.peer.say(&request(4848, &[4900]));
-    scene.peer.hear_that(&forwarded(4848, 4900));
+    scene.peer.send_message(&request(4848, &[4900]));
+    scene.peer.receive_exactly(&forwarded(4848, 4900));
     let (client, _) = {
         let client = connect((Ipv4Addr::LOCALHOST, 4900));
-        let id = scene.peer.hear("relay-open")["streamId"].as_i64().unwrap();
-        scene.peer.say(&ack(id));
+        let id = scene.peer.receive("relay-open")["streamId"].as_i64().unwrap();
+        scene.peer.send_message(&ack(id));
         (client, id)
     };
     scene.peer.hang_up();
@@ -279,15 +279,15 @@ fn reserved_outlive() {
     let early = connect((Ipv4Addr::LOCALHOST, 4900));
     let _ = ends_by(&early);
     assert_unbound(5173);
-    scene.peer = scene.container.greeted();
-    scene.peer.say(&json!({"type": "broker-hello-ack"}));
-    scene.peer.say(&request(4848, &[4901]));
-    scene.peer.hear("port-watch-subscribe");
-    scene.peer.hear_that(&forwarded(4848, 4900));
-    scene.peer.say(&snapshot(&[4848, 5173]));
-    scene.peer.hear_that(&forwarded(5173, 5173));
+    scene.peer = scene.container.accept_hello();
+    scene.peer.send_message(&json!({"type": "broker-hello-ack"}));
+    scene.peer.send_message(&request(4848, &[4901]));
+    scene.peer.receive("port-watch-subscribe");
+    scene.peer.receive_exactly(&forwarded(4848, 4900));
+    scene.peer.send_message(&snapshot(&[4848, 5173]));
+    scene.peer.receive_exactly(&forwarded(5173, 5173));
     let _client = connect((Ipv4Addr::LOCALHOST, 4900));
-    assert_eq!(scene.peer.hear("relay-open")["port"], 4848);
+    assert_eq!(scene.peer.receive("relay-open")["port"], 4848);
     assert_eq!(
         scene.events().iter().filter(|event| event.contains("4848")).count(),
         1,
@@ -331,7 +331,7 @@ pub(crate) fn fill(mut client: &TcpStream) -> u64 {
             sent += count as u64;
             quiet = Instant::now();
         }
-        if quiet.elapsed() > MOMENT { Ok(()) } else { Err(sent) }
+        if quiet.elapsed() > NEGATIVE_WAIT { Ok(()) } else { Err(sent) }
     });
     client.set_nonblocking(false).unwrap();
     sent
@@ -341,9 +341,9 @@ fn fatal_auth() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     scene.peer.hang_up();
-    scene.peer = scene.container.greeted();
+    scene.peer = scene.container.accept_hello();
     // A container that was created again has another token.
-    scene.peer.say(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
+    scene.peer.send_message(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
     let skipped = home.wait_for_event("registration-skipped", |event| event["containerName"] == NAME);
     assert_eq!(skipped["reason"], "fatal broker auth: invalid token");
     wait_until("the registration to go", || {
@@ -358,15 +358,15 @@ fn stale_fatal_auth() {
     let _daemon = home.daemon();
     let (old, new) = (Container::listen("token-old"), Container::listen("token-new"));
     old.register(&home, NAME);
-    let mut stale = old.greeted();
+    let mut stale = old.accept_hello();
     let mut asked = Wire::connect(&home);
     // The rejection of the old token and the new registration cross.
     asked.send(landfall_tests::rpc::registration(&home, NAME, &new.fields()).to_string() + "\n");
-    let _ = stale.try_say(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
+    let _ = stale.try_send_message(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
     assert_eq!(asked.answer(), json!({"ok": true}));
     let mut peer = new.welcome();
-    peer.say(&snapshot(&[5173]));
-    peer.hear_that(&forwarded(5173, 5173));
+    peer.send_message(&snapshot(&[5173]));
+    peer.receive_exactly(&forwarded(5173, 5173));
     assert_eq!(home.registered(NAME).unwrap()["brokerToken"], "token-new");
     assert_eq!(names(&home), [NAME]);
     peer.ping();
@@ -384,27 +384,27 @@ fn replay_revives() {
     daemon.kill();
     let _daemon = home.daemon();
     let mut peer = container.welcome();
-    peer.say(&snapshot(&[5173]));
-    peer.hear_that(&forwarded(5173, 5173));
+    peer.send_message(&snapshot(&[5173]));
+    peer.receive_exactly(&forwarded(5173, 5173));
 }
 
 /// Writes the registration of a container as an earlier daemon would have.
-fn plant(home: &Home, container: &Container) -> PathBuf {
+fn write_registration(home: &Home, container: &Container) -> PathBuf {
     let remembered = json!({"containerName": NAME, "cwd": home.folder(NAME), "wsHostPort": container.port(),
         "portForward": {"allow": "*"}, "brokerToken": TOKEN});
-    home.plant(NAME, remembered.to_string())
+    home.write_registration(NAME, remembered.to_string())
 }
 
 fn replay_skips() {
     let home = Home::new();
     let _docker = FakeDocker::start(&home, &["another"]);
     let container = Container::listen(TOKEN);
-    let path = plant(&home, &container);
+    let path = write_registration(&home, &container);
     let _daemon = home.daemon();
     wait_until("the file to go", || if path.exists() { Err("there") } else { Ok(()) });
     assert_eq!(names(&home), Vec::<String>::new());
-    std::thread::sleep(MOMENT);
-    assert!(!container.has_caller(), "a broker for a container that is gone");
+    std::thread::sleep(NEGATIVE_WAIT);
+    assert!(!container.has_pending_connection(), "a broker for a container that is gone");
 }
 
 fn replay_tolerates() {
@@ -412,7 +412,7 @@ fn replay_tolerates() {
     let docker = FakeDocker::start(&home, &[NAME]);
     docker.set_mode(DockerMode::Fails);
     let container = Container::listen(TOKEN);
-    let path = plant(&home, &container);
+    let path = write_registration(&home, &container);
     let _daemon = home.daemon();
     // Docker does not answer, so the registration counts.
     container.welcome().ping();
@@ -426,15 +426,15 @@ fn replacement_waits() {
     let (_client, _) = scene.connected(5173);
     let next = Container::listen("next-token");
     next.register(&home, NAME);
-    let mut peer = next.greeted();
+    let mut peer = next.accept_hello();
     // The old broker has received everything by now, because its connection has ended.
     assert!(scene.peer.has_ended(), "the old broker's connection outlived the new one's hello");
     assert_eq!(scene.events(), ["opened 5173 5173 127.0.0.1", "closed 5173 5173 broker-stopped"]);
     assert_unbound(5173);
-    peer.say(&json!({"type": "broker-hello-ack"}));
-    peer.hear("port-watch-subscribe");
-    peer.say(&snapshot(&[5173]));
-    peer.hear_that(&forwarded(5173, 5173));
-    assert!(!scene.container.has_caller(), "the old container is dialled again");
+    peer.send_message(&json!({"type": "broker-hello-ack"}));
+    peer.receive("port-watch-subscribe");
+    peer.send_message(&snapshot(&[5173]));
+    peer.receive_exactly(&forwarded(5173, 5173));
+    assert!(!scene.container.has_pending_connection(), "the old container is dialled again");
     assert_eq!(ask(&home, &json!({"kind": "list"}))["ok"], true);
 }

@@ -13,26 +13,26 @@ use landfall_tests::case::Case;
 use landfall_tests::process::{descendants, resident_bytes_of};
 use landfall_tests::rpc::{ask, http_port, names};
 use landfall_tests::{
-    Checker, End, Home, Pattern, http, note, read_these, read_to_end, send_all, wait_until,
+    Checker, End, Home, Pattern, expect_bytes, http, note, read_to_end, send_all, wait_until,
 };
 use serde_json::{Value, json};
 
 use crate::portbroker_host::{NAME, Scene, TOKEN};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("portbroker_invalid_messages_are_ignored", nonsense_is_ignored),
+    Case::once("portbroker_invalid_messages_are_ignored", invalid_messages),
     Case::once("portbroker_an_ack_of_an_unknown_stream_is_answered_with_a_close", unknown_ack),
     Case::once("portbroker_messages_of_unknown_streams_reach_no_client", invented_streams),
     Case::once("portbroker_data_before_the_ack_is_kept", data_before_ack),
     Case::once("portbroker_pieces_are_small_and_no_byte_is_lost", pieces_are_small),
     Case::once("portbroker_a_slow_client_gets_every_byte", slow_client),
     Case::once("portbroker_a_client_that_never_reads_uses_bounded_memory", client_never_reads),
-    Case::once("portbroker_a_container_that_stops_reading_blocks_its_own_clients", container_takes_nothing),
+    Case::once("portbroker_a_container_that_stops_reading_blocks_its_own_clients", container_stops_reading),
     Case::once("portbroker_a_large_stream_leaves_room_for_small_ones", fair),
     Case::once("c23_a_container_acts_only_for_itself_over_its_broker", only_for_itself),
     Case::once("c23_a_container_gets_no_more_ports_than_its_quota", quota),
     Case::once("c24_a_broker_token_appears_in_no_output", token_appears_nowhere),
-    Case::once("c24_a_flooding_container_blocks_no_other_client", flood_holds_up_nobody),
+    Case::once("c24_a_flooding_container_blocks_no_other_client", flood_blocks_no_other_client),
     Case::once("c24_oversized_messages_end_only_their_connection", giant_messages),
     Case::once("c24_peers_without_the_broker_protocol_are_disconnected", no_broker),
 ];
@@ -57,16 +57,16 @@ const IN_A_FLOOD: Duration = Duration::from_secs(5);
 /// Asserts that the connection works: a port that is announced is forwarded and relayed.
 #[track_caller]
 fn works(scene: &mut Scene<'_>, port: u16) {
-    scene.peer.say(&opened(port));
-    scene.peer.hear_that(&forwarded(port, port));
+    scene.peer.send_message(&opened(port));
+    scene.peer.receive_exactly(&forwarded(port, port));
     let (mut client, id) = scene.connected(port);
     client.write_all(b"ping").unwrap();
-    assert_eq!(scene.peer.hear_data(id, 4), b"ping");
-    scene.peer.say(&data(id, b"pong"));
-    read_these(&client, b"pong");
+    assert_eq!(scene.peer.receive_data(id, 4), b"ping");
+    scene.peer.send_message(&data(id, b"pong"));
+    expect_bytes(&client, b"pong");
 }
 
-fn nonsense_is_ignored() {
+fn invalid_messages() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.connected(5173);
@@ -101,17 +101,17 @@ fn nonsense_is_ignored() {
         json!({"type": "relay-eof", "streamId": id}),
         json!({"type": "relay-reset", "streamId": id}),
     ] {
-        scene.peer.say(&message);
+        scene.peer.send_message(&message);
     }
     // No extension is in use, so a binary frame is ignored, too.
     scene.peer.send_binary(&[1, 0, 0, 0, 1, 66, 66, 66]);
     scene.peer.send_binary(&[]);
     // A piece with invalid base64 must not become other bytes; the specification does not say whether its stream stays open.
-    scene.peer.say(&data(id, b"fine"));
-    read_these(&client, b"fine");
+    scene.peer.send_message(&data(id, b"fine"));
+    expect_bytes(&client, b"fine");
     // A message with unknown fields is not ignored.
-    scene.peer.say(&json!({"type": "port-listen-opened", "port": 3000, "bindAddr": "0.0.0.0", "pid": 7, "extra": {"x": []}}));
-    scene.peer.hear_that(&forwarded(3000, 3000));
+    scene.peer.send_message(&json!({"type": "port-listen-opened", "port": 3000, "bindAddr": "0.0.0.0", "pid": 7, "extra": {"x": []}}));
+    scene.peer.receive_exactly(&forwarded(3000, 3000));
     works(&mut scene, 3001);
 }
 
@@ -119,9 +119,9 @@ fn unknown_ack() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     for id in [7, -1, 2_147_483_648] {
-        scene.peer.say(&ack(id));
+        scene.peer.send_message(&ack(id));
         assert_eq!(
-            scene.peer.hear("relay-close"),
+            scene.peer.receive("relay-close"),
             close_downstream(id),
             "it would stay open in the container"
         );
@@ -134,12 +134,12 @@ fn invented_streams() {
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.connected(5173);
     for other in [id + 1, 0, -1, i64::from(u32::MAX) + id, i64::MAX] {
-        scene.peer.say(&data(other, b"strange"));
-        scene.peer.say(&close_upstream(other));
-        scene.peer.say(&nack(other, "strange"));
+        scene.peer.send_message(&data(other, b"strange"));
+        scene.peer.send_message(&close_upstream(other));
+        scene.peer.send_message(&nack(other, "strange"));
     }
-    scene.peer.say(&data(id, b"own"));
-    read_these(&client, b"own");
+    scene.peer.send_message(&data(id, b"own"));
+    expect_bytes(&client, b"own");
     works(&mut scene, 3000);
 }
 
@@ -147,10 +147,10 @@ fn data_before_ack() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.client(5173);
-    scene.peer.say(&data(id, b"early, "));
-    scene.peer.say(&ack(id));
-    scene.peer.say(&data(id, b"and late"));
-    read_these(&client, b"early, and late");
+    scene.peer.send_message(&data(id, b"early, "));
+    scene.peer.send_message(&ack(id));
+    scene.peer.send_message(&data(id, b"and late"));
+    expect_bytes(&client, b"early, and late");
 }
 
 fn pieces_are_small() {
@@ -164,23 +164,23 @@ fn pieces_are_small() {
     });
     let mut checker = Pattern::new(1).checker();
     while checker.position() < COUNT {
-        let message = scene.peer.hear("relay-data");
+        let message = scene.peer.receive("relay-data");
         let bytes = payload(&message);
         assert!(stream(&message) == id && bytes.len() <= 65_536, "{} bytes in one message", bytes.len());
         checker.check(&bytes);
     }
     drop(sending.join().unwrap());
-    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id));
+    assert_eq!(scene.peer.receive("relay-close"), close_downstream(id));
 }
 
 /// Sends the bytes of a pattern from one position to another on a stream, in pieces of 64 KiB.
-fn say_pattern(peer: &mut Peer, id: i64, pattern: Pattern, from: u64, until: u64) {
+fn send_pattern(peer: &mut Peer, id: i64, pattern: Pattern, from: u64, until: u64) {
     let mut block = vec![0; 65_536];
     let mut position = from;
     while position < until {
         let count = usize::try_from((until - position).min(65_536)).unwrap();
         pattern.fill(position, &mut block[..count]);
-        peer.say(&data(id, &block[..count]));
+        peer.send_message(&data(id, &block[..count]));
         position += count as u64;
     }
 }
@@ -192,8 +192,8 @@ fn slow_client() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let (client, id) = scene.connected(5173);
-    say_pattern(&mut scene.peer, id, Pattern::new(1), 0, COUNT);
-    scene.peer.say(&close_upstream(id));
+    send_pattern(&mut scene.peer, id, Pattern::new(1), 0, COUNT);
+    scene.peer.send_message(&close_upstream(id));
     // The daemon has read everything by now, and the client has read no byte.
     works(&mut scene, 3000);
     let mut checker = Pattern::new(1).checker();
@@ -208,16 +208,16 @@ fn client_never_reads() {
     let before = resident_bytes_of(scene.daemon.pid());
     let (client, id) = scene.connected(5173);
     let (other, kept) = scene.connected(5173);
-    let mut speaker = scene.peer.speaker();
+    let mut message_sender = scene.peer.message_sender();
     let flood = std::thread::spawn(move || {
         let block = data(id, &[7; 65_536]);
         for _ in 0..EACH / 65_536 {
-            speaker.try_say(&block).unwrap();
+            message_sender.try_send_message(&block).unwrap();
         }
     });
     // The daemon reads everything, and the stream exceeded its cap long before.
     flood.join().unwrap();
-    assert_eq!(scene.peer.hear("relay-close"), close_downstream(id), "a stream over its cap is closed");
+    assert_eq!(scene.peer.receive("relay-close"), close_downstream(id), "a stream over its cap is closed");
     // The client can still read the bytes that were delivered before; then the end.
     let mut bytes = 0_u64;
     let mut buffer = vec![0; 1 << 20];
@@ -225,15 +225,15 @@ fn client_never_reads() {
         bytes += count as u64;
     }
     assert!(bytes < EACH, "nothing was dropped of {bytes} bytes");
-    scene.peer.say(&data(kept, b"alive"));
-    read_these(&other, b"alive");
+    scene.peer.send_message(&data(kept, b"alive"));
+    expect_bytes(&other, b"alive");
     lists_at_once(&home);
     let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
     assert!(grown < 128, "{grown} MiB for one client that does not read");
     works(&mut scene, 3000);
 }
 
-fn container_takes_nothing() {
+fn container_stops_reading() {
     const CLIENTS: usize = 30;
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
@@ -249,7 +249,7 @@ fn container_takes_nothing() {
     let mut left: Vec<(i64, Checker, u64)> =
         clients.iter().zip(&sent).map(|((_, id), sent)| (*id, Pattern::new(5).checker(), *sent)).collect();
     while left.iter().any(|(_, checker, sent)| checker.position() < *sent) {
-        let message = scene.peer.hear("relay-data");
+        let message = scene.peer.receive("relay-data");
         let entry = left.iter_mut().find(|(id, ..)| *id == stream(&message)).unwrap();
         entry.1.check(&payload(&message));
     }
@@ -288,7 +288,7 @@ fn fair() {
         fill_pattern(&large);
         let mut pieces = 0;
         loop {
-            let message = scene.peer.hear("relay-data");
+            let message = scene.peer.receive("relay-data");
             if stream(&message) == small_id {
                 break;
             }
@@ -311,25 +311,25 @@ fn only_for_itself() {
     let other = Container::listen("token-of-b").allowing(json!({"allow": [6000]}));
     other.register(&home, "b");
     let mut b = other.welcome();
-    b.say(&snapshot(&[6000, 5173]));
-    b.hear_that(&not_forwarded(5173, "policy excluded"));
-    b.hear_that(&forwarded(6000, 6000));
+    b.send_message(&snapshot(&[6000, 5173]));
+    b.receive_exactly(&not_forwarded(5173, "policy excluded"));
+    b.receive_exactly(&forwarded(6000, 6000));
     // Both have a stream 1. Messages of B about its stream cause neither data nor an end at A's client.
     let (client, id) = scene.connected(5173);
-    b.say(&data(id, b"from b"));
-    b.say(&close_upstream(id));
-    b.say(&closed(5173));
-    b.say(&closed(6000));
-    b.say(&opened(6000));
-    b.hear_that(&forwarded(6000, 6000));
-    scene.peer.say(&data(id, b"from a"));
-    read_these(&client, b"from a");
+    b.send_message(&data(id, b"from b"));
+    b.send_message(&close_upstream(id));
+    b.send_message(&closed(5173));
+    b.send_message(&closed(6000));
+    b.send_message(&opened(6000));
+    b.receive_exactly(&forwarded(6000, 6000));
+    scene.peer.send_message(&data(id, b"from a"));
+    expect_bytes(&client, b"from a");
     // B cannot request the port of A, nor the daemon's own ports.
     let http = http_port(&home);
-    b.say(&request(6000, &[5173]));
-    assert_eq!(b.hear("port-forward-result")["ok"], false);
-    b.say(&request(6000, &[http]));
-    assert_eq!(b.hear("port-forward-result")["ok"], false);
+    b.send_message(&request(6000, &[5173]));
+    assert_eq!(b.receive("port-forward-result")["ok"], false);
+    b.send_message(&request(6000, &[http]));
+    assert_eq!(b.receive("port-forward-result")["ok"], false);
     // A broker token authenticates no other channel.
     let restart = json!({"kind": "restart", "containerName": NAME});
     assert_eq!(http::ask(http, Some(TOKEN), &restart).status, 403);
@@ -337,8 +337,8 @@ fn only_for_itself() {
     let third = Container::listen("token-of-c");
     third.register(&home, "c");
     let mut c = third.welcome();
-    c.say(&snapshot(&[5173]));
-    let result = c.hear("port-forward-result");
+    c.send_message(&snapshot(&[5173]));
+    let result = c.receive("port-forward-result");
     assert_eq!((&result["port"], &result["ok"]), (&json!(5173), &json!(false)), "{result}");
     scene.client(5173);
 }
@@ -347,10 +347,10 @@ fn quota() {
     let home = Home::new();
     let mut scene = Scene::open(&home, json!({"allow": "*"}));
     let all: Vec<u16> = (20_000..20_400).collect();
-    scene.peer.say(&snapshot(&all));
+    scene.peer.send_message(&snapshot(&all));
     let mut granted = 0;
     for _ in &all {
-        let result = scene.peer.hear("port-forward-result");
+        let result = scene.peer.receive("port-forward-result");
         if result["ok"] == true {
             granted += 1;
         } else {
@@ -359,8 +359,8 @@ fn quota() {
     }
     assert_eq!(granted, 256);
     // Reserved forwards count as well.
-    scene.peer.say(&request(30_000, &[30_000]));
-    assert_eq!(scene.peer.hear("port-forward-result")["ok"], false);
+    scene.peer.send_message(&request(30_000, &[30_000]));
+    assert_eq!(scene.peer.receive("port-forward-result")["ok"], false);
     lists_at_once(&home);
 }
 
@@ -372,13 +372,13 @@ fn token_appears_nowhere() {
     container.register(&home, NAME);
     // The token is in every place that could be logged: a refusal that repeats it, a lost connection, invalid messages, a
     // stop.
-    let mut peer = container.greeted();
-    peer.say(&json!({"type": "broker-hello-nack", "reason": "try later"}));
-    peer.ending();
+    let mut peer = container.accept_hello();
+    peer.send_message(&json!({"type": "broker-hello-nack", "reason": "try later"}));
+    peer.receive_end();
     let mut peer = container.welcome();
     peer.send_text("not json");
-    peer.say(&snapshot(&[5173]));
-    peer.hear_that(&forwarded(5173, 5173));
+    peer.send_message(&snapshot(&[5173]));
+    peer.receive_exactly(&forwarded(5173, 5173));
     let mut seen = Vec::new();
     let mut look = |what: String, text: &[u8]| {
         if text.windows(CANARY.len()).any(|window| window == CANARY.as_bytes()) {
@@ -403,8 +403,8 @@ fn token_appears_nowhere() {
         look(format!("landfall {verb:?}"), &[output.stdout, output.stderr].concat());
     }
     drop(peer);
-    let mut peer = container.greeted();
-    peer.say(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
+    let mut peer = container.accept_hello();
+    peer.send_message(&json!({"type": "broker-hello-nack", "reason": "invalid token"}));
     home.wait_for_event("registration-skipped", |event| event["containerName"] == NAME);
     look("stderr".to_owned(), home.stderr().as_bytes());
     for (path, content) in home.files() {
@@ -414,51 +414,51 @@ fn token_appears_nowhere() {
     assert!(seen.is_empty(), "the token is in {seen:?}");
 }
 
-fn flood_holds_up_nobody() {
+fn flood_blocks_no_other_client() {
     let home = Home::new();
     let mut scene = Scene::forwarding(&home, &[5173]);
     let before = resident_bytes_of(scene.daemon.pid());
     let (client, id) = scene.connected(5173);
-    let mut speaker = scene.peer.speaker();
+    let mut message_sender = scene.peer.message_sender();
     let rounds = if landfall_tests::is_long() { 40 } else { 1 };
     // A separate thread sends everything as fast as the daemon reads it; answers are read and discarded.
     let flood = std::thread::spawn(move || {
         let every: Vec<u16> = (1..=u16::MAX).collect();
         for round in 0..rounds {
-            let mut say = |message: &Value| speaker.try_say(message).unwrap();
-            say(&snapshot(&every));
-            (1..=4_000).for_each(|port| say(&request(port * 16, &[port])));
+            let mut send_message = |message: &Value| message_sender.try_send_message(message).unwrap();
+            send_message(&snapshot(&every));
+            (1..=4_000).for_each(|port| send_message(&request(port * 16, &[port])));
             for port in 40_000..42_000 {
-                say(&opened(port));
-                say(&closed(port));
+                send_message(&opened(port));
+                send_message(&closed(port));
             }
             for stream in 0..4_000 {
-                say(&ack(1_000_000 + stream));
-                say(&data(2_000_000 + stream, &[7; 1024]));
+                send_message(&ack(1_000_000 + stream));
+                send_message(&data(2_000_000 + stream, &[7; 1024]));
             }
             let long = "x".repeat(2 << 20);
-            say(&json!({"type": long, "reason": long}));
-            say(
+            send_message(&json!({"type": long, "reason": long}));
+            send_message(
                 &json!({"type": "port-forward-request", "targetPort": 3000 + round, "hostCandidates": vec![1; 200_000], "reason": long}),
             );
-            say(&snapshot(&[5173]));
+            send_message(&snapshot(&[5173]));
         }
-        speaker
+        message_sender
     });
     let mut slowest = Duration::ZERO;
-    scene.peer.drop_all_until(|| {
+    scene.peer.discard_until(|| {
         let begun = Instant::now();
         assert!(!names(&home).is_empty());
         slowest = slowest.max(begun.elapsed());
         assert!(slowest < IN_A_FLOOD, "list took {slowest:?}");
         flood.is_finished()
     });
-    let mut speaker = flood.join().unwrap();
+    let mut message_sender = flood.join().unwrap();
     // Existing forwards continue, and messages after the flood are processed.
-    speaker.try_say(&data(id, b"after all")).unwrap();
+    message_sender.try_send_message(&data(id, b"after all")).unwrap();
     std::thread::scope(|scope| {
-        let reading = scope.spawn(|| read_these(&client, b"after all"));
-        scene.peer.drop_all_until(|| reading.is_finished());
+        let reading = scope.spawn(|| expect_bytes(&client, b"after all"));
+        scene.peer.discard_until(|| reading.is_finished());
     });
     let grown = resident_bytes_of(scene.daemon.pid()).saturating_sub(before) >> 20;
     assert!(grown < 192, "{grown} MiB after the flood");
@@ -467,8 +467,8 @@ fn flood_holds_up_nobody() {
     let other = Container::listen("other");
     other.register(&home, "other");
     let mut peer = other.welcome();
-    peer.say(&snapshot(&[6001]));
-    peer.hear("port-forward-result");
+    peer.send_message(&snapshot(&[6001]));
+    peer.receive("port-forward-result");
 }
 
 fn giant_messages() {
@@ -476,24 +476,24 @@ fn giant_messages() {
     let mut scene = Scene::forwarding(&home, &[5173]);
     let before = resident_bytes_of(scene.daemon.pid());
     for giant in ["message", "frame"] {
-        let speaking = scene.peer.speaker();
+        let speaking = scene.peer.message_sender();
         let flood = std::thread::spawn(move || {
-            let mut speaker = speaking;
+            let mut message_sender = speaking;
             if giant == "message" {
                 // Larger than the peers of this protocol allow.
-                let _ = speaker.try_say(&json!({"type": "x".repeat(17 << 20)}));
+                let _ = message_sender.try_send_message(&json!({"type": "x".repeat(17 << 20)}));
             } else {
                 // A text frame with an announced length of 2^62 bytes, and some of them.
-                let _ = speaker.try_raw(&[0x81, 127, 0x40, 0, 0, 0, 0, 0, 0, 0]);
+                let _ = message_sender.try_write_raw(&[0x81, 127, 0x40, 0, 0, 0, 0, 0, 0, 0]);
                 let block = vec![b'x'; 1 << 20];
                 for _ in 0..64 {
-                    if speaker.try_raw(&block).is_err() {
+                    if message_sender.try_write_raw(&block).is_err() {
                         return;
                     }
                 }
             }
         });
-        scene.peer.ending();
+        scene.peer.receive_end();
         lists_at_once(&home);
         scene.peer.hang_up();
         flood.join().unwrap();

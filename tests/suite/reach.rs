@@ -12,7 +12,7 @@ use rustix::net::sockopt::set_ipv6_v6only;
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c16_the_client_reaches_the_server_that_listens", the_answer_says),
+    Case::each_ring("c16_the_client_reaches_the_server_that_listens", reaches_the_listening_server),
     Case::each_ring("c16_two_servers_share_a_port_by_family", two_servers),
     Case::each_ring("c16_an_mptcp_server_answers", mptcp),
 ];
@@ -44,11 +44,11 @@ fn both_get(forward: Forward, label: &str) {
 /// Sets the reach and waits until the engine uses it: the engine answers a state query after the commands before it.
 fn set_reach(relay: &mut Relay, forward: Forward, reach: Reach) {
     relay.driver.apply(Command::SetReach { forward: forward.id, reach });
-    let told = relay.driver.describe().into_iter().find(|state| state.forward == forward.id);
-    assert_eq!(told.map(|state| state.reach), Some(reach));
+    let reported = relay.driver.describe().into_iter().find(|state| state.forward == forward.id);
+    assert_eq!(reported.map(|state| state.reach), Some(reach));
 }
 
-fn the_answer_says(ring: RingChoice) {
+fn reaches_the_listening_server(ring: RingChoice) {
     let mut relay = Relay::start(ring);
     let servers = [
         ("127.0.0.1:3000", "loopback, v4 only", V4),

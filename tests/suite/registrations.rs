@@ -4,7 +4,9 @@ use landfall_tests::case::Case;
 use landfall_tests::rpc::{
     Wire, ask, done, http_port, names, refused, register, register_with, registration,
 };
-use landfall_tests::{DockerMode, FakeDocker, Home, MOMENT, Namespace, Server, connect, http, wait_until};
+use landfall_tests::{
+    DockerMode, FakeDocker, Home, NEGATIVE_WAIT, Namespace, Server, connect, http, wait_until,
+};
 use serde_json::json;
 
 pub(crate) const CASES: &[Case] = &[
@@ -284,7 +286,10 @@ fn unknown_fields() {
 
 /// A daemon that checks containers every 20 ms, and removes a registration after this many absences.
 fn eager<'a>(home: &'a Home, misses: &str) -> landfall_tests::Daemon<'a> {
-    home.start().variable("LANDFALL_GC_INTERVAL", "20ms").variable("LANDFALL_GC_MISSES", misses).and_wait()
+    home.start()
+        .variable("LANDFALL_GC_INTERVAL", "20ms")
+        .variable("LANDFALL_GC_MISSES", misses)
+        .wait_until_ready()
 }
 
 #[track_caller]
@@ -317,11 +322,14 @@ fn gc_removes() {
 fn gc_consecutive() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["a"]);
-    let _daemon =
-        home.start().variable("LANDFALL_GC_INTERVAL", "150ms").variable("LANDFALL_GC_MISSES", "2").and_wait();
+    let _daemon = home
+        .start()
+        .variable("LANDFALL_GC_INTERVAL", "150ms")
+        .variable("LANDFALL_GC_MISSES", "2")
+        .wait_until_ready();
     register(&home, "a");
     for _ in 0..5 {
-        docker.miss_once("a");
+        docker.omit_once("a");
         docker.wait_for_probes(2);
         assert_eq!(names(&home), ["a"]);
     }
@@ -339,7 +347,7 @@ fn gc_tolerates() {
     assert_eq!(names(&home), ["a"]);
     // An unreachable engine does not count as an absence either.
     std::fs::remove_file(home.docker_socket()).unwrap();
-    assert!(Wire::connect(&home).is_silent_for(MOMENT));
+    assert!(Wire::connect(&home).is_silent_for(NEGATIVE_WAIT));
     assert_eq!(names(&home), ["a"]);
     assert!(home.registration("a").exists());
 }
@@ -376,7 +384,7 @@ fn destroyed() {
     // started. Checks run one after the other, so when the second starts, the first is complete.
     for _ in 0..2 {
         let before = docker.probes();
-        docker.announce("start", "a");
+        docker.emit_event("start", "a");
         wait_until("a look at the container", || if docker.probes() > before { Ok(()) } else { Err(before) });
     }
     docker.remove("a", false);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use landfall_tests::case::Case;
 use landfall_tests::rpc::{Wire, done, http_port, names, register, register_with, registration};
-use landfall_tests::{DockerMode, FakeDocker, Home, MOMENT, http, wait_until};
+use landfall_tests::{DockerMode, FakeDocker, Home, NEGATIVE_WAIT, http, wait_until};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
@@ -50,34 +50,34 @@ fn corrupted_files() {
     let home = Home::new();
     let cwd = home.folder("x");
     let whole = |name: &str| json!({"containerName": name, "cwd": cwd}).to_string();
-    home.plant("good", whole("good"));
+    home.write_registration("good", whole("good"));
     // Entries that are not regular files: each is reported, and none is removed.
     let mut bad = vec![
-        home.plant("torn", &whole("torn")[..20]),
-        home.plant("empty", ""),
-        home.plant("nul", [0_u8; 4096]),
-        home.plant("noise", b"\xff\xfe\x00{"),
-        home.plant("list", "[]"),
-        home.plant("null", "null"),
-        home.plant("renamed", whole("another")),
-        home.plant("no-cwd", json!({"containerName": "no-cwd"}).to_string()),
-        home.plant("odd-cwd", json!({"containerName": "odd-cwd", "cwd": 7}).to_string()),
-        home.plant(
+        home.write_registration("torn", &whole("torn")[..20]),
+        home.write_registration("empty", ""),
+        home.write_registration("nul", [0_u8; 4096]),
+        home.write_registration("noise", b"\xff\xfe\x00{"),
+        home.write_registration("list", "[]"),
+        home.write_registration("null", "null"),
+        home.write_registration("renamed", whole("another")),
+        home.write_registration("no-cwd", json!({"containerName": "no-cwd"}).to_string()),
+        home.write_registration("odd-cwd", json!({"containerName": "odd-cwd", "cwd": 7}).to_string()),
+        home.write_registration(
             "odd-token",
             json!({"containerName": "odd-token", "cwd": cwd, "restartToken": 7}).to_string(),
         ),
-        home.plant(
+        home.write_registration(
             "odd-port",
             json!({"containerName": "odd-port", "cwd": cwd, "wsHostPort": "x"}).to_string(),
         ),
-        home.plant(
+        home.write_registration(
             "odd-policy",
             json!({"containerName": "odd-policy", "cwd": cwd, "portForward": 7}).to_string(),
         ),
-        home.plant("huge", vec![b' '; 8 << 20]),
-        home.plant(" spaced", whole(" spaced")),
+        home.write_registration("huge", vec![b' '; 8 << 20]),
+        home.write_registration(" spaced", whole(" spaced")),
     ];
-    let unreadable = home.plant("unreadable", whole("unreadable"));
+    let unreadable = home.write_registration("unreadable", whole("unreadable"));
     std::fs::set_permissions(&unreadable, std::fs::Permissions::from_mode(0o000)).unwrap();
     let outside = home.folder("x").join("outside.json");
     std::fs::write(&outside, whole("linked")).unwrap();
@@ -86,7 +86,7 @@ fn corrupted_files() {
     std::fs::create_dir(home.registration("directory")).unwrap();
     let fifo = home.registration("fifo");
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-    home.plant("good-2", whole("good-2"));
+    home.write_registration("good-2", whole("good-2"));
     bad.push(fifo);
     let _daemon = home.daemon();
     done(&home, &json!({"kind": "status", "containerName": "good"}));
@@ -96,11 +96,11 @@ fn corrupted_files() {
     assert_eq!(known, ["good", "good-2"]);
     for path in &bad {
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        let told = home
+        let reported = home
             .events()
             .iter()
             .any(|event| event["kind"] == "registration-skipped" && event["containerName"] == name.as_str());
-        assert!(told, "nothing is told about {name:?}: {:?}", home.events());
+        assert!(reported, "no event about {name:?}: {:?}", home.events());
         // The file may be renamed, and its content is kept.
         let directory = path.parent().unwrap();
         let kept = std::fs::read_dir(directory)
@@ -119,7 +119,7 @@ fn replay_gone() {
     let home = Home::new();
     let _docker = FakeDocker::start(&home, &["alive"]);
     for name in ["alive", "gone"] {
-        home.plant(name, json!({"containerName": name, "cwd": home.folder(name)}).to_string());
+        home.write_registration(name, json!({"containerName": name, "cwd": home.folder(name)}).to_string());
     }
     let _daemon = home.daemon();
     let event = home.wait_for_event("registration-skipped", |event| event["containerName"] == "gone");
@@ -133,7 +133,7 @@ fn replay_unknown() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     docker.set_mode(DockerMode::Fails);
-    home.plant("a", json!({"containerName": "a", "cwd": home.folder("a")}).to_string());
+    home.write_registration("a", json!({"containerName": "a", "cwd": home.folder("a")}).to_string());
     let _daemon = home.daemon();
     done(&home, &json!({"kind": "status", "containerName": "a"}));
     assert_eq!(names(&home), ["a"]);
@@ -144,7 +144,7 @@ fn replay_unknown() {
 fn replaying(home: &Home) -> FakeDocker {
     let docker = FakeDocker::start(home, &["a"]);
     docker.set_mode(DockerMode::Hangs);
-    home.plant(
+    home.write_registration(
         "a",
         json!({"containerName": "a", "cwd": home.folder("a"), "restartToken": "token"}).to_string(),
     );
@@ -196,7 +196,7 @@ fn register_waits() {
         .collect();
     let mut web = http::Web::connect(http_port(&home));
     web.send(http::post(8974, Some("token"), &waiting[3].to_string()));
-    assert!(asked[0].is_silent_for(MOMENT), "register did not wait");
+    assert!(asked[0].is_silent_for(NEGATIVE_WAIT), "register did not wait");
     for (wire, request) in asked.iter_mut().zip(&waiting) {
         assert!(wire.is_silent_for(Duration::from_millis(1)), "{request} did not wait");
     }
@@ -233,7 +233,7 @@ fn stop_while_replaying() {
 fn stale_temporary_files() {
     let home = Home::new();
     let directory = home.registration("x").parent().unwrap().to_owned();
-    home.plant("a", json!({"containerName": "a", "cwd": home.folder("a")}).to_string());
+    home.write_registration("a", json!({"containerName": "a", "cwd": home.folder("a")}).to_string());
     std::fs::write(directory.join("a.json.4242.tmp"), "{\"containerName\":\"a\"").unwrap();
     std::fs::write(directory.join("b.json.1.tmp"), json!({"containerName": "b", "cwd": "/"}).to_string())
         .unwrap();

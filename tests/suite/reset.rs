@@ -10,10 +10,10 @@ use landfall_tests::case::Case;
 use landfall_tests::{End, Pattern, Relay, Server, connect, finish, read_exactly, reset, send_all};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
-use crate::observe::{Path, Who, learns_that_the_peer_is_gone, read_rest};
+use crate::observe::{Path, Side, read_rest, write_reports_that_the_peer_is_gone};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c03_resets_look_like_those_of_a_direct_connection", as_it_does_directly),
+    Case::each_ring("c03_resets_look_like_those_of_a_direct_connection", as_with_a_direct_connection),
     Case::each_ring("c03_a_reset_reaches_a_stalled_reader", a_reset_finds_a_reader_that_stalls),
     Case::each_ring(
         "c03_a_reset_ends_a_connection_whose_reader_never_reads",
@@ -25,7 +25,7 @@ pub(crate) const CASES: &[Case] = &[
 
 /// The observation of the end that did not break the connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Saw {
+pub(crate) struct Observation {
     /// The number of bytes, each right, and how the stream ended.
     pub(crate) read: (u64, End),
     /// Whether a write reported that the peer is gone.
@@ -33,7 +33,7 @@ pub(crate) struct Saw {
 }
 
 /// A script: the first stream breaks the connection, the other one observes.
-pub(crate) type Script = fn(&Path, Who) -> Saw;
+pub(crate) type Script = fn(&Path, Side) -> Observation;
 
 pub(crate) const SCRIPTS: [(&str, Script); 7] = [
     ("reset before any data", before_data),
@@ -42,61 +42,61 @@ pub(crate) const SCRIPTS: [(&str, Script); 7] = [
     ("reset after a FIN was seen", after_fin_seen),
     ("reset right after a FIN", right_after_fin),
     ("close with unread data", close_with_unread_data),
-    ("reset by the one that got a FIN", by_the_finished),
+    ("reset by the one that got a FIN", by_the_side_that_finished),
 ];
 
 const BYTES: u64 = 40_000;
 
-fn before_data(path: &Path, who: Who) -> Saw {
-    let (breaker, other) = path.pair().split(who);
+fn before_data(path: &Path, side: Side) -> Observation {
+    let (breaker, other) = path.pair().split(side);
     reset(breaker);
-    saw(&other, 0)
+    observe_end(&other, 0)
 }
 
-fn after_data(path: &Path, who: Who) -> Saw {
+fn after_data(path: &Path, side: Side) -> Observation {
     let pair = path.pair();
-    send_all(pair.end(who), Pattern::new(1), BYTES);
-    pair.delivered(who);
-    let (breaker, other) = pair.split(who);
+    send_all(pair.end(side), Pattern::new(1), BYTES);
+    pair.delivered(side);
+    let (breaker, other) = pair.split(side);
     reset(breaker);
-    saw(&other, 0)
+    observe_end(&other, 0)
 }
 
-fn after_data_both_ways(path: &Path, who: Who) -> Saw {
+fn after_data_both_ways(path: &Path, side: Side) -> Observation {
     let pair = path.pair();
-    send_all(pair.end(who), Pattern::new(1), BYTES);
-    let (breaker, other) = pair.split(who);
+    send_all(pair.end(side), Pattern::new(1), BYTES);
+    let (breaker, other) = pair.split(side);
     let mut checker = Pattern::new(1).checker();
     read_exactly(&other, &mut checker, BYTES);
     send_all(&other, Pattern::new(2), BYTES);
     read_exactly(&breaker, &mut Pattern::new(2).checker(), BYTES);
     reset(breaker);
     let read = read_rest(&other, &mut checker);
-    Saw { read, told_by_write: learns_that_the_peer_is_gone(&other) }
+    Observation { read, told_by_write: write_reports_that_the_peer_is_gone(&other) }
 }
 
-fn after_fin_seen(path: &Path, who: Who) -> Saw {
-    let (breaker, other) = path.pair().split(who);
+fn after_fin_seen(path: &Path, side: Side) -> Observation {
+    let (breaker, other) = path.pair().split(side);
     send_all(&breaker, Pattern::new(1), BYTES);
     finish(&breaker);
     let read = read_rest(&other, &mut Pattern::new(1).checker());
     reset(breaker);
-    Saw { read, told_by_write: learns_that_the_peer_is_gone(&other) }
+    Observation { read, told_by_write: write_reports_that_the_peer_is_gone(&other) }
 }
 
-fn right_after_fin(path: &Path, who: Who) -> Saw {
+fn right_after_fin(path: &Path, side: Side) -> Observation {
     let pair = path.pair();
-    send_all(pair.end(who), Pattern::new(1), BYTES);
-    finish(pair.end(who));
-    pair.delivered(who);
-    let (breaker, other) = pair.split(who);
+    send_all(pair.end(side), Pattern::new(1), BYTES);
+    finish(pair.end(side));
+    pair.delivered(side);
+    let (breaker, other) = pair.split(side);
     reset(breaker);
-    saw(&other, 0)
+    observe_end(&other, 0)
 }
 
-fn close_with_unread_data(path: &Path, who: Who) -> Saw {
+fn close_with_unread_data(path: &Path, side: Side) -> Observation {
     let pair = path.pair();
-    let (breaker, other) = pair.split(who);
+    let (breaker, other) = pair.split(side);
     (&other).write_all(b"never read").unwrap();
     // The data must have arrived; otherwise the close would send a FIN.
     landfall_tests::wait_until("the data to arrive", || {
@@ -104,33 +104,33 @@ fn close_with_unread_data(path: &Path, who: Who) -> Saw {
         breaker.peek(&mut byte).map(drop)
     });
     drop(breaker);
-    saw(&other, 0)
+    observe_end(&other, 0)
 }
 
-fn by_the_finished(path: &Path, who: Who) -> Saw {
-    let (breaker, other) = path.pair().split(who);
+fn by_the_side_that_finished(path: &Path, side: Side) -> Observation {
+    let (breaker, other) = path.pair().split(side);
     finish(&other);
     assert_eq!(read_rest(&breaker, &mut Pattern::new(9).checker()), (0, End::Eof));
     reset(breaker);
     let read = read_rest(&other, &mut Pattern::new(1).checker());
     // Its own direction is finished, so it cannot write.
-    Saw { read, told_by_write: true }
+    Observation { read, told_by_write: true }
 }
 
-fn saw(other: &TcpStream, skip: u64) -> Saw {
+fn observe_end(other: &TcpStream, skip: u64) -> Observation {
     let mut checker = Pattern::new(1).checker();
     let (bytes, end) = read_rest(other, &mut checker);
-    Saw { read: (bytes - skip, end), told_by_write: learns_that_the_peer_is_gone(other) }
+    Observation { read: (bytes - skip, end), told_by_write: write_reports_that_the_peer_is_gone(other) }
 }
 
-pub(crate) fn as_it_does_directly(ring: RingChoice) {
+pub(crate) fn as_with_a_direct_connection(ring: RingChoice) {
     let (direct, relayed) = (Path::direct(), Path::landfall(ring));
     for (name, script) in SCRIPTS {
-        for who in [Who::Client, Who::Server] {
-            let expected = script(&direct, who);
+        for side in [Side::Client, Side::Server] {
+            let expected = script(&direct, side);
             // Each several times, because two events that are close together may arrive in either order.
             for round in 0..10 {
-                assert_eq!(script(&relayed, who), expected, "{name}, by the {who:?}, round {round}");
+                assert_eq!(script(&relayed, side), expected, "{name}, by the {side:?}, round {round}");
             }
         }
     }
@@ -139,10 +139,10 @@ pub(crate) fn as_it_does_directly(ring: RingChoice) {
 /// A client that stops reading gets the reset as soon as it reads again, after every byte that was acknowledged.
 pub(crate) fn a_reset_finds_a_reader_that_stalls(ring: RingChoice) {
     let path = Path::landfall(ring);
-    for who in [Who::Client, Who::Server] {
+    for side in [Side::Client, Side::Server] {
         let pair = path.pair();
-        let sent = fill(pair.end(who));
-        let (breaker, other) = pair.split(who);
+        let sent = fill(pair.end(side));
+        let (breaker, other) = pair.split(side);
         reset(breaker);
         let (bytes, end) = read_rest(&other, &mut Pattern::new(1).checker());
         assert_eq!(end, End::Reset);
@@ -173,14 +173,14 @@ pub(crate) fn a_reset_ends_a_connection_whose_reader_never_reads(ring: RingChoic
     let server = Server::listen(&relay.inside, "127.0.0.1:0");
     let forward = relay.forward(server.port());
     let before = relay.stats(forward);
-    for who in [Who::Client, Who::Server] {
+    for side in [Side::Client, Side::Server] {
         let client = connect(forward.v4());
         let accepted = server.accept();
-        let (breaker, reader) = if who == Who::Client { (client, accepted) } else { (accepted, client) };
+        let (breaker, reader) = if side == Side::Client { (client, accepted) } else { (accepted, client) };
         fill(&breaker);
         reset(breaker);
         relay.stats_become(forward, "the connection to have ended", |stats| stats.open == 0);
-        assert_eq!(read_rest(&reader, &mut Pattern::new(1).checker()).1, End::Reset, "reset by the {who:?}");
+        assert_eq!(read_rest(&reader, &mut Pattern::new(1).checker()).1, End::Reset, "reset by the {side:?}");
     }
     let stats = relay.stats(forward);
     assert_eq!(stats.reset_by_downstream - before.reset_by_downstream, 1, "{stats:?}");
@@ -191,18 +191,18 @@ pub(crate) fn a_reset_ends_a_connection_whose_reader_never_reads(ring: RingChoic
 pub(crate) fn a_megabyte_before_a_reset_arrives(ring: RingChoice) {
     const COUNT: u64 = 1_000_000;
     let path = Path::landfall(ring);
-    for who in [Who::Client, Who::Server] {
+    for side in [Side::Client, Side::Server] {
         for _ in 0..5 {
             let pair = path.pair();
             std::thread::scope(|scope| {
                 let reading = scope.spawn(|| {
-                    let other = if who == Who::Client { &pair.server } else { &pair.client };
+                    let other = if side == Side::Client { &pair.server } else { &pair.client };
                     read_rest(other, &mut Pattern::new(1).checker())
                 });
-                send_all(pair.end(who), Pattern::new(1), COUNT);
-                pair.delivered(who);
-                reset_shared(pair.end(who));
-                assert_eq!(reading.join().unwrap(), (COUNT, End::Reset), "sent by the {who:?}");
+                send_all(pair.end(side), Pattern::new(1), COUNT);
+                pair.delivered(side);
+                reset_shared(pair.end(side));
+                assert_eq!(reading.join().unwrap(), (COUNT, End::Reset), "sent by the {side:?}");
             });
         }
     }

@@ -150,7 +150,7 @@ fn checks_in_order() {
 fn no_capability() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["a"]);
-    let _daemon = home.start().argument("--no-restart").and_wait();
+    let _daemon = home.start().argument("--no-restart").wait_until_ready();
     register_with(&home, "a", &json!({"restartToken": "t"}));
     let wanted = "restart capability not enabled on this daemon";
     // Before every other check.

@@ -5,8 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use landfall_tests::case::Case;
-use landfall_tests::rpc::{Wire, ask, done, http_port, names, refused, register, registration, tell};
-use landfall_tests::{Home, MOMENT, note, wait_until};
+use landfall_tests::rpc::{Wire, ask, done, exchange, http_port, names, refused, register, registration};
+use landfall_tests::{Home, NEGATIVE_WAIT, note, wait_until};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("rpc_an_invalid_request_is_refused_with_a_reason", no_request),
     Case::once("rpc_a_request_may_come_byte_by_byte", byte_by_byte),
     Case::once("rpc_a_character_may_be_split_between_reads", a_split_character),
-    Case::once("rpc_a_client_that_disconnects_in_the_middle_leaks_no_resource", leaving_in_the_middle),
+    Case::once("rpc_a_client_that_disconnects_in_the_middle_leaks_no_resource", disconnect_in_the_middle),
     Case::once("c24_rpc_a_client_that_never_ends_its_line_is_disconnected_after_ten_seconds", never_ending),
     Case::once("c24_rpc_a_thousand_silent_clients_do_not_stop_the_daemon", silent_clients),
     Case::once("c24_the_socket_and_the_other_files_are_accessible_to_their_owner_only", modes),
@@ -39,31 +39,31 @@ fn one_line_one_answer() {
     wire.send(LIST);
     assert_eq!(wire.rest(), "{\"ok\":true,\"result\":{\"registrations\":[]}}\n");
     // Unknown fields and white space are ignored.
-    assert_eq!(tell(&home, " { \"kind\" : \"list\", \"id\" : 7 } \r\n")["ok"], true);
+    assert_eq!(exchange(&home, " { \"kind\" : \"list\", \"id\" : 7 } \r\n")["ok"], true);
 }
 
 fn the_longest_line() {
     let home = Home::new();
     let _daemon = home.daemon();
     let line = |length: usize| {
-        let begin = "{\"kind\":\"list\",\"pad\":\"";
-        format!("{begin}{}\"}}", "x".repeat(length - begin.len() - 2))
+        let start = "{\"kind\":\"list\",\"pad\":\"";
+        format!("{start}{}\"}}", "x".repeat(length - start.len() - 2))
     };
-    assert_eq!(tell(&home, line(65_535) + "\n")["ok"], true);
+    assert_eq!(exchange(&home, line(65_535) + "\n")["ok"], true);
     let too_long = json!({"ok": false, "reason": "request exceeds buffer limit"});
     // One byte more, including its newline, is too long whether or not the newline has arrived.
-    assert_eq!(tell(&home, line(65_536) + "\n"), too_long);
-    assert_eq!(tell(&home, "x".repeat(65_537)), too_long);
+    assert_eq!(exchange(&home, line(65_536) + "\n"), too_long);
+    assert_eq!(exchange(&home, "x".repeat(65_537)), too_long);
     // No answer is sent as long as the line may still be valid.
     let mut wire = Wire::connect(&home);
     wire.send(line(65_535));
-    assert!(wire.is_silent_for(MOMENT), "a line that may still end was answered");
+    assert!(wire.is_silent_for(NEGATIVE_WAIT), "a line that may still end was answered");
     wire.send("\n");
     assert_eq!(wire.answer()["ok"], true);
     // The limit counts bytes, not characters.
     let wide = format!("{{\"kind\":\"list\",\"pad\":\"{}\"}}\n", "é".repeat(33_000));
     assert!(wide.chars().count() < 65_536);
-    assert_eq!(tell(&home, wide), too_long);
+    assert_eq!(exchange(&home, wide), too_long);
 }
 
 fn a_giant_line() {
@@ -106,12 +106,12 @@ fn no_request() {
     let invalid_json =
         ["\n", "\r\n", "nonsense\n", "{\"kind\":\"list\"\n", "{\"kind\":\"list\"} x\n", "{'kind':'list'}\n"];
     for line in invalid_json {
-        assert_eq!(tell(&home, line), json!({"ok": false, "reason": "invalid request json"}), "{line:?}");
+        assert_eq!(exchange(&home, line), json!({"ok": false, "reason": "invalid request json"}), "{line:?}");
     }
     let not_text: &[u8] = b"{\"kind\":\"list\",\"x\":\"\xff\xfe\"}\n";
-    assert_eq!(tell(&home, not_text), json!({"ok": false, "reason": "invalid request json"}));
+    assert_eq!(exchange(&home, not_text), json!({"ok": false, "reason": "invalid request json"}));
     for line in ["null\n", "[]\n", "7\n", "\"list\"\n", "true\n"] {
-        assert_eq!(tell(&home, line), json!({"ok": false, "reason": "invalid request"}), "{line:?}");
+        assert_eq!(exchange(&home, line), json!({"ok": false, "reason": "invalid request"}), "{line:?}");
     }
     for line in [
         "{}\n",
@@ -120,14 +120,14 @@ fn no_request() {
         "{\"kind\":null}\n",
         "{\"kind\":[\"list\"]}\n",
     ] {
-        let answer = tell(&home, line);
+        let answer = exchange(&home, line);
         let reason = answer["reason"].as_str().unwrap_or_default();
         assert!(["unknown request kind", "invalid request"].contains(&reason), "{line:?}: {answer}");
     }
     assert_eq!(refused(&home, &json!({"kind": "dance"})), "unknown request kind");
     // A nesting depth that would overflow the stack of a recursive parser.
     let deep = format!("{}{}\n", "[".repeat(30_000), "]".repeat(30_000));
-    assert_eq!(tell(&home, deep)["ok"], false);
+    assert_eq!(exchange(&home, deep)["ok"], false);
     assert_eq!(names(&home), Vec::<String>::new());
 }
 
@@ -163,7 +163,7 @@ fn a_split_character() {
     }
 }
 
-fn leaving_in_the_middle() {
+fn disconnect_in_the_middle() {
     let home = Home::new();
     let daemon = home.daemon();
     let open = || std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
@@ -183,7 +183,7 @@ fn leaving_in_the_middle() {
             }
         }
     }
-    wait_until("the daemon to let go of its clients", || {
+    wait_until("the daemon to release its clients", || {
         let now = open();
         if now <= before { Ok(()) } else { Err((now, before)) }
     });
@@ -198,15 +198,18 @@ fn never_ending() {
     let mut trickling = Wire::connect(&home);
     let mut trickle = Vec::new();
     while start.elapsed() < Duration::from_secs(9) {
-        assert!(trickling.try_send("x").is_ok(), "let go after {:?}", start.elapsed());
+        assert!(trickling.try_send("x").is_ok(), "disconnected after {:?}", start.elapsed());
         trickle.push(b'x');
-        assert!(trickling.is_silent_for(MOMENT), "let go after {:?}", start.elapsed());
+        assert!(trickling.is_silent_for(NEGATIVE_WAIT), "disconnected after {:?}", start.elapsed());
     }
     // Single bytes from time to time do not extend the deadline.
     let _ = (silent.rest(), trickling.rest());
     let taken = start.elapsed();
-    assert!((Duration::from_secs(9)..Duration::from_secs(15)).contains(&taken), "let go after {taken:?}");
-    assert_eq!(tell(&home, LIST)["ok"], true);
+    assert!(
+        (Duration::from_secs(9)..Duration::from_secs(15)).contains(&taken),
+        "disconnected after {taken:?}"
+    );
+    assert_eq!(exchange(&home, LIST)["ok"], true);
 }
 
 fn silent_clients() {
@@ -250,7 +253,7 @@ fn modes() {
 }
 
 /// Runs `work` as a user without files here. Credentials belong to a thread, so only one thread changes.
-fn as_nobody<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
+fn as_other_user_here<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
     std::thread::scope(|scope| {
         let nobody = scope.spawn(|| {
             let id = 65_534;
@@ -275,22 +278,22 @@ fn another_user() {
     };
     open(home.path().parent().unwrap(), 0o755);
     open(&home.path(), 0o755);
-    let Some(refusal) = as_nobody(|| UnixStream::connect(home.socket()).map(drop)) else {
+    let Some(refusal) = as_other_user_here(|| UnixStream::connect(home.socket()).map(drop)) else {
         note!("no other user can be had here");
         return;
     };
     assert_eq!(refusal.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
-    assert!(as_nobody(|| std::fs::read(home.registration("a"))).unwrap().is_err());
+    assert!(as_other_user_here(|| std::fs::read(home.registration("a"))).unwrap().is_err());
     // With open modes, the daemon checks the user of the peer.
     open(&home.path().join("run"), 0o777);
     open(&home.socket(), 0o777);
-    let heard = as_nobody(|| {
+    let received = as_other_user_here(|| {
         let mut wire = Wire::connect(&home);
         let _ = wire.try_send(LIST);
         wire.rest()
     });
-    assert!(!heard.as_ref().unwrap().contains("\"ok\":true"), "a stranger was answered: {heard:?}");
-    assert_eq!(tell(&home, LIST)["ok"], true);
+    assert!(!received.as_ref().unwrap().contains("\"ok\":true"), "another user was answered: {received:?}");
+    assert_eq!(exchange(&home, LIST)["ok"], true);
 }
 
 fn version_and_http_info() {
@@ -303,10 +306,10 @@ fn version_and_http_info() {
     assert_eq!(ask(&home, &json!({"kind": "http-info"})), json!({"ok": true, "result": {"port": 8974}}));
     daemon.shut_down();
     // Reports the version that was given to it.
-    let daemon = home.start().variable("LANDFALL_VERSION", "unversioned").and_wait();
+    let daemon = home.start().variable("LANDFALL_VERSION", "unversioned").wait_until_ready();
     assert_eq!(done(&home, &json!({"kind": "version"})), json!({"version": "unversioned"}));
     daemon.shut_down();
-    let _daemon = home.start().variable("LANDFALL_VERSION", "deadbeef").and_wait();
+    let _daemon = home.start().variable("LANDFALL_VERSION", "deadbeef").wait_until_ready();
     assert_eq!(done(&home, &json!({"kind": "version"})), json!({"version": "deadbeef"}));
 }
 
@@ -341,8 +344,8 @@ fn two_shutdowns() {
     let other = second.rest();
     assert!(other.is_empty() || serde_json::from_str::<Value>(&other).unwrap() == scheduled, "{other:?}");
     assert!(daemon.end().success());
-    let told = |kind: &str| home.events().iter().filter(|event| event["kind"] == kind).count();
-    assert_eq!((told("shutdown-requested"), told("daemon-stopping")), (1, 1));
+    let reported = |kind: &str| home.events().iter().filter(|event| event["kind"] == kind).count();
+    assert_eq!((reported("shutdown-requested"), reported("daemon-stopping")), (1, 1));
 }
 
 fn events_arrive() {
@@ -365,5 +368,5 @@ fn events_arrive() {
     assert_eq!((next(&mut all), next(&mut all)), ("a".to_owned(), "b".to_owned()));
     assert_eq!(next(&mut one), "b");
     drop((all, one));
-    assert_eq!(tell(&home, LIST)["ok"], true);
+    assert_eq!(exchange(&home, LIST)["ok"], true);
 }

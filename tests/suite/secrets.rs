@@ -3,12 +3,12 @@
 use landfall_tests::case::Case;
 use landfall_tests::http::{self, Web};
 use landfall_tests::rpc::{ask, http_port, refused, register, register_with};
-use landfall_tests::{Home, MOMENT};
+use landfall_tests::{Home, NEGATIVE_WAIT};
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = &[
     Case::once("http_secrets_patch_writes_secrets_for_the_registered_container", writes),
-    Case::once("http_secrets_patch_rejects_unregistered_containers_and_wrong_tokens", rejects_strangers),
+    Case::once("http_secrets_patch_rejects_unregistered_containers_and_wrong_tokens", rejects_unregistered),
     Case::once("http_secrets_patch_preserves_other_channels_and_serializes_concurrent_patches", preserves),
     Case::once("http_secrets_patch_writes_mcp_credentials_beside_channels_and_sibling_servers", mcp),
     Case::once("http_secrets_patch_rejects_malformed_payloads", malformed),
@@ -60,7 +60,7 @@ fn writes() {
     assert_eq!(secrets(&home, "a")["channels"]["kakaotalk"], kakaotalk("newer"));
 }
 
-fn rejects_strangers() {
+fn rejects_unregistered() {
     let home = Home::new();
     let _daemon = home.daemon();
     register_with(&home, "a", &json!({"restartToken": "t"}));
@@ -187,7 +187,7 @@ fn locks() {
     std::fs::create_dir(&lock).unwrap();
     let mut wire = landfall_tests::rpc::Wire::connect(&home);
     wire.send(format!("{change}\n"));
-    assert!(wire.is_silent_for(MOMENT), "the lock was not waited for");
+    assert!(wire.is_silent_for(NEGATIVE_WAIT), "the lock was not waited for");
     assert!(!folder.join("secrets.json").exists());
     // Another container has its own lock.
     register(&home, "b");

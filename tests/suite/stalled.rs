@@ -5,13 +5,15 @@ use std::io::Write;
 use landfall_engine::RingChoice;
 use landfall_engine::limits::Limits;
 use landfall_tests::case::Case;
-use landfall_tests::process::{engine_at_rest, resident_bytes};
+use landfall_tests::process::{engine_idle_share, resident_bytes};
 use landfall_tests::{
     Namespace, Pattern, Relay, Server, connect, is_long, note, read_exactly, reset, wait_until,
 };
 
-pub(crate) const CASES: &[Case] =
-    &[Case::each_ring("c05_stalled_readers_use_bounded_memory_and_block_no_other_connection", stalled_readers)];
+pub(crate) const CASES: &[Case] = &[Case::each_ring(
+    "c05_stalled_readers_use_bounded_memory_and_block_no_other_connection",
+    stalled_readers,
+)];
 
 fn stalled_readers(ring: RingChoice) {
     let count = if is_long() { 1000 } else { 200 };
@@ -61,7 +63,7 @@ fn stalled_readers(ring: RingChoice) {
     // A buffer for each stalled direction, and the tables.
     let bound = count * Limits::default().buffer_bytes + 4 * 1024 * 1024;
     assert!(grown < bound, "{count} stalled readers: {grown} bytes, over {bound}");
-    engine_at_rest("waiting for stalled readers");
+    engine_idle_share("waiting for stalled readers");
 
     // Other connections continue unaffected.
     std::thread::scope(|scope| {

@@ -1,5 +1,5 @@
-//! A listener inside a container leads to a server on the host: the same relay with the roles swapped. And a listener that
-//! fails, for whatever reason, is not asked again without a pause.
+//! A listener inside a container leads to a server on the host: the same relay with the roles swapped. And a listener whose
+//! accept fails is retried only after a pause.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,22 +12,22 @@ use landfall_engine::limits::Limits;
 use landfall_engine::opener::FailureKind;
 use landfall_engine::opener::client::Opener;
 use landfall_tests::case::Case;
-use landfall_tests::process::engine_at_rest;
+use landfall_tests::process::engine_idle_share;
 use landfall_tests::{
     Driver, End, Forward, Namespace, Pattern, Relay, Server, connect_from, finish, read_to_end, send_all,
 };
 use rustix::net::Shutdown;
 
 use crate::half_close::ten_mebibytes_come_back;
-use crate::observe::{Path, Who, ends_by};
+use crate::observe::{Path, Side, ends_by};
 use crate::reset::SCRIPTS;
 
 pub(crate) const CASES: &[Case] = &[
     Case::each_ring("c02_a_listener_inside_leads_to_a_host_server", half_close),
-    Case::each_ring("c03_a_listener_inside_passes_resets_on", resets),
+    Case::each_ring("c03_resets_are_preserved_by_a_listener_inside", resets),
     Case::each_ring("c04_a_listener_inside_resets_for_a_dead_host_port", dead_port),
     Case::each_ring("a_listener_inside_serves_both_families_and_closes", both_families),
-    Case::each_ring("a_listener_that_fails_rests_and_is_reported_once", failing),
+    Case::each_ring("a_failing_listener_pauses_and_is_reported_once", failing),
 ];
 
 const HOST: UpstreamId = UpstreamId(9);
@@ -80,14 +80,14 @@ fn half_close(ring: RingChoice) {
 fn resets(ring: RingChoice) {
     let (path, direct) = (Path::swapped(ring), Path::direct());
     for (name, script) in SCRIPTS {
-        for who in [Who::Client, Who::Server] {
-            assert_eq!(script(&path, who), script(&direct, who), "{name}, by the {who:?}");
+        for side in [Side::Client, Side::Server] {
+            assert_eq!(script(&path, side), script(&direct, side), "{name}, by the {side:?}");
         }
     }
 }
 
 fn dead_port(ring: RingChoice) {
-    // Free just now, and in the range from which the kernel takes the port of a socket that connects.
+    // Currently free, and in the range from which the kernel takes the ports of connecting sockets.
     let port = Server::listen(&Namespace::current(), "127.0.0.1:0").port();
     let mut inside = lead_out(ring, port);
     for _ in 0..20 {
@@ -107,7 +107,7 @@ fn both_families(ring: RingChoice) {
     let servers = ["127.0.0.1:0", "[::1]:0"].map(|address| Server::listen(&Namespace::current(), address));
     for (id, (family, server)) in (1u32..).zip(Family::ALL.into_iter().zip(&servers)) {
         let (socket, port) = opener.listen(family, 0).unwrap();
-        // It is the container's port from now on.
+        // The container holds the port from now on.
         match opener.listen(family, port.get()) {
             Err(error) => assert_eq!(error.kind(), Some(FailureKind::InUse), "{error}"),
             Ok(_) => panic!("{port} was given twice"),
@@ -123,7 +123,7 @@ fn both_families(ring: RingChoice) {
         assert_eq!(ends_by(&client), End::Eof);
         let stats = driver.close(ForwardId(id), Ending::Drain);
         assert_eq!(stats.accepted, 1, "{stats:?}");
-        // It is free again.
+        // The port is free again.
         drop(opener.listen(family, port.get()).unwrap());
     }
     driver.remove_upstream(HOST, Ending::Drain);
@@ -146,8 +146,8 @@ fn failing(ring: RingChoice) {
         _ => None,
     });
     assert!(what.contains("fails to accept"), "{what}");
-    engine_at_rest("a listener that fails");
-    // The other listener is served meanwhile.
+    engine_idle_share("a listener that fails");
+    // The other listener is served in the meantime.
     let client = connect_from(&inside, Family::V4.loopback(other_port));
     let accepted = server.accept();
     drop(client);

@@ -27,7 +27,10 @@ pub(crate) const CASES: &[Case] = &[
     Case::once("tailscale_is_never_called_unless_asked_for", not_asked_for),
     Case::once("tailscale_is_turned_off_when_the_daemon_stops", daemon_stops),
     Case::once("tailscale_ports_of_a_killed_daemon_are_taken_over", killed_daemon),
-    Case::once("tailscale_ports_of_a_killed_daemon_are_turned_off_by_one_without_the_option", killed_and_off),
+    Case::once(
+        "tailscale_ports_of_a_killed_daemon_are_turned_off_by_one_without_the_option",
+        killed_and_turned_off,
+    ),
     Case::once("tailscale_keeps_serving_when_the_daemon_is_replaced", replaced),
 ];
 
@@ -80,7 +83,7 @@ impl World {
     }
 
     fn daemon(&self) -> Daemon<'_> {
-        self.start().argument("--tailscale").and_wait()
+        self.start().argument("--tailscale").wait_until_ready()
     }
 
     fn calls(&self) -> Vec<String> {
@@ -89,7 +92,7 @@ impl World {
     }
 
     /// Returns the events, as `KIND NAME PORT COMMAND REASON`.
-    fn told(&self) -> Vec<String> {
+    fn reported(&self) -> Vec<String> {
         let events = self.home.events();
         let of_ours = events.iter().filter(|event| event["kind"] == "tailscale-serve-event");
         let text = |value: &Value| value.as_str().map(|text| format!(" {text}")).unwrap_or_default();
@@ -106,8 +109,8 @@ impl World {
     #[track_caller]
     fn wait_for_told(&self, wanted: &[&str]) {
         wait_until(&format!("the events {wanted:?}"), || {
-            let told = self.told();
-            if told == wanted { Ok(()) } else { Err((told, self.calls())) }
+            let reported = self.reported();
+            if reported == wanted { Ok(()) } else { Err((reported, self.calls())) }
         });
     }
 
@@ -179,9 +182,9 @@ fn malformed() {
     let _server = world.listen(PORT);
     world.register();
     wait_until("a skip", || {
-        let told = world.told();
-        let skip = told.iter().any(|line| line.contains("skipped a 3000 invalid tailscale status JSON"));
-        if skip { Ok(()) } else { Err(told) }
+        let reported = world.reported();
+        let skip = reported.iter().any(|line| line.contains("skipped a 3000 invalid tailscale status JSON"));
+        if skip { Ok(()) } else { Err(reported) }
     });
     assert_eq!(world.calls(), ["status --json"]);
 }
@@ -228,8 +231,11 @@ fn path_only() {
 fn hangs() {
     let world = World::new();
     world.answers("status", "sleep 600 & sleep 600");
-    let _daemon =
-        world.start().argument("--tailscale").variable("LANDFALL_TAILSCALE_TIMEOUT", "50ms").and_wait();
+    let _daemon = world
+        .start()
+        .argument("--tailscale")
+        .variable("LANDFALL_TAILSCALE_TIMEOUT", "50ms")
+        .wait_until_ready();
     let _server = world.listen(PORT);
     world.register();
     world.wait_for_told(&["skipped a 3000 timed out after 50ms"]);
@@ -271,8 +277,8 @@ fn reserved() {
     let container = Container::listen("a-broker-token").allowing(json!({"allow": "*"}));
     container.register(&world.home, "a");
     let mut peer = container.welcome();
-    peer.say(&request(4848, &[4848, 4849]));
-    peer.hear_that(&forwarded(4848, 4849));
+    peer.send_message(&request(4848, &[4848, 4849]));
+    peer.receive_exactly(&forwarded(4848, 4849));
     world.wait_for_told(&["opened a 4849"]);
     rpc::done(&world.home, &json!({"kind": "deregister", "containerName": "a"}));
     world.wait_for_told(&["opened a 4849", "closed a 4849"]);
@@ -283,7 +289,7 @@ fn reserved() {
 
 fn not_asked_for() {
     let world = World::new();
-    let daemon = world.start().and_wait();
+    let daemon = world.start().wait_until_ready();
     let _server = world.listen(PORT);
     world.register();
     wait_for_open(&world.home, &[("a", PORT)]);
@@ -320,15 +326,15 @@ fn killed_daemon() {
     let before = world.calls().len();
     let _daemon = world.daemon();
     wait_until("the port that closed meanwhile to be turned off", || {
-        let told = world.told();
-        if told.last().is_some_and(|last| last == "closed a 3001") { Ok(()) } else { Err(told) }
+        let reported = world.reported();
+        if reported.last().is_some_and(|last| last == "closed a 3001") { Ok(()) } else { Err(reported) }
     });
     // It may have been served again while the engine still listened.
-    assert!(!world.told().contains(&"closed a 3000".to_owned()), "{:?}", world.told());
+    assert!(!world.reported().contains(&"closed a 3000".to_owned()), "{:?}", world.reported());
     assert_eq!(world.calls()[before..before + 2], served(PORT));
 }
 
-fn killed_and_off() {
+fn killed_and_turned_off() {
     let world = World::new();
     let daemon = world.daemon();
     let _server = world.listen(PORT);
@@ -336,7 +342,7 @@ fn killed_and_off() {
     world.wait_for_told(&["opened a 3000"]);
     daemon.kill();
     let before = world.calls().len();
-    let _daemon = world.start().and_wait();
+    let _daemon = world.start().wait_until_ready();
     world.wait_for_told(&["opened a 3000", "closed a 3000"]);
     assert_eq!(world.calls()[before..], [off(PORT)]);
     wait_until("the list to go", || if world.list().exists() { Err("it is there") } else { Ok(()) });
@@ -345,7 +351,8 @@ fn killed_and_off() {
 fn replaced() {
     let world = World::new();
     // A daemon with another version is replaced.
-    let daemon = world.start().argument("--tailscale").variable("LANDFALL_VERSION", "another").and_wait();
+    let daemon =
+        world.start().argument("--tailscale").variable("LANDFALL_VERSION", "another").wait_until_ready();
     let _server = world.listen(PORT);
     world.register();
     world.wait_for_told(&["opened a 3000"]);

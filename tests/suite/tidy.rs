@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use landfall_tests::case::Case;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("tidy_no_leftover_markers", no_leftovers),
-    Case::once("tidy_unsafe_only_in_listed_files", unsafe_only_where_it_has_to_be),
+    Case::once("tidy_no_leftover_markers", no_leftover_markers),
+    Case::once("tidy_unsafe_only_in_listed_files", unsafe_only_in_listed_files),
     Case::once("tidy_pure_files_do_no_io", pure_files_do_no_io),
     Case::once("tidy_modules_import_downwards", modules_import_downwards),
     Case::once("tidy_files_are_short", files_are_short),
-    Case::once("tidy_links_have_a_target", links_lead_somewhere),
+    Case::once("tidy_links_have_a_target", links_have_a_target),
 ];
 
 /// The most lines of a source file; half of that is better.
@@ -101,7 +101,7 @@ fn is_comment(line: &str) -> bool {
     line.trim_start().starts_with("//")
 }
 
-fn no_leftovers() {
+fn no_leftover_markers() {
     // In two parts, so that this file does not match.
     let words = [["FIX", "ME"], ["XX", "X"], ["TO", "DO"], ["HA", "CK"]].map(|word| word.concat());
     let mut found = Vec::new();
@@ -113,7 +113,7 @@ fn no_leftovers() {
     assert_none("left over", &found);
 }
 
-fn unsafe_only_where_it_has_to_be() {
+fn unsafe_only_in_listed_files() {
     let mut found = Vec::new();
     for (name, text) in sources() {
         if !UNSAFE.contains(&name.as_str()) {
@@ -187,7 +187,7 @@ fn files_are_short() {
     assert_none("too long", &long);
 }
 
-fn links_lead_somewhere() {
+fn links_have_a_target() {
     let mut found = Vec::new();
     for document in ["README.md", "benches/README.md", "control/README.md", "engine/README.md"] {
         let path = root().join(document);

@@ -168,7 +168,7 @@ fn kept_before_approvals() {
     let text = commands(&home, "a");
     write(&folder, &text);
     let kept = json!({"containerName": "a", "cwd": folder, "restartToken": "t", "folder": {"text": text}});
-    let file = home.plant("a", kept.to_string());
+    let file = home.write_registration("a", kept.to_string());
     let _daemon = home.daemon();
     restarted(&home, "a");
     assert_eq!(docker.calls("POST /containers/a/start"), 1);
@@ -344,12 +344,12 @@ fn files_of_others() {
     if rustix::process::geteuid().is_root() {
         attacks.push(("owner", &owner, "belongs to user 12345"));
     }
-    for (name, plant, reason) in attacks {
+    for (name, write_registration, reason) in attacks {
         let folder = home.folder(name);
-        plant(&folder);
+        write_registration(&folder);
         let refused = home.command(&["trust", "--yes"]).arg(&folder).output().unwrap();
-        let said = String::from_utf8_lossy(&refused.stderr);
-        assert!(!refused.status.success() && said.contains(reason), "{name}: {refused:?}");
+        let printed = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && printed.contains(reason), "{name}: {refused:?}");
         register(&home, name);
         let off = status(&home, &[name]);
         assert!(off.contains(&format!("commands off: landfall.toml {reason}")), "{off}");
@@ -396,10 +396,10 @@ fn ports() {
     };
     let output = register(&[]);
     assert!(output.status.success(), "{output:?}");
-    let said = String::from_utf8_lossy(&output.stderr);
+    let printed = String::from_utf8_lossy(&output.stderr);
     assert!(
-        said.contains("ports 617 off: .devcontainer.json is not trusted\nhint: landfall trust "),
-        "{said}"
+        printed.contains("ports 617 off: .devcontainer.json is not trusted\nhint: landfall trust "),
+        "{printed}"
     );
     let server = Server::listen(&inside, &format!("127.0.0.1:{PORT}"));
     let other = Server::listen(&inside, "127.0.0.1:3000");

@@ -38,12 +38,12 @@ fn verbs() {
     for (name, verb) in verbs {
         let folder = home.folder(name);
         let output = home.command(verb).arg(&folder).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
+        let printed = String::from_utf8_lossy(&output.stderr);
         let note = format!(
             "note     commands off: landfall.toml is not trusted\nhint: landfall trust {}\n",
             folder.display()
         );
-        assert!(said.contains(&note), "{name}: {output:?}");
+        assert!(printed.contains(&note), "{name}: {output:?}");
         assert!(home.registered(name).is_some(), "it is registered all the same: {output:?}");
         let json = home.command(verb).arg(&folder).arg("--json").output().unwrap();
         let line = String::from_utf8_lossy(&json.stderr).lines().next().unwrap_or_default().to_owned();
@@ -130,8 +130,8 @@ fn shown() {
     );
     write(&folder, text);
     std::fs::create_dir(folder.join(".devcontainer")).unwrap();
-    let said = json!({"forwardPorts": [443, 3000], "initializeCommand": "touch /tmp/never"});
-    std::fs::write(folder.join(".devcontainer/devcontainer.json"), said.to_string()).unwrap();
+    let printed = json!({"forwardPorts": [443, 3000], "initializeCommand": "touch /tmp/never"});
+    std::fs::write(folder.join(".devcontainer/devcontainer.json"), printed.to_string()).unwrap();
     let output = home.command(&["trust", "--show"]).arg(&folder).output().unwrap();
     let shown = String::from_utf8(output.stdout).unwrap();
     // No argument of a command can move the cursor or hide text.
@@ -150,8 +150,8 @@ fn shown() {
     assert!(!home.path().join("trust.json").exists(), "--show changes nothing");
     let _daemon = home.daemon();
     let output = home.command(&["register", "a", "--cwd"]).arg(&folder).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("devcontainer.json: initializeCommand"), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(printed.contains("devcontainer.json: initializeCommand"), "{printed}");
     let list = || -> Value {
         let output = home.run(&["trust", "--list", "--json"]);
         serde_json::from_slice(&output.stdout).unwrap()
@@ -193,8 +193,8 @@ fn list_is_kept() {
     full.args(["--map-root-user", "--mount", "sh", "-c", script, "sh"]).arg(Home::program());
     full.args([&folders[1], &folders[2]]).env("LANDFALL_HOME", home.path());
     let output = full.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("No space left on device"), "{output:?}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && printed.contains("No space left on device"), "{output:?}");
     let kept: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(kept["trusted"].as_array().unwrap().len(), 1, "{kept}");
     assert_eq!(kept["trusted"][0]["folder"], json!(folders[1]));

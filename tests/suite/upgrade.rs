@@ -12,15 +12,15 @@ use landfall_engine::command::{Command, Event, Family, ForwardId, Reach, Upstrea
 use landfall_engine::opener::client::Opener;
 use landfall_tests::case::Case;
 use landfall_tests::{
-    End, Flood, Namespace, PATIENCE, Pattern, Server, answer, connect, is_long, note, read_exactly,
+    End, Flood, Namespace, Pattern, Server, TIMEOUT, answer, connect, is_long, note, read_exactly,
     read_to_end, send_all, wait_until,
 };
 
-use crate::control::{Running, arrive, hear_of};
+use crate::control::{Running, connect_driver, expect_event};
 
 pub(crate) const CASES: &[Case] = &[
-    Case::each_ring("c20_an_engine_upgrade_under_load_refuses_no_connection", an_upgrade_refuses_nobody),
-    Case::each_ring("c20_lent_listeners_are_checked", what_is_lent_is_checked),
+    Case::each_ring("c20_an_engine_upgrade_under_load_refuses_no_connection", upgrade_refuses_no_connection),
+    Case::each_ring("c20_lent_listeners_are_checked", lent_listeners_are_checked),
 ];
 
 const UPSTREAM: UpstreamId = UpstreamId(1);
@@ -49,7 +49,7 @@ impl Generation {
             found if found.is_some() && found != before => Ok(()),
             found => Err(found),
         });
-        Generation { process, driver: arrive(path), held: None }
+        Generation { process, driver: connect_driver(path), held: None }
     }
 
     /// Adds an upstream for the namespace.
@@ -62,13 +62,13 @@ impl Generation {
             kind: UpstreamKind::Opener,
         };
         self.driver.send(&add, &borrow(&descriptors)).unwrap();
-        hear_of(&self.driver, |event| matches!(event, Event::UpstreamAdded { .. }).then_some(()));
+        expect_event(&self.driver, |event| matches!(event, Event::UpstreamAdded { .. }).then_some(()));
     }
 
     /// Requests a forward. Returns the resulting event.
     fn open(&self, port: u16, lent: &[OwnedFd]) -> Event {
         self.driver.send(&open(port), &borrow(lent)).unwrap();
-        hear_of(&self.driver, |event| {
+        expect_event(&self.driver, |event| {
             matches!(event, Event::ListenerOpened { .. } | Event::ListenerFailed { .. }).then_some(event)
         })
     }
@@ -78,7 +78,7 @@ impl Generation {
         self.driver.send(&Command::LendListeners, &[]).unwrap();
         let mut lent = Vec::new();
         loop {
-            match self.driver.recv_timeout::<Event>(PATIENCE).unwrap().unwrap() {
+            match self.driver.recv_timeout::<Event>(TIMEOUT).unwrap().unwrap() {
                 (Event::ListenerLent { host_port, upstream, .. }, sockets) => {
                     assert_eq!((upstream, sockets.len()), (UPSTREAM, 2));
                     lent.push((host_port.get(), sockets));
@@ -95,7 +95,7 @@ impl Generation {
 
     /// Waits until it exits by itself.
     fn end(mut self) {
-        hear_of(&self.driver, |event| (event == Event::Stopped).then_some(()));
+        expect_event(&self.driver, |event| (event == Event::Stopped).then_some(()));
         assert!(self.process.0.wait().unwrap().success());
     }
 }
@@ -115,7 +115,7 @@ fn open(port: u16) -> Command {
     }
 }
 
-fn an_upgrade_refuses_nobody(ring: RingChoice) {
+fn upgrade_refuses_no_connection(ring: RingChoice) {
     let rounds = if is_long() { 100 } else { 12 };
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("engine.sock");
@@ -132,7 +132,7 @@ fn an_upgrade_refuses_nobody(ring: RingChoice) {
     let mut before = Vec::new();
     let flood = Flood::start(BUSY, 4);
     for _ in 0..rounds {
-        flood.goes_on(20);
+        flood.wait_for_progress(20);
         current.held = Some((connect(([127, 0, 0, 1], QUIET)), quiet.accept()));
         let next = Generation::start(&path, ring);
         next.enter(&mut opener);
@@ -141,13 +141,13 @@ fn an_upgrade_refuses_nobody(ring: RingChoice) {
             assert!(matches!(opened, Event::ListenerOpened { .. }), "{opened:?}");
         }
         // Both engines accept.
-        flood.goes_on(20);
+        flood.wait_for_progress(20);
         current.driver.send(&Command::Drain, &[]).unwrap();
-        hear_of(&current.driver, |event| matches!(event, Event::ListenerClosed { .. }).then_some(()));
+        expect_event(&current.driver, |event| matches!(event, Event::ListenerClosed { .. }).then_some(()));
         assert!(path.exists(), "the older engine removed the address of the newer");
         before.push(std::mem::replace(&mut current, next));
     }
-    flood.goes_on(20);
+    flood.wait_for_progress(20);
     note!("{} visits during {rounds} upgrades", flood.end());
 
     // Each replaced engine still has the connection that it accepted, and exits when that ends.
@@ -165,7 +165,7 @@ fn an_upgrade_refuses_nobody(ring: RingChoice) {
     assert!(!path.exists());
 }
 
-fn what_is_lent_is_checked(ring: RingChoice) {
+fn lent_listeners_are_checked(ring: RingChoice) {
     let directory = tempfile::tempdir().unwrap();
     let inside = Namespace::new();
     let mut opener = Opener::spawn(&std::env::current_exe().unwrap(), inside.target()).unwrap();

@@ -29,18 +29,18 @@ fn own_namespace() {
 /// An opener that passes sockets of another namespace than it claims is refused.
 fn another_namespace(ring: RingChoice) {
     let mut driver = Driver::start(Limits::default(), ring);
-    let (told, real) = (Namespace::new(), Namespace::new());
+    let (reported, real) = (Namespace::new(), Namespace::new());
     let program = std::env::current_exe().unwrap();
-    let cookie = Opener::spawn(&program, told.target()).unwrap().netns_cookie();
+    let cookie = Opener::spawn(&program, reported.target()).unwrap().netns_cookie();
     let victim = Server::listen(&real, "127.0.0.1:3000");
     driver.add_upstream(UpstreamId(1), &real, Some(cookie));
     let reason = driver.expect("the upstream to be dropped", |event| match event {
         Event::UpstreamRemoved { upstream: UpstreamId(1), reason } => Some(reason.clone()),
         _ => None,
     });
-    let reason = reason.expect("nobody asked for it, so there is a reason");
+    let reason = reason.expect("a reason");
     assert!(reason.contains("namespace"), "{reason}");
-    assert!(!victim.has_caller());
+    assert!(!victim.has_pending_connection());
 }
 
 fn two_upstreams(ring: RingChoice) {
@@ -74,7 +74,7 @@ fn removed_upstream(ring: RingChoice) {
         let client = connect(forward.v4());
         let accepted = server.accept();
         relay.driver.remove_upstream(Relay::UPSTREAM, ending);
-        let after = std::net::TcpStream::connect(forward.v4()).expect_err("nobody listens any more");
+        let after = std::net::TcpStream::connect(forward.v4()).expect_err("the listener is closed");
         assert_eq!(after.kind(), std::io::ErrorKind::ConnectionRefused);
         match ending {
             Ending::Drain => {
@@ -88,7 +88,7 @@ fn removed_upstream(ring: RingChoice) {
         }
         drop((client, accepted, server));
         // The namespace and its inode disappear when no reference is left.
-        let gone = relay.inside.watch_for_end();
+        let gone = relay.inside.into_end_watch();
         let driver = relay.driver;
         wait_until("the namespace to be gone", || {
             if gone.is_gone() { Ok(()) } else { Err("it is still there") }

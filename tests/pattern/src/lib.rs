@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pattern_is_the_same_however_it_is_cut() {
+    fn a_pattern_is_independent_of_its_slices() {
         let whole = Pattern::new(7).bytes(1000);
         for cut in [1, 7, 8, 13, 500] {
             let mut checker = Pattern::new(7).checker();
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "byte 101 of stream 0x7")]
-    fn the_first_wrong_byte_is_named() {
+    fn the_first_wrong_byte_is_reported() {
         let mut bytes = Pattern::new(7).bytes(200);
         bytes[101] ^= 1;
         let mut checker = Pattern::new(7).checker();
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "byte 64 of")]
-    fn a_slice_that_comes_twice_is_seen() {
+    fn a_duplicate_slice_is_detected() {
         let bytes = Pattern::new(7).bytes(64);
         let mut checker = Pattern::new(7).checker();
         checker.check(&bytes);

@@ -12,7 +12,7 @@ use crate::{Home, Namespace, wait_until};
 #[derive(Debug)]
 pub struct Agent {
     child: Child,
-    said: PathBuf,
+    output: PathBuf,
     /// The thread inside that started the agent. The kernel ends the agent when this thread ends.
     _inside: (mpsc::Sender<()>, JoinHandle<()>),
 }
@@ -52,12 +52,13 @@ impl Agent {
     /// If it does not listen.
     #[track_caller]
     pub fn spawn(home: &Home, inside: &Namespace, mut command: Command) -> Agent {
-        let said = home.folder("agents").join(format!("said-{}", rustix::thread::gettid().as_raw_nonzero()));
-        let file = File::options().append(true).create(true).open(&said).unwrap();
+        let output =
+            home.folder("agents").join(format!("said-{}", rustix::thread::gettid().as_raw_nonzero()));
+        let file = File::options().append(true).create(true).open(&output).unwrap();
         command.stdout(file.try_clone().unwrap()).stderr(file);
         let (sender, started) = mpsc::channel();
         let (alive, ended) = mpsc::channel::<()>();
-        let namespace = inside.again();
+        let namespace = inside.duplicate();
         // The agent dies with the thread that starts it, so that thread waits for it.
         let thread = std::thread::spawn(move || {
             namespace.run(move || {
@@ -66,11 +67,11 @@ impl Agent {
             });
         });
         let child = started.recv().unwrap();
-        let mut agent = Agent { child, said, _inside: (alive, thread) };
+        let mut agent = Agent { child, output, _inside: (alive, thread) };
         let target = std::net::SocketAddr::from(([127, 0, 0, 1], super::CONTAINER_PORT));
         wait_until("the agent to listen", || {
             if let Some(status) = agent.child.try_wait().unwrap() {
-                panic!("the agent ended ({status}); it said:\n{}", agent.said());
+                panic!("the agent ended ({status}); output:\n{}", agent.printed());
             }
             inside.run(|| std::net::TcpStream::connect(target)).map(drop)
         });
@@ -83,8 +84,8 @@ impl Agent {
     }
 
     /// Everything that the agent has printed on both outputs.
-    pub fn said(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.said).unwrap_or_default()).into_owned()
+    pub fn printed(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.output).unwrap_or_default()).into_owned()
     }
 
     /// Kills the agent with SIGKILL.
@@ -103,7 +104,7 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!("the agent said:\n{}", self.said());
+            eprintln!("output of the agent:\n{}", self.printed());
         }
     }
 }

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use tungstenite::handshake::server::{Callback, ErrorResponse, Request, Response};
 use tungstenite::protocol::Role;
 
-use super::peer::{Carrier, Peer, generous};
+use super::peer::{Peer, Transport, test_limits};
 use super::{PATH, hello};
-use crate::{Home, PATIENCE, rpc};
+use crate::{Home, TIMEOUT, rpc};
 
 /// The receive buffer of a connection, in bytes; the kernel doubles it for its own bookkeeping (socket(7)). Without a limit
 /// it grows to the maximum of the machine (tcp_rmem), and a case would measure that.
@@ -79,7 +79,7 @@ impl Container {
     ///
     /// # Panics
     /// If `poll(2)` fails.
-    pub fn has_caller(&self) -> bool {
+    pub fn has_pending_connection(&self) -> bool {
         poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&Timespec::default())).unwrap() == 1
     }
 
@@ -89,9 +89,9 @@ impl Container {
     /// If no connection arrives.
     #[track_caller]
     pub fn accept_raw(&self) -> TcpStream {
-        let patient = Timespec::try_from(PATIENCE).unwrap();
+        let patient = Timespec::try_from(TIMEOUT).unwrap();
         let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&patient)).unwrap();
-        assert_eq!(ready, 1, "no broker connected within {PATIENCE:?}");
+        assert_eq!(ready, 1, "no broker connected within {TIMEOUT:?}");
         self.listener.accept().unwrap().0
     }
 
@@ -110,8 +110,8 @@ impl Container {
     /// If it requests a path other than the broker's.
     #[track_caller]
     pub fn upgrade(stream: TcpStream, port: u16) -> Peer {
-        let carrier = Carrier::new(stream);
-        let socket = tungstenite::accept_hdr_with_config(carrier, Expected(port), Some(generous()))
+        let carrier = Transport::new(stream);
+        let socket = tungstenite::accept_hdr_with_config(carrier, Expected(port), Some(test_limits()))
             .unwrap_or_else(|error| panic!("no WebSocket: {error}"));
         Peer::new(socket, Role::Server)
     }
@@ -121,7 +121,7 @@ impl Container {
     /// # Panics
     /// If no connection arrives, or its first message is not the hello with our token.
     #[track_caller]
-    pub fn greeted(&self) -> Peer {
+    pub fn accept_hello(&self) -> Peer {
         let mut peer = self.accept();
         let mut first = peer.message();
         // A peer of the reference ignores the extensions that the hello offers.
@@ -136,8 +136,8 @@ impl Container {
     /// If the handshake fails.
     #[track_caller]
     pub fn welcome(&self) -> Peer {
-        let mut peer = self.greeted();
-        peer.say(&json!({"type": "broker-hello-ack"}));
+        let mut peer = self.accept_hello();
+        peer.send_message(&json!({"type": "broker-hello-ack"}));
         assert_eq!(peer.message(), json!({"type": "port-watch-subscribe"}), "what follows the ack");
         peer
     }

@@ -7,7 +7,7 @@ use tungstenite::client::IntoClientRequest;
 use tungstenite::http::{HeaderMap, HeaderValue};
 use tungstenite::protocol::Role;
 
-use super::peer::{Carrier, Peer, generous};
+use super::peer::{Peer, Transport, test_limits};
 use super::{CONTAINER_PORT, PATH, hello};
 use crate::{Namespace, connect_from};
 
@@ -50,12 +50,12 @@ pub fn try_dial_with(
     headers: &[(&'static str, &str)],
 ) -> Result<(Peer, HeaderMap), String> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, CONTAINER_PORT));
-    let carrier = Carrier::new(connect_from(inside, address));
+    let carrier = Transport::new(connect_from(inside, address));
     let mut request = format!("ws://{HOST_HEADER}{PATH}").into_client_request().unwrap();
     for (name, value) in headers {
         request.headers_mut().insert(*name, HeaderValue::from_str(value).unwrap());
     }
-    let (socket, response) = tungstenite::client::client_with_config(request, carrier, Some(generous()))
+    let (socket, response) = tungstenite::client::client_with_config(request, carrier, Some(test_limits()))
         .map_err(|error| error.to_string())?;
     Ok((Peer::new(socket, Role::Client), response.headers().clone()))
 }
@@ -67,7 +67,7 @@ pub fn try_dial_with(
 #[track_caller]
 pub fn welcome(inside: &Namespace, token: &str) -> Peer {
     let (peer, ack) = welcome_with(inside, &hello(token));
-    assert_eq!(ack, json!({"type": "broker-hello-ack"}), "a peer that offers nothing is told of nothing");
+    assert_eq!(ack, json!({"type": "broker-hello-ack"}), "a peer without extensions gets none");
     peer
 }
 
@@ -78,7 +78,7 @@ pub fn welcome(inside: &Namespace, token: &str) -> Peer {
 #[track_caller]
 pub fn welcome_with(inside: &Namespace, hello: &Value) -> (Peer, Value) {
     let mut peer = dial(inside);
-    peer.say(hello);
+    peer.send_message(hello);
     let ack = peer.message();
     assert_eq!(ack["type"], "broker-hello-ack", "{ack}");
     (peer, ack)

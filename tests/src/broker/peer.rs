@@ -12,11 +12,11 @@ use tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tungstenite::{Error, Message, WebSocket};
 
 use super::{payload, stream};
-use crate::PATIENCE;
+use crate::TIMEOUT;
 
 /// An item that arrived from the other side.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Heard {
+pub enum Received {
     /// A text frame that contains JSON.
     Message(Value),
     /// A binary frame.
@@ -29,31 +29,31 @@ pub enum Heard {
 
 /// The connection under both ends of a [`Peer`]. Each write is sent completely, so frames do not mix.
 #[derive(Debug)]
-pub(super) struct Carrier {
+pub(super) struct Transport {
     stream: TcpStream,
     writing: Arc<Mutex<()>>,
 }
 
-impl Carrier {
-    pub(super) fn new(stream: TcpStream) -> Carrier {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+impl Transport {
+    pub(super) fn new(stream: TcpStream) -> Transport {
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream.set_write_timeout(Some(TIMEOUT)).unwrap();
         stream.set_nodelay(true).unwrap();
-        Carrier { stream, writing: Arc::default() }
+        Transport { stream, writing: Arc::default() }
     }
 
-    fn share(&self) -> Carrier {
-        Carrier { stream: self.stream.try_clone().unwrap(), writing: Arc::clone(&self.writing) }
+    fn share(&self) -> Transport {
+        Transport { stream: self.stream.try_clone().unwrap(), writing: Arc::clone(&self.writing) }
     }
 }
 
-impl Read for Carrier {
+impl Read for Transport {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         crate::read_some(&self.stream, buffer)
     }
 }
 
-impl Write for Carrier {
+impl Write for Transport {
     fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
         let _alone = self.writing.lock().unwrap();
         (&self.stream).write_all(buffer)?;
@@ -68,25 +68,25 @@ impl Write for Carrier {
 /// An end of a WebSocket that sends and receives.
 #[derive(Debug)]
 pub struct Peer {
-    socket: WebSocket<Carrier>,
+    socket: WebSocket<Transport>,
     role: Role,
     /// Items that arrived while the case waited for another one.
-    kept: VecDeque<Heard>,
+    kept: VecDeque<Received>,
 }
 
 /// The sending part of a [`Peer`], for another thread.
 #[derive(Debug)]
-pub struct Speaker {
-    socket: WebSocket<Carrier>,
+pub struct MessageSender {
+    socket: WebSocket<Transport>,
 }
 
 /// Limits far above the needs of any case, so that a peer can send invalid amounts.
-pub(super) fn generous() -> WebSocketConfig {
+pub(super) fn test_limits() -> WebSocketConfig {
     WebSocketConfig::default().max_message_size(None).max_frame_size(None)
 }
 
 impl Peer {
-    pub(super) fn new(socket: WebSocket<Carrier>, role: Role) -> Peer {
+    pub(super) fn new(socket: WebSocket<Transport>, role: Role) -> Peer {
         Peer { socket, role, kept: VecDeque::new() }
     }
 
@@ -95,15 +95,15 @@ impl Peer {
     /// # Panics
     /// If the connection fails.
     #[track_caller]
-    pub fn say(&mut self, message: &Value) {
-        self.try_say(message).unwrap_or_else(|error| panic!("{error} at {message}"));
+    pub fn send_message(&mut self, message: &Value) {
+        self.try_send_message(message).unwrap_or_else(|error| panic!("{error} at {message}"));
     }
 
     /// Sends a message if the connection still takes it.
     ///
     /// # Errors
     /// The error of the connection.
-    pub fn try_say(&mut self, message: &Value) -> Result<(), Error> {
+    pub fn try_send_message(&mut self, message: &Value) -> Result<(), Error> {
         self.socket.send(Message::text(message.to_string()))
     }
 
@@ -150,8 +150,8 @@ impl Peer {
     }
 
     fn keep(&mut self, message: Message) {
-        let heard = heard(message);
-        self.kept.extend(heard);
+        let received = received(message);
+        self.kept.extend(received);
     }
 
     /// Returns the next item, in order of arrival.
@@ -159,27 +159,27 @@ impl Peer {
     /// # Panics
     /// If nothing arrives.
     #[track_caller]
-    pub fn anything(&mut self) -> Heard {
+    pub fn next_item(&mut self) -> Received {
         match self.kept.pop_front() {
-            Some(heard) => heard,
+            Some(received) => received,
             None => self.listen(),
         }
     }
 
     /// Receives the next item from the connection, regardless of kept items.
     #[track_caller]
-    fn listen(&mut self) -> Heard {
+    fn listen(&mut self) -> Received {
         loop {
             match self.socket.read() {
                 Ok(message) => {
-                    if let Some(heard) = heard(message) {
-                        return heard;
+                    if let Some(received) = received(message) {
+                        return received;
                     }
                 }
                 Err(Error::Io(error)) if is_timeout(error.kind()) => {
-                    panic!("nothing came for {PATIENCE:?}; kept: {:?}", self.kept)
+                    panic!("nothing came for {TIMEOUT:?}; kept: {:?}", self.kept)
                 }
-                Err(_) => return Heard::Lost,
+                Err(_) => return Received::Lost,
             }
         }
     }
@@ -190,8 +190,8 @@ impl Peer {
     /// If another item arrives, or none.
     #[track_caller]
     pub fn message(&mut self) -> Value {
-        match self.anything() {
-            Heard::Message(message) => message,
+        match self.next_item() {
+            Received::Message(message) => message,
             other => panic!("{other:?} instead of a message"),
         }
     }
@@ -201,19 +201,19 @@ impl Peer {
     /// # Panics
     /// If it does not arrive.
     #[track_caller]
-    pub fn find(&mut self, what: &str, wanted: impl Fn(&Heard) -> bool) -> Heard {
+    pub fn find(&mut self, what: &str, wanted: impl Fn(&Received) -> bool) -> Received {
         if let Some(at) = self.kept.iter().position(&wanted) {
             return self.kept.remove(at).unwrap();
         }
         let start = Instant::now();
         loop {
-            assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; kept: {:?}", self.kept);
+            assert!(start.elapsed() < TIMEOUT, "waited {TIMEOUT:?} for {what}; kept: {:?}", self.kept);
             match self.listen() {
-                heard if wanted(&heard) => return heard,
-                over @ (Heard::Closed(..) | Heard::Lost) => {
+                received if wanted(&received) => return received,
+                over @ (Received::Closed(..) | Received::Lost) => {
                     panic!("{over:?} instead of {what}; kept: {:?}", self.kept)
                 }
-                heard => self.kept.push_back(heard),
+                received => self.kept.push_back(received),
             }
         }
     }
@@ -223,10 +223,11 @@ impl Peer {
     /// # Panics
     /// If none arrives.
     #[track_caller]
-    pub fn hear(&mut self, kind: &str) -> Value {
-        let wanted = |heard: &Heard| matches!(heard, Heard::Message(message) if message["type"] == kind);
+    pub fn receive(&mut self, kind: &str) -> Value {
+        let wanted =
+            |received: &Received| matches!(received, Received::Message(message) if message["type"] == kind);
         match self.find(kind, wanted) {
-            Heard::Message(message) => message,
+            Received::Message(message) => message,
             other => panic!("{other:?}"),
         }
     }
@@ -236,8 +237,11 @@ impl Peer {
     /// # Panics
     /// If it does not arrive.
     #[track_caller]
-    pub fn hear_that(&mut self, message: &Value) {
-        self.find(&message.to_string(), |heard| matches!(heard, Heard::Message(came) if came == message));
+    pub fn receive_exactly(&mut self, message: &Value) {
+        self.find(
+            &message.to_string(),
+            |received| matches!(received, Received::Message(came) if came == message),
+        );
     }
 
     /// Receives at least this many bytes of a stream, from text frames.
@@ -245,11 +249,11 @@ impl Peer {
     /// # Panics
     /// If they do not arrive.
     #[track_caller]
-    pub fn hear_data(&mut self, id: i64, count: usize) -> Vec<u8> {
+    pub fn receive_data(&mut self, id: i64, count: usize) -> Vec<u8> {
         let mut all = Vec::new();
         while all.len() < count {
-            let wanted = |heard: &Heard| matches!(heard, Heard::Message(message) if message["type"] == "relay-data" && stream(message) == id);
-            let Heard::Message(message) = self.find("relay-data", wanted) else { unreachable!() };
+            let wanted = |received: &Received| matches!(received, Received::Message(message) if message["type"] == "relay-data" && stream(message) == id);
+            let Received::Message(message) = self.find("relay-data", wanted) else { unreachable!() };
             all.extend(payload(&message));
         }
         all
@@ -257,7 +261,8 @@ impl Peer {
 
     /// The number of kept messages of this type.
     pub fn kept(&self, kind: &str) -> usize {
-        let wanted = |heard: &&Heard| matches!(heard, Heard::Message(message) if message["type"] == kind);
+        let wanted =
+            |received: &&Received| matches!(received, Received::Message(message) if message["type"] == kind);
         self.kept.iter().filter(wanted).count()
     }
 
@@ -266,22 +271,22 @@ impl Peer {
     /// # Panics
     /// If the connection ends.
     #[track_caller]
-    pub fn drop_all_until(&mut self, mut over: impl FnMut() -> bool) {
+    pub fn discard_until(&mut self, mut over: impl FnMut() -> bool) {
         let start = Instant::now();
         while !over() {
-            assert!(start.elapsed() < 10 * PATIENCE, "it is not over");
+            assert!(start.elapsed() < 10 * TIMEOUT, "it is not over");
             self.kept.clear();
             // Until the read times out, or until it is time to call `over` again.
             let until = Instant::now() + Duration::from_millis(50);
             while Instant::now() < until && !self.is_silent_for(Duration::from_millis(5)) {
-                let lost = matches!(self.kept.pop_front(), Some(Heard::Lost | Heard::Closed(..)));
+                let lost = matches!(self.kept.pop_front(), Some(Received::Lost | Received::Closed(..)));
                 assert!(!lost, "the connection has ended");
             }
         }
     }
 
     /// Discards the kept items.
-    pub fn forget(&mut self) {
+    pub fn discard_kept(&mut self) {
         self.kept.clear();
     }
 
@@ -297,15 +302,15 @@ impl Peer {
         let came = loop {
             match self.socket.read() {
                 Ok(message) => {
-                    if let Some(heard) = heard(message) {
-                        break Some(heard);
+                    if let Some(received) = received(message) {
+                        break Some(received);
                     }
                 }
                 Err(Error::Io(error)) if is_timeout(error.kind()) => break None,
-                Err(_) => break Some(Heard::Lost),
+                Err(_) => break Some(Received::Lost),
             }
         };
-        self.socket.get_ref().stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.socket.get_ref().stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let silent = came.is_none();
         self.kept.extend(came);
         silent
@@ -316,11 +321,11 @@ impl Peer {
     /// # Panics
     /// If the other side does not end it.
     #[track_caller]
-    pub fn ending(&mut self) -> Heard {
+    pub fn receive_end(&mut self) -> Received {
         let start = Instant::now();
         loop {
-            assert!(start.elapsed() < PATIENCE, "the connection does not end");
-            if let over @ (Heard::Closed(..) | Heard::Lost) = self.anything() {
+            assert!(start.elapsed() < TIMEOUT, "the connection does not end");
+            if let over @ (Received::Closed(..) | Received::Lost) = self.next_item() {
                 return over;
             }
         }
@@ -333,7 +338,7 @@ impl Peer {
     pub fn has_ended(&mut self) -> bool {
         // Reads only the data that has already arrived.
         while !self.is_silent_for(Duration::from_millis(1)) {
-            if let Some(Heard::Closed(..) | Heard::Lost) = self.kept.pop_front() {
+            if let Some(Received::Closed(..) | Received::Lost) = self.kept.pop_front() {
                 return true;
             }
         }
@@ -360,18 +365,18 @@ impl Peer {
     ///
     /// # Panics
     /// If no descriptor is left.
-    pub fn speaker(&self) -> Speaker {
+    pub fn message_sender(&self) -> MessageSender {
         let carrier = self.socket.get_ref().share();
-        Speaker { socket: WebSocket::from_raw_socket(carrier, self.role, Some(generous())) }
+        MessageSender { socket: WebSocket::from_raw_socket(carrier, self.role, Some(test_limits())) }
     }
 }
 
-impl Speaker {
+impl MessageSender {
     /// Sends a message if the connection still takes it.
     ///
     /// # Errors
     /// The error of the connection.
-    pub fn try_say(&mut self, message: &Value) -> Result<(), Error> {
+    pub fn try_send_message(&mut self, message: &Value) -> Result<(), Error> {
         self.socket.send(Message::text(message.to_string()))
     }
 
@@ -379,21 +384,21 @@ impl Speaker {
     ///
     /// # Errors
     /// Those of `write(2)`.
-    pub fn try_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    pub fn try_write_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.socket.get_mut().write_all(bytes)
     }
 }
 
-fn heard(message: Message) -> Option<Heard> {
+fn received(message: Message) -> Option<Received> {
     match message {
         Message::Text(text) => {
             let value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
-            Some(Heard::Message(value))
+            Some(Received::Message(value))
         }
-        Message::Binary(bytes) => Some(Heard::Binary(bytes.to_vec())),
+        Message::Binary(bytes) => Some(Received::Binary(bytes.to_vec())),
         Message::Close(frame) => Some(match frame {
-            Some(frame) => Heard::Closed(Some(frame.code.into()), frame.reason.to_string()),
-            None => Heard::Closed(None, String::new()),
+            Some(frame) => Received::Closed(Some(frame.code.into()), frame.reason.to_string()),
+            None => Received::Closed(None, String::new()),
         }),
         Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => None,
     }

@@ -55,7 +55,7 @@ impl Published {
 
     /// Returns the bytes that clients have sent over a WebSocket, unmasked. Meant for one client at a time.
     pub fn recorded(&self) -> String {
-        self.recorder.readable()
+        self.recorder.text()
     }
 
     /// The port on the host.
@@ -76,14 +76,14 @@ fn join(outer: TcpStream, inner: TcpStream, recorder: &Recorder) {
     let there = (outer.try_clone().unwrap(), inner.try_clone().unwrap(), Some(recorder.clone()));
     for (from, to, recorder) in [there, (inner, outer, None)] {
         from.set_nodelay(true).unwrap();
-        std::thread::spawn(move || carry(&from, &to, recorder.as_ref()));
+        std::thread::spawn(move || copy_direction(&from, &to, recorder.as_ref()));
     }
 }
 
 /// The recorded part of a connection, in bytes: handshakes are short, but the remaining data may be gigabytes.
 const RECORDED_BYTES: usize = 64 * 1024;
 
-fn carry(from: &TcpStream, mut to: &TcpStream, recorder: Option<&Recorder>) {
+fn copy_direction(from: &TcpStream, mut to: &TcpStream, recorder: Option<&Recorder>) {
     let mut recorded = 0;
     let mut buffer = vec![0; 256 * 1024];
     loop {
@@ -96,16 +96,16 @@ fn carry(from: &TcpStream, mut to: &TcpStream, recorder: Option<&Recorder>) {
                     recorder.take(&buffer[..count]);
                 }
                 if to.write_all(&buffer[..count]).is_err() {
-                    return cut(from, to);
+                    return reset_both(from, to);
                 }
             }
-            Err(_) => return cut(from, to),
+            Err(_) => return reset_both(from, to),
         }
     }
 }
 
 /// Disconnects both sockets, which their peers see as a reset.
-fn cut(one: &TcpStream, other: &TcpStream) {
+fn reset_both(one: &TcpStream, other: &TcpStream) {
     let _ = rustix::net::connect_unspec(one);
     let _ = rustix::net::connect_unspec(other);
 }

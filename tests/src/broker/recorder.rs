@@ -11,7 +11,7 @@ pub struct Recorder(Arc<Mutex<State>>);
 struct State {
     is_upgraded: bool,
     unread: Vec<u8>,
-    readable: Vec<u8>,
+    text: Vec<u8>,
 }
 
 impl Recorder {
@@ -26,7 +26,7 @@ impl Recorder {
             state.unmask();
             return None;
         }
-        state.readable.extend_from_slice(bytes);
+        state.text.extend_from_slice(bytes);
         let end = state.unread.windows(4).position(|four| four == b"\r\n\r\n")?;
         let head = String::from_utf8_lossy(&state.unread[..end]).into_owned();
         state.unread.drain(..end + 4);
@@ -41,8 +41,8 @@ impl Recorder {
     ///
     /// # Panics
     /// If another thread panicked while it recorded.
-    pub fn readable(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap().readable).into_owned()
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap().text).into_owned()
     }
 }
 
@@ -53,7 +53,7 @@ impl State {
             let payload = &self.unread[at + 4..at + 4 + length];
             let text: Vec<u8> =
                 payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask).collect();
-            self.readable.extend(text);
+            self.text.extend(text);
             self.unread.drain(..at + 4 + length);
         }
     }

@@ -19,12 +19,12 @@ impl FakeDocker {
     }
 
     /// Returns the request that created a container, if it was created over the API.
-    pub fn wish(&self, name: &str) -> Option<Value> {
+    pub fn create_request(&self, name: &str) -> Option<Value> {
         self.state()
             .containers
             .get(name)
-            .map(|container| container.wish.clone())
-            .filter(|wish| !wish.is_null())
+            .map(|container| container.create_request.clone())
+            .filter(|create_request| !create_request.is_null())
     }
 
     pub(super) fn create(&self, query: &str, body: &[u8]) -> Reply {
@@ -35,11 +35,11 @@ impl FakeDocker {
             return Reply::Json(409, json!({"message": "the name is in use"}));
         }
         self.add(&name, false);
-        let wish: Value = serde_json::from_slice(body).unwrap_or_default();
+        let create_request: Value = serde_json::from_slice(body).unwrap_or_default();
         let mut state = self.state();
         let container = state.containers.get_mut(&name).unwrap();
-        container.image = wish["Image"].as_str().unwrap_or_default().to_owned();
-        container.wish = wish;
+        container.image = create_request["Image"].as_str().unwrap_or_default().to_owned();
+        container.create_request = create_request;
         Reply::Json(201, json!({"Id": container.id, "Warnings": []}))
     }
 }

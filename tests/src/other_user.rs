@@ -21,10 +21,10 @@ use crate::broker::Recorder;
 use crate::wait_until;
 
 /// The uid of the other user. The user database need not contain it.
-pub const STRANGER: u32 = 61_234;
+pub const OTHER_UID: u32 = 61_234;
 
 /// Returns whether this process can change its uid. An unprivileged user namespace maps only one uid.
-pub fn strangers_are_possible() -> bool {
+pub fn can_change_user() -> bool {
     let is_root =
         std::fs::read_to_string("/proc/self/uid_map").unwrap().split_whitespace().nth(2) != Some("1");
     if !is_root {
@@ -38,18 +38,18 @@ pub fn strangers_are_possible() -> bool {
 /// # Panics
 /// If `work` panics, or without root.
 #[track_caller]
-pub fn as_stranger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+pub fn as_other_user<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
-        let stranger = scope.spawn(|| {
-            become_stranger();
+        let other_user = scope.spawn(|| {
+            become_other_user();
             work()
         });
-        stranger.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        other_user.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
-fn become_stranger() {
-    let (user, group) = (Uid::from_raw(STRANGER), Gid::from_raw(STRANGER));
+fn become_other_user() {
+    let (user, group) = (Uid::from_raw(OTHER_UID), Gid::from_raw(OTHER_UID));
     set_thread_groups(&[]).unwrap();
     set_thread_res_gid(group, group, group).unwrap();
     set_thread_res_uid(user, user, user).unwrap();
@@ -57,7 +57,7 @@ fn become_stranger() {
 
 /// How an impostor answers a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Manner {
+pub enum ImpostorReply {
     /// Answers every WebSocket request as a container of the reference does, and acknowledges every message.
     Reference,
     /// Copies the headers of the request into that answer.
@@ -82,29 +82,29 @@ impl Impostor {
     /// # Panics
     /// If the address is in use.
     #[track_caller]
-    pub fn listen(address: impl Into<SocketAddr>, manner: Manner) -> Impostor {
+    pub fn listen(address: impl Into<SocketAddr>, reply: ImpostorReply) -> Impostor {
         let address = address.into();
-        let listener = as_stranger(|| TcpListener::bind(address)).unwrap();
-        Impostor::serve(listener, manner)
+        let listener = as_other_user(|| TcpListener::bind(address)).unwrap();
+        Impostor::serve(listener, reply)
     }
 
     /// Accepts connections as another user from this listener, which may belong to any user.
     ///
     /// # Panics
     /// If the listener has no address.
-    pub fn serve(listener: TcpListener, manner: Manner) -> Impostor {
-        Impostor::start(listener, manner, become_stranger)
+    pub fn serve(listener: TcpListener, reply: ImpostorReply) -> Impostor {
+        Impostor::start(listener, reply, become_other_user)
     }
 
     /// Accepts connections from this listener as our own user, without being the program that it claims to be.
     ///
     /// # Panics
     /// If the listener has no address.
-    pub fn of_our_user(listener: TcpListener, manner: Manner) -> Impostor {
-        Impostor::start(listener, manner, || {})
+    pub fn of_our_user(listener: TcpListener, reply: ImpostorReply) -> Impostor {
+        Impostor::start(listener, reply, || {})
     }
 
-    fn start(listener: TcpListener, manner: Manner, become_user: fn()) -> Impostor {
+    fn start(listener: TcpListener, reply: ImpostorReply, become_user: fn()) -> Impostor {
         let mut impostor = Impostor {
             address: listener.local_addr().unwrap(),
             recorders: Arc::default(),
@@ -125,7 +125,7 @@ impl Impostor {
                     let recorder = Recorder::default();
                     recorders.lock().unwrap().push(recorder.clone());
                     all.push(stream.try_clone().unwrap());
-                    std::thread::spawn(move || converse(&stream, manner, &recorder));
+                    std::thread::spawn(move || serve_connection(&stream, reply, &recorder));
                 }
             }
             for stream in all {
@@ -151,7 +151,7 @@ impl Impostor {
     /// # Panics
     /// If a thread of the impostor panicked.
     pub fn received(&self) -> String {
-        self.recorders.lock().unwrap().iter().map(Recorder::readable).collect()
+        self.recorders.lock().unwrap().iter().map(Recorder::text).collect()
     }
 
     /// Waits until this text has arrived.
@@ -188,13 +188,13 @@ impl Drop for Impostor {
 }
 
 /// Reads what arrives, and answers as configured.
-fn converse(mut stream: &TcpStream, manner: Manner, recorder: &Recorder) {
+fn serve_connection(mut stream: &TcpStream, reply: ImpostorReply, recorder: &Recorder) {
     let mut is_upgraded = false;
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = stream.read(&mut buffer) {
         let head = recorder.take(&buffer[..count]);
         let answer = match head {
-            Some(head) => answer(&head, manner).into_bytes(),
+            Some(head) => answer(&head, reply).into_bytes(),
             // A short text frame, regardless of the request.
             None if is_upgraded => {
                 let ack = br#"{"type":"broker-hello-ack"}"#;
@@ -202,14 +202,14 @@ fn converse(mut stream: &TcpStream, manner: Manner, recorder: &Recorder) {
             }
             None => continue,
         };
-        is_upgraded = manner != Manner::Http;
+        is_upgraded = reply != ImpostorReply::Http;
         if stream.write_all(&answer).is_err() {
             return;
         }
     }
 }
 
-fn answer(head: &str, manner: Manner) -> String {
+fn answer(head: &str, reply: ImpostorReply) -> String {
     let body = r#"{"ok":true}"#;
     let header = |name: &str| {
         let value = |line: &str| {
@@ -218,7 +218,7 @@ fn answer(head: &str, manner: Manner) -> String {
         };
         head.lines().find_map(value).unwrap_or_default()
     };
-    if manner == Manner::Http {
+    if reply == ImpostorReply::Http {
         return format!(
             "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
@@ -226,14 +226,14 @@ fn answer(head: &str, manner: Manner) -> String {
     }
     let accept = derive_accept_key(header("sec-websocket-key").as_bytes());
     let own = ["host", "upgrade", "connection", "sec-websocket-key", "sec-websocket-version"];
-    let echoed: String = match manner {
-        Manner::Echo => head
+    let echoed: String = match reply {
+        ImpostorReply::Echo => head
             .lines()
             .skip(1)
             .filter(|line| !own.iter().any(|own| line.to_ascii_lowercase().starts_with(&format!("{own}:"))))
             .map(|line| format!("{line}\r\n"))
             .collect(),
-        Manner::Reference | Manner::Http => String::new(),
+        ImpostorReply::Reference | ImpostorReply::Http => String::new(),
     };
     format!(
         "HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-accept: {accept}\r\n{echoed}\r\n"

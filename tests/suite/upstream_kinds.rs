@@ -10,7 +10,7 @@ use landfall_engine::command::{Ending, Event, ForwardId, Reach, UpstreamKind, Wa
 use landfall_engine::limits::Limits;
 use landfall_engine::opener::{Answer, DialFailure, Request};
 use landfall_tests::case::Case;
-use landfall_tests::{Driver, End, PATIENCE, Pattern, Relay, enter_by};
+use landfall_tests::{Driver, End, Pattern, Relay, TIMEOUT, set_upstream_kind};
 
 use crate::observe::ends_by;
 use crate::{half_close, leaks, refusal, reset, streams};
@@ -20,19 +20,19 @@ macro_rules! cases {
     ($($dialler:ident, $agent:ident: $test:path;)*) => {
         $(
             fn $dialler(ring: RingChoice) {
-                enter_by(UpstreamKind::Dialler);
+                set_upstream_kind(UpstreamKind::Dialler);
                 $test(ring);
             }
 
             fn $agent(ring: RingChoice) {
-                enter_by(UpstreamKind::Agent);
+                set_upstream_kind(UpstreamKind::Agent);
                 $test(ring);
             }
         )*
         pub(crate) const CASES: &[Case] = &[
-            Case::each_ring("c04_a_late_or_missing_dial_result_is_a_reset", answers_late),
-            Case::each_ring("c04_dial_failures_are_reported_and_counted", says_why),
-            Case::each_ring("c04_forwards_end_with_the_driver_that_dials_for_them", goes),
+            Case::each_ring("c04_a_late_or_missing_dial_result_is_a_reset", late_result),
+            Case::each_ring("c04_dial_failures_are_reported_and_counted", failure_reasons),
+            Case::each_ring("c04_forwards_end_with_the_driver_that_dials_for_them", driver_disconnects),
             $(
             Case::each_ring(stringify!($dialler), $dialler),
             Case::each_ring(stringify!($agent), $agent),
@@ -52,7 +52,7 @@ cases! {
     c02_by_a_driver_a_half_closed_one_stays, c02_by_an_agent_a_half_closed_one_stays:
         half_close::a_half_closed_connection_stays;
     c03_by_a_driver_a_reset_stays_one, c03_by_an_agent_a_reset_stays_one:
-        reset::as_it_does_directly;
+        reset::as_with_a_direct_connection;
     c03_by_a_driver_a_stalled_reader_is_reset, c03_by_an_agent_a_stalled_reader_is_reset:
         reset::a_reset_finds_a_reader_that_stalls;
     c03_by_a_driver_a_megabyte_before_a_reset, c03_by_an_agent_a_megabyte_before_a_reset:
@@ -73,7 +73,7 @@ const FORWARD: ForwardId = ForwardId(1);
 const PORT: u16 = 3000;
 
 /// Starts an engine with a forward whose dials this thread answers.
-fn driven(ring: RingChoice, limits: Limits) -> (Driver, Channel) {
+fn start_with_driver(ring: RingChoice, limits: Limits) -> (Driver, Channel) {
     let mut driver = Driver::start(limits, ring);
     let (engines, ours) = Channel::pair().unwrap();
     let entered = (1 << 63, WatchSources::default(), vec![engines.into()]);
@@ -87,8 +87,8 @@ fn client() -> TcpStream {
 }
 
 #[track_caller]
-fn asked(ours: &Channel) -> u64 {
-    let (request, _) = ours.recv_timeout::<Request>(PATIENCE).unwrap().unwrap();
+fn next_dial(ours: &Channel) -> u64 {
+    let (request, _) = ours.recv_timeout::<Request>(TIMEOUT).unwrap().unwrap();
     let Request::Dial { dial, port } = request else {
         panic!("{request:?} where a dial was to be asked for")
     };
@@ -103,11 +103,11 @@ fn pair() -> (TcpStream, TcpStream) {
     (one, listener.accept().unwrap().0)
 }
 
-fn answers_late(ring: RingChoice) {
+fn late_result(ring: RingChoice) {
     let limits = Limits { connect_timeout: Duration::from_millis(200), ..Limits::default() };
-    let (mut driver, ours) = driven(ring, limits);
+    let (mut driver, ours) = start_with_driver(ring, limits);
     let waiting = client();
-    let late = asked(&ours);
+    let late = next_dial(&ours);
     assert_eq!(ends_by(&waiting), End::Reset);
     // The socket of a late answer is reset; the next dial is not affected.
     let (theirs, far) = pair();
@@ -115,7 +115,7 @@ fn answers_late(ring: RingChoice) {
     drop(theirs);
     assert_eq!(ends_by(&far), End::Reset);
     let waiting = client();
-    let dial = asked(&ours);
+    let dial = next_dial(&ours);
     assert_ne!(dial, late);
     let (theirs, far) = pair();
     ours.send(&Answer::Dialled { dial }, &[theirs.as_fd()]).unwrap();
@@ -132,10 +132,10 @@ fn answers_late(ring: RingChoice) {
 }
 
 /// Answers in a different order than the requests, each for its own client.
-fn says_why(ring: RingChoice) {
-    let (mut driver, ours) = driven(ring, Limits::default());
+fn failure_reasons(ring: RingChoice) {
+    let (mut driver, ours) = start_with_driver(ring, Limits::default());
     let clients: Vec<TcpStream> = (0..3).map(|_| client()).collect();
-    let dials: Vec<u64> = (0..3).map(|_| asked(&ours)).collect();
+    let dials: Vec<u64> = (0..3).map(|_| next_dial(&ours)).collect();
     let whys = [DialFailure::Refused, DialFailure::TimedOut, DialFailure::Exhausted];
     for (dial, why) in dials.into_iter().zip(whys).rev() {
         ours.send(&Answer::NotDialled { dial, why }, &[]).unwrap();
@@ -145,7 +145,7 @@ fn says_why(ring: RingChoice) {
     }
     // A server that aborts at once, after a byte: the client receives both.
     let waiting = client();
-    let dial = asked(&ours);
+    let dial = next_dial(&ours);
     let (theirs, far) = pair();
     landfall_tests::send_all(&far, Pattern::new(1), 10);
     landfall_tests::reset(far);
@@ -158,16 +158,16 @@ fn says_why(ring: RingChoice) {
     assert_eq!((stats.refused, stats.exhausted, stats.reset_by_upstream), (2, 1, 1), "{stats:?}");
 }
 
-fn goes(ring: RingChoice) {
-    let (mut driver, ours) = driven(ring, Limits::default());
+fn driver_disconnects(ring: RingChoice) {
+    let (mut driver, ours) = start_with_driver(ring, Limits::default());
     // One connection is relayed, and one waits.
     let open = client();
-    let dial = asked(&ours);
+    let dial = next_dial(&ours);
     let (theirs, far) = pair();
     ours.send(&Answer::Dialled { dial }, &[theirs.as_fd()]).unwrap();
     drop(theirs);
     let waiting = client();
-    asked(&ours);
+    next_dial(&ours);
     drop(ours);
     assert_eq!(ends_by(&waiting), End::Reset);
     let reason = driver.expect("the upstream to be lost", |event| match event {

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use landfall_tests::case::Case;
 use landfall_tests::http::{ask_text, post};
-use landfall_tests::rpc::{Wire, tell};
+use landfall_tests::rpc::{Wire, exchange};
 use landfall_tests::{FakeDocker, Home};
 use serde_json::{Value, json};
 
-pub(crate) const CASES: &[Case] = &[Case::once("every_row_of_the_wire_specification_in_order", walk)];
+pub(crate) const CASES: &[Case] = &[Case::once("every_row_of_the_wire_specification_in_order", wire_rows)];
 
 /// Requests and their complete answers, in order; `FOLDER` stands for the container's folder.
 const SOCKET: &[(&str, &str)] = &[
@@ -123,10 +123,10 @@ const HTTP: &[(&str, &str, &str, u16, &str)] = &[
     ),
 ];
 
-fn walk() {
+fn wire_rows() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["walker"]);
-    let daemon = home.start().variable("LANDFALL_VERSION", "unversioned").and_wait();
+    let daemon = home.start().variable("LANDFALL_VERSION", "unversioned").wait_until_ready();
     let folder = home.folder("walker").to_str().unwrap().to_owned();
     for (request, wanted) in SOCKET {
         let request =
@@ -162,7 +162,7 @@ fn walk() {
     waiting.send("{");
     assert!(waiting.is_silent_for(Duration::from_millis(50)));
     let scheduled = json!({"ok": true, "result": {"scheduled": true}});
-    assert_eq!(tell(&home, "{\"kind\":\"shutdown\"}\n"), scheduled);
+    assert_eq!(exchange(&home, "{\"kind\":\"shutdown\"}\n"), scheduled);
     assert!(daemon.end().success());
     assert!(!waiting.rest().contains("\"ok\":true"));
 }

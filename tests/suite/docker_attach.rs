@@ -14,12 +14,12 @@ use serde_json::{Value, json};
 use crate::crash::describe;
 
 pub(crate) const CASES: &[Case] = &[
-    Case::once("c17_a_process_outside_the_container_is_not_entered", stranger),
+    Case::once("c17_a_process_outside_the_container_is_not_entered", foreign_process),
     Case::once("c17_a_container_on_the_hosts_network_is_refused_with_a_reason", host_network),
     Case::once("ports_published_by_docker_are_not_forwarded", published),
-    Case::once("ports_of_a_shared_network_belong_to_its_owner", guest),
+    Case::once("ports_of_a_shared_network_belong_to_its_owner", shared_network),
     Case::once("stopped_containers_are_not_inspected_until_an_event", stopped),
-    Case::once("a_container_that_starts_without_a_docker_event_is_discovered", untold),
+    Case::once("a_container_that_starts_without_a_docker_event_is_discovered", missed_event),
     Case::once("a_labelled_container_keeps_its_ports_when_it_is_renamed", renamed),
 ];
 
@@ -86,9 +86,9 @@ fn wait_for_ports(home: &Home, name: &str, wanted: &[(u16, u16, &str)]) -> Value
     wait_until(&format!("{name} to have {wanted:?}"), || {
         let now = container(home, name);
         let rows = now["forwards"].as_array().cloned().unwrap_or_default();
-        let told: Vec<Value> =
+        let reported: Vec<Value> =
             rows.iter().map(|row| json!([row["port"], row["hostPort"], row["state"]])).collect();
-        if json!(told) == json!(wanted) { Ok(now["forwards"].clone()) } else { Err(now) }
+        if json!(reported) == json!(wanted) { Ok(now["forwards"].clone()) } else { Err(now) }
     })
 }
 
@@ -100,25 +100,25 @@ fn answers(port: u16) -> bool {
     TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], port))).is_ok()
 }
 
-fn stranger() {
+fn foreign_process() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["shop"]);
     let network = Namespace::new();
     let _server = Server::listen(&network, "127.0.0.1:3000");
     let first = First::start(&home, &network, &"f".repeat(64));
-    docker.inhabit("shop", first.pid(), json!({}));
+    docker.set_process("shop", first.pid(), json!({}));
     let _daemon = home.daemon();
     register(&home, "shop");
     let reason = wait_for_state(&home, "shop", "unreachable");
-    let told = format!("process {} does not belong to this container", first.pid());
-    assert!(reason.starts_with(&told), "{reason}");
+    let reported = format!("process {} does not belong to this container", first.pid());
+    assert!(reason.starts_with(&reported), "{reason}");
     assert!(!answers(3000));
 }
 
 fn host_network() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["shop"]);
-    docker.inhabit("shop", std::process::id(), json!({"HostConfig": {"NetworkMode": "host"}}));
+    docker.set_process("shop", std::process::id(), json!({"HostConfig": {"NetworkMode": "host"}}));
     let _daemon = home.daemon();
     register(&home, "shop");
     let reason = wait_for_state(&home, "shop", "unreachable");
@@ -134,7 +134,7 @@ fn published() {
     let first = First::start(&home, &network, &docker.id("shop"));
     let ports = json!({"3000/tcp": [{"HostIp": "0.0.0.0", "HostPort": "13000"}],
         "3001/tcp": [{"HostIp": "127.0.0.1", "HostPort": "3001"}]});
-    docker.inhabit("shop", first.pid(), json!({"NetworkSettings": {"Ports": ports}}));
+    docker.set_process("shop", first.pid(), json!({"NetworkSettings": {"Ports": ports}}));
     let _daemon = home.daemon();
     register(&home, "shop");
     let wanted = [(3000, 13_000, "published"), (3001, 3001, "published"), (3002, 3002, "open")];
@@ -148,15 +148,15 @@ fn published() {
     assert!(listed.contains("published") && listed.contains("localhost:13000"), "{listed}");
 }
 
-fn guest() {
+fn shared_network() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["shop", "side"]);
     let network = Namespace::new();
     let _server = Server::listen(&network, "127.0.0.1:3000");
     let firsts = ["shop", "side"].map(|name| First::start(&home, &network, &docker.id(name)));
-    docker.inhabit("shop", firsts[0].pid(), json!({}));
+    docker.set_process("shop", firsts[0].pid(), json!({}));
     let mode = format!("container:{}", docker.id("shop"));
-    docker.inhabit("side", firsts[1].pid(), json!({"HostConfig": {"NetworkMode": mode}}));
+    docker.set_process("side", firsts[1].pid(), json!({"HostConfig": {"NetworkMode": mode}}));
     let _daemon = home.daemon();
     // Alone it has the ports. The container that owns the network has them while it runs.
     register(&home, "side");
@@ -193,7 +193,7 @@ fn stopped() {
     const WINDOW: Duration = Duration::from_millis(3_500);
     let home = Home::new();
     let docker = FakeDocker::start(&home, &["odd"]);
-    docker.inhabit("odd", std::process::id(), json!({"HostConfig": {"NetworkMode": "host"}}));
+    docker.set_process("odd", std::process::id(), json!({"HostConfig": {"NetworkMode": "host"}}));
     let network = Namespace::new();
     let _server = Server::listen(&network, "127.0.0.1:3000");
     let _daemon = home.daemon();
@@ -205,14 +205,14 @@ fn stopped() {
     wait_for_state(&home, "odd", "unreachable");
     let odd = "GET /containers/odd/json";
     docker.wait_for_calls(odd, docker.calls(odd) + 1);
-    let (begin, before) = (Instant::now(), inspections(&docker, "idle-"));
+    let (start, before) = (Instant::now(), inspections(&docker, "idle-"));
     docker.wait_for_calls(odd, docker.calls(odd) + 1);
-    let pause = begin.elapsed();
+    let pause = start.elapsed();
     assert_eq!(inspections(&docker, "idle-"), before, "in {pause:?}");
     assert!(pause > WINDOW, "the pauses do not grow: {pause:?}");
     // An event causes an inspection at once, of this container only.
     let first = First::start(&home, &network, &docker.id("idle-7"));
-    docker.inhabit("idle-7", first.pid(), json!({}));
+    docker.set_process("idle-7", first.pid(), json!({}));
     let own = inspections(&docker, "idle-7/");
     docker.run("idle-7");
     wait_for_ports(&home, "idle-7", &[(3000, 3000, "open")]);
@@ -221,7 +221,7 @@ fn stopped() {
     assert_eq!(others, before - own);
     // So does any event about an inaccessible container, and a new registration of it.
     let looks = docker.calls(odd);
-    docker.announce("unpause", "odd");
+    docker.emit_event("unpause", "odd");
     docker.wait_for_calls(odd, looks + 1);
     register(&home, "idle-3");
     docker.wait_for_calls("GET /containers/idle-3/json", 2);
@@ -232,16 +232,16 @@ fn stopped() {
     }
 }
 
-fn untold() {
+fn missed_event() {
     let home = Home::new();
     let docker = FakeDocker::start(&home, &[]);
     let network = Namespace::new();
     let _server = Server::listen(&network, "127.0.0.1:3000");
     let _daemon = home.daemon();
     idle(&home, &docker, &["shop".to_owned()]);
-    docker.silence(true);
+    docker.set_events_disabled(true);
     let first = First::start(&home, &network, &docker.id("shop"));
-    docker.inhabit("shop", first.pid(), json!({}));
+    docker.set_process("shop", first.pid(), json!({}));
     docker.run("shop");
     wait_for_ports(&home, "shop", &[(3000, 3000, "open")]);
     assert!(answers(3000));
@@ -256,37 +256,37 @@ fn renamed() {
     let _daemon = home.daemon();
     docker.launch("shop", &[("dev.landfall.forward", "true")]);
     let first = First::start(&home, &network, &docker.id("shop"));
-    docker.inhabit("shop", first.pid(), json!({}));
-    docker.announce("start", "shop");
+    docker.set_process("shop", first.pid(), json!({}));
+    docker.emit_event("start", "shop");
     let open = [(3000, 3000, "open"), (3001, 3001, "open")];
     wait_for_ports(&home, "shop", &open);
-    let mut conversation = Conversation::begin(3001, &talked, 1);
+    let mut conversation = Conversation::start(3001, &talked, 1);
     let flood = Flood::start(3000, 3);
-    flood.goes_on(20);
+    flood.wait_for_progress(20);
     for (old, new) in [("shop", "store"), ("store", "stall"), ("stall", "shop")] {
         docker.rename_to(old, new);
         wait_until(&format!("{old} to be {new}"), || {
-            let told = describe(&home)["containers"].take();
+            let reported = describe(&home)["containers"].take();
             let names: Vec<&str> =
-                told.as_array().unwrap().iter().filter_map(|one| one["containerName"].as_str()).collect();
-            if names == [new] { Ok(()) } else { Err(told.clone()) }
+                reported.as_array().unwrap().iter().filter_map(|one| one["containerName"].as_str()).collect();
+            if names == [new] { Ok(()) } else { Err(reported.clone()) }
         });
         wait_for_ports(&home, new, &open);
         assert_eq!(container(&home, new)["state"], "reached");
-        flood.goes_on(50);
-        conversation.goes_on();
+        flood.wait_for_progress(50);
+        conversation.wait_for_progress();
     }
     flood.end();
     conversation.end();
     // The listeners stay the same, and event subscribers are notified of the new name.
-    let told = |kind: &str, name: &str| {
+    let reported = |kind: &str, name: &str| {
         let events = home.events();
         let events = events.iter().filter(|event| event["event"]["kind"] == kind);
         events
             .filter(|event| event["event"]["containerName"] == name && event["event"]["port"] == 3000)
             .count()
     };
-    assert_eq!((told("port-forward-opened", "stall"), told("port-forward-closed", "stall")), (1, 1));
+    assert_eq!((reported("port-forward-opened", "stall"), reported("port-forward-closed", "stall")), (1, 1));
     // The registration ends with the container, regardless of its name.
     docker.remove("shop", false);
     wait_until("the port to close", || if answers(3000) { Err("open") } else { Ok(()) });

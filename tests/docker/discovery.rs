@@ -21,8 +21,8 @@ fn found() {
     let home = Home::new();
     let engine = Engine::start(&home, &["base", "nginx"]);
     engine.serve("before", 3000, &[]);
-    engine.serve_plainly("plain", 3001, &[]);
-    engine.serve_plainly("never", 3002, &["--label", "dev.landfall.forward=false"]);
+    engine.serve_with_options("plain", 3001, &[]);
+    engine.serve_with_options("never", 3002, &["--label", "dev.landfall.forward=false"]);
     engine.run("static", &["--label", LABEL], "nginx", &["nginx", "-c", "/etc/nginx.conf"]);
     up(&home, &[]);
     answers(3000, "before");
@@ -30,7 +30,7 @@ fn found() {
     engine.serve("after", 3003, &[]);
     answers(3003, "after");
     for port in [3001, 3002] {
-        assert!(is_refused(port), "{port} answers, and nobody asked for it");
+        assert!(is_refused(port), "{port} answers without a request");
     }
 
     landfall(&home, &["attach", "plain"]);
@@ -91,7 +91,7 @@ fn hostile_image() {
     }
     landfall(&home, &["attach", "db"]);
     answers(5432, "hostile");
-    assert!(is_refused(80), "nobody named a port below 1024");
+    assert!(is_refused(80), "a port below 1024 that is not named is forwarded");
     // Without its image, it is unknown which labels the container was given itself.
     engine.docker(&["stop", "-t", "0", "own", "db"]);
     engine.docker(&["rmi", "-f", "base"]);
@@ -116,9 +116,12 @@ fn same_port() {
         });
         answers(3000, "first");
     }
-    let told = container(&home, "second")["forwards"][0].clone();
-    assert_eq!(told["state"], "failed", "{told}");
-    assert!(told["reason"].as_str().unwrap().contains("first"), "who has it: {told}");
+    let reported = container(&home, "second")["forwards"][0].clone();
+    assert_eq!(reported["state"], "failed", "{reported}");
+    assert!(
+        reported["reason"].as_str().unwrap().contains("first"),
+        "the reason does not name the owner: {reported}"
+    );
     engine.docker(&["rm", "-f", "first"]);
     answers(3000, "second");
     // A container that stops only its server frees the port, too.

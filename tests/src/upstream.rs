@@ -16,29 +16,33 @@ use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketTy
 
 use crate::Namespace;
 
-static WAY: OnceLock<UpstreamKind> = OnceLock::new();
+static UPSTREAM_KIND: OnceLock<UpstreamKind> = OnceLock::new();
 
 /// Makes this case, which is a process of its own, use another kind of upstream than an opener.
 ///
 /// # Panics
 /// If it has added an upstream already.
-pub fn enter_by(way: UpstreamKind) {
-    assert_eq!(*WAY.get_or_init(|| way), way, "the way of this case was chosen before");
+pub fn set_upstream_kind(upstream_kind: UpstreamKind) {
+    assert_eq!(
+        *UPSTREAM_KIND.get_or_init(|| upstream_kind),
+        upstream_kind,
+        "the way of this case was chosen before"
+    );
 }
 
 /// Returns the kind of upstream that this case uses.
-pub fn way() -> UpstreamKind {
-    *WAY.get_or_init(UpstreamKind::default)
+pub fn upstream_kind() -> UpstreamKind {
+    *UPSTREAM_KIND.get_or_init(UpstreamKind::default)
 }
 
 /// The other end of an upstream. Dropping it ends that end.
 #[derive(Debug)]
-pub struct Behind {
+pub struct UpstreamGuard {
     _agent: Option<Agent>,
 }
 
 /// The parts of an upstream: the cookie, the watch sources and the descriptors of the command, and the other end.
-pub type Entered = (u64, WatchSources, Vec<OwnedFd>, Behind);
+pub type Entered = (u64, WatchSources, Vec<OwnedFd>, UpstreamGuard);
 
 /// Enters a namespace with the upstream kind of this case, for an engine with this many shards.
 ///
@@ -46,23 +50,23 @@ pub type Entered = (u64, WatchSources, Vec<OwnedFd>, Behind);
 /// If it cannot.
 #[track_caller]
 pub fn enter(namespace: &Namespace, shards: u16) -> Entered {
-    match way() {
+    match upstream_kind() {
         UpstreamKind::Opener => {
             let program = std::env::current_exe().unwrap();
             let mut opener = Opener::spawn(&program, namespace.target()).unwrap();
             let (sources, descriptors) = opener.upstream(shards).unwrap();
-            (opener.netns_cookie(), sources, descriptors, Behind { _agent: None })
+            (opener.netns_cookie(), sources, descriptors, UpstreamGuard { _agent: None })
         }
         UpstreamKind::Agent => {
             let directory = tempfile::tempdir().unwrap();
             let agent = Agent::start(namespace, directory.path());
             let mut opener = Opener::connect(directory.path()).unwrap();
             let (sources, descriptors) = opener.agent_upstream().unwrap();
-            (opener.netns_cookie(), sources, descriptors, Behind { _agent: Some(agent) })
+            (opener.netns_cookie(), sources, descriptors, UpstreamGuard { _agent: Some(agent) })
         }
         UpstreamKind::Dialler => {
             let channels = (0..shards).map(|_| dialler(namespace)).collect();
-            (1 << 63, WatchSources::default(), channels, Behind { _agent: None })
+            (1 << 63, WatchSources::default(), channels, UpstreamGuard { _agent: None })
         }
         UpstreamKind::Host => panic!("the host is not a container's namespace"),
     }
@@ -81,7 +85,7 @@ impl Agent {
     /// # Panics
     /// If it cannot.
     pub fn start(namespace: &Namespace, directory: &Path) -> Agent {
-        let listener = agents_listener(&directory.join(AGENT_SOCKET));
+        let listener = agent_listener(&directory.join(AGENT_SOCKET));
         let served = listener.try_clone().unwrap();
         let serving = Some(namespace.spawn(move || serve::agent(served).unwrap()));
         Agent { listener, serving }
@@ -101,7 +105,7 @@ impl Drop for Agent {
 ///
 /// # Panics
 /// If the path cannot be bound.
-pub fn agents_listener(path: &Path) -> OwnedFd {
+pub fn agent_listener(path: &Path) -> OwnedFd {
     let kind = SocketType::SEQPACKET;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
     rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
@@ -157,7 +161,7 @@ impl Scripted {
         path: &Path,
         script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'static,
     ) -> Scripted {
-        let listener = agents_listener(path);
+        let listener = agent_listener(path);
         let served = listener.try_clone().unwrap();
         let script = std::sync::Arc::new(script);
         namespace.spawn(move || {
@@ -185,7 +189,7 @@ impl Drop for Scripted {
 ///
 /// # Panics
 /// If no sockets are left.
-pub fn honest(request: &Request) -> (Answer, Vec<OwnedFd>) {
+pub fn honest_answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
     let make = |domain, kind, protocol| {
         rustix::net::socket_with(domain, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol)
             .unwrap()

@@ -11,8 +11,8 @@ use landfall_tests::case::Case;
 use landfall_tests::{Home, Namespace, Pattern, is_long, note};
 
 use super::engine::{
-    Engine, answers, container, has_openers, held_at_rest, is_open, is_refused, landfall, page, refuses,
-    rows, until, up,
+    Engine, answers, container, is_open, is_refused, landfall, page, refuses, rows, until, up,
+    wait_for_openers, wait_until_idle,
 };
 
 pub(crate) const CASES: &[Case] = &[
@@ -35,7 +35,7 @@ impl<'a> Visitors<'a> {
         Visitors { over, served: AtomicUsize::new(0), failed: Mutex::new(Vec::new()) }
     }
 
-    pub(crate) fn come(&self, port: u16, wanted: &str) {
+    pub(crate) fn connect_until_stopped(&self, port: u16, wanted: &str) {
         let mut turn = 0;
         while !self.over.load(Ordering::Relaxed) {
             match page(port, turn) {
@@ -64,7 +64,7 @@ impl<'a> Visitors<'a> {
 
     /// Waits until some further clients were served.
     #[track_caller]
-    pub(crate) fn go_on(&self) {
+    pub(crate) fn wait_for_progress(&self) {
         let wanted = self.served() + 5;
         until("visitors to be served", || match self.served() {
             served if served >= wanted => Ok(()),
@@ -74,9 +74,9 @@ impl<'a> Visitors<'a> {
 }
 
 /// Stops the clients also when the case panics.
-pub(crate) struct Over<'a>(pub(crate) &'a AtomicBool);
+pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -89,7 +89,7 @@ fn restarts() {
     let home = Home::new();
     let engine = Engine::start(&home, &["base"]);
     up(&home, &[]);
-    let before = held_at_rest(&home, &engine);
+    let before = wait_until_idle(&home, &engine);
     for (name, port) in [("restarted", RESTARTED), ("other", OTHER)] {
         engine.serve(name, port, &[]);
         answers(port, name);
@@ -99,13 +99,13 @@ fn restarts() {
     let over = AtomicBool::new(false);
     let (restarted, other) = (Visitors::new(&over), Visitors::new(&over));
     std::thread::scope(|scope| {
-        let over = Over(&over);
+        let over = StopOnDrop(&over);
         for _ in 0..2 {
-            scope.spawn(|| restarted.come(RESTARTED, "restarted"));
+            scope.spawn(|| restarted.connect_until_stopped(RESTARTED, "restarted"));
         }
-        scope.spawn(|| other.come(OTHER, "other"));
+        scope.spawn(|| other.connect_until_stopped(OTHER, "other"));
         for _ in 0..rounds {
-            restarted.go_on();
+            restarted.wait_for_progress();
             let pid = engine.first_process("restarted");
             engine.docker(&["restart", "-t", "0", "restarted"]);
             assert_ne!(engine.first_process("restarted"), pid);
@@ -114,8 +114,8 @@ fn restarts() {
         for _ in 0..2 {
             engine.docker(&["restart", "-t", "0", "restarted"]);
         }
-        restarted.go_on();
-        other.go_on();
+        restarted.wait_for_progress();
+        other.wait_for_progress();
         drop(over);
     });
     assert_eq!(other.failed(), [""; 0], "the other one's visitors noticed");
@@ -123,10 +123,10 @@ fn restarts() {
     is_open(&home, "other", &[OTHER]);
     answers(RESTARTED, "restarted");
     answers(OTHER, "other");
-    has_openers(&home, 2);
+    wait_for_openers(&home, 2);
     engine.docker(&["rm", "-f", "restarted"]);
     engine.docker(&["rm", "-f", "other"]);
-    before.comes_back(&home);
+    before.wait_until_released(&home);
     note!(
         "{} restarts, {} visitors served and {} not, {} of another container all served",
         rounds + 2,
@@ -214,19 +214,19 @@ fn kill() {
     for _ in 0..5 {
         engine.serve("killed", PORT, &[]);
         answers(PORT, "killed");
-        let end = Namespace::of(engine.first_process("killed")).watch_for_end();
+        let end = Namespace::of(engine.first_process("killed")).into_end_watch();
         let asked = Instant::now();
         engine.docker(&["kill", "killed"]);
         let killed = Instant::now();
         until("the port to be refused", || if is_refused(PORT) { Ok(()) } else { Err(killed.elapsed()) });
         assert!(killed.elapsed() < REFUSED_WITHIN, "{:?}", killed.elapsed());
         longest = longest.max(asked.elapsed());
-        until("the network namespace to be let go of", || {
+        until("the network namespace to be released", || {
             if end.is_gone() { Ok(()) } else { Err("it is there") }
         });
         engine.docker(&["rm", "-f", "killed"]);
     }
-    note!("refused at most {} ms after `docker kill` was begun", longest.as_millis());
+    note!("refused at most {} ms after `docker kill` was started", longest.as_millis());
 }
 
 fn networks() {
@@ -235,14 +235,14 @@ fn networks() {
     up(&home, &[]);
     // A container on the host's network answers there by itself, and must not be forwarded to itself.
     engine.serve("on-the-host", 3000, &["--network", "host"]);
-    is_explained(&home, "on-the-host", "host's network");
+    wait_for_reason(&home, "on-the-host", "host's network");
     assert_eq!(page(3000, 0).unwrap(), "on-the-host");
     // A container on another's network has that one's ports, which are forwarded once.
     engine.serve("owner", 3001, &[]);
     answers(3001, "owner");
     engine.serve("guest", 3002, &["--network", "container:owner"]);
     answers(3002, "guest");
-    is_explained(&home, "guest", "owner");
+    wait_for_reason(&home, "guest", "owner");
     is_open(&home, "owner", &[3001, 3002]);
     engine.docker(&["rm", "-f", "on-the-host"]);
     refuses(3000);
@@ -250,12 +250,12 @@ fn networks() {
 
 /// Waits until a container is not forwarded, and its reason contains this text.
 #[track_caller]
-fn is_explained(home: &Home, name: &str, wanted: &str) {
-    let told = until(&format!("{name} to be explained"), || match container(home, name) {
+fn wait_for_reason(home: &Home, name: &str, wanted: &str) {
+    let reported = until(&format!("{name} to have a reason"), || match container(home, name) {
         found if found["reason"].as_str().is_some_and(|reason| reason.contains(wanted)) => Ok(found),
         found => Err(found),
     });
-    assert_eq!(told["forwards"].as_array().unwrap().len(), 0, "{told}");
+    assert_eq!(reported["forwards"].as_array().unwrap().len(), 0, "{reported}");
 }
 
 /// The user's settings for a container stay in effect when it is renamed, and when another one is created under its name.
@@ -266,7 +266,7 @@ fn names() {
     up(&home, &[]);
     engine.serve("labelled", 3000, &["--label", ONLY]);
     engine.exec("labelled", "busybox httpd -p 127.0.0.1:3009 -h /www");
-    engine.serve_plainly("attached", 3001, &[]);
+    engine.serve_with_options("attached", 3001, &[]);
     engine.exec("attached", "busybox httpd -p 127.0.0.1:3010 -h /www");
     landfall(&home, &["attach", "attached", "--deny", "3010"]);
     let check = |labelled: &str, attached: &str| {
@@ -296,7 +296,7 @@ fn names() {
     refuses(3001);
     engine.serve("labelled", 3000, &["--label", ONLY]);
     engine.exec("labelled", "busybox httpd -p 127.0.0.1:3009 -h /www");
-    engine.serve_plainly("attached", 3001, &[]);
+    engine.serve_with_options("attached", 3001, &[]);
     engine.exec("attached", "busybox httpd -p 127.0.0.1:3010 -h /www");
     check("labelled", "attached");
 }

@@ -10,9 +10,7 @@ use landfall_tests::broker::{Agent, CONTAINER_PORT, Published, dial, hello, try_
 use landfall_tests::case::Case;
 use landfall_tests::process::running;
 use landfall_tests::rpc::{self, register_with, registration};
-use landfall_tests::{
-    Home, Namespace, Server, answer, as_stranger, connect, strangers_are_possible, wait_until,
-};
+use landfall_tests::{Home, Namespace, Server, answer, as_other_user, can_change_user, connect, wait_until};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
@@ -40,24 +38,24 @@ fn wrong_hellos() {
     let agent = Agent::start(&home, &inside, TOKEN);
     for _ in 0..30 {
         let mut peer = dial(&inside);
-        peer.say(&hello("wrong"));
-        peer.ending();
+        peer.send_message(&hello("wrong"));
+        peer.receive_end();
     }
     welcome(&inside, TOKEN).ping();
-    let said = || -> Vec<Value> {
-        agent.said().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    let printed = || -> Vec<Value> {
+        agent.printed().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     };
     let authed = wait_until("the right hello in the log", || {
-        said().into_iter().find(|line| line["kind"] == "authed").ok_or_else(&said)
+        printed().into_iter().find(|line| line["kind"] == "authed").ok_or_else(&printed)
     });
     assert_eq!(authed["omitted"], 20, "{authed}");
-    assert_eq!(said().iter().filter(|line| line["kind"] == "auth-failed").count(), 10);
-    assert!(!agent.said().contains(TOKEN));
+    assert_eq!(printed().iter().filter(|line| line["kind"] == "auth-failed").count(), 10);
+    assert!(!agent.printed().contains(TOKEN));
 }
 
 /// Connects to the agent's socket as another user of the host.
-fn stranger_connects(directory: &Path) -> rustix::io::Result<()> {
-    as_stranger(|| {
+fn other_user_connects(directory: &Path) -> rustix::io::Result<()> {
+    as_other_user(|| {
         let socket: OwnedFd =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         rustix::net::connect(&socket, &SocketAddrUnix::new(directory.join("agent.sock"))?)
@@ -65,7 +63,7 @@ fn stranger_connects(directory: &Path) -> rustix::io::Result<()> {
 }
 
 fn open_directory() {
-    if !strangers_are_possible() {
+    if !can_change_user() {
         return;
     }
     let (home, inside) = (Home::new(), Namespace::new());
@@ -81,7 +79,7 @@ fn open_directory() {
     command.args(["--directory", directory.to_str().unwrap()]);
     let _agent = Agent::spawn(&home, &inside, command);
     // A user who can connect to the socket reaches everything that listens in the container.
-    stranger_connects(&directory).unwrap();
+    other_user_connects(&directory).unwrap();
     let daemon = home.daemon();
     let fields = json!({"way": {"kind": "agent", "directory": directory}, "portForward": {"allow": "*"}});
     let refused = rpc::refused(&home, &registration(&home, "coder", &fields));
@@ -89,13 +87,13 @@ fn open_directory() {
     assert!(refused.contains("install -d -m 0700"), "{refused}");
     // An existing registration is not used either.
     daemon.kill();
-    home.plant("coder", registration(&home, "coder", &fields).to_string());
+    home.write_registration("coder", registration(&home, "coder", &fields).to_string());
     let _daemon = home.daemon();
     let event = home.wait_for_event("container-unreachable", |event| event["containerName"] == "coder");
     assert!(event["reason"].as_str().unwrap().contains("other users can enter"), "{event}");
     // With a closed directory above it, other users cannot enter it, and the directory is used.
     mode(above.path(), 0o700);
-    stranger_connects(&directory).unwrap_err();
+    other_user_connects(&directory).unwrap_err();
     let server = Server::listen(&inside, "127.0.0.1:5173");
     server.serve(answer);
     home.wait_for_event("container-reached", |event| event["containerName"] == "coder");
@@ -129,12 +127,12 @@ fn environment() {
     for variable in VARIABLES {
         start = start.variable(variable, TOKEN);
     }
-    let daemon = start.and_wait();
+    let daemon = start.wait_until_ready();
     assert!(environment_of(daemon.pid()).contains("LANDFALL_HOME"), "it is there");
     assert!(!environment_of(daemon.pid()).contains(TOKEN));
     // Its children do not have them either; an engine is one.
     let _agent = Agent::start(&home, &inside, TOKEN);
-    let published = Published::start(inside.again(), CONTAINER_PORT);
+    let published = Published::start(inside.duplicate(), CONTAINER_PORT);
     let fields = json!({"wsHostPort": published.port(), "portForward": {"allow": "*"}, "brokerToken": TOKEN,
         "way": {"kind": "websocket"}});
     register_with(&home, "inner", &fields);
