@@ -1,5 +1,5 @@
-//! The watch against real namespaces, without needing root: each test runs itself again as the root of a user and
-//! network namespace of its own (`unshare --map-root-user --net`), and makes the namespaces to be watched there.
+//! The watch in real namespaces, without root: each test runs itself again as the root of a user and network namespace of
+//! its own (`unshare --map-root-user --net`), and creates the watched namespaces there.
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
@@ -97,7 +97,7 @@ fn watcher() -> (Watcher, Events) {
     (Watcher::start(HintSource::Off, sink).unwrap(), receiver)
 }
 
-/// The next event, which must be of `from` and tell listeners: what opened, what closed.
+/// Receives the next event, which must list listeners of `from`. Returns the opened and the closed ones.
 fn listeners(events: &Events, from: u32) -> (Vec<Listening>, Vec<Listening>) {
     match events.recv_timeout(WAIT).expect("an event in time").0 {
         WatchEvent::Listeners { upstream, opened, closed } if upstream == UpstreamId(from) => {
@@ -107,7 +107,7 @@ fn listeners(events: &Events, from: u32) -> (Vec<Listening>, Vec<Listening>) {
     }
 }
 
-/// What is expected of a listener that this process opened as the root of its user namespace.
+/// The expected row of a listener that this process opened as the root of its user namespace.
 fn expected(listener: &TcpListener) -> Listening {
     let address = listener.local_addr().unwrap();
     let port = address.port().try_into().unwrap();
@@ -135,13 +135,17 @@ fn both_sources_find_exactly_the_listeners_on_loopback_and_any() {
 }
 
 #[test]
-fn opening_and_closing_are_told() {
-    alone("opening_and_closing_are_told", || {
+fn opened_and_closed_listeners_are_reported() {
+    alone("opened_and_closed_listeners_are_reported", || {
         for kind in KINDS {
             let namespace = Namespace::new();
             let (watcher, events) = watcher();
             watcher.add(UpstreamId(7), namespace.sources(kind));
-            assert_eq!(listeners(&events, 7), (vec![], vec![]), "the first event tells even nothing");
+            assert_eq!(
+                listeners(&events, 7),
+                (vec![], vec![]),
+                "the first event is sent even if it is empty"
+            );
             let listener = namespace.listen("127.0.0.1:5173");
             let row = expected(&listener);
             assert_eq!(listeners(&events, 7), (vec![row], vec![]), "{kind:?}");
@@ -152,8 +156,8 @@ fn opening_and_closing_are_told() {
 }
 
 #[test]
-fn namespaces_are_told_apart_and_begun_anew_when_added_again() {
-    alone("namespaces_are_told_apart_and_begun_anew_when_added_again", || {
+fn namespaces_are_separate_and_restart_when_added_again() {
+    alone("namespaces_are_separate_and_restart_when_added_again", || {
         let (a, b) = (Namespace::new(), Namespace::new());
         let (in_a, in_b) = (a.listen("127.0.0.1:80"), b.listen("[::1]:80"));
         let (watcher, events) = watcher();
@@ -163,7 +167,7 @@ fn namespaces_are_told_apart_and_begun_anew_when_added_again() {
         assert_eq!(listeners(&events, 2).0, [expected(&in_b)]);
         watcher.add(UpstreamId(1), a.sources(Kind::Files));
         assert_eq!(listeners(&events, 1).0, [expected(&in_a)]);
-        // What changes in a namespace that was let go is not told: each further event is the other one's.
+        // Changes in a namespace that is no longer watched are not reported: each further event is of the other one.
         watcher.remove(UpstreamId(1));
         drop(in_a);
         let more = b.listen("127.0.0.1:81");
@@ -174,8 +178,8 @@ fn namespaces_are_told_apart_and_begun_anew_when_added_again() {
 }
 
 #[test]
-fn a_refused_socket_leaves_the_files_and_nothing_at_all_is_told_as_lost() {
-    alone("a_refused_socket_leaves_the_files_and_nothing_at_all_is_told_as_lost", || {
+fn a_refused_socket_falls_back_to_files_and_no_source_is_lost() {
+    alone("a_refused_socket_falls_back_to_files_and_no_source_is_lost", || {
         let namespace = Namespace::new();
         let listener = namespace.listen("127.0.0.1:80");
         let no_netlink = || Some(OwnedFd::from(TcpListener::bind("0.0.0.0:0").unwrap()));
@@ -188,10 +192,10 @@ fn a_refused_socket_leaves_the_files_and_nothing_at_all_is_told_as_lost() {
     });
 }
 
-/// A table of many pages, from the middle of which rows vanish while it is read.
+/// A table of many pages. Rows disappear from its middle while it is read.
 #[test]
-fn churn_beside_many_listeners_never_closes_one_that_stays() {
-    alone("churn_beside_many_listeners_never_closes_one_that_stays", || {
+fn churn_never_closes_a_listener_that_stays() {
+    alone("churn_never_closes_a_listener_that_stays", || {
         for kind in KINDS {
             let namespace = Namespace::new();
             let bind = |port: u16| TcpListener::bind(("127.0.0.1", port)).unwrap();
@@ -271,7 +275,7 @@ fn figures_of_one_scan() {
     });
 }
 
-/// The processor time of one scan out of two hundred: the median and the most.
+/// Measures the processor time of a scan two hundred times. Returns the median and the maximum.
 fn scan_time(mut scan: impl FnMut(&mut Reading)) -> (Duration, Duration) {
     let mut reading = Reading::default();
     let mut times: Vec<_> = (0..200)
@@ -285,7 +289,7 @@ fn scan_time(mut scan: impl FnMut(&mut Reading)) -> (Duration, Duration) {
     (times[100], times[199])
 }
 
-/// From before `bind` to the event, sorted.
+/// Measures the times from before `bind` to the event, sorted.
 fn delays(kind: Kind, pause: Duration, rounds: u32) -> Vec<Duration> {
     let namespace = Namespace::new();
     let (watcher, events) = watcher();
@@ -293,24 +297,24 @@ fn delays(kind: Kind, pause: Duration, rounds: u32) -> Vec<Duration> {
     listeners(&events, 1);
     let mut delays: Vec<Duration> = (0..rounds)
         .map(|round| {
-            // Not in step with the scans.
+            // Keeps the rounds from running in step with the scans.
             thread::sleep(pause + Duration::from_micros(u64::from(round) * 733 % 23_000));
-            let (listener, began) = namespace.run(|| {
-                let began = Instant::now();
-                (TcpListener::bind("127.0.0.1:5173").unwrap(), began)
+            let (listener, started) = namespace.run(|| {
+                let started = Instant::now();
+                (TcpListener::bind("127.0.0.1:5173").unwrap(), started)
             });
-            let (event, told) = events.recv_timeout(WAIT).unwrap();
+            let (event, reported) = events.recv_timeout(WAIT).unwrap();
             assert!(matches!(event, WatchEvent::Listeners { ref opened, .. } if opened.len() == 1));
             drop(listener);
             assert_eq!(listeners(&events, 1).1.len(), 1);
-            told.saturating_duration_since(began)
+            reported.saturating_duration_since(started)
         })
         .collect();
     delays.sort();
     delays
 }
 
-/// What the watch of `count` namespaces in which nothing happens costs, over ten seconds.
+/// Measures the processor time that the watch of `count` idle namespaces uses in ten seconds, in percent of a core.
 fn idle_percent(kind: Kind, count: u32) -> f64 {
     let namespaces: Vec<_> = (0..count).map(|_| Namespace::new()).collect();
     let (watcher, events) = watcher();
@@ -318,9 +322,9 @@ fn idle_percent(kind: Kind, count: u32) -> f64 {
         watcher.add(UpstreamId(id), namespace.sources(kind));
     }
     namespaces.iter().for_each(|_| drop(events.recv_timeout(WAIT).unwrap()));
-    let (before, began) = (processor_time(), Instant::now());
+    let (before, started) = (processor_time(), Instant::now());
     thread::sleep(Duration::from_secs(10));
-    (processor_time() - before).as_secs_f64() * 100.0 / began.elapsed().as_secs_f64()
+    (processor_time() - before).as_secs_f64() * 100.0 / started.elapsed().as_secs_f64()
 }
 
 fn processor_time() -> Duration {

@@ -1,9 +1,9 @@
 //! The messages of `NETLINK_SOCK_DIAG`: a list of the TCP sockets in LISTEN state, and the lookup of one TCP socket. Pure.
 //!
-//! A request is a `nlmsghdr` and an `inet_diag_req_v2` (`linux/netlink.h`, `linux/inet_diag.h`); an answer is a
-//! sequence of datagrams with a `nlmsghdr` and an `inet_diag_msg` for each socket, closed by `NLMSG_DONE`. Headers are
-//! in the byte order of the machine, ports and addresses in that of the network. Of the attributes that follow an
-//! `inet_diag_msg`, [`connection`] reads `INET_DIAG_INFO`. A message that does not fit its datagram is an error, never a panic.
+//! A request is a `nlmsghdr` and an `inet_diag_req_v2` (`linux/netlink.h`, `linux/inet_diag.h`); an answer is a sequence of
+//! datagrams with a `nlmsghdr` and an `inet_diag_msg` for each socket, closed by `NLMSG_DONE`. Headers are in the byte order
+//! of the machine, ports and addresses in that of the network. Of the attributes that follow an `inet_diag_msg`,
+//! [`connection`] reads `INET_DIAG_INFO`. A message that does not fit its datagram is an error, never a panic.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
@@ -16,8 +16,8 @@ use crate::command::{Family, Listening};
 /// Length of [`request`]: 16 bytes of header and 56 of request.
 pub const REQUEST_BYTES: usize = 72;
 
-/// Asks for every listening TCP socket of one family. The kernel then leaves the established hash alone
-/// (`inet_diag_dump_icsk`, `net/ipv4/inet_diag.c`), which is what makes this cheap.
+/// Requests all listening TCP sockets of one family. The kernel then does not walk the hash of connections
+/// (`inet_diag_dump_icsk`, `net/ipv4/inet_diag.c`), which makes the request cheap.
 pub fn request(family: Family, sequence: u32) -> [u8; REQUEST_BYTES] {
     let mut bytes = [0; REQUEST_BYTES];
     bytes[0..4].copy_from_slice(&72u32.to_ne_bytes());
@@ -30,7 +30,7 @@ pub fn request(family: Family, sequence: u32) -> [u8; REQUEST_BYTES] {
     bytes
 }
 
-/// Asks for every TCP connection of one family, with its counters. The kernel walks its hash of connections, which takes
+/// Requests all TCP connections of one family, with their counters. The kernel walks its hash of connections, which takes
 /// about a millisecond on an idle machine.
 pub fn connections_request(family: Family, sequence: u32) -> [u8; REQUEST_BYTES] {
     let mut bytes = request(family, sequence);
@@ -39,7 +39,7 @@ pub fn connections_request(family: Family, sequence: u32) -> [u8; REQUEST_BYTES]
     bytes
 }
 
-/// Asks for the one TCP socket that would receive a segment from `peer` to `local` on `interface`: the connection between
+/// Requests the one TCP socket that would receive a segment from `peer` to `local` on `interface`: the connection between
 /// the two addresses, else the listener on `local`. The kernel makes the same lookup as for an arriving segment
 /// (`inet_diag_find_one_icsk`, `net/ipv4/inet_diag.c`), so one answer covers the wildcard addresses, a dual-stack listener
 /// and a listener that is bound to a device.
@@ -64,7 +64,7 @@ pub fn lookup_request(
         }
     }
     bytes[60..64].copy_from_slice(&interface.to_ne_bytes());
-    // `INET_DIAG_NOCOOKIE`: any socket of these addresses.
+    // `INET_DIAG_NOCOOKIE`: matches any cookie.
     bytes[64..72].fill(0xff);
     bytes
 }
@@ -72,9 +72,9 @@ pub fn lookup_request(
 /// One TCP socket, as the kernel describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcpSocket {
-    /// Whether it listens. A connection does not.
+    /// Whether the socket is a listener, not a connection.
     pub is_listener: bool,
-    /// The user who made it (a listener) or accepted it (a connection), in the user namespace of the reader.
+    /// The user who created a listener or accepted a connection, in the user namespace of the reader.
     pub uid: u32,
     /// The inode that `/proc/PID/fd` shows. 0: no process holds the socket, because it is not accepted yet or is closed.
     pub inode: u32,
@@ -82,8 +82,8 @@ pub struct TcpSocket {
     pub cookie: u64,
 }
 
-/// Reads the answer to [`lookup_request`]. `None` means that the socket is missing, or that this kernel lacks `sock_diag` for
-/// TCP: the kernel reports both with the same error number.
+/// Reads the answer to [`lookup_request`]. `None` means that the socket is missing, or that this kernel lacks `sock_diag`
+/// for TCP: the kernel reports both with the same error number.
 ///
 /// # Errors
 /// [`ReadError::Refused`] with the kernel's reason, [`ReadError::Malformed`] for a message that no kernel sends.
@@ -114,20 +114,20 @@ fn tcp_socket(payload: &[u8]) -> Result<TcpSocket, ReadError> {
     })
 }
 
-/// How an answer goes on after one of its datagrams.
+/// The state of an answer after one of its datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// The answer is complete.
     pub done: bool,
-    /// The table changed in a way that makes the answer inconsistent (`NLM_F_DUMP_INTR`): ask again.
+    /// The table changed during the dump, so the answer is inconsistent (`NLM_F_DUMP_INTR`): send the request again.
     pub interrupted: bool,
 }
 
-/// Takes one datagram of the answer to [`request`] apart and gives its listeners to `each`. Messages of another
-/// sequence, left over from a request that was given up, are passed over.
+/// Parses one datagram of the answer to [`request`] and passes its listeners to `each`. Skips messages of another
+/// sequence, which belong to an abandoned request.
 ///
 /// # Errors
-/// [`ReadError::Refused`] with the kernel's reason, [`ReadError::Malformed`] for what no kernel sends.
+/// [`ReadError::Refused`] with the kernel's reason, [`ReadError::Malformed`] for a message that no kernel sends.
 pub fn datagram(
     bytes: &[u8],
     sequence: u32,
@@ -142,7 +142,7 @@ pub fn datagram(
     })
 }
 
-/// Takes one datagram of an answer apart and gives each `inet_diag_msg`, with its attributes, to `each`.
+/// Parses one datagram of an answer and passes each `inet_diag_msg`, with its attributes, to `each`.
 ///
 /// # Errors
 /// Those of [`datagram`], and those of `each`.
@@ -161,7 +161,7 @@ pub fn sockets(
         match message.kind {
             NLMSG_ERROR => refusal(message.payload)?,
             NLMSG_DONE => {
-                // The kernel adds the result of the dump; older ones may leave it out.
+                // The kernel appends the result of the dump; older kernels may omit it.
                 if !message.payload.is_empty() {
                     refusal(message.payload)?;
                 }
@@ -179,15 +179,15 @@ pub fn sockets(
 /// Counters of one TCP connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connection {
-    /// Its own port.
+    /// The local port.
     pub port: u16,
-    /// Bytes that its peer has sent, as far as they have arrived.
+    /// Bytes received from the peer.
     pub bytes_received: u64,
     /// Bytes that its peer has acknowledged.
     pub bytes_acked: u64,
 }
 
-/// A connection out of an `inet_diag_msg`; none where the kernel gave no counters.
+/// Parses the counters of a connection from an `inet_diag_msg`. Returns `None` if the kernel sent no counters.
 ///
 /// # Errors
 /// [`ReadError::Malformed`] for a message that no kernel sends.
@@ -223,7 +223,7 @@ struct Message<'a> {
 }
 
 impl<'a> Message<'a> {
-    /// Takes the first message off `bytes`, with the padding to four bytes behind it.
+    /// Splits the first message off `bytes`, with its padding to four bytes.
     fn split(bytes: &mut &'a [u8]) -> Result<Message<'a>, ReadError> {
         const SHORT: ReadError = ReadError::Malformed("message cut short");
         let length = usize::try_from(u32::from_ne_bytes(field(bytes, 0).ok_or(SHORT)?)).map_err(|_| SHORT)?;
@@ -237,7 +237,7 @@ impl<'a> Message<'a> {
     }
 }
 
-/// The error number that a message carries; 0 stands for none.
+/// Converts the result code of a message: an error if it is negative.
 fn refusal(payload: &[u8]) -> Result<(), ReadError> {
     let code = i32::from_ne_bytes(field(payload, 0).ok_or(ReadError::Malformed("error cut short"))?);
     if code >= 0 {
@@ -246,7 +246,7 @@ fn refusal(payload: &[u8]) -> Result<(), ReadError> {
     Err(ReadError::Refused(Errno::from_raw_os_error(code.checked_neg().unwrap_or(i32::MAX).min(ERRNO_MAX))))
 }
 
-/// A listener out of an `inet_diag_msg`; none for a socket of another family or state, or without a port.
+/// Parses a listener from an `inet_diag_msg`. Returns `None` for a socket of another family or state, or without a port.
 ///
 /// # Errors
 /// [`ReadError::Malformed`] for a message that no kernel sends.
@@ -292,7 +292,7 @@ const IPPROTO_TCP: u8 = 6;
 const TCP_LISTEN: u8 = 10;
 /// ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING (`include/net/tcp_states.h`).
 const CONNECTION_STATES: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
-/// The attribute with a `struct tcp_info`, and two fields of that (`linux/tcp.h`, Linux 4.1).
+/// The attribute that holds a `struct tcp_info`, and the offsets of two of its fields (`linux/tcp.h`, Linux 4.1).
 const INET_DIAG_INFO: u16 = 2;
 const TCP_INFO_BYTES_ACKED: usize = 120;
 const TCP_INFO_BYTES_RECEIVED: usize = 128;

@@ -25,7 +25,7 @@ fn socket_message(row: Listening, state: u8) -> Vec<u8> {
     payload[0] = if row.address.is_ipv4() { 2 } else { 10 };
     payload[64..68].copy_from_slice(&row.uid.to_ne_bytes());
     payload[68..72].copy_from_slice(&u32::try_from(row.inode).unwrap().to_ne_bytes());
-    // An attribute behind the fixed part, as the kernel adds them.
+    // An attribute after the fixed part, as the kernel appends it.
     payload.extend([5, 0, 8, 0, 0, 0, 0, 0]);
     message(SOCK_DIAG_BY_FAMILY, 2, 7, &payload)
 }
@@ -78,7 +78,7 @@ fn other_families_states_and_sequences_are_passed_over() {
 }
 
 #[test]
-fn a_changed_table_is_told() {
+fn an_interrupted_dump_is_reported() {
     let bytes = message(NLMSG_DONE, NLM_F_DUMP_INTR, 7, &[0; 4]);
     assert!(decode(&bytes, Family::V4).0.unwrap().interrupted);
 }
@@ -95,7 +95,7 @@ fn refusals_carry_the_reason_of_the_kernel() {
 }
 
 #[test]
-fn every_cut_of_an_answer_is_an_error_and_no_panic() {
+fn every_truncated_answer_is_an_error() {
     let bytes = socket_message(row(80, "127.0.0.1"), TCP_LISTEN);
     for cut in 1..bytes.len() {
         assert!(matches!(decode(&bytes[..cut], Family::V4).0, Err(ReadError::Malformed(_))), "{cut}");
@@ -121,7 +121,7 @@ fn a_lookup_has_the_layout_of_the_kernel() {
 }
 
 #[test]
-fn the_answer_to_a_lookup_is_a_socket_or_its_absence() {
+fn a_lookup_returns_a_socket_or_none() {
     let found = |state| {
         let bytes = socket_message(row(80, "127.0.0.1"), state);
         lookup_answer(&bytes, 7).unwrap().unwrap()
@@ -142,7 +142,7 @@ fn the_answer_to_a_lookup_is_a_socket_or_its_absence() {
 
 proptest! {
     #[test]
-    fn nothing_makes_it_panic(bytes: Vec<u8>, kind in 0u16..24, payload: Vec<u8>) {
+    fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>, kind in 0u16..24, payload: Vec<u8>) {
         let _ = decode(&bytes, Family::V4);
         let _ = lookup_answer(&bytes, 7);
         let framed = message(kind, 0, 7, &payload);

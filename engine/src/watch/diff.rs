@@ -1,36 +1,36 @@
-//! What changed between two readings.
+//! The difference between two readings. Pure.
 //!
-//! A row is known by its port and address. When the same port and address has another inode than before, the server
-//! was restarted between the two readings, or another one took its place: whoever wants to name the owner must look
-//! again. Such a row is told twice, the old one as closed and the new one as opened. A reader that keeps a set by
-//! port and address therefore takes out what closed first and puts in what opened then; one that cares for ports alone
-//! (the wire, specification A.3.5) compares the ports before and after, and sees no change.
+//! Port and address identify a row. If they have another inode than before, the server was restarted or replaced between the
+//! two readings, so its owner must be determined again. Such a row is in both lists: the old one as closed, the new one as
+//! opened. A receiver that keeps a set by port and address therefore removes the closed rows before it inserts the opened
+//! ones. A receiver that uses only port numbers (the wire, specification A.3.5) compares the ports before and after, and
+//! sees no change.
 
 use super::reading::Reading;
 use crate::command::Listening;
 
-/// What a newer reading has that an older one has not, and the reverse.
+/// The rows that only one of two readings has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Difference {
-    /// Newly seen, in the order of the newer reading.
+    /// The new rows, in the order of the newer reading.
     pub opened: Vec<Listening>,
-    /// No longer there, in the order of the older reading.
+    /// The rows that are gone, in the order of the older reading.
     pub closed: Vec<Listening>,
 }
 
 impl Difference {
-    /// Whether the two readings told the same.
+    /// Whether the two readings have the same rows.
     pub fn is_empty(&self) -> bool {
         self.opened.is_empty() && self.closed.is_empty()
     }
 }
 
-/// Compares two readings, in time linear in their sizes. Allocates only where something changed.
+/// Compares two readings, in time linear in their sizes. Allocates only if something changed.
 pub fn between(older: &Reading, newer: &Reading) -> Difference {
     Difference { opened: missing_from(older, newer), closed: missing_from(newer, older) }
 }
 
-/// The rows of `of` that `other` does not have as they are.
+/// Returns the rows of `of` that `other` lacks or has with another inode or user.
 fn missing_from(other: &Reading, of: &Reading) -> Vec<Listening> {
     of.rows().iter().filter(|row| other.at((row.port, row.address)) != Some(row)).copied().collect()
 }
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn openings_follow_the_newer_reading_and_closings_the_older() {
+    fn opened_rows_follow_the_newer_reading_and_closed_rows_the_older() {
         let a = [row(9, "127.0.0.1", 1), row(3, "::", 2), row(5, "0.0.0.0", 3)];
         let b = [row(8, "127.0.0.1", 4), row(3, "::", 2), row(1, "0.0.0.0", 5)];
         let difference = between(&reading(&a), &reading(&b));
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restarted_server_is_told_as_closed_and_opened() {
+    fn a_restarted_server_is_closed_and_opened() {
         let difference = between(&reading(&[row(80, "::1", 1)]), &reading(&[row(80, "::1", 2)]));
         assert_eq!(
             (difference.opened, difference.closed),
@@ -91,7 +91,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn taking_out_what_closed_and_putting_in_what_opened_gives_the_newer(a in readings(), b in readings()) {
+        fn removing_closed_and_inserting_opened_rows_gives_the_newer_reading(a in readings(), b in readings()) {
             let difference = between(&a, &b);
             let kept = a.rows().iter().filter(|row| !difference.closed.contains(row)).copied();
             let result: Reading = kept.chain(difference.opened.iter().copied()).collect();

@@ -1,15 +1,15 @@
-//! Hints of the kernel that something began or ceased to listen, in whichever namespace: the tracepoint
-//! `sock:inet_sock_set_state`, read through an ftrace instance of our own.
+//! Hints of the kernel that a listener was opened or closed in some namespace: the tracepoint `sock:inet_sock_set_state`,
+//! read through a private ftrace instance.
 //!
-//! A hint says that it is worth looking, never what there is: the watch scans when it gets one. Without hints, which
-//! take root and a mounted tracefs, it finds the same a little later. What our own threads do is none: for each listener
-//! that is found they open and close theirs, which nobody has to look for.
+//! A hint triggers a scan and carries no other information. Hints need root and a mounted tracefs; without them the scans
+//! find the same changes a little later. Events of our own threads are ignored: for each listener that the watch finds, they
+//! open and close a listener of the relay, which needs no scan.
 //!
-//! An instance (`Documentation/trace/ftrace.rst`, "Instances") has its own buffers, events and filters, so what else is
-//! traced on this host continues. [`Hints`] removes it when dropped. An engine of root opens its hints before it changes to
-//! another user, which may not remove the instance: it turns the event off at its end, and its driver removes the instance
-//! ([`remove_leftovers`]). One that a killed process left behind is removed by the next process that opens hints. The kernel keeps those
-//! that are in use (EBUSY).
+//! An instance (`Documentation/trace/ftrace.rst`, "Instances") has its own buffers, events and filters, so other tracing on
+//! this host is not disturbed. [`Hints`] removes its instance when dropped. An engine that was started by root opens its
+//! hints before it changes to another user. That user may not remove the instance: the engine turns the event off at its
+//! end, and its driver removes the instance ([`remove_leftovers`]). The next process that opens hints removes an instance
+//! that a killed process left behind. The kernel refuses to remove instances that are in use (EBUSY).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
@@ -24,83 +24,84 @@ use rustix::io::Errno;
 
 use crate::channel::timespec;
 
-/// Where tracefs is mounted: today, and before Linux 4.1.
+/// The mount points of tracefs: the current one, and the one before Linux 4.1.
 const ROOTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// The directory of the tracepoint, in tracefs and in each instance.
 const EVENT: &str = "events/sock/inet_sock_set_state";
 
-/// Into `TCP_LISTEN` (10), and from there to `TCP_CLOSE` (7, `include/net/tcp_states.h`). A connection that is accepted goes
-/// from LISTEN to SYN_RECV, as a copy of its listener (`inet_csk_clone_lock`), and says nothing of that.
+/// Transitions to `TCP_LISTEN` (10), and from there to `TCP_CLOSE` (7, `include/net/tcp_states.h`). The socket of an
+/// accepted connection is a copy of its listener (`inet_csk_clone_lock`) and goes from LISTEN to SYN_RECV, which passes no
+/// tracepoint.
 const FILTER: &str = "newstate==10||(oldstate==10&&newstate==7)";
 
-/// What the names of our instances begin with.
+/// The prefix of the names of our instances.
 const PREFIX: &str = "landfall-";
 
-/// How long a hint is the last one, at least: what the kernel tells meanwhile is one more, so that no program can keep the
-/// watch busy by opening and closing listeners.
+/// The shortest time between two hints. Events of the kernel within this time make one further hint, so a program that
+/// keeps opening and closing listeners cannot keep the watch busy.
 const SPACING: Duration = Duration::from_millis(3);
 
-/// How often an instance is made again that somebody else's clearing removed.
+/// The number of times an instance is created again after another process removed it.
 const ATTEMPTS_MAX: u32 = 4;
 
-/// Why there are no hints. None of it is a failure: listeners are found by scanning.
+/// The reason why hints are unavailable. This is not a failure: the scans find listeners without hints.
 #[derive(Debug, thiserror::Error)]
 pub enum HintError {
     /// tracefs is not mounted, or the kernel has no such tracepoint.
     #[error("there is no tracepoint sock:inet_sock_set_state in {}", ROOTS[0])]
     Absent,
-    /// Only root may trace.
+    /// Tracing needs root.
     #[error("tracing the kernel takes root")]
     Forbidden,
     /// The kernel refused a step.
     #[error("{}: {source}", path.display())]
     Refused {
-        /// The file of tracefs.
+        /// The file in tracefs.
         path: PathBuf,
-        /// Why.
+        /// The error of the step.
         source: io::Error,
     },
 }
 
-/// Where a watch gets its hints.
+/// The source of a watch's hints.
 #[derive(Debug, Default)]
 pub enum HintSource {
-    /// Nowhere: it scans.
+    /// No hints: the watch only scans.
     #[default]
     Off,
-    /// It opens them itself, where the kernel allows that.
+    /// The watch opens hints itself, where the kernel allows it.
     Open,
-    /// They are open already.
+    /// Hints that are open already.
     Opened(Hints),
 }
 
-/// The kernel's hints. Readable whenever something began or ceased to listen since they were last drained.
+/// The kernel's hints. Readable after a listener was opened or closed since the last read.
 #[derive(Debug)]
 pub struct Hints {
-    // Both are closed before the instance is removed, which would be busy.
+    // Fields drop in this order: an instance whose files are open cannot be removed.
     pipe: File,
     _switch: Switch,
     _instance: Instance,
 }
 
-/// The file that turns the event on, and off when this is dropped.
+/// The file that enables the event. Dropping it disables the event.
 #[derive(Debug)]
 struct Switch(File);
 
 impl Drop for Switch {
     fn drop(&mut self) {
-        // An instance that remains records nothing then.
+        // If the instance cannot be removed, it at least records no more events.
         let _ = self.0.write_all(b"0");
     }
 }
 
-/// A directory of tracefs that goes with it.
+/// A directory of tracefs. Dropping it removes the directory.
 #[derive(Debug)]
 struct Instance(PathBuf);
 
 impl Instance {
-    /// Writes one of its files, and returns it open.
+    /// Writes to a file of the instance, and returns the file.
     fn set(&self, name: &str, value: &str) -> Result<File, HintError> {
         let path = self.0.join(name);
         let written = OpenOptions::new().write(true).open(&path).and_then(|mut file| {
@@ -113,16 +114,16 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        // What remains is removed by the next one that opens.
+        // The next process that opens hints removes an instance that remains.
         let _ = fs::remove_dir(&self.0);
     }
 }
 
 impl Hints {
-    /// Makes an instance and turns its one event on. Takes some ten milliseconds.
+    /// Creates an instance and enables its one event. Takes some ten milliseconds.
     ///
     /// # Errors
-    /// Why the kernel gives no hints here.
+    /// The reason why the kernel gives no hints.
     pub fn open() -> Result<Hints, HintError> {
         let mut why = HintError::Absent;
         for root in ROOTS.map(Path::new) {
@@ -138,22 +139,22 @@ impl Hints {
     fn open_in(instances: &Path) -> Result<Hints, HintError> {
         remove_leftovers_in(instances);
         let (instance, pipe) = make(instances)?;
-        // The least there is: a hint that found no room would say the same as those that did.
+        // The minimum: an event that was dropped for lack of space would only repeat the hint.
         instance.set("buffer_size_kb", "4")?;
-        // Readable from the first event on, not when the buffer is half full.
+        // Readable from the first event on, instead of when the buffer is half full.
         instance.set("buffer_percent", "0")?;
         instance.set(&format!("{EVENT}/filter"), FILTER)?;
         let switch = Switch(instance.set(&format!("{EVENT}/enable"), "1")?);
         Ok(Hints { pipe, _switch: switch, _instance: instance })
     }
 
-    /// Calls `look` after each hint until the other end of `stop` is closed.
+    /// Calls `look` after each hint, until the other end of `stop` is closed.
     pub fn follow(self, stop: impl AsFd, look: impl Fn()) {
         follow(&self.pipe, stop, look);
     }
 }
 
-/// An instance with a name that nobody has, held open.
+/// Creates an instance with an unused name and opens it.
 fn make(instances: &Path) -> Result<(Instance, File), HintError> {
     let (mut number, mut attempts) = (0_u32, 0);
     loop {
@@ -172,15 +173,15 @@ fn make(instances: &Path) -> Result<(Instance, File), HintError> {
         let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
         match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
             Ok(pipe) => return Ok((instance, pipe)),
-            // Another process was clearing up in this very moment.
+            // Another process removed the new instance as a leftover between the two calls.
             Err(error) if error.kind() == ErrorKind::NotFound && attempts < ATTEMPTS_MAX => attempts += 1,
             Err(source) => return Err(HintError::Refused { path, source }),
         }
     }
 }
 
-/// Removes the instances of processes that have ended; the kernel refuses for those in use. Without permission, or without tracefs,
-/// it does nothing.
+/// Removes the instances of processes that have ended; the kernel refuses to remove those in use. Does nothing without
+/// permission or without tracefs.
 pub fn remove_leftovers() {
     for root in ROOTS.map(Path::new) {
         remove_leftovers_in(&root.join("instances"));
@@ -196,7 +197,7 @@ fn remove_leftovers_in(instances: &Path) {
 }
 
 fn follow(mut pipe: impl Read + AsFd, stop: impl AsFd, look: impl Fn()) {
-    // The text of an event, which but for whose it is says nothing that a scan does not.
+    // The text of the events. Only the thread that caused an event is read from it; a scan finds the rest.
     let mut text = [0; 4096];
     loop {
         let mut waits = [
@@ -228,15 +229,16 @@ fn follow(mut pipe: impl Read + AsFd, stop: impl AsFd, look: impl Fn()) {
     }
 }
 
-/// Whether all of these events are of our own threads. What cannot be read is not.
+/// Whether our own threads caused all of these events. A line that cannot be parsed counts as another process's.
 fn is_ours(text: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(text) else { return false };
     text.lines()
         .all(|line| thread_of(line).is_some_and(|id| Path::new(&format!("/proc/self/task/{id}")).exists()))
 }
 
-/// The thread of one of our names of which a line of `trace_pipe` is: `landfall-engine-71 [001] ...`. The kernel numbers
-/// threads as the first pid namespace does, so where we are in another one only the names keep ours and others apart.
+/// Returns the id of the thread that caused the event of a `trace_pipe` line (`landfall-engine-71 [001] ...`), if it has one
+/// of our names. The ids are those of the initial pid namespace, so in another pid namespace only the name separates our
+/// threads from others.
 fn thread_of(line: &str) -> Option<u32> {
     let (task, _) = line.trim_start().split_once(" [")?;
     let (name, id) = task.trim_end().rsplit_once('-')?;
@@ -250,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_hint_is_looked_after() {
+    fn each_hint_causes_one_look() {
         let (pipe, mut kernel) = io::pipe().unwrap();
         let (stop, running) = io::pipe().unwrap();
         let (looks, looked) = mpsc::channel();
@@ -261,11 +263,11 @@ mod tests {
         }
         drop(running);
         thread.join().unwrap();
-        assert_eq!(looked.try_iter().count(), 0, "it looks only when there is a hint");
+        assert_eq!(looked.try_iter().count(), 0, "looks without a hint");
     }
 
     #[test]
-    fn what_our_own_threads_do_is_no_hint() {
+    fn events_of_our_own_threads_are_ignored() {
         let ours = std::process::id();
         let line = |task: &str| {
             format!("{task:>24}    [001] .....  4711.042: inet_sock_set_state: family=AF_INET\n")
@@ -280,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_with_the_kernels_end() {
+    fn following_ends_when_the_pipe_ends() {
         let (pipe, kernel) = io::pipe().unwrap();
         let (stop, _running) = io::pipe().unwrap();
         drop(kernel);
@@ -288,10 +290,10 @@ mod tests {
     }
 
     #[test]
-    fn a_place_that_is_no_tracefs_is_refused_and_left_as_it_was() {
+    fn a_directory_without_tracefs_is_refused_and_unchanged() {
         let folder = tempfile::tempdir().unwrap();
-        let told = Hints::open_in(folder.path()).unwrap_err().to_string();
-        assert!(told.contains("trace_pipe"), "{told}");
+        let message = Hints::open_in(folder.path()).unwrap_err().to_string();
+        assert!(message.contains("trace_pipe"), "{message}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

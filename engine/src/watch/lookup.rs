@@ -1,11 +1,11 @@
 //! The lookup of one TCP socket of this network namespace: which socket, and whose, receives a segment.
 //!
-//! A process that is about to send a secret over a loopback connection has to know which user reads it. The kernel answers
-//! this for the listener of a port, and for the other end of a connection that stands. The lookup needs no privilege, and
-//! its cost does not depend on the number of sockets.
+//! A process that sends a secret over a loopback connection has to know which user reads it. The kernel reports this for the
+//! listener of a port and for the other end of an established connection. The lookup needs no privilege, and its cost does
+//! not depend on the number of sockets.
 //!
-//! An unprivileged lookup of a missing socket and a kernel without `sock_diag` for TCP give the same answer. A caller for
-//! which this matters looks up a socket of its own as well, which must be found.
+//! An unprivileged lookup of a missing socket and a kernel without `sock_diag` for TCP give the same answer. To distinguish
+//! them, a caller also looks up a socket of its own, which must be found.
 
 use std::net::SocketAddr;
 
@@ -21,10 +21,10 @@ use super::source::ReadError;
 /// The interface index of `lo` in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 pub const LOOPBACK: u32 = 1;
 
-/// Room for one answer: a header, an `inet_diag_msg` and the attributes that a kernel adds unasked.
+/// Room for one answer: a header, an `inet_diag_msg` and the attributes that a kernel adds unrequested.
 const ANSWER_BYTES: usize = 1024;
 
-/// The only request on its socket.
+/// The sequence number of the only request on its socket.
 const SEQUENCE: u32 = 1;
 
 /// Looks up the socket that receives a segment from `peer` to `local`, where the segment arrives on `interface`: the
@@ -32,7 +32,7 @@ const SEQUENCE: u32 = 1;
 /// Does not wait: the kernel has put its answer into the socket when `sendto` returns.
 ///
 /// # Errors
-/// [`ReadError`]: the kernel does not answer, so the owner of the socket is not known.
+/// [`ReadError`]: the kernel did not answer, so the owner of the socket is unknown.
 pub fn lookup(local: SocketAddr, peer: SocketAddr, interface: u32) -> Result<Option<TcpSocket>, ReadError> {
     let socket = sock_diag::open().map_err(ReadError::Diag)?;
     let request = lookup_request(local, peer, interface, SEQUENCE);
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn a_listener_that_is_bound_to_the_loopback_device_is_found() {
-        // The bind that reserves the port stays away from the device, so that nothing else takes the port meanwhile.
+        // The bind that reserves the port uses another address, so no other process takes the port meanwhile.
         let reserved = TcpListener::bind("127.0.0.2:0").unwrap();
         let port = reserved.local_addr().unwrap().port();
         let address = SocketAddr::from(([127, 0, 0, 1], port));

@@ -1,16 +1,16 @@
-//! The watch: what begins and what ceases to listen inside namespaces.
+//! The watch: finds the listeners inside namespaces and reports each change.
 //!
-//! One thread looks after all namespaces of an engine. It never enters one: it reads through descriptors that were
-//! made inside ([`Sources`]). A namespace is read when its pace (`pace.rs`) says so; the reading is compared with the
-//! one before, and what differs is told.
+//! One thread serves all namespaces of an engine. It never enters a namespace: it reads through descriptors that were
+//! created inside ([`Sources`]). A namespace is read at the times that its pace (`pace.rs`) sets. The reading is compared
+//! with the one before, and the difference is reported.
 //!
-//! - The first event of a namespace tells all that listens, even if that is nothing; later ones tell only changes.
-//! - A reading that fails is "no change". It never looks as if everything had closed.
-//! - `sock_diag` is preferred. When it does not work, the files of `/proc/net` take over, once and for good.
-//! - When nothing is left to read with, that is told once as [`WatchEvent::Lost`]; what listened is not told as closed.
-//! - Between scans the thread sleeps on its channel, so that adding, removing and hurrying act at once.
-//! - Where the kernel gives hints (`hint.rs`), a second thread waits for them and has everything scanned at once. Other
-//!   scans then only make sure, and are rare.
+//! - The first event of a namespace lists all listeners, even if there are none; later events list only changes.
+//! - A reading that fails counts as "no change". It is never reported as the end of all listeners.
+//! - `sock_diag` is preferred. When it does not work, the watch changes to the files of `/proc/net` and stays with them.
+//! - When no source is left, the watch sends one [`WatchEvent::Lost`]; it does not report the listeners as closed.
+//! - Between scans the thread sleeps on its channel, so requests to add, remove and rescan act at once.
+//! - Where the kernel gives hints (`hint.rs`), a second thread waits for them and requests a scan of all namespaces. The
+//!   other scans are then rare and only confirm.
 
 pub mod diag_message;
 pub mod diff;
@@ -38,29 +38,29 @@ use self::reading::Reading;
 pub use self::source::{ReadError, Source, Sources, Wholeness};
 use crate::command::{Listening, UpstreamId};
 
-/// What the watch tells.
+/// An event of the watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WatchEvent {
-    /// What began and what ceased to listen. A server that was replaced on its port and address is in both; who keeps
-    /// a set takes out what closed before putting in what opened.
+    /// Listeners were opened or closed. A server that was replaced on its port and address is in both lists, so a
+    /// receiver that keeps a set removes `closed` before it inserts `opened`.
     Listeners {
-        /// Where.
+        /// The namespace.
         upstream: UpstreamId,
-        /// Newly seen, in the order of the kernel's table.
+        /// The new listeners, in the order of the kernel's table.
         opened: Vec<Listening>,
-        /// No longer there, in the order of the table before.
+        /// The listeners that are gone, in the order of the previous table.
         closed: Vec<Listening>,
     },
-    /// The namespace is not watched any more; what listens there is not known.
+    /// The namespace is no longer watched; its listeners are unknown.
     Lost {
-        /// Where.
+        /// The namespace.
         upstream: UpstreamId,
-        /// Why: a sentence for people.
+        /// The reason: a sentence for people.
         reason: String,
     },
 }
 
-/// The threads that watch. Dropping it ends them and waits for them.
+/// The threads of the watch. Dropping the value ends them and waits for their end.
 #[derive(Debug)]
 pub struct Watcher {
     requests: Option<Sender<Request>>,
@@ -71,7 +71,7 @@ pub struct Watcher {
 /// The thread that waits for hints.
 #[derive(Debug)]
 struct Hinted {
-    /// Its end ends the thread.
+    /// Closing it ends the thread.
     running: PipeWriter,
     thread: JoinHandle<()>,
 }
@@ -80,19 +80,19 @@ enum Request {
     Add(UpstreamId, Sources),
     Remove(UpstreamId),
     Rescan,
-    /// The kernel tells of changes from now on, or does so no longer.
+    /// The kernel reports changes from now on (`true`), or no longer.
     Hinted(bool),
-    /// It told of one.
+    /// The kernel reported a change.
     Hint,
 }
 
 impl Watcher {
-    /// Starts the threads. One calls `sink` for each event; a sink that blocks delays all namespaces, and one that
-    /// panics ends the watch. The other one, where there are `hints`, has everything scanned when the kernel reports
-    /// something new.
+    /// Starts the threads. The first calls `sink` for each event: a sink that blocks delays all namespaces, and one that
+    /// panics ends the watch. The second, which is started where there are `hints`, requests a scan of all namespaces for
+    /// each report of the kernel.
     ///
     /// # Errors
-    /// Those of starting a thread.
+    /// The error of starting the first thread.
     pub fn start(hints: HintSource, sink: impl Fn(WatchEvent) + Send + 'static) -> io::Result<Watcher> {
         let (requests, inbox) = mpsc::channel();
         let thread = thread::Builder::new().name("landfall-watch".to_owned()).spawn(move || {
@@ -105,7 +105,7 @@ impl Watcher {
             }
             .run(&inbox);
         })?;
-        // One that cannot be started is as much of a lack as a kernel that gives none.
+        // If the second thread cannot be started, the watch runs without hints.
         let hints = match hints {
             HintSource::Off => None,
             HintSource::Open => Hinted::start(requests.clone(), || Hints::open().ok()).ok(),
@@ -114,24 +114,24 @@ impl Watcher {
         Ok(Watcher { requests: Some(requests), thread: Some(thread), hints })
     }
 
-    /// Watches a namespace. One that is watched already is begun anew: its next event tells all that listens.
+    /// Watches a namespace. If it is watched already, the watch starts again: its next event lists all listeners.
     pub fn add(&self, upstream: UpstreamId, sources: Sources) {
         self.request(Request::Add(upstream, sources));
     }
 
-    /// Lets go of a namespace and closes its descriptors. An event that is on its way may still come.
+    /// Stops watching a namespace and closes its descriptors. An event that is already being sent may still arrive.
     pub fn remove(&self, upstream: UpstreamId) {
         self.request(Request::Remove(upstream));
     }
 
-    /// Scans all namespaces now, as far as their pace allows, and more often for a second.
+    /// Scans all namespaces now, as far as their pace allows, and more often during the next second.
     pub fn rescan(&self) {
         self.request(Request::Rescan);
     }
 
     fn request(&self, request: Request) {
         if let Some(requests) = &self.requests {
-            // A thread that has ended because the sink panicked has nobody to tell either.
+            // The send fails only after the sink panicked and the thread ended. The watch is over then.
             let _ = requests.send(request);
         }
     }
@@ -146,11 +146,11 @@ impl Hinted {
         let thread = thread::Builder::new().name("landfall-hint".to_owned()).spawn(move || {
             // Without hints the scans find everything.
             if let Some(hints) = open() {
-                // A watch that has ended because the sink panicked has nobody to tell either.
-                let tell = |request| drop(requests.send(request));
-                tell(Request::Hinted(true));
-                hints.follow(stop, || tell(Request::Hint));
-                tell(Request::Hinted(false));
+                // The send fails only after the sink panicked and the watch ended.
+                let send = |request| drop(requests.send(request));
+                send(Request::Hinted(true));
+                hints.follow(stop, || send(Request::Hint));
+                send(Request::Hinted(false));
             }
         })?;
         Ok(Hinted { running, thread })
@@ -158,14 +158,14 @@ impl Hinted {
 
     fn end(self) {
         drop(self.running);
-        // A panic was reported when it happened.
+        // The panic hook has reported a panic already.
         let _ = self.thread.join();
     }
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        // It sends requests, and without any sender the watch ends.
+        // The thread holds a sender, and the watch ends only when all senders are gone.
         if let Some(hints) = self.hints.take() {
             hints.end();
         }
@@ -173,7 +173,7 @@ impl Drop for Watcher {
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()
         {
-            // The panic of a sink was reported when it happened.
+            // The panic hook has reported a panic of the sink already.
             let _ = thread.join();
         }
     }
@@ -181,9 +181,9 @@ impl Drop for Watcher {
 
 struct Watch<F> {
     namespaces: BTreeMap<UpstreamId, Namespace>,
-    /// Takes the next reading; what it held before is of no interest.
+    /// Holds the next reading; its contents do not outlive a scan.
     scratch: Reading,
-    /// Whether the kernel tells of changes.
+    /// Whether the kernel reports changes.
     hinted: bool,
     /// The processor time of this thread up to which scans have been charged.
     billed: Duration,
@@ -195,8 +195,8 @@ struct Namespace {
     pace: Pace,
     /// The last reading that succeeded.
     known: Reading,
-    /// Whether the first event was told.
-    told: bool,
+    /// Whether the first event was sent.
+    first_sent: bool,
 }
 
 impl<F: Fn(WatchEvent)> Watch<F> {
@@ -204,20 +204,20 @@ impl<F: Fn(WatchEvent)> Watch<F> {
     fn run(&mut self, inbox: &Receiver<Request>) {
         while let Ok(request) = self.next_request(inbox) {
             if let Some(request) = request {
-                self.obey(request);
+                self.handle(request);
             }
-            // Bounded by what was sent by now: requests that keep coming do not keep scans from happening.
+            // The time limit keeps a steady flow of requests from starving the scans.
             let now = Instant::now();
             while Instant::now() - now < pace::FLOOR
                 && let Ok(request) = inbox.try_recv()
             {
-                self.obey(request);
+                self.handle(request);
             }
             self.scan_due();
         }
     }
 
-    /// Sleeps until something is asked or the next scan is due. An error means that the watch ends.
+    /// Sleeps until a request arrives or the next scan is due. An error means that the watch ends.
     fn next_request(&self, inbox: &Receiver<Request>) -> Result<Option<Request>, mpsc::RecvError> {
         let Some(due) = self.namespaces.values().map(|namespace| namespace.pace.due()).min() else {
             return inbox.recv().map(Some);
@@ -229,13 +229,17 @@ impl<F: Fn(WatchEvent)> Watch<F> {
         }
     }
 
-    fn obey(&mut self, request: Request) {
+    fn handle(&mut self, request: Request) {
         let now = Instant::now();
         match request {
             Request::Add(upstream, sources) => match Source::new(sources) {
                 Ok(source) => {
-                    let namespace =
-                        Namespace { source, pace: Pace::new(now), known: Reading::default(), told: false };
+                    let namespace = Namespace {
+                        source,
+                        pace: Pace::new(now),
+                        known: Reading::default(),
+                        first_sent: false,
+                    };
                     self.namespaces.insert(upstream, namespace);
                 }
                 Err(error) => {
@@ -250,7 +254,7 @@ impl<F: Fn(WatchEvent)> Watch<F> {
             Request::Hint => self.paces(|pace| pace.hint(now)),
             Request::Hinted(hinted) => {
                 self.hinted = hinted;
-                // What was told to nobody is found.
+                // Finds changes that the kernel did not report in between.
                 self.paces(|pace| pace.hint(now));
             }
         }
@@ -272,10 +276,10 @@ impl<F: Fn(WatchEvent)> Watch<F> {
                 Ok(found) => found,
                 Err(error) => {
                     lost.push((upstream, error));
-                    Found::Nothing
+                    Found::Failed
                 }
             };
-            // The time since the last scan ended was spent asleep, but for waking up, which is charged as well.
+            // The thread slept since the last scan ended. The cost of waking up is charged to this scan.
             let spent = processor_time();
             let cost = spent.saturating_sub(self.billed);
             namespace.pace.scanned(Instant::now(), Scan { cost, found, watched, hinted: self.hinted });
@@ -289,7 +293,7 @@ impl<F: Fn(WatchEvent)> Watch<F> {
 }
 
 impl Namespace {
-    /// Reads, compares and tells. What listened from the beginning is no change.
+    /// Reads, compares and reports. The first reading is reported but does not count as a change.
     fn scan(
         &mut self,
         upstream: UpstreamId,
@@ -297,11 +301,11 @@ impl Namespace {
         sink: &impl Fn(WatchEvent),
     ) -> Result<Found, ReadError> {
         if !self.source.read(&self.known, scratch)? {
-            return Ok(Found::Nothing);
+            return Ok(Found::Failed);
         }
         let diff::Difference { opened, closed } = diff::between(&self.known, scratch);
         let unchanged = opened.is_empty() && closed.is_empty();
-        let first = !mem::replace(&mut self.told, true);
+        let first = !mem::replace(&mut self.first_sent, true);
         if !unchanged {
             mem::swap(&mut self.known, scratch);
         }
@@ -312,7 +316,7 @@ impl Namespace {
     }
 }
 
-/// The processor time that the calling thread has used.
+/// Returns the processor time that the calling thread has used.
 fn processor_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }

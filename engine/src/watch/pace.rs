@@ -1,18 +1,18 @@
-//! When to scan a namespace next. Pure: time and cost come in as arguments.
+//! The pace: when to scan a namespace next. Pure: time and cost are arguments.
 //!
 //! All scans together may cost one part in [`COST_FACTOR`] of a core. Every namespace has an equal share of that, so an
 //! expensive one does not slow the cheap ones: a scan that cost `c`, with `n` namespaces watched, is paid off after
 //! `COST_FACTOR × n × c`. The next scan follows then, though never sooner than [`FLOOR`] after it. A namespace without a
 //! change for [`QUIET_AFTER`] is scanned every [`QUIET`] only; its next change returns it to the floor.
 //!
-//! Changes come in groups (a dev server opens its port, then the one of its debugger), so for [`BRISK`] after a change
+//! Changes come in groups (a dev server opens its port, then the one of its debugger), so for [`BURST`] after a change
 //! scans follow each other at the floor, on credit: up to [`CREDIT`] of time may be owed. What is owed is paid off
 //! afterwards by waiting twice as long between scans (not by one long wait, which would miss the next change). So the
 //! bound holds in the long run, and a namespace that opens and closes ports without end only uses up its own credit. A
 //! requested rescan uses the same credit.
 //!
 //! Where the kernel reports changes, a namespace rests for [`REST`] between scans, which then only confirm. A report causes
-//! a scan on credit, at once, after [`SETTLE`] if it found no change, and after [`FLOOR`] in any case: the kernel reports a
+//! a scan on credit, at once, after [`RECHECK`] if it found no change, and after [`FLOOR`] in any case: the kernel reports a
 //! listener before its table contains it (`inet_csk_listen_start`, `net/ipv4/inet_connection_sock.c`). No other scans follow
 //! a change, since they would use up the credit that the next one needs.
 //!
@@ -29,50 +29,50 @@ pub(super) const FLOOR: Duration = Duration::from_millis(20);
 /// scan and an open take, a new listener answers within 100 ms.
 const QUIET: Duration = Duration::from_millis(80);
 
-/// How long a namespace is scanned at the floor after its last change.
+/// Time after its last change during which a namespace is scanned at the floor.
 const QUIET_AFTER: Duration = Duration::from_secs(60);
 
 /// The shortest time between two scans of one namespace when the kernel reports changes.
 const REST: Duration = Duration::from_secs(1);
 
-/// How long after a report the namespace is scanned again for a listener that the first scan did not find.
-const SETTLE: Duration = Duration::from_millis(3);
+/// Time between a report of the kernel and a second scan for a listener that the first scan did not find.
+const RECHECK: Duration = Duration::from_millis(3);
 
-/// How long scans follow a change at the floor.
-const BRISK: Duration = Duration::from_secs(1);
+/// The duration of a burst: scans at the floor after a change.
+const BURST: Duration = Duration::from_secs(1);
 
-/// 1 % of a core.
+/// A share of 1 % of a core.
 const COST_FACTOR: u32 = 100;
 
-/// How far payment may lie ahead: with one namespace, 20 ms of processor time spent at once.
+/// The largest debt: with one namespace, 20 ms of processor time spent at once.
 const CREDIT: Duration = Duration::from_secs(2);
 
-/// What the scan before the first is taken to have cost.
+/// The assumed cost of the scan before the first one.
 const COST_AT_FIRST: Duration = Duration::from_millis(5);
 
-/// The longest that a scan may have to wait, so that one measured wrongly (a machine that slept) is not the last.
+/// The longest wait for a scan, so that one wrong measurement (on a machine that was suspended) does not stop the scans.
 const PAID_MAX: Duration = Duration::from_secs(60);
 
-/// What a scan came to.
+/// The result of a scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
-    /// The reading failed, which says nothing.
-    Nothing,
-    /// What was known.
+    /// The reading failed: the listeners are unknown.
+    Failed,
+    /// The same listeners as before.
     Same,
-    /// Something else.
+    /// Other listeners than before.
     Change,
 }
 
 /// A scan that ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Scan {
-    /// What it cost in processor time.
+    /// The processor time that the scan used.
     pub(super) cost: Duration,
     pub(super) found: Found,
-    /// How many namespaces are watched.
+    /// The number of watched namespaces.
     pub(super) watched: usize,
-    /// Whether the kernel tells of changes.
+    /// Whether the kernel reports changes.
     pub(super) hinted: bool,
 }
 
@@ -80,20 +80,27 @@ pub(super) struct Scan {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     due: Instant,
-    /// When all scans so far are paid off.
+    /// When the cost of all scans so far is paid off.
     paid: Instant,
-    brisk_until: Instant,
+    burst_until: Instant,
     /// When the last change was found or expected.
     changed: Instant,
-    /// When the kernel told of something last, while it is looked for.
-    told: Option<Instant>,
+    /// When the kernel last reported a change, until the scans for it are done.
+    hinted_at: Option<Instant>,
     last_cost: Duration,
 }
 
 impl Pace {
-    /// The first scan is due at once, and not from those that follow a change: what listens already has settled.
+    /// The first scan is due at once. It starts no burst: the listeners that it finds were open before.
     pub(super) fn new(now: Instant) -> Pace {
-        Pace { due: now, paid: now, brisk_until: now, changed: now, told: None, last_cost: COST_AT_FIRST }
+        Pace {
+            due: now,
+            paid: now,
+            burst_until: now,
+            changed: now,
+            hinted_at: None,
+            last_cost: COST_AT_FIRST,
+        }
     }
 
     /// When to scan next.
@@ -101,7 +108,7 @@ impl Pace {
         self.due
     }
 
-    /// A scan ended.
+    /// Records a scan that ended, and sets the time of the next one.
     pub(super) fn scanned(&mut self, now: Instant, scan: Scan) {
         let Scan { cost, found, watched, hinted } = scan;
         let watched = u32::try_from(watched).unwrap_or(u32::MAX);
@@ -112,39 +119,39 @@ impl Pace {
         if found == Found::Change {
             self.changed = now;
             if !hinted {
-                self.brisk_until = now + BRISK;
+                self.burst_until = now + BURST;
             }
         }
-        let looks = self.told.map(|told| [told + SETTLE, told + FLOOR]);
+        let looks = self.hinted_at.map(|hinted_at| [hinted_at + RECHECK, hinted_at + FLOOR]);
         let looks = looks.into_iter().flatten().skip(usize::from(found == Found::Change));
         let look = looks.filter(|look| *look > now).min();
-        self.told = self.told.filter(|_| look.is_some());
-        let is_brisk = now < self.brisk_until;
+        self.hinted_at = self.hinted_at.filter(|_| look.is_some());
+        let is_burst = now < self.burst_until;
         let is_quiet = now.saturating_duration_since(self.changed) >= QUIET_AFTER;
         let rest = match found {
-            Found::Same | Found::Change if hinted && !is_brisk => REST,
+            Found::Same | Found::Change if hinted && !is_burst => REST,
             _ if is_quiet => QUIET,
             _ => FLOOR,
         };
         let (next, may_owe) = match look {
             Some(look) => (look, CREDIT),
-            None => (now + rest, if is_brisk { CREDIT } else { Duration::ZERO }),
+            None => (now + rest, if is_burst { CREDIT } else { Duration::ZERO }),
         };
-        // Waiting twice the share pays off what this scan cost and as much of the debt.
+        // Waiting twice the share pays off this scan and an equal part of the debt.
         self.due = self.payable(may_owe).min(now + owed.saturating_mul(2)).max(next);
     }
 
-    /// The kernel told of a change somewhere: scan at once, as far as the credit reaches, and then to make sure.
+    /// The kernel reported a change in some namespace: scan at once as far as the credit reaches, and twice more to confirm.
     pub(super) fn hint(&mut self, now: Instant) {
-        self.told = Some(now);
+        self.hinted_at = Some(now);
         self.changed = now;
         self.due = self.due.min(self.payable(CREDIT).max(now));
     }
 
-    /// A caller expects a change: scan at once, as far as the credit reaches, and look again for a while.
+    /// A caller expects a change: scan at once as far as the credit reaches, and start a burst.
     pub(super) fn hurry(&mut self, now: Instant) {
         self.changed = now;
-        self.brisk_until = now + BRISK;
+        self.burst_until = now + BURST;
         self.due = self.due.min(self.payable(CREDIT).max(now));
     }
 
@@ -214,13 +221,13 @@ mod tests {
         let mut now = Instant::now();
         let mut pace = Pace::new(now);
         pace.scanned(now, scan(300 * US, Found::Change, 1));
-        let end = now + BRISK;
+        let end = now + BURST;
         while now < end {
             assert_eq!(pace.due(), now + FLOOR);
             now = pace.due();
             pace.scanned(now, scan(300 * US, Found::Same, 1));
         }
-        assert!(pace.due() > now + FLOOR, "what was owed is paid");
+        assert!(pace.due() > now + FLOOR, "the debt is paid");
     }
 
     #[test]
@@ -243,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn where_the_kernel_tells_of_changes_scans_only_make_sure() {
+    fn scans_only_confirm_where_the_kernel_reports_changes() {
         let hinted = |found| Scan { hinted: true, ..scan(300 * US, found, 1) };
         let mut now = Instant::now();
         let mut pace = Pace::new(now);
@@ -251,10 +258,12 @@ mod tests {
         assert_eq!(pace.due(), now + REST, "the change is known");
         now += REST / 2;
         pace.hint(now);
-        let told = now;
-        for (found, next) in
-            [(Found::Same, told + SETTLE), (Found::Same, told + FLOOR), (Found::Same, told + FLOOR + REST)]
-        {
+        let hinted_at = now;
+        for (found, next) in [
+            (Found::Same, hinted_at + RECHECK),
+            (Found::Same, hinted_at + FLOOR),
+            (Found::Same, hinted_at + FLOOR + REST),
+        ] {
             assert!(pace.due() >= now);
             now = pace.due();
             pace.scanned(now, hinted(found));
@@ -262,28 +271,28 @@ mod tests {
         }
         pace.hint(now);
         pace.scanned(now, hinted(Found::Change));
-        assert_eq!(pace.due(), now + FLOOR, "what was told is found");
+        assert_eq!(pace.due(), now + FLOOR, "the reported change is found");
         now += FLOOR;
         pace.scanned(now, hinted(Found::Same));
         assert_eq!(pace.due(), now + REST);
         now = pace.due();
-        pace.scanned(now, hinted(Found::Nothing));
-        assert!(pace.due() < now + REST, "a reading that failed made nothing sure");
+        pace.scanned(now, hinted(Found::Failed));
+        assert!(pace.due() < now + REST, "a failed reading confirms nothing");
     }
 
     #[test]
-    fn one_scan_that_was_held_up_does_not_blind_the_watch() {
+    fn one_delayed_scan_does_not_stop_the_watch() {
         let now = Instant::now();
         let mut pace = Pace::new(now);
         pace.scanned(now, scan(300 * US, Found::Same, 1));
         pace.scanned(now + 30 * MS, scan(300 * MS, Found::Same, 1));
         assert_eq!(pace.due(), now + 30 * MS + 60 * MS);
         pace.scanned(now + 90 * MS, scan(300 * MS, Found::Same, 1));
-        assert_eq!(pace.due(), now + 90 * MS + 30_000 * MS, "twice in a row is believed");
+        assert_eq!(pace.due(), now + 90 * MS + 30_000 * MS, "a cost measured twice in a row is charged");
     }
 
     #[test]
-    fn a_debt_is_paid_off_little_by_little() {
+    fn a_debt_is_paid_off_over_several_scans() {
         let mut now = Instant::now();
         let mut pace = Pace::new(now);
         for _ in 0..20 {
@@ -294,7 +303,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a namespace does, its scans cost no more than its share and the credit.
+        /// For any sequence of events, the scans of a namespace cost at most its share plus the credit.
         #[test]
         fn the_cost_stays_within_the_share(
             base in 1u32..2_500,
@@ -311,14 +320,14 @@ mod tests {
                     _ => pace.hurry(now),
                 }
                 now = now.max(pace.due());
-                // Each scan was begun with what came before it paid off, but for the credit.
+                // When a scan starts, the cost of all scans before it is paid off except for the credit.
                 let share = (now - start + CREDIT) / (COST_FACTOR * u32::try_from(watched).unwrap());
                 prop_assert!(spent <= share + US, "spent {spent:?} of {share:?}");
-                // Never twice the one before, so that each is charged in full.
+                // Less than twice the cost of the previous scan, so each scan is charged in full.
                 let cost = base * US + base * US * cost / 1_000;
                 spent += cost;
                 now += cost;
-                let found = [Found::Nothing, Found::Same, Found::Change][found];
+                let found = [Found::Failed, Found::Same, Found::Change][found];
                 pace.scanned(now, Scan { hinted, ..scan(cost, found, watched) });
             }
         }

@@ -1,4 +1,4 @@
-//! The text of `/proc/net/tcp` and `/proc/net/tcp6`, to listeners. Pure.
+//! The parser of `/proc/net/tcp` and `/proc/net/tcp6`. Pure.
 //!
 //! A row of the kernel (`get_tcp4_sock` in `net/ipv4/tcp_ipv4.c`, `get_tcp6_sock` in `net/ipv6/tcp_ipv6.c`):
 //!
@@ -10,10 +10,10 @@
 //! An address is printed as 32-bit words of the machine's own byte order, a port as a plain number. State `0A` is
 //! LISTEN. Columns 8 and 10 are the user id and the inode.
 //!
-//! What a row needs is what the wire specification (A.4) asks: four columns, of which the second and the fourth are
-//! well formed. A row that ends before its user id or inode, or has something else there, counts all the same, as
-//! [`UID_UNKNOWN`] and [`INODE_UNKNOWN`]. Everything that is not a row is passed over without an error, so the input
-//! may hold anything: headers, NUL bytes, text that is not UTF-8. White space is that of ASCII, a line ends at `\n`.
+//! A valid row is defined by the wire specification (A.4): four columns, of which the second and the fourth are well formed.
+//! A row without a valid user id or inode is accepted with [`UID_UNKNOWN`] or [`INODE_UNKNOWN`]. The parser skips everything
+//! else without an error, so the input may hold anything: headers, NUL bytes, text that is not UTF-8. White space is that of
+//! ASCII, a line ends at `\n`.
 //!
 //! The time is linear in the length of the text, and no row allocates.
 
@@ -25,7 +25,7 @@ use std::num::NonZeroU16;
 use super::reading::{INODE_UNKNOWN, Reading, UID_UNKNOWN};
 use crate::command::Listening;
 
-/// Every listening row of `text`, whatever its address, in order.
+/// Returns every listening row of `text`, with any address, in order.
 ///
 /// ```
 /// let text = b"  0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000 0 24713 1\n";
@@ -37,36 +37,36 @@ pub fn rows(text: &[u8]) -> impl Iterator<Item = Listening> {
     text.split(|&byte| byte == b'\n').filter_map(row)
 }
 
-/// The listeners on a loopback or unspecified address of both texts, one for each port and address.
+/// Returns the listeners on a loopback or unspecified address of both texts, one for each port and address.
 pub fn listeners(tcp: &[u8], tcp6: &[u8]) -> Reading {
     rows(tcp).chain(rows(tcp6)).collect()
 }
 
-/// What the wire answers for both texts (specification A.4).
+/// Returns the wire's listeners for both texts (specification A.4).
 pub fn wire_listeners(tcp: &[u8], tcp6: &[u8]) -> Vec<WireListener> {
     to_wire(listeners(tcp, tcp6).rows())
 }
 
-/// A listener as the wire tells it: one entry for each port.
+/// A listener as it appears on the wire: one entry for each port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WireListener {
     /// The port.
     pub port: NonZeroU16,
-    /// Where it is bound; loopback, if any of the rows of the port is.
+    /// The bind address: loopback, if any row of the port has a loopback address.
     pub bind_addr: BindAddr,
 }
 
-/// The two addresses that the wire knows. It does not tell families apart.
+/// The two bind addresses of the wire, which does not distinguish families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BindAddr {
-    /// 0.0.0.0 or `::`, told as `0.0.0.0`.
+    /// 0.0.0.0 or `::`, sent as `0.0.0.0`.
     Any,
-    /// 127.0.0.1 or `::1`, told as `127.0.0.1`.
+    /// 127.0.0.1 or `::1`, sent as `127.0.0.1`.
     Loopback,
 }
 
 impl BindAddr {
-    /// How the wire spells it.
+    /// The spelling on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             BindAddr::Any => "0.0.0.0",
@@ -75,8 +75,8 @@ impl BindAddr {
     }
 }
 
-/// One entry for each port, in the order in which the ports were first seen, preferring loopback. The rows must be
-/// those of a [`Reading`].
+/// Returns one entry for each port, in the order in which the ports first appear, preferring loopback. `rows` must be the
+/// rows of a [`Reading`].
 pub fn to_wire(rows: &[Listening]) -> Vec<WireListener> {
     let mut wire: Vec<WireListener> = Vec::with_capacity(rows.len());
     let mut places = HashMap::with_capacity(rows.len());
@@ -99,11 +99,11 @@ pub fn to_wire(rows: &[Listening]) -> Vec<WireListener> {
     wire
 }
 
-/// Whether `line` is a row of a socket that stands behind all listeners in the kernel's table.
+/// Whether `line` is the row of a socket that the kernel lists after all listeners.
 ///
-/// The kernel lists the listening hash first and the established one after it (`tcp_get_idx` in
-/// `net/ipv4/tcp_ipv4.c`), so nothing after such a row is of interest. SYN_RECV (`03`) is not counted: kernels before
-/// 4.4 list half-open connections beside their listener.
+/// The kernel lists the listening hash first and the hash of connections after it (`tcp_get_idx` in `net/ipv4/tcp_ipv4.c`),
+/// so no listener follows such a row. SYN_RECV (`03`) does not count: kernels before 4.4 list half-open connections next to
+/// their listener.
 pub(super) fn is_past_listeners(line: &[u8]) -> bool {
     let state = columns(line).nth(3);
     state
@@ -132,7 +132,8 @@ fn columns(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     line.split(is_space).filter(|column| !column.is_empty())
 }
 
-/// One word for IPv4, four for IPv6. `octets` undoes what the kernel's `%08X` did to an address in network order.
+/// Parses an address: one word for IPv4, four for IPv6. `octets` reverses the kernel's `%08X` of an address in network
+/// order.
 fn address(text: &[u8], octets: fn(u32) -> [u8; 4]) -> Option<IpAddr> {
     let word = |text: &[u8]| hex(text).map(octets);
     match text.len() {
@@ -148,7 +149,7 @@ fn address(text: &[u8], octets: fn(u32) -> [u8; 4]) -> Option<IpAddr> {
     }
 }
 
-/// One to four hexadecimal digits, and not 0: a row with port 0 leads nowhere.
+/// Parses one to four hexadecimal digits that are not 0: no client can connect to port 0.
 fn port(text: &[u8]) -> Option<NonZeroU16> {
     if text.len() > 4 {
         return None;
@@ -156,7 +157,7 @@ fn port(text: &[u8]) -> Option<NonZeroU16> {
     hex(text).and_then(|port| u16::try_from(port).ok()).and_then(NonZeroU16::new)
 }
 
-/// One to eight hexadecimal digits of either case; more would be no word.
+/// Parses one to eight hexadecimal digits of either case, a 32-bit word.
 fn hex(text: &[u8]) -> Option<u32> {
     if text.is_empty() || text.len() > 8 {
         return None;

@@ -12,7 +12,7 @@ const V6_ANY: &str = "00000000000000000000000000000000";
 const HEADER: &str =
     "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n";
 
-/// The answer of the wire, as `port/address` words. The literals of these tests are those of a little-endian machine.
+/// The wire's answer, as `port/address` items. The literals of these tests are those of a little-endian machine.
 fn wire(tcp: &str, tcp6: &str) -> String {
     let words = wire_listeners(tcp.as_bytes(), tcp6.as_bytes());
     let words: Vec<_> = words.iter().map(|w| format!("{}/{}", w.port, w.bind_addr.as_str())).collect();
@@ -120,13 +120,13 @@ fn carriage_returns_nul_bytes_and_broken_utf8_elsewhere_change_nothing() {
 
 #[cfg(target_endian = "little")]
 #[test]
-fn our_rows_keep_address_owner_and_inode() {
+fn rows_keep_address_owner_and_inode() {
     let tcp = kernel_row("00000000:1435", "0A") + &kernel_row("0100007F:1435", "0A");
     let tcp6 =
         kernel_row(&format!("{V6_LOOPBACK}:1435"), "0A") + &kernel_row(&format!("{V6_ANY}:1435"), "0A");
     let reading = listeners(tcp.as_bytes(), tcp6.as_bytes());
-    let told: Vec<_> = reading.rows().iter().map(|row| row.address.to_string()).collect();
-    assert_eq!(told, ["0.0.0.0", "127.0.0.1", "::1", "::"]);
+    let addresses: Vec<_> = reading.rows().iter().map(|row| row.address.to_string()).collect();
+    assert_eq!(addresses, ["0.0.0.0", "127.0.0.1", "::1", "::"]);
     assert!(reading.rows().iter().all(|row| (row.port.get(), row.inode, row.uid) == (5173, 24713, 1000)));
 }
 
@@ -140,7 +140,7 @@ fn words_are_in_the_byte_order_of_the_machine() {
 }
 
 #[test]
-fn established_rows_stand_behind_the_listeners_and_half_open_ones_do_not() {
+fn established_rows_end_the_listeners_and_half_open_rows_do_not() {
     let past = |line: &str| is_past_listeners(line.as_bytes());
     assert!(past(&kernel_row("0100007F:1F90", "01")) && past(&kernel_row("0100007F:1F90", "06")));
     assert!(!past(&kernel_row("0100007F:1F90", "0A")) && !past(&kernel_row("0100007F:1F90", "03")));
@@ -160,7 +160,7 @@ fn hostile_text_takes_linear_time() {
     assert!(started.elapsed().as_secs() < 60, "took {:?}", started.elapsed());
 }
 
-/// What the other parser wants to know of the machine.
+/// The parameters of the machine for the other parser.
 struct Machine;
 
 impl SystemInfoInterface for Machine {
@@ -178,7 +178,7 @@ impl SystemInfoInterface for Machine {
     }
 }
 
-/// A socket as the kernel prints it.
+/// The rows of sockets as the kernel prints them.
 fn kernel_rows() -> impl Strategy<Value = String> {
     let word = prop_oneof![
         Just(u32::from_ne_bytes([127, 0, 0, 1])),
@@ -219,7 +219,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_makes_it_panic_or_answer_more_than_it_was_asked(tcp: Vec<u8>, tcp6: Vec<u8>) {
+    fn arbitrary_bytes_neither_panic_nor_give_more_rows_than_lines(tcp: Vec<u8>, tcp6: Vec<u8>) {
         let lines = tcp.split(|&byte| byte == b'\n').count() + tcp6.split(|&byte| byte == b'\n').count();
         prop_assert!(wire_listeners(&tcp, &tcp6).len() <= lines);
     }

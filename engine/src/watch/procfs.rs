@@ -1,16 +1,16 @@
-//! Listeners from `/proc/net/tcp` and `/proc/net/tcp6`, opened once inside a namespace and read again and again.
+//! Listeners from `/proc/net/tcp` and `/proc/net/tcp6`, which are opened once inside a namespace and read repeatedly.
 //!
 //! Such a file stays bound to the namespace of the thread that opened it (`seq_open_net`, `fs/proc/proc_net.c`), so a
-//! scan needs no way into the namespace. A read from offset 0 starts the table anew.
+//! scan does not need to enter the namespace. A read from offset 0 restarts the table.
 //!
-//! One read gives at most a page, cut after a whole row, and only the rows of one read belong to one moment: when a
-//! listener closes between two reads, the kernel finds its place again by counting (`tcp_seek_last_pos`), and may
-//! skip a row that was there all the time. A table that took several reads is therefore told as
-//! [`Wholeness::Pieced`], and a row missing from it is not yet known to be gone.
+//! One read returns at most a page, cut after a whole row, and only the rows of one read belong to one point in time: when a
+//! listener closes between two reads, the kernel finds its position again by counting (`tcp_seek_last_pos`), and may skip a
+//! row that existed throughout. A table that took several reads is therefore marked [`Wholeness::Pieced`], and a row missing
+//! from it is not yet known to be gone.
 //!
-//! Reading ends at the first row that is not a listener's, since all listeners stand before it. Without that a
-//! namespace with ten thousand connections would cost ten milliseconds a scan; with it, a page. (A namespace with
-//! hardly any connection still costs a walk through the established hash, which all namespaces of the host share.)
+//! Reading ends at the first row that is not a listener's, since the kernel lists all listeners first. A namespace with ten
+//! thousand connections would otherwise cost ten milliseconds a scan; so it costs one page. (In a namespace with few
+//! connections the kernel still walks its hash of connections, which all namespaces of the host share.)
 
 use std::os::fd::OwnedFd;
 
@@ -21,10 +21,10 @@ use super::parse;
 use super::reading::Reading;
 use super::source::{ReadError, Wholeness};
 
-/// A page of rows, whatever the page size, and far more than one row.
+/// Holds a page of rows for any page size, and many times the longest row.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// More than 65,535 ports on four addresses take. A file that is longer is not the kernel's table.
+/// More than the rows of 65,535 ports on four addresses. A longer file is not the kernel's table.
 const TABLE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
 /// The two files of one namespace.
@@ -35,8 +35,8 @@ pub struct ProcFiles {
     buffer: Vec<u8>,
 }
 
-/// Opens a file of `/proc/thread-self/net`: that of the calling thread's namespace, which `/proc/net`, the main
-/// thread's, need not be.
+/// Opens a file of `/proc/thread-self/net`, which shows the calling thread's namespace. (`/proc/net` shows that of the main
+/// thread.)
 ///
 /// # Errors
 /// Those of `openat(2)`; ENOENT for `tcp6` where the kernel has no IPv6.
@@ -45,11 +45,11 @@ pub fn open(file: &str) -> Result<OwnedFd, Errno> {
 }
 
 impl ProcFiles {
-    /// Takes the files. A missing one reads as empty, since a kernel without IPv6 has no `tcp6`.
+    /// Takes the files. A missing file reads as empty, since a kernel without IPv6 has no `tcp6`.
     ///
     /// # Errors
-    /// [`ReadError::Missing`] without any file, [`ReadError::NotProc`] for a file that is not of a proc file
-    /// system: it came from a container, and a read of, say, a FUSE file could hang the watch of all the others.
+    /// [`ReadError::Missing`] without any file, [`ReadError::NotProc`] for a file that is not on a proc file system: the
+    /// descriptor came from a container, and a read of, say, a FUSE file could block the watch of all namespaces.
     pub fn new(tcp: Option<OwnedFd>, tcp6: Option<OwnedFd>) -> Result<ProcFiles, ReadError> {
         if tcp.is_none() && tcp6.is_none() {
             return Err(ReadError::Missing);
@@ -65,7 +65,7 @@ impl ProcFiles {
     /// Reads both files into `reading`, which is cleared first.
     ///
     /// # Errors
-    /// [`ReadError::Proc`] or [`ReadError::TooLong`]. `reading` is then of no use, and nothing follows for what listens.
+    /// [`ReadError::Proc`] or [`ReadError::TooLong`]. The contents of `reading` are then invalid.
     pub fn read(&mut self, reading: &mut Reading) -> Result<Wholeness, ReadError> {
         reading.clear();
         let mut wholeness = Wholeness::Whole;
@@ -79,7 +79,7 @@ impl ProcFiles {
     }
 }
 
-/// Reads one table through `read_at`, until it ends or the rows behind the listeners begin.
+/// Reads one table through `read_at`, until it ends or the rows after the listeners start.
 fn table(
     mut read_at: impl FnMut(&mut [u8], u64) -> Result<usize, Errno>,
     buffer: &mut [u8],
@@ -91,7 +91,7 @@ fn table(
     loop {
         let got = read_at(&mut buffer[held..], offset).map_err(ReadError::Proc)?;
         let text = &buffer[..held + got];
-        // The last row of a table without a final newline is a row too.
+        // At the end of the file, the last row needs no newline.
         let whole =
             if got == 0 { text.len() } else { text.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1) };
         let before = reading.rows().len();
@@ -111,7 +111,7 @@ fn table(
     }
 }
 
-/// The last line of a text that ends with a newline.
+/// Returns the last line of a text that ends with a newline.
 fn last_line(text: &[u8]) -> Option<&[u8]> {
     text.strip_suffix(b"\n")?.rsplit(|&byte| byte == b'\n').next()
 }
@@ -127,7 +127,7 @@ mod tests {
         )
     }
 
-    /// Reads `text` in pieces of `piece_bytes`; tells the ports, the wholeness and how far it read.
+    /// Reads `text` in pieces of `piece_bytes`. Returns the ports, the wholeness and the offset of the last read.
     fn read_in_pieces(text: &str, piece_bytes: usize) -> (Vec<u16>, Wholeness, u64) {
         let mut reading = Reading::default();
         let mut furthest = 0;
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_of_several_reads_is_told_as_pieced() {
+    fn a_table_of_several_reads_is_pieced() {
         let text: String = (1..=4).map(|port| row(port, "0A")).collect();
         assert_eq!(read_in_pieces(&text, 150).1, Wholeness::Pieced);
         assert_eq!(read_in_pieces(&text, 512).1, Wholeness::Whole);

@@ -2,8 +2,8 @@
 //! kernel's table, one row for each port and address.
 //!
 //! Several sockets may share a port and an address (`SO_REUSEPORT`, one for each worker of a server). The row then
-//! tells the one with the lowest inode: that choice does not depend on the order in which the kernel happens to list
-//! them, so a server with many workers does not look like a server that restarts all the time.
+//! has the lowest inode: this choice does not depend on the order in which the kernel lists the sockets, so a server with
+//! many workers does not look like a server that keeps restarting.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -12,17 +12,17 @@ use std::num::NonZeroU16;
 
 use crate::command::Listening;
 
-/// The inode of a row that did not tell one. No socket has it: the kernel numbers from 1 (`get_next_ino`, `fs/inode.c`).
+/// The inode of a row without a valid one. No socket has it: the kernel numbers from 1 (`get_next_ino`, `fs/inode.c`).
 pub const INODE_UNKNOWN: u64 = 0;
 
-/// The user id of a row that did not tell one: the kernel's own "no user" (`INVALID_UID`, `include/linux/uidgid.h`).
+/// The user id of a row without a valid one: the kernel's own "no user" (`INVALID_UID`, `include/linux/uidgid.h`).
 /// Not 0, which would claim that root owns the socket.
 pub const UID_UNKNOWN: u32 = u32::MAX;
 
-/// What is compared between readings: where a client can connect to.
+/// The key that identifies a row between readings: the address to which a client connects.
 pub(super) type Place = (NonZeroU16, IpAddr);
 
-/// The listeners of one namespace at one moment. It can hold no more than 65,535 ports on four addresses.
+/// The listeners of one namespace at one time. It holds at most 65,535 ports on four addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reading {
     rows: Vec<Listening>,
@@ -30,13 +30,13 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Forgets all rows and keeps the memory for the next reading.
+    /// Removes all rows and keeps the memory for the next reading.
     pub fn clear(&mut self) {
         self.rows.clear();
         self.places.clear();
     }
 
-    /// Takes a row, unless its address is neither loopback nor unspecified. 127.0.0.2 and an IPv4-mapped IPv6 address
+    /// Inserts a row, unless its address is neither loopback nor unspecified. 127.0.0.2 and an IPv4-mapped IPv6 address
     /// are neither: the relay would not reach them.
     pub fn insert(&mut self, row: Listening) {
         if !is_local(row.address) {
@@ -57,12 +57,12 @@ impl Reading {
         }
     }
 
-    /// The rows, each at the place where its port and address were first seen.
+    /// Returns the rows, each at the position where its port and address were first seen.
     pub fn rows(&self) -> &[Listening] {
         &self.rows
     }
 
-    /// The row of a port and an address.
+    /// Returns the row of a port and an address.
     pub fn at(&self, place: (NonZeroU16, IpAddr)) -> Option<&Listening> {
         self.places.get(&place).and_then(|&index| self.rows.get(index))
     }
@@ -76,7 +76,7 @@ impl FromIterator<Listening> for Reading {
     }
 }
 
-/// The lowest inode comes first and an unknown one last.
+/// Sorts the lowest inode first and an unknown one last.
 fn inode_rank(row: Listening) -> u64 {
     row.inode.wrapping_sub(1)
 }

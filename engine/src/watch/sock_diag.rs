@@ -1,9 +1,9 @@
-//! Listeners from a `NETLINK_SOCK_DIAG` socket that was made inside a namespace.
+//! Listeners from a `NETLINK_SOCK_DIAG` socket that was created inside a namespace.
 //!
-//! The kernel answers for the namespace of the socket, not of the thread that asks. It puts the first datagram of an
-//! answer into the socket before `sendto` returns, and each next one while the one before is received
-//! (`netlink_dump_start`, `netlink_recvmsg` in `net/netlink/af_netlink.c`): a receive never needs to wait, so one that
-//! would is an error, and no socket, however odd, can hang the watch.
+//! The kernel answers for the namespace of the socket, not of the calling thread. It queues the first datagram of an answer
+//! before `sendto` returns, and each further one during the receive of the one before (`netlink_dump_start`,
+//! `netlink_recvmsg` in `net/netlink/af_netlink.c`). A receive therefore never needs to wait: one that would block is an
+//! error, and no socket can block the watch.
 
 use std::os::fd::OwnedFd;
 
@@ -21,23 +21,23 @@ use super::reading::Reading;
 use super::source::{ReadError, Wholeness};
 use crate::command::{Family, Listening};
 
-/// The kernel's datagrams are at most this long (`netlink_dump`, `net/netlink/af_netlink.c`).
+/// The maximum length of the kernel's datagrams (`netlink_dump`, `net/netlink/af_netlink.c`).
 const BUFFER_BYTES: usize = 32 * 1024;
 
-/// Datagrams of one answer, each of which holds at least 40 sockets: room for four million of them.
+/// The maximum number of datagrams of one answer. Each holds at least 40 sockets, so this is room for four million.
 const DATAGRAMS_MAX: u32 = 100_000;
 
-/// A socket that asks one namespace.
+/// A `sock_diag` socket of one namespace.
 #[derive(Debug)]
 pub struct SockDiag {
     socket: OwnedFd,
     sequence: u32,
     buffer: Vec<u8>,
-    /// The last answer was given up half-way, so its rest may still stand in the socket.
+    /// The last answer was abandoned part-way, so its rest may still be queued in the socket.
     leftover: bool,
 }
 
-/// Makes such a socket in the namespace of the calling thread.
+/// Creates such a socket in the namespace of the calling thread.
 ///
 /// # Errors
 /// Those of `socket(2)`: EPROTONOSUPPORT where the kernel has no `sock_diag`.
@@ -50,7 +50,7 @@ impl SockDiag {
     /// Takes the socket, which may have come from a container.
     ///
     /// # Errors
-    /// [`ReadError::NotSockDiag`] for anything else.
+    /// [`ReadError::NotSockDiag`] for any other descriptor.
     pub fn new(socket: OwnedFd) -> Result<SockDiag, ReadError> {
         let is_netlink = socket_domain(&socket).is_ok_and(|domain| domain == AddressFamily::NETLINK);
         if !is_netlink || socket_protocol(&socket).ok().flatten() != Some(netlink::SOCK_DIAG) {
@@ -59,10 +59,10 @@ impl SockDiag {
         Ok(SockDiag { socket, sequence: 0, buffer: vec![0; BUFFER_BYTES], leftover: true })
     }
 
-    /// Asks for both families and puts the answers into `reading`, which is cleared first.
+    /// Requests both families and puts the answers into `reading`, which is cleared first.
     ///
     /// # Errors
-    /// Any of [`ReadError`]. `reading` is then of no use, and nothing follows for what listens.
+    /// Any of [`ReadError`]. The contents of `reading` are then invalid.
     pub fn read(&mut self, reading: &mut Reading) -> Result<Wholeness, ReadError> {
         match self.read_once(reading) {
             Err(ReadError::Interrupted) => self.read_once(reading),
@@ -75,7 +75,7 @@ impl SockDiag {
         self.each(|row| reading.insert(row))
     }
 
-    /// Returns every listening socket of the namespace, on whatever address, also those that share one.
+    /// Returns every listening socket of the namespace, on any address, including sockets that share an address.
     ///
     /// # Errors
     /// Any of [`ReadError`].
@@ -104,7 +104,7 @@ impl SockDiag {
         }
     }
 
-    /// Gives every TCP connection of the namespace to `each`. A connection that is made or ends meanwhile may be missing.
+    /// Passes every TCP connection of the namespace to `each`. A connection that opens or closes meanwhile may be missing.
     ///
     /// # Errors
     /// Any of [`ReadError`].
@@ -137,8 +137,8 @@ impl SockDiag {
         })
     }
 
-    /// Sends a request, whose sequence is the next one, and gives every socket of the answer to `each`, which returns whether it
-    /// is one of those that were asked for.
+    /// Sends a request, which has the next sequence number, and passes every socket of the answer to `each`. `each` returns
+    /// whether the socket matches the request.
     fn dump(
         &mut self,
         request: [u8; REQUEST_BYTES],
@@ -170,8 +170,8 @@ impl SockDiag {
         Err(ReadError::TooLong)
     }
 
-    /// The length of the next datagram; none if it is not the kernel's: a process in the namespace with
-    /// `CAP_NET_ADMIN` may send to this socket as well.
+    /// Receives the next datagram and returns its length. Returns `None` if the kernel did not send it: a process in the
+    /// namespace with `CAP_NET_ADMIN` can send to this socket, too.
     fn receive(&mut self) -> Result<Option<usize>, ReadError> {
         let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
         let (_, bytes, from) = retry_on_intr(|| recvfrom(&self.socket, self.buffer.as_mut_slice(), flags))
@@ -181,13 +181,13 @@ impl SockDiag {
         Ok(from_kernel.then_some(bytes))
     }
 
-    /// Takes out what stands in the socket. Receiving also drives an unfinished answer to its end, before which the
-    /// kernel would refuse another one (EBUSY).
+    /// Discards the queued datagrams. Receiving also completes an unfinished answer, before which the kernel refuses another
+    /// request (EBUSY).
     fn empty(&mut self) -> Result<(), ReadError> {
         for _ in 0..DATAGRAMS_MAX {
             match self.receive() {
                 Err(ReadError::Diag(Errno::AGAIN)) => return Ok(()),
-                // A full socket lost datagrams; what is left still has to be taken out.
+                // The kernel dropped datagrams because the socket was full; the rest still has to be discarded.
                 Ok(_) | Err(ReadError::Diag(Errno::NOBUFS)) => {}
                 Err(error) => return Err(error),
             }
@@ -213,10 +213,10 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_was_given_up_does_not_spoil_the_next() {
+    fn an_abandoned_answer_does_not_affect_the_next() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut diag = SockDiag::new(open().unwrap()).unwrap();
-        // Asked, never received: the kernel would answer EBUSY to the next request.
+        // Sent, and its answer never received: the kernel would answer EBUSY to the next request.
         let request = request(Family::V4, 99);
         sendto(&diag.socket, &request, SendFlags::empty(), &SocketAddrNetlink::new(0, 0)).unwrap();
         let mut reading = Reading::default();

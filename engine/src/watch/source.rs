@@ -1,4 +1,4 @@
-//! Where the listeners of one namespace are read from, and what can go wrong with it.
+//! The sources from which the listeners of one namespace are read, with the change from one source to the other.
 
 use std::os::fd::OwnedFd;
 
@@ -8,26 +8,26 @@ use super::procfs::{self, ProcFiles};
 use super::reading::Reading;
 use super::sock_diag::{self, SockDiag};
 
-/// What there is to read the listeners of one namespace with. Each descriptor was made inside that namespace.
+/// Descriptors for reading the listeners of one namespace. Each was created inside that namespace.
 #[derive(Debug, Default)]
 pub struct Sources {
     /// `/proc/net/tcp`.
     pub tcp: Option<OwnedFd>,
     /// `/proc/net/tcp6`; absent where the kernel has no IPv6.
     pub tcp6: Option<OwnedFd>,
-    /// A `NETLINK_SOCK_DIAG` socket: preferred, a hundred times cheaper.
+    /// A `NETLINK_SOCK_DIAG` socket: preferred, since it is a hundred times cheaper.
     pub sock_diag: Option<OwnedFd>,
 }
 
 impl Sources {
-    /// Opens all that the namespace of the calling thread offers.
+    /// Opens all sources that the namespace of the calling thread offers.
     pub fn open_here() -> Sources {
         let file = |name| procfs::open(name).ok();
         Sources { tcp: file("tcp"), tcp6: file("tcp6"), sock_diag: sock_diag::open().ok() }
     }
 }
 
-/// Why a reading failed. A failed reading says nothing about what listens.
+/// The reason why a reading failed. The listeners are then unknown.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
     /// A file of `/proc/net` could not be read.
@@ -36,35 +36,35 @@ pub enum ReadError {
     /// The socket could not be used.
     #[error("asking the kernel for its sockets (sock_diag) failed: {0}")]
     Diag(Errno),
-    /// The kernel does not answer.
+    /// The kernel rejected the request.
     #[error("the kernel refused to list its sockets (sock_diag): {0}")]
     Refused(Errno),
-    /// Not what a kernel sends.
+    /// The message is not one that a kernel sends.
     #[error("the answer of sock_diag is malformed: {0}")]
     Malformed(&'static str),
     /// The table changed while it was read, twice in a row.
     #[error("the table of sockets changed while it was read")]
     Interrupted,
-    /// More than a namespace can hold.
+    /// The table is longer than a namespace can fill.
     #[error("the table of sockets has no end")]
     TooLong,
-    /// A descriptor is not what it was said to be.
+    /// The descriptor is not a file of a proc file system.
     #[error("a file that was handed over as /proc/net/tcp is not from a proc file system")]
     NotProc,
-    /// A descriptor is not what it was said to be.
+    /// The descriptor is not a `sock_diag` socket.
     #[error("a descriptor that was handed over as a sock_diag socket is not one")]
     NotSockDiag,
-    /// There is nothing to read from.
+    /// There is no source.
     #[error("there is no file and no socket to read listeners from")]
     Missing,
 }
 
 impl ReadError {
-    /// Whether to try again is of no use.
+    /// Whether another attempt would fail, too.
     fn is_final(&self) -> bool {
         match self {
             ReadError::NotProc | ReadError::NotSockDiag | ReadError::Missing => true,
-            // EBUSY: the answer before is not taken out yet. The others are shortages.
+            // EBUSY: the previous answer is not drained yet. The others are shortages.
             ReadError::Diag(errno) | ReadError::Refused(errno) => {
                 !matches!(*errno, Errno::BUSY | Errno::NOMEM | Errno::NOBUFS | Errno::AGAIN)
             }
@@ -75,30 +75,30 @@ impl ReadError {
     }
 }
 
-/// Whether a reading shows one moment.
+/// Whether a reading shows one point in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wholeness {
     /// The rows of each family were read at once.
     Whole,
-    /// The rows were read in several pieces; one may be missing that was there all the time.
+    /// The rows were read in several pieces; a row that existed throughout may be missing.
     Pieced,
 }
 
-/// Readings in a row that may fail before a source is given up.
+/// The number of consecutive failed readings after which a source is abandoned.
 const FAILURES_MAX: u32 = 8;
 
-/// The best of the sources that still works.
+/// The best source that still works.
 #[derive(Debug)]
 pub struct Source {
     diag: Option<SockDiag>,
     files: Option<ProcFiles>,
     failures: u32,
-    /// Holds a reading while a second one confirms what is missing from it.
+    /// Holds a reading while a second one confirms which rows are missing.
     spare: Reading,
 }
 
 impl Source {
-    /// Takes what works. A refused descriptor is closed; what refused it is told only if nothing is left.
+    /// Takes the sources that work. Closes a refused descriptor; returns its error only if no source is left.
     pub fn new(sources: Sources) -> Result<Source, ReadError> {
         let diag = sources.sock_diag.map(SockDiag::new).transpose();
         let files = ProcFiles::new(sources.tcp, sources.tcp6);
@@ -113,9 +113,10 @@ impl Source {
         }
     }
 
-    /// Reads what listens. `older` is the reading before: what a pieced reading misses of it is looked for again.
+    /// Reads the listeners. `older` is the previous reading: if a pieced reading lacks some of its rows, a second reading
+    /// confirms.
     ///
-    /// `Ok(false)` is "no change": the reading failed and will be tried again. An error means that no source is left.
+    /// `Ok(false)` means "no change": the reading failed and will be retried. An error means that no source is left.
     pub fn read(&mut self, older: &Reading, into: &mut Reading) -> Result<bool, ReadError> {
         match self.read_confirmed(older, into) {
             Ok(()) => {
@@ -152,8 +153,8 @@ impl Source {
     }
 }
 
-/// Reads, and reads again when the first reading was pieced and misses something of `older`: then only what both
-/// miss is gone.
+/// Reads, and reads again if the first reading was pieced and lacks a row of `older`. Only rows that both readings lack are
+/// gone.
 fn confirmed(
     mut read: impl FnMut(&mut Reading) -> Result<Wholeness, ReadError>,
     older: &Reading,
@@ -186,8 +187,8 @@ mod tests {
         ports.iter().map(row).collect()
     }
 
-    /// What is told when 1, 2 and 3 listened before and the readings come as scripted; and how many were made.
-    fn told(script: &[(&[u16], Wholeness)]) -> (Vec<u16>, usize) {
+    /// Reads `script` after a reading of the ports 1, 2 and 3. Returns the resulting ports and the number of readings made.
+    fn read_script(script: &[(&[u16], Wholeness)]) -> (Vec<u16>, usize) {
         let (mut into, mut reads) = (Reading::default(), 0);
         let read = |reading_of: &mut Reading| {
             *reading_of = reading(script[reads].0);
@@ -199,17 +200,17 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pieced_reading_misses_is_looked_for_again() {
+    fn rows_missing_from_a_pieced_reading_are_confirmed_by_a_second() {
         use Wholeness::{Pieced, Whole};
-        assert_eq!(told(&[(&[1, 3], Pieced), (&[1, 2, 3], Pieced)]), (vec![1, 3, 2], 2));
-        assert_eq!(told(&[(&[1, 3], Pieced), (&[1, 3], Pieced)]), (vec![1, 3], 2));
-        assert_eq!(told(&[(&[1, 2, 3, 4], Pieced)]), (vec![1, 2, 3, 4], 1));
-        assert_eq!(told(&[(&[1, 3], Whole)]), (vec![1, 3], 1));
+        assert_eq!(read_script(&[(&[1, 3], Pieced), (&[1, 2, 3], Pieced)]), (vec![1, 3, 2], 2));
+        assert_eq!(read_script(&[(&[1, 3], Pieced), (&[1, 3], Pieced)]), (vec![1, 3], 2));
+        assert_eq!(read_script(&[(&[1, 2, 3, 4], Pieced)]), (vec![1, 2, 3, 4], 1));
+        assert_eq!(read_script(&[(&[1, 3], Whole)]), (vec![1, 3], 1));
     }
 
     #[test]
-    fn a_failing_file_is_no_change_until_it_has_failed_often() {
-        // Some other file of proc, which cannot be read from: a directory.
+    fn a_failing_file_counts_as_unchanged_until_the_failure_limit() {
+        // A file of proc that cannot be read: a directory.
         let directory = || OwnedFd::from(std::fs::File::open("/proc/self").unwrap());
         let mut source = Source::new(Sources { tcp: Some(directory()), ..Sources::default() }).unwrap();
         let mut into = Reading::default();
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn shortages_pass_and_refusals_stay() {
+    fn shortages_are_retried_and_refusals_are_final() {
         assert!(!ReadError::Diag(Errno::NOBUFS).is_final() && !ReadError::Refused(Errno::BUSY).is_final());
         assert!(ReadError::Refused(Errno::NOENT).is_final() && ReadError::Refused(Errno::PERM).is_final());
     }
