@@ -1,24 +1,24 @@
-//! The contract between the engine and whoever drives it: commands in, events out.
+//! The contract between the engine and its driver: commands in, events out. Pure.
 //!
-//! Both are plain data. Inside one process they travel over channels; between processes, as one JSON object in
-//! one `SOCK_SEQPACKET` datagram, with descriptors beside it (`SCM_RIGHTS`). The engine knows numbers, never names:
-//! which container an [`UpstreamId`] stands for, and whether a port may be exposed, is the driver's business.
+//! Both are plain data. Inside one process they travel over channels; between processes, as one JSON object in one
+//! `SOCK_SEQPACKET` datagram, with descriptors attached (`SCM_RIGHTS`). The engine uses numbers, never names: the driver
+//! maps an [`UpstreamId`] to a container, and decides whether a port may be exposed.
 //!
-//! Commands are levels where they can be: opening a listener that is open as asked, or closing one that is
-//! closed, changes nothing and is answered as if it had just happened. That lets a driver that lost its memory
-//! read [`Event::Observed`] and [`Event::State`] and say again what it wants.
+//! Commands state a desired level where possible: opening a listener that is open already, or closing one that is closed,
+//! changes nothing and is answered like a change. A driver that lost its state can therefore read [`Event::Observed`] and
+//! [`Event::State`] and repeat its commands.
 //!
-//! # What a driver that arrives can rely on
+//! # Guarantees to a new driver
 //!
-//! It is told [`Event::Ready`], sends [`Command::Describe`], and reads on until the [`Event::State`] that is the last
-//! of its parts. The answer is one run of events with nothing between them, first every [`Event::Observed`], then every
-//! [`Event::State`], and it is true at its place in the stream:
+//! A new driver receives [`Event::Ready`], sends [`Command::Describe`], and reads until the last part of [`Event::State`].
+//! The answer is one uninterrupted run of events, first every [`Event::Observed`], then every [`Event::State`]. It is
+//! consistent with its position in the stream:
 //!
-//! - An [`Event::Listeners`] before it is contained in it, and one after it is a change to it. What was known of
-//!   listeners before is replaced by it.
-//! - An event on a forward or an upstream before it is contained in it as well, but for one: a forward that was opened
-//!   after the description was asked for may be told as open before it and be absent from it.
-//! - The answer to a question of the driver before is not told to this one.
+//! - An [`Event::Listeners`] before the answer is contained in it; one after the answer is a change to it. The answer
+//!   replaces what the driver knew of listeners before.
+//! - An event on a forward or an upstream before the answer is contained in it, too, with one exception: a forward that was
+//!   opened after the request may be reported as open before the answer and be absent from it.
+//! - Answers to requests of the previous driver are not sent to the new one.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -29,12 +29,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::process::confinement::Lack;
 
-/// One way into one container, as numbered by the driver.
+/// One upstream: a means of connecting into one container. Numbered by the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct UpstreamId(pub u32);
 
-/// One forward: a host port, and the port inside an upstream that it leads to. Numbered by the driver.
+/// One forward: a host port, and the port of an upstream to which it leads. Numbered by the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ForwardId(pub u32);
@@ -62,7 +62,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both families, in the order in which they are tried when nothing else is known.
+    /// Both families, in the order in which they are tried by default.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
     /// The other family.
@@ -83,22 +83,22 @@ impl Family {
     }
 }
 
-/// On which loopback addresses of a container a server was seen listening.
+/// The loopback addresses of a container on which a server was seen listening.
 ///
-/// A connection is dialled to the family by which the client came, if that one is reached, else to the other.
+/// The relay dials the family of the client's connection if the server listens on it, else the other family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reach {
-    /// Something listens on 127.0.0.1 or 0.0.0.0.
+    /// A server listens on 127.0.0.1 or 0.0.0.0.
     pub v4: bool,
-    /// Something listens on `::1` or `::`.
+    /// A server listens on `::1` or `::`.
     pub v6: bool,
 }
 
 impl Reach {
-    /// Nothing is known: both families are tried.
+    /// The families are unknown, so both are tried.
     pub const UNKNOWN: Reach = Reach { v4: true, v6: true };
 
-    /// Whether `family` is worth dialling.
+    /// Whether a server listens on `family`.
     pub fn has(self, family: Family) -> bool {
         match family {
             Family::V4 => self.v4,
@@ -107,140 +107,138 @@ impl Reach {
     }
 }
 
-/// How the connections of something that goes away end.
+/// The end of the connections of a forward or upstream that is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ending {
-    /// Nothing new is accepted; what is open finishes in its own time.
+    /// No connection is accepted any more; open ones continue until they end.
     Drain,
-    /// What is open is reset at once.
+    /// Open connections are reset at once.
     Reset,
 }
 
-/// Which files follow the opener channels of [`Command::AddUpstream`], in this order.
+/// The files that follow the opener channels of [`Command::AddUpstream`], in this order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WatchSources {
     /// `/proc/net/tcp`, opened inside the namespace.
     pub proc_tcp: bool,
     /// `/proc/net/tcp6`, opened inside the namespace; absent where the kernel has no IPv6.
     pub proc_tcp6: bool,
-    /// A `NETLINK_SOCK_DIAG` socket made inside the namespace.
+    /// A `NETLINK_SOCK_DIAG` socket created inside the namespace.
     pub sock_diag: bool,
 }
 
 impl WatchSources {
-    /// How many descriptors these are.
+    /// Returns the number of descriptors.
     pub fn count(self) -> usize {
         usize::from(self.proc_tcp) + usize::from(self.proc_tcp6) + usize::from(self.sock_diag)
     }
 }
 
-/// The programs behind the channels of an upstream: what the engine asks them, and how far it trusts them.
+/// The programs behind the channels of an upstream: which requests the engine sends them, and how far it trusts them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UpstreamKind {
-    /// Openers of ours. They make sockets ahead of need ([`opener::Request::Sockets`](crate::opener::Request::Sockets)).
+    /// Openers of landfall. They create sockets in advance ([`opener::Request::Sockets`](crate::opener::Request::Sockets)).
     #[default]
     Opener,
-    /// A program inside the container, which speaks as an opener does and may be anybody. Its sockets are used on a shard of
-    /// its own, so that what it does to them behind our back stops nobody else. It has one channel.
+    /// An untrusted program inside the container, which speaks the protocol of an opener. Its sockets are used on an
+    /// isolated shard, so manipulating them affects no other container. It has one channel.
     Agent,
-    /// The host: the engine creates the sockets itself, in its own namespace, and there is no channel. With
-    /// [`Command::AdoptListener`], a listener inside a container leads to a server on the host: the same relay with the roles
-    /// swapped.
+    /// The host: the engine creates the sockets itself, in its own namespace, without a channel. With
+    /// [`Command::AdoptListener`], a listener inside a container leads to a server on the host: the same relay with the
+    /// roles swapped.
     Host,
-    /// The driver itself, which connects for each client
-    /// ([`opener::Request::Dial`](crate::opener::Request::Dial)): the container is reached through it alone.
+    /// The driver itself, which connects for each client ([`opener::Request::Dial`](crate::opener::Request::Dial)): the
+    /// container is reachable only through the driver.
     Dialler,
 }
 
-/// What a driver asks of the engine.
+/// A command of the driver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Command {
-    /// A way into a namespace. Its descriptors, in this order: one channel for each shard of the engine
-    /// ([`Event::Ready`] says how many; an [`UpstreamKind::Agent`] has one, an [`UpstreamKind::Host`] none), then the files that
-    /// `sources` names.
-    /// Answer: [`Event::UpstreamAdded`], or [`Event::Refused`].
+    /// Adds an upstream. Its descriptors, in this order: one channel for each shard of the engine (the number is in
+    /// [`Event::Ready`]; an [`UpstreamKind::Agent`] has one channel, an [`UpstreamKind::Host`] has no channel), then the
+    /// files that `sources` names. Answer: [`Event::UpstreamAdded`], or [`Event::Refused`].
     AddUpstream {
-        /// A number that is not in use.
+        /// An unused number.
         upstream: UpstreamId,
         /// `SO_NETNS_COOKIE` of the namespace; every socket from an opener channel must carry it. For an
         /// [`UpstreamKind::Dialler`] or [`UpstreamKind::Host`] a number that the driver chooses, which is not checked.
         netns_cookie: u64,
-        /// Who is behind the channels.
+        /// The programs behind the channels.
         #[serde(default)]
         kind: UpstreamKind,
-        /// What to watch for listeners with; all absent means that nothing is watched.
+        /// The sources for the watch. If all are absent, the upstream is not watched.
         sources: WatchSources,
     },
-    /// Lets go of a namespace: its stock of sockets, its channels, its files, every forward into it.
-    /// Answer: [`Event::ListenerClosed`] for each, then [`Event::UpstreamRemoved`].
+    /// Removes an upstream: its stock of sockets, its channels, its files, every forward into it.
+    /// Answer: [`Event::ListenerClosed`] for each forward, then [`Event::UpstreamRemoved`].
     RemoveUpstream {
-        /// Which one; an unknown one is answered as removed.
+        /// The upstream. The removal of an unknown one is confirmed.
         upstream: UpstreamId,
-        /// What becomes of its connections.
+        /// How its connections end.
         ending: Ending,
     },
     /// Listens on 127.0.0.1 and `::1`. Answer: [`Event::ListenerOpened`] or [`Event::ListenerFailed`].
     ///
-    /// Its descriptors are listening sockets that another engine lent ([`Event::ListenerLent`]); each takes the place of
-    /// the one that would be bound for its family. One that is not a TCP socket of this network namespace, listening on
-    /// the loopback address of its family and the host port, fails the command. Where the forward is open already, they
-    /// are closed.
+    /// Its descriptors are listening sockets that another engine lent ([`Event::ListenerLent`]); each is used instead of
+    /// binding a new one for its family. The command fails if one of them is not a TCP socket of this network namespace that
+    /// listens on the loopback address of its family and on the host port. If the forward is open already, they are closed.
     OpenListener {
-        /// A number that is not in use.
+        /// An unused number.
         forward: ForwardId,
-        /// Where connections go.
+        /// The upstream to which connections go.
         upstream: UpstreamId,
         /// The port on the host.
         host_port: NonZeroU16,
-        /// The port inside.
+        /// The port inside the container.
         target_port: NonZeroU16,
-        /// Which families listen inside.
+        /// The families on which a server listens inside.
         reach: Reach,
     },
     /// Accepts from sockets that listen in another network namespace, which are its descriptors: those of a server that a
-    /// native socket replaced, or [`Opener::listen`](crate::opener::client::Opener::listen)'s. Nothing is bound, and
-    /// connections go to `target_port` of the upstream. Answer: [`Event::ListenerOpened`] with `target_port` as the port of the
-    /// host, or [`Event::ListenerFailed`] where a descriptor is not a listening TCP socket. At
-    /// [`Event::ListenerClosed`] every descriptor is closed.
+    /// native socket replaced, or [`Opener::listen`](crate::opener::client::Opener::listen)'s. The engine binds no socket,
+    /// and connections go to `target_port` of the upstream. Answer: [`Event::ListenerOpened`] with `target_port` as the host
+    /// port, or [`Event::ListenerFailed`] if a descriptor is not a listening TCP socket. At [`Event::ListenerClosed`] every
+    /// descriptor is closed.
     ///
-    /// A process that holds the same socket can make its calls block, and with them everything that this engine relays.
-    /// Sockets that an untrusted process holds go to an engine of their own.
+    /// Another process that holds the same socket can make calls on it block, and with them everything that this engine
+    /// relays. Sockets that an untrusted process holds go to a separate engine.
     AdoptListener {
-        /// A number that is not in use.
+        /// An unused number.
         forward: ForwardId,
-        /// Where connections go.
+        /// The upstream to which connections go.
         upstream: UpstreamId,
-        /// The port there.
+        /// The port of the upstream.
         target_port: NonZeroU16,
     },
-    /// Tells which families listen inside now. No answer.
+    /// Sets the families on which a server listens inside. No answer.
     SetReach {
-        /// Which forward; an unknown one is ignored.
+        /// The forward; an unknown one is ignored.
         forward: ForwardId,
         /// The new reach.
         reach: Reach,
     },
-    /// Stops listening. Answer: [`Event::ListenerClosed`] as soon as the port is free, while connections may drain on.
+    /// Stops listening. Answer: [`Event::ListenerClosed`] as soon as the port is free; connections may continue to drain.
     CloseListener {
-        /// Which forward; an unknown one is answered as closed.
+        /// The forward. The closing of an unknown one is confirmed.
         forward: ForwardId,
-        /// What becomes of its connections.
+        /// How its connections end.
         ending: Ending,
     },
-    /// Answer: [`Event::Observed`] for each upstream that has been read, then [`Event::State`].
+    /// Requests a description. Answer: [`Event::Observed`] for each upstream that has been read, then [`Event::State`].
     Describe,
-    /// Answer: [`Event::State`], for its counters. What listens is reported by itself, and can be a thousand times as long.
+    /// Requests the counters. Answer: [`Event::State`] without [`Event::Observed`], which can be a thousand times as long.
     Count,
-    /// Lends the listening sockets to a driver, which gives them to another engine, so that a port never closes between
-    /// the two. Answer: [`Event::ListenerLent`] for each open forward, then [`Event::ListenersLent`].
+    /// Lends the listening sockets to a driver, which passes them to another engine, so that a port never closes between the
+    /// two. Answer: [`Event::ListenerLent`] for each open forward, then [`Event::ListenersLent`].
     ///
-    /// The lender goes on accepting until it is told to drain; it then closes its copies without `shutdown(2)`, which
-    /// leaves connections that nobody has accepted to the other holders.
+    /// The lender continues to accept until [`Command::Drain`]. It then closes its copies without `shutdown(2)`, so
+    /// connections that are not accepted yet go to the other holders.
     LendListeners,
-    /// Scan for listeners now rather than when the pace says so.
+    /// Scans for listeners now instead of at the time that the pace sets.
     Rescan,
     /// Closes every listener, lets connections finish, then ends the engine. Answer at the end: [`Event::Stopped`].
     Drain,
@@ -248,7 +246,7 @@ pub enum Command {
     Stop,
 }
 
-/// Which ring moves the bytes.
+/// The kernel interface that reports readiness.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RingKind {
@@ -267,12 +265,12 @@ impl fmt::Display for RingKind {
     }
 }
 
-/// Which ring was chosen, and why it is not io_uring where it is not.
+/// The ring that was chosen, and why it is not io_uring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingReport {
     /// The ring in use.
     pub kind: RingKind,
-    /// Why io_uring is not in use: a sentence for people.
+    /// The reason why io_uring is not in use: a sentence for people.
     pub reason: Option<String>,
 }
 
@@ -281,20 +279,20 @@ pub struct RingReport {
 pub struct Listening {
     /// The port.
     pub port: NonZeroU16,
-    /// The address it is bound to: 127.0.0.1, 0.0.0.0, `::1` or `::`.
+    /// The address to which it is bound: 127.0.0.1, 0.0.0.0, `::1` or `::`.
     pub address: IpAddr,
-    /// The socket's inode, by which its process is found (`/proc/PID/fd`).
+    /// The socket's inode, which identifies its process (`/proc/PID/fd`).
     pub inode: u64,
-    /// The user id that made the socket, as seen by the reader.
+    /// The user who created the socket, in the user namespace of the reader.
     pub uid: u32,
 }
 
-/// Why a host port could not be listened on.
+/// The reason why the engine cannot listen on a host port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenFailure {
-    /// The kind that a driver acts on.
+    /// The kind, for the driver's decisions.
     pub kind: ListenFailureKind,
-    /// The address that refused.
+    /// The address that failed.
     pub address: SocketAddr,
     /// The symbolic error name (`EADDRINUSE`) and its text.
     pub detail: String,
@@ -308,9 +306,9 @@ pub enum ListenFailureKind {
     Taken,
     /// The port needs a privilege (EACCES, EPERM).
     Forbidden,
-    /// No descriptors or memory (EMFILE, ENFILE, ENOBUFS, ENOMEM).
+    /// Descriptors or memory ran out (EMFILE, ENFILE, ENOBUFS, ENOMEM).
     Exhausted,
-    /// Anything else.
+    /// Any other error.
     Other,
 }
 
@@ -319,7 +317,7 @@ pub enum ListenFailureKind {
 pub struct ForwardStats {
     /// Connections accepted.
     pub accepted: u64,
-    /// Connections open now, waiting ones included.
+    /// Connections open now, including those that wait for a socket.
     pub open: u64,
     /// Bytes relayed from clients to the server.
     pub bytes_up: u64,
@@ -327,18 +325,18 @@ pub struct ForwardStats {
     pub bytes_down: u64,
     /// Ended with a FIN in each direction.
     pub completed: u64,
-    /// Ended by a reset from the client's side.
+    /// Ended by a reset from the client.
     pub reset_by_downstream: u64,
-    /// Ended by a reset from the server's side.
+    /// Ended by a reset from the server.
     pub reset_by_upstream: u64,
-    /// Reset because nothing listened inside, or it did not answer in time.
+    /// Reset because no server listens inside, or it did not answer in time.
     pub refused: u64,
-    /// Reset because ports, descriptors or slots were used up on our side.
+    /// Reset because ports, descriptors or slots ran out on the relay's side.
     pub exhausted: u64,
 }
 
 impl ForwardStats {
-    /// Adds what another shard counted.
+    /// Adds the counters of another shard.
     pub fn add(&mut self, other: &ForwardStats) {
         let ForwardStats {
             accepted,
@@ -363,167 +361,168 @@ impl ForwardStats {
     }
 }
 
-/// One upstream, as [`Event::State`] tells it.
+/// One upstream in [`Event::State`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpstreamState {
     /// Its number.
     pub upstream: UpstreamId,
-    /// `SO_NETNS_COOKIE` of the namespace, by which a driver knows which one it is.
+    /// `SO_NETNS_COOKIE` of the namespace, by which a driver recognises it.
     pub netns_cookie: u64,
 }
 
-/// One forward, as [`Event::State`] tells it.
+/// One forward in [`Event::State`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForwardState {
     /// Its number.
     pub forward: ForwardId,
-    /// Where connections go.
+    /// The upstream to which connections go.
     pub upstream: UpstreamId,
     /// The port on the host.
     pub host_port: NonZeroU16,
-    /// The port inside.
+    /// The port inside the container.
     pub target_port: NonZeroU16,
-    /// Which families listen inside, as last told.
+    /// The families on which a server listens inside, as last set.
     pub reach: Reach,
-    /// Whether it still listens; false while it drains.
+    /// Whether the listener is open; false while the forward drains.
     pub listening: bool,
     /// Its counters.
     pub stats: ForwardStats,
 }
 
-/// An event and the descriptors beside it, as it travels between threads. Whoever drops it closes them.
+/// An event with its descriptors, as it travels between threads. Dropping it closes them.
 #[derive(Debug)]
-pub struct Told {
+pub struct EventMessage {
     /// The event.
     pub event: Event,
-    /// Only [`Event::ListenerLent`] has any.
+    /// The attached descriptors; only [`Event::ListenerLent`] has any.
     pub descriptors: Vec<OwnedFd>,
 }
 
-impl From<Event> for Told {
-    fn from(event: Event) -> Told {
-        Told { event, descriptors: Vec::new() }
+impl From<Event> for EventMessage {
+    fn from(event: Event) -> EventMessage {
+        EventMessage { event, descriptors: Vec::new() }
     }
 }
 
-/// What the engine tells its driver.
+/// An event of the engine, for its driver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
-    /// The first event of an engine, and the first one that a new driver gets.
+    /// The engine is ready: the first event of an engine, and the first one that a new driver receives.
     Ready {
         /// The ring in use.
         ring: RingReport,
-        /// How many opener channels [`Command::AddUpstream`] must bring.
+        /// The number of opener channels that [`Command::AddUpstream`] must bring.
         shards: u16,
-        /// Whether the host has `::1`; without it only 127.0.0.1 is listened on.
+        /// Whether the host has `::1`; without it the engine listens only on 127.0.0.1.
         ipv6: bool,
-        /// The engine's build, as its program named it, to tell a driver of another version.
+        /// The engine's build, as its program named it, so that a driver recognises another version.
         version: String,
-        /// What an engine of root lacks of its confinement; an engine of another user reports nothing.
+        /// The layers that the confinement of root's engine lacks; an engine of another user reports no layers.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         lacks: Vec<Lack>,
     },
-    /// Answer to [`Command::AddUpstream`].
+    /// The upstream was added: answer to [`Command::AddUpstream`].
     UpstreamAdded {
-        /// Which one.
+        /// The upstream.
         upstream: UpstreamId,
     },
-    /// The namespace is let go. Unasked when its channel ended: `reason` then says why.
+    /// The upstream is removed: answer to [`Command::RemoveUpstream`], or an event with a `reason` when its channel ended.
     UpstreamRemoved {
-        /// Which one.
+        /// The upstream.
         upstream: UpstreamId,
-        /// Why, where nobody asked for it.
+        /// The reason, if the driver did not request the removal.
         reason: Option<String>,
     },
-    /// What began and what ceased to listen inside. The first one after [`Command::AddUpstream`] tells all there is, even nothing.
+    /// Listeners were opened or closed inside. The first event after [`Command::AddUpstream`] lists all listeners, even if
+    /// there are none.
     Listeners {
-        /// Where.
+        /// The upstream.
         upstream: UpstreamId,
-        /// Newly seen, in the order of the kernel's table.
+        /// The new listeners, in the order of the kernel's table.
         opened: Vec<Listening>,
-        /// No longer there.
+        /// The listeners that are gone.
         closed: Vec<Listening>,
     },
-    /// The port answers on the host.
+    /// The forward listens on the host.
     ListenerOpened {
-        /// Which forward.
+        /// The forward.
         forward: ForwardId,
         /// The port on the host.
         host_port: NonZeroU16,
     },
-    /// The port could not be listened on; the forward does not exist.
+    /// The engine could not listen on the port; the forward does not exist.
     ListenerFailed {
-        /// Which forward.
+        /// The forward.
         forward: ForwardId,
         /// The port on the host.
         host_port: NonZeroU16,
-        /// Why.
+        /// The reason.
         failure: ListenFailure,
     },
-    /// The port is free again.
+    /// The host port is free again.
     ListenerClosed {
-        /// Which forward.
+        /// The forward.
         forward: ForwardId,
-        /// Its counters at that moment.
+        /// Its counters at this time.
         stats: ForwardStats,
     },
-    /// All that listens inside, as of this place in the stream of events: part of the answer to [`Command::Describe`], and
-    /// told before [`Event::State`]. What does not fit a message is told in parts; `more` is set on all but the last.
+    /// All listeners inside, at this position in the stream of events: part of the answer to [`Command::Describe`], sent
+    /// before [`Event::State`]. A long list is sent in parts; `more` is set on all but the last.
     ///
-    /// An upstream that is not watched has none, nor has one that has not been read yet: its first [`Event::Listeners`],
-    /// which tells all there is, is still to come.
+    /// The event is not sent for an upstream that is not watched or has not been read yet. Its first [`Event::Listeners`],
+    /// which lists all listeners, then follows later.
     Observed {
-        /// Where.
+        /// The upstream.
         upstream: UpstreamId,
-        /// What listens, by port.
+        /// The listeners, by port.
         listening: Vec<Listening>,
         /// Another part follows.
         more: bool,
     },
-    /// The listening sockets of a forward, as descriptors beside the event: at least one, and one for each family.
+    /// The listening sockets of a forward, as descriptors attached to the event: at least one, and one for each family.
     ListenerLent {
-        /// Which forward.
+        /// The forward.
         forward: ForwardId,
-        /// Where connections go.
+        /// The upstream to which connections go.
         upstream: UpstreamId,
         /// The port on the host.
         host_port: NonZeroU16,
-        /// The port inside.
+        /// The port inside the container.
         target_port: NonZeroU16,
-        /// Which families listen inside, as last told.
+        /// The families on which a server listens inside, as last set.
         reach: Reach,
     },
-    /// Every listener has been lent that could be.
+    /// The end of the answer to [`Command::LendListeners`]: every listener that could be duplicated has been lent.
     ListenersLent {
-        /// How many [`Event::ListenerLent`] came before.
+        /// The number of [`Event::ListenerLent`] before this event.
         count: u32,
     },
-    /// What the engine holds. One that does not fit a message is told in parts; `more` is set on all but the last.
+    /// The upstreams and forwards of the engine. A long list is sent in parts; `more` is set on all but the last.
     State {
-        /// The upstreams, in every part all of them. One that is being let go of is among them, and [`Event::UpstreamRemoved`]
+        /// All upstreams, in every part. This includes upstreams that are being removed; their [`Event::UpstreamRemoved`]
         /// follows.
         upstreams: Vec<UpstreamState>,
-        /// The forwards, those that drain included.
+        /// The forwards, including those that drain.
         forwards: Vec<ForwardState>,
         /// Another part follows.
         more: bool,
     },
-    /// Something is used up; told once until it has recovered.
+    /// A resource ran out; sent once until it recovers.
     Degraded {
-        /// What, and what to do about it: a sentence for people.
+        /// The resource, and the remedy: a sentence for people.
         what: String,
     },
-    /// What [`Event::Degraded`] told is over.
+    /// The shortage that [`Event::Degraded`] reported is over.
     Recovered {
-        /// What.
+        /// The resource.
         what: String,
     },
-    /// A command could not be carried out; nothing changed.
+    /// A command failed and changed no state.
     Refused {
-        /// Why: a sentence for people.
+        /// The reason: a sentence for people.
         reason: String,
     },
-    /// The engine has ended; nothing follows.
+    /// The engine has ended; this is the last event.
     Stopped,
 }

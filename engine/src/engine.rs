@@ -1,4 +1,4 @@
-//! The engine as a handle: commands go in, events come out, threads do the rest.
+//! The engine as a handle: commands go in, events come out, and its threads do the work.
 //!
 //! ```text
 //!  Handle::apply ──┐
@@ -9,15 +9,15 @@
 //!                  └── shard threads (one ring each)
 //! ```
 //!
-//! The conductor is the only one that knows of all: it binds listeners, lets the shard with the fewest accept for each,
-//! joins what the shards answer into one event, and never waits for a container. The shard that accepts hands each
-//! connection to the one that has the fewest. An upstream of kind
-//! [`Agent`](crate::command::UpstreamKind::Agent) has a shard of its own, which is asked and ended, and never waited for
-//! long. [`crate::process`] puts the same contract on a socket.
+//! Only the conductor has the state of the whole engine: it binds listeners, assigns each to the shard with the fewest
+//! forwards, joins the shards' answers into one event, and never waits for a container. The shard that accepts passes each
+//! connection to the shard that has the fewest. An upstream of kind [`Agent`](crate::command::UpstreamKind::Agent) has an
+//! isolated shard (`isolated.rs`); the conductor waits for its answers with a time limit. [`crate::process`] provides the
+//! same contract on a socket.
 
-mod apart;
 mod conductor;
 mod gathering;
+mod isolated;
 mod shard_thread;
 
 use std::os::fd::OwnedFd;
@@ -27,53 +27,53 @@ use std::thread::JoinHandle;
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::command::{Command, Event, RingKind, RingReport, Told};
+use crate::command::{Command, Event, EventMessage, RingKind, RingReport};
 use crate::limits::Limits;
 use crate::process::Drive;
 use crate::reactor::{self, RingChoice, Unusable};
 use crate::shard::{Peer, Peers, ShardCommand};
 use crate::watch::Watcher;
 use crate::watch::hint::HintSource;
-use apart::Apart;
 use conductor::{Conductor, Message};
+use isolated::IsolatedShards;
 use shard_thread::ShardThread;
 
-/// How an engine is started.
+/// The options of an engine.
 #[derive(Debug, Default)]
 pub struct EngineOptions {
-    /// Its bounds.
+    /// The bounds.
     pub limits: Limits,
-    /// Its ring.
+    /// The choice of the ring.
     pub ring: RingChoice,
-    /// Where hints about new listeners come from ([`crate::watch::hint`]).
+    /// The source of hints about new listeners ([`crate::watch::hint`]).
     pub hints: HintSource,
-    /// Which build of the program this is, for [`Event::Ready`].
+    /// The build of the program, for [`Event::Ready`].
     pub version: String,
 }
 
-/// Why an engine could not start.
+/// The reason why an engine cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// No ring works.
+    /// No ring is usable.
     #[error("{0}")]
     Ring(#[from] Unusable),
     /// A thread could not be started.
     #[error("could not start a thread: {0}")]
     Thread(#[from] std::io::Error),
-    /// A limit makes no sense.
+    /// A limit is invalid.
     #[error("{0}")]
     Limits(&'static str),
 }
 
-/// A running engine. Dropping it, and every [`Handle`] of it, resets what is open and ends its threads.
+/// A running engine. Dropping it and every [`Handle`] of it resets open connections and ends the threads.
 #[derive(Debug)]
 pub struct Engine {
     handle: Handle,
     ready: Event,
-    events: Receiver<Told>,
+    events: Receiver<EventMessage>,
 }
 
-/// Gives an engine its commands.
+/// Sends commands to an engine.
 #[derive(Clone, Debug)]
 pub struct Handle(Arc<Threads>);
 
@@ -97,7 +97,7 @@ impl Engine {
         let limits = within_descriptors(limits);
         let (messages, inbox) = mpsc::channel();
         let shards = match start_shards(report.kind, &limits, &messages) {
-            // A ring worked and a second one does not: the kernel has no more locked memory for this user.
+            // One ring works and a second one does not: the kernel grants this user no more locked memory.
             Err(StartError::Ring(unusable)) if ring == RingChoice::Auto && unusable.fall_back => {
                 report = RingReport { kind: RingKind::Epoll, reason: Some(unusable.reason) };
                 start_shards(report.kind, &limits, &messages)?
@@ -107,14 +107,14 @@ impl Engine {
         if shards.len() > 1 {
             let peers: Vec<Peer> = shards.iter().map(ShardThread::peer).collect();
             for (own, shard) in shards.iter().enumerate() {
-                shard.send(ShardCommand::MeetPeers(Peers::new(own, peers.clone())));
+                shard.send(ShardCommand::SetPeers(Peers::new(own, peers.clone())));
             }
         }
         let watch_messages = messages.clone();
         let watcher = Watcher::start(hints, move |event| {
             let _ = watch_messages.send(Message::Watch(event));
         })?;
-        let apart = Apart::new(&limits, messages.clone());
+        let isolated = IsolatedShards::new(&limits, messages.clone());
         let ready = Event::Ready {
             ring: report,
             shards: limits.shards,
@@ -122,40 +122,40 @@ impl Engine {
             version,
             lacks: Vec::new(),
         };
-        let (told, events) = mpsc::channel();
-        // The receiver is held here, so it takes the event.
-        let _ = told.send(ready.clone().into());
-        let conductor = Conductor::new(shards, apart, watcher, limits.backlog, told);
+        let (events_sender, events) = mpsc::channel();
+        // The send succeeds: the receiver exists.
+        let _ = events_sender.send(ready.clone().into());
+        let conductor = Conductor::new(shards, isolated, watcher, limits.backlog, events_sender);
         let thread = std::thread::Builder::new().name("landfall-engine".to_owned());
         let conductor = thread.spawn(move || conductor.run(&inbox))?;
         let handle = Handle(Arc::new(Threads { messages, conductor: Some(conductor) }));
         Ok(Engine { handle, ready, events })
     }
 
-    /// Gives it a command. Commands are carried out in the order in which they are given.
+    /// Sends a command. Commands are carried out in the order of these calls.
     pub fn apply(&self, command: Command, descriptors: Vec<OwnedFd>) {
         self.handle.apply(command, descriptors);
     }
 
-    /// What it tells.
-    pub fn events(&self) -> &Receiver<Told> {
+    /// Returns the receiver of the engine's events.
+    pub fn events(&self) -> &Receiver<EventMessage> {
         &self.events
     }
 
-    /// [`Event::Ready`], for those who come later.
+    /// Returns [`Event::Ready`], for a driver that connects later.
     pub fn ready(&self) -> &Event {
         &self.ready
     }
 
-    /// The two ends apart, to be used by different threads.
-    pub fn into_parts(self) -> (Handle, Receiver<Told>) {
+    /// Splits the engine into its two ends, for use by different threads.
+    pub fn into_parts(self) -> (Handle, Receiver<EventMessage>) {
         (self.handle, self.events)
     }
 }
 
 impl Drive for Handle {
     fn apply(&self, command: Command, descriptors: Vec<OwnedFd>) {
-        // It fails only after the engine has told that it stopped; the descriptors are closed with the message.
+        // The send fails only after Event::Stopped; dropping the message closes the descriptors.
         let _ = self.0.messages.send(Message::Command(command, descriptors));
     }
 }
@@ -164,7 +164,7 @@ impl Drop for Threads {
     fn drop(&mut self) {
         let _ = self.messages.send(Message::Command(Command::Stop, Vec::new()));
         if let Some(conductor) = self.conductor.take() {
-            // A conductor that panicked has said so on the way.
+            // The panic hook has reported a panic already.
             let _ = conductor.join();
         }
     }
@@ -179,15 +179,15 @@ fn start_shards(
     let start = |index| {
         let messages = messages.clone();
         ShardThread::start(index, kind, limits, move |report| {
-            // A conductor that has ended needs no reports.
+            // The send fails only after the conductor has ended, which then needs no reports.
             let _ = messages.send(Message::Report(index, report));
         })
     };
     (0..usize::from(limits.shards)).map(start).collect()
 }
 
-/// Bounds the connections of a shard by the descriptors there are: two for each, and some for everything else. Clients
-/// beyond that wait in the kernel's queue instead of holding one descriptor each and waiting for the second.
+/// Limits the connections of a shard to the available descriptors: two for each connection, and some for other uses. Further
+/// clients wait in the kernel's queue instead of holding one descriptor while they wait for the second.
 fn within_descriptors(mut limits: Limits) -> Limits {
     if let Some(descriptors) = getrlimit(Resource::Nofile).current {
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX) / usize::from(limits.shards);
@@ -200,5 +200,5 @@ fn within_descriptors(mut limits: Limits) -> Limits {
     limits
 }
 
-/// Descriptors of a shard for listeners, stocks, the ring, and the files of the watch.
+/// Descriptors of a shard for listeners, stocks, the reactor, and the files of the watch.
 const DESCRIPTORS_RESERVED: usize = 128;

@@ -1,27 +1,27 @@
-//! Why a relayed connection ended, and whose doing it was.
+//! The reasons why a relayed connection ended.
 
 use std::fmt;
 
 use crate::relay::Side;
 
-/// Why a relayed connection ended. The first question of every incident, whose fault it was, is in the name.
+/// The reason why a relayed connection ended. The variant names the side that caused the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndReason {
     /// A FIN in each direction, after every byte.
     Completed,
-    /// One side broke the connection off, and the other was reset in turn.
+    /// One side reset the connection, so the other side was reset, too.
     ResetBy(Side),
-    /// Nothing listens inside, or it listens no more.
+    /// No server listens inside, or it stopped listening.
     Refused,
     /// The server inside did not answer in time.
     TimedOut,
     /// Every ephemeral port inside is in use.
     PortsExhausted,
-    /// Descriptors ran out on our side or the opener's.
+    /// Descriptors ran out in the engine or the opener.
     DescriptorsExhausted,
-    /// The way into the container is gone.
+    /// The upstream was lost.
     UpstreamLost,
-    /// The driver asked for it.
+    /// The driver removed the forward or the upstream.
     Removed,
 }
 
@@ -31,11 +31,11 @@ impl fmt::Display for EndReason {
             EndReason::Completed => "completed",
             EndReason::ResetBy(Side::Downstream) => "reset by the client",
             EndReason::ResetBy(Side::Upstream) => "reset by the server",
-            EndReason::Refused => "nothing listens inside",
+            EndReason::Refused => "no server listens inside",
             EndReason::TimedOut => "the server did not answer in time",
             EndReason::PortsExhausted => "every ephemeral port inside is in use",
             EndReason::DescriptorsExhausted => "descriptors ran out",
-            EndReason::UpstreamLost => "the way into the container is gone",
+            EndReason::UpstreamLost => "the upstream was lost",
             EndReason::Removed => "removed",
         })
     }

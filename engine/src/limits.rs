@@ -1,21 +1,21 @@
-//! Every bound of the engine, and how the bounds relate.
+//! All bounds of the engine, and the relations between them.
 //!
-//! A bound turns overload into a path that is tested. Sizes end in `_bytes`, numbers in `_max`.
+//! A bound makes overload a tested path. Sizes end in `_bytes`, counts in `_max`.
 
 use std::time::Duration;
 
 /// The bounds of one engine. [`Limits::default`] is right for a workstation; tests make them small.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Threads that relay. One is best on two cores: two win a tenth of requests per second and lose a fifth of bulk.
+    /// Threads that relay. On two cores one is best: two give 10 % more requests per second and 20 % less bulk throughput.
     pub shards: u16,
-    /// Relayed connections of one shard, waiting ones included. Further clients wait in the kernel's queue.
+    /// Relayed connections of one shard, including those that wait. Further clients wait in the kernel's queue.
     pub connections_max: u32,
-    /// Size of one buffer: a read that fills it is a hint of bulk.
+    /// Size of one buffer. A read that fills it indicates bulk data.
     pub buffer_bytes: usize,
     /// Buffers of one shard that may hold bytes of blocked writes. Allocated when first needed.
     pub buffers_max: usize,
-    /// Free buffers kept for reuse; more are returned to the allocator.
+    /// Free buffers kept for reuse; others are returned to the allocator.
     pub buffers_kept: usize,
     /// Capacity of one pipe. An unprivileged user may hold 64 MiB of pipes in all (`pipe-user-pages-soft`).
     pub pipe_bytes: usize,
@@ -23,25 +23,25 @@ pub struct Limits {
     pub pipes_max: usize,
     /// Free pipes kept for reuse.
     pub pipes_kept: usize,
-    /// Bytes that one direction may move per turn before the others are served.
+    /// Bytes that one direction may move per turn before other connections are served.
     pub turn_bytes: usize,
-    /// Full reads in a row after which a direction is spliced.
+    /// Consecutive full reads after which a direction is spliced.
     pub promote_after: u8,
-    /// Small moves in a row after which a spliced direction is copied again.
+    /// Consecutive small moves after which a spliced direction is copied again.
     pub demote_after: u8,
-    /// The most sockets that one upstream keeps in stock for each family. The stock starts small and doubles when it ran dry.
+    /// The maximum of sockets that one upstream stocks for each family. The stock starts small and doubles after it ran dry.
     pub stock_max: usize,
-    /// The stock that an upstream starts with.
+    /// The initial stock of an upstream.
     pub stock_min: usize,
-    /// How long a client may wait for a connection to the server inside.
+    /// Time limit for connecting a client to the server inside.
     pub connect_timeout: Duration,
-    /// How long bytes that came before a reset may take to be read by the other side.
+    /// Time limit for the other side to read the bytes that preceded a reset.
     pub reset_drain_timeout: Duration,
     /// Backlog of a host listener; the kernel caps it at `net.core.somaxconn`.
     pub backlog: u16,
-    /// Connections that one listener accepts per turn before the others are served.
+    /// Connections that one listener accepts per turn before other sockets are served.
     pub accept_burst: u32,
-    /// How long a listener rests after descriptors ran out.
+    /// Time without accepting after descriptors ran out.
     pub exhausted_pause: Duration,
 }
 

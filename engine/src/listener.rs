@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_addresses_are_bound_or_neither() {
+    fn both_addresses_are_bound_or_none() {
         let other = std::net::TcpListener::bind("[::1]:0").unwrap();
         let port = NonZeroU16::new(other.local_addr().unwrap().port()).unwrap();
         let failure = open(port, 16, Vec::new()).unwrap_err();

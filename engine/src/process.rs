@@ -42,7 +42,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, Uid, geteuid, getrlimit, setrlimit};
 
 use crate::channel::{Channel, ChannelError, timespec};
-use crate::command::{Command, Event, Told};
+use crate::command::{Command, Event, EventMessage};
 use seat::{Question, Seat};
 
 /// The hidden verb of the program by which it becomes an engine.
@@ -197,7 +197,7 @@ pub fn serve(
     socket: CommandSocket,
     ready: &Event,
     engine: &dyn Drive,
-    events: Receiver<Told>,
+    events: Receiver<EventMessage>,
     idle_exit: Duration,
 ) -> Result<(), ProcessError> {
     let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;

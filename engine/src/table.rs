@@ -1,8 +1,8 @@
-//! Slots with generations: an id outlives its entry and never names the next one. Pure.
+//! A table of slots with generations: an id outlives its entry and never refers to a later entry of the same slot. Pure.
 
 use crate::reactor::Token;
 
-/// The name of one entry of a [`Table`].
+/// The id of one entry of a [`Table`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotId {
     slot: u32,
@@ -12,20 +12,20 @@ pub struct SlotId {
 /// The parts of a [`Token`]: a table, a socket of its entry, and the entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenParts {
-    /// The table and the socket, below 256; each table has numbers of its own.
+    /// The table and the socket, below 256; each table has its own numbers.
     pub kind: u8,
     /// The entry.
     pub id: SlotId,
 }
 
-/// Bits of a token that hold the slot, and those that hold the generation; the kind has the eight above.
+/// The bits of a token that hold the slot and the generation; the eight bits above hold the kind.
 const SLOT_BITS: u32 = 28;
 const GENERATION_BITS: u32 = 28;
 const SLOT_MASK: u32 = (1 << SLOT_BITS) - 1;
 const GENERATION_MASK: u32 = (1 << GENERATION_BITS) - 1;
 
 impl TokenParts {
-    /// One number for all of it.
+    /// Packs the parts into one number.
     pub fn pack(self) -> Token {
         let low = u64::from(self.id.slot & SLOT_MASK);
         let middle = u64::from(self.id.generation & GENERATION_MASK) << SLOT_BITS;
@@ -42,7 +42,7 @@ impl TokenParts {
     }
 }
 
-/// Entries in slots that are used again, each time under a new generation.
+/// A table of entries. Slots are reused, each time with a new generation.
 #[derive(Debug)]
 pub struct Table<T> {
     slots: Vec<Slot<T>>,
@@ -56,7 +56,7 @@ struct Slot<T> {
 }
 
 impl<T> Table<T> {
-    /// An empty table.
+    /// Creates an empty table.
     pub fn new() -> Table<T> {
         Table { slots: Vec::new(), free: Vec::new() }
     }
@@ -66,7 +66,7 @@ impl<T> Table<T> {
         self.insert_with(|_| entry)
     }
 
-    /// Adds an entry that is made with its id.
+    /// Adds an entry that is created from its id.
     pub fn insert_with(&mut self, make: impl FnOnce(SlotId) -> T) -> SlotId {
         if let Some(slot) = self.free.pop()
             && let Some(place) = self.slots.get_mut(slot as usize)
@@ -81,19 +81,19 @@ impl<T> Table<T> {
         id
     }
 
-    /// The entry of that id, if it is still there.
+    /// Returns the entry of that id, if it still exists.
     pub fn entry(&self, id: SlotId) -> Option<&T> {
         let slot = self.slots.get(id.slot as usize)?;
         if slot.generation == id.generation { slot.entry.as_ref() } else { None }
     }
 
-    /// The entry of that id, if it is still there.
+    /// Returns the entry of that id, if it still exists.
     pub fn entry_mut(&mut self, id: SlotId) -> Option<&mut T> {
         let slot = self.slots.get_mut(id.slot as usize)?;
         if slot.generation == id.generation { slot.entry.as_mut() } else { None }
     }
 
-    /// Takes the entry out; its id names nothing from now on.
+    /// Removes the entry and returns it. Its id is invalid from now on.
     pub fn remove(&mut self, id: SlotId) -> Option<T> {
         let slot = self.slots.get_mut(id.slot as usize)?;
         if slot.generation != id.generation {
@@ -105,17 +105,17 @@ impl<T> Table<T> {
         Some(entry)
     }
 
-    /// How many entries there are.
+    /// Returns the number of entries.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// Whether there are none.
+    /// Whether the table is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The ids of all entries.
+    /// Returns the ids of all entries.
     pub fn ids(&self) -> Vec<SlotId> {
         let occupied = self.slots.iter().enumerate().filter(|(_, slot)| slot.entry.is_some());
         occupied
@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_never_names_the_next_tenant() {
+    fn an_id_never_refers_to_the_next_entry() {
         let mut table = Table::new();
         let first = table.insert("first");
         assert_eq!(table.remove(first), Some("first"));
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_gives_back_what_was_packed() {
+    fn unpacking_a_token_returns_its_parts() {
         let id = SlotId { slot: SLOT_MASK, generation: GENERATION_MASK - 1 };
         for kind in [0, 1, 7, u8::MAX] {
             let parts = TokenParts { kind, id };

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use landfall_engine::RingChoice;
 use landfall_engine::command::{
-    Command, Ending, Event, Family, ForwardId, ForwardState, ForwardStats, ListenFailure, Reach, Told,
-    UpstreamId, UpstreamKind, WatchSources,
+    Command, Ending, Event, EventMessage, Family, ForwardId, ForwardState, ForwardStats, ListenFailure,
+    Reach, UpstreamId, UpstreamKind, WatchSources,
 };
 use landfall_engine::engine::{Engine, EngineOptions};
 use landfall_engine::limits::Limits;
@@ -70,7 +70,7 @@ impl Driver {
         }
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(Told { event, .. }) = self.engine.events().recv_timeout(left) else {
+            let Ok(EventMessage { event, .. }) = self.engine.events().recv_timeout(left) else {
                 panic!("waited {TIMEOUT:?} for {what}; came instead: {:?}", self.waiting);
             };
             match choose(&event) {

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread;
 
-use landfall_engine::command::{Event, Told};
+use landfall_engine::command::{Event, EventMessage};
 use landfall_engine::native::NativeEvent;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -99,7 +99,7 @@ pub fn watch(
 }
 
 /// Starts to tell `queue` what the engine says.
-pub fn relay_events(events: Receiver<Told>, queue: Sender<LoopEvent>) -> io::Result<()> {
+pub fn relay_events(events: Receiver<EventMessage>, queue: Sender<LoopEvent>) -> io::Result<()> {
     let work = move || {
         for told in events {
             if queue.send(LoopEvent::Engine(told.event)).is_err() {

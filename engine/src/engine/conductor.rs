@@ -1,7 +1,9 @@
-//! The one thread that knows of everything: commands in, shards and watch in between, events out.
+//! The conductor: the one thread that has the state of the whole engine. It receives the driver's commands, the shards'
+//! reports and the watch's events, and sends commands to the shards and events to the driver. An upstream or a forward
+//! exists from its command until every shard has reported its end. The conductor never waits for a shard or a container.
 
 mod agents;
-mod telling;
+mod events;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
@@ -10,19 +12,19 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
-use super::apart::{ANSWER_PATIENCE, Apart, OBEY_PATIENCE};
 use super::gathering::Gatherings;
+use super::isolated::{ANSWER_TIMEOUT, COMMAND_TIMEOUT, IsolatedShards};
 use super::shard_thread::ShardThread;
 use crate::command::{
-    Command, Ending, Event, ForwardId, ForwardState, ForwardStats, ListenFailure, ListenFailureKind,
-    Listening, Reach, Told, UpstreamId, UpstreamKind, WatchSources,
+    Command, Ending, Event, EventMessage, ForwardId, ForwardState, ForwardStats, ListenFailure,
+    ListenFailureKind, Listening, Reach, UpstreamId, UpstreamKind, WatchSources,
 };
 use crate::listener;
 use crate::shard::{Lent, Report, ShardCommand};
 use crate::watch::{Sources, WatchEvent, Watcher};
 use agents::duplicates;
 
-/// What reaches the conductor.
+/// A message to the conductor.
 #[derive(Debug)]
 pub(super) enum Message {
     Command(Command, Vec<OwnedFd>),
@@ -31,43 +33,43 @@ pub(super) enum Message {
 }
 
 pub(super) struct Conductor {
-    /// Those that serve everybody.
+    /// The common shards.
     shards: Vec<ShardThread>,
-    /// Those that serve one agent's upstream each.
-    apart: Apart,
+    /// The isolated shards, each for the upstream of one agent.
+    isolated: IsolatedShards,
     watcher: Watcher,
     backlog: u16,
-    events: Sender<Told>,
-    upstreams: BTreeMap<UpstreamId, Held>,
+    events: Sender<EventMessage>,
+    upstreams: BTreeMap<UpstreamId, UpstreamRecord>,
     forwards: HashMap<ForwardId, Placed>,
-    /// Descriptions that are being gathered.
+    /// The open requests for descriptions.
     descriptions: Gatherings<ForwardState>,
-    /// For each of them, whether what listens is part of it.
+    /// For each description, whether it includes the listeners inside.
     with_observed: VecDeque<bool>,
-    /// Listeners that are being gathered to be lent.
+    /// The open requests to lend listeners.
     lendings: Gatherings<Lent>,
     stopped: HashSet<usize>,
-    /// It was told to drain or to stop.
+    /// The engine was ordered to drain or to stop.
     ending: bool,
 }
 
-/// An upstream, and the shards that have not let go of it.
-struct Held {
+/// An upstream, and the shards that still use it.
+struct UpstreamRecord {
     netns_cookie: u64,
     shards: HashSet<usize>,
-    /// What listens inside, as the driver was told it; none before the first reading.
+    /// The listeners inside, as reported to the driver; `None` before the first reading.
     listening: Option<BTreeSet<Listening>>,
     reason: Option<String>,
-    leaving: bool,
-    /// The shard of its own, where it has one.
-    apart: Option<usize>,
-    /// That shard is waited for until then.
+    removing: bool,
+    /// Its isolated shard, if it has one.
+    isolated: Option<usize>,
+    /// The deadline for that shard to remove it.
     due: Option<Instant>,
 }
 
-/// A forward that is asked for.
+/// A forward to be opened.
 #[derive(Clone, Copy)]
-struct Wanted {
+struct ForwardSpec {
     forward: ForwardId,
     upstream: UpstreamId,
     host_port: NonZeroU16,
@@ -77,15 +79,15 @@ struct Wanted {
 
 /// A forward whose listener is open, or is being closed.
 struct Placed {
-    /// The shard that accepts for all.
+    /// The shard that accepts.
     shard: usize,
-    /// Of a shard that may hang: duplicates of its listening sockets, by which they are closed or lent without it.
+    /// Duplicates of an isolated shard's listening sockets, to close or lend them without the shard.
     kept: Vec<OwnedFd>,
-    /// Of such a shard: what it counted last.
-    seen: ForwardStats,
-    /// Such a shard was told to close it, and is waited for until then.
+    /// The last counters of an isolated shard.
+    last_stats: ForwardStats,
+    /// The deadline for an isolated shard to close it.
     due: Option<Instant>,
-    /// Another engine may listen on these sockets as well.
+    /// Another engine may listen on these sockets, too.
     lent: bool,
     reach: Reach,
     upstream: UpstreamId,
@@ -94,21 +96,21 @@ struct Placed {
     ending: Ending,
     /// The shards that have not closed it.
     shards: HashSet<usize>,
-    /// The sum of what those that have closed it counted.
+    /// The sum of the counters of the shards that have closed it.
     stats: ForwardStats,
 }
 
 impl Conductor {
     pub(super) fn new(
         shards: Vec<ShardThread>,
-        apart: Apart,
+        isolated: IsolatedShards,
         watcher: Watcher,
         backlog: u16,
-        events: Sender<Told>,
+        events: Sender<EventMessage>,
     ) -> Conductor {
         Conductor {
             shards,
-            apart,
+            isolated,
             watcher,
             backlog,
             events,
@@ -135,28 +137,28 @@ impl Conductor {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if !self.apart.is_empty() {
-                self.on_time(Instant::now());
+            if !self.isolated.is_empty() {
+                self.on_deadline(Instant::now());
             }
-            if self.stopped.len() == self.shards.len() && self.apart.is_empty() {
-                self.tell(Event::Stopped);
+            if self.stopped.len() == self.shards.len() && self.isolated.is_empty() {
+                self.emit(Event::Stopped);
                 return;
             }
         }
     }
 
-    /// The shards that serve everybody and have not stopped.
+    /// Returns the common shards that still run.
     fn running(&self) -> impl Iterator<Item = usize> {
         (0..self.shards.len()).filter(|shard| !self.stopped.contains(shard))
     }
 
     fn refuse(&self, reason: String) {
-        self.tell(Event::Refused { reason });
+        self.emit(Event::Refused { reason });
     }
 
     fn to_all(&self, command: impl Fn() -> ShardCommand<OwnedFd>) {
-        let apart = self.apart.numbers().filter_map(|number| self.apart.thread(number));
-        for shard in self.shards.iter().chain(apart) {
+        let isolated = self.isolated.numbers().filter_map(|number| self.isolated.thread(number));
+        for shard in self.shards.iter().chain(isolated) {
             shard.send(command());
         }
     }
@@ -168,13 +170,13 @@ impl Conductor {
             }
             Command::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending, None),
             Command::OpenListener { forward, upstream, host_port, target_port, reach } => {
-                let wanted = Wanted { forward, upstream, host_port, target_port, reach };
-                self.open_listener(wanted, descriptors);
+                let spec = ForwardSpec { forward, upstream, host_port, target_port, reach };
+                self.open_listener(spec, descriptors);
             }
             Command::AdoptListener { forward, upstream, target_port } => {
                 let reach = Reach::UNKNOWN;
-                let wanted = Wanted { forward, upstream, host_port: target_port, target_port, reach };
-                self.place_listener(wanted, |_| listener::adopt(target_port, descriptors));
+                let spec = ForwardSpec { forward, upstream, host_port: target_port, target_port, reach };
+                self.place_listener(spec, |_| listener::adopt(target_port, descriptors));
             }
             Command::SetReach { forward, reach } => {
                 self.set_reach(forward, reach);
@@ -183,44 +185,44 @@ impl Conductor {
                 Some(placed) => {
                     placed.ending = ending;
                     let shard = placed.shard;
-                    if self.apart.thread(shard).is_some() {
-                        placed.due.get_or_insert_with(|| Instant::now() + OBEY_PATIENCE);
+                    if self.isolated.thread(shard).is_some() {
+                        placed.due.get_or_insert_with(|| Instant::now() + COMMAND_TIMEOUT);
                     }
                     self.send(shard, ShardCommand::CloseListener { forward, ending });
                 }
-                None => self.tell(Event::ListenerClosed { forward, stats: ForwardStats::default() }),
+                None => self.emit(Event::ListenerClosed { forward, stats: ForwardStats::default() }),
             },
             Command::Describe => self.describe(true),
             Command::Count => self.describe(false),
             Command::LendListeners => {
-                let until = Instant::now() + ANSWER_PATIENCE;
-                self.lendings.begin(self.running().collect(), self.apart.numbers().collect(), until);
+                let until = Instant::now() + ANSWER_TIMEOUT;
+                self.lendings.start(self.running().collect(), self.isolated.numbers().collect(), until);
                 self.to_all(|| ShardCommand::Lend);
             }
             Command::Rescan => self.watcher.rescan(),
             Command::Drain => {
                 self.ending = true;
                 self.to_all(|| ShardCommand::Drain);
-                self.apart.expect_signs_of_life(Instant::now());
+                self.isolated.start_heartbeat_checks(Instant::now());
             }
             Command::Stop => {
                 self.ending = true;
                 self.to_all(|| ShardCommand::Stop);
-                self.apart.expect_end(Instant::now());
+                self.isolated.set_end_deadline(Instant::now());
             }
         }
     }
 
-    /// Asks the shards for what they hold.
+    /// Asks the shards for their states.
     fn describe(&mut self, with_observed: bool) {
-        let until = Instant::now() + ANSWER_PATIENCE;
+        let until = Instant::now() + ANSWER_TIMEOUT;
         self.with_observed.push_back(with_observed);
-        self.descriptions.begin(self.running().collect(), self.apart.numbers().collect(), until);
+        self.descriptions.start(self.running().collect(), self.isolated.numbers().collect(), until);
         self.to_all(|| ShardCommand::Describe);
     }
 
     fn send(&self, shard: usize, command: ShardCommand<OwnedFd>) {
-        if let Some(shard) = self.shards.get(shard).or_else(|| self.apart.thread(shard)) {
+        if let Some(shard) = self.shards.get(shard).or_else(|| self.isolated.thread(shard)) {
             shard.send(command);
         }
     }
@@ -239,7 +241,7 @@ impl Conductor {
         if kind == UpstreamKind::Agent {
             return self.add_agent(upstream, netns_cookie, sources, descriptors);
         }
-        // The host's sockets are made here.
+        // The engine creates the host's sockets itself.
         let has_channels = kind != UpstreamKind::Host;
         let channels = if has_channels { self.shards.len() } else { 0 };
         let expected = channels + sources.count();
@@ -273,23 +275,25 @@ impl Conductor {
         upstream: UpstreamId,
         netns_cookie: u64,
         shards: HashSet<usize>,
-        apart: Option<usize>,
+        isolated: Option<usize>,
     ) {
-        let (listening, reason, leaving, due) = (None, None, false, None);
-        self.upstreams
-            .insert(upstream, Held { netns_cookie, shards, listening, reason, leaving, apart, due });
-        self.tell(Event::UpstreamAdded { upstream });
+        let (listening, reason, removing, due) = (None, None, false, None);
+        self.upstreams.insert(
+            upstream,
+            UpstreamRecord { netns_cookie, shards, listening, reason, removing, isolated, due },
+        );
+        self.emit(Event::UpstreamAdded { upstream });
     }
 
     fn remove_upstream(&mut self, upstream: UpstreamId, ending: Ending, reason: Option<String>) {
         let Some(held) = self.upstreams.get_mut(&upstream) else {
-            return self.tell(Event::UpstreamRemoved { upstream, reason: None });
+            return self.emit(Event::UpstreamRemoved { upstream, reason: None });
         };
-        if std::mem::replace(&mut held.leaving, true) {
+        if std::mem::replace(&mut held.removing, true) {
             return;
         }
         held.reason = reason;
-        held.due = held.apart.map(|_| Instant::now() + OBEY_PATIENCE);
+        held.due = held.isolated.map(|_| Instant::now() + COMMAND_TIMEOUT);
         let shards: Vec<usize> = held.shards.iter().copied().collect();
         self.watcher.remove(upstream);
         for shard in shards {
@@ -297,46 +301,46 @@ impl Conductor {
         }
     }
 
-    fn open_listener(&mut self, wanted: Wanted, lent: Vec<OwnedFd>) {
-        self.place_listener(wanted, |backlog| listener::open(wanted.host_port, backlog, lent));
+    fn open_listener(&mut self, spec: ForwardSpec, lent: Vec<OwnedFd>) {
+        self.place_listener(spec, |backlog| listener::open(spec.host_port, backlog, lent));
     }
 
-    /// Gives a listener, once `make` has its sockets, to a shard.
+    /// Creates the sockets of a listener with `make` and assigns it to a shard.
     fn place_listener(
         &mut self,
-        wanted: Wanted,
+        spec: ForwardSpec,
         make: impl FnOnce(u16) -> Result<Vec<OwnedFd>, ListenFailure>,
     ) {
-        let Wanted { forward, upstream, host_port, target_port, reach } = wanted;
+        let ForwardSpec { forward, upstream, host_port, target_port, reach } = spec;
         if let Some(placed) = self.forwards.get(&forward) {
             if (placed.upstream, placed.host_port, placed.target_port) != (upstream, host_port, target_port) {
                 return self.refuse(format!("{forward} exists already and leads elsewhere; close it first"));
             }
             self.set_reach(forward, reach);
-            return self.tell(Event::ListenerOpened { forward, host_port });
+            return self.emit(Event::ListenerOpened { forward, host_port });
         }
-        let Some(held) = self.upstreams.get(&upstream).filter(|held| !held.leaving) else {
+        let Some(held) = self.upstreams.get(&upstream).filter(|held| !held.removing) else {
             let address = SocketAddr::from(([127, 0, 0, 1], host_port.get()));
-            let detail = format!("{upstream} is not there");
+            let detail = format!("{upstream} does not exist");
             let failure = ListenFailure { kind: ListenFailureKind::Other, address, detail };
-            return self.tell(Event::ListenerFailed { forward, host_port, failure });
+            return self.emit(Event::ListenerFailed { forward, host_port, failure });
         };
-        let apart = held.apart;
+        let isolated = held.isolated;
         match make(self.backlog) {
             Ok(sockets) => {
-                let accepting = apart.unwrap_or_else(|| self.emptiest_shard());
-                let shards: HashSet<usize> = match apart {
+                let accepting = isolated.unwrap_or_else(|| self.emptiest_shard());
+                let shards: HashSet<usize> = match isolated {
                     Some(own) => HashSet::from([own]),
                     None => self.running().collect(),
                 };
-                let kept = match apart.map(|_| duplicates(&sockets)).transpose() {
+                let kept = match isolated.map(|_| duplicates(&sockets)).transpose() {
                     Ok(kept) => kept.unwrap_or_default(),
-                    Err(failure) => return self.tell(Event::ListenerFailed { forward, host_port, failure }),
+                    Err(failure) => return self.emit(Event::ListenerFailed { forward, host_port, failure }),
                 };
                 let placed = Placed {
                     shard: accepting,
                     kept,
-                    seen: ForwardStats::default(),
+                    last_stats: ForwardStats::default(),
                     due: None,
                     lent: false,
                     reach,
@@ -348,8 +352,8 @@ impl Conductor {
                     stats: ForwardStats::default(),
                 };
                 self.forwards.insert(forward, placed);
-                // Told first: its closing, which a shard may report at any time, comes after its opening.
-                self.tell(Event::ListenerOpened { forward, host_port });
+                // Sent first: a shard may report the end of the listener at any time from then on.
+                self.emit(Event::ListenerOpened { forward, host_port });
                 let open = |sockets| ShardCommand::OpenListener {
                     forward,
                     upstream,
@@ -358,23 +362,23 @@ impl Conductor {
                     reach,
                     sockets,
                 };
-                // The others know of it before they are handed its connections.
+                // The other shards get the forward before they get its connections.
                 for shard in shards.iter().filter(|shard| **shard != accepting) {
                     self.send(*shard, open(Vec::new()));
                 }
                 self.send(accepting, open(sockets));
             }
-            Err(failure) => self.tell(Event::ListenerFailed { forward, host_port, failure }),
+            Err(failure) => self.emit(Event::ListenerFailed { forward, host_port, failure }),
         }
     }
 
-    /// The shard with the fewest forwards that still runs.
+    /// Returns the running shard with the fewest forwards.
     fn emptiest_shard(&self) -> usize {
         let load = |shard: usize| self.forwards.values().filter(|placed| placed.shard == shard).count();
         self.running().min_by_key(|shard| load(*shard)).unwrap_or(0)
     }
 
-    /// Tells every shard of a forward which families listen inside.
+    /// Sets the families on which a server listens inside, in every shard of a forward.
     fn set_reach(&mut self, forward: ForwardId, reach: Reach) {
         let Some(placed) = self.forwards.get_mut(&forward) else { return };
         placed.reach = reach;
@@ -385,55 +389,58 @@ impl Conductor {
     }
 
     fn on_report(&mut self, shard: usize, report: Report) {
-        let is_apart = shard >= self.shards.len();
-        if is_apart && self.apart.thread(shard).is_none() {
-            // It was left to itself. What it tells now is over.
+        let is_isolated = shard >= self.shards.len();
+        if is_isolated && self.isolated.thread(shard).is_none() {
+            // The shard was abandoned; its late reports are ignored.
             return;
         }
         match report {
             Report::ListenerClosed { forward, stats } => self.on_listener_closed(shard, forward, &stats),
             Report::UpstreamRemoved { upstream, reason } => self.on_upstream_removed(shard, upstream, reason),
             Report::State { forwards } => {
-                if is_apart {
-                    self.note_seen(&forwards);
+                if is_isolated {
+                    self.record_stats(&forwards);
                 }
                 if let Some(forwards) = self.descriptions.answer(shard, forwards) {
-                    self.tell_state(forwards);
+                    self.emit_state(forwards);
                 }
             }
             Report::Lent { listeners } => {
                 if let Some(listeners) = self.lendings.answer(shard, listeners) {
-                    self.tell_lent(listeners);
+                    self.emit_lent(listeners);
                 }
             }
-            Report::Stopped if is_apart => self.part_with(shard, "the thread that relayed for it has ended"),
-            Report::Degraded { what } => self.tell(Event::Degraded { what }),
-            Report::Recovered { what } => self.tell(Event::Recovered { what }),
+            Report::Stopped if is_isolated => {
+                self.abandon_shard(shard, "the thread that relayed for it has ended")
+            }
+            Report::Degraded { what } => self.emit(Event::Degraded { what }),
+            Report::Recovered { what } => self.emit(Event::Recovered { what }),
             Report::Stopped => {
                 self.stopped.insert(shard);
-                self.forgo_answers(shard);
+                self.remove_from_answers(shard);
             }
         }
     }
 
-    /// A shard answers no more.
-    fn forgo_answers(&mut self, shard: usize) {
-        self.descriptions.forgo(shard);
-        self.lendings.forgo(shard);
-        self.tell_answers();
+    /// Continues without the answers of a shard.
+    fn remove_from_answers(&mut self, shard: usize) {
+        self.descriptions.remove_shard(shard);
+        self.lendings.remove_shard(shard);
+        self.emit_answers();
     }
 
-    /// Tells the answers that are whole.
-    fn tell_answers(&mut self) {
+    /// Sends the answers that are complete.
+    fn emit_answers(&mut self) {
         while let Some(forwards) = self.descriptions.next() {
-            self.tell_state(forwards);
+            self.emit_state(forwards);
         }
         while let Some(listeners) = self.lendings.next() {
-            self.tell_lent(listeners);
+            self.emit_lent(listeners);
         }
     }
 
-    /// One shard has closed a forward. Once the one that accepts has, it hands over no more, and the others may forget it.
+    /// Handles that one shard has closed a forward. Once the accepting shard has, it passes on no more connections, so the
+    /// other shards may close the forward, too.
     fn on_listener_closed(&mut self, shard: usize, forward: ForwardId, stats: &ForwardStats) {
         let Some(placed) = self.forwards.get_mut(&forward) else { return };
         placed.shards.remove(&shard);
@@ -441,7 +448,7 @@ impl Conductor {
         if placed.shards.is_empty() {
             let stats = placed.stats;
             self.forwards.remove(&forward);
-            self.tell(Event::ListenerClosed { forward, stats });
+            self.emit(Event::ListenerClosed { forward, stats });
         } else if shard == placed.shard {
             let ending = placed.ending;
             let others: Vec<usize> = placed.shards.iter().copied().collect();
@@ -454,14 +461,14 @@ impl Conductor {
     fn on_upstream_removed(&mut self, shard: usize, upstream: UpstreamId, reason: Option<String>) {
         let Some(held) = self.upstreams.get_mut(&upstream) else { return };
         held.shards.remove(&shard);
-        let (is_gone, apart) = (held.shards.is_empty(), held.apart);
-        // One shard has lost its way in: the others' ways lead through the same opener.
+        let (is_gone, isolated) = (held.shards.is_empty(), held.isolated);
+        // One shard has lost its channel. The channels of the other shards lead to the same opener.
         self.remove_upstream(upstream, Ending::Drain, reason);
         if is_gone && let Some(held) = self.upstreams.remove(&upstream) {
-            self.tell(Event::UpstreamRemoved { upstream, reason: held.reason });
+            self.emit(Event::UpstreamRemoved { upstream, reason: held.reason });
         }
-        if let Some(own) = apart {
-            // It ends with its last connection.
+        if let Some(own) = isolated {
+            // The shard ends with its last connection.
             self.send(own, ShardCommand::Drain);
         }
     }
@@ -469,7 +476,7 @@ impl Conductor {
     fn on_watch(&mut self, event: WatchEvent) {
         match event {
             WatchEvent::Listeners { upstream, opened, closed } => {
-                let Some(held) = self.upstreams.get_mut(&upstream).filter(|held| !held.leaving) else {
+                let Some(held) = self.upstreams.get_mut(&upstream).filter(|held| !held.removing) else {
                     return;
                 };
                 let listening = held.listening.get_or_insert_default();
@@ -477,10 +484,10 @@ impl Conductor {
                     listening.remove(row);
                 }
                 listening.extend(&opened);
-                self.tell_listeners(upstream, &opened, &closed);
+                self.emit_listeners(upstream, &opened, &closed);
             }
             WatchEvent::Lost { upstream, reason } => {
-                if self.upstreams.get(&upstream).is_some_and(|held| !held.leaving) {
+                if self.upstreams.get(&upstream).is_some_and(|held| !held.removing) {
                     self.remove_upstream(upstream, Ending::Drain, Some(reason));
                 }
             }

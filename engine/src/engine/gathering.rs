@@ -1,28 +1,28 @@
-//! Questions that every shard answers for its part, and what has been gathered of the answers.
+//! Questions to all shards, and the answers that have arrived so far. Pure.
 //!
-//! A shard that may be held up by what it serves is waited for no longer than until a time; what stands in for its part is
-//! said by whoever asks, and its answer, when it comes, is thrown away.
+//! The wait for an isolated shard has a time limit. After it, the caller supplies a replacement for the shard's part, and
+//! the shard's own answer is discarded when it arrives.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Instant;
 
-/// Questions to all shards whose answers are being gathered, the oldest first.
+/// The open questions, the oldest first.
 pub(super) struct Gatherings<T> {
     questions: VecDeque<Gathering<T>>,
-    /// How many answers of a shard will come too late.
+    /// The number of answers to discard for each shard that exceeded the time limit.
     late: HashMap<usize, u32>,
 }
 
 struct Gathering<T> {
-    /// The shards whose part is still to come.
+    /// The shards that have not answered.
     missing: HashSet<usize>,
-    /// Those of them that are not waited for any longer than until then.
-    hasty: HashSet<usize>,
+    /// Those of them with a time limit.
+    limited: HashSet<usize>,
     until: Instant,
     parts: Vec<T>,
 }
 
-// Not derived, which would ask the same of T.
+// Not derived: the derived implementation would require T: Default.
 impl<T> Default for Gatherings<T> {
     fn default() -> Gatherings<T> {
         Gatherings { questions: VecDeque::new(), late: HashMap::new() }
@@ -30,14 +30,14 @@ impl<T> Default for Gatherings<T> {
 }
 
 impl<T> Gatherings<T> {
-    /// Notes a question to these shards, of which the `hasty` ones are waited for `until` then.
-    pub(super) fn begin(&mut self, mut missing: HashSet<usize>, hasty: HashSet<usize>, until: Instant) {
-        missing.extend(&hasty);
-        self.questions.push_back(Gathering { missing, hasty, until, parts: Vec::new() });
+    /// Records a question to the shards `missing` and `limited`. The wait for the `limited` ones ends at `until`.
+    pub(super) fn start(&mut self, mut missing: HashSet<usize>, limited: HashSet<usize>, until: Instant) {
+        missing.extend(&limited);
+        self.questions.push_back(Gathering { missing, limited, until, parts: Vec::new() });
     }
 
-    /// Takes what one shard answered, and gives out the oldest answer if that completes it. A shard answers in order, but
-    /// may be ahead of another one by a question.
+    /// Records the answer of one shard, and returns the oldest answer if that completes it. A shard answers in order, but
+    /// may be one question ahead of another shard.
     pub(super) fn answer(&mut self, shard: usize, parts: Vec<T>) -> Option<Vec<T>> {
         if let Some(late) = self.late.get_mut(&shard) {
             *late -= 1;
@@ -48,31 +48,32 @@ impl<T> Gatherings<T> {
         }
         let gathering = self.questions.iter_mut().find(|one| one.missing.contains(&shard))?;
         gathering.missing.remove(&shard);
-        gathering.hasty.remove(&shard);
+        gathering.limited.remove(&shard);
         gathering.parts.extend(parts);
         self.next()
     }
 
-    /// A shard answers no more. Its questions are complete without it; [`Gatherings::next`] gives them out.
-    pub(super) fn forgo(&mut self, shard: usize) {
+    /// Removes a shard that has ended from all questions; [`Gatherings::next`] returns those that this completes.
+    pub(super) fn remove_shard(&mut self, shard: usize) {
         self.late.remove(&shard);
         for gathering in &mut self.questions {
             gathering.missing.remove(&shard);
-            gathering.hasty.remove(&shard);
+            gathering.limited.remove(&shard);
         }
     }
 
-    /// When a shard is not waited for any longer.
+    /// Returns when the next time limit ends.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.questions.iter().filter(|one| !one.hasty.is_empty()).map(|one| one.until).min()
+        self.questions.iter().filter(|one| !one.limited.is_empty()).map(|one| one.until).min()
     }
 
-    /// Has `instead` stand in for the shards that are not waited for any longer; [`Gatherings::next`] gives out what is whole.
-    pub(super) fn on_time(&mut self, now: Instant, mut instead: impl FnMut(usize) -> Vec<T>) {
+    /// Calls `replacement` for each shard that exceeded its time limit; [`Gatherings::next`] returns the questions that this
+    /// completes.
+    pub(super) fn on_deadline(&mut self, now: Instant, mut replacement: impl FnMut(usize) -> Vec<T>) {
         for gathering in self.questions.iter_mut().filter(|one| one.until <= now) {
-            for shard in gathering.hasty.drain() {
+            for shard in gathering.limited.drain() {
                 gathering.missing.remove(&shard);
-                gathering.parts.extend(instead(shard));
+                gathering.parts.extend(replacement(shard));
                 *self.late.entry(shard).or_default() += 1;
             }
         }
@@ -88,10 +89,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_are_given_out_whole_and_in_the_order_of_the_questions() {
+    fn answers_are_complete_and_in_the_order_of_the_questions() {
         let mut questions = Gatherings::default();
-        questions.begin(HashSet::from([0, 1]), HashSet::new(), Instant::now());
-        questions.begin(HashSet::from([0, 1]), HashSet::new(), Instant::now());
+        questions.start(HashSet::from([0, 1]), HashSet::new(), Instant::now());
+        questions.start(HashSet::from([0, 1]), HashSet::new(), Instant::now());
         assert_eq!(questions.answer(0, vec!["a"]), None);
         assert_eq!(questions.answer(0, vec!["c"]), None);
         assert_eq!(questions.answer(1, vec!["b"]), Some(vec!["a", "b"]));
@@ -100,33 +101,33 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_that_has_ended_keeps_no_answer_back() {
+    fn an_ended_shard_does_not_delay_answers() {
         let mut questions = Gatherings::default();
-        questions.begin(HashSet::from([0, 1]), HashSet::new(), Instant::now());
-        questions.begin(HashSet::from([0, 1]), HashSet::new(), Instant::now());
+        questions.start(HashSet::from([0, 1]), HashSet::new(), Instant::now());
+        questions.start(HashSet::from([0, 1]), HashSet::new(), Instant::now());
         assert_eq!(questions.answer(0, vec!["a"]), None);
-        questions.forgo(1);
+        questions.remove_shard(1);
         assert_eq!(questions.next(), Some(vec!["a"]));
         assert_eq!(questions.next(), None);
         assert_eq!(questions.answer(0, vec!["b"]), Some(vec!["b"]));
     }
 
     #[test]
-    fn a_shard_that_is_held_up_holds_up_no_answer_and_spoils_none() {
+    fn a_blocked_shard_neither_delays_nor_corrupts_answers() {
         let mut questions = Gatherings::default();
         let now = Instant::now();
         let later = now + std::time::Duration::from_millis(100);
-        questions.begin(HashSet::from([0]), HashSet::from([7]), later);
+        questions.start(HashSet::from([0]), HashSet::from([7]), later);
         assert_eq!(questions.due(), Some(later));
         assert_eq!(questions.answer(0, vec!["a"]), None);
-        questions.on_time(now, |_| panic!("it has time"));
-        questions.on_time(later, |shard| {
+        questions.on_deadline(now, |_| panic!("the time limit has not ended"));
+        questions.on_deadline(later, |shard| {
             assert_eq!(shard, 7);
             vec!["known of 7"]
         });
         assert_eq!(questions.next(), Some(vec!["a", "known of 7"]));
         assert_eq!(questions.due(), None);
-        questions.begin(HashSet::from([0]), HashSet::from([7]), later);
+        questions.start(HashSet::from([0]), HashSet::from([7]), later);
         assert_eq!(questions.answer(7, vec!["too late"]), None);
         assert_eq!(questions.answer(7, vec!["b of 7"]), None);
         assert_eq!(questions.answer(0, vec!["b"]), Some(vec!["b of 7", "b"]));

@@ -1,4 +1,4 @@
-//! The thread around a shard: creates the reactor where it is used, passes commands in and reports out.
+//! The thread of a shard: creates the reactor on the thread that uses it, passes commands in and reports out.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,8 +19,8 @@ pub(super) struct ShardThread {
     commands: Sender<ShardCommand<OwnedFd>>,
     waker: Waker,
     thread: Option<JoinHandle<()>>,
-    /// How often the thread has looked for commands.
-    beats: Arc<AtomicU64>,
+    /// The number of times that the thread has looked for commands: its heartbeat.
+    heartbeats: Arc<AtomicU64>,
 }
 
 impl ShardThread {
@@ -34,20 +34,22 @@ impl ShardThread {
         let (commands, inbox) = mpsc::channel();
         let (started, outcome) = mpsc::channel();
         let limits = limits.clone();
-        let beats = Arc::new(AtomicU64::new(0));
-        let beaten = beats.clone();
+        let heartbeats = Arc::new(AtomicU64::new(0));
+        let counter = heartbeats.clone();
         let thread = std::thread::Builder::new().name(format!("landfall-shard-{index}")).spawn(
             move || match kind {
                 RingKind::IoUring => {
-                    launch(Uring::reactor(&limits), limits, &beaten, &inbox, &started, report)
+                    launch(Uring::reactor(&limits), limits, &counter, &inbox, &started, report)
                 }
-                RingKind::Epoll => launch(Epoll::reactor(&limits), limits, &beaten, &inbox, &started, report),
+                RingKind::Epoll => {
+                    launch(Epoll::reactor(&limits), limits, &counter, &inbox, &started, report)
+                }
             },
         )?;
         let waker = outcome
             .recv()
             .map_err(|_| io::Error::other("the shard's thread ended before it was ready"))??;
-        Ok(ShardThread { commands, waker, thread: Some(thread), beats })
+        Ok(ShardThread { commands, waker, thread: Some(thread), heartbeats })
     }
 
     /// Returns the view that the other shards have of this one.
@@ -63,23 +65,23 @@ impl ShardThread {
         }
     }
 
-    /// Returns how often the thread has looked for commands so far, and makes it look again.
-    pub(super) fn beats(&self) -> u64 {
-        let beats = self.beats.load(Ordering::Relaxed);
+    /// Returns the heartbeat counter, and wakes the thread.
+    pub(super) fn heartbeats(&self) -> u64 {
+        let heartbeats = self.heartbeats.load(Ordering::Relaxed);
         self.waker.wake();
-        beats
+        heartbeats
     }
 
-    /// Tells the thread to stop without waiting for its end.
+    /// Detaches the thread, which then ends without a join. (Dropping `self` also sends a stop command.)
     pub(super) fn abandon(mut self) {
-        // Dropping the handle detaches the thread.
+        // Without the handle, the drop does not join.
         drop(self.thread.take());
     }
 }
 
 impl Drop for ShardThread {
     fn drop(&mut self) {
-        // Its peers hold its mailbox too, so the end of this one would not stop it.
+        // The other shards hold senders of its mailbox, so dropping this sender would not stop it.
         self.send(ShardCommand::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -90,16 +92,16 @@ impl Drop for ShardThread {
 fn launch<P: Poller>(
     reactor: Result<Reactor<P>, Unusable>,
     limits: Limits,
-    beats: &AtomicU64,
+    heartbeats: &AtomicU64,
     inbox: &Receiver<ShardCommand<OwnedFd>>,
     started: &Sender<Result<Waker, Unusable>>,
     report: impl FnMut(Report),
 ) {
     match reactor {
         Ok(reactor) => {
-            // The starting thread waits for this.
+            // The starting thread waits for this message.
             let _ = started.send(Ok(reactor.waker()));
-            run(Shard::new(reactor, limits), beats, inbox, report);
+            run(Shard::new(reactor, limits), heartbeats, inbox, report);
         }
         Err(unusable) => {
             let _ = started.send(Err(unusable));
@@ -109,12 +111,12 @@ fn launch<P: Poller>(
 
 fn run<P: Poller>(
     mut shard: Shard<P>,
-    beats: &AtomicU64,
+    heartbeats: &AtomicU64,
     inbox: &Receiver<ShardCommand<OwnedFd>>,
     mut report: impl FnMut(Report),
 ) {
     loop {
-        beats.fetch_add(1, Ordering::Relaxed);
+        heartbeats.fetch_add(1, Ordering::Relaxed);
         loop {
             match inbox.try_recv() {
                 Ok(command) => {
@@ -133,7 +135,7 @@ fn run<P: Poller>(
             return;
         }
         if let Err(error) = shard.turn() {
-            // The connections are gone with the reactor; all that is left is to report it.
+            // The connections are closed with the reactor; only the report remains to be sent.
             report(Report::Degraded { what: error.to_string() });
             report(Report::Stopped);
             return;
@@ -159,7 +161,7 @@ impl ShardCommand<OwnedFd> {
             ShardCommand::Adopt { forward, socket, came_by } => {
                 ShardCommand::Adopt { forward, socket: io.adopt(socket), came_by }
             }
-            ShardCommand::MeetPeers(peers) => ShardCommand::MeetPeers(peers),
+            ShardCommand::SetPeers(peers) => ShardCommand::SetPeers(peers),
             ShardCommand::SetReach { forward, reach } => ShardCommand::SetReach { forward, reach },
             ShardCommand::CloseListener { forward, ending } => {
                 ShardCommand::CloseListener { forward, ending }

@@ -21,7 +21,9 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 use crate::channel::{Channel, ChannelError};
-use crate::command::{Command, Ending, Event, ForwardId, Told, UpstreamId, UpstreamKind, WatchSources};
+use crate::command::{
+    Command, Ending, Event, EventMessage, ForwardId, UpstreamId, UpstreamKind, WatchSources,
+};
 use crate::engine::{Engine, EngineOptions, Handle, StartError};
 use crate::limits::Limits;
 use crate::opener::{Answer, DialFailure, Request};
@@ -56,7 +58,7 @@ type Targets = Arc<Mutex<BTreeMap<NonZeroU16, SocketAddr>>>;
 /// The engine that relays the clients of stubs.
 pub(super) struct StubRelay {
     engine: Handle,
-    events: Receiver<Told>,
+    events: Receiver<EventMessage>,
     targets: Targets,
 }
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{ProcessError, SEND_TIMEOUT};
 use crate::channel::{Channel, ChannelError};
-use crate::command::{Command, Event, Told};
+use crate::command::{Command, Event, EventMessage};
 
 /// The place of the driver.
 #[derive(Default)]
@@ -110,9 +110,9 @@ impl Seat {
     }
 
     /// Hands every event to the driver of its moment, up to the last one.
-    pub(super) fn forward(&self, events: &Receiver<Told>) -> Result<(), ProcessError> {
+    pub(super) fn forward(&self, events: &Receiver<EventMessage>) -> Result<(), ProcessError> {
         loop {
-            let Told { event, descriptors } = events.recv().map_err(|_| ProcessError::EngineGone)?;
+            let EventMessage { event, descriptors } = events.recv().map_err(|_| ProcessError::EngineGone)?;
             // Every driver was told when it was seated; the engine's own word for it would be a second one.
             if matches!(event, Event::Ready { .. }) {
                 continue;

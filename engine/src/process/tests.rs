@@ -15,7 +15,7 @@ const _: () = assert!(PATIENCE.as_secs() < SEND_TIMEOUT.as_secs());
 
 /// An engine that answers by a script, and tells the test what it was asked.
 struct Script {
-    events: Sender<Told>,
+    events: Sender<EventMessage>,
     applied: Sender<(Command, usize)>,
 }
 
@@ -52,7 +52,7 @@ fn state() -> Event {
 /// A served script, on threads of its own.
 struct Served {
     directory: TempDir,
-    events: Sender<Told>,
+    events: Sender<EventMessage>,
     applied: Receiver<(Command, usize)>,
     thread: JoinHandle<Result<(), ProcessError>>,
 }
@@ -62,8 +62,8 @@ impl Served {
         let directory = tempfile::tempdir().unwrap();
         let socket = CommandSocket::bind(&directory.path().join("engine.sock")).unwrap();
         let (events, receiver) = channel();
-        let (told, applied) = channel();
-        let script = Script { events: events.clone(), applied: told };
+        let (message, applied) = channel();
+        let script = Script { events: events.clone(), applied: message };
         let thread = std::thread::spawn(move || serve(socket, &ready(), &script, receiver, idle_exit));
         Served { directory, events, applied, thread }
     }
@@ -142,12 +142,12 @@ fn events_without_a_driver_are_dropped() {
 }
 
 /// What an engine answers when it is asked to lend.
-fn lent() -> [Told; 2] {
+fn lent() -> [EventMessage; 2] {
     let port = std::num::NonZeroU16::MIN;
     let (forward, upstream, reach) = (ForwardId(1), UpstreamId(7), Reach::UNKNOWN);
     let event = Event::ListenerLent { forward, upstream, host_port: port, target_port: port, reach };
     let descriptors = vec![std::fs::File::open("/dev/null").unwrap().into()];
-    [Told { event, descriptors }, Event::ListenersLent { count: 1 }.into()]
+    [EventMessage { event, descriptors }, Event::ListenersLent { count: 1 }.into()]
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn descriptors_go_beside_an_event() {
     let driver = served.driver();
     driver.send(&Command::LendListeners, &[]).unwrap();
     assert_eq!(served.applied(), (Command::LendListeners, 0));
-    lent().into_iter().for_each(|told| served.events.send(told).unwrap());
+    lent().into_iter().for_each(|message| served.events.send(message).unwrap());
     for count in [1, 0] {
         let (_, descriptors) = driver.recv_timeout::<Event>(PATIENCE).unwrap().unwrap();
         assert_eq!(descriptors.len(), count);
@@ -175,9 +175,9 @@ fn a_driver_is_not_told_what_the_one_before_asked() {
     newer.send(&Command::LendListeners, &[]).unwrap();
     assert_eq!(served.applied(), (Command::LendListeners, 0));
     let recovered = || Event::Recovered { what: "between the answers".to_owned() };
-    lent().into_iter().for_each(|told| served.events.send(told).unwrap());
+    lent().into_iter().for_each(|message| served.events.send(message).unwrap());
     served.events.send(recovered().into()).unwrap();
-    lent().into_iter().for_each(|told| served.events.send(told).unwrap());
+    lent().into_iter().for_each(|message| served.events.send(message).unwrap());
     assert_eq!(event(&newer), recovered());
     assert!(matches!(event(&newer), Event::ListenerLent { .. }));
     assert_eq!(event(&newer), Event::ListenersLent { count: 1 });

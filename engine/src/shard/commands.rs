@@ -75,7 +75,7 @@ pub enum ShardCommand<S> {
         ending: Ending,
     },
     /// Connections may be given to these from now on.
-    MeetPeers(Peers),
+    SetPeers(Peers),
     /// Answer: [`Report::State`].
     Describe,
     /// Answer: [`Report::Lent`].
@@ -188,7 +188,7 @@ impl<P: Poller> Shard<P> {
                     self.reports.push(Report::ListenerClosed { forward, stats });
                 }
             },
-            ShardCommand::MeetPeers(peers) => self.peers = Some(peers),
+            ShardCommand::SetPeers(peers) => self.peers = Some(peers),
             ShardCommand::Describe => {
                 let forwards = self.describe();
                 self.reports.push(Report::State { forwards });

@@ -20,7 +20,7 @@ pub(crate) enum Finish {
 
 /// How the stream that came in ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Told {
+pub(crate) enum StreamEnd {
     Eof,
     Reset,
 }
@@ -48,7 +48,7 @@ pub(crate) struct Far {
     pub(crate) fin: bool,
     /// It has ended the connection itself, so nothing can be told to it.
     pub(crate) left: bool,
-    pub(crate) told: Option<Told>,
+    pub(crate) told: Option<StreamEnd>,
     /// It was told an end, and reset after that.
     pub(crate) cut: bool,
     /// Which stream it gets.
@@ -125,11 +125,11 @@ impl Far {
             net.net().reset(self.id);
             self.left = true;
         }
-        self.cut = self.told == Some(Told::Eof) && !self.left && net.net().is_broken(self.id);
+        self.cut = self.told == Some(StreamEnd::Eof) && !self.left && net.net().is_broken(self.id);
         let over = match self.told {
-            Some(Told::Reset) => true,
-            Some(Told::Eof) if self.cut => true,
-            Some(Told::Eof) => self.fin && self.finish == Finish::Fin,
+            Some(StreamEnd::Reset) => true,
+            Some(StreamEnd::Eof) if self.cut => true,
+            Some(StreamEnd::Eof) => self.fin && self.finish == Finish::Fin,
             None => false,
         };
         if over && !self.left {
@@ -140,7 +140,7 @@ impl Far {
     }
 
     fn write_on(&mut self, net: &FakeNet, dice: &mut Dice, now: Instant) {
-        while !self.fin && !self.left && self.write_at <= now && self.told != Some(Told::Reset) {
+        while !self.fin && !self.left && self.write_at <= now && self.told != Some(StreamEnd::Reset) {
             if self.sent == self.total {
                 self.end_writing(net, dice, now);
                 return;
@@ -190,8 +190,8 @@ impl Far {
             let got = net.net().read(self.id, most);
             match got {
                 FarRead::Empty => return Ok(()),
-                FarRead::Eof => self.told = Some(Told::Eof),
-                FarRead::Reset => self.told = Some(Told::Reset),
+                FarRead::Eof => self.told = Some(StreamEnd::Eof),
+                FarRead::Reset => self.told = Some(StreamEnd::Reset),
                 FarRead::Bytes(bytes) => {
                     for run in bytes.runs() {
                         let stream = *self.hears.get_or_insert(run.stream);

@@ -9,7 +9,7 @@ use landfall_engine::limits::Limits;
 use landfall_engine::reactor::fake::{Dice, EndId, FakeNet, FakePoller, Faults, HOST, Knob};
 use landfall_engine::shard::{Report, Shard, ShardCommand};
 
-use crate::far::{Far, Finish, Told};
+use crate::far::{Far, Finish, StreamEnd};
 
 /// More turns than any run needs; a run that takes them spins.
 const TURNS_MAX: u64 = 1_000_000;
@@ -341,7 +341,7 @@ impl World {
         {
             return Err(format!("{} hears {stream} instead of {}", far.stream, opposite.stream));
         }
-        if far.told != Some(Told::Eof) {
+        if far.told != Some(StreamEnd::Eof) {
             return Ok(());
         }
         match opposite {
@@ -426,7 +426,7 @@ impl World {
         };
         let opposite = &self.fars[*opposite];
         let plain = far.finish == Finish::Fin && opposite.finish == Finish::Fin && !self.forced;
-        if plain && (far.told != Some(Told::Eof) || far.cut) {
+        if plain && (far.told != Some(StreamEnd::Eof) || far.cut) {
             return Err(format!("{} was reset, and {} did not do it: {far:?}", far.stream, opposite.stream));
         }
         // It has read to the end, so it got whatever the relay had got for it.

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::Receiver;
 
 use landfall_engine::RingChoice;
-use landfall_engine::command::{Command, Told};
+use landfall_engine::command::{Command, EventMessage};
 use landfall_engine::engine::{Engine, EngineOptions, Handle, StartError};
 use landfall_engine::process::Drive;
 use landfall_engine::watch::hint::HintSource;
@@ -24,7 +24,7 @@ impl Driver {
 }
 
 /// Starts an engine and tells its two ends apart.
-pub(super) fn start(ring: Ring) -> Result<(Driver, Receiver<Told>), StartError> {
+pub(super) fn start(ring: Ring) -> Result<(Driver, Receiver<EventMessage>), StartError> {
     let (handle, events) = engine(ring)?.into_parts();
     Ok((Driver(handle), events))
 }

@@ -1,4 +1,4 @@
-//! Upstreams whose sockets others hold as well, each on a shard of its own: how they are added, asked with a bound, and left.
+//! Upstreams of agents, each on an isolated shard: how they are added, queried with a time limit, and abandoned.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -12,8 +12,8 @@ use crate::command::{
 use crate::shard::{Lent, ShardCommand};
 use crate::watch::Sources;
 
-/// Why an upstream is let go whose shard does not obey.
-const HANGS: &str = "a socket that its agent handed over holds up whoever uses it, so it is used no more";
+/// The reason for removing an upstream whose shard missed a deadline.
+const BLOCKED: &str = "a call on a socket of its agent does not return, so the agent is no longer used";
 
 impl Conductor {
     pub(super) fn add_agent(
@@ -25,7 +25,7 @@ impl Conductor {
     ) {
         if sources.proc_tcp || sources.proc_tcp6 {
             return self.refuse(format!(
-                "{upstream} is an agent's, and a file from an agent is not read: it may never answer"
+                "{upstream} is an agent's, and files from an agent are not accepted: a read may block for ever"
             ));
         }
         let expected = 1 + sources.count();
@@ -38,9 +38,9 @@ impl Conductor {
             ));
         };
         if self.ending {
-            return self.refuse(format!("{upstream} comes too late: the engine is ending"));
+            return self.refuse(format!("{upstream} is too late: the engine is ending"));
         }
-        let own = match self.apart.start() {
+        let own = match self.isolated.start() {
             Ok(own) => own,
             Err(reason) => return self.refuse(format!("{upstream}: {reason}")),
         };
@@ -53,76 +53,79 @@ impl Conductor {
         }
     }
 
-    /// When something is to be done that nobody sends a message for.
+    /// Returns the next deadline.
     pub(super) fn due(&self) -> Option<Instant> {
-        if self.apart.is_empty() {
+        if self.isolated.is_empty() {
             return None;
         }
         let closings = self.forwards.values().filter_map(|placed| placed.due);
         let removals = self.upstreams.values().filter_map(|held| held.due);
         let questions = self.descriptions.due().into_iter().chain(self.lendings.due());
-        closings.chain(removals).chain(questions).chain(self.apart.due()).min()
+        closings.chain(removals).chain(questions).chain(self.isolated.due()).min()
     }
 
-    /// Goes on without those that took too long.
-    pub(super) fn on_time(&mut self, now: Instant) {
+    /// Continues without the shards that missed a deadline.
+    pub(super) fn on_deadline(&mut self, now: Instant) {
         let forwards = &self.forwards;
-        self.descriptions.on_time(now, |shard| known(forwards, shard));
-        self.lendings.on_time(now, |shard| lendable(forwards, shard));
-        self.tell_answers();
-        let is_over = |due: Option<Instant>| due.is_some_and(|due| due <= now);
-        let closings = self.forwards.values().filter(|placed| is_over(placed.due)).map(|placed| placed.shard);
-        let removals = self.upstreams.values().filter(|held| is_over(held.due)).filter_map(|held| held.apart);
-        let mut hang: HashSet<usize> = closings.chain(removals).collect();
-        hang.extend(self.apart.on_time(now));
-        for shard in hang {
-            self.part_with(shard, HANGS);
+        self.descriptions.on_deadline(now, |shard| known(forwards, shard));
+        self.lendings.on_deadline(now, |shard| lendable(forwards, shard));
+        self.emit_answers();
+        let is_overdue = |due: Option<Instant>| due.is_some_and(|due| due <= now);
+        let closings =
+            self.forwards.values().filter(|placed| is_overdue(placed.due)).map(|placed| placed.shard);
+        let removals =
+            self.upstreams.values().filter(|held| is_overdue(held.due)).filter_map(|held| held.isolated);
+        let mut blocked: HashSet<usize> = closings.chain(removals).collect();
+        blocked.extend(self.isolated.on_deadline(now));
+        for shard in blocked {
+            self.abandon_shard(shard, BLOCKED);
         }
     }
 
-    /// What a shard counted, to be told where it does not answer.
-    pub(super) fn note_seen(&mut self, forwards: &[ForwardState]) {
+    /// Records the counters of a shard, to report them if it does not answer.
+    pub(super) fn record_stats(&mut self, forwards: &[ForwardState]) {
         for state in forwards {
             if let Some(placed) = self.forwards.get_mut(&state.forward) {
-                placed.seen = state.stats;
+                placed.last_stats = state.stats;
             }
         }
     }
 
-    /// Leaves a shard to itself: its ports are free from now on, whether or not it ever closes its own descriptors of them.
-    pub(super) fn part_with(&mut self, shard: usize, reason: &str) {
-        self.apart.abandon(shard);
+    /// Abandons a shard. Its ports are free from now on, even if it never closes its own descriptors of them.
+    pub(super) fn abandon_shard(&mut self, shard: usize, reason: &str) {
+        self.isolated.abandon(shard);
         let mut forwards: Vec<ForwardId> =
             self.forwards.iter().filter(|(_, placed)| placed.shard == shard).map(|(id, _)| *id).collect();
         forwards.sort();
         for forward in forwards {
             let Some(placed) = self.forwards.remove(&forward) else { continue };
-            // Where another engine listens on them as well, they stay, and that engine takes whoever comes.
+            // If another engine has the sockets, too, they keep listening, and that engine accepts further clients.
             for socket in placed.kept.iter().filter(|_| !placed.lent) {
-                // The only error is that it does not listen any more.
+                // The only error is that the socket does not listen any more.
                 let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
             }
-            self.tell(Event::ListenerClosed { forward, stats: placed.seen });
+            self.emit(Event::ListenerClosed { forward, stats: placed.last_stats });
         }
-        let upstream = self.upstreams.iter().find(|(_, held)| held.apart == Some(shard)).map(|(id, _)| *id);
+        let upstream =
+            self.upstreams.iter().find(|(_, held)| held.isolated == Some(shard)).map(|(id, _)| *id);
         if let Some(upstream) = upstream
             && let Some(held) = self.upstreams.remove(&upstream)
         {
             self.watcher.remove(upstream);
-            let reason = if held.leaving { held.reason } else { Some(reason.to_owned()) };
-            self.tell(Event::UpstreamRemoved { upstream, reason });
+            let reason = if held.removing { held.reason } else { Some(reason.to_owned()) };
+            self.emit(Event::UpstreamRemoved { upstream, reason });
         }
-        self.forgo_answers(shard);
+        self.remove_from_answers(shard);
     }
 }
 
-/// What the conductor knows itself of the forwards of a shard.
+/// Returns the states of a shard's forwards from the conductor's records.
 fn known(forwards: &HashMap<ForwardId, Placed>, shard: usize) -> Vec<ForwardState> {
     let of_shard = forwards.iter().filter(|(_, placed)| placed.shard == shard);
     of_shard.map(|(forward, placed)| placed.state(*forward)).collect()
 }
 
-/// The listeners of a shard that can be lent without it.
+/// Returns the listeners of a shard that can be lent without its answer.
 fn lendable(forwards: &HashMap<ForwardId, Placed>, shard: usize) -> Vec<Lent> {
     let of_shard = forwards.iter().filter(|(_, placed)| placed.shard == shard && placed.due.is_none());
     of_shard
@@ -142,15 +145,15 @@ impl Placed {
             target_port: self.target_port,
             reach: self.reach,
             listening: self.due.is_none(),
-            stats: self.seen,
+            stats: self.last_stats,
         }
     }
 }
 
-/// A second descriptor of each socket.
+/// Returns a second descriptor of each socket.
 ///
 /// # Errors
-/// None are left.
+/// The process has no free descriptors.
 pub(super) fn duplicates(sockets: &[OwnedFd]) -> Result<Vec<OwnedFd>, ListenFailure> {
     sockets.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>().map_err(|error| ListenFailure {
         kind: ListenFailureKind::Exhausted,
