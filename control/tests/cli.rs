@@ -1,4 +1,4 @@
-//! The real binary: what people read (help, errors and hints, here), and in the modules what it does.
+//! Tests of the real binary: help, errors and hints in this file, behaviour in the modules.
 
 #[path = "cli/agent.rs"]
 mod agent;
@@ -23,7 +23,7 @@ use std::process::Output;
 
 use support::{Nobody, output, stderr, stdout};
 
-/// What a person sees, with the exit code.
+/// Returns everything that the program printed, with the exit code.
 fn seen(output: &Output) -> String {
     let code = output.status.code().unwrap_or(-1);
     format!("{}{}exit {code}", stdout(output), stderr(output))
@@ -34,7 +34,7 @@ fn landfall(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn help_tells_the_verbs_and_the_exit_codes() {
+fn help_lists_the_verbs_and_the_exit_codes() {
     insta::assert_snapshot!("help", landfall(&["--help"]));
     insta::assert_snapshot!("help_run", landfall(&["run", "--help"]));
     insta::assert_snapshot!("help_attach", landfall(&["attach", "--help"]));
@@ -62,14 +62,14 @@ fn help_tells_the_verbs_and_the_exit_codes() {
 }
 
 #[test]
-fn nothing_asked_is_answered_with_help_and_a_usage_error() {
+fn no_arguments_print_help_and_are_a_usage_error() {
     let output = output(&[]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("Usage: landfall"));
 }
 
 #[test]
-fn a_command_line_without_sense_is_one_line_and_a_hint() {
+fn an_invalid_command_line_is_one_line_and_a_hint() {
     let all = [
         &["run"][..],
         &["run", "npm", "run", "dev"],
@@ -103,13 +103,13 @@ fn a_command_line_without_sense_is_one_line_and_a_hint() {
 }
 
 #[test]
-fn a_command_that_cannot_begin_is_told_as_env_does() {
+fn a_command_that_cannot_be_executed_is_126_or_127() {
     insta::assert_snapshot!(landfall(&["run", "--net", "none", "--", "no-such-command"]));
     insta::assert_snapshot!(landfall(&["run", "--net", "none", "--", "/etc/passwd"]));
 }
 
 #[test]
-fn an_error_is_one_json_object_where_that_is_asked_for() {
+fn an_error_is_one_json_object_under_json() {
     let output = output(&["run", "--net", "none", "--json", "--", "no-such-command"]);
     let error: serde_json::Value = serde_json::from_str(stderr(&output).trim()).unwrap();
     assert_eq!(error["event"], "error");
@@ -118,7 +118,7 @@ fn an_error_is_one_json_object_where_that_is_asked_for() {
 }
 
 #[test]
-fn a_namespace_that_cannot_be_attached_to_says_why() {
+fn a_namespace_that_cannot_be_attached_to_is_reported_with_the_reason() {
     // Above the highest process id that Linux gives (PID_MAX_LIMIT, 4194304).
     insta::assert_snapshot!(landfall(&["attach", "--pid", "4194305"]));
     insta::assert_snapshot!(landfall(&["attach", "--netns", "/run/netns/no-such-namespace"]));
@@ -129,19 +129,23 @@ fn a_namespace_that_cannot_be_attached_to_says_why() {
 }
 
 #[test]
-fn a_strangers_namespace_is_refused_with_a_hint() {
+fn a_namespace_of_another_user_is_refused_with_a_hint() {
     let Some(nobody) = Nobody::new() else { return };
     let output = nobody.landfall().args(["attach", "--pid", "1"]).output().unwrap();
     insta::assert_snapshot!(seen(&output));
 }
 
 #[test]
-fn doctor_tells_one_line_a_thing_and_whether_it_works() {
+fn doctor_prints_each_finding_and_whether_forwarding_works() {
     let text = output(&["doctor"]);
     let json: serde_json::Value = serde_json::from_str(&stdout(&output(&["doctor", "--json"]))).unwrap();
     assert_eq!(text.status.code(), Some(if json["works"] == true { 0 } else { 1 }));
     for finding in json["findings"].as_array().unwrap() {
         assert!(stdout(&text).contains(finding["what"].as_str().unwrap()));
-        assert_eq!(finding["hint"].is_string(), finding["state"] != "ok", "a hint for each lack: {finding}");
+        assert_eq!(
+            finding["hint"].is_string(),
+            finding["state"] != "ok",
+            "each finding that is not ok has a hint: {finding}"
+        );
     }
 }

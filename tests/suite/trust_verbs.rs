@@ -140,7 +140,7 @@ fn shown() {
         "command  renew, every 1m 30s, at most 5m: 'renew\\u{1b}[2K\\r\\u{202e}' 'a b'\n",
         "command  trust-folder = true: commands may be programs of the folder itself\n",
         "secrets  the container may replace in secrets.json: kakaotalk\n",
-        "tools    asks for claude",
+        "tools    requests claude",
         "ports    443 answer on localhost\n",
         "trust    landfall.toml is not trusted\n",
         "trust    .devcontainer/devcontainer.json is not trusted\n",

@@ -1,4 +1,5 @@
-//! `landfall agent`: the program inside a container; and what programs beside it ask of it.
+//! `landfall agent`: runs the agent inside a container, or sends a request to the running agent or to the daemon on the
+//! host.
 
 use std::io;
 
@@ -10,17 +11,17 @@ use crate::agent::hostd::{Hostd, HostdError};
 use crate::agent::local::{self, AskError, Question, RefusalReason, Reply};
 use crate::agent::log::Log;
 use crate::agent::{self, DirectoryError, Options, PORT, StartError};
-use crate::cli::ui::output::Talk;
+use crate::cli::ui::output::Printer;
 use crate::error::chain;
 use crate::model::registration::{ContainerName, Token};
 
-/// Where the broker token is looked for (wire specification, A.12), the first that is set.
+/// The variables that may hold the broker token (wire specification, A.12); the first one that is set counts.
 const TOKEN_VARIABLES: [&str; 2] = ["LANDFALL_HOSTD_BROKER_TOKEN", "TYPECLAW_HOSTD_BROKER_TOKEN"];
 
 /// The variables that name the container (wire specification, A.12); the first one that is set counts.
 const NAME_VARIABLES: [&str; 2] = ["LANDFALL_CONTAINER_NAME", "TYPECLAW_CONTAINER_NAME"];
 
-/// Is an agent until it is told to stop, or asks the one that runs.
+/// Runs the agent until a signal ends it, or sends a request.
 pub fn agent(args: AgentArgs) -> Result<Exit, Failure> {
     match args.verb {
         Some(AgentVerb::Forward(args)) => forward(&args),
@@ -39,14 +40,14 @@ fn serve(args: AgentServeArgs) -> Result<Exit, Failure> {
         directory: args.directory,
         interval: args.interval,
     };
-    let talk = Talk::to_stderr(true);
-    // The agent goes on without a log if the reader of standard error has gone.
-    let log = Log::to(move |line| drop(talk.try_plain(line)));
+    let printer = Printer::to_stderr(true);
+    // The agent continues without a log after the reader of standard error has closed it.
+    let log = Log::to(move |line| drop(printer.try_print(line)));
     let runtime = super::runtime()?;
     let done = runtime.block_on(agent::run(options, log));
-    // What still blocks somewhere is not waited for: everything that had to be finished is.
+    // Blocking tasks are not awaited: all work that has to finish is done.
     runtime.shutdown_background();
-    done.map(|()| Exit::Ok).map_err(|error| refused(&error))
+    done.map(|()| Exit::Ok).map_err(|error| start_failure(&error))
 }
 
 /// The container's name, if a variable holds a valid one.
@@ -63,7 +64,7 @@ fn token() -> Result<Option<Token>, Failure> {
             Failure::new(Exit::Usage, format!("{name} is not UTF-8"))
                 .hint("a broker token is 43 letters, digits, '-' and '_'")
         })?;
-        // Empty is as good as not there.
+        // An empty token counts as absent.
         if let Some(token) = Token::new(&value) {
             return Ok(Some(token));
         }
@@ -71,7 +72,7 @@ fn token() -> Result<Option<Token>, Failure> {
     Ok(None)
 }
 
-fn refused(error: &StartError) -> Failure {
+fn start_failure(error: &StartError) -> Failure {
     let failure = |exit| Failure::new(exit, chain(error));
     match error {
         StartError::Useless => failure(Exit::Usage).hint(
@@ -79,22 +80,22 @@ fn refused(error: &StartError) -> Failure {
         ),
         StartError::Listen { source, .. } => match source.kind() {
             io::ErrorKind::AddrInUse => failure(Exit::Failed)
-                .hint("an agent may run here already; --port takes another one, which the host has to publish"),
+                .hint("another agent may be running here; --port selects another port, which the host has to publish"),
             io::ErrorKind::PermissionDenied => {
-                failure(Exit::Denied).hint("ports below 1024 may take privilege; --port takes another one")
+                failure(Exit::Denied).hint("ports below 1024 may need privileges; --port selects another port")
             }
-            _ => failure(Exit::Failed).hint("--bind takes an address of this container"),
+            _ => failure(Exit::Failed).hint("--bind needs an address of this container"),
         },
         StartError::Directory(DirectoryError::Taken(_)) => {
-            failure(Exit::Failed).hint("each container has a directory of its own; --directory names another one")
+            failure(Exit::Failed).hint("each container needs its own directory; --directory selects another one")
         }
         StartError::Directory(DirectoryError::Stranger(_)) => {
-            failure(Exit::Failed).hint("remove it, or name another directory with --directory")
+            failure(Exit::Failed).hint("remove it, or select another directory with --directory")
         }
         StartError::Directory(DirectoryError::System { source, .. }) => match source.kind() {
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => failure(Exit::Denied)
-                .hint("the user in the container must be able to write there: on the host, chmod 0777 the directory"),
-            _ => failure(Exit::Failed).hint("--directory names a directory that the host has mounted"),
+                .hint("the user in the container must be able to write to it: on the host, chmod 0777 the directory"),
+            _ => failure(Exit::Failed).hint("--directory needs a directory that the host has mounted"),
         },
         StartError::Signals(_) | StartError::Thread(_) => failure(Exit::Failed),
     }
@@ -108,83 +109,84 @@ fn forward(args: &AgentForwardArgs) -> Result<Exit, Failure> {
         reason: args.reason.clone(),
         wait_ms: u64::try_from(args.wait.as_millis()).unwrap_or(u64::MAX),
     };
-    let reply = local::ask(args.agent_port, &question, args.wait).map_err(|error| unanswered(&error))?;
+    let reply = local::ask(args.agent_port, &question, args.wait).map_err(|error| ask_failure(&error))?;
     match reply {
         Reply::Forwarded(port) => {
-            let talk = Talk::to_stdout(args.json);
+            let printer = Printer::to_stdout(args.json);
             if args.json {
-                talk.plain(&json!({ "targetPort": args.port, "hostPort": port }).to_string());
+                printer.print(&json!({ "targetPort": args.port, "hostPort": port }).to_string());
             } else {
-                talk.plain(&port.to_string());
+                printer.print(&port.to_string());
             }
             Ok(Exit::Ok)
         }
-        Reply::Not(why, reason) => Err(not_forwarded(args, why, &reason)),
+        Reply::Not(why, reason) => Err(forward_failure(args, why, &reason)),
     }
 }
 
 fn restart(args: &AgentRestartArgs) -> Result<Exit, Failure> {
     let variable = |name: &str| std::env::var(name).ok();
-    let hostd = Hostd::from_variables(variable).map_err(|error| not_restarted(&error))?;
+    let hostd = Hostd::from_variables(variable).map_err(|error| restart_failure(&error))?;
     let name = name().ok_or_else(|| {
-        Failure::new(Exit::Usage, "the name of this container is not known")
-            .hint("LANDFALL_CONTAINER_NAME holds it in a container of landfall start")
+        Failure::new(Exit::Usage, "the name of this container is unknown")
+            .hint("set LANDFALL_CONTAINER_NAME, as landfall start does")
     })?;
     let request = json!({ "kind": "restart", "containerName": name.as_str(), "build": args.build });
     let asked = super::runtime()?.block_on(hostd.ask(&request));
-    asked.map_err(|error| not_restarted(&error))?;
-    let talk = Talk::to_stdout(args.json);
+    asked.map_err(|error| restart_failure(&error))?;
+    let printer = Printer::to_stdout(args.json);
     if args.json {
-        talk.plain(&json!({ "containerName": name, "outcome": "scheduled" }).to_string());
+        printer.print(&json!({ "containerName": name, "outcome": "scheduled" }).to_string());
     } else {
-        talk.plain(&format!("{name} is about to be restarted"));
+        printer.print(&format!("{name} is scheduled for a restart"));
     }
     Ok(Exit::Ok)
 }
 
-fn not_restarted(error: &HostdError) -> Failure {
+fn restart_failure(error: &HostdError) -> Failure {
     let failure = |exit| Failure::new(exit, chain(error));
     match error {
-        HostdError::NoEndpoint | HostdError::Url | HostdError::NoToken => {
-            failure(Exit::NoDaemon).hint("landfall start gives them to the containers that it makes")
-        }
+        HostdError::NoEndpoint | HostdError::Url | HostdError::NoToken => failure(Exit::NoDaemon)
+            .hint("landfall start sets these variables in the containers that it creates"),
         HostdError::Unreachable(_) | HostdError::Broken(_) | HostdError::Nonsense => {
-            failure(Exit::NoDaemon).hint("on the host, landfall status tells whether the daemon runs")
+            failure(Exit::NoDaemon).hint("on the host, landfall status shows whether the daemon runs")
         }
         HostdError::Late => failure(Exit::TimedOut),
         HostdError::Refused { status: 401 | 403, .. } => {
-            failure(Exit::Denied).hint("on the host, landfall ls tells whether this container is registered")
+            failure(Exit::Denied).hint("on the host, landfall ls shows whether this container is registered")
         }
         HostdError::Refused { .. } => failure(Exit::Refused),
     }
 }
 
-fn unanswered(error: &AskError) -> Failure {
+fn ask_failure(error: &AskError) -> Failure {
     let failure = Failure::new(Exit::NoDaemon, chain(error));
     match error {
-        AskError::NoAgent(PORT) => failure.hint("start one: landfall agent &"),
-        AskError::NoAgent(_) => failure.hint("--agent-port names the port that it was started with"),
+        AskError::NoAgent(PORT) => failure.hint("start the agent: landfall agent &"),
+        AskError::NoAgent(_) => {
+            failure.hint("--agent-port must be the port with which the agent was started")
+        }
         AskError::Broken(_) | AskError::Nonsense => {
-            failure.hint("its standard error tells what the agent last did")
+            failure.hint("the agent's standard error shows what it did last")
         }
     }
 }
 
-fn not_forwarded(args: &AgentForwardArgs, why: RefusalReason, reason: &str) -> Failure {
+fn forward_failure(args: &AgentForwardArgs, why: RefusalReason, reason: &str) -> Failure {
     let port = args.port;
     match why {
         RefusalReason::Refused => {
             Failure::new(Exit::Refused, format!("the host does not forward port {port}: {reason}"))
-                .hint("--host names ports on the host to try one after another")
+                .hint("--host lists ports on the host to try one after another")
         }
         RefusalReason::NoHost => Failure::new(Exit::NoDaemon, reason.to_owned())
             .hint("the request is remembered; register the container on the host, with its broker token"),
         RefusalReason::TimedOut => Failure::new(Exit::TimedOut, reason.to_owned())
-            .hint("the request is remembered; --wait waits longer"),
+            .hint("the request is remembered; use --wait to wait longer"),
         RefusalReason::NoToken => Failure::new(Exit::NoDaemon, reason.to_owned())
             .hint("start the agent with LANDFALL_HOSTD_BROKER_TOKEN in its environment"),
         RefusalReason::Full => Failure::new(Exit::Refused, reason.to_owned()),
         RefusalReason::Invalid => Failure::new(Exit::Usage, reason.to_owned())
-            .hint("the agent that runs may be of another build: start it again"),
+            .hint("the running agent may be of another build: restart it"),
     }
 }

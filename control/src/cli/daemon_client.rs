@@ -1,5 +1,5 @@
-//! What the verbs that ask the daemon share: where it is, what it says about itself, and what people are told when it
-//! does not.
+//! Functions that the verbs share to call the daemon: the client, the description that the daemon gives of itself, and
+//! the failures of a call.
 
 use std::ffi::OsString;
 
@@ -21,7 +21,7 @@ use crate::registry::folder::Withheld;
 use crate::sys::launcher::LauncherState;
 use crate::sys::paths::{Home, HomeError};
 
-/// What `describe` answers. A daemon may leave out what it does not know.
+/// The answer to `describe`. A daemon may omit fields that it does not support.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Description {
@@ -33,34 +33,34 @@ pub struct Description {
     /// Its home.
     #[serde(default)]
     pub home: Option<String>,
-    /// Where its HTTP endpoint listens.
+    /// The port of its HTTP endpoint.
     #[serde(default)]
     pub http_port: Option<u16>,
-    /// Whether containers reach it, and who holds the ports that it did not get.
+    /// Whether containers reach that endpoint, and which processes hold the ports that it could not bind.
     #[serde(default)]
     pub http: HttpFacts,
-    /// Whether what is forwarded is served on the tailnet.
+    /// Whether forwarded ports are served on the tailnet.
     #[serde(default)]
     pub tailscale: bool,
-    /// How servers under `run` listen by default.
+    /// The default of `run --sockets`.
     #[serde(default)]
     pub sockets: Sockets,
-    /// The container that enters others for it, where there is to be one.
+    /// The helper container that enters other containers for it, if `--docker-helper` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,
-    /// The process that keeps its capabilities, where root runs it.
+    /// The process that keeps its capabilities, if root runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub launcher: Option<LauncherState>,
-    /// Whether every container of Docker's is forwarded.
+    /// Whether all Docker containers are forwarded.
     #[serde(default)]
     pub all: bool,
-    /// Whether the registrations of the last daemon are back.
+    /// Whether the registrations of the previous daemon are loaded.
     #[serde(default)]
     pub replayed: bool,
     /// The engine that it drives.
     #[serde(default)]
     pub engine: Option<EngineFacts>,
-    /// Every registration, in the order in which they came.
+    /// All registrations, in order of registration.
     #[serde(default)]
     pub containers: Vec<Container>,
 }
@@ -72,73 +72,73 @@ pub struct Container {
     /// Its folder.
     #[serde(default)]
     pub cwd: String,
-    /// What makes the daemon forward it by itself, where it does.
+    /// The rule by which the daemon forwards it automatically, if one applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub found_by: Option<FoundBy>,
     /// The files of its folder that have no effect.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub withheld: Vec<Withheld>,
-    /// What it may do beyond acting for itself, in force or not.
+    /// Its rights beyond acting for itself, in force or not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub grants: Vec<GrantFact>,
-    /// How far it is reached, and its ports.
+    /// Its reachability and its ports.
     #[serde(flatten)]
     pub state: ContainerState,
 }
 
-/// The home that the environment names.
+/// Returns the home that the environment names.
 pub fn home() -> Result<Home, Failure> {
-    Home::from_environment().map_err(|error| no_home(&error))
+    Home::from_environment().map_err(|error| home_failure(&error))
 }
 
-/// A client of that home's daemon, whether it runs or not.
+/// Returns a client of that home's daemon, whether it runs or not.
 pub fn client() -> Result<Client, Failure> {
     Ok(Client::new(home()?.socket()))
 }
 
-/// A client of that home's daemon, which is started if none runs.
+/// Returns a client of that home's daemon, and starts the daemon if it does not run.
 pub fn client_of_running() -> Result<Client, Failure> {
     let home = home()?;
     let client = Client::new(home.socket());
-    ensured(home, Vec::new())?;
+    ensure_daemon(home, Vec::new())?;
     Ok(client)
 }
 
-/// Sees to it that a daemon runs.
-pub fn ensured(home: Home, arguments: Vec<OsString>) -> Result<Ensured, Failure> {
+/// Starts a daemon unless one runs.
+pub fn ensure_daemon(home: Home, arguments: Vec<OsString>) -> Result<Ensured, Failure> {
     let wanted = DesiredDaemon::own(home, arguments);
-    ensure::ensure(&wanted).map_err(|error| not_ensured(&error, &wanted.home))
+    ensure::ensure(&wanted).map_err(|error| ensure_failure(&error, &wanted.home))
 }
 
-/// What the daemon says about itself; none if it is one that does not know how to.
+/// Returns the daemon's description; `None` if the daemon does not support `describe`.
 pub fn describe(client: &Client) -> Result<Option<Description>, Failure> {
     match client.ask("describe") {
         Ok(answer) => read_description(answer).map(Some),
-        // The reference answers something that is no answer; others say that they do not know the kind.
+        // The reference implementation sends an answer without `ok`; other daemons refuse the unknown kind.
         Err(CallError::Refused(_) | CallError::Invalid) => Ok(None),
-        Err(error) => Err(failed(&error)),
+        Err(error) => Err(call_failure(&error)),
     }
 }
 
-/// The same, where without it there is nothing to tell.
-pub fn described(client: &Client) -> Result<Description, Failure> {
+/// Returns the daemon's description, or a failure if the daemon does not support `describe`.
+pub fn require_description(client: &Client) -> Result<Description, Failure> {
     describe(client)?.ok_or_else(|| {
-        Failure::new(Exit::Refused, "the daemon that runs is another program, and does not tell this")
-            .hint("landfall status tells what it does tell; landfall up puts ours in its place")
+        Failure::new(Exit::Refused, "another program runs as the daemon, and does not describe itself")
+            .hint("landfall status shows what it reports; landfall up replaces it with this build")
     })
 }
 
 fn read_description(answer: Value) -> Result<Description, Failure> {
-    serde_json::from_value(answer).map_err(|error| other_build(&error))
+    serde_json::from_value(answer).map_err(|error| description_failure(&error))
 }
 
-/// What people are told when the daemon's answer makes no sense.
-pub fn other_build(error: &dyn std::fmt::Display) -> Failure {
-    Failure::new(Exit::Failed, format!("the daemon describes itself in words of another build: {error}"))
-        .hint("landfall up puts this build in its place")
+/// Returns the failure for an answer of the daemon that cannot be parsed.
+pub fn description_failure(error: &dyn std::fmt::Display) -> Failure {
+    Failure::new(Exit::Failed, format!("the daemon's answer has the format of another build: {error}"))
+        .hint("landfall up replaces the daemon with this build")
 }
 
-/// Every container that Docker has, as the daemon sees it.
+/// Returns all Docker containers, as the daemon sees them.
 pub fn containers(client: &Client) -> Result<Vec<Found>, Failure> {
     #[derive(Deserialize)]
     struct Answer {
@@ -146,22 +146,22 @@ pub fn containers(client: &Client) -> Result<Vec<Found>, Failure> {
     }
     let answer = client.within(PATIENT_BUDGET).ask("containers").map_err(|error| match error {
         CallError::Refused(reason) if reason.starts_with("Docker cannot be reached") => {
-            Failure::new(Exit::Refused, reason).hint("landfall doctor says what there is to reach")
+            Failure::new(Exit::Refused, reason).hint("landfall doctor checks access to Docker")
         }
         CallError::Refused(reason) if reason == "unknown request kind" => Failure::new(
             Exit::Refused,
-            "the daemon that runs is another one, and does not look for containers",
+            "the running daemon is another build, and does not list Docker containers",
         )
-        .hint("landfall up puts ours in its place"),
-        error => failed(&error),
+        .hint("landfall up replaces it with this build"),
+        error => call_failure(&error),
     })?;
     serde_json::from_value::<Answer>(answer)
         .map(|answer| answer.containers)
-        .map_err(|error| other_build(&error))
+        .map_err(|error| description_failure(&error))
 }
 
-/// What people are told when the daemon was asked and did not do it.
-pub fn failed(error: &CallError) -> Failure {
+/// Converts the error of a call to the daemon to a failure.
+pub fn call_failure(error: &CallError) -> Failure {
     let text = chain(error);
     match error {
         _ if error.is_absent() => {
@@ -169,16 +169,16 @@ pub fn failed(error: &CallError) -> Failure {
         }
         CallError::Connect(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
             Failure::new(Exit::Denied, format!("cannot reach the daemon: {text}"))
-                .hint("its home belongs to another user; LANDFALL_HOME names another one")
+                .hint("its home belongs to another user; set LANDFALL_HOME to a directory of yours")
         }
         CallError::Stranger(_) => Failure::new(Exit::Denied, text)
-            .hint("nothing was told to it; see who made the home's run directory"),
+            .hint("no request was sent to it; check who owns the run directory of the home"),
         CallError::Connect(_) => Failure::new(Exit::NoDaemon, format!("cannot reach the daemon: {text}")),
         CallError::Timeout(_) | CallError::Broken(_) | CallError::Ended => {
-            Failure::new(Exit::NoDaemon, text).hint("landfall logs tells what the daemon last did")
+            Failure::new(Exit::NoDaemon, text).hint("landfall logs shows what the daemon did last")
         }
         CallError::Invalid => {
-            Failure::new(Exit::Failed, text).hint("landfall up puts this build in its place")
+            Failure::new(Exit::Failed, text).hint("landfall up replaces the daemon with this build")
         }
         CallError::Refused(reason) if reason.starts_with("not registered: ") => {
             Failure::new(Exit::Missing, text).hint("landfall ls shows what is registered")
@@ -187,39 +187,39 @@ pub fn failed(error: &CallError) -> Failure {
     }
 }
 
-/// The failure of a name that nothing is registered under.
+/// Returns the failure for a name that is not registered.
 pub fn not_registered(name: &str) -> Failure {
-    failed(&CallError::Refused(format!("not registered: {name}")))
+    call_failure(&CallError::Refused(format!("not registered: {name}")))
 }
 
-fn not_ensured(error: &EnsureError, home: &Home) -> Failure {
+fn ensure_failure(error: &EnsureError, home: &Home) -> Failure {
     let failure = |exit| Failure::new(exit, chain(error));
     match error {
-        EnsureError::Home(error) => no_home(error),
+        EnsureError::Home(error) => home_failure(error),
         EnsureError::NotYet => failure(Exit::NoDaemon).hint(format!(
-            "try again in a moment; if the process in {} is not landfall, remove that file",
+            "try again in a few seconds; if the process in {} is not landfall, remove that file",
             home.pid_file().display()
         )),
         EnsureError::Exited => failure(Exit::NoDaemon)
-            .hint(format!("the end of {} says why: landfall logs", home.daemon_log().display())),
+            .hint(format!("the end of {} shows the reason; run landfall logs", home.daemon_log().display())),
         EnsureError::Drifted => failure(Exit::NoDaemon)
-            .hint("a daemon of another build is still ending; try again when landfall status finds none"),
-        EnsureError::Busy(_) => failure(Exit::NoDaemon).hint("try again in a moment"),
+            .hint("a daemon of another build is still stopping; try again when landfall status reports that no daemon runs"),
+        EnsureError::Busy(_) => failure(Exit::NoDaemon).hint("try again in a few seconds"),
         EnsureError::Log(_) | EnsureError::Lock(_) | EnsureError::PidFile(_) => failure(Exit::NoDaemon)
-            .hint(format!("{} must be writable; LANDFALL_HOME names another one", home.root().display())),
+            .hint(format!("{} must be writable; LANDFALL_HOME selects another directory", home.root().display())),
         EnsureError::Spawn(_) | EnsureError::NoHttpPort => failure(Exit::NoDaemon),
     }
 }
 
-/// For `sudo`, which may keep the HOME of the user.
-pub(super) const ROOTS_HOME: &str =
+/// The hint for `sudo`, which may keep the HOME of the user.
+pub(super) const ROOT_HOME_HINT: &str =
     "set LANDFALL_HOME to a directory that only root may write to, such as /root/.landfall";
 
-fn no_home(error: &HomeError) -> Failure {
+fn home_failure(error: &HomeError) -> Failure {
     Failure::new(Exit::NoDaemon, chain(error)).hint(match error {
         HomeError::Unknown | HomeError::Relative(_) => "set LANDFALL_HOME to an absolute path",
         HomeError::TooLong(_) => "set LANDFALL_HOME to a shorter path",
-        HomeError::Directory { .. } | HomeError::NotADirectory(_) => "LANDFALL_HOME names another place",
-        HomeError::Owner { .. } | HomeError::Writable { .. } => ROOTS_HOME,
+        HomeError::Directory { .. } | HomeError::NotADirectory(_) => "set LANDFALL_HOME to another directory",
+        HomeError::Owner { .. } | HomeError::Writable { .. } => ROOT_HOME_HINT,
     })
 }

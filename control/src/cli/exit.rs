@@ -1,40 +1,40 @@
-//! Exit codes, and the errors that end a verb. The codes are part of the interface; `landfall --help` tells them.
+//! Exit codes, and the errors that end a verb. The codes are part of the interface; `landfall --help` lists them.
 
 use std::process::ExitCode;
 
-/// How the program ends.
+/// The exit status of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// 0: done as asked.
+    /// 0: success.
     Ok,
     /// 1: `doctor` found that forwarding does not work here.
     Unfit,
-    /// 2: the command line makes no sense.
+    /// 2: invalid command line.
     Usage,
     /// 3: no such container, process or namespace.
     Missing,
     /// 4: not permitted.
     Denied,
-    /// 5: no daemon runs, or none could be started or reached.
+    /// 5: no daemon runs, or it could not be started or reached.
     NoDaemon,
-    /// 6: the daemon refused, or what it was asked for failed.
+    /// 6: the daemon refused the request, or the request failed.
     Refused,
-    /// 124: the answer did not come in time, as `timeout` has it.
+    /// 124: no answer in time; the code that `timeout` uses.
     TimedOut,
-    /// 125: landfall itself failed. This and the next two are as `env`, `timeout` and `docker run` have them.
+    /// 125: landfall itself failed. `env`, `timeout` and `docker run` use this code and the next two in the same way.
     Failed,
     /// 126: the command exists and cannot be executed.
     NotExecutable,
-    /// 127: there is no such command.
+    /// 127: the command does not exist.
     NotFound,
     /// The command's own exit code.
     Command(u8),
-    /// 128 + N: signal N ended the command, as shells tell it.
+    /// 128 + N: signal N ended the command; the convention of shells.
     Signal(u8),
 }
 
 impl Exit {
-    /// The number.
+    /// Returns the number.
     pub fn code(self) -> u8 {
         match self {
             Exit::Ok => 0,
@@ -60,24 +60,24 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// What ends a verb early: one line that names what was wrong, what to do about it, and the exit code.
+/// An error that ends a verb: one line that names the problem, an optional hint, and the exit code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// The exit code.
     pub exit: Exit,
-    /// What was wrong; one line without a full stop.
+    /// The problem; one line without a full stop.
     pub message: String,
-    /// What to do, where there is something to do.
+    /// The suggested action, if there is one.
     pub hint: Option<String>,
 }
 
 impl Failure {
-    /// A failure without a hint.
+    /// Returns a failure without a hint.
     pub fn new(exit: Exit, message: impl Into<String>) -> Failure {
         Failure { exit, message: message.into(), hint: None }
     }
 
-    /// Adds what to do.
+    /// Adds a hint.
     #[must_use]
     pub fn hint(self, hint: impl Into<String>) -> Failure {
         Failure { hint: Some(hint.into()), ..self }

@@ -1,4 +1,4 @@
-//! Who forwards for `run` and `attach`: the daemon, where one of ours runs, or an engine of their own.
+//! The engine that forwards for `run` and `attach`: the daemon's, if a daemon of landfall runs, or one in this process.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,35 +10,35 @@ use landfall_engine::opener::client::Target;
 use super::args::{Common, Ring};
 use super::exit::{Exit, Failure};
 use crate::cli::foreground::native_driver::Sink;
-use crate::cli::foreground::registered::{DesiredContainer, Registered, Unregistered};
+use crate::cli::foreground::registered::{DesiredContainer, RegisterError, Registered};
 use crate::cli::foreground::{ForwardError, Options, Session, Wakeup};
-use crate::cli::ui::output::{Report, Talk};
+use crate::cli::ui::output::{Printer, Report};
 use crate::daemon::rpc::client::Client;
 use crate::model::registration::AttachMethod;
 use crate::sys::event_loop::{Signals, Watched};
 use crate::sys::paths::Home;
 
-/// One namespace that is forwarded.
+/// The forwarding of one namespace.
 pub enum Forwarding {
     /// By an engine in this process.
     Own(Box<Session>),
-    /// By the daemon's engine, which outlives us.
-    Daemons(Box<Registered>),
+    /// By the daemon's engine, which outlives this process.
+    Daemon(Box<Registered>),
 }
 
 impl Forwarding {
-    /// Registers `attach_method` with the daemon, if there is one and it may be used; else forwards from `target` here. With `native`, a
-    /// supervisor reports native sockets.
+    /// Registers `attach_method` with the daemon, if one runs and may be used; otherwise forwards from `target` in this
+    /// process. `native` states that a supervisor will report native sockets.
     ///
     /// # Errors
-    /// What `refused` makes of an engine that does not forward, or a name that is taken.
+    /// The failure that `refused` returns for an engine that does not forward, or a name that is in use.
     pub fn open(
         target: Target,
         attach_method: Option<AttachMethod>,
         name: String,
         common: &Common,
         native: bool,
-        talk: Talk,
+        printer: Printer,
         refused: impl FnOnce(&ForwardError) -> Failure,
     ) -> Result<Forwarding, Failure> {
         if let Some(attach_method) = attach_method.filter(|_| !common.no_daemon && common.ring == Ring::Auto)
@@ -49,83 +49,83 @@ impl Forwarding {
                 name_is_given,
                 attach_method,
                 policy: common.policy(),
-                talk,
+                printer,
                 native,
             };
-            if let Some(registered) = by_daemon(desired)? {
-                return Ok(Forwarding::Daemons(Box::new(registered)));
+            if let Some(registered) = register_with_daemon(desired)? {
+                return Ok(Forwarding::Daemon(Box::new(registered)));
             }
         }
-        let options = Options { name, policy: common.policy(), ring: common.ring, talk, native };
+        let options = Options { name, policy: common.policy(), ring: common.ring, printer, native };
         let session = Session::open(target, options).map_err(|error| refused(&error))?;
         Ok(Forwarding::Own(Box::new(session)))
     }
 
-    /// Takes the events of a supervisor of native sockets.
+    /// Returns the sink for the events of a native-socket supervisor.
     ///
     /// # Errors
     /// Those of starting a thread.
     pub fn native_events(&self) -> io::Result<Sink> {
         match self {
             Forwarding::Own(session) => Ok(session.native_events()),
-            Forwarding::Daemons(registered) => registered.native_events(),
+            Forwarding::Daemon(registered) => registered.native_events(),
         }
     }
 
-    /// Begins to tell of signals and of the ends of processes.
+    /// Starts to report signals and the ends of processes.
     ///
     /// # Errors
     /// Those of starting a thread.
     pub fn watch(&self, signals: Signals, pidfds: BTreeMap<Watched, OwnedFd>) -> io::Result<()> {
         match self {
             Forwarding::Own(session) => session.watch(signals, pidfds),
-            Forwarding::Daemons(registered) => registered.watch(signals, pidfds),
+            Forwarding::Daemon(registered) => registered.watch(signals, pidfds),
         }
     }
 
-    /// Forwards until something happens that is the verb's business, or `tick` has passed.
+    /// Forwards until an event occurs that the verb handles, or `tick` has passed.
     pub fn next(&mut self, tick: Option<Duration>) -> Wakeup {
         match self {
             Forwarding::Own(session) => session.next(tick),
-            Forwarding::Daemons(registered) => registered.next(tick),
+            Forwarding::Daemon(registered) => registered.next(tick),
         }
     }
 
-    /// The same, once the engine is lost.
+    /// Like [`Forwarding::next`], after the engine is lost.
     pub fn next_without_engine(&mut self) -> Wakeup {
         match self {
             Forwarding::Own(session) => session.next_without_engine(),
-            Forwarding::Daemons(registered) => registered.next(None),
+            Forwarding::Daemon(registered) => registered.next(None),
         }
     }
 
-    /// Lets open connections finish for at most `patience`, and ends.
+    /// Lets open connections finish for at most `patience`, then ends.
     pub fn close(self, patience: Duration) {
         match self {
             Forwarding::Own(session) => session.close(patience),
-            Forwarding::Daemons(registered) => registered.close(patience),
+            Forwarding::Daemon(registered) => registered.close(patience),
         }
     }
 }
 
-/// Without a daemon there is nothing to say; one that does not forward this is told of.
-fn by_daemon(desired: DesiredContainer) -> Result<Option<Registered>, Failure> {
-    let talk = desired.talk;
+/// Registers with the daemon. Returns `None` without a message if no daemon runs, and with a note if the daemon
+/// refuses.
+fn register_with_daemon(desired: DesiredContainer) -> Result<Option<Registered>, Failure> {
+    let printer = desired.printer;
     let Some(home) = Home::from_environment().ok().filter(|home| home.socket().exists()) else {
         return Ok(None);
     };
     match Registered::open(Client::new(home.socket()), desired) {
         Ok(registered) => Ok(Some(registered)),
-        Err(Unregistered::NoDaemon) => Ok(None),
-        Err(taken @ Unregistered::NameTaken { .. }) => {
+        Err(RegisterError::NoDaemon) => Ok(None),
+        Err(taken @ RegisterError::NameTaken { .. }) => {
             let failure = Failure::new(Exit::Refused, taken.to_string());
-            Err(failure.hint("say another --name; landfall ls shows which ones there are"))
+            Err(failure.hint("choose another --name; landfall ls shows the names in use"))
         }
-        Err(Unregistered::Refused(why)) => {
-            let text = format!(
-                "the daemon does not forward this ({why}); it is forwarded from here, and ends with us"
-            );
-            talk.report(&Report::Note { text, hint: None });
+        Err(RegisterError::Refused(why)) => {
+            let text =
+                format!("the daemon does not forward this ({why}); this process forwards it until it ends");
+            printer.report(&Report::Note { text, hint: None });
             Ok(None)
         }
     }

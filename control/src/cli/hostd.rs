@@ -1,4 +1,4 @@
-//! `landfall _hostd`: becomes the daemon, and is it until it is told to stop.
+//! `landfall _hostd`: runs the daemon in this process.
 
 use std::io::IsTerminal;
 use std::num::NonZeroU32;
@@ -11,7 +11,7 @@ use jiff::SignedDuration;
 use super::args::{DaemonArgs, LauncherArgs};
 use super::exit::{Exit, Failure};
 use crate::broker::message::Extensions;
-use crate::cli::daemon_client::ROOTS_HOME;
+use crate::cli::daemon_client::ROOT_HOME_HINT;
 use crate::daemon::tailscale::CALL_TIMEOUT;
 use crate::daemon::{self, Options, StartError};
 use crate::docker::CONTEXT_BYTES_MAX;
@@ -21,61 +21,62 @@ use crate::sys::launcher::split;
 use crate::sys::paths::{Home, HomeError};
 use crate::sys::token_variables;
 
-/// How often it is looked whether containers still exist; a duration such as `30s`.
+/// The interval between checks whether containers still exist; a duration such as `30s`.
 const GC_INTERVAL: &str = "LANDFALL_GC_INTERVAL";
-/// How many looks in a row have to miss a container before it is forgotten.
+/// The number of consecutive checks that have to miss a container before it is deregistered.
 const GC_MISSES: &str = "LANDFALL_GC_MISSES";
-/// How long one step of a teardown may take; a duration such as `60s`.
+/// The time limit of one step of a teardown; a duration such as `60s`.
 const CLEANUP_TIMEOUT: &str = "LANDFALL_CLEANUP_TIMEOUT";
-/// How long a call of tailscale may take; a duration such as `30s`.
+/// The time limit of one call of tailscale; a duration such as `30s`.
 const TAILSCALE_TIMEOUT: &str = "LANDFALL_TAILSCALE_TIMEOUT";
 
-/// Which extensions of the port broker's protocol are offered to containers: `all`, or `none` for a peer that does not
-/// bear to be offered any, and for comparison.
+/// The extensions of the broker protocol that are offered to containers: `all`, or `none`, for comparison and for a
+/// peer that fails when extensions are offered.
 const BROKER_EXTENSIONS: &str = "LANDFALL_BROKER_EXTENSIONS";
 
-/// Is the daemon until it is told to stop.
+/// Runs the daemon until it is asked to stop.
 pub fn hostd(args: DaemonArgs) -> Result<Exit, Failure> {
     if token_variables::are_set() {
-        return Err(without_tokens());
+        return Err(exec_without_tokens());
     }
     let options = options(args, |name| std::env::var(name).ok())?;
-    // Out of the terminal's session, which would end it by a hangup; unless somebody runs it there. It fails where this
-    // process leads a session or a group already, and then nothing is to be left.
+    // Leave the session of the terminal, whose hangup would end the daemon, unless a user runs it on a terminal. The
+    // call fails if this process already leads a session or a process group; the error is ignored.
     if !std::io::stdin().is_terminal() {
         let _ = rustix::process::setsid();
     }
-    options.home.ensure_directories().map_err(|error| refused(&error.into()))?;
-    // While there is one thread.
+    options.home.ensure_directories().map_err(|error| start_failure(&error.into()))?;
+    // Must happen while the process has one thread.
     split(&options.home).map_err(|error| {
         Failure::new(Exit::Failed, format!("the daemon cannot give up its privileges: {}", chain(&error)))
     })?;
     let runtime = super::runtime()?;
     let done = runtime.block_on(daemon::run(options));
-    // What still blocks somewhere is not waited for: everything that had to be finished is.
+    // Blocking tasks are not awaited: all work that has to finish is done.
     runtime.shutdown_background();
-    done.map(|()| Exit::Ok).map_err(|error| refused(&error))
+    done.map(|()| Exit::Ok).map_err(|error| start_failure(&error))
 }
 
-/// Keeps the capabilities of the daemon that started it, for as long as that runs.
+/// Keeps the capabilities of the daemon that started it, for as long as that daemon runs.
 pub fn launcher(args: &LauncherArgs) -> Result<Exit, Failure> {
     let failed = |error: &dyn std::error::Error| Failure::new(Exit::Failed, chain(error));
     let home = Home::at(args.home.clone()).map_err(|error| failed(&error))?;
     daemon::launcher::main(&home).map(|()| Exit::Ok).map_err(|error| failed(&error))
 }
 
-/// Executes this program again with the same arguments and without tokens in its environment. Returns only if that fails.
-fn without_tokens() -> Failure {
+/// Executes this program again with the same arguments and without tokens in its environment. Returns only if that
+/// fails.
+fn exec_without_tokens() -> Failure {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("landfall").args(std::env::args_os().skip(1));
     let error = token_variables::remove_from(&mut command).exec();
-    Failure::new(Exit::Failed, format!("tokens cannot be removed from the environment: {}", chain(&error)))
+    Failure::new(Exit::Failed, format!("cannot remove tokens from the environment: {}", chain(&error)))
 }
 
 fn options(args: DaemonArgs, variable: impl Fn(&str) -> Option<String>) -> Result<Options, Failure> {
     let home = Home::from_environment().map_err(|error| {
         Failure::new(Exit::Failed, chain(&error))
-            .hint("LANDFALL_HOME names a directory for the daemon's files")
+            .hint("set LANDFALL_HOME to a directory for the daemon's files")
     })?;
     let set = |name| variable(name).filter(|value| !value.is_empty());
     Ok(Options {
@@ -101,16 +102,16 @@ fn duration(name: &str, value: Option<String>, default: Duration) -> Result<Dura
     let parsed =
         value.trim().parse::<SignedDuration>().ok().and_then(|length| Duration::try_from(length).ok());
     parsed.filter(|length| !length.is_zero()).ok_or_else(|| {
-        Failure::new(Exit::Usage, format!("{name} is \"{value}\", which is no duration"))
-            .hint("say it such as 30s, 500ms or 2m")
+        Failure::new(Exit::Usage, format!("{name} is \"{value}\", which is not a duration"))
+            .hint("give a duration such as 30s, 500ms or 2m")
     })
 }
 
 fn misses(value: Option<String>) -> Result<u32, Failure> {
     let Some(value) = value else { return Ok(3) };
     value.trim().parse::<NonZeroU32>().map(NonZeroU32::get).map_err(|_| {
-        Failure::new(Exit::Usage, format!("{GC_MISSES} is \"{value}\", which is no count"))
-            .hint("say a number from 1")
+        Failure::new(Exit::Usage, format!("{GC_MISSES} is \"{value}\", which is not a count"))
+            .hint("give a number from 1")
     })
 }
 
@@ -120,21 +121,23 @@ fn extensions(value: Option<String>) -> Result<Extensions, Failure> {
         Some("none") => Ok(Extensions::NONE),
         Some(value) => {
             let text = format!("{BROKER_EXTENSIONS} is \"{value}\", which is neither all nor none");
-            Err(Failure::new(Exit::Usage, text).hint("say all or none"))
+            Err(Failure::new(Exit::Usage, text).hint("set it to all or none"))
         }
     }
 }
 
-fn refused(error: &StartError) -> Failure {
+fn start_failure(error: &StartError) -> Failure {
     let failure = Failure::new(Exit::Failed, chain(error));
     match error {
         StartError::Claim(daemon::ClaimError::Taken(_)) => {
-            failure.hint("one daemon serves a home; LANDFALL_HOME names another home")
+            failure.hint("each home has one daemon; set LANDFALL_HOME to another home")
         }
         StartError::Http(_) => {
-            failure.hint("--http-bind takes an address of this machine, and --http-port 0 any free port")
+            failure.hint("--http-bind needs an address of this machine; --http-port 0 picks a free port")
         }
-        StartError::Home(HomeError::Owner { .. } | HomeError::Writable { .. }) => failure.hint(ROOTS_HOME),
+        StartError::Home(HomeError::Owner { .. } | HomeError::Writable { .. }) => {
+            failure.hint(ROOT_HOME_HINT)
+        }
         StartError::Home(_) | StartError::Claim(_) | StartError::File { .. } | StartError::Signals(_) => {
             failure
         }
@@ -151,12 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_as_people_write_them() {
+    fn durations_have_units() {
         assert_eq!(parsed("20ms"), Ok(Duration::from_millis(20)));
         assert_eq!(parsed(" 60s "), Ok(Duration::from_secs(60)));
         assert_eq!(parsed("2m"), Ok(Duration::from_secs(120)));
         for wrong in ["-1s", "0s", "soon", "30"] {
-            let expected = format!("LANDFALL_GC_INTERVAL is \"{wrong}\", which is no duration");
+            let expected = format!("LANDFALL_GC_INTERVAL is \"{wrong}\", which is not a duration");
             assert_eq!(parsed(wrong), Err(expected));
         }
         assert_eq!(duration(GC_INTERVAL, None, Duration::from_secs(30)), Ok(Duration::from_secs(30)));
@@ -171,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_count_of_misses_is_at_least_one() {
+    fn a_miss_count_is_at_least_one() {
         assert_eq!(misses(None), Ok(3));
         assert_eq!(misses(Some("1".to_owned())), Ok(1));
         assert!(misses(Some("0".to_owned())).is_err());

@@ -1,4 +1,4 @@
-//! `landfall logs`: what has happened in the daemon, from its log. It works whether the daemon runs or not.
+//! `landfall logs`: prints the daemon's log. Works whether the daemon runs or not.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,14 +13,14 @@ use jiff::tz::TimeZone;
 use super::args::LogsArgs;
 use super::exit::{Exit, Failure};
 use crate::cli::daemon_client;
-use crate::cli::ui::output::Talk;
+use crate::cli::ui::output::Printer;
 use crate::cli::ui::sentence::sentence;
 use crate::error::chain;
 
-/// How often a log that is followed is looked at.
+/// The interval between reads of a followed log.
 const POLL: Duration = Duration::from_millis(200);
 
-/// Tells the last lines, and goes on if that is asked for.
+/// Prints the last lines, and follows the log with `--follow`.
 pub fn logs(args: &LogsArgs) -> Result<Exit, Failure> {
     let home = daemon_client::home()?;
     let path = home.daemon_log();
@@ -33,17 +33,17 @@ pub fn logs(args: &LogsArgs) -> Result<Exit, Failure> {
         }
     };
     let mut tail = Tail::open(&path).map_err(|error| unreadable(&error))?;
-    let talk = Talk::to_stdout(args.json);
+    let printer = Printer::to_stdout(args.json);
     let zone = TimeZone::system();
-    let tell = |line: &str| {
-        if args.json { talk.try_plain(line) } else { talk.try_plain(&sentence(talk, line, &zone)) }
+    let print = |line: &str| {
+        if args.json { printer.try_print(line) } else { printer.try_print(&sentence(printer, line, &zone)) }
     };
     let now = tail.lines().map_err(|error| unreadable(&error))?;
-    let mut last = before(&path, args.lines.saturating_sub(now.len()));
+    let mut last = rotated_lines(&path, args.lines.saturating_sub(now.len()));
     last.extend(now);
     let skipped = last.len().saturating_sub(args.lines);
     for line in last.iter().skip(skipped) {
-        if tell(line).is_err() {
+        if print(line).is_err() {
             return Ok(Exit::Ok);
         }
     }
@@ -52,8 +52,8 @@ pub fn logs(args: &LogsArgs) -> Result<Exit, Failure> {
     }
     loop {
         for line in tail.lines().map_err(|error| unreadable(&error))? {
-            // Whoever reads a pipe has seen enough.
-            if tell(&line).is_err() {
+            // The reader has closed the pipe.
+            if print(&line).is_err() {
                 return Ok(Exit::Ok);
             }
         }
@@ -61,8 +61,8 @@ pub fn logs(args: &LogsArgs) -> Result<Exit, Failure> {
     }
 }
 
-/// The last lines of the logs that were rotated away, the newest of which is `hostd.log.1`.
-fn before(path: &Path, wanted: usize) -> VecDeque<String> {
+/// Returns the last lines of the rotated logs, the newest of which is `hostd.log.1`.
+fn rotated_lines(path: &Path, wanted: usize) -> VecDeque<String> {
     let mut lines = VecDeque::new();
     for number in 1_u32.. {
         let mut name = path.as_os_str().to_owned();
@@ -79,30 +79,30 @@ fn before(path: &Path, wanted: usize) -> VecDeque<String> {
     lines
 }
 
-/// A log that is read as it grows, and its next one once it has been rotated away.
+/// A log that is read as it grows, across rotations.
 struct Tail {
     path: PathBuf,
     reader: BufReader<File>,
-    /// The beginning of a line whose end is not written yet.
-    begun: Vec<u8>,
+    /// The start of a line whose end is not written yet.
+    partial: Vec<u8>,
 }
 
 impl Tail {
     fn open(path: &Path) -> io::Result<Tail> {
         let reader = BufReader::new(File::open(path)?);
-        Ok(Tail { path: path.to_owned(), reader, begun: Vec::new() })
+        Ok(Tail { path: path.to_owned(), reader, partial: Vec::new() })
     }
 
-    /// Every line that is there and was not read yet.
+    /// Returns all complete lines that are not read yet.
     fn lines(&mut self) -> io::Result<Vec<String>> {
         let mut lines = Vec::new();
-        // First the name, then the lines: what is written to the old file after the name has been looked at and before
-        // it is read to its end is read; a name that changes after that is seen the next time.
+        // The name is checked before the lines are read. The old file is then read to its end, so lines that are
+        // written to it between the two steps are not lost; a rotation after the check is seen by the next call.
         let rotated = self.rotated();
         self.read_into(&mut lines)?;
         if let Some(next) = rotated {
             self.reader = BufReader::new(next);
-            self.begun.clear();
+            self.partial.clear();
             self.read_into(&mut lines)?;
         }
         Ok(lines)
@@ -110,20 +110,20 @@ impl Tail {
 
     fn read_into(&mut self, lines: &mut Vec<String>) -> io::Result<()> {
         loop {
-            let count = self.reader.read_until(b'\n', &mut self.begun)?;
-            if self.begun.last() != Some(&b'\n') {
+            let count = self.reader.read_until(b'\n', &mut self.partial)?;
+            if self.partial.last() != Some(&b'\n') {
                 return Ok(());
             }
-            self.begun.pop();
-            lines.push(String::from_utf8_lossy(&self.begun).into_owned());
-            self.begun.clear();
+            self.partial.pop();
+            lines.push(String::from_utf8_lossy(&self.partial).into_owned());
+            self.partial.clear();
             if count == 0 {
                 return Ok(());
             }
         }
     }
 
-    /// The file that has the name now, if it is another one.
+    /// Returns the file that has the name now, if it is a different file.
     fn rotated(&self) -> Option<File> {
         let next = File::open(&self.path).ok()?;
         let identity = |file: &File| file.metadata().ok().map(|file| (file.dev(), file.ino()));
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_followed_over_its_rotation_and_a_line_in_the_making() {
+    fn a_log_is_followed_across_rotation_and_partial_lines() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("hostd.log");
         append(&path, "one\ntw");
@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(tail.lines().unwrap(), ["three", "four"]);
         assert_eq!(tail.lines().unwrap(), Vec::<String>::new());
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(tail.lines().unwrap(), Vec::<String>::new(), "between two names, there is nothing new");
+        assert_eq!(tail.lines().unwrap(), Vec::<String>::new(), "no new lines while the log has no name");
     }
 
     #[test]
@@ -165,8 +165,8 @@ mod tests {
         let path = folder.path().join("hostd.log");
         append(&folder.path().join("hostd.log.1"), "c\nd\n");
         append(&folder.path().join("hostd.log.2"), "a\nb\n");
-        assert_eq!(before(&path, 3), ["b", "c", "d"]);
-        assert_eq!(before(&path, 9), ["a", "b", "c", "d"]);
-        assert_eq!(before(&path, 0), Vec::<String>::new());
+        assert_eq!(rotated_lines(&path, 3), ["b", "c", "d"]);
+        assert_eq!(rotated_lines(&path, 9), ["a", "b", "c", "d"]);
+        assert_eq!(rotated_lines(&path, 0), Vec::<String>::new());
     }
 }

@@ -1,8 +1,8 @@
 use super::*;
 
-/// Every state that a container and a port can be in.
+/// Returns every state that a container and a port can have.
 fn containers() -> Vec<Container> {
-    let told = json!([
+    let value = json!([
         { "containerName": "shop", "cwd": "/w/shop", "way": "process 42", "state": "reached", "forwards": [
             { "port": 3000, "hostPort": 3000, "state": "open", "process": "node", "pid": 77, "connections": 2,
               "label": "W\u{1b}eb", "silent": true,
@@ -23,27 +23,27 @@ fn containers() -> Vec<Container> {
         ] },
         { "containerName": "old", "cwd": "/w/old", "state": "off", "forwards": [] },
     ]);
-    serde_json::from_value(told).unwrap()
+    serde_json::from_value(value).unwrap()
 }
 
 #[test]
-fn every_container_and_every_port_has_a_row() {
-    insta::assert_snapshot!(listing(&containers()));
+fn each_container_and_each_port_has_a_row() {
+    insta::assert_snapshot!(registered_table(&containers()));
 }
 
 #[test]
-fn a_column_in_which_nothing_stands_is_left_out() {
+fn an_empty_last_column_is_omitted() {
     let mut containers = containers();
     containers.truncate(2);
     containers[0].state.forwards.truncate(1);
-    insta::assert_snapshot!(listing(&containers));
+    insta::assert_snapshot!(registered_table(&containers));
 }
 
 #[test]
 fn ports_that_are_not_listed_are_counted_in_a_row() {
     let mut containers = containers();
     containers[0].state.omitted = 1_991;
-    let listing = listing(&containers[..1]);
+    let listing = registered_table(&containers[..1]);
     let last = listing.lines().last().unwrap();
     assert!(last.contains("omitted") && last.contains("+1991"), "{listing}");
     assert!(forwards(&containers[0].state).contains("+1991"));
@@ -53,19 +53,19 @@ fn ports_that_are_not_listed_are_counted_in_a_row() {
 
 #[test]
 fn a_process_cannot_write_to_the_terminal_by_its_name() {
-    assert!(!listing(&containers()).replace('\n', "").contains(char::is_control));
+    assert!(!registered_table(&containers()).replace('\n', "").contains(char::is_control));
 }
 
 #[test]
-fn a_slower_way_has_a_row_that_says_why_and_a_published_port_says_where_it_answers() {
-    let told = json!([{
+fn a_slower_attach_method_has_a_reason_and_a_published_port_its_host_address() {
+    let value = json!([{
         "containerName": "shop", "cwd": "/w/shop", "way": "docker, agent in /d", "state": "reached",
         "reason": "not by its namespace: it belongs to another user", "forwards": [
             { "port": 80, "hostPort": 8080, "state": "published", "reason": "Docker publishes it",
               "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },
         ],
     }]);
-    let listing = listing(&serde_json::from_value::<Vec<Container>>(told).unwrap());
+    let listing = registered_table(&serde_json::from_value::<Vec<Container>>(value).unwrap());
     let rows: Vec<&str> = listing.lines().collect();
     assert!(
         rows[1].contains("reached") && rows[1].contains("docker, agent in /d, not by its namespace"),

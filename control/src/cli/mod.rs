@@ -1,5 +1,7 @@
-//! The command line: arguments become checked values here, a verb does the work, and whatever went wrong ends as
-//! one line, a hint and an exit code.
+//! The command line. clap parses the arguments into checked values, and one module per verb does the work.
+//!
+//! A verb ends in one of two states: an [`exit::Exit`], or an [`exit::Failure`], which is printed as one line, an
+//! optional hint and an exit code. Verbs return; they never call `exit`, and they print only through `ui`.
 
 pub mod agent;
 pub mod args;
@@ -44,14 +46,14 @@ use crate::error::chain;
 use crate::sys::sandbox;
 use args::{Cli, Verb};
 use exit::{Exit, Failure};
-use ui::output::Talk;
+use ui::output::Printer;
 
-/// Parses `arguments`, the program's name first, and does what they say.
+/// Parses `arguments`, of which the first is the program's name, and runs the verb.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
-        Err(error) => return refuse(&error, &arguments),
+        Err(error) => return print_parse_error(&error, &arguments),
     };
     let json = cli.verb.json();
     let done = match cli.verb {
@@ -85,7 +87,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Ok(()) => Ok(Exit::Ok),
             Err(error) => Err(Failure::new(Exit::Failed, chain(error.as_ref()))),
         },
-        // It has told whoever started it why.
+        // The opener has already reported the error to its parent process.
         Verb::Opener => Ok(opener::serve::main(rustix::stdio::stdin()).map_or(Exit::Failed, |()| Exit::Ok)),
         Verb::Helper(args) => helper::helper(&args),
         Verb::Keeper(args) => {
@@ -97,27 +99,28 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match done {
         Ok(exit) => exit.into(),
         Err(failure) => {
-            Talk::to_stderr(json).failure(&failure);
+            Printer::to_stderr(json).failure(&failure);
             failure.exit.into()
         }
     }
 }
 
-/// A runtime for a verb that does what only asynchronous clients and servers do.
+/// Builds a single-threaded runtime for a verb that uses asynchronous clients or servers.
 fn runtime() -> Result<Runtime, Failure> {
     let runtime = Builder::new_current_thread().enable_all().build();
     runtime.map_err(|error| Failure::new(Exit::Failed, chain(&error)))
 }
 
-/// Help and version go to standard output as clap has them; everything else is a usage error, in our own form.
-fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+/// Handles a command line that clap did not parse. clap prints help and version; every other outcome is a usage error,
+/// printed as a [`Failure`].
+fn print_parse_error(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     if matches!(
         error.kind(),
         ErrorKind::DisplayHelp
             | ErrorKind::DisplayVersion
             | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
     ) {
-        // Nothing is left to be done about a terminal that is gone.
+        // A failed write is ignored: the terminal is closed.
         let _ = error.print();
         return if error.use_stderr() { Exit::Usage.into() } else { Exit::Ok.into() };
     }
@@ -125,7 +128,7 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
         arguments.iter().take_while(|argument| *argument != "--").any(|argument| argument == word)
     };
     let verb = arguments.get(1).and_then(|verb| verb.to_str()).filter(|verb| VERBS.contains(verb));
-    Talk::to_stderr(given("--json")).failure(&usage(error, verb));
+    Printer::to_stderr(given("--json")).failure(&usage_failure(error, verb));
     Exit::Usage.into()
 }
 
@@ -153,8 +156,8 @@ const VERBS: [&str; 21] = [
     "agent",
 ];
 
-/// Takes what matters out of clap's page: the first paragraph on one line, and its tip or the way to the help.
-fn usage(error: &clap::Error, verb: Option<&str>) -> Failure {
+/// Converts clap's error to a failure: its first paragraph on one line, and as the hint its tip or the help command.
+fn usage_failure(error: &clap::Error, verb: Option<&str>) -> Failure {
     let page = error.render().to_string();
     let first = page.split("\n\n").next().unwrap_or_default();
     let message = first.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -162,17 +165,17 @@ fn usage(error: &clap::Error, verb: Option<&str>) -> Failure {
     let tip = page.lines().find_map(|line| line.trim().strip_prefix("tip: "));
     let (message, hint) = match (verb, error.kind(), tip) {
         (Some("run"), ErrorKind::MissingRequiredArgument, _) => {
-            ("no command is given", "say it after --, such as: landfall run -- npm run dev".to_owned())
+            ("no command is given", "give it after --, such as: landfall run -- npm run dev".to_owned())
         }
         (Some("attach"), ErrorKind::MissingRequiredArgument, _) => (
             "no container is named, and neither --pid nor --netns is given",
-            "say which, such as: landfall attach shop".to_owned(),
+            "name one, such as: landfall attach shop".to_owned(),
         ),
         (
             Some(verb @ ("register" | "deregister" | "detach" | "restart")),
             ErrorKind::MissingRequiredArgument,
             _,
-        ) => ("no container is named", format!("say which, such as: landfall {verb} shop")),
+        ) => ("no container is named", format!("name one, such as: landfall {verb} shop")),
         (Some(verb @ ("grant" | "revoke")), ErrorKind::MissingRequiredArgument, _) => (
             "a container and at least one right are needed",
             format!("name both, such as: landfall {verb} shop rebuild"),

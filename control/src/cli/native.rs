@@ -1,4 +1,4 @@
-//! Native sockets of `landfall run`: whether they are used, and their start.
+//! Native sockets of `landfall run`: the choice between native sockets and the relay, and the start of the supervisor.
 
 use std::num::NonZeroU16;
 
@@ -9,7 +9,7 @@ use super::exit::{Exit, Failure};
 use super::forwarding::Forwarding;
 use crate::cli::daemon_client;
 use crate::cli::foreground::native_driver::RunDriver;
-use crate::cli::ui::output::{Report, Talk};
+use crate::cli::ui::output::{Printer, Report};
 use crate::daemon::rpc::client::{Client, PROBE_BUDGET};
 use crate::error::chain;
 use crate::model::native_sockets::{Sockets, VARIABLE};
@@ -18,7 +18,7 @@ use crate::sys::paths::Home;
 use crate::sys::sandbox::keeper::Keeper;
 use crate::sys::sandbox::{Filtered, Sandbox};
 
-/// A command that will run under the filter of native sockets.
+/// The state between the installation of the native-socket filter and the start of the command.
 pub(super) struct NativeSockets {
     filtered: Filtered,
     supervisor: Supervisor,
@@ -26,14 +26,15 @@ pub(super) struct NativeSockets {
 }
 
 impl NativeSockets {
-    /// Installs the filter where native sockets are wanted and the kernel allows it. None where servers are relayed.
+    /// Installs the filter if native sockets are chosen and the kernel supports them. Returns `None` if servers are
+    /// relayed.
     ///
     /// # Errors
-    /// A choice that contradicts another one, and `--sockets native` where the kernel refuses.
+    /// The options contradict each other, or `--sockets native` is given and the kernel refuses.
     pub(super) fn prepare(
         args: &RunArgs,
         sandbox: &Sandbox,
-        talk: Talk,
+        printer: Printer,
     ) -> Result<Option<NativeSockets>, Failure> {
         let daemon = daemon_of(args);
         let chosen =
@@ -43,12 +44,12 @@ impl NativeSockets {
         }
         let refused = |error: &dyn std::error::Error| {
             Failure::new(Exit::Failed, format!("native sockets do not work here: {}", chain(error)))
-                .hint("--sockets relay does without; landfall doctor says more")
+                .hint("--sockets relay works without them; landfall doctor shows details")
         };
         let supervisor = match Supervisor::prepare() {
             Ok(supervisor) => supervisor,
             Err(error) if chosen == Sockets::Native => return Err(refused(&error)),
-            Err(error) => return Ok(fall_back(talk, &error)),
+            Err(error) => return Ok(fall_back(printer, &error)),
         };
         match sandbox.filter().map_err(|error| refused(&error))? {
             Ok(filtered) => {
@@ -57,51 +58,52 @@ impl NativeSockets {
                 Ok(Some(NativeSockets { filtered, supervisor, control_ports }))
             }
             Err(error) if chosen == Sockets::Native => Err(refused(&error)),
-            Err(error) => Ok(fall_back(talk, &error)),
+            Err(error) => Ok(fall_back(printer, &error)),
         }
     }
 
-    /// Starts to answer the command's calls, and the process that ends the sandbox when this one dies.
+    /// Starts to answer the command's system calls, and starts the process that ends the sandbox when this one dies.
     ///
     /// # Errors
-    /// A supervisor or a keeper that does not start.
+    /// The supervisor or the keeper did not start.
     pub(super) fn start(
         self,
         args: &RunArgs,
         sandbox: &Sandbox,
         session: &Forwarding,
-        talk: Talk,
+        printer: Printer,
     ) -> Result<Keeper, Failure> {
         let failed = |error: &dyn std::error::Error| {
             Failure::new(Exit::Failed, format!("native sockets cannot be used: {}", chain(error)))
-                .hint("--sockets relay does without")
+                .hint("--sockets relay works without them")
         };
         let keeper = Keeper::start(sandbox.pid()).map_err(|error| failed(&error))?;
         let sink = session.native_events().map_err(|error| failed(&error))?;
-        let driver = RunDriver::new(args.common.policy(), self.control_ports, args.on_conflict, talk, sink);
+        let driver =
+            RunDriver::new(args.common.policy(), self.control_ports, args.on_conflict, printer, sink);
         let Filtered { notifications, netns_cookie } = self.filtered;
         self.supervisor.start(notifications, netns_cookie, driver).map_err(|error| failed(&error))?;
         Ok(keeper)
     }
 }
 
-/// Says that servers are relayed, and why.
-fn fall_back(talk: Talk, error: &dyn std::error::Error) -> Option<NativeSockets> {
+/// Prints that servers are relayed, with the reason.
+fn fall_back(printer: Printer, error: &dyn std::error::Error) -> Option<NativeSockets> {
     let text = format!("servers are relayed, since native sockets do not work here: {}", chain(error));
-    talk.report(&Report::Note { text, hint: Some("--sockets relay leaves this note out".to_owned()) });
+    printer.report(&Report::Note { text, hint: Some("--sockets relay suppresses this note".to_owned()) });
     None
 }
 
-/// The choice, from the command line, the environment or the daemon, in this order.
+/// Returns the choice of the command line, the environment or the daemon, in this order.
 fn chosen(args: &RunArgs, variable: Option<String>, daemon: Option<Sockets>) -> Result<Sockets, Failure> {
     if args.net == Net::None {
-        // A native socket leads out of a network that is asked to have no way out.
+        // A native socket is a path out of the network namespace, which `--net none` must not have.
         return match args.sockets {
             Some(Sockets::Native) => Err(Failure::new(
                 Exit::Usage,
-                "--net none keeps the command in its own network, and --sockets native does not",
+                "--net none isolates the command's network, and --sockets native needs the host's network",
             )
-            .hint("leave out one of the two")),
+            .hint("omit one of the two")),
             _ => Ok(Sockets::Relay),
         };
     }
@@ -111,7 +113,7 @@ fn chosen(args: &RunArgs, variable: Option<String>, daemon: Option<Sockets>) -> 
             let known = [Sockets::Auto, Sockets::Native, Sockets::Relay].into_iter();
             let sockets = known.into_iter().find(|sockets| sockets.as_str() == word);
             Some(sockets.ok_or_else(|| {
-                Failure::new(Exit::Usage, format!("{VARIABLE} is \"{word}\", which is no kind of sockets"))
+                Failure::new(Exit::Usage, format!("{VARIABLE} is \"{word}\", which is invalid"))
                     .hint("set it to auto, native or relay")
             })?)
         }
@@ -119,7 +121,7 @@ fn chosen(args: &RunArgs, variable: Option<String>, daemon: Option<Sockets>) -> 
     Ok(args.sockets.or(variable).or(daemon).unwrap_or_default())
 }
 
-/// The daemon that will forward, as it describes itself.
+/// Returns the description of the daemon that will forward, if one does.
 fn daemon_of(args: &RunArgs) -> Option<daemon_client::Description> {
     if args.common.no_daemon || args.common.ring != Ring::Auto {
         return None;
@@ -146,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_comes_before_the_environment_and_that_before_the_daemon() {
+    fn the_command_line_overrides_the_environment_which_overrides_the_daemon() {
         assert_eq!(choice(&[], None, None), Ok(Sockets::Auto));
         assert_eq!(choice(&[], None, Some(Sockets::Relay)), Ok(Sockets::Relay));
         assert_eq!(choice(&[], Some("native"), Some(Sockets::Relay)), Ok(Sockets::Native));
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_of_its_own_has_no_native_sockets() {
+    fn net_none_excludes_native_sockets() {
         assert_eq!(choice(&["--net", "none"], None, None), Ok(Sockets::Relay));
         assert_eq!(choice(&["--net", "none"], Some("native"), None), Ok(Sockets::Relay));
         assert!(choice(&["--net", "none", "--sockets", "native"], None, None).is_err());

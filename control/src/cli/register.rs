@@ -1,4 +1,4 @@
-//! `landfall register`: the daemon remembers a container, and forwards what listens in it.
+//! `landfall register`: registers a container with the daemon, which forwards its ports.
 
 use std::path::{Path, PathBuf};
 
@@ -8,26 +8,26 @@ use super::args::{AttachMethodArgs, RegisterArgs};
 use super::exit::{Exit, Failure};
 use super::start::{self, Folder};
 use crate::cli::daemon_client;
-use crate::cli::ui::output::{Colour, Talk};
+use crate::cli::ui::output::{Colour, Printer};
 use crate::daemon::rpc::client::PATIENT_BUDGET;
 use crate::error::chain;
 use crate::launch::devcontainer::{Devcontainer, Exposure, exposure, exposure_of_file};
 use crate::model::registration::{AttachMethod, Token};
 use crate::sys::processes;
 
-/// The longest token that is read from a file, in bytes; the ones in use have 43.
+/// The longest token file, in bytes; the tokens in use have 43.
 const TOKEN_BYTES_MAX: u64 = 4096;
 
-/// Registers.
+/// Runs the verb.
 pub fn register(args: &RegisterArgs) -> Result<Exit, Failure> {
     let request = request(args)?;
     let client = daemon_client::client_of_running()?;
-    client.within(PATIENT_BUDGET).call(&request).map_err(|error| daemon_client::failed(&error))?;
-    let talk = Talk::to_stdout(args.json);
+    client.within(PATIENT_BUDGET).call(&request).map_err(|error| daemon_client::call_failure(&error))?;
+    let printer = Printer::to_stdout(args.json);
     if args.json {
-        talk.plain(&json!({ "registered": args.name }).to_string());
+        printer.print(&json!({ "registered": args.name }).to_string());
     } else {
-        talk.line("register", Colour::Green, &format!("{} is registered", args.name));
+        printer.line("register", Colour::Green, &format!("{} is registered", args.name));
     }
     Ok(Exit::Ok)
 }
@@ -51,15 +51,16 @@ fn request(args: &RegisterArgs) -> Result<Value, Failure> {
     let attach_method = attach_method(&args.attach_method)?;
     let text = cwd.to_str().ok_or_else(|| {
         Failure::new(Exit::Usage, format!("the path {} is not UTF-8", cwd.display()))
-            .hint("the daemon takes paths as JSON, which knows no other text")
+            .hint("the daemon reads paths from JSON, which is UTF-8")
     })?;
-    // Last, since it may ask a question.
+    // This is the last step, since it may ask the user a question.
     let folder = Folder { path: cwd.clone(), text: text.to_owned() };
     let (home, options) = (daemon_client::home()?, args.options());
     let file = start::read_for_registration(&folder, &home, options.is_none(), args.json)?;
-    // Whether there is such a container, and what its labels say, only the daemon may ever know.
+    // Only the daemon can find out whether the container exists and which labels it has, so labels are not considered
+    // here.
     let (Exposure { policy, notes, .. }, folder_ports) =
-        exposure_of_file(file, |said| exposure(options.clone(), None, Devcontainer::default(), said));
+        exposure_of_file(file, |declared| exposure(options.clone(), None, Devcontainer::default(), declared));
     let policy = policy.or_else(|| args.default_policy());
     let mut request = Map::new();
     request.insert("kind".to_owned(), "register".into());
@@ -97,21 +98,21 @@ fn attach_method(args: &AttachMethodArgs) -> Result<Option<AttachMethod>, Failur
     Ok(args.docker.then_some(AttachMethod::DOCKER))
 }
 
-/// The way by an agent in a directory. The directory has to be there; the agent may come later.
+/// Returns the attach method for an agent in a directory. The directory has to exist; the agent may start later.
 fn agent(directory: &Path) -> Result<AttachMethod, Failure> {
     let unusable = |why: &str| {
         Failure::new(Exit::Missing, format!("the directory {} cannot be used: {why}", directory.display()))
-            .hint("make it on the host, and mount it into the container; `landfall agent` puts its socket there")
+            .hint("create it on the host, and mount it into the container; `landfall agent` creates its socket there")
     };
     let path = std::path::absolute(directory).map_err(|error| unusable(&chain(&error)))?;
     let found = path.metadata().map_err(|error| unusable(&chain(&error)))?;
     if !found.is_dir() {
-        return Err(unusable("it is no directory"));
+        return Err(unusable("it is not a directory"));
     }
     Ok(AttachMethod::Agent { directory: path })
 }
 
-/// The way by a file that stands for a namespace, and means the same to the daemon.
+/// Returns the attach method for a namespace file whose path refers to the same file in the daemon.
 pub(super) fn netns(path: &Path) -> Result<AttachMethod, Failure> {
     let path = std::path::absolute(path).and_then(|path| path.metadata().map(|_| path)).map_err(|error| {
         Failure::new(Exit::Missing, format!("{} cannot be used: {}", path.display(), chain(&error)))
@@ -120,25 +121,25 @@ pub(super) fn netns(path: &Path) -> Result<AttachMethod, Failure> {
     if ["/proc/self", "/proc/thread-self"].iter().any(|own| path.starts_with(own)) {
         return Err(Failure::new(
             Exit::Usage,
-            format!("{} means another namespace to the daemon", path.display()),
+            format!("{} refers to another namespace in the daemon", path.display()),
         )
-        .hint("say which process: /proc/PID/ns/net, or --pid PID"));
+        .hint("name the process: /proc/PID/ns/net, or --pid PID"));
     }
     Ok(AttachMethod::Netns { path })
 }
 
-/// The way by a process that runs now, and no later one of the same number.
+/// Returns the attach method for a running process. Its start time excludes a later process with the same id.
 pub(super) fn process(pid: std::num::NonZeroU32) -> Result<AttachMethod, Failure> {
     let missing = || {
         Failure::new(Exit::Missing, format!("process {pid} does not exist"))
-            .hint("give the id of a process that runs, as ps shows it")
+            .hint("give the id of a running process, as ps shows it")
     };
     let started = processes::started(pid)
-        .map_err(|why| Failure::new(Exit::Failed, format!("cannot look at process {pid}: {why}")))?;
+        .map_err(|why| Failure::new(Exit::Failed, format!("cannot inspect process {pid}: {why}")))?;
     started.map(|started| AttachMethod::Process { pid, started: Some(started) }).ok_or_else(missing)
 }
 
-/// A token from a file, else from the environment. Nothing is told of what it is.
+/// Returns a token from a file, or else from the environment. Errors do not contain the token.
 fn token(file: Option<&Path>, variable: &str) -> Result<Option<Token>, Failure> {
     let Some(path) = file else {
         return Ok(std::env::var(variable).ok().and_then(|text| Token::new(text.trim())));
@@ -154,7 +155,7 @@ fn token(file: Option<&Path>, variable: &str) -> Result<Option<Token>, Failure> 
     let text = std::fs::read_to_string(path).map_err(|error| unusable(&chain(&error)))?;
     let text = text.trim();
     if text.contains(char::is_whitespace) {
-        return Err(unusable("it holds more than one word"));
+        return Err(unusable("it holds spaces or several lines"));
     }
     Token::new(text).map(Some).ok_or_else(|| unusable("it is empty"))
 }

@@ -1,4 +1,4 @@
-//! `landfall revoke`: the host's user takes rights away from a container.
+//! `landfall revoke`: revokes rights of a container.
 
 use serde_json::json;
 
@@ -6,12 +6,12 @@ use super::args::RevokeArgs;
 use super::exit::{Exit, Failure};
 use super::grant;
 use crate::cli::daemon_client;
-use crate::cli::ui::output::Talk;
+use crate::cli::ui::output::Printer;
 
-/// Revokes.
+/// Runs the verb.
 pub fn revoke(args: &RevokeArgs) -> Result<Exit, Failure> {
     let client = daemon_client::client_of_running()?;
-    let request = json!({ "kind": "revoke", "containerName": args.name.as_str(), "what": args.what });
+    let request = json!({ "kind": "revoke", "containerName": args.name.as_str(), "what": args.rights });
     let grants = grant::change(&client, &request).map_err(|failure| {
         let of_registration = failure.message.contains(" comes with the registration of ");
         match of_registration {
@@ -22,6 +22,6 @@ pub fn revoke(args: &RevokeArgs) -> Result<Exit, Failure> {
             false => failure,
         }
     })?;
-    grant::show(Talk::to_stdout(args.json), args.json, args.name.as_str(), &grants);
+    grant::show(Printer::to_stdout(args.json), args.json, args.name.as_str(), &grants);
     Ok(Exit::Ok)
 }

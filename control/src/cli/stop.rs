@@ -1,4 +1,4 @@
-//! `landfall stop`: what `landfall start` has made is stopped, removed and forgotten.
+//! `landfall stop`: stops, removes and deregisters a container that `landfall start` created.
 
 use std::path::Path;
 
@@ -6,40 +6,41 @@ use serde_json::json;
 
 use super::args::StopArgs;
 use super::exit::{Exit, Failure};
-use super::start::{self, refused};
+use super::start::{self, docker_failure};
 use crate::cli::daemon_client;
-use crate::cli::ui::output::{Colour, Talk};
+use crate::cli::ui::output::{Colour, Printer};
 use crate::daemon::rpc::client::{Client, PATIENT_BUDGET};
 use crate::docker::{self, Docker, FOLDER_LABEL, Listed};
 use crate::model::registration::ContainerName;
 
-/// Stops.
+/// Runs the verb.
 pub fn stop(args: &StopArgs) -> Result<Exit, Failure> {
     let runtime = super::runtime()?;
     let docker = Docker::from_environment();
-    let listed = runtime.block_on(docker.containers()).map_err(|error| refused(&error))?;
+    let listed = runtime.block_on(docker.containers()).map_err(|error| docker_failure(&error))?;
     let name = which(args.what.as_deref(), &listed)?;
     let home = daemon_client::home()?;
     let client = Client::new(home.socket()).within(PATIENT_BUDGET);
-    // First, as nothing is to be forwarded to what is being stopped (wire specification, A.9). A daemon that does not run
-    // forgets the container when it starts and does not find it.
+    // The registration is removed first, since a container that is being stopped must not be forwarded (wire
+    // specification, A.9). If no daemon runs, the next daemon removes the registration after it finds that the
+    // container does not exist.
     match start::deregister(&client, &name) {
-        Err(error) if !error.is_absent() => return Err(daemon_client::failed(&error)),
+        Err(error) if !error.is_absent() => return Err(daemon_client::call_failure(&error)),
         _ => {}
     }
-    runtime.block_on(docker.remove(&name)).map_err(|error| refused(&error))?;
-    // It goes with the container into which it was mounted, and stays if there is anything in it.
+    runtime.block_on(docker.remove(&name)).map_err(|error| docker_failure(&error))?;
+    // The directory was mounted only into this container. It is kept if it is not empty.
     let _ = std::fs::remove_dir(home.http_directory(&name));
-    let talk = Talk::to_stdout(args.json);
+    let printer = Printer::to_stdout(args.json);
     if args.json {
-        talk.plain(&json!({ "stopped": name }).to_string());
+        printer.print(&json!({ "stopped": name }).to_string());
     } else {
-        talk.line("stopped", Colour::Grey, &format!("{name}, and removed"));
+        printer.line("stopped", Colour::Grey, &format!("{name}, and removed"));
     }
     Ok(Exit::Ok)
 }
 
-/// The container that is meant: by its name, or by the folder that it was made of.
+/// Finds the container by its name, or by the folder from which it was started.
 fn which(what: Option<&str>, listed: &[Listed]) -> Result<ContainerName, Failure> {
     let named = what.and_then(|what| listed.iter().find(|listed| listed.name.as_str() == what));
     if let Some(named) = named {
@@ -54,10 +55,10 @@ fn which(what: Option<&str>, listed: &[Listed]) -> Result<ContainerName, Failure
     }
     if let Some(what) = what.filter(|what| !Path::new(what).is_dir()) {
         return Err(Failure::new(Exit::Missing, format!("no container and no folder is named {what}"))
-            .hint("docker ps -a shows the containers that there are"));
+            .hint("docker ps -a lists the containers"));
     }
     let folder = start::folder(what.map(Path::new))?;
-    // While a container is replaced there are two.
+    // While a container is being replaced, two containers have the folder's label.
     let of_folder = |listed: &&Listed| {
         listed.labels.own(FOLDER_LABEL) == Some(&folder.text) && !docker::is_aside(&listed.name)
     };
@@ -66,14 +67,14 @@ fn which(what: Option<&str>, listed: &[Listed]) -> Result<ContainerName, Failure
         (Some(only), None) => Ok(only.name.clone()),
         (None, _) => Err(Failure::new(
             Exit::Missing,
-            format!("no container was started of the folder {}", folder.text),
+            format!("no container was started from the folder {}", folder.text),
         )
         .hint("landfall ls shows what is registered")),
         (Some(one), Some(other)) => Err(Failure::new(
             Exit::Usage,
-            format!("several containers were started of {}: {}, {}, …", folder.text, one.name, other.name),
+            format!("several containers were started from {}: {}, {}, …", folder.text, one.name, other.name),
         )
-        .hint("say which, by its name")),
+        .hint("name one of them")),
     }
 }
 
@@ -100,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_started_of_a_folder_is_stopped() {
+    fn only_containers_started_by_landfall_are_stopped() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().canonicalize().unwrap();
         let path = path.to_str().unwrap();
@@ -120,7 +121,7 @@ mod tests {
             (none.exit, none.message.as_str()),
             (Exit::Missing, "no container and no folder is named nobody")
         );
-        assert!(name(None).unwrap_err().message.starts_with("no container was started of the folder"));
+        assert!(name(None).unwrap_err().message.starts_with("no container was started from the folder"));
         let twice = [listed("shop", Some(path)), listed("shop-2", Some(path))];
         assert!(which(Some(path), &twice).unwrap_err().message.contains("shop, shop-2"));
     }

@@ -1,4 +1,4 @@
-//! Counters of native ports, for the verbs that show them. The daemon cannot count them: these connections do not pass
+//! Counters of native ports, for the verbs that show them. The daemon cannot count these connections, since they bypass
 //! the relay.
 
 use std::collections::BTreeSet;
@@ -6,8 +6,7 @@ use std::collections::BTreeSet;
 use crate::cli::daemon_client::Container;
 use crate::model::forward_table::{ForwardPath, ForwardRow};
 
-/// Fills in the counters of native ports: those of the connections that are open now. Where the kernel does not report them
-/// they stay 0.
+/// Sets the counters of native ports to those of the open connections. If the kernel does not report them, they stay 0.
 pub(super) fn count(containers: &mut [Container]) {
     let rows = containers.iter_mut().flat_map(|container| &mut container.state.forwards);
     let rows: Vec<&mut ForwardRow> = rows.filter(|row| row.path == ForwardPath::Native).collect();

@@ -1,6 +1,6 @@
-//! `landfall agent`: how it begins and ends, and what programs beside it are told.
+//! `landfall agent`: its start and end, and its answers to other programs in the container.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -13,7 +13,7 @@ use crate::support::{Running, landfall, output};
 
 const TOKEN: &str = "a-token-that-nobody-may-read";
 
-/// An agent at a free port of 127.0.0.1.
+/// Starts an agent at a free port of 127.0.0.1, and returns the port.
 fn agent(directory: Option<&str>, token: Option<&str>) -> (Running, u16) {
     let mut command = landfall();
     command.args(["agent", "--port", "0", "--bind", "127.0.0.1"]);
@@ -31,8 +31,8 @@ fn forward(agent_port: u16, arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn an_agent_that_would_be_of_no_use_does_not_start() {
-    // Where the usual directory is there, it would be.
+fn an_agent_without_any_endpoint_does_not_start() {
+    // If the default directory exists, the agent starts.
     if !std::path::Path::new("/run/landfall").exists() {
         insta::assert_snapshot!("agent_useless", seen(&output(&["agent"])));
     }
@@ -40,14 +40,14 @@ fn an_agent_that_would_be_of_no_use_does_not_start() {
     let port = taken.local_addr().unwrap().port().to_string();
     let mut command = landfall();
     command.args(["agent", "--bind", "127.0.0.1", "--port", &port]);
-    let told = seen(&command.env("TYPECLAW_HOSTD_BROKER_TOKEN", TOKEN).output().unwrap());
-    insta::assert_snapshot!("agent_port_taken", told.replace(&port, "PORT"));
+    let printed = seen(&command.env("TYPECLAW_HOSTD_BROKER_TOKEN", TOKEN).output().unwrap());
+    insta::assert_snapshot!("agent_port_taken", printed.replace(&port, "PORT"));
     let missing = output(&["agent", "--port", "0", "--directory", "/no/such/directory"]);
     insta::assert_snapshot!("agent_directory_missing", seen(&missing));
 }
 
 #[test]
-fn an_agent_tells_where_it_is_and_ends_in_order() {
+fn an_agent_reports_its_address_and_removes_its_socket_at_the_end() {
     let folder = tempfile::tempdir().unwrap();
     let (mut running, port) = agent(folder.path().to_str(), Some(TOKEN));
     assert!(folder.path().join("agent.sock").exists());
@@ -59,11 +59,11 @@ fn an_agent_tells_where_it_is_and_ends_in_order() {
     running.signal(rustix::process::Signal::TERM);
     running.err("agent-stopping");
     assert_eq!(running.exit_code(), Some(0));
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "its socket goes with it");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "the agent removes its socket");
 }
 
 #[test]
-fn without_a_token_the_directory_alone_is_served() {
+fn without_a_token_only_the_directory_is_served() {
     let folder = tempfile::tempdir().unwrap();
     let (mut running, port) = agent(folder.path().to_str(), None);
     running.err("only the directory is served");
@@ -71,11 +71,11 @@ fn without_a_token_the_directory_alone_is_served() {
 }
 
 #[test]
-fn who_asks_for_a_port_is_told_what_is_in_the_way() {
+fn a_request_for_a_port_fails_with_the_reason() {
     insta::assert_snapshot!("agent_forward_no_agent", seen(&forward(1, &[])));
     let (_running, port) = agent(None, Some(TOKEN));
     insta::assert_snapshot!("agent_forward_no_host", seen(&forward(port, &["--wait", "0.01"])));
     let json = forward(port, &["--wait", "0", "--json"]);
-    let told: Value = serde_json::from_slice(&json.stderr).unwrap();
-    assert_eq!((&told["event"], &told["exit"]), (&"error".into(), &5.into()));
+    let error: Value = serde_json::from_slice(&json.stderr).unwrap();
+    assert_eq!((&error["event"], &error["exit"]), (&"error".into(), &5.into()));
 }

@@ -1,6 +1,6 @@
-//! The verbs that ask the daemon, against one that is scripted: what they send, what they show, how they end.
+//! The verbs that send requests to the daemon, against a scripted daemon: their requests, output and exit codes.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::support::{landfall, stderr, stdout};
 
-/// A home in a directory of its own.
+/// A home in a temporary directory.
 pub(crate) struct Place {
     _folder: TempDir,
     pub(crate) home: Home,
@@ -37,7 +37,7 @@ impl Place {
         self.landfall(arguments).output().unwrap()
     }
 
-    /// What a person sees, with the exit code and without what differs from run to run.
+    /// Returns everything that the program printed, with the exit code and without text that differs between runs.
     pub(crate) fn seen(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments);
         let code = output.status.code().unwrap_or(-1);
@@ -50,7 +50,7 @@ fn version() -> String {
     landfall::version::FINGERPRINT.to_owned()
 }
 
-/// A daemon that answers by a script, and tells what it was asked.
+/// A daemon with scripted answers, which records its requests.
 pub(crate) struct Scripted {
     pub(crate) place: Place,
     asked: Receiver<Value>,
@@ -60,21 +60,21 @@ impl Scripted {
     pub(crate) fn new(mut answer: impl FnMut(&Value, &mut UnixStream) -> Value + Send + 'static) -> Scripted {
         let place = Place::new();
         let listener = UnixListener::bind(place.home.socket()).unwrap();
-        let (tell, asked) = mpsc::channel();
+        let (requests, asked) = mpsc::channel();
         std::thread::spawn(move || {
-            // Who listens to events is not let go of.
+            // Connections of event subscribers stay open.
             let mut open = Vec::new();
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
                 let mut line = String::new();
                 BufReader::new(&stream).read_line(&mut line).unwrap();
                 let request: Value = serde_json::from_str(&line).unwrap();
-                let said = answer(&request, &mut stream);
-                let _ = stream.write_all(format!("{said}\n").as_bytes());
+                let answer = answer(&request, &mut stream);
+                let _ = stream.write_all(format!("{answer}\n").as_bytes());
                 if request["kind"] == "events" {
                     open.push(stream);
                 }
-                if tell.send(request).is_err() {
+                if requests.send(request).is_err() {
                     return;
                 }
             }
@@ -82,7 +82,7 @@ impl Scripted {
         Scripted { place, asked }
     }
 
-    /// One of this very build, with these containers.
+    /// Returns a daemon of this build, with these containers.
     fn current(containers: Value) -> Scripted {
         Scripted::new(move |request, _| ours(request, &containers))
     }
@@ -138,7 +138,7 @@ fn containers() -> Value {
 }
 
 #[test]
-fn without_a_daemon_every_verb_says_so_and_none_starts_one() {
+fn without_a_daemon_every_verb_reports_that_and_starts_none() {
     let place = Place::new();
     let all = [
         &["status"][..],
@@ -160,7 +160,7 @@ fn without_a_daemon_every_verb_says_so_and_none_starts_one() {
 }
 
 #[test]
-fn a_daemon_is_shown_with_its_engine_and_its_containers() {
+fn status_shows_the_daemon_its_engine_and_its_containers() {
     let daemon = Scripted::current(containers());
     let all = [
         &["status"][..],
@@ -191,7 +191,7 @@ fn json_is_one_object_with_the_names_of_the_wire() {
     }
 }
 
-/// The request by which `attach` has a container remembered that Docker has with what `said` holds of its labels.
+/// Returns the request with which `attach` registers a Docker container whose labels are reported as `said`.
 fn attached(said: &Value, folder: &str, options: &[&str]) -> Value {
     let mut found = json!({ "name": "shop", "id": "1", "image": "x", "running": true, "forwarded": "no" });
     found.as_object_mut().unwrap().extend(said.as_object().unwrap().clone());
@@ -210,7 +210,7 @@ fn attached(said: &Value, folder: &str, options: &[&str]) -> Value {
 }
 
 #[test]
-fn a_folder_is_attached_on_top_of_what_the_containers_image_says() {
+fn the_folders_file_overrides_the_metadata_of_the_image() {
     let said = json!({ "devcontainer": {
         "otherPortsAttributes": { "onAutoForward": "ignore" },
         "portsAttributes": { "3000": { "label": "image", "onAutoForward": "ignore" }, "9229": { "label": "debug" } },
@@ -225,7 +225,7 @@ fn a_folder_is_attached_on_top_of_what_the_containers_image_says() {
         request["portNotes"].as_array().unwrap().iter().map(|note| &note["label"]).collect();
     assert_eq!(labels, ["folder", "debug"]);
 
-    // The container's own labels replace both, and options replace those; what people are told of ports stays.
+    // The container's own labels replace both, and options replace those; the notes about ports are kept.
     let mut of_labels = said.clone();
     of_labels["portForward"] = json!({ "allow": [9229] });
     let replaced = attached(&of_labels, folder, &[]);
@@ -236,19 +236,19 @@ fn a_folder_is_attached_on_top_of_what_the_containers_image_says() {
 }
 
 #[test]
-fn nothing_registered_is_said_and_not_an_empty_table() {
+fn ls_without_registrations_prints_a_note_instead_of_a_table() {
     insta::assert_snapshot!(Scripted::current(json!([])).place.seen(&["ls"]));
 }
 
 #[test]
-fn an_unknown_name_is_told_with_the_way_to_the_known_ones() {
+fn an_unknown_name_is_reported_with_a_hint() {
     let daemon = Scripted::current(json!([]));
     insta::assert_snapshot!(daemon.place.seen(&["status", "nobody"]));
     insta::assert_snapshot!(daemon.place.seen(&["deregister", "nobody"]));
 }
 
 #[test]
-fn a_reference_daemon_is_shown_as_far_as_it_tells() {
+fn a_reference_daemon_is_shown_without_missing_details() {
     let daemon = Scripted::new(|request, stream| match request["kind"].as_str().unwrap() {
         "describe" | "events" => {
             let _ = stream.write_all(b"undefined\n");
@@ -276,7 +276,7 @@ fn an_answer_to_status_without_a_folder_is_rejected() {
 }
 
 #[test]
-fn register_sends_what_it_was_given_and_no_token_by_its_arguments() {
+fn register_sends_its_arguments_and_tokens() {
     let daemon = Scripted::current(json!([]));
     let folder = tempfile::tempdir().unwrap();
     let cwd = folder.path().to_str().unwrap();
@@ -311,7 +311,7 @@ fn register_sends_what_it_was_given_and_no_token_by_its_arguments() {
 }
 
 #[test]
-fn register_by_a_process_names_that_very_one() {
+fn register_with_a_pid_sends_its_start_time() {
     let daemon = Scripted::current(json!([]));
     let pid = std::process::id();
     let output = daemon.place.output(&["register", "me", "--pid", &pid.to_string(), "--json"]);
@@ -322,7 +322,7 @@ fn register_by_a_process_names_that_very_one() {
 }
 
 #[test]
-fn register_by_an_agent_names_its_directory() {
+fn register_with_an_agent_sends_its_directory() {
     let daemon = Scripted::current(json!([]));
     let folder = tempfile::tempdir().unwrap();
     let directory = folder.path().to_str().unwrap();
@@ -334,7 +334,7 @@ fn register_by_an_agent_names_its_directory() {
 }
 
 #[test]
-fn register_by_its_websocket_sends_all_that_this_takes() {
+fn register_with_a_websocket_sends_port_token_and_policy() {
     let daemon = Scripted::current(json!([]));
     let arguments = ["register", "far", "--websocket", "--ws-host-port", "40001"];
     let output = daemon.place.landfall(&arguments).env("LANDFALL_BROKER_TOKEN", "canary").output().unwrap();
@@ -346,7 +346,7 @@ fn register_by_its_websocket_sends_all_that_this_takes() {
 }
 
 #[test]
-fn register_refuses_what_makes_no_sense_before_it_asks() {
+fn invalid_arguments_are_refused_before_the_daemon_is_called() {
     let place = Place::new();
     let folder = tempfile::tempdir().unwrap();
     let empty = folder.path().join("empty");
@@ -376,11 +376,11 @@ fn register_refuses_what_makes_no_sense_before_it_asks() {
         .map(|verb| format!("$ landfall {}\n{}\n", verb.join(" "), place.seen(verb)).replace(empty, "EMPTY"))
         .collect();
     insta::assert_snapshot!("daemon_usage_errors", seen.join("\n"));
-    assert!(!place.home.socket().exists() && !place.home.pid_file().exists(), "nothing was started");
+    assert!(!place.home.socket().exists() && !place.home.pid_file().exists(), "no daemon was started");
 }
 
 #[test]
-fn a_refusal_is_told_in_the_daemons_words() {
+fn a_refusal_is_printed_with_the_daemons_reason() {
     let daemon = Scripted::new(|request, _| match request["kind"].as_str().unwrap() {
         "register" | "restart" => json!({ "ok": false, "reason": "daemon stopping" }),
         _ => ours(request, &json!([])),
@@ -389,7 +389,7 @@ fn a_refusal_is_told_in_the_daemons_words() {
     insta::assert_snapshot!(daemon.place.seen(&["restart", "shop"]));
 }
 
-/// A daemon that tells of these events once a restart was asked for.
+/// Returns a daemon that sends these events after a request to restart.
 fn restarting(events: &'static [&'static str]) -> Scripted {
     let mut listener: Option<UnixStream> = None;
     Scripted::new(move |request, stream| match request["kind"].as_str().unwrap() {
@@ -432,25 +432,25 @@ fn a_restart_is_waited_for_and_its_outcome_is_the_exit_code() {
 }
 
 #[test]
-fn events_are_sentences_or_the_lines_as_they_come() {
+fn events_are_sentences_or_unchanged_lines() {
     const LINES: [&str; 2] = [
         r#"{"time":"2026-01-02T03:04:05.678Z","kind":"register","containerName":"shop"}"#,
         r#"{"time":"2026-01-02T03:04:06.000Z","kind":"port-forward-event","event":{"kind":"port-forward-opened","containerName":"shop","port":3000,"hostPort":3000,"bindAddr":"127.0.0.1"}}"#,
     ];
-    let tell = || {
+    let daemon = || {
         Scripted::new(|_, stream| {
             let _ = stream.write_all(format!("{{\"ok\":true}}\n{}\n{}\n", LINES[0], LINES[1]).as_bytes());
             stream.shutdown(std::net::Shutdown::Both).unwrap();
             Value::Null
         })
     };
-    insta::assert_snapshot!(tell().place.seen(&["events", "--container", "shop"]));
-    let output = tell().place.output(&["events", "--json"]);
+    insta::assert_snapshot!(daemon().place.seen(&["events", "--container", "shop"]));
+    let output = daemon().place.output(&["events", "--json"]);
     assert_eq!(stdout(&output), format!("{}\n{}\n", LINES[0], LINES[1]));
 }
 
 #[test]
-fn logs_are_told_without_a_daemon() {
+fn logs_work_without_a_daemon() {
     let place = Place::new();
     let line = |number: u32| {
         format!(
@@ -465,7 +465,7 @@ fn logs_are_told_without_a_daemon() {
 }
 
 #[test]
-fn a_log_that_is_followed_goes_on_after_its_rotation() {
+fn a_log_is_followed_across_its_rotation() {
     let place = Place::new();
     let log = place.home.daemon_log();
     std::fs::write(&log, "one\n").unwrap();
@@ -488,7 +488,7 @@ client, _ = server.accept()
 print('heard', client.recv(100), flush=True)";
 
 #[test]
-fn a_socket_of_another_user_is_told_nothing() {
+fn a_socket_of_another_user_receives_no_request() {
     let Some(nobody) = crate::support::Nobody::new() else { return };
     let folder = tempfile::Builder::new().prefix("landfall-stolen").tempdir().unwrap();
     let home = Home::at(folder.path().to_owned()).unwrap();
@@ -496,24 +496,24 @@ fn a_socket_of_another_user_is_told_nothing() {
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
     std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     std::fs::set_permissions(home.run(), open).unwrap();
-    let mut stranger = Command::new("setpriv");
-    stranger.args(["--reuid=1", "--regid=1", "--clear-groups", "/usr/bin/env", "python3", "-c", LISTEN]);
-    stranger.arg(home.socket());
-    let mut stranger = crate::support::Running::start(stranger);
-    stranger.out("listening");
+    let mut other_user = Command::new("setpriv");
+    other_user.args(["--reuid=1", "--regid=1", "--clear-groups", "/usr/bin/env", "python3", "-c", LISTEN]);
+    other_user.arg(home.socket());
+    let mut other_user = crate::support::Running::start(other_user);
+    other_user.out("listening");
     std::fs::set_permissions(home.socket(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     let output = nobody.landfall().env("LANDFALL_HOME", home.root()).args(["status"]).output().unwrap();
     assert_eq!(
         stderr(&output),
         "error: the daemon's socket belongs to uid 1\n\
-         hint: nothing was told to it; see who made the home's run directory\n"
+         hint: no request was sent to it; check who owns the run directory of the home\n"
     );
     assert_eq!(output.status.code(), Some(4));
-    stranger.out("heard b''");
+    other_user.out("heard b''");
 }
 
 #[test]
-fn a_home_that_cannot_be_is_told() {
+fn an_invalid_home_is_reported() {
     let mut seen = Vec::new();
     for home in ["relative", &format!("/{}", "x".repeat(120)), "/dev/null/home"] {
         let output = landfall().env("LANDFALL_HOME", home).arg("up").stdin(Stdio::null()).output().unwrap();

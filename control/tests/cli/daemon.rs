@@ -1,6 +1,6 @@
-//! The daemon by its verbs, with the real binary: started once, found again, relieved, stopped.
+//! The verbs that start, find, replace and stop the daemon, with the real binary.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use std::process::{Command, Stdio};
 
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::asking::Place;
 use crate::support::{Running, stderr, stdout};
 
-/// A home whose daemon ends with the test.
+/// A home whose daemon is stopped at the end of the test.
 struct Home(Place);
 
 impl Home {
@@ -17,7 +17,7 @@ impl Home {
         Home(Place::new())
     }
 
-    /// `landfall up` on any free HTTP port, as a daemon of this version.
+    /// Runs `landfall up` on a free HTTP port, with a daemon of this version.
     fn up(&self, version: &str) -> Value {
         let mut command = self.0.landfall(&["up", "--json", "--http-port", "0"]);
         let output = command.env("LANDFALL_VERSION", version).output().unwrap();
@@ -54,7 +54,7 @@ fn up_starts_one_daemon_and_finds_it_again_and_down_stops_it() {
 }
 
 #[test]
-fn a_daemon_of_another_build_is_relieved_and_what_was_registered_stays() {
+fn a_daemon_of_another_build_is_replaced_and_registrations_are_kept() {
     let home = Home::new();
     let first = home.up("one");
     home.json(&["register", "me", "--pid", &std::process::id().to_string(), "--allow", "1"]);
@@ -72,19 +72,19 @@ fn a_daemon_of_another_build_is_relieved_and_what_was_registered_stays() {
 }
 
 #[test]
-fn many_at_once_end_with_one_daemon() {
+fn concurrent_starts_result_in_one_daemon() {
     let home = Home::new();
     let start = |_| {
         let mut command = home.0.landfall(&["up", "--json", "--http-port", "0"]);
         command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
     };
     let children: Vec<_> = (0..20).map(start).collect();
-    let told: Vec<Value> = children
+    let outcomes: Vec<Value> = children
         .into_iter()
         .map(|child| serde_json::from_slice(&child.wait_with_output().unwrap().stdout).unwrap())
         .collect();
-    assert_eq!(told.iter().filter(|told| told["outcome"] == "started").count(), 1, "{told:?}");
-    assert!(told.iter().all(|other| other["pid"] == told[0]["pid"]), "{told:?}");
+    assert_eq!(outcomes.iter().filter(|one| one["outcome"] == "started").count(), 1, "{outcomes:?}");
+    assert!(outcomes.iter().all(|other| other["pid"] == outcomes[0]["pid"]), "{outcomes:?}");
 }
 
 #[test]
@@ -99,16 +99,16 @@ fn a_foreground_daemon_is_this_process_and_a_second_one_is_refused() {
 }
 
 #[test]
-fn what_the_daemon_was_told_is_in_its_log_and_no_token_is() {
+fn a_registration_is_logged_without_its_tokens() {
     let home = Home::new();
     home.up("unversioned");
     let mut command = home.0.landfall(&["register", "shop", "--ws-host-port", "40001"]);
     command.env("LANDFALL_RESTART_TOKEN", "canary-restart").env("LANDFALL_BROKER_TOKEN", "canary-broker");
     assert!(command.env("LANDFALL_VERSION", "unversioned").output().unwrap().status.success());
-    let told = stdout(&home.0.output(&["logs"]));
-    assert!(told.contains(" register shop\n"), "{told}");
+    let log = stdout(&home.0.output(&["logs"]));
+    assert!(log.contains(" register shop\n"), "{log}");
     let everything =
-        [told, stdout(&home.0.output(&["ls", "--json"])), stdout(&home.0.output(&["status", "shop"]))];
+        [log, stdout(&home.0.output(&["ls", "--json"])), stdout(&home.0.output(&["status", "shop"]))];
     assert!(everything.iter().all(|text| !text.contains("canary")), "{everything:?}");
     let lines = Command::new("ps").args(["-eo", "args"]).output().unwrap();
     assert!(!stdout(&lines).contains("canary"));

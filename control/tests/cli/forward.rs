@@ -1,6 +1,6 @@
-//! Forwarding, end to end: a server inside answers on the host.
+//! Forwarding from end to end: a server inside answers on the host.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -16,8 +16,8 @@ use crate::support::{Nobody, Running, WAIT_MAX, landfall};
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
-/// Listens on an address and port, says so, greets whoever comes by name, and stops at the first line it reads from
-/// its standard input; at the second it ends.
+/// Listens on an address and port, prints `listening`, and sends its name to each client. Stops listening at the first line
+/// of its standard input, and ends at the second.
 const SERVER: &str = "
 import socket, sys, threading
 address, port, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -43,7 +43,7 @@ fn serve(options: &[&str], address: &str, port: u16, name: &str) -> Command {
     command
 }
 
-/// What is read from a host port until the end; none if there is no connection to be had.
+/// Reads from a host port until the end of the stream. Returns `None` if the connection fails.
 fn read(ip: IpAddr, port: u16) -> Option<String> {
     let mut stream = TcpStream::connect(SocketAddr::new(ip, port)).ok()?;
     stream.set_read_timeout(Some(WAIT_MAX)).unwrap();
@@ -52,14 +52,14 @@ fn read(ip: IpAddr, port: u16) -> Option<String> {
     Some(text)
 }
 
-fn line(running: &mut Running) {
+fn send_line(running: &mut Running) {
     running.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
 }
 
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + WAIT_MAX;
     while !holds() {
-        assert!(Instant::now() < deadline, "{what} did not come to pass");
+        assert!(Instant::now() < deadline, "timed out waiting for {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -68,22 +68,22 @@ pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 fn a_server_inside_answers_on_localhost_until_it_stops() {
     let port = free_port();
     let mut running = Running::start(serve(&["--name", "web"], "127.0.0.1", port, "hello"));
-    let told = running.err("forward");
+    let line = running.err("forward");
     assert!(
-        told.starts_with(&format!("forward  http://localhost:{port}  →  web:{port} (python3, pid ")),
-        "{told}"
+        line.starts_with(&format!("forward  http://localhost:{port}  →  web:{port} (python3, pid ")),
+        "{line}"
     );
     assert_eq!(read(V4, port).as_deref(), Some("hello"));
     assert_eq!(read(V6, port).as_deref(), Some("hello"), "the client's family does not matter");
-    line(&mut running);
+    send_line(&mut running);
     assert_eq!(running.err("closed"), format!("closed   http://localhost:{port}"));
     wait_until("the port being free", || read(V4, port).is_none());
-    line(&mut running);
+    send_line(&mut running);
     assert_eq!(running.exit_code(), Some(0));
 }
 
 #[test]
-fn a_server_on_the_ipv6_loopback_alone_answers_too() {
+fn a_server_on_the_ipv6_loopback_answers_in_both_families() {
     let port = free_port();
     let mut running = Running::start(serve(&[], "::1", port, "six"));
     running.err("forward");
@@ -102,26 +102,26 @@ fn both_rings_serve() {
 }
 
 #[test]
-fn a_user_without_privilege_forwards_too() {
+fn an_unprivileged_user_can_forward() {
     let Some(nobody) = Nobody::new() else { return };
     let port = free_port();
     let mut command = nobody.landfall();
     let script = format!("require('net').createServer(c => c.end('mine')).listen({port}, '127.0.0.1')");
     command.args(["run", "--net", "none", "--name", "web", "--", "node", "-e", &script]);
     let mut running = Running::start(command);
-    let told = running.err("forward");
-    assert!(told.contains("(node, pid "), "{told}");
+    let line = running.err("forward");
+    assert!(line.contains("(node, pid "), "{line}");
     assert_eq!(read(V4, port).as_deref(), Some("mine"));
 }
 
 #[test]
-fn a_taken_port_is_told_with_its_holder_and_taken_over_when_it_is_free() {
+fn a_port_in_use_is_reported_with_its_holder_and_forwarded_when_it_is_free() {
     let holder = TcpListener::bind((V4, 0)).unwrap();
     let port = holder.local_addr().unwrap().port();
     let mut running = Running::start(serve(&[], "127.0.0.1", port, "inside"));
-    let told = running.err("taken");
-    assert!(told.starts_with(&format!("taken    localhost:{port} is held by cli-")), "{told}");
-    assert!(told.contains(&format!("pid {}", std::process::id())), "{told}");
+    let line = running.err("taken");
+    assert!(line.starts_with(&format!("taken    localhost:{port} is held by cli-")), "{line}");
+    assert!(line.contains(&format!("pid {}", std::process::id())), "{line}");
     running.err("hint:");
     running.out("listening");
     drop(holder);
@@ -130,7 +130,7 @@ fn a_taken_port_is_told_with_its_holder_and_taken_over_when_it_is_free() {
 }
 
 #[test]
-fn two_runs_with_one_port_are_both_told_who_has_it() {
+fn the_second_run_with_a_port_reports_its_holder_and_gets_it_later() {
     let port = free_port();
     let mut first = Running::start(serve(&[], "127.0.0.1", port, "first"));
     first.err("forward");
@@ -139,14 +139,14 @@ fn two_runs_with_one_port_are_both_told_who_has_it() {
     second.err("hint: another landfall forwards that port");
     second.out("listening");
     assert_eq!(read(V4, port).as_deref(), Some("first"));
-    line(&mut first);
+    send_line(&mut first);
     first.err("closed");
     second.err("forward");
     assert_eq!(read(V4, port).as_deref(), Some("second"));
 }
 
 #[test]
-fn a_denied_port_is_told_and_not_forwarded() {
+fn a_denied_port_is_reported_and_not_forwarded() {
     let port = free_port();
     let mut running = Running::start(serve(&["--deny", &port.to_string()], "127.0.0.1", port, "no"));
     assert_eq!(
@@ -157,7 +157,7 @@ fn a_denied_port_is_told_and_not_forwarded() {
 }
 
 #[test]
-fn what_happens_is_told_as_json_where_that_is_asked_for() {
+fn events_are_json_under_json() {
     let port = free_port();
     let mut running = Running::start(serve(&["--json", "--name", "web"], "127.0.0.1", port, "json"));
     let event: serde_json::Value = serde_json::from_str(&running.err("forward")).unwrap();
@@ -166,9 +166,9 @@ fn what_happens_is_told_as_json_where_that_is_asked_for() {
 }
 
 #[test]
-fn what_a_server_sent_just_before_it_ended_still_arrives() {
-    // Too much for the client's small buffer and the relay's own, and little enough for all on the way together: the
-    // server ends before its client has read anything, and the relay holds what it sent.
+fn data_of_a_server_that_has_ended_is_delivered() {
+    // The data exceeds the client's small receive buffer and the relay's own buffer, but fits into all buffers of the path
+    // together. So the server ends before its client has read anything, and the relay holds the data.
     const SENT: usize = 6_000_000;
     let port = free_port();
     let script = format!(
@@ -194,7 +194,7 @@ client.sendall(b'x' * {SENT})"
     assert_eq!(running.exit_code(), Some(0));
 }
 
-/// Runs a server in a sandbox that forwards nothing itself, and tells the process inside.
+/// Runs a server in a sandbox that does not forward. Returns the id of the server's process.
 fn sandboxed(port: u16) -> (Running, String) {
     let script = format!("import os; print('pid', os.getpid(), flush=True){SERVER}");
     let mut command = landfall();
@@ -207,24 +207,24 @@ fn sandboxed(port: u16) -> (Running, String) {
 }
 
 #[test]
-fn attach_forwards_what_listens_already_and_ends_with_the_process() {
+fn attach_forwards_existing_listeners_and_ends_with_the_process() {
     let port = free_port();
     let (mut sandbox, pid) = sandboxed(port);
     let mut command = landfall();
     command.args(["attach", "--pid", &pid, "--name", "db"]);
     let mut attached = Running::start(command);
-    let told = attached.out("forward");
-    assert!(told.contains(&format!("→  db:{port} (python3, pid {pid})")), "{told}");
+    let line = attached.out("forward");
+    assert!(line.contains(&format!("→  db:{port} (python3, pid {pid})")), "{line}");
     assert_eq!(read(V4, port).as_deref(), Some("attached"));
-    line(&mut sandbox);
+    send_line(&mut sandbox);
     attached.out("closed");
-    line(&mut sandbox);
+    send_line(&mut sandbox);
     attached.out(&format!("process {pid} has ended"));
     assert_eq!(attached.exit_code(), Some(0));
 }
 
 #[test]
-fn attach_takes_a_file_and_ends_when_it_is_asked_to() {
+fn attach_to_a_namespace_file_ends_at_a_signal() {
     let port = free_port();
     let (_sandbox, pid) = sandboxed(port);
     let mut command = landfall();
@@ -238,7 +238,7 @@ fn attach_takes_a_file_and_ends_when_it_is_asked_to() {
 }
 
 #[test]
-fn the_engine_is_a_process_that_a_driver_can_talk_to() {
+fn the_engine_process_answers_its_driver() {
     use landfall_engine::channel::Channel;
     use landfall_engine::command::{Command as Order, Event};
     let directory = tempfile::tempdir().unwrap();
@@ -252,11 +252,11 @@ fn the_engine_is_a_process_that_a_driver_can_talk_to() {
         channel.is_some()
     });
     let channel = channel.unwrap();
-    let hear = || channel.recv_timeout::<Event>(WAIT_MAX).unwrap().unwrap().0;
-    assert!(matches!(hear(), Event::Ready { .. }));
+    let receive = || channel.recv_timeout::<Event>(WAIT_MAX).unwrap().unwrap().0;
+    assert!(matches!(receive(), Event::Ready { .. }));
     channel.send(&Order::Stop, &[]).unwrap();
-    assert_eq!(hear(), Event::Stopped);
+    assert_eq!(receive(), Event::Stopped);
     assert_eq!(engine.exit_code(), Some(0));
-    // Root's engine has changed its user and leaves the name to its driver.
-    assert!(Channel::connect(&socket).is_err(), "it leaves its address");
+    // An engine of root has changed its user, and leaves the removal of the socket file to its driver.
+    assert!(Channel::connect(&socket).is_err(), "the engine no longer listens at its socket");
 }

@@ -1,18 +1,18 @@
-//! `grant` and `revoke`, and where grants are shown, against a daemon that is scripted.
+//! `grant`, `revoke` and the lists that show grants, against a scripted daemon.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot continue says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use serde_json::{Value, json};
 
 use crate::asking::{Scripted, ours};
 
-/// A daemon of this build that answers each change of grants with `grants`.
+/// Returns a daemon of this build that answers each change of grants with `grants`.
 fn daemon(grants: Value) -> Scripted {
     let shop = json!({ "containerName": "shop", "cwd": "/w/shop", "state": "off", "forwards": [], "grants": grants });
     let found = json!([
         { "name": "shop", "id": "1", "image": "shop", "running": true, "forwarded": "yes", "registered": "shop",
           "grants": grants },
-        { "name": "db", "id": "2", "image": "pg", "running": true, "forwarded": "no", "why": "nobody asked for it" },
+        { "name": "db", "id": "2", "image": "pg", "running": true, "forwarded": "no", "why": "no label asks for it" },
     ]);
     Scripted::new(move |request, _| match request["kind"].as_str().unwrap() {
         "grant" if request["containerName"] != "shop" => {
@@ -30,7 +30,7 @@ fn granted() -> Value {
     json!([{ "what": "rebuild", "state": "granted", "folder": "/w/shop" }])
 }
 
-/// Rights in each state that is not the usual one.
+/// Returns rights in each state other than granted.
 fn unusual() -> Value {
     json!([
         { "what": "rebuild", "state": "registered" },
@@ -52,7 +52,7 @@ fn a_grant_is_sent_and_the_rights_are_shown_with_their_meaning() {
 }
 
 #[test]
-fn a_revocation_is_sent_as_it_was_typed_and_what_is_left_is_shown() {
+fn a_revocation_is_sent_unchanged_and_the_remaining_rights_are_shown() {
     let daemon = daemon(json!([]));
     insta::assert_snapshot!("revoked", daemon.place.seen(&["revoke", "shop", "rebuild", "tool:x"]));
     let request = json!({ "kind": "revoke", "containerName": "shop", "what": ["rebuild", "tool:x"] });
@@ -60,7 +60,7 @@ fn a_revocation_is_sent_as_it_was_typed_and_what_is_left_is_shown() {
 }
 
 #[test]
-fn a_word_of_no_right_and_a_missing_word_are_usage_errors() {
+fn an_unknown_or_missing_right_is_a_usage_error() {
     let daemon = daemon(granted());
     let all = [&["grant", "shop", "root"][..], &["grant", "shop"], &["revoke"]];
     let seen: Vec<String> = all
@@ -71,7 +71,7 @@ fn a_word_of_no_right_and_a_missing_word_are_usage_errors() {
 }
 
 #[test]
-fn a_right_of_the_registration_cannot_be_revoked_and_the_hint_says_how_else() {
+fn a_right_of_the_registration_cannot_be_revoked_and_the_hint_gives_an_alternative() {
     let daemon = Scripted::new(|request, _| match request["kind"].as_str().unwrap() {
         "revoke" => {
             let reason = "rebuild comes with the registration of shop, which has no attach method";
@@ -83,7 +83,7 @@ fn a_right_of_the_registration_cannot_be_revoked_and_the_hint_says_how_else() {
 }
 
 #[test]
-fn status_and_ls_show_the_rights() {
+fn status_and_ls_show_rights() {
     let (usual, unusual) = (daemon(granted()), daemon(unusual()));
     let all = [&["status", "shop"][..], &["status", "shop", "--json"], &["ls", "--all"]];
     let seen: Vec<String> = [&usual, &unusual]

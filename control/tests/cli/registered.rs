@@ -1,6 +1,6 @@
-//! `run` and `attach` beside a daemon that is scripted: what they register, what they tell, and how they end.
+//! `run` and `attach` with a scripted daemon: their registrations, their output and their end.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::asking::Place;
 use crate::support::{Running, WAIT_MAX};
 
-/// A daemon that knows registrations, and forwards what the test says.
+/// A daemon that keeps registrations, and reports the forwards that the test sets.
 struct Daemon {
     place: Place,
     state: Arc<Mutex<State>>,
@@ -19,9 +19,9 @@ struct Daemon {
 
 #[derive(Default)]
 struct State {
-    /// By name: what was registered, how far it is reached, and its rows.
+    /// For each container: the request that registered it, its reachability, and its rows.
     containers: Vec<(Value, Value, Value)>,
-    heard: Vec<Value>,
+    requests: Vec<Value>,
     listeners: Vec<UnixStream>,
     state: Value,
     refusal: Option<&'static str>,
@@ -54,12 +54,12 @@ impl Daemon {
                 if request["kind"] == "events" {
                     state.listeners.push(stream);
                 }
-                state.heard.push(request);
+                state.requests.push(request);
             }
         });
     }
 
-    /// Ends, as a daemon that is killed does: its socket stays.
+    /// Ends like a killed daemon: its socket file stays.
     fn end(&self) {
         let mut stream = UnixStream::connect(self.place.home.socket()).unwrap();
         writeln!(stream, "{}", json!({ "kind": "stop-listening" })).unwrap();
@@ -76,18 +76,18 @@ impl Daemon {
         }
     }
 
-    /// Waits for a request of this kind that fits.
-    fn heard(&self, kind: &str, fits: impl Fn(&Value) -> bool) -> Value {
+    /// Waits for a request of this kind for which `fits` holds.
+    fn received(&self, kind: &str, fits: impl Fn(&Value) -> bool) -> Value {
         let deadline = std::time::Instant::now() + WAIT_MAX;
         loop {
             let found = {
                 let state = self.state.lock().unwrap();
-                state.heard.iter().find(|request| request["kind"] == kind && fits(request)).cloned()
+                state.requests.iter().find(|request| request["kind"] == kind && fits(request)).cloned()
             };
             if let Some(found) = found {
                 return found;
             }
-            assert!(std::time::Instant::now() < deadline, "no {kind} came");
+            assert!(std::time::Instant::now() < deadline, "no {kind} request arrived");
             std::thread::yield_now();
         }
     }
@@ -127,7 +127,7 @@ impl State {
                 return json!({ "ok": true });
             }
             "describe" => {
-                let told = self.containers.iter().map(|(known, state, rows)| {
+                let containers = self.containers.iter().map(|(known, state, rows)| {
                     let attach_method = match &known["way"]["pid"] {
                         Value::Null => known["way"]["path"].clone(),
                         pid => format!("process {pid}").into(),
@@ -137,7 +137,7 @@ impl State {
                         "state": state["state"], "reason": state["reason"],
                     })
                 });
-                json!({ "version": "x", "pid": self.pid, "replayed": true, "containers": told.collect::<Value>() })
+                json!({ "version": "x", "pid": self.pid, "replayed": true, "containers": containers.collect::<Value>() })
             }
             _ => json!({}),
         };
@@ -159,7 +159,7 @@ fn a_command_is_registered_by_its_process_and_deregistered_when_it_ends() {
     let daemon = Daemon::new();
     let mut running = daemon.run(&["--name", "web", "--allow", "80,*", "--deny", "9229"], WAIT);
     running.out("ready");
-    let registered = daemon.heard("register", |_| true);
+    let registered = daemon.received("register", |_| true);
     assert_eq!(registered["containerName"], "web");
     assert_eq!(registered["portForward"], json!({ "allow": "*", "deny": [9229], "privileged": [80] }));
     assert_eq!(registered["way"]["kind"], "process");
@@ -179,15 +179,15 @@ fn a_command_is_registered_by_its_process_and_deregistered_when_it_ends() {
         Some("EADDRINUSE: port 5173 is forwarded to container \"b\"")
     )]));
     running.err("closed   http://localhost:5173");
-    running.err("failed   localhost:5173 cannot be listened on: EADDRINUSE: port 5173 is forwarded to container \"b\"");
+    running.err("failed   localhost:5173 cannot be opened for listening: EADDRINUSE: port 5173 is forwarded to container \"b\"");
     drop(running.child.stdin.take());
     assert_eq!(running.exit_code(), Some(7));
-    daemon.heard("deregister", |request| request["containerName"] == "web");
+    daemon.received("deregister", |request| request["containerName"] == "web");
     assert!(daemon.names().is_empty());
 }
 
 #[test]
-fn two_of_one_name_have_two_names_and_a_given_one_is_refused() {
+fn a_default_name_in_use_gets_a_suffix_and_a_given_one_is_refused() {
     let daemon = Daemon::new();
     let folder =
         tempfile::Builder::new().prefix("shop").rand_bytes(0).tempdir_in(daemon.place.home.root()).unwrap();
@@ -201,15 +201,15 @@ fn two_of_one_name_have_two_names_and_a_given_one_is_refused() {
     let (first, second) = (start(), start());
     assert_eq!(daemon.names(), ["shop", "shop-2"]);
     let third = daemon.place.output(&["run", "--net", "none", "--name", "shop", "--", "true"]);
-    let said = crate::support::stderr(&third);
-    assert!(said.starts_with("error: the name shop is taken, by process "), "{said}");
-    assert!(said.contains("hint: say another --name"), "{said}");
+    let printed = crate::support::stderr(&third);
+    assert!(printed.starts_with("error: the name shop is in use, by process "), "{printed}");
+    assert!(printed.contains("hint: choose another --name"), "{printed}");
     assert_eq!(third.status.code(), Some(6));
     drop((first, second));
 }
 
 #[test]
-fn a_daemon_that_comes_back_without_the_registration_is_told_again() {
+fn a_new_daemon_without_the_registration_gets_it_again() {
     let daemon = Daemon::new();
     let mut running = daemon.run(&["--name", "web"], WAIT);
     running.out("ready");
@@ -218,16 +218,16 @@ fn a_daemon_that_comes_back_without_the_registration_is_told_again() {
     daemon.end();
     std::fs::remove_file(daemon.place.home.socket()).unwrap();
     daemon.state.lock().unwrap().containers.clear();
-    daemon.state.lock().unwrap().heard.clear();
+    daemon.state.lock().unwrap().requests.clear();
     daemon.state.lock().unwrap().pid = 2;
     daemon.serve();
-    daemon.heard("register", |request| request["containerName"] == "web");
+    daemon.received("register", |request| request["containerName"] == "web");
     drop(running.child.stdin.take());
-    assert_eq!(running.exit_code(), Some(7), "the command never noticed");
+    assert_eq!(running.exit_code(), Some(7), "the command did not notice");
 }
 
 #[test]
-fn what_somebody_deregistered_stays_deregistered() {
+fn a_registration_that_another_client_removed_is_not_repeated() {
     let daemon = Daemon::new();
     let mut running = daemon.run(&["--name", "web"], WAIT);
     running.out("ready");
@@ -236,20 +236,20 @@ fn what_somebody_deregistered_stays_deregistered() {
     daemon.state.lock().unwrap().containers.clear();
     daemon.forwards(&json!([]));
     running.err("closed   http://localhost:5173");
-    running.err("note     web was deregistered; nothing is forwarded any more");
+    running.err("note     web was deregistered; its ports are no longer forwarded");
     drop(running.child.stdin.take());
     assert_eq!(running.exit_code(), Some(7));
     assert!(daemon.names().is_empty());
 }
 
 #[test]
-fn what_the_daemon_cannot_reach_or_does_not_want_is_forwarded_from_here() {
+fn a_namespace_that_the_daemon_refuses_is_forwarded_by_this_process() {
     let daemon = Daemon::new();
     daemon.state.lock().unwrap().state = json!({ "state": "unreachable", "reason": "not permitted" });
     let mut running = daemon.run(&["--name", "web"], WAIT);
     running.out("ready");
-    running.err("note     the daemon does not forward this (not permitted); it is forwarded from here");
-    assert!(daemon.names().is_empty(), "it is not left registered");
+    running.err("note     the daemon does not forward this (not permitted); this process forwards it");
+    assert!(daemon.names().is_empty(), "no registration remains");
     drop(running);
     daemon.state.lock().unwrap().refusal = Some("daemon stopping");
     let mut running = daemon.run(&["--name", "web"], WAIT);
@@ -258,7 +258,7 @@ fn what_the_daemon_cannot_reach_or_does_not_want_is_forwarded_from_here() {
 }
 
 #[test]
-fn a_ring_or_no_daemon_means_an_engine_of_ones_own() {
+fn a_ring_or_no_daemon_selects_an_engine_in_this_process() {
     let daemon = Daemon::new();
     for options in [&["--no-daemon"][..], &["--ring", "epoll"]] {
         let mut running = daemon.run(options, WAIT);
@@ -266,11 +266,11 @@ fn a_ring_or_no_daemon_means_an_engine_of_ones_own() {
         drop(running.child.stdin.take());
         assert_eq!(running.exit_code(), Some(7));
     }
-    assert!(daemon.state.lock().unwrap().heard.is_empty(), "nothing was asked");
+    assert!(daemon.state.lock().unwrap().requests.is_empty(), "no request was sent");
 }
 
 #[test]
-fn a_daemon_on_another_localhost_is_not_asked() {
+fn a_daemon_in_another_network_namespace_is_not_used() {
     if !rustix::process::geteuid().is_root() {
         return;
     }
@@ -282,11 +282,11 @@ fn a_daemon_on_another_localhost_is_not_asked() {
         command
     });
     running.out("ready");
-    assert!(daemon.state.lock().unwrap().heard.iter().all(|request| request["kind"] == "describe"));
+    assert!(daemon.state.lock().unwrap().requests.iter().all(|request| request["kind"] == "describe"));
 }
 
 #[test]
-fn attach_registers_a_process_or_a_file_and_deregisters_when_it_is_asked_to_end() {
+fn attach_registers_a_process_or_a_file_and_deregisters_at_a_signal() {
     let daemon = Daemon::new();
     let mut sandbox = daemon.run(&["--no-daemon"], "echo pid $$; read line");
     let pid = sandbox.out("pid ").replace("pid ", "");
@@ -297,7 +297,7 @@ fn attach_registers_a_process_or_a_file_and_deregisters_when_it_is_asked_to_end(
         let mut command = daemon.place.landfall(&["attach", "--name", kind]);
         command.args(&options);
         let mut attached = Running::start(command);
-        let registered = daemon.heard("register", |request| request["containerName"] == kind);
+        let registered = daemon.received("register", |request| request["containerName"] == kind);
         assert_eq!(registered["way"]["kind"], kind);
         daemon.forwards(&json!([row(5432, "open", None)]));
         attached.out(&format!("forward  http://localhost:5432  →  {kind}:5432"));

@@ -1,11 +1,11 @@
-//! `landfall run` with the real binary: who the command is, what it has, and how it ends.
+//! `landfall run` with the real binary: the identity, the streams, the network and the end of the command.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use crate::support::{Nobody, Running, hearing_signals, landfall, output, stderr, stdout};
+use crate::support::{Nobody, Running, landfall, output, stderr, stdout, with_default_signals};
 use rustix::process::Signal;
 
 fn run(script: &str) -> Command {
@@ -31,7 +31,7 @@ fn the_standard_streams_are_the_commands() {
     child.stdin.take().unwrap().write_all(b"data\n").unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(stdout(&output), "data\n");
-    assert_eq!(stderr(&output), "talk\n", "landfall has nothing to say");
+    assert_eq!(stderr(&output), "talk\n", "landfall prints nothing");
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn a_pipe_ends_when_the_command_closes_it() {
 }
 
 #[test]
-fn only_the_network_and_the_user_namespace_are_the_commands_own() {
+fn only_the_network_and_the_user_namespace_are_new() {
     const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
     let script = NAMESPACES.map(|name| format!("readlink /proc/self/ns/{name}")).join("; ");
     let outside = stdout(&Command::new("sh").args(["-c", &script]).output().unwrap());
@@ -53,12 +53,12 @@ fn only_the_network_and_the_user_namespace_are_the_commands_own() {
     let lines = outside.lines().zip(inside.lines()).zip(NAMESPACES);
     let own: Vec<&str> =
         lines.filter(|((outside, inside), _)| outside != inside).map(|(_, name)| name).collect();
-    // Root's command has no user namespace where those are forbidden.
+    // A command of root has no new user namespace if those are forbidden.
     assert!(own == ["net", "user"] || (own == ["net"] && rustix::process::geteuid().is_root()), "{own:?}");
 }
 
 #[test]
-fn a_user_stays_that_user_and_gains_nothing() {
+fn a_command_keeps_its_user_and_gains_no_privileges() {
     let Some(nobody) = Nobody::new() else { return };
     let script =
         "id -u; id -g; grep -E 'Cap(Inh|Prm|Eff|Amb)|SigBlk' /proc/self/status; ls /proc/self/fd | wc -l";
@@ -83,7 +83,7 @@ fn a_user_stays_that_user_and_gains_nothing() {
 }
 
 #[test]
-fn root_keeps_its_users_so_that_servers_can_drop_to_theirs() {
+fn a_command_of_root_can_change_to_other_users() {
     if !rustix::process::geteuid().is_root() {
         return;
     }
@@ -102,7 +102,7 @@ fn root_keeps_its_users_so_that_servers_can_drop_to_theirs() {
     assert_eq!(stdout(&output), "33\n", "{}", stderr(&output));
 }
 
-/// Listens on a port inside, says so, and waits for the end of its standard input.
+/// Listens on a port inside, prints `listening`, and waits for the end of its standard input.
 const LISTEN: &str = "
 import socket, sys
 s = socket.create_server(('127.0.0.1', int(sys.argv[1])))
@@ -127,10 +127,10 @@ fn two_commands_listen_on_the_same_port_each_in_its_own_loopback() {
 }
 
 #[test]
-fn a_user_without_privilege_has_a_loopback_too() {
+fn an_unprivileged_user_has_a_loopback_inside() {
     let Some(nobody) = Nobody::new() else { return };
     let mut command = nobody.landfall();
-    // The python of a developer may lie where nobody may look.
+    // The python of a developer may be in a directory that `nobody` cannot read.
     command.args(["run", "--net", "none", "--deny", "*", "--", "/usr/bin/env", "-S", "bash", "-c"]);
     command.arg("exec 3<>/dev/tcp/127.0.0.1/1");
     let output = command.output().unwrap();
@@ -146,7 +146,7 @@ fn signals_sent_to_landfall_reach_the_command() {
         (Signal::USR1, "USR1"),
         (Signal::USR2, "USR2"),
     ] {
-        let mut running = Running::start(hearing_signals(&run(&format!(
+        let mut running = Running::start(with_default_signals(&run(&format!(
             "trap 'echo got {name}; exit 3' {name}; echo ready; while :; do sleep 0.05; done"
         ))));
         running.out("ready");
@@ -157,7 +157,7 @@ fn signals_sent_to_landfall_reach_the_command() {
 }
 
 #[test]
-fn a_landfall_that_is_killed_takes_the_command_with_it() {
+fn the_command_ends_when_landfall_is_killed() {
     let mut running = Running::start(run("echo ready; exec sleep 1000"));
     running.out("ready");
     running.signal(Signal::KILL);
@@ -166,8 +166,8 @@ fn a_landfall_that_is_killed_takes_the_command_with_it() {
 }
 
 #[test]
-fn what_the_command_leaves_behind_ends_with_it() {
-    // One ends when it is asked to, one does not hear that; both hold standard output.
+fn processes_that_the_command_left_are_ended() {
+    // One ends at SIGTERM, one ignores it; both have standard output open.
     let mut running = Running::start(run(
         "sleep 1000 & (trap '' TERM; echo ready; while :; do sleep 1; done) & read line; exit 5",
     ));
@@ -179,17 +179,17 @@ fn what_the_command_leaves_behind_ends_with_it() {
 }
 
 #[test]
-fn what_a_stopped_command_leaves_behind_ends_with_it() {
+fn processes_that_a_stopped_command_left_are_ended() {
     let server = "trap 'echo bye; exit' TERM; echo ready; while :; do sleep 0.05; done";
     let mut running = Running::start(run(&format!("sh -c \"{server}\"; true")));
     running.out("ready");
     running.signal(Signal::TERM);
     running.out("bye");
-    assert_eq!(running.exit_code(), Some(128 + 15), "the outer shell ends, and passes nothing on");
+    assert_eq!(running.exit_code(), Some(128 + 15), "the outer shell ends without passing the signal on");
     running.out_ends();
 }
 
-/// Says how many SIGINT came within a moment of the first.
+/// Prints whether a second SIGINT arrived within 0.5 s of the first.
 const COUNT_INTERRUPTS: &str = "
 import signal
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -219,7 +219,7 @@ fn ctrl_c_reaches_the_command_once() {
 }
 
 #[test]
-fn without_pasta_there_is_no_way_out_and_that_is_said_once() {
+fn a_missing_pasta_is_reported_once() {
     let run = |net: &str| {
         let mut command = landfall();
         command.env("PATH", "/nonexistent").args(["run", "--net", net, "--", "/bin/true"]);
@@ -230,7 +230,7 @@ fn without_pasta_there_is_no_way_out_and_that_is_said_once() {
     assert_eq!(
         stderr(&auto),
         "note     the command has no outbound network: pasta is not installed\n\
-         hint: install passt, which brings pasta, or say --net none\n"
+         hint: install passt, which contains pasta, or use --net none\n"
     );
     let pasta = run("pasta");
     assert_eq!(pasta.status.code(), Some(125));
@@ -239,7 +239,7 @@ fn without_pasta_there_is_no_way_out_and_that_is_said_once() {
 }
 
 #[test]
-fn pasta_gives_a_way_out_and_ends_with_the_command() {
+fn pasta_provides_an_interface_and_ends_with_the_command() {
     if landfall::sys::sandbox::pasta::find().is_none() || !landfall::sys::sandbox::pasta::tun_is_usable() {
         return;
     }
@@ -250,11 +250,11 @@ fn pasta_gives_a_way_out_and_ends_with_the_command() {
     let text = stdout(&output);
     let mut lines = text.lines();
     let pasta = lines.next().unwrap_or_default();
-    assert_eq!(lines.next(), Some("2"), "lo, and one to go out by: {}", stderr(&output));
+    assert_eq!(lines.next(), Some("2"), "lo, and the interface of pasta: {}", stderr(&output));
     assert!(!std::path::Path::new(&format!("/proc/{pasta}")).exists(), "pasta {pasta} has ended");
 }
 
-/// Runs `then` as root of a user namespace in which no further ones can be made.
+/// Runs `then` as root of a user namespace in which no further user namespaces can be created.
 fn where_user_namespaces_are_forbidden(then: &str) -> std::process::Output {
     let script = format!("echo 0 >/proc/sys/user/max_user_namespaces && exec {then}");
     let mut command = Command::new("unshare");
@@ -263,7 +263,7 @@ fn where_user_namespaces_are_forbidden(then: &str) -> std::process::Output {
 }
 
 #[test]
-fn root_does_without_a_user_namespace_where_those_are_forbidden() {
+fn root_needs_no_user_namespace() {
     let landfall = env!("CARGO_BIN_EXE_landfall");
     let script = format!("{landfall} run --net none -- grep -c : /proc/self/net/dev");
     let output = where_user_namespaces_are_forbidden(&script);
@@ -271,7 +271,7 @@ fn root_does_without_a_user_namespace_where_those_are_forbidden() {
 }
 
 #[test]
-fn forbidden_user_namespaces_are_one_line_and_the_setting_to_change() {
+fn forbidden_user_namespaces_are_reported_with_the_setting_to_change() {
     let landfall = env!("CARGO_BIN_EXE_landfall");
     let script = format!("setpriv --bounding-set=-all --inh-caps=-all {landfall} run --net none -- true");
     let output = where_user_namespaces_are_forbidden(&script);
@@ -279,6 +279,6 @@ fn forbidden_user_namespaces_are_one_line_and_the_setting_to_change() {
     assert_eq!(
         stderr(&output),
         "error: cannot make a user and network namespace: No space left on device\n\
-         hint: user namespaces are turned off: sysctl -w user.max_user_namespaces=10000\n"
+         hint: user namespaces are disabled: sysctl -w user.max_user_namespaces=10000\n"
     );
 }

@@ -1,6 +1,6 @@
-//! What the tests of the real binary share.
+//! Helpers of the tests of the real binary.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue reports the line")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -9,15 +9,15 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-/// A bounded wait ends here; nothing that is waited for takes a tenth of it.
+/// The limit of every wait; each awaited event takes less than a tenth of it.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(20);
 
-/// The binary, without what the environment of the tests might bring.
+/// Returns a command for the binary, without the environment of the tests.
 pub(crate) fn landfall() -> Command {
     program(Path::new(env!("CARGO_BIN_EXE_landfall")))
 }
 
-/// `landfall` with these arguments, to its end.
+/// Runs `landfall` with these arguments until it ends.
 pub(crate) fn output(arguments: &[&str]) -> Output {
     landfall().args(arguments).stdin(Stdio::null()).output().unwrap()
 }
@@ -36,21 +36,21 @@ fn program(path: &Path) -> Command {
     command
 }
 
-/// The same program with no signal ignored. What started the tests may ignore some (`nohup`, a shell's `&`), every program
-/// inherits that, and a shell does not trap a signal that was ignored when it began.
-pub(crate) fn hearing_signals(command: &Command) -> Command {
-    let mut hearing = program(Path::new("env"));
-    hearing.arg("--default-signal").arg(command.get_program()).args(command.get_args());
-    hearing
+/// Returns the same command with the default action for all signals. The parent of the tests may ignore some (`nohup`, a
+/// shell's `&`), every program inherits that, and a shell cannot trap a signal that was ignored when it started.
+pub(crate) fn with_default_signals(command: &Command) -> Command {
+    let mut with_defaults = program(Path::new("env"));
+    with_defaults.arg("--default-signal").arg(command.get_program()).args(command.get_args());
+    with_defaults
 }
 
-/// A copy of the binary that everybody may execute, to be run as `nobody`.
+/// A copy of the binary that every user may execute, to be run as `nobody`.
 pub(crate) struct Nobody {
     directory: tempfile::TempDir,
 }
 
 impl Nobody {
-    /// None where the tests do not run as root, and so cannot become somebody else.
+    /// Returns `None` if the tests do not run as root, and so cannot change their user.
     pub(crate) fn new() -> Option<Nobody> {
         if !rustix::process::geteuid().is_root() {
             return None;
@@ -58,8 +58,8 @@ impl Nobody {
         let directory = tempfile::Builder::new().prefix("landfall-nobody").tempdir().unwrap();
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let nobody = Nobody { directory };
-        // By another process: a file that this one had open for writing while another test starts a program would be
-        // open for writing in that program, too, and could not be executed (ETXTBSY).
+        // Another process writes the copy. If this one had the file open for writing while another test starts a program,
+        // that program would inherit the descriptor, and the copy could not be executed (ETXTBSY).
         let copied =
             Command::new("cp").arg(env!("CARGO_BIN_EXE_landfall")).arg(nobody.path()).status().unwrap();
         assert!(copied.success());
@@ -71,7 +71,7 @@ impl Nobody {
         self.directory.path().join("landfall")
     }
 
-    /// `landfall` as user 65534, without any group or capability.
+    /// Returns a command for `landfall` as user 65534, without groups and capabilities.
     pub(crate) fn landfall(&self) -> Command {
         let mut command = program(Path::new("setpriv"));
         command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]);
@@ -80,12 +80,12 @@ impl Nobody {
     }
 }
 
-/// A program that runs, with the lines of both its outputs as they come. Killed at the end of the test.
+/// A running program, with the lines of both its outputs as they arrive. Killed at the end of the test.
 pub(crate) struct Running {
     pub(crate) child: Child,
     out: Receiver<String>,
     err: Receiver<String>,
-    heard: Vec<String>,
+    received: Vec<String>,
 }
 
 impl Running {
@@ -94,28 +94,28 @@ impl Running {
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let out = lines(child.stdout.take().unwrap());
         let err = lines(child.stderr.take().unwrap());
-        Running { child, out, err, heard: Vec::new() }
+        Running { child, out, err, received: Vec::new() }
     }
 
     /// Waits for a line on standard output that contains `text`.
     pub(crate) fn out(&mut self, text: &str) -> String {
-        Self::wait(&self.out, &mut self.heard, text)
+        Self::wait(&self.out, &mut self.received, text)
     }
 
     /// Waits for a line on standard error that contains `text`.
     pub(crate) fn err(&mut self, text: &str) -> String {
-        Self::wait(&self.err, &mut self.heard, text)
+        Self::wait(&self.err, &mut self.received, text)
     }
 
-    /// Waits for the end of standard output: nobody holds it any more.
+    /// Waits for the end of standard output: no process has it open any more.
     pub(crate) fn out_ends(&mut self) {
         let deadline = Instant::now() + WAIT_MAX;
         loop {
             match self.out.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => self.heard.push(line),
+                Ok(line) => self.received.push(line),
                 Err(mpsc::RecvTimeoutError::Disconnected) => return,
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    panic!("standard output is open; heard {:#?}", self.heard)
+                    panic!("standard output is open; received {:#?}", self.received)
                 }
             }
         }
@@ -131,18 +131,18 @@ impl Running {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code();
             }
-            assert!(Instant::now() < deadline, "it does not end; heard {:#?}", self.heard);
+            assert!(Instant::now() < deadline, "the program did not end; received {:#?}", self.received);
             std::thread::yield_now();
         }
     }
 
-    fn wait(lines: &Receiver<String>, heard: &mut Vec<String>, text: &str) -> String {
+    fn wait(lines: &Receiver<String>, received: &mut Vec<String>, text: &str) -> String {
         let deadline = Instant::now() + WAIT_MAX;
         loop {
             let Ok(line) = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
-                panic!("no line with {text:?}; heard {heard:#?}");
+                panic!("no line with {text:?}; received {received:#?}");
             };
-            heard.push(line.clone());
+            received.push(line.clone());
             if line.contains(text) {
                 return line;
             }

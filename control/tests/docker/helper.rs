@@ -174,7 +174,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     // Another build takes over, which was not told of the helper.
     user.version = "another";
     let up = user.landfall(&["up"]);
-    assert!(up.contains("takes the place of another build") && up.contains("CAP_SYS_ADMIN"), "{up}");
+    assert!(up.contains("replaces a daemon of another build") && up.contains("CAP_SYS_ADMIN"), "{up}");
     wait_until("the page from another build", || page(one));
 
     let name = docker(&["inspect", "-f", "{{.Name}}", &user.helper().unwrap()]);

@@ -261,6 +261,6 @@ fn only_what_was_started_of_a_folder_is_stopped() {
     assert_eq!(output.status.code(), Some(6), "{told}");
     let output = shop.landfall(&["start"]);
     let told = String::from_utf8_lossy(&output.stderr);
-    assert!(told.contains("another container is called"), "{told}");
+    assert!(told.contains("another container has the name"), "{told}");
     assert!(run(&["inspect", &shop.name]).status.success(), "it was removed");
 }

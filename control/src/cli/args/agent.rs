@@ -11,30 +11,31 @@ use jiff::SignedDuration;
 use crate::agent::local::{CANDIDATES_MAX, WAIT_MAX};
 
 pub(super) const AGENT_NOTES: &str = "\
-Run it inside the container: it needs no privilege, no capability and nothing but itself. The
-broker token is taken from LANDFALL_HOSTD_BROKER_TOKEN, else TYPECLAW_HOSTD_BROKER_TOKEN; without
-one there is no WebSocket. A directory of the host that is mounted at /run/landfall is the fast
-way: see --directory.
+Run it inside the container. It needs no privileges, no capabilities and no other files. It reads
+the broker token from LANDFALL_HOSTD_BROKER_TOKEN, or else from TYPECLAW_HOSTD_BROKER_TOKEN;
+without a token it opens no WebSocket. A host directory mounted at /run/landfall is the fastest
+path for connections: see --directory.
 
-What happens is told as JSON on standard error, one object a line. SIGTERM ends it.
+Events are written to standard error as JSON, one object per line. SIGTERM ends the agent.
 
 Example: landfall agent &";
 
 const FORWARD_NOTES: &str = "\
-The port is printed, and nothing else. The agent remembers what was asked for and asks again
-whenever a host connects, so a port that is not there in time may still come.
+Prints only the port. The agent remembers the request and repeats it whenever a host connects, so
+the port may still open after this command has timed out.
 
-Exit codes: 6 the host refuses; 5 no agent runs here, or no host is connected to it; 124 no
+Exit codes: 6 the host refused; 5 no agent runs here, or no host is connected to it; 124 no
 answer in time
 
 Example: PORT=$(landfall agent forward 4848 --host 4848-4857 --reason dashboard)";
 
 const RESTART_NOTES: &str = "\
-The daemon is asked over the socket that LANDFALL_HOSTD_SOCKET names, else at LANDFALL_HOSTD_URL, with
-the token in LANDFALL_HOSTD_TOKEN. It answers before it stops the container.
+Sends the request to the daemon at the socket in LANDFALL_HOSTD_SOCKET, or else to
+LANDFALL_HOSTD_URL, with the token in LANDFALL_HOSTD_TOKEN. The daemon answers before it stops the
+container.
 
-Exit codes: 4 the token is not this container's; 5 no daemon; 6 the daemon refuses; 124 no answer in
-time
+Exit codes: 4 the token does not belong to this container; 5 no daemon; 6 the daemon refused; 124
+no answer in time
 
 Example: landfall agent restart";
 
@@ -42,18 +43,18 @@ Example: landfall agent restart";
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct AgentArgs {
-    /// Something to ask of the agent that runs.
+    /// A request to the running agent.
     #[command(subcommand)]
     pub verb: Option<AgentVerb>,
-    /// Where it runs.
+    /// The options of the agent itself.
     #[command(flatten)]
     pub serve: AgentServeArgs,
 }
 
-/// What can be asked of the agent that runs.
+/// The requests to the running agent.
 #[derive(Debug, Subcommand)]
 pub enum AgentVerb {
-    /// Ask for a port of the host that leads to a port of this container, and print it
+    /// Request a host port that leads to a port of this container, and print the host port
     #[command(after_help = FORWARD_NOTES)]
     Forward(AgentForwardArgs),
     /// Ask the daemon on the host to restart this container
@@ -61,20 +62,20 @@ pub enum AgentVerb {
     Restart(AgentRestartArgs),
 }
 
-/// How an agent serves.
+/// The options of an agent.
 #[derive(Debug, Args)]
 pub struct AgentServeArgs {
-    /// The port of its WebSocket; hosts expect 8973, and 0 takes any free one
+    /// The port of its WebSocket; hosts expect 8973, and 0 picks a free port
     #[arg(long, default_value_t = crate::agent::PORT)]
     pub port: u16,
-    /// The address of its WebSocket [default: every address]
+    /// The address of its WebSocket [default: all addresses]
     #[arg(long, value_name = "ADDRESS")]
     pub bind: Option<IpAddr>,
-    /// A directory shared with the host, where its daemon fetches sockets [default: /run/landfall, if
-    /// that is there and can be written to]
+    /// A directory shared with the host, through which the daemon receives sockets [default: /run/landfall, if it
+    /// exists and is writable]
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
-    /// How often to look what listens
+    /// How often to scan for listening sockets
     #[arg(long, default_value = "500ms", value_name = "TIME", value_parser = parse_interval)]
     pub interval: Duration,
 }
@@ -82,12 +83,12 @@ pub struct AgentServeArgs {
 /// `landfall agent forward`
 #[derive(Debug, Args)]
 pub struct AgentForwardArgs {
-    /// The port in this container; nothing has to listen there yet
+    /// The port in this container; a server may start to listen there later
     pub port: NonZeroU16,
-    /// Ports on the host, the best first: 4848,5000-5009 [default: the same port]
+    /// Candidate ports on the host, in order of preference: 4848,5000-5009 [default: the same port]
     #[arg(long, value_name = "PORTS", value_parser = parse_candidates)]
     pub host: Option<Candidates>,
-    /// What it is for; the host is told
+    /// The purpose of the port; the agent sends it to the host
     #[arg(long, value_name = "TEXT", value_parser = parse_reason)]
     pub reason: Option<String>,
     /// How long to wait for the host's answer
@@ -104,7 +105,7 @@ pub struct AgentForwardArgs {
 /// `landfall agent restart`
 #[derive(Debug, Args)]
 pub struct AgentRestartArgs {
-    /// Build the image of this container first; that takes the right `rebuild` (landfall grant --help)
+    /// Build the image of this container first; this needs the right `rebuild` (landfall grant --help)
     #[arg(long)]
     pub build: bool,
     /// Print one JSON object
@@ -112,24 +113,24 @@ pub struct AgentRestartArgs {
     pub json: bool,
 }
 
-/// Ports on the host, the best first, each once.
+/// Ports on the host in order of preference, each once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidates(pub Vec<NonZeroU16>);
 
 fn parse_interval(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<SignedDuration>().ok().and_then(|length| Duration::try_from(length).ok());
     let range = Duration::from_millis(10)..=Duration::from_secs(3600);
-    parsed.filter(|length| range.contains(length)).ok_or_else(|| "say a time from 10ms to 1h".to_owned())
+    parsed.filter(|length| range.contains(length)).ok_or_else(|| "give a time from 10ms to 1h".to_owned())
 }
 
 fn parse_wait(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    parsed.filter(|wait| *wait <= WAIT_MAX).ok_or_else(|| "say seconds, up to a day".to_owned())
+    parsed.filter(|wait| *wait <= WAIT_MAX).ok_or_else(|| "give seconds, up to 86400 (one day)".to_owned())
 }
 
-/// What the host is told is bounded by what the agent takes.
+/// Limits the reason to the length that the agent accepts.
 fn parse_reason(text: &str) -> Result<String, String> {
-    if text.len() <= 1024 { Ok(text.to_owned()) } else { Err("say it in 1024 bytes".to_owned()) }
+    if text.len() <= 1024 { Ok(text.to_owned()) } else { Err("the limit is 1024 bytes".to_owned()) }
 }
 
 fn parse_candidates(text: &str) -> Result<Candidates, String> {
@@ -143,14 +144,14 @@ fn parse_candidates(text: &str) -> Result<Candidates, String> {
             None => (port(part)?, port(part)?),
         };
         if last < first {
-            return Err(format!("the range {first}-{last} ends before it begins"));
+            return Err(format!("the range {first}-{last} ends before it starts"));
         }
         for port in (first.get()..=last.get()).filter_map(NonZeroU16::new) {
             if !candidates.contains(&port) {
                 candidates.push(port);
             }
             if candidates.len() > CANDIDATES_MAX {
-                return Err(format!("more than {CANDIDATES_MAX} ports are too many"));
+                return Err(format!("the limit is {CANDIDATES_MAX} ports"));
             }
         }
     }
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn candidates_keep_their_order_and_come_once() {
+    fn candidates_keep_their_order_without_duplicates() {
         assert_eq!(candidates("4850,4848-4851"), Ok(vec![4850, 4848, 4849, 4851]));
         for wrong in ["", "0", "1,,2", "x", "70000", "5-", "9-8", "1-2-3"] {
             assert!(candidates(wrong).is_err(), "{wrong}");
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn times_have_bounds() {
+    fn times_outside_their_bounds_are_rejected() {
         assert_eq!(parse_interval("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_wait("0.5"), Ok(Duration::from_millis(500)));
         for wrong in ["0s", "1ms", "2h", "-1s", "soon", "9"] {

@@ -1,4 +1,4 @@
-//! The arguments of the verbs that are about the daemon.
+//! The arguments of the verbs that start, stop or query the daemon.
 
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -15,28 +15,28 @@ use crate::model::port_policy::{Policy, PortForward, PortList};
 use crate::model::registration::ContainerName;
 use crate::model::size::ByteSize;
 
-/// What `up` passes on to the daemon that it starts.
+/// The options that `up` passes on to the daemon.
 #[derive(Clone, Debug, Default, Args)]
 pub struct DaemonArgs {
-    /// Where containers reach the daemon by HTTP; 0 takes any free port [default: 8974]
+    /// Port on which containers reach the daemon over HTTP; 0 picks a free port [default: 8974]
     #[arg(long, value_name = "PORT")]
     pub http_port: Option<u16>,
-    /// Address to listen on for them beside 127.0.0.1; may be repeated [default: Docker's bridge]
+    /// Additional address to listen on for containers, besides 127.0.0.1; may be repeated [default: Docker's bridge]
     #[arg(long, value_name = "ADDRESS")]
     pub http_bind: Vec<IpAddr>,
-    /// Restart no container, whoever asks
+    /// Refuse every request to restart a container
     #[arg(long)]
     pub no_restart: bool,
-    /// Forward every container of Docker's, but those whose label dev.landfall.forward is false
+    /// Forward all Docker containers, except those whose label dev.landfall.forward is false
     #[arg(long)]
     pub all: bool,
-    /// Serve what is forwarded on your tailnet, too, at the same port (tailscale serve)
+    /// Serve forwarded ports on your tailnet, too, under the same numbers (tailscale serve)
     #[arg(long)]
     pub tailscale: bool,
-    /// Send at most this much of a folder to a build, such as 4G [default: 1G]
+    /// Largest folder to send to a build, such as 4G [default: 1G]
     #[arg(long, value_name = "SIZE")]
     pub build_context_max: Option<ByteSize>,
-    /// Enter containers by a helper container that may, where you are not root but may use Docker
+    /// Enter containers through a privileged helper container, for users without root who can use Docker
     #[arg(long)]
     pub docker_helper: bool,
     /// Default of `run --sockets`: auto, native or relay [default: auto]
@@ -45,7 +45,7 @@ pub struct DaemonArgs {
 }
 
 impl DaemonArgs {
-    /// The same as words of a command line.
+    /// Returns these options as command-line arguments.
     pub fn words(&self) -> Vec<OsString> {
         let mut words: Vec<OsString> = Vec::new();
         if let Some(port) = self.http_port {
@@ -79,10 +79,10 @@ impl DaemonArgs {
 /// `landfall up`
 #[derive(Debug, Args)]
 pub struct UpArgs {
-    /// What the daemon takes, too.
+    /// The options of the daemon.
     #[command(flatten)]
     pub daemon: DaemonArgs,
-    /// Become the daemon instead of starting it, for a supervisor such as systemd
+    /// Run as the daemon instead of starting it, for a supervisor such as systemd
     #[arg(long)]
     pub foreground: bool,
     /// Print one JSON object
@@ -101,14 +101,14 @@ pub struct LauncherArgs {
 /// `landfall _helper`
 #[derive(Debug, Args)]
 pub struct HelperArgs {
-    /// Whom it obeys, by the number of the user
+    /// The uid of the user whose requests it accepts
     pub user: u32,
-    /// Where its socket is to be
+    /// Directory of its socket
     #[arg(long, value_name = "DIR", default_value = AGENT_DIRECTORY)]
     pub directory: PathBuf,
 }
 
-/// A verb that takes nothing but `--json`.
+/// The arguments of a verb whose only option is `--json`.
 #[derive(Debug, Args)]
 pub struct PlainArgs {
     /// Print one JSON object
@@ -119,7 +119,7 @@ pub struct PlainArgs {
 /// `landfall ls`
 #[derive(Debug, Args)]
 pub struct LsArgs {
-    /// List every container that Docker has, and why it is forwarded or not
+    /// List all Docker containers, each with the reason why it is forwarded or not
     #[arg(long)]
     pub all: bool,
     /// Print one JSON object
@@ -130,7 +130,7 @@ pub struct LsArgs {
 /// `landfall detach`
 #[derive(Debug, Args)]
 pub struct DetachArgs {
-    /// Which container
+    /// The container
     pub name: String,
     /// Print one JSON object
     #[arg(long)]
@@ -140,7 +140,7 @@ pub struct DetachArgs {
 /// `landfall status`
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// One container, in detail
+    /// Show one container, in detail
     pub name: Option<String>,
     /// Print one JSON object
     #[arg(long)]
@@ -150,28 +150,28 @@ pub struct StatusArgs {
 /// `landfall register`
 #[derive(Debug, Args)]
 pub struct RegisterArgs {
-    /// What the container is called; where Docker runs it, its name there
+    /// The name of the container; for a Docker container, its name in Docker
     #[arg(value_parser = container_name)]
     pub name: ContainerName,
-    /// Its folder on the host [default: this one]
+    /// Its folder on the host [default: the current folder]
     #[arg(long, value_name = "DIR")]
     pub cwd: Option<PathBuf>,
-    /// How it is reached.
+    /// The attach method.
     #[command(flatten)]
     pub attach_method: AttachMethodArgs,
-    /// Forward only these ports: 3000,8000-8100 or 80,* (below 1024 only what is named)
+    /// Forward only these ports: 3000,8000-8100 or 80,* (ports below 1024 only if named)
     #[arg(long, value_name = "PORTS")]
     pub allow: Option<PortList>,
     /// Never forward these ports
     #[arg(long, value_name = "PORTS")]
     pub deny: Option<PortList>,
-    /// Host port on which Docker publishes its port 8973
+    /// Host port on which Docker publishes port 8973 of the container
     #[arg(long, value_name = "PORT")]
     pub ws_host_port: Option<NonZeroU16>,
-    /// File with the token by which it may ask to be restarted, or LANDFALL_RESTART_TOKEN
+    /// File with the token with which the container may request its restart; or set LANDFALL_RESTART_TOKEN
     #[arg(long, value_name = "FILE")]
     pub restart_token_file: Option<PathBuf>,
-    /// File with the token that the daemon presents to it, or LANDFALL_BROKER_TOKEN
+    /// File with the token that the daemon presents to the container; or set LANDFALL_BROKER_TOKEN
     #[arg(long, value_name = "FILE")]
     pub broker_token_file: Option<PathBuf>,
     /// Print one JSON object
@@ -180,7 +180,7 @@ pub struct RegisterArgs {
 }
 
 impl RegisterArgs {
-    /// The port policy of the command line, where there is one.
+    /// Returns the port policy of the command line, if it has one.
     pub fn options(&self) -> Option<PortForward> {
         (self.allow.is_some() || self.deny.is_some()).then(|| {
             let deny = self.deny.clone().unwrap_or_default();
@@ -188,29 +188,29 @@ impl RegisterArgs {
         })
     }
 
-    /// The port policy where neither the command line nor the folder has one: a WebSocket needs one.
+    /// Returns the default port policy if neither the command line nor the folder has one. `--websocket` requires a policy.
     pub fn default_policy(&self) -> Option<PortForward> {
         self.attach_method.websocket.then(PortForward::default)
     }
 }
 
-/// At most one way into the container.
+/// At most one attach method.
 #[derive(Debug, Args)]
 #[group(required = false, multiple = false)]
 pub struct AttachMethodArgs {
-    /// By a process that is in it; the registration ends with that process
+    /// Through a process inside it; the registration ends with that process
     #[arg(long, value_parser = super::parse_pid)]
     pub pid: Option<NonZeroU32>,
-    /// By a file that stands for its network namespace, such as /run/netns/NAME
+    /// Through a file that refers to its network namespace, such as /run/netns/NAME
     #[arg(long, value_name = "PATH")]
     pub netns: Option<PathBuf>,
-    /// By Docker, which knows a container of this name
+    /// Through Docker, which has a container of this name
     #[arg(long)]
     pub docker: bool,
-    /// By an agent inside it, whose socket is in this directory of the host that both see
+    /// Through an agent inside it, whose socket is in this directory shared with the host
     #[arg(long, value_name = "DIR")]
     pub agent: Option<PathBuf>,
-    /// By its WebSocket alone: --ws-host-port and a broker token say where and as whom
+    /// Through its WebSocket only; needs --ws-host-port and a broker token
     #[arg(long)]
     pub websocket: bool,
 }
@@ -218,7 +218,7 @@ pub struct AttachMethodArgs {
 /// `landfall deregister`
 #[derive(Debug, Args)]
 pub struct DeregisterArgs {
-    /// Which container
+    /// The container
     pub name: String,
     /// Print one JSON object
     #[arg(long)]
@@ -227,34 +227,36 @@ pub struct DeregisterArgs {
 
 pub(super) const GRANT_NOTES: &str = "\
 Rights:
-  rebuild  The container may ask, over HTTP and with its own token, to be rebuilt: an image named
-           landfall-NAME is built from its folder, and the container is recreated from that image.
-           It keeps its user, capabilities, security options, mounts and limits.
+  rebuild  The container may request its own rebuild, over HTTP and with its own token: the daemon
+           builds an image named landfall-NAME from the container's folder, and recreates the
+           container from that image. It keeps its user, capabilities, security options, mounts
+           and limits.
 
-A container that can write to its folder chooses the Dockerfile, so `rebuild` gives it more than a
-new image of its own:
-  - The build has your image store: it can copy files out of every image on this machine (FROM,
-    COPY --from), and pull others.
-  - Its RUN steps are root in a build container, on Docker's default network, without the limits of
-    the container, for up to 30 minutes.
-  - The whole folder is sent to it, also the part that is not mounted.
+A container that can write to its folder chooses the Dockerfile, so `rebuild` permits more than a
+new image:
+  - The build has access to your image store: it can copy files out of every image on this machine
+    (FROM, COPY --from), and pull other images.
+  - Its RUN steps run as root in a build container, on Docker's default network, without the limits
+    of the container, for up to 30 minutes.
+  - The whole folder is sent to the build, including parts that are not mounted.
   - Each build takes disk space.
-  - A set-uid program in the new image makes a process root in the container, unless the container
-    has no-new-privileges.
+  - A set-uid program in the new image can give a process root inside the container, unless the
+    container has no-new-privileges.
 
-A grant belongs to the name and to the folder that is registered now; with another folder it is
-dormant. It outlives the container and its registration; `revoke` and `deregister` remove it.
+A grant belongs to the container's name and to the folder that is registered now; if another folder
+is registered, the grant is dormant. It outlives the container and its registration; `revoke` and
+`deregister` remove it.
 
 Example: landfall grant shop rebuild";
 
 /// `landfall grant`
 #[derive(Debug, Args)]
 pub struct GrantArgs {
-    /// The container, as it is registered
+    /// The container, under its registered name
     pub name: String,
     /// The rights, from the list below
-    #[arg(required = true)]
-    pub what: Vec<Right>,
+    #[arg(required = true, value_name = "RIGHT")]
+    pub rights: Vec<Right>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -267,8 +269,8 @@ pub struct RevokeArgs {
     #[arg(value_parser = container_name)]
     pub name: ContainerName,
     /// The rights, as `landfall status NAME` shows them
-    #[arg(required = true)]
-    pub what: Vec<String>,
+    #[arg(required = true, value_name = "RIGHT")]
+    pub rights: Vec<String>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -277,15 +279,15 @@ pub struct RevokeArgs {
 /// `landfall restart`
 #[derive(Debug, Args)]
 pub struct RestartArgs {
-    /// Which container
+    /// The container
     pub name: String,
     /// First build the image landfall-NAME from its folder; the container takes the user of that image
     #[arg(long)]
     pub build: bool,
-    /// Do not wait for what comes of it
+    /// Return at once, without the outcome
     #[arg(long)]
     pub no_wait: bool,
-    /// How long to wait for that, in seconds
+    /// How long to wait for the outcome, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600, conflicts_with = "no_wait")]
     pub wait: u64,
     /// Print one JSON object
@@ -296,10 +298,10 @@ pub struct RestartArgs {
 /// `landfall events`
 #[derive(Debug, Args)]
 pub struct EventsArgs {
-    /// Only what happens to this one
+    /// Only events of this container
     #[arg(long, value_name = "NAME")]
     pub container: Option<String>,
-    /// Print each as it comes, one JSON object a line
+    /// Print each event as one JSON object per line
     #[arg(long)]
     pub json: bool,
 }
@@ -307,13 +309,13 @@ pub struct EventsArgs {
 /// `landfall logs`
 #[derive(Debug, Args)]
 pub struct LogsArgs {
-    /// Go on with what is written from now on
+    /// Keep printing lines as they are written
     #[arg(short, long)]
     pub follow: bool,
-    /// How many lines of what is there
+    /// How many of the existing lines to print
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 50)]
     pub lines: usize,
-    /// Print the lines as they are, one JSON object each
+    /// Print the lines unchanged, one JSON object each
     #[arg(long)]
     pub json: bool,
 }

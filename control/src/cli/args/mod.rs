@@ -1,4 +1,5 @@
-//! The arguments, and nothing but them. Help texts are the first documentation people meet.
+//! The arguments of every verb. This module only defines and parses them: the verbs are in their own modules. The doc
+//! comments of arguments are the texts of `--help`.
 
 mod agent;
 mod daemon;
@@ -24,148 +25,150 @@ use crate::model::native_sockets::{OnConflict, Sockets};
 use crate::model::port_policy::{Policy, PortList};
 use crate::model::registration::ContainerName;
 
-/// What listens in a container answers on the host's localhost.
+/// Makes servers that listen in containers reachable on the host's localhost.
 #[derive(Debug, Parser)]
 #[command(name = "landfall", version, max_term_width = 100, after_help = EXIT_CODES)]
 #[command(disable_help_subcommand = true, arg_required_else_help = true)]
 pub struct Cli {
-    /// What to do.
+    /// The verb.
     #[command(subcommand)]
     pub verb: Verb,
 }
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0        done as asked; the exit code of the command after `run`
+  0        success; after `run`, the exit code of the command
   1        `doctor`: forwarding does not work here
-  2        the command line makes no sense
+  2        invalid command line
   3        no such container, process or namespace
   4        not permitted
-  5        no daemon runs, or none could be started or reached
-  6        the daemon refused, or what it was asked for failed
-  124      `agent forward`: no answer in time
+  5        no daemon runs, or it could not be started or reached
+  6        the daemon refused the request, or the request failed
+  124      `agent forward`, `agent restart`: no answer in time
   125      landfall itself failed
   126/127  `run`: the command cannot be executed / does not exist
-  128+N    `run`: the command was ended by signal N";
+  128+N    `run`: signal N ended the command";
 
 const RUN_NOTES: &str = "\
-The command has its standard streams, its signals and its exit code as if it were started without
-landfall. What landfall itself has to say goes to standard error, with --json as well. When the
-command ends, so does what it left running in its network: nobody could reach that any more.
+The command has the standard streams, signals and exit code that it would have without landfall.
+Messages of landfall go to standard error, also with --json. When the command ends, landfall ends
+the processes that it left in its network, since their ports can no longer be reached.
 
-It isolates the network and the user namespace (as root, where that is forbidden, the network
-alone), not files or processes: the command runs as you, and ~/.bashrc, docker.sock (which is root)
-and the daemon's hostd.sock are in its reach. Run code that you do not trust in a container.
+It isolates the network and the user namespace (as root, where user namespaces are forbidden, only
+the network), not files or processes: the command runs as you, and can reach ~/.bashrc, docker.sock
+(which is root) and the daemon's hostd.sock. Run untrusted code in a container.
 
-With native sockets (--sockets auto, the default, or native) a server listens on the host's
-localhost itself, and is as fast as outside. It then holds a socket of the host's network: a
+With native sockets (--sockets auto, the default, or native) a server listens directly on the
+host's localhost, without any loss of speed. It then holds a socket of the host's network: a
 malicious program can use it to connect to any service on the host's localhost. --net none and
---sockets relay keep the command in its own network. --sockets relay is also for programs that
-native sockets do not suit, and for several worktrees on one port. LANDFALL_SOCKETS sets the
+--sockets relay keep the command in its own network. Use --sockets relay also for programs that do
+not work with native sockets, and for several worktrees on one port. LANDFALL_SOCKETS sets the
 default.
 
 Example: landfall run -- npm run dev";
 
 const ATTACH_NOTES: &str = "\
-A container is forwarded by the daemon, from now on and whenever it runs, also when it is made anew
-under its name. Containers whose label dev.landfall.forward is true need no attach.
+The daemon forwards the container from now on, whenever it runs, also after it has been recreated
+under the same name. Containers whose label dev.landfall.forward is true need no attach.
 
 Example: landfall attach shop";
 
 const UP_NOTES: &str = "\
-The daemon keeps what it keeps in $LANDFALL_HOME, else $TYPECLAW_HOME, else ~/.landfall: its socket in run/,
-its registrations in run/registrations/, its log in log/. There is one daemon for each of them.";
+The daemon stores its files in $LANDFALL_HOME, or else $TYPECLAW_HOME, or else ~/.landfall: its
+socket in run/, its registrations in run/registrations/, its log in log/. Each of these directories
+has one daemon.";
 
 const REGISTER_NOTES: &str = "\
-Without a way in (--pid, --netns, --docker, --agent, --websocket) the container is only remembered, as
-one that a client of the reference registers. It may then rebuild itself: see landfall grant --help.
+Without an attach method (--pid, --netns, --docker, --agent, --websocket) the daemon records the
+container but does not enter it, as for clients of the reference implementation. Such a container
+may rebuild itself: see landfall grant --help.
 
-Tokens are taken from files or from the environment, never from the command line, which everybody on
-the machine can read.
+Tokens are read from files or from the environment, never from the command line, which every user
+of this machine can read.
 
 Example: landfall register shop --docker --allow 3000,5173";
 
-/// The verbs. Those that begin with `_` are how landfall starts parts of itself.
+/// The verbs. landfall starts its own processes with the verbs whose names start with `_`.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
-    /// Run a command in a network of its own; what it listens on answers on localhost
+    /// Run a command in its own network; ports that it listens on answer on localhost
     #[command(after_help = RUN_NOTES)]
     Run(RunArgs),
-    /// Forward what listens in a container of Docker's, or in a network namespace that exists already
+    /// Forward the ports of a Docker container, or of an existing network namespace
     #[command(after_help = ATTACH_NOTES)]
     Attach(AttachArgs),
-    /// Forward a container of Docker's no longer, whatever its labels say
+    /// Stop forwarding a Docker container, also if its labels ask for it
     Detach(DetachArgs),
-    /// Tell what this machine allows, and whether forwarding works
+    /// Show what this machine allows, and whether forwarding works
     Doctor(DoctorArgs),
-    /// Start the daemon, or replace one of another build; it remembers containers and forwards them
+    /// Start the daemon, or replace a daemon of another build; it registers containers and forwards their ports
     #[command(after_help = UP_NOTES)]
     Up(UpArgs),
-    /// Stop the daemon and its relay engine; what is registered is remembered
+    /// Stop the daemon and its relay engine; registrations are kept
     Down(PlainArgs),
-    /// Tell how the daemon is, or one container
+    /// Show the status of the daemon or of one container
     Status(StatusArgs),
-    /// List what is registered and what is forwarded
+    /// List registered containers and forwarded ports
     #[command(visible_alias = "list")]
     Ls(LsArgs),
-    /// Have the daemon remember a container and forward what listens in it
+    /// Register a container with the daemon, and forward its ports
     #[command(after_help = REGISTER_NOTES)]
     Register(RegisterArgs),
-    /// Have the daemon forget a container, and what was granted to it
+    /// Remove a container's registration and grants
     Deregister(DeregisterArgs),
-    /// Let a container do more than act for itself, such as rebuild its image
+    /// Grant a container additional rights, such as rebuilding its image
     #[command(after_help = daemon::GRANT_NOTES)]
     Grant(GrantArgs),
-    /// Take back what `grant` gave
+    /// Revoke rights that `grant` gave
     Revoke(RevokeArgs),
-    /// Have the daemon stop and start a container
+    /// Restart a container through the daemon
     Restart(RestartArgs),
-    /// Make a container of a folder and run it; what listens in it answers on localhost
+    /// Create a container from a folder and run it; ports in it answer on localhost
     #[command(after_help = start::START_NOTES)]
     Start(StartArgs),
-    /// Stop and remove what `start` has made
+    /// Stop and remove a container that `start` has created
     #[command(after_help = start::STOP_NOTES)]
     Stop(StopArgs),
-    /// Approve what the files of a folder ask for: commands, secrets, ports below 1024
+    /// Approve what the files of a folder request: commands, secrets, ports below 1024
     #[command(after_help = trust::TRUST_NOTES)]
     Trust(TrustArgs),
-    /// Tell what happens in the daemon, as it happens
+    /// Print the daemon's events as they happen
     Events(EventsArgs),
-    /// Tell what has happened in the daemon
+    /// Print the daemon's log
     Logs(LogsArgs),
-    /// Tell which build this is, and which one the daemon is
+    /// Show the build of this program and of the daemon
     Version(PlainArgs),
-    /// Inside a container: have a host reach what listens here, without any privilege
+    /// Inside a container: make its ports reachable for a host, without any privileges
     #[command(after_help = agent::AGENT_NOTES)]
     Agent(AgentArgs),
-    /// The inner process of a sandbox
+    /// The first process of a sandbox
     #[command(name = "_sandbox", hide = true)]
     Sandbox(InnerArgs),
     /// The daemon
     #[command(name = "_hostd", hide = true)]
     Hostd(DaemonArgs),
-    /// Keeps the capabilities of a root daemon
+    /// The process that keeps the capabilities of a root daemon
     #[command(name = "_launcher", hide = true)]
     Launcher(LauncherArgs),
-    /// The engine, driven over a socket
+    /// The relay engine, driven over a socket
     #[command(name = "_engine", hide = true)]
     Engine(EngineArgs),
-    /// Makes sockets inside a namespace
+    /// The process that opens sockets inside a namespace
     #[command(name = "_opener", hide = true)]
     Opener,
-    /// Starts openers for a user, inside the helper's container
+    /// The process that starts openers for a user, inside the helper container
     #[command(name = "_helper", hide = true)]
     Helper(HelperArgs),
-    /// A program that ends with the process that started it
+    /// Runs a program that ends with the process that started it
     #[command(name = "_tied", hide = true)]
     Tied(InnerArgs),
-    /// Ends a sandbox when landfall dies
+    /// The process that ends a sandbox when landfall dies
     #[command(name = "_keeper", hide = true)]
     Keeper(KeeperArgs),
 }
 
 impl Verb {
-    /// Whether errors are told as JSON.
+    /// Returns whether errors are printed as JSON.
     pub fn json(&self) -> bool {
         match self {
             Verb::Run(args) => args.common.json,
@@ -203,31 +206,31 @@ impl Verb {
     }
 }
 
-/// What `run` and `attach` share.
+/// The arguments that `run` and `attach` share.
 #[derive(Debug, Args)]
 pub struct Common {
-    /// Name to show for this namespace
+    /// Name of this namespace in messages and lists
     #[arg(long, value_parser = parse_name)]
     pub name: Option<String>,
-    /// Forward only these ports: 3000,8000-8100 or 80,* (below 1024 only what is named)
+    /// Forward only these ports: 3000,8000-8100 or 80,* (ports below 1024 only if named)
     #[arg(long, value_name = "PORTS")]
     pub allow: Option<PortList>,
     /// Never forward these ports
     #[arg(long, value_name = "PORTS")]
     pub deny: Option<PortList>,
-    /// How bytes are moved
+    /// The kernel interface that moves the bytes; an explicit choice implies --no-daemon
     #[arg(long, value_enum, default_value_t = Ring::Auto)]
     pub ring: Ring,
-    /// Forward by an engine of its own, even where a daemon runs; so does a --ring
+    /// Forward with an engine in this process, even if a daemon runs
     #[arg(long)]
     pub no_daemon: bool,
-    /// Tell what happens as JSON, one object a line
+    /// Print events as JSON, one object per line
     #[arg(long)]
     pub json: bool,
 }
 
 impl Common {
-    /// The port policy that was asked for.
+    /// Returns the port policy of the command line.
     pub fn policy(&self) -> Policy {
         Policy { allow: self.allow.clone(), deny: self.deny.clone().unwrap_or_default() }
     }
@@ -236,17 +239,17 @@ impl Common {
 /// `landfall run`
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// What `attach` has, too.
+    /// The arguments that `attach` has, too.
     #[command(flatten)]
     pub common: Common,
-    /// How the command reaches the world: through pasta, if it is installed; or not at all
+    /// Outbound network of the command: through pasta if it is installed, or none
     #[arg(long, value_enum, default_value_t = Net::Auto)]
     pub net: Net,
-    /// How its servers listen: on sockets of the host, without a relay; or through the relay [default: auto]
+    /// How its servers listen: on sockets of the host without a relay, or through the relay [default: auto]
     #[arg(long, value_enum)]
     pub sockets: Option<Sockets>,
-    /// Outcome when a server's port is in use on the host [default: `fail` where another program has it, `relay` where another
-    /// container has it]
+    /// Outcome if a server's port is in use on the host [default: `fail` if another program uses it, `relay` if another
+    /// container uses it]
     #[arg(long, value_enum)]
     pub on_conflict: Option<OnConflict>,
     /// The command and its arguments
@@ -257,10 +260,10 @@ pub struct RunArgs {
 /// `landfall attach`
 #[derive(Debug, Args)]
 pub struct AttachArgs {
-    /// Whose namespaces.
+    /// The namespaces.
     #[command(flatten)]
     pub target: TargetArgs,
-    /// What `run` has, too.
+    /// The arguments that `run` has, too.
     #[command(flatten)]
     pub common: Common,
     /// The container's folder on the host
@@ -272,13 +275,13 @@ pub struct AttachArgs {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub struct TargetArgs {
-    /// A container, as Docker calls it; the daemon remembers it until `detach`
+    /// A container, by its name in Docker; the daemon keeps it until `detach`
     #[arg(value_name = "NAME", value_parser = daemon::container_name)]
     pub container: Option<ContainerName>,
-    /// A process that is in the namespace
+    /// A process in the namespace
     #[arg(long, value_parser = parse_pid)]
     pub pid: Option<NonZeroU32>,
-    /// A file that stands for the namespace, such as /run/netns/NAME
+    /// A file that refers to the namespace, such as /run/netns/NAME
     #[arg(long, value_name = "PATH")]
     pub netns: Option<PathBuf>,
 }
@@ -294,7 +297,7 @@ pub struct DoctorArgs {
 /// `landfall _engine`
 #[derive(Debug, Args)]
 pub struct EngineArgs {
-    /// Where it listens for its driver.
+    /// Path of the socket on which it listens for its driver.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
 }
@@ -314,12 +317,12 @@ pub struct InnerArgs {
     pub command: Vec<OsString>,
 }
 
-/// Which ring moves the bytes.
+/// The kernel interface that moves the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Ring {
-    /// io_uring where the kernel allows it, else epoll.
+    /// io_uring if the kernel allows it, otherwise epoll.
     Auto,
-    /// io_uring or nothing.
+    /// io_uring; it is an error if the kernel does not allow it.
     #[value(name = "io_uring")]
     IoUring,
     /// epoll.
@@ -331,9 +334,9 @@ pub enum Ring {
 pub enum Net {
     /// Loopback only.
     None,
-    /// Through pasta, or it is an error.
+    /// Through pasta; it is an error if pasta is missing or fails.
     Pasta,
-    /// Through pasta where it is installed and works.
+    /// Through pasta if it is installed and works.
     Auto,
 }
 

@@ -1,4 +1,4 @@
-//! `landfall attach NAME`: the daemon forwards a container of Docker's from now on, and remembers that it is to.
+//! `landfall attach NAME`: registers a Docker container with the daemon, which forwards its ports from now on.
 
 use std::num::NonZeroU16;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::cli::args::{AttachArgs, Ring};
 use crate::cli::daemon_client::{self, Container};
 use crate::cli::exit::{Exit, Failure};
 use crate::cli::start::{self, Folder};
-use crate::cli::ui::output::{Colour, Report, Talk};
+use crate::cli::ui::output::{Colour, Printer, Report};
 use crate::daemon::discovery::report::{Forwarded, Found};
 use crate::daemon::rpc::client::{Client, PATIENT_BUDGET};
 use crate::error::chain;
@@ -22,19 +22,19 @@ use crate::model::registration::{AttachMethod, ContainerName, Discovered, FoundB
 use crate::registry::folder::FOREGROUND;
 use crate::sys::processes::ProcessFact;
 
-/// How long the daemon may take to reach a container that runs, and its ports to settle. It takes milliseconds.
+/// The maximum wait until the daemon has entered a running container and opened its ports. It takes milliseconds.
 const REACH_MAX: Duration = Duration::from_secs(5);
-/// How long a container in which nothing listens is looked at before that is believed: what listens is known a moment after
-/// it is entered.
+/// The wait before a container without listeners is reported as such: its listeners are known shortly after it is
+/// entered.
 const LISTEN_MAX: Duration = Duration::from_millis(250);
-/// How often that is looked at.
+/// The interval between requests while waiting.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Attaches, and tells what is forwarded of it now.
+/// Attaches a container, and prints the ports that are forwarded now.
 pub(super) fn attach(container: &ContainerName, args: &AttachArgs) -> Result<Exit, Failure> {
     if args.common.no_daemon || args.common.ring != Ring::Auto {
-        return Err(Failure::new(Exit::Usage, "a container of Docker's is forwarded by the daemon")
-            .hint("leave out --no-daemon and --ring, or attach to its process with --pid"));
+        return Err(Failure::new(Exit::Usage, "Docker containers are forwarded by the daemon")
+            .hint("omit --no-daemon and --ring, or attach to a process of the container with --pid"));
     }
     let client = daemon_client::client_of_running()?;
     let found = find(&client, container)?;
@@ -48,31 +48,31 @@ pub(super) fn attach(container: &ContainerName, args: &AttachArgs) -> Result<Exi
         refuse_change(args, &name)?;
     } else {
         let request = request(&name, container, &found, args)?;
-        client.within(PATIENT_BUDGET).call(&request).map_err(|error| daemon_client::failed(&error))?;
+        client.within(PATIENT_BUDGET).call(&request).map_err(|error| daemon_client::call_failure(&error))?;
     }
-    tell(args, &found, &name, wait_until_reached(&client, &name, found.running)?)
+    print_result(args, &found, &name, wait_until_reached(&client, &name, found.running)?)
 }
 
-/// The container of this name.
+/// Finds the container of this name.
 fn find(client: &Client, name: &ContainerName) -> Result<Found, Failure> {
     let found = daemon_client::containers(client)?.into_iter().find(|found| found.name == name.as_str());
     found.ok_or_else(|| {
         Failure::new(Exit::Missing, format!("Docker has no container {name}"))
-            .hint("landfall ls --all shows what it has")
+            .hint("landfall ls --all lists Docker containers")
     })
 }
 
-/// What somebody registered is forwarded as they said.
+/// Fails if options would change an explicit registration.
 fn refuse_change(args: &AttachArgs, name: &str) -> Result<(), Failure> {
     let common = &args.common;
     if common.allow.is_none() && common.deny.is_none() && common.name.is_none() && args.cwd.is_none() {
         return Ok(());
     }
-    Err(Failure::new(Exit::Refused, format!("{name} is registered already, and stays as it is"))
-        .hint(format!("landfall deregister {name}, and attach then")))
+    Err(Failure::new(Exit::Refused, format!("{name} is already registered, and was not changed"))
+        .hint(format!("run landfall deregister {name}, then attach")))
 }
 
-/// The request to remember it, with what [`exposure`] makes of all that is said of its ports.
+/// Builds the request to register, with the port policy that [`exposure`] computes from all sources.
 fn request(
     name: &str,
     container: &ContainerName,
@@ -100,14 +100,14 @@ fn request(
         (common.allow.is_some() || common.deny.is_some()).then(|| PortForward::from(&common.policy()));
     if let (None, Some(why)) = (&options, &found.unreadable) {
         return Err(Failure::new(Exit::Refused, format!("{container} is not attached: {why}"))
-            .hint("say which of its ports with --allow or --deny, or mend the label"));
+            .hint("choose its ports with --allow or --deny, or correct the label"));
     }
     let own = found.port_forward.as_ref().map(PortForward::from_value).transpose();
-    let own = own.map_err(|error| daemon_client::other_build(&error))?;
+    let own = own.map_err(|error| daemon_client::description_failure(&error))?;
     let metadata =
-        found.devcontainer.as_ref().map(|said| devcontainer::from_metadata(&said.to_string(), None));
+        found.devcontainer.as_ref().map(|declared| devcontainer::from_metadata(&declared.to_string(), None));
     let metadata =
-        metadata.transpose().map_err(|error| daemon_client::other_build(&error))?.unwrap_or_default();
+        metadata.transpose().map_err(|error| daemon_client::description_failure(&error))?.unwrap_or_default();
     let file = match &folder {
         Some(folder) => {
             start::read_for_registration(folder, &daemon_client::home()?, options.is_none(), common.json)?
@@ -116,9 +116,9 @@ fn request(
     };
     let image_deny = found.image_deny.as_deref().filter(|_| options.is_none()).map(str::parse).transpose();
     let image_deny: PortList =
-        image_deny.map_err(|error| daemon_client::other_build(&error))?.unwrap_or_default();
-    let (Exposure { policy, notes, .. }, folder_ports) = exposure_of_file(file, |said| {
-        exposure(options.clone(), own.clone(), metadata.clone(), said).denying(&image_deny)
+        image_deny.map_err(|error| daemon_client::description_failure(&error))?.unwrap_or_default();
+    let (Exposure { policy, notes, .. }, folder_ports) = exposure_of_file(file, |declared| {
+        exposure(options.clone(), own.clone(), metadata.clone(), declared).denying(&image_deny)
     });
     if let Some(ports) = folder_ports {
         add("folderPorts", json!(ports));
@@ -142,12 +142,13 @@ fn folder(folder: &Path) -> Result<Folder, Failure> {
     Ok(Folder { path, text })
 }
 
-/// Waits until what listens in the container is known and forwarded, or cannot be, or there is nothing to wait for.
+/// Waits until the container's listeners are known and forwarded, or it cannot be entered, or it does not run; at most
+/// [`REACH_MAX`].
 fn wait_until_reached(client: &Client, name: &str, running: bool) -> Result<Option<Container>, Failure> {
     let deadline = Instant::now() + REACH_MAX;
     let mut reached = None;
     loop {
-        let containers = daemon_client::described(client)?.containers;
+        let containers = daemon_client::require_description(client)?.containers;
         let own = containers.into_iter().find(|own| own.state.container_name == name);
         let is_settled = own.as_ref().is_some_and(|own| match own.state.state {
             Reachability::Reached if own.state.forwards.is_empty() => {
@@ -164,59 +165,65 @@ fn wait_until_reached(client: &Client, name: &str, running: bool) -> Result<Opti
     }
 }
 
-fn tell(args: &AttachArgs, found: &Found, name: &str, own: Option<Container>) -> Result<Exit, Failure> {
-    let talk = Talk::to_stdout(args.common.json);
+fn print_result(
+    args: &AttachArgs,
+    found: &Found,
+    name: &str,
+    own: Option<Container>,
+) -> Result<Exit, Failure> {
+    let printer = Printer::to_stdout(args.common.json);
     let Some(Container { state, .. }) = own else {
         return Err(Failure::new(
             Exit::Refused,
-            format!("{name} was attached, and somebody deregistered it"),
+            format!("{name} was attached, then deregistered by another client"),
         ));
     };
     let exit = if state.state == Reachability::Unreachable { Exit::Refused } else { Exit::Ok };
     if args.common.json {
-        let mut told = json!({ "attached": name, "container": found.name, "running": found.running });
-        if let (Some(told), Ok(Value::Object(state))) = (told.as_object_mut(), serde_json::to_value(&state)) {
-            told.extend(state);
+        let mut value = json!({ "attached": name, "container": found.name, "running": found.running });
+        if let (Some(value), Ok(Value::Object(state))) = (value.as_object_mut(), serde_json::to_value(&state))
+        {
+            value.extend(state);
         }
-        talk.plain(&told.to_string());
+        printer.print(&value.to_string());
         return Ok(exit);
     }
     let what = match state.state {
-        Reachability::Unreachable => "is remembered",
+        Reachability::Unreachable => "is registered",
         _ => "is forwarded whenever it runs",
     };
-    talk.line("attached", Colour::Green, &format!("{name} {what}"));
+    printer.line("attached", Colour::Green, &format!("{name} {what}"));
     let why = state.reason.clone();
     match state.state {
         Reachability::Reached if state.forwards.is_empty() => {
-            note(talk, "nothing listens in it just now; what will is forwarded at once".to_owned());
+            note(printer, "no port is listened on now; new listeners are forwarded at once".to_owned());
         }
         Reachability::Reached => {}
         Reachability::Unreachable => {
             let why = why.unwrap_or_else(|| "it cannot be entered".to_owned());
-            let text = format!("{name} is not reached: {why}");
-            talk.report(&Report::Warning { text, hint: None });
+            let text = format!("{name} is unreachable: {why}");
+            printer.report(&Report::Warning { text, hint: None });
         }
-        Reachability::Off => note(talk, "its ports are all denied".to_owned()),
-        Reachability::Waiting if !found.running => note(talk, "it does not run just now".to_owned()),
+        Reachability::Off => note(printer, "all its ports are denied".to_owned()),
+        Reachability::Waiting if !found.running => note(printer, "it is not running now".to_owned()),
         Reachability::Waiting => {
             let why = why.map(|why| format!(": {why}")).unwrap_or_default();
-            note(talk, format!("it is not reached yet{why}"));
+            note(printer, format!("it is not entered yet{why}"));
         }
     }
     for row in state.forwards.into_iter().filter(|row| !(row.silent && row.state == RowState::Open)) {
-        tell_row(talk, name, row);
+        print_row(printer, name, row);
     }
     Ok(exit)
 }
 
-fn tell_row(talk: Talk, name: &str, row: ForwardRow) {
+fn print_row(printer: Printer, name: &str, row: ForwardRow) {
     let (Some(port), Some(host_port)) = (NonZeroU16::new(row.port), NonZeroU16::new(row.host_port)) else {
         return;
     };
     let process = row.process.zip(row.pid).map(|(name, pid)| ProcessFact { name, pid });
-    let why = row.reason.unwrap_or_else(|| "the daemon does not say why".to_owned());
-    talk.report(&match row.state {
+    let why = row.reason.unwrap_or_else(|| "the daemon reported no reason".to_owned());
+    printer.report(&match row.state {
         RowState::Open | RowState::Closing | RowState::Opening => Report::Forward {
             port: host_port,
             name: name.to_owned(),
@@ -227,12 +234,12 @@ fn tell_row(talk: Talk, name: &str, row: ForwardRow) {
         RowState::Failed => Report::Failed { port: host_port, detail: why },
         RowState::Denied => Report::Withheld { port, reason: why },
         RowState::Published => {
-            let text = format!("port {port} answers at localhost:{host_port}: {why}");
+            let text = format!("port {port} answers on localhost:{host_port}: {why}");
             Report::Note { text, hint: None }
         }
     });
 }
 
-fn note(talk: Talk, text: String) {
-    talk.report(&Report::Note { text, hint: None });
+fn note(printer: Printer, text: String) {
+    printer.report(&Report::Note { text, hint: None });
 }

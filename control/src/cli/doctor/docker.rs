@@ -1,4 +1,5 @@
-//! The Docker engine: which one is asked, whether it answers, and how its containers will be reached.
+//! Findings about the Docker engine: which one is configured, whether it answers, and how its containers will be
+//! entered.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,12 +11,17 @@ use super::Finding;
 use crate::docker::{About, Docker, DockerError};
 
 const ENGINE: &str = "Docker engine";
-const WAY: &str = "Docker containers";
+const CONTAINERS: &str = "Docker containers";
 
-/// What is found about the engine, about the way into its containers, and whether that is closed to a user to whom Docker is open.
+/// Returns the findings about the engine and about the attach method of its containers, and whether this user can use
+/// Docker but cannot enter its containers.
 pub(super) fn docker() -> (Finding, Finding, bool) {
     let unasked = || {
-        Finding::lack(WAY, "not known, since no engine answers", "`run` and `attach --pid` need no Docker")
+        Finding::lack(
+            CONTAINERS,
+            "unknown, since no engine answers",
+            "`run` and `attach --pid` need no Docker",
+        )
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -25,14 +31,14 @@ pub(super) fn docker() -> (Finding, Finding, bool) {
         Ok(about) => {
             let owner = about.socket.as_deref().and_then(owner);
             let user = rustix::process::geteuid().as_raw();
-            let is_closed = user != 0 && owner != Some(user);
-            (engine(&about, owner), attach_method(&about, owner, user, &kernel()), is_closed)
+            let needs_helper = user != 0 && owner != Some(user);
+            (engine(&about, owner), attach_method(&about, owner, user, &kernel()), needs_helper)
         }
         Err(error) => (absent(&error), unasked(), false),
     }
 }
 
-/// The user that an engine runs as: rootless ones run as their user.
+/// Returns the uid of the engine's process; a rootless engine runs as its user.
 fn owner(socket: &Path) -> Option<u32> {
     let peer = UnixStream::connect(socket).ok()?;
     getsockopt(&peer, PeerCredentials).ok().map(|peer| peer.uid())
@@ -48,23 +54,23 @@ fn engine(about: &About, owner: Option<u32>) -> Finding {
     Finding::ok(ENGINE, format!("{}{rootless}, at {}{said_by}", about.name, about.at))
 }
 
-/// How containers will be reached by user `user`, on this `kernel`.
+/// Returns how user `user` can enter containers on this `kernel`.
 fn attach_method(about: &About, owner: Option<u32>, user: u32, kernel: &str) -> Finding {
     if about.kernel.as_ref().is_some_and(|theirs| theirs != kernel) {
         return Finding::lack(
-            WAY,
-            "the engine runs on another kernel: on another machine, or in a virtual one",
-            "run landfall there, or register containers by their WebSocket (landfall register --websocket)",
+            CONTAINERS,
+            "the engine runs on another kernel: another machine or a virtual machine",
+            "run landfall there, or register containers with landfall register --websocket",
         );
     }
     match (user, owner) {
-        (0, _) => Finding::ok(WAY, "entered by their namespaces, as root"),
+        (0, _) => Finding::ok(CONTAINERS, "entered through their namespaces, as root"),
         (user, Some(owner)) if user == owner => {
-            Finding::ok(WAY, "entered by their namespaces, as the user that runs the engine")
+            Finding::ok(CONTAINERS, "entered through their namespaces, as the user that runs the engine")
         }
         _ => Finding::ok(
-            WAY,
-            "entered by root alone; for this user by a helper (see below) or by an agent inside",
+            CONTAINERS,
+            "only root can enter them; this user needs a helper (see below) or an agent inside",
         ),
     }
 }
@@ -77,14 +83,14 @@ fn absent(error: &DockerError) -> Finding {
     let path = at.strip_prefix("unix://").map(Path::new);
     match path.map(|path| rustix::fs::access(path, rustix::fs::Access::WRITE_OK)) {
         Some(Err(rustix::io::Errno::NOENT)) => {
-            Finding::lack(ENGINE, format!("none at {at}"), "`run` and `attach --pid` need no Docker")
+            Finding::lack(ENGINE, format!("not found at {at}"), "`run` and `attach --pid` need no Docker")
         }
         Some(Err(_)) => Finding::lack(ENGINE, detail, "join the group docker, or run as root"),
-        Some(Ok(())) => Finding::lack(ENGINE, detail, "start the engine, or name another one by DOCKER_HOST"),
+        Some(Ok(())) => Finding::lack(ENGINE, detail, "start the engine, or set DOCKER_HOST to another one"),
         None => Finding::lack(
             ENGINE,
             detail,
-            "landfall works with an engine on this machine, named by DOCKER_HOST",
+            "landfall needs an engine on this machine; set DOCKER_HOST to its socket",
         ),
     }
 }
@@ -105,17 +111,17 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_is_told_with_its_owner_and_with_who_named_it() {
-        let told = engine(&about("6.1"), Some(1000)).detail;
+    fn an_engine_is_reported_with_its_owner_and_the_source_of_its_address() {
+        let detail = engine(&about("6.1"), Some(1000)).detail;
         assert_eq!(
-            told,
+            detail,
             "Docker Engine 27.1, rootless, at unix:///run/user/1000/docker.sock (context rootless)"
         );
         assert!(!engine(&about("6.1"), Some(0)).detail.contains("rootless,"));
     }
 
     #[test]
-    fn the_way_in_follows_from_who_runs_what_where() {
+    fn the_attach_method_depends_on_the_user_the_owner_and_the_kernel() {
         let state = |owner, user, kernel: &str| attach_method(&about(kernel), owner, user, "6.1").state;
         assert_eq!(state(Some(0), 0, "6.1"), State::Ok);
         assert_eq!(state(Some(1000), 1000, "6.1"), State::Ok);
@@ -125,10 +131,10 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_is_not_there_is_told_with_what_to_do() {
+    fn a_missing_engine_is_reported_with_a_hint() {
         let nowhere =
             |at: &str| absent(&DockerError::Unreachable { at: at.to_owned(), reason: "no".to_owned() });
-        assert_eq!(nowhere("unix:///no/such.sock").detail, "none at unix:///no/such.sock");
+        assert_eq!(nowhere("unix:///no/such.sock").detail, "not found at unix:///no/such.sock");
         assert!(nowhere("ssh://there (DOCKER_HOST)").hint.unwrap().contains("DOCKER_HOST"));
     }
 }

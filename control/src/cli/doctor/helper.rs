@@ -1,4 +1,4 @@
-//! Whether the daemon's containers are entered by a helper, and whether that would be of use here.
+//! The finding about the daemon's helper container: its state, or whether this user would need one.
 
 use super::Finding;
 use crate::cli::daemon_client::{self, Description};
@@ -7,34 +7,33 @@ use crate::docker::helper_container::{ACCESS, HelperState};
 
 const WHAT: &str = "Docker helper";
 
-/// What the daemon says of its helper; without one, whether there is a use for it: Docker is open to this user, and its
-/// containers are closed.
-pub(super) fn helper(is_of_use: bool) -> Finding {
+/// Returns the state of the daemon's helper. Without a helper, the finding depends on `is_useful`: this user can use
+/// Docker, but cannot enter its containers.
+pub(super) fn helper(is_useful: bool) -> Finding {
     let description = crate::sys::paths::Home::from_environment()
         .ok()
         .and_then(|home| daemon_client::describe(&Client::new(home.socket())).ok().flatten());
-    finding(description.as_ref(), is_of_use)
+    finding(description.as_ref(), is_useful)
 }
 
-fn finding(description: Option<&Description>, is_of_use: bool) -> Finding {
+fn finding(description: Option<&Description>, is_useful: bool) -> Finding {
     if let Some(helper) = description.and_then(|description| description.docker_helper.as_ref()) {
         let name = &helper.container;
         return match (helper.state, &helper.reason) {
             (HelperState::Running, _) => Finding::ok(WHAT, format!("{name} runs; {ACCESS}")),
-            (HelperState::Starting, _) => Finding::ok(WHAT, format!("{name} is being made")),
+            (HelperState::Starting, _) => Finding::ok(WHAT, format!("{name} is starting")),
             (HelperState::Failed, reason) => {
-                let reason = reason.as_deref().unwrap_or("for no reason that is known");
-                let hint = "the daemon tries again by itself; landfall down, and up without --docker-helper, does without";
-                Finding::lack(WHAT, format!("{name} cannot be had: {reason}"), hint)
+                let reason = reason.as_deref().unwrap_or("unknown reason");
+                let hint = "the daemon retries automatically; to run without a helper: landfall down, then landfall up without --docker-helper";
+                Finding::lack(WHAT, format!("{name} is unavailable: {reason}"), hint)
             }
         };
     }
-    if !is_of_use {
-        return Finding::ok(WHAT, "not in use, and of no use to this user here");
+    if !is_useful {
+        return Finding::ok(WHAT, "not in use, and not needed by this user");
     }
-    let hint =
-        format!("landfall up --docker-helper keeps a container, of landfall alone, that may: {ACCESS}");
-    Finding::lack(WHAT, "not in use; containers of root's Docker are entered by root alone", hint)
+    let hint = format!("landfall up --docker-helper runs a helper container of landfall: {ACCESS}");
+    Finding::lack(WHAT, "not in use; only root can enter containers of root's Docker", hint)
 }
 
 #[cfg(test)]
@@ -50,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_helper_is_given_is_told_before_and_after() {
+    fn the_access_of_the_helper_is_shown_before_and_after_its_start() {
         let before = finding(None, true);
         assert_eq!(before.state, State::Lack);
         let hint = before.hint.unwrap();
@@ -65,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_no_use_for_it_is_not_urged() {
+    fn a_user_who_needs_no_helper_gets_no_hint() {
         assert_eq!(finding(None, false).state, State::Ok);
     }
 }

@@ -1,4 +1,4 @@
-//! Whether another user of this machine receives what containers send to the daemon.
+//! The finding about the HTTP endpoint: whether a process of another user receives the requests of containers.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU16;
@@ -12,7 +12,7 @@ use crate::sys::held_port::HeldPort;
 
 const WHAT: &str = "HTTP for containers";
 
-/// Looks at what the daemon reports, or at the port itself where no daemon runs.
+/// Uses the report of the daemon, or looks up the holder of the port if no daemon runs.
 pub(super) fn http() -> Finding {
     let described =
         daemon_client::client().and_then(|client| daemon_client::describe(&client)).ok().flatten();
@@ -25,17 +25,17 @@ pub(super) fn http() -> Finding {
 fn of_daemon(http: &HttpFacts, port: Option<u16>) -> Finding {
     let at = port.map_or_else(|| "no port".to_owned(), |port| format!("port {port}"));
     match (&http.gateway, &http.fallback) {
-        (Some(Gateway::Held { by }), _) | (_, Some(by)) => stranger(by),
+        (Some(Gateway::Held { by }), _) | (_, Some(by)) => held_by_other_user(by),
         (Some(Gateway::Failed { address, reason }), _) => Finding::lack(
             WHAT,
             format!("the daemon does not listen on {address}: {reason}"),
-            "landfall up --http-bind takes an address of this machine",
+            "landfall up --http-bind needs an address of this machine",
         ),
         (Some(Gateway::Listening { address }), None) => {
             Finding::ok(WHAT, format!("the daemon listens on {address}, {at}"))
         }
         (Some(Gateway::Elsewhere { address }), None) => {
-            Finding::ok(WHAT, format!("{at}; {address} is no address of this machine"))
+            Finding::ok(WHAT, format!("{at}; {address} is not an address of this machine"))
         }
         (None, None) => Finding::ok(WHAT, at),
     }
@@ -57,10 +57,10 @@ fn without_daemon() -> Finding {
         }
         None
     });
-    held.map_or_else(|| Finding::ok(WHAT, "no daemon runs"), |held| stranger(&held))
+    held.map_or_else(|| Finding::ok(WHAT, "no daemon runs"), |held| held_by_other_user(&held))
 }
 
-fn stranger(held: &HeldPort) -> Finding {
+fn held_by_other_user(held: &HeldPort) -> Finding {
     Finding::lack(
         WHAT,
         format!("{held}; containers send their tokens there"),

@@ -1,4 +1,4 @@
-//! `landfall doctor`: tells what this machine allows, by trying it.
+//! `landfall doctor`: tests what this machine allows by doing it.
 
 mod docker;
 mod helper;
@@ -16,23 +16,23 @@ use serde::Serialize;
 
 use super::args::DoctorArgs;
 use super::exit::{Exit, Failure};
-use crate::cli::ui::output::{Colour, Talk};
+use crate::cli::ui::output::{Colour, Printer};
 use crate::error::chain;
 use crate::sys::sandbox::{Sandbox, SandboxError, Step, pasta};
 
-/// How something stands.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum State {
-    /// As it should be.
+    /// As required.
     Ok,
-    /// Missing, and landfall does without.
+    /// Missing; landfall works without it.
     Lack,
-    /// Missing, and forwarding does not work without.
+    /// Missing; forwarding does not work without it.
     Broken,
 }
 
-/// What was found about one thing.
+/// The result of one test.
 #[derive(Clone, Debug, Serialize)]
 struct Finding {
     what: &'static str,
@@ -56,21 +56,21 @@ impl Finding {
     }
 }
 
-/// Looks at everything, prints it, and answers whether forwarding works.
+/// Runs all tests, prints the findings, and returns whether forwarding works.
 pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
-    let (namespaces, way_in, native) = namespaces();
-    let (docker, way_into_docker, is_closed) = docker::docker();
-    let helper = helper::helper(is_closed);
+    let (namespaces, entry, native) = namespaces();
+    let (docker, docker_entry, needs_helper) = docker::docker();
+    let helper = helper::helper(needs_helper);
     let findings = [
         namespaces,
-        way_in,
+        entry,
         native,
         loopback_v4(),
         loopback_v6(),
         io_uring(),
         tracefs(),
         docker,
-        way_into_docker,
+        docker_entry,
         helper,
         http::http(),
         congestion(),
@@ -78,27 +78,27 @@ pub fn doctor(args: &DoctorArgs) -> Result<Exit, Failure> {
         descriptors(),
     ];
     let works = findings.iter().all(|finding| finding.state != State::Broken);
-    let talk = Talk::to_stdout(args.json);
+    let printer = Printer::to_stdout(args.json);
     if args.json {
-        talk.plain(&serde_json::json!({ "works": works, "findings": findings }).to_string());
+        printer.print(&serde_json::json!({ "works": works, "findings": findings }).to_string());
     } else {
-        findings.iter().for_each(|finding| talk.plain(&line(&talk, finding)));
-        talk.plain(if works { "\nforwarding works here" } else { "\nforwarding does not work here" });
+        findings.iter().for_each(|finding| printer.print(&line(&printer, finding)));
+        printer.print(if works { "\nforwarding works here" } else { "\nforwarding does not work here" });
     }
     Ok(if works { Exit::Ok } else { Exit::Unfit })
 }
 
-fn line(talk: &Talk, finding: &Finding) -> String {
+fn line(printer: &Printer, finding: &Finding) -> String {
     let word = match finding.state {
-        State::Ok => talk.paint("ok    ", Colour::Green),
-        State::Lack => talk.paint("lack  ", Colour::Yellow),
-        State::Broken => talk.paint("broken", Colour::Red),
+        State::Ok => printer.paint("ok    ", Colour::Green),
+        State::Lack => printer.paint("lack  ", Colour::Yellow),
+        State::Broken => printer.paint("broken", Colour::Red),
     };
     let hint = finding.hint.as_ref().map(|hint| format!("\n       hint: {hint}")).unwrap_or_default();
     format!("{word} {:<20} {}{hint}", finding.what, finding.detail)
 }
 
-/// Really makes a sandbox, really enters it, and really installs the filter of native sockets.
+/// Tests by creating a sandbox, entering it, and installing the filter of native sockets.
 fn namespaces() -> (Finding, Finding, Finding) {
     const MAKE: &str = "user namespaces";
     const ENTER: &str = "setns";
@@ -117,39 +117,39 @@ fn namespaces() -> (Finding, Finding, Finding) {
     let entered =
         Target::process(sandbox.pid()).and_then(|target| Opener::spawn(Path::new("/proc/self/exe"), target));
     let enter = match entered {
-        Ok(_) => Finding::ok(ENTER, "a namespace made by us can be entered"),
+        Ok(_) => Finding::ok(ENTER, "a new namespace can be entered"),
         Err(error) => Finding::broken(
             ENTER,
             chain(&error),
-            "a sandbox around landfall (seccomp, AppArmor) forbids setns; run landfall outside of it, or reach containers \
-             by an agent inside them (landfall register --agent DIR) or by their WebSocket (--websocket)",
+            "a sandbox around landfall (seccomp, AppArmor) forbids setns; run landfall outside of it, or use an agent \
+             inside each container (landfall register --agent DIR) or its WebSocket (--websocket)",
         ),
     };
     let make = if sandbox.has_user_namespace() {
-        Finding::ok(MAKE, "a user and network namespace can be made")
+        Finding::ok(MAKE, "a user and network namespace can be created")
     } else {
-        Finding::lack(MAKE, "root alone can run commands, in a network namespace", user_namespace_hint())
+        Finding::lack(MAKE, "only root can run commands, in a network namespace", user_namespace_hint())
     };
     (make, enter, native_sockets(&sandbox))
 }
 
 const NATIVE: &str = "native sockets";
 
-/// Whether servers under `run` may listen on the host's sockets.
+/// Tests whether servers under `run` can listen on sockets of the host.
 fn native_sockets(sandbox: &Sandbox) -> Finding {
     let refused = |error: &dyn std::error::Error, hint: &str| Finding::lack(NATIVE, chain(error), hint);
-    let relayed = "servers under `run` are relayed meanwhile";
+    let relayed = "servers under `run` are relayed instead";
     if let Err(error) = Supervisor::prepare() {
         return refused(
             &error,
-            "raise it: sysctl -w fs.inotify.max_user_instances=512; servers are relayed meanwhile",
+            "raise the limit: sysctl -w fs.inotify.max_user_instances=512; until then servers are relayed",
         );
     }
     match sandbox.filter() {
-        Ok(Ok(_)) => Finding::ok(NATIVE, "servers under `run` listen on the host's localhost themselves"),
+        Ok(Ok(_)) => Finding::ok(NATIVE, "servers under `run` listen directly on the host's localhost"),
         Ok(Err(InstallError::Nested)) => refused(
             &InstallError::Nested,
-            "landfall itself runs under another supervisor; run it outside of that",
+            "landfall itself runs under a seccomp supervisor; run it outside of that",
         ),
         Ok(Err(error)) => refused(&error, relayed),
         Err(error) => refused(&error, relayed),
@@ -159,35 +159,36 @@ fn native_sockets(sandbox: &Sandbox) -> Finding {
 fn hint_for(error: &SandboxError) -> String {
     match error {
         SandboxError::Step { step: Step::Unshare, .. } | SandboxError::Map(..) => user_namespace_hint(),
-        _ => "see that /proc is mounted and processes can be started".to_owned(),
+        _ => "check that /proc is mounted and processes can be started".to_owned(),
     }
 }
 
-/// What to do where user namespaces cannot be made. The settings are looked at in the order in which the kernel and
-/// the distributions consult them.
+/// Returns the hint for a machine on which user namespaces cannot be created. The settings are checked in the order in
+/// which the kernel and the distributions apply them.
 pub fn user_namespace_hint() -> String {
     let setting = |name: &str| {
         let text = fs::read_to_string(format!("/proc/sys/{}", name.replace('.', "/"))).ok()?;
         text.trim().parse::<u64>().ok()
     };
     if setting("user.max_user_namespaces") == Some(0) {
-        return "user namespaces are turned off: sysctl -w user.max_user_namespaces=10000".to_owned();
+        return "user namespaces are disabled: sysctl -w user.max_user_namespaces=10000".to_owned();
     }
     if setting("kernel.unprivileged_userns_clone") == Some(0) {
-        return "only root may make user namespaces: sysctl -w kernel.unprivileged_userns_clone=1".to_owned();
+        return "only root may create user namespaces: sysctl -w kernel.unprivileged_userns_clone=1"
+            .to_owned();
     }
     if setting("kernel.apparmor_restrict_unprivileged_userns") == Some(1) {
-        return "AppArmor keeps user namespaces from programs without a profile: \
+        return "AppArmor denies user namespaces to programs without a profile: \
                 sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or give landfall a profile"
             .to_owned();
     }
-    "inside a container, allow user namespaces to it (seccomp, AppArmor), or run landfall on the host"
+    "inside a container, allow user namespaces for it (seccomp, AppArmor), or run landfall on the host"
         .to_owned()
 }
 
 fn loopback_v4() -> Finding {
     match TcpListener::bind(("127.0.0.1", 0)) {
-        Ok(_) => Finding::ok("IPv4 loopback", "127.0.0.1 can be listened on"),
+        Ok(_) => Finding::ok("IPv4 loopback", "127.0.0.1 accepts listeners"),
         Err(error) => Finding::broken(
             "IPv4 loopback",
             error.to_string(),
@@ -198,11 +199,11 @@ fn loopback_v4() -> Finding {
 
 fn loopback_v6() -> Finding {
     match TcpListener::bind(("::1", 0)) {
-        Ok(_) => Finding::ok("IPv6 loopback", "::1 can be listened on"),
+        Ok(_) => Finding::ok("IPv6 loopback", "::1 accepts listeners"),
         Err(error) => Finding::lack(
             "IPv6 loopback",
             format!("only 127.0.0.1 is served: {}", chain(&error)),
-            "turn it on: sysctl -w net.ipv6.conf.lo.disable_ipv6=0",
+            "enable it: sysctl -w net.ipv6.conf.lo.disable_ipv6=0",
         ),
     }
 }
@@ -215,36 +216,39 @@ fn io_uring() -> Finding {
             return Finding::broken(
                 WHAT,
                 chain(&error),
-                "neither io_uring nor epoll works; see ulimit -n and ulimit -l",
+                "neither io_uring nor epoll works; check ulimit -n and ulimit -l",
             );
         }
     };
     let Some(reason) = report.reason else { return Finding::ok(WHAT, "in use") };
     let disabled = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     let hint = match disabled.trim() {
-        "1" | "2" => "turn it on: sysctl -w kernel.io_uring_disabled=0; epoll serves meanwhile",
-        _ => "a kernel from 6.1 has it, unless a seccomp filter forbids it; epoll serves meanwhile",
+        "1" | "2" => "enable it: sysctl -w kernel.io_uring_disabled=0; until then landfall uses epoll",
+        _ => "it needs Linux 6.1 and no seccomp filter that forbids it; until then landfall uses epoll",
     };
     Finding::lack(WHAT, reason, hint)
 }
 
-/// The tracepoint that tells of a new listener at once; without it the tables are read at a pace.
+/// Tests the tracepoint that reports new listeners at once; without it the socket tables are polled.
 fn tracefs() -> Finding {
     const WHAT: &str = "tracefs";
     let error = match Hints::open() {
-        Ok(_) => return Finding::ok(WHAT, "the kernel tells at once of what begins to listen"),
+        Ok(_) => return Finding::ok(WHAT, "the kernel reports new listeners at once"),
         Err(error) => error,
     };
     let hint = match &error {
-        HintError::Absent => "mount -t tracefs tracefs /sys/kernel/tracing, for faster news of listeners",
+        HintError::Absent => {
+            "for faster detection of listeners: mount -t tracefs tracefs /sys/kernel/tracing"
+        }
         HintError::Forbidden | HintError::Refused { .. } => {
-            "new listeners are found by reading tables, some 20 ms later"
+            "new listeners are detected by polling, about 20 ms later"
         }
     };
     Finding::lack(WHAT, chain(&error), hint)
 }
 
-/// BBR paces loopback to a third; the relay asks for cubic on its own sockets, the servers inside do not.
+/// Tests for BBR, which paces loopback to a third of its speed. The relay selects cubic for its own sockets, but not
+/// for those of the servers inside.
 fn congestion() -> Finding {
     const WHAT: &str = "congestion control";
     let default = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap_or_default();
@@ -252,7 +256,7 @@ fn congestion() -> Finding {
         "bbr" => Finding::lack(
             WHAT,
             "bbr paces loopback; the relay uses cubic on its own sockets",
-            "servers inside gain from sysctl -w net.ipv4.tcp_congestion_control=cubic",
+            "for faster servers inside: sysctl -w net.ipv4.tcp_congestion_control=cubic",
         ),
         other => Finding::ok(WHAT, other),
     }
@@ -263,15 +267,15 @@ fn outbound() -> Finding {
         Some(path) if !pasta::tun_is_usable() => Finding::lack(
             "pasta",
             format!("{} cannot open /dev/net/tun", path.display()),
-            "chmod 666 /dev/net/tun, as distributions have it",
+            "chmod 666 /dev/net/tun, the default of distributions",
         ),
         Some(path) => {
             let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
             if only_loopback_resolvers(&resolver) {
                 return Finding::lack(
                     "pasta",
-                    format!("{}; names will not resolve under `run`", path.display()),
-                    "the name server in /etc/resolv.conf is on the host's loopback, which a sandbox does not reach",
+                    format!("{}; host names will not resolve under `run`", path.display()),
+                    "the name server in /etc/resolv.conf is on the host's loopback, which a sandbox cannot reach",
                 );
             }
             Finding::ok("pasta", path.display().to_string())
@@ -279,7 +283,7 @@ fn outbound() -> Finding {
         None => Finding::lack(
             "pasta",
             "commands under `run` have no outbound network",
-            "install passt, which brings pasta",
+            "install passt, which contains pasta",
         ),
     }
 }
@@ -293,16 +297,21 @@ fn only_loopback_resolvers(resolv_conf: &str) -> bool {
     servers.peek().is_some() && servers.all(|server| server.is_loopback())
 }
 
-/// A relayed connection takes two descriptors, and two more for a pipe while it moves bulk.
+/// Tests the limit of file descriptors. A relayed connection needs two, and two more for a pipe while it moves bulk
+/// data.
 fn descriptors() -> Finding {
     const ENOUGH: u64 = 4096;
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let most = limit.maximum.unwrap_or(u64::MAX);
-    let detail = format!("{} at a time, {} at most", show(limit.current), show(limit.maximum));
+    let detail = format!("soft limit {}, hard limit {}", show(limit.current), show(limit.maximum));
     if most >= ENOUGH {
         Finding::ok("descriptors", detail)
     } else {
-        Finding::lack("descriptors", detail, "raise it (ulimit -Hn); a relayed connection takes two")
+        Finding::lack(
+            "descriptors",
+            detail,
+            "raise the hard limit (ulimit -Hn); a relayed connection needs two",
+        )
     }
 }
 
@@ -315,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_resolver_on_loopback_is_of_no_use_inside() {
+    fn a_loopback_resolver_is_unreachable_inside() {
         assert!(only_loopback_resolvers("nameserver 127.0.0.53\noptions edns0\n"));
         assert!(!only_loopback_resolvers("nameserver 127.0.0.53\nnameserver 192.0.2.1\n"));
         assert!(!only_loopback_resolvers("search lan\n"));

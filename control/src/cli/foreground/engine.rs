@@ -1,4 +1,4 @@
-//! The engine in this process. The one file that starts it.
+//! The engine in this process. No other file starts it.
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Receiver;
@@ -12,18 +12,18 @@ use landfall_engine::watch::hint::HintSource;
 use crate::cli::args::Ring;
 use crate::version;
 
-/// The end of the engine that takes commands.
+/// The command side of the engine.
 #[derive(Debug)]
 pub(super) struct Driver(Handle);
 
 impl Driver {
-    /// What comes of it is told by events.
+    /// Sends a command. Its outcome is reported by events.
     pub(super) fn apply(&self, command: Command, descriptors: Vec<OwnedFd>) {
         self.0.apply(command, descriptors);
     }
 }
 
-/// Starts an engine and tells its two ends apart.
+/// Starts an engine, and returns its command side and its event side.
 pub(super) fn start(ring: Ring) -> Result<(Driver, Receiver<EventMessage>), StartError> {
     let (handle, events) = engine(ring)?.into_parts();
     Ok((Driver(handle), events))
@@ -44,7 +44,7 @@ pub(super) fn engine(ring: Ring) -> Result<Engine, StartError> {
     })
 }
 
-/// Starts an engine in a process of its own, which may be confined afterwards.
+/// Starts an engine in a dedicated process, which may be confined after the start.
 pub(super) fn start_process(hints: HintSource) -> Result<Engine, StartError> {
     Engine::start(EngineOptions { hints, version: version::current(), ..EngineOptions::default() })
 }

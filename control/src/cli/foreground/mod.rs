@@ -1,10 +1,11 @@
-//! Forwarding what listens in one namespace: the loop that `run` and `attach` share.
+//! Forwarding of one namespace by `run` and `attach`.
 //!
-//! The engine, in this process, tells what it sees and what became of what it was asked for. The forwarder turns
-//! that into commands, by way of the pure planner, and into lines for people. [`Session`] is the shell around it
-//! that has the engine, the queue and the clock.
+//! [`Session`] runs the engine in this process, and owns the engine, the event queue and the clock. The engine reports
+//! listeners and the outcome of commands as events. The forwarder passes events to the pure planner, which returns
+//! commands for the engine and reports for people.
 //!
-//! Where a daemon runs, it forwards, and [`registered`] tells what comes of it.
+//! If a daemon runs, it forwards instead, and [`registered`] reports the changes of its table. A session never mixes
+//! both.
 
 mod engine;
 pub mod native_driver;
@@ -34,7 +35,7 @@ use thiserror::Error;
 
 use crate::cli::args::Ring;
 use crate::cli::foreground::native_driver::Sink;
-use crate::cli::ui::output::{Report, Talk};
+use crate::cli::ui::output::{Printer, Report};
 use crate::forwarding::planner::{Admission, Change, DesiredContainer, Planner, Row};
 use crate::model::forward_table::{ForwardPath, RowState};
 use crate::model::native_state::NativeState;
@@ -44,13 +45,13 @@ use crate::sys::event_loop::{self, LoopEvent, Origin, Signals, Watched};
 use crate::sys::processes;
 use engine::Driver;
 
-/// How long the engine may take to begin, and to take a namespace in. It takes milliseconds.
-const BEGIN_MAX: Duration = Duration::from_secs(10);
+/// The maximum time for the engine to start and to add a namespace. It takes milliseconds.
+const START_MAX: Duration = Duration::from_secs(10);
 
-/// How long the engine may take to end once it is told to.
+/// The maximum time for the engine to stop.
 const STOP_MAX: Duration = Duration::from_secs(1);
 
-/// Why nothing is forwarded.
+/// A reason why the namespace is not forwarded.
 #[derive(Debug, Error)]
 pub enum ForwardError {
     /// The engine did not start.
@@ -67,54 +68,54 @@ pub enum ForwardError {
     Lost(String),
 }
 
-/// What is to be forwarded, and how.
+/// The options of a session.
 #[derive(Debug)]
 pub struct Options {
-    /// What people call the namespace.
+    /// The name of the namespace, for people.
     pub name: String,
-    /// Which ports.
+    /// The port policy.
     pub policy: Policy,
-    /// Which ring.
+    /// The kernel interface that moves the bytes.
     pub ring: Ring,
-    /// Where lines go.
-    pub talk: Talk,
+    /// The printer of reports.
+    pub printer: Printer,
     /// Whether a supervisor reports native sockets.
     pub native: bool,
 }
 
-/// Something that the verb has to act on.
+/// An event that the verb has to handle.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Wakeup {
-    /// A signal came.
+    /// A signal arrived.
     Signal(Signal, Origin),
     /// A process ended.
     Ended(Watched),
-    /// The engine let the namespace go, or ended.
+    /// The engine has dropped the namespace, or ended.
     Lost(String),
-    /// The tick that was asked for.
+    /// The requested tick.
     Tick,
 }
 
-/// One namespace that is being forwarded.
+/// One namespace that the engine of this process forwards.
 pub struct Session {
     engine: Driver,
-    happenings: Receiver<LoopEvent>,
+    loop_events: Receiver<LoopEvent>,
     queue: Sender<LoopEvent>,
     forwarder: Forwarder,
-    talk: Talk,
+    printer: Printer,
 }
 
 impl Session {
-    /// Starts the engine, enters the namespace, and returns when what listens there now has been taken in: from
-    /// then on not even the first listener is missed.
+    /// Starts the engine and enters the namespace. Returns after the current listeners are known, so that the first
+    /// listener is not missed.
     pub fn open(target: Target, options: Options) -> Result<Session, ForwardError> {
-        let (queue, happenings) = mpsc::channel();
+        let (queue, loop_events) = mpsc::channel();
         let (engine, events) = engine::start(options.ring)?;
         event_loop::relay_events(events, queue.clone())?;
         let forwarder = Forwarder::new(options.name, options.policy, options.native);
-        let mut session = Session { engine, happenings, queue, forwarder, talk: options.talk };
+        let mut session = Session { engine, loop_events, queue, forwarder, printer: options.printer };
 
-        let shards = session.expect(|event| match event {
+        let shards = session.wait_for(|event| match event {
             Event::Ready { shards, .. } => Some(*shards),
             _ => None,
         })?;
@@ -125,44 +126,46 @@ impl Session {
             let kind = UpstreamKind::Opener;
             session.engine.apply(Command::AddUpstream { upstream, netns_cookie, sources, kind }, descriptors);
         }
-        session.expect(|event| matches!(event, Event::Listeners { .. }).then_some(()))?;
+        session.wait_for(|event| matches!(event, Event::Listeners { .. }).then_some(()))?;
         Ok(session)
     }
 
-    /// Takes the events of a supervisor of native sockets.
+    /// Returns the sink for the events of a native-socket supervisor.
     pub fn native_events(&self) -> Sink {
         let queue = self.queue.clone();
         Box::new(move |event| {
-            // Nothing is reported after the session has ended.
+            // Events after the end of the session are dropped.
             let _ = queue.send(LoopEvent::Native(event));
         })
     }
 
-    /// Begins to tell of signals and of the ends of processes.
+    /// Starts to report signals and the ends of processes.
     pub fn watch(&self, signals: Signals, pidfds: BTreeMap<Watched, OwnedFd>) -> io::Result<()> {
         event_loop::watch(signals, pidfds, self.queue.clone())
     }
 
-    /// Forwards until something happens that is the verb's business, or `tick` has passed.
+    /// Forwards until an event occurs that the verb handles, or `tick` has passed.
     pub fn next(&mut self, tick: Option<Duration>) -> Wakeup {
         let end = tick.map(|tick| Instant::now() + tick);
         loop {
             let due = [end, self.forwarder.planner.due()].into_iter().flatten().min();
             let happening = match due {
-                None => self.happenings.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(due) => self.happenings.recv_timeout(due.saturating_duration_since(Instant::now())),
+                None => self.loop_events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(due) => self.loop_events.recv_timeout(due.saturating_duration_since(Instant::now())),
             };
             let lost = match happening {
-                Ok(LoopEvent::Engine(event)) => self.take(&event).err().map(|error| error.to_string()),
+                Ok(LoopEvent::Engine(event)) => {
+                    self.handle_event(&event).err().map(|error| error.to_string())
+                }
                 Ok(LoopEvent::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
                 Ok(LoopEvent::Ended(who)) => return Wakeup::Ended(who),
                 Ok(LoopEvent::EngineEnded) => Some("the relay engine ended".to_owned()),
                 Ok(LoopEvent::DaemonHints) => None,
                 Ok(LoopEvent::Native(event)) => {
-                    self.take_native(&event);
+                    self.handle_native(&event);
                     None
                 }
-                Err(RecvTimeoutError::Disconnected) => Some("nothing more can happen".to_owned()),
+                Err(RecvTimeoutError::Disconnected) => Some("the event queue is closed".to_owned()),
                 Err(RecvTimeoutError::Timeout) if end.is_some_and(|end| Instant::now() >= end) => {
                     return Wakeup::Tick;
                 }
@@ -177,26 +180,26 @@ impl Session {
         }
     }
 
-    /// Waits as [`Session::next`] does when the engine is lost, for all that is left to happen.
+    /// Waits for events that the verb handles, after the engine is lost.
     pub fn next_without_engine(&mut self) -> Wakeup {
         loop {
-            match self.happenings.recv() {
+            match self.loop_events.recv() {
                 Ok(LoopEvent::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
                 Ok(LoopEvent::Ended(who)) => return Wakeup::Ended(who),
-                Ok(LoopEvent::Native(event)) => self.take_native(&event),
+                Ok(LoopEvent::Native(event)) => self.handle_native(&event),
                 Ok(LoopEvent::Engine(_) | LoopEvent::EngineEnded | LoopEvent::DaemonHints) => {}
-                // The queue cannot close while this value holds one of its ends.
-                Err(_) => return Wakeup::Lost("nothing more can happen".to_owned()),
+                // The queue cannot close: this value holds a sender.
+                Err(_) => return Wakeup::Lost("the event queue is closed".to_owned()),
             }
         }
     }
 
-    /// Lets open connections finish for at most `patience`, then ends the engine: what a server sent just before
-    /// it exited may still be on its way.
+    /// Lets open connections finish for at most `patience`, then ends the engine. Data that a server sent just before
+    /// it exited may still be in transit.
     pub fn close(mut self, patience: Duration) {
         self.end_engine(patience);
         let reports = self.forwarder.end_natives();
-        reports.iter().for_each(|report| self.talk.report(report));
+        reports.iter().for_each(|report| self.printer.report(report));
     }
 
     fn end_engine(&mut self, patience: Duration) {
@@ -204,15 +207,15 @@ impl Session {
         for (command, until) in [(Command::Drain, deadline), (Command::Stop, deadline + STOP_MAX)] {
             self.engine.apply(command, Vec::new());
             loop {
-                match self.happenings.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                match self.loop_events.recv_timeout(until.saturating_duration_since(Instant::now())) {
                     Ok(LoopEvent::Engine(Event::Stopped) | LoopEvent::EngineEnded) => return,
                     Ok(LoopEvent::Engine(event)) => {
-                        let (reports, _) = self.forwarder.hear(&event, Instant::now());
-                        reports.iter().for_each(|report| self.talk.report(report));
+                        let (reports, _) = self.forwarder.handle_event(&event, Instant::now());
+                        reports.iter().for_each(|report| self.printer.report(report));
                     }
                     Ok(LoopEvent::Native(event)) => {
-                        let reports = self.forwarder.take_native(&event);
-                        reports.iter().for_each(|report| self.talk.report(report));
+                        let reports = self.forwarder.handle_native(&event);
+                        reports.iter().for_each(|report| self.printer.report(report));
                     }
                     Ok(_) => {}
                     Err(RecvTimeoutError::Timeout) => break,
@@ -222,20 +225,20 @@ impl Session {
         }
     }
 
-    /// Takes events in until one is what is waited for.
-    fn expect<T>(&mut self, wanted: impl Fn(&Event) -> Option<T>) -> Result<T, ForwardError> {
-        let deadline = Instant::now() + BEGIN_MAX;
+    /// Handles events until `wanted` accepts one. Returns its result.
+    fn wait_for<T>(&mut self, wanted: impl Fn(&Event) -> Option<T>) -> Result<T, ForwardError> {
+        let deadline = Instant::now() + START_MAX;
         loop {
-            match self.happenings.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self.loop_events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(LoopEvent::Engine(event)) => {
                     let found = wanted(&event);
-                    self.take(&event)?;
+                    self.handle_event(&event)?;
                     if let Some(found) = found {
                         return Ok(found);
                     }
                 }
                 Ok(LoopEvent::EngineEnded) | Err(RecvTimeoutError::Disconnected) => {
-                    return Err(ForwardError::Lost("ended as it began".to_owned()));
+                    return Err(ForwardError::Lost("ended during its start".to_owned()));
                 }
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => {
@@ -245,9 +248,9 @@ impl Session {
         }
     }
 
-    fn take(&mut self, event: &Event) -> Result<(), ForwardError> {
-        let (reports, lost) = self.forwarder.hear(event, Instant::now());
-        reports.iter().for_each(|report| self.talk.report(report));
+    fn handle_event(&mut self, event: &Event) -> Result<(), ForwardError> {
+        let (reports, lost) = self.forwarder.handle_event(event, Instant::now());
+        reports.iter().for_each(|report| self.printer.report(report));
         if let Some(reason) = lost {
             return Err(ForwardError::Lost(reason));
         }
@@ -255,41 +258,43 @@ impl Session {
         Ok(())
     }
 
-    fn take_native(&mut self, event: &NativeEvent) {
-        let reports = self.forwarder.take_native(event);
-        reports.iter().for_each(|report| self.talk.report(report));
+    fn handle_native(&mut self, event: &NativeEvent) {
+        let reports = self.forwarder.handle_native(event);
+        reports.iter().for_each(|report| self.printer.report(report));
         self.step();
     }
 
     fn step(&mut self) {
         let (commands, reports) = self.forwarder.step(Instant::now());
-        reports.iter().for_each(|report| self.talk.report(report));
+        reports.iter().for_each(|report| self.printer.report(report));
         for command in commands {
             self.engine.apply(command, Vec::new());
         }
     }
 }
 
-/// Which ring the engine chooses here, and why it is not io_uring where it is not.
+/// Returns the ring that the engine chooses here, and the reason if it is not io_uring.
 pub fn ring() -> Result<RingReport, StartError> {
     match engine::engine(Ring::Auto)?.ready() {
         Event::Ready { ring, .. } => Ok(ring.clone()),
-        _ => Ok(RingReport { kind: RingKind::Epoll, reason: Some("the engine did not say".to_owned()) }),
+        _ => {
+            Ok(RingReport { kind: RingKind::Epoll, reason: Some("the engine did not report it".to_owned()) })
+        }
     }
 }
 
-/// `landfall _engine`: an engine that is driven over a socket at `path`, until it is told to end.
+/// Runs `landfall _engine`: an engine that is driven over a socket at `path`, until it is asked to end.
 ///
-/// An engine of root opens what takes root first, its socket and the kernel's hints, and is then confined
+/// An engine of root first opens its socket and the kernel's hints, which need root, and is then confined
 /// ([`process::confinement`]).
 pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let socket = CommandSocket::bind(path)?;
-    // Not in `run` and `attach`: the command that they start inherits the limit.
+    // `run` and `attach` do not raise the limit, since the command that they start would inherit it.
     process::raise_descriptor_limit();
     let confined = rustix::process::geteuid().is_root();
     let hints =
         if confined { Hints::open().map_or(HintSource::Off, HintSource::Opened) } else { HintSource::Open };
-    // While there is one thread: those that the engine starts have no more than this one.
+    // This happens while the process has one thread: threads inherit the capabilities of the thread that starts them.
     let confinement = if confined {
         Some(Confinement::begin(EngineUser::of_this_machine())?)
     } else {
@@ -305,16 +310,16 @@ pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     Ok(process::serve(socket, &ready, &handle, events, process::IDLE_EXIT)?)
 }
 
-/// What is known of one namespace: events in, commands and reports out.
+/// The state of one namespace: takes events, returns commands and reports.
 struct Forwarder {
-    /// What people call it.
+    /// The name for people.
     name: String,
-    /// What the planner calls it.
+    /// The name in the planner.
     only: ContainerName,
     policy: Policy,
     planner: Planner,
     native: NativeState,
-    told_denied: BTreeSet<NonZeroU16>,
+    reported_denied: BTreeSet<NonZeroU16>,
 }
 
 impl Forwarder {
@@ -329,12 +334,13 @@ impl Forwarder {
             native,
         }]);
         let native_state = NativeState::default();
-        // The supervisor is in this process, so it is there before the first listener.
+        // The supervisor is in this process, so it exists before the first listener.
         planner.native(&only, native_state.clone(), Instant::now());
-        Forwarder { name, only, policy, planner, native: native_state, told_denied: BTreeSet::new() }
+        Forwarder { name, only, policy, planner, native: native_state, reported_denied: BTreeSet::new() }
     }
 
-    /// The namespace was entered. Answers with the number under which the engine is to have it, if it has not.
+    /// Records that the namespace was entered. Returns the id with which to add it to the engine, unless the engine has
+    /// it already.
     fn container_entered(&mut self, cookie: u64) -> Option<UpstreamId> {
         match self.planner.container_entered(&self.only, cookie) {
             Admission::Add(upstream) => Some(upstream),
@@ -342,8 +348,8 @@ impl Forwarder {
         }
     }
 
-    /// Takes an event in. Answers with what people are told, and why there will be no more, if so.
-    fn hear(&mut self, event: &Event, now: Instant) -> (Vec<Report>, Option<String>) {
+    /// Handles an event. Returns the reports for people, and the reason if the engine is lost.
+    fn handle_event(&mut self, event: &Event, now: Instant) -> (Vec<Report>, Option<String>) {
         let mut reports = Vec::new();
         match event {
             Event::Refused { reason } => reports.push(warning(format!("the relay engine refused: {reason}"))),
@@ -356,42 +362,42 @@ impl Forwarder {
         }
         let changes = self.planner.on_engine_event(event, now);
         if let Some(reason) = changes.iter().find_map(reason_of_loss) {
-            return (reports, Some(format!("let the namespace go: {reason}")));
+            return (reports, Some(format!("dropped the namespace: {reason}")));
         }
-        reports.extend(self.tell(changes));
+        reports.extend(self.reports_for(changes));
         (reports, None)
     }
 
-    /// Takes in an event of the supervisor of native sockets. Returns the reports for people.
-    fn take_native(&mut self, event: &NativeEvent) -> Vec<Report> {
+    /// Handles an event of the supervisor of native sockets. Returns the reports for people.
+    fn handle_native(&mut self, event: &NativeEvent) -> Vec<Report> {
         if !self.native.apply(event) {
             return Vec::new();
         }
         let changes = self.planner.native(&self.only, self.native.clone(), Instant::now());
-        self.tell(changes)
+        self.reports_for(changes)
     }
 
     /// Reports the end of every native port.
     fn end_natives(&mut self) -> Vec<Report> {
         let changes = self.planner.end_natives();
-        self.tell(changes)
+        self.reports_for(changes)
     }
 
-    /// What the engine is to do now, and what people are told; noted as asked and as told.
+    /// Returns the commands for the engine and the reports for people that are due, and records them as sent.
     fn step(&mut self, now: Instant) -> (Vec<Command>, Vec<Report>) {
         let (commands, changes) = self.planner.step(now);
-        let mut reports = self.tell(changes);
-        // Each denied port is told once, however often its server restarts.
+        let mut reports = self.reports_for(changes);
+        // Each denied port is reported once, however often its server restarts.
         for Row { port, state, reason, .. } in self.planner.rows(&self.only).listed {
-            if state == RowState::Denied && self.told_denied.insert(port) {
+            if state == RowState::Denied && self.reported_denied.insert(port) {
                 reports.push(denied(port, reason, &self.policy));
             }
         }
         (commands, reports)
     }
 
-    fn tell(&self, changes: Vec<Change>) -> Vec<Report> {
-        let told = |change| match change {
+    fn reports_for(&self, changes: Vec<Change>) -> Vec<Report> {
+        let report_for = |change| match change {
             Change::Opened { port, host_port, .. } => {
                 let process = processes::owner_of_sockets(&self.planner.inodes(&self.only, port));
                 let (name, path) = (self.name.clone(), ForwardPath::Relay);
@@ -406,10 +412,10 @@ impl Forwarder {
             }
             Change::Closed { host_port, .. } => Some(Report::Closed { port: host_port }),
             Change::Failed { port, reason, .. } => Some(failed(port, reason)),
-            // There is no broker, and the end of everything is told by whoever runs this.
+            // A session has no broker, and its owner reports the loss of the engine.
             Change::Lost { .. } | Change::Result { .. } => None,
         };
-        changes.into_iter().filter_map(told).collect()
+        changes.into_iter().filter_map(report_for).collect()
     }
 }
 
@@ -420,9 +426,9 @@ fn reason_of_loss(change: &Change) -> Option<&str> {
     }
 }
 
-/// What people are told of a port of the host that could not be opened.
+/// Returns the report for a host port that could not be opened.
 fn failed(port: NonZeroU16, detail: String) -> Report {
-    // Of another container the planner knows the name; the process is its own engine.
+    // If another container of the planner has the port, the holding process is this engine.
     let by_a_process = detail.contains("EADDRINUSE") && !detail.contains("is forwarded");
     match processes::holder_of_port(port) {
         holder if by_a_process => Report::Taken { port, holder },
@@ -430,11 +436,11 @@ fn failed(port: NonZeroU16, detail: String) -> Report {
     }
 }
 
-/// What people are told of a port inside that may not be exposed.
+/// Returns the report for a port inside that the policy denies.
 fn denied(port: NonZeroU16, reason: Option<String>, policy: &Policy) -> Report {
     match policy.decide(port, &ControlPorts::default()) {
         Decision::Deny(reason) => Report::Denied { port, reason },
-        // It is no rule of theirs, and whoever made it says which.
+        // The policy of the options allows the port, so the reason is a rule of the daemon.
         Decision::Allow => {
             Report::Withheld { port, reason: reason.unwrap_or_else(|| "it may not be".to_owned()) }
         }

@@ -1,8 +1,8 @@
-//! The link from `run` to the daemon: the state of its native listeners, sent whole at each change.
+//! The link from `run` to the daemon: reports the complete state of the native listeners at each change.
 //!
-//! A connection stands for the sandbox as long as it is open, so the daemon forgets the listeners of a `run` that has died.
-//! A thread holds it. When the daemon ends, the thread connects again until there is another daemon, and sends the state
-//! again; the listeners themselves do not depend on it.
+//! The daemon keeps the listeners for as long as the connection is open, so it drops those of a `run` that has died. A
+//! thread holds the connection. After the daemon ends, the thread tries to connect until a daemon accepts, and sends
+//! the state again. The listeners do not depend on the link.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -17,13 +17,13 @@ use rustix::net::RecvFlags;
 use crate::daemon::rpc::client::Client;
 use crate::model::native_state::NativeState;
 
-/// The interval at which the daemon's end is checked, and at which a lost daemon is looked for.
+/// The interval between checks whether the daemon has closed the connection, and between connection attempts.
 const CHECK: Duration = Duration::from_millis(500);
 
-/// Starts to report `events` as those of the registration that `name` holds the name of.
+/// Starts to report `events` for the registration whose current name is in `name`.
 ///
 /// # Errors
-/// Those of starting a thread.
+/// The thread cannot be started.
 pub fn start(client: Client, name: Arc<Mutex<String>>, events: Receiver<NativeEvent>) -> io::Result<()> {
     let work = move || {
         Link { client, name, state: NativeState::default(), stream: None }.run(&events);
@@ -46,7 +46,7 @@ impl Link {
             match events.recv_timeout(CHECK) {
                 Ok(event) => {
                     let mut changed = self.state.apply(&event);
-                    // Events that came together are one message.
+                    // Events that arrived together are sent as one message.
                     while let Ok(event) = events.try_recv() {
                         changed |= self.state.apply(&event);
                     }
@@ -63,7 +63,7 @@ impl Link {
         }
     }
 
-    /// Connects, and sends the state. A daemon that does not know the registration yet is asked again later.
+    /// Connects, and sends the state. If the daemon does not have the registration yet, the next check tries again.
     fn connect(&mut self) {
         let name = self.name.lock().unwrap_or_else(PoisonError::into_inner).clone();
         self.stream = self.client.native(&name).ok();
@@ -74,7 +74,7 @@ impl Link {
 
     fn send(&mut self) {
         let Some(stream) = &mut self.stream else { return };
-        // A state serialises: it consists of numbers, addresses and words.
+        // Serialisation cannot fail: a state consists of numbers, addresses and strings.
         let Ok(mut line) = serde_json::to_vec(&self.state) else { return };
         line.push(b'\n');
         if stream.write_all(&line).is_err() {
@@ -83,7 +83,7 @@ impl Link {
     }
 }
 
-/// Whether the daemon has closed its end. It sends nothing.
+/// Returns whether the daemon has closed its end. The daemon sends no data.
 fn has_ended(stream: &UnixStream) -> bool {
     let mut byte = [0; 1];
     let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;

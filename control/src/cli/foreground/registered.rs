@@ -1,9 +1,9 @@
-//! Forwarding by the daemon: `run` and `attach` register what they have, and tell people what the daemon says of it.
+//! Forwarding by the daemon: `run` and `attach` register their namespace, and report changes of the daemon's table.
 //!
-//! The daemon's table is the truth and is read whole; its events are hints that it has changed, so that a line for people
-//! comes at once and none is lost when an event is. The daemon may end at any time. What is forwarded then goes on in
-//! the engine, and the command does not notice; when a daemon is back and does not know the registration, it is told
-//! again. But what somebody deregistered on purpose stays deregistered.
+//! The table is the source of truth and is read as a whole; events of the daemon only trigger a read, so a lost event
+//! delays a report but loses none. The daemon may end at any time. The engine then continues to forward, and the
+//! command does not notice. A new daemon that lacks the registration gets it again. A registration that another client
+//! removed on purpose is not repeated.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,8 +22,8 @@ use super::native_link as link;
 use super::{Wakeup, denied, failed};
 use crate::cli::daemon_client::{self, Container, Description};
 use crate::cli::foreground::native_driver::Sink;
-use crate::cli::foreground::reported_ports::{News, Told};
-use crate::cli::ui::output::{Report, Talk};
+use crate::cli::foreground::reported_ports::{PortChange, ReportedPorts};
+use crate::cli::ui::output::{Printer, Report};
 use crate::daemon::rpc::client::{Client, PATIENT_BUDGET, PROBE_BUDGET};
 use crate::model::forward_table::{ForwardRow, Reachability};
 use crate::model::native_sockets;
@@ -32,53 +32,53 @@ use crate::model::registration::AttachMethod;
 use crate::sys::event_loop::{self, LoopEvent, Signals, Watched};
 use crate::sys::processes::{self, ProcessFact};
 
-/// How often the table is read when nothing hints at a change.
-const LOOK: Duration = Duration::from_secs(2);
-/// How long a hint rests, so that those which come together cause one look.
-const HINT_REST: Duration = Duration::from_millis(5);
-/// How long the daemon may take to enter the namespace. It takes milliseconds.
-const BEGIN_MAX: Duration = Duration::from_secs(5);
-/// How often that is looked at.
-const BEGIN_POLL: Duration = Duration::from_millis(5);
-/// How often a daemon that is gone is looked for.
+/// The interval between reads of the table without an event.
+const READ_INTERVAL: Duration = Duration::from_secs(2);
+/// The delay between an event and the read of the table, so that a burst of events causes one read.
+const HINT_DELAY: Duration = Duration::from_millis(5);
+/// The maximum time for the daemon to enter the namespace. It takes milliseconds.
+const START_MAX: Duration = Duration::from_secs(5);
+/// The interval between checks whether it has.
+const START_POLL: Duration = Duration::from_millis(5);
+/// The interval between attempts to reach a daemon that is gone.
 const RETRY: Duration = Duration::from_secs(1);
-/// A daemon that is back sooner, such as one of another build in its place, is not missed.
-const ABSENCE_TOLD: Duration = Duration::from_secs(5);
-/// How often open connections are looked at when all is over.
+/// The delay before the absence of a daemon is reported. An upgrade of the daemon takes less.
+const ABSENCE_REPORT_DELAY: Duration = Duration::from_secs(5);
+/// The interval between checks for open connections at the end.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
-/// What is to be forwarded.
+/// The namespace to register.
 #[derive(Clone, Debug)]
 pub struct DesiredContainer {
-    /// What people call it.
+    /// Its name.
     pub name: String,
-    /// Whether that name was given, and no other will do.
+    /// Whether the user gave that name, so that no other may be chosen.
     pub name_is_given: bool,
-    /// How the daemon gets there.
+    /// How the daemon enters the namespace.
     pub attach_method: AttachMethod,
-    /// Which ports.
+    /// The port policy.
     pub policy: Policy,
-    /// Where lines go.
-    pub talk: Talk,
+    /// The printer of reports.
+    pub printer: Printer,
     /// Whether a supervisor reports native sockets.
     pub native: bool,
 }
 
-/// Why the daemon does not forward it.
+/// A reason why the daemon does not forward the namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum Unregistered {
-    /// None runs that is ours.
+pub enum RegisterError {
+    /// No daemon of landfall runs.
     #[error("no daemon runs")]
     NoDaemon,
-    /// The name that was given is somebody else's.
-    #[error("the name {name} is taken, by {holder}")]
+    /// The given name belongs to another registration.
+    #[error("the name {name} is in use, by {holder}")]
     NameTaken {
         /// The name.
         name: String,
-        /// How the other one is reached.
+        /// The attach method of the other registration, or else its folder.
         holder: String,
     },
-    /// It does not want to, or cannot.
+    /// The daemon refused.
     #[error("{0}")]
     Refused(String),
 }
@@ -87,41 +87,41 @@ pub enum Unregistered {
 pub struct Registered {
     client: Client,
     desired: DesiredContainer,
-    happenings: Receiver<LoopEvent>,
+    loop_events: Receiver<LoopEvent>,
     queue: Sender<LoopEvent>,
-    told: Told,
-    look_at: Instant,
+    reported: ReportedPorts,
+    read_at: Instant,
     missing: Missing,
-    /// The daemon that knows us; another one may have come unnoticed.
+    /// The process id of the daemon that has the registration; it may have been replaced since.
     daemon: Option<u32>,
     /// The name of the registration, for the link of native sockets.
     name: Arc<Mutex<String>>,
 }
 
-/// What is wrong between the daemon and us.
+/// The problem between the daemon and this client.
 enum Missing {
-    /// Nothing.
+    /// No problem.
     Nothing,
-    /// It does not answer, since then.
-    Daemon { since: Instant, told: bool },
-    /// Somebody deregistered us; that is told, and no more is done.
+    /// The daemon has not answered since then.
+    Daemon { since: Instant, reported: bool },
+    /// The registration was removed. This is reported once.
     Registration,
 }
 
 impl Registered {
-    /// Registers with the daemon, and returns when what listens in the namespace now is known to it.
+    /// Registers with the daemon. Returns after the daemon knows the current listeners of the namespace.
     ///
     /// # Errors
-    /// [`Unregistered`]; then nothing is registered.
-    pub fn open(client: Client, desired: DesiredContainer) -> Result<Registered, Unregistered> {
-        let description = describe(&client).filter(|description| is_beside_us(description.pid));
-        let description = description.ok_or(Unregistered::NoDaemon)?;
-        let (queue, happenings) = mpsc::channel();
-        let (told, missing, look_at) = (Told::default(), Missing::Nothing, Instant::now());
+    /// [`RegisterError`]; in this case no registration remains.
+    pub fn open(client: Client, desired: DesiredContainer) -> Result<Registered, RegisterError> {
+        let description = describe(&client).filter(|description| shares_network_namespace(description.pid));
+        let description = description.ok_or(RegisterError::NoDaemon)?;
+        let (queue, loop_events) = mpsc::channel();
+        let (reported, missing, read_at) = (ReportedPorts::default(), Missing::Nothing, Instant::now());
         let daemon = description.pid;
         let name = Arc::new(Mutex::new(desired.name.clone()));
         let mut registered =
-            Registered { client, desired, happenings, queue, told, look_at, missing, daemon, name };
+            Registered { client, desired, loop_events, queue, reported, read_at, missing, daemon, name };
         registered.choose_name(&description)?;
         registered.register()?;
         if let Err(why) = registered.wait_until_reached() {
@@ -130,51 +130,51 @@ impl Registered {
         }
         let (client, name, queue) =
             (registered.client.clone(), registered.desired.name.clone(), registered.queue.clone());
-        let listen = move || listen(&client, &name, &queue);
-        // Without hints, news come a little later.
-        let _ = thread::Builder::new().name("hints".to_owned()).spawn(listen);
+        let watch = move || watch_events(&client, &name, &queue);
+        // Without hints, changes are reported up to [`READ_INTERVAL`] later.
+        let _ = thread::Builder::new().name("hints".to_owned()).spawn(watch);
         Ok(registered)
     }
 
-    /// Links a supervisor of native sockets to the daemon. Its events go to what is returned.
+    /// Links a native-socket supervisor to the daemon. Returns the sink for its events.
     ///
     /// # Errors
-    /// Those of starting a thread.
+    /// A thread cannot be started.
     pub fn native_events(&self) -> io::Result<Sink> {
         let (events, reported) = mpsc::channel();
         link::start(self.client.clone(), Arc::clone(&self.name), reported)?;
         Ok(Box::new(move |event| {
-            // The link ends with the supervisor.
+            // The link ends together with the supervisor.
             let _ = events.send(event);
         }))
     }
 
-    /// Begins to tell of signals and of the ends of processes.
+    /// Starts to report signals and the ends of processes.
     ///
     /// # Errors
-    /// Those of starting a thread.
+    /// A thread cannot be started.
     pub fn watch(&self, signals: Signals, pidfds: BTreeMap<Watched, OwnedFd>) -> io::Result<()> {
         event_loop::watch(signals, pidfds, self.queue.clone())
     }
 
-    /// Tells people what happens until something happens that is the verb's business, or `tick` has passed.
+    /// Reports changes until an event occurs that the verb handles, or `tick` has passed.
     pub fn next(&mut self, tick: Option<Duration>) -> Wakeup {
         let end = tick.map(|tick| Instant::now() + tick);
         loop {
-            let due = end.map_or(self.look_at, |end| end.min(self.look_at));
-            match self.happenings.recv_timeout(due.saturating_duration_since(Instant::now())) {
+            let due = end.map_or(self.read_at, |end| end.min(self.read_at));
+            match self.loop_events.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(LoopEvent::Signal(signal, origin)) => return Wakeup::Signal(signal, origin),
                 Ok(LoopEvent::Ended(who)) => return Wakeup::Ended(who),
-                Ok(LoopEvent::DaemonHints) => self.look_at = self.look_at.min(Instant::now() + HINT_REST),
+                Ok(LoopEvent::DaemonHints) => self.read_at = self.read_at.min(Instant::now() + HINT_DELAY),
                 Ok(LoopEvent::Engine(_) | LoopEvent::EngineEnded | LoopEvent::Native(_))
                 | Err(RecvTimeoutError::Timeout) => {}
-                // The queue cannot close while this value holds one of its ends.
+                // The queue cannot close: this value holds a sender.
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Wakeup::Lost("nothing more can happen".to_owned());
+                    return Wakeup::Lost("the event queue is closed".to_owned());
                 }
             }
-            if Instant::now() >= self.look_at {
-                self.look();
+            if Instant::now() >= self.read_at {
+                self.read_table();
             }
             if end.is_some_and(|end| Instant::now() >= end) {
                 return Wakeup::Tick;
@@ -182,12 +182,12 @@ impl Registered {
         }
     }
 
-    /// Waits until open connections have finished, for at most `patience`, and deregisters. The engine outlives us, so
-    /// what is on its way arrives even after that.
+    /// Waits until open connections have finished, for at most `patience`, then deregisters. The engine outlives this
+    /// process, so data in transit still arrives after that.
     pub fn close(mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {
-            self.look();
+            self.read_table();
             let Some(container) = describe(&self.client).and_then(|seen| self.own(&seen)) else { break };
             if container.state.forwards.iter().all(|row| row.connections == 0) {
                 break;
@@ -196,74 +196,79 @@ impl Registered {
         }
         if matches!(self.missing, Missing::Nothing) {
             self.deregister();
-            let news = self.told.hear(&[]);
-            self.tell(news);
+            let changes = self.reported.update(&[]);
+            self.report_changes(changes);
         }
     }
 
-    /// Reads the table and tells what is new in it.
-    fn look(&mut self) {
-        self.look_at = Instant::now() + LOOK;
-        let Some(description) = describe(&self.client) else { return self.miss_daemon() };
+    /// Reads the table, and reports its changes.
+    fn read_table(&mut self) {
+        self.read_at = Instant::now() + READ_INTERVAL;
+        let Some(description) = describe(&self.client) else { return self.handle_missing_daemon() };
         let was_away = matches!(self.missing, Missing::Daemon { .. }) || self.daemon != description.pid;
-        if let Missing::Daemon { told: true, .. } = self.missing {
-            self.note("the daemon is back".to_owned());
+        if let Missing::Daemon { reported: true, .. } = self.missing {
+            self.print_note("a daemon runs again".to_owned());
         }
         if was_away {
             self.missing = Missing::Nothing;
         }
-        // What another one does not know, it was not told to forget.
+        // Only a daemon that has loaded the registrations shows reliably whether this one was removed.
         if description.replayed {
             self.daemon = description.pid;
         }
         match self.own(&description) {
             Some(container) => {
-                let news = self.told.hear(&container.state.forwards);
-                self.tell(news);
+                let changes = self.reported.update(&container.state.forwards);
+                self.report_changes(changes);
             }
-            // Those of the last daemon are on their way back.
+            // The daemon is still loading the registrations of its predecessor.
             None if !description.replayed => {}
             None if was_away || self.is_displaced(&description) => self.register_again(&description),
-            None => self.miss_registration(),
+            None => self.handle_missing_registration(),
         }
     }
 
     fn register_again(&mut self, description: &Description) {
         if let Err(why) = self.choose_name(description).and_then(|()| self.register()) {
             self.missing = Missing::Registration;
-            self.warn(format!("nothing is forwarded any more: {why}"));
+            self.print_warning(format!("ports are no longer forwarded: {why}"));
         }
     }
 
-    fn miss_daemon(&mut self) {
-        self.look_at = Instant::now() + RETRY;
+    fn handle_missing_daemon(&mut self) {
+        self.read_at = Instant::now() + RETRY;
         match self.missing {
-            Missing::Nothing => self.missing = Missing::Daemon { since: Instant::now(), told: false },
-            Missing::Daemon { since, told: false } if since.elapsed() >= ABSENCE_TOLD => {
-                self.missing = Missing::Daemon { since, told: true };
-                let text = "the daemon has ended; what is forwarded goes on, and nothing new is".to_owned();
-                let hint = Some("landfall up starts another one".to_owned());
-                self.desired.talk.report(&Report::Warning { text, hint });
+            Missing::Nothing => self.missing = Missing::Daemon { since: Instant::now(), reported: false },
+            Missing::Daemon { since, reported: false } if since.elapsed() >= ABSENCE_REPORT_DELAY => {
+                self.missing = Missing::Daemon { since, reported: true };
+                let text =
+                    "the daemon has ended; forwarded ports continue to work, and new ports are not forwarded"
+                        .to_owned();
+                let hint = Some("landfall up starts the daemon".to_owned());
+                self.desired.printer.report(&Report::Warning { text, hint });
             }
             Missing::Daemon { .. } | Missing::Registration => {}
         }
     }
 
-    fn miss_registration(&mut self) {
+    fn handle_missing_registration(&mut self) {
         if matches!(self.missing, Missing::Registration) {
             return;
         }
         self.missing = Missing::Registration;
-        let news = self.told.hear(&[]);
-        self.tell(news);
-        // A registration ends with what it stands for, and that is about to be noticed here as well.
-        if is_there(&self.desired.attach_method) {
-            self.note(format!("{} was deregistered; nothing is forwarded any more", self.desired.name));
+        let changes = self.reported.update(&[]);
+        self.report_changes(changes);
+        // The daemon removes a registration whose namespace has ended, and the verb is about to notice that end itself.
+        if target_exists(&self.desired.attach_method) {
+            self.print_note(format!(
+                "{} was deregistered; its ports are no longer forwarded",
+                self.desired.name
+            ));
         }
     }
 
-    /// Takes the name, or the next one that is free.
-    fn choose_name(&mut self, description: &Description) -> Result<(), Unregistered> {
+    /// Chooses the wanted name, or else the next one that is free.
+    fn choose_name(&mut self, description: &Description) -> Result<(), RegisterError> {
         let wanted = self.desired.name.clone();
         let other = |name: &str| {
             description.containers.iter().find(|other| is_another(other, name, &self.desired.attach_method))
@@ -271,7 +276,7 @@ impl Registered {
         let Some(holder) = other(&wanted) else { return Ok(()) };
         if self.desired.name_is_given {
             let attach_method = holder.state.attach_method.clone().unwrap_or_else(|| holder.cwd.clone());
-            return Err(Unregistered::NameTaken { name: wanted, holder: attach_method });
+            return Err(RegisterError::NameTaken { name: wanted, holder: attach_method });
         }
         let free = (2_u32..).map(|number| format!("{wanted}-{number}")).find(|name| other(name).is_none());
         self.desired.name = free.unwrap_or(wanted);
@@ -294,26 +299,26 @@ impl Registered {
         description.containers.iter().find(own).cloned()
     }
 
-    fn register(&self) -> Result<(), Unregistered> {
+    fn register(&self) -> Result<(), RegisterError> {
         let answer = self.client.within(PATIENT_BUDGET).call(&request(&self.desired));
-        answer.map(drop).map_err(|error| Unregistered::Refused(error.to_string()))
+        answer.map(drop).map_err(|error| RegisterError::Refused(error.to_string()))
     }
 
-    /// Deregisters what is ours; another one may have the name by now.
+    /// Removes the registration, unless the name now belongs to another one.
     fn deregister(&self) {
         if describe(&self.client).and_then(|seen| self.own(&seen)).is_none() {
             return;
         }
-        // A daemon that does not hear this finds out by itself that the namespace is gone.
+        // An error is ignored: the daemon removes the registration after it finds that the namespace is gone.
         let name = self.desired.name.as_str();
         let _ = self.client.call(&json!({ "kind": "deregister", "containerName": name }));
     }
 
-    fn wait_until_reached(&mut self) -> Result<(), Unregistered> {
+    fn wait_until_reached(&mut self) -> Result<(), RegisterError> {
         let refused = |why: Option<String>| {
-            Unregistered::Refused(why.unwrap_or_else(|| "the daemon cannot enter it".to_owned()))
+            RegisterError::Refused(why.unwrap_or_else(|| "the daemon cannot enter it".to_owned()))
         };
-        let deadline = Instant::now() + BEGIN_MAX;
+        let deadline = Instant::now() + START_MAX;
         loop {
             let Some(description) = describe(&self.client) else {
                 return Err(refused(Some("the daemon has ended".to_owned())));
@@ -321,7 +326,7 @@ impl Registered {
             match self.own(&description).map(|own| (own.state.state, own.state.reason)) {
                 Some((Reachability::Reached | Reachability::Off, _)) => return Ok(()),
                 Some((Reachability::Unreachable, reason)) => return Err(refused(reason)),
-                // Somebody took the name in the same moment.
+                // Another client has registered the same name at the same time.
                 None if self.is_displaced(&description) => {
                     self.choose_name(&description)?;
                     self.register()?;
@@ -331,27 +336,27 @@ impl Registered {
             if Instant::now() >= deadline {
                 return Err(refused(Some("the daemon has not entered it".to_owned())));
             }
-            thread::sleep(BEGIN_POLL);
+            thread::sleep(START_POLL);
         }
     }
 
-    fn tell(&self, news: Vec<News>) {
-        for report in news.into_iter().filter_map(|news| report(news, &self.desired)) {
-            self.desired.talk.report(&report);
+    fn report_changes(&self, changes: Vec<PortChange>) {
+        for report in changes.into_iter().filter_map(|changes| report(changes, &self.desired)) {
+            self.desired.printer.report(&report);
         }
     }
 
-    fn note(&self, text: String) {
-        self.desired.talk.report(&Report::Note { text, hint: None });
+    fn print_note(&self, text: String) {
+        self.desired.printer.report(&Report::Note { text, hint: None });
     }
 
-    fn warn(&self, text: String) {
-        self.desired.talk.report(&Report::Warning { text, hint: None });
+    fn print_warning(&self, text: String) {
+        self.desired.printer.report(&Report::Warning { text, hint: None });
     }
 }
 
-/// Hints at every event of ours, and at the daemon's coming and going.
-fn listen(client: &Client, name: &str, queue: &Sender<LoopEvent>) {
+/// Queues a hint at each event of the container, and whenever the daemon accepts the subscription.
+fn watch_events(client: &Client, name: &str, queue: &Sender<LoopEvent>) {
     loop {
         if let Ok(mut events) = client.events(Some(name)) {
             loop {
@@ -371,15 +376,15 @@ fn describe(client: &Client) -> Option<Description> {
     daemon_client::describe(&client.within(PROBE_BUDGET)).ok().flatten()
 }
 
-/// Whether the daemon's localhost is ours, and its process ids are. In a sandbox or a container that sees the home of the
-/// host, what is forwarded is to answer there.
-fn is_beside_us(daemon: Option<u32>) -> bool {
+/// Returns whether the daemon shares this network namespace, and thus the localhost on which ports should answer. It
+/// does not if this process runs in a sandbox or a container that can see the home of the host.
+fn shares_network_namespace(daemon: Option<u32>) -> bool {
     let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
     let theirs = daemon.and_then(|pid| namespace(&pid.to_string()));
     theirs.is_some() && theirs == namespace("self")
 }
 
-/// Whether a registration of this name is somebody else's.
+/// Returns whether a registration of this name has another attach method, and so belongs to another client.
 fn is_another(other: &Container, name: &str, attach_method: &AttachMethod) -> bool {
     other.state.container_name == name
         && other.state.attach_method.as_deref() != Some(attach_method.to_string().as_str())
@@ -398,24 +403,24 @@ fn request(desired: &DesiredContainer) -> Value {
     })
 }
 
-fn report(news: News, desired: &DesiredContainer) -> Option<Report> {
-    Some(match news {
-        News::Open(ForwardRow { host_port, process, pid, label, path, .. }) => {
+fn report(changes: PortChange, desired: &DesiredContainer) -> Option<Report> {
+    Some(match changes {
+        PortChange::Open(ForwardRow { host_port, process, pid, label, path, .. }) => {
             let process = process.zip(pid).map(|(name, pid)| ProcessFact { name, pid });
             let (port, name) = (NonZeroU16::new(host_port)?, desired.name.clone());
             Report::Forward { port, name, process, label, path }
         }
-        News::Closed(port) => Report::Closed { port: NonZeroU16::new(port)? },
-        News::Failed(row) => {
-            let detail = row.reason.unwrap_or_else(|| "the daemon does not say why".to_owned());
+        PortChange::Closed(port) => Report::Closed { port: NonZeroU16::new(port)? },
+        PortChange::Failed(row) => {
+            let detail = row.reason.unwrap_or_else(|| "the daemon reported no reason".to_owned());
             failed(NonZeroU16::new(row.host_port)?, detail)
         }
-        News::Denied(row) => denied(NonZeroU16::new(row.port)?, row.reason, &desired.policy),
+        PortChange::Denied(row) => denied(NonZeroU16::new(row.port)?, row.reason, &desired.policy),
     })
 }
 
-/// Whether what was registered still is what it was.
-fn is_there(attach_method: &AttachMethod) -> bool {
+/// Returns whether the registered process, file or directory still exists.
+fn target_exists(attach_method: &AttachMethod) -> bool {
     match attach_method {
         AttachMethod::Docker { .. } | AttachMethod::Websocket => true,
         AttachMethod::Process { pid, started } => {

@@ -1,20 +1,19 @@
-//! What people have been told of each port, when it is the daemon that forwards it: its rows come in, what is news comes
-//! out. Pure.
+//! Derives reports from the daemon's rows: each call compares the rows with the last reported state of each port. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::model::forward_table::{ForwardRow, RowState};
 
-/// Something to tell.
+/// A change to report.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum News {
-    /// It answers on the host.
+pub(super) enum PortChange {
+    /// A port is forwarded.
     Open(ForwardRow),
-    /// It no longer does.
+    /// A host port is no longer forwarded.
     Closed(u16),
-    /// It could not be opened.
+    /// A host port could not be opened.
     Failed(ForwardRow),
-    /// It may not be.
+    /// The policy denies a port.
     Denied(ForwardRow),
 }
 
@@ -24,63 +23,63 @@ enum Last {
     Failed(Option<String>),
 }
 
-/// What was told last.
+/// The last reported state of each port.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+pub(super) struct ReportedPorts {
     /// By the port on the host.
     ports: BTreeMap<u16, Last>,
-    /// Each denied port is told once, however often its server restarts.
+    /// The denied ports, each of which is reported once, however often its server restarts.
     denied: BTreeSet<u16>,
 }
 
-impl Told {
-    /// Takes in how all ports are now.
-    pub(super) fn hear(&mut self, rows: &[ForwardRow]) -> Vec<News> {
+impl ReportedPorts {
+    /// Compares the rows with the last state, and returns the changes.
+    pub(super) fn update(&mut self, rows: &[ForwardRow]) -> Vec<PortChange> {
         let gone: Vec<u16> =
             self.ports.keys().copied().filter(|port| rows.iter().all(|row| row.host_port != *port)).collect();
-        let mut news = Vec::new();
+        let mut changes = Vec::new();
         for port in gone {
             if self.ports.remove(&port) == Some(Last::Open) {
-                news.push(News::Closed(port));
+                changes.push(PortChange::Closed(port));
             }
         }
         for row in rows {
-            news.extend(self.hear_one(row));
+            changes.extend(self.update_port(row));
         }
-        news
+        changes
     }
 
-    fn hear_one(&mut self, row: &ForwardRow) -> Vec<News> {
+    fn update_port(&mut self, row: &ForwardRow) -> Vec<PortChange> {
         let port = row.host_port;
-        let mut news = Vec::new();
+        let mut changes = Vec::new();
         let next = match row.state {
-            // On the way from one state to another.
-            RowState::Opening | RowState::Closing => return news,
+            // These are transitions between two states.
+            RowState::Opening | RowState::Closing => return changes,
             RowState::Denied | RowState::Published => None,
-            // Without a word.
+            // Silent ports are not reported.
             RowState::Open if row.silent => None,
             RowState::Open => Some(Last::Open),
             RowState::Failed => Some(Last::Failed(row.reason.clone())),
         };
         if row.state == RowState::Denied && self.denied.insert(row.port) {
-            news.push(News::Denied(row.clone()));
+            changes.push(PortChange::Denied(row.clone()));
         }
         let last = match &next {
             Some(next) => self.ports.insert(port, next.clone()),
             None => self.ports.remove(&port),
         };
         if last == next {
-            return news;
+            return changes;
         }
         if last == Some(Last::Open) {
-            news.push(News::Closed(port));
+            changes.push(PortChange::Closed(port));
         }
         match next {
-            Some(Last::Open) => news.push(News::Open(row.clone())),
-            Some(Last::Failed(_)) => news.push(News::Failed(row.clone())),
+            Some(Last::Open) => changes.push(PortChange::Open(row.clone())),
+            Some(Last::Failed(_)) => changes.push(PortChange::Failed(row.clone())),
             None => {}
         }
-        news
+        changes
     }
 }
 
@@ -110,48 +109,54 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_told_when_it_opens_and_when_it_closes_and_not_in_between() {
-        let mut told = Told::default();
-        assert_eq!(told.hear(&[row(80, RowState::Opening)]), []);
+    fn a_port_is_reported_only_when_it_opens_and_when_it_closes() {
+        let mut reported = ReportedPorts::default();
+        assert_eq!(reported.update(&[row(80, RowState::Opening)]), []);
         let open = row(80, RowState::Open);
-        assert_eq!(told.hear(std::slice::from_ref(&open)), [News::Open(open.clone())]);
+        assert_eq!(reported.update(std::slice::from_ref(&open)), [PortChange::Open(open.clone())]);
         let busy = ForwardRow { connections: 5, ..open.clone() };
-        assert_eq!(told.hear(&[busy]), [], "counters are no news");
-        assert_eq!(told.hear(&[row(80, RowState::Closing)]), []);
-        assert_eq!(told.hear(&[]), [News::Closed(80)]);
-        assert_eq!(told.hear(&[]), []);
+        assert_eq!(reported.update(&[busy]), [], "counters are not reported");
+        assert_eq!(reported.update(&[row(80, RowState::Closing)]), []);
+        assert_eq!(reported.update(&[]), [PortChange::Closed(80)]);
+        assert_eq!(reported.update(&[]), []);
     }
 
     #[test]
-    fn a_failure_is_told_once_for_each_reason_and_its_end_is_an_opening() {
-        let mut told = Told::default();
+    fn a_failure_is_reported_once_for_each_reason() {
+        let mut reported = ReportedPorts::default();
         let because =
             |reason: &str| ForwardRow { reason: Some(reason.to_owned()), ..row(80, RowState::Failed) };
-        assert_eq!(told.hear(&[because("a")]), [News::Failed(because("a"))]);
-        assert_eq!(told.hear(&[because("a")]), []);
-        assert_eq!(told.hear(&[because("b")]), [News::Failed(because("b"))]);
+        assert_eq!(reported.update(&[because("a")]), [PortChange::Failed(because("a"))]);
+        assert_eq!(reported.update(&[because("a")]), []);
+        assert_eq!(reported.update(&[because("b")]), [PortChange::Failed(because("b"))]);
         let open = row(80, RowState::Open);
-        assert_eq!(told.hear(std::slice::from_ref(&open)), [News::Open(open.clone())]);
-        assert_eq!(told.hear(&[because("b")]), [News::Closed(80), News::Failed(because("b"))]);
-        assert_eq!(told.hear(&[]), [], "what never answered does not close");
+        assert_eq!(reported.update(std::slice::from_ref(&open)), [PortChange::Open(open.clone())]);
+        assert_eq!(
+            reported.update(&[because("b")]),
+            [PortChange::Closed(80), PortChange::Failed(because("b"))]
+        );
+        assert_eq!(reported.update(&[]), [], "a failed port does not close");
     }
 
     #[test]
-    fn a_silent_port_is_told_of_only_when_it_fails() {
-        let mut told = Told::default();
+    fn a_silent_port_is_reported_only_when_it_fails() {
+        let mut reported = ReportedPorts::default();
         let silent = |state| ForwardRow { silent: true, ..row(80, state) };
-        assert_eq!(told.hear(&[silent(RowState::Open)]), []);
-        assert_eq!(told.hear(&[silent(RowState::Failed)]), [News::Failed(silent(RowState::Failed))]);
-        assert_eq!(told.hear(&[silent(RowState::Open)]), []);
-        assert_eq!(told.hear(&[]), []);
+        assert_eq!(reported.update(&[silent(RowState::Open)]), []);
+        assert_eq!(
+            reported.update(&[silent(RowState::Failed)]),
+            [PortChange::Failed(silent(RowState::Failed))]
+        );
+        assert_eq!(reported.update(&[silent(RowState::Open)]), []);
+        assert_eq!(reported.update(&[]), []);
     }
 
     #[test]
-    fn a_denied_port_is_told_once_however_often_its_server_restarts() {
-        let mut told = Told::default();
+    fn a_denied_port_is_reported_once() {
+        let mut reported = ReportedPorts::default();
         let denied = row(22, RowState::Denied);
-        assert_eq!(told.hear(std::slice::from_ref(&denied)), [News::Denied(denied.clone())]);
-        assert_eq!(told.hear(&[]), []);
-        assert_eq!(told.hear(std::slice::from_ref(&denied)), []);
+        assert_eq!(reported.update(std::slice::from_ref(&denied)), [PortChange::Denied(denied.clone())]);
+        assert_eq!(reported.update(&[]), []);
+        assert_eq!(reported.update(std::slice::from_ref(&denied)), []);
     }
 }

@@ -4,13 +4,13 @@ use super::QUESTION;
 use super::review::Review;
 use crate::cli::exit::Failure;
 use crate::cli::start::Folder;
-use crate::cli::ui::output::{Report, Talk};
+use crate::cli::ui::output::{Printer, Report};
 use crate::registry::trust_file::TrustFile;
 use crate::sys::paths::Home;
 
-/// On a terminal, prints what the files of a folder ask for and asks once whether to approve it. Elsewhere, prints that it has
-/// no effect. The verb continues in each case; nothing is printed where no approval is missing. `with_ports` is whether the
-/// folder's file decides about ports: options on the command line replace what it says.
+/// On a terminal, prints what the files of a folder request and asks once whether to approve it. Otherwise prints that
+/// the files have no effect. In each case the verb continues. Prints nothing if no approval is missing. `with_ports`
+/// states whether the folder's file decides about ports: options on the command line replace its ports.
 ///
 /// # Errors
 /// The approval could not be written.
@@ -20,25 +20,25 @@ pub(in crate::cli) fn offer(
     with_ports: bool,
     as_json: bool,
 ) -> Result<(), Failure> {
-    let aside = Talk::to_stderr(as_json);
+    let stderr = Printer::to_stderr(as_json);
     let review = match Review::of(folder, &TrustFile::of(home)) {
         Ok(review) if with_ports => review,
         Ok(review) => review.without_ports(),
         Err(error) => {
             let text = format!("commands off: {}", error.message);
-            aside.report(&Report::Note { text, hint: error.hint });
+            stderr.report(&Report::Note { text, hint: error.hint });
             return Ok(());
         }
     };
     if review.is_trusted() {
         return Ok(());
     }
-    if !as_json && Talk::can_ask() {
-        review.print(aside);
-        if aside.ask(QUESTION) {
-            return review.approve(home, aside);
+    if !as_json && Printer::can_ask() {
+        review.print(stderr);
+        if stderr.ask(QUESTION) {
+            return review.approve(home, stderr);
         }
     }
-    aside.report(&Report::Note { text: review.withheld(), hint: Some(review.command("")) });
+    stderr.report(&Report::Note { text: review.withheld(), hint: Some(review.command("")) });
     Ok(())
 }

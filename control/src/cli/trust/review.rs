@@ -1,4 +1,5 @@
-//! What the files of one folder ask for, each read once: printed, and approved by the digest of what was printed.
+//! The requests of the files of one folder. Each file is read once: what is printed is approved by the digest of the
+//! same bytes.
 
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use super::{failed, report_set_aside, timestamp};
 use crate::cli::exit::{Exit, Failure};
 use crate::cli::start::{self, Folder};
-use crate::cli::ui::output::{Colour, Talk};
+use crate::cli::ui::output::{Colour, Printer};
 use crate::error::chain;
 use crate::launch::devcontainer::{Devcontainer, exposure, exposure_of_file};
 use crate::model::registration::FolderPorts;
@@ -19,22 +20,22 @@ use crate::registry::folder::{self, Demand, FolderError, Purpose};
 use crate::registry::trust_file::TrustFile;
 use crate::sys::paths::Home;
 
-/// The files of a folder that ask for something.
+/// The files of a folder that request something.
 #[derive(Debug)]
 pub(super) struct Review {
     folder: String,
     path: PathBuf,
-    settings: Option<Asked<folder::Folder>>,
-    ports: Option<Asked<FolderPorts>>,
+    settings: Option<FileRequests<folder::Folder>>,
+    ports: Option<FileRequests<FolderPorts>>,
 }
 
-/// One file.
+/// The requests of one file.
 #[derive(Debug)]
-struct Asked<T> {
+struct FileRequests<T> {
     file: FolderFile,
     sha256: ContentDigest,
     state: State,
-    what: T,
+    content: T,
 }
 
 /// Whether a file is approved.
@@ -54,7 +55,7 @@ impl State {
         }
     }
 
-    fn in_words(self) -> &'static str {
+    fn describe(self) -> &'static str {
         match self {
             State::Trusted => "trusted",
             State::Changed => "not trusted: it changed since it was approved",
@@ -70,7 +71,7 @@ impl Review {
             Failure::new(Exit::Refused, format!("{} {error}", folder.text))
                 .hint("name another home with LANDFALL_HOME, or another folder")
         })?;
-        // A list of approvals that cannot be believed approves nothing; approving starts a new one.
+        // An unreadable list approves nothing; an approval starts a new list.
         let trust = file.read().unwrap_or_default();
         let state = |file, sha256: &ContentDigest| State::of(&trust, &folder.path, file, sha256);
         let unusable = |error: FolderError| {
@@ -80,17 +81,17 @@ impl Review {
         let settings = text
             .map(|text| {
                 let (file, sha256) = (FolderFile::Settings, ContentDigest::of(text.as_bytes()));
-                let what = folder::Folder::parse(&text).map_err(unusable)?;
-                Ok(Asked { file, sha256, state: state(file, &sha256), what })
+                let content = folder::Folder::parse(&text).map_err(unusable)?;
+                Ok(FileRequests { file, sha256, state: state(file, &sha256), content })
             })
             .transpose()?
-            .filter(|asked| !asked.what.demands().is_empty());
-        let (_, ports) = exposure_of_file(start::read(&folder.path)?, |said| {
-            exposure(None, None, Devcontainer::default(), said)
+            .filter(|requests| !requests.content.demands().is_empty());
+        let (_, ports) = exposure_of_file(start::read(&folder.path)?, |declared| {
+            exposure(None, None, Devcontainer::default(), declared)
         });
-        let ports = ports.map(|what| {
-            let (file, sha256) = (what.file, what.sha256);
-            Asked { file, sha256, state: state(file, &sha256), what }
+        let ports = ports.map(|content| {
+            let (file, sha256) = (content.file, content.sha256);
+            FileRequests { file, sha256, state: state(file, &sha256), content }
         });
         Ok(Review { folder: folder.text.clone(), path: folder.path.clone(), settings, ports })
     }
@@ -99,87 +100,97 @@ impl Review {
         Review { ports: None, ..self }
     }
 
-    pub(super) fn asks_for_nothing(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.settings.is_none() && self.ports.is_none()
     }
 
-    /// Whether everything that the files ask for is approved.
+    /// Returns whether all requests of the files are approved.
     pub(super) fn is_trusted(&self) -> bool {
         self.commands_are_trusted() && self.ports_are_trusted()
     }
 
     fn commands_are_trusted(&self) -> bool {
-        self.settings.as_ref().is_none_or(|asked| asked.state == State::Trusted)
+        self.settings.as_ref().is_none_or(|requests| requests.state == State::Trusted)
     }
 
     fn ports_are_trusted(&self) -> bool {
-        self.ports.as_ref().is_none_or(|asked| asked.state == State::Trusted)
+        self.ports.as_ref().is_none_or(|requests| requests.state == State::Trusted)
     }
 
-    /// What is off without an approval, as a sentence.
+    /// Returns a sentence that lists the requests without an approval.
     pub(super) fn withheld(&self) -> String {
         let mut parts = Vec::new();
         if !self.commands_are_trusted() {
             parts.push(format!("commands off: {} is not trusted", folder::FILE));
         }
-        if let Some(asked) = self.ports.as_ref().filter(|asked| asked.state != State::Trusted) {
-            let ports = list(&asked.what);
-            parts.push(format!("ports {ports} off: {} is not trusted", asked.file));
+        if let Some(requests) = self.ports.as_ref().filter(|requests| requests.state != State::Trusted) {
+            let ports = list(&requests.content);
+            parts.push(format!("ports {ports} off: {} is not trusted", requests.file));
         }
         parts.join("; ")
     }
 
-    /// A command line of `trust` for this folder.
+    /// Returns a command line of `trust` for this folder.
     pub(super) fn command(&self, option: &str) -> String {
         command_for(&self.folder, option)
     }
 
     /// Approves the content that was read.
-    pub(super) fn approve(&self, home: &Home, aside: Talk) -> Result<(), Failure> {
+    pub(super) fn approve(&self, home: &Home, stderr: Printer) -> Result<(), Failure> {
         home.ensure_directories().map_err(|error| Failure::new(Exit::Failed, chain(&error)))?;
         let at = timestamp();
-        let files = self.settings.iter().map(|asked| (asked.file, asked.sha256));
-        let files: Vec<_> = files.chain(self.ports.iter().map(|asked| (asked.file, asked.sha256))).collect();
+        let files = self.settings.iter().map(|requests| (requests.file, requests.sha256));
+        let files: Vec<_> =
+            files.chain(self.ports.iter().map(|requests| (requests.file, requests.sha256))).collect();
         let updated = TrustFile::of(home).update(|trust| {
             for (file, sha256) in files {
                 trust.approve(&self.folder, file, sha256, at.clone());
             }
         });
-        report_set_aside(&updated.map_err(|error| failed(&error))?, aside);
+        report_set_aside(&updated.map_err(|error| failed(&error))?, stderr);
         Ok(())
     }
 
-    /// Prints what the files ask for, and whether they are approved.
-    pub(super) fn show(&self, talk: Talk, as_json: bool) {
+    /// Prints the requests of the files, and whether they are approved.
+    pub(super) fn show(&self, printer: Printer, as_json: bool) {
         if as_json {
-            talk.plain(&self.to_json().to_string());
+            printer.print(&self.to_json().to_string());
             return;
         }
-        self.print(talk);
-        let files = self.settings.iter().map(|asked| (asked.file, asked.state));
-        let files: Vec<_> = files.chain(self.ports.iter().map(|asked| (asked.file, asked.state))).collect();
+        self.print(printer);
+        let files = self.settings.iter().map(|requests| (requests.file, requests.state));
+        let files: Vec<_> =
+            files.chain(self.ports.iter().map(|requests| (requests.file, requests.state))).collect();
         for (file, state) in &files {
             let colour = if *state == State::Trusted { Colour::Green } else { Colour::Yellow };
-            talk.line("trust", colour, &format!("{file} is {}", state.in_words()));
+            printer.line("trust", colour, &format!("{file} is {}", state.describe()));
         }
         if files.is_empty() {
-            talk.line("trust", Colour::Grey, "the files of this folder ask for nothing that needs approval");
+            printer.line(
+                "trust",
+                Colour::Grey,
+                "the files of this folder request nothing that needs approval",
+            );
         }
     }
 
-    /// Prints what the files ask for.
-    pub(super) fn print(&self, talk: Talk) {
-        talk.line("folder", Colour::Grey, &self.folder);
-        if let Some(asked) = &self.settings {
-            talk.line("file", Colour::Grey, &format!("{}, sha256 {}", asked.file, asked.sha256));
-            for demand in asked.what.demands() {
-                let (word, text) = in_words(&demand);
-                talk.line(word, Colour::Yellow, &text);
+    /// Prints the requests of the files.
+    pub(super) fn print(&self, printer: Printer) {
+        printer.line("folder", Colour::Grey, &self.folder);
+        if let Some(requests) = &self.settings {
+            printer.line("file", Colour::Grey, &format!("{}, sha256 {}", requests.file, requests.sha256));
+            for demand in requests.content.demands() {
+                let (word, text) = describe(&demand);
+                printer.line(word, Colour::Yellow, &text);
             }
         }
-        if let Some(asked) = &self.ports {
-            talk.line("file", Colour::Grey, &format!("{}, sha256 {}", asked.file, asked.sha256));
-            talk.line("ports", Colour::Yellow, &format!("{} answer on localhost", list(&asked.what)));
+        if let Some(requests) = &self.ports {
+            printer.line("file", Colour::Grey, &format!("{}, sha256 {}", requests.file, requests.sha256));
+            printer.line(
+                "ports",
+                Colour::Yellow,
+                &format!("{} answer on localhost", list(&requests.content)),
+            );
         }
     }
 
@@ -188,20 +199,20 @@ impl Review {
             let (trusted, changed) = (state == State::Trusted, state == State::Changed);
             json!({ "file": file, "sha256": sha256, "trusted": trusted, "changed": changed, "asks": asks })
         };
-        let settings = self.settings.iter().map(|asked| {
-            let asks = asked.what.demands().iter().map(demand_json).collect();
-            file(asked.file, asked.sha256, asked.state, asks)
+        let settings = self.settings.iter().map(|requests| {
+            let asks = requests.content.demands().iter().map(demand_json).collect();
+            file(requests.file, requests.sha256, requests.state, asks)
         });
-        let ports = self.ports.iter().map(|asked| {
-            let asks = json!([{ "kind": "ports", "ports": asked.what.privileged }]);
-            file(asked.file, asked.sha256, asked.state, asks)
+        let ports = self.ports.iter().map(|requests| {
+            let asks = json!([{ "kind": "ports", "ports": requests.content.privileged }]);
+            file(requests.file, requests.sha256, requests.state, asks)
         });
         let files: Vec<Value> = settings.chain(ports).collect();
         json!({ "folder": self.path, "trusted": self.is_trusted(), "files": files })
     }
 }
 
-/// A command line of `trust` for a folder, as a shell takes it.
+/// Returns a command line of `trust` for a folder, quoted for a shell.
 pub(super) fn command_for(folder: &str, option: &str) -> String {
     let option = if option.is_empty() { String::new() } else { format!("{option} ") };
     format!("landfall trust {option}{}", quoted(folder))
@@ -211,7 +222,7 @@ fn list(ports: &FolderPorts) -> String {
     ports.privileged.iter().map(NonZeroU16::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn in_words(demand: &Demand<'_>) -> (&'static str, String) {
+fn describe(demand: &Demand<'_>) -> (&'static str, String) {
     match demand {
         Demand::Command { purpose, words, timeout } => {
             let words = words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
@@ -226,7 +237,7 @@ fn in_words(demand: &Demand<'_>) -> (&'static str, String) {
             ("secrets", format!("the container may replace in {}: {keys}", quoted(file)))
         }
         Demand::Tools(names) => {
-            ("tools", format!("asks for {}; landfall grant gives a tool", names.join(", ")))
+            ("tools", format!("requests {}; landfall grant gives a tool", names.join(", ")))
         }
     }
 }
@@ -247,21 +258,21 @@ fn when(purpose: &Purpose<'_>) -> String {
 fn demand_json(demand: &Demand<'_>) -> Value {
     match demand {
         Demand::Command { purpose, words, timeout } => {
-            let mut told = json!({ "kind": "command", "command": words });
+            let mut value = json!({ "kind": "command", "command": words });
             if let Some(limit) = timeout {
-                told["timeout"] = span(*limit).into();
+                value["timeout"] = span(*limit).into();
             }
             match purpose {
-                Purpose::Preflight => told["for"] = "preflight".into(),
-                Purpose::Stop => told["for"] = "stop".into(),
-                Purpose::Start => told["for"] = "start".into(),
-                Purpose::Gate { name } => (told["for"], told["job"]) = ("gate".into(), (*name).into()),
+                Purpose::Preflight => value["for"] = "preflight".into(),
+                Purpose::Stop => value["for"] = "stop".into(),
+                Purpose::Start => value["for"] = "start".into(),
+                Purpose::Gate { name } => (value["for"], value["job"]) = ("gate".into(), (*name).into()),
                 Purpose::Job { name, every, restart } => {
-                    (told["for"], told["job"]) = ("job".into(), (*name).into());
-                    (told["every"], told["restart"]) = (span(*every).into(), (*restart).into());
+                    (value["for"], value["job"]) = ("job".into(), (*name).into());
+                    (value["every"], value["restart"]) = (span(*every).into(), (*restart).into());
                 }
             }
-            told
+            value
         }
         Demand::FolderPrograms => json!({ "kind": "folder-programs" }),
         Demand::Secrets { file, keys } => json!({ "kind": "secrets", "file": file, "keys": keys }),
@@ -269,12 +280,12 @@ fn demand_json(demand: &Demand<'_>) -> Value {
     }
 }
 
-/// A duration as the file has it: `24h`, `1m 30s`.
+/// Formats a duration in the notation of the file: `24h`, `1m 30s`.
 fn span(duration: Duration) -> String {
     SignedDuration::try_from(duration).map_or_else(|_| format!("{duration:?}"), |span| format!("{span:#}"))
 }
 
-/// A word as a shell takes it, so that its borders are visible.
+/// Quotes a word for a shell, so that its start and end are visible.
 fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "_@%+=:,./-".contains(c);
     if !word.is_empty() && word.chars().all(is_plain) {
@@ -288,7 +299,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_shows_its_borders() {
+    fn a_word_is_quoted_for_a_shell() {
         for (word, shown) in
             [("a-b=/c", "a-b=/c"), ("", "''"), ("a b", "'a b'"), ("it's", r"'it'\''s'"), ("$(x)", "'$(x)'")]
         {
@@ -322,7 +333,7 @@ mod tests {
         "#;
         let folder = folder::Folder::parse(text).unwrap();
         let lines: Vec<String> =
-            folder.demands().iter().map(in_words).map(|(word, text)| format!("{word}: {text}")).collect();
+            folder.demands().iter().map(describe).map(|(word, text)| format!("{word}: {text}")).collect();
         assert_eq!(
             lines,
             [
@@ -333,7 +344,7 @@ mod tests {
                 "command: renew, every 24h and restart the container, at most 5m: renew --file 'a b'",
                 "command: trust-folder = true: commands may be programs of the folder itself",
                 "secrets: the container may replace in secrets.json: k",
-                "tools: asks for claude; landfall grant gives a tool",
+                "tools: requests claude; landfall grant gives a tool",
             ]
         );
     }

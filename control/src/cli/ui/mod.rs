@@ -1,4 +1,4 @@
-//! What people read: lines, tables, and the sentences for events. No other module prints.
+//! Output for people: lines, tables, and the sentences for events. No other module prints.
 
 pub mod output;
 pub mod sentence;

@@ -1,8 +1,8 @@
-//! What people read. The only file that prints.
+//! Prints reports and errors. No other file prints.
 //!
-//! A line begins with one word of eight columns, so that the eye finds its way; colour only repeats what the word
-//! says. Everything that a process inside chose (its name, its command line) is escaped here, at the last moment,
-//! so that no other file has to remember it. Under `--json` every line is one object with an `event`.
+//! A line starts with a label of eight columns; colour only repeats the meaning of the label. Text from a container
+//! (process names, command lines) is escaped here, immediately before it is printed, so that no other file has to
+//! escape it. Under `--json` every line is one object with an `event`.
 
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroU16;
@@ -15,67 +15,67 @@ use crate::model::name::escape;
 use crate::model::port_policy::DenyReason;
 use crate::sys::processes::{Holder, ProcessFact};
 
-/// Something worth telling.
+/// An event of a foreground forwarding session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
-    /// A port answers on the host.
+    /// A port is forwarded.
     Forward {
-        /// The port on the host, and the one inside.
+        /// The port, the same number on the host and inside.
         port: NonZeroU16,
-        /// What people call the namespace.
+        /// The name of the namespace.
         name: String,
-        /// Who listens, where that could be found out.
+        /// The process that listens, if it could be determined.
         process: Option<ProcessFact>,
-        /// What it is for, where somebody says so.
+        /// The purpose of the port, if the registration or the folder states one.
         label: Option<String>,
-        /// How its connections reach the server.
+        /// The path of its connections: relay or native socket.
         path: ForwardPath,
     },
-    /// It no longer does.
+    /// A forwarded port is closed.
     Closed {
         /// The port on the host.
         port: NonZeroU16,
     },
-    /// Somebody else has it.
+    /// Another program listens on the port of the host.
     Taken {
         /// The port on the host.
         port: NonZeroU16,
-        /// Who.
+        /// That program.
         holder: Holder,
     },
-    /// It may not be exposed.
+    /// The port policy denies a port.
     Denied {
         /// The port inside.
         port: NonZeroU16,
-        /// Why not.
+        /// The reason.
         reason: DenyReason,
     },
-    /// It may not be exposed by a rule of the daemon's own.
+    /// A rule of the daemon denies a port.
     Withheld {
         /// The port inside.
         port: NonZeroU16,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
-    /// It could not be listened on for another reason.
+    /// Listening on the host port failed for another reason.
     Failed {
         /// The port on the host.
         port: NonZeroU16,
-        /// The kernel's answer.
+        /// The error of the kernel.
         detail: String,
     },
-    /// Something is worth knowing.
+    /// Information.
     Note {
-        /// What.
+        /// The sentence.
         text: String,
-        /// What to do about it.
+        /// The suggested action.
         hint: Option<String>,
     },
-    /// Something goes badly.
+    /// A problem that does not end the verb.
     Warning {
-        /// What.
+        /// The sentence.
         text: String,
-        /// What to do about it.
+        /// The suggested action.
         hint: Option<String>,
     },
 }
@@ -86,31 +86,31 @@ enum Stream {
     Stderr,
 }
 
-/// Where reports go, and how they look.
+/// Prints to one stream, as text or as JSON.
 #[derive(Clone, Copy, Debug)]
-pub struct Talk {
+pub struct Printer {
     stream: Stream,
     json: bool,
     colour: bool,
 }
 
-impl Talk {
-    /// To standard output, when it is ours.
-    pub fn to_stdout(json: bool) -> Talk {
-        Talk { stream: Stream::Stdout, json, colour: colour(&io::stdout()) }
+impl Printer {
+    /// Returns a printer for standard output.
+    pub fn to_stdout(json: bool) -> Printer {
+        Printer { stream: Stream::Stdout, json, colour: colour(&io::stdout()) }
     }
 
-    /// To standard error.
-    pub fn to_stderr(json: bool) -> Talk {
-        Talk { stream: Stream::Stderr, json, colour: colour(&io::stderr()) }
+    /// Returns a printer for standard error.
+    pub fn to_stderr(json: bool) -> Printer {
+        Printer { stream: Stream::Stderr, json, colour: colour(&io::stderr()) }
     }
 
-    /// Tells one report.
+    /// Prints one report.
     pub fn report(&self, report: &Report) {
         if self.json { self.print(&to_json(report).to_string()) } else { self.print(&self.text(report)) }
     }
 
-    /// Tells what ended a verb.
+    /// Prints the failure that ends a verb.
     pub fn failure(&self, failure: &Failure) {
         if self.json {
             let hint = failure.hint.as_deref();
@@ -122,26 +122,26 @@ impl Talk {
         }
     }
 
-    /// Tells a text under a word.
+    /// Prints a text after a label.
     pub fn line(&self, word: &str, colour: Colour, text: &str) {
-        self.print(&self.worded(word, colour, text));
+        self.print(&self.labelled(word, colour, text));
     }
 
-    /// A text behind its word of eight columns.
-    pub fn worded(&self, word: &str, colour: Colour, text: &str) -> String {
+    /// Formats a text after a label that is padded to eight columns.
+    pub fn labelled(&self, word: &str, colour: Colour, text: &str) -> String {
         format!("{} {}", self.paint(&format!("{word:8}"), colour), escape(text))
     }
 
-    /// Prints text that is ready as it is.
-    pub fn plain(&self, text: &str) {
-        self.print(text);
+    /// Prints the text unchanged, as one line. A failed write is ignored: the terminal is closed, and the command continues.
+    pub fn print(&self, text: &str) {
+        let _ = self.try_print(text);
     }
 
-    /// The same, for one who goes on only as long as somebody reads.
+    /// Prints the text unchanged, as one line, and returns whether the stream still accepts output.
     ///
     /// # Errors
-    /// Those of writing.
-    pub fn try_plain(&self, text: &str) -> io::Result<()> {
+    /// The write failed, such as with EPIPE after the reader has closed the pipe.
+    pub fn try_print(&self, text: &str) -> io::Result<()> {
         let line = format!("{text}\n");
         match self.stream {
             Stream::Stdout => io::stdout().write_all(line.as_bytes()).and_then(|()| io::stdout().flush()),
@@ -149,12 +149,13 @@ impl Talk {
         }
     }
 
-    /// Whether a person can answer [`Talk::ask`].
+    /// Returns whether [`Printer::ask`] can reach a person: standard input and standard error are terminals.
     pub fn can_ask() -> bool {
         io::stdin().is_terminal() && io::stderr().is_terminal()
     }
 
-    /// Asks a question on standard error and reads one line. Anything but `y` or `yes` is a no, and so is the end of the input.
+    /// Asks a question on standard error and reads one line. Only `y` and `yes` count as consent; any other line, and
+    /// the end of the input, count as refusal.
     pub fn ask(&self, question: &str) -> bool {
         let mut error = io::stderr();
         let mut answer = String::new();
@@ -163,7 +164,7 @@ impl Talk {
         read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")
     }
 
-    /// Colours a word, where there are colours.
+    /// Colours a text, if colours are enabled.
     pub fn paint(&self, word: &str, colour: Colour) -> String {
         if self.colour { format!("\u{1b}[{}m{word}\u{1b}[0m", colour as u8) } else { word.to_owned() }
     }
@@ -172,8 +173,10 @@ impl Talk {
         match report {
             Report::Forward { port, name, process, label, path } => {
                 let label = label.as_ref().map(|label| format!(" \"{}\"", escape(label))).unwrap_or_default();
-                let who =
-                    process.as_ref().map(|process| format!(" ({})", person(process))).unwrap_or_default();
+                let who = process
+                    .as_ref()
+                    .map(|process| format!(" ({})", describe_process(process)))
+                    .unwrap_or_default();
                 let word = self.paint("forward ", Colour::Green);
                 let path = if path.is_relay() { "" } else { ", native socket" };
                 format!("{word} http://localhost:{port}  →  {}:{port}{label}{who}{path}", escape(name))
@@ -184,7 +187,7 @@ impl Talk {
             Report::Taken { port, holder } => {
                 let word = self.paint("taken   ", Colour::Yellow);
                 with_hint(
-                    format!("{word} localhost:{port} is held by {}", held_by(holder)),
+                    format!("{word} localhost:{port} is held by {}", describe_holder(holder)),
                     Some(&taken_hint(holder)),
                 )
             }
@@ -200,7 +203,7 @@ impl Talk {
             }
             Report::Failed { port, detail } => {
                 format!(
-                    "{} localhost:{port} cannot be listened on: {}",
+                    "{} localhost:{port} cannot be opened for listening: {}",
                     self.paint("failed  ", Colour::Red),
                     escape(detail)
                 )
@@ -215,28 +218,24 @@ impl Talk {
             ),
         }
     }
-
-    /// Nothing is left to be done about a terminal that is gone; the command goes on.
-    fn print(&self, text: &str) {
-        let _ = self.try_plain(text);
-    }
 }
 
-/// The colours in use, by their number in ECMA-48.
+/// The colours in use, with their numbers from ECMA-48.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Colour {
-    /// It went wrong.
+    /// An error.
     Red = 31,
-    /// It works.
+    /// Success.
     Green = 32,
-    /// Somebody should look at it.
+    /// A problem that needs attention.
     Yellow = 33,
-    /// It is by the way.
+    /// Secondary information.
     Grey = 90,
 }
 
-/// Only on a terminal that knows colours, and not where `NO_COLOR` is set (<https://no-color.org>).
+/// Returns whether to use colours: only on a terminal that supports them, and not if `NO_COLOR` is set
+/// (<https://no-color.org>).
 fn colour(stream: &impl IsTerminal) -> bool {
     let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     stream.is_terminal() && !set("NO_COLOR") && std::env::var_os("TERM").is_some_and(|term| term != "dumb")
@@ -249,20 +248,20 @@ fn with_hint(line: String, hint: Option<&str>) -> String {
     }
 }
 
-fn person(process: &ProcessFact) -> String {
+fn describe_process(process: &ProcessFact) -> String {
     format!("{}, pid {}", escape(&process.name), process.pid)
 }
 
-fn held_by(holder: &Holder) -> String {
+fn describe_holder(holder: &Holder) -> String {
     match holder {
-        Holder::Process(process, line) if line.is_empty() => person(process),
+        Holder::Process(process, line) if line.is_empty() => describe_process(process),
         Holder::Process(process, line) => {
             let short: String = line.chars().take(60).collect();
             let dots = if short.len() < line.len() { "…" } else { "" };
-            format!("{} ({}{dots})", person(process), escape(&short))
+            format!("{} ({}{dots})", describe_process(process), escape(&short))
         }
         Holder::User(user) => format!("a process of user {}", escape(user)),
-        Holder::Unknown => "a process that is not visible from here".to_owned(),
+        Holder::Unknown => "a process that this user cannot inspect".to_owned(),
     }
 }
 
@@ -279,15 +278,15 @@ fn taken_hint(holder: &Holder) -> String {
 fn to_json(report: &Report) -> Value {
     match report {
         Report::Forward { port, name, process, label, path } => {
-            let mut told = json!({
+            let mut value = json!({
                 "event": "forward", "port": port, "url": format!("http://localhost:{port}"), "name": name,
                 "path": path,
                 "process": process.as_ref().map(|process| json!({ "name": process.name, "pid": process.pid })),
             });
             if let Some(label) = label {
-                told["label"] = label.as_str().into();
+                value["label"] = label.as_str().into();
             }
-            told
+            value
         }
         Report::Closed { port } => json!({ "event": "closed", "port": port }),
         Report::Taken { port, holder } => {

@@ -1,7 +1,7 @@
 use super::*;
 
-fn plain() -> Talk {
-    Talk { stream: Stream::Stderr, json: false, colour: false }
+fn plain() -> Printer {
+    Printer { stream: Stream::Stderr, json: false, colour: false }
 }
 
 fn port(number: u16) -> NonZeroU16 {
@@ -13,7 +13,7 @@ fn python() -> ProcessFact {
 }
 
 #[test]
-fn a_forward_says_where_it_leads() {
+fn a_forward_names_its_target() {
     let report = Report::Forward {
         port: port(5173),
         name: "web".to_owned(),
@@ -38,8 +38,8 @@ fn a_forward_says_where_it_leads() {
         label,
         path: ForwardPath::Relay,
     };
-    let told = "forward  http://localhost:5173  →  web:5173 \"W\\u{1b}eb\" (python3, pid 77)";
-    assert_eq!(plain().text(&report), told);
+    let value = "forward  http://localhost:5173  →  web:5173 \"W\\u{1b}eb\" (python3, pid 77)";
+    assert_eq!(plain().text(&report), value);
     assert_eq!(plain().text(&Report::Closed { port: port(5173) }), "closed   http://localhost:5173");
     let path = ForwardPath::Native;
     let report = Report::Forward {
@@ -83,7 +83,7 @@ fn a_process_cannot_write_to_the_terminal_by_its_name() {
 }
 
 #[test]
-fn a_privileged_port_comes_with_the_way_to_allow_it() {
+fn a_denied_privileged_port_has_a_hint_that_allows_it() {
     let report = Report::Denied { port: port(80), reason: DenyReason::Privileged };
     assert_eq!(
         plain().text(&report),
@@ -93,7 +93,7 @@ fn a_privileged_port_comes_with_the_way_to_allow_it() {
 }
 
 #[test]
-fn json_is_one_object_a_line() {
+fn json_is_one_object_per_line() {
     let report = Report::Forward {
         port: port(5173),
         name: "web".to_owned(),
@@ -110,8 +110,8 @@ fn json_is_one_object_a_line() {
 }
 
 #[test]
-fn colour_only_repeats_the_word() {
-    let talk = Talk { colour: true, ..plain() };
-    let text = talk.text(&Report::Closed { port: port(80) });
+fn colour_is_applied_to_the_label_only() {
+    let printer = Printer { colour: true, ..plain() };
+    let text = printer.text(&Report::Closed { port: port(80) });
     assert_eq!(text, "\u{1b}[90mclosed  \u{1b}[0m http://localhost:80");
 }

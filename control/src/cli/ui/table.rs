@@ -1,12 +1,11 @@
-//! Rows under a heading, for people. Pure.
+//! Text tables for people. Pure.
 
 use crate::model::name::escape;
 
-/// What stands where there is nothing.
-pub const NOTHING: &str = "-";
+/// The text of an empty cell.
+pub const EMPTY_CELL: &str = "-";
 
-/// Lines of columns that stand below each other, without a newline at the end. Every cell is escaped; the last one of a
-/// row is not padded, and may be missing.
+/// Formats aligned columns, without a newline at the end. Every cell is escaped; the last cell of a row is not padded.
 pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) -> String {
     let rows: Vec<[String; N]> =
         rows.iter().map(|row| row.each_ref().map(|cell| escape(cell).into_owned())).collect();
@@ -30,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_stand_below_each_other() {
+    fn columns_are_aligned() {
         let rows = [["shop".to_owned(), "3000".to_owned()], ["größe".to_owned(), String::new()]];
         assert_eq!(table(["NAME", "PORT"], &rows), "NAME   PORT\nshop   3000\ngröße");
     }
