@@ -1,17 +1,17 @@
-//! A channel between two of our processes: one JSON object in one datagram, descriptors beside it.
+//! A channel between two processes of landfall: one JSON object in one datagram, with descriptors attached.
 //!
-//! The socket is `AF_UNIX`, `SOCK_SEQPACKET`: connected, in order, lossless, and a message arrives whole or not at
-//! all. Descriptors ride in `SCM_RIGHTS` (`unix(7)`). What the kernel does with them decides the rules here:
+//! The socket is `AF_UNIX`, `SOCK_SEQPACKET`: connected, ordered, lossless, and a message arrives complete or not at all.
+//! Descriptors are sent in `SCM_RIGHTS` (`unix(7)`). The kernel's behaviour determines the rules here:
 //!
-//! - A descriptor that arrived is ours to close, whatever we think of its message. Every way out of [`receive`]
-//!   therefore closes what it does not hand over: nothing leaks with a message that is refused.
-//! - When our descriptor table is full, the kernel gives us those that fit and sets `MSG_CTRUNC`. Half a delivery
-//!   is worth nothing here, so it is an error and what did arrive is closed.
-//! - A datagram longer than the buffer is cut and `MSG_TRUNC` set: an error as well.
-//! - `recvmsg` answers zero both at the end and for an empty datagram. Nobody here sends an empty one, so a peer
-//!   that does is taken to have hung up.
-//! - A peer that closes before it has read everything leaves `ECONNRESET` for us, ahead of the messages that it
-//!   sent before. The error is reported once and then cleared, so the read is repeated and loses none of them.
+//! - The receiver must close each descriptor that arrived, even if it rejects the message. Every return of [`receive`]
+//!   therefore closes the descriptors that it does not pass on, so a rejected message leaks none.
+//! - When the descriptor table is full, the kernel delivers those that fit and sets `MSG_CTRUNC`. Part of a delivery is
+//!   useless here, so this is an error, and the delivered descriptors are closed.
+//! - A datagram longer than the buffer is truncated, and `MSG_TRUNC` is set: also an error.
+//! - `recvmsg` returns zero both at the end and for an empty datagram. No peer of landfall sends an empty one, so it counts
+//!   as the end.
+//! - A peer that closes before it has read everything leaves `ECONNRESET`, which is reported ahead of the messages that it
+//!   sent before. The error is reported once and then cleared, so the read is repeated and loses no message.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -30,43 +30,43 @@ use serde::de::DeserializeOwned;
 
 use crate::limits::{DESCRIPTORS_PER_MESSAGE_MAX, MESSAGE_BYTES_MAX};
 
-/// Why a message could not be sent or received. After any of them but [`ChannelError::Gone`] the channel still works.
+/// The reason why a message could not be sent or received. After all but [`ChannelError::Gone`] the channel still works.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     /// The descriptor is not a connected `SOCK_SEQPACKET` Unix socket.
     #[error("this descriptor is not a channel: a Unix socket of type SOCK_SEQPACKET is needed")]
     NotAChannel,
     /// The message to be sent is longer than [`MESSAGE_BYTES_MAX`].
-    #[error("a message of {bytes} bytes is too long; {MESSAGE_BYTES_MAX} is the most")]
+    #[error("a message of {bytes} bytes is too long; the maximum is {MESSAGE_BYTES_MAX}")]
     TooLong {
         /// Its length.
         bytes: usize,
     },
-    /// The message that arrived is longer than what is taken here; the kernel cut it, and it was thrown away.
+    /// The message that arrived is longer than the receiver accepts; the kernel truncated it, and it was discarded.
     #[error("a message arrived that is longer than {bytes_max} bytes")]
     Cut {
-        /// What is taken here.
+        /// The maximum that the receiver accepts.
         bytes_max: usize,
     },
     /// More descriptors than [`DESCRIPTORS_PER_MESSAGE_MAX`] were to be sent.
-    #[error("{count} descriptors are too many for one message; {DESCRIPTORS_PER_MESSAGE_MAX} is the most")]
+    #[error("{count} descriptors are too many for one message; the maximum is {DESCRIPTORS_PER_MESSAGE_MAX}")]
     TooManyDescriptors {
-        /// How many.
+        /// The number of descriptors.
         count: usize,
     },
-    /// Descriptors were lost on the way in (`MSG_CTRUNC`), nearly always because this process has no more of them.
-    #[error("descriptors did not fit into this process (see `ulimit -n`), so the message was thrown away")]
+    /// Descriptors were lost on arrival (`MSG_CTRUNC`), nearly always because the process has no free ones.
+    #[error("descriptors did not fit into this process (see `ulimit -n`), so the message was discarded")]
     DescriptorsLost,
-    /// The bytes are not what was expected.
-    #[error("not a message that is understood here: {0}")]
+    /// The message does not have the expected form.
+    #[error("not a valid message: {0}")]
     Malformed(serde_json::Error),
-    /// The message to be sent does not serialise: an error of this program.
+    /// The message to be sent cannot be serialised: a bug of this program.
     #[error("this message cannot be written as JSON: {0}")]
     Unwritable(serde_json::Error),
-    /// Nothing to read, or no room to write, just now.
-    #[error("not now")]
+    /// No message has arrived, or the send buffer is full.
+    #[error("the operation would block")]
     WouldBlock,
-    /// The time was up.
+    /// The time limit is over.
     #[error("no answer in time")]
     TimedOut,
     /// The peer has closed its end.
@@ -87,7 +87,7 @@ impl From<Errno> for ChannelError {
     }
 }
 
-/// What a receiving call brings: the message and its descriptors, or `None` when the peer has gone.
+/// The result of a receiving call: the message and its descriptors, or `None` if the peer has closed its end.
 pub type Received<T> = Result<Option<(T, Vec<OwnedFd>)>, ChannelError>;
 
 /// One end of a channel.
@@ -97,7 +97,7 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// Both ends of a new channel; close-on-exec, blocking.
+    /// Creates a channel and returns both ends; close-on-exec, blocking.
     pub fn pair() -> io::Result<(Channel, Channel)> {
         let (one, other) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
@@ -112,12 +112,12 @@ impl Channel {
         Ok(Channel { socket })
     }
 
-    /// Sends one message; waits for room.
+    /// Sends one message. Waits while the send buffer is full.
     pub fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         send(self.as_fd(), message, descriptors, SendFlags::empty())
     }
 
-    /// Sends one message, or [`ChannelError::WouldBlock`].
+    /// Sends one message. Returns [`ChannelError::WouldBlock`] if the send buffer is full.
     pub fn try_send(
         &self,
         message: &impl Serialize,
@@ -126,7 +126,8 @@ impl Channel {
         send(self.as_fd(), message, descriptors, SendFlags::DONTWAIT)
     }
 
-    /// Sends one message; waits for room no longer than `timeout`, then [`ChannelError::TimedOut`].
+    /// Sends one message. Waits for at most `timeout` while the send buffer is full, then returns
+    /// [`ChannelError::TimedOut`].
     pub fn send_timeout(
         &self,
         message: &impl Serialize,
@@ -147,12 +148,12 @@ impl Channel {
         receive(self.as_fd(), MESSAGE_BYTES_MAX, RecvFlags::empty())
     }
 
-    /// Takes a message that is there already, or [`ChannelError::WouldBlock`].
+    /// Returns a message that has arrived, or [`ChannelError::WouldBlock`].
     pub fn try_recv<T: DeserializeOwned>(&self) -> Received<T> {
         receive(self.as_fd(), MESSAGE_BYTES_MAX, RecvFlags::DONTWAIT)
     }
 
-    /// Waits for a message no longer than `timeout`, then [`ChannelError::TimedOut`].
+    /// Waits for a message for at most `timeout`, then returns [`ChannelError::TimedOut`].
     pub fn recv_timeout<T: DeserializeOwned>(&self, timeout: Duration) -> Received<T> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -163,7 +164,7 @@ impl Channel {
         }
     }
 
-    /// Waits until there is something to receive, or the peer has gone, no longer than `timeout`, then
+    /// Waits until a message has arrived or the peer has closed its end, for at most `timeout`, then returns
     /// [`ChannelError::TimedOut`].
     pub(crate) fn wait_readable(&self, timeout: Duration) -> Result<(), ChannelError> {
         wait(self.as_fd(), PollFlags::IN, Instant::now() + timeout)
@@ -171,7 +172,7 @@ impl Channel {
 
     /// Ends the channel in both directions for every holder of this end: a thread that waits on it wakes up.
     pub fn shutdown(&self) {
-        // The only errors are that it has ended already.
+        // The only error is that the channel has ended already.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 }
@@ -179,7 +180,7 @@ impl Channel {
 impl TryFrom<OwnedFd> for Channel {
     type Error = ChannelError;
 
-    /// Takes a descriptor that is a Unix socket of type `SOCK_SEQPACKET`.
+    /// Takes a descriptor, which must be a Unix socket of type `SOCK_SEQPACKET`.
     fn try_from(socket: OwnedFd) -> Result<Channel, ChannelError> {
         if !is_channel(socket.as_fd()) {
             return Err(ChannelError::NotAChannel);
@@ -206,7 +207,7 @@ pub fn is_channel(socket: BorrowedFd<'_>) -> bool {
         && sockopt::socket_type(socket) == Ok(SocketType::SEQPACKET)
 }
 
-/// Sends one message on a descriptor that is a channel. `SIGPIPE` is never raised.
+/// Sends one message on a descriptor that is a channel. Never raises `SIGPIPE`.
 pub fn send(
     socket: BorrowedFd<'_>,
     message: &impl Serialize,
@@ -240,7 +241,7 @@ pub(crate) fn send_bytes(
 
 /// Receives one message of at most `bytes_max` on a descriptor that is a channel.
 ///
-/// Every descriptor that arrives is close-on-exec, and is closed again when the message is refused.
+/// Every descriptor that arrives is close-on-exec, and is closed if the message is rejected.
 pub fn receive<T: DeserializeOwned>(
     socket: BorrowedFd<'_>,
     bytes_max: usize,
@@ -251,11 +252,11 @@ pub fn receive<T: DeserializeOwned>(
     Ok(Some((value, descriptors)))
 }
 
-/// Receives the bytes of one message and its descriptors; `None` when the peer has closed its end.
+/// Receives the bytes of one message and its descriptors; `None` if the peer has closed its end.
 pub(crate) fn receive_bytes(socket: BorrowedFd<'_>, bytes_max: usize, flags: RecvFlags) -> Received<Vec<u8>> {
     let mut text = vec![0; bytes_max];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE_MAX))];
-    // The descriptors that are not drained from it are closed when it is dropped.
+    // Dropping the buffer closes the descriptors that are not drained from it.
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message = loop {
         let iov = &mut [IoSliceMut::new(&mut text)];
@@ -283,7 +284,7 @@ pub(crate) fn receive_bytes(socket: BorrowedFd<'_>, bytes_max: usize, flags: Rec
     Ok(Some((text, descriptors)))
 }
 
-/// Waits until `socket` is ready as asked or has hung up; [`ChannelError::TimedOut`] after `deadline`.
+/// Waits until `socket` is ready for `events` or has hung up; returns [`ChannelError::TimedOut`] after `deadline`.
 fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Instant) -> Result<(), ChannelError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -297,7 +298,7 @@ fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Instant) -> Result<
     }
 }
 
-/// A poll timeout; one that does not fit the kernel's type is no timeout.
+/// Converts a poll timeout. A duration that does not fit the kernel's type means no timeout.
 pub(crate) fn timespec(duration: Duration) -> Option<Timespec> {
     Timespec::try_from(duration).ok()
 }

@@ -1,11 +1,11 @@
 //! The listening sockets of a forward on the host: 127.0.0.1 and `::1`, the same port.
 //!
-//! Both addresses are bound or neither is: a browser tries `::1` first for `localhost`, and half a forward would show
-//! it another program. Where the host has no IPv6 at all, 127.0.0.1 is enough.
+//! Either both addresses are bound or none: a browser tries `::1` first for `localhost`, and with only one of them it could
+//! reach another program. On a host without IPv6, 127.0.0.1 is enough.
 //!
-//! A listening socket may be lent by another engine, which accepts from it for a while longer. All holders of a socket
-//! share one queue of connections, and it listens until the last of them closes it: `shutdown(2)` would end it for all,
-//! and reset what waits in the queue (`inet_csk_listen_stop()` in net/ipv4/inet_connection_sock.c), so no holder calls it.
+//! Another engine may lend a listening socket, and continue to accept from it for some time. All holders of a socket share
+//! one queue of connections, and it listens until the last of them closes it. `shutdown(2)` would end it for all and reset
+//! the queued connections (`inet_csk_listen_stop()` in net/ipv4/inet_connection_sock.c), so no holder calls it.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
@@ -17,10 +17,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 use crate::command::{Family, ListenFailure, ListenFailureKind};
 use crate::sys::{SocketFacts, netns_cookie, tune};
 
-/// Returns the listening sockets of a host port: those that were lent, and new ones for the families that are missing.
+/// Returns the listening sockets of a host port: the lent ones, and new ones for the missing families.
 ///
 /// # Errors
-/// The first address that refused, and why. No socket stays open.
+/// The first address that failed, with the reason. All sockets are closed.
 pub(crate) fn open(
     port: NonZeroU16,
     backlog: u16,
@@ -46,7 +46,7 @@ pub(crate) fn open(
 /// Takes over sockets that listen in another network namespace.
 ///
 /// # Errors
-/// The first descriptor that is something else; all are closed then.
+/// The first descriptor that is not a listening TCP socket. All are closed.
 pub(crate) fn adopt(port: NonZeroU16, sockets: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, ListenFailure> {
     let listens = |socket: &OwnedFd| {
         let nonblocking = rustix::io::ioctl_fionbio(socket, true).is_ok();
@@ -59,7 +59,7 @@ pub(crate) fn adopt(port: NonZeroU16, sockets: Vec<OwnedFd>) -> Result<Vec<Owned
     Ok(sockets)
 }
 
-/// Checks the sockets that were lent, and sorts them by family.
+/// Checks the lent sockets, and sorts them by family.
 fn by_family(port: NonZeroU16, lent: Vec<OwnedFd>) -> Result<[Option<OwnedFd>; 2], ListenFailure> {
     let mut places = [None, None];
     for socket in lent {
@@ -71,10 +71,10 @@ fn by_family(port: NonZeroU16, lent: Vec<OwnedFd>) -> Result<[Option<OwnedFd>; 2
     Ok(places)
 }
 
-/// Returns the family of a lent socket, or what is wrong with it. The socket has the options of our own afterwards.
+/// Returns the family of a lent socket, or its fault. Sets the options of the relay's own sockets.
 fn check(socket: &OwnedFd, port: NonZeroU16) -> Result<Family, &'static str> {
     let is = |holds: bool, otherwise| if holds { Ok(()) } else { Err(otherwise) };
-    // Blocking or not belongs to the open file, which all holders share. One of them may have set it.
+    // O_NONBLOCK belongs to the open file, which all holders share. Another holder may have cleared it.
     let nonblocking = rustix::io::ioctl_fionbio(socket, true).is_ok();
     let facts = SocketFacts::of(socket);
     is(facts.is_stream, "a descriptor that is no stream socket")?;
@@ -82,7 +82,7 @@ fn check(socket: &OwnedFd, port: NonZeroU16) -> Result<Family, &'static str> {
     is(facts.listens, "a socket that does not listen")?;
     let family = Family::ALL.into_iter().find(|family| facts.local == Some(family.loopback(port)));
     let family = family.ok_or("a socket that listens elsewhere than on this port of loopback")?;
-    // A socket of a kind that a confined engine may make.
+    // A confined engine may create such a socket.
     let ours = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).ok();
     let ours = ours.and_then(|ours| netns_cookie(ours).ok());
     is(ours.is_some() && facts.netns_cookie == ours, "a socket of another network namespace")?;
@@ -111,8 +111,8 @@ fn stream_socket(address: SocketAddr) -> Result<OwnedFd, Errno> {
 
 fn listen(address: SocketAddr, backlog: u16) -> Result<OwnedFd, Errno> {
     let socket = stream_socket(address)?;
-    // A port whose last connections are in TIME_WAIT may be bound again. Never SO_REUSEPORT: another process of this user
-    // could then take a share of the connections.
+    // Permits binding a port whose last connections are in TIME_WAIT. SO_REUSEPORT is never set: with it, another process of
+    // this user could take a share of the connections.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(failure.kind, ListenFailureKind::Taken);
         assert_eq!(failure.address, other.local_addr().unwrap());
         assert!(failure.detail.starts_with("EADDRINUSE"), "{}", failure.detail);
-        // The IPv4 half, which was bound first, is closed again.
+        // The IPv4 socket, which was bound first, is closed again.
         std::net::TcpListener::bind(("127.0.0.1", port.get())).unwrap();
     }
 }

@@ -1,30 +1,30 @@
 //! The engine as a process of its own: commands come in and events go out over a Unix socket, to one driver at a time.
 //!
-//! # Who may come and go
+//! # Drivers
 //!
-//! The engine outlives its driver. A driver that is killed takes nothing with it: listeners listen on and bytes flow.
-//! The next driver connects, is told [`Event::Ready`], asks [`Command::Describe`], and says again what it wants.
-//! So an event that finds no driver is dropped and not kept: [`Event::State`] tells what came of it.
+//! The engine outlives its driver. If a driver is killed, listeners keep listening and connections keep relaying. The next
+//! driver connects, receives [`Event::Ready`], sends [`Command::Describe`], and repeats its commands. Events are not queued
+//! for an absent driver but dropped: [`Event::State`] contains their result.
 //!
-//! There is one driver. A newer one takes the place of the older, which reads the end of its channel: whoever started
-//! it last is whom the person means, and a driver that hangs must not lock out its successor. Commands of the older
-//! one that were not read by then are dropped.
+//! There is one driver. A newer one replaces the older, which reads the end of its channel: the newest driver is the one
+//! that the user wants, and a driver that hangs must not lock out its successor. Unread commands of the older one are
+//! dropped.
 //!
-//! # What ends the process
+//! # The end of the process
 //!
-//! [`Event::Stopped`], and nothing a driver can send by mistake: a datagram that is not understood is answered
-//! [`Event::Refused`]. [`Command::Stop`] and [`Command::Drain`] lead there, and so does a time without any driver, by
-//! a drain. As soon as that begins, the process leaves its address, for a next engine to take while the
-//! connections of this one finish; the driver that is there stays until the end.
+//! Only [`Event::Stopped`] ends the process; an invalid datagram is answered with [`Event::Refused`]. [`Command::Stop`] and
+//! [`Command::Drain`] lead to it, and so does a long time without a driver, which causes a drain. When that starts, the
+//! process releases the name of its socket, so that the next engine can take it while the connections of this one finish.
+//! The connected driver stays connected until the end.
 //!
 //! # Threads
 //!
-//! The calling thread accepts drivers and reads commands. A second one forwards events, because it waits for the
-//! engine, and for a driver that reads slowly; one that has read nothing for [`SEND_TIMEOUT`] loses its place.
+//! The calling thread accepts drivers and reads commands. A second one forwards events, because it waits for the engine and
+//! for a driver that reads slowly. A driver that does not read for [`SEND_TIMEOUT`] is disconnected.
 
 pub mod confinement;
+mod driver_slot;
 pub mod privileges;
-mod seat;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -43,48 +43,48 @@ use rustix::process::{Resource, Rlimit, Uid, geteuid, getrlimit, setrlimit};
 
 use crate::channel::{Channel, ChannelError, timespec};
 use crate::command::{Command, Event, EventMessage};
-use seat::{Question, Seat};
+use driver_slot::{DriverSlot, Question};
 
-/// The hidden verb of the program by which it becomes an engine.
+/// The hidden verb with which the program becomes an engine.
 pub const VERB: &str = "_engine";
 
-/// How long an engine waits for a driver before it drains and ends: long enough to upgrade or repair one.
+/// Time without a driver after which the engine drains and ends: long enough to upgrade or repair a driver.
 pub const IDLE_EXIT: Duration = Duration::from_secs(600);
 
-/// How long a driver may read nothing while an event waits for it.
+/// Time after which a driver that does not read its events is disconnected.
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long no driver is accepted after descriptors ran out.
+/// Time without accepting after descriptors ran out.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-/// What is driven: the engine, or a script in its place.
+/// A receiver of commands: the engine, or a script in tests.
 pub trait Drive: Sync {
-    /// Takes a command, without waiting for what comes of it. Whether its descriptors are as many as it needs is
-    /// for the engine to check; those that it does not keep it closes. Anything wrong is told by [`Event::Refused`].
+    /// Takes a command without waiting for its result. The engine checks the number of descriptors and closes those that it
+    /// does not use. It reports errors by [`Event::Refused`].
     fn apply(&self, command: Command, descriptors: Vec<OwnedFd>);
 }
 
-/// Why the engine's process could not serve.
+/// The reason why the engine's process could not serve.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
-    /// The socket could not be made.
-    #[error("no socket can be made at {}: {source}", path.display())]
+    /// The socket could not be created.
+    #[error("cannot create a socket at {}: {source}", path.display())]
     Bind {
-        /// Where.
+        /// The path of the socket.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
-    /// Something else has the name; it is left alone.
-    #[error("{} exists and is not a socket; it is left as it is", path.display())]
+    /// A file of another kind has the name; it is not changed.
+    #[error("{} exists and is not a socket; it was not changed", path.display())]
     NotASocket {
-        /// Where.
+        /// The path of the socket.
         path: PathBuf,
     },
     /// The engine ended without [`Event::Stopped`].
     #[error("the engine ended by itself")]
     EngineGone,
-    /// The kernel failed a call that does not fail.
+    /// A system call failed that does not fail in practice.
     #[error("the engine's process cannot wait for its driver: {0}")]
     System(#[from] io::Error),
 }
@@ -95,36 +95,36 @@ impl From<Errno> for ProcessError {
     }
 }
 
-/// Lets this process have as many descriptors as it may (the hard limit of `RLIMIT_NOFILE`), and so an engine that is
-/// started in it. The usual soft limit of 1,024 is for programs that use `select(2)`, and is enough for 400 connections.
+/// Raises this process's soft limit of descriptors to its hard limit (`RLIMIT_NOFILE`); an engine in this process inherits
+/// it. The usual soft limit of 1,024 exists for programs that use `select(2)`, and permits only 400 connections.
 pub fn raise_descriptor_limit() {
     let maximum = getrlimit(Resource::Nofile).maximum;
-    // Where it is refused, the engine goes by what there is.
+    // If the kernel refuses, the engine limits its connections to the available descriptors.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// The listening socket and its name. The name is removed with it if this process may still do so: an engine of root has
-/// changed its user by then, and its driver removes the name.
+/// The listening socket and its name. The name is removed when this is dropped, if the process may still remove it: an
+/// engine that root started has changed its user by then, and its driver removes the name.
 #[derive(Debug)]
 pub struct CommandSocket {
     path: PathBuf,
-    /// The user that made it, whose drivers are accepted. The process may have changed to another user since.
+    /// The user who created it; drivers of this user are accepted. The process may have changed to another user since.
     owner: Uid,
-    /// Device and inode of the name, to tell whether it is still this socket's.
+    /// Device and inode of the name, to detect that another socket has it.
     file: (u64, u64),
-    /// Gone once the address has been left.
+    /// `None` after the name was released.
     listener: Option<OwnedFd>,
 }
 
 impl CommandSocket {
-    /// Listens at `path`, in a directory that exists, for processes of this user alone (mode 0600).
+    /// Listens at `path`, in an existing directory, for processes of this user only (mode 0600).
     ///
-    /// The socket is made under a name aside and then moved, so nobody meets it before its mode is set, and the name
-    /// of an engine that crashed is taken over at once. That of one that runs is, too: whether there may be two
-    /// is for the driver to know, which has a lock for it.
+    /// The socket is created under a temporary name and then moved, so no process can connect before its mode is set, and
+    /// the name of an engine that crashed is replaced at once. The name of a running engine is replaced, too: the driver,
+    /// which has a lock for it, decides whether there may be two.
     ///
     /// # Errors
-    /// [`ProcessError::NotASocket`] when another kind of file has the name; else [`ProcessError::Bind`].
+    /// [`ProcessError::NotASocket`] if a file of another kind has the name; otherwise [`ProcessError::Bind`].
     pub fn bind(path: &Path) -> Result<CommandSocket, ProcessError> {
         let failed = |errno: Errno| ProcessError::Bind { path: path.to_owned(), source: errno.into() };
         match rustix::fs::lstat(path) {
@@ -137,29 +137,29 @@ impl CommandSocket {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(failed)?;
-        let aside = path.with_extension(format!("{}~", std::process::id()));
-        // The longer one of the two names must fit, but it is the asked one that a person can shorten.
-        let address = SocketAddrUnix::new(&aside).map_err(failed)?;
-        // Only a process with our own number can have left it.
-        let _ = rustix::fs::unlink(&aside);
+        let temporary = path.with_extension(format!("{}~", std::process::id()));
+        // The longer of the two names must fit, but the error names the requested one, which the user can shorten.
+        let address = SocketAddrUnix::new(&temporary).map_err(failed)?;
+        // Only a process with the same id can have left it.
+        let _ = rustix::fs::unlink(&temporary);
         rustix::net::bind(&listener, &address).map_err(failed)?;
-        let named = rustix::fs::chmod(&aside, Mode::RUSR | Mode::WUSR)
+        let named = rustix::fs::chmod(&temporary, Mode::RUSR | Mode::WUSR)
             .and_then(|()| rustix::net::listen(&listener, 16))
-            .and_then(|()| rustix::fs::lstat(&aside))
-            .and_then(|file| rustix::fs::rename(&aside, path).map(|()| (file.st_dev, file.st_ino)));
+            .and_then(|()| rustix::fs::lstat(&temporary))
+            .and_then(|file| rustix::fs::rename(&temporary, path).map(|()| (file.st_dev, file.st_ino)));
         match named {
             Ok(file) => {
                 Ok(CommandSocket { path: path.to_owned(), owner: geteuid(), file, listener: Some(listener) })
             }
             Err(errno) => {
-                let _ = rustix::fs::unlink(&aside);
+                let _ = rustix::fs::unlink(&temporary);
                 Err(failed(errno))
             }
         }
     }
 
-    /// Accepts nobody any more, and removes the name unless another engine has taken it.
-    fn leave(&mut self) {
+    /// Stops accepting, and removes the name unless another engine has taken it.
+    fn release_name(&mut self) {
         self.listener = None;
         let is_ours = |path: &Path| {
             rustix::fs::lstat(path).is_ok_and(|found| (found.st_dev, found.st_ino) == self.file)
@@ -167,16 +167,17 @@ impl CommandSocket {
         if !is_ours(&self.path) {
             return;
         }
-        // A next engine may take the name between a look and a removal, so it is removed under a name of our own, or given
-        // back. What fails here cannot be helped and does no harm: the next engine takes the name over.
-        let aside = self.path.with_extension(format!("{}~", std::process::id()));
-        if rustix::fs::rename(&self.path, &aside).is_err() {
+        // The next engine may take the name between the check and the removal. So the name is first moved to a temporary
+        // one, and moved back if it belongs to the next engine. A failure here does no harm: the next engine replaces the
+        // name.
+        let temporary = self.path.with_extension(format!("{}~", std::process::id()));
+        if rustix::fs::rename(&self.path, &temporary).is_err() {
             return;
         }
-        let given_back = !is_ours(&aside)
-            && rustix::fs::renameat_with(CWD, &aside, CWD, &self.path, RenameFlags::NOREPLACE).is_ok();
-        if !given_back {
-            let _ = rustix::fs::unlink(&aside);
+        let moved_back = !is_ours(&temporary)
+            && rustix::fs::renameat_with(CWD, &temporary, CWD, &self.path, RenameFlags::NOREPLACE).is_ok();
+        if !moved_back {
+            let _ = rustix::fs::unlink(&temporary);
         }
     }
 }
@@ -184,15 +185,15 @@ impl CommandSocket {
 impl Drop for CommandSocket {
     fn drop(&mut self) {
         if self.listener.is_some() {
-            self.leave();
+            self.release_name();
         }
     }
 }
 
-/// Serves drivers until the engine has stopped. `ready` is what each of them is told first.
+/// Serves drivers until the engine has stopped. Each driver receives `ready` first.
 ///
 /// # Errors
-/// [`ProcessError::EngineGone`] when `events` ends without [`Event::Stopped`].
+/// [`ProcessError::EngineGone`] if `events` ends without [`Event::Stopped`].
 pub fn serve(
     socket: CommandSocket,
     ready: &Event,
@@ -201,19 +202,19 @@ pub fn serve(
     idle_exit: Duration,
 ) -> Result<(), ProcessError> {
     let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    let seat = Seat::default();
-    let (ended, seat) = (&ended, &seat);
+    let slot = DriverSlot::default();
+    let (ended, slot) = (&ended, &slot);
     std::thread::scope(|scope| {
         let forwarder = scope.spawn(move || {
-            let outcome = seat.forward(&events);
-            // An eventfd at zero has room for a one.
+            let outcome = slot.forward(&events);
+            // The write succeeds: the counter is zero.
             let _ = rustix::io::write(ended, &1_u64.to_ne_bytes());
             outcome
         });
-        let mut reader = Reader { socket, ready, engine, seat, ended, vacant: None, rest: None };
+        let mut reader = Reader { socket, ready, engine, slot, ended, idle_since: None, paused_until: None };
         let read = reader.run(idle_exit);
         if read.is_err() {
-            // Nobody could stop the engine any more, and the forwarder waits for its end.
+            // The forwarder waits for the end of the engine, and no driver can stop it any more.
             engine.apply(Command::Stop, Vec::new());
         }
         let forwarded = forwarder.join().unwrap_or(Err(ProcessError::EngineGone));
@@ -226,55 +227,55 @@ struct Reader<'a> {
     socket: CommandSocket,
     ready: &'a Event,
     engine: &'a dyn Drive,
-    seat: &'a Seat,
-    /// Readable once the engine has ended.
+    slot: &'a DriverSlot,
+    /// Readable when the engine has ended.
     ended: &'a OwnedFd,
-    /// Since when there is no driver.
-    vacant: Option<Instant>,
-    /// Until when nobody is accepted, because descriptors ran out.
-    rest: Option<Instant>,
+    /// When the last driver left; `None` while a driver is connected.
+    idle_since: Option<Instant>,
+    /// No driver is accepted before this time, because descriptors ran out.
+    paused_until: Option<Instant>,
 }
 
 impl Reader<'_> {
     fn run(&mut self, idle_exit: Duration) -> Result<(), ProcessError> {
         loop {
-            let driver = self.seat.driver();
+            let driver = self.slot.driver();
             let now = Instant::now();
-            self.vacant = if driver.is_some() { None } else { self.vacant.or(Some(now)) };
-            self.rest = self.rest.filter(|rest| *rest > now);
-            // Once the address is left, the end is under way already.
-            let idle = self.vacant.and_then(|since| since.checked_add(idle_exit));
+            self.idle_since = if driver.is_some() { None } else { self.idle_since.or(Some(now)) };
+            self.paused_until = self.paused_until.filter(|paused_until| *paused_until > now);
+            // After the name was released, the engine is already ending.
+            let idle = self.idle_since.and_then(|since| since.checked_add(idle_exit));
             let idle = idle.filter(|_| self.socket.listener.is_some());
             if idle.is_some_and(|idle| idle <= now) {
                 self.apply(Command::Drain, Vec::new());
                 continue;
             }
-            let until = [idle, self.rest].into_iter().flatten().min();
-            let (ended, arrived, told) = self.wait(driver.as_deref(), until)?;
+            let until = [idle, self.paused_until].into_iter().flatten().min();
+            let (ended, arrived, sent) = self.wait(driver.as_deref(), until)?;
             if ended {
                 return Ok(());
             }
             if arrived {
-                self.admit();
+                self.accept();
             }
-            if let Some(driver) = driver.filter(|_| told) {
+            if let Some(driver) = driver.filter(|_| sent) {
                 self.read(&driver);
             }
         }
     }
 
-    /// Waits; tells whether the engine has ended, whether a driver knocks, and whether the driver said something.
+    /// Waits. Returns whether the engine has ended, whether a driver connects, and whether the driver sent something.
     fn wait(
         &self,
         driver: Option<&Channel>,
         until: Option<Instant>,
     ) -> Result<(bool, bool, bool), ProcessError> {
-        // What is not to be waited for is replaced by something that stays silent.
+        // A descriptor that is not to be waited for is replaced by a poll without events.
         let wait = |socket: Option<_>| match socket {
             Some(socket) => PollFd::from_borrowed_fd(socket, PollFlags::IN),
             None => PollFd::new(self.ended, PollFlags::empty()),
         };
-        let listener = self.socket.listener.as_ref().filter(|_| self.rest.is_none());
+        let listener = self.socket.listener.as_ref().filter(|_| self.paused_until.is_none());
         let mut waits =
             [wait(Some(self.ended.as_fd())), wait(listener.map(AsFd::as_fd)), wait(driver.map(AsFd::as_fd))];
         let timeout = until.map(|until| until.saturating_duration_since(Instant::now()));
@@ -282,28 +283,29 @@ impl Reader<'_> {
             Err(Errno::INTR) => return Ok((false, false, false)),
             done => done?,
         };
-        let [ended, arrived, told] = waits.map(|wait| !wait.revents().is_empty());
-        Ok((ended, arrived, told))
+        let [ended, arrived, sent] = waits.map(|wait| !wait.revents().is_empty());
+        Ok((ended, arrived, sent))
     }
 
-    /// Seats a driver that connects, if it is of the user that made the socket, or root.
-    fn admit(&mut self) {
+    /// Accepts a driver, if it runs as the user who created the socket, or as root.
+    fn accept(&mut self) {
         let Some(listener) = &self.socket.listener else { return };
-        let knocking = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
-            Ok(knocking) => knocking,
+        let socket = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(socket) => socket,
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                self.rest = Instant::now().checked_add(EXHAUSTED_PAUSE);
+                self.paused_until = Instant::now().checked_add(EXHAUSTED_PAUSE);
                 return;
             }
-            // It went away again.
+            // The driver has closed the connection again.
             Err(_) => return,
         };
-        // Not by rustix, whose process id is never 0: the kernel has that for a peer outside of our pid namespace.
-        let known = getsockopt(&knocking, PeerCredentials)
+        // nix and not rustix: for a peer outside of our pid namespace the kernel returns process id 0, which rustix's type
+        // excludes.
+        let is_permitted = getsockopt(&socket, PeerCredentials)
             .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == self.socket.owner.as_raw());
-        let Ok(driver) = Channel::try_from(knocking) else { return };
-        if known {
-            self.seat.take(driver, self.ready);
+        let Ok(driver) = Channel::try_from(socket) else { return };
+        if is_permitted {
+            self.slot.install(driver, self.ready);
         }
     }
 
@@ -312,12 +314,12 @@ impl Reader<'_> {
         match driver.try_recv::<Command>() {
             Ok(Some((command, descriptors))) => self.apply(command, descriptors),
             Err(ChannelError::WouldBlock) => {}
-            Ok(None) | Err(ChannelError::Gone | ChannelError::System(_)) => self.seat.vacate(driver),
+            Ok(None) | Err(ChannelError::Gone | ChannelError::System(_)) => self.slot.remove(driver),
             Err(error) => {
                 let refused = Event::Refused { reason: error.to_string() };
-                // Whoever sends nonsense and does not read the answers has no claim to be waited for.
+                // A driver that sends invalid data and does not read the answers is disconnected.
                 if driver.try_send(&refused, &[]).is_err() {
-                    self.seat.vacate(driver);
+                    self.slot.remove(driver);
                 }
             }
         }
@@ -325,10 +327,10 @@ impl Reader<'_> {
 
     fn apply(&mut self, command: Command, descriptors: Vec<OwnedFd>) {
         if matches!(command, Command::Drain | Command::Stop) {
-            self.socket.leave();
+            self.socket.release_name();
         }
         if let Some(question) = Question::of(&command) {
-            self.seat.asks(question);
+            self.slot.record_question(question);
         }
         self.engine.apply(command, descriptors);
     }

@@ -1,8 +1,9 @@
-//! Openers in real namespaces, as root and as a user who is not.
+//! Openers in real namespaces, as root and as an unprivileged user.
 //!
-//! This program is also what it tests: with `_opener` it is an opener, with `_engine` an engine, with `_listen` a server inside a namespace,
-//! with `_client` somebody who starts an opener and is killed. As root it runs everything, and then once more
-//! what needs no privilege, as the user `nobody`. An argument runs the cases whose names contain it.
+//! This program also plays the other roles of the tests: with `_opener` it is an opener, with `_engine` an engine, with
+//! `_listen` a server inside a namespace, with `_client` a process that starts an opener and is killed. As root it runs all
+//! cases, and then those that need no privileges again as the user `nobody`. An argument selects the cases whose names
+//! contain it.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test, in a program with its own main")]
 
 #[path = "opener/agents.rs"]
@@ -35,11 +36,11 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::thread::CapabilitySet;
 
 const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
-const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
-/// What the engine of these cases says it is.
+const TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+/// The version that the engine of these cases reports.
 const VERSION: &str = "of these cases";
 
-/// What a case needs.
+/// The requirements of a case.
 #[derive(PartialEq)]
 enum Needs {
     Nothing,
@@ -91,7 +92,7 @@ fn main() -> ExitCode {
         if wanted.is_none_or(|wanted| name.contains(wanted.as_str())) && (root || *needs == Needs::Nothing) {
             print!("test {name} (uid {}) ... ", rustix::process::geteuid().as_raw());
             std::io::stdout().flush().unwrap();
-            // A failed case ends the program with its message.
+            // A case that fails panics, which ends the program with its message.
             case();
             println!("ok");
         }
@@ -116,7 +117,7 @@ fn listen(address: &str) -> ! {
     }
 }
 
-/// `_client PID`: enters and hands the engine's descriptors to whoever is at its standard input, then waits.
+/// `_client PID`: enters, sends the engine's descriptors to the process at its standard input, then waits.
 fn client(pid: &str) -> ! {
     let channel = Channel::try_from(std::io::stdin().as_fd().try_clone_to_owned().unwrap()).unwrap();
     let mut opener = enter(pid.parse().unwrap()).unwrap();
@@ -129,7 +130,7 @@ fn client(pid: &str) -> ! {
     }
 }
 
-/// `_engine PATH`: the engine's process.
+/// `_engine PATH`: runs an engine process.
 fn engine(path: &Path) -> ExitCode {
     let socket = CommandSocket::bind(path).unwrap();
     privileges::drop_capabilities(CapabilitySet::NET_BIND_SERVICE).unwrap();
@@ -141,14 +142,14 @@ fn engine(path: &Path) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// A process in a network namespace of its own, with a server on its loopback.
+/// A process in a network namespace of its own, with a server on its loopback address.
 struct Inside {
     child: Child,
     port: u16,
 }
 
 impl Inside {
-    /// With a user namespace of the same user around it.
+    /// Creates one with a user namespace of the same user around it.
     fn new() -> Inside {
         Inside::run(Command::new("unshare").arg("-Urn"), "127.0.0.1:0")
     }
@@ -157,7 +158,7 @@ impl Inside {
         Inside::run_verb(command, "_listen", address.as_ref())
     }
 
-    /// With an agent whose socket is in `directory`.
+    /// Creates one with an agent whose socket is in `directory`.
     fn with_agent(directory: &Path) -> Inside {
         Inside::run_verb(Command::new("unshare").arg("-Urn"), "_agent", directory.as_os_str())
     }
@@ -210,11 +211,11 @@ fn sockets(channel: &OwnedFd, family: Family, count: u16, cookie: u64) -> Result
 
 #[track_caller]
 fn readable(descriptor: &OwnedFd) {
-    let ready = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], Some(&PATIENCE)).unwrap();
-    assert_eq!(ready, 1, "nothing happened in {} s", PATIENCE.tv_sec);
+    let ready = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], Some(&TIMEOUT)).unwrap();
+    assert_eq!(ready, 1, "nothing happened in {} s", TIMEOUT.tv_sec);
 }
 
-/// Connects a socket from the opener, and reads what the server inside says.
+/// Connects a socket from the opener, and reads what the server inside sends.
 fn dial(socket: OwnedFd, address: SocketAddr) -> String {
     rustix::io::ioctl_fionbio(&socket, false).unwrap();
     rustix::net::connect(&socket, &address).unwrap();
@@ -223,7 +224,7 @@ fn dial(socket: OwnedFd, address: SocketAddr) -> String {
     said
 }
 
-/// The opener's process, by the credentials of the channel that it made.
+/// Returns the opener's process, from the credentials of a channel that it created.
 fn process_of(channel: &OwnedFd) -> Pid {
     rustix::net::sockopt::socket_peercred(channel).unwrap().pid
 }
@@ -348,7 +349,7 @@ fn ends_with_channels() {
     assert_eq!(sockets(&descriptors[0], Family::V4, 1, cookie).unwrap().len(), 1);
     drop(descriptors);
     readable(&process);
-    // The thread that waits for it takes it away for good; until then it is a zombie.
+    // The process is a zombie until the reaper thread has waited for it.
     let deadline = Instant::now() + Duration::from_secs(10);
     while Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists() {
         assert!(Instant::now() < deadline, "the opener was left as a zombie");
@@ -375,7 +376,7 @@ fn killed_client() {
     readable(&process);
 }
 
-/// The next event that is `wanted`.
+/// Receives events until one is `wanted`.
 #[track_caller]
 fn event(driver: &Channel, wanted: impl Fn(&Event) -> bool) -> Event {
     loop {
@@ -387,7 +388,7 @@ fn event(driver: &Channel, wanted: impl Fn(&Event) -> bool) -> Event {
     }
 }
 
-/// A driver of the engine at `path`, as soon as that one listens, and how many shards it has.
+/// Connects a driver to the engine at `path`, as soon as it listens. Returns it with the number of shards.
 fn drive(path: &Path) -> (Channel, u16) {
     let deadline = Instant::now() + Duration::from_secs(10);
     let driver = loop {
@@ -403,7 +404,7 @@ fn drive(path: &Path) -> (Channel, u16) {
     }
 }
 
-/// A child that does not outlive a case that fails.
+/// A child that is killed if its case fails.
 struct Bounded(Child);
 
 impl Drop for Bounded {
@@ -452,14 +453,14 @@ fn engine_process() {
     assert_eq!(ask(), "inside");
     let (driver, _) = drive(&path);
     driver.send(&EngineCommand::Describe, &[]).unwrap();
-    // Nothing else happens here, so the answer is all that comes.
+    // Nothing else happens, so the answer is the only event.
     let Event::Observed { upstream: observed, listening, more: false } = event(&driver, |_| true) else {
-        panic!("what listens is told first");
+        panic!("the listeners come first");
     };
     assert_eq!(observed, upstream);
     assert_eq!(listening.iter().map(|seen| seen.port).collect::<Vec<_>>(), [target_port]);
     let Event::State { upstreams, forwards, more: false } = event(&driver, |_| true) else {
-        panic!("what is held follows");
+        panic!("the state follows");
     };
     assert_eq!(upstreams, [UpstreamState { upstream, netns_cookie }]);
     assert_eq!(forwards[0].stats.accepted, 2);
@@ -474,12 +475,12 @@ fn unread_answers() {
     let (_, descriptors) = opener.upstream(2).unwrap();
     let mut asked = 0;
     let pause = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-    // The opener stops reading once it has no room for its answers; only then does the channel stay full.
+    // The opener stops reading when it has no room for its answers; only then does the channel stay full.
     while poll(&mut [PollFd::new(&descriptors[0], PollFlags::OUT)], Some(&pause)).unwrap() == 1 {
         while ask(descriptors[0].as_fd(), Family::V4, 1, None).is_ok() {
             asked += 1;
         }
-        assert!(asked < 10_000, "the opener goes on though nobody takes its answers");
+        assert!(asked < 10_000, "the opener continues although its answers are not read");
     }
     assert_eq!(sockets(&descriptors[1], Family::V4, 1, opener.netns_cookie()).unwrap().len(), 1);
     for _ in 0..asked {
@@ -513,12 +514,12 @@ fn nonsense() {
 fn started_by_hand() {
     let status = Command::new(this()).arg(VERB).stdin(Stdio::null()).status().unwrap();
     assert_eq!(status.code(), Some(1));
-    // One that starts it, and says nothing.
+    // The starting process sends no request.
     let (ours, theirs) = Channel::pair().unwrap();
     let mut child = Command::new(this()).arg(VERB).stdin(OwnedFd::from(theirs)).spawn().unwrap();
     drop(ours);
     assert_eq!(child.wait().unwrap().code(), Some(1));
-    // One that starts it, and says something else than where to go.
+    // The starting process sends a request other than Enter.
     let (ours, theirs) = Channel::pair().unwrap();
     let mut child = Command::new(this()).arg(VERB).stdin(OwnedFd::from(theirs)).spawn().unwrap();
     ours.send(&Request::ProcNet, &[]).unwrap();
@@ -565,7 +566,7 @@ fn by_file() {
     let channel = channel_of(&mut opener);
     let socket = sockets(&channel, Family::V4, 1, opener.netns_cookie()).unwrap().remove(0);
     assert_eq!(dial(socket, ([127, 0, 0, 1], inside.port).into()), "inside");
-    // Root needs no user namespace to enter by process, either.
+    // Root enters by process without a user namespace, too.
     let by_process = enter(inside.pid()).unwrap();
     assert_eq!(by_process.netns_cookie(), opener.netns_cookie());
 }

@@ -63,7 +63,7 @@ fn path_without_agent() {
     let (elsewhere, directory) = (place(), place());
     let real = agent_listener(&elsewhere.path().join(AGENT_SOCKET));
     let socket = |directory: &tempfile::TempDir| directory.path().join(AGENT_SOCKET);
-    refused(directory.path(), FailureKind::Gone, "no agent has made its socket there");
+    refused(directory.path(), FailureKind::Gone, "no agent has created its socket there");
     refused(&directory.path().join("missing"), FailureKind::Gone, "there is no such directory");
     std::fs::write(directory.path().join("file"), "").unwrap();
     refused(&directory.path().join("file"), FailureKind::Other, "this is a file and not a directory");
@@ -92,7 +92,7 @@ fn path_without_agent() {
     // The listener never accepts: its backlog is full, and a further connect does not block.
     let waiting: Vec<_> = std::iter::from_fn(|| try_connect(&socket(&elsewhere))).take(100).collect();
     assert!(waiting.len() < 100);
-    refused(elsewhere.path(), FailureKind::Exhausted, "the agent takes no connection");
+    refused(elsewhere.path(), FailureKind::Exhausted, "the agent accepts no connection");
     drop(real);
 }
 
@@ -137,7 +137,7 @@ fn invalid_answer() {
     let error = open_error(|_, _| false);
     assert!(error.to_string().contains("ended without an answer"), "{error}");
     let error = open_error(|channel, _| send(channel, (Answer::Channel, Vec::new())));
-    assert!(error.to_string().contains("makes no sense"), "{error}");
+    assert!(error.to_string().contains("invalid answer"), "{error}");
     let error = open_error(|channel, _| {
         while channel.try_send(&"and another thing".repeat(100), &[]).is_ok() {}
         true
@@ -340,7 +340,7 @@ fn turns_hostile(ring: RingChoice) {
     ];
     for index in [0, 1, 4, 5, 7] {
         scripts.push((
-            "something else than asked for",
+            "does not fit the request",
             Arc::new(move |channel, _| {
                 let bad = wrong_descriptors().swap_remove(index).1;
                 send(channel, (Answer::Made { count: 1, error: None, ephemeral: None }, bad))

@@ -245,7 +245,7 @@ pub(crate) fn stand_in(arguments: &[String]) {
         Some(0) => drop_capabilities(CapabilitySet::NET_BIND_SERVICE).unwrap(),
         Some(1) => assert!(become_engine(user).unwrap()),
         Some(_) => {
-            let confinement = Confinement::begin(user).unwrap();
+            let confinement = Confinement::start(user).unwrap();
             let lacks = if at == Some(3) { confinement.seal() } else { Vec::new() };
             assert!(lacks.is_empty(), "{lacks:?}");
         }

@@ -290,7 +290,7 @@ fn the_helper_obeys_its_user_alone_and_bears_whatever_is_sent() {
     let web = server("hostile", port, &[]);
     let pid: u32 = web.told("{{.State.Pid}}").parse().unwrap();
     // Even root, who gets at the socket, is another user.
-    let refused = Opener::through(&user.socket(), Target::process(pid).unwrap());
+    let refused = Opener::spawn_by_helper(&user.socket(), Target::process(pid).unwrap());
     assert!(matches!(refused, Err(OpenError::Helper { .. })), "{refused:?}");
     for _ in 0..500 {
         let channel = Channel::connect(&user.socket()).unwrap();

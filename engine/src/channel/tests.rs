@@ -11,7 +11,7 @@ fn open_descriptors_of_file(inode: u64) -> usize {
         .count()
 }
 
-/// A file that no other test has open, and its inode by which its descriptors are counted.
+/// A new file, and its inode, by which a test counts its descriptors.
 fn marker() -> (OwnedFd, u64) {
     let file = tempfile::tempfile().unwrap();
     let inode = std::os::unix::fs::MetadataExt::ino(&file.metadata().unwrap());
@@ -44,7 +44,7 @@ fn as_many_descriptors_as_the_kernel_takes_arrive() {
 }
 
 #[test]
-fn the_longest_message_passes_and_one_byte_more_is_refused() {
+fn a_message_of_the_maximum_length_passes_and_a_longer_one_fails() {
     let (one, other) = Channel::pair().unwrap();
     let longest = "x".repeat(MESSAGE_BYTES_MAX - 2);
     one.send(&longest, &[]).unwrap();
@@ -54,7 +54,7 @@ fn the_longest_message_passes_and_one_byte_more_is_refused() {
 }
 
 #[test]
-fn a_message_that_is_cut_is_refused_and_its_descriptors_are_closed() {
+fn a_truncated_message_is_refused_and_its_descriptors_are_closed() {
     let (one, other) = Channel::pair().unwrap();
     let (file, inode) = marker();
     one.send(&"x".repeat(200), &[file.as_fd(); 5]).unwrap();
@@ -64,7 +64,7 @@ fn a_message_that_is_cut_is_refused_and_its_descriptors_are_closed() {
 }
 
 #[test]
-fn a_message_that_is_not_understood_is_refused_and_its_descriptors_are_closed() {
+fn an_invalid_message_is_refused_and_its_descriptors_are_closed() {
     let (one, other) = Channel::pair().unwrap();
     let (file, inode) = marker();
     send_bytes(one.as_fd(), b"{]", &[file.as_fd(); 5], SendFlags::empty()).unwrap();
@@ -75,9 +75,9 @@ fn a_message_that_is_not_understood_is_refused_and_its_descriptors_are_closed() 
 }
 
 #[test]
-fn what_was_sent_before_the_end_is_received_first() {
+fn messages_before_the_end_are_received_first() {
     let (one, other) = Channel::pair().unwrap();
-    // An unread message makes the kernel report a reset ahead of what is still queued.
+    // Because of the unread message, the kernel reports a reset ahead of the queued messages.
     other.send(&"never read", &[]).unwrap();
     one.send(&"last words", &[]).unwrap();
     drop(one);
@@ -87,7 +87,7 @@ fn what_was_sent_before_the_end_is_received_first() {
 }
 
 #[test]
-fn waiting_is_bounded_where_asked() {
+fn waits_end_at_their_time_limits() {
     let (one, other) = Channel::pair().unwrap();
     assert!(matches!(other.try_recv::<u8>(), Err(ChannelError::WouldBlock)));
     assert!(matches!(other.recv_timeout::<u8>(Duration::from_millis(5)), Err(ChannelError::TimedOut)));
@@ -100,7 +100,7 @@ fn waiting_is_bounded_where_asked() {
 }
 
 #[test]
-fn only_a_channel_is_taken_for_one() {
+fn other_descriptors_are_not_channels() {
     let (stream, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
     assert!(matches!(Channel::try_from(OwnedFd::from(stream)), Err(ChannelError::NotAChannel)));
     assert!(matches!(Channel::try_from(marker().0), Err(ChannelError::NotAChannel)));

@@ -1,12 +1,13 @@
-//! The side outside: starts an opener, or has one started by a helper, or connects to an agent, collects what an upstream needs from it, and checks what it is handed.
+//! The client side: starts an opener, or requests one from a helper, or connects to an agent; gets the descriptors of an
+//! upstream from it, and checks them.
 //!
-//! Whoever starts an upstream holds an [`Opener`] for as long as it takes to ask for the descriptors of
-//! [`Command::AddUpstream`](crate::command::Command::AddUpstream), and passes those to the engine. The process
-//! then lives by the engine's channels alone. The shards of the engine use [`ask`] and [`take`], which never wait.
+//! The caller that adds an upstream holds an [`Opener`] while it requests the descriptors of
+//! [`Command::AddUpstream`](crate::command::Command::AddUpstream), and passes those to the engine. From then on only the
+//! engine's channels keep the process alive. The shards of the engine use [`ask`] and [`take`], which never wait.
 
 mod agent;
 pub(crate) mod answers;
-mod through;
+mod helper;
 
 use std::io;
 use std::net::SocketAddr;
@@ -27,12 +28,12 @@ use crate::channel::{self, Channel, ChannelError};
 use crate::command::{Family, WatchSources};
 use crate::sys::{SocketFacts, netns_cookie};
 pub use answers::{StockError, ask, take};
-pub use through::helper_listens;
+pub use helper::helper_listens;
 
-/// How long an opener may take to answer. It needs a millisecond; a machine that swaps needs more.
+/// Time limit for an answer. An opener needs a millisecond; a machine that swaps needs longer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where an opener goes.
+/// The namespace that an opener enters.
 #[derive(Debug)]
 pub enum Target {
     /// A pidfd.
@@ -42,7 +43,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// The network namespace of a running process.
+    /// Returns the network namespace of a running process.
     ///
     /// # Errors
     /// [`OpenError::Refused`] with [`FailureKind::Gone`] when no such process runs.
@@ -51,21 +52,21 @@ impl Target {
         match known.and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty())) {
             Ok(pidfd) => Ok(Target::Process(pidfd)),
             Err(Errno::SRCH) => Err(refused(FailureKind::Gone, format!("there is no process {pid}"))),
-            // A thread that is not its process's first one has a number as well, but is no process.
+            // The number belongs to a thread that is not the first thread of its process.
             Err(Errno::INVAL | Errno::NOENT) => {
-                Err(refused(FailureKind::Other, format!("{pid} is the number of a thread, not of a process")))
+                Err(refused(FailureKind::Other, format!("{pid} is the id of a thread, not of a process")))
             }
             Err(errno) => {
-                let what = format!("process {pid} cannot be referred to");
+                let what = format!("process {pid} cannot be opened");
                 Err(OpenError::Refused(Failure::from_io(&what, &errno.into())))
             }
         }
     }
 
-    /// The network namespace that `path` stands for, such as `/run/netns/NAME`.
+    /// Returns the network namespace of the file `path`, such as `/run/netns/NAME`.
     ///
     /// # Errors
-    /// [`OpenError::Refused`] when it cannot be opened. Whether it is a namespace shows when it is entered.
+    /// [`OpenError::Refused`] if it cannot be opened. Entering it shows whether it is a namespace.
     pub fn path(path: &Path) -> Result<Target, OpenError> {
         // Without O_NONBLOCK, opening a FIFO would wait for its writer.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -76,53 +77,53 @@ impl Target {
     }
 }
 
-/// Why there is no opener, or why it did not do as asked.
+/// The reason why an opener could not be started or did not carry out a request.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The program could not be started.
     #[error("{} could not be started to enter the namespace: {source}", program.display())]
     Spawn {
-        /// Which.
+        /// The program.
         program: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
-    /// It answered with a reason.
+    /// The opener refused the request.
     #[error("{0}")]
     Refused(Failure),
-    /// An agent could not be reached, or did not do as asked.
+    /// The agent could not be reached or did not carry out a request.
     #[error("the agent at {}: {source}", socket.display())]
     Agent {
-        /// Where it was looked for.
+        /// The expected place of its socket.
         socket: PathBuf,
-        /// What was wrong.
+        /// The error.
         source: Box<OpenError>,
     },
-    /// The helper that starts openers for us could not be had. Where to go was not refused by this: an opener that it
-    /// started answers for itself.
+    /// The helper, which starts openers for this user, is unavailable. Refusals of an opener that it started are
+    /// [`OpenError::Refused`].
     #[error("the helper at {}: {source}", socket.display())]
     Helper {
-        /// Where it was looked for.
+        /// The expected place of its socket.
         socket: PathBuf,
-        /// What was wrong.
+        /// The error.
         source: Box<OpenError>,
     },
-    /// It did not answer in time.
+    /// The opener did not answer in time.
     #[error("the program inside did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
-    Silent,
-    /// It ended without an answer.
+    TimedOut,
+    /// The opener ended without an answer.
     #[error("the program inside ended without an answer")]
     Ended,
-    /// It answered something that was not asked.
-    #[error("the program inside gave an answer that makes no sense: {0}")]
-    Nonsense(String),
+    /// The answer does not fit the request.
+    #[error("the program inside gave an invalid answer: {0}")]
+    InvalidAnswer(String),
     /// The channel failed.
-    #[error("the program inside cannot be talked to: {0}")]
+    #[error("the channel to the program inside failed: {0}")]
     Channel(ChannelError),
 }
 
 impl OpenError {
-    /// The kind of refusal, where it is one.
+    /// Returns the kind of the refusal, if the error is one.
     pub fn kind(&self) -> Option<FailureKind> {
         match self {
             OpenError::Refused(failure) => Some(failure.kind),
@@ -135,9 +136,11 @@ impl OpenError {
 impl From<ChannelError> for OpenError {
     fn from(error: ChannelError) -> OpenError {
         match error {
-            ChannelError::TimedOut => OpenError::Silent,
+            ChannelError::TimedOut => OpenError::TimedOut,
             ChannelError::Gone => OpenError::Ended,
-            ChannelError::Cut { .. } | ChannelError::Malformed(_) => OpenError::Nonsense(error.to_string()),
+            ChannelError::Cut { .. } | ChannelError::Malformed(_) => {
+                OpenError::InvalidAnswer(error.to_string())
+            }
             other => OpenError::Channel(other),
         }
     }
@@ -146,9 +149,9 @@ impl From<ChannelError> for OpenError {
 fn refused(kind: FailureKind, detail: String) -> OpenError {
     OpenError::Refused(Failure { kind, detail })
 }
-
-/// An opener or an agent that is inside, and the first channel to it.
+/// An opener or an agent that is inside the namespace, with the first channel to it.
 ///
+/// Dropping it closes only that channel: an opener lives while another channel is open.
 /// Dropping it closes that channel and nothing more: an opener lives while another channel is open.
 #[derive(Debug)]
 pub struct Opener {
@@ -158,13 +161,13 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// Starts `program`, a landfall binary (`/proc/self/exe`, say), as an opener, and waits until it is inside.
+    /// Starts `program`, a landfall binary (such as `/proc/self/exe`), as an opener, and waits until it is inside.
     ///
-    /// The process gets an empty environment, no standard error, since it may outlive whatever reads ours, and a
-    /// process group of its own, so that a Ctrl-C meant for us does not end it. A small thread waits for its end, so
-    /// that none is left as a zombie.
+    /// The process gets an empty environment and no standard error, since it may outlive the reader of the caller's. It gets a
+    /// process group of its own, so that a Ctrl-C in our terminal does not end it. A small thread waits for its end, so that
+    /// it does not stay a zombie.
     ///
-    /// # Errors
+    /// See [`OpenError`]; the process has then ended.
     /// See [`OpenError`]; the process is then gone.
     pub fn spawn(program: &Path, target: Target) -> Result<Opener, OpenError> {
         let no_start = |source| OpenError::Spawn { program: program.to_owned(), source };
@@ -186,7 +189,7 @@ impl Opener {
                 Ok(opener)
             }
             Err(error) => {
-                // It is our own child and not yet waited for, so the number is its own. It may have ended already.
+                // The process is our unreaped child, so its id cannot have been reused. It may have ended already.
                 let _ = child.kill();
                 let _ = child.wait();
                 Err(error)
@@ -194,8 +197,8 @@ impl Opener {
         }
     }
 
-    /// Has the opener at the other end of `channel`, which another process started, enter `target`, and waits until it is
-    /// inside.
+    /// Sends `target` to the opener at the other end of `channel`, which another process started, and waits until the opener
+    /// is inside.
     ///
     /// # Errors
     /// See [`OpenError`]; the channel is then closed, which ends the opener.
@@ -204,21 +207,21 @@ impl Opener {
         Ok(Opener { channel, netns_inode, netns_cookie })
     }
 
-    /// The inode of the namespace.
+    /// Returns the inode of the namespace.
     pub fn netns_inode(&self) -> u64 {
         self.netns_inode
     }
 
-    /// The cookie of the namespace (`SO_NETNS_COOKIE`).
+    /// Returns the cookie of the namespace (`SO_NETNS_COOKIE`).
     pub fn netns_cookie(&self) -> u64 {
         self.netns_cookie
     }
 
-    /// The descriptors of [`Command::AddUpstream`](crate::command::Command::AddUpstream) in its order: a channel
-    /// for each of `shards` shards, then those sources that this kernel has.
+    /// Returns the descriptors of [`Command::AddUpstream`](crate::command::Command::AddUpstream) in its order: a channel for
+    /// each of `shards` shards, then the sources that this kernel has.
     ///
     /// # Errors
-    /// See [`OpenError`]. A source that is missing is no error.
+    /// See [`OpenError`]. A missing source is not an error.
     pub fn upstream(&mut self, shards: u16) -> Result<(WatchSources, Vec<OwnedFd>), OpenError> {
         let mut descriptors = Vec::new();
         for _ in 0..shards {
@@ -227,7 +230,7 @@ impl Opener {
                 (Answer::Channel, Some(end)) if received.is_empty() && channel::is_channel(end.as_fd()) => {
                     descriptors.push(end);
                 }
-                (answer, _) => return Err(unasked(answer)),
+                (answer, _) => return Err(unexpected(answer)),
             }
         }
         let mut sources = self.proc_net(&mut descriptors)?;
@@ -235,24 +238,26 @@ impl Opener {
         Ok((sources, descriptors))
     }
 
-    /// A socket that listens inside on the loopback address of a family, and its port. `port` 0: one that is free.
+    /// Returns a socket that listens inside on the loopback address of a family, and its port. `port` 0 means any free port.
     ///
     /// # Errors
-    /// See [`OpenError`]; [`FailureKind::InUse`] where another socket has the port.
+    /// See [`OpenError`]; [`FailureKind::InUse`] if another socket has the port.
     pub fn listen(&mut self, family: Family, port: u16) -> Result<(OwnedFd, NonZeroU16), OpenError> {
         let (answer, mut received) = self.request(&Request::Listen { family, port })?;
         let (Answer::Listening, Some(socket)) = (&answer, received.pop()) else {
-            return Err(unasked(answer));
+            return Err(unexpected(answer));
         };
         let facts = SocketFacts::of(&socket);
         let local = facts.local.and_then(|local| Some((local, NonZeroU16::new(local.port())?)));
-        let is_asked_for = |(local, found): (SocketAddr, NonZeroU16)| {
+        let is_requested = |(local, found): (SocketAddr, NonZeroU16)| {
             (port == 0 || found.get() == port) && local == family.loopback(found)
         };
         let ours = facts.listens && facts.is_tcp && facts.nonblocking;
-        match local.filter(|local| received.is_empty() && ours && is_asked_for(*local)) {
+        match local.filter(|local| received.is_empty() && ours && is_requested(*local)) {
             Some((_, found)) if facts.netns_cookie == Some(self.netns_cookie) => Ok((socket, found)),
-            _ => Err(OpenError::Nonsense("this is not the listening socket that was asked for".to_owned())),
+            _ => Err(OpenError::InvalidAnswer(
+                "this is not the listening socket that was asked for".to_owned(),
+            )),
         }
     }
 
@@ -263,12 +268,12 @@ impl Opener {
                 WatchSources { proc_tcp: tcp, proc_tcp6: tcp6, sock_diag: false }
             }
             Answer::Failed { failure } if failure.kind != FailureKind::Exhausted => WatchSources::default(),
-            other => return Err(unasked(other)),
+            other => return Err(unexpected(other)),
         };
         let in_proc =
             |file: &OwnedFd| rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == PROC_SUPER_MAGIC);
         if received.len() != sources.count() || !received.iter().all(in_proc) {
-            return Err(OpenError::Nonsense("these are not the files of /proc/net".to_owned()));
+            return Err(OpenError::InvalidAnswer("these are not the files of /proc/net".to_owned()));
         }
         descriptors.extend(received);
         Ok(sources)
@@ -279,7 +284,7 @@ impl Opener {
         match answer {
             Answer::SockDiag => {}
             Answer::Failed { failure } if failure.kind != FailureKind::Exhausted => return Ok(false),
-            other => return Err(unasked(other)),
+            other => return Err(unexpected(other)),
         }
         let is_diag = |socket: &OwnedFd| {
             sockopt::socket_domain(socket) == Ok(AddressFamily::NETLINK)
@@ -287,19 +292,21 @@ impl Opener {
                 && netns_cookie(socket).is_ok_and(|cookie| cookie == self.netns_cookie)
         };
         if received.len() != 1 || !received.iter().all(is_diag) {
-            return Err(OpenError::Nonsense("this is not a sock_diag socket of the namespace".to_owned()));
+            return Err(OpenError::InvalidAnswer(
+                "this is not a sock_diag socket of the namespace".to_owned(),
+            ));
         }
         descriptors.extend(received);
         Ok(true)
     }
 
     fn request(&mut self, request: &Request) -> Result<(Answer, Vec<OwnedFd>), OpenError> {
-        // `/proc/net` is two files; everything else is one descriptor.
+        // `/proc/net` is two files; all other answers have at most one descriptor.
         exchange(&self.channel, request, &[], 2)
     }
 }
 
-/// Sends one request and waits for its answer, with which at most `received_max` descriptors may come.
+/// Sends one request and waits for its answer, which may carry at most `received_max` descriptors.
 fn exchange(
     channel: &Channel,
     request: &Request,
@@ -310,14 +317,14 @@ fn exchange(
     let (answer, received) = channel.recv_timeout(ANSWER_TIMEOUT)?.ok_or(OpenError::Ended)?;
     let allowed = if matches!(answer, Answer::Failed { .. }) { 0 } else { received_max };
     match received.len() {
-        count if count > allowed => {
-            Err(OpenError::Nonsense(format!("{count} descriptors came with it, at most {allowed} may")))
-        }
+        count if count > allowed => Err(OpenError::InvalidAnswer(format!(
+            "it carries {count} descriptors instead of at most {allowed}"
+        ))),
         _ => Ok((answer, received)),
     }
 }
 
-/// Says where to go, and gives the inode and the cookie of the namespace that was entered.
+/// Sends the target. Returns the inode and the cookie of the namespace that the opener entered.
 fn enter(channel: &Channel, target: &Target) -> Result<(u64, u64), OpenError> {
     let (kind, descriptor) = match target {
         Target::Process(pidfd) => (TargetKind::Process, pidfd),
@@ -325,21 +332,21 @@ fn enter(channel: &Channel, target: &Target) -> Result<(u64, u64), OpenError> {
     };
     match exchange(channel, &Request::Enter { target: kind }, &[descriptor.as_fd()], 0)?.0 {
         Answer::Entered { netns_inode, netns_cookie } => Ok((netns_inode, netns_cookie)),
-        other => Err(unasked(other)),
+        other => Err(unexpected(other)),
     }
 }
 
-fn unasked(answer: Answer) -> OpenError {
+fn unexpected(answer: Answer) -> OpenError {
     match answer {
         Answer::Failed { failure } => OpenError::Refused(failure),
-        other => OpenError::Nonsense(format!("{other:?}")),
+        other => OpenError::InvalidAnswer(format!("{other:?}")),
     }
 }
 
-/// Waits for the end of `child` on a thread that has nothing else to do.
+/// Waits for the end of `child` on a thread of its own.
 fn reap(mut child: Child) -> io::Result<()> {
     let thread = std::thread::Builder::new().name("opener-reaper".to_owned()).stack_size(64 * 1024);
-    // Without a thread the process ends all the same, when its channel is dropped.
+    // If the thread cannot be started, the caller drops the channel, which ends the process.
     thread.spawn(move || child.wait()).map(drop)
 }
 

@@ -1,8 +1,8 @@
-//! The side inside: joins the namespace, then serves ([`main`]); or is inside already and serves whoever connects
-//! ([`agent`]).
+//! The server side: an opener that joins the namespace and then serves its channels ([`main`]), or an agent that is inside
+//! already and serves the clients that connect ([`agent`]).
 //!
-//! Joining changes the calling thread and nothing brings it back, so an opener runs in a process of its own, which ends
-//! when anything goes wrong on the way in.
+//! A thread cannot return from joining a namespace, so an opener runs in a process of its own, which ends if it cannot
+//! enter.
 
 mod agent;
 mod answer;
@@ -24,23 +24,23 @@ use crate::sys::netns_cookie;
 pub use agent::agent;
 use answer::{answer, failed};
 
-/// `setns(2)` into the network namespace of another user's process asks for both, the second one because a pidfd names that
-/// process. Root's opener has them until it is inside.
+/// The capabilities that `setns(2)` needs for the network namespace of another user's process; the second is needed because
+/// a pidfd names that process. Root's opener keeps them until it is inside.
 const TO_ENTER: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
 
-/// Why an opener ended before it served.
+/// The reason why an opener ended before it served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// It was not started by landfall.
+    /// The process was not started by landfall.
     #[error("standard input is not a channel; landfall starts its openers itself")]
     NotStartedByUs,
-    /// Nobody said where to go.
-    #[error("the process that started this opener ended before it said where to go")]
+    /// No target arrived.
+    #[error("the process that started this opener ended before it sent a target")]
     NoTarget,
-    /// It could not get in. This was also answered, so whoever asked tells the person.
+    /// The opener could not enter. The answer reports this, too.
     #[error("{0}")]
     Refused(Failure),
-    /// An agent was given something else than a socket to take connections from.
+    /// The descriptor given to an agent is not a listening socket.
     #[error("an agent needs a listening Unix socket of type SOCK_SEQPACKET")]
     NotAListener,
     /// The channel or the kernel failed.
@@ -50,10 +50,10 @@ pub enum ServeError {
 
 /// Joins the namespace that the first message on `stdin` names, and serves until every channel is closed.
 ///
-/// Call it first thing in a process that has one thread and no secrets: the process stays in that namespace.
+/// Call it at the start of a process that has one thread and no secrets: the process stays in that namespace.
 ///
 /// # Errors
-/// See [`ServeError`]. Once it serves, the end of its channels is the only end, and no error.
+/// See [`ServeError`]. The end of all channels is the normal end, which is not an error.
 pub fn main(stdin: BorrowedFd<'_>) -> Result<(), ServeError> {
     let stdin = stdin.try_clone_to_owned().map_err(|_| ServeError::NotStartedByUs)?;
     let first = Channel::try_from(stdin).map_err(|_| ServeError::NotStartedByUs)?;
@@ -70,13 +70,13 @@ pub fn main(stdin: BorrowedFd<'_>) -> Result<(), ServeError> {
     Ok(serve(first)?)
 }
 
-/// Goes in, and gives up everything that was needed for it.
+/// Enters the namespace, and drops the privileges.
 fn enter(request: &Request, descriptors: Vec<OwnedFd>) -> Result<Answer, Failure> {
     let Request::Enter { target } = *request else {
         return Err(Failure::new(FailureKind::Other, "the first request must be to enter a namespace"));
     };
     let Ok([descriptor]) = <[OwnedFd; 1]>::try_from(descriptors) else {
-        return Err(Failure::new(FailureKind::Other, "a namespace is entered by exactly one descriptor"));
+        return Err(Failure::new(FailureKind::Other, "a namespace is entered with exactly one descriptor"));
     };
     let own = own_netns()?;
     match target {
@@ -87,15 +87,15 @@ fn enter(request: &Request, descriptors: Vec<OwnedFd>) -> Result<Answer, Failure
     if joined == own {
         return Err(own_namespace());
     }
-    give_up_privilege()
+    drop_privileges()
         .map_err(|error| Failure::from_io("the opener could not give up its privileges", &error))?;
     introduce()
 }
 
-/// Says where this thread is.
+/// Identifies the namespace of this thread.
 fn introduce() -> Result<Answer, Failure> {
     let (_, netns_inode) = own_netns()?;
-    // Its family does not matter, and this one is in every kernel.
+    // Sockets of all families have the same cookie, and every kernel has this one.
     let cookie = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
         .map_err(io::Error::from)
         .and_then(netns_cookie)
@@ -103,7 +103,7 @@ fn introduce() -> Result<Answer, Failure> {
     Ok(Answer::Entered { netns_inode, netns_cookie: cookie })
 }
 
-/// Device and inode of the network namespace that this thread is in.
+/// Returns device and inode of the network namespace of this thread.
 fn own_netns() -> Result<(u64, u64), Failure> {
     let own = std::fs::metadata("/proc/thread-self/ns/net").map_err(|error| {
         Failure::from_io("/proc/thread-self/ns/net cannot be read (is /proc mounted?)", &error)
@@ -114,14 +114,14 @@ fn own_netns() -> Result<(u64, u64), Failure> {
 fn own_namespace() -> Failure {
     Failure::new(
         FailureKind::OwnNamespace,
-        "it shares our own network namespace (host networking), where its ports answer already",
+        "it shares our own network namespace (host networking), so its ports are already reachable",
     )
 }
 
-/// Joins the network namespace of a process, with its user namespace where privilege is not enough.
+/// Joins the network namespace of a process, together with its user namespace if the privileges require it.
 ///
-/// Whoever made a user namespace has every capability in it (`user_namespaces(7)`), and `setns` joins it first when
-/// both are asked for in one call.
+/// The creator of a user namespace has every capability in it (`user_namespaces(7)`), and `setns` joins it first when one
+/// call names both.
 fn join_process(pidfd: BorrowedFd<'_>, own: (u64, u64)) -> Result<(), Failure> {
     let network = ThreadNameSpaceType::NETWORK;
     let mut joined = rustix::thread::move_into_thread_name_spaces(pidfd, network);
@@ -130,7 +130,8 @@ fn join_process(pidfd: BorrowedFd<'_>, own: (u64, u64)) -> Result<(), Failure> {
     }
     joined.map_err(|errno| match errno {
         Errno::SRCH => Failure::new(FailureKind::Gone, "the process has ended"),
-        // EINVAL is what joining the user namespace that we are in already gives: it is not the user's own.
+        // Joining the user namespace in which the caller already is fails with EINVAL; the target is then not in a user
+        // namespace of the caller's own.
         Errno::PERM | Errno::INVAL if netns_of(pidfd) == Some(own) => own_namespace(),
         Errno::PERM | Errno::INVAL => Failure::new(
             FailureKind::NotPermitted,
@@ -140,8 +141,8 @@ fn join_process(pidfd: BorrowedFd<'_>, own: (u64, u64)) -> Result<(), Failure> {
     })
 }
 
-/// Device and inode of a process's network namespace. Only ever used to say more of a failure, as the process may have
-/// ended and its number be another's.
+/// Returns device and inode of a process's network namespace. Used only to describe a failure, since the process may have
+/// ended and its id may be reused.
 fn netns_of(pidfd: BorrowedFd<'_>) -> Option<(u64, u64)> {
     use std::os::fd::AsRawFd;
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
@@ -150,41 +151,41 @@ fn netns_of(pidfd: BorrowedFd<'_>) -> Option<(u64, u64)> {
     Some((file.dev(), file.ino()))
 }
 
-/// Joins the network namespace that a file stands for.
+/// Joins the network namespace of a file.
 fn join_path(file: BorrowedFd<'_>) -> Result<(), Failure> {
     rustix::thread::move_into_link_name_space(file, Some(LinkNameSpaceType::Network)).map_err(|errno| match errno {
         Errno::INVAL | Errno::BADF => Failure::new(FailureKind::Other, "the file is not a network namespace"),
         Errno::PERM => Failure::new(
             FailureKind::NotPermitted,
-            "a network namespace is entered by its file as root only; as its owner, by a process inside it",
+            "only root may enter a network namespace by its file; its owner may enter it by a process inside",
         ),
         other => Failure::from_io("the network namespace cannot be entered", &other.into()),
     })
 }
 
-/// Drops every capability, for good, and closes this process to the others of the same user.
-fn give_up_privilege() -> io::Result<()> {
+/// Drops every capability permanently, and denies other processes of the same user to trace this one.
+fn drop_privileges() -> io::Result<()> {
     drop_capabilities(CapabilitySet::empty())?;
-    // A process inside may have our user id, and be able to see us; it shall not trace us.
+    // A process inside may have the same user id and see this process; it must not trace it.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(())
 }
 
-/// A channel, and the answer that it had no room for.
+/// A channel, and its pending answer, which did not fit the send buffer.
 struct Served {
     channel: Channel,
-    owed: Option<(Answer, Vec<OwnedFd>)>,
+    pending: Option<(Answer, Vec<OwnedFd>)>,
     ended: bool,
 }
 
-/// Answers on every channel until none is left.
+/// Answers on every channel until all are closed.
 fn serve(first: Channel) -> Result<(), ChannelError> {
     let mut served = vec![Served::new(first)];
     while !served.is_empty() {
         let mut waits: Vec<PollFd<'_>> = served
             .iter()
             .map(|one| {
-                let events = if one.owed.is_some() { PollFlags::OUT } else { PollFlags::IN };
+                let events = if one.pending.is_some() { PollFlags::OUT } else { PollFlags::IN };
                 PollFd::from_borrowed_fd(one.channel.as_fd(), events)
             })
             .collect();
@@ -209,13 +210,13 @@ fn serve(first: Channel) -> Result<(), ChannelError> {
 
 impl Served {
     fn new(channel: Channel) -> Served {
-        Served { channel, owed: None, ended: false }
+        Served { channel, pending: None, ended: false }
     }
 
-    /// Sends what is owed, or else reads one request and answers it. A channel that was asked for comes back.
+    /// Sends the pending answer, or else reads one request and answers it. Returns a newly created channel.
     fn step(&mut self, room: bool, answer: fn(&Request) -> (Answer, Vec<OwnedFd>)) -> Option<Channel> {
         let mut made = None;
-        let owed = self.owed.take().or_else(|| {
+        let pending = self.pending.take().or_else(|| {
             let received =
                 channel::receive::<Request>(self.channel.as_fd(), ANSWER_BYTES_MAX, RecvFlags::DONTWAIT);
             match received {
@@ -229,7 +230,7 @@ impl Served {
                 Err(error) => Some(failed(Failure::new(FailureKind::Other, error.to_string()))),
             }
         });
-        if let Some((answer, descriptors)) = owed {
+        if let Some((answer, descriptors)) = pending {
             self.send(answer, descriptors);
         }
         made
@@ -239,8 +240,8 @@ impl Served {
         let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         match self.channel.try_send(&answer, &borrowed) {
             Ok(()) => {}
-            Err(ChannelError::WouldBlock) => self.owed = Some((answer, descriptors)),
-            // Too many descriptors of this user are under way (ETOOMANYREFS), say: the answer goes without them.
+            Err(ChannelError::WouldBlock) => self.pending = Some((answer, descriptors)),
+            // For example, too many descriptors of this user are in flight (ETOOMANYREFS): send a failure without them.
             Err(ChannelError::System(error)) if !descriptors.is_empty() => {
                 let failure = Failure::from_io("the descriptors could not be sent", &error);
                 let (answer, none) = failed(failure);
@@ -254,7 +255,7 @@ impl Served {
 
 fn new_channel(room: bool, made: &mut Option<Channel>) -> (Answer, Vec<OwnedFd>) {
     if !room {
-        return failed(Failure::new(FailureKind::Exhausted, "no more channels are served here"));
+        return failed(Failure::new(FailureKind::Exhausted, "the maximum number of channels is in use"));
     }
     match Channel::pair() {
         Ok((ours, theirs)) => {

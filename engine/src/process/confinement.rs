@@ -1,4 +1,4 @@
-//! The confinement of an engine that root started: what it may still ask of the kernel once it serves.
+//! The confinement of an engine that root started: which requests the kernel still grants it once it serves.
 //!
 //! # Layers
 //!
@@ -8,19 +8,20 @@
 //! | Landlock | before the first thread | every file, signals and abstract sockets of other processes |
 //! | seccomp | when all threads run | every call that a relay does not make: files, programs, namespaces, Unix sockets, new rings |
 //!
-//! Each layer alone stops what the tests try (`tests/suite/engine_confinement.rs`), except that a socket open to every user
-//! is closed by seccomp only. What the engine needs from the kernel beyond that is opened before: its command socket, and
-//! the tracepoint for hints.
+//! Each layer alone stops the attacks of the tests (`tests/suite/engine_confinement.rs`), except that only seccomp denies a
+//! connection to a Unix socket that is open to every user. The engine opens other resources before it is confined: its
+//! command socket, and the tracepoint for hints.
 //!
 //! # io_uring
 //!
 //! Requests on a ring do not pass seccomp (`io_uring_setup(2)`). Every ring of the engine accepts two kinds of request
-//! (`IORING_REGISTER_RESTRICTIONS`), and the filter forbids new rings. Isolated shards, which start later, use epoll in any case.
+//! (`IORING_REGISTER_RESTRICTIONS`), and the filter forbids new rings. Isolated shards, which start later, use epoll in any
+//! case.
 //!
-//! # What cannot be had
+//! # Missing layers
 //!
-//! An old kernel, another architecture or a user namespace may lack a layer. The engine then runs with the others and reports
-//! the [`Lack`] in [`Event::Ready`](crate::command::Event::Ready).
+//! An old kernel, another architecture or a user namespace may lack a layer. The engine then runs with the others and
+//! reports the [`Lack`] in [`Event::Ready`](crate::command::Event::Ready).
 
 use std::collections::BTreeMap;
 use std::ffi::c_int;
@@ -39,7 +40,7 @@ use serde::{Deserialize, Serialize};
 
 use super::privileges::{EngineUser, become_engine};
 
-/// A layer that this machine does not have.
+/// A layer that is unavailable on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Lack {
@@ -51,8 +52,8 @@ pub enum Lack {
     Seccomp,
 }
 
-/// An engine that is being confined. It is made while the process has one thread, and [`Confinement::seal`]ed when the engine
-/// has started its threads.
+/// An engine that is being confined. It is created while the process has one thread, and [`Confinement::seal`]ed after the
+/// engine has started its threads.
 #[derive(Debug)]
 #[must_use]
 pub struct Confinement {
@@ -65,7 +66,7 @@ impl Confinement {
     ///
     /// # Errors
     /// Those of [`become_engine`]. A layer that this machine lacks does not fail the call.
-    pub fn begin(user: EngineUser) -> io::Result<Confinement> {
+    pub fn start(user: EngineUser) -> io::Result<Confinement> {
         let mut lacks = Vec::new();
         if !become_engine(user)? {
             lacks.push(Lack::User);
@@ -85,17 +86,17 @@ impl Confinement {
     }
 }
 
-/// Denies the calling thread every access to a file by its name, except reading sysctls: which congestion control the kernel
-/// offers, and why it has no io_uring.
+/// Denies the calling thread every access to a file by its name, except reading sysctls, from which the engine determines
+/// the congestion control and the reason why io_uring is unavailable.
 fn close_files() -> Result<RestrictionStatus, RulesetError> {
-    // The crate leaves out what this kernel does not know.
+    // The crate omits rights that this kernel does not know.
     let ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(ABI::V10))?
         .scope(Scope::from_all(ABI::V10))?
         .create()?;
     let ruleset = match PathFd::new("/proc/sys") {
         Ok(sysctls) => ruleset.add_rule(PathBeneath::new(sysctls, AccessFs::ReadFile))?,
-        // Without procfs there is nothing to read.
+        // Without procfs there are no sysctls to read.
         Err(_) => ruleset,
     };
     ruleset.restrict_self()
@@ -113,14 +114,14 @@ fn filter_calls() -> Result<(), FilterError> {
     let compile = |filter: Result<SeccompFilter, seccompiler::BackendError>| {
         filter.and_then(BpfProgram::try_from).map_err(|error| failed(&error))
     };
-    // The arguments of clone3 lie in memory, which a filter cannot read. Without that call the C library uses clone.
+    // The arguments of clone3 are in memory, which a filter cannot read. Without clone3 the C library uses clone.
     let no_clone3 = SeccompFilter::new(
         [(libc::SYS_clone3, Vec::new())].into(),
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
         arch,
     );
-    // An error and not the end of the process: a C library may try a call and do without it.
+    // The filter returns an error instead of ending the process: a C library may try a call and continue without it.
     let listed = allowed().map_err(|error| failed(&error)).map(|calls| {
         SeccompFilter::new(
             calls,
@@ -129,7 +130,7 @@ fn filter_calls() -> Result<(), FilterError> {
             arch,
         )
     })?;
-    // This order: the second one forbids installing another.
+    // The order matters: the second filter forbids installing another.
     for filter in [compile(no_clone3)?, compile(listed)?] {
         seccompiler::apply_filter_all_threads(&filter).map_err(|error| failed(&error))?;
     }
@@ -138,34 +139,34 @@ fn filter_calls() -> Result<(), FilterError> {
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// The calls of an engine that serves; for some of them only certain arguments.
+/// Returns the calls of an engine that serves; some of them only with certain arguments.
 fn allowed() -> Result<Rules, seccompiler::BackendError> {
     let mut calls: Rules =
         ALWAYS.iter().chain(OF_THIS_ARCHITECTURE).map(|call| (*call, Vec::new())).collect();
     let mut only = |call: i64, rules: Vec<SeccompRule>| drop(calls.insert(call, rules));
-    // Listeners, and nothing of another family: no Unix socket that others listen on, no netlink, no packet socket.
+    // TCP listeners only: no Unix socket on which other processes listen, no netlink, no packet socket.
     only(
         libc::SYS_socket,
         each(&[libc::AF_INET, libc::AF_INET6], |family| {
             rule(&[is(0, family)?, masked(1, SOCKET_TYPE, libc::SOCK_STREAM)?])
         })?,
     );
-    // Threads of this process in the namespaces that it has.
+    // Threads of this process in its current namespaces.
     only(
         libc::SYS_clone,
         vec![rule(&[masked(0, libc::CLONE_THREAD | NEW_NAMESPACES, libc::CLONE_THREAD)?])?],
     );
-    // No memory that holds a program.
+    // No executable memory.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         only(call, vec![rule(&[masked(2, libc::PROT_EXEC, 0)?])?]);
     }
     only(libc::SYS_ioctl, each(&IOCTLS, |request| rule(&[word(1, request)?]))?);
     only(libc::SYS_fcntl, each(&FCNTLS, |command| rule(&[is(1, command)?]))?);
     only(libc::SYS_prctl, each(&[libc::PR_SET_NAME, libc::PR_SET_VMA], |option| rule(&[is(0, option)?]))?);
-    // Reading a limit, of this process.
+    // Reading a limit of this process.
     let own = [is(0, 0)?, SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?];
     only(libc::SYS_prlimit64, vec![rule(&own)?]);
-    // What abort(3) does to its own process.
+    // abort(3) signals its own process.
     only(libc::SYS_tgkill, vec![rule(&[is(0, getpid().as_raw_nonzero().get())?])?]);
     Ok(calls)
 }
@@ -190,8 +191,8 @@ const FCNTLS: [c_int; 7] = [
     libc::F_GETPIPE_SZ,
 ];
 
-/// The calls that are allowed whatever their arguments are. The kernel remembers which these are and does not run the filter
-/// for them (Linux 5.11), so the ones that move bytes cost as much as before.
+/// The calls that are allowed with any arguments. The kernel caches this and does not run the filter for them (Linux 5.11),
+/// so the calls that move bytes cost no more than without a filter.
 const ALWAYS: &[i64] = &[
     // Bytes.
     libc::SYS_read,
@@ -227,7 +228,7 @@ const ALWAYS: &[i64] = &[
     libc::SYS_timerfd_settime,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
-    // Whether a file exists, but nothing of what is in it.
+    // Metadata of a file, but not its contents.
     libc::SYS_newfstatat,
     libc::SYS_statx,
     // Readiness.
@@ -265,11 +266,11 @@ const ALWAYS: &[i64] = &[
     libc::SYS_restart_syscall,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    // The other filter answers it.
+    // The other filter denies it.
     libc::SYS_clone3,
 ];
 
-/// Calls that newer architectures do not have.
+/// Calls that newer architectures lack.
 #[cfg(target_arch = "x86_64")]
 const OF_THIS_ARCHITECTURE: &[i64] = &[libc::SYS_poll, libc::SYS_epoll_wait];
 #[cfg(not(target_arch = "x86_64"))]
@@ -277,7 +278,7 @@ const OF_THIS_ARCHITECTURE: &[i64] = &[];
 
 type Condition = Result<SeccompCondition, seccompiler::BackendError>;
 
-/// Argument `at` has these bits.
+/// The lower 32 bits of argument `at` are `value`.
 fn word(at: u8, value: u64) -> Condition {
     SeccompCondition::new(at, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
 }
@@ -287,7 +288,7 @@ fn is(at: u8, value: c_int) -> Condition {
     word(at, u64::from(value.cast_unsigned()))
 }
 
-/// Argument `at`, a C int, is `value` where `mask` has bits.
+/// Argument `at`, a C int, is `value` in the bits of `mask`.
 fn masked(at: u8, mask: c_int, value: c_int) -> Condition {
     let mask = u64::from(mask.cast_unsigned());
     SeccompCondition::new(
@@ -298,12 +299,12 @@ fn masked(at: u8, mask: c_int, value: c_int) -> Condition {
     )
 }
 
-/// All of the conditions hold.
+/// A rule that matches if all conditions hold.
 fn rule(conditions: &[SeccompCondition]) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(conditions.to_vec())
 }
 
-/// One rule for each value; one of them has to hold.
+/// One rule for each value; one of them has to match.
 fn each<T: Copy>(
     values: &[T],
     rule: impl Fn(T) -> Result<SeccompRule, seccompiler::BackendError>,
@@ -316,7 +317,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_list_compiles_and_says_nothing_of_files_programs_or_namespaces() {
+    fn the_list_compiles_and_contains_no_file_program_or_namespace_calls() {
         let calls = allowed().unwrap();
         for forbidden in [
             libc::SYS_openat,

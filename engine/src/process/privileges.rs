@@ -1,4 +1,4 @@
-//! The privileges of a process: capabilities that are dropped for good, and the user that an engine of root becomes.
+//! The privileges of a process: capabilities that are dropped permanently, and the user to which root's engine changes.
 //!
 //! # Sets
 //!
@@ -11,8 +11,9 @@
 //! # The user of root's engine
 //!
 //! A process of uid 0 without any capability still owns root's files: it may write `/proc/sys/kernel/core_pattern`, and the
-//! next crash makes it root again. An engine that root starts therefore changes to a user that owns nothing
-//! ([`EngineUser`]). `nobody` would not do: NFS, user namespaces and other daemons use it too, and processes of one user may
+//! next crash gives it root's privileges again. An engine that root starts therefore changes to a user that owns no files
+//! ([`EngineUser`]). `nobody` is not suitable: NFS, user namespaces and other daemons use it, too, and processes of one user
+//! may signal each other.
 //! signal each other.
 
 use std::io;
@@ -23,7 +24,7 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 /// The uid, and the gid, of an engine that root starts, where no system user [`ENGINE_USER_NAME`] exists.
 ///
-/// The number lies outside of every range that Linux systems assign: below 2³¹, since some tools read a uid as signed; above
+/// The number is outside of every range that Linux systems assign: below 2³¹, since some tools read a uid as signed; above
 /// the ranges of `useradd` (1000 to 60000), systemd-homed (60001 to 60513), `DynamicUser` (61184 to 65519), `/etc/subuid`
 /// (100000 to 600099999), systemd-nspawn (524288 to 1879048191) and SSSD (200000 to 2000199999); below the range for foreign
 /// disk images (from 2147352576). See <https://systemd.io/UIDS-GIDS/>, `login.defs(5)` and `sssd-ldap(5)`.
@@ -36,7 +37,7 @@ pub const ENGINE_USER_NAME: &str = "landfall";
 /// The uids and gids of system accounts (`SYS_UID_MAX` in `login.defs(5)`).
 const SYSTEM_IDS: std::ops::RangeInclusive<u32> = 1..=999;
 
-/// The user that an engine of root changes to.
+/// The user to which root's engine changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineUser {
     /// Its uid.
@@ -46,10 +47,10 @@ pub struct EngineUser {
 }
 
 impl EngineUser {
-    /// The number that landfall chose.
+    /// The number that landfall reserves.
     const FIXED: EngineUser = EngineUser { uid: ENGINE_UID, gid: ENGINE_UID };
 
-    /// The user on this machine: the system user [`ENGINE_USER_NAME`] if `/etc/passwd` has one, else [`ENGINE_UID`].
+    /// Returns the user on this machine: the system user [`ENGINE_USER_NAME`] if `/etc/passwd` has one, else [`ENGINE_UID`].
     ///
     /// The file is read directly: a name service would load libraries into a process that still has every privilege.
     pub fn of_this_machine() -> EngineUser {
@@ -61,7 +62,7 @@ fn named_user() -> Option<EngineUser> {
     system_user(&std::fs::read_to_string("/etc/passwd").unwrap_or_default())
 }
 
-/// The engine's user in the text of `passwd(5)`.
+/// Finds the engine's user in the text of `passwd(5)`.
 fn system_user(passwd: &str) -> Option<EngineUser> {
     let line = passwd.lines().find(|line| line.split(':').next() == Some(ENGINE_USER_NAME))?;
     let mut numbers =
@@ -70,10 +71,10 @@ fn system_user(passwd: &str) -> Option<EngineUser> {
     Some(EngineUser { uid, gid })
 }
 
-/// The uids whose processes act for the calling user: its own, and for root those that root's engine may have.
+/// Returns the uids whose processes act for the calling user: its own, and for root those that root's engine may have.
 ///
-/// A listening socket of one of them belongs to a landfall of this user. Root's engine may have either of its two uids, since
-/// the system user may have been created after the engine started.
+/// A listening socket of one of them belongs to a landfall of this user. Root's engine may have either of its two uids,
+/// since the system user may have been created after the engine started.
 pub fn own_uids() -> Vec<u32> {
     let own = geteuid();
     let engines =
@@ -85,14 +86,14 @@ pub fn own_uids() -> Vec<u32> {
     uids
 }
 
-/// Drops every capability of the calling thread except `keep` from all five sets, and makes sure that it never regains one.
+/// Drops every capability of the calling thread except `keep` from all five sets, and ensures that it never regains one.
 ///
-/// Call it while the process has a single thread. The capabilities in `keep` remain in `permitted` and `effective` only, so a
-/// program that this process executes starts without them. An ordinary user may not change the bounding set; `no_new_privs`
-/// covers what that set would allow.
+/// Call it while the process has a single thread. The capabilities in `keep` remain in `permitted` and `effective` only, so
+/// a program that this process executes starts without them. An ordinary user may not change the bounding set;
+/// `no_new_privs` covers what that set would allow.
 ///
 /// # Errors
-/// Those of `capset(2)` and `prctl(2)`, which do not fail for a thread that gives something up.
+/// Those of `capset(2)` and `prctl(2)`, which do not fail for a thread that only drops capabilities.
 pub fn drop_capabilities(keep: CapabilitySet) -> io::Result<()> {
     let had = rustix::thread::capabilities(None)?;
     if had.effective.contains(CapabilitySet::SETPCAP) {
@@ -107,7 +108,7 @@ pub fn drop_capabilities(keep: CapabilitySet) -> io::Result<()> {
     Ok(())
 }
 
-/// Uid 0 grants no capability at `execve(2)`, a change of uid keeps none, and none becomes ambient; all of it for ever.
+/// Uid 0 grants no capability at `execve(2)`, a change of uid keeps none, and none becomes ambient; all of it permanently.
 const LOCKED: CapabilitiesSecureBits = CapabilitiesSecureBits::NO_ROOT
     .union(CapabilitiesSecureBits::NO_ROOT_LOCKED)
     .union(CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED)
@@ -120,7 +121,7 @@ fn empty_bounding_set() -> io::Result<()> {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         match rustix::thread::remove_capability_from_bounding_set(capability) {
             Ok(()) => {}
-            // This kernel has no capability of this number or above.
+            // This kernel has no capability with this number or a higher one.
             Err(Errno::INVAL) => break,
             Err(errno) => return Err(errno.into()),
         }
@@ -128,8 +129,9 @@ fn empty_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the calling thread, which must be the only one of its process, an engine's: of `user`, where it is root's, and without
-/// any capability except `CAP_NET_BIND_SERVICE`. Returns whether the user was changed, or did not have to be.
+/// Gives the calling thread, which must be the only one of its process, the privileges of an engine: it changes to `user` if
+/// it is root's, and drops every capability except `CAP_NET_BIND_SERVICE`. Returns whether the user was changed, or did not
+/// need to be.
 ///
 /// In a user namespace that does not map the uid the thread remains uid 0, which is root there only.
 ///
@@ -144,12 +146,12 @@ pub fn become_engine(user: EngineUser) -> io::Result<bool> {
 /// Changes every uid and gid of the calling thread, and keeps its capabilities.
 fn change_user(user: EngineUser) -> io::Result<()> {
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    // The uid last: after it, the groups could not be changed any more.
+    // The uid is changed last: afterwards the groups cannot be changed any more.
     rustix::thread::set_keep_capabilities(true)?;
     rustix::thread::set_thread_groups(&[])?;
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-    // The change cleared the effective set; what follows needs CAP_SETPCAP.
+    // The change cleared the effective set; the following calls need CAP_SETPCAP.
     let kept = rustix::thread::capabilities(None)?;
     rustix::thread::set_capabilities(None, CapabilitySets { effective: kept.permitted, ..kept })?;
     // Another engine has the same uid: it may not trace this one or read its memory.
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fixed_uid_is_no_range_of_the_system() {
+    fn the_fixed_uid_is_outside_the_ranges_of_the_system() {
         for assigned in [0..=65_535, 100_000..=600_099_999, 524_288..=1_879_048_191, 200_000..=2_000_199_999]
         {
             assert!(!assigned.contains(&ENGINE_UID));
@@ -198,7 +200,7 @@ mod tests {
 
     #[test]
     fn an_engine_of_root_keeps_only_low_ports_and_no_set_grants_more() {
-        // All of it belongs to a thread, so this one is sacrificed.
+        // The changes belong to a thread, so a new one makes them.
         let left = std::thread::spawn(|| {
             let was_root = geteuid().is_root();
             become_engine(EngineUser::FIXED).unwrap();

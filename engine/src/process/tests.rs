@@ -9,11 +9,11 @@ use super::*;
 use crate::command::{ForwardId, Reach, RingKind, RingReport, UpstreamId, UpstreamState};
 use crate::limits::MESSAGE_BYTES_MAX;
 
-/// Shorter than a driver's own, so that no test passes because that one ran out.
-const PATIENCE: Duration = Duration::from_secs(5);
-const _: () = assert!(PATIENCE.as_secs() < SEND_TIMEOUT.as_secs());
+/// Shorter than the driver's send timeout, so that no test passes because that one expires.
+const TIMEOUT: Duration = Duration::from_secs(5);
+const _: () = assert!(TIMEOUT.as_secs() < SEND_TIMEOUT.as_secs());
 
-/// An engine that answers by a script, and tells the test what it was asked.
+/// An engine that answers by a script, and reports its commands to the test.
 struct Script {
     events: Sender<EventMessage>,
     applied: Sender<(Command, usize)>,
@@ -49,7 +49,7 @@ fn state() -> Event {
     }
 }
 
-/// A served script, on threads of its own.
+/// A script that is served on threads of its own.
 struct Served {
     directory: TempDir,
     events: Sender<EventMessage>,
@@ -72,7 +72,7 @@ impl Served {
         self.directory.path().join("engine.sock")
     }
 
-    /// A driver that has been told that the engine is ready.
+    /// Connects a driver, which has received `ready`.
     fn driver(&self) -> Channel {
         let driver = Channel::connect(&self.path()).unwrap();
         assert_eq!(event(&driver), ready());
@@ -80,22 +80,22 @@ impl Served {
     }
 
     fn applied(&self) -> (Command, usize) {
-        self.applied.recv_timeout(PATIENCE).unwrap()
+        self.applied.recv_timeout(TIMEOUT).unwrap()
     }
 }
 
 #[track_caller]
 fn event(driver: &Channel) -> Event {
-    driver.recv_timeout::<Event>(PATIENCE).unwrap().unwrap().0
+    driver.recv_timeout::<Event>(TIMEOUT).unwrap().unwrap().0
 }
 
 #[track_caller]
 fn assert_ended(driver: &Channel) {
-    assert!(driver.recv_timeout::<Event>(PATIENCE).unwrap().is_none());
+    assert!(driver.recv_timeout::<Event>(TIMEOUT).unwrap().is_none());
 }
 
 #[test]
-fn a_driver_comes_and_goes_and_comes_back() {
+fn a_driver_reconnects() {
     let served = Served::new(IDLE_EXIT);
     for _ in 0..3 {
         let driver = served.driver();
@@ -112,7 +112,7 @@ fn a_driver_comes_and_goes_and_comes_back() {
 }
 
 #[test]
-fn a_newer_driver_takes_the_place_of_the_older() {
+fn a_newer_driver_replaces_the_older() {
     let served = Served::new(IDLE_EXIT);
     let older = served.driver();
     let newer = served.driver();
@@ -120,7 +120,7 @@ fn a_newer_driver_takes_the_place_of_the_older() {
     assert!(matches!(older.send(&Command::Rescan, &[]), Err(ChannelError::Gone)));
     newer.send(&Command::Describe, &[]).unwrap();
     assert_eq!(event(&newer), state());
-    // The end of the older one does not free the newer one's seat.
+    // The end of the older driver does not remove the newer one.
     drop(older);
     served.events.send(Event::Recovered { what: "all".to_owned() }.into()).unwrap();
     assert_eq!(event(&newer), Event::Recovered { what: "all".to_owned() });
@@ -133,7 +133,7 @@ fn events_without_a_driver_are_dropped() {
     let served = Served::new(IDLE_EXIT);
     drop(served.driver());
     let driver = served.driver();
-    // The seat is the newer one's now, so the engine's next event comes after those that found nobody.
+    // The newer driver is installed now, so the engine's next event follows the dropped ones.
     driver.send(&Command::Describe, &[]).unwrap();
     assert_eq!(event(&driver), state());
     served.events.send(Event::Stopped.into()).unwrap();
@@ -141,7 +141,7 @@ fn events_without_a_driver_are_dropped() {
     served.thread.join().unwrap().unwrap();
 }
 
-/// What an engine answers when it is asked to lend.
+/// The answer of an engine to a request to lend.
 fn lent() -> [EventMessage; 2] {
     let port = std::num::NonZeroU16::MIN;
     let (forward, upstream, reach) = (ForwardId(1), UpstreamId(7), Reach::UNKNOWN);
@@ -151,14 +151,14 @@ fn lent() -> [EventMessage; 2] {
 }
 
 #[test]
-fn descriptors_go_beside_an_event() {
+fn descriptors_are_attached_to_an_event() {
     let served = Served::new(IDLE_EXIT);
     let driver = served.driver();
     driver.send(&Command::LendListeners, &[]).unwrap();
     assert_eq!(served.applied(), (Command::LendListeners, 0));
     lent().into_iter().for_each(|message| served.events.send(message).unwrap());
     for count in [1, 0] {
-        let (_, descriptors) = driver.recv_timeout::<Event>(PATIENCE).unwrap().unwrap();
+        let (_, descriptors) = driver.recv_timeout::<Event>(TIMEOUT).unwrap().unwrap();
         assert_eq!(descriptors.len(), count);
     }
     driver.send(&Command::Stop, &[]).unwrap();
@@ -166,7 +166,7 @@ fn descriptors_go_beside_an_event() {
 }
 
 #[test]
-fn a_driver_is_not_told_what_the_one_before_asked() {
+fn a_driver_gets_no_answers_to_its_predecessor() {
     let served = Served::new(IDLE_EXIT);
     let older = served.driver();
     older.send(&Command::LendListeners, &[]).unwrap();
@@ -187,13 +187,13 @@ fn a_driver_is_not_told_what_the_one_before_asked() {
 }
 
 #[test]
-fn an_engine_that_drains_without_a_driver_goes_on_until_it_has_ended() {
+fn an_engine_that_drains_without_a_driver_runs_to_its_end() {
     let served = Served::new(Duration::from_millis(20));
     let driver = served.driver();
     driver.send(&Command::Drain, &[]).unwrap();
     assert_eq!(served.applied(), (Command::Drain, 0));
     drop(driver);
-    // Many times as long as an engine that is not draining would wait for a driver.
+    // Many times as long as an idle engine would wait for a driver.
     assert!(served.applied.recv_timeout(Duration::from_millis(500)).is_err(), "one drain is enough");
     assert!(!served.thread.is_finished());
     served.events.send(Event::Stopped.into()).unwrap();
@@ -201,7 +201,7 @@ fn an_engine_that_drains_without_a_driver_goes_on_until_it_has_ended() {
 }
 
 #[test]
-fn nonsense_is_refused_and_ends_nothing() {
+fn invalid_messages_are_refused_and_end_no_connection() {
     let served = Served::new(IDLE_EXIT);
     let driver = served.driver();
     let null = std::fs::File::open("/dev/null").unwrap();
@@ -223,7 +223,7 @@ fn nonsense_is_refused_and_ends_nothing() {
 }
 
 #[test]
-fn a_hundred_descriptors_come_with_a_command() {
+fn a_command_carries_a_hundred_descriptors() {
     let served = Served::new(IDLE_EXIT);
     let driver = served.driver();
     let null = std::fs::File::open("/dev/null").unwrap();
@@ -234,7 +234,7 @@ fn a_hundred_descriptors_come_with_a_command() {
 }
 
 #[test]
-fn without_a_driver_the_engine_drains_and_leaves_its_address() {
+fn an_engine_without_a_driver_drains_and_releases_its_name() {
     let served = Served::new(Duration::from_millis(20));
     assert_eq!(served.applied(), (Command::Drain, 0));
     assert!(Channel::connect(&served.path()).is_err());
@@ -244,7 +244,7 @@ fn without_a_driver_the_engine_drains_and_leaves_its_address() {
 }
 
 #[test]
-fn a_driver_keeps_an_engine_from_being_idle() {
+fn a_connected_driver_prevents_the_idle_exit() {
     let served = Served::new(Duration::from_secs(1));
     let driver = served.driver();
     assert!(served.applied.recv_timeout(Duration::from_millis(1500)).is_err());
@@ -255,7 +255,7 @@ fn a_driver_keeps_an_engine_from_being_idle() {
 }
 
 #[test]
-fn a_draining_engine_leaves_its_address_and_keeps_its_driver() {
+fn a_draining_engine_releases_its_name_and_keeps_its_driver() {
     let served = Served::new(IDLE_EXIT);
     let driver = served.driver();
     driver.send(&Command::Drain, &[]).unwrap();
@@ -272,9 +272,9 @@ fn a_draining_engine_leaves_its_address_and_keeps_its_driver() {
 }
 
 #[test]
-fn a_driver_that_does_not_read_does_not_stop_its_successor() {
-    let seat = Seat::default();
-    // Without a buffer, an event is taken only when the forwarder has done with the one before it.
+fn a_driver_that_does_not_read_does_not_block_its_successor() {
+    let slot = DriverSlot::default();
+    // Without a buffer, the channel takes an event only after the forwarder has finished the previous one.
     let (events, receiver) = sync_channel(0);
     let offer = |patience| {
         let deadline = Instant::now() + patience;
@@ -288,20 +288,20 @@ fn a_driver_that_does_not_read_does_not_stop_its_successor() {
         true
     };
     let ((ours, _deaf), (theirs, successor)) = (Channel::pair().unwrap(), Channel::pair().unwrap());
-    seat.take(ours, &ready());
+    slot.install(ours, &ready());
     std::thread::scope(|scope| {
-        scope.spawn(|| seat.forward(&{ receiver }).unwrap());
+        scope.spawn(|| slot.forward(&{ receiver }).unwrap());
         while offer(Duration::from_millis(200)) {}
-        seat.take(theirs, &ready());
-        let went_on = offer(PATIENCE);
+        slot.install(theirs, &ready());
+        let continued = offer(TIMEOUT);
         assert_eq!(event(&successor), ready());
         events.send(Event::Stopped.into()).unwrap();
-        assert!(went_on, "the forwarder still waits for the driver before");
+        assert!(continued, "the forwarder still waits for the previous driver");
     });
 }
 
 #[test]
-fn an_event_that_is_too_long_is_told_as_lost_and_ready_only_once() {
+fn a_too_long_event_is_reported_as_lost_and_ready_is_sent_once() {
     let served = Served::new(IDLE_EXIT);
     let driver = served.driver();
     served.events.send(ready().into()).unwrap();
@@ -312,7 +312,7 @@ fn an_event_that_is_too_long_is_told_as_lost_and_ready_only_once() {
 }
 
 #[test]
-fn an_engine_that_dies_is_told_as_such() {
+fn an_engine_that_ends_early_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let socket = CommandSocket::bind(&directory.path().join("engine.sock")).unwrap();
     let (events, receiver) = channel();
@@ -323,7 +323,7 @@ fn an_engine_that_dies_is_told_as_such() {
 }
 
 #[test]
-fn the_socket_is_its_users_alone_and_replaces_only_sockets() {
+fn the_socket_is_private_and_replaces_only_sockets() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("engine.sock");
     let first = CommandSocket::bind(&path).unwrap();

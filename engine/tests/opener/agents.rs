@@ -1,4 +1,4 @@
-//! Agents: a program inside that hands out sockets to whoever connects.
+//! Agents: programs inside that hand out sockets to their clients.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -23,7 +23,7 @@ fn agents_listener(directory: &Path) -> OwnedFd {
     socket
 }
 
-/// `_agent DIRECTORY`: an agent, with a server beside it; prints the server's port when both are there.
+/// `_agent DIRECTORY`: runs an agent and a server; prints the server's port when both are ready.
 pub(crate) fn agent(directory: &Path) -> ExitCode {
     let listener = agents_listener(directory);
     std::thread::spawn(move || serve::agent(listener).unwrap());
@@ -45,7 +45,7 @@ pub(crate) fn inside() {
     for socket in sockets(channel, Family::V4, 3, cookie).unwrap() {
         assert_eq!(dial(socket, ([127, 0, 0, 1], inside.port).into()), "inside");
     }
-    // A second one is served beside the first.
+    // A second client is served at the same time.
     let second = Opener::connect(directory.path()).unwrap();
     assert_eq!(second.netns_cookie(), cookie);
     drop(inside);
@@ -57,7 +57,7 @@ pub(crate) fn floods() {
     let directory = tempfile::tempdir().unwrap();
     let inside = Inside::with_agent(directory.path());
     let flooding = Channel::connect(&directory.path().join(AGENT_SOCKET)).unwrap();
-    // Its own channels have an end.
+    // The number of its channels is limited.
     let mut channels = Vec::new();
     let refused = loop {
         flooding.send(&Request::Channel, &[]).unwrap();
@@ -65,10 +65,10 @@ pub(crate) fn floods() {
             (Answer::Channel, ends) => channels.extend(ends),
             (other, _) => break other,
         }
-        assert!(channels.len() < 100, "there is no end of channels");
+        assert!(channels.len() < 100, "the number of channels is not limited");
     };
     assert!(matches!(refused, Answer::Failed { failure } if failure.kind == FailureKind::Exhausted));
-    // It asks and never takes an answer, until it cannot even ask.
+    // It sends requests and reads no answer, until it cannot send any more.
     let request = Request::Sockets { family: Family::V4, count: 253, congestion: None };
     let mut asked = 0;
     let pause = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
@@ -76,12 +76,12 @@ pub(crate) fn floods() {
         while flooding.try_send(&request, &[]).is_ok() {
             asked += 1;
         }
-        assert!(asked < 100_000, "the agent goes on though nobody takes its answers");
+        assert!(asked < 100_000, "the agent continues although its answers are not read");
     }
-    let begun = Instant::now();
+    let started = Instant::now();
     let opener = Opener::connect(directory.path()).unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
-    // What is on its way to the one is little.
+    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+    // Few descriptors are in flight to the flooding client.
     let held = std::fs::read_dir(format!("/proc/{}/fd", inside.pid())).unwrap().count();
     assert!(held < 64, "the agent holds {held} descriptors");
     for _ in 0..3 {

@@ -1,4 +1,4 @@
-//! Openers that somebody else starts for us.
+//! Openers that a helper starts.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::{Inside, assert_refused, channel_of, dial, sockets, this};
 
-/// Listens in a directory of its own, and has `serve` do something with the one connection that comes.
+/// Listens in a new directory, and calls `serve` with the one connection that comes.
 fn helper(serve: impl FnOnce(OwnedFd) + Send + 'static) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("opener.sock");
@@ -26,7 +26,7 @@ fn helper(serve: impl FnOnce(OwnedFd) + Send + 'static) -> (tempfile::TempDir, P
     (folder, path)
 }
 
-/// Gives the connection to an opener.
+/// Passes the connection to an opener.
 fn with_opener(connection: OwnedFd) {
     let status = Command::new(this()).arg(VERB).stdin(Stdio::from(connection)).status();
     drop(status);
@@ -35,22 +35,22 @@ fn with_opener(connection: OwnedFd) {
 pub(crate) fn enters() {
     let inside = Inside::new();
     let (_folder, path) = helper(with_opener);
-    let mut opener = Opener::through(&path, Target::process(inside.pid()).unwrap()).unwrap();
+    let mut opener = Opener::spawn_by_helper(&path, Target::process(inside.pid()).unwrap()).unwrap();
     let channel = channel_of(&mut opener);
     let address: SocketAddr = ([127, 0, 0, 1], inside.port).into();
     for socket in sockets(&channel, Family::V4, 3, opener.netns_cookie()).unwrap() {
         assert_eq!(dial(socket, address), "inside");
     }
-    // What the opener refuses is its own answer.
+    // A refusal of the opener is not an error of the helper.
     let (_folder, path) = helper(with_opener);
-    let own = Opener::through(&path, Target::process(std::process::id()).unwrap());
+    let own = Opener::spawn_by_helper(&path, Target::process(std::process::id()).unwrap());
     assert_refused(own, FailureKind::OwnNamespace);
 }
 
-/// Whatever is wrong with the helper says nothing about the container.
+/// A fault of the helper is not reported as a fault of the container.
 pub(crate) fn useless() {
     let ours = || Target::process(std::process::id()).unwrap();
-    let told = |path: &Path| match Opener::through(path, ours()) {
+    let error_of = |path: &Path| match Opener::spawn_by_helper(path, ours()) {
         Err(error @ OpenError::Helper { .. }) => {
             assert_eq!(error.kind(), None);
             error.to_string()
@@ -59,17 +59,17 @@ pub(crate) fn useless() {
     };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("opener.sock");
-    let said = |what: &str| format!("the helper at {}: {what}", path.display());
-    assert_eq!(told(&path), said("no helper has made its socket there"));
+    let expected = |what: &str| format!("the helper at {}: {what}", path.display());
+    assert_eq!(error_of(&path), expected("no helper has created its socket there"));
     std::fs::write(&path, "").unwrap();
-    assert_eq!(told(&path), said("it is not a socket"));
+    assert_eq!(error_of(&path), expected("it is not a socket"));
     std::fs::remove_file(&path).unwrap();
     std::os::unix::fs::symlink("/dev/null", &path).unwrap();
-    assert_eq!(told(&path), said("it is a symbolic link, and none is followed"));
+    assert_eq!(error_of(&path), expected("it is a symbolic link, which is not followed"));
 
     let (_folder, path) = helper(drop);
-    assert!(told(&path).contains("ended without an answer"));
-    // One that leads to where we are.
+    assert!(error_of(&path).contains("ended without an answer"));
+    // This opener leads to our own namespace.
     let (_folder, path) = helper(|connection| {
         let channel = Channel::try_from(connection).unwrap();
         let _ = channel.recv::<Request>().unwrap().unwrap();
@@ -78,8 +78,8 @@ pub(crate) fn useless() {
         channel.send(&Answer::Entered { netns_inode: 1, netns_cookie }, &[]).unwrap();
         let _ = channel.recv::<Request>();
     });
-    assert_refused(Opener::through(&path, ours()), FailureKind::OwnNamespace);
-    // One that lies about where it is.
+    assert_refused(Opener::spawn_by_helper(&path, ours()), FailureKind::OwnNamespace);
+    // This opener names the wrong namespace.
     let (_folder, path) = helper(|connection| {
         let channel = Channel::try_from(connection).unwrap();
         let _ = channel.recv::<Request>().unwrap().unwrap();
@@ -89,5 +89,5 @@ pub(crate) fn useless() {
         channel.send(&Answer::Made { count: 1, error: None, ephemeral: None }, &[socket.as_fd()]).unwrap();
         let _ = channel.recv::<Request>();
     });
-    assert!(told(&path).contains("makes no sense"));
+    assert!(error_of(&path).contains("invalid answer"));
 }

@@ -296,7 +296,7 @@ pub fn engine_process(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
         if confined { Hints::open().map_or(HintSource::Off, HintSource::Opened) } else { HintSource::Open };
     // This happens while the process has one thread: threads inherit the capabilities of the thread that starts them.
     let confinement = if confined {
-        Some(Confinement::begin(EngineUser::of_this_machine())?)
+        Some(Confinement::start(EngineUser::of_this_machine())?)
     } else {
         drop_capabilities(CapabilitySet::NET_BIND_SERVICE)?;
         None

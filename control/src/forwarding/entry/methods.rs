@@ -65,7 +65,7 @@ impl EntryMethod {
                 (opener, sources, descriptors, UpstreamKind::Opener)
             }
             EntryMethod::Helper(socket, target) => {
-                let mut opener = Opener::through(&socket, target)?;
+                let mut opener = Opener::spawn_by_helper(&socket, target)?;
                 let (sources, descriptors) = opener.upstream(shards)?;
                 (opener, sources, descriptors, UpstreamKind::Opener)
             }

@@ -1,5 +1,5 @@
-//! Sockets from the program inside: what its answers mean, and whether what came is what was asked for. Pure, but for
-//! [`ask`] and [`take`], which use a channel directly.
+//! The answers of the program inside: parses them, and checks the sockets that came. Pure, except for [`ask`] and [`take`],
+//! which use a channel directly.
 //!
 //! A parser here takes the text of one message and the sockets next to it, in whatever form the caller holds sockets.
 
@@ -13,20 +13,20 @@ use crate::channel::{self, ChannelError};
 use crate::command::Family;
 use crate::sys::SocketFacts;
 
-/// Why no sockets came.
+/// The reason why no sockets came.
 #[derive(Debug, thiserror::Error)]
 pub enum StockError {
     /// The opener has ended.
     #[error("the program inside has ended, so the namespace can no longer be reached")]
     Gone,
-    /// Descriptors ran out, here or there.
+    /// Descriptors ran out in this process or in the opener.
     #[error("no more sockets: {0}")]
     Exhausted(String),
-    /// The opener cannot create such sockets, for example because there is no IPv6 inside.
+    /// The opener cannot create such sockets, for example because IPv6 is unavailable inside.
     #[error("{0}")]
     Refused(Failure),
-    /// The answer does not fit the request. No later answer over this channel is trusted.
-    #[error("the program inside handed over something else than asked for: {0}")]
+    /// The answer does not fit the request. No later answer on this channel is trusted.
+    #[error("the answer of the program inside does not fit the request: {0}")]
     Hostile(String),
 }
 
@@ -45,22 +45,22 @@ impl From<ChannelError> for StockError {
 /// The answer to a request for sockets.
 #[derive(Debug)]
 pub(crate) struct Made<S> {
-    /// At least one.
+    /// The sockets, at least one.
     pub(crate) sockets: Vec<S>,
-    /// The ephemeral ports of the namespace, where the program inside reports them.
+    /// The ephemeral ports of the namespace, if the program inside reports them.
     pub(crate) ephemeral: Option<PortRange>,
 }
 
 /// The answer to a dial.
 #[derive(Debug)]
 pub(crate) struct Dialled<S> {
-    /// Which dial.
+    /// The number of the dial.
     pub(crate) dial: u64,
     /// The connected socket, or the reason of the failure.
     pub(crate) result: Result<S, DialFailure>,
 }
 
-/// Parses the answer to a [`Request::Sockets`] for `asked` sockets. `check` returns what is wrong with one of them.
+/// Parses the answer to a [`Request::Sockets`] for `asked` sockets. `check` returns the fault of a socket, if it has one.
 ///
 /// # Errors
 /// See [`StockError`]. All sockets are dropped.
@@ -92,7 +92,7 @@ pub(crate) fn made<S>(
     }
 }
 
-/// Parses the answer to [`Request::Dial`]. `check` returns what is wrong with the socket.
+/// Parses the answer to [`Request::Dial`]. `check` returns the fault of the socket, if it has one.
 ///
 /// # Errors
 /// See [`StockError`]. All sockets are dropped.
@@ -122,7 +122,7 @@ fn parse(text: &[u8]) -> Result<Answer, StockError> {
 /// Checks a socket for a stock: an unused, non-blocking TCP socket of `family` in the namespace of `netns_cookie`.
 ///
 /// # Errors
-/// What it is instead.
+/// The fault of the socket.
 pub(crate) fn check_unused(
     facts: &SocketFacts,
     family: Family,
@@ -133,19 +133,19 @@ pub(crate) fn check_unused(
     is(!facts.is_connected, "a socket that is connected")?;
     let unbound = |local: std::net::SocketAddr| local.port() == 0 && local.ip().is_unspecified();
     is(facts.local.is_some_and(unbound), "a socket that is bound")?;
-    // One that blocks would hold up a whole shard.
+    // A blocking socket would stop the whole shard.
     is(facts.nonblocking, "a socket that blocks")?;
     is(facts.netns_cookie == Some(netns_cookie), "a socket of another network namespace")
 }
 
 /// Checks the socket of a dial: a non-blocking TCP socket that was connected. It may be broken by now: the server inside may
-/// have reset the connection at once, and the client is to see that reset after every byte that preceded it.
+/// have reset the connection at once, and the client is to get that reset after every byte that preceded it.
 ///
 /// # Errors
-/// What it is instead.
+/// The fault of the socket.
 pub(crate) fn check_connected(facts: &SocketFacts) -> Result<(), &'static str> {
     check_tcp(facts)?;
-    // One that was reset has no peer any more, and keeps its own port.
+    // A socket that was reset has no peer any more, but keeps its own port.
     let was_connected = facts.is_connected || facts.local.is_some_and(|own| own.port() != 0);
     is(was_connected, "a socket that was never connected")?;
     is(facts.nonblocking, "a socket that blocks")
@@ -163,11 +163,11 @@ fn is(holds: bool, otherwise: &'static str) -> Result<(), &'static str> {
     if holds { Ok(()) } else { Err(otherwise) }
 }
 
-/// Asks for `count` sockets of `family`. Never waits; [`take`] returns them, in the order of the requests.
+/// Requests `count` sockets of `family`. Never waits; [`take`] returns them, in the order of the requests.
 ///
 /// # Errors
 /// [`OpenError::Channel`] with [`ChannelError::WouldBlock`] when too many requests are unanswered;
-/// [`OpenError::Ended`] when the opener is gone.
+/// [`OpenError::Ended`] if the opener has ended.
 pub fn ask(
     channel: BorrowedFd<'_>,
     family: Family,
@@ -178,11 +178,11 @@ pub fn ask(
     Ok(channel::send(channel, &request, &[], SendFlags::DONTWAIT)?)
 }
 
-/// Takes the answer to the oldest [`ask`], for `asked` sockets, without waiting, or `None` when it is not there yet. From one
-/// to `asked` sockets come, each an unused, non-blocking TCP socket of `family` in the namespace of `netns_cookie`.
+/// Returns the answer to the oldest [`ask`], for `asked` sockets, without waiting, or `None` if it has not arrived. Returns
+/// one to `asked` sockets, each an unused, non-blocking TCP socket of `family` in the namespace of `netns_cookie`.
 ///
 /// # Errors
-/// See [`StockError`]. Everything that came is closed.
+/// See [`StockError`]. All received descriptors are closed.
 pub fn take(
     channel: BorrowedFd<'_>,
     family: Family,

@@ -24,8 +24,8 @@ fn descriptors_of(inode: u64) -> usize {
         .count()
 }
 
-/// The result of `take` for `answer` and `descriptors` where IPv4 sockets of this namespace are expected.
-fn taken(answer: &Answer, descriptors: &[&OwnedFd]) -> Result<Option<Vec<OwnedFd>>, StockError> {
+/// Returns the result of `take` for `answer` and `descriptors` where IPv4 sockets of this namespace are expected.
+fn take_answer(answer: &Answer, descriptors: &[&OwnedFd]) -> Result<Option<Vec<OwnedFd>>, StockError> {
     let cookie = netns_cookie(fresh(AddressFamily::INET)).unwrap();
     let (engine, opener) = Channel::pair().unwrap();
     let descriptors: Vec<_> = descriptors.iter().map(|one| one.as_fd()).collect();
@@ -38,22 +38,22 @@ fn assert_hostile(what: &str, bad: impl Into<OwnedFd>) {
     let (good, bad) = (fresh(AddressFamily::INET), bad.into());
     let inodes = [&good, &bad].map(|one| rustix::fs::fstat(one).unwrap().st_ino);
     let before = inodes.map(descriptors_of);
-    match taken(&Answer::Made { count: 2, error: None, ephemeral: None }, &[&good, &bad]) {
-        Err(StockError::Hostile(said)) => assert_eq!(said, what),
+    match take_answer(&Answer::Made { count: 2, error: None, ephemeral: None }, &[&good, &bad]) {
+        Err(StockError::Hostile(reason)) => assert_eq!(reason, what),
         other => panic!("{what} was taken as {other:?}"),
     }
     assert_eq!(inodes.map(descriptors_of), before, "{what} was left open");
 }
 
 #[test]
-fn unused_sockets_of_the_namespace_are_taken() {
+fn unused_sockets_of_the_namespace_are_accepted() {
     let sockets = [fresh(AddressFamily::INET), fresh(AddressFamily::INET)];
     let answer = Answer::Made { count: 2, error: None, ephemeral: None };
-    assert_eq!(taken(&answer, &[&sockets[0], &sockets[1]]).unwrap().unwrap().len(), 2);
+    assert_eq!(take_answer(&answer, &[&sockets[0], &sockets[1]]).unwrap().unwrap().len(), 2);
 }
 
 #[test]
-fn whatever_is_no_unused_tcp_socket_is_hostile() {
+fn anything_but_an_unused_tcp_socket_is_hostile() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let connected = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let bound = fresh(AddressFamily::INET);
@@ -86,9 +86,9 @@ fn a_socket_of_another_namespace_is_hostile() {
 }
 
 #[test]
-fn an_answer_that_does_not_fit_the_question_is_hostile() {
+fn an_answer_that_does_not_fit_the_request_is_hostile() {
     let socket = fresh(AddressFamily::INET);
-    let hostile = |answer, descriptors: &[&OwnedFd]| match taken(&answer, descriptors) {
+    let hostile = |answer, descriptors: &[&OwnedFd]| match take_answer(&answer, descriptors) {
         Err(StockError::Hostile(_)) => {}
         other => panic!("{answer:?} was taken as {other:?}"),
     };
@@ -102,16 +102,16 @@ fn an_answer_that_does_not_fit_the_question_is_hostile() {
 }
 
 #[test]
-fn running_out_is_told_apart_from_the_end() {
+fn exhaustion_differs_from_the_end() {
     let failure = Failure::new(FailureKind::Exhausted, "no more");
     let error = Some(failure.clone());
     assert!(matches!(
-        taken(&Answer::Made { count: 0, error, ephemeral: None }, &[]),
+        take_answer(&Answer::Made { count: 0, error, ephemeral: None }, &[]),
         Err(StockError::Exhausted(_))
     ));
-    assert!(matches!(taken(&Answer::Failed { failure }, &[]), Err(StockError::Exhausted(_))));
+    assert!(matches!(take_answer(&Answer::Failed { failure }, &[]), Err(StockError::Exhausted(_))));
     let failure = Failure::new(FailureKind::Unsupported, "no IPv6");
-    assert!(matches!(taken(&Answer::Failed { failure }, &[]), Err(StockError::Refused(_))));
+    assert!(matches!(take_answer(&Answer::Failed { failure }, &[]), Err(StockError::Refused(_))));
     let (engine, opener) = Channel::pair().unwrap();
     assert!(take(engine.as_fd(), Family::V4, 1, 1).unwrap().is_none());
     drop(opener);
@@ -120,7 +120,7 @@ fn running_out_is_told_apart_from_the_end() {
 }
 
 #[test]
-fn a_program_that_is_no_opener_is_told_as_such() {
+fn a_program_that_is_not_an_opener_is_an_error() {
     let target = || Target::process(std::process::id()).unwrap();
     assert!(matches!(Opener::spawn(Path::new("/bin/true"), target()), Err(OpenError::Ended)));
     assert!(matches!(Opener::spawn(Path::new("/nowhere"), target()), Err(OpenError::Spawn { .. })));
@@ -132,7 +132,7 @@ fn pair() -> (TcpStream, TcpStream) {
     (ours, listener.accept().unwrap().0)
 }
 
-/// The result of a dial that a driver answers with `answer` and `descriptors`.
+/// Returns the result of a dial that a driver answers with `answer` and `descriptors`.
 fn answered(answer: &Answer, descriptors: &[BorrowedFd<'_>]) -> Result<Dialled<OwnedFd>, StockError> {
     let (engine, driver) = Channel::pair().unwrap();
     driver.send(answer, descriptors).unwrap();
@@ -146,7 +146,7 @@ fn answered(answer: &Answer, descriptors: &[BorrowedFd<'_>]) -> Result<Dialled<O
 }
 
 #[test]
-fn a_connected_socket_is_taken() {
+fn a_connected_socket_is_accepted() {
     let (one, _other) = pair();
     let Dialled { dial, result } = answered(&Answer::Dialled { dial: 7 }, &[one.as_fd()]).unwrap();
     assert_eq!(dial, 7);
@@ -155,9 +155,9 @@ fn a_connected_socket_is_taken() {
     assert!(SocketFacts::of(&socket).nonblocking);
 }
 
-/// A server that resets at once is not a fault of the driver.
+/// A server that resets at once does not count as a fault of the driver.
 #[test]
-fn a_socket_that_was_reset_meanwhile_is_taken() {
+fn a_socket_that_was_reset_meanwhile_is_accepted() {
     let (one, other) = pair();
     sockopt::set_socket_linger(&other, Some(Duration::ZERO)).unwrap();
     drop(other);
@@ -181,7 +181,7 @@ fn any_other_answer_to_a_dial_is_hostile() {
         ("a descriptor that is no socket", file.as_fd()),
     ] {
         match answered(&dialled, &[bad]) {
-            Err(StockError::Hostile(said)) => assert_eq!(said, what),
+            Err(StockError::Hostile(reason)) => assert_eq!(reason, what),
             other => panic!("{what} was taken as {other:?}"),
         }
     }

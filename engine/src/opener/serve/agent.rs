@@ -1,18 +1,18 @@
-//! An agent: a program inside a container that hands out sockets to whoever connects to its own.
+//! An agent: a program inside a container that hands out sockets to clients of its own socket.
 //!
-//! It is where it serves, so there is no entering and no privilege. Several may be connected at once, the daemon and the
-//! engine at least, and none of them is believed to be well-behaved:
+//! It serves the namespace in which it runs, so it enters none and needs no privileges. Several clients are connected at
+//! once, at least the daemon and the engine, and none of them is trusted to behave:
 //!
-//! - There are [`CONNECTIONS_MAX`] connections, each with [`CHANNELS_MAX_EACH`] channels more. Who comes after that waits in
-//!   the kernel's queue.
-//! - Each channel in its turn has one request answered. So one that floods makes the others wait for one answer at a time.
-//! - A channel whose answers are not taken is read no further: its send buffer is as small as the kernel allows, so that
-//!   two answers make it full (`unix_writable()` in net/unix/af_unix.c: a quarter). Descriptors on their way count for
-//!   their user (`too_many_unix_fds()`), and so one that takes none would else use up what the others need.
+//! - There are at most [`CONNECTIONS_MAX`] connections, each with at most [`CHANNELS_MAX_EACH`] further channels. Other
+//!   clients wait in the kernel's queue.
+//! - One request of each channel is answered per round. A client that floods delays the others by one answer per round.
+//! - If a client does not read its answers, no further requests are read from its channel. The send buffer is as small as
+//!   the kernel allows, so that two answers fill it (`unix_writable()` in net/unix/af_unix.c: a quarter). Descriptors in
+//!   flight count for their user (`too_many_unix_fds()`), so an unread channel could otherwise use up the limit for all.
 //!
-//! Who may connect is decided by the permissions of the socket and its directory. `SO_PEERCRED` would tell the user id of
-//! who connects as this user namespace sees it: the host's root is 65534 (`overflowuid`) in a container with user
-//! namespaces, as is every other user of the host, so nothing is decided by that here.
+//! The permissions of the socket and its directory decide who may connect. `SO_PEERCRED` is not used: it reports the user id
+//! as this user namespace maps it, and in a container with user namespaces that is 65534 (`overflowuid`) for the host's root
+//! and every other user of the host.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -26,61 +26,61 @@ use super::{ServeError, Served, introduce};
 use crate::channel::{self, Channel, timespec};
 use crate::opener::{Answer, Failure, FailureKind, Request};
 
-/// The most connections at a time.
+/// The maximum number of connections at a time.
 const CONNECTIONS_MAX: usize = 8;
-/// The most channels that are served for one connection, itself not counted.
+/// The maximum number of further channels of one connection.
 const CHANNELS_MAX_EACH: usize = 8;
-/// The most sockets in one answer; fewer may come than were asked for.
+/// The maximum number of sockets in one answer; the request may ask for more.
 const SOCKETS_MAX: u16 = 64;
-/// How long nobody is taken in after descriptors ran out.
+/// Time without accepting after descriptors ran out.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves whoever connects to `listener`, a bound and listening Unix socket of type `SOCK_SEQPACKET`, until that is shut
-/// down (`shutdown(2)` on a copy of it). The thread must be in the network namespace that the sockets are to be of.
+/// Serves the clients of `listener`, a listening Unix socket of type `SOCK_SEQPACKET`, until it is shut down (`shutdown(2)`
+/// on a copy of it). The thread must be in the network namespace to which the sockets are to belong.
 ///
 /// # Errors
-/// [`ServeError::NotAListener`], or the kernel's.
+/// [`ServeError::NotAListener`], or an error of the kernel.
 pub fn agent(listener: OwnedFd) -> Result<(), ServeError> {
     if !channel::is_channel(listener.as_fd()) || sockopt::socket_acceptconn(&listener) != Ok(true) {
         return Err(ServeError::NotAListener);
     }
-    // Who was told of by poll(2) may be gone by the time it is accepted.
+    // A connection that poll(2) reported may be gone before it is accepted.
     rustix::io::ioctl_fionbio(&listener, true).map_err(|_| ServeError::NotAListener)?;
-    Agent { listener, guests: Vec::new(), numbers: 0, resting_until: None, ended: false }.run()
+    Agent { listener, channels: Vec::new(), newest_connection: 0, paused_until: None, ended: false }.run()
 }
 
 struct Agent {
     listener: OwnedFd,
-    guests: Vec<Guest>,
-    /// The number of the connection that came last.
-    numbers: u64,
-    /// Descriptors ran out.
-    resting_until: Option<Instant>,
+    channels: Vec<AgentChannel>,
+    /// The number of the newest connection.
+    newest_connection: u64,
+    /// No connection is accepted before this time, because descriptors ran out.
+    paused_until: Option<Instant>,
     ended: bool,
 }
 
-/// A channel and the connection by which it came.
-struct Guest {
+/// A channel, and the number of its connection.
+struct AgentChannel {
     served: Served,
     connection: u64,
-    /// It is the connection itself.
+    /// Whether the channel is the connection itself.
     is_first: bool,
-    /// There is no room for an answer.
+    /// The send buffer has no room for an answer.
     full: bool,
 }
 
-impl Guest {
-    fn new(channel: Channel, connection: u64, is_first: bool) -> Guest {
-        // The kernel makes it as much as its least. Where that fails, more is on its way.
+impl AgentChannel {
+    fn new(channel: Channel, connection: u64, is_first: bool) -> AgentChannel {
+        // The kernel raises the size to its minimum. If this fails, more answers are in flight.
         let _ = sockopt::set_socket_send_buffer_size(&channel, 1);
-        Guest { served: Served::new(channel), connection, is_first, full: false }
+        AgentChannel { served: Served::new(channel), connection, is_first, full: false }
     }
 
-    fn awaits(&self) -> PollFlags {
-        if self.full || self.served.owed.is_some() { PollFlags::OUT } else { PollFlags::IN }
+    fn awaited_events(&self) -> PollFlags {
+        if self.full || self.served.pending.is_some() { PollFlags::OUT } else { PollFlags::IN }
     }
 
-    /// Whether there is room for an answer now.
+    /// Whether the send buffer has room for an answer.
     fn has_room(&self) -> bool {
         let mut polled = [PollFd::from_borrowed_fd(self.served.channel.as_fd(), PollFlags::OUT)];
         poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
@@ -90,70 +90,72 @@ impl Guest {
 impl Agent {
     fn run(mut self) -> Result<(), ServeError> {
         while !self.ended {
-            let takes = self.takes_guests();
+            let accepting = self.may_accept();
             let mut waits: Vec<PollFd<'_>> = self
-                .guests
+                .channels
                 .iter()
-                .map(|guest| PollFd::from_borrowed_fd(guest.served.channel.as_fd(), guest.awaits()))
+                .map(|channel| {
+                    PollFd::from_borrowed_fd(channel.served.channel.as_fd(), channel.awaited_events())
+                })
                 .collect();
-            if takes {
+            if accepting {
                 waits.push(PollFd::new(&self.listener, PollFlags::IN));
             }
-            let rest = self.resting_until.map(|until| until.saturating_duration_since(Instant::now()));
-            match poll(&mut waits, rest.and_then(timespec).as_ref()) {
+            let pause = self.paused_until.map(|until| until.saturating_duration_since(Instant::now()));
+            match poll(&mut waits, pause.and_then(timespec).as_ref()) {
                 Err(Errno::INTR) => continue,
                 done => done.map_err(channel::ChannelError::from)?,
             };
             let mut ready: Vec<PollFlags> = waits.iter().map(PollFd::revents).collect();
-            let knocks = if takes { ready.pop() } else { None }.unwrap_or(PollFlags::empty());
+            let listener_events = if accepting { ready.pop() } else { None }.unwrap_or(PollFlags::empty());
             self.serve(&ready);
-            if !knocks.is_empty() {
-                self.take_guests();
+            if !listener_events.is_empty() {
+                self.accept();
             }
-            // It was shut down: accept(2) says EAGAIN then, as if one only had to wait.
-            self.ended |= knocks.intersects(PollFlags::HUP | PollFlags::ERR);
-            self.resting_until = self.resting_until.filter(|until| *until > Instant::now());
+            // After a shutdown, accept(2) fails with EAGAIN like an empty queue.
+            self.ended |= listener_events.intersects(PollFlags::HUP | PollFlags::ERR);
+            self.paused_until = self.paused_until.filter(|until| *until > Instant::now());
         }
         Ok(())
     }
 
-    fn takes_guests(&self) -> bool {
-        let connections = self.guests.iter().filter(|guest| guest.is_first).count();
-        connections < CONNECTIONS_MAX && self.resting_until.is_none()
+    fn may_accept(&self) -> bool {
+        let connections = self.channels.iter().filter(|channel| channel.is_first).count();
+        connections < CONNECTIONS_MAX && self.paused_until.is_none()
     }
 
-    /// One answer for each guest that is ready.
+    /// Answers one request of each channel that is ready.
     fn serve(&mut self, ready: &[PollFlags]) {
         for index in (0..ready.len()).filter(|index| !ready[*index].is_empty()) {
-            let connection = self.guests[index].connection;
-            let channels = self.guests.iter().filter(|guest| guest.connection == connection).count();
-            let guest = &mut self.guests[index];
-            guest.full = !guest.has_room();
-            if guest.full {
+            let connection = self.channels[index].connection;
+            let channels = self.channels.iter().filter(|channel| channel.connection == connection).count();
+            let channel = &mut self.channels[index];
+            channel.full = !channel.has_room();
+            if channel.full {
                 continue;
             }
-            if let Some(channel) = guest.served.step(channels <= CHANNELS_MAX_EACH, agents_answer) {
-                self.guests.push(Guest::new(channel, connection, false));
+            if let Some(channel) = channel.served.step(channels <= CHANNELS_MAX_EACH, agent_answer) {
+                self.channels.push(AgentChannel::new(channel, connection, false));
             }
         }
-        self.guests.retain(|guest| !guest.served.ended);
+        self.channels.retain(|channel| !channel.served.ended);
     }
 
-    fn take_guests(&mut self) {
-        while self.takes_guests() {
+    fn accept(&mut self) {
+        while self.may_accept() {
             match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
                 Ok(socket) => {
                     if let Ok(channel) = Channel::try_from(socket) {
-                        self.numbers += 1;
-                        self.guests.push(Guest::new(channel, self.numbers, true));
+                        self.newest_connection += 1;
+                        self.channels.push(AgentChannel::new(channel, self.newest_connection, true));
                     }
                 }
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::AGAIN) => return,
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                    self.resting_until = Some(Instant::now() + EXHAUSTED_PAUSE);
+                    self.paused_until = Some(Instant::now() + EXHAUSTED_PAUSE);
                 }
-                // Any other error would stay.
+                // Any other error is permanent.
                 Err(_) => {
                     self.ended = true;
                     return;
@@ -163,15 +165,15 @@ impl Agent {
     }
 }
 
-/// What an agent makes of a request.
-fn agents_answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
+/// Answers a request to an agent.
+fn agent_answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
     match request {
         Request::Introduce => match introduce() {
             Ok(entered) => (entered, Vec::new()),
             Err(failure) => failed(failure),
         },
         Request::Enter { .. } => {
-            failed(Failure::new(FailureKind::Other, "an agent is where it is, and enters no other namespace"))
+            failed(Failure::new(FailureKind::Other, "an agent serves its own namespace and enters no other"))
         }
         Request::Sockets { family, count, congestion } => answer(&Request::Sockets {
             family: *family,

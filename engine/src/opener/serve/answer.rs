@@ -1,4 +1,4 @@
-//! What is made inside on request: the same for an opener and for an agent.
+//! The sockets and files that openers and agents create on request.
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -24,10 +24,9 @@ pub(super) fn answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
         Request::Listen { family, port } => listen(*family, *port),
         Request::ProcNet => proc_net(),
         Request::SockDiag => sock_diag(),
-        Request::Dial { .. } => failed(Failure::new(
-            FailureKind::Other,
-            "an opener makes sockets and leaves connecting them to others",
-        )),
+        Request::Dial { .. } => {
+            failed(Failure::new(FailureKind::Other, "an opener creates sockets and does not connect them"))
+        }
         Request::Enter { .. } | Request::Introduce | Request::Channel => {
             failed(Failure::new(FailureKind::Other, "this opener has entered a namespace already"))
         }
@@ -36,8 +35,7 @@ pub(super) fn answer(request: &Request) -> (Answer, Vec<OwnedFd>) {
 
 fn sockets(family: Family, count: u16, congestion: Option<&str>) -> (Answer, Vec<OwnedFd>) {
     if count == 0 || usize::from(count) > DESCRIPTORS_PER_MESSAGE_MAX {
-        let text =
-            format!("between 1 and {DESCRIPTORS_PER_MESSAGE_MAX} sockets can be asked for, not {count}");
+        let text = format!("a request is for 1 to {DESCRIPTORS_PER_MESSAGE_MAX} sockets, not {count}");
         return failed(Failure::new(FailureKind::Other, text));
     }
     let mut made = Vec::with_capacity(usize::from(count));
@@ -45,7 +43,7 @@ fn sockets(family: Family, count: u16, congestion: Option<&str>) -> (Answer, Vec
         match socket(family, congestion) {
             Ok(socket) => made.push(socket),
             Err(errno) => {
-                let error = Some(Failure::from_io("no more sockets could be made", &errno.into()));
+                let error = Some(Failure::from_io("no more sockets could be created", &errno.into()));
                 return (Answer::Made { count: done, error, ephemeral: ephemeral() }, made);
             }
         }
@@ -53,7 +51,7 @@ fn sockets(family: Family, count: u16, congestion: Option<&str>) -> (Answer, Vec
     (Answer::Made { count, error: None, ephemeral: ephemeral() }, made)
 }
 
-/// The ephemeral ports of this thread's network namespace. A caller that does not get them takes any port for one.
+/// Returns the ephemeral ports of this thread's network namespace. If unknown, a caller assumes that any port may be one.
 fn ephemeral() -> Option<PortRange> {
     PortRange::parse(&std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?)
 }
@@ -67,10 +65,10 @@ fn socket(family: Family, congestion: Option<&str>) -> Result<OwnedFd, Errno> {
     let socket =
         rustix::net::socket_with(domain, SocketType::STREAM, flags, Some(rustix::net::ipproto::TCP))?;
     sockopt::set_tcp_nodelay(&socket, true)?;
-    // An urgent byte that is not in line vanishes from the stream.
+    // Without this option, an urgent byte is lost from the stream.
     sockopt::set_socket_oobinline(&socket, true)?;
     if let Some(name) = congestion {
-        // The namespace may not allow it (`net.ipv4.tcp_allowed_congestion_control`); its default then serves.
+        // The namespace may forbid it (`net.ipv4.tcp_allowed_congestion_control`); the socket then uses its default.
         let _ = sockopt::set_tcp_congestion(&socket, name);
     }
     Ok(socket)
@@ -82,7 +80,7 @@ fn listen(family: Family, port: u16) -> (Answer, Vec<OwnedFd>) {
             Family::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
             Family::V6 => IpAddr::V6(Ipv6Addr::LOCALHOST),
         };
-        // A port whose last connections are in TIME_WAIT may be bound again.
+        // Permits binding a port whose last connections are in TIME_WAIT.
         sockopt::set_socket_reuseaddr(&socket, true)?;
         rustix::net::bind(&socket, &SocketAddr::new(ip, port))?;
         rustix::net::listen(&socket, BACKLOG)?;
@@ -91,13 +89,13 @@ fn listen(family: Family, port: u16) -> (Answer, Vec<OwnedFd>) {
     match made {
         Ok(socket) => (Answer::Listening, vec![socket]),
         Err(errno) => {
-            let what = format!("port {port} cannot be listened on inside");
+            let what = format!("cannot listen on port {port} inside");
             failed(Failure::from_io(&what, &errno.into()))
         }
     }
 }
 
-/// Each file is bound for ever to the namespace of the thread that opens it: this one's.
+/// Opens the files. Each stays bound to the namespace of the thread that opened it: this one's.
 fn proc_net() -> (Answer, Vec<OwnedFd>) {
     let tcp = File::open("/proc/thread-self/net/tcp");
     let tcp6 = File::open("/proc/thread-self/net/tcp6");
