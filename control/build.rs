@@ -1,8 +1,8 @@
-//! Gives the build a fingerprint: SHA-256 over the sources that make up the program.
+//! Computes the fingerprint of the build: SHA-256 over the program's sources.
 //!
-//! Two builds of the same sources are the same program to whoever asks a daemon for its version, so a daemon is
-//! replaced exactly when the sources differ (wire specification, A.8). The form is the one that the specification
-//! gives: sorted relative paths, each followed by NUL, the bytes, and NUL; the first 32 hex digits.
+//! Two builds of the same sources have the same version, so a client replaces a running daemon exactly when the sources
+//! differ (wire specification, A.8). The specification defines the input of the hash: sorted relative paths, each followed
+//! by NUL, the bytes, and NUL; the result is the first 32 hex digits.
 
 use std::fs;
 use std::io;
@@ -38,7 +38,7 @@ fn main() -> io::Result<()> {
     Ok(())
 }
 
-/// Every Rust file below `folder` that is not a test.
+/// Collects every Rust file below `folder` that is not a test.
 fn gather(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();

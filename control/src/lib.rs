@@ -13,7 +13,8 @@
 //! - `sys`: paths, private files, processes, sockets, the journal, and the namespaces of `landfall run`.
 //! - `model`: values that the other modules share. Pure.
 //!
-//! The crate contains no unsafe code, and sends signals through pidfds only, since a process id may be reused.
+//! The crate contains no unsafe code. It sends signals through pidfds, or to children that have not been waited for, since
+//! any other process id may be reused.
 
 #![forbid(unsafe_code)]
 

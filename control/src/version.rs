@@ -1,16 +1,16 @@
-//! Which build this is: what a client compares with the daemon's answer to `version`, and a daemon with its engine's.
+//! The version of this build. A client compares it with the daemon's answer to `version`, and a daemon with its engine's.
 
-/// SHA-256 over the sources, first 32 hex digits; made when the program was built.
+/// SHA-256 over the sources, the first 32 hex digits, computed at build time.
 pub const FINGERPRINT: &str = env!("LANDFALL_FINGERPRINT");
 
-/// What a build without a fingerprint says (wire specification, A.8). It equals every other one.
+/// The version of a build without a fingerprint (wire specification, A.8). It fits every other version.
 pub const UNVERSIONED: &str = "unversioned";
 
-/// Names a version to report and to expect, in place of the fingerprint: `unversioned` lets the reference's clients,
-/// when they know no version of their own, live with this daemon.
+/// The environment variable that overrides the fingerprint as the version to report and to expect. With `unversioned`,
+/// clients of the reference that have no version of their own accept this daemon.
 pub const VARIABLE: &str = "LANDFALL_VERSION";
 
-/// The version that this process reports and expects.
+/// Returns the version that this process reports and expects.
 pub fn current() -> String {
     match std::env::var(VARIABLE) {
         Ok(version) if !version.is_empty() => version,
@@ -18,7 +18,7 @@ pub fn current() -> String {
     }
 }
 
-/// Whether a daemon of version `running` is the one that a client of version `expected` wants.
+/// Whether a client that expects version `expected` accepts a daemon of version `running`.
 pub fn fits(running: &str, expected: &str) -> bool {
     running == expected || running == UNVERSIONED || expected == UNVERSIONED
 }
@@ -28,13 +28,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_fingerprint_is_thirty_two_hex_digits() {
+    fn fingerprint_is_32_hex_digits() {
         assert_eq!(FINGERPRINT.len(), 32);
         assert!(FINGERPRINT.bytes().all(|byte| byte.is_ascii_hexdigit()));
     }
 
     #[test]
-    fn an_unversioned_build_fits_every_other_one() {
+    fn unversioned_build_fits_every_other_one() {
         assert!(fits("a", "a") && fits(UNVERSIONED, "a") && fits("a", UNVERSIONED));
         assert!(!fits("a", "b"));
     }

@@ -5,7 +5,7 @@ use std::num::NonZeroU16;
 /// The reason of a result for a port that may not be forwarded (wire specification, A.5).
 pub const EXCLUDED: &str = "policy excluded";
 
-/// A port that listens in the container, as it is told.
+/// A port that listens in the container, as it was announced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Announced {
     /// The port.
@@ -14,11 +14,11 @@ pub struct Announced {
     pub loopback: bool,
 }
 
-/// What became of a port, as the container is told.
+/// The result for a port, as it is sent to the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForwardResult {
     /// The port in the container.
     pub port: NonZeroU16,
-    /// The port on the host, or why there is none.
+    /// The port on the host, or the reason that it is not forwarded.
     pub result: Result<NonZeroU16, String>,
 }

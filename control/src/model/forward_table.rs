@@ -1,5 +1,4 @@
-//! What is forwarded just now, as the daemon tells it and a client shows it: plain values, the same on both sides.
-//! Pure.
+//! The table of forwards, as the daemon sends it and a client shows it: plain values. Pure.
 
 use std::net::IpAddr;
 
@@ -9,9 +8,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ForwardTable {
-    /// The engine that is attached; none runs before somebody needs one.
+    /// The attached engine; `None` before a container needs one.
     pub engine: Option<EngineFacts>,
-    /// Every registration, in the order in which they came.
+    /// Every registration, in the order of registration.
     pub containers: Vec<ContainerState>,
 }
 
@@ -23,13 +22,13 @@ pub struct EngineFacts {
     pub version: String,
     /// `io_uring` or `epoll`.
     pub ring: String,
-    /// Why it is not io_uring, where it is not.
+    /// The reason that the ring is not io_uring, if it is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Its process, where the kernel told it.
+    /// Its process id, if the kernel reported it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
-    /// How many engines of an earlier version finish their connections beside it.
+    /// The number of engines of earlier versions that finish their connections.
     pub draining: u32,
 }
 
@@ -39,18 +38,18 @@ pub struct EngineFacts {
 pub struct ContainerState {
     /// Its name.
     pub container_name: String,
-    /// How it is reached: `process 42`, `docker`, or a path such as `/run/netns/x`. A container that is only
-    /// remembered has none.
+    /// The attach method: `process 42`, `docker`, or a path such as `/run/netns/x`. A container that is only remembered
+    /// has none.
     #[serde(rename = "way", default, skip_serializing_if = "Option::is_none")]
     pub attach_method: Option<String>,
-    /// How far that got.
+    /// The reachability.
     pub state: Reachability,
-    /// Why no further.
+    /// The reason for that state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Its ports, the lowest first.
+    /// Its ports, in ascending order.
     pub forwards: Vec<ForwardRow>,
-    /// How many more ports listen without a forward. Only so many of those are listed.
+    /// The number of further ports that listen without a forward. The list of those is bounded.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub omitted: usize,
 }
@@ -60,29 +59,29 @@ fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
-/// How far a container is reached.
+/// The reachability of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reachability {
     /// It is about to be entered, or has not been started.
     Waiting,
-    /// What listens in it is known.
+    /// The ports that listen in it are known.
     Reached,
-    /// It cannot be entered; `reason` says why, and it is tried again.
+    /// It cannot be entered, for `reason`; it is tried again.
     Unreachable,
-    /// Nothing of it may be forwarded, or nobody asked for that.
+    /// None of its ports may be forwarded, or forwarding was not requested.
     Off,
 }
 
-/// One port that listens inside.
+/// One port that listens in the container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ForwardRow {
-    /// The port inside.
+    /// The container's port.
     pub port: u16,
     /// The port on the host.
     pub host_port: u16,
-    /// What became of it.
+    /// The state of the port.
     pub state: RowState,
     /// How its connections reach the server.
     #[serde(default)]
@@ -90,19 +89,19 @@ pub struct ForwardRow {
     /// The addresses of the host that native sockets are bound to. `::` stands for every loopback address.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
-    /// Why it is not open.
+    /// The reason that it is not open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// The name of the process that listens. It is the process's own choice: escape it before it reaches a terminal.
+    /// The name of the process that listens. The process chooses it: escape it before printing it to a terminal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub process: Option<String>,
-    /// That process, as the host numbers it.
+    /// The id of that process on the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
-    /// What it is for, in the words of whoever made the container: escape it before it reaches a terminal.
+    /// The purpose of the port, as text from the container's configuration: escape it before printing it to a terminal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
-    /// People are not told of it as it comes and goes.
+    /// Whether messages about the opening and closing of the port are suppressed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub silent: bool,
     /// Connections open now.
@@ -127,27 +126,27 @@ pub enum ForwardPath {
 }
 
 impl ForwardPath {
-    /// Whether it is the usual one.
+    /// Whether it is the default.
     pub fn is_relay(&self) -> bool {
         *self == ForwardPath::Relay
     }
 }
 
-/// What became of a port.
+/// The state of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RowState {
-    /// The engine was asked and has not answered.
+    /// The engine was commanded to open it and has not answered.
     Opening,
-    /// It answers on the host.
+    /// It is open on the host.
     Open,
-    /// The engine was asked to close it.
+    /// The engine was commanded to close it.
     Closing,
-    /// It could not be opened; it is tried again.
+    /// It could not be opened; it is retried.
     Failed,
-    /// It may not be.
+    /// The policy denies it.
     Denied,
-    /// Docker has it answer on the host by itself, so it is left to Docker.
+    /// Docker publishes it on the host, so landfall does not forward it.
     Published,
 }
 
@@ -157,7 +156,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_table_is_read_as_it_is_written() {
+    fn table_round_trips_through_json() {
         let table = ForwardTable {
             engine: Some(EngineFacts {
                 version: "x".to_owned(),

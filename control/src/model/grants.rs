@@ -1,14 +1,14 @@
 //! The rights that the host's user granted to a container, beyond acting for itself. Pure.
 //!
-//! A grant is a right and the folder that it was given for. It is in force while a container of its name is registered with
-//! that folder; while the registration has another folder, the grant is dormant. So a right that was given to a project
-//! does not pass to another project whose container has the same name.
+//! A grant is a right and the folder that it was given for. It is in force while a container of its name is registered
+//! with that folder; while the registration has another folder, the grant is dormant. So a right that was given to one
+//! project does not pass to another project whose container has the same name.
 //!
-//! Grants are kept apart from registrations: registering a container again neither gives nor takes one. One right comes with
-//! a registration instead: a client that registers without an attach method is a client of the reference, whose users expect
-//! that their containers may rebuild themselves.
+//! Grants are stored apart from registrations: registering a container again neither adds nor removes one. One right
+//! comes with a registration instead: a client that registers without an attach method is a client of the reference,
+//! whose users expect that their containers may rebuild themselves.
 //!
-//! A right of a newer build is kept in the file as it was read, and permits nothing here.
+//! A right of a newer build is kept in the file, and permits nothing in this build.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -20,14 +20,14 @@ use thiserror::Error;
 
 use crate::model::registration::{ContainerName, Registration};
 
-/// Something that a container may do beyond acting for itself.
+/// A right of a container beyond acting for itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Right {
-    /// It may have its image built from its folder, and be recreated from that image.
+    /// The container may have its image built from its folder, and be recreated from that image.
     Rebuild,
 }
 
-/// A word that names no right of this build.
+/// A text that is not a right of this build.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("unknown grant: {0}")]
 pub struct RightError(pub String);
@@ -51,7 +51,7 @@ impl fmt::Display for Right {
     }
 }
 
-/// The grants of one container name, as they are kept in a file.
+/// The grants of one container name, as they are stored in a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Grants {
@@ -79,12 +79,12 @@ impl Grants {
         Grants { container_name, grants: Vec::new(), unknown: Map::new() }
     }
 
-    /// Whether there is nothing to keep.
+    /// Whether the file would hold no grant and no unknown field.
     pub fn is_empty(&self) -> bool {
         self.grants.is_empty() && self.unknown.is_empty()
     }
 
-    /// Gives a right for a folder. Returns whether that is a change.
+    /// Grants a right for a folder. Returns whether that is a change.
     pub fn grant(&mut self, right: Right, folder: &Path) -> bool {
         let is_new = !self.holds(right, folder);
         if is_new {
@@ -94,10 +94,10 @@ impl Grants {
         is_new
     }
 
-    /// Takes a right away, whatever folders it was given for. Returns whether that is a change.
+    /// Revokes a right for every folder. Returns whether that is a change.
     ///
     /// # Errors
-    /// [`RightError`] for a word that is neither a right of this build nor one of the grants.
+    /// [`RightError`] for a text that is neither a right of this build nor one of the grants.
     pub fn revoke(&mut self, what: &str) -> Result<bool, RightError> {
         let before = self.grants.len();
         self.grants.retain(|grant| grant.what != what);
@@ -107,7 +107,7 @@ impl Grants {
         what.parse::<Right>().map(|_| false)
     }
 
-    /// Whether the right was given for this folder.
+    /// Whether the right was granted for this folder.
     pub fn holds(&self, right: Right, folder: &Path) -> bool {
         let what = right.to_string();
         self.grants.iter().any(|grant| grant.what == what && grant.folder == folder)
@@ -126,7 +126,7 @@ pub fn comes_with(right: Right, registration: &Registration) -> bool {
     }
 }
 
-/// One right of a registered container, as it is shown.
+/// One right of a registered container, for display.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GrantFact {
@@ -134,7 +134,7 @@ pub struct GrantFact {
     pub what: String,
     /// Whether it is in force, and why.
     pub state: GrantState,
-    /// The folder that it was given for; absent for a right that comes with the registration.
+    /// The folder that it was granted for; absent for a right that comes with the registration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folder: Option<PathBuf>,
 }
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_of_no_right_is_an_error_that_names_it() {
+    fn unknown_right_is_an_error_that_names_it() {
         assert_eq!("rebuild".parse(), Ok(Right::Rebuild));
         for word in ["", "Rebuild", "rebuild ", "tool:claude", "host-bridge", "mesh"] {
             assert_eq!(word.parse::<Right>().unwrap_err().to_string(), format!("unknown grant: {word}"));
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grant_is_in_force_for_its_own_folder_only() {
+    fn grant_is_in_force_for_its_own_folder_only() {
         let mut own = Grants::none(ContainerName::new("shop").unwrap());
         assert!(own.grant(Right::Rebuild, Path::new("/a")) && !own.grant(Right::Rebuild, Path::new("/a")));
         for (cwd, expected) in [("/a", GrantState::Granted), ("/b", GrantState::Dormant)] {
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_registration_without_an_attach_method_carries_the_right_to_rebuild() {
+    fn registration_without_an_attach_method_carries_the_right_to_rebuild() {
         assert!(has_right(Right::Rebuild, &registration("/a", None), None));
         assert!(!has_right(Right::Rebuild, &registration("/a", Some("docker")), None));
         assert!(!has_right(Right::Rebuild, &registration("/a", Some("websocket")), None));

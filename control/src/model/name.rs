@@ -1,14 +1,13 @@
-//! Names that people see: made safe to be a name (the rule of the wire specification, A.12), and made safe to be
-//! printed. Pure.
+//! Makes names safe: as names of containers (wire specification, A.12), and for printing. Pure.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
 use sha2::{Digest, Sha256};
 
-/// Makes a name of the last component of a path: characters outside `[A-Za-z0-9_.-]` become `-`, `tc-` goes in
-/// front if it would not start with a letter or a digit, and a name that had other than ASCII characters gets `-`
-/// and eight hex digits of the SHA-256 of the original, so that two such names do not become one.
+/// Makes a name from the last component of a path. Characters outside `[A-Za-z0-9_.-]` become `-`. A name that would
+/// not start with a letter or a digit gets the prefix `tc-`. A component with other than ASCII characters gets the
+/// suffix `-` and eight hex digits of its SHA-256, so that two of those get different names.
 pub fn sanitise(component: &str) -> String {
     let mut name: String = component
         .chars()
@@ -24,7 +23,7 @@ pub fn sanitise(component: &str) -> String {
     name
 }
 
-/// The bytes, two digits each.
+/// Returns the bytes as text, two hex digits each.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
         // Writing to a String cannot fail.
@@ -33,8 +32,8 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Replaces what could move the cursor, colour, reorder or hide text on a terminal by its escape. For every string
-/// that comes from inside a namespace: a process chooses its own name and its own arguments.
+/// Escapes characters that could move the cursor, colour, reorder or hide text on a terminal. Use it for every string
+/// from inside a namespace: a process chooses its own name and its own arguments.
 pub fn escape(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_unsafe) {
         return Cow::Borrowed(text);
@@ -60,7 +59,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_plain_component_is_its_own_name() {
+    fn plain_component_is_unchanged() {
         assert_eq!(sanitise("my_app-2.0"), "my_app-2.0");
     }
 
@@ -70,21 +69,21 @@ mod tests {
     }
 
     #[test]
-    fn a_name_starts_with_a_letter_or_digit() {
+    fn name_starts_with_a_letter_or_digit() {
         assert_eq!(sanitise(".config"), "tc-.config");
         assert_eq!(sanitise(""), "tc-");
         assert_eq!(sanitise("-x"), "tc--x");
     }
 
     #[test]
-    fn names_beyond_ascii_stay_apart() {
+    fn names_beyond_ascii_stay_distinct() {
         // First eight digits of `printf é | sha256sum`.
         assert_eq!(sanitise("é"), "tc---4a99557e");
         assert_ne!(sanitise("é"), sanitise("è"));
     }
 
     #[test]
-    fn escapes_reach_no_terminal() {
+    fn terminal_escapes_are_escaped() {
         assert_eq!(escape("node"), "node");
         assert_eq!(escape("a\u{1b}[31mb\n"), "a\\u{1b}[31mb\\n");
         assert_eq!(escape("x\u{202e}y\u{9b}"), "x\\u{202e}y\\u{9b}");
@@ -93,14 +92,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_escaped_text_has_nothing_left_to_escape(text in any::<String>()) {
+        fn escaping_is_idempotent(text in any::<String>()) {
             let safe = escape(&text).into_owned();
             prop_assert!(!safe.chars().any(is_unsafe));
             prop_assert_eq!(escape(&safe).into_owned(), safe.clone());
         }
 
         #[test]
-        fn a_name_is_always_a_name(text in any::<String>()) {
+        fn sanitised_name_is_always_valid(text in any::<String>()) {
             let name = sanitise(&text);
             prop_assert!(name.starts_with(|c: char| c.is_ascii_alphanumeric()));
             prop_assert!(name.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c)));

@@ -1,5 +1,4 @@
-//! The native listeners of one sandbox as a level: a supervisor's events add up to it, and a whole one is sent at each
-//! change. Pure.
+//! The native listeners of one sandbox: the sum of a supervisor's events, sent as a whole at each change. Pure.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -7,7 +6,7 @@ use std::num::NonZeroU16;
 use landfall_engine::native::{LISTENERS_MAX, NativeEvent, NativeListener, RelayReason};
 use serde::{Deserialize, Serialize};
 
-/// The most ports that are kept as left to the relay. One that is forgotten is relayed 250 ms later than the others.
+/// The most relayed ports that are kept. A port beyond them is relayed 250 ms later than the others.
 pub const RELAYED_MAX: usize = 512;
 
 /// A port that the supervisor left to the relay.
@@ -26,7 +25,7 @@ pub struct Relayed {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NativeState {
-    /// Those that are sockets of the host.
+    /// The listeners on sockets of the host.
     pub listeners: Vec<NativeListener>,
     /// The last decision about each port that was left to the relay.
     pub relayed: Vec<Relayed>,
@@ -49,7 +48,7 @@ impl NativeState {
         ports
     }
 
-    /// Takes an event in. Returns whether the state has changed.
+    /// Applies an event. Returns whether the state has changed.
     pub fn apply(&mut self, event: &NativeEvent) -> bool {
         match event {
             NativeEvent::Opened(listener) => {
@@ -86,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_native_or_relayed_by_the_last_decision() {
+    fn last_decision_makes_a_port_native_or_relayed() {
         let port = NonZeroU16::new(3000).unwrap();
         let mut state = NativeState::default();
         let relayed = NativeEvent::Relayed { port, inode: 5, reason: RelayReason::Epoll };
@@ -102,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_bounded() {
+    fn relayed_ports_are_bounded() {
         let mut state = NativeState::default();
         for port in (1..=u16::MAX).filter_map(NonZeroU16::new).take(2 * RELAYED_MAX) {
             state.apply(&NativeEvent::Relayed { port, inode: 5, reason: RelayReason::Denied });
@@ -115,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_read_as_it_is_written() {
+    fn state_round_trips_through_json() {
         let mut state = NativeState::default();
         state.apply(&NativeEvent::Opened(listener("[::]:3000", 1)));
         let port = NonZeroU16::new(80).unwrap();

@@ -1,7 +1,7 @@
-//! One registration, valid by construction: what does not fit never gets here. Pure.
+//! One registration, valid by construction. Pure.
 //!
-//! The same six fields travel in `register` and lie in a file (wire specification, A.1.4 and A.7.1). Ours may carry more:
-//! [`AttachMethod`], and fields of a newer release that this one does not understand and keeps as they are.
+//! The same six fields are in a `register` request and in a file (wire specification, A.1.4 and A.7.1). Landfall adds
+//! fields such as [`AttachMethod`], and keeps fields of a newer release that this one does not know.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -19,24 +19,25 @@ use thiserror::Error;
 use crate::model::port_policy::{PortForward, port_of};
 use crate::model::trust::{ContentDigest, FolderFile};
 
-/// A container's name: `^[A-Za-z0-9][A-Za-z0-9_.-]*$`, so it is a file's name, too, and never leads out of a directory.
+/// A container's name: `^[A-Za-z0-9][A-Za-z0-9_.-]*$`. So it is also a valid file name and cannot lead out of a
+/// directory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct ContainerName(String);
 
-/// The longest name: with `.json` and the marks of a temporary file it is a file's name (255 bytes).
+/// The longest name: with `.json` and the affixes of a temporary file it fits a file name (255 bytes).
 const NAME_BYTES_MAX: usize = 200;
 
-/// A name that is none.
+/// A text that is not a container's name.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("invalid container name for registration file: \"{0}\"")]
 pub struct NameError(pub String);
 
 impl ContainerName {
-    /// Takes a name.
+    /// Checks a name.
     ///
     /// # Errors
-    /// [`NameError`], with the wire's own text.
+    /// [`NameError`], with the text of the wire specification.
     pub fn new(name: &str) -> Result<ContainerName, NameError> {
         let first = name.as_bytes().first().is_some_and(u8::is_ascii_alphanumeric);
         let rest = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
@@ -47,7 +48,7 @@ impl ContainerName {
         }
     }
 
-    /// The name of the only one, where nobody registers any: that of `run` and `attach` without a daemon.
+    /// The name of the only container of `run` and `attach` without a daemon.
     pub(crate) fn only() -> ContainerName {
         ContainerName("only".to_owned())
     }
@@ -70,24 +71,24 @@ impl fmt::Display for ContainerName {
     }
 }
 
-/// A secret that one container instance holds. It never prints, and is compared in constant time.
+/// A secret of one container instance. It is never printed, and is compared in constant time.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Token(String);
 
 impl Token {
-    /// Takes a token; an empty one is none.
+    /// Creates a token; `None` for an empty text.
     pub fn new(text: &str) -> Option<Token> {
         (!text.is_empty()).then(|| Token(text.to_owned()))
     }
 
-    /// Whether `presented` is this token. Both are hashed first, so neither length nor content shows in the time.
+    /// Whether `presented` is this token. Both are hashed first, so the time depends on neither length nor content.
     pub fn matches(&self, presented: &str) -> bool {
         let (own, other) = (Sha256::digest(self.0.as_bytes()), Sha256::digest(presented.as_bytes()));
         own.as_slice().ct_eq(other.as_slice()).into()
     }
 
-    /// The secret itself, for the one who has to present it.
+    /// Returns the secret, for presenting it.
     pub fn reveal(&self) -> &str {
         &self.0
     }
@@ -99,13 +100,13 @@ impl fmt::Debug for Token {
     }
 }
 
-/// How the container's network namespace is reached, where its registration says so.
+/// The method to reach a container's network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
 pub enum AttachMethod {
-    /// Docker knows a container; its first process is in the namespace.
+    /// Docker manages the container; its first process is in the namespace.
     Docker {
-        /// What Docker calls it, where that is not the registration's own name.
+        /// The container's Docker name, if it differs from the registration's name.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         container: Option<ContainerName>,
     },
@@ -113,27 +114,27 @@ pub enum AttachMethod {
     Process {
         /// Its id in the daemon's process namespace.
         pid: NonZeroU32,
-        /// When it began, in clock ticks since the machine started (`proc_pid_stat(5)`, field 22), with the id of that
-        /// start: a process that later has the same number is another one.
+        /// Its start time in clock ticks since boot (`proc_pid_stat(5)`, field 22), with the id of that boot: a later
+        /// process with the same id has another start time.
         started: Option<Started>,
     },
-    /// A file stands for the namespace, such as `/run/netns/NAME`; the registration ends with the file.
+    /// A file of the namespace, such as `/run/netns/NAME`; the registration ends with the file.
     Netns {
         /// Its absolute path.
         path: PathBuf,
     },
-    /// An agent inside the container serves a socket in a directory that both sides see. Docker is not asked.
+    /// An agent inside the container serves a socket in a directory that both sides see. Docker is not used.
     Agent {
-        /// The directory's absolute path on this side.
+        /// The directory's absolute path on the host.
         directory: PathBuf,
     },
-    /// The container's WebSocket alone, for which the registration carries host port, policy and token. The container may be
-    /// on another machine.
+    /// The container's WebSocket alone, for which the registration has host port, policy and token. The container may
+    /// be on another machine.
     Websocket,
 }
 
 impl fmt::Display for AttachMethod {
-    /// The way, as people are told of it.
+    /// The text for users.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             AttachMethod::Docker { container: None } => f.write_str("docker"),
@@ -147,10 +148,10 @@ impl fmt::Display for AttachMethod {
 }
 
 impl AttachMethod {
-    /// By Docker, which calls the container as the registration does.
+    /// Docker, with the registration's name.
     pub const DOCKER: AttachMethod = AttachMethod::Docker { container: None };
 
-    /// What Docker calls the container of a registration of the name `own`.
+    /// The Docker name of the container of a registration with the name `own`.
     pub fn docker_name<'a>(&'a self, own: &'a ContainerName) -> &'a ContainerName {
         match self {
             AttachMethod::Docker { container: Some(name) } => name,
@@ -159,69 +160,70 @@ impl AttachMethod {
     }
 }
 
-/// When a process began; see [`AttachMethod::Process`].
+/// The start time of a process; see [`AttachMethod::Process`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Started {
     /// `/proc/sys/kernel/random/boot_id`.
     pub boot: String,
-    /// Clock ticks since then.
+    /// Clock ticks since that boot.
     pub ticks: u64,
 }
 
-/// That the daemon keeps a registration by itself, from what Docker tells, and why. What somebody registers of the same name
-/// takes its place and is left alone.
+/// Marks a registration that the daemon made from Docker's data, with the reason. A client's registration of the same
+/// name replaces it and is not changed by discovery.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Discovered {
-    /// What makes the container one that is forwarded.
+    /// The reason that the container is forwarded.
     pub by: FoundBy,
-    /// Docker's id of the container that was seen last; one that is renamed is known by it.
+    /// The Docker id of the container that was seen last; a renamed container is recognised by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
 }
 
-/// See [`Discovered`]; the first that holds counts.
+/// See [`Discovered`]; the first reason that applies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FoundBy {
-    /// Somebody named it (`landfall attach NAME`). It is remembered when the container is gone, for the next one of its name.
+    /// A user named it (`landfall attach NAME`). The registration outlives the container, for the next one of that
+    /// name.
     Name,
-    /// Its label says so.
+    /// A label of the container.
     Label,
-    /// Everything is forwarded (`landfall up --all`).
+    /// Every container is forwarded (`landfall up --all`).
     All,
 }
 
-/// What people are told of some ports of a container, and whether they are told at all. What may be exposed is the policy's
-/// business alone.
+/// The label of some ports of a container, and whether messages about them are shown. It has no effect on which ports
+/// are exposed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PortNote {
-    /// The first port.
+    /// The first port of the range.
     pub first: NonZeroU16,
-    /// The last one.
+    /// The last port of the range.
     pub last: NonZeroU16,
-    /// What it is for, in the words of whoever made the container: escape it before it reaches a terminal.
+    /// The purpose, as text from the container's configuration: escape it before printing it to a terminal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
-    /// It is forwarded without a word.
+    /// Whether messages about the ports are suppressed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub silent: bool,
 }
 
-/// Ports below 1024 that a file of the container's folder names. They are exposed where the user approved exactly the content
-/// that named them (`landfall trust`).
+/// Ports below 1024 that a file of the container's folder names. They are exposed if the user approved exactly the
+/// content that names them (`landfall trust`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FolderPorts {
     /// The file.
     pub file: FolderFile,
-    /// Its content.
+    /// The hash of its content.
     pub sha256: ContentDigest,
     /// The ports.
     pub privileged: BTreeSet<NonZeroU16>,
-    /// Fields that this release does not know, kept as they came.
+    /// Fields that this release does not know, kept unchanged.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,
 }
@@ -234,63 +236,63 @@ pub struct Registration {
     pub container_name: ContainerName,
     /// Its folder on the host.
     pub cwd: PathBuf,
-    /// What it presents over HTTP. Without it, HTTP is closed to it.
+    /// The token that the container presents over HTTP. Without it, the container has no access over HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restart_token: Option<Token>,
-    /// Where its port 8973 was published when it was registered.
+    /// The host port of its port 8973 when it was registered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ws_host_port: Option<NonZeroU16>,
-    /// Which of its ports may be exposed.
+    /// The ports that may be exposed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port_forward: Option<PortForward>,
-    /// Which more, where a file of its folder is approved.
+    /// Further ports that may be exposed if a file of its folder is approved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub folder_ports: Option<FolderPorts>,
-    /// Whether that file is approved, as of the last look at the approvals. Never kept.
+    /// Whether that file was approved when the approvals were last read. Never stored.
     #[serde(skip)]
     pub folder_ports_approved: bool,
-    /// What the daemon presents to it over its WebSocket.
+    /// The token that the daemon presents to the container over its WebSocket.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub broker_token: Option<Token>,
-    /// Its WebSocket has to answer a challenge: the broker token itself is never sent there.
+    /// Whether the other end of the WebSocket must answer a challenge: then the broker token itself is never sent.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub challenge_required: bool,
-    /// It has a socket of the HTTP endpoint of its own, in a directory that is mounted into it.
+    /// Whether it has a socket of the HTTP endpoint of its own, in a directory that is mounted into it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub http_socket: bool,
-    /// How it is reached without its help.
+    /// The attach method.
     #[serde(rename = "way", skip_serializing_if = "Option::is_none")]
     pub attach_method: Option<AttachMethod>,
-    /// The daemon made it itself.
+    /// Set if the daemon made the registration itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discovered: Option<Discovered>,
-    /// What is told of its ports; for a port that several are about, the last one counts.
+    /// Notes about its ports; if several ranges contain a port, the last one applies.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub port_notes: Vec<PortNote>,
-    /// Fields that this release does not know, kept as they came.
+    /// Fields that this release does not know, kept unchanged.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,
 }
 
-/// What is wrong with a registration. The texts are the wire's.
+/// The reason that a registration is invalid. The texts are those of the wire specification.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RegistrationError {
     /// A field is missing or of a wrong type or value.
     #[error("invalid register: {0}")]
     Field(&'static str),
-    /// A field is wrong in a way that takes a sentence.
+    /// A field is wrong in a way that needs an explanation.
     #[error("invalid register: {0}: {1}")]
     Because(&'static str, String),
-    /// The name would not be a file's.
+    /// The name is invalid.
     #[error("failed to persist registration: {0}")]
     Name(#[from] NameError),
 }
 
 impl Registration {
-    /// Takes the fields of a request or of a file. A field that is null counts as absent.
+    /// Parses the fields of a request or of a file. A field that is null counts as absent.
     ///
     /// # Errors
-    /// [`RegistrationError`] names the first field that does not fit.
+    /// [`RegistrationError`] names the first invalid field.
     pub fn from_fields(mut fields: Map<String, Value>) -> Result<Registration, RegistrationError> {
         fields.retain(|_, value| !value.is_null());
         let Some(Value::String(name)) = fields.remove("containerName") else {
@@ -317,7 +319,7 @@ impl Registration {
                     .map_err(|error| RegistrationError::Because("portForward", error.to_string()))?,
             ),
         };
-        // A field that only a newer release can read opens no port, and is kept with the other unknown fields.
+        // A field that only a newer release can parse opens no port, and is kept with the other unknown fields.
         let folder_ports =
             fields.get("folderPorts").and_then(|value| serde_json::from_value(value.clone()).ok());
         if folder_ports.is_some() {
@@ -351,8 +353,8 @@ impl Registration {
         })
     }
 
-    /// Host port, policy and token of the container's WebSocket, which is used when all three are present. Where the
-    /// registration says that Docker has the container, the host port may be absent: Docker is asked for it.
+    /// Host port, policy and token of the container's WebSocket, which is used if all three are present. If the
+    /// registration has Docker as its attach method, the host port may be absent: the daemon looks it up.
     pub fn broker(&self) -> Option<(Option<NonZeroU16>, &PortForward, &Token)> {
         let is_known =
             self.ws_host_port.is_some() || matches!(self.attach_method, Some(AttachMethod::Docker { .. }));
@@ -360,7 +362,7 @@ impl Registration {
         is_known.then_some((self.ws_host_port, policy, token))
     }
 
-    /// Which of its ports may be exposed now: those of the registration, and those of the folder's file where it is approved.
+    /// The ports that may be exposed now: those of the registration, and those of the folder's file if it is approved.
     pub fn exposed(&self) -> Option<Cow<'_, PortForward>> {
         let own = self.port_forward.as_ref();
         let Some(ports) = self.folder_ports.as_ref().filter(|_| self.folder_ports_approved) else {
@@ -374,23 +376,23 @@ impl Registration {
         self.exposed().is_some_and(|exposed| exposed.is_off())
     }
 
-    /// Whether this is the container instance that had this broker token.
+    /// Whether the broker token is that of this container instance.
     pub fn has_broker_token(&self, token: &Token) -> bool {
         self.broker_token.as_ref().is_some_and(|own| own.matches(token.reveal()))
     }
 
-    /// What Docker calls the container.
+    /// The container's Docker name.
     pub fn docker_name(&self) -> &ContainerName {
         let own = &self.container_name;
         self.attach_method.as_ref().map_or(own, |attach_method| attach_method.docker_name(own))
     }
 
-    /// Docker's id of the container that it follows, where it was made for a container that was found.
+    /// The Docker id of the container, if the registration was discovered.
     pub fn found_id(&self) -> Option<&str> {
         self.discovered.as_ref()?.id.as_deref()
     }
 
-    /// What is told of a port.
+    /// The note about a port.
     pub fn note_of(&self, port: NonZeroU16) -> Option<&PortNote> {
         self.port_notes.iter().rev().find(|note| (note.first..=note.last).contains(&port))
     }
@@ -404,7 +406,7 @@ fn token(fields: &mut Map<String, Value>, name: &'static str) -> Result<Option<T
     }
 }
 
-/// A field of our own, whose type says what fits.
+/// Removes and parses a field of landfall's own.
 fn ours<T: DeserializeOwned>(
     fields: &mut Map<String, Value>,
     name: &'static str,

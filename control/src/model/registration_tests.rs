@@ -7,7 +7,7 @@ fn read(value: Value) -> Result<Registration, RegistrationError> {
 }
 
 #[test]
-fn six_fields_go_in_and_the_same_come_out() {
+fn six_fields_round_trip() {
     let whole = json!({
         "containerName": "coder", "cwd": "/agents/coder", "restartToken": "r", "wsHostPort": 49152,
         "portForward": {"allow": "*", "deny": [9229]}, "brokerToken": "b",
@@ -18,21 +18,21 @@ fn six_fields_go_in_and_the_same_come_out() {
 }
 
 #[test]
-fn what_is_not_known_is_kept() {
+fn unknown_fields_are_kept() {
     let newer = json!({"containerName": "a", "cwd": "/a", "colour": {"deep": [1, null]}});
     assert_eq!(serde_json::to_value(read(newer.clone()).unwrap()).unwrap(), newer);
 }
 
-/// 4.5e300 is a number that becomes another one each time it is read in the quick way.
+/// Without `float_roundtrip`, the parser changes 4.5e300 each time it reads it.
 #[test]
-fn a_number_that_is_not_known_is_kept_as_it_was_written() {
+fn unknown_number_is_kept_unchanged() {
     let newer = r#"{"containerName":"a","cwd":"/a","colour":[4.5e+300,0.1]}"#;
     let kept = read(serde_json::from_str(newer).unwrap()).unwrap();
     assert_eq!(serde_json::to_string(&kept).unwrap(), newer);
 }
 
 #[test]
-fn the_first_wrong_field_is_named() {
+fn error_names_the_first_invalid_field() {
     for (fields, error) in [
         (json!({"cwd": "/a"}), "invalid register: containerName"),
         (json!({"containerName": 1, "cwd": "/a"}), "invalid register: containerName"),
@@ -56,7 +56,7 @@ fn the_first_wrong_field_is_named() {
 }
 
 #[test]
-fn names_that_would_leave_the_directory_are_none() {
+fn names_that_lead_out_of_the_directory_are_invalid() {
     for good in ["coder", "agent-1", "A_B.c", "0"] {
         assert!(ContainerName::new(good).is_ok(), "{good}");
     }
@@ -66,7 +66,7 @@ fn names_that_would_leave_the_directory_are_none() {
 }
 
 #[test]
-fn a_token_matches_itself_alone_and_never_prints() {
+fn token_matches_itself_alone_and_is_not_printed() {
     let token = Token::new("secret").unwrap();
     assert!(token.matches("secret"));
     assert!(!token.matches("secre") && !token.matches("secret2") && !token.matches(""));
@@ -75,7 +75,7 @@ fn a_token_matches_itself_alone_and_never_prints() {
 }
 
 #[test]
-fn a_way_is_read_and_written() {
+fn attach_method_round_trips() {
     let attach_method = json!({"kind": "process", "pid": 42, "started": {"boot": "b", "ticks": 7}});
     let fields = json!({"containerName": "a", "cwd": "/a", "way": attach_method});
     let registration = read(fields.clone()).unwrap();

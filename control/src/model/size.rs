@@ -1,4 +1,4 @@
-//! A number of bytes, as people write and read it. Pure.
+//! A number of bytes, in the form that users write and read. Pure.
 
 use std::fmt;
 use std::str::FromStr;
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_are_shown_with_three_digits_and_a_unit() {
+    fn size_is_shown_with_three_digits_and_a_unit() {
         let all = [0, 1023, 1024, 1536, 102_400, 1_048_575, 1_048_576, 1 << 40, u64::MAX];
         let shown =
             ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "100 KiB", "1023 KiB", "1.0 MiB", "1.0 TiB", "15.9 EiB"];
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_is_a_number_with_or_without_a_binary_unit() {
+    fn size_is_parsed_with_or_without_a_binary_unit() {
         let size = |text: &str| text.parse::<ByteSize>().map(|size| size.0);
         for (text, bytes) in
             [("1", 1), ("512b", 512), ("2K", 2048), ("3 MiB", 3 << 20), ("4gb", 4 << 30), ("1T", 1 << 40)]

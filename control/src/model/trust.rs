@@ -1,9 +1,9 @@
-//! Approvals of files in a folder that widen what may happen on the host. Pure.
+//! The user's approvals of files in a folder that widen what may happen on the host. Pure.
 //!
-//! A container can often write to its folder, and a cloned folder holds other people's text. A file there has an effect on
-//! the host only after the user approved exactly its bytes (`landfall trust`). An approval has three parts: the
-//! canonical path of the folder, the file's place in the folder, and the SHA-256 of the file's content. A file has at
-//! most one approval: a new one replaces it, so an older version of the file does not become valid again by itself.
+//! A container can often write to its folder, and a cloned folder holds other people's text. A file there has an effect
+//! on the host only after the user approved exactly its bytes (`landfall trust`). An approval has three parts: the
+//! canonical path of the folder, the file's path in the folder, and the SHA-256 of the file's content. A file has at
+//! most one approval: a new one replaces it, so an older version of the file does not become valid again.
 //!
 //! All approvals of a user are one JSON document, `trust.json` in the daemon's home ([`crate::registry::trust_file`]):
 //!
@@ -11,8 +11,9 @@
 //! {"formatVersion":1,"folders":{"/home/u/shop":{"files":{"landfall.toml":{"sha256":"9f86…","approvedAt":"2026-…"}}}}}
 //! ```
 //!
-//! [`Trust::approves`] is the whole decision. Fields and files that this release does not know are kept. A release that gives
-//! a known field another meaning increases `formatVersion`; this one then approves nothing and leaves the document alone.
+//! [`Trust::approves`] is the whole decision. Fields and files that this release does not know are kept. A release that
+//! changes the meaning of a known field increases `formatVersion`; this one then approves nothing and does not change
+//! the document.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,12 +27,12 @@ use thiserror::Error;
 
 use crate::model::name::hex;
 
-/// The newest meaning of the fields that this release knows.
+/// The newest version of the format that this release knows.
 const FORMAT_VERSION: u64 = 1;
 /// The length of a SHA-256 in bytes.
 const DIGEST_BYTES: usize = 32;
 
-/// A file of a folder that an approval can be about.
+/// A file of a folder that needs an approval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum FolderFile {
     /// Commands, secrets and requests for tools.
@@ -40,7 +41,7 @@ pub enum FolderFile {
     /// Ports below 1024.
     #[serde(rename = ".devcontainer/devcontainer.json")]
     Devcontainer,
-    /// The same file at its other place.
+    /// The same file at its other path.
     #[serde(rename = ".devcontainer.json")]
     DevcontainerAtTop,
 }
@@ -104,7 +105,7 @@ impl<'de> Deserialize<'de> for ContentDigest {
     }
 }
 
-/// Why a document holds no approvals.
+/// The reason that a document holds no approvals.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum TrustFormatError {
     /// The content is not JSON.
@@ -143,7 +144,7 @@ struct TrustedFolder {
 pub struct Approval {
     /// The content that was approved.
     pub sha256: ContentDigest,
-    /// The time of the approval, for people (RFC 3339).
+    /// The time of the approval (RFC 3339), for display.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approved_at: Option<String>,
     #[serde(flatten)]
@@ -186,7 +187,7 @@ impl Trust {
         self.approval(folder, file).is_some_and(|approval| approval.sha256 == *content)
     }
 
-    /// The approval of a file, whatever the file holds now.
+    /// The approval of a file, whatever its present content.
     pub fn approval(&self, folder: &Path, file: FolderFile) -> Option<&Approval> {
         self.folders.get(folder.to_str()?)?.files.get(file.path())
     }
@@ -204,7 +205,7 @@ impl Trust {
         self.folders.remove(folder).is_some()
     }
 
-    /// Every approval, by folder: the folder, the file's place in it, and the approval.
+    /// Every approval, by folder: the folder, the file's path in it, and the approval.
     pub fn approvals(&self) -> impl Iterator<Item = (&str, &str, &Approval)> {
         self.folders.iter().flat_map(|(folder, entry)| {
             entry.files.iter().map(move |(file, approval)| (folder.as_str(), file.as_str(), approval))
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn an_approval_covers_one_folder_one_file_and_one_content() {
+    fn approval_covers_one_folder_one_file_and_one_content() {
         let trust = approved(SHOP, b"a");
         assert!(approves(&trust, SHOP, FolderFile::Settings, b"a"));
         assert!(!approves(&trust, SHOP, FolderFile::Settings, b"a\n"));
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_approval_replaces_the_old_one() {
+    fn new_approval_replaces_the_old_one() {
         let mut trust = approved(SHOP, b"a");
         trust.approve(SHOP, FolderFile::Settings, ContentDigest::of(b"b"), String::new());
         assert!(approves(&trust, SHOP, FolderFile::Settings, b"b"));
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_is_read_as_it_was_written_and_unknown_fields_are_kept() {
+    fn document_round_trips_with_unknown_fields() {
         let sha256 = ContentDigest::of(b"a").to_string();
         let document = json!({
             "formatVersion": 1, "new": 7,
@@ -281,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_that_does_not_fit_is_an_error() {
+    fn invalid_document_is_an_error() {
         let is_newer = |text: &str| matches!(Trust::parse(text.as_bytes()), Err(TrustFormatError::Newer(_)));
         assert!(is_newer(r#"{"formatVersion":2,"folders":7}"#) && is_newer(r#"{"formatVersion":1.5}"#));
         let digest = "0".repeat(64);
@@ -313,12 +314,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_parsed_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
+        fn any_bytes_are_parsed_or_rejected(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
             let _ = Trust::parse(&bytes);
         }
 
         #[test]
-        fn a_digest_is_read_as_it_was_written(content in proptest::collection::vec(any::<u8>(), 0..64)) {
+        fn digest_round_trips(content in proptest::collection::vec(any::<u8>(), 0..64)) {
             let digest = ContentDigest::of(&content);
             prop_assert_eq!(ContentDigest::parse(&digest.to_string()), Some(digest));
         }

@@ -47,17 +47,17 @@ pub(crate) enum DirectoryAccessError {
         /// The one that every user may write to.
         above: PathBuf,
     },
-    /// It cannot be looked at.
+    /// Its metadata cannot be read.
     #[error("{} cannot be looked at", path.display())]
     Unreadable {
-        /// Which.
+        /// The path.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
 
-/// Checks that only root and we can reach what is in `directory`, by its real path.
+/// Checks that only root and this user can reach what is in `directory`, by its real path.
 ///
 /// # Errors
 /// [`DirectoryAccessError`].
@@ -92,7 +92,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn a_directory_is_closed_by_itself_or_by_one_above_it() {
+    fn directory_is_closed_by_itself_or_by_a_parent() {
         let place = tempfile::tempdir().unwrap();
         let inner = place.path().join("inner");
         create_dir(&inner).unwrap();

@@ -1,8 +1,8 @@
-//! One queue for everything that `run` and `attach` wait for: the engine's events, signals, and processes that end.
+//! One queue for all events that `run` and `attach` wait for: the engine's events, signals, and ended processes.
 //!
-//! Two small threads fill it. Signals are blocked in all threads and read from a signalfd, which tells who sent
-//! them: the terminal's Ctrl-C goes to the whole foreground group, so the command has it already and must not get
-//! it twice; what another process sent to us alone is to be passed on. Processes are watched by pidfd.
+//! Two small threads fill it. Signals are blocked in all threads and read from a signalfd, which reports the sender.
+//! The terminal's Ctrl-C goes to the whole foreground group, so the command has it already and must not get it twice; a
+//! signal that another process sent to this one alone is passed on. Processes are watched by pidfd.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,8 +16,9 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags};
 
-/// Signals that are somebody's wish, and so the command's to hear. SIGTSTP, SIGCONT and their like are left alone:
-/// job control stops and continues us together with the command, since we share its process group.
+/// Signals that another process or the user sends on purpose, and that the command should get. SIGTSTP, SIGCONT and
+/// similar ones are not in the list: job control stops and continues this process together with the command, which is
+/// in the same process group.
 const PASSED_ON: [Signal; 8] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -29,7 +30,7 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGWINCH,
 ];
 
-/// Who sent a signal.
+/// The sender of a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// The kernel: a terminal, to its whole foreground group.
@@ -38,40 +39,40 @@ pub enum Origin {
     Process,
 }
 
-/// Which process ended.
+/// A watched process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Watched {
     /// The command of `run`.
     Command,
-    /// The one that `attach` was given.
+    /// The process that `attach` was given.
     Target,
     /// pasta.
     Pasta,
 }
 
-/// Something that was waited for.
+/// An event of the loop.
 #[derive(Debug)]
 pub enum LoopEvent {
-    /// The engine says something.
+    /// An event of the engine.
     Engine(Event),
-    /// The engine says nothing more.
+    /// The engine sends no further events.
     EngineEnded,
-    /// The daemon may have something to tell.
+    /// The daemon may have new events.
     DaemonHints,
-    /// A supervisor reports something about native sockets.
+    /// An event of the supervisor of native sockets.
     Native(NativeEvent),
-    /// A signal came.
+    /// A signal arrived.
     Signal(Signal, Origin),
     /// A process ended.
     Ended(Watched),
 }
 
-/// Signals that no thread takes any more.
+/// Signals that are blocked in every thread and read here.
 #[derive(Debug)]
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Blocks the signals; to be called before any other thread is made, since threads inherit what is blocked.
+    /// Blocks the signals. Call it before another thread is started: threads inherit the signal mask.
     pub fn block() -> io::Result<Signals> {
         let set: SigSet = PASSED_ON.into_iter().collect();
         set.thread_block()?;
@@ -79,30 +80,30 @@ impl Signals {
     }
 }
 
-/// Lets the signals through again. What is blocked is inherited by a program that is started, so the processes that
-/// become other programs call this first.
+/// Unblocks the signals. A program inherits the signal mask across `exec`, so a process that becomes another program
+/// calls this first.
 pub fn unblock() -> io::Result<()> {
     Ok(PASSED_ON.into_iter().collect::<SigSet>().thread_unblock()?)
 }
 
-/// Starts to tell `queue` of signals and of the processes behind `pidfds`.
+/// Starts a thread that sends `queue` the signals and the ends of the processes behind `pidfds`.
 pub fn watch(
     signals: Signals,
     pidfds: BTreeMap<Watched, OwnedFd>,
     queue: Sender<LoopEvent>,
 ) -> io::Result<()> {
     let work = move || {
-        // The queue's other end going away is the only end of this thread, and that of the program.
+        // Sending fails only when the receiver is gone, which ends this thread and the program.
         let _ = watch_all(&signals, pidfds, &queue);
     };
     thread::Builder::new().name("waiting".to_owned()).spawn(work).map(drop)
 }
 
-/// Starts to tell `queue` what the engine says.
+/// Starts a thread that sends `queue` the engine's events.
 pub fn relay_events(events: Receiver<EventMessage>, queue: Sender<LoopEvent>) -> io::Result<()> {
     let work = move || {
-        for told in events {
-            if queue.send(LoopEvent::Engine(told.event)).is_err() {
+        for message in events {
+            if queue.send(LoopEvent::Engine(message.event)).is_err() {
                 return;
             }
         }
@@ -133,11 +134,11 @@ fn watch_all(
             .keys()
             .zip(ready.iter().skip(1))
             .filter(|(_, ready)| **ready)
-            .map(|(who, _)| *who)
+            .map(|(watched, _)| *watched)
             .collect();
-        for who in ended {
-            pidfds.remove(&who);
-            queue.send(LoopEvent::Ended(who))?;
+        for watched in ended {
+            pidfds.remove(&watched);
+            queue.send(LoopEvent::Ended(watched))?;
         }
     }
 }

@@ -1,37 +1,37 @@
-//! Ending a connection so that the answer arrives.
+//! Closes a connection so that the peer still receives the answer.
 //!
-//! A socket that is closed while input lies unread in it resets its peer (TCP: RFC 1122, 4.2.2.13; Unix sockets:
-//! `unix_release_sock` in net/unix/af_unix.c), and one that is closed while the peer still writes breaks that write. In
-//! both cases a client that has sent more than was read, such as a request that is too long, may never get to read why.
-//! So the side that answered ends its own direction, and reads on for a while into nothing.
+//! A socket that is closed with unread input resets its peer (TCP: RFC 1122, 4.2.2.13; Unix sockets:
+//! `unix_release_sock` in net/unix/af_unix.c), and one that is closed while the peer writes fails that write. In both
+//! cases a client that has sent more than was read, such as a request that is too long, may never read the answer. So
+//! the side that has answered shuts down its direction, and then reads and discards input for a bounded time.
 
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// How long a peer may go on before it is cut off.
+/// How long the peer may keep its direction open.
 const LINGER_TIME_MAX: Duration = Duration::from_secs(2);
-/// How much it may say until then, in bytes.
+/// The most bytes that it may send until then.
 const LINGER_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// Ends our direction, waits until the peer has ended its own, for a bounded time, and closes.
+/// Shuts down this side's direction, waits for a bounded time until the peer has shut down its own, and closes.
 pub async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
-    let until_its_end = async {
-        // A peer that is gone has nothing to wait for.
+    let until_peer_end = async {
+        // The peer is gone.
         if stream.shutdown().await.is_err() {
             return;
         }
-        let mut nothing = [0; 8192];
+        let mut discarded = [0; 8192];
         let mut bytes = 0;
-        while let Ok(count @ 1..) = stream.read(&mut nothing).await {
+        while let Ok(count @ 1..) = stream.read(&mut discarded).await {
             bytes += count;
             if bytes > LINGER_BYTES_MAX {
                 return;
             }
         }
     };
-    // What is late is cut off.
-    let _ = tokio::time::timeout(LINGER_TIME_MAX, until_its_end).await;
+    // After the timeout the connection is closed all the same.
+    let _ = tokio::time::timeout(LINGER_TIME_MAX, until_peer_end).await;
 }
 
 #[cfg(test)]
@@ -42,7 +42,7 @@ mod tests {
     use tokio::time::Instant;
 
     #[tokio::test]
-    async fn a_client_that_sent_too_much_still_reads_the_answer_and_an_end() {
+    async fn client_that_sent_too_much_reads_the_answer_and_eof() {
         let (mut client, mut server) = UnixStream::pair().unwrap();
         let answering = async {
             server.read_exact(&mut [0; 10]).await?;
@@ -63,11 +63,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_never_ends_is_cut_off() {
+    async fn client_that_keeps_its_direction_open_is_closed() {
         let (client, server) = UnixStream::pair().unwrap();
-        let began = Instant::now();
+        let started = Instant::now();
         linger(server).await;
-        assert_eq!(began.elapsed(), LINGER_TIME_MAX);
+        assert_eq!(started.elapsed(), LINGER_TIME_MAX);
         drop(client);
     }
 }

@@ -1,7 +1,7 @@
-//! Where events go: a line of JSON each in the log, and to whoever listens just now.
+//! The journal of events: each event is a line of JSON in the log, and is sent to every subscriber.
 //!
-//! The log is rotated by size: `hostd.log` becomes `hostd.log.1`, that one `hostd.log.2`, and so on; the oldest goes.
-//! A disk that is full costs lines of the log and nothing else.
+//! The log is rotated by size: `hostd.log` becomes `hostd.log.1`, that one `hostd.log.2`, and so on; the oldest is
+//! removed. A full disk loses lines of the log and has no other effect.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,11 +15,11 @@ use tokio::sync::broadcast;
 use crate::model::event::Event;
 use crate::sys::private_file;
 
-/// How long a log grows, in bytes, before it is rotated.
+/// The size in bytes at which a log is rotated.
 const LOG_BYTES_MAX: u64 = 8 * 1024 * 1024;
-/// How many rotated logs are kept.
+/// The number of rotated logs that are kept.
 const LOGS_KEPT: u32 = 3;
-/// How many lines a listener may lag behind before it loses the oldest.
+/// The number of lines that a subscriber may lag behind before it loses the oldest.
 const LISTENER_LAG_MAX: usize = 1_024;
 
 /// The journal of one daemon; clones write to the same one.
@@ -41,7 +41,7 @@ struct Line<'a> {
 }
 
 impl Journal {
-    /// A journal that appends to the log at `path`.
+    /// Opens a journal that appends to the log at `path`.
     ///
     /// # Errors
     /// Those of opening the file.
@@ -49,7 +49,7 @@ impl Journal {
         Ok(Journal::with(Some(Log::open(path, LOG_BYTES_MAX)?)))
     }
 
-    /// A journal that is heard and not kept.
+    /// Creates a journal without a log.
     pub fn unkept() -> Journal {
         Journal::with(None)
     }
@@ -59,7 +59,7 @@ impl Journal {
         Journal(Arc::new(Inner { log: Mutex::new(log), live }))
     }
 
-    /// An event of this moment as a line, without its newline.
+    /// Returns an event with the current time as a line, without its newline.
     pub fn line(event: &Event) -> String {
         let now = Timestamp::now();
         let time = now.round(Unit::Millisecond).unwrap_or(now);
@@ -74,11 +74,11 @@ impl Journal {
             // Nothing can be done about a full disk, least of all by writing to it.
             let _ = log.append(&line);
         }
-        // Nobody may be listening.
+        // It fails without subscribers.
         let _ = self.0.live.send(line.into());
     }
 
-    /// Every line from now on, without its newline.
+    /// Subscribes to every line from now on, without its newline.
     pub fn listen(&self) -> broadcast::Receiver<Arc<str>> {
         self.0.live.subscribe()
     }
@@ -104,7 +104,7 @@ impl Log {
             self.rotate()?;
         }
         let text = format!("{line}\n");
-        // One call for one line: lines of two writers do not mix in a file that is appended to.
+        // One call for one line: with O_APPEND, lines of two writers do not mix.
         self.file.write_all(text.as_bytes())?;
         self.bytes += text.len() as u64;
         Ok(())
@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_json_with_a_time_and_the_kind() {
+    fn line_is_json_with_time_and_kind() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("hostd.log");
         let journal = Journal::open(&path).unwrap();
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_has_grown_is_rotated_and_the_oldest_goes() {
+    fn full_log_is_rotated_and_the_oldest_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("hostd.log");
         let mut log = Log::open(&path, 10).unwrap();

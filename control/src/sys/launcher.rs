@@ -1,10 +1,11 @@
-//! The launcher of a root daemon, as the daemon sees it: the one process that keeps capabilities, and the requests to it.
+//! The launcher of a root daemon, as the daemon sees it: the only process that keeps capabilities, and the requests to
+//! it.
 //!
 //! # Processes
 //!
-//! The daemon parses what containers, Docker and local programs send. Where root runs it, it first starts `landfall _launcher`
-//! ([`crate::daemon::launcher`]), a child with one socket to it, and then drops every capability for good. What needs one is
-//! done by the launcher, for requests that this file defines and that the launcher checks:
+//! The daemon parses what containers, Docker and local programs send. If root runs it, it first starts `landfall
+//! _launcher` ([`crate::daemon::launcher`]), a child with one socket to it, and then drops every capability for good.
+//! The launcher performs what needs a capability, on requests that this file defines and that the launcher checks:
 //!
 //! | Request | Result |
 //! | --- | --- |
@@ -23,13 +24,13 @@
 //! wait for each other and a caller that gives up closes its channel. The launcher ends when the daemon's end of the main
 //! channel is closed, that is with the daemon.
 //!
-//! # Limits of it
+//! # Limits
 //!
-//! A daemon that was taken over still is uid 0 and owns root's files. It cannot trace or change processes of other users,
-//! load a module, mount, open raw sockets or change the network.
+//! An attacker who controls the daemon still is uid 0 and owns root's files, but cannot trace or change processes of
+//! other users, load a module, mount, open raw sockets or change the network.
 //!
-//! A process that dropped its capabilities cannot start another launcher. When the launcher ends before the daemon, the daemon
-//! reports it, forwards what it forwards already, and is replaced by the next `landfall up`.
+//! A process that has dropped its capabilities cannot start another launcher. If the launcher ends before the daemon,
+//! the daemon reports that, keeps its present forwards, and is replaced by the next `landfall up`.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -57,13 +58,13 @@ use crate::sys::processes::{self, ProcessFact};
 use crate::sys::readiness::watched;
 use crate::version;
 
-/// The hidden verb of the program by which it becomes a launcher.
+/// The hidden verb of the launcher.
 pub(crate) const VERB: &str = "_launcher";
-/// The program of the launcher, and of all that it starts: this one.
+/// The program of the launcher, and of the processes that it starts: this one.
 pub(crate) const PROGRAM: &str = "/proc/self/exe";
-/// The environment of the launcher: what the commands of folders and the engine are given of it.
+/// The environment of the launcher, which the commands of folders and the engine inherit.
 const ENVIRONMENT: [&str; 4] = ["PATH", "HOME", "RUST_BACKTRACE", version::VARIABLE];
-/// How long an answer may take. A walk over all processes takes tens of milliseconds.
+/// The longest wait for an answer. A walk over all processes takes tens of milliseconds.
 pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// The most sockets in one request.
 pub(crate) const OWNERS_MAX: usize = 1_024;
@@ -72,7 +73,7 @@ pub(crate) const OWNERS_MAX: usize = 1_024;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "launch", rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Request {
-    /// Starts an opener whose channel the descriptor is. The opener answers by itself.
+    /// Starts an opener whose channel the descriptor is. The opener itself answers.
     Opener {},
     /// Starts an engine; the second descriptor is its log. Answer: [`Reply::Started`] with a pidfd.
     Engine {
@@ -87,7 +88,7 @@ pub(crate) enum Request {
         /// The content of the folder's `landfall.toml`, which has to be approved and to have the command.
         settings: String,
     },
-    /// Looks for the processes that hold sockets. Answer: [`Reply::Owner`] for each that was found, then [`Reply::Done`].
+    /// Finds the processes that hold sockets. Answer: [`Reply::Owner`] for each that was found, then [`Reply::Done`].
     Owners {
         /// Inodes of sockets, at most [`OWNERS_MAX`].
         inodes: Vec<u64>,
@@ -105,11 +106,11 @@ pub(crate) enum Request {
 pub(crate) struct Invocation {
     /// The program and its arguments.
     pub(crate) words: Vec<String>,
-    /// Where it runs: the canonical folder.
+    /// The working directory: the canonical folder.
     pub(crate) folder: PathBuf,
-    /// The container that it is about.
+    /// The container that the command is for.
     pub(crate) container: ContainerName,
-    /// Whether the image is built again, for a command of a restart.
+    /// For a command of a restart: whether the image is built again.
     pub(crate) build: Option<bool>,
 }
 
@@ -117,9 +118,9 @@ pub(crate) struct Invocation {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "kebab-case")]
 pub(crate) enum Reply {
-    /// The process runs. That of an engine comes with its pidfd.
+    /// The process runs. For an engine, its pidfd is attached.
     Started,
-    /// It has ended.
+    /// The process has ended.
     Exited {
         /// The status of `wait(2)`.
         status: i32,
@@ -131,20 +132,20 @@ pub(crate) enum Reply {
         /// Its process.
         process: ProcessFact,
     },
-    /// It is done.
+    /// The request is complete.
     Done,
-    /// It was not done.
+    /// The request was refused.
     Refused {
-        /// Why.
+        /// The reason.
         refusal: Refusal,
     },
 }
 
-/// Why the launcher did not do as asked.
+/// The reason that the launcher refused a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Error)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Refusal {
-    /// As many requests of this kind run as may.
+    /// The limit of concurrent requests of this kind is reached.
     #[error("{0} of this kind run already")]
     Busy(usize),
     /// The request has other descriptors or values than its kind takes.
@@ -153,10 +154,10 @@ pub(crate) enum Refusal {
     /// The settings are not approved, or do not have the command.
     #[error("the command is not approved")]
     NotApproved,
-    /// There is no such program.
+    /// The program does not exist.
     #[error("the program was not found")]
     NotFound,
-    /// The program is in the folder, where programs are not trusted.
+    /// The program is in the folder, whose files are not trusted.
     #[error("the program is in the folder")]
     InFolder,
     /// A system call failed.
@@ -170,25 +171,25 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    /// `what` failed.
+    /// Creates the refusal for a failed system call; `what` is the step.
     pub(crate) fn system(what: &str, error: &io::Error) -> Refusal {
         Refusal::System { what: what.to_owned(), detail: error.to_string() }
     }
 }
 
-/// Why a request to the launcher failed.
+/// The reason that a request to the launcher failed.
 #[derive(Debug, Error)]
 pub(crate) enum LauncherError {
-    /// It ended. The text says what to do, since every request fails from then on.
+    /// It has ended. The text has the remedy, since every later request fails as well.
     #[error("the launcher of this daemon has ended; run `landfall up` to replace the daemon")]
     Gone,
     /// It refused.
     #[error("the launcher: {0}")]
     Refused(#[from] Refusal),
-    /// The channel failed, or no answer came in time.
+    /// The channel failed, or no answer arrived in time.
     #[error("the launcher: {0}")]
     Channel(ChannelError),
-    /// It answered something that was not asked.
+    /// The answer does not fit the request.
     #[error("the launcher gave an answer that was not asked for")]
     Unexpected,
 }
@@ -202,17 +203,17 @@ impl From<ChannelError> for LauncherError {
     }
 }
 
-/// The launcher of this process. There is at most one, made before the process starts its first thread: capabilities belong
-/// to threads, and only then does dropping them drop those of the whole process.
+/// The launcher of this process. There is at most one. It is started before the first thread: capabilities belong to
+/// threads, so only then does dropping them affect the whole process.
 static LAUNCHER: OnceLock<Launcher> = OnceLock::new();
 
-/// The launcher of this process; absent where it needs none.
+/// Returns the launcher of this process, if it has one.
 pub(crate) fn launcher() -> Option<&'static Launcher> {
     LAUNCHER.get()
 }
 
-/// Starts a launcher and drops every capability of this process, where it is root's and has any. Call it first thing, while
-/// the process has one thread.
+/// Starts a launcher and drops every capability of this process, if the process runs as root and has any. Call it
+/// first, while the process has one thread.
 ///
 /// # Errors
 /// The launcher could not be started, or capabilities could not be dropped.
@@ -223,7 +224,7 @@ pub(crate) fn split(home: &Home) -> io::Result<()> {
     }
     let launcher = Launcher::start(home)?;
     drop_capabilities(CapabilitySet::empty())?;
-    // It is empty: this is the only place that sets it, and it is called once.
+    // It is unset: this is the only place that sets it, and it runs once.
     let _ = LAUNCHER.set(launcher);
     Ok(())
 }
@@ -232,7 +233,7 @@ pub(crate) fn split(home: &Home) -> io::Result<()> {
 #[derive(Debug)]
 pub(crate) struct Launcher {
     channel: Channel,
-    /// Until a thread waits for its end.
+    /// Taken by the task that waits for its end.
     child: Mutex<Option<Child>>,
     has_ended: AtomicBool,
 }
@@ -243,11 +244,11 @@ pub(crate) struct Launcher {
 pub enum LauncherState {
     /// It runs.
     Running,
-    /// It has ended. The daemon forwards what it forwards, and can do nothing that takes a capability.
+    /// It has ended. The daemon keeps its present forwards; operations that need a capability fail.
     Ended,
 }
 
-/// Returns the state of this process's launcher; absent where the process needs none.
+/// Returns the state of this process's launcher, if it has one.
 pub(crate) fn state() -> Option<LauncherState> {
     let has_ended = launcher()?.has_ended.load(Ordering::Acquire);
     Some(if has_ended { LauncherState::Ended } else { LauncherState::Running })
@@ -265,17 +266,17 @@ impl Launcher {
             .env_clear()
             .envs(kept)
             .current_dir("/")
-            // A Ctrl-C that is meant for the daemon, which may need it to stop in order, does not end it.
+            // A Ctrl-C for the daemon must not end the launcher, which the daemon may need for an orderly stop.
             .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()?;
         Ok(Launcher { channel: ours, child: Mutex::new(Some(child)), has_ended: AtomicBool::new(false) })
     }
 
-    /// Returns when the launcher has ended. Call it once, from the runtime.
+    /// Waits until the launcher has ended. Call it once, from the runtime.
     pub(crate) async fn ended(&self) {
         let child = self.child.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // The launcher sends nothing on this channel: what can be read is its end.
+        // The launcher sends nothing on this channel, so it becomes readable when its end closes.
         let socket = self.channel.as_fd().try_clone_to_owned().and_then(|channel| {
             rustix::io::ioctl_fionbio(&channel, true)?;
             watched(channel, Interest::READABLE)
@@ -284,7 +285,7 @@ impl Launcher {
         let _ = watched.readable().await;
         self.has_ended.store(true, Ordering::Release);
         if let Some(mut child) = child {
-            // It has closed its end, so it has ended or is about to.
+            // It has closed its end, so it has ended or is about to end.
             let _ = tokio::task::spawn_blocking(move || child.wait()).await;
         }
     }
@@ -302,7 +303,7 @@ impl Launcher {
         Opener::over(channel, target)
     }
 
-    /// Starts an engine that listens at `socket` in the home's `run` directory; its pidfd.
+    /// Starts an engine that listens at `socket` in the home's `run` directory. Returns its pidfd.
     pub(crate) fn engine(&self, socket: &str, log: BorrowedFd<'_>) -> Result<OwnedFd, LauncherError> {
         let channel = self.ask(&Request::Engine { socket: socket.to_owned() }, &[log])?;
         match answer(&channel)? {
@@ -311,7 +312,7 @@ impl Launcher {
         }
     }
 
-    /// Starts a command of a folder, which writes to `output`; the channel on which its end is reported.
+    /// Starts a command of a folder, which writes to `output`. Returns the channel that reports its end.
     pub(crate) fn command(
         &self,
         invocation: Invocation,
@@ -350,7 +351,7 @@ impl Launcher {
         }
     }
 
-    /// Sends a request; our end of the channel for its answer.
+    /// Sends a request. Returns the channel for its answer.
     fn ask(&self, request: &Request, more: &[BorrowedFd<'_>]) -> Result<Channel, LauncherError> {
         let (ours, theirs) = Channel::pair().map_err(ChannelError::System)?;
         let descriptors: Vec<BorrowedFd<'_>> =
@@ -368,7 +369,7 @@ fn answer(channel: &Channel) -> Result<(Reply, Option<OwnedFd>), LauncherError> 
     }
 }
 
-/// Starts an opener that enters `target`, by the launcher where this process has one. Waits for some seconds at most.
+/// Starts an opener that enters `target`, through the launcher if this process has one. Waits for some seconds at most.
 ///
 /// # Errors
 /// See [`OpenError`].
@@ -379,15 +380,15 @@ pub(crate) fn opener(target: Target) -> Result<Opener, OpenError> {
     }
 }
 
-/// Finds the processes that hold sockets, by the launcher where this process has one: the kernel shows descriptors only to a
-/// process that may trace their holder. For each inode the process with the lowest id.
+/// Finds the processes that hold sockets, through the launcher if this process has one: the kernel shows descriptors
+/// only to a process that may trace their holder. For each inode the process with the lowest id.
 pub(crate) fn owners_of_sockets(inodes: &[u64]) -> BTreeMap<u64, ProcessFact> {
     let by_launcher =
         launcher().filter(|_| !inodes.is_empty()).and_then(|launcher| launcher.owners(inodes).ok());
     by_launcher.unwrap_or_else(|| processes::owners_of_sockets(inodes))
 }
 
-/// Opens the network namespace that `path` names, by the launcher where this process may not open it itself: the kernel shows
+/// Opens the network namespace at `path`, through the launcher if this process may not open it itself: the kernel shows
 /// `/proc/PID/ns` only to a process that may trace that one (`ptrace(2)`).
 ///
 /// # Errors
@@ -403,7 +404,7 @@ pub(crate) fn open_namespace(path: &Path) -> Result<OwnedFd, OpenError> {
     }
 }
 
-/// Returns device and inode of the network namespace that a path names, as [`open_namespace`] opens it; absent if it cannot be
+/// Returns device and inode of the network namespace at a path, as [`open_namespace`] opens it; `None` if it cannot be
 /// opened.
 pub(crate) async fn identity_of_namespace(path: &Path) -> Option<(u64, u64)> {
     let found = identity_of_file(path);

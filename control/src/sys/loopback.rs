@@ -1,15 +1,15 @@
-//! Whether the other end of a loopback connection belongs to a user who may receive a secret.
+//! Checks whether the other end of a loopback connection belongs to a user who may receive a secret.
 //!
-//! A published port belongs to no user while its container is stopped: any local user can listen on it and is then
-//! connected to. Two checks stand before a secret is sent:
+//! While a container is stopped, its published port has no owner: any local user can listen on it and then receives
+//! connections. So two checks precede the sending of a secret:
 //!
-//! 1. [`Destination::look_up`], before the connection: the listener is of root or of this user, or there is none.
-//! 2. [`Destination::verify`], over the connection, right before the secret: the process that accepted the connection is
-//!    of root or of this user, and the port still has the same listener. Which socket is at the other end of a connection
-//!    does not change any more, so nothing can be swapped after this.
+//! 1. [`Destination::look_up`], before the connection: the listener belongs to root or to this user, or does not exist.
+//! 2. [`Destination::verify`], over the connection, right before the secret: the process that accepted the connection
+//!    belongs to root or to this user, and the port still has the same listener. The socket at the other end of a
+//!    connection never changes, so it cannot be swapped after this check.
 //!
-//! A port without a listener that is connected to all the same leads elsewhere by a rule of root's (NAT, as Docker makes
-//! it with `userland-proxy` off). Such a connection has no other end in this network namespace; it is accepted.
+//! A port without a listener that accepts a connection all the same is redirected by a rule of root's (NAT, as Docker
+//! sets it up with `userland-proxy` off). Such a connection has no other end in this network namespace; it is accepted.
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 
 use super::users::{Holder, is_ours};
 
-/// Why no secret is sent to a port.
+/// The reason that no secret is sent to a port.
 #[derive(Debug, Error)]
 pub(crate) enum DestinationError {
     /// Another user holds the port, or has accepted the connection.
@@ -38,15 +38,15 @@ pub(crate) enum DestinationError {
     /// No process holds the other end.
     #[error("the connection to port {0} was closed from the other end")]
     Closed(u16),
-    /// The kernel does not tell the owner of a socket.
+    /// The kernel does not report the owner of a socket.
     #[error("the user who holds port {port} cannot be looked up")]
     Unknown {
         /// The port.
         port: u16,
-        /// Why.
+        /// The cause.
         source: ReadError,
     },
-    /// Our own connection is not found either.
+    /// This process's own connection is not found either.
     #[error(
         "the user who holds port {0} cannot be looked up: this kernel has no sock_diag for TCP (module tcp_diag)"
     )]
@@ -54,7 +54,7 @@ pub(crate) enum DestinationError {
 }
 
 impl DestinationError {
-    /// The same error, with the process of a stranger where it is visible.
+    /// Adds the process that holds the port to the error, if it is visible.
     pub(crate) async fn identified(mut self) -> DestinationError {
         if let DestinationError::Stranger { holder, .. } = &mut self {
             holder.find_process().await;
@@ -72,7 +72,7 @@ pub(crate) struct Destination {
 }
 
 impl Destination {
-    /// Looks at the listener of a loopback address.
+    /// Looks up the listener of a loopback address.
     ///
     /// # Errors
     /// [`DestinationError::Stranger`] and [`DestinationError::Unknown`].
@@ -84,14 +84,15 @@ impl Destination {
         Ok(Destination { address, listener: listener.map(|listener| listener.cookie) })
     }
 
-    /// Looks at the other end of a connection to this address, and once more at its listener.
+    /// Looks up the other end of a connection to this address, and its listener again.
     ///
     /// # Errors
     /// Each [`DestinationError`].
     pub(crate) fn verify(&self, stream: &TcpStream) -> Result<(), DestinationError> {
         let port = self.address.port();
         let near = stream.local_addr().map_err(|_| DestinationError::Closed(port))?;
-        // The lookup must find what is there for certain, or its "no such socket" says nothing.
+        // The lookup must find this connection's own socket; otherwise its "no such socket" for the other end proves
+        // nothing.
         let own = find(near, self.address, port)?.map(|own| u64::from(own.inode));
         let inode = rustix::fs::fstat(stream.as_fd()).map(|status| status.st_ino).ok();
         if own.is_none() || own != inode {
@@ -130,7 +131,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     #[tokio::test]
-    async fn a_port_of_our_own_is_accepted_until_it_has_another_listener() {
+    async fn own_port_is_accepted_until_it_has_another_listener() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let destination = Destination::look_up(address).unwrap();
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_without_a_listener_is_no_error_and_one_that_appears_later_is_another() {
+    async fn absent_listener_is_accepted_and_a_later_one_counts_as_replaced() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);

@@ -1,7 +1,8 @@
-//! The operating system, as several modules need it: paths and private files of the home, processes and users, child
+//! Operating system services that several modules need: paths and private files of the home, processes and users, child
 //! processes, sockets, the journal, the launcher of a root daemon, and the namespaces of `landfall run`.
 //!
-//! Nothing here decides what is forwarded or who is registered.
+//! No file here decides which ports are forwarded or which containers are registered. Signals go to pidfds and to
+//! unreaped children only, and files of the home are opened without following links.
 
 pub(crate) mod child;
 pub(crate) mod directory_access;

@@ -1,4 +1,4 @@
-//! Where the daemon keeps what it keeps (wire specification, A.12). A home is a directory; every name below it is fixed.
+//! The paths of the daemon's files (wire specification, A.12). A home is a directory; every name below it is fixed.
 
 use std::ffi::OsString;
 use std::io;
@@ -13,25 +13,25 @@ use thiserror::Error;
 use crate::model::registration::ContainerName;
 use crate::sys::processes::user_name;
 
-/// Names the home; the second one is the reference's, so that its clients find our socket where they expect theirs.
+/// The variables that name the home; the second one is the reference's, so that its clients find this daemon's socket.
 const HOME_VARIABLES: [&str; 2] = ["LANDFALL_HOME", "TYPECLAW_HOME"];
 
 /// The most bytes that a Unix socket's path may have: `sun_path` less its NUL (`unix(7)`).
 const SOCKET_PATH_MAX: usize = 107;
 
-/// Why there is no home.
+/// The reason that the home cannot be used.
 #[derive(Debug, Error)]
 pub enum HomeError {
-    /// Neither a variable nor a home directory of the user.
+    /// No variable is set, and the user has no home directory.
     #[error("no home is known: none of LANDFALL_HOME, TYPECLAW_HOME and HOME is set")]
     Unknown,
-    /// A relative path would mean another home in every directory.
+    /// A relative path would name another home in every directory.
     #[error("the home {} is not an absolute path", .0.display())]
     Relative(PathBuf),
-    /// A socket's path has a limit of its own.
+    /// The path of a socket would exceed its limit.
     #[error("the home {} is too long: its socket's path may have {SOCKET_PATH_MAX} bytes", .0.display())]
     TooLong(PathBuf),
-    /// Root's daemon would write where another user decides what a name leads to.
+    /// Another user could decide where root's daemon writes.
     #[error("root's daemon does not use the home {}: {} belongs to {owner}", home.display(), path.display())]
     Owner {
         /// The home.
@@ -41,7 +41,7 @@ pub enum HomeError {
         /// Its user.
         owner: String,
     },
-    /// Likewise.
+    /// Other users could decide where root's daemon writes.
     #[error("root's daemon does not use the home {}: others may write to {}", home.display(), path.display())]
     Writable {
         /// The home.
@@ -52,23 +52,23 @@ pub enum HomeError {
     /// A link could lead to a directory of another user.
     #[error("{} is not a directory", .0.display())]
     NotADirectory(PathBuf),
-    /// A directory could not be made, or its mode not be set.
+    /// A directory could not be created, or its mode not be set.
     #[error("{} cannot be made", path.display())]
     Directory {
-        /// Which.
+        /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
 
-/// Device and inode of whatever has this name itself, even if it leads elsewhere: whether it is the very thing that was put
-/// there.
+/// Returns device and inode of the file with this name, without following a link. It identifies the very file that was
+/// put there.
 pub fn identity_of_name(path: &Path) -> Option<(u64, u64)> {
     std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// Device and inode of the file that a name leads to: whether it still means the same.
+/// Returns device and inode of the file that a path leads to.
 pub fn identity_of_file(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
@@ -80,11 +80,11 @@ pub struct Home {
 }
 
 impl Home {
-    /// The home that the environment names: `$LANDFALL_HOME`, else `$TYPECLAW_HOME`, else `~/.landfall`. A variable
-    /// that is empty counts as not set.
+    /// Returns the home that the environment names: `$LANDFALL_HOME`, else `$TYPECLAW_HOME`, else `~/.landfall`. An
+    /// empty variable counts as unset.
     ///
     /// # Errors
-    /// See [`HomeError`]; nothing is made.
+    /// See [`HomeError`]. No file is created.
     pub fn from_environment() -> Result<Home, HomeError> {
         Home::from_variables(|name| std::env::var_os(name))
     }
@@ -96,10 +96,10 @@ impl Home {
         Home::at(root.ok_or(HomeError::Unknown)?)
     }
 
-    /// The home at `root`.
+    /// Returns the home at `root`.
     ///
     /// # Errors
-    /// See [`HomeError`]; nothing is made.
+    /// See [`HomeError`]. No file is created.
     pub fn at(root: PathBuf) -> Result<Home, HomeError> {
         if !root.is_absolute() {
             return Err(HomeError::Relative(root));
@@ -111,10 +111,10 @@ impl Home {
         Ok(home)
     }
 
-    /// Makes every directory of the home, for its owner alone (0700). A directory below the home is never entered by a link.
+    /// Creates every directory of the home, for its owner alone (0700). Links below the home are not followed.
     ///
     /// # Errors
-    /// [`HomeError`]. Of root also where another user may change the home or a directory above it.
+    /// [`HomeError`]. For root also if another user can change the home or a directory above it.
     pub fn ensure_directories(&self) -> Result<(), HomeError> {
         for path in [
             self.root.clone(),
@@ -126,7 +126,7 @@ impl Home {
             self.keys(),
         ] {
             let failed = |source| HomeError::Directory { path: path.clone(), source };
-            // The home itself may be a directory that the user made for something larger: its mode is left alone.
+            // The mode of the home itself is not changed: the user may share that directory with other programs.
             if path == self.root {
                 std::fs::create_dir_all(&path).map_err(failed)?;
                 if geteuid().is_root() {
@@ -148,12 +148,12 @@ impl Home {
         Ok(())
     }
 
-    /// Checks that only root may change the home and what its path leads through: the directories of the path, and those
-    /// that its links lead to.
+    /// Checks that only root can change the home and the directories that its path leads through, including those that
+    /// its links lead to.
     fn check_for_root(&self) -> Result<(), HomeError> {
         let failed = |source| HomeError::Directory { path: self.root.clone(), source };
         let home = self.root.canonicalize().map_err(failed)?;
-        // In a user namespace, the root of the machine is an unmapped user.
+        // In a user namespace, the machine's root is an unmapped user.
         let roots = [0, std::fs::metadata("/").map_err(failed)?.uid()];
         for path in self.root.ancestors().chain(home.ancestors()) {
             let about = std::fs::metadata(path).map_err(failed)?;
@@ -162,7 +162,7 @@ impl Home {
             if about.uid() != 0 && (is_home || !roots.contains(&about.uid())) {
                 return Err(HomeError::Owner { home, path, owner: user_name(about.uid()) });
             }
-            // In a directory such as /tmp, only the owner of a name may change it.
+            // In a directory with the sticky bit, such as /tmp, only the owner of a name can change it.
             let is_sticky = !is_home && about.mode() & 0o1000 != 0;
             let by_group = about.gid() != 0 && about.mode() & 0o020 != 0;
             if !is_sticky && (by_group || about.mode() & 0o002 != 0) {
@@ -177,7 +177,7 @@ impl Home {
         &self.root
     }
 
-    /// What belongs to a running daemon.
+    /// The directory of a running daemon's files.
     pub fn run(&self) -> PathBuf {
         self.root.join("run")
     }
@@ -192,22 +192,22 @@ impl Home {
         self.run().join("engine.sock")
     }
 
-    /// The daemon's process id: a hint for people, nothing else.
+    /// The daemon's process id. A hint for users; no code relies on it.
     pub fn pid_file(&self) -> PathBuf {
         self.run().join("hostd.pid")
     }
 
-    /// The HTTP port that the last daemon had: where the next one is looked for first, after the preferred port.
+    /// The HTTP port of the last daemon, which the next one tries after the preferred port.
     pub fn http_port_file(&self) -> PathBuf {
         self.run().join("hostd.port")
     }
 
-    /// Which ports tailscale serves for the daemon; not there where there are none.
+    /// The ports that tailscale serves for the daemon; absent if there are none.
     pub fn tailscale_file(&self) -> PathBuf {
         self.run().join("tailscale.json")
     }
 
-    /// Held by `flock` while somebody starts a daemon. Never unlinked.
+    /// Held by `flock` while a client starts a daemon. Never unlinked.
     pub fn spawn_lock(&self) -> PathBuf {
         self.run().join("hostd.lock")
     }
@@ -217,37 +217,37 @@ impl Home {
         self.run().join("hostd.alive")
     }
 
-    /// What is shared with the helper's container; not there where there is none.
+    /// The directory that is shared with the helper's container; absent without a helper.
     pub fn helper_directory(&self) -> PathBuf {
         self.run().join("helper")
     }
 
-    /// Directories with a socket each, for containers.
+    /// The directories of the containers' own HTTP sockets.
     pub fn http(&self) -> PathBuf {
         self.run().join("http")
     }
 
-    /// The directory with a socket for one container, which is mounted into it.
+    /// The directory of one container's HTTP socket, which is mounted into the container.
     pub fn http_directory(&self, name: &ContainerName) -> PathBuf {
         self.http().join(name.as_str())
     }
 
-    /// The registrations.
+    /// The directory of the registrations.
     pub fn registrations(&self) -> PathBuf {
         self.run().join("registrations")
     }
 
-    /// One registration. A name cannot leave the directory: [`ContainerName`] holds no other ones.
+    /// The file of one registration. A [`ContainerName`] cannot lead out of the directory.
     pub fn registration(&self, name: &ContainerName) -> PathBuf {
         self.registrations().join(format!("{name}.json"))
     }
 
-    /// What the host's user granted to containers, apart from their registrations.
+    /// The rights that the host's user granted to containers, apart from their registrations.
     pub fn grants(&self) -> PathBuf {
         self.run().join("grants")
     }
 
-    /// The logs.
+    /// The directory of the logs.
     pub fn log(&self) -> PathBuf {
         self.root.join("log")
     }
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_variable_that_is_set_names_the_home() {
+    fn first_set_variable_names_the_home() {
         let root = |variables: &[(&str, &str)]| home(variables).unwrap().root().to_owned();
         let all = [("LANDFALL_HOME", "/l"), ("TYPECLAW_HOME", "/t"), ("HOME", "/h")];
         assert_eq!(root(&all), Path::new("/l"));
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn the_names_below_a_home_are_those_of_the_reference() {
+    fn names_below_a_home_are_those_of_the_reference() {
         let home = home(&[("TYPECLAW_HOME", "/t")]).unwrap();
         assert_eq!(home.socket(), Path::new("/t/run/hostd.sock"));
         assert_eq!(home.pid_file(), Path::new("/t/run/hostd.pid"));
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_are_for_their_owner_alone_even_where_they_were_not() {
+    fn directories_get_mode_0700() {
         let folder = tempfile::tempdir().unwrap();
         let home = Home::at(folder.path().join("deep/home")).unwrap();
         std::fs::create_dir_all(home.run()).unwrap();

@@ -16,14 +16,14 @@ use rustix::io::Errno;
 /// The most files of one name that are set aside.
 const SET_ASIDE_MAX: u32 = 1_000;
 
-/// Why a file was not read.
+/// The reason that a file was not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReadError {
     /// It is a link, a pipe, a device or a directory.
     NotAFile,
     /// It has more bytes than the caller reads.
     TooLarge,
-    /// The kernel refused.
+    /// A system call failed.
     Unreadable(Errno),
 }
 
@@ -39,7 +39,7 @@ pub(crate) fn options() -> OpenOptions {
 /// Reads the regular file at `path`, of at most `bytes_max` bytes.
 ///
 /// # Errors
-/// The kernel's; `InvalidData` where it is not such a file.
+/// The kernel's; `InvalidData` if it is not a regular file or too large.
 pub(crate) fn read_path(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let file = options().read(true).open(path)?;
     if !file.metadata()?.is_file() {
@@ -51,7 +51,7 @@ pub(crate) fn read_path(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     })
 }
 
-/// Writes `content` to the file at `path`, which is made if it is absent.
+/// Writes `content` to the file at `path`, which is created if it is absent.
 ///
 /// # Errors
 /// The kernel's.
@@ -107,7 +107,7 @@ pub(crate) fn write_temporary(
     let mode = Mode::RUSR | Mode::WUSR;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let opened = match rustix::fs::openat(directory, name, flags, mode) {
-        // Left by a write of this process that failed, or by an earlier process of the same number.
+        // Left by a failed write of this process, or by an earlier process with the same id.
         Err(Errno::EXIST) => {
             rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
             rustix::fs::openat(directory, name, flags, mode)?
@@ -128,11 +128,11 @@ pub(crate) fn write_temporary(
 /// Renames `name` to the first free one of `name.bad-1`, `name.bad-2` and so on, and returns the new name.
 ///
 /// # Errors
-/// The kernel's, and ENOSPC where all of these names are in use.
+/// The kernel's, and ENOSPC if all of these names are in use.
 pub(crate) fn set_aside(directory: &OwnedFd, name: &str) -> Result<String, Errno> {
     for number in 1..=SET_ASIDE_MAX {
         let aside = format!("{name}.bad-{number}");
-        // No other process makes these names, so one that is free stays free.
+        // No other process creates these names, so a free one stays free.
         match rustix::fs::statat(directory, &aside, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => {
                 rustix::fs::renameat(directory, name, directory, &aside)?;

@@ -1,8 +1,8 @@
-//! Facts about processes, read from `/proc`: who owns a socket, and when a process began. The one file that names the
-//! `procfs` crate.
+//! Facts about processes, read from `/proc`: the owner of a socket, and the start time of a process. The only file that
+//! uses the `procfs` crate.
 //!
-//! Names and owners are for the eyes of people. A process may be gone, hidden or lying about its name; then less is said,
-//! and nothing else depends on it. When a process began is the kernel's word, and decides whether it is still the same.
+//! Names and owners are for messages only: a process may be gone or hidden, and chooses its own name. The start time
+//! comes from the kernel and decides whether a process is still the same one.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -18,38 +18,38 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::registration::Started;
 
-/// The most characters of a process's name. Its own choice may be as long as its command line.
+/// The most characters of a process's name, which could be as long as its command line.
 const NAME_CHARS_MAX: usize = 255;
 
-/// A process, as people are told of it. Its name is its own choice: escape it before it reaches a terminal.
+/// A process in messages. It chooses its own name: escape it before printing it to a terminal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessFact {
-    /// Its name: the program it was started as where that is one word, else the kernel's short name; its first
-    /// `NAME_CHARS_MAX` characters.
+    /// The program that it was started as if that is one word, else the kernel's short name; the first `NAME_CHARS_MAX`
+    /// characters.
     pub name: String,
-    /// Its process id in our namespace.
+    /// Its process id in this process's PID namespace.
     pub pid: u32,
 }
 
-/// Who holds a port of the host.
+/// The holder of a host port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Holder {
-    /// A process that we may look at, with its command line.
+    /// A visible process, with its command line.
     Process(ProcessFact, String),
-    /// A process that is not ours to see; its user is known.
+    /// A process that this user may not inspect; with the name of its user.
     User(String),
-    /// Nothing listens there, or nothing could be read.
+    /// No process listens there, or `/proc` could not be read.
     Unknown,
 }
 
-/// Finds the process that holds one of the sockets in `inodes`; the lowest process id, since that is the parent of
-/// those that share a socket.
+/// Returns the process that holds one of the sockets in `inodes`; if several share it, the one with the lowest id,
+/// which is usually their parent.
 pub fn owner_of_sockets(inodes: &[u64]) -> Option<ProcessFact> {
     owner(inodes).map(|process| fact(&process))
 }
 
-/// Finds the processes that hold sockets, in one walk over all processes: for each of `inodes` the one with the lowest
-/// process id. It takes tens of milliseconds where many processes run.
+/// Returns the processes that hold sockets, in one walk over all processes: for each of `inodes` the one with the
+/// lowest id. It takes tens of milliseconds on a machine with many processes.
 pub fn owners_of_sockets(inodes: &[u64]) -> BTreeMap<u64, ProcessFact> {
     let mut owners: BTreeMap<u64, ProcessFact> = BTreeMap::new();
     let all = if inodes.is_empty() { None } else { procfs::process::all_processes().ok() };
@@ -74,12 +74,12 @@ pub fn owners_of_sockets(inodes: &[u64]) -> BTreeMap<u64, ProcessFact> {
     owners
 }
 
-/// Finds who listens on a port of the host's loopback addresses (or on all addresses).
+/// Returns the holder of a port on the host's loopback addresses or on all addresses.
 pub fn holder_of_port(port: NonZeroU16) -> Holder {
     let rows = procfs::net::tcp().unwrap_or_default().into_iter();
     let rows6 = procfs::net::tcp6().unwrap_or_default().into_iter();
     let mut rows: Vec<TcpNetEntry> = rows.chain(rows6).filter(|row| holds(row, port)).collect();
-    // A listener explains more than the end of a connection that happens to have this port.
+    // A listener is a better explanation than the end of a connection with the same local port.
     rows.sort_by_key(|row| row.state != TcpState::Listen);
     let inodes: Vec<u64> = rows.iter().map(|row| row.inode).filter(|inode| *inode != 0).collect();
     if let Some(process) = owner(&inodes) {
@@ -104,11 +104,11 @@ pub fn listener_at(address: IpAddr, port: NonZeroU16) -> Option<(u32, u64)> {
     rows.find(takes).map(|row| (row.uid, row.inode))
 }
 
-/// When the process of this id began; nothing when there is none. One that has ended and that nobody has waited for yet
-/// (a zombie) is none: it is in no namespace any more.
+/// Returns the start time of the process with this id; `None` without such a process. A zombie, which has ended and was
+/// not waited for, counts as ended: it is in no namespace.
 ///
 /// # Errors
-/// A text that says what of `/proc` could not be read.
+/// The part of `/proc` that could not be read, as text.
 pub fn started(pid: NonZeroU32) -> Result<Option<Started>, String> {
     let Ok(number) = i32::try_from(pid.get()) else { return Ok(None) };
     let stat = match Process::new(number).and_then(|process| process.stat()) {
@@ -123,8 +123,8 @@ pub fn started(pid: NonZeroU32) -> Result<Option<Started>, String> {
     Ok(Some(Started { boot, ticks: stat.starttime }))
 }
 
-/// Whether the process that a registration means still runs: the one of this id that began then, or any one of it where
-/// nobody noted when.
+/// Whether the process of a registration still runs: the one with this id and this start time, or any process with this
+/// id if the registration has no start time.
 ///
 /// # Errors
 /// Those of [`started`].
@@ -132,18 +132,18 @@ pub fn still_runs(pid: NonZeroU32, meant: Option<&Started>) -> Result<bool, Stri
     Ok(started(pid)?.is_some_and(|found| meant.is_none_or(|meant| found == *meant)))
 }
 
-/// The process with this id, if it runs.
+/// Returns the process with this id, if it runs.
 pub fn process_fact(pid: u32) -> Option<ProcessFact> {
     process_name(pid).map(|name| ProcessFact { name, pid })
 }
 
-/// The name of a process by its id.
+/// Returns the name of the process with this id.
 pub fn process_name(pid: u32) -> Option<String> {
     let process = Process::new(i32::try_from(pid).ok()?).ok()?;
     Some(name(&process))
 }
 
-/// The name of a user, or its number where the user database has none.
+/// Returns the name of a user, or the uid as text if the user database has no name.
 pub fn user_name(uid: u32) -> String {
     match User::from_uid(Uid::from_raw(uid)) {
         Ok(Some(user)) => user.name,
@@ -152,16 +152,16 @@ pub fn user_name(uid: u32) -> String {
     }
 }
 
-/// Whether a process runs. One that has ended and that nobody has waited for does not.
+/// Whether a process runs. A zombie does not.
 pub fn runs(pid: u32) -> bool {
     stat(pid).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'))
 }
 
-/// When a process began, by the clock of the wall as it is now.
+/// Returns the start time of a process by the current wall clock.
 pub fn began(pid: u32) -> Option<SystemTime> {
     let ticks_a_second = rustix::param::clock_ticks_per_second();
     let after_start = Duration::from_millis(stat(pid)?.starttime.checked_mul(1_000)? / ticks_a_second);
-    // `proc_pid_stat(5)`: ticks since the machine started, the time that it slept among them.
+    // `proc_pid_stat(5)`: ticks since the boot of the machine, including the time that it was suspended.
     let running = Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Boottime)).ok()?;
     SystemTime::now().checked_sub(running.checked_sub(after_start)?)
 }
@@ -200,8 +200,8 @@ fn fact(process: &Process) -> ProcessFact {
     }
 }
 
-/// `node` names its main thread `MainThread`, so the program it was started as says more; `nginx` rewrites its
-/// arguments to a sentence (`nginx: master process …`), so the kernel's name says more.
+/// The kernel's name of `node` is that of its main thread (`MainThread`), so the started program is the better name;
+/// `nginx` rewrites its arguments to a sentence (`nginx: master process …`), so the kernel's name is.
 fn name(process: &Process) -> String {
     let started_as = process.cmdline().ok().and_then(|words| words.into_iter().next());
     let comm = process.stat().map(|stat| stat.comm).unwrap_or_default();
@@ -223,7 +223,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn a_name_is_the_program_unless_the_process_rewrote_it() {
+    fn name_is_the_program_unless_the_process_rewrote_it() {
         assert_eq!(pick_name(Some("/usr/bin/node"), "MainThread"), "node");
         assert_eq!(pick_name(Some("nginx: master process /usr/sbin/nginx"), "nginx"), "nginx");
         assert_eq!(pick_name(Some("-bash"), "bash"), "bash");
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn the_holder_of_a_port_is_found_by_port_and_by_inode() {
+    fn holder_is_found_by_port_and_by_inode() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let port = NonZeroU16::new(listener.local_addr().unwrap().port()).unwrap();
         let Holder::Process(fact, line) = holder_of_port(port) else {
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_runs_until_it_has_ended_and_began_when_it_was_started() {
+    fn process_runs_until_its_end_and_has_a_start_time() {
         let before = SystemTime::now();
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         assert!(runs(child.id()));
@@ -263,7 +263,7 @@ mod tests {
         assert!(apart < Duration::from_secs(2), "{apart:?}");
         child.kill().unwrap();
         let pid = rustix::process::Pid::from_child(&child);
-        // Until it has ended, and without taking it off the list of processes.
+        // Wait for its end, but leave it a zombie.
         let ended = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
         rustix::process::waitid(rustix::process::WaitId::Pid(pid), ended).unwrap();
         assert!(!runs(child.id()), "nobody has waited for it");
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_began_once_and_one_that_has_ended_never_did() {
+    fn start_time_is_constant_and_absent_after_the_end() {
         let own = NonZeroU32::new(std::process::id()).unwrap();
         assert!(started(own).unwrap().is_some());
         assert_eq!(started(own), started(own));
@@ -283,7 +283,7 @@ mod tests {
         assert_eq!(began.boot, started(own).unwrap().unwrap().boot);
         assert!(began.ticks >= started(own).unwrap().unwrap().ticks);
         drop(child.stdin.take());
-        // It ends and stays a zombie, since nobody has waited for it.
+        // It ends and stays a zombie, since it is not waited for.
         let exited = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
         let id = rustix::process::Pid::from_child(&child);
         rustix::process::waitid(rustix::process::WaitId::Pid(id), exited).unwrap();
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_without_a_name_is_told_by_number() {
+    fn user_without_a_name_is_shown_by_uid() {
         assert_eq!(user_name(0), "root");
         assert_eq!(user_name(3_999_999_999), "uid 3999999999");
         assert_eq!(user_name(ENGINE_UID), "uid 2100008974, root's landfall engine");

@@ -1,13 +1,13 @@
-//! Random bytes of the kernel.
+//! Random bytes from the kernel.
 
 use std::io;
 
 use rustix::rand::GetRandomFlags;
 
-/// The most bytes that come whole: `getrandom(2)` is not interrupted up to here.
+/// The most bytes per call: `getrandom(2)` returns up to this many without interruption.
 const BYTES_MAX: usize = 256;
 
-/// Random bytes, fit for secrets.
+/// Returns random bytes, fit for secrets.
 ///
 /// # Errors
 /// Those of `getrandom(2)`.

@@ -1,4 +1,4 @@
-//! Descriptors that a task can wait for.
+//! Descriptors whose readiness a task can await.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Has the runtime watch a descriptor.
+/// Registers a descriptor with the runtime.
 ///
 /// # Errors
-/// Those of `epoll_ctl(2)`; none is known for sockets and pidfds but running out of memory or watches.
+/// Those of `epoll_ctl(2)`; for sockets and pidfds only running out of memory or watches is known.
 #[expect(
     deprecated,
     reason = "what takes its place is unsafe, for types whose descriptor may change or close under it; an `OwnedFd` does neither"

@@ -8,16 +8,18 @@ use std::path::Path;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// Hosts that wait to be accepted.
+/// The most connections that wait to be accepted.
 const BACKLOG: i32 = 16;
 
 /// Binds a listening socket of this mode and renames it to `name` in `directory`, replacing a file of that name. Returns the
 /// socket, and the device and inode of its file.
 pub(crate) fn appear(directory: &Path, name: &str, mode: u32) -> io::Result<(OwnedFd, (u64, u64))> {
-    // Under a name of chance first: containers count their processes alike, so a process id would name nobody.
-    let aside = tempfile::Builder::new().prefix(".socket-").make_in(directory, |path| bind(path, mode))?;
-    let file = aside.path().symlink_metadata()?;
-    let socket = aside.persist(directory.join(name)).map_err(|refused| refused.error)?;
+    // Bound under a random name first. The process id would not be unique: processes of several containers have equal
+    // ids.
+    let temporary =
+        tempfile::Builder::new().prefix(".socket-").make_in(directory, |path| bind(path, mode))?;
+    let file = temporary.path().symlink_metadata()?;
+    let socket = temporary.persist(directory.join(name)).map_err(|refused| refused.error)?;
     Ok((socket, (file.dev(), file.ino())))
 }
 

@@ -1,7 +1,7 @@
-//! The environment variables that hold a token of a container.
+//! The environment variables that hold tokens of a container.
 //!
-//! A verb that runs in such an environment may start the daemon, whose environment `/proc/PID/environ` shows for as long as it
-//! runs, and which its children inherit.
+//! A verb that runs in such an environment may start the daemon, whose environment `/proc/PID/environ` shows for its
+//! whole life, and which its children inherit.
 
 use std::process::Command;
 
@@ -15,12 +15,12 @@ const VARIABLES: [&str; 6] = [
     "TYPECLAW_HOSTD_BROKER_TOKEN",
 ];
 
-/// Removes them from the environment of a program that is about to be started.
+/// Removes the variables from the environment of a program to start.
 pub(crate) fn remove_from(command: &mut Command) -> &mut Command {
     VARIABLES.iter().fold(command, |command, name| command.env_remove(name))
 }
 
-/// Whether this process has any of them.
+/// Whether this process has any of the variables.
 pub(crate) fn are_set() -> bool {
     VARIABLES.iter().any(|name| std::env::var_os(name).is_some())
 }

@@ -1,4 +1,4 @@
-//! Which users of this machine may receive a secret of ours.
+//! The users of this machine that may receive a secret of this daemon.
 
 use std::fmt;
 
@@ -8,8 +8,9 @@ use super::launcher::owners_of_sockets;
 use crate::model::name::escape;
 use crate::sys::processes::{self, ProcessFact};
 
-/// Whether a socket of this user may receive a secret: of root, which the daemon cannot keep anything from; of the daemon's
-/// own user; and of the user that root's engine changes to. Docker publishes ports as root or, rootless, as the daemon's user.
+/// Whether a socket of this user may receive a secret. That is true for root, from which the daemon cannot keep a
+/// secret, for the daemon's own user, and for the user that root's engine changes to. Docker publishes ports as root
+/// or, if rootless, as the daemon's user.
 pub(crate) fn is_ours(uid: u32) -> bool {
     uid == 0 || own_uids().contains(&uid)
 }
@@ -21,12 +22,12 @@ pub(crate) struct Holder {
     pub(crate) uid: u32,
     /// The socket's inode.
     pub(crate) inode: u64,
-    /// Absent where `/proc` does not show the process to us.
+    /// `None` if `/proc` does not show the process to this user.
     pub(crate) process: Option<ProcessFact>,
 }
 
 impl Holder {
-    /// Looks for the process, on a thread of its own: a walk over all processes may take tens of milliseconds.
+    /// Finds the process, on another thread: a walk over all processes may take tens of milliseconds.
     pub(crate) async fn find_process(&mut self) {
         let inode = self.inode;
         let found = tokio::task::spawn_blocking(move || owners_of_sockets(&[inode])).await;
@@ -54,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_holder_is_shown_with_process_name_and_number_as_far_as_they_are_known() {
+    fn holder_is_shown_with_process_user_and_uid() {
         let process = Some(ProcessFact { name: "nc\u{1b}[2J".to_owned(), pid: 7 });
         assert_eq!(Holder { uid: 0, inode: 1, process }.to_string(), "nc\\u{1b}[2J (pid 7) of root (uid 0)");
         let nameless = Holder { uid: 3_999_999_999, inode: 1, process: None };
@@ -62,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn root_and_this_user_are_ours() {
+    fn root_and_this_user_may_receive_secrets() {
         assert!(is_ours(0) && is_ours(rustix::process::geteuid().as_raw()));
         assert!(!is_ours(3_999_999_999));
     }

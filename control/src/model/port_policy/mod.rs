@@ -1,14 +1,16 @@
-//! Decides which ports of a container may be exposed, and at which ports of the host. Pure: a port goes in, a decision
-//! with its reason comes out. Every path asks here: watched, announced and reserved ports, and forwards without a daemon.
+//! Decides which ports of a container may be exposed, and at which host ports. Pure: the input is a port, the output a
+//! decision with its reason. All kinds of forwards use it: watched, announced and reserved ports, and forwards without
+//! a daemon.
 //!
-//! A deny list wins over an allow list. Without an allow list every port from 1024 is allowed. A port below 1024 is that of
-//! a service of the machine (ssh, a mail server), so it is exposed only where the allow list names it, alone or in a range.
-//! `*` means "every port from 1024" and names none.
+//! A deny list wins over an allow list. Without an allow list every port from 1024 is allowed. A port below 1024
+//! usually belongs to a service of the machine (ssh, a mail server), so it is exposed only if the allow list names it,
+//! alone or in a range. `*` means "every port from 1024" and names none.
 //!
-//! Two numbers of a forward can differ, so there are two questions. [`Policy::decide`] is about a port of the host, and about
-//! the port inside where both have the same number. [`Policy::decide_target`] is about the port inside alone. A reserved
-//! forward needs both: its host port is one that an automatic forward could bind, too. The reference checks the port inside
-//! only (wire specification, A.3.8), so a container that is allowed one port could take any port of the host.
+//! A forward has two ports, which can differ, so there are two decisions. [`Policy::decide`] is about a host port, and
+//! about the container's port if both have the same number. [`Policy::decide_target`] is about the container's port
+//! alone. A reserved forward needs both: its host port is one that an automatic forward could bind, too. The reference
+//! checks the container's port only (wire specification, A.3.8), so a container that is allowed one port could take any
+//! host port.
 //!
 //! No policy allows a port on which landfall itself listens ([`ControlPorts`]).
 
@@ -24,24 +26,24 @@ pub use wire::{Allow, PortForward, PortForwardError, port_of};
 
 mod wire;
 
-/// The port on which a container answers its daemon; never forwarded, even where it is listed (wire specification, A.0.1
-/// and A.5).
+/// The port on which a container answers its daemon. It is never forwarded, even if a list names it (wire
+/// specification, A.0.1 and A.5).
 pub const CONTAINER_PORT: u16 = 8973;
 
-/// The port on which the daemon prefers to answer containers (wire specification, A.2).
+/// The preferred port of the daemon's HTTP endpoint (wire specification, A.2).
 pub const HTTP_PORT: u16 = 8974;
 
-/// The ports on which a verb listens unless another one is named: `agent`, the daemon, `ui`, `bridge serve` (front and
-/// relay), `mesh serve`, and `up --claudemesh`.
+/// The default ports of the verbs that listen: `agent`, the daemon, `ui`, `bridge serve` (front and relay), `mesh
+/// serve`, and `up --claudemesh`.
 const OWN_PORTS: [u16; 7] = [CONTAINER_PORT, HTTP_PORT, 8975, 8788, 8789, 7900, 47823];
 
-/// The ports of the host that no forward binds, because landfall itself listens there, now or as soon as a verb is used.
-/// A container that had one of them first would be taken for landfall.
+/// The host ports that no forward binds, because landfall itself listens there, now or as soon as a verb is used.
+/// Programs would take a container that had bound one of them for landfall.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ControlPorts(BTreeSet<NonZeroU16>);
 
 impl ControlPorts {
-    /// The usual ports, and `bound`: those on which this process listens.
+    /// The default ports, and `bound`: those on which this process listens.
     pub fn new(bound: impl IntoIterator<Item = NonZeroU16>) -> ControlPorts {
         ControlPorts(bound.into_iter().collect())
     }
@@ -52,13 +54,14 @@ impl ControlPorts {
     }
 }
 
-/// The first port that needs no naming.
+/// The first port that a list need not name.
 pub const FIRST_UNPRIVILEGED: u16 = 1024;
 
 /// A list such as `3000,5173,8000-8100` or `80,*`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortList {
-    /// In ascending order, apart from each other: a label can hold thousands, and each port of a container is looked up.
+    /// In ascending order and not touching each other: a label can hold thousands, and each port of a container is
+    /// looked up.
     ranges: Vec<RangeInclusive<u16>>,
     any: bool,
 }
@@ -76,7 +79,7 @@ impl PortList {
         PortList { ranges, any }
     }
 
-    /// Whether the list names `port` itself or a range around it.
+    /// Whether the list names `port` itself or a range that contains it.
     pub fn names(&self, port: NonZeroU16) -> bool {
         let after = self.ranges.partition_point(|range| *range.start() <= port.get());
         let range = after.checked_sub(1).and_then(|at| self.ranges.get(at));
@@ -93,14 +96,14 @@ impl PortList {
         !self.any && self.ranges.is_empty()
     }
 
-    /// Both lists as one.
+    /// Returns the union of both lists.
     #[must_use]
     pub fn and(&self, other: &PortList) -> PortList {
         PortList::new([&self.ranges[..], &other.ranges].concat(), self.any || other.any)
     }
 }
 
-/// The form that [`PortList::from_str`] reads.
+/// Writes the form that [`PortList::from_str`] reads.
 impl fmt::Display for PortList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut comma = "";
@@ -115,16 +118,16 @@ impl fmt::Display for PortList {
     }
 }
 
-/// What is wrong with a port list.
+/// The reason that a port list is invalid.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PortListError {
-    /// Nothing between two commas, or nothing at all.
+    /// An item is empty.
     #[error("a port is missing in \"{0}\"")]
     Missing(String),
     /// Neither a number from 1 to 65535, nor a range, nor `*`.
     #[error("\"{0}\" is not a port from 1 to 65535")]
     NotAPort(String),
-    /// `8100-8000`.
+    /// A range such as `8100-8000`.
     #[error("the range {0}-{1} ends before it begins")]
     Backwards(u16, u16),
 }
@@ -157,7 +160,7 @@ impl FromStr for PortList {
 
 fn port(text: &str, item: &str) -> Result<u16, PortListError> {
     let digits = text.trim();
-    // `u16::from_str` takes a plus sign; people do not write one.
+    // `u16::from_str` accepts a plus sign.
     if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(PortListError::NotAPort(item.to_owned()));
     }
@@ -167,27 +170,27 @@ fn port(text: &str, item: &str) -> Result<u16, PortListError> {
 /// The policy of one namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// If there is one, only what it holds may be exposed.
+    /// If set, only these ports may be exposed.
     pub allow: Option<PortList>,
-    /// Never exposed.
+    /// These ports are never exposed.
     pub deny: PortList,
 }
 
 /// Whether a port may be exposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// It may.
+    /// It may be exposed.
     Allow,
     /// It may not.
     Deny(DenyReason),
 }
 
-/// Why a port is not exposed.
+/// The reason that a port is not exposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DenyReason {
     /// A deny list contains it.
     Denied,
-    /// There is an allow list, and it does not contain it.
+    /// The allow list does not contain it.
     NotAllowed,
     /// Below 1024, and no allow list names it.
     Privileged,
@@ -210,7 +213,7 @@ impl fmt::Display for DenyReason {
 }
 
 impl Policy {
-    /// Decides whether a forward may bind `port` on the host, and lead to the same port inside.
+    /// Decides whether a forward may bind `port` on the host, and lead to the same container port.
     pub fn decide(&self, port: NonZeroU16, control: &ControlPorts) -> Decision {
         match self.decide_target(port) {
             Decision::Allow if control.contains(port) => Decision::Deny(DenyReason::ControlPort),
@@ -221,7 +224,7 @@ impl Policy {
         }
     }
 
-    /// Decides whether a forward may lead to `port` inside, whatever its port on the host is.
+    /// Decides whether a forward may lead to the container's `port`, whatever its host port is.
     pub fn decide_target(&self, port: NonZeroU16) -> Decision {
         if port.get() == CONTAINER_PORT {
             return Decision::Deny(DenyReason::ContainerPort);
@@ -261,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn without_lists_everything_from_1024_is_allowed() {
+    fn without_lists_every_port_from_1024_is_allowed() {
         let policy = policy(None, None);
         assert_eq!(decide(&policy, 1024), Decision::Allow);
         assert_eq!(decide(&policy, 65535), Decision::Allow);
@@ -269,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn an_allow_list_excludes_what_it_does_not_hold() {
+    fn allow_list_excludes_all_other_ports() {
         let policy = policy(Some("3000, 8000-8100"), None);
         assert_eq!(decide(&policy, 3000), Decision::Allow);
         assert_eq!(decide(&policy, 8100), Decision::Allow);
@@ -277,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_below_1024_must_be_named() {
+    fn port_below_1024_must_be_named() {
         assert_eq!(decide(&policy(Some("80"), None), 80), Decision::Allow);
         assert_eq!(decide(&policy(Some("3000"), None), 80), Decision::Deny(DenyReason::NotAllowed));
         assert_eq!(decide(&policy(Some("1-1023"), None), 80), Decision::Allow);
@@ -293,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_landfall_is_denied_whatever_the_lists_are() {
+    fn own_ports_are_denied_by_every_policy() {
         for number in [8974, 8975, 8788, 8789, 7900, 47823, 40000] {
             let listed = number.to_string();
             for allow in [None, Some("*"), Some(listed.as_str())] {
@@ -312,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn the_port_inside_may_be_below_1024_where_the_port_of_the_host_is_not() {
+    fn container_port_may_be_below_1024() {
         assert_eq!(policy(None, None).decide_target(port(80)), Decision::Allow);
         assert_eq!(
             policy(Some("3000"), None).decide_target(port(80)),
@@ -322,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_list_says_which_part_is_bad() {
+    fn error_names_the_invalid_item() {
         let bad = |text: &str| text.parse::<PortList>().unwrap_err().to_string();
         assert_eq!(bad(""), "a port is missing in \"\"");
         assert_eq!(bad("3000,,4"), "a port is missing in \"3000,,4\"");
@@ -336,12 +339,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_parsed_or_refused_without_a_panic(text in ".{0,64}") {
+        fn any_text_is_parsed_or_rejected(text in ".{0,64}") {
             let _ = text.parse::<PortList>();
         }
 
         #[test]
-        fn a_list_names_exactly_its_ranges(
+        fn list_names_exactly_its_ranges(
             ranges in prop::collection::vec((1u16..300, 0u16..20), 1..20),
             probe in 1u16..400,
         ) {

@@ -1,8 +1,8 @@
-//! The policy as registrations carry it (wire specification, A.5): `{"allow": "*" | int[], "deny"?: int[]}`. Pure.
+//! The policy in registrations (wire specification, A.5): `{"allow": "*" | int[], "deny"?: int[]}`. Pure.
 //!
-//! Ours may carry more fields. `privileged` holds ports below 1024 that somebody named beside `*`. A long run of ports, such as
-//! 40000 to 55000, would fill a request by itself, so it stands in `allowRanges` or `denyRanges` as a pair of its ends,
-//! beside the list that holds the others.
+//! Landfall adds fields. `privileged` holds ports below 1024 that a user named in addition to `*`. A long run of ports,
+//! such as 40000 to 55000, would fill a request by itself, so it is in `allowRanges` or `denyRanges` as a pair of its
+//! ends, and the list holds the other ports.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU16;
@@ -14,18 +14,18 @@ use thiserror::Error;
 
 use super::{FIRST_UNPRIVILEGED, Policy, PortList};
 
-/// Which ports of a container may be exposed.
+/// The ports of a container that may be exposed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortForward {
-    /// What may be.
+    /// The allowed ports.
     pub allow: Allow,
-    /// What may not be, of all.
+    /// Exceptions from "all ports".
     pub deny: Option<BTreeSet<NonZeroU16>>,
-    /// What may be below 1024, beside all from there on.
+    /// Ports below 1024 that are allowed in addition to all others.
     pub privileged: Option<BTreeSet<NonZeroU16>>,
 }
 
-/// What may be exposed.
+/// The allowed ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Allow {
     /// `"*"`.
@@ -35,7 +35,7 @@ pub enum Allow {
     Ports(BTreeSet<NonZeroU16>),
 }
 
-/// From how many ports on a run of them is told by its ends.
+/// The shortest run of ports that is written as a range.
 const RUN: usize = 16;
 
 impl Serialize for PortForward {
@@ -55,7 +55,7 @@ impl Serialize for PortForward {
     }
 }
 
-/// A list, and the runs in it where there are any.
+/// Writes a list of ports, and its long runs as ranges.
 fn entries<M: SerializeMap>(
     fields: &mut M,
     [list, ranges]: [&str; 2],
@@ -69,25 +69,25 @@ fn entries<M: SerializeMap>(
     if ends.is_empty() { Ok(()) } else { fields.serialize_entry(ranges, &ends) }
 }
 
-/// What is wrong with a policy.
+/// The reason that a policy is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PortForwardError {
     /// Not an object.
     #[error("portForward must be an object")]
     NotAnObject,
-    /// A list with something else than ports in it, or no list.
+    /// A list is not a list of ports.
     #[error("portForward.{0} must be {expected}", expected = if *.0 == "allow" { "\"*\" or a list of ports from 1 to 65535" } else { "a list of ports from 1 to 65535" })]
     List(&'static str),
-    /// Ranges that are none.
+    /// The ranges are invalid.
     #[error("portForward.{0} must be a list of pairs of ports, the lower one first")]
     Ranges(&'static str),
-    /// A list of what is denied, beside a list of what is allowed.
+    /// `deny` together with a list of allowed ports.
     #[error("portForward.deny is only meaningful when allow is \"*\"")]
     Both,
 }
 
 impl PortForward {
-    /// Takes the JSON form. An absent `allow` is `"*"`.
+    /// Parses the JSON form. An absent `allow` is `"*"`.
     ///
     /// # Errors
     /// [`PortForwardError`].
@@ -121,7 +121,7 @@ impl PortForward {
         below.filter(|port| !is_denied(port)).copied().collect()
     }
 
-    /// With these ports below 1024 exposed as well; ports from there on are ignored.
+    /// Adds ports below 1024 to the exposed ones; higher ports in `ports` are ignored.
     #[must_use]
     pub fn with_privileged(mut self, ports: &BTreeSet<NonZeroU16>) -> PortForward {
         let privileged = ports.iter().copied().filter(|port| port.get() < FIRST_UNPRIVILEGED);
@@ -132,7 +132,7 @@ impl PortForward {
         self
     }
 
-    /// Whether anything can ever be exposed.
+    /// Whether no port can be exposed.
     pub fn is_off(&self) -> bool {
         matches!(&self.allow, Allow::Ports(ports) if ports.is_empty())
     }
@@ -163,7 +163,7 @@ impl From<&Policy> for PortForward {
         }
         let deny = all(&policy.deny);
         match &policy.allow {
-            // The wire has no list of both kinds: what is denied is not allowed in the first place.
+            // The wire has no policy with both lists, so denied ports are removed from the allowed ones.
             Some(allow) if !allow.any => {
                 let ports = all(allow).difference(&deny).copied().collect();
                 PortForward { allow: Allow::Ports(ports), deny: None, privileged: None }
@@ -176,7 +176,7 @@ impl From<&Policy> for PortForward {
     }
 }
 
-/// A JSON number that is a port. JavaScript knows one kind of number, so 5173.0 is one as well.
+/// Parses a JSON number as a port. JavaScript has one kind of number, so 5173.0 is a port, too.
 pub fn port_of(value: &Value) -> Option<NonZeroU16> {
     if let Some(whole) = value.as_u64() {
         return u16::try_from(whole).ok().and_then(NonZeroU16::new);
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn the_forms_of_the_wire_are_read() {
+    fn wire_forms_are_parsed() {
         assert_eq!(PortForward::from_value(&json!({})), Ok(PortForward::default()));
         for whole in [
             json!({"allow": "*"}),
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_run_of_ports_takes_no_room() {
+    fn long_run_of_ports_is_written_as_a_range() {
         let policy = json!({"allow": "*", "deny": [80, 9229], "denyRanges": [[3000, 3015], [40000, 65535]]});
         let read = PortForward::from_value(&policy).unwrap();
         assert_eq!(read.deny.as_ref().unwrap().len(), 2 + 16 + 25_536);
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wire_decides_as_the_command_line_does() {
+    fn wire_policy_decides_like_the_command_line() {
         assert_eq!(decide(json!({"allow": "*"}), 5173), Decision::Allow);
         assert_eq!(decide(json!({"allow": "*"}), 65535), Decision::Allow);
         assert_eq!(decide(json!({"allow": "*"}), 80), Decision::Deny(DenyReason::Privileged));
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_command_line_says_survives_the_wire() {
+    fn command_line_policy_survives_the_wire() {
         let policy = |allow: Option<&str>, deny: &str| Policy {
             allow: allow.map(|list| list.parse().unwrap()),
             deny: if deny.is_empty() { PortList::default() } else { deny.parse().unwrap() },

@@ -17,7 +17,8 @@ use super::link;
 use super::wire::{self, Message, Step};
 use crate::sys::event_loop;
 
-/// Runs the inner half of the protocol. Returns only if the command did not begin; the outer process has been told.
+/// Runs the inner half of the protocol. Returns only if the command did not start; the outer process has received the
+/// reason.
 pub fn main(command: &[OsString]) {
     // Above the three standard descriptors, and closed by `exec`.
     let Ok(channel) = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else { return };
@@ -27,7 +28,7 @@ pub fn main(command: &[OsString]) {
     }
 }
 
-/// Fails with the step that failed, or with none if the outer process is gone.
+/// Returns the step that failed; `None` if the outer process is gone.
 fn become_command(
     channel: &std::os::fd::OwnedFd,
     command: &[OsString],
@@ -38,43 +39,44 @@ fn become_command(
     drop(input);
 
     let user = unshare().map_err(at(Step::Unshare))?;
-    say(channel, Message::Unshared { user })?;
-    hear(channel, Message::Mapped)?;
+    send_message(channel, Message::Unshared { user })?;
+    expect_message(channel, Message::Mapped)?;
     link::bring_loopback_up().map_err(at(Step::Loopback))?;
-    say(channel, Message::Ready)?;
+    send_message(channel, Message::Ready)?;
     let mut due = wire::receive(channel).map_err(|_| None)?;
     if due == Some(Message::Filter) {
         install_filter(channel)?;
         due = wire::receive(channel).map_err(|_| None)?;
     }
-    due.filter(|word| *word == Message::Go).ok_or(None)?;
+    due.filter(|message| *message == Message::Go).ok_or(None)?;
 
     let (program, arguments) = command.split_first().ok_or(None)?;
-    // A landfall that is killed takes the command with it. Asked for last, since a change of credentials, such as
-    // entering a user namespace, may clear it; a parent that died before this is seen by the next word.
+    // If landfall is killed, the command gets SIGTERM. This is set last, since a change of credentials, such as
+    // entering a user namespace, may clear it. If the parent died before this, the next message fails.
     rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).map_err(at(Step::ParentDeath))?;
     event_loop::unblock().map_err(|_| Some((Step::Signals, Errno::INVAL)))?;
     let error = Command::new(program).args(arguments).exec();
     Err(Some((Step::Exec, error.raw_os_error().map_or(Errno::NOENT, Errno::from_raw_os_error))))
 }
 
-/// Installs the filter of native sockets, and passes the descriptor of its notifications out. A refusal of the kernel
-/// is reported and is not a failure.
+/// Installs the filter of native sockets, and sends the descriptor of its notifications to the outer process. A refusal
+/// of the kernel is reported and is not a failure.
 fn install_filter(channel: &std::os::fd::OwnedFd) -> Result<(), Option<(Step, Errno)>> {
     let notifications = match native::install() {
         Ok(notifications) => notifications,
-        Err(error) => return say(channel, Message::NotFiltered { error }),
+        Err(error) => return send_message(channel, Message::NotFiltered { error }),
     };
-    // The channel belongs to the namespace that it was made in.
+    // A socket belongs to the network namespace in which it was created, so the channel's cookie is that of the outer
+    // one.
     let inside = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None);
     let cookie = inside.map_err(std::io::Error::from).and_then(netns_cookie);
     let netns_cookie =
         cookie.map_err(|error| Some((Step::Filter, Errno::from_io_error(&error).unwrap_or(Errno::IO))))?;
-    say(channel, Message::Filtered { netns_cookie })?;
+    send_message(channel, Message::Filtered { netns_cookie })?;
     wire::send_descriptor(channel, notifications.as_fd()).map_err(|errno| Some((Step::Filter, errno)))
 }
 
-/// Root may do without a user namespace where those are forbidden. Tells whether there is one.
+/// Creates the namespaces. Returns whether a user namespace is among them: root does without one if they are forbidden.
 fn unshare() -> Result<bool, Errno> {
     let flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET;
     let Err(refused) = nix::sched::unshare(flags) else { return Ok(true) };
@@ -84,13 +86,13 @@ fn unshare() -> Result<bool, Errno> {
     Err(Errno::from_raw_os_error(refused as i32))
 }
 
-fn say(channel: &std::os::fd::OwnedFd, word: Message) -> Result<(), Option<(Step, Errno)>> {
-    wire::send(channel, word).map_err(|_| None)
+fn send_message(channel: &std::os::fd::OwnedFd, message: Message) -> Result<(), Option<(Step, Errno)>> {
+    wire::send(channel, message).map_err(|_| None)
 }
 
-fn hear(channel: &std::os::fd::OwnedFd, due: Message) -> Result<(), Option<(Step, Errno)>> {
+fn expect_message(channel: &std::os::fd::OwnedFd, due: Message) -> Result<(), Option<(Step, Errno)>> {
     match wire::receive(channel) {
-        Ok(Some(word)) if word == due => Ok(()),
+        Ok(Some(message)) if message == due => Ok(()),
         _ => Err(None),
     }
 }

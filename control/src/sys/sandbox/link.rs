@@ -1,4 +1,4 @@
-//! Brings up the loopback interface of the network namespace that we are in.
+//! Brings up the loopback interface of this thread's network namespace.
 //!
 //! One `RTM_NEWLINK` of 32 bytes over rtnetlink, and its acknowledgement (`rtnetlink(7)`, `netlink(7)`,
 //! `include/uapi/linux/rtnetlink.h`). Written out here, since a netlink crate would bring a hundred message kinds
@@ -7,7 +7,7 @@
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-/// `lo` is made with its namespace and is always its first interface (`LOOPBACK_IFINDEX`, `include/linux/if.h`).
+/// `lo` is created with its namespace and is always its first interface (`LOOPBACK_IFINDEX`, `include/linux/if.h`).
 const LOOPBACK_INDEX: i32 = 1;
 const RTM_NEWLINK: u16 = 16;
 const NLM_F_REQUEST: u16 = 1;
@@ -19,7 +19,7 @@ const MESSAGE_BYTES: u32 = 32;
 /// Sets `IFF_UP` on `lo`; needs CAP_NET_ADMIN in this network namespace.
 pub(super) fn bring_loopback_up() -> Result<(), Errno> {
     let flags = SocketFlags::CLOEXEC;
-    // NETLINK_ROUTE is 0, the protocol that one gets by naming none.
+    // The default protocol 0 is NETLINK_ROUTE.
     let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
     rustix::net::send(&socket, &request(), SendFlags::empty())?;
     let mut answer = [0; 256];
@@ -44,7 +44,7 @@ fn request() -> Vec<u8> {
     message
 }
 
-/// An acknowledgement is an `NLMSG_ERROR` whose code is 0; any other code is an errno with its sign turned.
+/// An acknowledgement is an `NLMSG_ERROR` with code 0; any other code is a negated errno.
 fn acknowledged(answer: &[u8]) -> Result<(), Errno> {
     let kind = answer.get(4..6).and_then(|bytes| bytes.try_into().ok()).map(u16::from_ne_bytes);
     let code = answer.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
@@ -60,13 +60,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_request_is_as_long_as_it_says() {
+    fn request_has_the_length_in_its_header() {
         assert_eq!(request().len(), 32);
         assert_eq!(request().get(..4), Some(32u32.to_ne_bytes().as_slice()));
     }
 
     #[test]
-    fn an_answer_that_is_no_acknowledgement_is_an_error() {
+    fn answer_other_than_an_acknowledgement_is_an_error() {
         let mut answer = vec![0; 36];
         answer.splice(4..6, NLMSG_ERROR.to_ne_bytes());
         assert_eq!(acknowledged(&answer), Ok(()));

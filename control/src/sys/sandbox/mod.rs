@@ -1,28 +1,30 @@
-//! A command in a user and a network namespace of its own, with or without root.
+//! A command in a user namespace and a network namespace of its own, with or without root.
 //!
-//! Two processes meet over one `SOCK_SEQPACKET` pair. The inner one is this program again, as `landfall _sandbox`,
-//! since only a process with a single thread may move into a new user namespace; in the end it becomes the command.
+//! Two processes exchange messages over one `SOCK_SEQPACKET` pair. The inner one is this program again, as `landfall
+//! _sandbox`, since only a process with a single thread may enter a new user namespace; at the end it becomes the
+//! command.
+//!
 //!
 //! ```text
 //!  outside (this module)                      inside (`inside`)
 //!  spawn, with the pair as standard input
-//!  the real standard input ──────────────►    puts it where it belongs
+//!  the real standard input ──────────────►    becomes standard input
 //!                          ◄────── Unshared   unshare(user, net)
 //!  writes uid_map, gid_map, Mapped ───────►   brings lo up
 //!                          ◄────────── Ready
-//!  Filter, where sockets may be native ──►    installs the filter
+//!  Filter, if sockets may be native ──────►   installs the filter
 //!                          ◄─────── Filtered, with the descriptor of its notifications
 //!  starts forwarding, pasta
 //!  Go ────────────────────────────────────►   exec COMMAND
-//!                          ◄─ end of file     the pair is closed on exec: it worked
+//!                          ◄─ end of file     the pair is closed on exec: success
 //! ```
 //!
-//! The pair travels as standard input, because that is the one descriptor which safe code can give to a child and
-//! take out again by name. Whoever sees the other end close ends: no half-made sandbox is left behind.
+//! The pair is passed as standard input, because that is the one descriptor which safe code can give to a child and
+//! take out again by name. Each process ends when the other end closes, so no incomplete sandbox is left.
 //!
-//! Who one is inside: a user stays that user, the only one there is (a one-line map, `setgroups` denied, as
-//! `user_namespaces(7)` demands of the unprivileged). Root keeps every user that it has outside, so that a server
-//! which starts as root and goes on as `www-data` can.
+//! Users inside: an ordinary user stays the same and only user (a one-line map, `setgroups` denied, as
+//! `user_namespaces(7)` demands of the unprivileged). Root keeps every user that it has outside, so that a server can
+//! start as root and change to `www-data`.
 
 pub mod inside;
 pub mod keeper;
@@ -47,19 +49,19 @@ use thiserror::Error;
 use wire::Message;
 pub use wire::Step;
 
-/// Why there is no sandbox, or no command in it.
+/// The reason that a sandbox or its command could not be started.
 #[derive(Debug, Error)]
 pub enum SandboxError {
-    /// The inner process could not be made or talked to.
+    /// The inner process could not be started, or the channel to it failed.
     #[error("cannot start a process for the sandbox")]
     Start(#[source] io::Error),
-    /// The inner process ended before it was told to become the command.
+    /// The inner process ended before it became the command.
     #[error("the process of the sandbox ended before the command began")]
     Ended,
     /// One step of the inner process failed.
     #[error("{step}: {}", io::Error::from_raw_os_error(*.errno))]
     Step {
-        /// Which one.
+        /// The step.
         step: Step,
         /// The kernel's answer.
         errno: i32,
@@ -72,24 +74,24 @@ pub enum SandboxError {
 /// The filter of a command that has not started.
 #[derive(Debug)]
 pub struct Filtered {
-    /// The descriptor that its notifications come from.
+    /// The descriptor of its notifications.
     pub notifications: OwnedFd,
     /// `SO_NETNS_COOKIE` of the sandbox.
     pub netns_cookie: u64,
 }
 
-/// A sandbox whose command has not begun.
+/// A sandbox whose command has not started.
 #[derive(Debug)]
 pub struct Sandbox {
-    // The channel goes first: the inner process ends when it sees it close, and is waited for after that.
+    // The channel is dropped first: the inner process ends when it closes, and is waited for after that.
     channel: Option<OwnedFd>,
     child: Option<Child>,
     has_user_namespace: bool,
 }
 
 impl Sandbox {
-    /// Makes the namespaces, with `lo` up. `command` is what [`Sandbox::start`] will begin; it may be empty for a
-    /// sandbox that is only looked at.
+    /// Creates the namespaces, with `lo` up. `command` is started by [`Sandbox::start`]; it may be empty for a sandbox
+    /// that only shows whether namespaces can be created.
     ///
     /// The command's parent-death signal follows the calling thread: it must live as long as the command.
     pub fn make(command: &[OsString]) -> Result<Sandbox, SandboxError> {
@@ -107,16 +109,16 @@ impl Sandbox {
         wire::send_descriptor(sandbox.channel()?, rustix::stdio::stdin())
             .map_err(|errno| SandboxError::Start(errno.into()))?;
         sandbox.has_user_namespace =
-            sandbox.hear(Message::Unshared { user: true })? == (Message::Unshared { user: true });
+            sandbox.expect_message(Message::Unshared { user: true })? == (Message::Unshared { user: true });
         if sandbox.has_user_namespace {
             map_users(sandbox.pid())?;
         }
-        sandbox.say(Message::Mapped)?;
-        sandbox.hear(Message::Ready)?;
+        sandbox.send_message(Message::Mapped)?;
+        sandbox.expect_message(Message::Ready)?;
         Ok(sandbox)
     }
 
-    /// Whether there is a user namespace, too. Root does without one where those are forbidden.
+    /// Whether the sandbox has a user namespace. Root does without one if they are forbidden.
     pub fn has_user_namespace(&self) -> bool {
         self.has_user_namespace
     }
@@ -126,13 +128,13 @@ impl Sandbox {
         self.child.as_ref().map_or(0, Child::id)
     }
 
-    /// Has the command run under the filter of native sockets. The notifications have to be answered from the moment at which
-    /// the command starts.
+    /// Installs the filter of native sockets for the command. The caller must answer the notifications as soon as the
+    /// command starts.
     ///
     /// # Errors
-    /// The kernel's refusal; the command then runs without the filter. [`SandboxError`] where the sandbox has ended.
+    /// The kernel's refusal: then the command runs without the filter. [`SandboxError`] if the sandbox has ended.
     pub fn filter(&self) -> Result<Result<Filtered, InstallError>, SandboxError> {
-        self.say(Message::Filter)?;
+        self.send_message(Message::Filter)?;
         let start = |errno: Errno| SandboxError::Start(errno.into());
         match wire::receive(self.channel()?).map_err(start)? {
             Some(Message::Filtered { netns_cookie }) => {
@@ -146,9 +148,9 @@ impl Sandbox {
         }
     }
 
-    /// Lets the inner process become the command; returns when it has.
+    /// Makes the inner process become the command. Returns when it has.
     pub fn start(mut self) -> Result<Child, SandboxError> {
-        self.say(Message::Go)?;
+        self.send_message(Message::Go)?;
         match wire::receive(self.channel()?).map_err(|errno| SandboxError::Start(errno.into()))? {
             None => self.child.take().ok_or(SandboxError::Ended),
             Some(Message::Failed { step, errno }) => Err(SandboxError::Step { step, errno }),
@@ -160,17 +162,17 @@ impl Sandbox {
         self.channel.as_ref().ok_or(SandboxError::Ended)
     }
 
-    fn say(&self, word: Message) -> Result<(), SandboxError> {
-        wire::send(self.channel()?, word).map_err(|_| SandboxError::Ended)
+    fn send_message(&self, message: Message) -> Result<(), SandboxError> {
+        wire::send(self.channel()?, message).map_err(|_| SandboxError::Ended)
     }
 
-    /// Waits for the word that is due; [`Message::Unshared`] may come in either form.
-    fn hear(&self, due: Message) -> Result<Message, SandboxError> {
-        let heard = wire::receive(self.channel()?).map_err(|errno| SandboxError::Start(errno.into()))?;
-        match (heard, due) {
+    /// Waits for the expected message; [`Message::Unshared`] may have either value.
+    fn expect_message(&self, due: Message) -> Result<Message, SandboxError> {
+        let received = wire::receive(self.channel()?).map_err(|errno| SandboxError::Start(errno.into()))?;
+        match (received, due) {
             (Some(Message::Failed { step, errno }), _) => Err(SandboxError::Step { step, errno }),
-            (Some(word @ Message::Unshared { .. }), Message::Unshared { .. }) => Ok(word),
-            (Some(word), due) if word == due => Ok(word),
+            (Some(message @ Message::Unshared { .. }), Message::Unshared { .. }) => Ok(message),
+            (Some(message), due) if message == due => Ok(message),
             _ => Err(SandboxError::Ended),
         }
     }
@@ -198,7 +200,7 @@ fn map_users(pid: u32) -> Result<(), SandboxError> {
     if uid == 0 {
         let users = identity(&fs::read_to_string("/proc/self/uid_map").unwrap_or_default());
         let groups = identity(&fs::read_to_string("/proc/self/gid_map").unwrap_or_default());
-        // Root without CAP_SETUID may map no more than anybody else, and goes on as such below.
+        // Root without CAP_SETUID may map no more than an ordinary user, and continues as one below.
         if write("uid_map", &users).is_ok() {
             return write("gid_map", &groups);
         }
@@ -208,7 +210,7 @@ fn map_users(pid: u32) -> Result<(), SandboxError> {
     write("gid_map", &format!("{gid} {gid} 1\n"))
 }
 
-/// Turns the map of our own namespace (`inside outside count`) into one that gives a child the same users.
+/// Converts the map of this namespace (`inside outside count`) into one that gives a child the same users.
 fn identity(map: &str) -> String {
     let mut lines = String::new();
     for line in map.lines() {
@@ -225,7 +227,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_child_gets_the_users_that_we_have() {
+    fn child_gets_the_same_users() {
         assert_eq!(identity("         0          0 4294967295\n"), "0 0 4294967295\n");
         assert_eq!(identity("0 1000 1\n1 100000 65536\n"), "0 0 1\n1 1 65536\n");
         assert_eq!(identity(""), "");

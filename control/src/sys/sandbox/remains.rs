@@ -1,12 +1,12 @@
-//! What a command leaves behind in its sandbox, and the end of it.
+//! Processes that a command leaves in its sandbox, and their end.
 //!
-//! A command that ends is not always the end of what it started: `npx` passes SIGTERM to the shell between it and
-//! the dev server, and the server lives on. Anywhere else it would hold its port; in a sandbox whose forward is gone
-//! nobody could reach it, or find it. So a sandbox ends with its command, as a container does.
+//! A command can end before the processes that it started: `npx` passes SIGTERM to the shell between it and the dev
+//! server, and the server keeps running. Outside a sandbox it would hold its port; in a sandbox whose forward is closed
+//! it could be neither reached nor found. So a sandbox ends with its command, as a container does.
 //!
-//! What belongs to it is what lives in its network namespace. A process that made a namespace of its own (the
-//! renderers of a browser) is left to the process that started it. If landfall itself is killed, the keeper ends a sandbox with
-//! native sockets, and another one is left as it is.
+//! The processes of a sandbox are those in its network namespace. A process in a namespace of its own (the renderers of
+//! a browser) is left to the process that started it. If landfall itself is killed, the keeper ends a sandbox with
+//! native sockets; another sandbox keeps running.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -20,15 +20,16 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::sys::processes::{ProcessFact, process_name};
 
-/// How long what is left may take to end by itself: the other end of a pipe, or the last child of a script, is about
-/// to, and needs neither a signal nor a word.
+/// The time that the remaining processes have to end by themselves: the other end of a pipe, or the last child of a script,
+/// is about to end, and needs neither a signal nor a message.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// The network namespace of a sandbox, by what makes it one: device and inode, which stay its own while it is open.
+/// The network namespace of a sandbox, identified by device and inode, which stay its own while the file is open.
 #[derive(Debug)]
 pub struct Namespace {
     file: File,
-    /// Who was in it before the command began: the opener, and pasta where it works from inside. They end with us.
+    /// The processes in it before the command started: the opener, and pasta if it works from inside. They end with
+    /// landfall.
     ours: BTreeSet<u32>,
 }
 
@@ -39,7 +40,8 @@ pub struct Remains {
 }
 
 impl Namespace {
-    /// The one that a process is in. Whoever is in it now is ours: to be called before the command begins.
+    /// Opens the namespace that a process is in. The processes in it now count as landfall's own: call it before the
+    /// command starts.
     pub fn of(pid: u32) -> io::Result<Namespace> {
         let file = File::open(format!("/proc/{pid}/ns/net"))?;
         let mut namespace = Namespace { file, ours: BTreeSet::new() };
@@ -47,7 +49,7 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// The one that a process is in, with every process in it.
+    /// Opens the namespace that a process is in. None of its processes count as landfall's own.
     ///
     /// # Errors
     /// Those of the system.
@@ -55,14 +57,14 @@ impl Namespace {
         Ok(Namespace { file: File::open(format!("/proc/{pid}/ns/net"))?, ours: BTreeSet::new() })
     }
 
-    /// Whom the command has left in it, a moment after its end.
+    /// Returns the processes in it that remain [`GRACE`] after the end of the command.
     pub fn remains(&self) -> Remains {
         let mut remains = Remains { processes: self.processes() };
         remains.wait(Instant::now() + GRACE);
         remains
     }
 
-    /// Kills who is in it now. To be called when they have been asked to end, and had their time.
+    /// Kills the processes in it. Call it after they were asked to end and had time to.
     pub fn clear(&self) {
         Remains { processes: self.processes() }.signal(Signal::KILL);
     }
@@ -77,7 +79,8 @@ impl Namespace {
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
         pids.filter(|pid| !self.ours.contains(pid))
             .filter_map(|pid| {
-                // Held first and looked at then: what was looked at is what is held, or it has ended.
+                // The pidfd is opened before the check, so it means the process that was checked, or that one has
+                // ended.
                 let pidfd = rustix::process::pidfd_open(
                     Pid::from_raw(i32::try_from(pid).ok()?)?,
                     PidfdFlags::empty(),
@@ -93,17 +96,17 @@ impl Namespace {
 }
 
 impl Remains {
-    /// Who they are.
+    /// The processes, for messages.
     pub fn facts(&self) -> impl Iterator<Item = &ProcessFact> {
         self.processes.iter().map(|(fact, _)| fact)
     }
 
-    /// Asks them to end, by SIGTERM.
+    /// Sends them SIGTERM.
     pub fn ask_to_end(&self) {
         self.signal(Signal::TERM);
     }
 
-    /// Waits for their ends, at most until then. Forgets those that have ended; tells whether all have.
+    /// Waits for their ends until the deadline, and removes those that have ended. Returns whether all have.
     pub fn wait(&mut self, deadline: Instant) -> bool {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -124,7 +127,7 @@ impl Remains {
 
     fn signal(&self, signal: Signal) {
         for (_, pidfd) in &self.processes {
-            // It may have ended, or belong to a user whom we may not signal; no more can be done then.
+            // It may have ended, or belong to a user whom this one may not signal.
             let _ = rustix::process::pidfd_send_signal(pidfd, signal);
         }
     }

@@ -1,4 +1,4 @@
-//! The words that the two processes of a sandbox exchange: one JSON value in one datagram.
+//! The messages between the two processes of a sandbox: one JSON value in one datagram.
 
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
@@ -13,24 +13,24 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-/// Longer than any word.
-const WORD_BYTES_MAX: usize = 256;
+/// The most bytes of a message.
+const MESSAGE_BYTES_MAX: usize = 256;
 
-/// What may fail inside.
+/// The steps of the inner process that can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
     /// Taking over the real standard input.
     Input,
-    /// Leaving for new namespaces.
+    /// Entering new namespaces.
     Unshare,
     /// Bringing up the loopback interface.
     Loopback,
-    /// Passing the notifications of the filter out.
+    /// Sending the notifications of the filter to the outer process.
     Filter,
-    /// Asking for a signal at the parent's death.
+    /// Requesting a signal at the parent's death.
     ParentDeath,
-    /// Letting signals through.
+    /// Unblocking signals.
     Signals,
     /// Becoming the command.
     Exec,
@@ -50,11 +50,11 @@ impl fmt::Display for Step {
     }
 }
 
-/// One word.
+/// One message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Message {
-    /// The namespaces are made; whether a user namespace is among them.
+    /// The namespaces exist; `user` is whether a user namespace is among them.
     Unshared { user: bool },
     /// The users are mapped.
     Mapped,
@@ -64,23 +64,23 @@ pub(super) enum Message {
     Filter,
     /// It is installed; the descriptor of its notifications follows. The namespace has this `SO_NETNS_COOKIE`.
     Filtered { netns_cookie: u64 },
-    /// It is not, and the process is as it was.
+    /// It could not be installed; the process is unchanged.
     NotFiltered { error: InstallError },
     /// Become the command.
     Go,
-    /// A step failed; nothing follows.
+    /// A step failed; no messages follow.
     Failed { step: Step, errno: i32 },
 }
 
-/// Sends one word.
-pub(super) fn send(channel: impl AsFd, word: Message) -> Result<(), Errno> {
-    let text = serde_json::to_vec(&word).map_err(|_| Errno::INVAL)?;
+/// Sends one message.
+pub(super) fn send(channel: impl AsFd, message: Message) -> Result<(), Errno> {
+    let text = serde_json::to_vec(&message).map_err(|_| Errno::INVAL)?;
     rustix::io::retry_on_intr(|| rustix::net::send(&channel, &text, SendFlags::NOSIGNAL)).map(drop)
 }
 
-/// Receives one word; none at the end of the channel.
+/// Receives one message; `None` at the end of the channel.
 pub(super) fn receive(channel: impl AsFd) -> Result<Option<Message>, Errno> {
-    let mut text = [0; WORD_BYTES_MAX];
+    let mut text = [0; MESSAGE_BYTES_MAX];
     let (bytes, _) = match rustix::io::retry_on_intr(|| {
         rustix::net::recv(&channel, text.as_mut_slice(), RecvFlags::empty())
     }) {
@@ -105,7 +105,7 @@ pub(super) fn send_descriptor(channel: impl AsFd, descriptor: BorrowedFd<'_>) ->
     rustix::net::sendmsg(channel, &body, &mut control, SendFlags::NOSIGNAL).map(drop)
 }
 
-/// Receives the descriptor; none if the channel ended or brought something else.
+/// Receives one descriptor; `None` if the channel ended or the message has no descriptor.
 pub(super) fn receive_descriptor(channel: impl AsFd) -> Result<Option<OwnedFd>, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
