@@ -1,5 +1,5 @@
-//! Docker itself: an engine, containers, builds. Needs an engine at `DOCKER_HOST` and the image `landfall-test-base`, both of
-//! which `tests/docker.sh` sees to; so these are run only when they are asked for.
+//! Docker itself: an engine, containers, builds. Needs an engine at `DOCKER_HOST` and the image `landfall-test-base`,
+//! which `tests/docker.sh` sets up, so the cases run only on request.
 #![cfg(test)]
 
 #[path = "docker/agent.rs"]
@@ -63,7 +63,7 @@ fn docker(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-/// A container that is removed with what was made of it, whatever the test does.
+/// A container that is removed at the end of the test, with everything that was made from it.
 struct Container(ContainerName);
 
 impl Container {
@@ -81,12 +81,12 @@ impl Container {
         Container::run(name, options, BASE, &["sleep", "100000"])
     }
 
-    fn told(&self, format: &str) -> String {
+    fn inspect(&self, format: &str) -> String {
         docker(&["inspect", "--type", "container", "-f", format, self.0.as_str()])
     }
 
     fn id(&self) -> String {
-        self.told("{{.Id}}")
+        self.inspect("{{.Id}}")
     }
 
     fn exec(&self, script: &str) -> String {
@@ -126,8 +126,8 @@ impl Built {
         built
     }
 
-    /// Writes it, with a first layer that no other case builds on: a layer goes with the last image that has it, also from
-    /// under a build that was about to use it.
+    /// Writes the folder, with a first layer that no other case builds on: Docker removes a layer with the last image
+    /// that has it, even under a build that is about to use it.
     fn dockerfile(&self, text: &str) {
         let (from, rest) = text.split_once('\n').unwrap();
         let text = format!("{from}\nLABEL case={}\n{rest}", self.image);
@@ -151,7 +151,7 @@ fn engine() -> Docker {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn a_container_is_alive_while_it_exists_and_only_under_its_exact_name() {
+async fn container_is_alive_while_it_exists_under_its_exact_name() {
     let container = Container::sleeping("probe.x", &[]);
     let engine = engine();
     let probe = async |name: String| engine.probe(&ContainerName::new(&name).unwrap()).await;
@@ -172,13 +172,13 @@ async fn a_container_is_alive_while_it_exists_and_only_under_its_exact_name() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn the_first_process_is_told_and_what_is_missing_is_named() {
+async fn first_process_is_returned_and_errors_name_the_missing_object() {
     let container = Container::sleeping("first", &[]);
     let engine = engine();
     let first = engine.first_process(&container.0).await.unwrap();
     assert_eq!(first.id, container.id());
-    assert_eq!(first.pid.to_string(), container.told("{{.State.Pid}}"));
-    assert_eq!(first.started_at, container.told("{{.State.StartedAt}}"));
+    assert_eq!(first.pid.to_string(), container.inspect("{{.State.Pid}}"));
+    assert_eq!(first.started_at, container.inspect("{{.State.StartedAt}}"));
     assert_eq!(first.network, Network::Own);
     let shared = Container::sleeping("shared", &["--network", "host"]);
     assert_eq!(engine.first_process(&shared.0).await.unwrap().network, Network::Host);
@@ -194,31 +194,31 @@ async fn the_first_process_is_told_and_what_is_missing_is_named() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn a_restart_is_another_process_in_the_same_container() {
+async fn restart_is_another_process_in_the_same_container() {
     for options in [&[][..], &["--rm"]] {
         let container = Container::sleeping("restart", options);
-        let (id, pid) = (container.id(), container.told("{{.State.Pid}}"));
+        let (id, pid) = (container.id(), container.inspect("{{.State.Pid}}"));
         engine().restart(&container.0).await.unwrap();
         assert_eq!(container.id(), id);
-        assert_ne!(container.told("{{.State.Pid}}"), pid);
-        assert_eq!(container.told("{{.State.Running}}"), "true");
+        assert_ne!(container.inspect("{{.State.Pid}}"), pid);
+        assert_eq!(container.inspect("{{.State.Running}}"), "true");
     }
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn a_container_that_ends_at_once_is_not_started() {
+async fn container_that_ends_at_once_is_a_start_failure() {
     let script = "if [ -e /ran ]; then echo it is broken; exit 3; fi; touch /ran; sleep 100000";
     let container = Container::run("broken", &[], BASE, &["sh", "-c", script]);
     while run(&["exec", container.0.as_str(), "test", "-e", "/ran"]).status.code() != Some(0) {}
-    let told = engine().restart(&container.0).await.unwrap_err().to_string();
+    let error = engine().restart(&container.0).await.unwrap_err().to_string();
     let name = &container.0;
-    assert_eq!(told, format!("start failed: container {name} ended at once with status 3: it is broken"));
+    assert_eq!(error, format!("start failed: container {name} ended at once with status 3: it is broken"));
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn a_rebuild_keeps_what_was_the_containers_own() {
+async fn rebuild_keeps_the_containers_own_settings() {
     let dockerfile = |version: u32| {
         format!(
             "FROM {BASE}\nENV VERSION={version} FIXED=image\nVOLUME /data\nCOPY . /app\n\
@@ -251,7 +251,7 @@ async fn a_rebuild_keeps_what_was_the_containers_own() {
     let container = Container::run("keeps", &options, &built.image, &[]);
     docker(&["network", "connect", "bridge", container.0.as_str()]);
     container.exec("echo kept > /data/file");
-    let (id, own) = (container.id(), container.told("{{json .HostConfig.PortBindings}}"));
+    let (id, own) = (container.id(), container.inspect("{{json .HostConfig.PortBindings}}"));
 
     built.dockerfile(&dockerfile(2));
     std::fs::write(built.path().join("new"), "new").unwrap();
@@ -264,16 +264,16 @@ async fn a_rebuild_keeps_what_was_the_containers_own() {
         format!("2 1 own {}", &container.id()[..12])
     );
     assert_eq!(
-        container.told("{{.Config.Image}} {{index .Config.Labels \"mine\"}}"),
+        container.inspect("{{.Config.Image}} {{index .Config.Labels \"mine\"}}"),
         format!("{} yes", own_image(&container.0))
     );
-    assert_eq!(container.told("{{json .HostConfig.PortBindings}}"), own);
+    assert_eq!(container.inspect("{{json .HostConfig.PortBindings}}"), own);
     assert_eq!(
-        container.told("{{.HostConfig.Memory}} {{.HostConfig.Init}} {{.Config.StopTimeout}}"),
+        container.inspect("{{.HostConfig.Memory}} {{.HostConfig.Init}} {{.Config.StopTimeout}}"),
         "67108864 true 1"
     );
     let networks: Value =
-        serde_json::from_str(&container.told("{{json .NetworkSettings.Networks}}")).unwrap();
+        serde_json::from_str(&container.inspect("{{json .NetworkSettings.Networks}}")).unwrap();
     assert_eq!(networks[&network]["IPAddress"], "10.213.7.9");
     assert!(networks[&network]["Aliases"].as_array().unwrap().contains(&json!("web")));
     assert!(networks["bridge"]["IPAddress"].as_str().is_some_and(|address| !address.is_empty()));
@@ -284,42 +284,42 @@ async fn a_rebuild_keeps_what_was_the_containers_own() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn a_build_that_fails_touches_nothing() {
+async fn failed_build_changes_nothing() {
     let built = Built::new("fails", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
     let container = Container::run("fails", &[], &built.image, &[]);
-    let (id, pid) = (container.id(), container.told("{{.State.Pid}}"));
+    let (id, pid) = (container.id(), container.inspect("{{.State.Pid}}"));
     for (dockerfile, expected) in [
         (format!("FROM {BASE}\nRUN [\"sh\", \"-c\", \"echo the reason; exit 7\"]\n"), "the reason"),
         ("FROM nothing at all\n".to_owned(), "the image cannot be built"),
     ] {
         built.dockerfile(&dockerfile);
-        let told = engine()
+        let error = engine()
             .rebuild(&container.0, built.path(), UserOfRebuild::Images)
             .await
             .unwrap_err()
             .to_string();
-        assert!(told.starts_with("start failed: ") && told.contains(expected), "{told}");
-        assert_eq!((container.id(), container.told("{{.State.Pid}}")), (id.clone(), pid.clone()));
+        assert!(error.starts_with("start failed: ") && error.contains(expected), "{error}");
+        assert_eq!((container.id(), container.inspect("{{.State.Pid}}")), (id.clone(), pid.clone()));
     }
     std::fs::remove_file(built.path().join("Dockerfile")).unwrap();
-    let told =
+    let error =
         engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap_err().to_string();
-    assert!(told.contains("there is no Dockerfile in"), "{told}");
+    assert!(error.contains("there is no Dockerfile in"), "{error}");
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn a_new_container_that_does_not_start_gives_the_place_back() {
+async fn old_container_returns_when_the_new_one_does_not_start() {
     let built = Built::new("back", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
     let container = Container::run("back", &["-p", "127.0.0.1::8973"], &built.image, &[]);
-    let (id, image) = (container.id(), container.told("{{.Image}}"));
+    let (id, image) = (container.id(), container.inspect("{{.Image}}"));
     container.exec("touch /own-layer");
     built.dockerfile(&format!("FROM {BASE}\nCMD [\"sh\", \"-c\", \"echo bad version; exit 1\"]\n"));
-    let told =
+    let error =
         engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap_err().to_string();
     let name = &container.0;
-    assert_eq!(told, format!("start failed: container {name} ended at once with status 1: bad version"));
-    assert_eq!((container.id(), container.told("{{.State.Running}}").as_str()), (id, "true"));
+    assert_eq!(error, format!("start failed: container {name} ended at once with status 1: bad version"));
+    assert_eq!((container.id(), container.inspect("{{.State.Running}}").as_str()), (id, "true"));
     container.exec("test -e /own-layer");
     assert_eq!(docker(&["inspect", "-f", "{{.Id}}", &built.image]), image);
     assert!(
@@ -331,7 +331,7 @@ async fn a_new_container_that_does_not_start_gives_the_place_back() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn what_a_dead_daemon_left_aside_is_alive_and_comes_back_with_the_next_restart() {
+async fn container_renamed_by_a_dead_daemon_is_alive_and_returns_with_the_next_restart() {
     let container = Container::sleeping("left", &[]);
     let (id, aside) = (container.id(), format!("{}.landfall-old", container.0));
     docker(&["rename", container.0.as_str(), &aside]);
@@ -344,10 +344,10 @@ async fn what_a_dead_daemon_left_aside_is_alive_and_comes_back_with_the_next_res
     assert_eq!(container.id(), id);
 }
 
-/// Docker's own client decides what belongs to a build; ours decides the same.
+/// Docker's own client and landfall select the same files for a build.
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn the_same_files_are_built_as_by_dockers_own_client() {
+async fn build_context_equals_that_of_dockers_client() {
     let ignores = [
         "*/temp*\n",
         "**/*.go\n!keep/**\n",
@@ -399,7 +399,7 @@ async fn the_same_files_are_built_as_by_dockers_own_client() {
     assert_eq!(different, ignores.len(), "every one of them ignores something");
 }
 
-/// A socket in front of the engine's, which goes away when it is dropped.
+/// A socket in front of the engine's, which is removed when it is dropped.
 struct AgentSocket(tokio::task::JoinSet<()>);
 
 impl AgentSocket {
@@ -424,7 +424,7 @@ impl AgentSocket {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn life_is_told_and_outages_are_outlived() {
+async fn life_events_are_reported_across_outages() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("docker.sock");
     let engine = Docker::at(Some(format!("unix://{}", socket.display())));
@@ -435,7 +435,7 @@ async fn life_is_told_and_outages_are_outlived() {
     let mut until = async |wanted: LifeEvent| {
         tokio::time::timeout(LONG, async { while life.recv().await.unwrap() != wanted {} }).await.unwrap();
     };
-    let id = container.told("{{.Id}}");
+    let id = container.inspect("{{.Id}}");
     let changed = |what: &str| LifeEvent::Changed {
         id: id.clone(),
         name: container.0.to_string(),
@@ -457,10 +457,10 @@ async fn life_is_told_and_outages_are_outlived() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn an_engine_that_hangs_is_unknown_in_bounded_time() {
+async fn hanging_engine_is_unknown_in_bounded_time() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("docker.sock");
-    // It takes connections, in its backlog, and never answers.
+    // It accepts connections into its backlog, and never answers.
     let _listener = UnixListener::bind(&socket).unwrap();
     let engine = Docker::at(Some(format!("unix://{}", socket.display())));
     let name = ContainerName::new("coder").unwrap();
@@ -469,19 +469,19 @@ async fn an_engine_that_hangs_is_unknown_in_bounded_time() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn the_bridge_has_a_gateway() {
+async fn bridge_has_a_gateway() {
     let hosts = docker(&["run", "--rm", "--add-host", "the-host:host-gateway", BASE, "cat", "/etc/hosts"]);
-    let told = hosts.lines().find_map(|line| line.strip_suffix("the-host")).unwrap().trim();
-    assert_eq!(engine().bridge_gateway().await, Some(told.parse().unwrap()));
+    let address = hosts.lines().find_map(|line| line.strip_suffix("the-host")).unwrap().trim();
+    assert_eq!(engine().bridge_gateway().await, Some(address.parse().unwrap()));
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn a_restart_is_told_from_its_promise_to_its_end() {
-    let container = Container::sleeping("told", &[]);
-    let pid = container.told("{{.State.Pid}}");
+async fn restart_is_reported_from_its_promise_to_its_end() {
+    let container = Container::sleeping("reported", &[]);
+    let pid = container.inspect("{{.State.Pid}}");
     let journal = Journal::unkept();
-    let mut told = journal.listen();
+    let mut lines = journal.listen();
     let home = tempfile::tempdir().unwrap();
     let approvals = Approvals::of(&Home::at(home.path().to_owned()).unwrap());
     let supervisor = Supervisor::new(engine(), GrantTable::default(), journal, approvals);
@@ -491,9 +491,9 @@ async fn a_restart_is_told_from_its_promise_to_its_end() {
     supervisor.preflight(&registration, Build::No).await.unwrap();
     supervisor.accept(registration, Build::No).unwrap().begin();
     supervisor.stop().await;
-    let kinds: Vec<Value> = std::iter::from_fn(|| told.try_recv().ok())
+    let kinds: Vec<Value> = std::iter::from_fn(|| lines.try_recv().ok())
         .map(|line| serde_json::from_str::<Value>(&line).unwrap()["kind"].clone())
         .collect();
     assert_eq!(kinds, ["restart-scheduled", "restart-completed"]);
-    assert_ne!(container.told("{{.State.Pid}}"), pid);
+    assert_ne!(container.inspect("{{.State.Pid}}"), pid);
 }

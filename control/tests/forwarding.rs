@@ -1,8 +1,8 @@
 //! Forwarding against real engines and real namespaces, without the daemon around it.
 //!
-//! This program is also what it starts: an engine and an opener (whose program is always the one that runs), a server
-//! inside a namespace, and a driver that may be killed. So it has a main of its own and not the test harness's; an
-//! argument that is no option filters the tests by name.
+//! This program is also the program of the processes that it starts: an engine and an opener (which always run the
+//! current executable), a server inside a namespace, and a driver that may be killed. So it has its own `main` and not
+//! the test harness's. An argument without a leading dash filters the tests by name.
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on says where")]
 

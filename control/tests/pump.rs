@@ -1,4 +1,4 @@
-//! Streams of a broker over a real WebSocket, with real sockets at both ends: what arrives, and how it ends.
+//! Streams of a broker over a real WebSocket, with real sockets at both ends: their data, and their ends.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
@@ -17,7 +17,8 @@ mod speed;
 
 const MEBIBYTE: usize = 1024 * 1024;
 
-/// The modes that there are: a peer of the reference, ours, and each extension that changes what a stream does, alone.
+/// The modes: a peer of the reference, landfall's own, and each extension that changes the behaviour of a stream,
+/// alone.
 const MODES: [Extensions; 5] = [
     Extensions::NONE,
     Extensions::ALL,
@@ -27,7 +28,7 @@ const MODES: [Extensions; 5] = [
 ];
 
 #[test]
-fn every_byte_arrives_both_ways_on_many_streams_at_once() {
+fn every_byte_arrives_both_ways_on_parallel_streams() {
     for mode in MODES {
         let mut link = Link::new(mode);
         let streams: Vec<_> = (0..4).map(|_| link.open()).collect();
@@ -44,7 +45,7 @@ fn every_byte_arrives_both_ways_on_many_streams_at_once() {
 }
 
 #[test]
-fn without_half_close_a_fin_ends_the_stream_behind_what_it_follows() {
+fn fin_without_half_close_ends_the_stream_after_its_data() {
     for mode in [Extensions::NONE, Extensions { half_close: false, ..Extensions::ALL }] {
         let mut link = Link::new(mode);
         let stream = link.open();
@@ -62,11 +63,11 @@ fn without_half_close_a_fin_ends_the_stream_behind_what_it_follows() {
 }
 
 #[test]
-fn a_server_that_closes_is_read_to_the_end_and_refuses_what_comes_after() {
+fn closed_server_is_read_to_the_end_and_refuses_later_data() {
     for mode in MODES {
         let mut link = Link::new(mode);
         let stream = link.open();
-        // It lies unread when the stream ends.
+        // The data is unread when the stream ends.
         send(&stream.client, 7, 1000).unwrap();
         expect(&stream.server, 7, 1000);
         std::thread::scope(|scope| {
@@ -92,12 +93,12 @@ fn a_server_that_closes_is_read_to_the_end_and_refuses_what_comes_after() {
 }
 
 #[test]
-fn a_client_that_keeps_sending_gets_all_of_the_answer_before_it_is_refused() {
+fn sending_client_gets_the_whole_answer_before_the_reset() {
     let mut link = Link::new(Extensions::NONE);
     let stream = link.open();
     std::thread::scope(|scope| {
         let client = &stream.client;
-        // Until it is refused.
+        // Write until the write fails.
         scope.spawn(move || while (&*client).write(&[0; 4096]).is_ok() {});
         send(&stream.server, 2, 3 * MEBIBYTE).unwrap();
         finish(&stream.server);
@@ -107,7 +108,7 @@ fn a_client_that_keeps_sending_gets_all_of_the_answer_before_it_is_refused() {
 }
 
 #[test]
-fn a_reset_is_a_reset_on_the_other_side_after_what_it_follows() {
+fn reset_after_data_is_delivered() {
     for side in [false, true] {
         let mut link = Link::new(Extensions::ALL);
         let stream = link.open();
@@ -119,7 +120,7 @@ fn a_reset_is_a_reset_on_the_other_side_after_what_it_follows() {
                 expect_reset(to);
             });
             send(&from, 3, MEBIBYTE).unwrap();
-            // A reset throws away what was not yet taken from it.
+            // A reset discards data that the peer has not acknowledged yet.
             let given_up = std::time::Instant::now() + PATIENCE;
             while landfall_engine::sys::unacknowledged_bytes(&from) > 0 {
                 assert!(std::time::Instant::now() < given_up, "it is never read");
@@ -133,9 +134,9 @@ fn a_reset_is_a_reset_on_the_other_side_after_what_it_follows() {
 }
 
 #[test]
-fn a_client_that_is_gone_is_noticed_while_the_server_reads_nothing() {
+fn reset_of_a_half_closed_client_is_noticed_without_reads() {
     let mut link = Link::new(Extensions::ALL);
-    // It sends nothing after its FIN, so only the socket's error tells.
+    // It sends nothing after its FIN, so only the socket's error shows the reset.
     let silent = link.open();
     finish(&silent.client);
     expect_end(&silent.server);
@@ -144,7 +145,7 @@ fn a_client_that_is_gone_is_noticed_while_the_server_reads_nothing() {
 }
 
 #[test]
-fn a_lost_connection_resets_both_ends_of_a_stream() {
+fn lost_connection_resets_both_ends_of_a_stream() {
     for mode in MODES {
         let mut link = Link::new(mode);
         let stream = link.open();
@@ -158,12 +159,12 @@ fn a_lost_connection_resets_both_ends_of_a_stream() {
 }
 
 #[test]
-fn what_exceeds_its_bound_without_credit_is_closed_and_others_go_on() {
+fn stream_over_its_bound_is_closed_and_others_continue() {
     let mut link = Link::new(Extensions::NONE);
     let stalled = link.open();
     let other = link.open();
     std::thread::scope(|scope| {
-        // Nobody reads it. What it has sent when it is refused is beyond the bound of a stream.
+        // The client does not read, so the server's data exceeds the bound of a stream, and its write fails.
         scope.spawn(|| assert!(send(&stalled.server, 1, 200 * MEBIBYTE).is_err()));
         scope.spawn(|| send(&other.server, 2, 20 * MEBIBYTE).unwrap());
         expect(&other.client, 2, 20 * MEBIBYTE);
@@ -172,11 +173,11 @@ fn what_exceeds_its_bound_without_credit_is_closed_and_others_go_on() {
 }
 
 #[test]
-fn a_slow_reader_gets_every_byte() {
+fn slow_reader_gets_every_byte() {
     let long = std::env::var_os("LANDFALL_LONG").is_some();
     let bytes = if long { 1024 * MEBIBYTE } else { 8 * MEBIBYTE };
     for mode in [Extensions::NONE, Extensions::ALL] {
-        // A reference peer can only be read up to what is kept for it.
+        // Without credit, the data must fit the buffer that the broker keeps for a slow reader.
         let bytes = if mode.credit { bytes } else { bytes.min(24 * MEBIBYTE) };
         let mut link = Link::new(mode);
         let stream = link.open();
@@ -188,7 +189,7 @@ fn a_slow_reader_gets_every_byte() {
 }
 
 #[test]
-fn stalled_readers_leave_the_others_their_speed() {
+fn stalled_readers_do_not_slow_other_streams() {
     let share = speed::beside_stalled(200, Duration::from_millis(300), 0.8);
     assert!(share >= 0.8, "{share:.2} of the speed alone");
 }

@@ -1,10 +1,10 @@
 //! Registrations and grants outlive a daemon that is killed at any system call.
 //!
-//! The registry runs in a process of its own, under strace, which kills it with SIGKILL as it enters the N-th call of a
-//! kind: before each step of each write, one run for every step, until a run is not reached by the killing any more.
-//! What the process has acknowledged it has said, so after its death the files have to hold exactly that, or that and the
-//! change that was under way: old or new, never half of it. A kill shows nothing about a loss of power; so another run
-//! is only watched, and has to synchronise the file before it is renamed and the directory afterwards.
+//! The registry runs in a process of its own, under strace, which kills it with SIGKILL at the entry of the N-th call
+//! of a kind: before each step of each write, one run for every step, until a run ends before the N-th call. The
+//! process prints each change that it has acknowledged. After its death the files must hold exactly those changes, or
+//! those and the one in progress: old or new, never half of it. A kill does not show the effects of a power loss, so
+//! another run is only traced: it must synchronise the file before the rename and the directory after it.
 #![expect(clippy::unwrap_used, reason = "tests may stop at the first surprise")]
 
 use std::collections::BTreeMap;
@@ -25,10 +25,10 @@ use landfall::sys::journal::Journal;
 use landfall::sys::paths::Home;
 use serde_json::json;
 
-/// Where the process that is killed keeps its files.
+/// The directory of the killed process's files.
 const HOME: &str = "LANDFALL_HOME";
-/// Every call by which the state on disk may change or be looked at, and whether only those that name the directories of
-/// registrations and of grants count: the start of a process opens many files. Entering `fsync` is the end of a `write`.
+/// Every call that can change or read the state on disk, and whether only calls on the directories of registrations and
+/// of grants count: the start of a process opens many files. The entry of `fsync` is the end of a `write`.
 const CALLS: [(&str, bool); 9] = [
     ("openat", true),
     ("fchmod", false),
@@ -40,23 +40,23 @@ const CALLS: [(&str, bool); 9] = [
     ("statx", true),
     ("getdents64", true),
 ];
-/// How often a run may make a call at most before this test gives up.
+/// The most calls of one kind in a run; the test fails beyond it.
 const NTH_MAX: u32 = 200;
-/// What lies under a registration's name and is none.
+/// A file under a registration's name that is not a registration.
 const TORN: &str = "{\"containerName\":\"torn\",\"cw";
 
-/// A change that the registry is asked for.
+/// A change that is requested from the registry.
 #[derive(Clone, Copy)]
 enum Change {
     Register(&'static str),
     Grant,
     Revoke,
-    /// By the host's user: the grants go as well.
+    /// By the host's user: the grants are removed as well.
     Deregister,
 }
 use Change::{Deregister, Grant, Register, Revoke};
 
-/// The changes, in this order, each of one name.
+/// The changes, in this order, each for one name.
 const CHANGES: [(&str, Change); 9] = [
     ("a", Register("/one")),
     ("torn", Register("/two")),
@@ -71,7 +71,8 @@ const CHANGES: [(&str, Change); 9] = [
 
 type Folders = BTreeMap<String, PathBuf>;
 
-/// Returns the registrations after so many changes, and the grants, which keep the folder of the time when they were given.
+/// Returns the registrations after this number of changes, and the grants, which keep the folder of the time of the
+/// grant.
 fn after(changes: usize) -> [Folders; 2] {
     let (mut folders, mut grants) = (Folders::new(), Folders::new());
     for (name, change) in &CHANGES[..changes] {
@@ -107,12 +108,12 @@ fn options(home: Home) -> RegistryOptions {
     }
 }
 
-/// Not a test: the process that is killed. It says what has been acknowledged.
+/// Not a test: the process that is killed. It prints the changes that were acknowledged.
 #[test]
 #[ignore = "run by the test below, in a process of its own"]
-fn the_registry_that_is_killed() {
+fn killed_registry() {
     let Some(home) = std::env::var_os(HOME) else { return };
-    // One thread for files: strace counts the calls of each thread apart.
+    // One thread for files: strace counts the calls of each thread separately.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build();
     let runtime = runtime.unwrap();
     runtime.block_on(async {
@@ -150,7 +151,7 @@ fn traced(home: &Home, how: &[&str]) -> Output {
         .args(["-f", "-qq"])
         .args(how)
         .arg(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "the_registry_that_is_killed", "--nocapture", "--test-threads=1"])
+        .args(["--ignored", "--exact", "killed_registry", "--nocapture", "--test-threads=1"])
         .env(HOME, home.root())
         .output();
     output.unwrap_or_else(|error| panic!("strace cannot be run ({error}); tests/run installs it"))
@@ -161,7 +162,7 @@ fn acknowledged(output: &Output) -> usize {
     said.lines().filter(|line| line.starts_with("acknowledged ")).count()
 }
 
-/// Returns what the next daemon finds: registrations, and grants.
+/// Returns the state that the next daemon reads: registrations, and grants.
 fn found(home: &Home) -> [Folders; 2] {
     let loaded = file::load_all::<Registration>(home).unwrap().into_iter();
     let whole = loaded.filter_map(|one| match one.found {
@@ -193,7 +194,7 @@ fn listing(home: &Home) -> Vec<(String, String)> {
 }
 
 #[test]
-fn c21_a_kill_at_any_step_leaves_what_was_or_what_is_to_be() {
+fn c21_kill_at_any_step_leaves_the_old_or_the_new_state() {
     let mut killed_in_between = 0;
     for (call, by_directory) in CALLS {
         for nth in 1..=NTH_MAX {
@@ -228,12 +229,12 @@ fn c21_a_kill_at_any_step_leaves_what_was_or_what_is_to_be() {
             killed_in_between += u32::from(acknowledged > 0 || !found[0].is_empty());
         }
     }
-    // Each change is several calls; were they not reached, nothing was shown.
+    // Each change takes several calls; fewer runs would prove nothing.
     assert!(killed_in_between > 30, "only {killed_in_between} kills hit a change");
 }
 
 #[test]
-fn c21_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_acknowledged() {
+fn c21_file_is_synced_before_its_rename_and_the_directory_before_the_acknowledgement() {
     let (folder, home) = home();
     let log = folder.path().join("trace");
     let calls = "trace=openat,fsync,renameat,renameat2,unlinkat,write";
@@ -251,7 +252,7 @@ fn c21_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_acknow
     assert_eq!(steps, expected);
 }
 
-/// The steps in a trace that are about files in these directories.
+/// The steps in a trace on files in these directories.
 fn steps(trace: &str, directories: &[PathBuf; 2]) -> Vec<&'static str> {
     let directories = directories.each_ref().map(|path| format!("<{}>", path.display()));
     let is_in_one = |call: &str| directories.iter().any(|directory| call.contains(directory));

@@ -48,7 +48,7 @@ pub(crate) enum DirectoryAccessError {
         above: PathBuf,
     },
     /// Its metadata cannot be read.
-    #[error("{} cannot be looked at", path.display())]
+    #[error("the metadata of {} cannot be read", path.display())]
     Unreadable {
         /// The path.
         path: PathBuf,

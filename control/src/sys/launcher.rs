@@ -146,7 +146,7 @@ pub(crate) enum Reply {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Refusal {
     /// The limit of concurrent requests of this kind is reached.
-    #[error("{0} of this kind run already")]
+    #[error("{0} requests of this kind run already")]
     Busy(usize),
     /// The request has other descriptors or values than its kind takes.
     #[error("the request is not valid")]
@@ -190,7 +190,7 @@ pub(crate) enum LauncherError {
     #[error("the launcher: {0}")]
     Channel(ChannelError),
     /// The answer does not fit the request.
-    #[error("the launcher gave an answer that was not asked for")]
+    #[error("the launcher sent an unexpected answer")]
     Unexpected,
 }
 

@@ -53,7 +53,7 @@ pub enum HomeError {
     #[error("{} is not a directory", .0.display())]
     NotADirectory(PathBuf),
     /// A directory could not be created, or its mode not be set.
-    #[error("{} cannot be made", path.display())]
+    #[error("{} cannot be created", path.display())]
     Directory {
         /// The directory.
         path: PathBuf,

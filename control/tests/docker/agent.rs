@@ -108,7 +108,7 @@ fn is_reached(name: &str, options: &[&str]) {
         assert!(!logs().contains(TOKEN), "a token was told: {}", logs());
         // As the first process it has to obey by itself.
         docker(&["stop", "-t", "10", container.0.as_str()]);
-        assert_eq!(container.told("{{.State.ExitCode}}"), "0", "{}", logs());
+        assert_eq!(container.inspect("{{.State.ExitCode}}"), "0", "{}", logs());
     }
 }
 

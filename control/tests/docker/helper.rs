@@ -266,7 +266,7 @@ fn c25_the_helper_enters_no_process_outside_the_control_group_of_its_container()
     user.helper_runs().expect("a helper that runs");
     let port = free_port();
     let web = server("moved", port, &[]);
-    leave_control_groups(&web.told("{{.State.Pid}}"));
+    leave_control_groups(&web.inspect("{{.State.Pid}}"));
     user.landfall(&["register", web.0.as_str(), "--docker", "--cwd", "/"]);
     wait_until("the reason", || {
         user.landfall(&["ls"]).contains("its control group does not name the container").then_some(())
@@ -288,7 +288,7 @@ fn the_helper_obeys_its_user_alone_and_bears_whatever_is_sent() {
     let helper = user.helper_runs().expect("a helper that runs");
     let port = free_port();
     let web = server("hostile", port, &[]);
-    let pid: u32 = web.told("{{.State.Pid}}").parse().unwrap();
+    let pid: u32 = web.inspect("{{.State.Pid}}").parse().unwrap();
     // Even root, who gets at the socket, is another user.
     let refused = Opener::spawn_by_helper(&user.socket(), Target::process(pid).unwrap());
     assert!(matches!(refused, Err(OpenError::Helper { .. })), "{refused:?}");

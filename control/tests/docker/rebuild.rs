@@ -89,7 +89,7 @@ impl Victim {
         shop.write("Dockerfile", &dockerfile);
     }
 
-    fn told(&self, format: &str) -> String {
+    fn inspect(&self, format: &str) -> String {
         docker(&["inspect", "--type", "container", "-f", format, &self.shop.name])
     }
 
@@ -124,11 +124,11 @@ impl Victim {
 fn c23_without_the_right_nothing_is_built_and_no_image_is_read() {
     let victim = Victim::new("unasked");
     victim.start(&[]);
-    let (id, shared) = (victim.told("{{.Id}} {{.State.StartedAt}}"), id_of(&victim.shared));
+    let (id, shared) = (victim.inspect("{{.Id}} {{.State.StartedAt}}"), id_of(&victim.shared));
     let answer = victim.ask();
     let reason = answer["reason"].as_str().unwrap_or_default();
     assert!(answer["ok"] == false && reason.starts_with("not granted: rebuild"), "{answer}");
-    assert_eq!((victim.told("{{.Id}} {{.State.StartedAt}}"), id_of(&victim.shared)), (id, shared));
+    assert_eq!((victim.inspect("{{.Id}} {{.State.StartedAt}}"), id_of(&victim.shared)), (id, shared));
     assert_eq!(id_of(&victim.image()), None);
     let stolen = run(&["exec", &victim.shop.name, "cat", "/stolen"]);
     assert!(!stolen.status.success(), "{stolen:?}");
@@ -141,12 +141,12 @@ fn c23_a_rebuild_replaces_no_shared_image_and_gives_no_root() {
     let shop = &victim.shop;
     victim.start(&["--allow-rebuild"]);
     assert!(shop.says(&["status", &shop.name]).contains("grants   rebuild"));
-    let (id, shared) = (victim.told("{{.Id}}"), id_of(&victim.shared));
+    let (id, shared) = (victim.inspect("{{.Id}}"), id_of(&victim.shared));
     let answer = victim.ask();
     assert_eq!(answer["ok"], true, "{answer}");
     victim.wait_for_another(&id);
     assert_eq!(id_of(&victim.shared), shared, "the image of other containers was replaced");
-    assert_eq!(victim.told("{{.Config.Image}} {{.Config.User}}"), format!("{} 3001:3002", victim.image()));
+    assert_eq!(victim.inspect("{{.Config.Image}} {{.Config.User}}"), format!("{} 3001:3002", victim.image()));
     // The program of the new image runs, as the user of the old one.
     wait_until("the program to leave its copy", || victim.left().exists().then_some(()));
     let left = std::fs::metadata(victim.left()).unwrap();
@@ -208,10 +208,10 @@ async fn c23_the_configuration_of_an_earlier_container_is_recorded_before_its_fi
     let kept = "{{.HostConfig.CapDrop}} {{.HostConfig.CapAdd}} {{.HostConfig.SecurityOpt}} {{.HostConfig.ReadonlyRootfs}} \
         {{.HostConfig.PidsLimit}} {{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.Binds}} \
         {{index .Config.Labels \"dev.landfall.deny\"}}";
-    let before = container.told(kept);
+    let before = container.inspect(kept);
     engine().rebuild(&container.0, built.path(), UserOfRebuild::Recorded).await.unwrap();
-    assert_eq!(container.told(kept), before);
-    assert_eq!(container.told("{{.Config.User}} {{.HostConfig.GroupAdd}}"), "3001:3002 [3002]");
+    assert_eq!(container.inspect(kept), before);
+    assert_eq!(container.inspect("{{.Config.User}} {{.HostConfig.GroupAdd}}"), "3001:3002 [3002]");
     assert_eq!(container.exec("busybox id -u; busybox id -g"), "3001\n3002");
     assert!(
         !run(&["exec", container.0.as_str(), "touch", "/data/x"]).status.success(),
@@ -222,7 +222,7 @@ async fn c23_the_configuration_of_an_earlier_container_is_recorded_before_its_fi
     std::fs::write(built.path().join("passwd"), PASSWD).unwrap();
     built.dockerfile(&format!("FROM {BASE}\nCOPY passwd group /etc/\nUSER 0\nCMD [\"sleep\", \"100000\"]\n"));
     engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap();
-    assert_eq!(container.told("{{.Config.User}}"), "app:app");
+    assert_eq!(container.inspect("{{.Config.User}}"), "app:app");
 }
 
 #[tokio::test]
@@ -242,7 +242,10 @@ async fn c23_an_image_that_forges_what_is_recorded_is_not_used() {
             error.starts_with("start failed: the new image is not used: ") && error.contains(expected),
             "{error}"
         );
-        assert_eq!((container.id(), container.told("{{.State.Running}}")), (id.clone(), "true".to_owned()));
+        assert_eq!(
+            (container.id(), container.inspect("{{.State.Running}}")),
+            (id.clone(), "true".to_owned())
+        );
         assert_eq!(id_of(&own_image(&container.0)), None, "the image is left");
     }
 }

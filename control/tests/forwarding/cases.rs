@@ -1,4 +1,4 @@
-//! What has to hold.
+//! The cases of containers that are entered.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -15,16 +15,16 @@ use crate::world::{Drive, World, attach_method_of};
 pub(crate) type Case = (&'static str, fn());
 
 pub(crate) const ALL: &[Case] = &[
-    ("nothing_registered_starts_no_engine", nothing_registered_starts_no_engine),
-    ("of_two_namespaces_the_first_keeps_the_port", of_two_namespaces_the_first_keeps_the_port),
-    ("an_engine_that_is_killed_is_started_again", an_engine_that_is_killed_is_started_again),
-    ("c19_a_driver_that_comes_back_makes_no_duplicate", a_driver_that_comes_back_makes_no_duplicate),
-    ("c20_an_engine_of_another_version_is_relieved", an_engine_of_another_version_is_relieved),
-    ("c18_a_process_that_ends_is_let_go_of", a_process_that_ends_is_let_go_of),
-    ("what_nobody_registers_any_more_is_let_go_of", what_nobody_registers_any_more_is_let_go_of),
-    ("a_file_that_becomes_another_namespace_is_entered_anew", a_file_becomes_another_namespace),
-    ("c17_one_namespace_is_forwarded_once", one_namespace_is_forwarded_once),
-    ("an_engine_that_is_stopped_closes_its_ports", an_engine_that_is_stopped_closes_its_ports),
+    ("no_engine_is_started_without_registrations", no_engine_is_started_without_registrations),
+    ("first_of_two_namespaces_keeps_the_port", first_of_two_namespaces_keeps_the_port),
+    ("killed_engine_is_restarted", killed_engine_is_restarted),
+    ("c19_restarted_driver_makes_no_duplicate", restarted_driver_makes_no_duplicate),
+    ("c20_engine_of_another_version_is_replaced", engine_of_another_version_is_replaced),
+    ("c18_ended_process_is_deregistered", ended_process_is_deregistered),
+    ("deregistered_namespace_is_closed", deregistered_namespace_is_closed),
+    ("file_of_another_namespace_is_entered_again", file_of_another_namespace_is_entered_again),
+    ("c17_namespace_is_forwarded_once", namespace_is_forwarded_once),
+    ("stopped_engine_closes_its_ports", stopped_engine_closes_its_ports),
 ];
 
 pub(crate) fn answers(port: u16, name: &str) {
@@ -37,7 +37,7 @@ pub(crate) fn refused(port: u16) {
     });
 }
 
-/// A world in which nobody drives yet, and a namespace with a server.
+/// A world without a driver, and a namespace with a server.
 fn listening() -> (World, Namespace, u16) {
     let mut namespace = Namespace::new("a");
     let port = free_port();
@@ -45,18 +45,20 @@ fn listening() -> (World, Namespace, u16) {
     (World::new(), namespace, port)
 }
 
-/// The same, driven, and the server answers on the host.
+/// The same with a driver, and the server is open on the host.
 fn forwarded() -> (World, Namespace, u16) {
     let (mut world, namespace, port) = listening();
     world.start();
     world.register(&[("a", &attach_method_of(&namespace))]);
     answers(port, "a");
-    // The engine listens a moment before whoever drives it hears of that.
-    until("its driver knows", || (world.row_state("a", port)? == RowState::Open).then_some(()));
+    // The engine opens the listener before the driver receives its event.
+    until("its driver has received the event", || {
+        (world.row_state("a", port)? == RowState::Open).then_some(())
+    });
     (world, namespace, port)
 }
 
-fn nothing_registered_starts_no_engine() {
+fn no_engine_is_started_without_registrations() {
     let mut world = World::new();
     world.start();
     assert_eq!(world.engine(), None);
@@ -65,7 +67,7 @@ fn nothing_registered_starts_no_engine() {
     until("an engine runs", || world.engine());
 }
 
-fn of_two_namespaces_the_first_keeps_the_port() {
+fn first_of_two_namespaces_keeps_the_port() {
     let mut world = World::new();
     let (mut one, mut two) = (Namespace::new("one"), Namespace::new("two"));
     world.start();
@@ -74,9 +76,9 @@ fn of_two_namespaces_the_first_keeps_the_port() {
     two.listen(port);
     answers(port, "two");
     one.listen(port);
-    until("one is told", || (world.row_state("one", port)? == RowState::Failed).then_some(()));
-    let [told] = <[String; 1]>::try_from(world.told("port-forward-failed", 1)).unwrap();
-    assert!(told.contains("EADDRINUSE") && told.contains("\\\"two\\\""), "{told}");
+    until("the failure is recorded", || (world.row_state("one", port)? == RowState::Failed).then_some(()));
+    let [line] = <[String; 1]>::try_from(world.wait_for_lines("port-forward-failed", 1)).unwrap();
+    assert!(line.contains("EADDRINUSE") && line.contains("\\\"two\\\""), "{line}");
     let row = world.container("two").unwrap().forwards.into_iter().find(|row| row.port == port).unwrap();
     assert_eq!((row.state, row.accepted > 0), (RowState::Open, true));
     let owner = until("its owner is found", || {
@@ -86,21 +88,21 @@ fn of_two_namespaces_the_first_keeps_the_port() {
     assert_eq!(world.forwarding().forwarded_ports("two"), [port]);
     two.close(port);
     answers(port, "one");
-    let closed = world.told("port-forward-closed", 1).remove(0);
+    let closed = world.wait_for_lines("port-forward-closed", 1).remove(0);
     assert!(closed.contains("container-released"), "{closed}");
 }
 
-fn an_engine_that_is_killed_is_started_again() {
+fn killed_engine_is_restarted() {
     let (world, _namespace, port) = forwarded();
     for _ in 0..2 {
         world.lose_engine();
         answers(port, "a");
     }
-    assert_eq!(world.told("engine-lost", 2).len(), 2);
-    assert!(world.told("port-forward-closed", 1)[0].contains("host-error"));
+    assert_eq!(world.wait_for_lines("engine-lost", 2).len(), 2);
+    assert!(world.wait_for_lines("port-forward-closed", 1)[0].contains("host-error"));
 }
 
-/// Connects all the time until it is dropped; counts what was refused or cut off.
+/// Connects continuously until it is dropped; counts refused and reset connections.
 struct Flood {
     stop: Arc<AtomicBool>,
     connects: Arc<AtomicUsize>,
@@ -125,7 +127,7 @@ impl Flood {
         Flood { stop, connects, failures, thread: Some(thread) }
     }
 
-    /// Waits for so many more connects.
+    /// Waits for `count` further connects.
     fn more(&self, count: usize) {
         let begin = self.connects.load(Ordering::Relaxed);
         until("connects", || (self.connects.load(Ordering::Relaxed) >= begin + count).then_some(()));
@@ -146,7 +148,7 @@ impl Drop for Flood {
     }
 }
 
-fn a_driver_that_comes_back_makes_no_duplicate() {
+fn restarted_driver_makes_no_duplicate() {
     let (mut world, mut namespace, port) = listening();
     let version = landfall::version::current();
     let mut drive = Drive::start(&world.home, &version, "a", &namespace, port);
@@ -167,20 +169,20 @@ fn a_driver_that_comes_back_makes_no_duplicate() {
     world.start();
     until("it is open", || (world.row_state("a", port)? == RowState::Open).then_some(()));
     assert_eq!(world.container("a").unwrap().forwards.len(), 1);
-    let attached = world.told("engine-attached", 4);
+    let attached = world.wait_for_lines("engine-attached", 4);
     assert_eq!(attached.iter().filter(|line| line.contains("\"started\":true")).count(), 1, "{attached:?}");
     assert_eq!(world.log("port-forward-closed"), [""; 0]);
-    assert_eq!(world.told("port-forward-opened", 1).len(), 1);
+    assert_eq!(world.wait_for_lines("port-forward-opened", 1).len(), 1);
     namespace.close(port);
     refused(port);
 }
 
-fn an_engine_of_another_version_is_relieved() {
+fn engine_of_another_version_is_replaced() {
     let (mut world, namespace, port) = listening();
     world.register(&[("a", &attach_method_of(&namespace))]);
     let mut flood: Option<Flood> = None;
     for round in 0..3 {
-        // The engine of the round before is of our version; a driver of an older one relieves it the other way round.
+        // The engine of the previous round has this version; a driver of an older version replaces it in turn.
         let mut drive = Drive::start(&world.home, &format!("{round}{round}"), "a", &namespace, port);
         let flood = flood.get_or_insert_with(|| Flood::start(port));
         flood.more(20);
@@ -188,7 +190,7 @@ fn an_engine_of_another_version_is_relieved() {
         let mut client = Client::connect(port).unwrap();
         world.start();
         let ours = landfall::version::current();
-        until("ours has relieved it", || {
+        until("this version has replaced it", || {
             let engine = world.table().engine?;
             (engine.version == ours && engine.draining == 1).then_some(())
         });
@@ -202,14 +204,14 @@ fn an_engine_of_another_version_is_relieved() {
     }
     let mut flood = flood.unwrap();
     assert_eq!(flood.stop(), 0);
-    world.told("engine-upgraded", 3);
+    world.wait_for_lines("engine-upgraded", 3);
     assert_eq!(world.log("port-forward-closed"), [""; 0]);
     let names = std::fs::read_dir(world.home.run()).unwrap().map(|entry| entry.unwrap().file_name());
     let engines = names.filter(|name| name.to_string_lossy().starts_with("engine."));
     assert_eq!(engines.collect::<Vec<_>>(), ["engine.sock"], "names of the upgrade are left");
 }
 
-fn a_process_that_ends_is_let_go_of() {
+fn ended_process_is_deregistered() {
     let (world, mut namespace, port) = forwarded();
     let mut ended = world.forwarding().ended();
     namespace.kill();
@@ -220,7 +222,7 @@ fn a_process_that_ends_is_let_go_of() {
     assert_eq!(name.as_str(), "a");
 }
 
-fn what_nobody_registers_any_more_is_let_go_of() {
+fn deregistered_namespace_is_closed() {
     let mut world = World::new();
     let (mut one, mut two) = (Namespace::new("one"), Namespace::new("two"));
     let (first, second) = (free_port(), free_port());
@@ -230,13 +232,13 @@ fn what_nobody_registers_any_more_is_let_go_of() {
     world.register(&[("one", &attach_method_of(&one)), ("two", &attach_method_of(&two))]);
     answers(first, "one");
     answers(second, "two");
-    // The engine answers before the driver has heard that it does.
-    world.told("port-forward-opened", 2);
+    // The listener is open before the driver receives the engine's event.
+    world.wait_for_lines("port-forward-opened", 2);
     world.register(&[("one", &attach_method_of(&one))]);
     refused(second);
-    let closed = world.told("port-forward-closed", 1).remove(0);
+    let closed = world.wait_for_lines("port-forward-closed", 1).remove(0);
     assert!(closed.contains("deregistered"), "{closed}");
-    // While nobody drives, too.
+    // Also without a driver.
     world.detach();
     assert_eq!(ask(first).as_deref(), Some("one"));
     world.register(&[]);
@@ -244,7 +246,7 @@ fn what_nobody_registers_any_more_is_let_go_of() {
     refused(first);
 }
 
-fn a_file_becomes_another_namespace() {
+fn file_of_another_namespace_is_entered_again() {
     let mut world = World::new();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ns");
@@ -269,10 +271,10 @@ fn a_file_becomes_another_namespace() {
     run("umount", &[text]);
     std::fs::remove_file(&path).unwrap();
     refused(port);
-    until("it is missed", || (world.container("a")?.state == Reachability::Waiting).then_some(()));
+    until("it is gone", || (world.container("a")?.state == Reachability::Waiting).then_some(()));
 }
 
-fn one_namespace_is_forwarded_once() {
+fn namespace_is_forwarded_once() {
     let (world, namespace, _port) = forwarded();
     let own = AttachMethod::Process { pid: std::process::id().try_into().unwrap(), started: None };
     world.register(&[
@@ -287,10 +289,10 @@ fn one_namespace_is_forwarded_once() {
     }
 }
 
-fn an_engine_that_is_stopped_closes_its_ports() {
+fn stopped_engine_closes_its_ports() {
     let (world, _namespace, port) = forwarded();
     world.runtime.block_on(world.forwarding().stop_engine());
     refused(port);
-    assert!(world.told("port-forward-closed", 1)[0].contains("broker-stopped"));
+    assert!(world.wait_for_lines("port-forward-closed", 1)[0].contains("broker-stopped"));
     assert!(!world.home.engine_socket().exists());
 }

@@ -1,4 +1,4 @@
-//! A container as small as it can be: a process in a network namespace of its own, which listens when it is told to.
+//! A minimal container: a process in a network namespace of its own, which listens on command.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-/// A bounded wait ends here; nothing that is waited for takes a tenth of it.
+/// The bound of every wait; none takes a tenth of it normally.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(30);
 
 pub(crate) struct Namespace {
@@ -17,17 +17,17 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    /// Makes one. What listens in it says `name` to whoever connects, and then gives every byte back.
+    /// Creates a namespace. Its servers send `name` to each client, and then echo every byte.
     pub(crate) fn new(name: &str) -> Namespace {
-        Namespace::begin(Command::new("unshare").arg("--net"), name)
+        Namespace::start(Command::new("unshare").arg("--net"), name)
     }
 
-    /// Joins the one at `path`.
+    /// Joins the namespace at `path`.
     pub(crate) fn at(path: &Path, name: &str) -> Namespace {
-        Namespace::begin(Command::new("nsenter").arg(format!("--net={}", path.display())), name)
+        Namespace::start(Command::new("nsenter").arg(format!("--net={}", path.display())), name)
     }
 
-    fn begin(command: &mut Command, name: &str) -> Namespace {
+    fn start(command: &mut Command, name: &str) -> Namespace {
         let program = std::env::current_exe().unwrap();
         let mut child = command
             .args(["sh", "-c", "ip link set lo up && exec \"$0\" _serve \"$1\""])
@@ -80,7 +80,7 @@ impl Drop for Namespace {
     }
 }
 
-/// The process inside.
+/// The process inside the namespace.
 pub(crate) fn serve(arguments: &[String]) -> ExitCode {
     let name = arguments[0].clone();
     println!("ready");
@@ -98,7 +98,7 @@ pub(crate) fn serve(arguments: &[String]) -> ExitCode {
             }
             _ => {
                 let listener = listeners.remove(&port).unwrap();
-                // It wakes the thread that accepts, which holds the other copy.
+                // It wakes the accepting thread, which holds the other copy.
                 let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
             }
         }
@@ -122,12 +122,12 @@ pub(crate) fn accept(listener: &TcpListener, name: &str) {
     }
 }
 
-/// Who answers on the host at `port`, if anybody does.
+/// The name that the server on the host's `port` sends, if one is open.
 pub(crate) fn ask(port: u16) -> Option<String> {
     Client::connect(port).map(|client| client.name)
 }
 
-/// A connection that was answered.
+/// A connection that was accepted.
 pub(crate) struct Client {
     stream: BufReader<TcpStream>,
     pub(crate) name: String,
@@ -144,7 +144,7 @@ impl Client {
         (!name.is_empty()).then_some(Client { stream, name })
     }
 
-    /// Whether bytes come back.
+    /// Whether the server echoes bytes.
     pub(crate) fn works(&mut self) -> bool {
         let mut back = [0; 5];
         self.stream.get_mut().write_all(b"hello").is_ok()

@@ -1,4 +1,4 @@
-//! A broker's session that has no WebSocket: the container behind it is a server on the host.
+//! A broker's session without a WebSocket: the container behind it is a server on the host.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +17,7 @@ use tokio::sync::mpsc::Sender;
 
 use crate::namespace::{WAIT_MAX, accept};
 
-/// A registration with all that a broker needs.
+/// A registration with every field that a broker needs.
 pub(crate) fn registration(name: &str, attach_method: Option<&AttachMethod>) -> Registration {
     let fields = json!({
         "containerName": name, "cwd": "/", "way": attach_method,
@@ -29,7 +29,7 @@ pub(crate) fn registration(name: &str, attach_method: Option<&AttachMethod>) -> 
 pub(crate) struct Session {
     pub(crate) announce: Sender<Announcement>,
     results: mpsc::Receiver<ForwardResult>,
-    /// How often channels came.
+    /// The number of times that channels arrived.
     pub(crate) served: Arc<AtomicUsize>,
     connected: Arc<AtomicBool>,
 }
@@ -87,13 +87,13 @@ impl Session {
         self.announce.blocking_send(Announcement::Down).unwrap();
     }
 
-    /// The next result: the port, and what became of it.
+    /// The next result.
     pub(crate) fn result(&self) -> (u16, Result<u16, String>) {
-        let told = self.results.recv_timeout(WAIT_MAX).unwrap();
-        (told.port.get(), told.result.map(std::num::NonZeroU16::get))
+        let result = self.results.recv_timeout(WAIT_MAX).unwrap();
+        (result.port.get(), result.result.map(std::num::NonZeroU16::get))
     }
 
-    /// Whether nothing more was told.
+    /// Whether no further result has arrived.
     pub(crate) fn is_silent(&self) -> bool {
         self.results.try_recv().is_err()
     }
@@ -104,14 +104,14 @@ fn dial(channel: OwnedFd, server: u16, connected: &AtomicBool) {
     while let Ok(Some((Request::Dial { dial, .. }, _))) = channel.recv() {
         let refused = Answer::NotDialled { dial, why: DialFailure::Refused };
         let stream = connected.load(Ordering::SeqCst).then(|| TcpStream::connect(("127.0.0.1", server)));
-        let told = match stream.and_then(Result::ok) {
+        let result = match stream.and_then(Result::ok) {
             Some(stream) => {
                 stream.set_nonblocking(true).unwrap();
                 channel.send(&Answer::Dialled { dial }, &[stream.as_fd()])
             }
             None => channel.send(&refused, &[]),
         };
-        if told.is_err() {
+        if result.is_err() {
             return;
         }
     }

@@ -1,4 +1,4 @@
-//! What has to hold where a broker's session says what listens.
+//! The cases of containers whose broker's session announces ports.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -21,12 +21,18 @@ use crate::session::{Session, registration};
 use crate::world::{Drive, World, attach_method_of, pid};
 
 pub(crate) const ALL: &[Case] = &[
-    ("a_session_forwards_what_it_announces", a_session_forwards_what_it_announces),
-    ("a_reserved_port_outlives_sessions_and_engines", a_reserved_port_outlives_sessions_and_engines),
-    ("a_container_that_is_entered_is_only_answered", a_container_that_is_entered_is_only_answered),
-    ("an_engine_that_relieves_another_one_dials_as_well", an_engine_that_relieves_another_one_dials_as_well),
-    ("an_agents_directory_leads_in", an_agents_directory_leads_in),
-    ("the_ports_of_a_killed_engine_are_asked_for_when_they_are_free", ports_of_a_killed_engine),
+    ("announced_ports_are_forwarded", announced_ports_are_forwarded),
+    ("reserved_port_outlives_sessions_and_engines", reserved_port_outlives_sessions_and_engines),
+    (
+        "announcements_of_an_entered_container_only_get_results",
+        announcements_of_an_entered_container_only_get_results,
+    ),
+    ("upgraded_engine_dials_over_the_session", upgraded_engine_dials_over_the_session),
+    ("agent_directory_is_entered", agent_directory_is_entered),
+    (
+        "ports_of_a_killed_engine_are_opened_when_they_are_free",
+        ports_of_a_killed_engine_are_opened_when_they_are_free,
+    ),
 ];
 
 fn register(world: &World, entries: Vec<Registration>) {
@@ -38,20 +44,20 @@ fn attach_method(world: &World) -> (Option<String>, Reachability) {
     world.container("a").map(|container| (container.attach_method, container.state)).unwrap()
 }
 
-fn a_session_forwards_what_it_announces() {
+fn announced_ports_are_forwarded() {
     let mut world = World::new();
     world.start();
     let (port, other) = (free_port(), free_port());
-    // The broker is there before its registration.
+    // The broker starts before its registration.
     let session = Session::begin(world.forwarding(), "a");
     session.up(&[port, 8973]);
     register(&world, vec![registration("a", Some(&AttachMethod::Websocket))]);
     answers(port, "a");
-    let mut told = [session.result(), session.result()];
-    told.sort();
+    let mut results = [session.result(), session.result()];
+    results.sort();
     let mut expected = [(port, Ok(port)), (8973, Err("policy excluded".to_owned()))];
     expected.sort();
-    assert_eq!(told, expected);
+    assert_eq!(results, expected);
     assert_eq!(attach_method(&world), (Some("websocket".to_owned()), Reachability::Reached));
 
     world.lose_engine();
@@ -76,7 +82,7 @@ fn a_session_forwards_what_it_announces() {
     world.runtime.block_on(stopped).unwrap();
     refused(port);
     assert!(session.is_silent());
-    let reasons = world.told("port-forward-closed", 4);
+    let reasons = world.wait_for_lines("port-forward-closed", 4);
     assert_eq!(reasons.len(), 4, "{reasons:?}");
     for (line, reason) in
         reasons.iter().zip(["host-error", "container-released", "host-error", "broker-stopped"])
@@ -85,7 +91,7 @@ fn a_session_forwards_what_it_announces() {
     }
 }
 
-fn a_reserved_port_outlives_sessions_and_engines() {
+fn reserved_port_outlives_sessions_and_engines() {
     let mut world = World::new();
     world.start();
     register(&world, vec![registration("a", Some(&AttachMethod::Websocket))]);
@@ -112,14 +118,14 @@ fn a_reserved_port_outlives_sessions_and_engines() {
     assert!(session.is_silent(), "nobody is answered twice");
     drop(session);
     refused(second);
-    let closed = until("it is told", || {
+    let closed = until("the end is recorded", || {
         world.log("port-forward-closed").pop().filter(|line| line.contains("broker-stopped"))
     });
     assert!(closed.contains("4848"), "{closed}");
     assert!(closed.contains(&second.to_string()), "{closed}");
 }
 
-fn a_container_that_is_entered_is_only_answered() {
+fn announcements_of_an_entered_container_only_get_results() {
     let mut world = World::new();
     let mut namespace = Namespace::new("inside");
     world.start();
@@ -132,8 +138,8 @@ fn a_container_that_is_entered_is_only_answered() {
     namespace.listen(port);
     assert_eq!(session.result(), (port, Ok(port)));
     answers(port, "inside");
-    let (told, result) = session.result();
-    assert!(told == ghost && result.unwrap_err().contains("ECONNREFUSED"));
+    let (port_of_result, result) = session.result();
+    assert!(port_of_result == ghost && result.unwrap_err().contains("ECONNREFUSED"));
     session.reserve(port, &[reserved]);
     assert_eq!(session.result(), (port, Ok(reserved)));
     answers(reserved, "inside");
@@ -144,7 +150,7 @@ fn a_container_that_is_entered_is_only_answered() {
     answers(port, "inside");
 }
 
-fn an_engine_that_relieves_another_one_dials_as_well() {
+fn upgraded_engine_dials_over_the_session() {
     let mut world = World::new();
     let mut namespace = Namespace::new("b");
     let (port, direct) = (free_port(), free_port());
@@ -170,7 +176,7 @@ fn an_engine_that_relieves_another_one_dials_as_well() {
     assert_eq!(world.log("port-forward-closed"), [""; 0]);
 }
 
-fn an_agents_directory_leads_in() {
+fn agent_directory_is_entered() {
     let mut world = World::new();
     let folder = tempfile::tempdir().unwrap();
     let directory = folder.path().join("shared");
@@ -190,8 +196,8 @@ fn an_agents_directory_leads_in() {
     assert_eq!(world.container("a").unwrap().attach_method, Some(attach_method.to_string()));
 }
 
-/// On a busy machine the kernel lets go of the ports milliseconds after the engine has ended; here it is this test that does.
-fn ports_of_a_killed_engine() {
+/// On a busy machine the kernel releases the ports milliseconds after the engine has ended; here this test holds them.
+fn ports_of_a_killed_engine_are_opened_when_they_are_free() {
     let mut world = World::new();
     world.start();
     let port = free_port();
@@ -203,15 +209,15 @@ fn ports_of_a_killed_engine() {
     let held = listeners_of(engine, port);
     assert!(!held.is_empty(), "the engine listens on {port}");
     world.kill_engine(engine);
-    world.told("engine-lost", 1);
-    // Long enough for another engine to begin and to fail.
+    world.wait_for_lines("engine-lost", 1);
+    // Long enough for another engine to start and to fail.
     std::thread::sleep(Duration::from_millis(300));
     drop(held);
     answers(port, "a");
     assert_eq!(world.log("port-forward-failed"), [""; 0]);
 }
 
-/// Copies of the sockets of a process that listen on a port.
+/// Copies of a process's sockets that listen on a port.
 fn listeners_of(process: u32, port: u16) -> Vec<OwnedFd> {
     let pidfd = pidfd_open(pid(process), PidfdFlags::empty()).unwrap();
     let numbers = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap();

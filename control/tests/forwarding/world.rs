@@ -20,7 +20,7 @@ use tokio::sync::watch;
 
 use crate::namespace::{Namespace, until};
 
-/// A home, and what is registered in it.
+/// A home and its registrations.
 pub(crate) struct World {
     pub(crate) home: Home,
     pub(crate) runtime: Handle,
@@ -46,7 +46,7 @@ impl World {
         home.ensure_directories().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let handle = runtime.handle().clone();
-        // What is forwarded goes on while the test waits.
+        // Forwarding continues while the test waits.
         let (end, ends) = tokio::sync::oneshot::channel::<()>();
         std::thread::spawn(move || runtime.block_on(ends));
         let registered = watch::Sender::new(Arc::default());
@@ -102,13 +102,13 @@ impl World {
         self.runtime.block_on(forwarding.detach());
     }
 
-    /// Every line of the journal that has this text, once there are so many of them: a line is written a moment after
-    /// what it tells.
-    pub(crate) fn told(&self, text: &str, count: usize) -> Vec<String> {
+    /// Waits until `count` lines of the journal contain this text, and returns them. A line is written shortly after
+    /// the event.
+    pub(crate) fn wait_for_lines(&self, text: &str, count: usize) -> Vec<String> {
         until(text, || Some(self.log(text)).filter(|lines| lines.len() >= count))
     }
 
-    /// Every line of the journal so far that has this text.
+    /// Every line of the journal so far that contains this text.
     pub(crate) fn log(&self, text: &str) -> Vec<String> {
         let log = std::fs::read_to_string(self.home.daemon_log()).unwrap_or_default();
         log.lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
@@ -124,7 +124,7 @@ impl Drop for World {
         if std::thread::panicking() {
             println!("{}", std::fs::read_to_string(self.home.daemon_log()).unwrap_or_default());
         }
-        // No engine outlives its test.
+        // The engine ends with its test.
         if self.forwarding.is_none() {
             self.start();
             until("the engine is attached, or there is none", || {
@@ -148,11 +148,11 @@ fn start(home: &Home, registrations: watch::Receiver<Arc<Registered>>) -> Forwar
     })
 }
 
-/// A driver in a process of its own, of the version that its environment says.
+/// A driver in a process of its own, with the version in its environment.
 pub(crate) struct Drive(Child);
 
 impl Drive {
-    /// Starts one, and waits until `port` is open.
+    /// Starts the driver, and waits until `port` is open.
     pub(crate) fn start(home: &Home, version: &str, name: &str, namespace: &Namespace, port: u16) -> Drive {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .arg("_drive")

@@ -1,5 +1,5 @@
-//! Two sides of a broker with nothing but streams between them: each a thread with a runtime of its own, as in two processes,
-//! and a WebSocket between the two.
+//! Two sides of a broker with streams between them and nothing else: each a thread with a runtime of its own, as in two
+//! processes, and a WebSocket between the two.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -25,7 +25,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-/// No step of a test takes so long.
+/// Longer than any step of a test takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Link {
@@ -34,7 +34,7 @@ pub(crate) struct Link {
     next: i64,
 }
 
-/// One stream, by the ends that the applications have, and how each side of the broker saw it end.
+/// One stream: the applications' ends, and the outcome at each side of the broker.
 pub(crate) struct Stream {
     pub(crate) client: TcpStream,
     pub(crate) server: TcpStream,
@@ -42,7 +42,7 @@ pub(crate) struct Stream {
     pub(crate) container: Ending,
 }
 
-/// How a side saw a stream end, once it did.
+/// The outcome of a stream at one side, once it has ended.
 pub(crate) struct Ending(oneshot::Receiver<Ended>);
 
 impl Ending {
@@ -86,7 +86,7 @@ impl Link {
         Stream { client, server, host, container }
     }
 
-    /// The host's side is gone without a word.
+    /// Ends the host's side without a message.
     pub(crate) fn lose_host(&mut self) {
         self.host.vanish();
     }
@@ -150,7 +150,7 @@ async fn side(us: Side, extensions: Extensions, socket: Socket, mut orders: Unbo
                     let socket = tokio::net::TcpStream::from_std(socket).unwrap();
                     pumps.spawn(async move {
                         let end = relay(socket, stream, us, extensions, &outbox, arriving).await;
-                        // Nobody may be interested.
+                        // The receiver may be gone.
                         let _ = ended.send(end);
                         stream
                     });
@@ -197,7 +197,7 @@ fn frame(us: Side, incoming: Incoming) -> Option<(StreamId, Frame)> {
     }
 }
 
-/// Takes one connection, which asks for a WebSocket.
+/// Accepts one connection and upgrades it to a WebSocket.
 pub(crate) async fn accept(listener: tokio::net::TcpListener) -> Socket {
     let (stream, _) = listener.accept().await.unwrap();
     let (upgraded, mut upgrades) = unbounded_channel();
@@ -218,7 +218,7 @@ pub(crate) async fn accept(listener: tokio::net::TcpListener) -> Socket {
     wire::accepted(upgrades.recv().await.unwrap()).await.unwrap()
 }
 
-/// An application's end, and the broker's: what the engine gets, and what the daemon keeps.
+/// The application's end and the broker's: the sockets that the engine gets and that the daemon keeps.
 fn pair() -> (TcpStream, TcpStream) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -229,13 +229,13 @@ fn pair() -> (TcpStream, TcpStream) {
     })
 }
 
-/// A server's end, and the agent's.
+/// The server's end and the agent's.
 fn tcp() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let accepted = listener.accept().unwrap().0;
     for socket in [&dialled, &accepted] {
-        // Hundreds of them are filled.
+        // Small buffers, since hundreds of them are filled.
         sockopt::set_socket_send_buffer_size(socket, 512 * 1024).unwrap();
         sockopt::set_socket_recv_buffer_size(socket, 512 * 1024).unwrap();
     }
@@ -255,7 +255,7 @@ pub(crate) fn send(mut socket: &TcpStream, seed: u64, bytes: usize) -> io::Resul
     Ok(())
 }
 
-/// Reads so many bytes, and checks each.
+/// Reads this number of bytes, and checks each.
 #[track_caller]
 pub(crate) fn expect(socket: &TcpStream, seed: u64, bytes: usize) {
     socket.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -1,4 +1,4 @@
-//! How fast streams are, alone and beside each other.
+//! The speed of streams, alone and in parallel.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -10,7 +10,7 @@ use landfall_pattern::Pattern;
 
 use crate::link::{Link, PATIENCE, Stream};
 
-/// Reads as fast as is said, in bytes a second, and checks every byte.
+/// Reads at this rate in bytes per second, and checks every byte.
 pub(crate) fn expect_slowly(socket: &TcpStream, seed: u64, bytes: usize, speed: u32) {
     let started = Instant::now();
     let mut found = vec![0; 50_000];
@@ -23,12 +23,13 @@ pub(crate) fn expect_slowly(socket: &TcpStream, seed: u64, bytes: usize, speed: 
         checker.check(&found[..piece]);
         read += piece;
         let due = Duration::from_secs_f64(read as f64 / f64::from(speed));
-        // This is the pace of the reader, not a wait for something to happen.
+        // This is the rate of the reader, not a wait for an event.
         std::thread::sleep(due.saturating_sub(started.elapsed()));
     }
 }
 
-/// Bytes a second from server to client, over all of `streams` together, and the share of the slowest of them in the mean.
+/// Bytes per second from server to client, over all `streams` together, and the share of the slowest stream in the
+/// mean.
 fn downloads(streams: &[Stream], time: Duration) -> (f64, f64) {
     measure(streams.iter().map(|stream| (&stream.server, &stream.client)).collect(), time)
 }
@@ -49,7 +50,7 @@ fn measure(ways: Vec<(&TcpStream, &TcpStream)>, time: Duration) -> (f64, f64) {
                 while !stop.load(Ordering::Relaxed) {
                     (&*from).write_all(&block).unwrap();
                 }
-                // Another byte is the last one.
+                // Another value marks the last byte.
                 (&*from).write_all(&[1]).unwrap();
             });
             scope.spawn(move || {
@@ -77,7 +78,8 @@ fn measure(ways: Vec<(&TcpStream, &TcpStream)>, time: Duration) -> (f64, f64) {
     (total, slowest / (total / measured.len() as f64))
 }
 
-/// How long 64 bytes take there and back on a stream of their own beside `count` downloads: the median, and 99 of 100.
+/// The round trip time of 64 bytes on one stream in parallel with `count` downloads: the median and the 99th
+/// percentile.
 fn round_trips(count: usize, time: Duration) -> (Duration, Duration) {
     let mut link = Link::new(Extensions::ALL);
     let busy: Vec<Stream> = (0..count).map(|_| link.open()).collect();
@@ -107,8 +109,8 @@ fn round_trips(count: usize, time: Duration) -> (Duration, Duration) {
     (taken[taken.len() / 2], taken[taken.len() * 99 / 100])
 }
 
-/// The speed of one stream while `count` others are full and nobody reads them, as a share of its speed just before. It is
-/// the best of several, since a machine has other things to do; once it is `enough`, no more are taken.
+/// The speed of one stream while `count` others are full and unread, as a share of its speed just before: the best of
+/// several attempts, since the machine runs other programs. Stops at the first attempt that reaches `enough`.
 pub(crate) fn beside_stalled(count: usize, time: Duration, enough: f64) -> f64 {
     let mut best: f64 = 0.0;
     for _ in 0..10 {
@@ -125,7 +127,7 @@ pub(crate) fn beside_stalled(count: usize, time: Duration, enough: f64) -> f64 {
     best
 }
 
-/// Writes to all servers until nothing more is taken.
+/// Writes to all servers until no write makes progress.
 fn fill(streams: &[Stream]) {
     let block = vec![7; 64 * 1024];
     let mut full_since = Instant::now();
@@ -140,8 +142,8 @@ fn fill(streams: &[Stream]) {
     }
 }
 
-/// What there is to know of speed, for people. Without credit nothing slows a sender down, so that a reader that does not
-/// keep up loses its stream, and there is nothing to measure.
+/// Prints the speeds. Without credit no sender is slowed down, so that a slow reader loses its stream and cannot be
+/// measured.
 #[test]
 #[ignore = "a measurement: run it by name, in a release build"]
 fn speed() {

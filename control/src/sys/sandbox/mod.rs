@@ -56,7 +56,7 @@ pub enum SandboxError {
     #[error("cannot start a process for the sandbox")]
     Start(#[source] io::Error),
     /// The inner process ended before it became the command.
-    #[error("the process of the sandbox ended before the command began")]
+    #[error("the process of the sandbox ended before the command started")]
     Ended,
     /// One step of the inner process failed.
     #[error("{step}: {}", io::Error::from_raw_os_error(*.errno))]

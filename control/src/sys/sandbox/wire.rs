@@ -44,7 +44,7 @@ impl fmt::Display for Step {
             Step::Loopback => "cannot bring up the loopback interface",
             Step::Filter => "cannot pass on the notifications of the command's system calls",
             Step::ParentDeath => "cannot tie the command to this process",
-            Step::Signals => "cannot let signals through to the command",
+            Step::Signals => "cannot unblock the signals of the command",
             Step::Exec => "cannot start the command",
         })
     }
