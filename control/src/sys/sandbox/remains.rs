@@ -57,7 +57,7 @@ impl Namespace {
         Ok(Namespace { file: File::open(format!("/proc/{pid}/ns/net"))?, ours: BTreeSet::new() })
     }
 
-    /// Returns the processes in it that remain [`GRACE`] after the end of the command.
+    /// Returns the processes in it that remain `GRACE` after the end of the command.
     pub fn remains(&self) -> Remains {
         let mut remains = Remains { processes: self.processes() };
         remains.wait(Instant::now() + GRACE);
