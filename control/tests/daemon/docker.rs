@@ -1,4 +1,4 @@
-//! What the daemon makes of Docker: here one that knows a bridge and nothing else.
+//! The daemon and Docker: here an engine with a bridge and nothing else.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::{Daemon, wait_until};
 
-/// Answers at `socket` as an engine whose bridge has this gateway and where nothing ever happens.
+/// Serves an engine API at `socket`: its bridge has this gateway, and it reports no events.
 fn engine(socket: &Path, gateway: &'static str) {
     let listener = UnixListener::bind(socket).unwrap();
     std::thread::spawn(move || {

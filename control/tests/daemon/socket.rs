@@ -116,7 +116,7 @@ fn events_come_as_they_happen_and_of_one_container_if_so_asked() {
     let follow = |request: Value| {
         let mut stream = daemon.connect();
         stream.write_all(format!("{request}\n").as_bytes()).unwrap();
-        // Who has asked may end its own direction, and goes on listening.
+        // A client that has sent its request may shut down its direction and still receives events.
         stream.shutdown(Shutdown::Write).unwrap();
         let mut lines = BufReader::new(stream).lines().map(|line| line.unwrap());
         assert_eq!(lines.next().unwrap(), "{\"ok\":true}");

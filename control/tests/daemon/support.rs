@@ -1,4 +1,4 @@
-//! A daemon of the test's own, and clients that know nothing but the wire.
+//! A daemon of the test's own, and clients that use the wire protocol alone.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// A bounded wait ends here; nothing that is waited for takes a tenth of it.
+/// The bound of every wait; none takes a tenth of it normally.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(20);
 
 /// Waits for a state.
@@ -27,7 +27,7 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon of this home, when it answers.
+    /// Starts a daemon of this home, and waits until it answers.
     pub(crate) fn start(home: &Path, arguments: &[&str]) -> Daemon {
         Daemon::start_with(home, arguments, None)
     }
@@ -43,7 +43,7 @@ impl Daemon {
         daemon
     }
 
-    /// A daemon that is not waited for.
+    /// Starts a daemon without waiting for it.
     pub(crate) fn spawn(home: &Path, arguments: &[&str]) -> Daemon {
         Daemon::spawn_with(home, arguments, None)
     }
@@ -61,10 +61,10 @@ impl Daemon {
         self.home.join("run/hostd.sock")
     }
 
-    /// Sends these bytes, ends, and reads everything that comes.
+    /// Sends these bytes, shuts down the direction, and reads until the end.
     pub(crate) fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect();
-        // A daemon that has read enough need not take the rest.
+        // A daemon that has read enough need not read the rest.
         let _ = stream.write_all(bytes);
         let _ = stream.shutdown(Shutdown::Write);
         let mut answer = String::new();
@@ -79,7 +79,7 @@ impl Daemon {
         stream
     }
 
-    /// Asks, and answers with the whole answer.
+    /// Sends a request, and returns the whole answer.
     pub(crate) fn ask(&self, request: &Value) -> Value {
         let answer = self.raw(format!("{request}\n").as_bytes());
         assert!(answer.ends_with('\n') && answer.lines().count() == 1, "{answer:?}");

@@ -1,5 +1,6 @@
-//! `landfall agent` in containers that have nothing but it and busybox, as a static binary, under Docker's own seccomp profile,
-//! and with everything taken away that Docker can take away. A daemon on the host reaches them by either way.
+//! `landfall agent` in containers that contain only it and busybox, as a static binary, under Docker's own seccomp
+//! profile, and without every privilege that Docker can remove. A daemon on the host reaches them by either attach
+//! method.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -19,7 +20,7 @@ pub(super) const IMAGE: &str = "landfall-test-agent";
 const TOKEN: &str = "a-broker-token-of-43-characters-0123456789-";
 const BARE: [&str; 5] = ["--cap-drop", "ALL", "--read-only", "--user", "65534"];
 
-/// A daemon of the test's own, which knows the Docker engine. Its relay engine ends with it.
+/// A daemon of the test's own, which uses the Docker engine. Its relay engine ends with it.
 struct Daemon {
     home: TempDir,
     child: Child,
@@ -60,7 +61,7 @@ impl Drop for Daemon {
     }
 }
 
-/// What a web server at this port of the host answers, if one does.
+/// The answer of a web server at this host port, if one is open.
 fn page(port: u16) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(WAIT_MAX)).ok()?;
@@ -79,7 +80,7 @@ fn container(name: &str, shared: &Path, options: &[&str], server: u16) -> Contai
     Container::run(name, &[&common[..], options].concat(), IMAGE, &["sh", "-c", &script])
 }
 
-/// Both ways into a container with these options, and a port that it asks for.
+/// Tests both attach methods for a container with these options, and a port that it reserves.
 #[track_caller]
 fn is_reached(name: &str, options: &[&str]) {
     // Open to the user of the container, below a directory that is closed to every other user.
@@ -106,7 +107,7 @@ fn is_reached(name: &str, options: &[&str]) {
         assert_eq!(asked, wanted.to_string());
         wait_until("the page at the port that was asked for", || page(wanted));
         assert!(!logs().contains(TOKEN), "a token was told: {}", logs());
-        // As the first process it has to obey by itself.
+        // As the first process it gets no default action for a signal, so it has to handle it.
         docker(&["stop", "-t", "10", container.0.as_str()]);
         assert_eq!(container.inspect("{{.State.ExitCode}}"), "0", "{}", logs());
     }

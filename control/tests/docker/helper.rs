@@ -1,4 +1,4 @@
-//! The helper's container, by a user who is not root and has nothing but access to Docker's socket.
+//! The helper's container, used by a user who is not root and has access to Docker's socket only.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -16,15 +16,15 @@ use super::ports::free_port;
 use super::{Container, docker, host, run, wait_until};
 
 const IMAGE: &str = "landfall-test-agent";
-/// Nobody that there is.
+/// A uid without an account.
 const USER: u32 = 54_321;
 
-/// A user's home, and the program that they use, which is static.
+/// A user's home, and the static program that the user runs.
 struct User {
     folder: TempDir,
     program: PathBuf,
     group: u32,
-    /// What the program takes itself for.
+    /// The version that the program reports.
     version: &'static str,
 }
 
@@ -52,7 +52,7 @@ impl User {
         self.home().join("run/helper/opener.sock")
     }
 
-    /// What `program` does as that user.
+    /// Runs `program` as that user.
     fn run(&self, program: &Path, arguments: &[&str]) -> Output {
         let (user, group) = (USER.to_string(), self.group.to_string());
         Command::new("setpriv")
@@ -98,12 +98,12 @@ impl Drop for User {
     }
 }
 
-/// Root alone may be whoever it likes. The others have the rest of the cases.
+/// Only root can change to other users. The other cases run as any user.
 fn may_be_another() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// What a web server at this port of the host answers, if one does.
+/// The answer of a web server at this host port, if one is open.
 fn page(port: u16) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
@@ -126,7 +126,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
         return;
     }
     let mut user = User::new();
-    // Without the helper there is advice.
+    // Without the helper, the reason has a hint.
     let (one, other) = (free_port(), free_port());
     let web = server("helped", one, &[]);
     user.landfall(&["up", "--http-port", "0"]);
@@ -149,7 +149,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
 
     calls_of_others_are_refused(&user, &first);
 
-    // One as most are, and one that is another user's without any capability.
+    // One ordinary container, and one of another user without any capability.
     let bare =
         server("helped-bare", other, &["--user", "4242:4242", "--cap-drop", "ALL", "--network", "none"]);
     user.landfall(&["register", bare.0.as_str(), "--docker", "--cwd", "/"]);
@@ -158,7 +158,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     let status = user.landfall(&["status", web.0.as_str()]);
     assert!(status.contains("docker, helper"), "{status}");
 
-    // The containers are restarted, the helper is killed, and removed: each time all is as before.
+    // The containers are restarted, and the helper is killed, and removed: each time everything recovers.
     docker(&["restart", "-t", "0", web.0.as_str()]);
     wait_until("the page after a restart", || page(one));
     docker(&["kill", &first]);
@@ -171,7 +171,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     wait_until("the page through a third helper", || page(one));
     wait_until("the other page through a third helper", || page(other));
 
-    // Another build takes over, which was not told of the helper.
+    // Another build takes over, without the option for a helper.
     user.version = "another";
     let up = user.landfall(&["up"]);
     assert!(up.contains("replaces a daemon of another build") && up.contains("CAP_SYS_ADMIN"), "{up}");
@@ -186,8 +186,8 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     assert!(!user.socket().parent().unwrap().exists());
 }
 
-/// Prints the error number of each call that a helper does not make, and of the one that it does. Each call succeeds with the
-/// helper's capabilities and without a seccomp profile.
+/// Prints the error number of each call that a helper does not make, and of the one that it does. Each call succeeds
+/// with the helper's capabilities and without a seccomp profile.
 const ATTEMPTS: &str = r#"
 import ctypes, json, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -208,7 +208,7 @@ attempts = {
 print(json.dumps({name: ctypes.get_errno() if call() == -1 else 0 for name, call in attempts.items()}))
 "#;
 
-/// Makes the calls of [`ATTEMPTS`] in a container that has what the helper has, but this profile, and the host's Python.
+/// Makes the calls of [`ATTEMPTS`] in a container like the helper's, but with this profile, and with the host's Python.
 fn attempts(profile: &str) -> BTreeMap<String, i32> {
     let profile = format!("seccomp={profile}");
     let output = Command::new("docker")
@@ -225,7 +225,7 @@ fn attempts(profile: &str) -> BTreeMap<String, i32> {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
 }
 
-/// Checks the seccomp profile that a running helper has, by another program that runs with it.
+/// Checks the seccomp profile of a running helper by another program that runs under it.
 fn calls_of_others_are_refused(user: &User, helper: &str) {
     const PERMISSION: i32 = 1;
     let options = docker(&["inspect", "-f", "{{json .HostConfig.SecurityOpt}}", helper]);
@@ -242,7 +242,7 @@ fn calls_of_others_are_refused(user: &User, helper: &str) {
     }
 }
 
-/// Moves a process out of the control groups of its container, to the root of each hierarchy. Only privilege permits that.
+/// Moves a process out of the control groups of its container, to the root of each hierarchy. That requires privilege.
 fn leave_control_groups(pid: &str) {
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
@@ -289,14 +289,14 @@ fn the_helper_obeys_its_user_alone_and_bears_whatever_is_sent() {
     let port = free_port();
     let web = server("hostile", port, &[]);
     let pid: u32 = web.inspect("{{.State.Pid}}").parse().unwrap();
-    // Even root, who gets at the socket, is another user.
+    // Even root, who can open the socket, is another user.
     let refused = Opener::spawn_by_helper(&user.socket(), Target::process(pid).unwrap());
     assert!(matches!(refused, Err(OpenError::Helper { .. })), "{refused:?}");
     for _ in 0..500 {
         let channel = Channel::connect(&user.socket()).unwrap();
         let _ = channel.send(&serde_json::json!({"request": "enter", "target": "process"}), &[]);
     }
-    // Somebody else does not even get that far.
+    // Another user cannot open the socket.
     let other = Command::new("setpriv")
         .args(["--reuid", "54322", "--regid", "54322", "--clear-groups", "test", "-e"])
         .arg(user.socket())

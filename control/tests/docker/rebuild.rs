@@ -1,4 +1,4 @@
-//! A container that rebuilds itself: each attempt to get more by the new image than the container had.
+//! A container that rebuilds itself: each attempt to gain by the new image what the container did not have.
 
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::start::Shop;
 use super::{BASE, Built, Container, docker, engine, run, wait_until};
 
-/// Images that a case made under these names; they are removed whatever the case does.
+/// Images that a case builds under these names; they are removed at its end.
 struct Images(Vec<String>);
 
 impl Drop for Images {
@@ -47,7 +47,7 @@ struct Victim {
     _images: Images,
 }
 
-/// The accounts of the first image, and those of an image that wants more: the same name with uid 0, root without a password.
+/// The accounts of the first image, and those of a malicious image: the same name with uid 0, root without a password.
 const PASSWD: &str = "root:x:0:0::/:/bin/sh\napp:x:3001:3002::/:/bin/sh\n";
 const EVIL_PASSWD: &str = "root::0:0::/:/bin/sh\napp:x:0:0::/:/bin/sh\n";
 const GROUP: &str = "root:x:0:\napp:x:3002:\n";
@@ -93,7 +93,7 @@ impl Victim {
         docker(&["inspect", "--type", "container", "-f", format, &self.shop.name])
     }
 
-    /// Asks for a rebuild from inside, and returns the answer.
+    /// Requests a rebuild from inside, and returns the answer.
     fn ask(&self) -> Value {
         let asked = self.shop.ask(true, "$LANDFALL_HOSTD_TOKEN");
         serde_json::from_slice(&asked.stdout).unwrap_or_else(|error| panic!("{error}: {asked:?}"))
@@ -153,18 +153,18 @@ fn c23_a_rebuild_replaces_no_shared_image_and_gives_no_root() {
     assert_eq!((left.uid(), left.gid()), (3001, 3002), "root's set-uid file was left on the host");
     let ids = docker(&["exec", &shop.name, "busybox", "id"]);
     assert!(ids.contains("uid=3001") && ids.contains("gid=3002") && !ids.contains("groups=0"), "{ids}");
-    // The set-uid program that the image brings gains nothing.
+    // The set-uid program of the image gains no privilege.
     assert!(docker(&["exec", &shop.name, "busybox", "ls", "-l", "/su"]).starts_with("-rws"));
     let su = run(&["exec", &shop.name, "/su", "root", "-c", "busybox id -u"]);
     assert_ne!(String::from_utf8_lossy(&su.stdout).trim(), "0", "{su:?}");
 
-    // The host's user takes the user of the new image.
+    // The host's user adopts the user of the new image.
     shop.write("Dockerfile", &format!("FROM {BASE}\nUSER 7:8\nCMD [\"sleep\", \"100000\"]\n"));
     shop.says(&["restart", &shop.name, "--build"]);
     assert_eq!(docker(&["exec", &shop.name, "busybox", "id", "-u"]), "7");
 }
 
-/// An image that a container was run from before this build, by hand, with accounts of its own.
+/// An image that a container was run from by hand before this build, with accounts of its own.
 fn by_hand(name: &str, options: &[&str]) -> (Built, Container) {
     let dockerfile = format!("FROM {BASE}\nCOPY passwd group /etc/\nCMD [\"sleep\", \"100000\"]\n");
     let built = Built::with_files(name, &dockerfile, &[("passwd", PASSWD), ("group", GROUP)]);

@@ -1,4 +1,4 @@
-//! `landfall start` and `stop` as a person uses them, and the restart that a process in the container asks for.
+//! `landfall start` and `stop` as a user runs them, and the restart that a process in the container requests.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::ports::free_port;
 use super::{WAIT_MAX, docker, run, wait_until};
 
-/// A folder, a daemon of the test's own, and what comes of them. All of it is gone in the end.
+/// A folder, a daemon of the test's own, and what they create. Everything is removed at the end.
 pub(super) struct Shop {
     root: TempDir,
     pub(super) name: String,
@@ -19,12 +19,12 @@ pub(super) struct Shop {
 }
 
 impl Shop {
-    /// A folder that serves `www` on its own loopback, and is described in the way of a dev container.
+    /// Creates a folder with a devcontainer.json whose container serves `www` on its own loopback.
     pub(super) fn new(name: &str, command: &str) -> Shop {
         Shop::of(super::BASE, name, command)
     }
 
-    /// The same of this image, with what else its Dockerfile says.
+    /// The same with this image and these further lines of its Dockerfile.
     fn of(base: &str, name: &str, command: &str) -> Shop {
         let name = format!("lf-{}-{name}", std::process::id());
         let shop = Shop { root: tempfile::tempdir().unwrap(), name, port: free_port() };
@@ -35,7 +35,7 @@ impl Shop {
         shop.write(".devcontainer/Dockerfile", &dockerfile);
         let said = format!(
             r#"{{
-                // The build is of the whole folder.
+                // The build context is the whole folder.
                 "build": {{ "dockerfile": "Dockerfile", "context": "..", "args": {{}} }},
                 "portsAttributes": {{ "{}": {{ "label": "Web" }}, }},
             }}"#,
@@ -43,9 +43,9 @@ impl Shop {
         );
         shop.write(".devcontainer/devcontainer.json", &said);
         shop.write("www/index.html", "one");
-        // No two folders have a layer in common: where it goes with the image of one, the build of the other finds it gone.
+        // No two folders share a layer: Docker would remove it with the image of one during the build of the other.
         shop.write("www/name", &shop.name);
-        // Any port for HTTP: another daemon of this machine may have the usual one.
+        // Any port for HTTP: another daemon of this machine may have the default one.
         assert!(shop.landfall(&["up", "--http-port", "0"]).status.success());
         shop
     }
@@ -77,7 +77,7 @@ impl Shop {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What the container's web server answers on the host.
+    /// The answer of the container's web server on the host.
     fn page(&self) -> Option<String> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
         stream.set_read_timeout(Some(WAIT_MAX)).ok()?;
@@ -93,7 +93,7 @@ impl Shop {
         told.starts_with("true").then_some(told)
     }
 
-    /// Has a process in the container ask for a restart, with a token, and says what it was answered.
+    /// Makes a process in the container request a restart with a token, and returns the answer.
     pub(super) fn ask(&self, build: bool, token: &str) -> Output {
         let script = format!(
             "busybox wget -q -O - --header \"Authorization: Bearer {token}\" --post-data \
@@ -116,7 +116,7 @@ impl Drop for Shop {
     }
 }
 
-/// The first process of a container gets no signal that it does not ask for.
+/// The kernel delivers to the first process of a container only signals that it handles.
 const SERVE: &str = "trap 'exit 0' TERM; busybox httpd -f -p 127.0.0.1:PORT -h /www & wait";
 
 #[test]
@@ -145,7 +145,7 @@ fn a_started_folder_restarts_itself_and_answers_where_it_did() {
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && said.contains("403"), "{refused:?}");
 
-    // Without a rebuild: the same image, whatever is in the folder by now.
+    // Without a rebuild: the same image, whatever the folder contains now.
     shop.write("www/index.html", "two");
     let before = shop.started_at().unwrap();
     let asked = shop.ask(false, "$LANDFALL_HOSTD_TOKEN");
@@ -153,7 +153,7 @@ fn a_started_folder_restarts_itself_and_answers_where_it_did() {
     wait_until("the restart", || shop.started_at().filter(|now| *now != before));
     wait_until("the page after it", || shop.page().filter(|page| page == "one"));
 
-    // With one: from the folder as it is, by the same Dockerfile. The token is still good.
+    // With a rebuild: from the present folder, by the same Dockerfile. The token is still valid.
     let asked = shop.ask(true, "$LANDFALL_HOSTD_TOKEN");
     assert!(String::from_utf8_lossy(&asked.stdout).contains("\"scheduled\":true"), "{asked:?}");
     wait_until("the page of the new image", || shop.page().filter(|page| page == "two"));
@@ -173,7 +173,7 @@ fn a_started_folder_restarts_itself_and_answers_where_it_did() {
     assert_eq!(shop.landfall(&["stop"]).status.code(), Some(3));
 }
 
-/// An agent of ours beside the web server, as an ordinary user of the container.
+/// Landfall's agent next to the web server, as an ordinary user of the container.
 const SERVE_WITH_AGENT: &str = "busybox httpd -p 127.0.0.1:PORT -h /www; exec /landfall agent";
 
 #[test]
@@ -183,7 +183,7 @@ fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
     let shop = Shop::of(&base, "socket", SERVE_WITH_AGENT);
     shop.says(&["start"]);
     wait_until("the first page", || shop.page());
-    // The folder and its own directory are mounted, that read-only, and nothing else of the daemon's.
+    // The folder and its own directory are mounted, the latter read-only, and nothing else of the daemon's.
     let mounts = docker(&[
         "inspect",
         "-f",
@@ -206,7 +206,7 @@ fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
     for token in ["brokerToken", "restartToken"] {
         assert!(!log().contains(registered[token].as_str().unwrap()));
     }
-    // It asks over the socket; also after another daemon has taken the place of the first.
+    // It requests over the socket; also after another daemon has replaced the first.
     let restart = || {
         let before = shop.started_at().unwrap();
         docker(&["exec", &shop.name, "/landfall", "agent", "restart"]);
