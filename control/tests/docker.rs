@@ -489,7 +489,7 @@ async fn restart_is_reported_from_its_promise_to_its_end() {
     let registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
     let registration = Arc::new(registration);
     supervisor.preflight(&registration, Build::No).await.unwrap();
-    supervisor.accept(registration, Build::No).unwrap().begin();
+    supervisor.accept(registration, Build::No).unwrap().start();
     supervisor.stop().await;
     let kinds: Vec<Value> = std::iter::from_fn(|| lines.try_recv().ok())
         .map(|line| serde_json::from_str::<Value>(&line).unwrap()["kind"].clone())

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
-use landfall::daemon::http::auth::{Authorized, Presented, is_meant_for_us};
+use landfall::daemon::http::auth::{Authorized, Presented, is_addressed_to_this_host};
 use landfall::daemon::rpc::protocol::Envelope;
 use landfall::model::registration::Registration;
 use landfall::registry::store::Registered;
@@ -64,7 +64,7 @@ fn headers(head: &[u8]) -> HeaderMap {
 }
 
 fn check_host(headers: &HeaderMap) {
-    if !is_meant_for_us(headers, None, &[GATEWAY]) {
+    if !is_addressed_to_this_host(headers, None, &[GATEWAY]) {
         return;
     }
     for host in headers.get_all(HOST) {

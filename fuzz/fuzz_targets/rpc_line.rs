@@ -16,7 +16,7 @@ fuzz_target!(|input: (Vec<u8>, Vec<u16>, u8)| {
     // Long lines are rare among inputs, so one byte selects the length: up to slightly above the limit.
     let mut bytes = vec![b' '; usize::from(padding) * (LINE_BYTES_MAX + 64) / 255];
     bytes.extend_from_slice(&text);
-    let whole = RequestLine::new().take(&bytes);
+    let whole = RequestLine::new().append(&bytes);
     assert_eq!(whole, naive(&bytes));
     assert_eq!(whole, in_pieces(&bytes, &cuts));
     if bytes.len() < 1_000 {
@@ -49,12 +49,12 @@ fn in_pieces(bytes: &[u8], cuts: &[u16]) -> Outcome {
     places.extend([0, bytes.len()]);
     places.sort_unstable();
     let mut line = RequestLine::new();
-    places.windows(2).find_map(|ends| line.take(&bytes[ends[0]..ends[1]]))
+    places.windows(2).find_map(|ends| line.append(&bytes[ends[0]..ends[1]]))
 }
 
 fn byte_by_byte(bytes: &[u8]) -> Outcome {
     let mut line = RequestLine::new();
-    bytes.chunks(1).find_map(|byte| line.take(byte))
+    bytes.chunks(1).find_map(|byte| line.append(byte))
 }
 
 fn is_object(line: &[u8]) -> bool {

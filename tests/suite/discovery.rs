@@ -269,7 +269,7 @@ fn invalid_labels() {
         wait_until("the next one", || home.registered(&name).map(drop).ok_or("not there"));
     }
     assert_eq!(notices(&home, "container shop: its label dev.landfall.forward is \"perhaps\""), 1);
-    assert_eq!(notices(&home, "container db: nothing of it is forwarded"), 1);
+    assert_eq!(notices(&home, "container db: no port is forwarded"), 1);
     assert!(home.registered("shop").is_none() && home.registered("db").is_none());
     // Nor is it forwarded when a user attaches it by name without a port list.
     let output = home.run(&["attach", "db"]);

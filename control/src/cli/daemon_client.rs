@@ -171,7 +171,7 @@ pub fn call_failure(error: &CallError) -> Failure {
             Failure::new(Exit::Denied, format!("cannot reach the daemon: {text}"))
                 .hint("its home belongs to another user; set LANDFALL_HOME to a directory of yours")
         }
-        CallError::Stranger(_) => Failure::new(Exit::Denied, text)
+        CallError::ForeignSocket(_) => Failure::new(Exit::Denied, text)
             .hint("no request was sent to it; check who owns the run directory of the home"),
         CallError::Connect(_) => Failure::new(Exit::NoDaemon, format!("cannot reach the daemon: {text}")),
         CallError::Timeout(_) | CallError::Broken(_) | CallError::Ended => {

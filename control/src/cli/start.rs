@@ -68,7 +68,7 @@ pub fn start(args: &StartArgs) -> Result<Exit, Failure> {
     // `start` sets no label about ports, so all such labels come from the image.
     let inherited = labels::read(&ContainerLabels::of_image(prepared.labels));
     inherited.own_policy.map_err(|why| Failure::new(Exit::Refused, why))?;
-    for why in &inherited.nonsense {
+    for why in &inherited.warnings {
         stderr.report(&Report::Note { text: format!("image {}: {why}", prepared.image), hint: None });
     }
     let image_deny = match args.policy() {

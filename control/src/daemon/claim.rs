@@ -1,9 +1,9 @@
-//! That there is one daemon for a home.
+//! The claim that allows one daemon for each home.
 //!
-//! The kernel's lock on a file that is never unlinked decides, and lets go when the process that holds it ends, however
-//! it ends. No process id decides anything. The descriptor is closed in every program that the daemon starts, so nobody
-//! holds the lock after it. A daemon that does not know of the lock (the reference) is found by asking whoever listens
-//! at the socket.
+//! The claim is a kernel lock on a file that is never unlinked. The kernel releases the lock when the process that holds it
+//! ends, for any reason. Process ids are never used. The descriptor is closed in each program that the daemon starts, so no
+//! other process can hold the lock after the daemon. A daemon that does not use the lock (the reference) is detected by a
+//! request to the process that listens at the socket.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -19,40 +19,40 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::sys::paths::{Home, identity_of_name};
 use crate::sys::private_file;
 
-/// How long whoever listens at the socket has to say that it is a daemon (wire specification, A.1.3).
+/// How long the process that listens at the socket may take to answer `list` (wire specification, A.1.3).
 const ANSWER_TIME_MAX: Duration = Duration::from_millis(500);
-/// How long a daemon that holds the lock and does not answer may take to go. It is stopping, or it has just begun.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// How often the lock is tried meanwhile.
+/// The time limit for a daemon that holds the lock to end or to answer. It is stopping or starting.
+const ANSWER_OR_END_MAX: Duration = Duration::from_secs(3);
+/// The interval between attempts to lock.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
-/// The longest answer to `list` that is waited for, in bytes.
+/// The longest answer to `list` that is read, in bytes.
 const ANSWER_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// Why this process is not the daemon of the home.
+/// The reasons why this process is not the daemon of the home.
 #[derive(Debug, Error)]
 pub enum ClaimError {
-    /// Another one is.
+    /// Another process is the daemon.
     #[error("another typeclaw host daemon is already listening at {}", .0.display())]
     Taken(PathBuf),
-    /// The lock cannot be had for another reason.
+    /// The lock file cannot be opened or locked.
     #[error("{} cannot be locked", path.display())]
     Lock {
-        /// Which file.
+        /// The lock file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// What a daemon that is gone left behind cannot be taken away.
+    /// The socket file of a daemon that has ended cannot be removed.
     #[error("{} cannot be removed", path.display())]
     Stale {
-        /// Which file.
+        /// The socket file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// That this process is the daemon of a home, for as long as it lives.
+/// The claim of this process to be the daemon of a home, valid while the value exists.
 #[derive(Debug)]
 pub(super) struct Claim {
     socket: PathBuf,
@@ -60,16 +60,16 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Becomes the daemon of a home, and takes away the socket of one that is gone.
+    /// Takes the claim to a home, and removes the socket file of a daemon that has ended.
     ///
     /// # Errors
     /// [`ClaimError`].
     pub(super) async fn take(home: &Home) -> Result<Claim, ClaimError> {
         let (path, socket) = (home.daemon_lock(), home.socket());
         let failed = |source| ClaimError::Lock { path: path.clone(), source };
-        // Opened with O_CLOEXEC, as the standard library does.
+        // The standard library opens files with O_CLOEXEC.
         let lock = private_file::options().create(true).append(true).open(&path).map_err(failed)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + ANSWER_OR_END_MAX;
         loop {
             match lock.try_lock() {
                 Ok(()) => break,
@@ -93,17 +93,18 @@ impl Claim {
         }
     }
 
-    /// Gives the home up: the socket's file goes, which is what others wait for, and the lock after it. `identity` is
-    /// what the socket's file was when it was made; another file there is somebody else's.
+    /// Releases the claim: removes the socket file, for which other daemons wait, and then the lock. `identity` is the
+    /// device and inode of the socket file when it was created; a file of another identity belongs to another daemon and
+    /// remains.
     pub(super) fn release(self, identity: Option<(u64, u64)>) {
         if identity.is_some() && identity == identity_of_name(&self.socket) {
-            // What cannot be removed now is removed by the next daemon.
+            // If this fails, the next daemon removes the file.
             let _ = std::fs::remove_file(&self.socket);
         }
     }
 }
 
-/// Whether a daemon listens at a socket: whether something there answers `list` and says that it worked.
+/// Returns whether a daemon listens at a socket: `list` is answered with `"ok": true`.
 async fn answers_list(socket: &Path) -> bool {
     let asked = async {
         let mut stream = UnixStream::connect(socket).await?;
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_home_is_claimed_once_and_again_when_it_was_given_up() {
+    async fn a_home_is_claimed_by_one_daemon_and_by_the_next_after_release() {
         let (_folder, home) = home();
         let first = Claim::take(&home).await.unwrap();
         let second = Claim::take(&home).await.unwrap_err().to_string();
@@ -141,7 +142,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stale_socket_is_taken_away() {
+    async fn a_stale_socket_is_removed() {
         let (_folder, home) = home();
         drop(UnixListener::bind(home.socket()).unwrap());
         assert!(home.socket().exists());
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_daemon_that_does_not_know_the_lock_is_found_by_its_answer() {
+    async fn a_daemon_without_the_lock_is_detected_by_its_answer() {
         let (_folder, home) = home();
         let listener = UnixListener::bind(home.socket()).unwrap();
         let answering = async {
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn giving_up_leaves_a_socket_that_is_somebody_elses() {
+    async fn release_leaves_the_socket_of_another_daemon() {
         let (_folder, home) = home();
         let claim = Claim::take(&home).await.unwrap();
         let _listener = UnixListener::bind(home.socket()).unwrap();

@@ -1,12 +1,13 @@
 //! The daemon: `landfall _hostd`.
 //!
-//! It knows the containers, answers the command line and the containers, and drives the engine, which is a process of its
-//! own and outlives it. Starting and stopping are one screen each (`start`, `Daemon::stop`); their order is what
-//! other programs rely on (wire specification, A.7.8 and A.7.9).
+//! The daemon owns the registrations, answers RPC requests of the command line and of containers, and drives the engine. The
+//! engine is a process of its own and outlives the daemon. The daemon is starting, serving or stopping: `start` and
+//! `Daemon::stop` hold the whole order of these steps, which other programs rely on (wire specification, A.7.8 and A.7.9).
+//! A home never has two daemons, and no step of the stop waits without a bound.
 //!
-//! - `claim` makes it the only one of its home.
+//! - `claim` ensures that a home has one daemon.
 //! - `launcher` is the process that keeps the capabilities of a root daemon.
-//! - `stop` is the switch that ends it.
+//! - `stop` is the switch that stops the daemon.
 
 mod claim;
 pub mod discovery;
@@ -65,104 +66,104 @@ use claim::Claim;
 pub use claim::ClaimError;
 use stop::StopSwitch;
 
-/// How long a start waits to hear how containers reach the host. A Docker that answers later is heard later.
-const GATEWAY_PATIENCE: Duration = Duration::from_millis(500);
-/// How long the attendants have to drain when the stop was asked for over the socket: whoever asked waits 5 s for the
-/// socket's file to disappear (wire specification, A.8).
-const ASKED_DRAIN_TIME_MAX: Duration = Duration::from_secs(3);
+/// How long a start waits for Docker to report its bridge gateway. A later answer is applied when it arrives.
+const GATEWAY_WAIT_MAX: Duration = Duration::from_millis(500);
+/// The time limit for the registry and tailscale to drain after a stop request over the socket. The client waits 5 s for
+/// the socket file to disappear (wire specification, A.8).
+const REQUESTED_DRAIN_TIME_MAX: Duration = Duration::from_secs(3);
 
-/// What a daemon is started with.
+/// The options of a daemon.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Its home.
+    /// The home directory.
     pub home: Home,
-    /// The HTTP port that it prefers.
+    /// The preferred HTTP port.
     pub http_port: u16,
-    /// Where HTTP listens beside 127.0.0.1; empty for where Docker's containers reach the host.
+    /// Addresses for HTTP in addition to 127.0.0.1. If empty, the addresses at which Docker's containers reach the host.
     pub http_bind: Vec<IpAddr>,
-    /// Whether it restarts containers.
+    /// Whether the daemon restarts containers.
     pub restart: bool,
-    /// Whether every container of Docker's is forwarded.
+    /// Whether all containers that Docker lists are forwarded.
     pub discover_all: bool,
-    /// Whether what answers on the host is offered on the tailnet.
+    /// Whether forwarded ports are offered on the tailnet.
     pub tailscale: bool,
-    /// Whether containers are entered by a helper container.
+    /// Whether containers are entered through a helper container.
     pub docker_helper: bool,
-    /// How servers under `run` listen by default.
+    /// The default of `landfall run` for how servers listen.
     pub sockets: Sockets,
-    /// The most bytes of a folder that are sent to a build.
+    /// The largest build context that is sent to Docker, in bytes.
     pub build_context_bytes_max: u64,
-    /// How long a call of tailscale may take.
+    /// How long one call of the `tailscale` program may take.
     pub tailscale_timeout: Duration,
-    /// How often it looks whether containers still exist.
+    /// How often the daemon checks that containers still exist.
     pub gc_interval: Duration,
-    /// How many looks in a row have to miss a container.
+    /// The number of consecutive checks that must miss a container before its registration is removed.
     pub gc_misses: u32,
-    /// How long one step of a teardown may take.
+    /// How long each step of a stop may take.
     pub cleanup_timeout: Duration,
-    /// What the port brokers offer to containers.
+    /// The protocol extensions that the port brokers offer to containers.
     pub broker_extensions: Extensions,
 }
 
-/// Why a daemon did not start.
+/// The reasons why a daemon does not start.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// Its directories cannot be made.
+    /// Its directories cannot be created.
     #[error(transparent)]
     Home(#[from] HomeError),
-    /// It is not the only one of its home.
+    /// The home already has a daemon.
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// Its HTTP endpoint cannot be had.
+    /// The HTTP endpoint cannot be opened.
     #[error(transparent)]
     Http(#[from] HttpError),
-    /// A file of its own cannot be had.
+    /// One of the daemon's files cannot be opened.
     #[error("{} cannot be opened", path.display())]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Signals cannot be waited for.
-    #[error("signals cannot be waited for")]
+    /// Signal handlers cannot be installed.
+    #[error("signal handlers cannot be installed")]
     Signals(#[source] io::Error),
 }
 
-/// Starts a daemon and returns when it has stopped in order.
+/// Starts a daemon and returns after an orderly stop.
 ///
 /// # Errors
-/// [`StartError`]; then nothing of it is left.
+/// [`StartError`]. All that was started before the error has been released.
 pub async fn run(options: Options) -> Result<(), StartError> {
     let daemon = start(options).await?;
-    daemon.request_handler.stop.pulled().await;
+    daemon.request_handler.stop.started().await;
     daemon.stop().await;
     Ok(())
 }
 
-/// A daemon that answers.
+/// A daemon that serves requests.
 struct Daemon {
     options: Options,
     request_handler: Arc<RequestHandler>,
     http: Http,
-    /// What ends with the daemon and has nothing to finish: who listens to Docker, to forwarding and to signals.
+    /// Tasks that are aborted at the stop: they follow Docker, forwarding and signals, and have nothing to finish.
     tasks: JoinSet<()>,
     tailscale: Tailscale,
     server: Server,
-    /// What the socket's file was when it was made.
+    /// Device and inode of the socket file when it was created.
     socket: Option<(u64, u64)>,
     claim: Claim,
 }
 
-/// Starts: one of its kind first, then what it remembers, then HTTP, and the socket last, since whoever is answered there
-/// may ask for the HTTP port at once.
+/// Starts the daemon: takes the claim, replays registrations, opens HTTP, and opens the socket last, since a client that
+/// is answered there may request the HTTP port at once.
 async fn start(options: Options) -> Result<Daemon, StartError> {
     let home = options.home.clone();
     home.ensure_directories()?;
     let claim = Claim::take(&home).await?;
     let stop = StopSwitch::default();
     let mut tasks = JoinSet::new();
-    tasks.spawn(obey_signals(stop.clone())?);
+    tasks.spawn(stop_on_signals(stop.clone())?);
     let journal = open_journal(&home)?;
     // Clients may hold hundreds of descriptors.
     raise_descriptor_limit();
@@ -176,7 +177,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let grants = GrantTable::default();
     let supervisor = Supervisor::new(docker.clone(), grants.clone(), journal.clone(), approvals.clone());
     if !options.restart {
-        // Jobs may ask, too.
+        // Jobs request restarts, too.
         supervisor.disable();
     }
     let (brokers, reports) = Brokers::new(docker.clone(), journal.clone(), options.broker_extensions);
@@ -191,7 +192,7 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let addresses = addresses(&options, &docker).await;
     let last = read_number(&home.http_port_file());
     let bound = http::Bound::listen(options.http_port, last, &addresses, &journal).await?;
-    leave_number(&home.http_port_file(), bound.port());
+    write_number(&home.http_port_file(), bound.port());
     let helper = Helper::start(HelperOptions {
         on: options.docker_helper,
         home: home.clone(),
@@ -239,12 +240,13 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     tasks.spawn(gateway::reclaim(http.clone()));
     let gateway_changed = Arc::new(Notify::new());
     if options.http_bind.is_empty() {
-        tasks.spawn(gateway::keep(http.clone(), docker.clone(), Arc::clone(&gateway_changed)));
+        tasks.spawn(gateway::keep_listening(http.clone(), docker.clone(), Arc::clone(&gateway_changed)));
     }
     tasks.spawn(discovery.clone().run());
-    let hinted = HintSource { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
+    let observers =
+        Observers { registry: registry.clone(), forwarding: forwarding.clone(), helper, discovery };
     tasks.spawn(watch_launcher(journal.clone()));
-    tasks.spawn(follow_docker(docker, hinted, gateway_changed));
+    tasks.spawn(follow_docker(docker, observers, gateway_changed));
     tasks.spawn(follow_ends(registry.clone(), forwarding));
     tasks.spawn(follow_reports(registry, reports));
 
@@ -252,46 +254,47 @@ async fn start(options: Options) -> Result<Daemon, StartError> {
     let listener = server::listen(&path).map_err(|source| StartError::File { path: path.clone(), source })?;
     let socket = paths::identity_of_name(&path);
     let server = Server::start(listener, Arc::clone(&request_handler));
-    leave_number(&home.pid_file(), std::process::id());
+    write_number(&home.pid_file(), std::process::id());
     journal.record(&Event::DaemonListening { socket: path.display().to_string() });
     Ok(Daemon { options, request_handler, http, tasks, tailscale, server, socket, claim })
 }
 
 impl Daemon {
-    /// Stops: the HTTP port is free first, since the next daemon needs it; the socket's file goes last, since its going is
-    /// what the next one waits for. The socket answers meanwhile: that it stops. Every step is bounded in time.
+    /// Stops the daemon. The HTTP port is released first, since the next daemon needs it. The socket file is removed last,
+    /// since the next daemon waits for its removal. Until then the socket answers that the daemon is stopping. Each step is
+    /// bounded in time.
     async fn stop(mut self) {
         let RequestHandler { journal, registry, forwarding, supervisor, helper, stop, .. } =
             &*self.request_handler;
         let bound = self.options.cleanup_timeout;
         journal.record(&Event::DaemonStopping);
-        within(bound, "HTTP", journal, self.http.close()).await;
-        let drain = if stop.was_asked() { bound.min(ASKED_DRAIN_TIME_MAX) } else { bound };
+        run_bounded(bound, "HTTP", journal, self.http.close()).await;
+        let drain = if stop.was_requested() { bound.min(REQUESTED_DRAIN_TIME_MAX) } else { bound };
         tokio::join!(
-            within(drain, "what runs beside containers", journal, registry.stop()),
-            within(drain, "tailscale", journal, self.tailscale.stop()),
+            run_bounded(drain, "jobs and brokers", journal, registry.stop()),
+            run_bounded(drain, "tailscale", journal, self.tailscale.stop()),
         );
         if let Some(supervisor) = supervisor {
-            within(bound, "a restart", journal, supervisor.stop()).await;
+            run_bounded(bound, "restarts", journal, supervisor.stop()).await;
         }
         if stop.drains_engine() {
-            within(bound, "the engine", journal, forwarding.stop_engine()).await;
+            run_bounded(bound, "the engine", journal, forwarding.stop_engine()).await;
         } else {
-            within(bound, "forwarding", journal, forwarding.detach()).await;
+            run_bounded(bound, "forwarding", journal, forwarding.detach()).await;
         }
-        // The openers that it started serve the engine for as long as that lives.
-        within(bound, "the helper", journal, helper.stop(stop.drains_engine())).await;
-        take_pid(&self.options.home.pid_file());
+        // The openers that the helper started serve the engine as long as the engine runs.
+        run_bounded(bound, "the helper", journal, helper.stop(stop.drains_engine())).await;
+        remove_pid_file(&self.options.home.pid_file());
         self.server.close().await;
         self.tasks.shutdown().await;
         self.claim.release(self.socket);
     }
 }
 
-/// Gives one step of the stop its time, and no more than that.
-async fn within(bound: Duration, what: &str, journal: &Journal, step: impl Future<Output = ()>) {
+/// Runs one step of the stop, and abandons it after `bound`.
+async fn run_bounded(bound: Duration, what: &str, journal: &Journal, step: impl Future<Output = ()>) {
     if timeout(bound, step).await.is_err() {
-        let text = format!("{what} took longer than {} ms to stop and was left", bound.as_millis());
+        let text = format!("{what} did not stop within {} ms and was abandoned", bound.as_millis());
         journal.record(&Event::Notice { text });
     }
 }
@@ -317,13 +320,13 @@ fn registry_options(
     }
 }
 
-/// Where HTTP listens from the start. An address of Docker's that is none of the machine's (its engine is elsewhere, or
-/// its bridge is down) is left out.
+/// Returns the addresses on which HTTP listens from the start. Leaves out a Docker gateway that is not an address of this
+/// host: the Docker engine is remote, or its bridge is down.
 async fn addresses(options: &Options, docker: &Docker) -> Vec<IpAddr> {
     let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST)];
     addresses.extend(&options.http_bind);
     if options.http_bind.is_empty()
-        && let Ok(Some(gateway)) = timeout(GATEWAY_PATIENCE, docker.bridge_gateway()).await
+        && let Ok(Some(gateway)) = timeout(GATEWAY_WAIT_MAX, docker.bridge_gateway()).await
         && TcpListener::bind((gateway, 0)).await.is_ok()
     {
         addresses.push(gateway);
@@ -331,21 +334,21 @@ async fn addresses(options: &Options, docker: &Docker) -> Vec<IpAddr> {
     addresses
 }
 
-/// Ready when the registrations of the last daemon are back.
+/// Returns a future that is ready when the registrations of the previous daemon are restored.
 fn replayed(registry: Registry) -> BoxFuture<'static, ()> {
     Box::pin(async move { registry.replayed().await })
 }
 
-/// Who looks at containers.
-struct HintSource {
+/// The modules that reread a container after a Docker event.
+struct Observers {
     registry: Registry,
     forwarding: Forwarding,
     helper: Helper,
     discovery: Discovery,
 }
 
-impl HintSource {
-    /// Something has happened to a container of Docker's, or to any.
+impl Observers {
+    /// Handles an event of one Docker container, or a resync of all.
     fn hint(&self, event: &LifeEvent) {
         match event {
             LifeEvent::Resync => {
@@ -355,9 +358,9 @@ impl HintSource {
             LifeEvent::Changed { name, .. } => self.helper.look_again(Some(name)),
             LifeEvent::Lost => return self.forwarding.set_events_followed(false),
         }
-        self.discovery.look_again();
+        self.discovery.refresh();
         for entry in &self.registry.list().entries {
-            let is_meant = match event {
+            let is_affected = match event {
                 LifeEvent::Resync => true,
                 LifeEvent::Lost => false,
                 LifeEvent::Changed { id, name, .. } => {
@@ -365,7 +368,7 @@ impl HintSource {
                     entry.docker_name().as_str() == name || known == Some(id)
                 }
             };
-            if is_meant {
+            if is_affected {
                 self.registry.look_again(entry.container_name.as_str());
                 self.forwarding.recheck(entry.container_name.as_str());
             }
@@ -373,25 +376,25 @@ impl HintSource {
     }
 }
 
-/// Passes hints from Docker on, and says when its bridge may have another address.
-async fn follow_docker(docker: Docker, hinted: HintSource, gateway_changed: Arc<Notify>) {
+/// Distributes Docker's events, and reports when the address of its bridge may have changed.
+async fn follow_docker(docker: Docker, observers: Observers, gateway_changed: Arc<Notify>) {
     let mut events = docker.life_events();
     while let Some(event) = events.recv().await {
-        hinted.hint(&event);
+        observers.hint(&event);
         if event == LifeEvent::Resync {
             gateway_changed.notify_one();
         }
     }
 }
 
-/// Removes what belongs to containers that are gone, once it is known which are registered.
+/// Removes the sockets of containers that are gone, after the registrations are restored.
 async fn sweep(sockets: Arc<ContainerSockets>, registry: Registry) {
     registry.replayed().await;
     let known: Vec<_> = registry.list().entries.iter().map(|entry| entry.container_name.clone()).collect();
     sockets.sweep(&known).await;
 }
 
-/// Reports the end of the launcher, where this daemon has one.
+/// Reports the end of the launcher, if this daemon has one.
 async fn watch_launcher(journal: Journal) {
     let Some(launcher) = launcher() else { return };
     launcher.ended().await;
@@ -399,7 +402,7 @@ async fn watch_launcher(journal: Journal) {
     journal.record(&Event::Notice { text });
 }
 
-/// A registration that stood for a process ends with it.
+/// Removes a registration that stands for a process when that process ends.
 async fn follow_ends(registry: Registry, forwarding: Forwarding) {
     let mut ended = forwarding.ended();
     while let Some(name) = ended.recv().await {
@@ -407,7 +410,7 @@ async fn follow_ends(registry: Registry, forwarding: Forwarding) {
     }
 }
 
-/// Applies what brokers find out to the registrations, unless a container was registered with another token since.
+/// Applies the findings of brokers to the registrations, unless the container has since been registered with another token.
 async fn follow_reports(registry: Registry, mut reports: mpsc::UnboundedReceiver<Report>) {
     while let Some(Report { name, token, finding }) = reports.recv().await {
         let registry = registry.clone();
@@ -421,8 +424,8 @@ async fn follow_reports(registry: Registry, mut reports: mpsc::UnboundedReceiver
     }
 }
 
-/// SIGTERM and SIGINT stop in order; the second one finds that already done.
-fn obey_signals(stop: StopSwitch) -> Result<impl Future<Output = ()>, StartError> {
+/// Stops the daemon in order on SIGTERM or SIGINT. A second signal has no further effect.
+fn stop_on_signals(stop: StopSwitch) -> Result<impl Future<Output = ()>, StartError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
     Ok(async move {
@@ -431,27 +434,27 @@ fn obey_signals(stop: StopSwitch) -> Result<impl Future<Output = ()>, StartError
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            stop.pull(false);
+            stop.start(false);
         }
     })
 }
 
-/// Opens the journal, and has panics told there: a task that panics ends nothing but itself.
+/// Opens the journal, and logs panics in it: a panic ends only its own task.
 fn open_journal(home: &Home) -> Result<Journal, StartError> {
     let path = home.daemon_log();
     let journal = Journal::open(&path).map_err(|source| StartError::File { path, source })?;
-    let told = journal.clone();
+    let panics = journal.clone();
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         default(panic);
-        told.record(&Event::Notice { text: panic.to_string() });
+        panics.record(&Event::Notice { text: panic.to_string() });
     }));
     Ok(journal)
 }
 
-/// Leaves a number for people, or for the next daemon. It is a hint, so that it cannot be written is no reason not to
+/// Writes a number to a file for users or for the next daemon. The file is a hint, so a failed write does not prevent the
 /// start.
-fn leave_number(path: &Path, number: impl Display) {
+fn write_number(path: &Path, number: impl Display) {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".new");
     if private_file::write_path(aside.as_ref(), &format!("{number}\n")).is_ok() {
@@ -459,17 +462,17 @@ fn leave_number(path: &Path, number: impl Display) {
     }
 }
 
-/// The longest file of a number, in bytes.
+/// The maximum size of a file that holds a number, in bytes.
 const NUMBER_BYTES_MAX: u64 = 32;
 
-/// Reads a number that was left.
+/// Reads a number that [`write_number`] wrote.
 fn read_number<T: FromStr>(path: &Path) -> Option<T> {
     let text = private_file::read_path(path, NUMBER_BYTES_MAX).ok()?;
     std::str::from_utf8(&text).ok()?.trim().parse().ok()
 }
 
-/// Takes the process id away again, unless somebody else has left theirs.
-fn take_pid(path: &Path) {
+/// Removes the file of the process id, unless it holds the id of another process.
+fn remove_pid_file(path: &Path) {
     if read_number(path) == Some(std::process::id()) {
         let _ = std::fs::remove_file(path);
     }

@@ -1,18 +1,18 @@
-//! That the daemon is to stop: said once or more often, by a signal or over the socket, and heard by whoever waits for it.
+//! The stop switch of the daemon. Signals and RPC requests may set it, more than once; the main task waits for it.
 
 use tokio::sync::watch;
 
-/// Whether to stop, and how. Clones are the same switch.
+/// Whether the daemon stops, and how. Clones share one state.
 #[derive(Clone, Debug)]
 pub struct StopSwitch(watch::Sender<StopRequest>);
 
 #[derive(Clone, Copy, Debug, Default)]
 struct StopRequest {
-    /// Somebody asked over the socket; the answer may still be on its way.
-    asked: bool,
-    /// The stop has begun.
+    /// A client requested the stop over the socket; its answer may not have been sent yet.
+    requested: bool,
+    /// The stop has started.
     stopping: bool,
-    /// The engine ends, too.
+    /// The engine is stopped, too.
     drain_engine: bool,
 }
 
@@ -23,38 +23,38 @@ impl Default for StopSwitch {
 }
 
 impl StopSwitch {
-    /// Notes that somebody asked for a stop; whether nobody had before.
-    pub fn ask(&self) -> bool {
-        self.0.send_if_modified(|wish| !std::mem::replace(&mut wish.asked, true))
+    /// Records that a client requested a stop. Returns whether this is the first request.
+    pub fn request(&self) -> bool {
+        self.0.send_if_modified(|request| !std::mem::replace(&mut request.requested, true))
     }
 
-    /// Whether somebody asked for it, rather than sent a signal.
-    pub fn was_asked(&self) -> bool {
-        self.0.borrow().asked
+    /// Returns whether a client requested the stop. False if a signal caused it.
+    pub fn was_requested(&self) -> bool {
+        self.0.borrow().requested
     }
 
-    /// Begins the stop. Once it has begun, another one does nothing, except that it may still say that the engine ends.
-    pub fn pull(&self, drain_engine: bool) {
-        self.0.send_modify(|wish| {
-            wish.stopping = true;
-            wish.drain_engine |= drain_engine;
+    /// Starts the stop. A later call can only add that the engine is stopped, too.
+    pub fn start(&self, drain_engine: bool) {
+        self.0.send_modify(|request| {
+            request.stopping = true;
+            request.drain_engine |= drain_engine;
         });
     }
 
-    /// Whether the stop has begun.
-    pub fn is_pulled(&self) -> bool {
+    /// Returns whether the stop has started.
+    pub fn is_started(&self) -> bool {
         self.0.borrow().stopping
     }
 
-    /// Whether the engine is to end, as far as anybody has said so yet.
+    /// Returns whether the engine is to be stopped, by all calls so far.
     pub fn drains_engine(&self) -> bool {
         self.0.borrow().drain_engine
     }
 
-    /// Returns when the stop begins.
-    pub async fn pulled(&self) {
-        // The sender is our own, so there always is one.
-        let _ = self.0.subscribe().wait_for(|wish| wish.stopping).await;
+    /// Returns when the stop starts.
+    pub async fn started(&self) {
+        // `self` holds a sender, so the channel is open.
+        let _ = self.0.subscribe().wait_for(|request| request.stopping).await;
     }
 }
 
@@ -63,17 +63,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_stop_begins_once_and_may_take_the_engine_with_it_later() {
+    async fn a_stop_starts_once_and_may_add_the_engine_later() {
         let switch = StopSwitch::default();
-        assert!(switch.ask());
-        assert!(!switch.ask());
-        assert!(!switch.is_pulled(), "asking is not stopping");
-        switch.pull(false);
-        assert!(switch.is_pulled() && !switch.drains_engine());
-        switch.pull(true);
-        switch.pull(false);
+        assert!(switch.request());
+        assert!(!switch.request());
+        assert!(!switch.is_started(), "a request does not start the stop");
+        switch.start(false);
+        assert!(switch.is_started() && !switch.drains_engine());
+        switch.start(true);
+        switch.start(false);
         assert!(switch.drains_engine());
-        assert!(switch.was_asked());
-        switch.pulled().await;
+        assert!(switch.was_requested());
+        switch.started().await;
     }
 }

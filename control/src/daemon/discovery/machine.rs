@@ -1,18 +1,19 @@
-//! Which registrations there are to be for the containers that Docker lists. Pure: the list, what is registered, and whether
-//! everything is forwarded go in; steps, a verdict for each container and what people have to be told come out. It is a
-//! level: judged again after the steps are done, there are none left.
+//! Decides which registrations exist for the containers that Docker lists. Pure: the inputs are the list, the registrations,
+//! and whether all containers are forwarded; the outputs are steps, a verdict for each container, and notices for the user.
+//! The decision is level-triggered: when it is repeated after the steps, no step remains.
 //!
-//! Three things make a container one that is forwarded; the first that holds counts.
+//! A container is forwarded for one of three reasons; the first that applies counts.
 //!
-//! - **Somebody named it** (`attach`). That registration is a person's word. It is never dropped here; it is kept up to date
-//!   with the id of the container that has the name, and it moves with that container to another name if nobody has taken
-//!   the old one.
-//! - **Its own label says so**, under Docker's name or the one of its label. A label of its image does not count.
-//! - **Everything is forwarded**, but what its label excludes.
+//! - **The user named it** (`attach`). This module never drops such a registration. It updates the registration with the id
+//!   of the container that has the name, and renames the registration with its container unless another container has taken
+//!   the old name.
+//! - **Its own label requests it**, under Docker's name or under the name of its label. A label of its image is not used.
+//! - **All containers are forwarded**, except those that a label excludes.
 //!
-//! The last two are derived from the list and from nothing else. They are made when the container runs, since one that never
-//! did has nothing to forward, and dropped when the list has it no more. A registration that is somebody's own is in nobody's
-//! power here: a container that it is about needs nothing, and one that only wants its name does not get it.
+//! Registrations for the last two reasons are derived from the list alone. They are created when the container runs, since a
+//! container that has never run has nothing to forward, and dropped when the list no longer contains it. This module never
+//! changes a registration that a client made (`register`): the registered container needs no step, and a container that only
+//! requests its name does not get it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -28,17 +29,17 @@ use crate::model::registration::{AttachMethod, ContainerName, Discovered, FoundB
 use crate::registry::folder::FOREGROUND;
 use crate::registry::store::Registered;
 
-/// A container of Docker's list, its labels read. They never change, and to read them takes a while where there are many.
+/// A listed container with its parsed labels. They never change, and parsing the labels of many containers is slow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    /// What Docker tells of it.
+    /// The container as Docker lists it.
     pub container: Listed,
-    /// What its labels say.
+    /// The parsed labels.
     pub labels: Arc<Labels>,
 }
 
 impl Candidate {
-    /// A container, as it was read before if that was among `before`.
+    /// Returns a candidate. Its labels are taken from `before` if that contains the same container.
     pub fn new(container: Listed, before: &[Candidate]) -> Candidate {
         let known = before
             .iter()
@@ -49,32 +50,32 @@ impl Candidate {
     }
 }
 
-/// What is to be done. Steps about different names may be done in any order, and side by side.
+/// A step to execute. Steps for different names may be executed in any order, and concurrently.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Register, in the place of what the name stood for.
+    /// Register a container, in place of the present registration of that name.
     Register {
-        /// What.
+        /// The new registration.
         registration: Box<Registration>,
-        /// What the name stood for when this was decided; if it stands for something else by now, nothing is done.
+        /// The registration of the name at the time of the decision. If it has changed since, the step has no effect.
         before: Option<Arc<Registration>>,
     },
-    /// Register the same way, and then forget the name under which the same container was registered. In this order, whoever
-    /// follows the registrations sees that it is the same one, and keeps what it has.
+    /// Register a container as in `Register`, and then drop the registration of the same container under its old name. In
+    /// this order, observers of the registrations detect that it is the same container, and keep its ports.
     Move {
-        /// What it was registered as; forgotten unless it was registered anew.
+        /// The old registration; dropped unless it has been replaced since.
         from: Arc<Registration>,
-        /// What it is registered as from now on.
+        /// The new registration.
         registration: Box<Registration>,
-        /// What that name stood for when this was decided; if it stands for something else by now, nothing is done.
+        /// The registration of the new name at the time of the decision. If it has changed since, the step has no effect.
         before: Option<Arc<Registration>>,
     },
-    /// Forget, unless it was registered anew.
+    /// Drop a registration, unless it has been replaced since.
     Drop(Arc<Registration>),
 }
 
 impl Step {
-    /// The name that it is about; of two the one that is registered.
+    /// Returns the name of the step; of a move, the new name.
     pub fn name(&self) -> &ContainerName {
         match self {
             Step::Register { registration, .. } | Step::Move { registration, .. } => {
@@ -84,7 +85,7 @@ impl Step {
         }
     }
 
-    /// Every name that it changes.
+    /// Returns all names that the step changes.
     pub fn names(&self) -> impl Iterator<Item = &ContainerName> {
         let old = match self {
             Step::Move { from, .. } => Some(&from.container_name),
@@ -94,44 +95,44 @@ impl Step {
     }
 }
 
-/// What is decided about one container.
+/// The decision about one container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It is forwarded under this name.
     Forwarded(ContainerName, FoundBy),
-    /// Somebody turned it off (`detach`).
+    /// The user turned it off (`detach`).
     Off(ContainerName),
-    /// Somebody registered it, and how is their business.
+    /// A client registered it. Discovery does not change that registration.
     Registered(ContainerName),
     /// It is not forwarded.
     Not(NotForwardedReason),
 }
 
-/// Why a container is not forwarded.
+/// The reasons why a container is not forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotForwardedReason {
-    /// Nobody asked for it.
-    Unasked,
-    /// Only a label of its image asks for it, or one that may come from there.
-    NotOwn(LabelOrigin),
-    /// It would be, and has not run since.
+    /// No label, `attach` or `--all` requests it.
+    NotRequested,
+    /// Only a label of its image requests it, or a label that may be from the image.
+    ImageLabel(LabelOrigin),
+    /// It would be forwarded, but has not run since.
     NotRunning,
-    /// Its label says no.
+    /// Its label excludes it.
     Excluded,
-    /// It is one of the daemon's own.
-    Ours,
-    /// A label that says which ports cannot be read.
-    Unreadable(String),
-    /// Its name stands for something else.
+    /// It is a container of the daemon itself.
+    Helper,
+    /// A label with a list of ports is invalid.
+    InvalidPorts(String),
+    /// Another registration has its name.
     NameTaken {
         /// The name.
         name: ContainerName,
-        /// By what.
+        /// The holder of the name, as the start of a sentence: "container x has".
         holder: String,
     },
 }
 
-/// Something that people are to be told, once for each container.
+/// A notice for the user, reported once for each container.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Notice {
     /// The container's id.
@@ -140,35 +141,36 @@ pub struct Notice {
     pub text: String,
 }
 
-/// What came of a look.
+/// The result of [`judge`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// What is to be done.
+    /// The steps to execute.
     pub steps: Vec<Step>,
-    /// One for each container that was listed, in their order.
+    /// One verdict for each listed container, in their order.
     pub verdicts: Vec<Verdict>,
-    /// What is to be told.
-    pub remarks: Vec<Notice>,
+    /// The notices to report.
+    pub notices: Vec<Notice>,
 }
 
-/// Judges every container. `all` is whether everything is forwarded.
+/// Decides about all listed containers. `all` is whether all containers are forwarded.
 pub fn judge(listed: &[Candidate], registered: &Registered, all: bool) -> Decision {
-    let mut look = DockerObservation::new(listed, registered, all);
-    look.follow_named();
-    look.leave_what_is_registered();
-    let claims = look.claims();
-    look.grant(claims);
-    look.drop_what_nobody_claims();
-    let unasked = |verdict: Option<Verdict>| verdict.unwrap_or(Verdict::Not(NotForwardedReason::Unasked));
+    let mut observation = DockerObservation::new(listed, registered, all);
+    observation.update_attached();
+    observation.keep_registered();
+    let claims = observation.claims();
+    observation.assign_names(claims);
+    observation.drop_unclaimed();
+    let not_requested =
+        |verdict: Option<Verdict>| verdict.unwrap_or(Verdict::Not(NotForwardedReason::NotRequested));
     Decision {
-        steps: joined(look.steps),
-        verdicts: look.verdicts.into_iter().map(unasked).collect(),
-        remarks: look.remarks,
+        steps: join_moves(observation.steps),
+        verdicts: observation.verdicts.into_iter().map(not_requested).collect(),
+        notices: observation.notices,
     }
 }
 
-/// The steps, where one that drops a container and one that registers it under another name are one that moves it.
-fn joined(steps: Vec<Step>) -> Vec<Step> {
+/// Combines a step that drops a container and a step that registers it under another name into one step that moves it.
+fn join_moves(steps: Vec<Step>) -> Vec<Step> {
     let (drops, mut steps): (Vec<Step>, Vec<Step>) =
         steps.into_iter().partition(|step| matches!(step, Step::Drop(_)));
     for drop in drops {
@@ -193,26 +195,26 @@ fn joined(steps: Vec<Step>) -> Vec<Step> {
     steps
 }
 
-/// One look at everything.
+/// The state of one decision.
 struct DockerObservation<'a> {
     listed: &'a [Candidate],
     registered: &'a Registered,
     all: bool,
-    /// What each container is called, which for one that is being replaced is not what Docker says. A container that is to go
-    /// has none.
+    /// The name of each container. For a container that is being replaced, this differs from Docker's name; a container that
+    /// is to be removed is unnamed.
     names: Vec<Option<ContainerName>>,
     verdicts: Vec<Option<Verdict>>,
     steps: Vec<Step>,
-    remarks: Vec<Notice>,
-    /// Derived registrations that are as they are to be, or will be.
+    notices: Vec<Notice>,
+    /// Derived registrations that are correct, or will be after the steps.
     kept: BTreeSet<ContainerName>,
-    /// Names that a registration of somebody moves to.
+    /// The names to which registrations of the user move.
     moved_to: BTreeSet<ContainerName>,
 }
 
-/// A container that is to be forwarded for its label, or because everything is.
+/// A container that is to be forwarded because of its label, or because all containers are.
 struct Claim {
-    at: usize,
+    index: usize,
     by: FoundBy,
     docker_name: ContainerName,
     labels: Arc<Labels>,
@@ -220,12 +222,12 @@ struct Claim {
 
 impl<'a> DockerObservation<'a> {
     fn new(listed: &'a [Candidate], registered: &'a Registered, all: bool) -> DockerObservation<'a> {
-        let there: BTreeSet<&str> = listed.iter().map(|one| one.container.name.as_str()).collect();
-        // While a container is replaced, the old one has another name for a moment: it is what it was until there is a new one.
+        let present: BTreeSet<&str> = listed.iter().map(|one| one.container.name.as_str()).collect();
+        // During a replacement the old container has a temporary name. It keeps its identity until the new one exists.
         let name = |Candidate { container, .. }: &Candidate| match container.name.as_str().strip_suffix(ASIDE)
         {
-            Some(meant) if there.contains(meant) => None,
-            Some(meant) => ContainerName::new(meant).ok(),
+            Some(final_name) if present.contains(final_name) => None,
+            Some(final_name) => ContainerName::new(final_name).ok(),
             None => Some(container.name.clone()),
         };
         DockerObservation {
@@ -235,54 +237,61 @@ impl<'a> DockerObservation<'a> {
             names: listed.iter().map(name).collect(),
             verdicts: vec![None; listed.len()],
             steps: Vec::new(),
-            remarks: Vec::new(),
+            notices: Vec::new(),
             kept: BTreeSet::new(),
             moved_to: BTreeSet::new(),
         }
     }
 
-    fn named(&self, name: &ContainerName) -> Option<usize> {
+    fn index_of_name(&self, name: &ContainerName) -> Option<usize> {
         self.names.iter().position(|own| own.as_ref() == Some(name))
     }
 
-    fn settle(&mut self, at: usize, verdict: Verdict) {
-        if let Some(slot) = self.verdicts.get_mut(at).filter(|slot| slot.is_none()) {
+    fn set_verdict(&mut self, index: usize, verdict: Verdict) {
+        if let Some(slot) = self.verdicts.get_mut(index).filter(|slot| slot.is_none()) {
             *slot = Some(verdict);
         }
     }
 
-    fn remark(&mut self, at: usize, text: String) {
-        if let Some(Candidate { container, .. }) = self.listed.get(at) {
-            self.remarks.push(Notice { id: container.id.clone(), text });
+    fn add_notice(&mut self, index: usize, text: String) {
+        if let Some(Candidate { container, .. }) = self.listed.get(index) {
+            self.notices.push(Notice { id: container.id.clone(), text });
         }
     }
 
-    /// Keeps what people named beside the containers that they meant.
-    fn follow_named(&mut self) {
+    /// Updates the registrations that the user made by `attach` to the containers that they mean.
+    fn update_attached(&mut self) {
         for registration in &self.registered.entries {
             let Some(Discovered { by: FoundBy::Name, id }) = &registration.discovered else { continue };
-            let at = self.named(registration.docker_name()).or_else(|| self.moved(id.as_deref()));
-            let Some((at, Candidate { container, .. })) = at.and_then(|at| Some((at, self.listed.get(at)?)))
+            let index =
+                self.index_of_name(registration.docker_name()).or_else(|| self.index_of_id(id.as_deref()));
+            let Some((index, Candidate { container, .. })) =
+                index.and_then(|index| Some((index, self.listed.get(index)?)))
             else {
                 continue;
             };
-            let name = self.follow(registration, at, container);
+            let name = self.update(registration, index, container);
             let is_off = registration.exposes_nothing();
             let verdict = if is_off { Verdict::Off(name) } else { Verdict::Forwarded(name, FoundBy::Name) };
-            self.settle(at, verdict);
+            self.set_verdict(index, verdict);
         }
     }
 
-    /// The container of this id, under whatever name.
-    fn moved(&self, id: Option<&str>) -> Option<usize> {
-        let at = self.listed.iter().position(|one| Some(one.container.id.as_str()) == id)?;
-        self.names.get(at)?.is_some().then_some(at)
+    /// Returns the index of the container with this id, whatever its name is.
+    fn index_of_id(&self, id: Option<&str>) -> Option<usize> {
+        let index = self.listed.iter().position(|one| Some(one.container.id.as_str()) == id)?;
+        self.names.get(index)?.is_some().then_some(index)
     }
 
-    /// Makes a registration of somebody that of this container; under which name that is.
-    fn follow(&mut self, registration: &Arc<Registration>, at: usize, container: &Listed) -> ContainerName {
+    /// Updates a registration of the user to this container. Returns the name under which it is registered.
+    fn update(
+        &mut self,
+        registration: &Arc<Registration>,
+        index: usize,
+        container: &Listed,
+    ) -> ContainerName {
         let old = registration.container_name.clone();
-        let Some(Some(docker_name)) = self.names.get(at).cloned() else { return old };
+        let Some(Some(docker_name)) = self.names.get(index).cloned() else { return old };
         let renamed = docker_name != *registration.docker_name();
         let has_docker_name = registration.docker_name() == &old;
         let new = if renamed && has_docker_name { docker_name.clone() } else { old.clone() };
@@ -292,9 +301,9 @@ impl<'a> DockerObservation<'a> {
         }
         if new != old && !self.is_free(&new) {
             let text = format!(
-                "{old} is called {new} by Docker now, and stays attached as it was, since {new} stands for something else"
+                "Docker now calls {old} {new}; it stays attached as {old}, since {new} is already registered"
             );
-            self.remark(at, text);
+            self.add_notice(index, text);
             return old;
         }
         let attach_method = if docker_name == new {
@@ -321,21 +330,21 @@ impl<'a> DockerObservation<'a> {
         new
     }
 
-    /// Whether the name is that of a registration of somebody for the container of this id: one that was on its way there has
-    /// arrived, and is only to be forgotten where it came from.
+    /// Returns whether the user's registration of this name is for the container of this id: an earlier move registered the
+    /// new name, and only the old registration remains to be dropped.
     fn is_moved(&self, name: &ContainerName, id: &str) -> bool {
         let found = self.registered.find(name.as_str()).and_then(|other| other.discovered.as_ref());
         found.is_some_and(|found| found.by == FoundBy::Name && found.id.as_deref() == Some(id))
     }
 
-    /// Whether a registration of somebody may have the name: nobody's does, or what is only derived.
+    /// Returns whether a registration may take the name: it is unused, or its present registration is derived.
     fn is_free(&self, name: &ContainerName) -> bool {
         let derived = self.registered.find(name.as_str()).is_none_or(|other| is_derived(other));
         derived && !self.moved_to.contains(name)
     }
 
-    /// A container that is registered needs nothing.
-    fn leave_what_is_registered(&mut self) {
+    /// Sets the verdict of containers that a client registered.
+    fn keep_registered(&mut self) {
         for registration in &self.registered.entries {
             let is_by_name = !matches!(
                 registration.attach_method,
@@ -343,87 +352,93 @@ impl<'a> DockerObservation<'a> {
             );
             if registration.discovered.is_none()
                 && is_by_name
-                && let Some(at) = self.named(registration.docker_name())
+                && let Some(index) = self.index_of_name(registration.docker_name())
             {
-                self.settle(at, Verdict::Registered(registration.container_name.clone()));
+                self.set_verdict(index, Verdict::Registered(registration.container_name.clone()));
             }
         }
     }
 
-    /// Who is to be forwarded under which name, of those about whom nothing is decided.
+    /// Returns the claims of the containers without a verdict, by the name that they claim.
     fn claims(&mut self) -> BTreeMap<ContainerName, Vec<Claim>> {
         let mut claims: BTreeMap<ContainerName, Vec<Claim>> = BTreeMap::new();
-        for (at, Candidate { container, labels }) in self.listed.iter().enumerate() {
-            for what in &labels.nonsense {
-                self.remark(at, format!("container {}: {what}", container.name));
+        for (index, Candidate { container, labels }) in self.listed.iter().enumerate() {
+            for warning in &labels.warnings {
+                self.add_notice(index, format!("container {}: {warning}", container.name));
             }
-            if self.verdicts.get(at).is_some_and(Option::is_some) {
+            if self.verdicts.get(index).is_some_and(Option::is_some) {
                 continue;
             }
-            match self.asked(at, labels) {
+            match self.claim_of(index, labels) {
                 Ok((name, claim)) => claims.entry(name).or_default().push(claim),
-                Err(why) => self.settle(at, Verdict::Not(why)),
+                Err(why) => self.set_verdict(index, Verdict::Not(why)),
             }
         }
         claims
     }
 
-    fn asked(&self, at: usize, labels: &Arc<Labels>) -> Result<(ContainerName, Claim), NotForwardedReason> {
+    fn claim_of(
+        &self,
+        index: usize,
+        labels: &Arc<Labels>,
+    ) -> Result<(ContainerName, Claim), NotForwardedReason> {
         let by = match labels.forward {
-            _ if labels.is_ours => return Err(NotForwardedReason::Ours),
+            _ if labels.is_helper => return Err(NotForwardedReason::Helper),
             Some(false) => return Err(NotForwardedReason::Excluded),
             Some(true) => FoundBy::Label,
             None if self.all => FoundBy::All,
             None => {
-                return Err(labels.not_own.map_or(NotForwardedReason::Unasked, NotForwardedReason::NotOwn));
+                return Err(labels
+                    .not_own
+                    .map_or(NotForwardedReason::NotRequested, NotForwardedReason::ImageLabel));
             }
         };
         if let Err(why) = &labels.own_policy {
-            return Err(NotForwardedReason::Unreadable(why.clone()));
+            return Err(NotForwardedReason::InvalidPorts(why.clone()));
         }
-        let docker_name = self.names.get(at).cloned().flatten().ok_or(NotForwardedReason::Unasked)?;
+        let docker_name = self.names.get(index).cloned().flatten().ok_or(NotForwardedReason::NotRequested)?;
         let name = labels.name.clone().unwrap_or_else(|| docker_name.clone());
-        Ok((name, Claim { at, by, docker_name, labels: Arc::clone(labels) }))
+        Ok((name, Claim { index, by, docker_name, labels: Arc::clone(labels) }))
     }
 
-    /// Gives each name to one container.
-    fn grant(&mut self, claims: BTreeMap<ContainerName, Vec<Claim>>) {
+    /// Assigns each name to one container.
+    fn assign_names(&mut self, claims: BTreeMap<ContainerName, Vec<Claim>>) {
         for (name, mut claims) in claims {
             let current = self.registered.find(name.as_str()).cloned();
             if !self.is_free(&name) {
                 for claim in claims {
-                    self.refuse(&claim, &name, "somebody has registered".to_owned());
+                    self.refuse(&claim, &name, "another registration has".to_owned());
                 }
                 continue;
             }
             let holder = current.as_ref().and_then(|current| current.discovered.as_ref()?.id.clone());
-            let place = |claim: &Claim| {
-                let container = self.listed.get(claim.at).map(|one| &one.container);
+            let priority = |claim: &Claim| {
+                let container = self.listed.get(claim.index).map(|one| &one.container);
                 let holds = container.is_some_and(|container| Some(&container.id) == holder.as_ref());
                 let runs = container.is_some_and(|container| container.running);
-                let made = container.map_or(i64::MAX, |container| container.created);
-                (!holds, !runs, made)
+                let created = container.map_or(i64::MAX, |container| container.created);
+                (!holds, !runs, created)
             };
-            claims.sort_by_cached_key(place);
+            claims.sort_by_cached_key(priority);
             let mut claims = claims.into_iter();
             let Some(winner) = claims.next() else { continue };
             let winner_name = winner.docker_name.clone();
-            self.give(&name, winner, current);
+            self.assign(&name, winner, current);
             for claim in claims {
                 self.refuse(&claim, &name, format!("container {winner_name} has"));
             }
         }
     }
 
-    fn give(&mut self, name: &ContainerName, claim: Claim, current: Option<Arc<Registration>>) {
-        let Some(Candidate { container, .. }) = self.listed.get(claim.at) else { return };
+    fn assign(&mut self, name: &ContainerName, claim: Claim, current: Option<Arc<Registration>>) {
+        let Some(Candidate { container, .. }) = self.listed.get(claim.index) else { return };
         let known = current.as_ref().and_then(|current| current.discovered.as_ref());
         let is_same = known.is_some_and(|known| known.id.as_ref() == Some(&container.id));
         if !is_same && !container.running {
-            self.settle(claim.at, Verdict::Not(NotForwardedReason::NotRunning));
+            self.set_verdict(claim.index, Verdict::Not(NotForwardedReason::NotRunning));
             return;
         }
-        self.settle(claim.at, Verdict::Forwarded(name.clone(), claim.by));
+        self.set_verdict(claim.index, Verdict::Forwarded(name.clone(), claim.by));
         self.kept.insert(name.clone());
         let mut wanted = registration(name, &claim.docker_name, &container.id, claim.by);
         wanted.port_forward.clone_from(&claim.labels.policy);
@@ -435,11 +450,14 @@ impl<'a> DockerObservation<'a> {
 
     fn refuse(&mut self, claim: &Claim, name: &ContainerName, holder: String) {
         let text = format!("container {} is not forwarded: {holder} the name {name}", claim.docker_name);
-        self.remark(claim.at, text);
-        self.settle(claim.at, Verdict::Not(NotForwardedReason::NameTaken { name: name.clone(), holder }));
+        self.add_notice(claim.index, text);
+        self.set_verdict(
+            claim.index,
+            Verdict::Not(NotForwardedReason::NameTaken { name: name.clone(), holder }),
+        );
     }
 
-    fn drop_what_nobody_claims(&mut self) {
+    fn drop_unclaimed(&mut self) {
         for registration in self.registered.entries.iter().filter(|registration| is_derived(registration)) {
             let name = &registration.container_name;
             if !self.kept.contains(name) && !self.moved_to.contains(name) {
@@ -449,12 +467,12 @@ impl<'a> DockerObservation<'a> {
     }
 }
 
-/// Whether a registration follows from Docker's list alone.
+/// Returns whether a registration is derived from Docker's list alone.
 fn is_derived(registration: &Registration) -> bool {
     registration.discovered.as_ref().is_some_and(|discovered| discovered.by != FoundBy::Name)
 }
 
-/// A registration of the daemon's making. It is about no folder of the host: nobody of the host named one.
+/// Returns a registration that the daemon derives. It has no folder of the host, since no user named one.
 fn registration(name: &ContainerName, docker_name: &ContainerName, id: &str, by: FoundBy) -> Registration {
     let container = (docker_name != name).then(|| docker_name.clone());
     Registration {
@@ -475,21 +493,21 @@ fn registration(name: &ContainerName, docker_name: &ContainerName, id: &str, by:
     }
 }
 
-/// What it takes that a container is no longer forwarded.
+/// The way to detach a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Detach {
-    /// This step, after which nothing is remembered.
+    /// Execute this step; no registration remains.
     Forget(Step),
-    /// This step, after which it is remembered that it is off.
+    /// Execute this step; a registration remains that turns the container off.
     TurnOff(Step),
-    /// It is off already.
+    /// It is already off.
     IsOff(ContainerName),
-    /// It cannot be done, and why.
+    /// It cannot be detached, for this reason.
     Refused(String),
 }
 
-/// How the container of this name, Docker's or that of its registration, is no longer forwarded, whatever its labels say.
-/// Without a list of containers it is taken that none would be forwarded by itself.
+/// Returns how to stop forwarding a container, whatever its labels are. `name` is Docker's name or that of its registration.
+/// An empty list of containers is treated as if none would be forwarded automatically.
 pub fn detach(name: &ContainerName, listed: &[Candidate], registered: &Registered, all: bool) -> Detach {
     let by_docker =
         || registered.entries.iter().find(|entry| entry.discovered.is_some() && entry.docker_name() == name);
@@ -519,7 +537,7 @@ pub fn detach(name: &ContainerName, listed: &[Candidate], registered: &Registere
     }
 }
 
-/// The same for a container that is not registered, and would be as soon as it runs.
+/// Returns the same for a container that is not registered, and would be when it runs.
 fn detach_unknown(name: &ContainerName, listed: &[Candidate], registered: &Registered, all: bool) -> Detach {
     let verdicts = judge(listed, registered, all).verdicts;
     let found = listed.iter().zip(verdicts).find(|(one, _)| one.container.name == *name);

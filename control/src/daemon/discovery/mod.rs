@@ -1,15 +1,15 @@
-//! Containers that the daemon finds by itself: what Docker has, and what people or labels say of it, becomes registrations.
+//! Discovery: turns Docker's containers into registrations, by their labels and by the user's `attach` and `detach`.
 //!
-//! Docker's events say that something has changed, and nothing else is taken from them: its list is read whole, and
-//! `machine` compares it with what is registered. A burst of events is one list. The first of them is not waited upon, so that
-//! a container's way to the host begins when Docker has told of its start. While Docker cannot be asked, nothing changes.
-//! A list that could not be had, or that shows a container between two names, is read again soon, then ever later.
+//! A Docker event only signals that something changed. The whole list is then read, and `machine` compares it with the
+//! registrations. The first event triggers a list at once, so that a container is forwarded soon after its start; a burst of
+//! events triggers one further list. While Docker is unreachable, nothing changes. A list that could not be read, or that
+//! shows a container between two names, is read again after a delay that doubles with each attempt.
 //!
-//! Each step is carried out in its name's queue and only if the name still stands for what it was decided upon, so somebody
-//! who registers at the same moment always wins. Nothing here waits for a step: what is under way is left out of the next
-//! decision, and decided again when it is done.
+//! Each step is executed in the queue of its name, and only if the registration of the name is still the one at the time of
+//! the decision. A concurrent registration by a client therefore always wins. Decisions never wait for a step: names with a
+//! running step are left out of the decision, and decided again when the step is done.
 //!
-//! - `labels` and `machine` are pure; `report` is what is told of all containers.
+//! - `labels` and `machine` are pure; `report` has the values that are reported about each container.
 
 pub mod labels;
 pub mod machine;
@@ -34,14 +34,14 @@ use crate::sys::journal::Journal;
 use machine::{Candidate, Decision, Detach, Notice, Step, detach, judge};
 use report::Found;
 
-/// How long after one list began the next one does, at least: what comes in between is one more.
+/// The minimum time between the starts of two lists. Events in between are covered by the second.
 const SPACING: Duration = Duration::from_millis(20);
-/// How often it is tried to detach what somebody registers anew at the same moment.
+/// The number of attempts of `detach`, which a concurrent registration of the container can defeat.
 const DETACH_TRIES: u32 = 5;
-/// How often the list is read when nothing is told. Docker tells everything; this is for the time when it does not.
-const TURN: Duration = Duration::from_secs(60);
+/// The interval of lists without an event, in case Docker loses one.
+const RESYNC_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The handle; clones are about the same containers.
+/// A handle of discovery. Clones share one state.
 #[derive(Clone)]
 pub struct Discovery(Arc<Shared>);
 
@@ -50,44 +50,44 @@ struct Shared {
     registry: Registry,
     journal: Journal,
     all: bool,
-    /// Rings when the list may have changed.
+    /// Notified when the list may have changed.
     changed: Notify,
-    /// The list as it was read last.
+    /// The list that was read last.
     ///
-    /// Written for [`Discovery::run`] alone: an answer that somebody else waits for may be older than the one that is here.
+    /// Only [`Discovery::run`] writes it: the answer to another caller's read may be older than the stored list.
     last: Mutex<Option<Arc<[Candidate]>>>,
 }
 
-/// What became of a container that was detached.
+/// The result of `detach`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Detached {
-    /// Nothing is known of it any more.
+    /// The registration was dropped.
     Forgotten(ContainerName),
-    /// It is known that it is off.
+    /// The container is registered as off.
     TurnedOff(ContainerName),
 }
 
 impl Discovery {
-    /// A handle; [`Discovery::run`] does the work. `all` is whether every container is forwarded.
+    /// Returns a handle; [`Discovery::run`] does the work. `all` is whether all containers are forwarded.
     pub fn new(docker: Docker, registry: Registry, journal: Journal, all: bool) -> Discovery {
         let (changed, last) = (Notify::new(), Mutex::default());
         Discovery(Arc::new(Shared { docker, registry, journal, all, changed, last }))
     }
 
-    /// Whether every container is forwarded.
+    /// Returns whether all containers are forwarded.
     pub fn is_all(&self) -> bool {
         self.0.all
     }
 
-    /// The list may have changed. Never waits.
-    pub fn look_again(&self) {
+    /// Notes that the list may have changed. Never blocks.
+    pub fn refresh(&self) {
         self.0.changed.notify_one();
     }
 
-    /// Every container of Docker's, and what is decided about it.
+    /// Returns all containers that Docker lists, with the decision about each.
     ///
     /// # Errors
-    /// [`DockerError`] says why Docker cannot be asked.
+    /// [`DockerError`] if Docker is unreachable.
     pub async fn containers(&self) -> Result<Vec<Found>, DockerError> {
         let listed = self.read().await?;
         let registered = self.0.registry.list();
@@ -95,17 +95,17 @@ impl Discovery {
         Ok(listed.iter().zip(&judged.verdicts).map(|(one, verdict)| Found::new(one, verdict)).collect())
     }
 
-    /// Has a container forwarded no longer, whatever its labels say.
+    /// Stops forwarding a container, whatever its labels are.
     ///
     /// # Errors
-    /// A text that says why it is not done.
+    /// A text with the reason.
     pub async fn detach(&self, name: &str) -> Result<Detached, String> {
         let name = ContainerName::new(name).map_err(|error| error.to_string())?;
         let registry = &self.0.registry;
         registry.replayed().await;
         let listed = match self.read().await {
             Ok(listed) => listed,
-            // What is known of an engine that is away is what it said last.
+            // Docker is unreachable: use the list that was read last.
             Err(_) => self.last().unwrap_or_default(),
         };
         for _ in 0..DETACH_TRIES {
@@ -115,13 +115,13 @@ impl Discovery {
                 Detach::Forget(step) => (step.clone(), Detached::Forgotten(step.name().clone())),
                 Detach::TurnOff(step) => (step.clone(), Detached::TurnedOff(step.name().clone())),
             };
-            let done = carry_out(registry, step, DropReason::Requested).await;
+            let done = execute(registry, step, DropReason::Requested).await;
             if done.map_err(|error| error.to_string())? {
                 return Ok(detached);
             }
-            // It was registered anew at the same moment, as when its container was: then that is what is detached.
+            // The container was registered concurrently, for example because it was recreated: detach that registration.
         }
-        Err(format!("{name} is being registered again and again"))
+        Err(format!("{name} is registered again by another client at each attempt"))
     }
 
     async fn read(&self) -> Result<Arc<[Candidate]>, DockerError> {
@@ -134,7 +134,7 @@ impl Discovery {
         self.0.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Keeps the registrations those that there are to be, for as long as it is polled.
+    /// Keeps the registrations up to date while it is polled.
     pub async fn run(self) {
         self.0.registry.replayed().await;
         let mut registered = self.0.registry.watch();
@@ -143,24 +143,24 @@ impl Discovery {
             Box::pin(std::future::pending());
         let mut is_listing = false;
         let mut not_before = Instant::now();
-        let (mut not_after, mut again) = (not_before + TURN, SPACING);
+        let (mut not_after, mut retry_delay) = (not_before + RESYNC_INTERVAL, SPACING);
         loop {
             tokio::select! {
-                () = self.wanted(not_after), if !is_listing => {
+                () = self.change_or_deadline(not_after), if !is_listing => {
                     listing = Box::pin(self.clone().list_after(not_before));
                     is_listing = true;
                 }
                 read = &mut listing, if is_listing => {
                     is_listing = false;
-                    let is_settled = read.is_ok_and(|listed| work.take(listed));
+                    let is_settled = read.is_ok_and(|listed| work.set_list(listed));
                     not_before = Instant::now() + SPACING;
-                    let turn = if is_settled { TURN } else { again };
-                    again = if is_settled { SPACING } else { TURN.min(again * 2) };
-                    not_after = Instant::now() + turn;
+                    let delay = if is_settled { RESYNC_INTERVAL } else { retry_delay };
+                    retry_delay = if is_settled { SPACING } else { RESYNC_INTERVAL.min(retry_delay * 2) };
+                    not_after = Instant::now() + delay;
                 }
                 Ok(()) = registered.changed() => work.judge_again(),
-                Some(done) = work.under_way.join_next() => {
-                    if work.is_done(done.ok()) {
+                Some(done) = work.running.join_next() => {
+                    if work.finish_step(done.ok()) {
                         work.judge_again();
                     }
                 }
@@ -168,43 +168,43 @@ impl Discovery {
         }
     }
 
-    /// Ready when the list may have changed, and at this moment in any case.
-    async fn wanted(&self, not_after: Instant) {
+    /// Returns when the list may have changed, at `not_after` at the latest.
+    async fn change_or_deadline(&self, not_after: Instant) {
         let _ = timeout_at(not_after, self.0.changed.notified()).await;
     }
 
-    /// Reads the list when it is time.
+    /// Reads the list at `not_before`.
     async fn list_after(self, not_before: Instant) -> Result<Arc<[Candidate]>, DockerError> {
         sleep_until(not_before).await;
-        // What was told until now is in the list that is read now.
+        // The list covers all events until now.
         let _ = self.0.changed.notified().now_or_never();
         self.read().await
     }
 }
 
-/// What a step came to, and about which names it was, the one that was registered first.
+/// The names of a step, the one that is registered first, and its result.
 type Done = (Vec<ContainerName>, Result<bool, RegisterError>);
 
-/// What is being done about the containers.
+/// The state of [`Discovery::run`].
 struct Work {
     discovery: Discovery,
-    under_way: JoinSet<Done>,
-    /// The names about which something is under way.
+    running: JoinSet<Done>,
+    /// The names with a running step.
     busy: BTreeSet<ContainerName>,
-    /// What was told, by the container's id.
-    told: BTreeSet<Notice>,
-    /// What failed, by name, as it was told.
+    /// The notices that were reported.
+    reported: BTreeSet<Notice>,
+    /// The errors that were reported, by name.
     failed: BTreeMap<ContainerName, String>,
 }
 
 impl Work {
     fn new(discovery: Discovery) -> Work {
-        let (under_way, busy) = (JoinSet::new(), BTreeSet::new());
-        Work { discovery, under_way, busy, told: BTreeSet::new(), failed: BTreeMap::new() }
+        let (running, busy) = (JoinSet::new(), BTreeSet::new());
+        Work { discovery, running, busy, reported: BTreeSet::new(), failed: BTreeMap::new() }
     }
 
-    /// Judges a list, from now on the one that was read last; whether all in it have their names.
-    fn take(&mut self, listed: Arc<[Candidate]>) -> bool {
+    /// Stores a list and decides about it. Returns whether all containers in it have their final names.
+    fn set_list(&mut self, listed: Arc<[Candidate]>) -> bool {
         let is_settled = !listed.iter().any(|one| one.container.is_between_names);
         *self.discovery.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(listed);
         self.judge_again();
@@ -215,13 +215,13 @@ impl Work {
         let shared = Arc::clone(&self.discovery.0);
         let Some(listed) = self.discovery.last() else { return };
         let registered: Arc<Registered> = shared.registry.list();
-        let Decision { steps, remarks, .. } = judge(&listed, &registered, shared.all);
-        // A container that is gone may come again under the same id only from a backup.
-        let there: BTreeSet<&str> = listed.iter().map(|one| one.container.id.as_str()).collect();
-        self.told.retain(|remark| there.contains(remark.id.as_str()));
-        for remark in remarks {
-            if self.told.insert(remark.clone()) {
-                shared.journal.record(&Event::Notice { text: escape(&remark.text).into_owned() });
+        let Decision { steps, notices, .. } = judge(&listed, &registered, shared.all);
+        // Docker reuses the id of a removed container only after a restore from a backup.
+        let present: BTreeSet<&str> = listed.iter().map(|one| one.container.id.as_str()).collect();
+        self.reported.retain(|notice| present.contains(notice.id.as_str()));
+        for notice in notices {
+            if self.reported.insert(notice.clone()) {
+                shared.journal.record(&Event::Notice { text: escape(&notice.text).into_owned() });
             }
         }
         for step in steps {
@@ -229,17 +229,17 @@ impl Work {
             if !names.iter().any(|name| self.busy.contains(name)) {
                 self.busy.extend(names.iter().cloned());
                 let registry = shared.registry.clone();
-                self.under_way.spawn(async move {
-                    let done = carry_out(&registry, step, DropReason::Gone).await;
+                self.running.spawn(async move {
+                    let done = execute(&registry, step, DropReason::Gone).await;
                     (names, done)
                 });
             }
         }
     }
 
-    /// Whether it is to be judged again.
-    fn is_done(&mut self, done: Option<Done>) -> bool {
-        // A step that panicked was told of where that happened; its name rests until the next start.
+    /// Records the end of a step. Returns whether to decide again.
+    fn finish_step(&mut self, done: Option<Done>) -> bool {
+        // A panic was logged where it happened. Its names stay busy until the next start of the daemon.
         let Some((names, done)) = done else { return false };
         self.busy.retain(|name| !names.contains(name));
         let Some(name) = names.into_iter().next() else { return false };
@@ -249,9 +249,9 @@ impl Work {
                 true
             }
             Err(RegisterError::Stopping) => false,
-            // It is tried again when Docker tells of something, and not at once.
+            // Retried at the next event or interval, and not at once.
             Err(error) => {
-                let text = format!("{name} is found in Docker and not forwarded: {error}");
+                let text = format!("container {name} cannot be registered for forwarding: {error}");
                 if self.failed.insert(name, text.clone()).as_ref() != Some(&text) {
                     self.discovery.0.journal.record(&Event::Notice { text });
                 }
@@ -261,8 +261,8 @@ impl Work {
     }
 }
 
-/// Whether the name still stood for what the step was decided upon.
-async fn carry_out(registry: &Registry, step: Step, reason: DropReason) -> Result<bool, RegisterError> {
+/// Executes a step. Returns whether the registration was still the one at the time of the decision.
+async fn execute(registry: &Registry, step: Step, reason: DropReason) -> Result<bool, RegisterError> {
     match step {
         Step::Register { registration, before } => registry.register_found(*registration, before).await,
         Step::Move { from, registration, before } => {

@@ -1,4 +1,4 @@
-//! What is told of every container that Docker has: plain values, the same in the daemon and in its client. Pure.
+//! The report about each container that Docker lists: plain values, shared by the daemon and its client. Pure.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -10,45 +10,45 @@ use crate::docker::labels::LabelOrigin;
 use crate::model::grants::GrantFact;
 use crate::model::registration::FoundBy;
 
-/// One container.
+/// The report about one container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Found {
-    /// Docker's name for it.
+    /// Docker's name.
     pub name: String,
-    /// Its id.
+    /// Docker's id.
     pub id: String,
-    /// Its image, as it was named when the container was made.
+    /// The image, by the name with which the container was created.
     pub image: String,
-    /// Whether it runs.
+    /// Whether the container runs.
     pub running: bool,
-    /// Whether it is forwarded, when it runs.
+    /// Whether the container is forwarded when it runs.
     pub forwarded: Forwarded,
-    /// Under which name it is registered, if it is.
+    /// The name of its registration, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub registered: Option<String>,
-    /// What makes it one that is forwarded, where the daemon found it.
+    /// Why the daemon forwards it, if the daemon discovered it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<FoundBy>,
-    /// What its registration may do beyond acting for itself, in force or not.
+    /// The rights that were granted to its registration, in force or not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub grants: Vec<GrantFact>,
-    /// Why it is not forwarded, or what there is to know.
+    /// The reason why it is not forwarded, or another fact about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
-    /// The command that has it forwarded, where a label alone does not.
+    /// A command that forwards it, if only a label of the image requests that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// Which of its ports its own labels allow, as a registration has it; none where they do not say.
+    /// The ports that its own labels allow, in the form of a registration; `None` without such labels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_forward: Option<Value>,
-    /// Why its own labels let nothing out, where they have a list of ports that cannot be read.
+    /// The reason why its labels block all ports: its list of ports is invalid.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unreadable: Option<String>,
-    /// The ports that its image denies, as its label has them; none where that denies none.
+    /// The ports that its image denies, in the form of the label; `None` if it denies none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_deny: Option<String>,
-    /// What its label `devcontainer.metadata` says of its ports, as that label has it; none where it says nothing.
+    /// The ports of its label `devcontainer.metadata`, in the form of that label; `None` without the label.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub devcontainer: Option<Value>,
 }
@@ -57,16 +57,16 @@ pub struct Found {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Forwarded {
-    /// It is.
+    /// Yes.
     Yes,
-    /// It is not.
+    /// No.
     No,
-    /// It would be, and somebody has turned it off.
+    /// It would be forwarded, but the user turned it off.
     Off,
 }
 
 impl Found {
-    /// What is told of a container about which this was decided.
+    /// Returns the report about a container with this verdict.
     pub fn new(candidate: &Candidate, verdict: &Verdict) -> Found {
         let Candidate { container, labels } = candidate;
         let (forwarded, registered, by) = match verdict {
@@ -83,11 +83,11 @@ impl Found {
             Network::Shared(_) => Some("it is in the network of another container".to_owned()),
         };
         let why = match verdict {
-            Verdict::Not(why) => Some(in_words(why)),
+            Verdict::Not(why) => Some(sentence(why)),
             Verdict::Off(_) => Some("it was detached".to_owned()),
             Verdict::Forwarded(..) | Verdict::Registered(_) => network,
         };
-        let is_not_own = matches!(verdict, Verdict::Not(NotForwardedReason::NotOwn(_)));
+        let is_not_own = matches!(verdict, Verdict::Not(NotForwardedReason::ImageLabel(_)));
         let policy = labels.own_policy.as_ref().ok().and_then(Option::as_ref);
         Found {
             name: container.name.to_string(),
@@ -108,17 +108,17 @@ impl Found {
     }
 }
 
-fn in_words(why: &NotForwardedReason) -> String {
+fn sentence(why: &NotForwardedReason) -> String {
     match why {
-        NotForwardedReason::Unasked => "nobody asked for it".to_owned(),
-        NotForwardedReason::NotOwn(LabelOrigin::Unknown) => {
+        NotForwardedReason::NotRequested => "no label asks for it".to_owned(),
+        NotForwardedReason::ImageLabel(LabelOrigin::Unknown) => {
             "label may come from the image, which cannot be inspected".to_owned()
         }
-        NotForwardedReason::NotOwn(_) => "label comes from the image".to_owned(),
-        NotForwardedReason::NotRunning => "it will be when it runs".to_owned(),
-        NotForwardedReason::Excluded => format!("its label {} says so", labels::FORWARD),
-        NotForwardedReason::Ours => "landfall itself uses it".to_owned(),
-        NotForwardedReason::Unreadable(why) => why.clone(),
+        NotForwardedReason::ImageLabel(_) => "label comes from the image".to_owned(),
+        NotForwardedReason::NotRunning => "starts when the container runs".to_owned(),
+        NotForwardedReason::Excluded => format!("its label {} excludes it", labels::FORWARD),
+        NotForwardedReason::Helper => "landfall uses it itself".to_owned(),
+        NotForwardedReason::InvalidPorts(why) => why.clone(),
         NotForwardedReason::NameTaken { name, holder } => format!("{holder} the name {name}"),
     }
 }

@@ -1,13 +1,14 @@
-//! A socket of the HTTP endpoint for one container: `run/http/NAME/http.sock`, whose directory is mounted into the container.
+//! The HTTP endpoint as a Unix socket for one container: `run/http/NAME/http.sock`. Its directory is mounted into the
+//! container.
 //!
-//! Another user can take a TCP port while the daemon is away, but cannot make a file in this directory. The directory is mounted
-//! and not the socket: a mounted file would stay the old socket after a restart of the daemon. The directory exists as long as
-//! the container does, and each daemon makes its socket in it.
+//! Another user can bind a TCP port while the daemon is down, but cannot create a file in this directory. The directory is
+//! mounted rather than the socket, since a mounted file would remain the old socket after a restart of the daemon. The
+//! directory exists as long as the container, and each daemon creates its socket in it.
 //!
-//! The container's user may be any, so the socket is open to every user (0666) and the directory can be entered by every user
-//! (0755). On the host, `run/http` above it is closed (0700). Inside, the mount is read-only. Someone may mount it writable
-//! all the same, so nothing here follows a link below `run/http`: directories are opened by their own name, the socket is made
-//! under a random name relative to the open directory, and renamed.
+//! The container's user may have any uid, so the socket is open to all users (0666) and the directory can be entered by all
+//! users (0755). On the host, `run/http` above it is closed (0700). In the container, the mount is read-only. It may still
+//! be mounted writable, so this module never follows a link below `run/http`: it opens directories by their own name, and
+//! creates the socket under a random name relative to the open directory before it renames it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -35,12 +36,12 @@ use crate::sys::journal::Journal;
 use crate::sys::paths::Home;
 use crate::sys::random::random;
 
-/// The beginning of the name that a socket has before it is renamed.
+/// The prefix of the temporary name of a socket.
 const TEMPORARY: &str = ".socket-";
 
 /// The reason why a container has no socket.
 #[derive(Debug, Error)]
-#[error("{} cannot be made", path.display())]
+#[error("{} cannot be created", path.display())]
 pub struct SocketError {
     path: PathBuf,
     source: io::Error,
@@ -51,26 +52,26 @@ pub struct ContainerSockets {
     home: Home,
     docker: Docker,
     journal: Journal,
-    /// The endpoint is opened later than the first registrations are taken in.
+    /// Set when the endpoint is open, which is after the first registrations were replayed.
     http: Arc<SetOnce<Http>>,
     served: Mutex<BTreeMap<ContainerName, CancellationToken>>,
-    /// Held while a directory is made or removed, so that none is removed that was just made.
+    /// Held while a directory is created or removed, so that a directory that was just created is not removed.
     changing: tokio::sync::Mutex<()>,
 }
 
 impl ContainerSockets {
-    /// No sockets yet.
+    /// Returns an empty set of sockets.
     pub fn new(home: Home, docker: Docker, journal: Journal) -> Arc<ContainerSockets> {
         let (http, served, changing) = (Arc::default(), Mutex::default(), tokio::sync::Mutex::default());
         Arc::new(ContainerSockets { home, docker, journal, http, served, changing })
     }
 
-    /// Connects the sockets to the endpoint. Only the first one counts.
+    /// Connects the sockets to the endpoint. Later calls have no effect.
     pub fn connect(&self, http: Http) {
         let _ = self.http.set(http);
     }
 
-    /// Makes the directory and the socket of a container, unless it has them already.
+    /// Creates the directory and the socket of a container, unless they exist.
     async fn serve(&self, name: &ContainerName) {
         let _changing = self.changing.lock().await;
         if self.lock().contains_key(name) {
@@ -92,38 +93,38 @@ impl ContainerSockets {
     async fn listen(&self, name: &ContainerName) -> Result<UnixListener, SocketError> {
         let (home, of) = (self.home.clone(), name.clone());
         let path = home.http_directory(name).join(SOCKET);
-        let made = tokio::task::spawn_blocking(move || appear(&home, &of)).await;
+        let made = tokio::task::spawn_blocking(move || create_socket(&home, &of)).await;
         let made = made.unwrap_or_else(|error| Err(io::Error::other(error)));
         made.and_then(UnixListener::from_std).map_err(|source| SocketError { path, source })
     }
 
-    /// Closes the socket. The directory goes with the container, which may be registered again.
+    /// Closes the socket. The directory remains while the container exists, since it may be registered again.
     async fn end(&self, name: &ContainerName) {
         let Some(served) = self.lock().remove(name) else { return };
         served.cancel();
         let is_gone = self.docker.probe(name).await == Liveness::Gone;
-        self.disappear(name, is_gone).await;
+        self.remove_socket(name, is_gone).await;
     }
 
-    /// Removes the socket of a container that is not served, and the directory as well if the container is gone. What stays
-    /// is replaced when the container is registered again.
-    async fn disappear(&self, name: &ContainerName, is_gone: bool) {
+    /// Removes the socket of a container that is not served, and the directory if the container is gone. Files that could
+    /// not be removed are replaced at the next registration of the container.
+    async fn remove_socket(&self, name: &ContainerName, is_gone: bool) {
         let _changing = self.changing.lock().await;
         if !self.lock().contains_key(name) {
             let (home, name) = (self.home.clone(), name.clone());
-            let _ = tokio::task::spawn_blocking(move || disappear(&home, &name, is_gone)).await;
+            let _ = tokio::task::spawn_blocking(move || remove_socket(&home, &name, is_gone)).await;
         }
     }
 
-    /// Removes the directories of containers that are gone and not among `known`, such as those that were removed while no
-    /// daemon ran.
+    /// Removes the directories of containers that are gone and not in `known`, for example of those that were removed while
+    /// no daemon ran.
     pub async fn sweep(&self, known: &[ContainerName]) {
         let Ok(entries) = std::fs::read_dir(self.home.http()) else { return };
         let names =
             entries.flatten().filter_map(|entry| ContainerName::new(entry.file_name().to_str()?).ok());
         for name in names.filter(|name| !known.contains(name)) {
             if self.docker.probe(&name).await == Liveness::Gone {
-                self.disappear(&name, true).await;
+                self.remove_socket(&name, true).await;
             }
         }
     }
@@ -167,24 +168,24 @@ impl RegistrationObserver for ContainerSockets {
                     name
                 })
                 .collect();
-            let remove = move || names.iter().for_each(|name| drop(disappear(&home, name, false)));
+            let remove = move || names.iter().for_each(|name| drop(remove_socket(&home, name, false)));
             let _ = tokio::task::spawn_blocking(remove).await;
         })
     }
 }
 
-/// Makes a listening socket and replaces any file of its name with it. Blocks on the file system.
-fn appear(home: &Home, name: &ContainerName) -> io::Result<std::os::unix::net::UnixListener> {
+/// Creates a listening socket that replaces any file of its name. Blocks on the file system.
+fn create_socket(home: &Home, name: &ContainerName) -> io::Result<std::os::unix::net::UnixListener> {
     let directory = directory(home, name)?;
     sweep(&directory)?;
     let temporary = format!("{TEMPORARY}{:016x}", u64::from_ne_bytes(random()?));
-    // A path below the home may be too long for a socket's address (`unix(7)`); this one is short.
+    // The path below the home may exceed the limit of a socket address (`unix(7)`). This one is short.
     let through = format!("/proc/self/fd/{}/{temporary}", directory.as_raw_fd());
     let listener = std::os::unix::net::UnixListener::bind(through)?;
     let named = open_to_all(&directory, &temporary)
         .and_then(|()| Ok(rustix::fs::renameat(&directory, &temporary, &directory, SOCKET)?));
     if let Err(error) = named {
-        // The next attempt removes what stays.
+        // If this fails, the next attempt removes the file.
         let _ = rustix::fs::unlinkat(&directory, &temporary, AtFlags::empty());
         return Err(error);
     }
@@ -192,7 +193,7 @@ fn appear(home: &Home, name: &ContainerName) -> io::Result<std::os::unix::net::U
     Ok(listener)
 }
 
-/// Opens the directory of one container, and makes it if need be.
+/// Opens the directory of one container, and creates it if needed.
 fn directory(home: &Home, name: &ContainerName) -> io::Result<OwnedFd> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let above = rustix::fs::openat(CWD, home.http(), flags, Mode::empty())?;
@@ -202,13 +203,13 @@ fn directory(home: &Home, name: &ContainerName) -> io::Result<OwnedFd> {
         Err(errno) => return Err(errno.into()),
     }
     let directory = rustix::fs::openat(&above, name.as_str(), flags, Mode::empty())?;
-    // The mode at its making is subject to the umask.
+    // The umask applies to the mode of mkdirat.
     rustix::fs::fchmod(&directory, mode)?;
     Ok(directory)
 }
 
-/// Lets every user connect to the socket of this name. Works on a descriptor of the file itself, so that a symbolic link of this
-/// name is not followed.
+/// Permits all users to connect to the socket of this name. Works on a descriptor of the file itself, so a symbolic link of
+/// this name is not followed.
 fn open_to_all(directory: impl AsFd, name: &str) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
@@ -219,7 +220,7 @@ fn open_to_all(directory: impl AsFd, name: &str) -> io::Result<()> {
     Ok(rustix::fs::chmod(format!("/proc/self/fd/{}", file.as_raw_fd()), mode)?)
 }
 
-/// Removes what an earlier daemon left half-made.
+/// Removes temporary sockets of an earlier daemon.
 fn sweep(directory: &OwnedFd) -> io::Result<()> {
     let mut buffer = Vec::with_capacity(4096);
     let mut entries = rustix::fs::RawDir::new(directory, buffer.spare_capacity_mut());
@@ -231,14 +232,14 @@ fn sweep(directory: &OwnedFd) -> io::Result<()> {
         }
     }
     for name in left {
-        // One that cannot be removed does no harm.
+        // A file that cannot be removed is harmless.
         let _ = rustix::fs::unlinkat(directory, name, AtFlags::empty());
     }
     Ok(())
 }
 
-/// Removes the socket, and the directory as well if it is empty and its container is gone.
-fn disappear(home: &Home, name: &ContainerName, is_gone: bool) -> io::Result<()> {
+/// Removes the socket, and the directory if it is empty and its container is gone.
+fn remove_socket(home: &Home, name: &ContainerName, is_gone: bool) -> io::Result<()> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let above = rustix::fs::openat(CWD, home.http(), flags, Mode::empty())?;
     let directory = rustix::fs::openat(&above, name.as_str(), flags, Mode::empty())?;
@@ -276,12 +277,12 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_is_open_below_one_that_is_closed_and_survives_the_socket() {
+    fn the_directory_is_open_below_a_closed_one_and_survives_the_socket() {
         let (_place, home) = home();
-        // As long as a name may be, so the path is too long for an address.
+        // The longest name, so the path exceeds the limit of a socket address.
         let shop = name(&"s".repeat(200));
         let directory = home.http_directory(&shop);
-        let first = appear(&home, &shop).unwrap();
+        let first = create_socket(&home, &shop).unwrap();
         assert_eq!(
             (mode(&home.http()), mode(&directory), mode(&directory.join(SOCKET))),
             (0o700, 0o755, 0o666)
@@ -290,15 +291,15 @@ mod tests {
         // The next daemon, after one that was killed.
         drop(first);
         fs::write(directory.join(".socket-0123"), "").unwrap();
-        let listener = appear(&home, &shop).unwrap();
+        let listener = create_socket(&home, &shop).unwrap();
         assert_eq!(identity(&directory), inode);
-        assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "the temporary file was removed");
         let file = fs::File::open(&directory).unwrap();
         UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", file.as_raw_fd())).unwrap();
         drop(listener);
-        disappear(&home, &shop, false).unwrap();
+        remove_socket(&home, &shop, false).unwrap();
         assert!(directory.exists() && !directory.join(SOCKET).exists());
-        disappear(&home, &shop, true).unwrap();
+        remove_socket(&home, &shop, true).unwrap();
         assert!(!directory.exists());
     }
 
@@ -307,14 +308,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_container_puts_into_its_directory_harms_it_alone() {
+    fn files_that_a_container_plants_in_its_directory_affect_only_itself() {
         let (place, home) = home();
         let shop = name("shop");
         let victim = place.path().join("victim");
         fs::write(&victim, "precious").unwrap();
         fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
         let directory = home.http_directory(&shop);
-        drop(appear(&home, &shop).unwrap());
+        drop(create_socket(&home, &shop).unwrap());
         for plant in [
             |victim: &Path, at: &Path| symlink(victim, at).unwrap(),
             |victim: &Path, at: &Path| fs::hard_link(victim, at).unwrap(),
@@ -322,19 +323,19 @@ mod tests {
         ] {
             let _ = fs::remove_file(directory.join(SOCKET));
             plant(&victim, &directory.join(SOCKET));
-            let _listener = appear(&home, &shop).unwrap();
+            let _listener = create_socket(&home, &shop).unwrap();
             assert!(directory.join(SOCKET).symlink_metadata().unwrap().file_type().is_socket());
             assert_eq!((fs::read_to_string(&victim).unwrap().as_str(), mode(&victim)), ("precious", 0o600));
         }
-        // A directory of the socket's name stays, and the container has no socket.
+        // A directory of the socket's name remains, and the container has no socket.
         fs::remove_file(directory.join(SOCKET)).unwrap();
         fs::create_dir(directory.join(SOCKET)).unwrap();
-        appear(&home, &shop).unwrap_err();
+        create_socket(&home, &shop).unwrap_err();
         // A link of the directory's name is not followed.
         let elsewhere = place.path().join("elsewhere");
         fs::create_dir(&elsewhere).unwrap();
         symlink(&elsewhere, home.http_directory(&name("other"))).unwrap();
-        appear(&home, &name("other")).unwrap_err();
+        create_socket(&home, &name("other")).unwrap_err();
         assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
     }
 }

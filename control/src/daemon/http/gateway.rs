@@ -1,8 +1,8 @@
-//! The address by which containers reach the host: the gateway of the network `bridge`.
+//! The address at which containers reach the host: the gateway of the network `bridge`.
 //!
-//! Containers send their Bearer token to `host.docker.internal`, which is this address, at the daemon's HTTP port. The daemon
-//! may learn the address late, and another user may listen there before it. So the daemon listens as soon as it knows the
-//! address, tries again for ever, and reports who holds the port until then.
+//! Containers send their bearer token to `host.docker.internal`, which is this address, at the daemon's HTTP port. The
+//! daemon may learn the address late, and another user may listen there first. The daemon therefore listens as soon as it
+//! knows the address, retries without end, and reports the holder of the port until then.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -22,9 +22,9 @@ use crate::sys::held_port::HeldPort;
 use crate::sys::journal::Journal;
 use crate::sys::users::is_ours;
 
-/// How long to wait before the next attempt: doubling between these two.
-const AGAIN_MIN: Duration = Duration::from_millis(250);
-const AGAIN_MAX: Duration = Duration::from_secs(5);
+/// The delay before the next attempt; it doubles from the minimum to the maximum.
+const RETRY_MIN: Duration = Duration::from_millis(250);
+const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// Whether containers reach the daemon at the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,34 +32,34 @@ const AGAIN_MAX: Duration = Duration::from_secs(5);
 pub enum Gateway {
     /// The daemon listens there.
     Listening {
-        /// The gateway.
+        /// The gateway's address.
         address: IpAddr,
     },
-    /// Another process does, and receives what containers send.
+    /// Another process listens there, and receives the requests of containers.
     Held {
-        /// Which, and where.
+        /// The port and its holder.
         #[serde(flatten)]
         by: HeldPort,
     },
-    /// The address belongs to another machine: the engine runs there, or its bridge is down.
+    /// The address is not an address of this host: the Docker engine is remote, or its bridge is down.
     Elsewhere {
-        /// The gateway.
+        /// The gateway's address.
         address: IpAddr,
     },
-    /// It cannot be listened on.
+    /// Listening failed for another reason.
     Failed {
-        /// The gateway.
+        /// The gateway's address.
         address: IpAddr,
-        /// Why.
+        /// The error.
         reason: String,
     },
 }
 
-/// What is known of the endpoint beside its port.
+/// Facts about the endpoint in addition to its port.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HttpFacts {
-    /// The holder of the preferred port, if the daemon got another port.
+    /// The holder of the preferred port, if the daemon uses another port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<HeldPort>,
     /// The gateway, if it is known and the daemon is to listen there.
@@ -67,12 +67,12 @@ pub struct HttpFacts {
     pub gateway: Option<Gateway>,
 }
 
-/// The facts as they are now; clones are the same ones.
+/// The current facts. Clones share one state.
 #[derive(Clone, Debug, Default)]
 pub struct SharedFacts(Arc<Mutex<HttpFacts>>);
 
 impl SharedFacts {
-    /// A copy.
+    /// Returns a copy.
     pub fn now(&self) -> HttpFacts {
         self.lock().clone()
     }
@@ -81,12 +81,12 @@ impl SharedFacts {
         self.lock().fallback = fallback;
     }
 
-    /// Returns whether it is news.
+    /// Sets the gateway. Returns whether it changed.
     fn set_gateway(&self, gateway: &Gateway) -> bool {
         let mut facts = self.lock();
-        let is_news = facts.gateway.as_ref() != Some(gateway);
+        let is_changed = facts.gateway.as_ref() != Some(gateway);
         facts.gateway = Some(gateway.clone());
-        is_news
+        is_changed
     }
 
     fn lock(&self) -> MutexGuard<'_, HttpFacts> {
@@ -94,31 +94,31 @@ impl SharedFacts {
     }
 }
 
-/// Listens on Docker's gateway, for as long as the endpoint is open. `changed` says that Docker may have another one.
-pub async fn keep(http: Http, docker: Docker, changed: Arc<Notify>) {
-    let mut pause = AGAIN_MIN;
+/// Keeps the endpoint listening on Docker's gateway. `changed` signals that the gateway may have changed.
+pub async fn keep_listening(http: Http, docker: Docker, changed: Arc<Notify>) {
+    let mut pause = RETRY_MIN;
     loop {
-        // Within this time nothing is missed that happens to Docker: a change is kept until it is waited for.
-        let is_settled = match docker.bridge_gateway().await {
+        // A signal during this call is not lost: `Notify` stores it for the next wait.
+        let is_listening = match docker.bridge_gateway().await {
             Some(address) => listen(&http, address).await,
             None => false,
         };
-        if is_settled {
+        if is_listening {
             changed.notified().await;
-            pause = AGAIN_MIN;
+            pause = RETRY_MIN;
             continue;
         }
         if timeout(pause, changed.notified()).await.is_ok() {
-            // Several changes at once are one, and the pace stays bounded.
-            sleep(AGAIN_MIN).await;
+            // Merges several signals, and bounds the rate of attempts.
+            sleep(RETRY_MIN).await;
         }
-        pause = (2 * pause).min(AGAIN_MAX);
+        pause = (2 * pause).min(RETRY_MAX);
     }
 }
 
-/// Listens on the preferred port as well, on every address where it is free, until it is free on all of them: containers that
-/// were started before send their tokens there. Only where another user holds it, since a port of this user's may belong to
-/// the daemon of another home.
+/// Listens on the preferred port in addition, on each address where it becomes free, until it has all addresses: containers
+/// from before this daemon's start send their tokens there. Acts only if another user holds the port, since a port of this
+/// user may belong to the daemon of another home.
 pub async fn reclaim(http: Http) {
     let mut taken = BTreeSet::new();
     while let Some(held) =
@@ -135,11 +135,11 @@ pub async fn reclaim(http: Http) {
             }
         }
         http.facts().set_fallback(still_held);
-        sleep(AGAIN_MAX).await;
+        sleep(RETRY_MAX).await;
     }
 }
 
-/// One attempt; whether the daemon listens there now.
+/// Makes one attempt. Returns whether the daemon listens there.
 async fn listen(http: &Http, address: IpAddr) -> bool {
     let gateway = match http.listen_also(address).await {
         Ok(()) => Gateway::Listening { address },
@@ -159,10 +159,12 @@ async fn listen(http: &Http, address: IpAddr) -> bool {
 
 fn report(gateway: &Gateway, journal: &Journal) {
     let text = match gateway {
-        // An event of its own reports that the endpoint listens.
+        // `DaemonHttpListening` reports this already.
         Gateway::Listening { .. } => return,
         Gateway::Elsewhere { address } => {
-            format!("containers cannot reach the daemon over HTTP: {address} is no address of this machine")
+            format!(
+                "containers cannot reach the daemon over HTTP: {address} is not an address of this machine"
+            )
         }
         Gateway::Held { by } => format!("{by}: containers send their tokens there"),
         Gateway::Failed { reason, .. } => format!("containers cannot reach the daemon over HTTP: {reason}"),

@@ -1,22 +1,25 @@
-//! The daemon's HTTP endpoint, where containers ask for themselves (wire specification, A.2).
+//! The daemon's HTTP endpoint, at which containers make requests for themselves (wire specification, A.2).
 //!
-//! It listens on 127.0.0.1 and on the address by which containers reach the host, at one port on all of them: containers
-//! keep the URL that they were started with, so the preferred port is taken wherever it can be had. Docker may appear
-//! later than the daemon; its address joins then.
+//! It listens on 127.0.0.1 and on the address at which containers reach the host, on the same port. Containers keep the URL
+//! from their start, so the preferred port is used whenever it is free. If Docker starts after the daemon, its address is
+//! added then.
 //!
-//! A connection is one request and one answer, with a time for each part of it and one for all.
+//! A connection is in one of four states: reading the head, reading the body, being answered, lingering. Each has a time
+//! limit, and so has the whole connection. A connection never carries a second request, and an accepted request is completed
+//! after its client has gone.
 //!
-//! - `auth` says who asks, and for whom a request is meant. No I/O.
-//! - `container_socket` gives a container a socket of its own.
-//! - `gateway` keeps it listening where containers reach the host, and names the process that holds the port there.
-//! - `places` bounds the connections.
-//! - `rpc` is the one route and the order of its checks.
+//! - `auth` checks tokens and the addressed host. No I/O.
+//! - `container_socket` provides a Unix socket for each container.
+//! - `gateway` keeps the endpoint listening where containers reach the host, and reports the holder of a port that is in
+//!   use.
+//! - `slots` bounds the number of connections.
+//! - `rpc` handles the one route and the order of its checks.
 
 pub mod auth;
 pub mod container_socket;
 pub mod gateway;
-mod places;
 pub mod rpc;
+mod slots;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -37,40 +40,40 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::daemon::http::gateway::SharedFacts;
-use crate::daemon::http::places::Places;
+use crate::daemon::http::slots::ConnectionSlots;
 use crate::daemon::rpc::request_handler::{FollowUp, RequestHandler};
 use crate::model::event::Event;
 use crate::sys::graceful_close::linger;
 use crate::sys::held_port::HeldPort;
 use crate::sys::journal::Journal;
 
-/// Connections of one listener that are served at a time, and how many of them one client may have.
+/// The maximum number of concurrent connections of one listener, and of one client of it.
 const CONNECTIONS_MAX: usize = 256;
 const CONNECTIONS_OF_ONE_MAX: usize = 64;
-/// The same for the socket of one container.
+/// The maximum number of concurrent connections of the socket of one container.
 const CONNECTIONS_OF_CONTAINER_MAX: usize = 32;
-/// How long a client has for the head of its request.
+/// How long a client may take to send the head of its request.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
-/// How long a connection may last. A restart may have to wait until the daemon knows its containers again.
+/// How long a connection may last. A restart may have to wait until the registrations are restored.
 const CONNECTION_TIME_MAX: Duration = Duration::from_secs(90);
-/// The longest head, in bytes; hyper's smallest buffer is half of it.
+/// The longest head, in bytes. hyper's minimum buffer is half of it.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// How often another port is tried where one that is free on 127.0.0.1 is in use elsewhere.
+/// The number of ephemeral ports to try: a port that is free on 127.0.0.1 may be in use on another address.
 const EPHEMERAL_TRIES: usize = 16;
-/// How long what is being answered may go on when the endpoint closes.
+/// How long open answers may continue when the endpoint closes.
 const CLOSING_TIME_MAX: Duration = Duration::from_millis(500);
-/// How long accepting rests when the process has no descriptor left.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// The delay after a failed accept, for example when the process has no free descriptor.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// Why the endpoint cannot be had.
+/// The reasons why the endpoint cannot be opened.
 #[derive(Debug, Error)]
 pub enum HttpError {
     /// An address cannot be listened on.
     #[error("cannot listen on {address} for HTTP")]
     Listen {
-        /// Which.
+        /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
     /// No port is free on all addresses.
@@ -78,19 +81,19 @@ pub enum HttpError {
     NoPort,
 }
 
-/// The sockets of the endpoint. Clients can connect; nobody answers yet.
+/// The bound sockets of the endpoint. Clients can connect, but are not served yet.
 #[derive(Debug)]
 pub struct Bound {
     port: NonZeroU16,
     listeners: BTreeMap<IpAddr, TcpListener>,
-    /// The holder of the preferred port, if the daemon got another port.
+    /// The holder of the preferred port, if the daemon uses another port.
     fallback: Option<HeldPort>,
 }
 
 impl Bound {
-    /// Listens on every address, at the first of these ports that is free on all of them: the preferred one, the one
-    /// that the last daemon had (containers that it could not give the preferred one still ask there), any other one.
-    /// 0 prefers none.
+    /// Listens on all addresses, at the first of these ports that is free on all of them: the preferred port, the port of
+    /// the previous daemon (containers that have that port's URL send requests there), an ephemeral port. 0 means no
+    /// preferred port.
     ///
     /// # Errors
     /// [`HttpError`].
@@ -128,12 +131,12 @@ impl Bound {
         Err(HttpError::NoPort)
     }
 
-    /// The port.
+    /// Returns the port.
     pub fn port(&self) -> NonZeroU16 {
         self.port
     }
 
-    /// Begins to answer.
+    /// Starts to serve connections.
     pub fn serve(self, request_handler: Arc<RequestHandler>) -> Http {
         let journal = request_handler.journal.clone();
         request_handler.http_facts.set_fallback(self.fallback);
@@ -143,7 +146,7 @@ impl Bound {
             journal,
             addresses: Mutex::default(),
             closing: CancellationToken::new(),
-            cut_off: CancellationToken::new(),
+            abort: CancellationToken::new(),
             listeners: TaskTracker::new(),
             connections: TaskTracker::new(),
         }));
@@ -154,7 +157,7 @@ impl Bound {
     }
 }
 
-/// Every address once, and none that a wildcard among them covers: the kernel counts those as in use.
+/// Returns each address once, without those that a wildcard address covers: the kernel reports these as in use.
 fn without_covered(addresses: &[IpAddr]) -> Vec<IpAddr> {
     let any_v6 = addresses.iter().any(|address| address.is_ipv6() && address.is_unspecified());
     let any = any_v6 || addresses.iter().any(|address| address.is_ipv4() && address.is_unspecified());
@@ -169,11 +172,11 @@ fn without_covered(addresses: &[IpAddr]) -> Vec<IpAddr> {
     kept
 }
 
-/// What came of trying a port.
+/// The result of trying a port.
 enum PortAttempt {
-    /// It is free on all addresses.
+    /// The port is free on all addresses.
     Free(NonZeroU16, BTreeMap<IpAddr, TcpListener>),
-    /// It is in use on this one.
+    /// The port is in use on this address.
     InUse(IpAddr),
 }
 
@@ -197,7 +200,7 @@ async fn try_port(port: u16, addresses: &[IpAddr]) -> Result<PortAttempt, HttpEr
     Ok(PortAttempt::Free(port, listeners))
 }
 
-/// The endpoint; clones are the same one.
+/// The endpoint. Clones share one state.
 #[derive(Clone)]
 pub struct Http(Arc<Inner>);
 
@@ -205,16 +208,16 @@ struct Inner {
     port: NonZeroU16,
     request_handler: Arc<RequestHandler>,
     journal: Journal,
-    /// Where it listens.
+    /// The addresses on which it listens.
     addresses: Mutex<Vec<IpAddr>>,
     closing: CancellationToken,
-    cut_off: CancellationToken,
+    abort: CancellationToken,
     listeners: TaskTracker,
     connections: TaskTracker,
 }
 
 impl Http {
-    /// Listens on one more address, at the same port. One that it listens on already is no error.
+    /// Listens on another address at the same port. Has no effect for an address that is already covered.
     ///
     /// # Errors
     /// [`HttpError::Listen`].
@@ -227,7 +230,7 @@ impl Http {
         self.listen_at(SocketAddr::new(ip, self.0.port.get())).await
     }
 
-    /// Listens on one more address and port.
+    /// Listens on another address and port.
     async fn listen_at(&self, address: SocketAddr) -> Result<(), HttpError> {
         let listener =
             TcpListener::bind(address).await.map_err(|source| HttpError::Listen { address, source })?;
@@ -237,41 +240,41 @@ impl Http {
         Ok(())
     }
 
-    /// Answers on the socket of a container, until the endpoint closes.
+    /// Serves the socket of a container until the endpoint closes.
     async fn serve_container(&self, listener: UnixListener) {
         let inner = Arc::clone(&self.0);
-        let places = Places::new(CONNECTIONS_OF_CONTAINER_MAX, CONNECTIONS_OF_CONTAINER_MAX);
-        inner.closing.clone().run_until_cancelled_owned(accept_all(inner, listener, places)).await;
+        let slots = ConnectionSlots::new(CONNECTIONS_OF_CONTAINER_MAX, CONNECTIONS_OF_CONTAINER_MAX);
+        inner.closing.clone().run_until_cancelled_owned(accept_all(inner, listener, slots)).await;
     }
 
-    /// Its port.
+    /// Returns the port.
     pub fn port(&self) -> NonZeroU16 {
         self.0.port
     }
 
-    /// Where it listens, each address once.
+    /// Returns the addresses on which it listens, each once.
     fn addresses(&self) -> BTreeSet<IpAddr> {
         locked(&self.0.addresses).iter().copied().collect()
     }
 
-    /// What is known of it.
+    /// Returns the facts about the endpoint.
     pub fn facts(&self) -> &SharedFacts {
         &self.0.request_handler.http_facts
     }
 
-    /// Where its events go.
+    /// Returns the journal for its events.
     pub fn journal(&self) -> &Journal {
         &self.0.journal
     }
 
-    /// Releases the port, lets what is being answered finish for a moment, and cuts off the rest.
+    /// Releases the port, gives open answers 500 ms to finish, and aborts the rest.
     pub async fn close(&self) {
         self.0.closing.cancel();
         self.0.listeners.close();
         self.0.listeners.wait().await;
         self.0.connections.close();
         if timeout(CLOSING_TIME_MAX, self.0.connections.wait()).await.is_err() {
-            self.0.cut_off.cancel();
+            self.0.abort.cancel();
             self.0.connections.wait().await;
         }
     }
@@ -279,20 +282,20 @@ impl Http {
     fn accept_on(&self, address: IpAddr, listener: TcpListener) {
         locked(&self.0.addresses).push(address);
         let inner = Arc::clone(&self.0);
-        let places = Places::new(CONNECTIONS_MAX, CONNECTIONS_OF_ONE_MAX);
+        let slots = ConnectionSlots::new(CONNECTIONS_MAX, CONNECTIONS_OF_ONE_MAX);
         self.0.listeners.spawn(async move {
             let closing = inner.closing.clone();
-            // The listener goes with the future that holds it, and the port with that.
-            closing.run_until_cancelled_owned(accept_all(inner, listener, places)).await
+            // Dropping the future drops the listener, which releases the port.
+            closing.run_until_cancelled_owned(accept_all(inner, listener, slots)).await
         });
     }
 }
 
-/// A socket that connections come from.
+/// A listening socket.
 trait Accept: Send + Sync + 'static {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    /// The next connection: the client's address, and that of this machine to which it connected.
+    /// Accepts the next connection. Returns the client's address, and the local address to which it connected.
     fn accept_one(&self) -> impl Future<Output = io::Result<Accepted<Self::Stream>>> + Send;
 }
 
@@ -307,7 +310,7 @@ impl Accept for TcpListener {
 
     async fn accept_one(&self) -> io::Result<Accepted<TcpStream>> {
         let (stream, client) = self.accept().await?;
-        // A wildcard stands for every address; the one that was connected to is known here.
+        // For a listener on a wildcard address, the actual local address is known only here.
         let local = stream.local_addr().ok().map(|address| address.ip());
         Ok(Accepted { stream, client: Some(client.ip()), local })
     }
@@ -322,35 +325,39 @@ impl Accept for UnixListener {
     }
 }
 
-async fn accept_all(inner: Arc<Inner>, listener: impl Accept, places: Places) {
-    while let Some(place) = places.free().await {
+async fn accept_all(inner: Arc<Inner>, listener: impl Accept, slots: ConnectionSlots) {
+    while let Some(slot) = slots.free().await {
         match listener.accept_one().await {
             Ok(Accepted { stream, client, local }) => {
-                let Some(guest) = places.admit(place, client) else { continue };
-                let work = converse(Arc::clone(&inner), stream, local);
-                inner.connections.spawn(inner.cut_off.clone().run_until_cancelled_owned(async move {
+                let Some(slot) = slots.admit(slot, client) else { continue };
+                let work = serve_connection(Arc::clone(&inner), stream, local);
+                inner.connections.spawn(inner.abort.clone().run_until_cancelled_owned(async move {
                     work.await;
-                    drop(guest);
+                    drop(slot);
                 }));
             }
-            // No descriptor is left, or the client has gone already. Either way the next one is another try.
-            Err(_) => tokio::time::sleep(ACCEPT_REST).await,
+            // No descriptor is free, or the client has already gone. In either case, retry.
+            Err(_) => tokio::time::sleep(ACCEPT_RETRY_DELAY).await,
         }
     }
 }
 
-/// Serves one request, and makes happen what its answer promised.
-async fn converse(inner: Arc<Inner>, mut stream: impl AsyncRead + AsyncWrite + Unpin, local: Option<IpAddr>) {
+/// Serves one request, and runs the follow-up of its answer.
+async fn serve_connection(
+    inner: Arc<Inner>,
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    local: Option<IpAddr>,
+) {
     let mut own = locked(&inner.addresses).clone();
     own.extend(local);
-    let promised = Mutex::new(FollowUp::nothing());
-    let asked = AtomicBool::new(false);
+    let follow_up = Mutex::new(FollowUp::none());
+    let has_request = AtomicBool::new(false);
     let service = service_fn(|request| {
-        let (inner, own, promised) = (&inner, &own, &promised);
-        asked.store(true, Ordering::Relaxed);
+        let (inner, own, follow_up) = (&inner, &own, &follow_up);
+        has_request.store(true, Ordering::Relaxed);
         async move {
             let (response, after) = rpc::respond(request, own, &inner.request_handler).await;
-            *locked(promised) = after;
+            *locked(follow_up) = after;
             rpc::Served::Ok(response)
         }
     });
@@ -358,25 +365,25 @@ async fn converse(inner: Arc<Inner>, mut stream: impl AsyncRead + AsyncWrite + U
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
-        // One request each: nobody holds a place without asking for something.
+        // One request for each connection, so that an idle client does not hold a slot.
         .keep_alive(false)
-        // A client may end its own direction when it has asked, and what it asked for is done also when it has gone.
+        // A client may close its write side after the request. The request is completed even if the client has gone.
         .half_close(true)
         .serve_connection(TokioIo::new(&mut stream), service)
         .without_shutdown();
-    // When the endpoint closes, who has asked for nothing yet is not waited for.
-    let left_alone = async {
+    // When the endpoint closes, connections without a request are closed at once.
+    let closing_idle = async {
         inner.closing.cancelled().await;
-        if asked.load(Ordering::Relaxed) {
+        if has_request.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
         }
     };
-    // However it ended: what was promised happens, and what was written is to arrive.
+    // In all cases the follow-up runs, and written bytes are delivered.
     tokio::select! {
         _ = timeout(CONNECTION_TIME_MAX, connection) => {}
-        () = left_alone => {}
+        () = closing_idle => {}
     }
-    promised.into_inner().unwrap_or_else(PoisonError::into_inner).happen();
+    follow_up.into_inner().unwrap_or_else(PoisonError::into_inner).run();
     inner.closing.run_until_cancelled(linger(stream)).await;
 }
 

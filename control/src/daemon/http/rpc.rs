@@ -1,7 +1,7 @@
-//! The one route, `POST /rpc`, and its checks in the order of the wire specification, A.2.
+//! The one route, `POST /rpc`, with its checks in the order of the wire specification, A.2.
 //!
-//! Before them all stands one that the reference has not: whom the request is meant for. A request under somebody else's
-//! name is refused with 403 before it learns whether there is anything here. The reference's clients never send one.
+//! One check, which the reference does not have, precedes them: whether the request is addressed to this host. If not, it is
+//! refused with 403, before the caller can learn whether the route exists. The reference's clients always pass this check.
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -14,26 +14,25 @@ use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::{Method, Request as HttpRequest, Response as HttpResponse, StatusCode};
 use tokio::time::timeout;
 
-use super::auth::{Authorized, Presented, is_meant_for_us};
+use super::auth::{Authorized, Presented, is_addressed_to_this_host};
 use crate::daemon::rpc::protocol::{Envelope, Request, RequestError, Response};
 use crate::daemon::rpc::request_handler::{Answer, FollowUp, RequestHandler};
 
 /// The longest body, in bytes.
 pub const BODY_BYTES_MAX: usize = 65_536;
-/// How long a client has for its body.
+/// The time limit for a client to send its body.
 const BODY_TIME_MAX: Duration = Duration::from_secs(10);
 
 const TOO_LONG: Refusal = Refusal(StatusCode::PAYLOAD_TOO_LARGE, "request exceeds buffer limit");
-const NOT_YOURS: Refusal = Refusal(StatusCode::FORBIDDEN, "invalid restart token");
+const INVALID_TOKEN: Refusal = Refusal(StatusCode::FORBIDDEN, "invalid restart token");
 const OTHER_KIND: Refusal =
     Refusal(StatusCode::FORBIDDEN, "http transport only supports restart and secrets-patch");
 
-/// A row of A.2 that was not passed.
+/// A failed check of A.2.
 #[derive(Debug, PartialEq, Eq)]
 struct Refusal(StatusCode, &'static str);
 
-/// Answers one request. `own` are the addresses under which we can be meant. What is to happen behind the answer comes
-/// with it.
+/// Answers one request. `own` are the addresses of this endpoint. Returns the action that follows the answer, too.
 pub(super) async fn respond<B>(
     request: HttpRequest<B>,
     own: &[IpAddr],
@@ -43,17 +42,17 @@ where
     B: Body,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    match checked(request, own, request_handler).await {
+    match handle(request, own, request_handler).await {
         Ok(Answer::Once(response, after)) => (http(StatusCode::OK, &response), after),
-        // HTTP has no stream; the two kinds that get here have none either.
+        // HTTP has no stream. The two permitted kinds never return one.
         Ok(Answer::Follow(..) | Answer::Native(_)) => {
-            (http(StatusCode::OK, &Response::Done), FollowUp::nothing())
+            (http(StatusCode::OK, &Response::Done), FollowUp::none())
         }
-        Err(Refusal(status, reason)) => (http(status, &Response::refused(reason)), FollowUp::nothing()),
+        Err(Refusal(status, reason)) => (http(status, &Response::refused(reason)), FollowUp::none()),
     }
 }
 
-async fn checked<B>(
+async fn handle<B>(
     request: HttpRequest<B>,
     own: &[IpAddr],
     request_handler: &RequestHandler,
@@ -63,7 +62,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let (head, body) = request.into_parts();
-    if !is_meant_for_us(&head.headers, head.uri.authority(), own) {
+    if !is_addressed_to_this_host(&head.headers, head.uri.authority(), own) {
         return Err(Refusal(StatusCode::FORBIDDEN, "host not allowed"));
     }
     if head.method != Method::POST || head.uri.path() != "/rpc" {
@@ -85,12 +84,12 @@ where
     request_handler.registry.replayed().await;
     let authorized =
         Authorized::check(&request_handler.registry.list(), envelope.container_name(), &presented)
-            .ok_or(NOT_YOURS)?;
-    run(envelope, &authorized, request_handler).await
+            .ok_or(INVALID_TOKEN)?;
+    execute(envelope, &authorized, request_handler).await
 }
 
-/// Does what a container asks for itself.
-async fn run(
+/// Executes the request of a container.
+async fn execute(
     envelope: Envelope,
     authorized: &Authorized,
     request_handler: &RequestHandler,
@@ -105,8 +104,7 @@ async fn run(
     })
 }
 
-/// What the client says that its body's length is; nothing where it does not, as with chunks. hyper has refused what is
-/// no number.
+/// Returns the `Content-Length` of the request; 0 if it is absent, for example with chunks. hyper refuses an invalid length.
 fn announced_length(headers: &HeaderMap) -> u64 {
     let text = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok());
     text.and_then(|length| length.trim().parse().ok()).unwrap_or(0)
@@ -132,5 +130,5 @@ fn http(status: StatusCode, response: &Response) -> HttpResponse<Full<Bytes>> {
     http
 }
 
-/// What hyper's service answers with: refusals are answers, too.
+/// The result of hyper's service. A refusal is a response, too.
 pub(super) type Served = Result<HttpResponse<Full<Bytes>>, Infallible>;

@@ -5,7 +5,7 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
 
 #[test]
-fn a_wildcard_stands_for_the_addresses_that_it_covers() {
+fn a_wildcard_replaces_the_addresses_that_it_covers() {
     let (any, any_v6) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
     let loopback_v6 = IpAddr::V6(Ipv6Addr::LOCALHOST);
     assert_eq!(without_covered(&[LOOPBACK, OTHER, LOOPBACK]), [LOOPBACK, OTHER]);
@@ -15,7 +15,7 @@ fn a_wildcard_stands_for_the_addresses_that_it_covers() {
 }
 
 #[tokio::test]
-async fn a_port_in_use_on_one_address_is_given_up_on_all() {
+async fn a_port_in_use_on_one_address_is_released_on_all() {
     let journal = Journal::unkept();
     let mut live = journal.listen();
     let taken = TcpListener::bind((OTHER, 0)).await.unwrap();
@@ -33,7 +33,7 @@ async fn a_port_in_use_on_one_address_is_given_up_on_all() {
 }
 
 #[tokio::test]
-async fn a_port_that_is_free_is_taken_and_told_for_each_address() {
+async fn a_free_port_is_used_and_reported_for_each_address() {
     let journal = Journal::unkept();
     let free = Bound::listen(0, None, &[LOOPBACK], &journal).await.unwrap().port().get();
     let mut live = journal.listen();
@@ -46,7 +46,7 @@ async fn a_port_that_is_free_is_taken_and_told_for_each_address() {
 }
 
 #[tokio::test]
-async fn the_port_that_the_last_daemon_had_comes_before_any_other_one() {
+async fn the_port_of_the_previous_daemon_precedes_ephemeral_ports() {
     let journal = Journal::unkept();
     let taken = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
     let preferred = taken.local_addr().unwrap().port();
@@ -54,7 +54,7 @@ async fn the_port_that_the_last_daemon_had_comes_before_any_other_one() {
     let again = Bound::listen(preferred, Some(last), &[LOOPBACK], &journal).await.unwrap();
     assert_eq!(again.port(), last);
     let third = Bound::listen(preferred, Some(last), &[LOOPBACK], &journal).await.unwrap();
-    assert_ne!(third.port(), last, "it is in use, too");
+    assert_ne!(third.port(), last, "that port is in use, too");
     drop(taken);
     assert_eq!(
         Bound::listen(preferred, Some(last), &[LOOPBACK], &journal).await.unwrap().port().get(),
@@ -63,7 +63,7 @@ async fn the_port_that_the_last_daemon_had_comes_before_any_other_one() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_not_ours_is_named() {
+async fn an_address_of_another_host_is_named_in_the_error() {
     let foreign = "192.0.2.1".parse().unwrap();
     let error = Bound::listen(0, None, &[LOOPBACK, foreign], &Journal::unkept()).await.unwrap_err();
     assert!(error.to_string().starts_with("cannot listen on 192.0.2.1:"), "{error}");

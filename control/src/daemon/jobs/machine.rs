@@ -1,17 +1,19 @@
-//! When a job runs, as the wire specification's seven rules have it (A.10). Pure: time comes in as an argument.
+//! The schedule of jobs, by the seven rules of the wire specification (A.10). Pure: the current time is an argument.
 //!
-//! Each job of each container is one small machine: what it was last started with (its input), when it is due, what runs,
-//! and whether to run again.
+//! Each job of each container has a state: the input of its last start, its due time, the input of the current run, and
+//! whether to run again. A job never has two runs at a time.
 //!
-//! 1. A start ends the timers that the container had and forgets their inputs; a job that the new folder does not have
-//!    does not happen at all.
-//! 2. A job that it has is remembered, gets a timer and is due at once.
-//! 3. One run at a time: being due while one runs means one more run afterwards, with the newest input, however often.
-//! 4. A run works on the input that it began with. When it has succeeded, the container is restarted only if what is
-//!    remembered by then lies in the same folder.
-//! 5. A run that has not succeeded restarts nothing.
-//! 6. A stop ends the timers, forgets the inputs, and waits for nobody.
-//! 7. A drain ends the timers and lets what runs finish; inputs stay until it has, so that it still restarts its container.
+//! 1. A start cancels the timers of the container and drops the inputs. A job that the new folder does not define never
+//!    runs.
+//! 2. A job that the folder defines is stored with its input, gets a timer and is due at once.
+//! 3. One run at a time: a job that is due during a run runs once more afterwards, with the newest input, however often it
+//!    was due.
+//! 4. A run uses the input with which it started. After a success, the container is restarted only if the stored input has
+//!    the same folder.
+//! 5. A run that did not succeed never restarts the container.
+//! 6. A stop cancels the timers, drops the inputs, and does not wait for runs.
+//! 7. A drain cancels the timers and lets the runs finish. Inputs are kept until then, so a run still restarts its
+//!    container.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,28 +29,28 @@ pub(super) struct Key {
     pub(super) job: String,
 }
 
-/// What a job works on.
+/// The input of a run.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Input {
     pub(super) registration: Arc<Registration>,
     pub(super) job: Job,
 }
 
-/// A run that has to begin.
+/// A run to start.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Run {
     pub(super) key: Key,
     pub(super) input: Arc<Input>,
 }
 
-/// What follows the end of a run, in this order.
+/// The actions after the end of a run, in this order.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Next {
     pub(super) restart: Option<Arc<Registration>>,
     pub(super) run: Option<Run>,
 }
 
-/// Every job.
+/// The states of all jobs.
 #[derive(Debug, Default)]
 pub(super) struct Machine {
     jobs: BTreeMap<Key, State>,
@@ -57,24 +59,24 @@ pub(super) struct Machine {
 
 #[derive(Debug, Default)]
 struct State {
-    /// What the job was last started with; none when it was stopped.
+    /// The input of the last start; `None` after a stop.
     input: Option<Arc<Input>>,
     /// When the timer fires.
     due: Option<Instant>,
-    /// What the run that is under way began with.
+    /// The input of the current run.
     running: Option<Arc<Input>>,
-    /// It was due while it ran.
+    /// The job became due during the current run.
     again: bool,
 }
 
 impl State {
-    fn forget(&mut self) {
+    fn clear(&mut self) {
         self.input = None;
         self.due = None;
         self.again = false;
     }
 
-    /// Begins a run with the newest input, or remembers that one is wanted.
+    /// Starts a run with the newest input, or records that one is due after the current run.
     fn tick(&mut self, key: &Key) -> Option<Run> {
         let input = self.input.as_ref()?;
         if self.running.is_some() {
@@ -87,7 +89,7 @@ impl State {
 }
 
 impl Machine {
-    /// The container was registered, and its folder has these jobs (rules 1 and 2).
+    /// Starts the jobs of a container that was registered (rules 1 and 2).
     pub(super) fn start(
         &mut self,
         container: &ContainerName,
@@ -109,17 +111,17 @@ impl Machine {
         runs
     }
 
-    /// The container is not registered any more (rule 6).
+    /// Stops the jobs of a container that is no longer registered (rule 6).
     pub(super) fn stop(&mut self, container: &ContainerName) {
         self.jobs.retain(|key, state| {
             if key.container == *container {
-                state.forget();
+                state.clear();
             }
             state.input.is_some() || state.running.is_some()
         });
     }
 
-    /// The daemon stops (rule 7).
+    /// Drains all jobs, since the daemon stops (rule 7).
     pub(super) fn drain(&mut self) {
         self.draining = true;
         for state in self.jobs.values_mut() {
@@ -128,12 +130,12 @@ impl Machine {
         }
     }
 
-    /// When [`Machine::advance`] has something to do.
+    /// Returns the time of the next due job, at which [`Machine::advance`] is to be called.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.jobs.values().filter_map(|state| state.due).min()
     }
 
-    /// Time has passed. A machine that slept through several intervals runs a job once.
+    /// Starts the jobs that are due at `now`. After several missed intervals a job runs once.
     pub(super) fn advance(&mut self, now: Instant) -> Vec<Run> {
         let mut runs = Vec::new();
         for (key, state) in &mut self.jobs {
@@ -145,7 +147,7 @@ impl Machine {
         runs
     }
 
-    /// A run has ended (rules 3 to 5).
+    /// Records the end of a run (rules 3 to 5).
     pub(super) fn ended(&mut self, key: &Key, succeeded: bool) -> Next {
         let Some(state) = self.jobs.get_mut(key) else { return Next::default() };
         let Some(ran) = state.running.take() else { return Next::default() };

@@ -1,4 +1,4 @@
-//! Each test stands for a row of the wire specification, A.14, "Renewal managers".
+//! Each test covers a row of the wire specification, A.14, "Renewal managers".
 
 use std::time::Duration;
 
@@ -31,18 +31,18 @@ fn input(container: &str, cwd: &str) -> Input {
     Input { registration: Arc::new(registration), job }
 }
 
-/// A machine with one clock.
-struct Bench {
+/// A machine and its clock.
+struct Fixture {
     machine: Machine,
     now: Instant,
 }
 
-impl Bench {
-    fn new() -> Bench {
-        Bench { machine: Machine::default(), now: Instant::now() }
+impl Fixture {
+    fn new() -> Fixture {
+        Fixture { machine: Machine::default(), now: Instant::now() }
     }
 
-    /// Starts the container with one job in `cwd`; the folders that begin to run.
+    /// Starts the container with one job in `cwd`. Returns the folders whose runs start.
     fn start(&mut self, container: &str, cwd: &str) -> Vec<String> {
         let jobs = vec![("renew".to_owned(), input(container, cwd))];
         folders(&self.machine.start(&name(container), jobs, self.now))
@@ -53,7 +53,7 @@ impl Bench {
         folders(&self.machine.advance(self.now))
     }
 
-    /// Ends the run; the folders that are restarted, and run again.
+    /// Ends the run. Returns the folder that is restarted and the folder that runs again.
     fn end(&mut self, container: &str, succeeded: bool) -> (Option<String>, Option<String>) {
         let next = self.machine.ended(&key(container), succeeded);
         (
@@ -71,7 +71,7 @@ fn folders(runs: &[Run]) -> Vec<String> {
     runs.iter().map(|run| folder(&run.input.registration)).collect()
 }
 
-fn nothing() -> (Option<String>, Option<String>) {
+fn no_action() -> (Option<String>, Option<String>) {
     (None, None)
 }
 
@@ -80,143 +80,143 @@ fn restarts(cwd: &str) -> (Option<String>, Option<String>) {
 }
 
 #[test]
-fn the_first_run_begins_at_once_and_the_next_after_the_interval() {
-    let mut bench = Bench::new();
-    assert_eq!(bench.start("coder", "/a"), ["/a"]);
-    bench.end("coder", false);
-    assert_eq!(bench.machine.next_due(), Some(bench.now + HOUR));
-    assert!(bench.pass(HOUR - Duration::from_nanos(1)).is_empty());
-    assert_eq!(bench.pass(Duration::from_nanos(1)), ["/a"]);
+fn the_first_run_starts_at_once_and_the_next_after_the_interval() {
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.start("coder", "/a"), ["/a"]);
+    fixture.end("coder", false);
+    assert_eq!(fixture.machine.next_due(), Some(fixture.now + HOUR));
+    assert!(fixture.pass(HOUR - Duration::from_nanos(1)).is_empty());
+    assert_eq!(fixture.pass(Duration::from_nanos(1)), ["/a"]);
 }
 
 #[test]
 fn a_success_restarts_the_container() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    assert_eq!(bench.end("coder", true), restarts("/a"));
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    assert_eq!(fixture.end("coder", true), restarts("/a"));
 }
 
 #[test]
-fn what_did_not_succeed_restarts_nothing() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    assert_eq!(bench.end("coder", false), nothing());
+fn a_failed_run_does_not_restart_the_container() {
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    assert_eq!(fixture.end("coder", false), no_action());
 }
 
 #[test]
-fn a_job_that_restarts_nothing_does_not() {
-    let mut bench = Bench::new();
+fn a_job_without_restart_does_not_restart_the_container() {
+    let mut fixture = Fixture::new();
     let mut quiet = input("coder", "/a");
     quiet.job.restart = false;
-    bench.machine.start(&name("coder"), vec![("renew".to_owned(), quiet)], bench.now);
-    assert_eq!(bench.end("coder", true), nothing());
+    fixture.machine.start(&name("coder"), vec![("renew".to_owned(), quiet)], fixture.now);
+    assert_eq!(fixture.end("coder", true), no_action());
 }
 
 #[test]
-fn a_stop_ends_the_timer() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    bench.end("coder", false);
-    bench.machine.stop(&name("coder"));
-    assert_eq!(bench.machine.next_due(), None);
-    assert!(bench.pass(HOUR * 3).is_empty());
-    assert!(bench.machine.jobs.is_empty());
+fn a_stop_cancels_the_timer() {
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    fixture.end("coder", false);
+    fixture.machine.stop(&name("coder"));
+    assert_eq!(fixture.machine.next_due(), None);
+    assert!(fixture.pass(HOUR * 3).is_empty());
+    assert!(fixture.machine.jobs.is_empty());
 }
 
 #[test]
 fn a_second_start_replaces_the_timer() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    bench.end("coder", false);
-    assert!(bench.pass(HOUR / 2).is_empty());
-    assert_eq!(bench.start("coder", "/a"), ["/a"]);
-    bench.end("coder", false);
-    assert!(bench.pass(HOUR / 2).is_empty());
-    assert_eq!(bench.pass(HOUR / 2), ["/a"]);
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    fixture.end("coder", false);
+    assert!(fixture.pass(HOUR / 2).is_empty());
+    assert_eq!(fixture.start("coder", "/a"), ["/a"]);
+    fixture.end("coder", false);
+    assert!(fixture.pass(HOUR / 2).is_empty());
+    assert_eq!(fixture.pass(HOUR / 2), ["/a"]);
 }
 
 #[test]
-fn a_drain_ends_every_timer_and_begins_nothing() {
-    let mut bench = Bench::new();
+fn a_drain_cancels_all_timers_and_starts_no_run() {
+    let mut fixture = Fixture::new();
     for container in ["one", "two"] {
-        bench.start(container, "/a");
-        bench.end(container, false);
+        fixture.start(container, "/a");
+        fixture.end(container, false);
     }
-    bench.machine.drain();
-    assert_eq!(bench.machine.next_due(), None);
-    assert!(bench.pass(HOUR).is_empty());
-    assert!(bench.start("three", "/a").is_empty());
+    fixture.machine.drain();
+    assert_eq!(fixture.machine.next_due(), None);
+    assert!(fixture.pass(HOUR).is_empty());
+    assert!(fixture.start("three", "/a").is_empty());
 }
 
 #[test]
 fn a_run_that_ends_during_a_drain_still_restarts_its_container() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    bench.pass(HOUR);
-    bench.machine.drain();
-    assert_eq!(bench.end("coder", true), restarts("/a"));
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    fixture.pass(HOUR);
+    fixture.machine.drain();
+    assert_eq!(fixture.end("coder", true), restarts("/a"));
 }
 
 #[test]
 fn a_folder_without_the_job_has_no_run_and_no_timer() {
-    let mut bench = Bench::new();
-    assert!(bench.machine.start(&name("coder"), Vec::new(), bench.now).is_empty());
-    assert_eq!(bench.machine.next_due(), None);
+    let mut fixture = Fixture::new();
+    assert!(fixture.machine.start(&name("coder"), Vec::new(), fixture.now).is_empty());
+    assert_eq!(fixture.machine.next_due(), None);
 }
 
 #[test]
-fn a_new_folder_without_the_job_ends_it_and_does_not_restart_the_old() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    assert!(bench.machine.start(&name("coder"), Vec::new(), bench.now).is_empty());
-    assert_eq!(bench.machine.next_due(), None);
-    assert_eq!(bench.end("coder", true), nothing());
+fn a_new_folder_without_the_job_removes_it_and_prevents_the_restart() {
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    assert!(fixture.machine.start(&name("coder"), Vec::new(), fixture.now).is_empty());
+    assert_eq!(fixture.machine.next_due(), None);
+    assert_eq!(fixture.end("coder", true), no_action());
 }
 
 #[test]
-fn a_stop_during_a_run_forbids_the_restart_and_the_rerun() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    bench.pass(HOUR);
-    bench.machine.stop(&name("coder"));
-    assert_eq!(bench.end("coder", true), nothing());
-    assert!(bench.machine.jobs.is_empty());
+fn a_stop_during_a_run_prevents_restart_and_rerun() {
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    fixture.pass(HOUR);
+    fixture.machine.stop(&name("coder"));
+    assert_eq!(fixture.end("coder", true), no_action());
+    assert!(fixture.machine.jobs.is_empty());
 }
 
 #[test]
-fn a_new_folder_during_a_run_is_run_next_and_the_old_not_restarted() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    assert!(bench.start("coder", "/b").is_empty());
-    assert_eq!(bench.end("coder", true), (None, Some("/b".to_owned())));
-    assert_eq!(bench.end("coder", true), restarts("/b"));
+fn a_new_folder_during_a_run_runs_next_without_a_restart() {
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    assert!(fixture.start("coder", "/b").is_empty());
+    assert_eq!(fixture.end("coder", true), (None, Some("/b".to_owned())));
+    assert_eq!(fixture.end("coder", true), restarts("/b"));
 }
 
 #[test]
 fn the_same_folder_registered_again_during_a_run_is_restarted_and_run_again() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
-    bench.machine.stop(&name("coder"));
-    assert!(bench.start("coder", "/a").is_empty());
-    assert_eq!(bench.end("coder", true), (Some("/a".to_owned()), Some("/a".to_owned())));
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
+    fixture.machine.stop(&name("coder"));
+    assert!(fixture.start("coder", "/a").is_empty());
+    assert_eq!(fixture.end("coder", true), (Some("/a".to_owned()), Some("/a".to_owned())));
 }
 
 #[test]
-fn being_due_many_times_during_a_run_means_one_more() {
-    let mut bench = Bench::new();
-    bench.start("coder", "/a");
+fn a_job_due_many_times_during_a_run_runs_once_afterwards() {
+    let mut fixture = Fixture::new();
+    fixture.start("coder", "/a");
     for _ in 0..5 {
-        assert!(bench.pass(HOUR).is_empty());
+        assert!(fixture.pass(HOUR).is_empty());
     }
-    assert_eq!(bench.end("coder", false), (None, Some("/a".to_owned())));
-    assert_eq!(bench.end("coder", false), nothing());
+    assert_eq!(fixture.end("coder", false), (None, Some("/a".to_owned())));
+    assert_eq!(fixture.end("coder", false), no_action());
 }
 
 #[test]
-fn jobs_of_one_container_run_side_by_side() {
-    let mut bench = Bench::new();
+fn jobs_of_one_container_run_concurrently() {
+    let mut fixture = Fixture::new();
     let jobs = ["a", "b"].map(|job| (job.to_owned(), input("coder", "/a"))).to_vec_pair();
-    assert_eq!(bench.machine.start(&name("coder"), jobs, bench.now).len(), 2);
+    assert_eq!(fixture.machine.start(&name("coder"), jobs, fixture.now).len(), 2);
 }
 
 trait ToVecPair {
@@ -240,73 +240,74 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => (0..2usize, proptest::option::weighted(0.8, 0..2usize)).prop_map(|(who, cwd)| Step::Start(who, cwd)),
+        4 => (0..2usize, proptest::option::weighted(0.8, 0..2usize)).prop_map(|(index, cwd)| Step::Start(index, cwd)),
         2 => (0..2usize).prop_map(Step::Stop),
         4 => (0..7_200u64).prop_map(Step::Pass),
-        6 => (0..2usize, any::<bool>()).prop_map(|(who, succeeded)| Step::End(who, succeeded)),
+        6 => (0..2usize, any::<bool>()).prop_map(|(index, succeeded)| Step::End(index, succeeded)),
         1 => Just(Step::Drain),
     ]
 }
 
-/// What is known of one container from outside: the rules, without the machine.
+/// The expected state of one container by the rules, independent of the machine.
 #[derive(Clone, Default)]
-struct Known {
+struct Expected {
     folder: Option<&'static str>,
-    runs_in: Option<String>,
+    running_in: Option<String>,
     wanted: bool,
 }
 
 const NAMES: [&str; 2] = ["one", "two"];
 const FOLDERS: [&str; 2] = ["/a", "/b"];
 
-/// Runs that began: never beside another, never without an input, always with the newest.
-fn take_runs(runs: Vec<Run>, known: &mut [Known; 2], drained: bool) {
+/// Checks runs that started: one at a time for a job, with an input, and with the newest.
+fn check_runs(runs: Vec<Run>, expected: &mut [Expected; 2], drained: bool) {
     for run in runs {
-        let who = NAMES.iter().position(|name| *name == run.key.container.as_str()).unwrap();
-        let known = &mut known[who];
-        assert!(!drained, "a run began after the drain");
-        assert!(known.runs_in.is_none(), "two at a time");
-        assert_eq!(known.folder.unwrap(), folder(&run.input.registration), "not the newest input");
-        known.runs_in = Some(folder(&run.input.registration));
-        known.wanted = false;
+        let index = NAMES.iter().position(|name| *name == run.key.container.as_str()).unwrap();
+        let expected = &mut expected[index];
+        assert!(!drained, "a run started after the drain");
+        assert!(expected.running_in.is_none(), "two at a time");
+        assert_eq!(expected.folder.unwrap(), folder(&run.input.registration), "not the newest input");
+        expected.running_in = Some(folder(&run.input.registration));
+        expected.wanted = false;
     }
 }
 
 proptest! {
     #[test]
-    fn whatever_happens_the_rules_hold(steps in proptest::collection::vec(step(), 0..60)) {
+    fn the_rules_hold_for_all_sequences(steps in proptest::collection::vec(step(), 0..60)) {
         let mut machine = Machine::default();
         let mut now = Instant::now();
-        let mut known: [Known; 2] = Default::default();
+        let mut expected: [Expected; 2] = Default::default();
         let mut drained = false;
         for step in steps {
             match step {
-                Step::Start(who, cwd) => {
-                    let jobs = cwd.map(|cwd| ("renew".to_owned(), input(NAMES[who], FOLDERS[cwd])));
-                    known[who].folder = cwd.map(|cwd| FOLDERS[cwd]).filter(|_| !drained);
-                    known[who].wanted = known[who].folder.is_some();
-                    take_runs(machine.start(&name(NAMES[who]), jobs.into_iter().collect(), now), &mut known, drained);
+                Step::Start(index, cwd) => {
+                    let jobs = cwd.map(|cwd| ("renew".to_owned(), input(NAMES[index], FOLDERS[cwd])));
+                    expected[index].folder = cwd.map(|cwd| FOLDERS[cwd]).filter(|_| !drained);
+                    expected[index].wanted = expected[index].folder.is_some();
+                    check_runs(machine.start(&name(NAMES[index]), jobs.into_iter().collect(), now), &mut expected, drained);
                 }
-                Step::Stop(who) => {
-                    machine.stop(&name(NAMES[who]));
-                    (known[who].folder, known[who].wanted) = (None, false);
+                Step::Stop(index) => {
+                    machine.stop(&name(NAMES[index]));
+                    (expected[index].folder, expected[index].wanted) = (None, false);
                 }
                 Step::Pass(seconds) => {
                     now += Duration::from_secs(seconds);
                     let due = machine.next_due().is_some_and(|due| due <= now);
                     let runs = machine.advance(now);
-                    // Whatever was due and did not begin runs already, and will again: seen at its end.
+                    // A job that was due and did not start is running, and its second run is checked at the end of the
+                    // first.
                     prop_assert!(!due || machine.next_due().is_none_or(|next| next > now));
-                    take_runs(runs, &mut known, drained);
+                    check_runs(runs, &mut expected, drained);
                 }
-                Step::End(who, succeeded) => {
-                    let ran = known[who].runs_in.take();
-                    let next = machine.ended(&key(NAMES[who]), succeeded);
-                    let same = ran.is_some() && ran.as_deref() == known[who].folder;
+                Step::End(index, succeeded) => {
+                    let ran = expected[index].running_in.take();
+                    let next = machine.ended(&key(NAMES[index]), succeeded);
+                    let same = ran.is_some() && ran.as_deref() == expected[index].folder;
                     prop_assert_eq!(next.restart.is_some(), succeeded && same, "rule 4");
-                    let wanted = known[who].wanted && ran.is_some() && !drained;
+                    let wanted = expected[index].wanted && ran.is_some() && !drained;
                     prop_assert!(next.run.is_some() || !wanted, "a run was forgotten");
-                    take_runs(next.run.into_iter().collect(), &mut known, drained);
+                    check_runs(next.run.into_iter().collect(), &mut expected, drained);
                 }
                 Step::Drain => {
                     machine.drain();
@@ -314,11 +315,11 @@ proptest! {
                     prop_assert_eq!(machine.next_due(), None);
                 }
             }
-            // A container with an input is running, or waits for its time, unless the daemon stops.
-            for (who, known) in known.iter().enumerate() {
-                let state = machine.jobs.get(&key(NAMES[who]));
-                prop_assert_eq!(state.is_some(), known.folder.is_some() || known.runs_in.is_some());
-                if let (Some(state), Some(_), false) = (state, known.folder, drained) {
+            // A container with an input has a run or a timer, unless the daemon stops.
+            for (index, expected) in expected.iter().enumerate() {
+                let state = machine.jobs.get(&key(NAMES[index]));
+                prop_assert_eq!(state.is_some(), expected.folder.is_some() || expected.running_in.is_some());
+                if let (Some(state), Some(_), false) = (state, expected.folder, drained) {
                     prop_assert!(state.due.is_some());
                 }
             }

@@ -1,17 +1,20 @@
-//! Commands that run for a container at intervals, such as renewing a credential (wire specification, A.10). When they run
-//! is decided in `machine`; here they are run and told of.
+//! Jobs: commands that run for a container at intervals, for example to renew a credential (wire specification, A.10).
 //!
-//! A job is a table `[jobs.NAME]` in the folder's configuration (see [`crate::registry::folder`]). Its `gate`, if it has one, is
-//! asked first: status 0 means that the command runs. The command says by its own status what became of it:
+//! `machine` decides when a job runs; this module runs the commands and reports the results as events. A job is idle,
+//! running, or running with a second run due. At most four commands run at a time over all containers. Only approved
+//! commands run.
+//!
+//! A job is a table `[jobs.NAME]` in the folder's configuration (see [`crate::registry::folder`]). If it has a `gate`, that
+//! command runs first, and only its status 0 lets the job's command run. The exit status of the command is its result:
 //!
 //! | Status | Meaning | Event |
 //! | --- | --- | --- |
-//! | 0 | done; with `restart = true`, the container is restarted | `job-tick-ok` |
-//! | 75 (`EX_TEMPFAIL` of `sysexits.h`) | not now; the next interval tries again | `job-tick-transient-failure` |
-//! | 77 (`EX_NOPERM`) | somebody has to sign in | `job-tick-reauth-required` |
-//! | any other, a signal, or too long | an error | `job-tick-error` |
+//! | 0 | success; with `restart = true`, the container is restarted | `job-tick-ok` |
+//! | 75 (`EX_TEMPFAIL` of `sysexits.h`) | temporary failure; retried after the interval | `job-tick-transient-failure` |
+//! | 77 (`EX_NOPERM`) | the user has to sign in | `job-tick-reauth-required` |
+//! | any other, a signal, or a timeout | an error | `job-tick-error` |
 //!
-//! The last line of the output is the reason that is told.
+//! The last line of the output is the reported reason.
 
 mod machine;
 
@@ -32,30 +35,30 @@ use crate::registry::folder::{self, Approvals, Command};
 use crate::registry::store::{RegistrationObserver, StopReason};
 use crate::sys::journal::Journal;
 
-/// How many commands run at a time, over all containers: a daemon that starts has every job due at once.
+/// The maximum number of concurrent commands over all containers. All jobs are due at once when the daemon starts.
 const COMMANDS_MAX: usize = 4;
-/// How long the clock sleeps when nothing is due.
+/// The sleep of the timer task when no job is due.
 const IDLE: Duration = Duration::from_secs(3_600);
 /// `EX_TEMPFAIL` and `EX_NOPERM` of `sysexits.h`.
 const TRANSIENT: i32 = 75;
 const REAUTH: i32 = 77;
 
-/// The jobs of every container.
+/// The jobs of all containers.
 pub struct Jobs {
     own: Weak<Jobs>,
     journal: Journal,
     supervisor: Supervisor,
     approvals: Approvals,
     machine: Mutex<Machine>,
-    /// Tells the clock that something else may be due first. It outlives the jobs by the moment that ends the clock.
+    /// Wakes the timer task after a change of the schedule. The task holds a reference, so that `drop` can wake it to end.
     changed: Arc<Notify>,
-    clock: std::sync::Once,
+    timer: std::sync::Once,
     running: TaskTracker,
-    room: Semaphore,
+    permits: Semaphore,
 }
 
 impl Jobs {
-    /// Jobs that run approved commands, report to the journal, and restart containers through `supervisor`.
+    /// Returns jobs that run approved commands, report to the journal, and restart containers through `supervisor`.
     pub fn new(journal: Journal, supervisor: Supervisor, approvals: Approvals) -> Arc<Jobs> {
         Arc::new_cyclic(|own| Jobs {
             own: own.clone(),
@@ -64,24 +67,24 @@ impl Jobs {
             approvals,
             machine: Mutex::default(),
             changed: Arc::default(),
-            clock: std::sync::Once::new(),
+            timer: std::sync::Once::new(),
             running: TaskTracker::new(),
-            room: Semaphore::new(COMMANDS_MAX),
+            permits: Semaphore::new(COMMANDS_MAX),
         })
     }
 
-    /// Starts the jobs of a container in place of those that it had.
+    /// Starts the jobs of a container. They replace its earlier jobs.
     pub async fn start(&self, registration: Arc<Registration>) {
-        self.tell_difference(&registration).await;
+        self.report_difference(&registration).await;
         let name = &registration.container_name;
         let jobs = match self.approvals.settings(&registration).await {
             Ok(approved) => approved.settings().jobs.clone(),
             Err(error) => {
-                let attach_method = match error.is_not_trusted() {
+                let consequence = match error.is_not_trusted() {
                     true => format!("its commands are off; landfall trust {}", registration.cwd.display()),
                     false => "its jobs do not run".to_owned(),
                 };
-                self.journal.record(&Event::Notice { text: format!("{name}: {error}; {attach_method}") });
+                self.journal.record(&Event::Notice { text: format!("{name}: {error}; {consequence}") });
                 BTreeMap::new()
             }
         };
@@ -89,25 +92,25 @@ impl Jobs {
             .into_iter()
             .map(|(job_name, job)| (job_name, Input { registration: Arc::clone(&registration), job }));
         let runs = self.machine().start(name, jobs.collect(), Instant::now().into_std());
-        self.clock.call_once(|| drop(tokio::spawn(keep_time(self.own.clone(), Arc::clone(&self.changed)))));
+        self.timer.call_once(|| drop(tokio::spawn(run_timer(self.own.clone(), Arc::clone(&self.changed)))));
         self.changed.notify_one();
-        self.begin(runs);
+        self.spawn(runs);
     }
 
-    /// Ends the timers of a container, and does not wait for what runs.
+    /// Cancels the timers of a container. Does not wait for its runs.
     pub fn stop(&self, name: &ContainerName) {
         self.machine().stop(name);
     }
 
-    /// Ends every timer, and waits for what runs.
+    /// Cancels all timers, and waits for the runs.
     pub async fn drain(&self) {
         self.machine().drain();
         self.running.close();
         self.running.wait().await;
     }
 
-    /// Says when the folder has another configuration by now than the one that counts.
-    async fn tell_difference(&self, registration: &Arc<Registration>) {
+    /// Reports a notice if the folder's configuration differs from the registered one.
+    async fn report_difference(&self, registration: &Arc<Registration>) {
         let of = Arc::clone(registration);
         if tokio::task::spawn_blocking(move || folder::differs(&of)).await.unwrap_or(false) {
             let (name, file) = (&registration.container_name, folder::FILE);
@@ -123,7 +126,7 @@ impl Jobs {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, runs: Vec<Run>) {
+    fn spawn(&self, runs: Vec<Run>) {
         for run in runs {
             if let Some(jobs) = self.own.upgrade() {
                 self.running.spawn(async move { jobs.run(run).await });
@@ -133,8 +136,8 @@ impl Jobs {
 
     async fn run(&self, Run { key, input }: Run) {
         let succeeded = {
-            // It is never closed; without room there is just no bound.
-            let _room = self.room.acquire().await.ok();
+            // The semaphore is never closed, so `acquire` succeeds.
+            let _permit = self.permits.acquire().await.ok();
             self.attempt(&key, &input).await
         };
         let refusal = match succeeded && input.job.restart {
@@ -150,14 +153,13 @@ impl Jobs {
         if let Some(registration) = next.restart {
             self.restart(&key, registration, refusal);
         }
-        self.begin(next.run.into_iter().collect());
+        self.spawn(next.run.into_iter().collect());
     }
 
     /// Runs gate and command. Returns whether the command succeeded.
     async fn attempt(&self, key: &Key, input: &Input) -> bool {
         let (container_name, job) = (key.container.to_string(), key.job.clone());
-        self.journal
-            .record(&Event::JobTickStart { container_name: container_name.clone(), job: job.clone() });
+        self.journal.record(&Event::JobTickStart { container_name: container_name.clone(), job: job.clone() });
         let event = self.tick(container_name, job, input).await;
         self.journal.record(&event);
         matches!(event, Event::JobTickOk { .. })
@@ -176,8 +178,8 @@ impl Jobs {
                 Err(error) => {
                     return Event::JobTickError { container_name, job, error: format!("gate: {error}") };
                 }
-                Ok(no) if !no.succeeded() => {
-                    return Event::JobTickSkipped { container_name, job, reason: no.last_line };
+                Ok(refused) if !refused.succeeded() => {
+                    return Event::JobTickSkipped { container_name, job, reason: refused.last_line };
                 }
                 Ok(_) => {}
             }
@@ -203,7 +205,7 @@ impl Jobs {
             Err(reason) => self.journal.record(&Event::JobRestartFailed { container_name, job, reason }),
             Ok(ticket) => {
                 self.journal.record(&Event::JobRestartScheduled { container_name, job });
-                ticket.begin();
+                ticket.start();
             }
         }
     }
@@ -238,13 +240,13 @@ impl RegistrationObserver for Jobs {
     }
 }
 
-/// Lets time pass for the jobs, until there are none.
-async fn keep_time(jobs: Weak<Jobs>, changed: Arc<Notify>) {
+/// Starts runs when they are due, until the jobs are dropped.
+async fn run_timer(jobs: Weak<Jobs>, changed: Arc<Notify>) {
     loop {
         let due = {
             let Some(jobs) = jobs.upgrade() else { return };
             let runs = jobs.machine().advance(Instant::now().into_std());
-            jobs.begin(runs);
+            jobs.spawn(runs);
             let due = jobs.machine().next_due();
             due.map_or_else(|| Instant::now() + IDLE, Instant::from_std)
         };

@@ -1,4 +1,5 @@
-//! The commands of folders, run for the daemon: each has a thread that waits for its end, or for the end of interest in it.
+//! The commands of folders that the launcher runs for the daemon. Each has a thread that waits until the command ends or the
+//! daemon closes the channel.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
@@ -12,24 +13,24 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
-use super::{Place, send};
+use super::{Slot, send};
 use crate::registry::folder::verified;
 use crate::registry::trust_file::TrustFile;
 use crate::sys::launcher::{Invocation, Refusal, Reply};
 use crate::sys::paths::Home;
 
-/// Commands that run. The daemon runs four jobs at a time, and restarts.
+/// The maximum number of concurrent commands. The daemon runs four jobs at a time, and restarts.
 const COMMANDS_MAX: usize = 64;
 
 /// The commands that run.
 #[derive(Debug, Default)]
 pub(super) struct Commands {
-    taken: Arc<AtomicUsize>,
+    in_use: Arc<AtomicUsize>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Commands {
-    /// Runs a command if its approval holds, and reports its end on `channel`.
+    /// Runs a command if its approval is valid, and reports its end on `channel`.
     pub(super) fn run(
         &self,
         home: &Home,
@@ -38,28 +39,28 @@ impl Commands {
         settings: String,
         output: Option<OwnedFd>,
     ) {
-        let place = match Place::take(&self.taken, COMMANDS_MAX) {
-            Ok(place) => place,
+        let slot = match Slot::take(&self.in_use, COMMANDS_MAX) {
+            Ok(slot) => slot,
             Err(refusal) => return send(&channel, &Reply::Refused { refusal }),
         };
         let trust = TrustFile::of(home);
-        // The folder may be on a file system that does not answer.
+        // Reading the folder may block: it may be on a file system that does not answer.
         let thread = thread::Builder::new().spawn(move || {
             match start(&invocation, &settings, &trust, output) {
                 Ok(group) => {
                     send(&channel, &Reply::Started);
-                    attend(group, &channel);
+                    wait_for_end(group, &channel);
                 }
                 Err(refusal) => send(&channel, &Reply::Refused { refusal }),
             }
-            drop(place);
+            drop(slot);
         });
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
         threads.extend(thread);
     }
 
-    /// Waits for the threads. The daemon has ended, so that each kills its command.
+    /// Waits for the threads. The daemon has ended, so each thread kills its command.
     pub(super) fn end(self) {
         let threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
         threads.into_iter().for_each(|thread| drop(thread.join()));
@@ -77,8 +78,8 @@ fn start(
     Ok(Group { leader, waited: false })
 }
 
-/// A command that leads its process group. Dropping it kills the group unless the command was waited for: what it left behind is
-/// left alone then.
+/// A command that leads its process group. Dropping it kills the group, unless the command was waited for; then the
+/// processes that it left behind continue.
 struct Group {
     leader: Child,
     waited: bool,
@@ -87,15 +88,15 @@ struct Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if !self.waited {
-            // As long as the leader was not waited for, the number of its group is its own.
+            // Until the leader is waited for, the id of its group cannot be reused.
             let _ = kill_process_group(Pid::from_child(&self.leader), Signal::KILL);
             let _ = self.leader.wait();
         }
     }
 }
 
-/// Waits until the command has ended, and reports it; or until the other end of `channel` is closed.
-fn attend(mut group: Group, channel: &Channel) {
+/// Waits until the command ends, and reports its status. Returns early if the other end of `channel` is closed.
+fn wait_for_end(mut group: Group, channel: &Channel) {
     let Ok(process) = pidfd_open(Pid::from_child(&group.leader), PidfdFlags::empty()) else { return };
     loop {
         let mut waits =
@@ -113,7 +114,7 @@ fn attend(mut group: Group, channel: &Channel) {
             }
             return;
         }
-        // The daemon sends nothing more on it.
+        // The daemon sends nothing else on this channel, so readable means closed.
         if closed {
             return;
         }

@@ -1,10 +1,10 @@
-//! Requests that arrive together are taken up in the order in which their connections were made, so that a register and
-//! the deregister that follows it end unregistered (wire specification, A.7.3), also over two connections.
+//! Processes requests that arrive together in the order in which their connections were accepted. A register and the
+//! deregister that follows it therefore end unregistered (wire specification, A.7.3), also over two connections.
 //!
-//! The kernel alone does not see to that: while it gathers what is ready, the line of an earlier connection may arrive
-//! just after that one was looked at and just before a later one is, whose line then comes first. So whoever has a whole
-//! line waits until everything that is ready has been read once more, and then all that wait go on, the earliest
-//! connection first.
+//! Readiness order alone does not ensure that: during one poll, the line of an earlier connection may arrive just after that
+//! connection was polled and before a later connection is polled, whose line then comes first. Therefore a connection with a
+//! complete line waits until all ready sockets have been polled once more. Then all waiting connections continue, the
+//! earliest first.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -13,35 +13,35 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 use tokio::task::yield_now;
 
-/// Those that have a request and wait for their turn, by the number of their connection. Clones are the same.
+/// The connections that have a complete request and wait, by the number of the connection. Clones share one state.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Arrivals(Arc<Mutex<BTreeMap<u64, oneshot::Sender<()>>>>);
 
 impl Arrivals {
-    /// Waits for the turn of a connection that has its request.
-    pub(super) async fn turn(&self, number: u64) {
-        let (go, gone) = oneshot::channel();
+    /// Waits until the request of this connection is to be processed.
+    pub(super) async fn wait_in_order(&self, number: u64) {
+        let (release, released) = oneshot::channel();
         let is_first = {
             let mut waiting = self.lock();
-            waiting.insert(number, go);
+            waiting.insert(number, release);
             waiting.len() == 1
         };
         if is_first {
             let arrivals = self.clone();
-            tokio::spawn(async move { arrivals.release().await });
+            tokio::spawn(async move { arrivals.release_all().await });
         }
-        // It ends without a word only when the runtime does.
-        let _ = gone.await;
+        // The sender is dropped without a message only when the runtime shuts down.
+        let _ = released.await;
     }
 
-    /// Lets everybody go on, after one more look at what is ready: a task that yields comes back after the runtime has
-    /// asked the kernel, and behind the tasks that this woke.
-    async fn release(&self) {
+    /// Releases all waiting connections after another poll: a task that yields runs again after the runtime has polled the
+    /// kernel, and after the tasks that this poll woke.
+    async fn release_all(&self) {
         yield_now().await;
         let waiting = mem::take(&mut *self.lock());
-        for go in waiting.into_values() {
-            // One whose connection has ended waits no more.
-            let _ = go.send(());
+        for release in waiting.into_values() {
+            // The send fails if the connection has ended.
+            let _ = release.send(());
         }
     }
 
@@ -55,50 +55,50 @@ mod tests {
     use super::*;
     use tokio_util::sync::CancellationToken;
 
-    /// Takes up connections in this order of their lines, and gives back the order in which they go on.
+    /// Completes requests in this order of connections, and returns the order in which they are processed.
     async fn order_of(lines: &[u64]) -> Vec<u64> {
         let arrivals = Arrivals::default();
         let order = Arc::new(Mutex::new(Vec::new()));
-        let takers: Vec<_> = lines
+        let waiters: Vec<_> = lines
             .iter()
             .map(|number| {
                 let (arrivals, order, number) = (arrivals.clone(), Arc::clone(&order), *number);
                 tokio::spawn(async move {
-                    arrivals.turn(number).await;
+                    arrivals.wait_in_order(number).await;
                     order.lock().unwrap().push(number);
                 })
             })
             .collect();
-        for taker in takers {
-            taker.await.unwrap();
+        for waiter in waiters {
+            waiter.await.unwrap();
         }
         assert!(arrivals.lock().is_empty());
         Arc::into_inner(order).unwrap().into_inner().unwrap()
     }
 
     #[tokio::test]
-    async fn those_that_arrive_together_go_on_in_the_order_of_their_connections() {
+    async fn requests_that_arrive_together_are_processed_in_order_of_connection() {
         assert_eq!(order_of(&[2, 1]).await, [1, 2]);
         assert_eq!(order_of(&[1, 2, 3]).await, [1, 2, 3]);
         assert_eq!(order_of(&[7, 9, 8, 3]).await, [3, 7, 8, 9]);
     }
 
     #[tokio::test]
-    async fn one_that_had_to_wait_for_something_goes_before_a_later_one_that_had_not() {
+    async fn an_earlier_request_that_had_to_wait_is_processed_before_a_later_one() {
         let (arrivals, settled) = (Arrivals::default(), CancellationToken::new());
         let order = Arc::new(Mutex::new(Vec::new()));
-        let taker = |number| {
+        let waiter = |number| {
             let (arrivals, settled, order) = (arrivals.clone(), settled.clone(), Arc::clone(&order));
             async move {
                 settled.cancelled().await;
-                arrivals.turn(number).await;
+                arrivals.wait_in_order(number).await;
                 order.lock().unwrap().push(number);
             }
         };
-        let earlier = tokio::spawn(taker(1));
-        // It waits; and the later one meets what it waits for just when that happens.
+        let earlier = tokio::spawn(waiter(1));
+        // The earlier one waits. The later one finds `settled` cancelled without a wait.
         yield_now().await;
-        let later = tokio::spawn(taker(2));
+        let later = tokio::spawn(waiter(2));
         settled.cancel();
         earlier.await.unwrap();
         later.await.unwrap();
@@ -106,14 +106,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_leaves_holds_up_nobody() {
+    async fn a_connection_that_ends_does_not_block_others() {
         let arrivals = Arrivals::default();
-        let leaver = tokio::spawn({
+        let ended = tokio::spawn({
             let arrivals = arrivals.clone();
-            async move { arrivals.turn(1).await }
+            async move { arrivals.wait_in_order(1).await }
         });
-        leaver.abort();
-        arrivals.turn(2).await;
-        arrivals.turn(3).await;
+        ended.abort();
+        arrivals.wait_in_order(2).await;
+        arrivals.wait_in_order(3).await;
     }
 }

@@ -1,8 +1,8 @@
-//! Asking the daemon: one request, one answer, one budget of time for connecting, writing and reading together.
+//! The client of the daemon: one request, one answer, and one time budget for connecting, writing and reading together.
 //!
-//! Whoever listens at the socket's path is looked at before anything is said: a socket that another user put there
-//! would otherwise be handed the tokens of a registration. What it answers is bounded, and what follows the first
-//! newline is ignored (wire specification, A.1.1).
+//! Before it sends a request, the client checks the uid of the listener. Otherwise a socket that another user created at the
+//! path would receive the tokens of a registration. The size of the answer is bounded, and bytes after the first newline
+//! are ignored (wire specification, A.1.1).
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -17,49 +17,49 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 use thiserror::Error;
 
-/// How long an answer may take unless somebody says otherwise (wire specification, A.1.3).
+/// The default budget of a call (wire specification, A.1.3).
 pub const BUDGET: Duration = Duration::from_secs(3);
-/// The same for what a probe asks.
+/// The budget of a probe.
 pub const PROBE_BUDGET: Duration = Duration::from_secs(1);
-/// The same for what waits until the daemon has taken its registrations in again, and for what one registration's
-/// end takes.
+/// The budget of a call that waits until the daemon has replayed its registrations, or until a registration has been
+/// removed.
 pub const PATIENT_BUDGET: Duration = Duration::from_secs(15);
 
-/// The longest answer that is read, in bytes: a table of thousands of forwards is a tenth of it.
+/// The longest answer that is read, in bytes. A table of thousands of forwards is a tenth of it.
 const ANSWER_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// The longest line of the event stream, in bytes.
 const EVENT_BYTES_MAX: usize = 256 * 1024;
-/// How much is read at once, in bytes.
+/// The size of one read, in bytes.
 const CHUNK_BYTES: usize = 16 * 1024;
 
-/// Why there is no answer, or no good one.
+/// The reasons why a call has no result.
 #[derive(Debug, Error)]
 pub enum CallError {
-    /// Nobody listens, or may be asked. As the system tells it.
+    /// The connection failed, with the error of the system call.
     #[error(transparent)]
     Connect(io::Error),
     /// The connection broke.
     #[error(transparent)]
     Broken(io::Error),
-    /// The daemon ended the connection, and no line is whole.
+    /// The daemon closed the connection before a complete line.
     #[error("the daemon ended the connection")]
     Ended,
-    /// The budget is spent.
+    /// The budget has passed.
     #[error("daemon ack timeout after {}ms", .0.as_millis())]
     Timeout(Duration),
-    /// What came is no answer.
+    /// The answer is invalid.
     #[error("invalid response from daemon")]
     Invalid,
-    /// The daemon says no; its own words.
+    /// The daemon refused the request; its reason.
     #[error("{0}")]
     Refused(String),
-    /// Another user listens at the socket.
+    /// The listener at the socket is another user.
     #[error("the daemon's socket belongs to uid {0}")]
-    Stranger(u32),
+    ForeignSocket(u32),
 }
 
 impl CallError {
-    /// Whether nobody listens: no socket at all, or one that was left behind.
+    /// Returns whether no daemon listens: the socket does not exist, or it is stale.
     pub fn is_absent(&self) -> bool {
         use io::ErrorKind::{ConnectionRefused, NotADirectory, NotFound};
         match self {
@@ -69,7 +69,7 @@ impl CallError {
     }
 }
 
-/// The way to one daemon.
+/// A client of one daemon.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
@@ -77,30 +77,30 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the daemon at `socket`.
+    /// Returns a client of the daemon at `socket`.
     pub fn new(socket: impl Into<PathBuf>) -> Client {
         Client { socket: socket.into(), budget: BUDGET }
     }
 
-    /// The same with another budget.
+    /// Returns the same client with another budget.
     #[must_use]
     pub fn within(&self, budget: Duration) -> Client {
         Client { socket: self.socket.clone(), budget }
     }
 
-    /// Sends one request and answers with its `result`, which is null where there is none.
+    /// Sends one request and returns its `result`; null if absent.
     ///
     /// # Errors
     /// [`CallError`].
     pub fn call(&self, request: &Value) -> Result<Value, CallError> {
-        let spent = Spent::new(self.budget);
-        let mut stream = connect(&self.socket, &spent)?;
-        send(&mut stream, request, &spent)?;
+        let budget = Budget::new(self.budget);
+        let mut stream = connect(&self.socket, &budget)?;
+        send(&mut stream, request, &budget)?;
         let mut lines = Lines { stream, buffer: Vec::new(), bytes_max: ANSWER_BYTES_MAX };
-        answer_in(&lines.next(Some(&spent))?)
+        parse_answer(&lines.next(Some(&budget))?)
     }
 
-    /// Sends a request that has nothing but a kind.
+    /// Sends a request that consists of a kind alone.
     ///
     /// # Errors
     /// [`CallError`].
@@ -108,39 +108,39 @@ impl Client {
         self.call(&json!({ "kind": kind }))
     }
 
-    /// Whether a daemon answers `list` (wire specification, A.8.1).
+    /// Returns whether a daemon answers `list` (wire specification, A.8.1).
     pub fn is_reachable(&self) -> bool {
         self.ask("list").is_ok()
     }
 
-    /// Opens the connection that stands for the native listeners of a sandbox. Reports are written to it, a line each.
+    /// Opens a connection for the native listeners of a sandbox. The caller writes reports to it, one per line.
     ///
     /// # Errors
     /// [`CallError`].
     pub fn native(&self, container: &str) -> Result<UnixStream, CallError> {
-        let spent = Spent::new(self.budget);
-        let mut stream = connect(&self.socket, &spent)?;
-        send(&mut stream, &json!({ "kind": "native", "containerName": container }), &spent)?;
+        let budget = Budget::new(self.budget);
+        let mut stream = connect(&self.socket, &budget)?;
+        send(&mut stream, &json!({ "kind": "native", "containerName": container }), &budget)?;
         let mut lines = Lines { stream, buffer: Vec::new(), bytes_max: EVENT_BYTES_MAX };
-        answer_in(&lines.next(Some(&spent))?)?;
+        parse_answer(&lines.next(Some(&budget))?)?;
         lines.stream.set_write_timeout(Some(REPORT_BUDGET)).map_err(CallError::Broken)?;
         Ok(lines.stream)
     }
 
-    /// Begins to listen to what happens, to one container or at all. From the moment this returns, nothing is missed.
+    /// Subscribes to events of one container or of all. No event after the return is lost.
     ///
     /// # Errors
-    /// [`CallError`]; the reference refuses, since it does not know this kind.
+    /// [`CallError`]. The reference refuses, since it does not implement this kind.
     pub fn events(&self, container: Option<&str>) -> Result<Lines, CallError> {
-        let spent = Spent::new(self.budget);
-        let mut stream = connect(&self.socket, &spent)?;
+        let budget = Budget::new(self.budget);
+        let mut stream = connect(&self.socket, &budget)?;
         let mut request = json!({ "kind": "events" });
         if let (Some(name), Some(fields)) = (container, request.as_object_mut()) {
             fields.insert("containerName".to_owned(), name.into());
         }
-        send(&mut stream, &request, &spent)?;
+        send(&mut stream, &request, &budget)?;
         let mut lines = Lines { stream, buffer: Vec::new(), bytes_max: EVENT_BYTES_MAX };
-        answer_in(&lines.next(Some(&spent))?)?;
+        parse_answer(&lines.next(Some(&budget))?)?;
         Ok(lines)
     }
 }
@@ -157,17 +157,17 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// The next line without its newline; waits at most until `deadline`, for ever without one.
+    /// Returns the next line without its newline. Waits until `deadline`, or without a bound.
     ///
     /// # Errors
-    /// [`CallError::Timeout`] at the deadline, and then the next call goes on where this one ended;
-    /// [`CallError::Ended`] when there will be no more.
+    /// [`CallError::Timeout`] at the deadline; a partial line is kept for the next call. [`CallError::Ended`] at the end of
+    /// the stream.
     pub fn line(&mut self, deadline: Option<Instant>) -> Result<Vec<u8>, CallError> {
-        let spent = deadline.map(|end| Spent::new(end.saturating_duration_since(Instant::now())));
-        self.next(spent.as_ref())
+        let budget = deadline.map(|end| Budget::new(end.saturating_duration_since(Instant::now())));
+        self.next(budget.as_ref())
     }
 
-    fn next(&mut self, spent: Option<&Spent>) -> Result<Vec<u8>, CallError> {
+    fn next(&mut self, budget: Option<&Budget>) -> Result<Vec<u8>, CallError> {
         let mut searched = 0;
         loop {
             let rest = self.buffer.get(searched..).unwrap_or_default();
@@ -180,13 +180,13 @@ impl Lines {
             if searched > self.bytes_max {
                 return Err(CallError::Invalid);
             }
-            self.read_more(spent)?;
+            self.read_more(budget)?;
         }
     }
 
-    fn read_more(&mut self, spent: Option<&Spent>) -> Result<(), CallError> {
-        let left = spent.map(Spent::left).transpose()?;
-        self.stream.set_read_timeout(left).map_err(CallError::Broken)?;
+    fn read_more(&mut self, budget: Option<&Budget>) -> Result<(), CallError> {
+        let remaining = budget.map(Budget::remaining).transpose()?;
+        self.stream.set_read_timeout(remaining).map_err(CallError::Broken)?;
         let mut chunk = [0; CHUNK_BYTES];
         match self.stream.read(&mut chunk) {
             Ok(0) => Err(CallError::Ended),
@@ -194,82 +194,82 @@ impl Lines {
                 self.buffer.extend_from_slice(chunk.get(..count).unwrap_or_default());
                 Ok(())
             }
-            Err(error) => again(error, spent, CallError::Broken),
+            Err(error) => retry_or_timeout(error, budget, CallError::Broken),
         }
     }
 }
 
-/// A budget of time, and when it began to be spent.
-struct Spent {
+/// A time budget and its end.
+struct Budget {
     budget: Duration,
     end: Instant,
 }
 
-impl Spent {
-    fn new(budget: Duration) -> Spent {
-        Spent { budget, end: Instant::now() + budget }
+impl Budget {
+    fn new(budget: Duration) -> Budget {
+        Budget { budget, end: Instant::now() + budget }
     }
 
-    /// What is left of it; never nothing, which would mean "without end" to a socket.
-    fn left(&self) -> Result<Duration, CallError> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        if left.is_zero() { Err(CallError::Timeout(self.budget)) } else { Ok(left) }
+    /// Returns the remaining time. Never zero, which would disable a socket timeout.
+    fn remaining(&self) -> Result<Duration, CallError> {
+        let remaining = self.end.saturating_duration_since(Instant::now());
+        if remaining.is_zero() { Err(CallError::Timeout(self.budget)) } else { Ok(remaining) }
     }
 }
 
-/// A socket that waits no longer tells `EAGAIN`: a budget's end, if there is one.
-fn again(
+/// Handles the error of an I/O call: a timeout of the socket (`EAGAIN`) is the end of the budget, if there is one.
+fn retry_or_timeout(
     error: io::Error,
-    spent: Option<&Spent>,
+    budget: Option<&Budget>,
     otherwise: impl FnOnce(io::Error) -> CallError,
 ) -> Result<(), CallError> {
     match error.kind() {
         io::ErrorKind::Interrupted => Ok(()),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            spent.map_or(Ok(()), |spent| Err(CallError::Timeout(spent.budget)))
+            budget.map_or(Ok(()), |budget| Err(CallError::Timeout(budget.budget)))
         }
         _ => Err(otherwise(error)),
     }
 }
 
-fn connect(path: &Path, spent: &Spent) -> Result<UnixStream, CallError> {
+fn connect(path: &Path, budget: &Budget) -> Result<UnixStream, CallError> {
     let failed = |errno: Errno| match errno {
-        // The daemon's queue was full for as long as we waited.
-        Errno::AGAIN => CallError::Timeout(spent.budget),
+        // The daemon's accept queue was full until the timeout.
+        Errno::AGAIN => CallError::Timeout(budget.budget),
         errno => CallError::Connect(errno.into()),
     };
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(failed)?;
-    sockopt::set_socket_timeout(&socket, Timeout::Send, Some(spent.left()?)).map_err(failed)?;
+    sockopt::set_socket_timeout(&socket, Timeout::Send, Some(budget.remaining()?)).map_err(failed)?;
     rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address)).map_err(failed)?;
-    // Of the one who listened there, at the time of listen(2) (`unix(7)`, SO_PEERCRED).
+    // The credentials are those of the listener at the time of listen(2) (`unix(7)`, SO_PEERCRED).
     let listener =
         getsockopt(&socket, PeerCredentials).map_err(|errno| CallError::Connect(errno.into()))?.uid();
     if listener != 0 && listener != rustix::process::geteuid().as_raw() {
-        return Err(CallError::Stranger(listener));
+        return Err(CallError::ForeignSocket(listener));
     }
     Ok(UnixStream::from(socket))
 }
 
-fn send(stream: &mut UnixStream, request: &Value, spent: &Spent) -> Result<(), CallError> {
+fn send(stream: &mut UnixStream, request: &Value, budget: &Budget) -> Result<(), CallError> {
     let line = format!("{request}\n");
     let mut rest = line.as_bytes();
     while !rest.is_empty() {
-        stream.set_write_timeout(Some(spent.left()?)).map_err(CallError::Broken)?;
+        stream.set_write_timeout(Some(budget.remaining()?)).map_err(CallError::Broken)?;
         match stream.write(rest) {
             Ok(count) => rest = rest.get(count..).unwrap_or_default(),
-            // A daemon that has heard enough answers before it has heard all; its answer says why.
+            // A daemon may answer before it has read the whole request; its answer has the reason.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-            Err(error) => again(error, Some(spent), CallError::Broken)?,
+            Err(error) => retry_or_timeout(error, Some(budget), CallError::Broken)?,
         }
     }
     Ok(())
 }
 
-/// Takes an answer apart: `{"ok":true,"result"?}` or `{"ok":false,"reason"}`.
-fn answer_in(line: &[u8]) -> Result<Value, CallError> {
+/// Parses an answer: `{"ok":true,"result"?}` or `{"ok":false,"reason"}`.
+fn parse_answer(line: &[u8]) -> Result<Value, CallError> {
     let mut answer: Value = serde_json::from_slice(line).map_err(|_| CallError::Invalid)?;
     match (answer.get("ok").and_then(Value::as_bool), answer.get("reason").and_then(Value::as_str)) {
         (Some(true), _) => Ok(answer.get_mut("result").map(Value::take).unwrap_or_default()),

@@ -5,34 +5,34 @@ use std::thread;
 
 use tempfile::TempDir;
 
-/// A daemon that takes one connection after the other, tells each line that comes, and answers what it is told to.
+/// A daemon that accepts one connection after the other, records each request line, and sends scripted answers.
 struct Scripted {
     folder: TempDir,
-    heard: std::sync::mpsc::Receiver<String>,
+    requests: std::sync::mpsc::Receiver<String>,
 }
 
 impl Scripted {
-    fn new(request_handler: &'static [&'static str]) -> Scripted {
+    fn new(answers: &'static [&'static str]) -> Scripted {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("hostd.sock")).unwrap();
-        let (tell, heard) = std::sync::mpsc::channel();
+        let (sender, requests) = std::sync::mpsc::channel();
         thread::spawn(move || {
             let mut held = Vec::new();
-            for answer in request_handler {
+            for answer in answers {
                 let (mut stream, _) = listener.accept().unwrap();
                 let mut line = String::new();
                 BufReader::new(&stream).read_line(&mut line).unwrap();
-                tell.send(line).unwrap();
+                sender.send(line).unwrap();
                 stream.write_all(answer.as_bytes()).unwrap();
-                // One that never answers does not end the connection either.
+                // An empty answer keeps the connection open.
                 if answer.is_empty() {
                     held.push(stream);
                 }
             }
-            // Until the test is over.
+            // Listen until the end of the test.
             while listener.accept().is_ok() {}
         });
-        Scripted { folder, heard }
+        Scripted { folder, requests }
     }
 
     fn client(&self) -> Client {
@@ -41,17 +41,17 @@ impl Scripted {
 }
 
 #[test]
-fn no_socket_file_is_nobody_there() {
+fn without_a_socket_file_the_daemon_is_absent() {
     let folder = tempfile::tempdir().unwrap();
     let client = Client::new(folder.path().join("hostd.sock"));
     assert!(!client.is_reachable());
     let error = client.ask("list").unwrap_err();
     assert!(error.is_absent());
-    assert_eq!(error.to_string(), "No such file or directory (os error 2)", "as the system tells it");
+    assert_eq!(error.to_string(), "No such file or directory (os error 2)", "the error of the system call");
 }
 
 #[test]
-fn a_socket_that_was_left_behind_is_nobody_there() {
+fn a_stale_socket_means_that_the_daemon_is_absent() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("hostd.sock");
     drop(UnixListener::bind(&path).unwrap());
@@ -59,11 +59,11 @@ fn a_socket_that_was_left_behind_is_nobody_there() {
 }
 
 #[test]
-fn a_register_request_arrives_exactly_as_it_was_given() {
+fn a_request_is_sent_unchanged_in_one_line() {
     let daemon = Scripted::new(&["{\"ok\":true}\n"]);
     let request = json!({ "kind": "register", "containerName": "coder", "cwd": "/w/coder" });
     assert_eq!(daemon.client().call(&request).unwrap(), Value::Null);
-    let line = daemon.heard.recv().unwrap();
+    let line = daemon.requests.recv().unwrap();
     assert!(line.ends_with('\n') && line.matches('\n').count() == 1);
     assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), request);
 }
@@ -74,7 +74,7 @@ fn a_daemon_that_answers_list_is_reachable() {
 }
 
 #[test]
-fn a_daemon_that_never_answers_is_a_timeout() {
+fn a_daemon_that_never_answers_causes_a_timeout() {
     let daemon = Scripted::new(&[""]);
     let error = daemon.client().within(Duration::from_millis(50)).ask("version").unwrap_err();
     assert_eq!(error.to_string(), "daemon ack timeout after 50ms");
@@ -82,7 +82,7 @@ fn a_daemon_that_never_answers_is_a_timeout() {
 }
 
 #[test]
-fn what_follows_the_newline_is_ignored_and_what_precedes_it_must_be_an_answer() {
+fn bytes_after_the_newline_are_ignored_and_an_invalid_answer_is_an_error() {
     let daemon = Scripted::new(&[
         "{\"ok\":true,\"result\":{\"port\":1}}\n{\"ok\":false}\n",
         "undefined\n",
@@ -99,13 +99,13 @@ fn what_follows_the_newline_is_ignored_and_what_precedes_it_must_be_an_answer() 
 }
 
 #[test]
-fn an_answer_that_ends_before_its_newline_is_none() {
+fn an_answer_without_a_newline_is_an_error() {
     let daemon = Scripted::new(&["{\"ok\":true}"]);
     assert!(matches!(daemon.client().ask("list"), Err(CallError::Ended)));
 }
 
 #[test]
-fn a_line_without_end_is_not_read_for_ever() {
+fn a_line_without_a_newline_is_bounded() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let flood = thread::spawn(move || while theirs.write_all(&[b'x'; 4096]).is_ok() {});
     let mut lines = Lines { stream: ours, buffer: Vec::new(), bytes_max: 100_000 };
@@ -116,7 +116,7 @@ fn a_line_without_end_is_not_read_for_ever() {
 }
 
 #[test]
-fn a_line_that_comes_in_pieces_survives_a_deadline() {
+fn a_partial_line_survives_a_deadline() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let mut lines = Lines { stream: ours, buffer: Vec::new(), bytes_max: 100 };
     theirs.write_all(b"on").unwrap();
@@ -130,12 +130,15 @@ fn a_line_that_comes_in_pieces_survives_a_deadline() {
 }
 
 #[test]
-fn a_listener_says_whom_it_listens_to() {
+fn a_subscription_names_its_container() {
     let daemon = Scripted::new(&["{\"ok\":true}\n{\"kind\":\"register\"}\n", "{\"ok\":true}\n"]);
     let mut lines = daemon.client().events(Some("coder")).unwrap();
     assert_eq!(lines.line(None).unwrap(), b"{\"kind\":\"register\"}");
     daemon.client().events(None).unwrap();
-    let asked = |line: String| serde_json::from_str::<Value>(&line).unwrap();
-    assert_eq!(asked(daemon.heard.recv().unwrap()), json!({ "kind": "events", "containerName": "coder" }));
-    assert_eq!(asked(daemon.heard.recv().unwrap()), json!({ "kind": "events" }));
+    let parsed = |line: String| serde_json::from_str::<Value>(&line).unwrap();
+    assert_eq!(
+        parsed(daemon.requests.recv().unwrap()),
+        json!({ "kind": "events", "containerName": "coder" })
+    );
+    assert_eq!(parsed(daemon.requests.recv().unwrap()), json!({ "kind": "events" }));
 }

@@ -1,49 +1,49 @@
-//! One request line out of a stream of bytes, however they are cut (wire specification, A.1.1 and A.1.2). Pure.
+//! Extracts the request line from a stream of bytes in arbitrary chunks (wire specification, A.1.1 and A.1.2). Pure.
 //!
-//! A connection carries one request, so the codec is done with the first line, and what follows is nobody's. The limit
-//! is on bytes up to and with the newline: whether a request is too long is decided by its first 65,536 bytes alone,
-//! never by how the kernel happened to cut the stream. Bytes are decoded once, when the line is whole.
+//! A connection carries one request. The codec ends with the first line and ignores later bytes. The limit counts the bytes
+//! of the line and its newline, so whether a request is too long depends on its first 65,536 bytes and never on the chunks.
+//! Bytes are decoded once, when the line is complete.
 
 use thiserror::Error;
 
-/// The most bytes of a request, its newline among them.
+/// The maximum size of a request with its newline, in bytes.
 pub const LINE_BYTES_MAX: usize = 65_536;
 
-/// No line will come of this. The texts are the wire's.
+/// The reasons why a stream has no request line. The texts are part of the wire specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum LineError {
-    /// More than [`LINE_BYTES_MAX`] bytes came, and no newline within them.
+    /// The first [`LINE_BYTES_MAX`] bytes contain no newline.
     #[error("request exceeds buffer limit")]
     TooLong,
 }
 
-/// A request line that is still coming. It holds [`LINE_BYTES_MAX`] bytes at the most.
+/// A partial request line of at most [`LINE_BYTES_MAX`] bytes.
 #[derive(Debug, Default)]
 pub struct RequestLine {
-    /// What came so far; no newline is in it.
-    held: Vec<u8>,
+    /// The bytes so far, without a newline.
+    partial: Vec<u8>,
 }
 
 impl RequestLine {
-    /// A line of which nothing came yet.
+    /// Returns an empty line.
     pub fn new() -> RequestLine {
         RequestLine::default()
     }
 
-    /// Takes what came. `None` while the line is not whole; else the line without its newline, or why there is none,
-    /// and then the connection is done with.
-    pub fn take(&mut self, chunk: &[u8]) -> Option<Result<Vec<u8>, LineError>> {
-        let room = LINE_BYTES_MAX - self.held.len();
+    /// Appends a chunk. Returns `None` while the line is incomplete, and otherwise the line without its newline or an error.
+    /// After a result, the connection accepts no more bytes.
+    pub fn append(&mut self, chunk: &[u8]) -> Option<Result<Vec<u8>, LineError>> {
+        let room = LINE_BYTES_MAX - self.partial.len();
         let within = &chunk[..chunk.len().min(room)];
         if let Some(end) = within.iter().position(|byte| *byte == b'\n') {
-            self.held.extend_from_slice(&within[..end]);
-            return Some(Ok(std::mem::take(&mut self.held)));
+            self.partial.extend_from_slice(&within[..end]);
+            return Some(Ok(std::mem::take(&mut self.partial)));
         }
         if chunk.len() > room {
-            self.held = Vec::new();
+            self.partial = Vec::new();
             return Some(Err(LineError::TooLong));
         }
-        self.held.extend_from_slice(within);
+        self.partial.extend_from_slice(within);
         None
     }
 }
@@ -54,20 +54,20 @@ mod tests {
     use proptest::prelude::*;
 
     fn one_shot(bytes: &[u8]) -> Option<Result<Vec<u8>, LineError>> {
-        RequestLine::new().take(bytes)
+        RequestLine::new().append(bytes)
     }
 
-    /// The same bytes, cut at `cuts`.
-    fn in_pieces(bytes: &[u8], cuts: &[usize]) -> Option<Result<Vec<u8>, LineError>> {
+    /// Feeds the same bytes, cut at `cuts`.
+    fn in_chunks(bytes: &[u8], cuts: &[usize]) -> Option<Result<Vec<u8>, LineError>> {
         let mut line = RequestLine::new();
         let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (bytes.len() + 1)).collect();
         cuts.extend([0, bytes.len()]);
         cuts.sort_unstable();
-        cuts.windows(2).find_map(|ends| line.take(&bytes[ends[0]..ends[1]]))
+        cuts.windows(2).find_map(|ends| line.append(&bytes[ends[0]..ends[1]]))
     }
 
     #[test]
-    fn the_first_line_is_the_request_and_the_rest_is_nobodys() {
+    fn the_first_line_is_the_request_and_later_bytes_are_ignored() {
         assert_eq!(one_shot(b"{}\n{\"kind\":\"shutdown\"}\n"), Some(Ok(b"{}".to_vec())));
         assert_eq!(one_shot(b"\n"), Some(Ok(Vec::new())));
         assert_eq!(one_shot(b"{}"), None);
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_65535_bytes_and_its_newline_is_the_longest() {
+    fn the_longest_line_has_65535_bytes_and_a_newline() {
         let mut bytes = vec![b'x'; LINE_BYTES_MAX - 1];
         bytes.push(b'\n');
         assert_eq!(one_shot(&bytes).unwrap().unwrap().len(), LINE_BYTES_MAX - 1);
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_short_line_does_not_make_it_too_long() {
+    fn bytes_after_a_short_line_do_not_make_it_too_long() {
         let mut bytes = b"{}\n".to_vec();
         bytes.resize(3 * LINE_BYTES_MAX, b'x');
         assert_eq!(one_shot(&bytes), Some(Ok(b"{}".to_vec())));
@@ -98,7 +98,7 @@ mod tests {
             bytes in proptest::collection::vec(prop_oneof![4 => any::<u8>(), 1 => Just(b'\n')], 0..300),
             cuts in proptest::collection::vec(any::<usize>(), 0..20),
         ) {
-            prop_assert_eq!(in_pieces(&bytes, &cuts), one_shot(&bytes));
+            prop_assert_eq!(in_chunks(&bytes, &cuts), one_shot(&bytes));
         }
 
         #[test]
@@ -110,7 +110,7 @@ mod tests {
             let mut bytes = vec![b'x'; length];
             bytes.push(b'\n');
             bytes.resize(length + 1 + after, b'y');
-            prop_assert_eq!(in_pieces(&bytes, &cuts), one_shot(&bytes));
+            prop_assert_eq!(in_chunks(&bytes, &cuts), one_shot(&bytes));
             prop_assert_eq!(one_shot(&bytes).unwrap().is_ok(), length < LINE_BYTES_MAX);
         }
     }

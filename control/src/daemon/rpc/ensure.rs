@@ -1,14 +1,14 @@
-//! Sees to it that one daemon runs, of this very build (wire specification, A.8).
+//! Ensures that one daemon of this build runs (wire specification, A.8).
 //!
-//! Whoever answers `list` is a daemon. If its version is ours, it is used. If not, it is asked to end, over its socket
-//! and never by a signal, and has ended when its socket's file is gone. All that may change something happens under
-//! the spawn lock, an flock that the kernel releases however its holder ends: of a hundred who come at once, one
-//! starts the daemon and the others find it running. That one looks again once it has the lock, so nobody asks a
-//! daemon to end that another one has just started.
+//! A process that answers `list` at the socket is a daemon. If its version is this program's version, it is used. Otherwise
+//! it is asked to shut down over its socket, never by a signal, and has ended when its socket file is gone. All changes
+//! happen under the spawn lock, an flock that the kernel releases when its holder ends. Of a hundred concurrent callers, one
+//! starts the daemon and the others find it running. The lock's holder probes again after it has the lock, so it never shuts
+//! down a daemon that another caller has just started.
 //!
-//! The pid file is a hint. A live process that it names is given time to become reachable, and no second one is
-//! started beside it; but a process that began after the file was written has its number by chance, and counts for
-//! nothing. Neither is ever sent a signal.
+//! The pid file is a hint. If it names a live process, that process is given time to become reachable, and no second daemon
+//! is started meanwhile. A process that started after the file was written reuses the process id, and is ignored. Neither
+//! process is ever sent a signal.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -34,42 +34,42 @@ use crate::sys::processes;
 use crate::sys::token_variables;
 use crate::version;
 
-/// The longest pid file, in bytes.
+/// The maximum size of the pid file, in bytes.
 const PID_BYTES_MAX: u64 = 32;
 
-/// How much earlier than its pid file a daemon may seem to have begun the other way round: clocks of files and of
-/// processes are read at different moments, and the latter is rounded.
+/// The tolerance when the start of a process is compared with the time of its pid file: the clocks of files and of processes
+/// are read at different times, and the latter is rounded.
 const CLOCK_SLACK: Duration = Duration::from_secs(2);
 
-/// The option that says where the daemon's HTTP endpoint listens.
+/// The option for the port of the daemon's HTTP endpoint.
 const HTTP_PORT: &str = "--http-port";
 
-/// The option by which what is forwarded is served on the tailnet.
+/// The option that serves forwarded ports on the tailnet.
 pub const TAILSCALE: &str = "--tailscale";
 
-/// The option by which containers are entered by a helper container.
+/// The option that enters containers through a helper container.
 pub const DOCKER_HELPER: &str = "--docker-helper";
 
-/// The option that says how servers under `run` listen.
+/// The option for how servers under `run` listen.
 pub const SOCKETS: &str = "--sockets";
 
-/// The option by which every container of Docker's is forwarded.
+/// The option that forwards all containers.
 pub const ALL: &str = "--all";
 
-/// How long things may take.
+/// Timeouts and intervals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {
-    /// A daemon, from its start until it is reachable.
+    /// From the start of a daemon until it is reachable.
     pub ready: Duration,
-    /// A daemon that was asked to end, until its socket's file is gone.
+    /// From the request to shut down until the socket file is gone.
     pub shutdown: Duration,
-    /// Another starter, until it is done: it may do both of the above.
+    /// The wait for another starter, which may need both of the above.
     pub lock: Duration,
-    /// Between two looks.
+    /// The interval between two probes.
     pub poll: Duration,
-    /// An answer to `version`, `http-info` and `shutdown`.
+    /// The answer to `version`, `http-info` and `shutdown`.
     pub probe: Duration,
-    /// An answer to `list`.
+    /// The answer to `list`.
     pub reachability: Duration,
 }
 
@@ -86,23 +86,23 @@ impl Default for Times {
     }
 }
 
-/// Which daemon is wanted.
+/// The daemon that is to run.
 #[derive(Clone, Debug)]
 pub struct DesiredDaemon {
-    /// Where it lives.
+    /// Its home.
     pub home: Home,
-    /// The program that becomes it, by the hidden verb `_hostd`.
+    /// The program to start, with the hidden verb `_hostd`.
     pub program: PathBuf,
-    /// More arguments for it, if it has to be started.
+    /// Further arguments, if it has to be started.
     pub arguments: Vec<OsString>,
-    /// The version it must have.
+    /// The required version.
     pub version: String,
-    /// How long all may take.
+    /// The timeouts.
     pub times: Times,
 }
 
 impl DesiredDaemon {
-    /// A daemon of this very program, for `home`.
+    /// Returns a daemon of this program for `home`.
     pub fn own(home: Home, arguments: Vec<OsString>) -> DesiredDaemon {
         DesiredDaemon {
             home,
@@ -114,42 +114,42 @@ impl DesiredDaemon {
     }
 }
 
-/// This program's file. One that was replaced while it runs is still the one that this process is, and so the one
-/// whose version is expected.
+/// Returns the path of this program. If the file was replaced, this is the link to the running program, whose version is
+/// the required one.
 fn own_program() -> PathBuf {
     let path = std::env::current_exe().ok().filter(|path| path.exists());
     path.unwrap_or_else(|| PathBuf::from("/proc/self/exe"))
 }
 
-/// A daemon that runs.
+/// A running daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ensured {
-    /// Its process id as its pid file has it.
+    /// The process id from its pid file.
     pub pid: Option<u32>,
-    /// Where its HTTP endpoint listens.
+    /// The port of its HTTP endpoint.
     pub http_port: NonZeroU16,
     /// Whether this call started it.
     pub spawned: bool,
-    /// Whether it took the place of one with another version.
+    /// Whether it replaced a daemon of another version.
     pub respawned: bool,
 }
 
-/// Why no daemon runs, or not the one that is wanted. The texts are the wire specification's, where it has one.
+/// The reasons why the required daemon does not run. The texts follow the wire specification where it has one.
 #[derive(Debug, Error)]
 pub enum EnsureError {
     /// The home cannot be used.
     #[error(transparent)]
     Home(#[from] HomeError),
-    /// It has another version and did not end.
+    /// The daemon has another version and did not shut down.
     #[error("daemon version drifted but shutdown request did not complete")]
     Drifted,
-    /// The spawn lock's file cannot be used.
+    /// The file of the spawn lock cannot be used.
     #[error("failed to lock the start of the daemon: {0}")]
     Lock(io::Error),
-    /// Somebody else has been starting a daemon all the time.
+    /// Another process held the spawn lock until the timeout.
     #[error("another process has been starting the daemon for {}s", .0.as_secs())]
     Busy(Duration),
-    /// The log cannot be written.
+    /// The log file cannot be opened.
     #[error("failed to open daemon log: {0}")]
     Log(io::Error),
     /// The program cannot be executed.
@@ -158,76 +158,76 @@ pub enum EnsureError {
     /// The pid file cannot be written.
     #[error("failed to write daemon pidfile: {0}")]
     PidFile(io::Error),
-    /// The daemon ended while it was waited for.
+    /// The daemon ended before it became reachable.
     #[error("daemon exited before becoming reachable")]
     Exited,
-    /// It runs, as far as is known, and does not answer.
+    /// The daemon runs and did not answer in time.
     #[error("daemon spawned but did not become reachable yet")]
     NotYet,
-    /// It answers, and not to this.
+    /// The daemon does not answer `http-info`.
     #[error("daemon did not report an HTTP control port")]
     NoHttpPort,
 }
 
-/// Answers when a daemon of the wanted version is reachable; starts it, or replaces another one, if need be.
+/// Returns when a daemon of the required version is reachable. Starts it, or replaces one of another version, if needed.
 ///
 /// # Errors
 /// [`EnsureError`].
 pub fn ensure(wanted: &DesiredDaemon) -> Result<Ensured, EnsureError> {
     wanted.home.ensure_directories()?;
     let starter = Starter { wanted, client: Client::new(wanted.home.socket()) };
-    if let RunningDaemon::DesiredDaemon(port) = starter.look()? {
-        return Ok(starter.found(port));
+    if let RunningDaemon::DesiredDaemon(port) = starter.probe()? {
+        return Ok(starter.running(port));
     }
     let lock = match starter.lock()? {
         Locked::Held(lock) => lock,
-        Locked::Needless(port) => return Ok(starter.found(port)),
+        Locked::DaemonReady(port) => return Ok(starter.running(port)),
     };
-    let ensured = match starter.look()? {
-        RunningDaemon::DesiredDaemon(port) => Ok(starter.found(port)),
+    let ensured = match starter.probe()? {
+        RunningDaemon::DesiredDaemon(port) => Ok(starter.running(port)),
         RunningDaemon::Other => {
-            let kept = starter.kept();
+            let options_to_keep = starter.options_to_keep();
             starter.shut_down()?;
-            starter.spawn(&kept).map(|ensured| Ensured { respawned: true, ..ensured })
+            starter.spawn(&options_to_keep).map(|ensured| Ensured { respawned: true, ..ensured })
         }
-        RunningDaemon::Nobody => match starter.adopt()? {
-            Some(port) => Ok(starter.found(port)),
-            None => starter.spawn(&Kept::default()),
+        RunningDaemon::Absent => match starter.adopt()? {
+            Some(port) => Ok(starter.running(port)),
+            None => starter.spawn(&KeptOptions::default()),
         },
     };
     drop(lock);
     ensured
 }
 
-/// Who answers at the socket.
+/// The daemon at the socket.
 enum RunningDaemon {
-    Nobody,
+    Absent,
     /// A daemon of another version.
     Other,
-    /// The one that is wanted, with its HTTP port.
+    /// The required daemon, with its HTTP port.
     DesiredDaemon(NonZeroU16),
 }
 
-/// What the daemon in the place of another one keeps.
+/// The options of a replaced daemon that the new one keeps.
 #[derive(Debug, Default)]
-struct Kept {
-    /// Where it listens: containers that run have the URL that they were started with (wire specification, A.2).
+struct KeptOptions {
+    /// The HTTP port: running containers have its URL from their start (wire specification, A.2).
     http_port: Option<NonZeroU16>,
-    /// Whether it serves on the tailnet: others may be using it there.
+    /// Whether it serves on the tailnet, where other machines may be using it.
     tailscale: bool,
-    /// Whether containers are entered by a helper container: without it they would be reached no more.
+    /// Whether containers are entered through a helper container. Without it they could not be reached.
     docker_helper: bool,
-    /// Whether it forwards every container.
+    /// Whether it forwards all containers.
     all: bool,
-    /// The default of `run --sockets`, if it is not the usual one.
+    /// The default of `run --sockets`, if it differs from the built-in default.
     sockets: Option<String>,
 }
 
-/// What came of asking for the spawn lock.
+/// The result of waiting for the spawn lock.
 enum Locked {
     Held(File),
-    /// While we waited, the wanted daemon became reachable.
-    Needless(NonZeroU16),
+    /// The required daemon became reachable during the wait.
+    DaemonReady(NonZeroU16),
 }
 
 struct Starter<'a> {
@@ -236,21 +236,21 @@ struct Starter<'a> {
 }
 
 impl Starter<'_> {
-    fn found(&self, http_port: NonZeroU16) -> Ensured {
+    fn running(&self, http_port: NonZeroU16) -> Ensured {
         Ensured { pid: self.pid_in_file(), http_port, spawned: false, respawned: false }
     }
 
-    fn look(&self) -> Result<RunningDaemon, EnsureError> {
+    fn probe(&self) -> Result<RunningDaemon, EnsureError> {
         let times = &self.wanted.times;
         if !self.client.within(times.reachability).is_reachable() {
-            return Ok(RunningDaemon::Nobody);
+            return Ok(RunningDaemon::Absent);
         }
         let answer = self.client.within(times.probe).ask("version").unwrap_or_default();
-        // A root daemon that has lost its launcher can enter no container, and cannot start another one.
+        // A root daemon without its launcher can enter no container, and cannot start another launcher.
         if answer.get("launcher") == Some(&json!(LauncherState::Ended)) {
             return Ok(RunningDaemon::Other);
         }
-        // No answer, or none that is a version, is another version.
+        // A missing or invalid answer counts as another version.
         let same = answer
             .get("version")
             .and_then(Value::as_str)
@@ -266,18 +266,18 @@ impl Starter<'_> {
         crate::model::port_policy::port_of(answer.get("port")?)
     }
 
-    fn kept(&self) -> Kept {
-        // One that does not know the question serves nothing.
+    fn options_to_keep(&self) -> KeptOptions {
+        // A daemon that does not implement `describe` does not have these options.
         let answer = self.client.within(self.wanted.times.probe).ask("describe").unwrap_or_default();
         let on = |what| answer.get(what).and_then(Value::as_bool).unwrap_or(false);
         let (tailscale, all) = (on("tailscale"), on("all"));
         let docker_helper = answer.get("dockerHelper").is_some_and(Value::is_object);
         let sockets = answer.get("sockets").and_then(Value::as_str).map(str::to_owned);
         let sockets = sockets.filter(|sockets| sockets != Sockets::default().as_str());
-        Kept { http_port: self.http_port(), tailscale, docker_helper, all, sockets }
+        KeptOptions { http_port: self.http_port(), tailscale, docker_helper, all, sockets }
     }
 
-    /// Reachable, and with a port.
+    /// Returns the HTTP port if the daemon is reachable and reports one.
     fn ready(&self) -> Option<NonZeroU16> {
         self.client.within(self.wanted.times.probe).is_reachable().then(|| self.http_port()).flatten()
     }
@@ -291,8 +291,8 @@ impl Starter<'_> {
                 Err(Errno::WOULDBLOCK | Errno::INTR) => {}
                 Err(errno) => return Err(EnsureError::Lock(errno.into())),
             }
-            if let Ok(RunningDaemon::DesiredDaemon(port)) = self.look() {
-                return Ok(Locked::Needless(port));
+            if let Ok(RunningDaemon::DesiredDaemon(port)) = self.probe() {
+                return Ok(Locked::DaemonReady(port));
             }
             if Instant::now() >= deadline {
                 return Err(EnsureError::Busy(self.wanted.times.lock));
@@ -301,7 +301,7 @@ impl Starter<'_> {
         }
     }
 
-    /// Asks a daemon to end, and waits until its socket's file is gone.
+    /// Asks a daemon to shut down, and waits until its socket file is gone.
     fn shut_down(&self) -> Result<(), EnsureError> {
         let asked = self.client.within(self.wanted.times.probe).ask("shutdown");
         asked.map_err(|_| EnsureError::Drifted)?;
@@ -315,11 +315,11 @@ impl Starter<'_> {
         Ok(())
     }
 
-    /// Waits for a process that the pid file names, as long as it lives. None if there is none.
+    /// Waits for the process that the pid file names, while it lives. Returns `None` if it does not exist.
     fn adopt(&self) -> Result<Option<NonZeroU16>, EnsureError> {
         let deadline = Instant::now() + self.wanted.times.ready;
         while let Some(pid) = self.pid_in_file()
-            && self.may_be_ours(pid)
+            && self.may_be_daemon(pid)
         {
             if let Some(port) = self.ready() {
                 return Ok(Some(port));
@@ -332,31 +332,35 @@ impl Starter<'_> {
         Ok(None)
     }
 
-    fn may_be_ours(&self, pid: u32) -> bool {
+    fn may_be_daemon(&self, pid: u32) -> bool {
         let written = fs::symlink_metadata(self.wanted.home.pid_file()).and_then(|file| file.modified()).ok();
-        let by_chance = || match (processes::began(pid), written) {
-            (Some(began), Some(written)) => began > written + CLOCK_SLACK,
+        let id_reused = || match (processes::began(pid), written) {
+            (Some(started), Some(written)) => started > written + CLOCK_SLACK,
             _ => false,
         };
-        processes::runs(pid) && !by_chance()
+        processes::runs(pid) && !id_reused()
     }
 
-    /// Starts a daemon and waits until it is reachable. A daemon that is about to end, or that somebody else started
-    /// without the spawn lock, may hold the daemon's own lock, and ours then ends at once: that one is waited for.
+    /// Starts a daemon and waits until it is reachable. A daemon that is ending, or that was started without the spawn lock,
+    /// may hold the daemon's lock. The new daemon then ends at once, and this function waits for the other one.
     ///
-    /// The new daemon keeps what the arguments do not say otherwise.
-    fn spawn(&self, kept: &Kept) -> Result<Ensured, EnsureError> {
+    /// The new daemon keeps options that the arguments do not set.
+    fn spawn(&self, options_to_keep: &KeptOptions) -> Result<Ensured, EnsureError> {
         let mut arguments = self.wanted.arguments.clone();
-        let said = |arguments: &[OsString], option| arguments.iter().any(|word| word == option);
-        if let Some(port) = kept.http_port.filter(|_| !said(&arguments, HTTP_PORT)) {
+        let has_option = |arguments: &[OsString], option| arguments.iter().any(|word| word == option);
+        if let Some(port) = options_to_keep.http_port.filter(|_| !has_option(&arguments, HTTP_PORT)) {
             arguments.extend([HTTP_PORT.into(), port.to_string().into()]);
         }
-        if let Some(sockets) = kept.sockets.as_ref().filter(|_| !said(&arguments, SOCKETS)) {
+        if let Some(sockets) = options_to_keep.sockets.as_ref().filter(|_| !has_option(&arguments, SOCKETS)) {
             arguments.extend([SOCKETS.into(), sockets.into()]);
         }
-        let kept_on = [(TAILSCALE, kept.tailscale), (ALL, kept.all), (DOCKER_HELPER, kept.docker_helper)];
+        let kept_on = [
+            (TAILSCALE, options_to_keep.tailscale),
+            (ALL, options_to_keep.all),
+            (DOCKER_HELPER, options_to_keep.docker_helper),
+        ];
         for (option, was_on) in kept_on {
-            if was_on && !said(&arguments, option) {
+            if was_on && !has_option(&arguments, option) {
                 arguments.push(option.into());
             }
         }
@@ -374,15 +378,15 @@ impl Starter<'_> {
                 thread::sleep(self.wanted.times.poll);
             }
             if self.pid_in_file() == Some(child.id()) {
-                // Without it, one more process is looked for the next time, and not found.
+                // A stale file would only cost the next caller a futile check of that process.
                 let _ = fs::remove_file(self.wanted.home.pid_file());
             }
-            if !self.somebody_holds_the_daemon_lock() {
+            if !self.daemon_lock_is_held() {
                 return Err(EnsureError::Exited);
             }
-            while self.somebody_holds_the_daemon_lock() {
-                if let Ok(RunningDaemon::DesiredDaemon(port)) = self.look() {
-                    return Ok(self.found(port));
+            while self.daemon_lock_is_held() {
+                if let Ok(RunningDaemon::DesiredDaemon(port)) = self.probe() {
+                    return Ok(self.running(port));
                 }
                 if Instant::now() >= deadline {
                     return Err(EnsureError::Exited);
@@ -399,7 +403,7 @@ impl Starter<'_> {
         let mut command = Command::new(&self.wanted.program);
         command.arg0("landfall").arg("_hostd").args(arguments);
         token_variables::remove_from(&mut command);
-        // It outlives the terminal, whose session it leaves itself, and holds no directory of the user.
+        // The daemon outlives the terminal, leaves its session itself, and uses no directory of the user.
         command.current_dir("/").stdin(Stdio::null()).stdout(out).stderr(err);
         let child = command.spawn().map_err(EnsureError::Spawn)?;
         private_file::write_path(&home.pid_file(), &format!("{}\n", child.id()))
@@ -412,14 +416,14 @@ impl Starter<'_> {
         std::str::from_utf8(&text).ok()?.trim().parse().ok().filter(|pid| *pid > 0)
     }
 
-    fn somebody_holds_the_daemon_lock(&self) -> bool {
-        // Shared and for a moment only, by the one process that may start a daemon now.
+    fn daemon_lock_is_held(&self) -> bool {
+        // A shared lock, held briefly. No other process starts a daemon now, since the caller has the spawn lock.
         let Ok(file) = lock_file(self.wanted.home.daemon_lock()) else { return false };
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
     }
 }
 
-/// Files of the standard library are closed on exec, so no child holds the lock.
+/// Opens a lock file. The standard library sets close-on-exec, so no child holds the lock.
 fn lock_file(path: PathBuf) -> io::Result<File> {
     private_file::options().read(true).write(true).create(true).truncate(false).open(path)
 }

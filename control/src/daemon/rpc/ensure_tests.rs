@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use serde_json::json;
 use tempfile::TempDir;
 
-/// A home, and times that only a test which waits for their end makes short.
+/// A home with long timeouts. Only tests that wait for a timeout use short ones.
 struct Case {
     _folder: TempDir,
     wanted: DesiredDaemon,
@@ -26,18 +26,18 @@ impl Case {
         Case { _folder: folder, wanted }
     }
 
-    fn impatient(program: &str) -> Case {
+    fn with_short_timeouts(program: &str) -> Case {
         let mut case = Case::new(program);
         let short = Duration::from_millis(200);
         case.wanted.times = Times { ready: short, shutdown: short, lock: short, ..case.wanted.times };
         case
     }
 
-    fn why(&self) -> String {
+    fn error_text(&self) -> String {
         ensure(&self.wanted).unwrap_err().to_string()
     }
 
-    /// A daemon of some version, in a thread. On `shutdown` it takes its socket away, if it is an obedient one.
+    /// Runs a daemon of some version in a thread. On `shutdown` it removes its socket if `obedient`.
     fn daemon(&self, version: &'static str, obedient: bool) {
         let path = self.wanted.home.socket();
         let listener = UnixListener::bind(&path).unwrap();
@@ -71,22 +71,22 @@ fn a_reachable_daemon_of_the_wanted_version_is_used() {
 }
 
 #[test]
-fn a_daemon_without_a_version_of_its_own_is_used_by_everybody() {
+fn a_daemon_without_a_version_fits_each_caller() {
     let case = Case::new("/nonexistent");
     case.daemon(version::UNVERSIONED, true);
     assert!(!ensure(&case.wanted).unwrap().spawned);
 }
 
 #[test]
-fn a_daemon_of_another_version_is_asked_to_end_and_another_one_started() {
+fn a_daemon_of_another_version_is_shut_down_and_replaced() {
     let case = Case::new("/bin/false");
     case.daemon("theirs", true);
-    assert_eq!(case.why(), "daemon exited before becoming reachable");
-    assert!(!case.wanted.home.socket().exists(), "the old one has ended");
+    assert_eq!(case.error_text(), "daemon exited before becoming reachable");
+    assert!(!case.wanted.home.socket().exists(), "the old daemon has ended");
 }
 
 #[test]
-fn the_next_daemon_listens_where_the_last_one_did_unless_it_is_told_otherwise() {
+fn the_new_daemon_keeps_the_http_port_unless_an_argument_sets_it() {
     for (arguments, expected) in [
         (vec![], "_hostd --http-port 8974\n"),
         (vec!["--http-port".into(), "0".into()], "_hostd --http-port 0\n"),
@@ -100,75 +100,75 @@ fn the_next_daemon_listens_where_the_last_one_did_unless_it_is_told_otherwise() 
 }
 
 #[test]
-fn a_daemon_of_another_version_that_does_not_end_is_left_alone() {
-    let case = Case::impatient("/nonexistent");
+fn a_daemon_of_another_version_that_does_not_end_continues() {
+    let case = Case::with_short_timeouts("/nonexistent");
     case.daemon("theirs", false);
-    assert_eq!(case.why(), "daemon version drifted but shutdown request did not complete");
+    assert_eq!(case.error_text(), "daemon version drifted but shutdown request did not complete");
     assert!(case.wanted.home.socket().exists());
 }
 
 #[test]
-fn a_bad_entry_ends_at_once_and_leaves_no_pid_file() {
+fn a_program_that_fails_is_an_error_and_leaves_no_pid_file() {
     let case = Case::new("/bin/false");
-    assert!(case.why().contains("exited"));
+    assert!(case.error_text().contains("exited"));
     assert!(!case.wanted.home.pid_file().exists());
 }
 
 #[test]
-fn a_program_that_is_not_there_is_told() {
+fn a_missing_program_is_an_error() {
     let case = Case::new("/nonexistent");
-    assert_eq!(case.why(), "failed to spawn daemon: No such file or directory (os error 2)");
+    assert_eq!(case.error_text(), "failed to spawn daemon: No such file or directory (os error 2)");
 }
 
 #[test]
-fn a_live_process_in_the_pid_file_is_polled_and_no_second_one_is_started() {
-    let case = Case::impatient("/bin/false");
+fn a_live_process_in_the_pid_file_is_waited_for_and_no_second_one_started() {
+    let case = Case::with_short_timeouts("/bin/false");
     let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
     let text = format!("{}\n", sleeper.id());
     fs::write(case.wanted.home.pid_file(), &text).unwrap();
-    assert_eq!(case.why(), "daemon spawned but did not become reachable yet");
+    assert_eq!(case.error_text(), "daemon spawned but did not become reachable yet");
     assert_eq!(fs::read_to_string(case.wanted.home.pid_file()).unwrap(), text);
-    assert!(sleeper.try_wait().unwrap().is_none(), "it was not signalled");
+    assert!(sleeper.try_wait().unwrap().is_none(), "the process was not signalled");
     sleeper.kill().unwrap();
     sleeper.wait().unwrap();
     let patient = DesiredDaemon { times: Case::new("").wanted.times, ..case.wanted.clone() };
-    let why = ensure(&patient).unwrap_err().to_string();
-    assert_eq!(why, "daemon exited before becoming reachable", "its number is nobody's any more");
+    let error_text = ensure(&patient).unwrap_err().to_string();
+    assert_eq!(error_text, "daemon exited before becoming reachable", "no process has this id");
 }
 
 #[test]
-fn a_process_that_began_after_the_pid_file_was_written_is_a_stranger() {
+fn a_process_that_started_after_the_pid_file_was_written_is_ignored() {
     let case = Case::new("/bin/false");
     let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
     fs::write(case.wanted.home.pid_file(), format!("{}\n", sleeper.id())).unwrap();
     let file = File::options().write(true).open(case.wanted.home.pid_file()).unwrap();
     file.set_modified(SystemTime::now() - Duration::from_secs(3600)).unwrap();
-    assert_eq!(case.why(), "daemon exited before becoming reachable", "one was started");
-    assert!(sleeper.try_wait().unwrap().is_none(), "it was not signalled");
+    assert_eq!(case.error_text(), "daemon exited before becoming reachable", "a daemon was started");
+    assert!(sleeper.try_wait().unwrap().is_none(), "the process was not signalled");
     sleeper.kill().unwrap();
     sleeper.wait().unwrap();
 }
 
 #[test]
-fn what_is_no_process_id_is_nobody() {
+fn an_invalid_process_id_is_ignored() {
     for text in ["", "x\n", "0\n", "-1\n", "99999999999\n"] {
         let case = Case::new("/bin/false");
         fs::write(case.wanted.home.pid_file(), text).unwrap();
-        assert_eq!(case.why(), "daemon exited before becoming reachable", "{text:?}");
+        assert_eq!(case.error_text(), "daemon exited before becoming reachable", "{text:?}");
     }
 }
 
 #[test]
-fn a_daemon_that_runs_and_does_not_answer_is_left_alone_with_its_pid_file() {
-    let case = Case::impatient("/bin/sh");
+fn a_daemon_that_does_not_answer_continues_and_keeps_its_pid_file() {
+    let case = Case::with_short_timeouts("/bin/sh");
     let waits = DesiredDaemon { program: script(&case, "exec sleep 5"), ..case.wanted.clone() };
-    let why = ensure(&waits).unwrap_err().to_string();
-    assert_eq!(why, "daemon spawned but did not become reachable yet");
+    let error_text = ensure(&waits).unwrap_err().to_string();
+    assert_eq!(error_text, "daemon spawned but did not become reachable yet");
     assert!(case.wanted.home.pid_file().exists());
 }
 
 #[test]
-fn the_daemon_is_started_with_its_verb_and_its_words_go_to_the_log() {
+fn the_daemon_is_started_with_its_verb_and_its_output_goes_to_the_log() {
     let case = Case::new("/bin/sh");
     let program = script(&case, "echo out $@; echo err >&2; pwd; readlink /proc/self/fd/0");
     let wanted = DesiredDaemon { program, arguments: vec!["--no-restart".into()], ..case.wanted.clone() };
@@ -183,9 +183,9 @@ fn a_starter_that_holds_the_lock_is_waited_for_and_its_daemon_used() {
     let lock = lock_file(case.wanted.home.spawn_lock()).unwrap();
     rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
     let times = Times { lock: Duration::from_millis(20), ..case.wanted.times };
-    let impatient = DesiredDaemon { times, ..case.wanted.clone() };
-    let why = ensure(&impatient).unwrap_err().to_string();
-    assert!(why.starts_with("another process has been starting the daemon"), "{why}");
+    let with_short_timeouts = DesiredDaemon { times, ..case.wanted.clone() };
+    let error_text = ensure(&with_short_timeouts).unwrap_err().to_string();
+    assert!(error_text.starts_with("another process has been starting the daemon"), "{error_text}");
     let wanted = case.wanted.clone();
     let waiting = std::thread::spawn(move || ensure(&wanted));
     case.daemon("mine", true);
@@ -193,13 +193,13 @@ fn a_starter_that_holds_the_lock_is_waited_for_and_its_daemon_used() {
 }
 
 #[test]
-fn a_lock_is_released_however_its_holder_ends_and_no_child_holds_it() {
-    // The daemon outlives its starter, which has the lock while it starts it.
-    let case = Case::impatient("/bin/sh");
+fn the_lock_is_released_when_its_holder_ends_and_no_child_holds_it() {
+    // The daemon outlives its starter, which holds the lock while it starts the daemon.
+    let case = Case::with_short_timeouts("/bin/sh");
     let waits = DesiredDaemon { program: script(&case, "exec sleep 20"), ..case.wanted.clone() };
     ensure(&waits).unwrap_err();
     let lock = lock_file(case.wanted.home.spawn_lock()).unwrap();
-    // A process that another test starts at this moment has every descriptor until it executes its program.
+    // A process that a concurrent test forks has all descriptors until it executes its program.
     let until = Instant::now() + Duration::from_secs(5);
     while rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         assert!(Instant::now() < until, "the lock is held");
@@ -208,7 +208,7 @@ fn a_lock_is_released_however_its_holder_ends_and_no_child_holds_it() {
 }
 
 #[test]
-fn a_daemon_that_is_about_to_end_is_waited_for() {
+fn a_daemon_that_is_ending_is_waited_for() {
     let mut case = Case::new("");
     let pid_file = case.wanted.home.pid_file();
     let ended = case.wanted.home.root().join("ended");
@@ -218,7 +218,7 @@ fn a_daemon_that_is_about_to_end_is_waited_for() {
     rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
     let wanted = case.wanted.clone();
     let waiting = std::thread::spawn(move || ensure(&wanted));
-    // Somebody else's daemon comes up when ours has ended, and its number with it.
+    // The other daemon becomes reachable after the started one has ended and its pid file is gone.
     while !ended.exists() || pid_file.exists() {
         assert!(!waiting.is_finished());
         thread::sleep(case.wanted.times.poll);
@@ -227,8 +227,8 @@ fn a_daemon_that_is_about_to_end_is_waited_for() {
     assert!(!waiting.join().unwrap().unwrap().spawned);
 }
 
-/// A program. Another process writes it: while a file is open for writing here, it would be in every program that
-/// another test starts just then, and could not be executed (ETXTBSY).
+/// Writes a program by another process: a file that is open for writing here would be inherited by programs that concurrent
+/// tests start, and could not be executed (ETXTBSY).
 fn script(case: &Case, text: &str) -> PathBuf {
     let path = case.wanted.home.root().join("program");
     let mut install = Command::new("install");

@@ -1,11 +1,15 @@
-//! The daemon's Unix socket (wire specification, A.1): one line of JSON in, one line of JSON out, and the end.
+//! RPC over the daemon's Unix socket (wire specification, A.1): one line of JSON as the request and one as the answer, then
+//! the connection is closed.
 //!
-//! - `codec` finds the one line in whatever pieces it comes. Pure.
-//! - `protocol` is what a line may say, parsed at the door, and what is answered. Pure.
-//! - `request_handler` is what is answered, for both transports.
-//! - `server` accepts, reads, answers and closes; `arrivals` keeps requests that come together in their order.
-//! - `client` asks, and `ensure` sees to it that there is somebody to ask. Both are synchronous: a verb of the command
-//!   line has nothing else to do while it waits.
+//! A connection is reading its line, waiting for its order of arrival, being answered, or streaming (events, reports). A
+//! connection never carries a second request, and an error never shows JSON that was not parsed at the edge.
+//!
+//! - `codec` extracts the line from chunks. Pure.
+//! - `protocol` parses requests and serialises responses. Pure.
+//! - `request_handler` answers requests of both transports.
+//! - `server` accepts, reads, answers and closes; `arrivals` keeps concurrent requests in their order.
+//! - `client` sends requests, and `ensure` starts the daemon if needed. Both are synchronous, since a verb of the command
+//!   line has no other work while it waits.
 
 mod arrivals;
 pub mod client;

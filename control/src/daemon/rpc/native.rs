@@ -1,5 +1,5 @@
-//! Reports of a sandbox's supervisor: lines with the whole state of its native listeners, for as long as the connection is
-//! open. Each line is bounded, and a connection that sends anything else is closed.
+//! Receives the reports of a sandbox's supervisor. Each line holds the whole state of its native listeners, for as long as
+//! the connection is open. Lines are bounded, and a connection that sends an invalid report is closed.
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
@@ -7,11 +7,11 @@ use tokio::net::UnixStream;
 use crate::forwarding::driver::NativeLink;
 use crate::model::native_state::NativeState;
 
-/// The longest report, in bytes. A listener takes 130 bytes and a port that is relayed 60.
+/// The longest report, in bytes. A listener takes 130 bytes and a relayed port 60.
 const REPORT_BYTES_MAX: u64 = 256 * 1024;
 
-/// Takes reports until the connection ends or breaks the protocol.
-pub(super) async fn take_reports(stream: UnixStream, link: &NativeLink) {
+/// Receives reports until the connection ends or breaks the protocol.
+pub(super) async fn receive_reports(stream: UnixStream, link: &NativeLink) {
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
     loop {

@@ -1,8 +1,8 @@
-//! What a request may say and what is answered (wire specification, A.1.4). Pure.
+//! Requests and responses (wire specification, A.1.4). Pure.
 //!
-//! A line becomes an [`Envelope`] (an object with a kind) and then a [`Request`], so that past the door nobody looks at
-//! JSON again. The two steps are apart because HTTP decides who is asking in between, by kind and name alone (A.2).
-//! A mistake that the wire wants to be told only after others (in `restart`) stays inside the request until it is asked.
+//! A line becomes an [`Envelope`] (an object with a kind) and then a [`Request`]; later code never handles JSON. The steps
+//! are separate because HTTP authorises the caller in between, by kind and name alone (A.2). The wire orders the errors of
+//! `restart` after other checks, so those are kept inside the request until then.
 
 use std::path::{Path, PathBuf};
 use std::str;
@@ -15,43 +15,43 @@ use thiserror::Error;
 use crate::model::grants::{Right, RightError};
 use crate::model::registration::{ContainerName, Registration, RegistrationError};
 
-/// Why a request is none. The texts are the wire's.
+/// The reasons why a request is invalid. The texts are part of the wire specification.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RequestError {
     /// Not UTF-8, or not JSON.
     #[error("invalid request json")]
     Json,
-    /// JSON, and not an object.
+    /// JSON, but not an object.
     #[error("invalid request")]
     NotAnObject,
-    /// An object whose `kind` is none of ours.
+    /// An object with an unknown `kind`.
     #[error("unknown request kind")]
     UnknownKind,
-    /// A `register` that registers nothing.
+    /// A `register` with an invalid registration.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
-    /// A field of another kind is missing or of a wrong type or value.
+    /// A field of another kind is missing, or has an invalid type or value.
     #[error("invalid {kind}: {field}")]
     Field {
-        /// The request's kind.
+        /// The kind of the request.
         kind: &'static str,
         /// The field.
         field: &'static str,
     },
-    /// A word of `grant` names no right.
+    /// A right in `grant` is unknown.
     #[error(transparent)]
     Right(#[from] RightError),
-    /// `restart` with a `build` that is neither true nor false.
+    /// A `restart` with a `build` that is not a boolean.
     #[error("restart.build must be a boolean if provided")]
     Build,
 }
 
-/// A JSON object that is a request of some kind.
+/// A JSON object that is to be a request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Envelope(Map<String, Value>);
 
 impl Envelope {
-    /// Takes a line without its newline, or the body of an HTTP request.
+    /// Parses a line without its newline, or the body of an HTTP request.
     ///
     /// # Errors
     /// [`RequestError::Json`] and [`RequestError::NotAnObject`].
@@ -64,20 +64,20 @@ impl Envelope {
         }
     }
 
-    /// Its kind, if it has one.
+    /// Returns the kind, if present.
     pub fn kind(&self) -> Option<&str> {
         self.0.get("kind").and_then(Value::as_str)
     }
 
-    /// The container it is about, if it names one.
+    /// Returns the name of the container, if present.
     pub fn container_name(&self) -> Option<&str> {
         self.0.get("containerName").and_then(Value::as_str)
     }
 
-    /// What it asks for. Fields that the kind does not know are ignored; `register` keeps them.
+    /// Converts the object to a request. Unknown fields are ignored, but `register` keeps them.
     ///
     /// # Errors
-    /// Those of [`RequestError`] that the kind has.
+    /// The variants of [`RequestError`] for this kind.
     pub fn into_request(mut self) -> Result<Request, RequestError> {
         let kind = self.kind().unwrap_or_default().to_owned();
         Ok(match kind.as_str() {
@@ -146,7 +146,7 @@ impl Envelope {
         }
     }
 
-    /// A name, and at least one word.
+    /// Returns a name and at least one right.
     fn grants(&mut self, kind: &'static str) -> Result<(String, Vec<String>), RequestError> {
         let name = self.name().ok_or(field(kind, "containerName"))?;
         let Some(Value::Array(words)) = self.0.remove("what") else { return Err(field(kind, "what")) };
@@ -179,16 +179,16 @@ fn field(kind: &'static str, field: &'static str) -> RequestError {
     RequestError::Field { kind, field }
 }
 
-/// What is asked for.
+/// A request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
-    /// Know this container from now on.
+    /// Register a container.
     Register(Box<Registration>),
-    /// Know it no more. Without a name, or with one that is none, nothing is known, and that is no error.
+    /// Deregister a container. An absent or invalid name matches no registration; this is not an error.
     Deregister {
-        /// Which.
+        /// The container.
         container_name: Option<String>,
-        /// Whether the grants of the name stay.
+        /// Whether the grants of the name are kept.
         keep_grants: bool,
     },
     /// Grant rights to a registered container.
@@ -198,62 +198,62 @@ pub enum Request {
         /// The rights, at least one.
         rights: Vec<Right>,
     },
-    /// Take rights away from a container, registered or not.
+    /// Revoke rights of a container, registered or not.
     Revoke {
         /// The container.
         container_name: ContainerName,
-        /// The rights, at least one, as text: a grant of a newer build has a name that this build does not know.
+        /// The rights, at least one, as text: a newer build may have granted rights that this build does not define.
         what: Vec<String>,
     },
-    /// Which containers are known. Never waits for replay; it is the readiness probe.
+    /// List the registrations. Never waits for replay, since it is the readiness probe.
     List,
-    /// Which ports of one are forwarded.
+    /// Return the forwarded ports of a container.
     Status {
-        /// Which.
+        /// The container.
         container_name: String,
     },
-    /// Stop it and start it.
+    /// Restart a container.
     Restart(Restart),
-    /// Replace one object in a file of its folder.
+    /// Replace one object in a file of the container's folder.
     SecretsPatch(SecretsPatch),
-    /// The HTTP port. Never waits for replay.
+    /// Return the HTTP port. Never waits for replay.
     HttpInfo,
-    /// The daemon's version. Never waits for replay.
+    /// Return the daemon's version. Never waits for replay.
     Version,
-    /// End. Never waits for replay.
+    /// Stop the daemon. Never waits for replay.
     Shutdown {
-        /// Whether the engine ends, too; else it is left running for the next daemon.
+        /// Whether the engine stops, too; otherwise it continues for the next daemon.
         drain_engine: bool,
     },
-    /// Everything there is to show, except what is secret. Never waits for replay.
+    /// Return the whole state without secrets. Never waits for replay.
     Describe,
-    /// Every container that Docker has, and whether it is forwarded. Never waits for replay.
+    /// Return all containers that Docker lists, and whether they are forwarded. Never waits for replay.
     Containers,
-    /// Forward a container no longer, whatever its labels say.
+    /// Stop forwarding a container, whatever its labels are.
     Detach {
-        /// Which.
+        /// The container.
         container_name: String,
     },
-    /// Read the files of a folder again for each container that is registered with it: the user approved or revoked them.
+    /// Reread the files of a folder for each container that is registered with it, since the user approved or revoked them.
     ReadFolder {
-        /// The folder, every link resolved.
+        /// The folder, with all links resolved.
         folder: PathBuf,
     },
-    /// Keep the connection open for reports of a sandbox's native listeners ([`NativeState`](crate::model::native_state), a line
-    /// each).
+    /// Keep the connection open for reports of a sandbox's native listeners ([`NativeState`](crate::model::native_state),
+    /// one per line).
     Native {
-        /// Which sandbox.
+        /// The sandbox.
         container_name: String,
     },
-    /// Every event from now on. Never waits for replay.
+    /// Stream all later events. Never waits for replay.
     Events {
-        /// Of this container alone.
+        /// Stream only events of this container.
         container_name: Option<String>,
     },
 }
 
 impl Request {
-    /// Takes a line without its newline.
+    /// Parses a line without its newline.
     ///
     /// # Errors
     /// [`RequestError`].
@@ -261,7 +261,8 @@ impl Request {
         Envelope::from_bytes(line)?.into_request()
     }
 
-    /// Whether the answer is held until the registrations of the last daemon are back (wire specification, A.7.5).
+    /// Returns whether the answer waits until the registrations of the previous daemon are restored (wire specification,
+    /// A.7.5).
     pub fn waits_for_replay(&self) -> bool {
         match self {
             Request::Register(_)
@@ -285,8 +286,8 @@ impl Request {
     }
 }
 
-/// A restart that was asked for. The wire wants to hear of a restart that cannot be had at all before it hears of a
-/// field that is wrong, so the fields are looked at when the time has come.
+/// A restart. The wire specification orders the check whether restarts are enabled before the checks of the fields, so the
+/// fields are parsed on demand.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Restart {
     container_name: Option<String>,
@@ -294,7 +295,7 @@ pub struct Restart {
 }
 
 impl Restart {
-    /// Whether the image is to be built anew; not unless it is asked for.
+    /// Returns whether the image is to be built; false if absent.
     ///
     /// # Errors
     /// [`RequestError::Build`].
@@ -306,7 +307,7 @@ impl Restart {
         }
     }
 
-    /// Which container.
+    /// Returns the name of the container.
     ///
     /// # Errors
     /// [`RequestError::Field`].
@@ -315,12 +316,12 @@ impl Restart {
     }
 }
 
-/// A patch of secrets; it never prints.
+/// A patch of secrets. Its `Debug` output omits the patch.
 #[derive(Clone, PartialEq)]
 pub struct SecretsPatch {
-    /// Which container.
+    /// The container.
     pub container_name: String,
-    /// What to replace; null where the request has none.
+    /// The replacement; null if absent.
     pub patch: Value,
 }
 
@@ -330,36 +331,36 @@ impl std::fmt::Debug for SecretsPatch {
     }
 }
 
-/// An answer: `{"ok":true,"result"?:…}` or `{"ok":false,"reason":str}`.
+/// A response: `{"ok":true,"result"?:…}` or `{"ok":false,"reason":str}`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Response {
-    /// It was done, and there is nothing to tell.
+    /// Success without a result.
     Done,
-    /// It was done, and this came of it.
+    /// Success with a result.
     Result(Value),
-    /// It was not done, and this is why.
+    /// A refusal with its reason.
     Refused(String),
 }
 
 impl Response {
-    /// The answer that tells `result`.
+    /// Returns a response with `result`.
     pub fn result(result: impl Serialize) -> Response {
         match serde_json::to_value(result) {
             Ok(value) => Response::Result(value),
-            // Reached only by a path that is not UTF-8, which no request can carry.
-            Err(error) => Response::Refused(format!("the answer cannot be told: {error}")),
+            // Only a path that is not UTF-8 causes this, and no request can contain one.
+            Err(error) => Response::Refused(format!("the answer cannot be serialised: {error}")),
         }
     }
 
-    /// The answer that tells `reason`.
+    /// Returns a refusal with `reason`.
     pub fn refused(reason: impl ToString) -> Response {
         Response::Refused(reason.to_string())
     }
 
-    /// As text without a newline anywhere in it: JSON escapes those in strings.
+    /// Serialises the response to one line: JSON escapes newlines in strings.
     pub fn to_json(&self) -> String {
-        // A map with string keys serialises.
-        serde_json::to_string(self).unwrap_or_else(|_| r#"{"ok":false,"reason":"unspeakable"}"#.to_owned())
+        // A map with string keys can always be serialised.
+        serde_json::to_string(self).unwrap_or_else(|_| r#"{"ok":false,"reason":"internal error"}"#.to_owned())
     }
 }
 

@@ -11,7 +11,7 @@ fn refusal(line: &[u8]) -> String {
 }
 
 #[test]
-fn what_is_not_json_and_what_is_no_request_are_told_apart() {
+fn invalid_json_and_invalid_requests_have_different_errors() {
     for line in
         [&b""[..], b"{", b"nonsense", b"{} {}", b"\xff\xfe", b"{\"kind\":\"\xff\"}", b"\xef\xbb\xbf{}"]
     {
@@ -26,17 +26,17 @@ fn what_is_not_json_and_what_is_no_request_are_told_apart() {
 }
 
 #[test]
-fn json_that_nests_without_end_is_refused_and_ends_nothing() {
+fn deeply_nested_json_is_refused() {
     assert_eq!(refusal(&vec![b'['; 60_000]), "invalid request json");
 }
 
 #[test]
-fn blanks_around_a_request_and_unknown_fields_in_it_are_nothing() {
+fn white_space_and_unknown_fields_are_ignored() {
     assert_eq!(Request::from_line(b" {\"kind\":\"list\",\"more\":[1]} \r"), Ok(Request::List));
 }
 
 #[test]
-fn every_kind_is_understood() {
+fn each_kind_is_parsed() {
     let name = || "coder".to_owned();
     assert_eq!(parse(&json!({"kind": "version"})), Ok(Request::Version));
     assert_eq!(parse(&json!({"kind": "http-info"})), Ok(Request::HttpInfo));
@@ -65,7 +65,7 @@ fn every_kind_is_understood() {
 }
 
 #[test]
-fn a_field_that_does_not_fit_is_named() {
+fn an_invalid_field_is_named() {
     let refused = |value: Value| parse(&value).unwrap_err();
     assert_eq!(refused(json!({"kind": "register", "containerName": "a"})), "invalid register: cwd");
     assert_eq!(
@@ -95,7 +95,7 @@ fn a_field_that_does_not_fit_is_named() {
 }
 
 #[test]
-fn deregistering_nothing_in_particular_is_no_error() {
+fn deregister_without_a_valid_name_is_not_an_error() {
     assert_eq!(
         parse(&json!({"kind": "deregister"})),
         Ok(Request::Deregister { container_name: None, keep_grants: false })
@@ -105,7 +105,7 @@ fn deregistering_nothing_in_particular_is_no_error() {
 }
 
 #[test]
-fn a_restart_keeps_its_mistakes_until_they_are_asked_for() {
+fn errors_of_a_restart_are_reported_on_demand() {
     let restart = |value: Value| match parse(&value) {
         Ok(Request::Restart(restart)) => restart,
         other => panic!("{other:?}"),
@@ -122,7 +122,7 @@ fn a_restart_keeps_its_mistakes_until_they_are_asked_for() {
 }
 
 #[test]
-fn a_patch_does_not_print() {
+fn debug_output_omits_a_patch() {
     let patch = json!({"mcp": {"server": "s", "credential": {"tokens": "canary"}}});
     let request = parse(&json!({"kind": "secrets-patch", "containerName": "coder", "patch": patch}));
     let Ok(Request::SecretsPatch(found)) = &request else { panic!() };
@@ -131,7 +131,7 @@ fn a_patch_does_not_print() {
 }
 
 #[test]
-fn only_what_touches_the_registry_waits_for_replay() {
+fn only_requests_about_registrations_wait_for_replay() {
     let waits = |value: Value| parse(&value).unwrap().waits_for_replay();
     for kind in ["list", "http-info", "version", "shutdown", "describe", "events"] {
         assert!(!waits(json!({"kind": kind})), "{kind}");
@@ -145,7 +145,7 @@ fn only_what_touches_the_registry_waits_for_replay() {
 }
 
 #[test]
-fn an_answer_is_one_line_and_has_nothing_beside_ok_and_one_more() {
+fn a_response_is_one_line_with_ok_and_at_most_one_other_field() {
     assert_eq!(Response::Done.to_json(), r#"{"ok":true}"#);
     assert_eq!(Response::result(json!({"port": 8974})).to_json(), r#"{"ok":true,"result":{"port":8974}}"#);
     assert_eq!(Response::refused("a\nb").to_json(), r#"{"ok":false,"reason":"a\nb"}"#);

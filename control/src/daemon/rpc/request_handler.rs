@@ -1,7 +1,7 @@
-//! What is answered to a request, whichever way it came (wire specification, A.1.4).
+//! Answers requests of both transports (wire specification, A.1.4).
 //!
-//! An answer may have something behind it: a restart that begins, or the daemon's own stop. Neither may show before the
-//! caller has its answer, so it travels with the answer as [`FollowUp`] and happens when the transport has written that.
+//! An answer may have a consequence: the start of a restart, or the daemon's own stop. The caller must receive the answer
+//! first, so the consequence travels with the answer as [`FollowUp`] and runs after the transport has written it.
 
 use std::num::NonZeroU16;
 use std::path::Path;
@@ -31,33 +31,33 @@ use crate::sys::journal::Journal;
 use crate::sys::launcher::{self, LauncherState};
 use crate::sys::paths::Home;
 
-/// What a daemon that has begun to stop answers to everything but `shutdown`.
+/// The answer of a stopping daemon to each request but `shutdown`.
 const STOPPING: &str = "daemon stopping";
 
-/// What a request is answered with.
+/// The answer to a request.
 #[derive(Debug)]
 pub enum Answer {
-    /// One response, and the end.
+    /// One response; then the connection is closed.
     Once(Response, FollowUp),
-    /// The response that it worked, and then the reports of a sandbox's supervisor are read.
+    /// A success response; then the reports of a sandbox's supervisor are read.
     Native(NativeLink),
-    /// The response that it worked, and then every event: of one container, or all.
+    /// A success response; then all events are written, of one container or of all.
     Follow(broadcast::Receiver<Arc<str>>, Option<String>),
 }
 
 impl From<Response> for Answer {
     fn from(response: Response) -> Answer {
-        Answer::Once(response, FollowUp::nothing())
+        Answer::Once(response, FollowUp::none())
     }
 }
 
-/// What happens once the answer is written, or cannot be any more: the caller may be gone, and meant it all the same.
+/// An action that runs after the answer was written, or could not be written. The caller may be gone; its request is valid.
 #[derive(Default)]
 pub struct FollowUp(Option<Box<dyn FnOnce() + Send>>);
 
 impl FollowUp {
-    /// Nothing.
-    pub fn nothing() -> FollowUp {
+    /// Returns no action.
+    pub fn none() -> FollowUp {
         FollowUp(None)
     }
 
@@ -65,8 +65,8 @@ impl FollowUp {
         FollowUp(Some(Box::new(what)))
     }
 
-    /// The answer is written. Dropping does the same.
-    pub fn happen(self) {
+    /// Runs the action. Dropping does the same.
+    pub fn run(self) {
         drop(self);
     }
 }
@@ -81,53 +81,53 @@ impl Drop for FollowUp {
 
 impl std::fmt::Debug for FollowUp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if self.0.is_some() { "After(..)" } else { "After(nothing)" })
+        f.write_str(if self.0.is_some() { "FollowUp(..)" } else { "FollowUp(none)" })
     }
 }
 
-/// Who answers: the parts of the daemon that requests are about.
+/// The handler of all requests, with the parts of the daemon that they use.
 pub struct RequestHandler {
-    /// Where the daemon's files are.
+    /// The home directory.
     pub home: Home,
-    /// The version that it was started with.
+    /// The version of the daemon at its start.
     pub version: String,
-    /// The HTTP port that is bound.
+    /// The bound HTTP port.
     pub http_port: NonZeroU16,
-    /// Whether containers reach the HTTP endpoint, and the holders of ports that it did not get.
+    /// Whether containers reach the HTTP endpoint, and the processes that hold ports that it could not bind.
     pub http_facts: SharedFacts,
-    /// Whether what answers on the host is offered on the tailnet.
+    /// Whether forwarded ports are offered on the tailnet.
     pub tailscale: bool,
-    /// How servers under `run` listen by default.
+    /// The default for how servers under `run` listen.
     pub sockets: Sockets,
-    /// What enters containers where the daemon may not.
+    /// The helper container, through which containers are entered that the daemon cannot enter itself.
     pub helper: Helper,
-    /// What it knows.
+    /// The registrations.
     pub registry: Registry,
     /// The files of folders that the user approved.
     pub approvals: Approvals,
-    /// What it forwards.
+    /// The forwarding of ports.
     pub forwarding: Forwarding,
-    /// Who finds containers.
+    /// The discovery of containers.
     pub discovery: Discovery,
-    /// Who restarts; nobody where the daemon was started without.
+    /// The supervisor of restarts; `None` if the daemon was started without restarts.
     pub supervisor: Option<Supervisor>,
-    /// What happens.
+    /// The journal for events.
     pub journal: Journal,
-    /// How it is told to stop.
+    /// The switch that stops the daemon.
     pub stop: StopSwitch,
 }
 
 impl RequestHandler {
-    /// Waits until a request may be answered: some need to know the registrations of the last daemon.
-    pub async fn ready_for(&self, request: &Request) {
-        if request.waits_for_replay() && !self.stop.is_pulled() {
+    /// Waits until a request may be answered: some kinds need the registrations of the previous daemon.
+    pub async fn wait_until_ready(&self, request: &Request) {
+        if request.waits_for_replay() && !self.stop.is_started() {
             self.registry.replayed().await;
         }
     }
 
-    /// Answers a request that came over the socket, where everything may be asked, and that it is ready for.
+    /// Answers a request of the socket, where all kinds are permitted. The caller has awaited `wait_until_ready`.
     pub async fn answer(&self, request: Request) -> Answer {
-        if self.stop.is_pulled() && !matches!(request, Request::Shutdown { .. }) {
+        if self.stop.is_started() && !matches!(request, Request::Shutdown { .. }) {
             return Response::refused(STOPPING).into();
         }
         match request {
@@ -144,12 +144,12 @@ impl RequestHandler {
                 Response::Done.into()
             }
             Request::Grant { container_name, rights } => {
-                let granted = self.registry.grant(&container_name, rights).await;
-                self.granted(&container_name, granted).into()
+                let grants_response = self.registry.grant(&container_name, rights).await;
+                self.grants_response(&container_name, grants_response).into()
             }
             Request::Revoke { container_name, what } => {
                 let revoked = self.registry.revoke(container_name.clone(), what).await;
-                self.granted(container_name.as_str(), revoked).into()
+                self.grants_response(container_name.as_str(), revoked).into()
             }
             Request::List => self.list().into(),
             Request::Status { container_name } => self.status(&container_name).into(),
@@ -167,39 +167,39 @@ impl RequestHandler {
         }
     }
 
-    /// Answers a restart. `asker` is the container itself, where that is who asks.
-    pub async fn restart(&self, restart: &Restart, asker: Option<&Arc<Registration>>) -> Answer {
-        match self.promise_restart(restart, asker).await {
+    /// Answers a restart. `caller` is the container if it requests its own restart.
+    pub async fn restart(&self, restart: &Restart, caller: Option<&Arc<Registration>>) -> Answer {
+        match self.promise_restart(restart, caller).await {
             Ok(answer) => answer,
             Err(reason) => Response::Refused(reason).into(),
         }
     }
 
-    /// The checks stand in the order in which the wire wants them.
+    /// Checks and promises a restart. The checks are in the order of the wire specification.
     async fn promise_restart(
         &self,
         restart: &Restart,
-        asker: Option<&Arc<Registration>>,
+        caller: Option<&Arc<Registration>>,
     ) -> Result<Answer, String> {
         let supervisor = self.supervisor.as_ref().ok_or(NOT_ENABLED)?;
         let build = restart.build().map_err(|error| error.to_string())?;
         let name = restart.container_name().map_err(|error| error.to_string())?;
-        let registration = match asker {
-            Some(asker) => Arc::clone(asker),
+        let registration = match caller {
+            Some(caller) => Arc::clone(caller),
             None => Arc::clone(self.registry.list().find(name).ok_or_else(|| not_registered(name))?),
         };
-        let build = match (build, asker) {
+        let build = match (build, caller) {
             (false, _) => Build::No,
             (true, Some(_)) => Build::ByContainer,
             (true, None) => Build::ByUser,
         };
         supervisor.preflight(&registration, build).await.map_err(|refusal| refusal.to_string())?;
-        if self.stop.is_pulled() {
+        if self.stop.is_started() {
             return Err(STOPPING.to_owned());
         }
         let ticket = supervisor.accept(registration, build)?;
         let response = Response::result(json!({ "containerName": name, "scheduled": true }));
-        Ok(Answer::Once(response, FollowUp::of(move || ticket.begin())))
+        Ok(Answer::Once(response, FollowUp::of(move || ticket.start())))
     }
 
     /// Answers a patch of secrets.
@@ -218,8 +218,8 @@ impl RequestHandler {
         }
     }
 
-    /// Answers a change of grants with those that there are now.
-    fn granted(&self, name: &str, changed: Result<(), GrantError>) -> Response {
+    /// Answers a change of grants with the resulting grants.
+    fn grants_response(&self, name: &str, changed: Result<(), GrantError>) -> Response {
         match changed {
             Ok(()) => {
                 let grants = self.grants_of(Some(name));
@@ -229,7 +229,7 @@ impl RequestHandler {
         }
     }
 
-    /// The rights of a container, where it is registered.
+    /// Returns the rights of a container, if it is registered.
     fn grants_of(&self, name: Option<&str>) -> Vec<GrantFact> {
         let registered = self.registry.list();
         let registration = name.and_then(|name| registered.find(name));
@@ -282,17 +282,17 @@ impl RequestHandler {
     }
 
     fn shutdown(&self, drain_engine: bool) -> Answer {
-        if self.stop.ask() && !self.stop.is_pulled() {
+        if self.stop.request() && !self.stop.is_started() {
             self.journal.record(&Event::ShutdownRequested);
         }
         let stop = self.stop.clone();
         let response = Response::result(json!({ "scheduled": true }));
-        Answer::Once(response, FollowUp::of(move || stop.pull(drain_engine)))
+        Answer::Once(response, FollowUp::of(move || stop.start(drain_engine)))
     }
 
     fn version(&self) -> Response {
         let mut answer = json!({ "version": self.version });
-        // A client of this build then replaces the daemon; others do not know the field.
+        // A client of this build then replaces the daemon; other clients ignore the field.
         if let (Some(state @ LauncherState::Ended), Some(answer)) =
             (launcher::state(), answer.as_object_mut())
         {
@@ -310,7 +310,7 @@ impl RequestHandler {
             let found = table.containers.iter().position(|state| state.container_name == name);
             let state = match found {
                 Some(index) => table.containers.swap_remove(index),
-                None => just_registered(name),
+                None => waiting_state(name),
             };
             let found_by = entry.discovered.as_ref().map(|discovered| discovered.by);
             let cwd = entry.cwd.display().to_string();
@@ -335,17 +335,17 @@ impl RequestHandler {
         })
     }
 
-    /// The files without effect of each registration's folder, in the order of the registrations.
+    /// Returns the files without effect of each registration's folder, in the order of the registrations.
     async fn withheld(&self, registered: &Arc<Registered>) -> Vec<Vec<Withheld>> {
         let (registered, approvals) = (Arc::clone(registered), self.approvals.clone());
         let work = move || registered.entries.iter().map(|entry| withheld(entry, &approvals)).collect();
-        // The runtime ends.
+        // An error means that the runtime shuts down.
         tokio::task::spawn_blocking(work).await.unwrap_or_default()
     }
 }
 
-/// A container that forwarding has not heard of yet.
-fn just_registered(name: &str) -> ContainerState {
+/// Returns the state of a container that forwarding has not received yet.
+fn waiting_state(name: &str) -> ContainerState {
     ContainerState {
         container_name: name.to_owned(),
         attach_method: None,
@@ -360,38 +360,38 @@ fn not_registered(name: &str) -> String {
     format!("not registered: {name}")
 }
 
-/// What `describe` tells: everything there is to show, and no secret.
+/// The answer to `describe`: the whole state without secrets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Description {
     /// The daemon's version.
     pub version: String,
-    /// Its process.
+    /// The process id.
     pub pid: u32,
-    /// Its home.
+    /// The home directory.
     pub home: String,
-    /// The HTTP port that it has.
+    /// The bound HTTP port.
     pub http_port: u16,
-    /// Whether containers reach it, and who holds the ports that it did not get.
+    /// Whether containers reach it, and the processes that hold ports that it could not bind.
     #[serde(default)]
     pub http: HttpFacts,
-    /// Whether what answers on the host is offered on the tailnet.
+    /// Whether forwarded ports are offered on the tailnet.
     pub tailscale: bool,
-    /// How servers under `run` listen by default.
+    /// The default for how servers under `run` listen.
     pub sockets: Sockets,
-    /// The container that enters others for the daemon, where there is to be one.
+    /// The helper container, if the daemon uses one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub docker_helper: Option<HelperFacts>,
-    /// The process that keeps the capabilities of a root daemon, where there is one.
+    /// The process that keeps the capabilities of a root daemon, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub launcher: Option<LauncherState>,
-    /// Whether every container of Docker's is forwarded.
+    /// Whether all containers that Docker lists are forwarded.
     pub all: bool,
-    /// Whether the registrations of the last daemon are back.
+    /// Whether the registrations of the previous daemon are restored.
     pub replayed: bool,
-    /// The engine, where one is attached.
+    /// The engine, if one is attached.
     pub engine: Option<EngineFacts>,
-    /// Every registration, in the order in which they came.
+    /// All registrations, in order of registration.
     pub containers: Vec<DescribedContainer>,
 }
 
@@ -401,16 +401,16 @@ pub struct Description {
 pub struct DescribedContainer {
     /// Its folder on the host.
     pub cwd: String,
-    /// What makes the daemon forward it by itself, where it does.
+    /// Why the daemon forwards it, if the daemon discovered it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub found_by: Option<FoundBy>,
     /// The files of its folder that have no effect.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub withheld: Vec<Withheld>,
-    /// What it may do beyond acting for itself, in force or not.
+    /// The rights that were granted to it, in force or not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub grants: Vec<GrantFact>,
-    /// What became of it.
+    /// The state of its forwarding.
     #[serde(flatten)]
     pub state: ContainerState,
 }

@@ -1,11 +1,12 @@
-//! The daemon's end of the Unix socket (wire specification, A.1).
+//! The server of the daemon's Unix socket (wire specification, A.1).
 //!
-//! A connection is one request and one answer. It costs a bounded amount of everything: the bytes of one line (`codec`),
-//! `LINE_TIME_MAX` until that is whole, and one of `CONNECTIONS_MAX` places; who finds none waits in the kernel's
-//! backlog. A handler has no limit of its own: a request may have to wait until the daemon knows its containers
-//! again. It runs to its end also when the client has gone, as what was asked for was meant.
+//! A connection carries one request and one answer, and its cost is bounded: the bytes of one line (`codec`),
+//! `LINE_TIME_MAX` until the line is complete, and one of `CONNECTIONS_MAX` slots. Further connections wait in the kernel's
+//! backlog. A handler has no time limit, since a request may have to wait until the registrations are restored. A handler
+//! always runs to its end, also if the client has gone: the request remains valid.
 //!
-//! Only the user who runs the daemon, and root, are answered: the socket's mode says so, and SO_PEERCRED once more.
+//! Only the user who runs the daemon, and root, are answered. The mode of the socket enforces this, and a check of
+//! SO_PEERCRED enforces it again.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -35,29 +36,29 @@ use crate::model::event::Event;
 use crate::sys::graceful_close::linger;
 use crate::sys::journal::Journal;
 
-/// How many connections are served at a time.
+/// The maximum number of concurrent connections.
 const CONNECTIONS_MAX: usize = 256;
-/// How many wait in the kernel for a place.
+/// The length of the kernel's accept queue.
 const BACKLOG: i32 = 512;
-/// How long a client has for its line.
+/// How long a client may take to send its line.
 const LINE_TIME_MAX: Duration = Duration::from_secs(10);
-/// How long it has to take its answer.
+/// How long a client may take to read its answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
-/// How much is read at once, in bytes.
+/// The size of one read, in bytes.
 const CHUNK_BYTES: usize = 8 * 1024;
-/// How often a client that only listens, and has ended its own direction, is looked at.
+/// The interval at which a subscriber that has closed its write side is checked for a hangup.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(5);
-/// How long what is being answered may go on when the server closes.
+/// How long open answers may continue when the server closes.
 const CLOSING_TIME_MAX: Duration = Duration::from_millis(500);
-/// How long accepting rests when the process has no descriptor left.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// The delay after a failed accept, for example when the process has no free descriptor.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// Listens at `path`, for the owner alone from the first moment: the socket is made under another name, in a directory
-/// that is the owner's, and takes its place with one rename when its mode is right and it accepts. Whatever was there
-/// before is replaced; whoever calls this has made sure that nobody listens there.
+/// Listens at `path`, for the owner alone at all times: the socket is created under another name in the owner's private
+/// directory, and renamed to `path` once its mode is set and it listens. An existing file is replaced; the caller must have
+/// checked that no process listens there.
 ///
 /// # Errors
-/// Those of the system.
+/// The errors of the system calls.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     let aside = path.with_extension("new");
     match std::fs::remove_file(&aside) {
@@ -77,17 +78,17 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(socket.into())
 }
 
-/// Answers whoever connects.
+/// The server of one socket.
 #[derive(Debug)]
 pub struct Server {
-    /// What is being answered just now.
+    /// Tracks the requests that are being answered.
     answering: TaskTracker,
-    /// Accepts, and holds every connection: they end with it.
+    /// The accept task, which owns all connections: they end with it.
     accepting: JoinSet<()>,
 }
 
 impl Server {
-    /// Begins.
+    /// Starts to accept connections.
     pub fn start(listener: UnixListener, request_handler: Arc<RequestHandler>) -> Server {
         let answering = TaskTracker::new();
         let mut accepting = JoinSet::new();
@@ -95,110 +96,112 @@ impl Server {
         Server { answering, accepting }
     }
 
-    /// Ends every connection, after what is being answered has had a moment to be answered.
+    /// Closes all connections, after open answers have had 500 ms to finish.
     pub async fn close(mut self) {
         self.answering.close();
-        // What takes longer is not answered any more.
+        // Answers that take longer are dropped.
         let _ = timeout(CLOSING_TIME_MAX, self.answering.wait()).await;
         self.accepting.shutdown().await;
     }
 }
 
 async fn accept_all(listener: UnixListener, request_handler: Arc<RequestHandler>, answering: TaskTracker) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let arrivals = Arrivals::default();
     let mut connections = JoinSet::new();
     for number in 0.. {
         // The semaphore is never closed.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let (request_handler, answering) = (Arc::clone(&request_handler), answering.clone());
                 let arrivals = arrivals.clone();
                 connections.spawn(async move {
-                    converse(stream, &request_handler, &answering, arrivals.turn(number)).await;
-                    drop(place);
+                    serve_connection(stream, &request_handler, &answering, arrivals.wait_in_order(number))
+                        .await;
+                    drop(permit);
                 });
             }
-            // No descriptor is left, or the client has gone already. Either way the next one is another try.
-            Err(_) => tokio::time::sleep(ACCEPT_REST).await,
+            // No descriptor is free, or the client has already gone. In either case, retry.
+            Err(_) => tokio::time::sleep(ACCEPT_RETRY_DELAY).await,
         }
         while connections.try_join_next().is_some() {}
     }
 }
 
-/// Serves one connection; its request is taken up at its `turn`.
-async fn converse(
+/// Serves one connection. Its request is processed after `wait_in_order`.
+async fn serve_connection(
     mut stream: UnixStream,
     request_handler: &RequestHandler,
     answering: &TaskTracker,
-    turn: impl Future<Output = ()>,
+    wait_in_order: impl Future<Output = ()>,
 ) {
     let line = match is_permitted(&stream) {
         true => match timeout(LINE_TIME_MAX, read_line(&mut stream)).await {
             Ok(Ok(Some(line))) => line.map_err(|error| error.to_string()),
-            // Late, broken, or ended before the line was whole: there is nobody to answer, or nothing.
+            // Timeout, I/O error, or end of stream before a complete line: no request to answer.
             Ok(Ok(None) | Err(_)) | Err(_) => return,
         },
         false => Err("only the user who runs the daemon, and root, are answered".to_owned()),
     };
     let request = line.and_then(|line| Request::from_line(&line).map_err(|error| error.to_string()));
     let following = async {
-        // Before its turn comes: whoever waited while a later one was on its way has an earlier turn.
+        // Wait for replay first, and for the order of arrival afterwards: all requests that waited then keep their order.
         if let Ok(request) = &request {
-            request_handler.ready_for(request).await;
+            request_handler.wait_until_ready(request).await;
         }
-        turn.await;
+        wait_in_order.await;
         answer(&mut stream, request, request_handler).await
     };
     match answering.track_future(following).await {
-        Some(Rest::Events(events, of)) => follow(stream, events, of.as_deref()).await,
-        Some(Rest::Native(link)) => native::take_reports(stream, &link).await,
+        Some(Continuation::Events(events, of)) => follow(stream, events, of.as_deref()).await,
+        Some(Continuation::Native(link)) => native::receive_reports(stream, &link).await,
         None => linger(stream).await,
     }
 }
 
 /// The use of a connection after its answer.
-enum Rest {
-    /// Events are written to it, of one container or all.
+enum Continuation {
+    /// Write events of one container or of all.
     Events(Receiver<Arc<str>>, Option<String>),
-    /// Reports of a supervisor are read from it.
+    /// Read the reports of a supervisor.
     Native(NativeLink),
 }
 
-/// Answers a request, and makes happen what the answer promised. Returns the further use of the connection, if any.
+/// Answers a request, and runs the answer's follow-up. Returns the further use of the connection, if any.
 async fn answer(
     stream: &mut UnixStream,
     request: Result<Request, String>,
     request_handler: &RequestHandler,
-) -> Option<Rest> {
+) -> Option<Continuation> {
     let answer = match request {
         Ok(request) => request_handler.answer(request).await,
         Err(reason) => Response::Refused(reason).into(),
     };
     match answer {
         Answer::Once(response, after) => {
-            // A client that is gone, or does not read, changes nothing about what it asked for.
-            let _ = tell(stream, &response.to_json()).await;
-            after.happen();
+            // If the client has gone or does not read, the request still takes effect.
+            let _ = write_line(stream, &response.to_json()).await;
+            after.run();
             None
         }
-        Answer::Follow(events, of) => {
-            tell(stream, &Response::Done.to_json()).await.ok().map(|()| Rest::Events(events, of))
-        }
+        Answer::Follow(events, of) => write_line(stream, &Response::Done.to_json())
+            .await
+            .ok()
+            .map(|()| Continuation::Events(events, of)),
         Answer::Native(link) => {
-            tell(stream, &Response::Done.to_json()).await.ok().map(|()| Rest::Native(link))
+            write_line(stream, &Response::Done.to_json()).await.ok().map(|()| Continuation::Native(link))
         }
     }
 }
 
-/// Whether the peer is the daemon's own user, or root. The kernel noted who it was when it connected.
+/// Returns whether the peer is the daemon's own user or root, by the credentials at the time of connect.
 fn is_permitted(stream: &UnixStream) -> bool {
     let own = rustix::process::geteuid().as_raw();
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
 }
 
-/// The first line. None where the client has ended before it was whole.
+/// Reads the first line. Returns `None` if the stream ends before that.
 async fn read_line(stream: &mut UnixStream) -> io::Result<Option<Result<Vec<u8>, LineError>>> {
     let mut line = RequestLine::new();
     let mut chunk = [0; CHUNK_BYTES];
@@ -207,23 +210,23 @@ async fn read_line(stream: &mut UnixStream) -> io::Result<Option<Result<Vec<u8>,
         if count == 0 {
             return Ok(None);
         }
-        if let Some(done) = line.take(&chunk[..count]) {
+        if let Some(done) = line.append(&chunk[..count]) {
             return Ok(Some(done));
         }
     }
 }
 
-async fn tell(stream: &mut UnixStream, line: &str) -> io::Result<()> {
+async fn write_line(stream: &mut UnixStream, line: &str) -> io::Result<()> {
     let line = format!("{line}\n");
     timeout(ANSWER_TIME_MAX, stream.write_all(line.as_bytes())).await?
 }
 
-/// Passes events on until the client goes. It may be as slow as it likes: what it cannot take in time it loses, and is
-/// told how much that was.
+/// Writes events until the client disconnects. A slow client does not block the journal: it loses events, and receives the
+/// number of lost events.
 async fn follow(mut stream: UnixStream, mut events: Receiver<Arc<str>>, of: Option<&str>) {
-    let mut looks = tokio::time::interval(HANGUP_INTERVAL);
+    let mut hangup_checks = tokio::time::interval(HANGUP_INTERVAL);
     let mut ended = false;
-    let mut nothing = [0; 64];
+    let mut discarded = [0; 64];
     loop {
         tokio::select! {
             event = events.recv() => {
@@ -237,13 +240,13 @@ async fn follow(mut stream: UnixStream, mut events: Receiver<Arc<str>>, of: Opti
                     return;
                 }
             }
-            // A client that has ended its direction may still be reading; one that is gone is not.
-            read = stream.read(&mut nothing), if !ended => match read {
+            // A client that has closed its write side may still read.
+            read = stream.read(&mut discarded), if !ended => match read {
                 Ok(0) => ended = true,
                 Ok(_) => continue,
                 Err(_) => return,
             },
-            _ = looks.tick(), if ended => {}
+            _ = hangup_checks.tick(), if ended => {}
         }
         if ended && has_hung_up(&stream) {
             return;
@@ -251,14 +254,14 @@ async fn follow(mut stream: UnixStream, mut events: Receiver<Arc<str>>, of: Opti
     }
 }
 
-/// Whether the peer has closed both its directions.
+/// Returns whether the peer has closed both directions.
 fn has_hung_up(stream: &UnixStream) -> bool {
     let mut poll = [PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     rustix::event::poll(&mut poll, Some(&now)).is_err() || poll[0].revents().contains(PollFlags::HUP)
 }
 
-/// Whether an event's line is about this container.
+/// Returns whether the line of an event names this container.
 fn is_about(line: &str, name: &str) -> bool {
     let Ok(line) = serde_json::from_str::<Value>(line) else { return false };
     let named = |value: &Value| value.get("containerName").and_then(Value::as_str) == Some(name);
@@ -271,7 +274,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[tokio::test]
-    async fn the_socket_is_the_owners_alone_and_takes_the_place_of_a_stale_one() {
+    async fn the_socket_is_private_to_the_owner_and_replaces_a_stale_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("hostd.sock");
         std::fs::write(&path, "stale").unwrap();
@@ -283,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_about_the_container_that_it_names_at_either_level() {
+    fn an_event_matches_the_container_that_it_names_at_either_level() {
         assert!(is_about(r#"{"kind":"register","containerName":"a"}"#, "a"));
         assert!(is_about(r#"{"kind":"port-forward-event","event":{"containerName":"a"}}"#, "a"));
         assert!(!is_about(r#"{"kind":"register","containerName":"ab"}"#, "a"));

@@ -1,8 +1,8 @@
-//! Whether the program on disk is still the one that runs. A daemon of one build that restarts containers made for
-//! another would undo an upgrade half way, so it refuses and says what to do.
+//! Detects that the program on disk is another build than the running daemon. A daemon of one build that restarted
+//! containers made for another build would undo half of an upgrade, so it refuses and names the remedy.
 //!
-//! The file's identity is compared first, which takes one `stat(2)`. Only where that differs, the program on disk is asked
-//! which build it is: the same build may have been installed again.
+//! The identity of the file is compared first, which takes one `stat(2)`. Only if it differs is the program on disk run with
+//! `version --json`: the same build may have been installed again.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt as _;
@@ -15,9 +15,9 @@ use serde::Deserialize;
 
 use crate::version;
 
-/// How long a program may take to say which build it is.
+/// How long a program may take to report its build.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// The link to this process's program (`proc_pid_exe(5)`), and what the kernel appends when the file is gone.
+/// The link to this process's program (`proc_pid_exe(5)`), and the suffix that the kernel appends when the file is deleted.
 const SELF: &str = "/proc/self/exe";
 const DELETED: &str = " (deleted)";
 
@@ -25,11 +25,11 @@ const DELETED: &str = " (deleted)";
 pub(super) struct Drift {
     path: PathBuf,
     running: String,
-    /// A file that is known to be this build.
+    /// The identity of a file that is known to be this build.
     same: Mutex<Option<Identity>>,
 }
 
-/// What tells two files of one name apart; the change time is the kernel's, in seconds and nanoseconds.
+/// Fields that distinguish two files of one name. `changed` is the modification time in seconds and nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -49,33 +49,33 @@ impl From<Metadata> for Identity {
     }
 }
 
-/// What a program answers to `version --json`.
+/// The output of `version --json`.
 #[derive(Deserialize)]
 struct Answer {
     version: String,
 }
 
 impl Drift {
-    /// This process's program.
+    /// Returns the program of this process.
     pub(super) fn of_this_program() -> Drift {
         let link = std::fs::read_link(SELF).unwrap_or_default();
         let text = link.to_string_lossy();
         let path = text.strip_suffix(DELETED).map_or_else(|| link.clone(), PathBuf::from);
         let running = match version::current() {
             unversioned if unversioned == version::UNVERSIONED => unversioned,
-            // A version that the environment names says nothing about the build.
+            // The environment overrides the version, so the version does not identify the build.
             _ => version::FINGERPRINT.to_owned(),
         };
         let same = Mutex::new(std::fs::metadata(SELF).ok().map(Identity::from));
         Drift { path, running, same }
     }
 
-    /// Whether the program on disk is this build.
+    /// Checks that the program on disk is this build.
     ///
     /// # Errors
-    /// The refusal, as people are to read it.
+    /// A refusal text for the user.
     pub(super) async fn check(&self) -> Result<(), String> {
-        // A program that is gone is not another build; and there is nothing else to run.
+        // A missing program is not another build, and no other program could be run.
         let Ok(about) = std::fs::metadata(&self.path) else { return Ok(()) };
         let found = Identity::from(about);
         if self.running == version::UNVERSIONED || *self.same() == Some(found) {
@@ -99,11 +99,11 @@ impl Drift {
     }
 }
 
-/// Which build a program is; none if it does not say so.
+/// Returns the build of a program; `None` if the program does not report one.
 async fn ask(program: &Path) -> Option<String> {
     let mut command = tokio::process::Command::new(program);
     command.args(["version", "--json"]).stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-    // What the environment names is not what the build is.
+    // The environment would override the build.
     command.env_remove(version::VARIABLE);
     let output = tokio::time::timeout(ASK_TIMEOUT, command.output()).await.ok()?.ok()?;
     serde_json::from_slice::<Answer>(&output.stdout).ok().map(|answer| answer.version)
@@ -126,7 +126,7 @@ pub(super) mod tests {
         std::fs::rename(path, folder.join("landfall")).unwrap();
     }
 
-    /// Build `one` runs from the folder.
+    /// Installs build `one` in the folder and returns a `Drift` that runs it.
     pub(in crate::daemon::supervisor) fn drift(folder: &Path) -> Drift {
         program(folder, "one");
         let path = folder.join("landfall");
@@ -135,14 +135,14 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn the_running_tests_have_not_drifted() {
+    async fn the_running_test_program_has_not_drifted() {
         let own = Drift::of_this_program();
         assert!(own.path.is_file());
         assert_eq!(own.check().await, Ok(()));
     }
 
     #[tokio::test]
-    async fn another_build_is_refused_with_what_to_do() {
+    async fn another_build_is_refused_with_a_remedy() {
         let folder = tempfile::tempdir().unwrap();
         let drift = drift(folder.path());
         program(folder.path(), "two");
@@ -151,7 +151,7 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn the_same_build_installed_again_is_fine_and_asked_once() {
+    async fn the_same_build_installed_again_passes_and_is_cached() {
         let folder = tempfile::tempdir().unwrap();
         let drift = drift(folder.path());
         program(folder.path(), "one");
@@ -171,7 +171,7 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn a_program_that_cannot_say_what_it_is_has_drifted_and_one_that_is_gone_has_not() {
+    async fn a_program_without_an_answer_has_drifted_and_a_missing_one_has_not() {
         let folder = tempfile::tempdir().unwrap();
         let drift = drift(folder.path());
         std::fs::write(&drift.path, "not a program").unwrap();

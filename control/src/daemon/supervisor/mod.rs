@@ -1,10 +1,10 @@
-//! Restarts (wire specification, A.9): acknowledged first and executed then, since the caller's own container is the one
-//! that is being stopped and could never receive a later answer.
+//! Restarts of containers (wire specification, A.9). A restart is acknowledged first and executed later, since the
+//! container that requested it is stopped and could not receive a later answer.
 //!
-//! A restart goes through three hands. [`Supervisor::preflight`] may refuse it, by local checks that take moments.
-//! [`Supervisor::accept`] promises it and does nothing yet: the answer is written while the caller's container still runs.
-//! [`Ticket::begin`] puts it into the queue, where a container has one restart that runs and at most one that waits; what
-//! is asked for beyond that is folded into the one that waits. What becomes of it stands in the journal.
+//! A restart has three steps. [`Supervisor::preflight`] may refuse it, by fast local checks. [`Supervisor::accept`] promises
+//! it without starting it, so that the answer is written while the caller's container still runs. [`Ticket::start`] queues
+//! it. A container has at most one running and one waiting restart; further requests are merged into the waiting one. The
+//! result is reported in the journal. A promised restart is never dropped.
 
 mod drift;
 mod queue;
@@ -29,15 +29,15 @@ use crate::registry::folder::{Approvals, Approved, Command, CommandError, Ended,
 use crate::registry::grants::GrantTable;
 use crate::sys::journal::Journal;
 
-/// How long the folder's own check may take.
+/// How long the preflight command of a folder may take.
 const PREFLIGHT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the folder's command that stops the container may take, and the one that starts it: it may build.
+/// How long the folder's stop command may take, and its start command, which may build an image.
 const STOP_TIMEOUT: Duration = Duration::from_secs(120);
 const START_TIMEOUT: Duration = Duration::from_secs(1_800);
-/// How long the daemon's stop waits for restarts that were promised.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the stop of the daemon waits for promised restarts.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a daemon says that restarts nothing (wire specification, A.1.4).
+/// The refusal of a daemon that runs without restarts (wire specification, A.1.4).
 pub const NOT_ENABLED: &str = "restart capability not enabled on this daemon";
 
 /// The reasons to refuse a restart before it is acknowledged.
@@ -46,15 +46,15 @@ pub enum PreflightError {
     /// The program on disk is another build.
     #[error("{0}")]
     Drifted(String),
-    /// The container asked for a rebuild and does not have the right.
+    /// The container requested a rebuild and does not have the right.
     #[error("not granted: rebuild (on the host, `landfall grant {0} rebuild` gives {0} this right)")]
     NotGranted(ContainerName),
-    /// The check of the folder's own failed.
+    /// The preflight command of the folder failed.
     #[error("restart refused for {0}: {1}")]
     Folder(ContainerName, String),
 }
 
-/// Restarts containers, one at a time each. Clones are the same one.
+/// Restarts containers, one restart at a time for each. Clones share one state.
 #[derive(Clone)]
 pub struct Supervisor(Arc<Inner>);
 
@@ -65,30 +65,30 @@ struct Inner {
     approvals: Approvals,
     drift: Drift,
     state: Mutex<State>,
-    /// Tickets that are out, and restarts that run.
-    promised: TaskTracker,
+    /// Tracks open tickets and running restarts.
+    tracker: TaskTracker,
 }
 
 #[derive(Default)]
 struct State {
-    /// Why nothing is promised any more, or at all.
+    /// The reason for which restarts are refused, if they are.
     refusal: Option<&'static str>,
     queue: Queue,
 }
 
-/// A restart that was promised. [`Ticket::begin`] starts the work; dropping the ticket does, too: the caller was told
-/// that it is scheduled.
+/// A promised restart. [`Ticket::start`] starts the work. Dropping the ticket starts it, too: the caller has received the
+/// answer that it is scheduled.
 #[must_use]
 pub struct Ticket {
     supervisor: Supervisor,
     registration: Arc<Registration>,
     build: Build,
-    _promised: TaskTrackerToken,
+    _tracked: TaskTrackerToken,
 }
 
 impl Supervisor {
-    /// Returns a supervisor that restarts through `docker` or by approved commands, checks rights by `grants`, and reports to
-    /// the journal.
+    /// Returns a supervisor that restarts through `docker` or by approved commands, checks rights by `grants`, and reports
+    /// to the journal.
     pub fn new(docker: Docker, grants: GrantTable, journal: Journal, approvals: Approvals) -> Supervisor {
         Supervisor::with(docker, grants, journal, approvals, Drift::of_this_program())
     }
@@ -100,12 +100,12 @@ impl Supervisor {
         approvals: Approvals,
         drift: Drift,
     ) -> Supervisor {
-        let (state, promised) = (Mutex::default(), TaskTracker::new());
-        Supervisor(Arc::new(Inner { docker, grants, journal, approvals, drift, state, promised }))
+        let (state, tracker) = (Mutex::default(), TaskTracker::new());
+        Supervisor(Arc::new(Inner { docker, grants, journal, approvals, drift, state, tracker }))
     }
 
-    /// Checks what can be checked at once: local and deterministic. A configuration that is not valid or not approved lets the
-    /// restart pass; the restart itself then gives the reason, or does without.
+    /// Runs the local checks of a restart. If the folder's configuration is invalid or not approved, the restart passes
+    /// here; its execution then reports the error, or uses Docker instead.
     ///
     /// # Errors
     /// [`PreflightError`].
@@ -123,7 +123,7 @@ impl Supervisor {
             .map_err(|why| PreflightError::Folder(registration.container_name.clone(), why))
     }
 
-    /// Whether the container may have what it asked for. The host's user may have everything.
+    /// Checks the container's right to what it requested. The host's user has all rights.
     fn check_right(&self, registration: &Registration, build: Build) -> Result<(), PreflightError> {
         match build {
             Build::ByContainer if !self.0.grants.has_right(Right::Rebuild, registration) => {
@@ -133,12 +133,12 @@ impl Supervisor {
         }
     }
 
-    /// Has every restart refused from now on, whoever asks for it.
+    /// Refuses all later restarts.
     pub fn disable(&self) {
         self.state().refusal = Some(NOT_ENABLED);
     }
 
-    /// Promises a restart. Nothing has happened when it returns.
+    /// Promises a restart without starting it.
     ///
     /// # Errors
     /// `daemon stopping`, or [`NOT_ENABLED`].
@@ -146,14 +146,14 @@ impl Supervisor {
         if let Some(refusal) = self.state().refusal {
             return Err(refusal.to_owned());
         }
-        Ok(Ticket { supervisor: self.clone(), registration, build, _promised: self.0.promised.token() })
+        Ok(Ticket { supervisor: self.clone(), registration, build, _tracked: self.0.tracker.token() })
     }
 
-    /// Accepts no more, and lets what was promised finish, for a minute at most.
+    /// Refuses new restarts, and waits up to 60 s for those that were promised.
     pub async fn stop(&self) {
         self.state().refusal = Some("daemon stopping");
-        self.0.promised.close();
-        if tokio::time::timeout(LEAVE_TIMEOUT, self.0.promised.wait()).await.is_err() {
+        self.0.tracker.close();
+        if tokio::time::timeout(DRAIN_TIMEOUT, self.0.tracker.wait()).await.is_err() {
             let left: Vec<String> = self.state().queue.running().map(ToString::to_string).collect();
             for container_name in left {
                 let reason = "the daemon stopped before it was done".to_owned();
@@ -166,17 +166,17 @@ impl Supervisor {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, restart: Restart) {
+    fn enqueue(&self, restart: Restart) {
         let container_name = restart.registration.container_name.to_string();
         self.0.journal.record(&Event::RestartScheduled { container_name, build: restart.build > Build::No });
         let first = self.state().queue.add(restart);
         if let Some(first) = first {
             let supervisor = self.clone();
-            self.0.promised.spawn(async move { supervisor.work(first).await });
+            self.0.tracker.spawn(async move { supervisor.work(first).await });
         }
     }
 
-    /// Works off one container's restarts.
+    /// Executes the restarts of one container until none waits.
     async fn work(&self, first: Restart) {
         let mut next = Some(first);
         while let Some(restart) = next {
@@ -239,18 +239,18 @@ impl Supervisor {
 
 impl Ticket {
     /// Starts the work.
-    pub fn begin(self) {
+    pub fn start(self) {
         drop(self);
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.supervisor.begin(Restart { registration: Arc::clone(&self.registration), build: self.build });
+        self.supervisor.enqueue(Restart { registration: Arc::clone(&self.registration), build: self.build });
     }
 }
 
-/// A command that is there to succeed: why it did not.
+/// Converts the result of a command to an error text if the command did not succeed.
 fn outcome(ran: Result<Ended, CommandError>) -> Result<(), String> {
     match ran {
         Ok(ended) if ended.succeeded() => Ok(()),

@@ -1,36 +1,36 @@
-//! One restart at a time for a container, and one that waits. Pure.
+//! The restart queue: at most one running and one waiting restart for each container. Pure.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::model::registration::{ContainerName, Registration};
 
-/// Whether a restart first builds the image, and at whose request. Ordered: of two restarts that become one, the greater
-/// counts.
+/// Whether a restart first builds the image, and who requested it. Ordered: when two restarts are merged, the greater value
+/// is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Build {
     /// The container is restarted from the image that it has.
     No,
-    /// The container asked for it over HTTP. It needs the right, and keeps its user whatever the new image has.
+    /// The container requested the build over HTTP. It needs the right, and keeps its user regardless of the new image.
     ByContainer,
-    /// The host's user asked for it. The container takes the user of the new image.
+    /// The host's user requested the build. The container takes the user of the new image.
     ByUser,
 }
 
-/// A restart that was promised.
+/// A promised restart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Restart {
     pub(super) registration: Arc<Registration>,
     pub(super) build: Build,
 }
 
-/// The containers whose restart runs, each with the one that waits for it.
+/// The containers whose restart runs, each with its waiting restart.
 #[derive(Default)]
 pub(super) struct Queue(HashMap<ContainerName, Option<Restart>>);
 
 impl Queue {
-    /// Adds a restart. What is returned runs now. One that waits takes the newest registration, and the greatest build of
-    /// those that were folded into it.
+    /// Adds a restart and returns it if it is to run now. Otherwise it is merged into the waiting restart, which takes the
+    /// newest registration and the greatest build.
     pub(super) fn add(&mut self, restart: Restart) -> Option<Restart> {
         let Some(waiting) = self.0.get_mut(&restart.registration.container_name) else {
             self.0.insert(restart.registration.container_name.clone(), None);
@@ -42,7 +42,7 @@ impl Queue {
         None
     }
 
-    /// The one that ran has ended; what is returned runs now.
+    /// Records that the running restart of a container ended. Returns the restart that is to run now.
     pub(super) fn done(&mut self, name: &ContainerName) -> Option<Restart> {
         let next = self.0.get_mut(name).and_then(Option::take);
         if next.is_none() {
@@ -51,7 +51,7 @@ impl Queue {
         next
     }
 
-    /// The containers whose restart runs.
+    /// Returns the containers whose restart runs.
     pub(super) fn running(&self) -> impl Iterator<Item = &ContainerName> {
         self.0.keys()
     }
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn one_runs_and_one_waits_whatever_else_is_asked() {
+    fn further_requests_are_merged_into_one_waiting_restart() {
         let mut queue = Queue::default();
         let name = ContainerName::new("coder").unwrap();
         assert!(queue.add(restart("coder", "/a", Build::No)).is_some());
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn the_one_that_waits_builds_if_anybody_asked_and_takes_the_newest_folder() {
+    fn the_waiting_restart_takes_the_greatest_build_and_the_newest_folder() {
         let mut queue = Queue::default();
         let name = ContainerName::new("coder").unwrap();
         queue.add(restart("coder", "/a", Build::No));

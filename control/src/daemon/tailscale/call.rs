@@ -1,4 +1,4 @@
-//! One call of a program: its exit status, both outputs, and a time after which it is ended.
+//! One call of a program with a timeout. The result is the exit status and both outputs.
 
 use std::io;
 use std::path::Path;
@@ -11,41 +11,41 @@ use tokio::process::Command;
 use super::machine::NOT_FOUND;
 use crate::sys::child::Running;
 
-/// The exit status of a call that was ended, as `timeout(1)` tells it.
+/// The exit status of a call that timed out, as in `timeout(1)`.
 const TIMED_OUT: i32 = 124;
-/// The exit status of a program that cannot be run, as shells tell it.
+/// The exit status of a program that cannot be run, as in shells.
 const NOT_RUN: i32 = 126;
-/// What a signal's number is added to, as shells tell it.
+/// Added to the number of a signal to form an exit status, as in shells.
 const SIGNALLED: i32 = 128;
-/// How much of an output is kept, in bytes. The status of a tailnet has some kilobytes for each of its machines.
+/// The maximum output that is kept, in bytes. The status of a tailnet takes some kilobytes for each of its machines.
 const OUTPUT_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// How much is read at once, in bytes: what a pipe holds.
-const PIECE_BYTES: usize = 64 * 1024;
+/// The size of one read, in bytes: the capacity of a pipe.
+const CHUNK_BYTES: usize = 64 * 1024;
 
-/// How a call ended.
+/// The result of a call.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Called {
-    /// Its exit status.
+    /// The exit status.
     pub(super) code: i32,
-    /// Its standard output.
+    /// The standard output.
     pub(super) stdout: Vec<u8>,
-    /// Its standard error; why there was no call, if there was none.
+    /// The standard error, or an error text if the program did not run.
     pub(super) stderr: Vec<u8>,
 }
 
-/// Runs a program to its end, or for `limit` at most: then it is killed, and whatever it started with it. Dropping the
-/// future kills it, too.
+/// Runs a program until it ends or `limit` passes. On a timeout, the program and its process group are killed. Dropping the
+/// future kills them, too.
 pub(super) async fn call(program: &Path, words: &[String], limit: Duration) -> Called {
     match attempt(program, words, limit).await {
         Ok(called) => called,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            said(NOT_FOUND, format!("{} was not found on PATH", program.display()))
+            unsuccessful(NOT_FOUND, format!("{} was not found on PATH", program.display()))
         }
-        Err(error) => said(NOT_RUN, error.to_string()),
+        Err(error) => unsuccessful(NOT_RUN, error.to_string()),
     }
 }
 
-fn said(code: i32, text: String) -> Called {
+fn unsuccessful(code: i32, text: String) -> Called {
     Called { code, stderr: text.into_bytes(), stdout: Vec::new() }
 }
 
@@ -55,12 +55,12 @@ async fn attempt(program: &Path, words: &[String], limit: Duration) -> io::Resul
     let mut command = Command::new(program);
     command.args(words).stdin(Stdio::null()).stdout(out).stderr(err).process_group(0).kill_on_drop(true);
     let mut running = Running(command.spawn()?);
-    // The command holds the writing ends.
+    // `command` holds the write ends of the pipes.
     drop(command);
     let mut stdout = Output::new(stdout)?;
     let mut stderr = Output::new(stderr)?;
     match tokio::time::timeout(limit, wait(&mut running, &mut stdout, &mut stderr)).await {
-        Err(_) => Ok(said(TIMED_OUT, format!("timed out after {}ms", limit.as_millis()))),
+        Err(_) => Ok(unsuccessful(TIMED_OUT, format!("timed out after {}ms", limit.as_millis()))),
         Ok(status) => {
             let code = exit_code(status?);
             Ok(Called { code, stdout: stdout.rest(), stderr: stderr.rest() })
@@ -68,14 +68,14 @@ async fn attempt(program: &Path, words: &[String], limit: Duration) -> io::Resul
     }
 }
 
-/// Reads until the program has ended, so that a full pipe does not stop it. What it left behind may hold the pipes for as
-/// long as it likes.
+/// Reads both outputs until the program ends, so that a full pipe does not block it. Does not wait for end of file:
+/// processes that the program left behind may hold the pipes open.
 async fn wait(running: &mut Running, stdout: &mut Output, stderr: &mut Output) -> io::Result<ExitStatus> {
     loop {
         tokio::select! {
             status = running.0.wait() => return status,
-            more = stdout.more(), if stdout.open => more?,
-            more = stderr.more(), if stderr.open => more?,
+            read_some = stdout.read_some(), if stdout.open => read_some?,
+            read_some = stderr.read_some(), if stderr.open => read_some?,
         }
     }
 }
@@ -85,7 +85,7 @@ fn exit_code(status: ExitStatus) -> i32 {
     status.code().or_else(|| status.signal().map(|signal| SIGNALLED + signal)).unwrap_or(NOT_RUN)
 }
 
-/// What came of one pipe.
+/// One output pipe and the bytes that were read from it.
 struct Output {
     pipe: pipe::Receiver,
     open: bool,
@@ -97,35 +97,35 @@ impl Output {
         Ok(Output { pipe: pipe::Receiver::from_owned_fd(pipe.into())?, open: true, bytes: Vec::new() })
     }
 
-    async fn more(&mut self) -> io::Result<()> {
+    async fn read_some(&mut self) -> io::Result<()> {
         self.pipe.readable().await?;
-        let mut piece = vec![0; PIECE_BYTES];
-        match self.pipe.try_read(&mut piece) {
+        let mut chunk = vec![0; CHUNK_BYTES];
+        match self.pipe.try_read(&mut chunk) {
             Ok(0) => self.open = false,
-            Ok(count) => self.keep(&piece[..count]),
+            Ok(count) => self.keep(&chunk[..count]),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
         Ok(())
     }
 
-    /// Everything, with what lies in the pipe when the program has ended.
+    /// Returns all bytes, including those in the pipe at the end of the program.
     fn rest(mut self) -> Vec<u8> {
-        let mut piece = vec![0; PIECE_BYTES];
-        // Somebody who was left behind may write as fast as we read, so there is an end to it.
+        let mut chunk = vec![0; CHUNK_BYTES];
+        // The bound matters: a process that was left behind may write as fast as this loop reads.
         while self.bytes.len() < OUTPUT_BYTES_MAX {
-            match rustix::io::read(&self.pipe, &mut piece) {
-                Ok(count) if count > 0 => self.keep(&piece[..count]),
+            match rustix::io::read(&self.pipe, &mut chunk) {
+                Ok(count) if count > 0 => self.keep(&chunk[..count]),
                 _ => break,
             }
         }
         self.bytes
     }
 
-    /// Keeps as much as there is room for.
-    fn keep(&mut self, piece: &[u8]) {
+    /// Appends bytes up to the maximum.
+    fn keep(&mut self, chunk: &[u8]) {
         let room = OUTPUT_BYTES_MAX - self.bytes.len();
-        self.bytes.extend_from_slice(&piece[..piece.len().min(room)]);
+        self.bytes.extend_from_slice(&chunk[..chunk.len().min(room)]);
     }
 }
 
@@ -142,38 +142,38 @@ mod tests {
     }
 
     #[test]
-    fn a_call_tells_its_status_and_both_outputs() {
+    fn a_call_returns_its_status_and_both_outputs() {
         let called = rt().block_on(shell("echo out; echo err >&2; exit 3", Duration::from_secs(20)));
         assert_eq!(called, Called { code: 3, stdout: b"out\n".to_vec(), stderr: b"err\n".to_vec() });
     }
 
     #[test]
-    fn a_call_that_hangs_is_killed_with_all_that_it_started() {
-        let begin = std::time::Instant::now();
+    fn a_call_that_times_out_is_killed_with_its_process_group() {
+        let start = std::time::Instant::now();
         let called = rt().block_on(shell("sleep 600 & sleep 600", Duration::from_millis(50)));
-        assert_eq!(called, said(124, "timed out after 50ms".to_owned()));
-        assert!(begin.elapsed() < Duration::from_secs(5));
+        assert_eq!(called, unsuccessful(124, "timed out after 50ms".to_owned()));
+        assert!(start.elapsed() < Duration::from_secs(5));
     }
 
     #[test]
-    fn outputs_larger_than_a_pipe_do_not_stop_a_call() {
+    fn outputs_larger_than_a_pipe_do_not_block_a_call() {
         let script = "head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2";
         let called = rt().block_on(shell(script, Duration::from_secs(20)));
         assert_eq!((called.code, called.stdout.len(), called.stderr.len()), (0, 1_000_000, 1_000_000));
     }
 
     #[test]
-    fn what_a_call_leaves_behind_is_not_waited_for() {
+    fn processes_left_behind_are_not_waited_for() {
         let called = rt().block_on(shell("sleep 600 & echo $!", Duration::from_secs(20)));
         assert_eq!(called.code, 0);
         let left: i32 = String::from_utf8(called.stdout).unwrap().trim().parse().unwrap();
         let left = rustix::process::Pid::from_raw(left).unwrap();
-        // Our own call's child: nobody else has its number while it sleeps.
+        // The process was started by this test and sleeps, so its id is not reused.
         let _ = rustix::process::kill_process(left, rustix::process::Signal::KILL);
     }
 
     #[test]
-    fn a_program_that_is_not_there_is_status_127() {
+    fn a_missing_program_is_status_127() {
         let called = rt().block_on(call(Path::new("no-such-program"), &[], Duration::from_secs(20)));
         assert_eq!(called.code, NOT_FOUND);
         assert_eq!(called.stderr, b"no-such-program was not found on PATH");

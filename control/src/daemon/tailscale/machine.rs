@@ -1,20 +1,20 @@
-//! Which host ports are to be served on the tailnet, which are, and which call is next. Pure.
+//! The state of `tailscale serve` for each host port, and the choice of the next call. Pure.
 //!
-//! What answers on the host is a level ([`Machine::wish`]), so a port that flaps while a call hangs costs one call and not
-//! a queue of them. One call runs at a time, over all containers: two changes of tailscaled's configuration at once are a
-//! conflict to it, and a port that passes from one container to another is turned off before it is served again. One host
-//! port goes through these states:
+//! The set of ports that answer on the host is a level ([`Machine::set_wanted`]). A port that flaps while a call hangs
+//! therefore costs one call and not a queue of calls. One call runs at a time over all containers: tailscaled reports two
+//! concurrent changes of its configuration as a conflict, and a port that passes from one container to another is turned off
+//! before it is served again. A host port has these states:
 //!
 //! ```text
 //!            answers            status: running             serve: done
 //!  unserved ─────────► status ──────────────────► serve ─────────────────► owned
-//!     ▲ ▲                │ skipped                  │ failed                 │ answers no longer
+//!     ▲ ▲                │ skipped                  │ failed                 │ stops answering
 //!     │ └────────────────┴──────────────────────────┘                        ▼
 //!     └──────────────────────────────── done ───────────────────────────── off (failed: stays owned)
 //! ```
 //!
-//! What never happens: `off` for a port that we did not serve, and a second attempt at a port that was skipped or failed
-//! before it has closed and opened again (wire specification, A.11).
+//! Never happens: `off` for a port that this program did not serve, and a second attempt at a port that was skipped or
+//! failed until it has closed and opened again (wire specification, A.11).
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -26,28 +26,28 @@ use super::Called;
 use crate::model::event::TailscaleServeEvent;
 use crate::model::name::escape;
 
-/// Host ports, and the container behind each.
+/// Host ports, each with its container.
 pub(super) type Ports = BTreeMap<NonZeroU16, String>;
 
-/// The exit status of a program that was not found, as shells tell it.
+/// The exit status of a program that was not found, as in shells.
 pub(super) const NOT_FOUND: i32 = 127;
 
-/// How long a reason may be, in characters.
+/// The maximum length of a reason, in characters.
 const REASON_CHARS_MAX: usize = 300;
 
-/// A call that is due.
+/// A call to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Call {
-    /// Whether tailscale runs, since this port is to be served.
+    /// Ask whether tailscale runs, before this port is served.
     Status(NonZeroU16),
-    /// Serve it.
+    /// Serve the port.
     Serve(NonZeroU16),
-    /// Serve it no longer.
+    /// Stop serving the port.
     Off(NonZeroU16),
 }
 
 impl Call {
-    /// Its arguments.
+    /// Returns the arguments of the call.
     pub(super) fn words(self) -> Vec<String> {
         match self {
             Call::Status(_) => vec!["status".to_owned(), "--json".to_owned()],
@@ -67,41 +67,42 @@ impl Call {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Port {
-    /// The container whose port answers here.
+    /// The container whose port answers on this host port.
     wanted: Option<String>,
-    /// The one for which it was served, or tried to be.
-    acted: Option<String>,
-    /// The one for which tailscale serves it, as far as we know.
+    /// The container for which serving was last attempted.
+    attempted: Option<String>,
+    /// The container for which tailscale serves the port, by the results so far.
     owned: Option<String>,
-    /// It may be served and it may not: an earlier daemon says that it was, or it could not be turned off.
-    unsure: bool,
-    /// It is to be turned off.
+    /// Whether the port is served is uncertain: an earlier daemon recorded it, or turning it off failed.
+    uncertain: bool,
+    /// The port is to be turned off.
     off_due: bool,
 }
 
-/// Every host port that is wanted or owned.
+/// All host ports that are wanted or owned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Machine {
     ports: BTreeMap<NonZeroU16, Port>,
-    /// The call that runs, and for whom.
+    /// The current call and its container.
     running: Option<(Call, String)>,
-    /// The port for which tailscale was just found to run.
+    /// The port for which tailscale was just found to be running.
     runs: Option<NonZeroU16>,
-    /// Where the last call was: ports take turns.
+    /// The port of the last call; the search for the next call starts after it.
     last: Option<NonZeroU16>,
     stopping: bool,
 }
 
 impl Machine {
-    /// A machine that owns what an earlier daemon served and did not turn off.
+    /// Returns a machine that owns the ports that an earlier daemon served and did not turn off.
     pub(super) fn new(inherited: Ports) -> Machine {
-        let owned =
-            |(port, name)| (port, Port { owned: Some(name), unsure: true, off_due: true, ..Port::default() });
+        let owned = |(port, name)| {
+            (port, Port { owned: Some(name), uncertain: true, off_due: true, ..Port::default() })
+        };
         Machine { ports: inherited.into_iter().map(owned).collect(), ..Machine::default() }
     }
 
-    /// Takes in what answers on the host.
-    pub(super) fn wish(&mut self, wanted: &Ports) {
+    /// Sets the ports that answer on the host.
+    pub(super) fn set_wanted(&mut self, wanted: &Ports) {
         if self.stopping {
             return;
         }
@@ -112,20 +113,20 @@ impl Machine {
             port.wanted = wanted.get(number).cloned();
             port.compare();
         }
-        self.forget();
+        self.drop_unused();
     }
 
-    /// Nothing is wanted from now on, and what could not be turned off is tried once more.
+    /// Clears the wanted ports, and schedules one more attempt for ports that could not be turned off.
     pub(super) fn stop(&mut self) {
         self.stopping = true;
         for port in self.ports.values_mut() {
-            (port.wanted, port.acted) = (None, None);
+            (port.wanted, port.attempted) = (None, None);
             port.off_due = port.owned.is_some();
         }
-        self.forget();
+        self.drop_unused();
     }
 
-    /// The call that is due; it runs from now on, until [`Machine::ended`].
+    /// Returns the next call, which runs until [`Machine::ended`].
     pub(super) fn next(&mut self) -> Option<Call> {
         if self.running.is_some() {
             return None;
@@ -137,7 +138,7 @@ impl Machine {
         let due = |(number, port): (&NonZeroU16, &Port)| {
             port.due(*number, runs).map(|(call, name)| (call, name.to_owned()))
         };
-        // It is served while tailscale is known to run, and not when it is its turn again.
+        // Serve at once while tailscale is known to run, before the other ports.
         let first = runs.and_then(|runs| due((&runs, self.ports.get(&runs)?)));
         self.running = first.or_else(|| after.chain(before).find_map(due));
         let call = self.running.as_ref().map(|(call, _)| *call);
@@ -145,31 +146,31 @@ impl Machine {
         call
     }
 
-    /// The call that ran has ended, like this.
+    /// Records the result of the current call.
     pub(super) fn ended(&mut self, called: &Called) -> Option<TailscaleServeEvent> {
         let (call, container_name) = self.running.take()?;
         let number = call.port();
         let port = self.ports.entry(number).or_default();
         let event = match call {
-            Call::Status(_) => match running(called) {
+            Call::Status(_) => match check_running(called) {
                 Ok(()) => {
                     self.runs = Some(number);
                     None
                 }
                 Err(reason) => {
-                    port.acted = Some(container_name.clone());
+                    port.attempted = Some(container_name.clone());
                     Some(TailscaleServeEvent::TailscaleServeSkipped { container_name, port: number, reason })
                 }
             },
             Call::Serve(_) => {
-                port.acted = Some(container_name.clone());
+                port.attempted = Some(container_name.clone());
                 Some(match called.code {
                     0 => {
-                        (port.owned, port.unsure) = (Some(container_name.clone()), false);
+                        (port.owned, port.uncertain) = (Some(container_name.clone()), false);
                         TailscaleServeEvent::TailscaleServeOpened { container_name, port: number }
                     }
                     NOT_FOUND => {
-                        let reason = why(called);
+                        let reason = reason_of(called);
                         TailscaleServeEvent::TailscaleServeSkipped { container_name, port: number, reason }
                     }
                     _ => failed(container_name, number, "serve", called),
@@ -178,26 +179,26 @@ impl Machine {
             Call::Off(_) => {
                 port.off_due = false;
                 Some(if called.code == 0 {
-                    (port.owned, port.unsure) = (None, false);
+                    (port.owned, port.uncertain) = (None, false);
                     TailscaleServeEvent::TailscaleServeClosed { container_name, port: number }
                 } else {
-                    port.unsure = true;
+                    port.uncertain = true;
                     failed(container_name, number, "off", called)
                 })
             }
         };
         if self.stopping {
-            // A call that was on its way when everything stopped may have served a port.
+            // A call that was running at the stop may have served a port.
             port.off_due |= port.owned.is_some() && !matches!(call, Call::Off(_));
         } else {
             port.compare();
         }
-        self.forget();
+        self.drop_unused();
         event
     }
 
-    /// Every port that tailscale may serve for us, the one that it is just asked to serve included: what has to be turned
-    /// off by somebody if we die now.
+    /// Returns the ports that tailscale may serve for this program, including the port of a running serve call. After a
+    /// crash, the next daemon has to turn these off.
     pub(super) fn record(&self) -> Ports {
         let owned = |(number, port): (&NonZeroU16, &Port)| Some((*number, port.owned.clone()?));
         let mut record: Ports = self.ports.iter().filter_map(owned).collect();
@@ -207,22 +208,22 @@ impl Machine {
         record
     }
 
-    fn forget(&mut self) {
+    fn drop_unused(&mut self) {
         self.ports.retain(|_, port| *port != Port::default());
     }
 }
 
 impl Port {
-    /// Compares what is wanted with what was done.
+    /// Compares the wanted state with the last attempt.
     fn compare(&mut self) {
-        if self.acted.is_some() && self.acted != self.wanted {
-            self.acted = None;
+        if self.attempted.is_some() && self.attempted != self.wanted {
+            self.attempted = None;
             self.off_due = self.owned.is_some();
         }
         if self.wanted.is_some() && self.wanted == self.owned {
             self.off_due = false;
-            if !self.unsure {
-                self.acted.clone_from(&self.owned);
+            if !self.uncertain {
+                self.attempted.clone_from(&self.owned);
             }
         }
     }
@@ -231,19 +232,19 @@ impl Port {
         if self.off_due {
             return self.owned.as_deref().map(|name| (Call::Off(number), name));
         }
-        let wanted = self.wanted.as_deref().filter(|_| self.acted != self.wanted)?;
+        let wanted = self.wanted.as_deref().filter(|_| self.attempted != self.wanted)?;
         let call = if runs == Some(number) { Call::Serve(number) } else { Call::Status(number) };
         Some((call, wanted))
     }
 }
 
 fn failed(container_name: String, port: NonZeroU16, command: &str, called: &Called) -> TailscaleServeEvent {
-    let (command, reason) = (command.to_owned(), why(called));
+    let (command, reason) = (command.to_owned(), reason_of(called));
     TailscaleServeEvent::TailscaleServeFailed { container_name, port, command, reason }
 }
 
-/// Whether `tailscale status --json` says that it runs; if not, why it cannot serve.
-fn running(called: &Called) -> Result<(), String> {
+/// Checks that `tailscale status --json` reports a running tailscale; otherwise returns the reason.
+fn check_running(called: &Called) -> Result<(), String> {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
     struct Status {
@@ -251,30 +252,30 @@ fn running(called: &Called) -> Result<(), String> {
         backend_state: Option<String>,
     }
     if called.code != 0 {
-        return Err(why(called));
+        return Err(reason_of(called));
     }
     let status: Status = serde_json::from_slice(&called.stdout)
-        .map_err(|error| cut(&format!("invalid tailscale status JSON: {error}")))?;
+        .map_err(|error| bounded(&format!("invalid tailscale status JSON: {error}")))?;
     match status.backend_state.as_deref() {
         Some("Running") => Ok(()),
-        other => Err(cut(&format!("tailscale backend is {}", other.unwrap_or("unknown")))),
+        other => Err(bounded(&format!("tailscale backend is {}", other.unwrap_or("unknown")))),
     }
 }
 
-/// What a call that did not succeed says about that.
-fn why(called: &Called) -> String {
-    let said = [&called.stderr, &called.stdout].map(|output| String::from_utf8_lossy(output));
-    let said = said.iter().map(|text| text.trim()).find(|text| !text.is_empty());
-    said.map_or_else(|| format!("exit status {}", called.code), cut)
+/// Returns the reason of a failed call from its output.
+fn reason_of(called: &Called) -> String {
+    let output = [&called.stderr, &called.stdout].map(|output| String::from_utf8_lossy(output));
+    let output = output.iter().map(|text| text.trim()).find(|text| !text.is_empty());
+    output.map_or_else(|| format!("exit status {}", called.code), bounded)
 }
 
-/// Without what a terminal would obey, and not too long.
-fn cut(text: &str) -> String {
-    let mut cut: String = text.chars().take(REASON_CHARS_MAX).collect();
-    if cut.len() < text.len() {
-        cut.push('…');
+/// Escapes control characters, and limits the length.
+fn bounded(text: &str) -> String {
+    let mut bounded: String = text.chars().take(REASON_CHARS_MAX).collect();
+    if bounded.len() < text.len() {
+        bounded.push('…');
     }
-    escape(&cut).into_owned()
+    escape(&bounded).into_owned()
 }
 
 #[cfg(test)]

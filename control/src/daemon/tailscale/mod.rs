@@ -1,17 +1,18 @@
-//! Every port that answers on the host is also offered on the user's tailnet: `tailscale serve` (wire specification,
-//! A.11). It is off unless the daemon is started with `--tailscale`.
+//! Offers host ports that answer on the user's tailnet, by `tailscale serve` (wire specification, A.11). Off unless the
+//! daemon is started with `--tailscale`.
 //!
-//! What is to be called when is decided in `machine`; here the calls are made, one at a time, and told of. Nothing waits
-//! for them: a tailscale that hangs, fails or is not there costs events and nothing else.
+//! `machine` chooses the calls; this module makes them, one at a time, and reports events. No other part of the daemon waits
+//! for the calls: if tailscale hangs, fails or is missing, events are the only effect.
 //!
-//! # Whoever dies
+//! # Crashes
 //!
-//! What tailscale was asked to serve it goes on serving, also when we are gone, and the next program that listens at such a
-//! port would be on the tailnet without anybody's wish. So a daemon that stops turns off what it owns, and a list of what is
-//! owned stands on disk before tailscale is asked ([`Home::tailscale_file`](crate::sys::paths::Home::tailscale_file)). A daemon
-//! that finds the list of one that was killed turns off what no longer answers, as soon as every container had the chance
-//! to be reached, and serves the rest again, which changes nothing that is served already. So does one that is started
-//! without `--tailscale`, and turns off all of it.
+//! tailscale continues to serve a port after the daemon has ended. Another program that later listens at that port would
+//! then be exposed to the tailnet without the user's consent. Therefore a daemon that stops turns off the ports that it
+//! owns, and it writes the list of owned ports to disk before it calls tailscale
+//! ([`Home::tailscale_file`](crate::sys::paths::Home::tailscale_file)). A daemon that finds the list of a killed daemon
+//! waits until all containers could be reached, turns off the ports that no longer answer, and serves the others again,
+//! which does not change a port that is already served. A daemon that is started without `--tailscale` turns off all of
+//! them.
 
 mod call;
 mod machine;
@@ -39,22 +40,22 @@ pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The program, found on PATH.
 const PROGRAM: &str = "tailscale";
 
-/// What it works with.
+/// The options of the service.
 #[derive(Debug)]
 pub struct TailscaleOptions {
-    /// Whether ports are served. If not, what an earlier daemon served is turned off, and that is all.
+    /// Whether ports are served. If not, the ports of an earlier daemon are turned off, and no others are served.
     pub on: bool,
-    /// Where the list of what is owned stands.
+    /// The path of the list of owned ports.
     pub file: PathBuf,
     /// How long a call may take.
     pub timeout: Duration,
-    /// Where events go.
+    /// The journal for events.
     pub journal: Journal,
-    /// What answers on the host.
+    /// The ports that answer on the host.
     pub answering: watch::Receiver<OpenPorts>,
 }
 
-/// The task that serves. Dropping it kills the call that it makes.
+/// The task that serves. Dropping it kills the current call.
 #[derive(Debug)]
 pub struct Tailscale {
     stop: CancellationToken,
@@ -62,11 +63,11 @@ pub struct Tailscale {
 }
 
 impl Tailscale {
-    /// Begins, as a task of the runtime that calls.
+    /// Starts the task on the current runtime.
     pub fn start(options: TailscaleOptions) -> Tailscale {
         let stop = CancellationToken::new();
         let inherited = read(&options.file).unwrap_or_else(|error| {
-            let text = format!("what tailscale served before is not known: {error}");
+            let text = format!("the list of ports that tailscale served before cannot be read: {error}");
             options.journal.record(&Event::Notice { text });
             Ports::new()
         });
@@ -75,10 +76,10 @@ impl Tailscale {
         Tailscale { stop, task }
     }
 
-    /// Waits for the call that is made, and turns off everything that is owned.
+    /// Waits for the current call, and turns off all owned ports.
     pub async fn stop(self) {
         self.stop.cancel();
-        // If it panicked, there is nothing to wait for.
+        // An error means that the task panicked and has ended.
         let _ = self.task.await;
     }
 }
@@ -86,7 +87,7 @@ impl Tailscale {
 struct Service {
     options: TailscaleOptions,
     machine: Machine,
-    /// What the list on disk says.
+    /// The content of the list on disk.
     recorded: Ports,
 }
 
@@ -94,7 +95,7 @@ impl Service {
     async fn run(mut self, stop: CancellationToken) {
         if !self.options.on {
             self.machine.stop();
-        } else if self.is_settled(&stop).await {
+        } else if self.wait_until_settled(&stop).await {
             self.follow(&stop).await;
         }
         self.machine.stop();
@@ -103,18 +104,18 @@ impl Service {
         }
     }
 
-    /// Waits until it is known what answers, so that nothing is turned off only because nobody has looked yet. False when
-    /// everything stops before.
-    async fn is_settled(&mut self, stop: &CancellationToken) -> bool {
+    /// Waits until the answering ports are complete, so that no port is turned off only because its container has not been
+    /// reached yet. Returns false if the daemon stops first.
+    async fn wait_until_settled(&mut self, stop: &CancellationToken) -> bool {
         let settled = self.options.answering.wait_for(|answering| answering.complete);
-        // Forwarding that has ended tells nothing any more.
+        // An error means that forwarding has ended.
         stop.run_until_cancelled(settled).await.is_some_and(|settled| settled.is_ok())
     }
 
     async fn follow(&mut self, stop: &CancellationToken) {
         loop {
             let wanted = self.options.answering.borrow_and_update().ports.clone();
-            self.machine.wish(&wanted);
+            self.machine.set_wanted(&wanted);
             match self.machine.next() {
                 Some(call) => self.make(call).await,
                 None => {
@@ -131,7 +132,7 @@ impl Service {
     }
 
     async fn make(&mut self, call: Call) {
-        // It stands on disk before it is true, and goes when it is true no longer.
+        // The list on disk includes a port before it is served, and until it is turned off.
         self.record().await;
         let called = call::call(Path::new(PROGRAM), &call.words(), self.options.timeout).await;
         if let Some(event) = self.machine.ended(&called) {
@@ -150,7 +151,7 @@ impl Service {
         match done.map_err(io::Error::from).and_then(|done| done) {
             Ok(()) => self.recorded = record,
             Err(error) => {
-                let text = format!("what tailscale serves cannot be noted: {error}");
+                let text = format!("the list of ports that tailscale serves cannot be written: {error}");
                 self.options.journal.record(&Event::Notice { text });
             }
         }
@@ -165,9 +166,9 @@ struct Served {
     ports: BTreeMap<NonZeroU16, String>,
 }
 
-/// The longest list, in bytes: one of every port.
+/// The maximum size of the list, in bytes; enough for all ports.
 const RECORD_BYTES_MAX: u64 = 16 * 1024 * 1024;
-/// The format that is written. One of a newer release is not read.
+/// The format that is written. The format of a newer release is refused.
 const FORMAT_VERSION: u32 = 1;
 
 fn read(file: &Path) -> io::Result<Ports> {
@@ -191,7 +192,7 @@ fn write(file: &Path, ports: Ports) -> io::Result<()> {
     }
     let mut aside = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(Path::new("/")))?;
     serde_json::to_writer(&mut aside, &Served { format_version: FORMAT_VERSION, ports })?;
-    // What tailscale serves outlives a loss of power, too.
+    // The ports that tailscale serves persist over a loss of power, so the list must, too.
     aside.as_file().sync_all()?;
     aside.persist(file)?;
     Ok(())

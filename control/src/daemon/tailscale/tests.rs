@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn what_is_owned_is_read_as_it_was_written() {
+fn the_list_is_read_as_it_was_written() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("tailscale.json");
     assert_eq!(read(&file).unwrap(), Ports::new());
@@ -15,7 +15,7 @@ fn what_is_owned_is_read_as_it_was_written() {
 }
 
 #[test]
-fn a_list_that_cannot_be_understood_is_refused() {
+fn an_invalid_list_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("tailscale.json");
     for text in ["", "[]", r#"{"formatVersion":2,"ports":{}}"#, r#"{"formatVersion":1,"ports":{"0":"a"}}"#] {
