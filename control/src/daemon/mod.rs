@@ -369,7 +369,7 @@ impl Observers {
                 }
             };
             if is_affected {
-                self.registry.look_again(entry.container_name.as_str());
+                self.registry.recheck(entry.container_name.as_str());
                 self.forwarding.recheck(entry.container_name.as_str());
             }
         }

@@ -1,18 +1,18 @@
-//! One registration as one file (wire specification, A.7.1): a line of JSON, for its owner alone. The grants of a container
-//! are kept in the same way, in a directory of their own.
+//! One registration as one file (wire specification, A.7.1): a line of JSON, readable by its owner only. The grants of a
+//! container are stored in the same way, in their own directory.
 //!
-//! A write is `O_EXCL` temporary → write → fsync → rename → fsync of the directory. Killed at any of these steps, it leaves
-//! the file as it was, or as it is to be, and at most a temporary file that the next start removes: a name never has half
-//! a registration. Only the daemon writes here, and only inside a container's queue, so no two writes of a name meet.
+//! A write is `O_EXCL` temporary → write → fsync → rename → fsync of the directory. A crash at any step leaves the old or
+//! the new content, and at most a temporary file that the next start removes. A name never has a partial registration. Only
+//! the daemon writes here, and only in a container's queue, so writes of one name never overlap.
 //!
-//! What lies under a registration's name and is none (not JSON, of another release that means something else by a field,
-//! a link, a pipe, a gigabyte) is never followed, waited for, overwritten or deleted. It stays where it is and costs its
-//! own container only; when a new registration needs its place, or somebody deregisters its name, it is set aside as
-//! `NAME.json.bad-1`, `-2`, and so on. A release that changes what a known field means writes `formatVersion`, and this
-//! one leaves such a file alone.
+//! An entry with a registration's name may not be a registration: invalid JSON, a file of another release in which a field
+//! has another meaning, a link, a pipe, a file of a gigabyte. It is never followed, waited for, overwritten or deleted. It
+//! remains, and affects only its own container. When that name is registered or deregistered, it is renamed to
+//! `NAME.json.bad-1`, `-2`, and so on. A release that changes the meaning of a known field writes `formatVersion`, and this
+//! release then leaves the file unchanged.
 //!
-//! The order of registrations outlives the daemon, too: a file's time of modification is the moment when its name was first
-//! registered, and a later write of the same name keeps it.
+//! The order of registrations survives the daemon: the modification time of a file is the time of the first registration of
+//! its name, and later writes of that name keep it.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -29,21 +29,21 @@ use crate::model::registration::{ContainerName, Registration};
 use crate::sys::paths::Home;
 use crate::sys::private_file::{self, ReadError};
 
-/// The longest file that is read or written, in bytes. A request has at most 64 KiB.
+/// The maximum size of a file that is read or written, in bytes. A request has at most 64 KiB.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
-/// The newest meaning of the fields that this release knows.
+/// The newest format version that this release understands.
 const FORMAT_VERSION: u64 = 1;
 
-/// Why a file is not a registration.
+/// The reasons why a file is not a registration.
 #[derive(Debug, Error)]
 pub enum InvalidFile {
     /// It is not JSON.
     #[error("not JSON: {0}")]
     NotJson(String),
-    /// It is, and not that of this registration; the text says what does not fit.
+    /// It is JSON, but not this registration. The text names the difference.
     #[error("schema mismatch")]
     Mismatch(String),
-    /// It is no ordinary file.
+    /// It is not a regular file.
     #[error("not an ordinary file")]
     NotAFile,
     /// It is larger than any registration.
@@ -64,21 +64,21 @@ impl From<ReadError> for InvalidFile {
     }
 }
 
-/// A value that is kept as one file for each container.
+/// A value that is stored as one file for each container.
 pub trait Record: Serialize + Sized {
-    /// The directory of such files.
+    /// Returns the directory of these files.
     fn directory(home: &Home) -> PathBuf;
 
-    /// Reads the value from the fields of its file.
+    /// Parses the value from the fields of its file.
     ///
     /// # Errors
-    /// A text that says which field does not fit.
+    /// A text that names the invalid field.
     fn from_fields(fields: Map<String, Value>) -> Result<Self, String>;
 
-    /// The container.
+    /// Returns the name of the container.
     fn container_name(&self) -> &ContainerName;
 
-    /// The fields of the file that this build does not know.
+    /// Returns the fields of the file that this build does not define.
     fn unknown(&self) -> &Map<String, Value>;
 }
 
@@ -121,13 +121,13 @@ impl Record for Grants {
 /// One file of a directory.
 #[derive(Debug)]
 pub struct Loaded<R> {
-    /// Its name without `.json`.
+    /// The file name without `.json`.
     pub stem: String,
-    /// What is in it.
+    /// The record in the file.
     pub found: Result<R, InvalidFile>,
 }
 
-/// A step that failed, and what it was about.
+/// A failed step, with its path.
 #[derive(Debug, Error)]
 #[error("{what} {path}: {errno}")]
 pub struct FileError {
@@ -136,7 +136,7 @@ pub struct FileError {
     errno: Errno,
 }
 
-/// Reads a record from the content of the file `STEM.json`. Pure.
+/// Parses a record from the content of the file `STEM.json`. Pure.
 ///
 /// # Errors
 /// [`InvalidFile::NotJson`] and [`InvalidFile::Mismatch`].
@@ -154,10 +154,10 @@ pub fn parse<R: Record>(stem: &str, content: &[u8]) -> Result<R, InvalidFile> {
     Ok(record)
 }
 
-/// Whether this release knows what the fields mean.
+/// Checks that this release understands the format version.
 ///
 /// # Errors
-/// A text that says why not.
+/// A text with the reason.
 pub(super) fn check_version(record: &impl Record) -> Result<(), String> {
     match record.unknown().get("formatVersion") {
         None => Ok(()),
@@ -166,11 +166,11 @@ pub(super) fn check_version(record: &impl Record) -> Result<(), String> {
     }
 }
 
-/// Removes what an earlier daemon left half-written, and reads everything else, in the order in which it was first
-/// registered. A directory that does not exist holds nothing.
+/// Removes the temporary files of an earlier daemon, and reads all other files in the order of their first registration. A
+/// missing directory is empty.
 ///
 /// # Errors
-/// When the directory itself cannot be read. A file that cannot be is one of those returned.
+/// [`FileError`] if the directory cannot be read. An unreadable file is part of the result.
 pub fn load_all<R: Record>(home: &Home) -> Result<Vec<Loaded<R>>, FileError> {
     let path = R::directory(home);
     let directory = match open_directory(&path) {
@@ -180,22 +180,22 @@ pub fn load_all<R: Record>(home: &Home) -> Result<Vec<Loaded<R>>, FileError> {
     let mut loaded = Vec::new();
     for name in names(&directory).map_err(failed("reading", &path))? {
         if is_temporary(&name) {
-            // A temporary file that cannot be removed does no harm.
+            // A temporary file that cannot be removed is harmless.
             let _ = rustix::fs::unlinkat(&directory, &name, AtFlags::empty());
         } else if let Some(stem) = name.strip_suffix(".json") {
             let found = load(&directory, stem);
-            loaded.push((written_at(&directory, &name), Loaded { stem: stem.to_owned(), found }));
+            loaded.push((registered_at(&directory, &name), Loaded { stem: stem.to_owned(), found }));
         }
     }
-    let place = |(at, one): &(Option<Timespec>, Loaded<R>)| (*at, one.stem.clone());
-    loaded.sort_by_cached_key(place);
+    let paths_of = |(at, one): &(Option<Timespec>, Loaded<R>)| (*at, one.stem.clone());
+    loaded.sort_by_cached_key(paths_of);
     Ok(loaded.into_iter().map(|(_, one)| one).collect())
 }
 
-/// Reads the record of a name, if there is a file.
+/// Reads the record of a name, if it has a file.
 ///
 /// # Errors
-/// [`InvalidFile`], for a file that is not such a record.
+/// [`InvalidFile`] if the file is not a record.
 pub(crate) fn load_one<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<R>, InvalidFile> {
     let opened = open_directory(&R::directory(home)).map_err(|error| InvalidFile::Unreadable(error.errno));
     match opened.and_then(|directory| load(&directory, name.as_str())) {
@@ -204,27 +204,27 @@ pub(crate) fn load_one<R: Record>(home: &Home, name: &ContainerName) -> Result<O
     }
 }
 
-/// Writes a record and replaces the earlier one of its name. Returns the name of the file that was set aside for it.
+/// Writes a record, which replaces the earlier one of its name. Returns the new name of an invalid file that was set aside.
 ///
 /// # Errors
-/// [`FileError`]. The old file is then still there, unless it was the directory that could not be synchronised: then the
-/// new one is, and may be lost when the machine loses its power.
+/// [`FileError`]. The old file then remains, unless only the sync of the directory failed: then the new file is in place,
+/// and may be lost in a power failure.
 pub fn write<R: Record>(home: &Home, record: &R) -> Result<Option<String>, FileError> {
     let stem = record.container_name().as_str();
-    let (directory, path) = place::<R>(home, record.container_name());
+    let (directory, path) = paths_of::<R>(home, record.container_name());
     let directory = open_directory(&directory)?;
     let temporary = format!("{stem}.json.{}.tmp", std::process::id());
     let known =
-        load::<R>(&directory, stem).ok().and_then(|_| written_at(&directory, &format!("{stem}.json")));
+        load::<R>(&directory, stem).ok().and_then(|_| registered_at(&directory, &format!("{stem}.json")));
     let at = known.unwrap_or_else(|| clock_gettime(ClockId::Realtime));
     let written = write_temporary(&directory, &temporary, record, at)
-        .and_then(|()| make_room::<R>(&directory, stem))
+        .and_then(|()| set_aside_invalid::<R>(&directory, stem))
         .and_then(|set_aside| {
             rustix::fs::renameat(&directory, &temporary, &directory, format!("{stem}.json"))?;
             Ok(set_aside)
         });
     let set_aside = written.map_err(|errno| {
-        // The next start removes what is left of it otherwise.
+        // If this fails, the next start removes the file.
         let _ = rustix::fs::unlinkat(&directory, &temporary, AtFlags::empty());
         failed("writing", &path)(errno)
     })?;
@@ -232,17 +232,18 @@ pub fn write<R: Record>(home: &Home, record: &R) -> Result<Option<String>, FileE
     Ok(set_aside)
 }
 
-/// Removes the record of a name, if there is one. A file that is not such a record is set aside, and its new name returned.
+/// Removes the record of a name, if it exists. A file that is not a record is set aside, and its new name is returned.
 ///
 /// # Errors
-/// [`FileError`]; the file may then still be there.
+/// [`FileError`]; the file may then remain.
 pub fn remove<R: Record>(home: &Home, name: &ContainerName) -> Result<Option<String>, FileError> {
-    let (directory, path) = place::<R>(home, name);
+    let (directory, path) = paths_of::<R>(home, name);
     let directory = match open_directory(&directory) {
         Err(error) if error.errno == Errno::NOENT => return Ok(None),
         opened => opened?,
     };
-    let set_aside = make_room::<R>(&directory, name.as_str()).map_err(failed("setting aside", &path))?;
+    let set_aside =
+        set_aside_invalid::<R>(&directory, name.as_str()).map_err(failed("setting aside", &path))?;
     match rustix::fs::unlinkat(&directory, format!("{name}.json"), AtFlags::empty()) {
         Ok(()) => {}
         Err(Errno::NOENT) if set_aside.is_none() => return Ok(None),
@@ -257,8 +258,8 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(Errno) -> FileError {
     move |errno| FileError { what, path: path.display().to_string(), errno }
 }
 
-/// The directory of a record, and its file. A name cannot leave the directory: [`ContainerName`] holds no other ones.
-fn place<R: Record>(home: &Home, name: &ContainerName) -> (PathBuf, PathBuf) {
+/// Returns the directory of a record, and its path. A [`ContainerName`] has no characters that could leave the directory.
+fn paths_of<R: Record>(home: &Home, name: &ContainerName) -> (PathBuf, PathBuf) {
     let directory = R::directory(home);
     let path = directory.join(format!("{name}.json"));
     (directory, path)
@@ -269,7 +270,7 @@ fn open_directory(path: &Path) -> Result<OwnedFd, FileError> {
     rustix::fs::open(path, flags, Mode::empty()).map_err(failed("opening", path))
 }
 
-/// The names in a directory; those that are not UTF-8 are none of ours.
+/// Returns the names in a directory. Skips names that are not UTF-8, which this program never writes.
 fn names(directory: &OwnedFd) -> Result<Vec<String>, Errno> {
     let mut buffer = Vec::with_capacity(8 * 1024);
     let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
@@ -282,14 +283,14 @@ fn names(directory: &OwnedFd) -> Result<Vec<String>, Errno> {
     Ok(names)
 }
 
-/// `NAME.json.PID.tmp`.
+/// Returns whether a name has the form `NAME.json.PID.tmp`.
 fn is_temporary(name: &str) -> bool {
     let pid = name.strip_suffix(".tmp").and_then(|rest| rest.rsplit_once(".json.")).map(|(_, pid)| pid);
     pid.is_some_and(|pid| !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// When the name was first registered, as far as its file says.
-fn written_at(directory: &OwnedFd, name: &str) -> Option<Timespec> {
+/// Returns the time of the first registration of a name, which is the modification time of its file.
+fn registered_at(directory: &OwnedFd, name: &str) -> Option<Timespec> {
     let seen = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
     Some(Timespec { tv_sec: seen.st_mtime, tv_nsec: seen.st_mtime_nsec.try_into().ok()? })
 }
@@ -306,7 +307,7 @@ fn read(directory: &OwnedFd, name: &str) -> Result<Vec<u8>, InvalidFile> {
 }
 
 fn write_temporary(directory: &OwnedFd, name: &str, record: &impl Record, at: Timespec) -> Result<(), Errno> {
-    // A path that is not UTF-8 is the one thing that does not serialise, and no request can carry one.
+    // Serialisation fails only for a path that is not UTF-8, and no request can contain one.
     let mut line = serde_json::to_vec(record).map_err(|_| Errno::ILSEQ)?;
     line.push(b'\n');
     if line.len() as u64 > FILE_BYTES_MAX {
@@ -315,8 +316,8 @@ fn write_temporary(directory: &OwnedFd, name: &str, record: &impl Record, at: Ti
     private_file::write_temporary(directory, name, &line, Some(at))
 }
 
-/// Sets aside a file that has a record's name and is not such a record; a record stays.
-fn make_room<R: Record>(directory: &OwnedFd, stem: &str) -> Result<Option<String>, Errno> {
+/// Sets aside a file that has a record's name but is not a record. A valid record remains.
+fn set_aside_invalid<R: Record>(directory: &OwnedFd, stem: &str) -> Result<Option<String>, Errno> {
     match load::<R>(directory, stem) {
         Ok(_) | Err(InvalidFile::Unreadable(Errno::NOENT)) => return Ok(None),
         Err(_) => {}

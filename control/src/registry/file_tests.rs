@@ -42,14 +42,14 @@ fn listing(home: &Home) -> Vec<String> {
     names
 }
 
-/// What is loaded, each as its name or as the reason why it is none.
+/// Returns the name of each loaded file, with the reason if it is invalid.
 fn loaded(home: &Home) -> Vec<(String, Result<(), String>)> {
     let all = load_all(home).unwrap().into_iter();
-    all.map(|one| (one.stem, one.found.map(drop).map_err(|unfit| unfit.to_string()))).collect()
+    all.map(|one| (one.stem, one.found.map(drop).map_err(|invalid| invalid.to_string()))).collect()
 }
 
 #[test]
-fn a_registration_is_one_line_of_exactly_its_fields_for_its_owner_alone() {
+fn a_registration_is_one_line_of_its_fields_and_private_to_its_owner() {
     let (_folder, home) = home();
     let whole = json!({
         "containerName": "coder", "cwd": "/agents/coder", "restartToken": "r", "wsHostPort": 49152,
@@ -66,7 +66,7 @@ fn a_registration_is_one_line_of_exactly_its_fields_for_its_owner_alone() {
 }
 
 #[test]
-fn what_is_written_is_loaded_in_its_first_order_and_what_is_removed_is_not() {
+fn files_are_loaded_in_order_of_first_registration_and_removed_ones_are_not() {
     let (_folder, home) = home();
     for name in ["z", "a", "c"] {
         write(&home, &bare(name)).unwrap();
@@ -80,7 +80,7 @@ fn what_is_written_is_loaded_in_its_first_order_and_what_is_removed_is_not() {
 }
 
 #[test]
-fn half_written_files_of_an_earlier_daemon_are_removed_and_nothing_else_is() {
+fn only_temporary_files_of_an_earlier_daemon_are_removed() {
     let (_folder, home) = home();
     write(&home, &bare("a")).unwrap();
     for name in ["a.json.17.tmp", "a.json.bad-1", "b.json.x.tmp", ".json.tmp", "notes.txt", "a.json~"] {
@@ -94,7 +94,7 @@ fn half_written_files_of_an_earlier_daemon_are_removed_and_nothing_else_is() {
 }
 
 #[test]
-fn a_temporary_file_that_is_in_the_way_is_no_obstacle() {
+fn an_existing_temporary_file_does_not_prevent_a_write() {
     let (_folder, home) = home();
     let victim = path(&home, "victim");
     symlink(&victim, path(&home, &format!("a.json.{}.tmp", std::process::id()))).unwrap();
@@ -103,8 +103,8 @@ fn a_temporary_file_that_is_in_the_way_is_no_obstacle() {
     assert_eq!(listing(&home), ["a.json"]);
 }
 
-/// Puts everything that a registration's name may stand for without being one; the reason that is told of each.
-fn put_what_does_not_fit(home: &Home) -> Vec<(&'static str, &'static str)> {
+/// Creates each kind of invalid entry with a registration's name. Returns the names and their reasons.
+fn create_invalid_entries(home: &Home) -> Vec<(&'static str, &'static str)> {
     let secret = home.root().join("elsewhere.json");
     std::fs::write(&secret, serde_json::to_vec(&bare("link")).unwrap()).unwrap();
     symlink(&secret, path(home, "link.json")).unwrap();
@@ -143,34 +143,34 @@ fn put_what_does_not_fit(home: &Home) -> Vec<(&'static str, &'static str)> {
 }
 
 #[test]
-fn what_does_not_fit_is_told_and_kept_and_costs_no_other_file() {
+fn invalid_entries_are_reported_and_kept_and_do_not_affect_others() {
     let (_folder, home) = home();
-    let unfit = put_what_does_not_fit(&home);
+    let invalid = create_invalid_entries(&home);
     write(&home, &bare("good")).unwrap();
     let before = listing(&home);
     let mut found = loaded(&home);
     found.retain(|(stem, result)| stem != "good" || result.is_err());
-    // They come by the time of their writing, which is the same for most.
+    // They are sorted by modification time, which is the same for most.
     found.sort_by(|(one, _), (other, _)| one.cmp(other));
     let expected: Vec<_> =
-        unfit.iter().map(|(stem, reason)| ((*stem).to_owned(), Err((*reason).to_owned()))).collect();
+        invalid.iter().map(|(stem, reason)| ((*stem).to_owned(), Err((*reason).to_owned()))).collect();
     assert_eq!(found, expected);
     assert_eq!(listing(&home), before);
 }
 
 #[test]
-fn what_does_not_fit_is_set_aside_when_its_place_is_needed() {
+fn an_invalid_entry_is_set_aside_when_its_name_is_registered() {
     let (_folder, home) = home();
     for round in 1..=2 {
-        let unfit = put_what_does_not_fit(&home);
-        for (stem, _) in &unfit {
+        let invalid = create_invalid_entries(&home);
+        for (stem, _) in &invalid {
             let set_aside = write(&home, &bare(stem)).unwrap();
             assert_eq!(set_aside, Some(format!("{stem}.json.bad-{round}")));
             assert_eq!(write(&home, &bare(stem)).unwrap(), None);
         }
         assert!(loaded(&home).iter().all(|(_, found)| found.is_ok()));
-        assert_eq!(loaded(&home).len(), unfit.len());
-        for (stem, _) in &unfit {
+        assert_eq!(loaded(&home).len(), invalid.len());
+        for (stem, _) in &invalid {
             assert_eq!(remove(&home, &ContainerName::new(stem).unwrap()).unwrap(), None);
         }
     }
@@ -180,7 +180,7 @@ fn what_does_not_fit_is_set_aside_when_its_place_is_needed() {
 }
 
 #[test]
-fn what_does_not_fit_is_set_aside_when_its_name_is_deregistered() {
+fn an_invalid_entry_is_set_aside_when_its_name_is_deregistered() {
     let (_folder, home) = home();
     std::fs::write(path(&home, "torn.json"), "{").unwrap();
     let set_aside = remove(&home, &ContainerName::new("torn").unwrap()).unwrap();
@@ -189,7 +189,7 @@ fn what_does_not_fit_is_set_aside_when_its_name_is_deregistered() {
 }
 
 #[test]
-fn a_directory_that_is_missing_holds_nothing_and_takes_nothing() {
+fn a_missing_directory_is_empty_and_cannot_be_written_to() {
     let folder = tempfile::tempdir().unwrap();
     let home = Home::at(folder.path().to_owned()).unwrap();
     assert!(load_all(&home).unwrap().is_empty());
@@ -199,7 +199,7 @@ fn a_directory_that_is_missing_holds_nothing_and_takes_nothing() {
 }
 
 #[test]
-fn a_file_that_would_be_too_large_to_read_is_not_written() {
+fn a_record_over_the_size_limit_is_not_written() {
     let (_folder, home) = home();
     write(&home, &bare("a")).unwrap();
     let large = json!({"containerName": "a", "cwd": "/a", "more": "x".repeat(1 << 20)});

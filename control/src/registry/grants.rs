@@ -1,6 +1,6 @@
-//! The grants that are in force: what was read from the files at the start, and each change since.
+//! The grants in force: those that were read from the files at the start, and the later changes.
 //!
-//! A change is written before it is visible here, inside the queue of its container. Reading never waits.
+//! A change is written to disk, in the queue of its container, before it is visible here. Readers never wait.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,22 +12,22 @@ use crate::model::registration::{ContainerName, Registration};
 use crate::registry::file::{self, InvalidFile};
 use crate::sys::paths::Home;
 
-/// The reasons to refuse a change of grants. The texts are the wire's.
+/// The reasons to refuse a change of grants. The texts are part of the wire specification.
 #[derive(Debug, Error)]
 pub enum GrantError {
     /// The daemon is stopping.
     #[error("daemon stopping")]
     Stopping,
-    /// The name has no registration, whose folder the grant would be bound to.
+    /// The name is not registered, so it has no folder for the grant.
     #[error("not registered: {0}")]
     NotRegistered(String),
-    /// A word names no right.
+    /// A right is unknown.
     #[error(transparent)]
     Right(#[from] RightError),
-    /// A right comes with the registration, which revoking does not change.
+    /// The right comes with the registration, so it cannot be revoked.
     #[error("{0} comes with the registration of {1}, which has no attach method")]
     OfRegistration(Right, ContainerName),
-    /// The file of the name holds something else. It is kept as it is.
+    /// The file of the name is invalid. It is kept unchanged.
     #[error("the grants of {0} cannot be read and are kept as they are: {1}")]
     InvalidFile(ContainerName, InvalidFile),
     /// The file could not be written.
@@ -40,12 +40,12 @@ pub enum GrantError {
 pub struct GrantTable(Arc<Mutex<BTreeMap<ContainerName, Grants>>>);
 
 impl GrantTable {
-    /// Whether a registered container has a right.
+    /// Returns whether a registered container has a right.
     pub fn has_right(&self, right: Right, registration: &Registration) -> bool {
         grants::has_right(right, registration, self.lock().get(&registration.container_name))
     }
 
-    /// Every right of a registered container, in force or not.
+    /// Returns all rights of a registered container, in force or not.
     pub fn facts(&self, registration: &Registration) -> Vec<GrantFact> {
         grants::facts(registration, self.lock().get(&registration.container_name))
     }
@@ -68,13 +68,14 @@ impl GrantTable {
 /// Reads the grants of a name from its file, changes them, and writes them back. Blocks on the disk.
 ///
 /// # Errors
-/// [`GrantError`]; the file is then as it was.
+/// [`GrantError`]; the file is then unchanged.
 pub(crate) fn change(
     home: &Home,
     name: &ContainerName,
     change: impl FnOnce(&mut Grants) -> Result<bool, GrantError>,
 ) -> Result<Grants, GrantError> {
-    let kept = file::load_one(home, name).map_err(|unfit| GrantError::InvalidFile(name.clone(), unfit))?;
+    let kept =
+        file::load_one(home, name).map_err(|invalid| GrantError::InvalidFile(name.clone(), invalid))?;
     let mut grants = kept.unwrap_or_else(|| Grants::none(name.clone()));
     if change(&mut grants)? {
         let written = match grants.is_empty() {

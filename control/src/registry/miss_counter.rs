@@ -1,14 +1,13 @@
-//! When a container that is not found is taken to be gone (wire specification, A.7.7). Pure.
+//! Decides when a container that is not found is considered gone (wire specification, A.7.7). Pure.
 //!
-//! A look at a container counts for the very registration that it was taken for: registering anew begins at none, so a
-//! container that was removed and made again is never dropped for what its predecessor missed. Alive clears the count,
-//! unknown leaves it as it is.
+//! Misses are counted for one registration. A new registration starts at zero, so a recreated container is never dropped for
+//! the misses of its predecessor. Alive resets the count; unknown leaves it unchanged.
 //!
-//! Between looks there is usually a whole turn. After a hint (Docker said that something happened to the container) the
-//! looks follow each other sooner, but not at once: whoever replaces a container removes the old one first, and the
-//! registration is to outlive that moment. Only a container that was seen alive can go soon: one that is registered before
-//! it is made, as the reference does, has all its turns. So there is a first look, soon after the registration; it counts
-//! for a container and never against it.
+//! Probes are normally one interval apart. After a hint (Docker reported an event of the container) they follow each other
+//! sooner, but not at once: a client that replaces a container removes the old one first, and the registration must survive
+//! that time. The short spacing applies only to a container that was seen alive. A container that is registered before it is
+//! created, as the reference does, has all its intervals. Therefore a first probe runs soon after the registration; it can
+//! mark a container as alive, and never counts as a miss.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -20,97 +19,100 @@ use super::store::Registered;
 use crate::docker::liveness::Liveness;
 use crate::model::registration::{ContainerName, Registration};
 
-/// Why a container is looked at.
+/// The reason for a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum LookReason {
-    /// It has just been registered.
+pub(super) enum ProbeReason {
+    /// The container has just been registered.
     First,
-    /// It is its turn, or it was missed a moment ago.
-    LookTurn,
-    /// Something may have happened to it.
+    /// The interval has passed, or a recent probe missed it.
+    Interval,
+    /// Something may have happened to the container.
     Hint,
 }
 
-/// What is asked to be looked at ahead of its turn, and why; of two reasons the one that counts more.
-pub(super) type Hints = BTreeMap<String, LookReason>;
+/// The names to probe ahead of their interval, each with the greater of its reasons.
+pub(super) type Hints = BTreeMap<String, ProbeReason>;
 
-/// What is known of every registration that was looked at.
+/// The counters of all registrations that were probed.
 pub(super) struct MissCounter {
-    /// How many misses in a row are too many.
+    /// The number of consecutive misses after which a container is gone.
     limit: u32,
-    /// How long after a miss that a hint led to the next look follows.
+    /// The delay from a miss after a hint to the next probe.
     spacing: Duration,
-    of: HashMap<ContainerName, Seen>,
+    entries: HashMap<ContainerName, Misses>,
 }
 
-struct Seen {
+struct Misses {
     registration: Arc<Registration>,
-    /// Whether it was ever found.
+    /// Whether a probe ever found it.
     was_alive: bool,
-    /// How often in a row it was missed.
+    /// The number of consecutive misses.
     count: u32,
-    /// When to look again, if sooner than at the next turn.
-    again: Option<Instant>,
+    /// The time of the next probe, if it is before the next interval.
+    next_probe: Option<Instant>,
 }
 
-impl Seen {
-    fn new(registration: &Arc<Registration>) -> Seen {
-        Seen { registration: Arc::clone(registration), was_alive: false, count: 0, again: None }
+impl Misses {
+    fn new(registration: &Arc<Registration>) -> Misses {
+        Misses { registration: Arc::clone(registration), was_alive: false, count: 0, next_probe: None }
     }
 }
 
 impl MissCounter {
     pub(super) fn new(limit: u32, spacing: Duration) -> MissCounter {
-        MissCounter { limit, spacing, of: HashMap::new() }
+        MissCounter { limit, spacing, entries: HashMap::new() }
     }
 
-    /// Takes a look into account; whether the container is gone now.
-    pub(super) fn seen(
+    /// Records the result of a probe. Returns whether the container is gone.
+    pub(super) fn record(
         &mut self,
         registration: &Arc<Registration>,
         liveness: Liveness,
-        look: LookReason,
+        reason: ProbeReason,
         now: Instant,
     ) -> bool {
         let name = registration.container_name.clone();
-        let seen = self.of.entry(name).or_insert_with(|| Seen::new(registration));
-        if !Arc::ptr_eq(&seen.registration, registration) {
-            *seen = Seen::new(registration);
+        let misses = self.entries.entry(name).or_insert_with(|| Misses::new(registration));
+        if !Arc::ptr_eq(&misses.registration, registration) {
+            *misses = Misses::new(registration);
         }
         match liveness {
-            Liveness::Alive => (seen.was_alive, seen.count, seen.again) = (true, 0, None),
-            // Looking sooner will not help: who could be asked is not there.
-            Liveness::Unknown => seen.again = None,
-            Liveness::Gone if look == LookReason::First => {}
+            Liveness::Alive => (misses.was_alive, misses.count, misses.next_probe) = (true, 0, None),
+            // Docker is unreachable, so an earlier probe would not help.
+            Liveness::Unknown => misses.next_probe = None,
+            Liveness::Gone if reason == ProbeReason::First => {}
             Liveness::Gone => {
-                let soon = look == LookReason::Hint || seen.again.is_some();
-                seen.count += 1;
-                seen.again = (soon && seen.was_alive).then(|| now + self.spacing);
+                let soon = reason == ProbeReason::Hint || misses.next_probe.is_some();
+                misses.count += 1;
+                misses.next_probe = (soon && misses.was_alive).then(|| now + self.spacing);
             }
         }
-        let gone = seen.count >= self.limit.max(1);
+        let gone = misses.count >= self.limit.max(1);
         if gone {
-            self.of.remove(&registration.container_name);
+            self.entries.remove(&registration.container_name);
         }
         gone
     }
 
-    /// Forgets registrations that are no more.
+    /// Drops the counters of registrations that no longer exist.
     pub(super) fn keep_only(&mut self, known: &Registered) {
-        self.of.retain(|name, seen| {
-            known.find(name.as_str()).is_some_and(|current| Arc::ptr_eq(current, &seen.registration))
+        self.entries.retain(|name, misses| {
+            known.find(name.as_str()).is_some_and(|current| Arc::ptr_eq(current, &misses.registration))
         });
     }
 
-    /// Who has to be looked at now, ahead of the turn.
+    /// Returns the registrations that are to be probed now, ahead of their interval.
     pub(super) fn due(&self, now: Instant) -> Vec<Arc<Registration>> {
-        let due = self.of.values().filter(|seen| seen.again.is_some_and(|again| again <= now));
-        due.map(|seen| Arc::clone(&seen.registration)).collect()
+        let due = self
+            .entries
+            .values()
+            .filter(|misses| misses.next_probe.is_some_and(|next_probe| next_probe <= now));
+        due.map(|misses| Arc::clone(&misses.registration)).collect()
     }
 
-    /// When the next of them is.
-    pub(super) fn next_look(&self) -> Option<Instant> {
-        self.of.values().filter_map(|seen| seen.again).min()
+    /// Returns the time of the next such probe.
+    pub(super) fn next_probe(&self) -> Option<Instant> {
+        self.entries.values().filter_map(|misses| misses.next_probe).min()
     }
 }
 
@@ -128,74 +130,76 @@ mod tests {
         Arc::new(Registration::from_fields(fields).unwrap())
     }
 
-    /// The looks in turn; the number of the one at which the container was gone.
-    fn gone_at(looks: &[Liveness]) -> Option<usize> {
+    /// Records these results in order. Returns the index of the one at which the container was gone.
+    fn gone_at(results: &[Liveness]) -> Option<usize> {
         let (mut misses, one) = (MissCounter::new(3, SPACING), registration());
-        looks.iter().position(|look| misses.seen(&one, *look, LookReason::LookTurn, Instant::now()))
+        results
+            .iter()
+            .position(|liveness| misses.record(&one, *liveness, ProbeReason::Interval, Instant::now()))
     }
 
     #[test]
-    fn three_misses_in_a_row_are_needed_and_unknown_is_not_one() {
+    fn three_consecutive_misses_are_needed_and_unknown_does_not_count() {
         use Liveness::{Alive, Gone, Unknown};
         assert_eq!(gone_at(&[Gone, Gone, Gone]), Some(2));
         assert_eq!(gone_at(&[Gone, Gone, Alive, Gone, Gone]), None);
         assert_eq!(gone_at(&[Gone, Unknown, Unknown, Gone, Unknown, Gone]), Some(5));
         assert_eq!(gone_at(&[Unknown; 10]), None);
-        assert!(MissCounter::new(1, SPACING).seen(
+        assert!(MissCounter::new(1, SPACING).record(
             &registration(),
             Gone,
-            LookReason::LookTurn,
+            ProbeReason::Interval,
             Instant::now()
         ));
     }
 
     #[test]
-    fn a_registration_is_not_dropped_for_what_its_predecessor_missed() {
+    fn a_registration_is_not_dropped_for_the_misses_of_its_predecessor() {
         let (mut misses, old, new, now) =
             (MissCounter::new(3, SPACING), registration(), registration(), Instant::now());
         for _ in 0..2 {
-            assert!(!misses.seen(&old, Liveness::Gone, LookReason::LookTurn, now));
+            assert!(!misses.record(&old, Liveness::Gone, ProbeReason::Interval, now));
         }
         for _ in 0..2 {
-            assert!(!misses.seen(&new, Liveness::Gone, LookReason::LookTurn, now));
+            assert!(!misses.record(&new, Liveness::Gone, ProbeReason::Interval, now));
         }
-        assert!(misses.seen(&new, Liveness::Gone, LookReason::LookTurn, now));
+        assert!(misses.record(&new, Liveness::Gone, ProbeReason::Interval, now));
     }
 
     #[test]
-    fn a_hint_brings_the_looks_together_until_one_says_otherwise() {
+    fn a_hint_shortens_the_spacing_until_another_result() {
         let (mut misses, one, now) = (MissCounter::new(3, SPACING), registration(), Instant::now());
-        misses.seen(&one, Liveness::Alive, LookReason::First, now);
-        misses.seen(&one, Liveness::Gone, LookReason::LookTurn, now);
-        assert_eq!(misses.next_look(), None);
-        misses.seen(&one, Liveness::Gone, LookReason::Hint, now);
-        assert_eq!(misses.next_look(), Some(now + SPACING));
+        misses.record(&one, Liveness::Alive, ProbeReason::First, now);
+        misses.record(&one, Liveness::Gone, ProbeReason::Interval, now);
+        assert_eq!(misses.next_probe(), None);
+        misses.record(&one, Liveness::Gone, ProbeReason::Hint, now);
+        assert_eq!(misses.next_probe(), Some(now + SPACING));
         assert!(misses.due(now).is_empty());
         assert_eq!(misses.due(now + SPACING).len(), 1);
-        misses.seen(&one, Liveness::Unknown, LookReason::LookTurn, now);
-        assert_eq!(misses.next_look(), None);
-        misses.seen(&one, Liveness::Alive, LookReason::LookTurn, now);
-        misses.seen(&one, Liveness::Gone, LookReason::Hint, now);
-        misses.seen(&one, Liveness::Gone, LookReason::LookTurn, now + SPACING);
-        assert_eq!(misses.next_look(), Some(now + SPACING + SPACING));
+        misses.record(&one, Liveness::Unknown, ProbeReason::Interval, now);
+        assert_eq!(misses.next_probe(), None);
+        misses.record(&one, Liveness::Alive, ProbeReason::Interval, now);
+        misses.record(&one, Liveness::Gone, ProbeReason::Hint, now);
+        misses.record(&one, Liveness::Gone, ProbeReason::Interval, now + SPACING);
+        assert_eq!(misses.next_probe(), Some(now + SPACING + SPACING));
         misses.keep_only(&Registered::default());
-        assert_eq!(misses.next_look(), None);
-        assert!(misses.of.is_empty());
+        assert_eq!(misses.next_probe(), None);
+        assert!(misses.entries.is_empty());
     }
 
     #[test]
-    fn a_container_that_was_never_there_has_all_its_turns() {
+    fn a_container_that_was_never_alive_has_all_its_intervals() {
         let (mut misses, one, now) = (MissCounter::new(3, SPACING), registration(), Instant::now());
         for _ in 0..5 {
             assert!(
-                !misses.seen(&one, Liveness::Gone, LookReason::First, now),
-                "a first look counts against it"
+                !misses.record(&one, Liveness::Gone, ProbeReason::First, now),
+                "the first probe counts as a miss"
             );
         }
         for _ in 0..2 {
-            assert!(!misses.seen(&one, Liveness::Gone, LookReason::Hint, now));
-            assert_eq!(misses.next_look(), None);
+            assert!(!misses.record(&one, Liveness::Gone, ProbeReason::Hint, now));
+            assert_eq!(misses.next_probe(), None);
         }
-        assert!(misses.seen(&one, Liveness::Gone, LookReason::LookTurn, now));
+        assert!(misses.record(&one, Liveness::Gone, ProbeReason::Interval, now));
     }
 }

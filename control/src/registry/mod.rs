@@ -1,11 +1,13 @@
-//! The registry: one record for each container, which survives any crash, and what belongs to a record.
+//! The registry: one record for each container, which survives a crash at any time, and the state that belongs to a record.
 //!
 //! - `store` is the watched list of all registrations; `file` is one of them on disk; `shared` holds the changes themselves.
 //! - `queue` runs the changes to one name one after another.
-//! - `garbage_collection` replays the files at the start and forgets containers that have gone; `miss_counter` decides when.
-//! - `folder` reads `landfall.toml` and runs its commands; `trust_file` keeps the user's approvals; `secrets` patches secrets.
+//! - `garbage_collection` replays the files at the start and drops containers that are gone; `miss_counter` decides when.
+//! - `folder` reads `landfall.toml` and runs its commands; `trust_file` keeps the user's approvals; `secrets` patches
+//!   secrets.
 //!
-//! A change that was acknowledged is on disk. No command of a folder runs without an approval of exactly its bytes.
+//! A name is unknown, registered, or being removed (in its queue). A change is acknowledged only after it is on disk. A
+//! command of a folder never runs without an approval of exactly the bytes of its file.
 
 pub mod file;
 pub mod folder;

@@ -1,9 +1,9 @@
-//! One queue for each container (wire specification, A.7.3): what is asked of one name runs strictly one after another,
-//! in the order in which it was asked; different names run side by side.
+//! One queue for each container (wire specification, A.7.3): work for one name runs strictly one after another, in order of
+//! arrival; work for different names runs concurrently.
 //!
-//! A piece of work is a task of its own. So it runs to its end when whoever asked for it has gone away (a client that
-//! hangs up in the middle of a `register` leaves no half of one), and one that panics does not take the queue with it.
-//! A queue exists as long as there is work in it: names that are gone leave nothing behind.
+//! Each piece of work is a task of its own. It therefore runs to its end when the caller has gone (a client that disconnects
+//! during a `register` leaves no partial registration), and a panic does not end the queue. A queue exists only while it has
+//! work, so removed names use no memory.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,20 +13,20 @@ use tokio::sync::{Notify, oneshot};
 
 type Work = BoxFuture<'static, ()>;
 
-/// The queues of all names; clones are the same ones.
+/// The queues of all names. Clones share them.
 #[derive(Clone, Default)]
 pub(crate) struct Queues(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
-    /// What waits, by name. A name is here exactly while something of it runs.
+    /// The waiting work by name. A name is present exactly while work of it runs.
     waiting: Mutex<HashMap<String, VecDeque<Work>>>,
     idle: Notify,
 }
 
 impl Queues {
-    /// Puts work at the end of a name's queue, and takes its place there before this returns. `None` comes out of the
-    /// answer when the work panicked.
+    /// Appends work to the queue of a name before it returns. The returned future yields the result, or `None` if the work
+    /// panicked.
     pub(crate) fn enqueue<T: Send + 'static>(
         &self,
         name: &str,
@@ -34,7 +34,7 @@ impl Queues {
     ) -> impl Future<Output = Option<T>> + Send + 'static {
         let (answer, answered) = oneshot::channel();
         let work: Work = Box::pin(async move {
-            // Whoever asked may have gone away.
+            // The send fails if the caller has gone.
             let _ = answer.send(work.await);
         });
         let mut waiting = self.0.lock();
@@ -48,12 +48,12 @@ impl Queues {
         async move { answered.await.ok() }
     }
 
-    /// Returns when no queue has any work.
-    pub(crate) async fn settled(&self) {
+    /// Returns when all queues are empty.
+    pub(crate) async fn wait_until_idle(&self) {
         let idle = self.0.idle.notified();
         tokio::pin!(idle);
         loop {
-            // Heard from here on, so that an end between the look and the wait is not missed.
+            // Enable first, so that an end between the check and the wait is not missed.
             idle.as_mut().enable();
             if self.0.lock().is_empty() {
                 return;
@@ -74,7 +74,7 @@ impl Inner {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is next for a name; nothing ends its queue.
+    /// Returns the next work of a name. Without work, removes its queue.
     fn next(&self, name: &str) -> Option<Work> {
         let mut waiting = self.lock();
         let next = waiting.get_mut(name).and_then(VecDeque::pop_front);
@@ -91,7 +91,7 @@ impl Inner {
 async fn run(queues: Arc<Inner>, name: String, first: Work) {
     let mut next = Some(first);
     while let Some(work) = next {
-        // A panic is reported where it happened and ends that task alone.
+        // A panic was reported where it happened, and ends only that task.
         let _ = tokio::spawn(work).await;
         next = queues.next(&name);
     }

@@ -1,5 +1,5 @@
-//! What the registry's tasks share, and the changes themselves. Each of them runs inside its container's queue, or before
-//! any queue moves (replay); so a change to one name never meets another change to it.
+//! The state that the registry's tasks share, and the changes themselves. Each change runs in its container's queue, or
+//! during replay, before any queue runs. Two changes to one name therefore never overlap.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +19,7 @@ use crate::model::grants::{Grants, Right, comes_with};
 use crate::model::registration::{AttachMethod, ContainerName, Registration, Token};
 use crate::registry::folder::FolderError;
 use crate::registry::grants::{self, GrantError};
-use crate::registry::miss_counter::{Hints, LookReason};
+use crate::registry::miss_counter::{Hints, ProbeReason};
 use crate::registry::secrets::SecretsConfig;
 use crate::registry::trust_file::TrustFile;
 use crate::sys::directory_access::{self, DirectoryAccessError};
@@ -29,22 +29,22 @@ pub(super) struct Shared {
     pub(super) options: RegistryOptions,
     pub(super) known: watch::Sender<Arc<Registered>>,
     pub(super) queues: Queues,
-    /// No new registration is taken from here on.
+    /// Cancelled when no new registration is accepted.
     pub(super) stopping: CancellationToken,
-    /// Cancelled once everything on disk has been taken in. Not a `watch`, which wakes those who wait in any order: who
-    /// registered before somebody else deregistered must go first.
-    settled: CancellationToken,
-    /// Rings when there is a hint.
+    /// Cancelled when all files on disk have been replayed. A `watch` would wake its waiters in any order, but a `register`
+    /// that arrived before a `deregister` must run first.
+    replay_done: CancellationToken,
+    /// Notified when a hint was added.
     pub(super) hinted: Notify,
     hints: Mutex<Hints>,
 }
 
-/// Says that everything on disk has been taken in, when it goes out of scope: whatever became of it, nobody waits longer.
+/// Marks the replay as done when it is dropped, whatever its result, so that no request waits longer.
 pub(super) struct ReplayGuard<'a>(&'a Shared);
 
 impl Drop for ReplayGuard<'_> {
     fn drop(&mut self) {
-        self.0.settled.cancel();
+        self.0.replay_done.cancel();
     }
 }
 
@@ -55,19 +55,19 @@ impl Shared {
             known: watch::Sender::new(Arc::default()),
             queues: Queues::default(),
             stopping: CancellationToken::new(),
-            settled: CancellationToken::new(),
+            replay_done: CancellationToken::new(),
             hinted: Notify::new(),
             hints: Mutex::default(),
         }
     }
 
-    pub(super) fn settling(&self) -> ReplayGuard<'_> {
+    pub(super) fn replay_guard(&self) -> ReplayGuard<'_> {
         ReplayGuard(self)
     }
 
-    /// Waits until everything on disk has been taken in. Those who wait go on in the order in which they came.
+    /// Waits until all files on disk have been replayed. Waiters continue in their order of arrival.
     pub(super) async fn replayed(&self) {
-        self.settled.cancelled().await;
+        self.replay_done.cancelled().await;
     }
 
     pub(super) fn find(&self, name: &str) -> Option<Arc<Registration>> {
@@ -79,8 +79,8 @@ impl Shared {
         current.is_some_and(|current| Arc::ptr_eq(&current, registration))
     }
 
-    /// Keeps a hint until somebody looks. Hints about names that nobody knows are none, so they are as few as the names.
-    pub(super) fn hint(&self, name: &str, look: LookReason) {
+    /// Stores a hint for the next probe. Ignores unknown names, so the number of hints is bounded.
+    pub(super) fn hint(&self, name: &str, look: ProbeReason) {
         if self.find(name).is_some() {
             let mut hints = self.hints.lock().unwrap_or_else(PoisonError::into_inner);
             let kept = hints.entry(name.to_owned()).or_insert(look);
@@ -89,23 +89,24 @@ impl Shared {
         }
     }
 
-    /// The registrations that there are hints about.
-    pub(super) fn take_hints(&self) -> Vec<(Arc<Registration>, LookReason)> {
+    /// Takes the hints, with the present registration of each name.
+    pub(super) fn take_hints(&self) -> Vec<(Arc<Registration>, ProbeReason)> {
         let hints = std::mem::take(&mut *self.hints.lock().unwrap_or_else(PoisonError::into_inner));
         hints.into_iter().filter_map(|(name, look)| Some((self.find(&name)?, look))).collect()
     }
 
-    /// The effects of a `register`, in the wire's order (A.1.4): the file, the value, the event, the attendants.
+    /// Executes a `register`, with its effects in the order of the wire specification (A.1.4): file, value, event,
+    /// observers.
     pub(super) async fn register(
         &self,
         registration: Registration,
-        asked_by: RegistrationOrigin,
+        origin: RegistrationOrigin,
     ) -> Result<(), RegisterError> {
         self.replayed().await;
         if self.stopping.is_cancelled() {
             return Err(RegisterError::Stopping);
         }
-        let mut registration = completed(registration)?;
+        let mut registration = complete(registration)?;
         if let Some(known) = self.find(registration.container_name.as_str()) {
             let is_same =
                 registration.broker_token.as_ref().is_some_and(|token| known.has_broker_token(token));
@@ -113,9 +114,9 @@ impl Shared {
         }
         let (home, trust) = (self.options.home.clone(), self.options.approvals.file().clone());
         let written = self.on_disk(move || {
-            match asked_by {
+            match origin {
                 RegistrationOrigin::User => folder::seal(&mut registration, &trust),
-                // The container decides when it is found again; what was read for its user stays.
+                // The container exists again, so the approvals that were stored for its user remain.
                 RegistrationOrigin::Discovery => drop(folder::seal_if_approved(&mut registration, &trust)),
             }
             check_ports(&mut registration, &trust);
@@ -124,33 +125,29 @@ impl Shared {
         let (registration, set_aside) = written.await.map_err(RegisterError::Persist)?;
         let registration = Arc::new(registration);
         let name = &registration.container_name;
-        self.tell_set_aside(name, set_aside);
+        self.report_set_aside(name, set_aside);
         let was_known = self.store(&registration);
         if !was_known {
             self.options.journal.record(&Event::Register { container_name: name.to_string() });
         } else {
-            self.stop_attendants(name, StopReason::Replaced).await;
+            self.stop_observers(name, StopReason::Replaced).await;
         }
-        self.start_attendants(&registration).await;
-        self.hint(registration.container_name.as_str(), LookReason::First);
+        self.start_observers(&registration).await;
+        self.hint(registration.container_name.as_str(), ProbeReason::First);
         Ok(())
     }
 
-    /// Takes in a registration that is on disk.
-    pub(super) async fn take_in(&self, registration: Arc<Registration>) {
+    /// Restores a registration from disk.
+    pub(super) async fn restore(&self, registration: Arc<Registration>) {
         self.store(&registration);
         let container_name = registration.container_name.to_string();
         self.options.journal.record(&Event::Register { container_name });
-        self.start_attendants(&registration).await;
+        self.start_observers(&registration).await;
     }
 
-    /// Reads the files of a container's folder again, after its user approved or revoked them. Returns whether the container
-    /// is registered with this folder.
-    pub(super) async fn read_folder_again(
-        &self,
-        name: &ContainerName,
-        of: &Path,
-    ) -> Result<bool, RegisterError> {
+    /// Rereads the files of a container's folder, after its user approved or revoked them. Returns whether the container is
+    /// registered with this folder.
+    pub(super) async fn reread_folder(&self, name: &ContainerName, of: &Path) -> Result<bool, RegisterError> {
         self.replayed().await;
         let Some(before) = self.find(name.as_str()) else { return Ok(false) };
         let (home, trust) = (self.options.home.clone(), self.options.approvals.file().clone());
@@ -171,31 +168,31 @@ impl Shared {
         let registration = Arc::new(registration);
         self.store(&registration);
         if registration.exposes_nothing() == was_off {
-            for attendant in &self.options.observers {
-                let started = attendant.folder_changed(Arc::clone(&registration));
-                self.bounded(attendant.name(), "starting", started).await;
+            for observer in &self.options.observers {
+                let started = observer.folder_changed(Arc::clone(&registration));
+                self.bounded(observer.name(), "starting", started).await;
             }
         } else {
-            self.stop_attendants(name, StopReason::Replaced).await;
-            self.start_attendants(&registration).await;
+            self.stop_observers(name, StopReason::Replaced).await;
+            self.start_observers(&registration).await;
         }
-        self.hint(name.as_str(), LookReason::First);
+        self.hint(name.as_str(), ProbeReason::First);
         Ok(true)
     }
 
     pub(super) async fn deregister(&self, name: &ContainerName, reason: DropReason) {
         self.replayed().await;
-        if reason == DropReason::Gone && self.is_back(name).await {
+        if reason == DropReason::Gone && self.exists_again(name).await {
             return;
         }
-        let was_known = self.forget(name, StopReason::Deregistered).await;
+        let was_known = self.remove(name, StopReason::Deregistered).await;
         if was_known {
             let reason = reason.as_str().to_owned();
             self.options.journal.record(&Event::Deregister { container_name: name.to_string(), reason });
         }
     }
 
-    /// Grants rights for the folder that the name is registered with.
+    /// Grants rights for the folder of the name's registration.
     pub(super) async fn grant(&self, name: &str, rights: Vec<Right>) -> Result<(), GrantError> {
         self.replayed().await;
         let current = self.find(name).ok_or_else(|| GrantError::NotRegistered(name.to_owned()))?;
@@ -209,17 +206,17 @@ impl Shared {
         Ok(())
     }
 
-    /// Takes rights away, whatever folder they were granted for.
+    /// Revokes rights, for all folders that they were granted for.
     pub(super) async fn revoke(&self, name: &ContainerName, what: Vec<String>) -> Result<(), GrantError> {
         self.replayed().await;
         let current = self.find(name.as_str());
-        let (of, words) = (name.clone(), what.clone());
+        let (of, rights) = (name.clone(), what.clone());
         self.change_grants(name, move |grants| {
             let mut changed = false;
-            for word in &words {
-                let was_granted = grants.revoke(word)?;
+            for right in &rights {
+                let was_granted = grants.revoke(right)?;
                 changed |= was_granted;
-                if let (false, Ok(right), Some(current)) = (was_granted, word.parse(), &current)
+                if let (false, Ok(right), Some(current)) = (was_granted, right.parse(), &current)
                     && comes_with(right, current)
                 {
                     return Err(GrantError::OfRegistration(right, of));
@@ -232,13 +229,13 @@ impl Shared {
         Ok(())
     }
 
-    /// Removes everything that was granted to a name. An error is reported.
+    /// Removes all grants of a name. Reports an error as a notice.
     pub(super) async fn remove_grants(&self, name: &ContainerName) {
         self.replayed().await;
         self.options.grants.remove(name);
         let (home, of) = (self.options.home.clone(), name.clone());
         match self.on_disk(move || file::remove::<Grants>(&home, &of)).await {
-            Ok(set_aside) => self.tell_set_aside(name, set_aside),
+            Ok(set_aside) => self.report_set_aside(name, set_aside),
             Err(error) => self.notice(format!("the grants of {name} stay on disk: {error}")),
         }
     }
@@ -257,20 +254,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Forgets a container that was looked at often enough, unless it was registered anew since.
+    /// Drops a container that was missed often enough, unless it has been registered again since.
     pub(super) fn drop_gone(self: &Arc<Self>, registration: Arc<Registration>) {
         let (shared, name) = (Arc::clone(self), registration.container_name.clone());
-        // Nobody waits for it: a container whose teardown takes long does not keep others from being looked at.
+        // The caller does not wait: a slow teardown must not delay the probes of other containers.
         let work = async move { shared.drop_current(&registration, DropReason::Gone).await };
         drop(self.queues.enqueue(name.as_str(), work));
     }
 
-    /// Forgets this very registration, and none that has taken its place since; whether it was there. Inside its queue.
+    /// Drops this registration, unless another one has replaced it. Returns whether it was current. Runs in its queue.
     pub(super) async fn drop_current(&self, registration: &Arc<Registration>, reason: DropReason) -> bool {
         let is_current = self.is_current(registration);
         if is_current {
             let name = &registration.container_name;
-            self.forget(name, StopReason::Deregistered).await;
+            self.remove(name, StopReason::Deregistered).await;
             let (container_name, reason) = (name.to_string(), reason.as_str().to_owned());
             self.options.journal.record(&Event::Deregister { container_name, reason });
         }
@@ -280,10 +277,10 @@ impl Shared {
     pub(super) async fn fatal_auth(&self, name: &ContainerName, token: &Token, reason: &str) {
         self.replayed().await;
         let current = self.find(name.as_str());
-        // A late report of an old token says nothing about the one that is registered now.
+        // A late report about an old token does not concern the present one.
         if current.is_some_and(|current| current.has_broker_token(token)) {
-            self.forget(name, StopReason::FatalAuth).await;
-            self.skipped(name.as_str(), &format!("fatal broker auth: {reason}"));
+            self.remove(name, StopReason::FatalAuth).await;
+            self.report_skipped(name.as_str(), &format!("fatal broker auth: {reason}"));
         }
     }
 
@@ -295,7 +292,7 @@ impl Shared {
         let home = self.options.home.clone();
         let written = self.on_disk(move || file::write(&home, &registration).map(|_| registration));
         match written.await {
-            // The running broker requires the challenge already, so the attendants keep running.
+            // The running broker requires the challenge already, so the observers keep running.
             Ok(registration) => drop(self.store(&Arc::new(registration))),
             Err(error) => self.notice(format!("that {name} answers challenges is not remembered: {error}")),
         }
@@ -311,7 +308,7 @@ impl Shared {
             Ok(approved) => approved.settings().secrets.clone().map(SecretsConfig::from),
             // Without a table [secrets], an approval would not change what the container may replace.
             Err(FolderError::NotTrusted { secrets: false, .. }) => None,
-            // The reason is for the host's user: it may hold paths of the host, and a container reads this.
+            // The full reason may contain paths of the host, and a container reads this text.
             Err(FolderError::NotTrusted { .. }) => {
                 return Err(PatchError::Storage(format!("{} is not trusted", folder::FILE)));
             }
@@ -319,27 +316,27 @@ impl Shared {
         };
         let config = config.unwrap_or_default();
         let replaced = secrets::replace(&current.cwd, &config, patch);
-        // Waiting for a lock that somebody else holds ends with the daemon; the file is as it was then, or replaced.
+        // The wait for another program's lock ends when the daemon stops. The file is then unchanged or replaced.
         match self.stopping.run_until_cancelled(replaced).await {
             None => Err(PatchError::Stopping),
             Some(replaced) => Ok(replaced?),
         }
     }
 
-    /// Removes a file whose registration is no more; what goes wrong is told.
+    /// Removes the file of a dropped registration. Reports an error as a notice.
     pub(super) async fn remove_file(&self, name: &ContainerName) {
         let removed = self.on_disk({
             let (home, name) = (self.options.home.clone(), name.clone());
             move || file::remove::<Registration>(&home, &name)
         });
         match removed.await {
-            Ok(set_aside) => self.tell_set_aside(name, set_aside),
-            // The next start finds it again, and looks whether there is still such a container.
+            Ok(set_aside) => self.report_set_aside(name, set_aside),
+            // The next start loads it again, and probes whether the container exists.
             Err(error) => self.notice(format!("the registration of {name} stays on disk: {error}")),
         }
     }
 
-    pub(super) fn skipped(&self, name: &str, reason: &str) {
+    pub(super) fn report_skipped(&self, name: &str, reason: &str) {
         let (container_name, reason) = (name.to_owned(), reason.to_owned());
         self.options.journal.record(&Event::RegistrationSkipped { container_name, reason });
     }
@@ -348,22 +345,22 @@ impl Shared {
         self.options.journal.record(&Event::Notice { text });
     }
 
-    /// Drains what runs beside the registrations.
-    pub(super) async fn drain_attendants(&self) {
-        for attendant in &self.options.observers {
-            self.bounded(attendant.name(), "draining", attendant.drain()).await;
+    /// Drains the observers.
+    pub(super) async fn drain_observers(&self) {
+        for observer in &self.options.observers {
+            self.bounded(observer.name(), "draining", observer.drain()).await;
         }
     }
 
-    /// Whether a container that was reported gone is there, because it was registered anew since.
-    async fn is_back(&self, name: &ContainerName) -> bool {
+    /// Returns whether a container that was reported gone exists, since it was created again.
+    async fn exists_again(&self, name: &ContainerName) -> bool {
         let Some(current) = self.find(name.as_str()) else { return false };
-        let looked = self.options.liveness.probe(&current);
-        let looked = tokio::time::timeout(self.options.cleanup_timeout, looked).await;
-        looked.unwrap_or(Liveness::Unknown) == Liveness::Alive
+        let result = self.options.liveness.probe(&current);
+        let result = tokio::time::timeout(self.options.cleanup_timeout, result).await;
+        result.unwrap_or(Liveness::Unknown) == Liveness::Alive
     }
 
-    /// Puts a registration in its place, which is that of its name if that is known; whether it was.
+    /// Stores a registration, at the position of its name if that is known. Returns whether it was.
     fn store(&self, registration: &Arc<Registration>) -> bool {
         let mut was_known = false;
         self.known.send_modify(|known| {
@@ -379,8 +376,8 @@ impl Shared {
         was_known
     }
 
-    /// Takes a name out, ends what runs beside it and removes its file; whether it was known.
-    async fn forget(&self, name: &ContainerName, reason: StopReason) -> bool {
+    /// Removes a name with its observers and its file. Returns whether it was known.
+    async fn remove(&self, name: &ContainerName, reason: StopReason) -> bool {
         let was_known = self.known.send_if_modified(|known| {
             if known.find(name.as_str()).is_none() {
                 return false;
@@ -389,34 +386,35 @@ impl Shared {
             true
         });
         if was_known {
-            self.stop_attendants(name, reason).await;
+            self.stop_observers(name, reason).await;
         }
         self.remove_file(name).await;
         was_known
     }
 
-    async fn start_attendants(&self, registration: &Arc<Registration>) {
-        for attendant in &self.options.observers {
-            let started = attendant.start(Arc::clone(registration));
-            self.bounded(attendant.name(), "starting", started).await;
+    async fn start_observers(&self, registration: &Arc<Registration>) {
+        for observer in &self.options.observers {
+            let started = observer.start(Arc::clone(registration));
+            self.bounded(observer.name(), "starting", started).await;
         }
     }
 
-    async fn stop_attendants(&self, name: &ContainerName, reason: StopReason) {
-        for attendant in &self.options.observers {
-            self.bounded(attendant.name(), "stopping", attendant.stop(name, reason)).await;
+    async fn stop_observers(&self, name: &ContainerName, reason: StopReason) {
+        for observer in &self.options.observers {
+            self.bounded(observer.name(), "stopping", observer.stop(name, reason)).await;
         }
     }
 
-    /// Gives one step its time and no more (A.7.4): a step that hangs is abandoned, and costs no queue.
+    /// Runs one step within the cleanup timeout (A.7.4). A step that hangs is abandoned, so that it does not block the
+    /// queue.
     async fn bounded(&self, name: &str, what: &str, step: BoxFuture<'_, ()>) {
         if tokio::time::timeout(self.options.cleanup_timeout, step).await.is_err() {
             let limit = self.options.cleanup_timeout;
-            self.notice(format!("{what} {name} took longer than {limit:?} and was abandoned"));
+            self.notice(format!("{what} {name} did not finish within {limit:?} and was abandoned"));
         }
     }
 
-    /// Runs what waits for a disk beside the daemon's one thread.
+    /// Runs disk I/O on a blocking thread.
     async fn on_disk<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, FileError> + Send + 'static,
@@ -427,7 +425,7 @@ impl Shared {
         }
     }
 
-    fn tell_set_aside(&self, name: &ContainerName, set_aside: Option<String>) {
+    fn report_set_aside(&self, name: &ContainerName, set_aside: Option<String>) {
         if let Some(aside) = set_aside {
             self.notice(format!("{name}.json could not be read; it is kept as {aside}"));
         }
@@ -437,13 +435,13 @@ impl Shared {
 /// The origin of a registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RegistrationOrigin {
-    /// The host's user, over the daemon's own socket.
+    /// A request of the host's user over the daemon's socket.
     User,
     /// A container that Docker lists.
     Discovery,
 }
 
-/// Looks up whether the ports that a file of the folder names are approved. Reads small files.
+/// Checks whether the ports that a file of the folder requests are approved. Reads small files.
 pub(super) fn check_ports(registration: &mut Registration, trust: &TrustFile) {
     let is_approved = registration.folder_ports.as_ref().is_some_and(|ports| {
         let folder = registration.cwd.canonicalize();
@@ -452,23 +450,23 @@ pub(super) fn check_ports(registration: &mut Registration, trust: &TrustFile) {
     registration.folder_ports_approved = is_approved;
 }
 
-/// A registration with what only its receiver can know: when its process began.
-fn completed(mut registration: Registration) -> Result<Registration, RegisterError> {
+/// Checks a registration against the host, and adds the start time of its process.
+fn complete(mut registration: Registration) -> Result<Registration, RegisterError> {
     file::check_version(&registration).map_err(|why| RegisterError::Field("formatVersion", why))?;
     if let Some(AttachMethod::Agent { directory }) = &registration.attach_method {
         match directory_access::check(directory) {
-            // It may be made later, and is looked at again then.
+            // The directory may be created later, and is checked again then.
             Ok(()) | Err(DirectoryAccessError::Unreadable { .. }) => {}
             Err(error) => return Err(RegisterError::Field("way", error.to_string())),
         }
     }
     if let Some(AttachMethod::Process { pid, started }) = &mut registration.attach_method {
-        let wrong = |why| RegisterError::Field("way", why);
+        let invalid = |why| RegisterError::Field("way", why);
         let found = processes::started(*pid)
-            .map_err(|why| wrong(format!("process {pid} cannot be looked at: {why}")))?
-            .ok_or_else(|| wrong(format!("there is no process {pid}")))?;
-        if started.as_ref().is_some_and(|meant| *meant != found) {
-            return Err(wrong(format!("process {pid} is not the one that began then")));
+            .map_err(|why| invalid(format!("process {pid} cannot be inspected: {why}")))?
+            .ok_or_else(|| invalid(format!("there is no process {pid}")))?;
+        if started.as_ref().is_some_and(|registered| *registered != found) {
+            return Err(invalid(format!("process {pid} started at another time than registered")));
         }
         *started = Some(found);
     }

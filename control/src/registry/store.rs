@@ -1,10 +1,10 @@
-//! All registrations: one watched value, and everything that changes it.
+//! All registrations: one watched value, and all operations that change it.
 //!
-//! Whoever reads takes the newest level ([`Registry::list`], [`Registry::watch`]) and never waits. Whoever changes goes
-//! through the container's own queue, and waits there until what was kept on disk has been taken in.
+//! Readers get the newest value ([`Registry::list`], [`Registry::watch`]) and never wait. Changes go through the container's
+//! own queue, and wait there until the files on disk have been replayed.
 //!
-//! What is acknowledged is on disk: a registration that was answered with success is there after any crash, and one that
-//! was deregistered is not. A daemon that stops keeps its files.
+//! An acknowledged change is on disk: after any crash, a registration that was answered with success exists, and one that
+//! was deregistered does not. A daemon that stops keeps its files.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,39 +22,39 @@ use crate::model::registration::{ContainerName, Registration, Token};
 use crate::registry::folder::Approvals;
 use crate::registry::garbage_collection;
 use crate::registry::grants::{GrantError, GrantTable};
-use crate::registry::miss_counter::LookReason;
+use crate::registry::miss_counter::ProbeReason;
 use crate::registry::secrets::SecretsError;
 use crate::sys::journal::Journal;
 use crate::sys::paths::Home;
 
-/// What an asker is told when the work panicked.
-const BROKEN: &str = "the daemon failed at it; its log says more";
+/// The error of a request whose work panicked.
+const WORK_PANICKED: &str = "internal error; see the daemon's log";
 
-/// Every registration of one moment, in the order in which the names were first registered.
+/// All registrations at one time, in the order in which the names were first registered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Registered {
-    /// Them.
+    /// The registrations.
     pub entries: Vec<Arc<Registration>>,
 }
 
 impl Registered {
-    /// The registration of a name.
+    /// Returns the registration of a name.
     pub fn find(&self, name: &str) -> Option<&Arc<Registration>> {
         self.entries.iter().find(|entry| entry.container_name.as_str() == name)
     }
 }
 
-/// Why a container is forgotten.
+/// The reason why a registration is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DropReason {
-    /// Somebody asked for it.
+    /// A client requested it.
     Requested,
-    /// It does not exist any more.
+    /// The container no longer exists.
     Gone,
 }
 
 impl DropReason {
-    /// The wire's word (wire specification, A.13).
+    /// Returns the value in events (wire specification, A.13).
     pub fn as_str(self) -> &'static str {
         match self {
             DropReason::Requested => "requested",
@@ -63,41 +63,41 @@ impl DropReason {
     }
 }
 
-/// Why an attendant is stopped.
+/// The reason why an observer is stopped for a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopReason {
-    /// The container is not registered any more.
+    /// The container is no longer registered.
     Deregistered,
-    /// It was registered anew: the attendant is started again at once.
+    /// The container was registered again. The observer is started again at once.
     Replaced,
-    /// The container rejected the token that it was registered with.
+    /// The container rejected the token of its registration.
     FatalAuth,
 }
 
-/// What runs beside each registration.
+/// A module that runs something for each registration.
 pub trait RegistrationObserver: Send + Sync {
-    /// What people call it.
+    /// Returns the name of the module for messages.
     fn name(&self) -> &'static str;
-    /// A container was registered; an earlier run for its name has been stopped.
+    /// Starts for a container that was registered. An earlier run for its name has been stopped.
     fn start(&self, registration: Arc<Registration>) -> BoxFuture<'_, ()>;
-    /// It is no longer, or will be anew. Abandoned when it takes longer than the cleanup timeout.
+    /// Stops for a container that is no longer registered, or is registered again. Abandoned after the cleanup timeout.
     fn stop<'a>(&'a self, name: &'a ContainerName, reason: StopReason) -> BoxFuture<'a, ()>;
-    /// The user approved or revoked files of the folder; everything else is as it was. Abandoned likewise.
+    /// Handles approvals or revocations of files in the folder; all else is unchanged. Abandoned after the cleanup timeout.
     fn folder_changed(&self, registration: Arc<Registration>) -> BoxFuture<'_, ()> {
         let _ = registration;
         Box::pin(std::future::ready(()))
     }
-    /// The daemon stops. Abandoned likewise.
+    /// Stops for all containers, since the daemon stops. Abandoned after the cleanup timeout.
     fn drain(&self) -> BoxFuture<'_, ()>;
 }
 
-/// Why a registration was refused. The texts are the wire's.
+/// The reasons why a registration is refused. The texts are part of the wire specification.
 #[derive(Debug, Error)]
 pub enum RegisterError {
-    /// The daemon takes no more.
+    /// The daemon is stopping.
     #[error("daemon stopping")]
     Stopping,
-    /// A field does not fit what the daemon sees.
+    /// A field contradicts the state of the host.
     #[error("invalid register: {0}: {1}")]
     Field(&'static str, String),
     /// The file could not be written.
@@ -105,16 +105,16 @@ pub enum RegisterError {
     Persist(String),
 }
 
-/// Why secrets were not replaced. The texts are the wire's.
+/// The reasons why secrets are not replaced. The texts are part of the wire specification.
 #[derive(Debug, Error)]
 pub enum PatchError {
-    /// The daemon takes no more.
+    /// The daemon is stopping.
     #[error("daemon stopping")]
     Stopping,
-    /// Nobody knows such a container.
+    /// The container is not registered.
     #[error("not registered: {0}")]
     NotRegistered(String),
-    /// The request does not fit.
+    /// The request is invalid.
     #[error("{0}")]
     Invalid(String),
     /// The file could not be read or written.
@@ -131,29 +131,29 @@ impl From<SecretsError> for PatchError {
     }
 }
 
-/// What a registry works with.
+/// The options of a registry.
 pub struct RegistryOptions {
-    /// Where files are.
+    /// The home directory.
     pub home: Home,
     /// The files of folders that the user approved.
     pub approvals: Approvals,
     /// The grants, which are filled from the files of the home.
     pub grants: GrantTable,
-    /// Where events go.
+    /// The journal for events.
     pub journal: Journal,
-    /// Who looks at containers.
+    /// Probes whether containers exist.
     pub liveness: Arc<dyn Probe>,
-    /// What runs beside each registration.
+    /// The modules that run for each registration.
     pub observers: Vec<Arc<dyn RegistrationObserver>>,
     /// How long one step of a teardown may take.
     pub cleanup_timeout: Duration,
-    /// How often containers are looked at.
+    /// The interval of probes.
     pub gc_interval: Duration,
-    /// How many looks in a row have to miss a container before it is forgotten.
+    /// The number of consecutive misses after which a container is dropped.
     pub gc_misses: u32,
 }
 
-/// The registry; clones are the same one.
+/// The registry. Clones share one state.
 #[derive(Clone)]
 pub struct Registry {
     shared: Arc<Shared>,
@@ -161,24 +161,23 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Opens the registry. Taking in what is on disk begins at once, as a task; until it is done, whatever changes
-    /// something waits, and what only looks does not.
+    /// Opens the registry and starts the replay of the files on disk as a task. Changes wait until it is done; reads do not.
     pub fn open(options: RegistryOptions) -> Registry {
         let shared = Arc::new(Shared::new(options));
         tokio::spawn(garbage_collection::run(Arc::clone(&shared)));
         Registry { shared, stopped: Arc::default() }
     }
 
-    /// Returns when everything on disk has been taken in.
+    /// Returns when all files on disk have been replayed.
     pub async fn replayed(&self) {
         self.shared.replayed().await;
     }
 
-    /// Registers a container, or registers it anew: then it keeps its place in the order, and what runs beside it is
-    /// stopped and started again.
+    /// Registers a container. If it is registered already, it keeps its position in the order, and its observers are stopped
+    /// and started again.
     ///
     /// # Errors
-    /// [`RegisterError`]; the container is then registered as it was before.
+    /// [`RegisterError`]; the registration is then unchanged.
     pub async fn register(&self, registration: Registration) -> Result<(), RegisterError> {
         if self.shared.stopping.is_cancelled() {
             return Err(RegisterError::Stopping);
@@ -186,14 +185,14 @@ impl Registry {
         let (shared, name) = (Arc::clone(&self.shared), registration.container_name.clone());
         let work = async move { shared.register(registration, RegistrationOrigin::User).await };
         let answer = self.shared.queues.enqueue(name.as_str(), work).await;
-        answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
+        answer.unwrap_or_else(|| Err(RegisterError::Persist(WORK_PANICKED.to_owned())))
     }
 
-    /// Registers what was found in Docker, if the name still stands for `before`; whether it did. Somebody may have
-    /// registered the name meanwhile, and then that is what counts.
+    /// Registers a container that was discovered, if the present registration of the name is `before`. Returns whether it
+    /// was. A concurrent registration by a client therefore takes precedence.
     ///
     /// # Errors
-    /// [`RegisterError`]; the container is then registered as it was before.
+    /// [`RegisterError`]; the registration is then unchanged.
     pub async fn register_found(
         &self,
         registration: Registration,
@@ -209,39 +208,39 @@ impl Registry {
             shared.register(registration, RegistrationOrigin::Discovery).await.map(|()| true)
         };
         let answer = self.shared.queues.enqueue(name.as_str(), work).await;
-        answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))
+        answer.unwrap_or_else(|| Err(RegisterError::Persist(WORK_PANICKED.to_owned())))
     }
 
-    /// Reads the files of a folder again for each container that is registered with it, after its user approved or revoked
-    /// them; commands that run without an approval are killed. `folder` is canonical. Returns the containers.
+    /// Rereads the files of a folder for each container that is registered with it, after the user approved or revoked them.
+    /// Commands that run without an approval are killed. `folder` is canonical. Returns the containers.
     ///
     /// # Errors
-    /// [`RegisterError::Persist`]: a registration could not be written. Those after it were not read again.
-    pub async fn read_folder_again(&self, folder: &Path) -> Result<Vec<ContainerName>, RegisterError> {
+    /// [`RegisterError::Persist`] if a registration could not be written. Later registrations were not reread.
+    pub async fn reread_folder(&self, folder: &Path) -> Result<Vec<ContainerName>, RegisterError> {
         self.shared.options.approvals.notify_changed();
         self.shared.replayed().await;
         let mut containers = Vec::new();
         for entry in &self.list().entries {
             let (shared, name, of) =
                 (Arc::clone(&self.shared), entry.container_name.clone(), folder.to_owned());
-            let work = async move { shared.read_folder_again(&name, &of).await };
+            let work = async move { shared.reread_folder(&name, &of).await };
             let answer = self.shared.queues.enqueue(entry.container_name.as_str(), work).await;
-            if answer.unwrap_or_else(|| Err(RegisterError::Persist(BROKEN.to_owned())))? {
+            if answer.unwrap_or_else(|| Err(RegisterError::Persist(WORK_PANICKED.to_owned())))? {
                 containers.push(entry.container_name.clone());
             }
         }
         Ok(containers)
     }
 
-    /// Forgets what was found in Docker and is no more, unless it was registered anew since; whether it did.
+    /// Drops a discovered registration, unless the name has been registered again since. Returns whether it was dropped.
     pub async fn drop_found(&self, registration: Arc<Registration>, reason: DropReason) -> bool {
         let (shared, name) = (Arc::clone(&self.shared), registration.container_name.clone());
         let work = async move { shared.drop_current(&registration, reason).await };
         self.shared.queues.enqueue(name.as_str(), work).await.unwrap_or(false)
     }
 
-    /// Forgets a container and keeps the grants of its name. A name that is unknown or invalid is forgotten already. A
-    /// container that was reported [`DropReason::Gone`] stays if it exists when the request is executed: it was registered
+    /// Drops a container and keeps the grants of its name. An unknown or invalid name has no effect. With
+    /// [`DropReason::Gone`], the registration remains if the container exists when the request is executed: it was created
     /// again meanwhile.
     pub async fn deregister(&self, name: &str, reason: DropReason) {
         let Ok(name) = ContainerName::new(name) else { return };
@@ -250,52 +249,52 @@ impl Registry {
         self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
-    /// Forgets a container at the request of the host's user, with everything that was granted to its name.
+    /// Drops a container at the request of the host's user, with all grants of its name.
     pub async fn deregister_with_grants(&self, name: &str) {
         let Ok(name) = ContainerName::new(name) else { return };
         let (shared, of) = (Arc::clone(&self.shared), name.clone());
         let work = async move {
-            // In this order: a daemon that is killed in between leaves a container without rights, not rights without one.
+            // In this order, a crash in between leaves a container without rights rather than rights without a container.
             shared.remove_grants(&of).await;
             shared.deregister(&of, DropReason::Requested).await;
         };
         self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
-    /// Grants rights to a registered container, for the folder that it is registered with.
+    /// Grants rights to a registered container, bound to the folder of its registration.
     ///
     /// # Errors
-    /// [`GrantError`]; nothing is granted then.
+    /// [`GrantError`]; no right is granted then.
     pub async fn grant(&self, name: &str, rights: Vec<Right>) -> Result<(), GrantError> {
         let (shared, of) = (Arc::clone(&self.shared), name.to_owned());
         let work = async move { shared.grant(&of, rights).await };
         let answer = self.shared.queues.enqueue(name, work).await;
-        answer.unwrap_or_else(|| Err(GrantError::Persist(BROKEN.to_owned())))
+        answer.unwrap_or_else(|| Err(GrantError::Persist(WORK_PANICKED.to_owned())))
     }
 
-    /// Takes rights away from a name, registered or not, for every folder that they were granted for.
+    /// Revokes rights of a name, registered or not, for all folders that they were granted for.
     ///
     /// # Errors
-    /// [`GrantError`]; nothing is revoked then.
+    /// [`GrantError`]; no right is revoked then.
     pub async fn revoke(&self, name: ContainerName, what: Vec<String>) -> Result<(), GrantError> {
         let (shared, of) = (Arc::clone(&self.shared), name.clone());
         let work = async move { shared.revoke(&of, what).await };
         let answer = self.shared.queues.enqueue(name.as_str(), work).await;
-        answer.unwrap_or_else(|| Err(GrantError::Persist(BROKEN.to_owned())))
+        answer.unwrap_or_else(|| Err(GrantError::Persist(WORK_PANICKED.to_owned())))
     }
 
-    /// The grants of all containers.
+    /// Returns the grants of all containers.
     pub fn grants(&self) -> &GrantTable {
         &self.shared.options.grants
     }
 
-    /// Every registration. Never waits.
+    /// Returns all registrations. Never waits.
     pub fn list(&self) -> Arc<Registered> {
         self.shared.known.borrow().clone()
     }
 
-    /// Every registration, and again whenever something has changed. The last level stays when the registry stops: it
-    /// is what the next daemon begins with.
+    /// Returns a receiver of all registrations and of each change. The last value remains when the registry stops, since the
+    /// next daemon starts with it.
     pub fn watch(&self) -> watch::Receiver<Arc<Registered>> {
         self.shared.known.subscribe()
     }
@@ -303,16 +302,16 @@ impl Registry {
     /// Replaces one named object in the secrets of a container's folder, in the container's queue.
     ///
     /// # Errors
-    /// [`PatchError`]; the file is then as it was.
+    /// [`PatchError`]; the file is then unchanged.
     pub async fn patch_secrets(&self, name: &str, patch: &Value) -> Result<(), PatchError> {
         let (shared, of, patch) = (Arc::clone(&self.shared), name.to_owned(), patch.clone());
         let work = async move { shared.patch_secrets(&of, &patch).await };
         let answer = self.shared.queues.enqueue(name, work).await;
-        answer.unwrap_or_else(|| Err(PatchError::Storage(BROKEN.to_owned())))
+        answer.unwrap_or_else(|| Err(PatchError::Storage(WORK_PANICKED.to_owned())))
     }
 
-    /// The container rejected `token` for good (wire specification, A.6.7): it is forgotten, unless it has been
-    /// registered with another token since.
+    /// Drops a container that rejected `token` permanently (wire specification, A.6.7), unless it has been registered with
+    /// another token since.
     pub async fn fatal_auth(&self, name: &ContainerName, token: &Token, reason: &str) {
         let (shared, of) = (Arc::clone(&self.shared), name.clone());
         let (token, reason) = (token.clone(), reason.to_owned());
@@ -320,30 +319,31 @@ impl Registry {
         self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
-    /// The container with this broker token has answered a challenge: it has to from now on, also after a restart of the
-    /// daemon.
+    /// Records that the container with this broker token has answered a challenge. It must answer one from now on, also
+    /// after a restart of the daemon.
     pub async fn require_challenge(&self, name: &ContainerName, token: &Token) {
         let (shared, of, token) = (Arc::clone(&self.shared), name.clone(), token.clone());
         let work = async move { shared.require_challenge(&of, &token).await };
         self.shared.queues.enqueue(name.as_str(), work).await;
     }
 
-    /// Something may have happened to a container: it is looked at now instead of at the next turn. If it is not there and
-    /// was before, it is looked at again soon until it has been missed often enough.
-    pub fn look_again(&self, name: &str) {
-        self.shared.hint(name, LookReason::Hint);
+    /// Probes a container now instead of at the next interval. If it is missing and was alive before, it is probed again
+    /// soon until it has been missed often enough.
+    pub fn recheck(&self, name: &str) {
+        self.shared.hint(name, ProbeReason::Hint);
     }
 
-    /// Takes no more, lets what is under way finish, and drains the attendants; each for the cleanup timeout at most.
-    /// The files stay, so that the next daemon goes on from them. Stopping twice is stopping once.
+    /// Refuses new requests, waits for running work, and drains the observers, each for the cleanup timeout at most. The
+    /// files remain for the next daemon. A second call has no further effect.
     pub async fn stop(&self) {
         let shared = &self.shared;
         let stop = async {
             shared.stopping.cancel();
             shared.replayed().await;
-            // A queue that hangs has told so itself.
-            let _ = tokio::time::timeout(shared.options.cleanup_timeout, shared.queues.settled()).await;
-            shared.drain_attendants().await;
+            // A queue that hangs has reported a notice.
+            let _ =
+                tokio::time::timeout(shared.options.cleanup_timeout, shared.queues.wait_until_idle()).await;
+            shared.drain_observers().await;
         };
         self.stopped.get_or_init(|| stop).await;
     }

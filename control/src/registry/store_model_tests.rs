@@ -1,6 +1,7 @@
-//! The registry against a model of it: random lives of a few containers, with daemons that stop and start in between.
+//! Compares the registry with a model over random sequences for a few containers, with daemons that stop and start in
+//! between.
 
-use super::tests::{Bench, TURN, bare};
+use super::tests::{Fixture, INTERVAL, bare};
 use super::*;
 
 use futures_util::future::join_all;
@@ -19,13 +20,13 @@ enum Change {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// Asked of one name at the same moment, in this order.
-    Together(usize, Vec<Change>),
-    /// What looks at a container find from here on.
-    Find(usize, Liveness),
-    /// So many turns pass.
-    Turns(u32),
-    /// The daemon stops, and the next one starts.
+    /// Concurrent changes of one name, in this order.
+    Concurrently(usize, Vec<Change>),
+    /// Sets the result of later probes of a container.
+    SetLiveness(usize, Liveness),
+    /// Lets this number of intervals pass.
+    Intervals(u32),
+    /// Stops the daemon and starts the next one.
     Restart,
 }
 
@@ -36,7 +37,7 @@ struct Entry {
     misses: u32,
 }
 
-/// What the wire specification says, in a few lines.
+/// The model: the rules of the wire specification.
 #[derive(Default)]
 struct Model {
     entries: Vec<Entry>,
@@ -46,9 +47,9 @@ struct Model {
 impl Model {
     fn apply(&mut self, step: &Step) {
         match step {
-            Step::Together(name, changes) => changes.iter().for_each(|change| self.change(*name, change)),
-            Step::Find(name, liveness) => self.found[*name] = Some(*liveness),
-            Step::Turns(turns) => (0..*turns).for_each(|_| self.turn()),
+            Step::Concurrently(name, changes) => changes.iter().for_each(|change| self.change(*name, change)),
+            Step::SetLiveness(name, liveness) => self.found[*name] = Some(*liveness),
+            Step::Intervals(turns) => (0..*turns).for_each(|_| self.probe_all()),
             Step::Restart => {
                 let found = self.found;
                 self.entries.retain(|entry| found[entry.name] != Some(Liveness::Gone));
@@ -67,7 +68,7 @@ impl Model {
         }
     }
 
-    fn turn(&mut self) {
+    fn probe_all(&mut self) {
         for entry in &mut self.entries {
             match self.found[entry.name] {
                 Some(Liveness::Gone) => entry.misses += 1,
@@ -95,31 +96,31 @@ async fn change(registry: &Registry, name: &str, change: &Change) {
     }
 }
 
-/// Between two turns, so that no change meets one.
-const BETWEEN: Duration = Duration::from_secs(1);
+/// An offset between two intervals, so that no change coincides with a probe.
+const OFFSET: Duration = Duration::from_secs(1);
 
-async fn live(steps: &[Step]) -> Result<(), TestCaseError> {
-    let mut bench = Bench::over(Arc::new(tempfile::tempdir().unwrap()), Arc::default());
+async fn run(steps: &[Step]) -> Result<(), TestCaseError> {
+    let mut fixture = Fixture::over(Arc::new(tempfile::tempdir().unwrap()), Arc::default());
     let mut model = Model::default();
-    bench.registry.replayed().await;
-    sleep(BETWEEN).await;
+    fixture.registry.replayed().await;
+    sleep(OFFSET).await;
     for step in steps {
         match step {
-            Step::Together(name, changes) => {
-                join_all(changes.iter().map(|one| change(&bench.registry, NAMES[*name], one))).await;
+            Step::Concurrently(name, changes) => {
+                join_all(changes.iter().map(|one| change(&fixture.registry, NAMES[*name], one))).await;
             }
-            Step::Find(name, liveness) => bench.script.set(NAMES[*name], &[*liveness]),
-            Step::Turns(turns) => sleep(TURN * *turns).await,
+            Step::SetLiveness(name, liveness) => fixture.script.set(NAMES[*name], &[*liveness]),
+            Step::Intervals(turns) => sleep(INTERVAL * *turns).await,
             Step::Restart => {
-                bench = bench.next().await;
-                bench.registry.replayed().await;
-                sleep(BETWEEN).await;
+                fixture = fixture.next().await;
+                fixture.registry.replayed().await;
+                sleep(OFFSET).await;
             }
         }
         model.apply(step);
-        let listed: Vec<_> = bench.registry.list().entries.iter().map(|entry| shown(entry)).collect();
+        let listed: Vec<_> = fixture.registry.list().entries.iter().map(|entry| shown(entry)).collect();
         prop_assert_eq!(listed, model.shown(), "after {:?}", step);
-        let home = Home::at(bench.folder.path().to_owned()).unwrap();
+        let home = Home::at(fixture.folder.path().to_owned()).unwrap();
         let kept = super::super::file::load_all::<Registration>(&home).unwrap().into_iter();
         let kept: Vec<_> = kept.map(|loaded| shown(&loaded.found.unwrap())).collect();
         prop_assert_eq!(kept, model.shown(), "on disk after {:?}", step);
@@ -142,9 +143,9 @@ fn any_step() -> impl Strategy<Value = Step> {
     ];
     prop_oneof![
         4 => (0..NAMES.len(), prop::collection::vec(any_change(), 1..5))
-            .prop_map(|(name, changes)| Step::Together(name, changes)),
-        3 => (0..NAMES.len(), liveness).prop_map(|(name, liveness)| Step::Find(name, liveness)),
-        3 => (1_u32..4).prop_map(Step::Turns),
+            .prop_map(|(name, changes)| Step::Concurrently(name, changes)),
+        3 => (0..NAMES.len(), liveness).prop_map(|(name, liveness)| Step::SetLiveness(name, liveness)),
+        3 => (1_u32..4).prop_map(Step::Intervals),
         1 => Just(Step::Restart),
     ]
 }
@@ -152,8 +153,8 @@ fn any_step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
-    fn the_registry_does_what_its_model_does(steps in prop::collection::vec(any_step(), 1..24)) {
+    fn the_registry_matches_its_model(steps in prop::collection::vec(any_step(), 1..24)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        runtime.unwrap().block_on(live(&steps))?;
+        runtime.unwrap().block_on(run(&steps))?;
     }
 }

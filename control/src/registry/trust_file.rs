@@ -1,10 +1,10 @@
-//! `trust.json` in the daemon's home: every approval of the user, for its owner alone (0600).
+//! `trust.json` in the daemon's home: all approvals of the user, private to the owner (0600).
 //!
-//! [`TrustFile::check`] decides whether one content of one file is approved. It reads the file each time, needs no running daemon and
-//! keeps no state, so that each process that starts a command can decide for itself. An absent file approves
-//! nothing. So does a file that cannot be believed: one that is not regular, belongs to another user, may be written by others,
-//! or does not parse. A reader leaves such a file where it is and returns the reason; the next [`TrustFile::update`] sets it
-//! aside as `trust.json.bad-1` and so on.
+//! [`TrustFile::check`] decides whether one content of one file is approved. It reads the file on each call, needs no
+//! running daemon and keeps no state, so each process that starts a command decides for itself. An absent file approves
+//! nothing, and neither does an untrustworthy one: a file that is not regular, belongs to another user, is writable by
+//! others, or does not parse. A reader leaves such a file in place and returns the reason; the next [`TrustFile::update`]
+//! renames it to `trust.json.bad-1` and so on.
 //!
 //! Updates run one at a time, under the kernel's lock on the home's `run` directory, which only the owner can open.
 
@@ -22,9 +22,9 @@ use crate::sys::private_file::{self, ReadError};
 
 /// The name of the file in the home.
 const FILE: &str = "trust.json";
-/// The name under which its next content is written.
+/// The name under which the next content is written.
 const TEMPORARY: &str = "trust.json.tmp";
-/// The longest file that is read or written, in bytes: about 5,000 approvals.
+/// The maximum size of the file, in bytes: about 5,000 approvals.
 const BYTES_MAX: u64 = 1024 * 1024;
 
 /// The approvals of one home.
@@ -33,10 +33,10 @@ pub struct TrustFile {
     home: Home,
 }
 
-/// The reason for which a file of a folder has no effect.
+/// The reason why a file of a folder has no effect.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum NotTrusted {
-    /// Its user did not approve this content.
+    /// The user did not approve this content.
     #[error("is not trusted")]
     NotApproved,
     /// A container with this folder could approve its own files.
@@ -47,7 +47,7 @@ pub enum NotTrusted {
     File(#[from] TrustFileError),
 }
 
-/// Why the approvals cannot be read or written.
+/// The reasons why the approvals cannot be read or written.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum TrustFileError {
     /// It is a link, a pipe, a device or a directory.
@@ -56,7 +56,7 @@ pub enum TrustFileError {
     /// It is larger than any list of approvals.
     #[error("{} is larger than {BYTES_MAX} bytes", .0.display())]
     TooLarge(PathBuf),
-    /// Another user wrote it.
+    /// The file belongs to another user.
     #[error("{} belongs to user {owner}", path.display())]
     Owner {
         /// The file.
@@ -64,7 +64,7 @@ pub enum TrustFileError {
         /// The user id of its owner.
         owner: u32,
     },
-    /// Another user may write it.
+    /// Other users may write to the file.
     #[error("{} may be written by others", .0.display())]
     Writable(PathBuf),
     /// Its content is not a list of approvals.
@@ -82,13 +82,13 @@ pub enum TrustFileError {
         what: &'static str,
         /// The file or directory.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The error number.
         errno: Errno,
     },
 }
 
 impl TrustFileError {
-    /// Whether the content of the file is lost to every release, so that an update may start from an empty list.
+    /// Returns whether no release can use the content, so that an update may start from an empty list.
     fn is_corrupt(&self) -> bool {
         match self {
             TrustFileError::Format { reason, .. } => !matches!(reason, TrustFormatError::Newer(_)),
@@ -104,19 +104,19 @@ impl TrustFileError {
 /// The result of an update.
 #[derive(Debug)]
 pub struct Updated<T> {
-    /// What the change returned.
+    /// The value that the change returned.
     pub value: T,
-    /// The reason why the earlier file was not used, and the name that it has now.
+    /// The reason why the earlier file was not used, and its new path.
     pub set_aside: Option<(TrustFileError, PathBuf)>,
 }
 
 impl TrustFile {
-    /// The approvals of `home`. Opens no file.
+    /// Returns the approvals of `home`. Opens no file.
     pub fn of(home: &Home) -> TrustFile {
         TrustFile { home: home.clone() }
     }
 
-    /// The path of the file.
+    /// Returns the path of the file.
     pub fn path(&self) -> PathBuf {
         self.home.root().join(FILE)
     }
@@ -126,18 +126,18 @@ impl TrustFile {
     /// # Errors
     /// [`NotTrusted`]: the content has no effect.
     pub fn check(&self, folder: &Path, file: FolderFile, content: &ContentDigest) -> Result<(), NotTrusted> {
-        self.check_place(folder)?;
+        self.check_location(folder)?;
         match self.read()?.approves(folder, file, content) {
             true => Ok(()),
             false => Err(NotTrusted::NotApproved),
         }
     }
 
-    /// Checks that no one who may write to the folder may write to the approvals.
+    /// Checks that a process that may write to the folder cannot write to the approvals.
     ///
     /// # Errors
     /// [`NotTrusted::HomeInside`].
-    pub fn check_place(&self, folder: &Path) -> Result<(), NotTrusted> {
+    pub fn check_location(&self, folder: &Path) -> Result<(), NotTrusted> {
         // A home that does not exist holds no approvals.
         match self.home.root().canonicalize() {
             Ok(root) if root.starts_with(folder) => Err(NotTrusted::HomeInside(root)),
@@ -145,7 +145,7 @@ impl TrustFile {
         }
     }
 
-    /// Reads every approval.
+    /// Reads all approvals.
     ///
     /// # Errors
     /// [`TrustFileError`]. An absent file is an empty list, not an error.
@@ -157,8 +157,8 @@ impl TrustFile {
         }
     }
 
-    /// Changes the approvals. On an error the file is as it was, unless only the directory could not be synchronised: then the new
-    /// content is in place, and may be lost when the machine loses its power.
+    /// Changes the approvals. On an error the file is unchanged, unless only the sync of the directory failed: then the new
+    /// content is in place, and may be lost in a power failure.
     ///
     /// # Errors
     /// [`TrustFileError`].
@@ -182,7 +182,7 @@ impl TrustFile {
             Ok(aside)
         });
         let aside = written.map_err(|errno| {
-            // The next update replaces what is left of it otherwise.
+            // If this fails, the next update replaces the file.
             let _ = rustix::fs::unlinkat(&root, TEMPORARY, rustix::fs::AtFlags::empty());
             self.system("writing", &path, errno)
         })?;
@@ -203,7 +203,7 @@ impl TrustFile {
             opened => opened.map_err(failed)?,
         };
         let status = rustix::fs::fstat(&file).map_err(|errno| self.system("reading", &path, errno))?;
-        // Root may do anything in any case.
+        // A file of root is accepted, since root can approve anything in any case.
         if status.st_uid != geteuid().as_raw() && status.st_uid != 0 {
             return Err(TrustFileError::Owner { path, owner: status.st_uid });
         }
@@ -219,7 +219,7 @@ impl TrustFile {
         rustix::fs::open(self.home.root(), flags, Mode::empty())
     }
 
-    /// Waits for other updates. The lock ends with the descriptor.
+    /// Waits for other updates. The lock is released with the descriptor.
     fn lock(&self) -> Result<OwnedFd, TrustFileError> {
         let run = self.home.run();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -67,7 +67,7 @@ impl State {
 impl Review {
     /// Reads the files of a folder.
     pub(super) fn of(folder: &Folder, file: &TrustFile) -> Result<Review, Failure> {
-        file.check_place(&folder.path).map_err(|error| {
+        file.check_location(&folder.path).map_err(|error| {
             Failure::new(Exit::Refused, format!("{} {error}", folder.text))
                 .hint("name another home with LANDFALL_HOME, or another folder")
         })?;

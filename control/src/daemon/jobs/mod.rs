@@ -159,7 +159,8 @@ impl Jobs {
     /// Runs gate and command. Returns whether the command succeeded.
     async fn attempt(&self, key: &Key, input: &Input) -> bool {
         let (container_name, job) = (key.container.to_string(), key.job.clone());
-        self.journal.record(&Event::JobTickStart { container_name: container_name.clone(), job: job.clone() });
+        self.journal
+            .record(&Event::JobTickStart { container_name: container_name.clone(), job: job.clone() });
         let event = self.tick(container_name, job, input).await;
         self.journal.record(&event);
         matches!(event, Event::JobTickOk { .. })

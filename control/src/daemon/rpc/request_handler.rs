@@ -212,7 +212,7 @@ impl RequestHandler {
     }
 
     async fn read_folder(&self, folder: &Path) -> Response {
-        match self.registry.read_folder_again(folder).await {
+        match self.registry.reread_folder(folder).await {
             Ok(containers) => Response::result(json!({ "containers": containers })),
             Err(error) => Response::refused(error),
         }

@@ -1,4 +1,4 @@
-//! Permission to run the commands of a folder, as a value: a [`Command`](super::Command) cannot be made without it.
+//! The permission to run a folder's commands, as a value: a [`Command`](super::Command) cannot be created without it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::model::trust::{ContentDigest, FolderFile};
 use crate::registry::trust_file::{NotTrusted, TrustFile};
 use crate::sys::paths::Home;
 
-/// The approvals of a home, and when they change. Clones share the notification.
+/// The approvals of a home, with a notification of changes. Clones share the notification.
 #[derive(Clone, Debug)]
 pub struct Approvals {
     file: TrustFile,
@@ -19,25 +19,25 @@ pub struct Approvals {
 }
 
 impl Approvals {
-    /// The approvals of `home`.
+    /// Returns the approvals of `home`.
     pub fn of(home: &Home) -> Approvals {
         Approvals { file: TrustFile::of(home), changed: Arc::new(watch::Sender::new(())) }
     }
 
-    /// The file of the approvals.
+    /// Returns the file of the approvals.
     pub fn file(&self) -> &TrustFile {
         &self.file
     }
 
-    /// Has each command that runs check its approval again.
+    /// Makes each running command check its approval again.
     pub fn notify_changed(&self) {
         self.changed.send_replace(());
     }
 
-    /// [`settings`], on a thread that may wait for a disk.
+    /// Calls [`settings`] on a blocking thread.
     ///
     /// # Errors
-    /// Those of [`settings`].
+    /// The errors of [`settings`].
     pub async fn settings(&self, registration: &Arc<Registration>) -> Result<Approved, FolderError> {
         let (approvals, registration) = (self.clone(), Arc::clone(registration));
         let work = tokio::task::spawn_blocking(move || settings(&registration, &approvals));
@@ -45,15 +45,15 @@ impl Approvals {
     }
 }
 
-/// The settings of a folder, approved when this value was made.
+/// The settings of a folder, approved when this value was created.
 #[derive(Clone, Debug)]
 pub struct Approved {
     settings: Folder,
-    /// Absent where the folder configures nothing.
+    /// Absent for a folder without a file.
     basis: Option<Basis>,
 }
 
-/// What was approved.
+/// The approved content.
 #[derive(Clone, Debug)]
 pub(super) struct Basis {
     folder: PathBuf,
@@ -69,12 +69,12 @@ impl Approved {
         Approved { settings, basis: Some(basis) }
     }
 
-    /// The settings of a folder without a file.
-    pub(super) fn nothing() -> Approved {
+    /// Returns the settings of a folder without a file.
+    pub(super) fn empty() -> Approved {
         Approved { settings: Folder::default(), basis: None }
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn settings(&self) -> &Folder {
         &self.settings
     }
@@ -85,32 +85,32 @@ impl Approved {
 }
 
 impl Basis {
-    /// The canonical folder.
+    /// Returns the canonical folder.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The approved text.
+    /// Returns the approved text.
     pub(super) fn text(&self) -> &str {
         &self.text
     }
 
-    /// Whether the approval still holds. Reads small files.
+    /// Checks that the approval is still valid. Reads small files.
     pub(super) async fn check(&self) -> Result<(), NotTrusted> {
         let own = self.clone();
         let check = move || own.approvals.file.check(&own.folder, FolderFile::Settings, &own.content);
-        // The runtime ends.
+        // An error means that the runtime shuts down.
         tokio::task::spawn_blocking(check).await.unwrap_or(Err(NotTrusted::NotApproved))
     }
 
-    /// Notifications from now on, for [`Basis::revoked`].
+    /// Subscribes to later notifications, for [`Basis::revoked`].
     pub(super) fn changes(&self) -> watch::Receiver<()> {
         self.approvals.changed.subscribe()
     }
 
-    /// Returns when a notification comes and the approval no longer holds.
+    /// Returns when a notification arrives and the approval is no longer valid.
     pub(super) async fn revoked(&self, mut changes: watch::Receiver<()>) -> NotTrusted {
-        // The sender lives as long as `self`.
+        // `self` holds the sender, so the channel stays open.
         while changes.changed().await.is_ok() {
             if let Err(reason) = self.check().await {
                 return reason;

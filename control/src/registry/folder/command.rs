@@ -1,8 +1,8 @@
-//! Running a command of a folder: in the folder, with little environment, for a bounded time.
+//! Runs a command of a folder: in the folder, with a minimal environment, with a time limit.
 //!
-//! A command gets a process group of its own, and that group is killed when the time is up or nobody waits any more; as
-//! long as its leader has not been waited for, the group's number cannot be another's. What a command leaves behind when
-//! it ends in time is left alone (that is how a `start` starts something), but nobody reads its output any longer.
+//! A command gets its own process group. The group is killed when the time limit passes or the caller drops the future.
+//! Until its leader has been waited for, the id of the group cannot be reused. Processes that a command leaves behind when
+//! it ends in time continue (a `start` command starts a service that way), but their output is no longer read.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,17 +27,18 @@ use crate::sys::child::Running;
 use crate::sys::launcher::{Invocation, LauncherError, Refusal, Reply, launcher};
 use crate::sys::readiness::watched;
 
-/// How much of the end of a command's output is kept, in bytes.
+/// The number of bytes that are kept from the end of a command's output.
 const TAIL_BYTES_MAX: usize = 4_096;
 /// The longest report of a command's end, in bytes.
 const REPLY_BYTES_MAX: usize = 4_096;
-/// How long a line of it may be that goes into a reason, in characters.
+/// The maximum length of the output line that becomes a reason, in characters.
 const LINE_CHARS_MAX: usize = 300;
-/// A command, and where and for whom it runs.
+
+/// A command, with its folder and its container.
 #[derive(Clone, Debug)]
 pub struct Command {
     words: Vec<String>,
-    /// What permits it; without, it does not run.
+    /// The approval; without one the command does not run.
     basis: Option<Basis>,
     container: ContainerName,
     trust_folder: bool,
@@ -45,47 +46,46 @@ pub struct Command {
     build: Option<bool>,
 }
 
-/// How a command ended that did.
+/// The result of a command that ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
-    /// Its exit status; none if a signal ended it.
+    /// Its exit status; `None` if a signal ended it.
     pub code: Option<i32>,
-    /// The last line of its output that is not empty, escaped and cut; or how it ended, if it said nothing.
+    /// The last line of its output that is not empty, escaped and truncated; or its status, without output.
     pub last_line: String,
 }
 
-/// Why a command did not end.
+/// The reasons why a command did not end by itself.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum CommandError {
-    /// The approval of the folder's file does not hold, or no longer.
+    /// The approval of the folder's file is missing or was revoked.
     #[error("{file} {0}", file = super::FILE)]
     NotTrusted(NotTrusted),
-    /// There is no such program.
+    /// The program does not exist.
     #[error("program {0:?} was not found")]
     NotFound(String),
-    /// The program could be the container's own work.
+    /// The container may have written the program.
     #[error(
         "program {0:?} is in the folder, which the container may write to; name one outside, or set trust-folder = true"
     )]
     InFolder(String),
-    /// It could not be started.
+    /// The program could not be started.
     #[error("program {0:?} cannot be started: {1}")]
     Start(String, String),
-    /// It was killed.
+    /// The command was killed after its time limit.
     #[error("it took longer than {} s", .0.as_secs())]
     TooLong(Duration),
 }
 
 impl Ended {
-    /// It did what it is there for.
+    /// Returns whether the status is 0.
     pub fn succeeded(&self) -> bool {
         self.code == Some(0)
     }
 }
 
 impl Command {
-    /// The command of `words`, which are among the settings of `approved`, for a container. It runs in the folder that was
-    /// approved.
+    /// Returns a command from the settings of `approved`, for a container. It runs in the approved folder.
     pub fn new(
         words: &[String],
         approved: &Approved,
@@ -102,20 +102,20 @@ impl Command {
         }
     }
 
-    /// As a command of a restart, which is given in its environment whether the image is built again.
+    /// Marks the command as part of a restart. Its environment then has whether the image is built.
     #[must_use]
     pub fn of_restart(mut self, build: bool) -> Command {
         self.build = Some(build);
         self
     }
 
-    /// Checks the approval and runs it to its end. Dropping the future kills it; so does the end of the approval.
+    /// Checks the approval and runs the command until it ends. Dropping the future kills it, and so does a revocation.
     ///
     /// # Errors
-    /// [`CommandError`]: it did not start, or did not end in time.
+    /// [`CommandError`] if it did not start, or did not end in time.
     pub async fn run(&self) -> Result<Ended, CommandError> {
         let basis = self.basis.as_ref().ok_or(CommandError::NotTrusted(NotTrusted::NotApproved))?;
-        // Before the check, so that no change in between is missed.
+        // Subscribe before the check, so that no change in between is missed.
         let changes = basis.changes();
         basis.check().await.map_err(CommandError::NotTrusted)?;
         tokio::select! {
@@ -135,9 +135,12 @@ impl Command {
             Err(_) => Err(CommandError::TooLong(self.timeout)),
             Ok(Err(error)) => Err(failed(error)),
             Ok(Ok(status)) => {
-                // What it wrote before it ended lies in the pipe; what it left behind may write on, unread.
-                tail.take_what_lies(output);
-                Ok(Ended { code: status.code(), last_line: tail.last_line().unwrap_or_else(|| how(status)) })
+                // Read the rest of its output from the pipe. Later output of processes that it left behind is not read.
+                tail.drain_pipe(output);
+                Ok(Ended {
+                    code: status.code(),
+                    last_line: tail.last_line().unwrap_or_else(|| status_text(status)),
+                })
             }
         }
     }
@@ -146,7 +149,7 @@ impl Command {
         self.words.first().map_or("", String::as_str)
     }
 
-    /// Starts it in the folder that was approved; by the launcher, where this process has given up what a command may need.
+    /// Starts the command in the approved folder, through the launcher if this process has dropped its privileges.
     async fn start(&self, basis: &Basis, output: OwnedFd) -> Result<Started, CommandError> {
         let invocation = Invocation {
             words: self.words.clone(),
@@ -163,8 +166,8 @@ impl Command {
                 .map_err(|error| self.not_started(&error));
         };
         let text = basis.text().to_owned();
-        let asked = spawn_blocking(move || launcher.command(invocation, text, output.as_fd()));
-        match asked.await.map_err(|error| self.not_started(&error))? {
+        let reply = spawn_blocking(move || launcher.command(invocation, text, output.as_fd()));
+        match reply.await.map_err(|error| self.not_started(&error))? {
             Ok(channel) => Started::by_launcher(channel).map_err(|error| self.not_started(&error)),
             Err(LauncherError::Refused(refusal)) => Err(self.refused(refusal)),
             Err(error) => Err(self.not_started(&error)),
@@ -185,10 +188,10 @@ impl Command {
     }
 }
 
-/// A command that runs. Dropping it kills its process group.
+/// A running command. Dropping it kills its process group.
 enum Started {
     Child(Running),
-    /// By the launcher, which kills it when this channel is closed.
+    /// Started by the launcher, which kills it when this channel is closed.
     Launched(AsyncFd<OwnedFd>),
 }
 
@@ -214,7 +217,7 @@ impl Started {
     }
 }
 
-/// Reads until the command has ended, so that a full pipe does not stop it.
+/// Reads the output until the command ends, so that a full pipe does not block it.
 async fn wait(started: &mut Started, output: &pipe::Receiver, tail: &mut Tail) -> io::Result<ExitStatus> {
     let mut open = true;
     loop {
@@ -222,10 +225,10 @@ async fn wait(started: &mut Started, output: &pipe::Receiver, tail: &mut Tail) -
             status = started.wait() => return status,
             readable = output.readable(), if open => {
                 readable?;
-                let mut piece = [0; TAIL_BYTES_MAX];
-                match output.try_read(&mut piece) {
+                let mut chunk = [0; TAIL_BYTES_MAX];
+                match output.try_read(&mut chunk) {
                     Ok(0) => open = false,
-                    Ok(length) => tail.add(&piece[..length]),
+                    Ok(length) => tail.add(&chunk[..length]),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => return Err(error),
                 }
@@ -234,25 +237,25 @@ async fn wait(started: &mut Started, output: &pipe::Receiver, tail: &mut Tail) -
     }
 }
 
-/// The end of an output.
+/// The last bytes of an output.
 #[derive(Default)]
 struct Tail(Vec<u8>);
 
 impl Tail {
-    fn add(&mut self, piece: &[u8]) {
-        self.0.extend_from_slice(piece);
+    fn add(&mut self, chunk: &[u8]) {
+        self.0.extend_from_slice(chunk);
         let excess = self.0.len().saturating_sub(TAIL_BYTES_MAX);
         self.0.drain(..excess);
     }
 
-    /// Takes what can be read at once: at most what a pipe holds, since a writer may be left.
-    fn take_what_lies(&mut self, output: pipe::Receiver) {
+    /// Reads the bytes that are in the pipe now, at most its capacity, since another writer may continue.
+    fn drain_pipe(&mut self, output: pipe::Receiver) {
         const PIPE_BYTES: usize = 64 * 1_024;
         let Ok(output) = output.into_nonblocking_fd() else { return };
-        let mut piece = [0; TAIL_BYTES_MAX];
+        let mut chunk = [0; TAIL_BYTES_MAX];
         for _ in 0..=PIPE_BYTES / TAIL_BYTES_MAX {
-            match rustix::io::read(&output, &mut piece) {
-                Ok(length) if length > 0 => self.add(&piece[..length]),
+            match rustix::io::read(&output, &mut chunk) {
+                Ok(length) if length > 0 => self.add(&chunk[..length]),
                 _ => return,
             }
         }
@@ -269,7 +272,7 @@ impl Tail {
     }
 }
 
-/// `exit status: 3`, `signal: 9 (SIGKILL)`.
-fn how(status: ExitStatus) -> String {
+/// Returns for example `exit status: 3` or `signal: 9 (SIGKILL)`.
+fn status_text(status: ExitStatus) -> String {
     status.to_string()
 }

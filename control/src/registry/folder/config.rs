@@ -1,4 +1,4 @@
-//! The text of `landfall.toml`, parsed. Pure.
+//! Parses the text of `landfall.toml`. Pure.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -10,32 +10,32 @@ use serde::de::{Deserializer, Error as _};
 
 use super::{FolderError, JOB_TIMEOUT};
 
-/// The shortest interval of a job, and the shortest bound of one.
+/// The shortest interval and the shortest time limit of a job.
 const DURATION_MIN: Duration = Duration::from_secs(1);
-/// The longest.
+/// The longest interval and the longest time limit of a job.
 const DURATION_MAX: Duration = Duration::from_secs(366 * 24 * 3_600);
-/// The most jobs of one folder, so that one folder cannot fill the daemon.
+/// The maximum number of jobs of one folder, so that one folder cannot exhaust the daemon.
 const JOBS_MAX: usize = 32;
 /// The longest name of a job, in bytes.
 const JOB_NAME_BYTES_MAX: usize = 64;
-/// The most tools that one folder asks for, and the longest name of a tool, in bytes: those of the definitions of tools.
+/// The maximum number of tools of one folder, and the longest name of a tool, in bytes: the limits of tool definitions.
 const TOOLS_MAX: usize = 64;
 const TOOL_NAME_BYTES_MAX: usize = 64;
 
-/// What a folder configures.
+/// The configuration of a folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Folder {
-    /// Nothing in a container writes to this folder: its commands may be programs in it.
+    /// No process in a container writes to this folder, so its commands may be programs in it.
     #[serde(default)]
     pub trust_folder: bool,
-    /// How to restart.
+    /// The commands of a restart.
     #[serde(default)]
     pub restart: Restart,
-    /// Jobs by their names.
+    /// Jobs by name.
     #[serde(default, deserialize_with = "jobs")]
     pub jobs: BTreeMap<String, Job>,
-    /// What may be replaced by `secrets-patch`.
+    /// The parts that `secrets-patch` may replace.
     #[serde(default)]
     pub secrets: Option<Secrets>,
     /// Tools of the host that the container's programs use.
@@ -43,14 +43,14 @@ pub struct Folder {
     pub tools: Option<Tools>,
 }
 
-/// How to restart. There are both of `stop` and `start`, or neither.
+/// The commands of a restart. Either both of `stop` and `start` are present, or neither is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Restart {
-    /// Ends the container, in place of Docker.
+    /// Stops the container. Without it, Docker is used.
     #[serde(default, deserialize_with = "command")]
     pub stop: Option<Vec<String>>,
-    /// Starts it. `LANDFALL_BUILD` is `1` when it is to be built anew, else `0`.
+    /// Starts it. `LANDFALL_BUILD` is `1` if its image is to be built, else `0`.
     #[serde(default, deserialize_with = "command")]
     pub start: Option<Vec<String>>,
     /// Refuses a restart by a status other than 0.
@@ -65,32 +65,32 @@ pub struct Job {
     /// The program and its arguments.
     #[serde(deserialize_with = "needed_command")]
     pub command: Vec<String>,
-    /// From one run to the next.
+    /// The interval from one run to the next.
     #[serde(deserialize_with = "duration")]
     pub every: Duration,
-    /// Asked before each run: status 0 means run.
+    /// Runs before each run; status 0 permits the run.
     #[serde(default, deserialize_with = "command")]
     pub gate: Option<Vec<String>>,
-    /// How long the command, and the gate, may take.
+    /// The time limit of the command, and of the gate.
     #[serde(default = "job_timeout", deserialize_with = "duration")]
     pub timeout: Duration,
-    /// Whether a run that succeeded restarts the container.
+    /// Whether a successful run restarts the container.
     #[serde(default)]
     pub restart: bool,
 }
 
-/// What may be replaced by `secrets-patch`.
+/// The parts that `secrets-patch` may replace.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Secrets {
-    /// The file, in the folder itself.
+    /// The file, directly in the folder.
     #[serde(default = "secrets_file", deserialize_with = "file_name")]
     pub file: PathBuf,
     /// The keys of `channels` that may be replaced.
     pub keys: Vec<String>,
 }
 
-/// Tools of the host that the container's programs use. This grants none of them.
+/// Tools of the host that the container's programs use. This does not grant them.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Tools {
@@ -103,11 +103,11 @@ impl Folder {
     /// Parses the text of a file.
     ///
     /// # Errors
-    /// [`FolderError::Line`] says where and why.
+    /// [`FolderError::Line`] with the line and the reason.
     pub fn parse(text: &str) -> Result<Folder, FolderError> {
         let folder: Folder = toml::from_str(text).map_err(|error| {
             let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
-            // The parser's sentence may have several lines; ours is one.
+            // The parser's message may have several lines; join them.
             let reason = error.message().split('\n').map(str::trim).collect::<Vec<_>>().join(", ");
             FolderError::Line { line: 1 + before.matches('\n').count(), reason }
         })?;
@@ -174,7 +174,7 @@ fn command<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<String>>, D:
     needed_command(from).map(Some)
 }
 
-/// A duration as people write it: `24h`, `90 minutes`, `1d 12h`. A day has 24 hours.
+/// Parses a duration such as `24h`, `90 minutes` or `1d 12h`. A day has 24 hours.
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(from)?;
     let duration = text
@@ -189,7 +189,7 @@ fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     Ok(duration)
 }
 
-/// A name in the folder itself: no way leads out of it.
+/// Parses the name of a file directly in the folder.
 fn file_name<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
     let text = String::deserialize(from)?;
     let path = Path::new(&text);

@@ -1,22 +1,22 @@
-//! Lists what a folder's file asks for, so that its user can approve it. Pure.
+//! Lists the demands of a folder's file, so that its user can approve them. Pure.
 
 use std::time::Duration;
 
 use super::Folder;
 
-/// One thing that the file would have the daemon do or allow.
+/// One action or permission that the file demands of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Demand<'a> {
-    /// A command of the host.
+    /// A command to run on the host.
     Command {
         /// When it runs.
         purpose: Purpose<'a>,
         /// The program and its arguments.
         words: &'a [String],
-        /// How long it may take, where the file says so.
+        /// The time limit, if the file sets one.
         timeout: Option<Duration>,
     },
-    /// Programs in the folder itself may be among the commands.
+    /// Commands may be programs in the folder itself.
     FolderPrograms,
     /// The container may replace these keys of a file in the folder.
     Secrets {
@@ -25,29 +25,29 @@ pub enum Demand<'a> {
         /// The keys below `channels`.
         keys: &'a [String],
     },
-    /// The container's programs look for these tools of the host. A request, not a grant.
+    /// The container's programs use these tools of the host. A request, not a grant.
     Tools(&'a [String]),
 }
 
-/// When a command runs.
+/// The occasion on which a command runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Purpose<'a> {
-    /// Before each restart; another status than 0 refuses it.
+    /// Before each restart. A status other than 0 refuses the restart.
     Preflight,
-    /// At a restart, to end the container.
+    /// At a restart, to stop the container.
     Stop,
-    /// At a restart, to start it.
+    /// At a restart, to start the container.
     Start,
     /// At intervals.
     Job {
         /// The job's name.
         name: &'a str,
-        /// From one run to the next.
+        /// The interval from one run to the next.
         every: Duration,
-        /// Whether a run that succeeded restarts the container.
+        /// Whether a successful run restarts the container.
         restart: bool,
     },
-    /// Before each run of a job; status 0 lets it run.
+    /// Before each run of a job. Status 0 permits the run.
     Gate {
         /// The job's name.
         name: &'a str,
@@ -55,7 +55,7 @@ pub enum Purpose<'a> {
 }
 
 impl Folder {
-    /// Everything that the file asks for, in the order of its documentation. A file that asks for nothing needs no approval.
+    /// Returns all demands of the file, in the order of its documentation. A file without demands needs no approval.
     pub fn demands(&self) -> Vec<Demand<'_>> {
         let restart = &self.restart;
         let at_restart = [

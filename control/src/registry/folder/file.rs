@@ -1,4 +1,4 @@
-//! Reading a file that commands are taken from.
+//! Reads a file that defines commands.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -9,12 +9,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-/// The largest configuration, in bytes. It travels in a registration's file.
+/// The maximum size of the file, in bytes. Its text is stored in a registration's file.
 const BYTES_MAX: u64 = 16 * 1024;
 
-/// The text of the file; none where there is no file. The error completes a sentence that begins with the file's name.
+/// Returns the text of the file; `None` if the file does not exist. An error text follows the file name in a sentence.
 pub(super) fn read(path: &Path) -> Result<Option<String>, String> {
-    // Without NONBLOCK, a FIFO in the file's place would keep us waiting for a writer.
+    // Without NONBLOCK, opening a FIFO would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(file) => File::from(file),
@@ -22,8 +22,8 @@ pub(super) fn read(path: &Path) -> Result<Option<String>, String> {
         Err(Errno::LOOP) => return Err("is a symbolic link; it must be a file".to_owned()),
         Err(errno) => return Err(format!("cannot be opened: {errno}")),
     };
-    // Of the open file: what the name stands for may have changed since.
-    let about = file.metadata().map_err(|error| format!("cannot be looked at: {error}"))?;
+    // Check the open file: the name may refer to another file by now.
+    let about = file.metadata().map_err(|error| format!("cannot be inspected: {error}"))?;
     if !about.is_file() {
         return Err("is not a regular file".to_owned());
     }

@@ -1,5 +1,5 @@
-//! Starting a command of a folder, in the process that has the privileges for it: the daemon, or the launcher of a root daemon,
-//! which trusts nothing that the daemon says about an approval ([`verified`]).
+//! Prepares a command of a folder in the process that has the privileges for it: the daemon, or the launcher of a root
+//! daemon. The launcher checks the approval itself and does not rely on the daemon ([`verified`]).
 
 use std::ffi::OsString;
 use std::io;
@@ -13,10 +13,10 @@ use crate::model::trust::{ContentDigest, FolderFile};
 use crate::registry::trust_file::TrustFile;
 use crate::sys::launcher::{Invocation, Refusal};
 
-/// The search path for programs where the environment has none.
+/// The search path for programs if PATH is not set.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Checks that a command is among approved settings of its folder; the process to start, which writes to `output`.
+/// Checks that a command is part of approved settings of its folder. Returns the process to start, which writes to `output`.
 ///
 /// # Errors
 /// [`Refusal`].
@@ -27,18 +27,18 @@ pub(crate) fn verified(
     output: OwnedFd,
 ) -> Result<Command, Refusal> {
     let content = ContentDigest::of(settings.as_bytes());
-    // First: text that is not approved is not parsed.
+    // Check first: text that is not approved is not parsed.
     let approved = trust.check(&invocation.folder, FolderFile::Settings, &content);
     let folder = approved.ok().and_then(|()| Folder::parse(settings).ok()).ok_or(Refusal::NotApproved)?;
-    let is_the_command =
+    let is_requested_command =
         |demand: &Demand<'_>| matches!(demand, Demand::Command { words, .. } if **words == *invocation.words);
-    if !folder.demands().iter().any(is_the_command) {
+    if !folder.demands().iter().any(is_requested_command) {
         return Err(Refusal::NotApproved);
     }
     command(invocation, folder.trust_folder, output)
 }
 
-/// The process of a command: in the folder, in a process group of its own, with little environment.
+/// Returns the process of a command: in the folder, in its own process group, with a minimal environment.
 ///
 /// # Errors
 /// [`Refusal::NotFound`], [`Refusal::InFolder`] and [`Refusal::System`].
@@ -69,15 +69,15 @@ pub(super) fn command(
     Ok(command)
 }
 
-/// The program's own file, found as a shell would, and outside of the folder.
+/// Returns the path of the program, found as a shell would find it, and outside of the folder.
 fn program(name: &str, folder: &Path, trust_folder: bool, path: &OsString) -> Result<PathBuf, Refusal> {
     let candidates: Vec<PathBuf> = if name.contains('/') {
         vec![folder.join(name)]
     } else {
-        // A relative directory in PATH would be one of the folder's.
+        // A relative directory in PATH would be relative to the folder.
         std::env::split_paths(path)
-            .filter(|place| place.is_absolute())
-            .map(|place| place.join(name))
+            .filter(|directory| directory.is_absolute())
+            .map(|directory| directory.join(name))
             .collect()
     };
     let found = candidates
@@ -85,7 +85,7 @@ fn program(name: &str, folder: &Path, trust_folder: bool, path: &OsString) -> Re
         .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok() && file.is_file())
         .ok_or(Refusal::NotFound)?;
     if !trust_folder {
-        // With every link followed: a link from outside may lead into the folder, too. The folder's own path has no links.
+        // With all links resolved, since a link outside may lead into the folder. The folder's own path has no links.
         let real = std::fs::canonicalize(&found)
             .map_err(|error: io::Error| Refusal::system(&found.display().to_string(), &error))?;
         if real.starts_with(folder) || found.starts_with(folder) {

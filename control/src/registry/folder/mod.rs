@@ -1,52 +1,53 @@
-//! What a registered folder configures for itself: `landfall.toml`.
+//! The configuration of a registered folder: `landfall.toml`.
 //!
 //! ```toml
-//! # How to restart, where the container is not Docker's.
+//! # The commands of a restart, for a container that is not in Docker.
 //! [restart]
 //! stop = ["/usr/local/bin/agent", "stop"]
 //! start = ["/usr/local/bin/agent", "start"]
-//! preflight = ["agent-check", "--quick"]        # says no by a status other than 0, in its last line of output
+//! preflight = ["agent-check", "--quick"]        # a status other than 0 refuses; the last line of output is the reason
 //!
-//! # Renews a credential daily, where it is needed, and restarts the container when it was.
+//! # Renews a credential once a day if it is due, and restarts the container after a renewal.
 //! [jobs.renew]
 //! command = ["renew-credential", "--file", "secrets.json"]
-//! every = "24h"                                 # at least a second; runs at once, too
-//! gate = ["renew-credential", "--file", "secrets.json", "--is-due"]    # runs when this ends with status 0
-//! timeout = "2m"                                # five minutes, when absent
-//! restart = true                                # no, when absent
+//! every = "24h"                                 # at least a second; the first run is at once
+//! gate = ["renew-credential", "--file", "secrets.json", "--is-due"]    # the job runs if this ends with status 0
+//! timeout = "2m"                                # default: five minutes
+//! restart = true                                # default: false
 //!
-//! # What the container may replace by `secrets-patch`.
+//! # The parts that the container may replace by `secrets-patch`.
 //! [secrets]
 //! file = "secrets.json"
 //! keys = ["kakaotalk"]
 //!
-//! # Tools of the host that its programs use. A request: only the host's user grants a tool.
+//! # Tools of the host that the container's programs use. A request: only the host's user grants a tool.
 //! [tools]
 //! wants = ["claude"]
 //! ```
 //!
 //! # When the file has an effect
 //!
-//! Its commands run on the host, as the daemon's user. The folder is often mounted into the container, writable, and a
-//! process in it that is root owns what it writes as the host's root does; a cloned folder holds other people's text. So two
-//! things are needed:
+//! Its commands run on the host, as the daemon's user. The folder is often mounted into the container and writable there,
+//! and a root process in the container owns its files as the host's root does; a cloned folder contains text of other
+//! authors. Therefore two conditions apply:
 //!
 //! - The host's user approved exactly the bytes of the file, for this folder (`landfall trust`, [`crate::model::trust`]).
-//! - The file was read when the user registered the folder or approved it ([`seal`]). Its text is then kept in the registration,
-//!   out of the container's reach: a later change of the file has no effect, and the journal reports it.
+//! - The file was read when the user registered the folder or approved it ([`seal`]). Its text is then stored in the
+//!   registration, which the container cannot write. A later change of the file has no effect, and the journal reports it.
 //!
-//! The file is read once for each of these, and the bytes that were compared with the approval are the ones that are kept.
-//! The approval is checked again before each command ([`settings`], [`Command::run`]), so text that was kept without one, as by
-//! a release that had no approvals, runs nothing. A command is killed when the approval of its folder is revoked.
+//! The file is read once for each of these, and the bytes that were compared with the approval are the ones that are stored.
+//! The approval is checked again before each command ([`settings`], [`Command::run`]). Text that was stored without an
+//! approval, as by a release that had no approvals, therefore runs no command. A command is killed when the approval of its
+//! folder is revoked.
 //!
-//! Without an approval a folder counts as one without a file, with one exception: a table `[secrets]` may be narrower than
-//! the default that would apply instead, so `secrets-patch` is refused.
+//! A folder without an approval is treated as a folder without a file, with one exception: a table `[secrets]` may be
+//! narrower than the default that would apply instead, so `secrets-patch` is refused.
 //!
-//! A command's program must be outside of the folder, wherever its name is found, unless `trust-folder = true` says that
-//! no container writes there. A program of the host that executes what it finds in the folder (`make`, `npm run`)
-//! gives the container all of this: read what you approve.
+//! The program of a command must be outside of the folder, wherever its name is found, unless `trust-folder = true` declares
+//! that no container writes there. A program of the host that executes files of the folder (`make`, `npm run`) gives
+//! the container all rights of the user, so review these before you approve them.
 //!
-//! The file itself must be regular, no link, owned by the daemon's user or root, writable by no one else, and of bounded size.
+//! The file must be regular, not a link, owned by the daemon's user or root, not writable by others, and of bounded size.
 
 mod approved;
 mod command;
@@ -74,35 +75,35 @@ use crate::model::registration::Registration;
 use crate::model::trust::{ContentDigest, FolderFile};
 use crate::registry::trust_file::{NotTrusted, TrustFile};
 
-/// The file's name in the folder.
+/// The name of the file in the folder.
 pub const FILE: &str = FolderFile::Settings.path();
-/// The field of a registration that keeps the text of an approved file. No client writes it: [`seal`] always replaces it.
+/// The field of a registration that stores the text of an approved file. [`seal`] replaces any value from a client.
 const FIELD: &str = "folder";
-/// The field that says that there was a file without an approval; likewise. A release without approvals keeps it and configures
-/// nothing.
+/// The field that records a file without an approval; [`seal`] replaces it, too. A release without approvals keeps the field
+/// and uses no configuration.
 const UNTRUSTED_FIELD: &str = "folderUntrusted";
-/// The field by which `run` and `attach` say that their registration lasts as long as they do. A command that a user runs in
-/// a folder does not ask for the folder's own commands.
+/// The field by which `run` and `attach` mark a registration that ends with them. A command that a user runs in a folder
+/// does not use the folder's own commands.
 pub const FOREGROUND: &str = "foreground";
 
-/// How long a job's command may take when its configuration does not say.
+/// The default timeout of a job's command.
 pub const JOB_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Why a folder's configuration is not used.
+/// The reasons why a folder's configuration is not used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum FolderError {
-    /// The file is one that commands are not taken from, or cannot be read.
+    /// The file does not meet the requirements, or cannot be read.
     #[error("{FILE} {0}")]
     File(String),
-    /// The file is not valid; lines count from one.
+    /// The file is invalid. Lines count from one.
     #[error("{FILE} line {line}: {reason}")]
     Line {
-        /// Where.
+        /// The line.
         line: usize,
-        /// What.
+        /// The reason.
         reason: String,
     },
-    /// Its user did not approve it.
+    /// The user did not approve the file.
     #[error("{FILE} {reason}")]
     NotTrusted {
         /// The reason.
@@ -113,23 +114,23 @@ pub enum FolderError {
 }
 
 impl FolderError {
-    /// Whether only an approval is missing. The folder then counts as one that configures nothing.
+    /// Returns whether only an approval is missing. The folder is then treated as one without a file.
     pub fn is_not_trusted(&self) -> bool {
         matches!(self, FolderError::NotTrusted { .. })
     }
 }
 
-/// What a registration keeps of its folder.
+/// The state of the folder's file that a registration stores.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 enum Sealed {
-    /// The file's text.
+    /// The text of the file.
     Text(String),
-    /// Why there is none, though there is a file.
+    /// The reason why the file was refused.
     Refused(String),
 }
 
-/// The trace of a file that was not approved when it was read.
+/// The record of a file that was not approved when it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Untrusted {
     sha256: ContentDigest,
@@ -137,9 +138,8 @@ struct Untrusted {
     secrets: bool,
 }
 
-/// Reads the folder's file into the registration, in place of what the registration says about it: the text where these
-/// bytes are approved, else only that there is a file. To be called when the host's user registers or approves. Reads
-/// small files.
+/// Reads the folder's file into the registration, in place of its stored state: the text if these bytes are approved, else
+/// only a record that a file exists. Called when the host's user registers or approves. Reads small files.
 pub fn seal(registration: &mut Registration, trust: &TrustFile) {
     registration.unknown.remove(FIELD);
     registration.unknown.remove(UNTRUSTED_FIELD);
@@ -167,8 +167,8 @@ pub fn seal(registration: &mut Registration, trust: &TrustFile) {
     }
 }
 
-/// Reads the folder's file into a registration that keeps no approved text, if the file is approved by now: the user may
-/// have approved it while no daemon ran. Returns whether the registration changed. Reads small files.
+/// Reads the folder's file into a registration without an approved text, if the file is approved by now: the user may have
+/// approved it while no daemon ran. Returns whether the registration changed. Reads small files.
 pub fn seal_if_approved(registration: &mut Registration, trust: &TrustFile) -> bool {
     let is_approved = |text: &str| check(registration, &ContentDigest::of(text.as_bytes()), trust).is_ok();
     if matches!(kept(registration), Some(Sealed::Text(text)) if is_approved(&text)) {
@@ -184,20 +184,20 @@ pub fn seal_if_approved(registration: &mut Registration, trust: &TrustFile) -> b
     true
 }
 
-/// The settings that a registration keeps, if they are approved now; a folder without a file configures nothing. Reads small
-/// files.
+/// Returns the settings that a registration stores, if they are approved now. A folder without a file has default settings.
+/// Reads small files.
 ///
 /// # Errors
-/// [`FolderError`]: the file was refused, is not valid, or is not approved.
+/// [`FolderError`] if the file was refused, is invalid, or is not approved.
 pub fn settings(registration: &Registration, approvals: &Approvals) -> Result<Approved, FolderError> {
     let text = match kept(registration) {
         Some(Sealed::Text(text)) => text,
         Some(Sealed::Refused(reason)) => return Err(FolderError::File(reason)),
         None => {
             return match untrusted(registration) {
-                None => Ok(Approved::nothing()),
+                None => Ok(Approved::empty()),
                 Some(Untrusted { sha256, secrets }) => {
-                    // Without an error it is approved by now, and not read yet.
+                    // Without an error, the file has been approved since, but has not been read again.
                     let reason = check(registration, &sha256, approvals.file()).err();
                     let reason = reason.unwrap_or(NotTrusted::NotApproved);
                     Err(FolderError::NotTrusted { reason, secrets })
@@ -209,12 +209,12 @@ pub fn settings(registration: &Registration, approvals: &Approvals) -> Result<Ap
     let sha256 = ContentDigest::of(text.as_bytes());
     match check(registration, &sha256, approvals.file()) {
         Ok(path) => Ok(Approved::new(folder, path, &text, approvals)),
-        Err(_) if folder.demands().is_empty() => Ok(Approved::nothing()),
+        Err(_) if folder.demands().is_empty() => Ok(Approved::empty()),
         Err(reason) => Err(FolderError::NotTrusted { reason, secrets: folder.secrets.is_some() }),
     }
 }
 
-/// Whether the file in the folder is another than the one that was read for the registration. Reads one small file.
+/// Returns whether the file in the folder differs from the one that was read for the registration. Reads one small file.
 pub fn differs(registration: &Registration) -> bool {
     let kept = kept(registration);
     match (read(registration), &kept, untrusted(registration)) {
@@ -238,7 +238,7 @@ fn check(
     trust.check(&folder, FolderFile::Settings, content).map(|()| folder)
 }
 
-/// The reason without the file's name in front.
+/// Returns the reason without the file name as its prefix.
 fn reason_of(error: FolderError) -> String {
     match error {
         FolderError::File(reason) => reason,
@@ -249,7 +249,7 @@ fn reason_of(error: FolderError) -> String {
 
 fn kept(registration: &Registration) -> Option<Sealed> {
     let value = registration.unknown.get(FIELD)?;
-    let unreadable = |error: serde_json::Error| Sealed::Refused(format!("was not kept: {error}"));
+    let unreadable = |error: serde_json::Error| Sealed::Refused(format!("could not be stored: {error}"));
     Some(serde_json::from_value(value.clone()).unwrap_or_else(unreadable))
 }
 
@@ -264,10 +264,10 @@ fn read(registration: &Registration) -> Option<Result<String, String>> {
     read_file(&registration.cwd).transpose()
 }
 
-/// Reads a folder's file, if there is one.
+/// Reads a folder's file, if it exists.
 ///
 /// # Errors
-/// The reason, without the file's name in front.
+/// The reason, without the file name as its prefix.
 pub fn read_file(folder: &Path) -> Result<Option<String>, String> {
     file::read(&folder.join(FILE))
 }

@@ -8,7 +8,7 @@ use super::{Approvals, FILE};
 use crate::model::trust::{ContentDigest, FolderFile};
 use crate::sys::paths::Home;
 
-/// A home of its own.
+/// A temporary home.
 pub(crate) struct TestHome {
     directory: TempDir,
     pub(crate) approvals: Approvals,
@@ -26,7 +26,7 @@ impl TestHome {
         self.directory.path()
     }
 
-    /// Approves the folder's file as it is now.
+    /// Approves the present content of the folder's file.
     pub(crate) fn approve(&self, folder: &Path) {
         let content = std::fs::read(folder.join(FILE)).unwrap();
         let digest = ContentDigest::of(&content);

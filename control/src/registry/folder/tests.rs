@@ -48,7 +48,7 @@ fn seal_in(folder: &TempDir, home: &TestHome) -> Registration {
     registration
 }
 
-/// Reads a folder with its file approved.
+/// Approves a folder's file and reads it.
 fn approve_and_seal(folder: &TempDir, home: &TestHome) -> Registration {
     home.approve(folder.path());
     seal_in(folder, home)
@@ -62,7 +62,7 @@ fn not_trusted(secrets: bool) -> Result<Folder, FolderError> {
     Err(FolderError::NotTrusted { reason: NotTrusted::NotApproved, secrets })
 }
 
-/// Returns the reason for which the file of a folder is refused.
+/// Returns the reason why the file of a folder is refused.
 fn refused(folder: &TempDir) -> String {
     let home = TestHome::new();
     read_settings(&seal_in(folder, &home), &home).unwrap_err().to_string()
@@ -73,7 +73,7 @@ fn refusal(text: &str) -> String {
 }
 
 #[test]
-fn the_worked_example_means_what_it_says() {
+fn the_documented_example_is_parsed() {
     let folder = Folder::parse(EXAMPLE).unwrap();
     assert_eq!(folder.restart.stop.unwrap(), ["/usr/local/bin/agent", "stop"]);
     let job = &folder.jobs["renew"];
@@ -88,7 +88,7 @@ fn an_empty_file_configures_nothing() {
 }
 
 #[test]
-fn what_is_wrong_is_told_with_its_line() {
+fn an_error_names_its_line() {
     assert!(
         refusal("\n[jobs.a]\ncommand = [\"x\"]\nevry = \"1h\"\n")
             .starts_with("landfall.toml line 4: unknown field `evry`")
@@ -118,7 +118,7 @@ fn what_is_wrong_is_told_with_its_line() {
 }
 
 #[test]
-fn days_are_durations_too() {
+fn durations_may_be_in_days() {
     let folder = Folder::parse("[jobs.a]\ncommand = [\"x\"]\nevery = \"1d 12h\"").unwrap();
     assert_eq!(folder.jobs["a"].every, Duration::from_secs(36 * 3_600));
 }
@@ -140,7 +140,7 @@ fn a_file_without_approval_has_no_effect() {
     assert!(!registration.unknown.contains_key(FIELD), "the text of a file without approval is not kept");
     assert_eq!(read_settings(&registration, &home), not_trusted(true));
     assert_eq!(withheld(&registration, &home.approvals)[0].reason, "is not trusted");
-    // An approval of another content, or of the same content in another folder.
+    // An approval of another content, or of the same content in another folder, has no effect.
     let other = folder_with(EXAMPLE);
     home.approve(other.path());
     assert_eq!(read_settings(&seal_in(&folder, &home), &home), not_trusted(true));
@@ -150,7 +150,7 @@ fn a_file_without_approval_has_no_effect() {
 }
 
 #[test]
-fn a_file_that_asks_for_nothing_needs_no_approval() {
+fn a_file_without_demands_needs_no_approval() {
     let home = TestHome::new();
     for text in ["", "# comment\n", "trust-folder = false\n[restart]\n[tools]\nwants = []\n"] {
         let registration = seal_in(&folder_with(text), &home);
@@ -160,20 +160,20 @@ fn a_file_that_asks_for_nothing_needs_no_approval() {
 }
 
 #[test]
-fn text_that_an_earlier_release_kept_has_no_effect_without_approval() {
+fn text_that_an_earlier_release_stored_has_no_effect_without_approval() {
     let (home, folder) = (TestHome::new(), folder_with(EXAMPLE));
     let mut registration = registration(folder.path());
     registration.unknown.insert(FIELD.to_owned(), json!({"text": EXAMPLE}));
     assert_eq!(read_settings(&registration, &home), not_trusted(true));
     let before = registration.clone();
     assert!(!seal_if_approved(&mut registration, home.approvals.file()));
-    assert_eq!(registration, before, "an earlier release finds it as it was");
+    assert_eq!(registration, before, "an earlier release can still read it");
     home.approve(folder.path());
     assert_eq!(read_settings(&registration, &home), Folder::parse(EXAMPLE));
 }
 
 #[test]
-fn an_approval_that_came_while_no_daemon_ran_counts_from_the_next_start() {
+fn an_approval_from_before_the_start_takes_effect_at_the_start() {
     let (home, folder) = (TestHome::new(), folder_with(EXAMPLE));
     let mut registration = seal_in(&folder, &home);
     home.approve(folder.path());
@@ -185,7 +185,7 @@ fn an_approval_that_came_while_no_daemon_ran_counts_from_the_next_start() {
 }
 
 #[test]
-fn an_approval_that_was_revoked_has_no_effect() {
+fn a_revoked_approval_has_no_effect() {
     let (home, folder) = (TestHome::new(), folder_with(EXAMPLE));
     let registration = approve_and_seal(&folder, &home);
     assert!(read_settings(&registration, &home).is_ok());
@@ -195,7 +195,7 @@ fn an_approval_that_was_revoked_has_no_effect() {
 }
 
 #[test]
-fn a_folder_that_moved_or_became_a_link_is_another_folder() {
+fn a_folder_that_was_moved_or_replaced_by_a_link_is_not_approved() {
     let (home, outer) = (TestHome::new(), tempfile::tempdir().unwrap());
     let (one, two) = (outer.path().join("one"), outer.path().join("two"));
     std::fs::create_dir(&one).unwrap();
@@ -208,7 +208,7 @@ fn a_folder_that_moved_or_became_a_link_is_another_folder() {
     assert!(read_settings(&registration, &home).is_err());
     symlink(&two, &one).unwrap();
     assert!(read_settings(&registration, &home).is_err());
-    // A link to the folder that was approved is that folder.
+    // A link to the approved folder resolves to that folder.
     std::fs::remove_file(&one).unwrap();
     std::fs::rename(&two, &one).unwrap();
     symlink(&one, &two).unwrap();
@@ -218,7 +218,7 @@ fn a_folder_that_moved_or_became_a_link_is_another_folder() {
 }
 
 #[test]
-fn what_the_container_writes_later_means_nothing() {
+fn later_changes_by_the_container_have_no_effect() {
     let (home, folder) = (TestHome::new(), folder_with("[jobs.good]\ncommand = [\"true\"]\nevery = \"1h\""));
     let registration = approve_and_seal(&folder, &home);
     assert!(!differs(&registration));
@@ -229,7 +229,7 @@ fn what_the_container_writes_later_means_nothing() {
 }
 
 #[test]
-fn a_file_that_appears_later_means_nothing() {
+fn a_file_that_appears_later_has_no_effect() {
     let (home, folder) = (TestHome::new(), tempfile::tempdir().unwrap());
     let registration = seal_in(&folder, &home);
     assert!(registration.unknown.is_empty());
@@ -239,7 +239,7 @@ fn a_file_that_appears_later_means_nothing() {
 }
 
 #[test]
-fn what_a_client_says_about_the_folder_is_not_believed() {
+fn a_clients_values_for_the_folders_fields_are_dropped() {
     let (home, folder) = (TestHome::new(), tempfile::tempdir().unwrap());
     let mut registration = registration(folder.path());
     registration.unknown.insert(FIELD.to_owned(), json!({"text": EXAMPLE}));
@@ -250,7 +250,7 @@ fn what_a_client_says_about_the_folder_is_not_believed() {
 }
 
 #[test]
-fn what_was_sealed_survives_the_registrations_file() {
+fn the_sealed_state_survives_the_registrations_file() {
     let (home, folder) = (TestHome::new(), folder_with(EXAMPLE));
     for (registration, wanted) in [
         (seal_in(&folder, &home), not_trusted(true)),
@@ -264,14 +264,14 @@ fn what_was_sealed_survives_the_registrations_file() {
 }
 
 #[test]
-fn a_file_that_others_may_write_is_refused() {
+fn a_file_that_others_can_write_is_refused() {
     let folder = folder_with(EXAMPLE);
     std::fs::set_permissions(folder.path().join(FILE), std::fs::Permissions::from_mode(0o664)).unwrap();
     assert_eq!(refused(&folder), "landfall.toml may be written to by others; run chmod go-w on it");
 }
 
 #[test]
-fn a_link_a_fifo_and_an_endless_file_are_refused() {
+fn a_link_a_fifo_and_an_oversized_file_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(FILE);
     symlink("/etc/hostname", &path).unwrap();
@@ -295,7 +295,7 @@ fn a_file_of_another_user_is_refused() {
     assert!(refused(&folder).contains("belongs to user 12345"));
 }
 
-/// A command of a folder whose file is approved.
+/// Returns a command of a folder whose file is approved.
 fn command(home: &TestHome, folder: &TempDir, words: &[&str], trust: bool, timeout: Duration) -> Command {
     write(folder, &format!("trust-folder = {trust}\n[restart]\npreflight = {}\n", json!(words)));
     let registration = approve_and_seal(folder, home);
@@ -311,7 +311,7 @@ fn shell(home: &TestHome, folder: &TempDir, script: &str, timeout: Duration) -> 
 const LONG: Duration = Duration::from_secs(30);
 
 #[tokio::test]
-async fn a_command_sees_its_folder_and_little_else() {
+async fn a_command_runs_in_its_folder_with_a_minimal_environment() {
     let folder = tempfile::tempdir().unwrap();
     let ended =
         shell(&TestHome::new(), &folder, "env | sed 's/=.*//' | sort | tr '\\n' ' '; pwd > where", LONG)
@@ -320,7 +320,7 @@ async fn a_command_sees_its_folder_and_little_else() {
             .await
             .unwrap();
     assert!(ended.succeeded());
-    // PWD (and, in some shells, _ and others of its own) is the shell's.
+    // The shell sets PWD, and in some cases _ and others.
     for name in ended.last_line.split_whitespace() {
         let known =
             ["HOME", "LANDFALL_BUILD", "LANDFALL_CONTAINER_NAME", "PATH", "PWD", "SHLVL", "_", "OLDPWD"];
@@ -331,7 +331,7 @@ async fn a_command_sees_its_folder_and_little_else() {
 }
 
 #[tokio::test]
-async fn the_last_line_is_kept_however_much_is_said() {
+async fn the_last_line_of_a_large_output_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let ended = shell(
         &TestHome::new(),
@@ -347,7 +347,7 @@ async fn the_last_line_is_kept_however_much_is_said() {
 }
 
 #[tokio::test]
-async fn silence_is_told_by_the_status() {
+async fn without_output_the_status_is_reported() {
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(
         shell(&TestHome::new(), &folder, "exit 4", LONG).run().await.unwrap().last_line,
@@ -358,14 +358,14 @@ async fn silence_is_told_by_the_status() {
 }
 
 #[tokio::test]
-async fn what_takes_too_long_is_killed_with_its_children() {
+async fn a_command_over_its_time_limit_is_killed_with_its_children() {
     let folder = tempfile::tempdir().unwrap();
     let script = "sleep 1000 & echo $! > child; wait";
     let error = shell(&TestHome::new(), &folder, script, Duration::from_secs(1)).run().await.unwrap_err();
     assert_eq!(error, CommandError::TooLong(Duration::from_secs(1)));
     let child = std::fs::read_to_string(folder.path().join("child")).unwrap();
     let state = std::path::PathBuf::from(format!("/proc/{}/stat", child.trim()));
-    // Nobody may be there to wait for an orphan, which then stays a zombie.
+    // An orphan stays a zombie if no process waits for it.
     let gone = || std::fs::read_to_string(&state).map_or(true, |stat| stat.contains(") Z "));
     tokio::time::timeout(LONG, async {
         while !gone() {
@@ -377,7 +377,7 @@ async fn what_takes_too_long_is_killed_with_its_children() {
 }
 
 #[tokio::test]
-async fn what_a_command_leaves_behind_lives_on_and_is_not_waited_for() {
+async fn processes_that_a_command_leaves_behind_continue() {
     let folder = tempfile::tempdir().unwrap();
     let ended = shell(&TestHome::new(), &folder, "sleep 1000 & echo $!", LONG).run().await.unwrap();
     let child = Pid::from_raw(ended.last_line.parse().unwrap()).unwrap();
@@ -386,7 +386,7 @@ async fn what_a_command_leaves_behind_lives_on_and_is_not_waited_for() {
 }
 
 #[tokio::test]
-async fn a_program_of_the_folder_does_not_run_unless_the_folder_is_trusted() {
+async fn a_program_in_the_folder_runs_only_if_the_folder_is_trusted() {
     let folder = tempfile::tempdir().unwrap();
     let script = folder.path().join("run.sh");
     std::fs::write(&script, "#!/bin/sh\necho ran\n").unwrap();
@@ -421,7 +421,7 @@ async fn a_command_does_not_start_after_its_approval_was_revoked() {
 }
 
 #[tokio::test]
-async fn a_command_that_runs_is_killed_when_its_approval_is_revoked() {
+async fn a_running_command_is_killed_when_its_approval_is_revoked() {
     let (home, folder) = (TestHome::new(), tempfile::tempdir().unwrap());
     let command = shell(&home, &folder, "touch ran; sleep 1000", LONG);
     let running = tokio::spawn(async move { command.run().await });

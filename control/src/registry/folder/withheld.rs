@@ -8,31 +8,31 @@ use super::{Approvals, settings};
 use crate::model::registration::Registration;
 use crate::model::trust::FolderFile;
 
-/// One file of a folder that has no effect, or not all of it.
+/// A file of a folder that has no effect, in whole or in part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Withheld {
-    /// The folder, every link resolved.
+    /// The folder, with all links resolved.
     pub folder: PathBuf,
-    /// The file in it, by its path from there.
+    /// The path of the file relative to the folder.
     pub file: String,
-    /// The reason, without the file's name in front.
+    /// The reason, without the file name as its prefix.
     pub reason: String,
-    /// Whether `landfall trust FOLDER` is the way to change that.
+    /// Whether `landfall trust FOLDER` would change that.
     pub needs_trust: bool,
     /// Ports below 1024 that are not exposed for this reason.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<u16>,
 }
 
-/// The files of a registration's folder that have no effect. Reads small files.
+/// Returns the files of a registration's folder that have no effect. Reads small files.
 pub fn withheld(registration: &Registration, approvals: &Approvals) -> Vec<Withheld> {
     let settings = settings(registration, approvals).err();
     let ports = registration.folder_ports.as_ref().filter(|_| !registration.folder_ports_approved);
     if settings.is_none() && ports.is_none() {
         return Vec::new();
     }
-    // A folder that is gone is named as it was registered.
+    // If the folder is gone, use the path of the registration.
     let folder = registration.cwd.canonicalize().unwrap_or_else(|_| registration.cwd.clone());
     let settings = settings.map(|error| Withheld {
         folder: folder.clone(),

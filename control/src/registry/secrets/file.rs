@@ -1,12 +1,12 @@
-//! The secrets file of one folder, changed under its lock.
+//! The secrets file of one folder, replaced under its lock.
 //!
-//! The container can write to the folder, so nothing in it is trusted: the folder is opened once and everything else is
-//! named relative to it, no link is followed, no pipe is waited for, and sizes are bounded. The file is replaced by rename,
-//! so whoever reads it sees the old one or the new one, whole.
+//! The container can write to the folder, so its content is not trusted: the folder is opened once and all paths are
+//! relative to it, links are not followed, opening never waits for a pipe, and sizes are bounded. The file is replaced by
+//! rename, so a reader sees the whole old file or the whole new one.
 //!
-//! The lock is the one that the reference's programs take, too: a directory `FILE.lock`, which only one can make. Whoever
-//! holds it sets its time again and again; one that nobody has touched for half a minute is of a program that died, and is
-//! taken away.
+//! The lock is the one of the reference's programs: a directory `FILE.lock`, which only one program can create. Its holder
+//! updates the modification time repeatedly. A lock that has not been updated for half a minute belongs to a program that
+//! has died, and is removed.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -23,19 +23,19 @@ use super::tree::Tree;
 
 /// The longest file that is read, in bytes.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
-/// The version of the file's form.
+/// The version of the file format.
 const VERSION: u64 = 2;
-/// What a file of that version is made of, beside its version.
+/// The members of a file of that version, in addition to the version.
 const SLICES: [&str; 3] = ["providers", "channels", "mcp"];
-/// How many names of a temporary file are tried.
+/// The number of names to try for a temporary file.
 const TEMPORARY_MAX: u32 = 16;
 
-/// How a lock is held.
+/// The timing of a lock.
 #[derive(Clone, Copy, Debug)]
 pub struct Holder {
-    /// How old the lock of somebody else has to be to be taken away.
+    /// The age at which the lock of another program is removed.
     pub stale_after: Duration,
-    /// How often our own is touched while it is held.
+    /// The interval at which a held lock is updated.
     pub refresh_every: Duration,
 }
 
@@ -45,19 +45,19 @@ impl Default for Holder {
     }
 }
 
-/// What became of a try.
+/// The result of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
-    /// The file is replaced, and on disk.
+    /// The file was replaced, and is on disk.
     Done,
-    /// Somebody else holds the lock.
+    /// Another program holds the lock.
     Locked,
 }
 
-/// Replaces one object in the file `name` of `folder`, which is made if it is missing. Tries the lock once.
+/// Replaces one object in the file `name` of `folder`, which is created if it is missing. Tries the lock once.
 ///
 /// # Errors
-/// A text that says what could not be done. The file is then as it was.
+/// A text that names the failed step. The file is then unchanged.
 pub fn attempt(
     folder: &Path,
     name: &str,
@@ -73,19 +73,19 @@ pub fn attempt(
     let Some(lock) = Lock::take(&folder, &format!("{name}.lock"), holder.stale_after)? else {
         return Ok(Attempt::Locked);
     };
-    let done = lock.held(holder.refresh_every, || replace(&folder, name, replacement, &lock));
-    lock.give_back();
+    let done = lock.with_refresh(holder.refresh_every, || replace(&folder, name, replacement, &lock));
+    lock.release();
     done.map(|()| Attempt::Done)
 }
 
 fn replace(folder: &OwnedFd, name: &str, replacement: &Replacement, lock: &Lock<'_>) -> Result<(), String> {
     let (mut tree, owner) = match read(folder, name)? {
         Some((content, seen)) => (parse(&content).map_err(|why| format!("{name}: {why}"))?, seen),
-        None => (fresh(), rustix::fs::fstat(folder).map_err(|errno| format!("{name}: {errno}"))?),
+        None => (new_tree(), rustix::fs::fstat(folder).map_err(|errno| format!("{name}: {errno}"))?),
     };
     let slice = tree.entry(replacement.slice, Tree::empty());
     let place = slice.and_then(|slice| slice.entry(&replacement.key, Tree::Null));
-    // Both are objects: that has been checked.
+    // Both are objects, as checked by `parse`.
     *place.ok_or_else(|| format!("{name}: {} is not an object", replacement.slice))? =
         replacement.block.clone();
     let mut text = serde_json::to_string_pretty(&tree).map_err(|error| format!("{name}: {error}"))?;
@@ -93,10 +93,10 @@ fn replace(folder: &OwnedFd, name: &str, replacement: &Replacement, lock: &Lock<
     write(folder, name, &text, &owner, lock).map_err(|why| format!("{name} cannot be written: {why}"))
 }
 
-/// Takes the content of a file, of the one version that is known.
+/// Parses the content of a file of the known version.
 ///
 /// # Errors
-/// A text that says what does not fit.
+/// A text that names the mismatch.
 pub fn parse(content: &[u8]) -> Result<Tree, String> {
     let mut tree: Tree = serde_json::from_slice(content).map_err(|error| format!("not JSON: {error}"))?;
     match tree.find("version") {
@@ -111,27 +111,27 @@ pub fn parse(content: &[u8]) -> Result<Tree, String> {
     Ok(tree)
 }
 
-fn fresh() -> Tree {
+fn new_tree() -> Tree {
     let version = [("version".to_owned(), Tree::Number(VERSION.into()))].into_iter();
     Tree::Object(version.chain(SLICES.map(|slice| (slice.to_owned(), Tree::empty()))).collect())
 }
 
-/// The file's content and its facts, if there is a file.
+/// Returns the content and the status of the file, if it exists.
 fn read(folder: &OwnedFd, name: &str) -> Result<Option<(Vec<u8>, Stat)>, String> {
-    let no_file = || format!("{name} is not an ordinary file");
+    let not_a_file = || format!("{name} is not an ordinary file");
     match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
         Err(Errno::NOENT) => return Ok(None),
         Err(errno) => return Err(format!("{name} cannot be read: {errno}")),
-        Ok(seen) if !is(&seen, FileType::RegularFile) => return Err(no_file()),
+        Ok(seen) if !is(&seen, FileType::RegularFile) => return Err(not_a_file()),
         Ok(_) => {}
     }
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let opened = rustix::fs::openat(folder, name, flags, Mode::empty())
         .map_err(|errno| format!("{name} cannot be read: {errno}"))?;
-    // What was looked at need not be what was opened.
+    // The name may refer to another file than before.
     let seen = rustix::fs::fstat(&opened).map_err(|errno| format!("{name} cannot be read: {errno}"))?;
     if !is(&seen, FileType::RegularFile) {
-        return Err(no_file());
+        return Err(not_a_file());
     }
     let mut content = Vec::new();
     let limited = File::from(opened).take(FILE_BYTES_MAX + 1).read_to_end(&mut content);
@@ -151,14 +151,14 @@ fn write(folder: &OwnedFd, name: &str, text: &str, owner: &Stat, lock: &Lock<'_>
         rustix::fs::renameat(folder, &temporary, folder, name).map_err(|errno| errno.to_string())
     });
     if let Err(why) = written {
-        // Left behind otherwise, and nothing worse.
+        // A file that cannot be removed is harmless.
         let _ = rustix::fs::unlinkat(folder, &temporary, AtFlags::empty());
         return Err(why);
     }
     rustix::fs::fsync(folder).map_err(|errno| errno.to_string())
 }
 
-/// A file that nobody else has made. Whatever lies under a name that we might take is left alone.
+/// Creates a temporary file. Existing files of the candidate names are left unchanged.
 fn make_temporary(folder: &OwnedFd, name: &str) -> Result<(String, File), Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     for number in 0..TEMPORARY_MAX {
@@ -173,7 +173,7 @@ fn make_temporary(folder: &OwnedFd, name: &str) -> Result<(String, File), Errno>
 
 fn fill(mut file: File, text: &str, owner: &Stat) -> Result<(), Errno> {
     rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR)?;
-    // A daemon of root writes for whoever the file belongs to; every other one can only write its own.
+    // A root daemon keeps the owner of the file. Another daemon can only write its own files.
     if rustix::process::geteuid().is_root() {
         let (uid, gid) = (rustix::fs::Uid::from_raw(owner.st_uid), rustix::fs::Gid::from_raw(owner.st_gid));
         rustix::fs::fchown(&file, Some(uid), Some(gid))?;
@@ -186,7 +186,7 @@ fn is(seen: &Stat, kind: FileType) -> bool {
     FileType::from_raw_mode(seen.st_mode) == kind
 }
 
-/// A lock that we made.
+/// A lock that this process holds.
 struct Lock<'a> {
     folder: BorrowedFd<'a>,
     name: String,
@@ -194,7 +194,7 @@ struct Lock<'a> {
 }
 
 impl<'a> Lock<'a> {
-    /// Makes the lock; `None` if somebody has it.
+    /// Takes the lock; `None` if another program holds it.
     fn take(folder: &'a OwnedFd, name: &str, stale_after: Duration) -> Result<Option<Lock<'a>>, String> {
         let failed = |errno: Errno| format!("{name} cannot be made: {errno}");
         for _ in 0..2 {
@@ -211,9 +211,11 @@ impl<'a> Lock<'a> {
                 Err(errno) => return Err(failed(errno)),
             }
             match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(held) if is(&held, FileType::Directory) && age(&held) > stale_after => {
-                    // Between this look and the removal a third one may do the same and take the lock: both of them
-                    // then find at their end that the lock is not theirs.
+                Ok(with_refresh)
+                    if is(&with_refresh, FileType::Directory) && age(&with_refresh) > stale_after =>
+                {
+                    // Between the check and the removal another program may do the same and take the lock. In that case both
+                    // find before the rename that the lock is not theirs.
                     let _ = rustix::fs::unlinkat(folder, name, AtFlags::REMOVEDIR);
                 }
                 Err(Errno::NOENT) => {}
@@ -223,8 +225,8 @@ impl<'a> Lock<'a> {
         Ok(None)
     }
 
-    /// Does something while the lock is kept from going stale.
-    fn held<T>(&self, refresh_every: Duration, work: impl FnOnce() -> T) -> T {
+    /// Runs `work` while a thread keeps the lock from becoming stale.
+    fn with_refresh<T>(&self, refresh_every: Duration, work: impl FnOnce() -> T) -> T {
         let (done, is_done) = mpsc::channel::<()>();
         std::thread::scope(|scope| {
             scope.spawn(move || {
@@ -241,7 +243,7 @@ impl<'a> Lock<'a> {
     fn touch(&self) {
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         let times = Timestamps { last_access: now, last_modification: now };
-        // A lock that is gone is noticed before the file is replaced.
+        // A lock that was removed is detected before the file is replaced.
         let _ = rustix::fs::utimensat(self.folder, &self.name, &times, AtFlags::SYMLINK_NOFOLLOW);
     }
 
@@ -250,15 +252,15 @@ impl<'a> Lock<'a> {
         seen.is_ok_and(|seen| seen.st_ino == self.inode)
     }
 
-    fn give_back(self) {
+    fn release(self) {
         if self.is_ours() {
-            // One that cannot be removed goes stale.
+            // A lock that cannot be removed becomes stale.
             let _ = rustix::fs::unlinkat(self.folder, &self.name, AtFlags::REMOVEDIR);
         }
     }
 }
 
-/// How long ago something was touched; nothing for a time that is yet to come.
+/// Returns the time since the last update; zero for a time in the future.
 fn age(seen: &Stat) -> Duration {
     let seconds = u64::try_from(seen.st_mtime).unwrap_or(0);
     let nanoseconds = u32::try_from(seen.st_mtime_nsec).unwrap_or(0).min(999_999_999);

@@ -38,7 +38,7 @@ impl Folder {
         attempt(self.0.path(), "secrets.json", &replacement, &Holder::default())
     }
 
-    /// Makes the lock as somebody else, who touched it so long ago.
+    /// Creates the lock as another program that last updated it `age` ago.
     fn lock(&self, age: Duration) {
         std::fs::create_dir(self.path("secrets.json.lock")).unwrap();
         let touched = SystemTime::now() - age;
@@ -48,7 +48,7 @@ impl Folder {
 }
 
 #[test]
-fn a_missing_file_is_made_for_its_owner_alone() {
+fn a_missing_file_is_created_private_to_its_owner() {
     let folder = Folder::new();
     assert_eq!(folder.replace("channels", "line", json!({"accounts": {}})), Ok(Attempt::Done));
     assert_eq!(
@@ -62,7 +62,7 @@ fn a_missing_file_is_made_for_its_owner_alone() {
 }
 
 #[test]
-fn everything_else_stays_in_its_order() {
+fn other_members_keep_their_order() {
     let folder = Folder::new();
     let text = |line: &str, mcp: &str| {
         format!(
@@ -86,7 +86,7 @@ fn everything_else_stays_in_its_order() {
 }
 
 #[test]
-fn a_file_of_another_form_is_an_error_and_left_as_it_is() {
+fn a_file_of_another_format_is_an_error_and_unchanged() {
     let folder = Folder::new();
     for (text, error) in [
         ("", "secrets.json: not JSON: EOF while parsing a value at line 1 column 0"),
@@ -115,7 +115,7 @@ fn make_pipe(path: &Path) {
 }
 
 #[test]
-fn what_is_no_file_of_a_fitting_size_is_neither_followed_nor_waited_for() {
+fn an_entry_that_is_not_a_file_of_valid_size_is_refused() {
     let outside = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(outside.path(), "{\"version\": 2}").unwrap();
     for (what, text) in [
@@ -143,7 +143,7 @@ fn what_is_no_file_of_a_fitting_size_is_neither_followed_nor_waited_for() {
 }
 
 #[test]
-fn a_lock_that_is_no_directory_is_somebody_elses() {
+fn a_lock_that_is_not_a_directory_counts_as_held() {
     let outside = tempfile::tempdir().unwrap();
     for link in [true, false] {
         let folder = Folder::new();
@@ -159,7 +159,7 @@ fn a_lock_that_is_no_directory_is_somebody_elses() {
 }
 
 #[test]
-fn a_temporary_name_that_is_taken_is_not_written_through() {
+fn an_existing_temporary_file_is_not_overwritten() {
     let (folder, outside) = (Folder::new(), tempfile::NamedTempFile::new().unwrap());
     let take = |number: u32| {
         let name = format!("secrets.json.{}.{number}.tmp", std::process::id());
@@ -175,7 +175,7 @@ fn a_temporary_name_that_is_taken_is_not_written_through() {
 }
 
 #[test]
-fn a_name_that_leads_out_of_the_folder_is_none() {
+fn a_name_outside_of_the_folder_is_refused() {
     let folder = Folder::new();
     let block = Replacement { slice: "mcp", key: "s".to_owned(), block: Tree::empty() };
     for name in ["", ".", "..", "../secrets.json", "/etc/passwd", "a/b", "a\0b"] {
@@ -188,7 +188,7 @@ fn a_name_that_leads_out_of_the_folder_is_none() {
 }
 
 #[test]
-fn a_lock_is_respected_until_nobody_has_touched_it_for_half_a_minute() {
+fn a_lock_is_respected_until_it_is_stale() {
     let folder = Folder::new();
     folder.lock(Duration::from_secs(25));
     assert_eq!(folder.replace("mcp", "s", json!({})), Ok(Attempt::Locked));
@@ -203,23 +203,23 @@ fn a_lock_is_respected_until_nobody_has_touched_it_for_half_a_minute() {
 }
 
 #[test]
-fn a_lock_is_touched_while_it_is_held_and_noticed_when_it_is_taken_away() {
+fn a_held_lock_is_updated_and_its_loss_is_detected() {
     let folder = Folder::new();
     let open = File::open(folder.0.path()).unwrap();
     let open = OwnedFd::from(open);
     let lock = Lock::take(&open, "secrets.json.lock", Duration::from_secs(30)).unwrap().unwrap();
     let path = folder.path("secrets.json.lock");
     let old = SystemTime::now() - Duration::from_secs(20);
-    lock.held(Duration::from_millis(1), || {
+    lock.with_refresh(Duration::from_millis(1), || {
         File::open(&path).unwrap().set_modified(old).unwrap();
         let deadline = SystemTime::now() + Duration::from_secs(20);
         while std::fs::metadata(&path).unwrap().modified().unwrap() == old {
-            assert!(SystemTime::now() < deadline, "nobody touches the lock");
+            assert!(SystemTime::now() < deadline, "the lock is not updated");
             std::thread::yield_now();
         }
     });
     assert!(lock.is_ours());
-    // Another holder's lock is one of the same name, and stays.
+    // The lock of another holder has the same name, and remains.
     std::fs::create_dir(folder.path("other")).unwrap();
     std::fs::remove_dir(&path).unwrap();
     assert!(!lock.is_ours());
@@ -228,12 +228,12 @@ fn a_lock_is_touched_while_it_is_held_and_noticed_when_it_is_taken_away() {
     let (owner, text) = (rustix::fs::fstat(&open).unwrap(), "{}");
     let error = write(&open, "secrets.json", text, &owner, &lock).unwrap_err();
     assert_eq!(error, "the lock was taken away");
-    lock.give_back();
+    lock.release();
     assert_eq!(folder.listing(), ["secrets.json.lock"]);
 }
 
 #[test]
-fn many_writers_lose_none_of_their_replacements() {
+fn concurrent_writers_lose_no_replacement() {
     let folder = Folder::new();
     let reading = AtomicBool::new(true);
     std::thread::scope(|scope| {

@@ -1,13 +1,12 @@
-//! Secrets in a registered folder: `secrets-patch` replaces one named object inside one JSON file, under the lock that the
-//! file's other writers take, at once or not at all (wire specification, A.1.4).
+//! Secrets in a registered folder: `secrets-patch` replaces one named object in one JSON file, atomically and under the lock
+//! that other writers of the file use (wire specification, A.1.4).
 //!
-//! - `patch` decides what is replaced by what (pure).
-//! - `tree` is JSON that keeps the order of everything else (pure).
-//! - `file` does it, in a folder that the container can write to and is not trusted with.
+//! - `patch` determines the object and its replacement. Pure.
+//! - `tree` represents JSON and keeps the order of all members. Pure.
+//! - `file` replaces the file, in a folder that the container can write to and that is therefore not trusted.
 //!
-//! Which file and which names is configuration ([`SecretsConfig`], `[secrets]` in the folder's `landfall.toml`); the
-//! reference's list is the default. What is in the
-//! blocks is in no error and no log: errors name fields, never values.
+//! The file and the names are configured ([`SecretsConfig`], `[secrets]` in the folder's `landfall.toml`); the default is
+//! the reference's list. Errors and logs name fields, and never contain values.
 
 pub mod file;
 pub mod patch;
@@ -24,28 +23,28 @@ use file::{Attempt, Holder};
 
 use crate::registry::folder::Secrets;
 
-/// How often a lock that somebody holds is tried again.
+/// The number of retries for a lock that another program holds.
 const RETRIES_MAX: u32 = 10;
-/// The delay before the first of these tries; it doubles from one to the next.
+/// The delay before the first retry; it doubles with each retry.
 const DELAY_MIN: Duration = Duration::from_millis(100);
 /// The longest delay.
 const DELAY_MAX: Duration = Duration::from_secs(10);
 
-/// Which file secrets are in, and which objects of it may be replaced.
+/// The file of the secrets, and the objects in it that may be replaced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecretsConfig {
-    /// The file's name, directly in the registered folder.
+    /// The name of the file, directly in the registered folder.
     pub file: String,
     /// The names below `channels`.
     pub keys: Keys,
 }
 
-/// The names that may be replaced; the first one of a patch counts, in this order.
+/// The names that may be replaced. The first one of a patch, in this order, is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Keys {
-    /// The reference's, each with its own fields.
+    /// The reference's names, each with its own fields.
     Reference,
-    /// These, with whatever object.
+    /// These names, with any object.
     Free(Vec<String>),
 }
 
@@ -57,16 +56,16 @@ impl Default for SecretsConfig {
 
 impl From<Secrets> for SecretsConfig {
     fn from(configured: Secrets) -> SecretsConfig {
-        // A name that is not UTF-8 becomes one that no file has.
+        // A name that is not UTF-8 becomes a name that no file has.
         let file = configured.file.to_string_lossy().into_owned();
         SecretsConfig { file, keys: Keys::Free(configured.keys) }
     }
 }
 
-/// Why secrets were not replaced.
+/// The reasons why secrets are not replaced.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum SecretsError {
-    /// The patch does not fit.
+    /// The patch is invalid.
     #[error("{0}")]
     Invalid(String),
     /// The file could not be read, locked or written.
@@ -74,10 +73,10 @@ pub enum SecretsError {
     Storage(String),
 }
 
-/// Replaces in the secrets of `folder` what `patch` names. Waits for the lock as long as that is promised.
+/// Replaces an object in the secrets of `folder`. Waits for the lock with up to ten retries.
 ///
 /// # Errors
-/// [`SecretsError`]; the file is then as it was.
+/// [`SecretsError`]; the file is then unchanged.
 pub async fn replace(folder: &Path, config: &SecretsConfig, patch: &Value) -> Result<(), SecretsError> {
     let replacement = patch::read(&config.keys, patch).map_err(SecretsError::Invalid)?;
     for retry in 0..=RETRIES_MAX {
@@ -96,12 +95,12 @@ pub async fn replace(folder: &Path, config: &SecretsConfig, patch: &Value) -> Re
     Err(SecretsError::Storage(format!("{0} is locked: another program holds {0}.lock", config.file)))
 }
 
-/// How long to wait before a further try. `random` (below 1) spreads those who wait for the same lock.
+/// Returns the delay before a retry. `random` (below 1) spreads callers that wait for the same lock.
 fn delay(retry: u32, random: f64) -> Duration {
     DELAY_MIN.saturating_mul(2_u32.saturating_pow(retry)).mul_f64(1.0 + random).min(DELAY_MAX)
 }
 
-/// A number below 1, different each time; good enough to spread waiting.
+/// Returns a number below 1 that differs with each call; sufficient to spread delays.
 fn random() -> f64 {
     let [one, two, ..] = RandomState::new().hash_one(0_u8).to_le_bytes();
     f64::from(u16::from_le_bytes([one, two])) / 65_536.0
@@ -114,19 +113,19 @@ mod tests {
     use tokio::time::Instant;
 
     #[tokio::test(start_paused = true)]
-    async fn a_lock_is_waited_for_until_it_is_free_and_not_for_ever() {
+    async fn a_lock_is_waited_for_with_a_bound() {
         let folder = tempfile::tempdir().unwrap();
         let lock = folder.path().join("secrets.json.lock");
         let (config, patch) = (SecretsConfig::default(), json!({"mcp": {"server": "s", "credential": {}}}));
         std::fs::create_dir(&lock).unwrap();
-        let begun = Instant::now();
+        let started = Instant::now();
         let error = replace(folder.path(), &config, &patch).await.unwrap_err();
         let text = "secrets.json is locked: another program holds secrets.json.lock";
         assert_eq!(error, SecretsError::Storage(text.to_owned()));
-        // Ten delays, each of them spread over up to twice its length.
-        let waited = begun.elapsed().as_secs_f64();
+        // Ten delays, each multiplied by a factor from 1 to 2.
+        let waited = started.elapsed().as_secs_f64();
         assert!((42.7..60.1).contains(&waited), "{waited}");
-        // It is free again while somebody waits.
+        // The lock is released during the wait.
         let freed = async {
             tokio::time::sleep(Duration::from_secs(3)).await;
             std::fs::remove_dir(&lock).unwrap();

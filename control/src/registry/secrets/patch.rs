@@ -1,32 +1,32 @@
-//! What a `secrets-patch` replaces, and by what (wire specification, A.1.4). Pure.
+//! Parses a `secrets-patch` into the object and its replacement (wire specification, A.1.4). Pure.
 //!
-//! A patch names one object: the credential of one MCP server, which wins, or the block of one channel. The blocks of the
-//! reference's channels have fields of their own; everything in a block that is not one of these is dropped. Texts name
-//! fields, never what is in them.
+//! A patch names one object: the credential of one MCP server, which takes precedence, or the block of one channel. The
+//! blocks of the reference's channels have defined fields; other members of a block are dropped. Error texts name fields,
+//! and never contain values.
 
 use serde_json::{Map, Value};
 
 use super::Keys;
 use super::tree::Tree;
 
-/// What is said of a patch that has none of the forms.
+/// The error of a patch of unknown form.
 const INVALID: &str = "invalid secrets-patch";
 
-/// The object to be replaced, and what comes in its place.
+/// The object to replace, and its new content.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Replacement {
     /// `channels` or `mcp`.
     pub slice: &'static str,
-    /// The name in it.
+    /// The name in the slice.
     pub key: String,
     /// The new object.
     pub block: Tree,
 }
 
-/// Takes a patch.
+/// Parses a patch.
 ///
 /// # Errors
-/// The wire's texts: what does not fit, joined with `; `.
+/// The errors of the wire specification, joined with `; `.
 pub fn read(keys: &Keys, patch: &Value) -> Result<Replacement, String> {
     let patch = patch.as_object().ok_or(INVALID)?;
     match patch.get("mcp") {
@@ -46,13 +46,13 @@ fn read_mcp(mcp: &Value) -> Result<Replacement, String> {
 fn read_channel(keys: &Keys, channels: &Map<String, Value>) -> Result<Replacement, String> {
     let (key, block) = match keys {
         Keys::Reference => {
-            let honoured = BLOCKS.iter().find_map(|block| Some((block, channels.get(block.key)?)));
-            let (block, value) = honoured.ok_or(INVALID)?;
+            let selected = BLOCKS.iter().find_map(|block| Some((block, channels.get(block.key)?)));
+            let (block, value) = selected.ok_or(INVALID)?;
             (block.key, block.read(value)?)
         }
         Keys::Free(names) => {
-            let honoured = names.iter().find_map(|name| Some((name, channels.get(name)?)));
-            let (name, value) = honoured.ok_or(INVALID)?;
+            let selected = names.iter().find_map(|name| Some((name, channels.get(name)?)));
+            let (name, value) = selected.ok_or(INVALID)?;
             let object = value.is_object().then(|| value.into());
             (name.as_str(), object.ok_or_else(|| format!("channels.{name}: expected an object"))?)
         }
@@ -60,7 +60,7 @@ fn read_channel(keys: &Keys, channels: &Map<String, Value>) -> Result<Replacemen
     Ok(Replacement { slice: "channels", key: key.to_owned(), block })
 }
 
-/// What a field has to be.
+/// The type of a field.
 enum Kind {
     Text,
     Number,
@@ -77,7 +77,7 @@ struct Field {
 struct Block {
     key: &'static str,
     record: &'static [Field],
-    /// The fields of `pendingLogin`, for the block that may have it.
+    /// The fields of `pendingLogin`, for a block that may have it.
     pending_login: &'static [Field],
 }
 
@@ -101,7 +101,7 @@ const fn encrypted_password() -> Field {
     Field { name: "encryptedPassword", kind: Kind::EncryptedPassword, required: false }
 }
 
-/// The reference's blocks, in the order in which they are looked for.
+/// The reference's blocks, in order of precedence.
 static BLOCKS: [Block; 7] = [
     Block {
         key: "line",
@@ -212,7 +212,7 @@ static BLOCKS: [Block; 7] = [
     },
 ];
 
-/// The fields of an `encryptedPassword` that are text.
+/// The text fields of an `encryptedPassword`.
 const PASSWORD_TEXTS: [&str; 5] = ["kid", "iv", "ciphertext", "authTag", "createdAt"];
 
 impl Block {
@@ -247,7 +247,7 @@ impl Block {
     }
 }
 
-/// The known fields of an object, in their own order; what does not fit is added to `wrong`.
+/// Returns the known fields of an object, in the order of `fields`. Appends errors to `wrong`.
 fn read_fields(fields: &[Field], value: &Value, at: &str, wrong: &mut Vec<String>) -> Tree {
     let Some(object) = value.as_object() else {
         wrong.push(format!("{at}: expected an object"));
@@ -259,9 +259,9 @@ fn read_fields(fields: &[Field], value: &Value, at: &str, wrong: &mut Vec<String
         match object.get(field.name) {
             None if field.required => wrong.push(format!("{at}: required")),
             None => {}
-            Some(value) => match field.kind.complaint(value) {
+            Some(value) => match field.kind.error_of(value) {
                 None => members.push((field.name.to_owned(), value.into())),
-                Some(complaint) => wrong.push(format!("{at}: {complaint}")),
+                Some(error_of) => wrong.push(format!("{at}: {error_of}")),
             },
         }
     }
@@ -269,8 +269,8 @@ fn read_fields(fields: &[Field], value: &Value, at: &str, wrong: &mut Vec<String
 }
 
 impl Kind {
-    /// What is wrong with a value, if anything is.
-    fn complaint(&self, value: &Value) -> Option<String> {
+    /// Returns the error of a value, if it is invalid.
+    fn error_of(&self, value: &Value) -> Option<String> {
         match self {
             Kind::Text => (!value.is_string()).then(|| "expected a string".to_owned()),
             Kind::Number => (!value.is_number()).then(|| "expected a number".to_owned()),
@@ -295,8 +295,8 @@ fn password_complaint(value: &Value) -> Option<String> {
     if let Some(name) = missing {
         return Some(format!("{name}: expected a string"));
     }
-    let more = password.len() > PASSWORD_TEXTS.len() + 2;
-    more.then(|| "it has fields that are not known".to_owned())
+    let has_unknown = password.len() > PASSWORD_TEXTS.len() + 2;
+    has_unknown.then(|| "it has fields that are not known".to_owned())
 }
 
 #[cfg(test)]

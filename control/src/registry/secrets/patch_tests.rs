@@ -14,7 +14,7 @@ fn channel(key: &str, block: Value) -> Value {
     json!({"channels": {key: block}})
 }
 
-/// A record of a block with every field that it may have.
+/// Returns a record of a block with all its fields.
 fn whole_record(key: &str) -> Value {
     let password = json!({
         "v": 1, "alg": "AES-256-GCM", "kid": "k", "iv": "i", "ciphertext": "c", "authTag": "a", "createdAt": "n",
@@ -46,7 +46,7 @@ fn whole_record(key: &str) -> Value {
 
 const KEYS: [&str; 7] = ["line", "instagram", "discord", "webex", "teams", "slack", "kakaotalk"];
 
-/// The fields of a record that may be missing.
+/// Returns the optional fields of a record.
 fn optional_fields(key: &str) -> &'static [&'static str] {
     match key {
         "kakaotalk" => &["refresh_token", "auth_method", "email", "encryptedPassword"],
@@ -68,7 +68,7 @@ fn optional_fields(key: &str) -> &'static [&'static str] {
 }
 
 #[test]
-fn a_whole_block_of_every_channel_goes_through_as_it_is() {
+fn a_complete_block_of_each_channel_is_unchanged() {
     for key in KEYS {
         let block =
             json!({"currentAccount": "x", "accounts": {"x": whole_record(key), "y": whole_record(key)}});
@@ -80,7 +80,7 @@ fn a_whole_block_of_every_channel_goes_through_as_it_is() {
 }
 
 #[test]
-fn every_required_field_is_required_and_every_field_has_its_type() {
+fn each_required_field_is_required_and_each_field_has_its_type() {
     for key in KEYS {
         for field in whole_record(key).as_object().unwrap().keys() {
             let at = format!("channels.{key}.accounts.me.{field}");
@@ -104,7 +104,7 @@ fn every_required_field_is_required_and_every_field_has_its_type() {
 }
 
 #[test]
-fn what_a_block_does_not_know_is_dropped() {
+fn unknown_fields_of_a_block_are_dropped() {
     let mut record = whole_record("discord");
     record["extra"] = json!("dropped");
     let block = json!({"currentAccount": null, "accounts": {"x": record}, "pendingLogin": {}, "more": 1});
@@ -113,7 +113,7 @@ fn what_a_block_does_not_know_is_dropped() {
 }
 
 #[test]
-fn one_block_may_have_a_login_under_way() {
+fn one_block_may_have_a_pending_login() {
     let login = json!({"device_uuid": "d", "device_type": "pc", "email": "e", "created_at": "n"});
     let block = |login: Value| {
         channel("kakaotalk", json!({"currentAccount": null, "accounts": {}, "pendingLogin": login}))
@@ -129,7 +129,7 @@ fn one_block_may_have_a_login_under_way() {
 }
 
 #[test]
-fn an_encrypted_password_is_exactly_what_it_is() {
+fn an_encrypted_password_has_exactly_its_fields() {
     for (change, complaint) in [
         (json!({"v": 2}), "v: expected 1"),
         (json!({"alg": "AES-128-GCM"}), "alg: expected AES-256-GCM"),
@@ -147,7 +147,7 @@ fn an_encrypted_password_is_exactly_what_it_is() {
 }
 
 #[test]
-fn everything_that_is_wrong_is_told_and_no_value_is() {
+fn all_errors_are_reported_without_values() {
     let block = json!({
         "currentAccount": 1,
         "accounts": {"a": "canary", "b": {"account_id": ["canary"], "token": "canary", "created_at": 1}},
@@ -168,12 +168,12 @@ fn everything_that_is_wrong_is_told_and_no_value_is() {
 }
 
 #[test]
-fn of_several_channels_the_first_in_order_counts_and_mcp_before_all() {
+fn the_first_channel_in_order_is_used_and_mcp_takes_precedence() {
     let empty = json!({"currentAccount": null, "accounts": {}});
     let mut channels = Map::new();
     for key in KEYS.iter().rev() {
         channels.insert((*key).to_owned(), empty.clone());
-        // The others may be anything: they are not looked at.
+        // The other channels are not validated.
         let mut others = channels.clone();
         others.insert("unheard-of".to_owned(), json!(1));
         let (at, _) = reference(json!({"channels": others})).unwrap();
@@ -185,7 +185,7 @@ fn of_several_channels_the_first_in_order_counts_and_mcp_before_all() {
 }
 
 #[test]
-fn a_patch_without_a_form_is_none() {
+fn a_patch_of_unknown_form_is_invalid() {
     for wrong in [
         json!(null),
         json!([]),
@@ -208,7 +208,7 @@ fn a_patch_without_a_form_is_none() {
 }
 
 #[test]
-fn names_of_ones_own_have_blocks_of_any_kind() {
+fn configured_names_accept_any_object() {
     let keys = Keys::Free(vec!["registry".to_owned(), "cloud".to_owned()]);
     let block = json!({"z": [1, {"deep": null}], "a": "b"});
     let patch = json!({"channels": {"cloud": block, "line": {}}});

@@ -1,5 +1,5 @@
-//! JSON that keeps its order. Pure. What a patch leaves alone comes out as it went in; people read this file, and compare
-//! versions of it.
+//! JSON that keeps the order of its members. Pure. The unpatched parts of the file keep their order, since users read this
+//! file and compare versions of it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,36 +9,37 @@ use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Number, Value};
 
-/// One value.
+/// One JSON value.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Tree {
     /// `null`.
     Null,
     /// `true` or `false`.
     Bool(bool),
-    /// A number; one with more digits than 64 bits hold is rounded.
+    /// A number. More digits than 64 bits can represent are rounded.
     Number(Number),
     /// A string.
     Text(String),
     /// An array.
     List(Vec<Tree>),
-    /// An object: names are there once, in the order of their first appearance.
+    /// An object. Each name is present once, in the order of first appearance.
     Object(Vec<(String, Tree)>),
 }
 
 impl Tree {
-    /// An object without anything.
+    /// Returns an empty object.
     pub fn empty() -> Tree {
         Tree::Object(Vec::new())
     }
 
-    /// The value of a name, if this is an object that has it.
+    /// Returns the value of a member, if this is an object that has it.
     pub fn find(&self, name: &str) -> Option<&Tree> {
         let Tree::Object(members) = self else { return None };
         members.iter().find(|(known, _)| known == name).map(|(_, value)| value)
     }
 
-    /// The value of a name to change, which becomes `default` if it is not there. `None` if this is no object.
+    /// Returns the value of a member for modification, and inserts `default` if it is missing. `None` if this is not an
+    /// object.
     pub fn entry(&mut self, name: &str, default: Tree) -> Option<&mut Tree> {
         let Tree::Object(members) = self else { return None };
         let place = members.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
@@ -140,7 +141,7 @@ impl<'de> Visitor<'de> for Reader {
         let mut members: Vec<(String, Tree)> = Vec::new();
         let mut places: HashMap<String, usize> = HashMap::new();
         while let Some((name, value)) = entries.next_entry::<String, Tree>()? {
-            // Of a name that is there twice the last value counts, in the first one's place.
+            // If a name occurs twice, the last value is used, at the position of the first.
             match places.get(&name).and_then(|place| members.get_mut(*place)) {
                 Some((_, earlier)) => *earlier = value,
                 None => {
@@ -159,7 +160,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn order_is_kept_and_the_last_of_two_equal_names_counts() {
+    fn order_is_kept_and_the_last_of_two_equal_names_is_used() {
         let text = r#"{"b":1,"a":[true,null,-2,1.5,18446744073709551615],"c":{"z":"é\n","y":{}},"b":2}"#;
         let tree: Tree = serde_json::from_str(text).unwrap();
         let written = serde_json::to_string(&tree).unwrap();
@@ -193,7 +194,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_json_survives(value in any_json()) {
+        fn json_survives_a_round_trip(value in any_json()) {
             let tree: Tree = serde_json::from_str(&value.to_string()).unwrap();
             prop_assert_eq!(&tree, &Tree::from(&value));
             let again: Value = serde_json::from_str(&serde_json::to_string(&tree).unwrap()).unwrap();
