@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Docker itself: probes, restarts, builds, events, against a real engine. Uses the engine that answers; where none does, starts
-# one of its own in a temporary directory and ends it afterwards. Says so and succeeds where none can be started.
-# As root also the whole way (tests/docker/), from servers in containers to a browser on the host, each case with an engine of
-# its own.
+# Tests with a real Docker engine: probes, restarts, builds, events. Uses a running engine; without one, starts its own in a
+# temporary directory and ends it afterwards. If it cannot start one, prints the reason and succeeds.
+# As root it also runs the end-to-end cases (tests/docker/), from servers in containers to a browser on the host, each with
+# its own engine.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 export PATH=$PATH:/usr/sbin:/sbin
@@ -20,7 +20,7 @@ finish() {
     if [[ -n $engine ]]; then
         kill "$engine" 2>/dev/null || true
         wait "$engine" 2>/dev/null || true
-        # The engine leaves its handle on the host's own network namespace.
+        # The engine leaves a mount of the host's network namespace.
         umount "$work/exec/netns/default" 2>/dev/null || true
     fi
     rm -rf "$work"
@@ -31,7 +31,7 @@ for program in docker dockerd busybox; do
     command -v "$program" >/dev/null || { echo "tests/docker.sh: $program is missing (apt-get install docker.io busybox-static)" >&2; exit 1; }
 done
 
-# While the rest is prepared: the dev server in one of them comes from npm.
+# In the background: the dev server in one of the images comes from npm.
 if ((EUID == 0)); then
     tests/docker/images.sh "$work/images" >"$work/images.log" 2>&1 &
     images=$!
@@ -40,7 +40,7 @@ fi
 export DOCKER_HOST=${DOCKER_HOST:-unix:///var/run/docker.sock}
 if ! docker version >/dev/null 2>&1; then
     if ((EUID != 0)); then
-        echo "   skipped: no Docker engine answers, and starting one takes root"
+        echo "   skipped: no Docker engine answers, and starting one needs root"
         exit 0
     fi
     export DOCKER_HOST=unix://$work/docker.sock
@@ -58,14 +58,14 @@ if ! docker version >/dev/null 2>&1; then
     fi
 fi
 
-# An image of nothing but busybox: no registry is asked.
+# An image with busybox only; no registry is contacted.
 mkdir -p "$work/root/bin" "$work/root/tmp"
 cp "$(command -v busybox)" "$work/root/bin/busybox"
 for applet in sh sleep touch cat echo find sort hostname test true false; do ln -s busybox "$work/root/bin/$applet"; done
 tar -C "$work/root" -c . | docker import - landfall-test-base >/dev/null
 
-# The same with the agent as a static binary, which any image can carry. Only the binary itself is linked in this way, from
-# libraries as every other build has them.
+# The same with the agent as a static binary, which runs in any image. Only the final link differs; the libraries are those of
+# every other build.
 cargo rustc --quiet -p landfall --all-features --bin landfall -- -C target-feature=+crt-static
 mkdir -p "$work/root/www" "$work/root/run/landfall"
 echo "from inside" >"$work/root/www/index.html"
@@ -74,15 +74,15 @@ strip "$work/root/landfall" 2>/dev/null || true
 tar -C "$work/root" -c . | docker import - landfall-test-agent >/dev/null
 export LANDFALL_TEST_STATIC=$work/root/landfall
 
-# The suite's own names begin with lf-; no other container is touched.
+# Container names of the suite start with lf-; other containers are not changed.
 # With the features of the whole workspace, so that nothing is built twice.
 packages=(-p landfall)
 if ((EUID == 0)); then
     packages=(--workspace --exclude landfall-fuzz)
-    wait "$images" || { images=""; echo "tests/docker.sh: the images cannot be made:" >&2; tail -n 20 "$work/images.log" >&2; exit 1; }
+    wait "$images" || { images=""; echo "tests/docker.sh: the images could not be made:" >&2; tail -n 20 "$work/images.log" >&2; exit 1; }
     images=""
     export LANDFALL_IMAGES=$work/images
 else
-    echo "   skipped: the whole way with an engine of its own takes root"
+    echo "   skipped: end-to-end cases with their own engine need root"
 fi
 cargo test --quiet "${packages[@]}" --all-features --test docker -- --ignored --test-threads=2

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Real servers behind the real binary, as people use them: python, node, nginx, Vite, iperf3, and wrk against them.
+# Real servers under the real binary: python, node, nginx, Vite, iperf3, and wrk as a client.
 #
 #   tests/servers.sh              under four minutes
 #   LANDFALL_LONG=1 tests/servers.sh   with a gibibyte each way, and a browser
 #   LANDFALL=path/to/landfall     the binary; else target/release/landfall, else target/debug/landfall
 #   LANDFALL_KEEP=1               keeps the directory with all logs
 #
-# Each check prints `ok NAME` or `FAILED NAME: why`. What needs root is skipped without it, and says so.
-# What is started here is ended here, by process id; ports are chosen among those that nobody has.
+# Each check prints `ok NAME` or `FAILED NAME: reason`. Checks that need root print a line and are skipped without it.
+# The script ends every process that it starts, by process id, and uses free ports.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C
-# A proxy for the world is no way to localhost.
+# Requests to localhost bypass the proxy for the Internet.
 export no_proxy=localhost,127.0.0.1,::1 NO_PROXY=localhost,127.0.0.1,::1
 unset NODE_USE_ENV_PROXY
 
@@ -21,22 +21,22 @@ long=${LANDFALL_LONG:-}
 mib=256
 if [[ -n $long ]]; then mib=1024; fi
 
-# ---------------------------------------------------------------- what everything stands on
+# ---------------------------------------------------------------- helpers
 
 die() { echo "servers.sh: $*" >&2; exit 1; }
 
-# fail WHY: the reason that `check` tells.
+# fail WHY: sets the reason that `check` prints, and fails.
 fail() { why="$*"; return 1; }
 
-# check NAME COMMAND...: one named check. A command that fails without a word is told by the name of what failed.
-# What stands on a check that failed is not tried.
+# check NAME COMMAND...: one named check. If the command fails without a reason, the reason is its name.
+# Callers skip the checks that depend on a failed one.
 check() {
-    local name=$1 begun=$SECONDS
+    local name=$1 started=$SECONDS
     shift
     why="'$*' failed"
     if "$@"; then
         passed=$((passed + 1))
-        echo "ok $name$( ((SECONDS - begun > 4)) && echo " ($((SECONDS - begun)) s)")"
+        echo "ok $name$( ((SECONDS - started > 4)) && echo " ($((SECONDS - started)) s)")"
     else
         failed=$((failed + 1))
         echo "FAILED $name: $why"
@@ -44,7 +44,7 @@ check() {
     fi
 }
 
-# until_true SECONDS COMMAND...: waits for a state, and no longer than it takes.
+# until_true SECONDS COMMAND...: waits until the command succeeds, with a time limit.
 until_true() {
     local deadline=$((SECONDS + $1))
     shift
@@ -54,15 +54,15 @@ until_true() {
     done
 }
 
-# start TAG WHO DIRECTORY COMMAND...: WHO is `me` or `nobody`. Its outputs go to TAG.out and TAG.err. A shell starts
-# what is in its background with SIGINT ignored, which no user's terminal does.
+# start TAG WHO DIRECTORY COMMAND...: WHO is `me` or `nobody`. The outputs go to TAG.out and TAG.err. A shell starts
+# background processes with SIGINT ignored; `env` restores the default, as on a terminal.
 start() {
     local tag=$1 who=$2 directory=$3
     shift 3
     local as=(env --default-signal=INT,QUIT)
     : >"$tmp/log/$tag.out" 2>"$tmp/log/$tag.err"
     if [[ $who == nobody ]]; then
-        # What comes behind a variable is no option of env's.
+        # The variable comes last, because env accepts no option after one.
         as=(setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all "${as[@]}" HOME="$tmp/nobody")
     fi
     (cd "$directory" && exec "${as[@]}" "$@") \
@@ -74,16 +74,16 @@ runs() { kill -0 "${pid[$1]}" 2>/dev/null; }
 gone() { ! runs "$1"; }
 no_process() { [[ ! -e /proc/$1 ]]; }
 
-# says TAG STREAM PATTERN: waits for a line of that process. One that has ended has said everything.
-says() {
-    until_true 20 said_or_gone "$@"
+# prints TAG STREAM PATTERN: waits for a line of that process, or for its end.
+prints() {
+    until_true 20 printed_or_gone "$@"
     grep -qE -- "$3" "$tmp/log/$1.$2" \
-        || fail "$1 did not say /$3/; last words: $(cat "$tmp/log/$1.out" "$tmp/log/$1.err" | tail -n 3 | tr '\n' '|')"
+        || fail "$1 did not print /$3/; end of its output: $(cat "$tmp/log/$1.out" "$tmp/log/$1.err" | tail -n 3 | tr '\n' '|')"
 }
-said_or_gone() { grep -qE -- "$3" "$tmp/log/$1.$2" || gone "$1"; }
+printed_or_gone() { grep -qE -- "$3" "$tmp/log/$1.$2" || gone "$1"; }
 word() { sed -nE "s/$3/\\1/p" "$tmp/log/$1.$2" | head -n 1; }
 
-# remains TAG: its processes, what they wait for, and its last words.
+# remains TAG: prints its processes, the kernel functions in which they wait, and the end of its output.
 remains() {
     local process
     for process in "${pid[$1]}" $(descendants "${pid[$1]}"); do
@@ -92,10 +92,10 @@ remains() {
     tail -n 5 "$tmp/log/$1.out" "$tmp/log/$1.err"
 }
 
-# end TAG SIGNAL: sends it, waits, and leaves the exit code in code[TAG].
+# end TAG SIGNAL: sends the signal, waits, and stores the exit code in code[TAG].
 end() {
     if runs "$1"; then kill -s "$2" "${pid[$1]}"; fi
-    # The shell tells of a child that was killed when it comes to see it.
+    # The shell prints a message when it reaps a killed child; discard it.
     { until_true 20 gone "$1"; } 2>/dev/null || { fail "$1 does not end at SIG$2: $(remains "$1")"; return; }
     wait "${pid[$1]}" 2>/dev/null
     code[$1]=$?
@@ -104,7 +104,7 @@ end() {
 cleanup() {
     local left
     left=$(jobs -rp)
-    # A list of process ids: our own children, as long as the shell has not reaped them.
+    # Process ids of our own children, which the shell has not reaped.
     # shellcheck disable=SC2086
     if [[ -n $left ]]; then kill -TERM $left 2>/dev/null; fi
     no_jobs() { [[ -z $(jobs -rp) ]]; }
@@ -133,17 +133,17 @@ sum() { sha256sum "$@" | cut -d ' ' -f 1; }
 answers() { fetch -o "$tmp/log/answer" "http://127.0.0.1:$1/" 2>"$tmp/log/answer"; }
 refuses() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && ! (exec 3<>"/dev/tcp/::1/$1") 2>/dev/null; }
 
-helper() { # SCRIPT ARGUMENT...: a node script, whose last words tell what failed
-    local said
-    said=$(node "$tmp/helpers/$1" "${@:2}" 2>&1) || fail "$(grep -m 1 -E '^([A-Za-z]*Error|nothing|no )' <<<"$said" || tail -n 1 <<<"$said")"
+helper() { # SCRIPT ARGUMENT...: a node script; the reason of a failure is in its output
+    local output
+    output=$(node "$tmp/helpers/$1" "${@:2}" 2>&1) || fail "$(grep -m 1 -E '^([A-Za-z]*Error|nothing|no )' <<<"$output" || tail -n 1 <<<"$output")"
 }
 
-# sandbox TAG WHO DIRECTORY PORT [OPTION...] -- COMMAND...: a server behind `landfall run`, up to its forward.
+# sandbox TAG WHO DIRECTORY PORT [OPTION...] -- COMMAND...: starts a server under `landfall run`, and waits for its forward.
 sandbox() {
     local tag=$1 who=$2 directory=$3 port=$4
     shift 4
     start "$tag" "$who" "$directory" "$landfall" run --net none --name "$tag" "$@"
-    says "$tag" err "^forward +http://localhost:$port "
+    prints "$tag" err "^forward +http://localhost:$port "
 }
 
 # ---------------------------------------------------------------- python
@@ -152,7 +152,7 @@ python_server() { # TAG WHO PORT [ADDRESS]
     sandbox "$1" "$2" "$tmp/site" "$3" -- "$python" -u -m http.server "$3" ${4:+--bind "$4"}
 }
 
-# The address of the client is no business of the server's.
+# The server answers on every address of the host's loopback.
 gets_page() { # PORT
     local host text
     for host in 127.0.0.1 '[::1]' localhost; do
@@ -181,7 +181,7 @@ node_client() { helper node-client.mjs "$@"; }
 
 # ---------------------------------------------------------------- nginx
 
-nginx_prefix() { # DIRECTORY PORT USER: a configuration that touches nothing outside its own directory
+nginx_prefix() { # DIRECTORY PORT USER: a configuration that uses only its own directory
     mkdir -p "$1"/{logs,temp,up}
     ln -s "$tmp/big" "$1/big"
     ln -s "$tmp/small" "$1/small"
@@ -224,13 +224,13 @@ nginx_server() { # TAG WHO PORT [OPTION...]
 
 hash_down() { # PORT
     local got
-    got=$(fetch "http://localhost:$1/big" | sum) || { fail "the download broke off"; return; }
+    got=$(fetch "http://localhost:$1/big" | sum) || { fail "the download was interrupted"; return; }
     [[ $got == "$big_hash" ]] || fail "SHA-256 is $got, not $big_hash"
 }
 
 hash_up() { # PORT TAG
     local status got
-    status=$(fetch -T "$tmp/big" -o /dev/null -w '%{http_code}' "http://localhost:$1/up/big") || { fail "the upload broke off"; return; }
+    status=$(fetch -T "$tmp/big" -o /dev/null -w '%{http_code}' "http://localhost:$1/up/big") || { fail "the upload was interrupted"; return; }
     [[ $status == 201 || $status == 204 ]] || { fail "the status is $status"; return; }
     got=$(sum "$tmp/$2/up/big")
     rm -f "$tmp/$2/up/big"
@@ -242,9 +242,9 @@ ranges() {
     local from=1000003 bytes=67108863 got wanted
     got=$(fetch -r "$from-$((from + bytes - 1))" "http://localhost:$1/big" | sum)
     wanted=$(tail -c "+$((from + 1))" "$tmp/big" | head -c "$bytes" | sum)
-    [[ $got == "$wanted" ]] || { fail "the middle is another"; return; }
+    [[ $got == "$wanted" ]] || { fail "the middle differs"; return; }
     got=$(fetch -r -1000 "http://localhost:$1/big" | sum)
-    [[ $got == "$(tail -c 1000 "$tmp/big" | sum)" ]] || fail "the end is another"
+    [[ $got == "$(tail -c 1000 "$tmp/big" | sum)" ]] || fail "the end differs"
 }
 
 many_curls() { # PORT: 200 processes at once, half a mebibyte each
@@ -256,11 +256,11 @@ many_curls() { # PORT: 200 processes at once, half a mebibyte each
 }
 
 wrk_is_clean() { # PORT
-    local said
-    said=$(wrk -t 2 -c 256 -d 5s "http://127.0.0.1:$1/page") || { fail "wrk did not run"; return; }
-    grep -qE 'Requests/sec: +[1-9]' <<<"$said" || { fail "no request was answered"; return; }
-    if grep -E 'Socket errors|Non-2xx' <<<"$said" >"$tmp/log/wrk"; then fail "$(cat "$tmp/log/wrk")"; return; fi
-    figures "wrk, 256 connections: $(sed -nE 's/^Requests\/sec: +//p' <<<"$said") requests/s"
+    local output
+    output=$(wrk -t 2 -c 256 -d 5s "http://127.0.0.1:$1/page") || { fail "wrk did not run"; return; }
+    grep -qE 'Requests/sec: +[1-9]' <<<"$output" || { fail "no request was answered"; return; }
+    if grep -E 'Socket errors|Non-2xx' <<<"$output" >"$tmp/log/wrk"; then fail "$(cat "$tmp/log/wrk")"; return; fi
+    figures "wrk, 256 connections: $(sed -nE 's/^Requests\/sec: +//p' <<<"$output") requests/s"
 }
 
 # ---------------------------------------------------------------- iperf3
@@ -268,29 +268,29 @@ wrk_is_clean() { # PORT
 figures() { echo "   $*"; }
 
 iperf() { # PORT STREAMS [-R]
-    local said
-    # The server stops listening after each test and begins again, so the next one may come too early.
-    iperf_is_served() { said=$(iperf_once "$@"); [[ $said != *refused* && $said != *busy* ]]; }
+    local output
+    # The server reopens its listener after each test, so the next test may be refused at first.
+    iperf_is_served() { output=$(iperf_once "$@"); [[ $output != *refused* && $output != *busy* ]]; }
     until_true 5 iperf_is_served "$@"
-    [[ $said == *b/s ]] || { fail "${said:-iperf3 did not run}"; return; }
-    figures "iperf3, $2 streams${3:+ reversed}: $said"
+    [[ $output == *b/s ]] || { fail "${output:-iperf3 did not run}"; return; }
+    figures "iperf3, $2 streams${3:+ reversed}: $output"
 }
 
-# It tells errors in its JSON and ends with 0 all the same.
+# iperf3 reports errors in its JSON and exits with 0.
 iperf_once() { # PORT STREAMS [-R]
     iperf3 -c 127.0.0.1 -p "$1" -t 2 -P "$2" ${3:-} -J | iperf_rate
 }
 
 iperf_rate() {
     "$python" -c 'import json, sys
-said = json.load(sys.stdin)
-rate = 0 if "error" in said else said["end"]["sum_received"]["bits_per_second"]
-print(f"{rate / 1e9:.1f} Gb/s" if rate else said.get("error", "nothing was received"))'
+output = json.load(sys.stdin)
+rate = 0 if "error" in output else output["end"]["sum_received"]["bits_per_second"]
+print(f"{rate / 1e9:.1f} Gb/s" if rate else output.get("error", "no byte was received"))'
 }
 
 # ---------------------------------------------------------------- Vite
 
-vite_project() { # writes a project into $tmp/vite and begins to install Vite there
+vite_project() { # writes a project into $tmp/vite and starts to install Vite there
     local version=8 src=$tmp/vite/src number
     if [[ $(npm --version 2>/dev/null) == 10.* ]]; then version=7; fi
     mkdir -p "$src/m"
@@ -322,9 +322,9 @@ vite_installed() {
 vite_server() { # TAG PORT
     start "$1" me "$tmp/vite" env npm_config_cache="$tmp/npm-cache" npm_config_update_notifier=false CI=1 \
         "$landfall" run --net none --name "$1" -- npx vite --port "$2" --strictPort
-    # Vite tries the port on all addresses before it listens on the one it wants, and landfall is quick enough to
-    # forward such an attempt and to take that back: the forward that counts is the one after Vite says that it is ready.
-    says "$1" out "ready in" || return
+    # Vite tests the port on all addresses before it listens on the configured one, and landfall may forward such a test
+    # and close it again. So wait until Vite prints that it is ready.
+    prints "$1" out "ready in" || return
     until_true 10 answers "$2" || fail "Vite is ready, and port $2 does not answer"
 }
 
@@ -336,7 +336,7 @@ vite_page() {
     grep -q '/src/hot.js' <<<"$text" || fail "main.js is not served as a module"
 }
 
-browser_shows() { # PORT: the page as Chromium has it after all modules ran
+browser_shows() { # PORT: the page in Chromium after all modules ran
     local page
     page=$(timeout -k 5 60 chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run \
         --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage \
@@ -348,17 +348,17 @@ browser_shows() { # PORT: the page as Chromium has it after all modules ran
 
 # ---------------------------------------------------------------- two worktrees, one port
 
-second_is_told() { # PORT
+second_reports_the_holder() { # PORT
     start feature me "$tmp/shop-feature" "$landfall" run --net none -- "$python" -u -m http.server "$1" --bind 127.0.0.1
-    says feature err "^taken +localhost:$1 is held by landfall, pid ${pid[main]} " || return
-    says feature err "^hint: another landfall forwards that port" || return
-    [[ $(fetch "http://localhost:$1/branch") == main ]] || fail "the first one's port is disturbed"
+    prints feature err "^taken +localhost:$1 is held by landfall, pid ${pid[main]} " || return
+    prints feature err "^hint: another landfall forwards that port" || return
+    [[ $(fetch "http://localhost:$1/branch") == main ]] || fail "the port of the first one is disturbed"
 }
 
 second_takes_over() { # PORT
     end main TERM || return
-    says feature err "^forward +http://localhost:$1 .*shop-feature:$1" || return
-    [[ $(fetch "http://localhost:$1/branch") == feature ]] || fail "it is not the second that answers"
+    prints feature err "^forward +http://localhost:$1 .*shop-feature:$1" || return
+    [[ $(fetch "http://localhost:$1/branch") == feature ]] || fail "another server than the second answers"
 }
 
 # ---------------------------------------------------------------- the end of a run
@@ -371,11 +371,11 @@ descendants() { # PID
     done
 }
 
-# ends_clean TAG SIGNAL PORT [CODE]: afterwards no process of it is there, and nobody answers.
+# ends_clean TAG SIGNAL PORT [CODE]: ends it; afterwards no process of it exists, and the port refuses connections.
 ends_clean() {
     local all process
     all=$(descendants "${pid[$1]}")
-    [[ -n $all ]] || { fail "there is no process below landfall"; return; }
+    [[ -n $all ]] || { fail "landfall has no child process"; return; }
     end "$1" "$2" || return
     [[ -z ${4:-} || ${code[$1]} == "$4" ]] || { fail "the exit code is ${code[$1]}, not $4"; return; }
     for process in $all; do
@@ -397,7 +397,7 @@ passes_on_sigint() { # PORT
     ends_clean interrupted INT "$1" 0
 }
 
-survives_no_kill() { # PORT: what landfall ran does not outlive it
+ends_on_kill() { # PORT: the command does not outlive landfall
     node_server killed me "$1" || return
     ends_clean killed KILL "$1" 137
 }
@@ -409,7 +409,7 @@ attach_netns() { # PORT
     ip netns add "$netns" && ip -n "$netns" link set lo up || { fail "cannot make a namespace"; return; }
     start in-netns me "$tmp/site" ip netns exec "$netns" "$python" -u -m http.server "$1" --bind 127.0.0.1
     start attach-netns me "$tmp" "$landfall" attach --netns "/run/netns/$netns"
-    says attach-netns out "^forward +http://localhost:$1 .*$netns:$1" && gets_page "$1" || return
+    prints attach-netns out "^forward +http://localhost:$1 .*$netns:$1" && gets_page "$1" || return
     end attach-netns INT || return
     [[ ${code[attach-netns]} == 0 ]] || { fail "the exit code is ${code[attach-netns]}"; return; }
     until_true 5 refuses "$1" || { fail "port $1 still answers"; return; }
@@ -423,7 +423,7 @@ attach_pid() { # PORT
     own_namespace() { [[ $(readlink "/proc/${pid[unshared]}/ns/net") != "$(readlink /proc/self/ns/net)" ]]; }
     until_true 10 own_namespace || { fail "unshare made no namespace"; return; }
     start attach-pid me "$tmp" "$landfall" attach --pid "${pid[unshared]}" --name box
-    says attach-pid out "^forward +http://localhost:$1 .*box:$1" && gets_page "$1" || return
+    prints attach-pid out "^forward +http://localhost:$1 .*box:$1" && gets_page "$1" || return
     end attach-pid INT || return
     [[ ${code[attach-pid]} == 0 ]] || { fail "the exit code is ${code[attach-pid]}"; return; }
     until_true 5 refuses "$1" || { fail "port $1 still answers"; return; }
@@ -432,7 +432,7 @@ attach_pid() { # PORT
 
 # ---------------------------------------------------------------- the checks
 
-as_user() { # WHO PYTHON_PORT NODE_PORT: the servers that everybody has
+as_user() { # WHO PYTHON_PORT NODE_PORT: the servers of this user
     with_python "$1" "$2"
     with_node "$1" "$1" "$3"
 }
@@ -490,7 +490,7 @@ vite() { # PORT
     if command -v chromium >/dev/null; then
         check "vite.browser" browser_shows "$1"
     else
-        echo "skipped vite.browser: there is no chromium; LANDFALL_LONG=1 installs it"
+        echo "skipped vite.browser: chromium is not installed; LANDFALL_LONG=1 installs it"
     fi
     check "vite.ends" ends_clean vite TERM "$1"
 }
@@ -500,8 +500,8 @@ worktrees() { # PORT
     echo main >"$tmp/shop-main/branch"
     echo feature >"$tmp/shop-feature/branch"
     start main me "$tmp/shop-main" "$landfall" run --net none -- "$python" -u -m http.server "$1" --bind 127.0.0.1
-    check "worktrees.first_is_forwarded" says main err "^forward +http://localhost:$1 .*shop-main:$1" || return
-    check "worktrees.second_is_told" second_is_told "$1"
+    check "worktrees.first_is_forwarded" prints main err "^forward +http://localhost:$1 .*shop-main:$1" || return
+    check "worktrees.second_reports_the_holder" second_reports_the_holder "$1"
     check "worktrees.second_takes_over" second_takes_over "$1"
     check "worktrees.ends" ends_clean feature INT "$1" 0
 }
@@ -520,7 +520,7 @@ main() {
     worktrees "${port[6]}"
     check "end.sigterm_is_passed_on" passes_on_sigterm "${port[7]}"
     check "end.sigint_is_passed_on" passes_on_sigint "${port[8]}"
-    check "end.nothing_outlives_a_killed_landfall" survives_no_kill "${port[9]}"
+    check "end.no_process_outlives_a_killed_landfall" ends_on_kill "${port[9]}"
     if ((EUID == 0)); then
         check "attach.netns" attach_netns "${port[10]}"
         check "attach.pid" attach_pid "${port[11]}"
@@ -540,7 +540,7 @@ tmp=$(mktemp -d "${TMPDIR:-/tmp}/landfall-servers.XXXXXX") || die "cannot make a
 trap cleanup EXIT
 trap 'exit 130' INT TERM HUP
 mkdir -p "$tmp"/{log,site,helpers,nobody}
-# Somebody who may not look into the directories of the tests shall run the binary and the scripts as well.
+# Another user, who cannot read the directories of the checkout, also runs the binary and the scripts.
 cp "$landfall" "$tmp/landfall" && cp tests/servers/* "$tmp/helpers/" || die "cannot copy the binary and the helpers"
 landfall=$tmp/landfall
 chmod -R go+rX "$tmp"
@@ -549,7 +549,7 @@ ulimit -n "$(ulimit -Hn)" 2>/dev/null
 
 install_packages curl:curl node:nodejs npm:npm python3:python3 nginx:nginx-light iperf3:iperf3 wrk:wrk ip:iproute2 \
     setpriv:util-linux ${long:+chromium:chromium}
-# The one that everybody may execute; python3 on a developer's PATH may lie in a home directory.
+# A Python that every user can execute; python3 on a developer's PATH may be in a home directory.
 python=/usr/bin/python3
 [[ -x $python ]] || python=python3
 

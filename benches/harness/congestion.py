@@ -54,7 +54,7 @@ def allow(name):
 
 
 def release(guard_descriptor):
-    """Has the guard restore the list."""
+    """Makes the guard restore the list."""
     os.write(guard_descriptor, b".")
     os.close(guard_descriptor)
 

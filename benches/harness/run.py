@@ -58,7 +58,7 @@ def compare(options):
                 taking_part = [taking_part[number % len(taking_part)]]
             elif options.quick and work.slow:
                 taking_part = taking_part[:3]
-            # The order changes, so that a contender is not always measured in the wake of the same other one.
+            # The order alternates, so that a contender does not always follow the same other one.
             for contender in taking_part if repetition % 2 else reversed(taking_part):
                 sample(options, spaces, results, repetition, work, contender)
     results.report(options)

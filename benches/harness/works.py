@@ -126,7 +126,7 @@ def http(connections, path):
 
 
 def compare_file(trial):
-    """wrk does not look at what it receives, so one file is received through the same relay and compared."""
+    """wrk does not compare the bodies, so one file is received through the same relay and compared."""
     wanted = hashlib.sha256((trial.namespaces.directory / "1m").read_bytes()).hexdigest()
     received = trial.namespaces.directory / "received"
     trial.run("curl", "-sS", "--noproxy", "*", "-o", received, f"http://127.0.0.1:{HTTP}/files/1m")
@@ -204,7 +204,7 @@ def microseconds(found):
 
 
 def raise_descriptor_limit():
-    """Gives every program of the run what the machine allows."""
+    """Raises the limits of every program of the run to those of the machine."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

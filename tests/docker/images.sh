@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The images of the cases in this directory, as files for `docker import` and `podman import`: no registry of images is asked.
+# The images of the cases in this directory, as files for `docker import` and `podman import`; no image registry is contacted.
 #
 #   tests/docker/images.sh DIRECTORY
 #
@@ -11,7 +11,7 @@ out=$(readlink -f "$1")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# with_libraries ROOT PROGRAM...: what these programs load, at the places where they look for it.
+# with_libraries ROOT PROGRAM...: copies the libraries of these programs to the same paths below ROOT.
 with_libraries() {
     local root=$1 library
     shift
@@ -49,10 +49,10 @@ END
     tar -C "$root" -c . >"$out/nginx.tar"
 }
 
-# The dev server's project: one module that takes its own updates, and shows what it says on the page.
+# The dev server's project: one module that accepts its own updates, and shows its text on the page.
 node_image() {
     local root=$work/node app=$work/node/app node version=8
-    # The newest Vite wants a node that brings a newer npm.
+    # The newest Vite needs a newer node; the version of npm shows it.
     if [[ $(npm --version) == [0-9].* || $(npm --version) == 10.* ]]; then version=7; fi
     node=$(command -v node)
     base "$root"

@@ -85,7 +85,7 @@ function waiter() {
 
 const { hear, until, heard } = waiter();
 const guard = setTimeout(() => {
-  console.error(`no update came within 20 s; heard ${JSON.stringify(heard)}`);
+  console.error(`no update arrived within 20 s; received ${JSON.stringify(heard)}`);
   process.exit(1);
 }, 20_000);
 const client = await fetched('/@vite/client');
@@ -93,7 +93,7 @@ const [, token] = client.match(/wsToken\s*=\s*"([^"]+)"/) ?? assert.fail('no tok
 const [socket, head] = await join(token);
 messages(socket, head, hear);
 await until((message) => message.type === 'connected');
-// Vite tells of changes in what somebody has loaded.
+// Vite reports changes of modules that a client has loaded.
 await fetched('/src/main.js');
 await fetched(module);
 

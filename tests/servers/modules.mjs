@@ -1,4 +1,4 @@
-// Loads N modules of a dev server at once, each by a connection of its own, and checks that each is the one asked for.
+// Loads N modules of a dev server at once, each over its own connection, and checks that each answer is the requested one.
 //
 // node modules.mjs PORT N
 import assert from 'node:assert/strict';

@@ -1,4 +1,4 @@
-// The client of node-server.mjs. One argument more than the port names what is tried; it ends with code 0 if it holds.
+// The client of node-server.mjs. The second argument names the check; the exit code is 0 if it succeeds.
 //
 // node node-client.mjs PORT keepalive|stream|upgrade|events
 import assert from 'node:assert/strict';

@@ -1,5 +1,5 @@
-// A server as people write them with Node: it listens on `localhost`, which may be ::1 alone, and it does what dev
-// servers do: streams, uploads, keep-alive, server-sent events, a protocol upgrade. SIGTERM ends it with code 42.
+// A typical Node server: it listens on `localhost`, which may be ::1 only, and supports the features of dev servers:
+// streams, uploads, keep-alive, server-sent events, a protocol upgrade. It exits with code 42 on SIGTERM.
 //
 // node node-server.mjs PORT
 import crypto from 'node:crypto';
@@ -16,7 +16,7 @@ function stream(response, bytes) {
   let left = bytes;
   const more = () => {
     while (left > 0) {
-      // Pieces of many sizes, so that neither side sees a rhythm.
+      // Pieces of many sizes, so that their boundaries are irregular.
       const piece = BLOCK.subarray(0, Math.min(left, 1 + crypto.randomInt(200_000)));
       left -= piece.length;
       hash.update(piece);
@@ -50,7 +50,7 @@ const server = http.createServer((request, response) => {
     for (const listener of listeners) listener.write(`data: ${url.searchParams.get('text')}\n\n`);
     return response.end(`${listeners.size}\n`);
   }
-  // Which connection a request came by tells whether the client's connection was kept.
+  // The connection of a request shows whether the client reused it.
   response.setHeader('x-connection', `${request.socket.remoteAddress} ${request.socket.remotePort}`);
   return response.end('hello from node\n');
 });

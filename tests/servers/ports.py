@@ -1,5 +1,5 @@
-"""Prints N ports that nobody has, on no address and in no state: below the range that the kernel takes the ports of
-clients from, so that no connection of these very tests can get in the way of a server."""
+"""Prints N ports that are free on every address and in every state. They are below the range of ephemeral ports, so that no
+connection of these tests uses the port of a server."""
 
 import random
 import socket

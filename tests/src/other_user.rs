@@ -1,4 +1,4 @@
-//! Another user of the machine: work that runs under another uid, and an impostor that listens where a program of ours would
+//! Another user of the machine: work that runs under another uid, and an impostor that listens at the place of our own program
 //! listen and records what it receives.
 //!
 //! The kernel keeps credentials per thread, and a raw `setresuid` changes those of the calling thread only (`nptl(7)`, "C

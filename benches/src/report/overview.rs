@@ -1,6 +1,6 @@
 //! The part of a run that other pages show: a table of the headline works, and links to charts.
 //!
-//! It stands between two comments of such a page, [`START`] and [`END`], which `compare --publish` writes again.
+//! It is between two comments of such a page, [`START`] and [`END`]; `compare --publish` replaces it.
 //!
 //! Pure.
 
