@@ -204,7 +204,7 @@ def microseconds(found):
 
 
 def raise_descriptor_limit():
-    """Raises the limits of every program of the run to those of the machine."""
+    """Raises the descriptor limit to its hard limit; every program of the run inherits it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -9,16 +9,16 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
     let _ = Devcontainer::parse(text);
-    let Ok(said) = from_metadata(text, None) else { return };
-    if let Some(policy) = said.port_forward() {
-        let told = serde_json::to_value(&policy).unwrap();
-        assert_eq!(PortForward::from_value(&told), Ok(policy), "{told}");
+    let Ok(parsed) = from_metadata(text, None) else { return };
+    if let Some(policy) = parsed.port_forward() {
+        let wire = serde_json::to_value(&policy).unwrap();
+        assert_eq!(PortForward::from_value(&wire), Ok(policy), "{wire}");
     }
-    if let Some(told) = said.ports_as_metadata() {
-        let read = from_metadata(&told.to_string(), None).map(|read| read.port_forward());
-        assert_eq!(read, Ok(said.port_forward()), "{told}");
+    if let Some(wire) = parsed.ports_as_metadata() {
+        let read = from_metadata(&wire.to_string(), None).map(|read| read.port_forward());
+        assert_eq!(read, Ok(parsed.port_forward()), "{wire}");
     }
-    for note in said.notes() {
+    for note in parsed.notes() {
         assert!(note.first <= note.last, "{note:?}");
     }
 });

@@ -71,8 +71,8 @@ struct Host {
     /// A connection attempt or a connection exists.
     connected: bool,
     /// The connection is open, and the hello was sent.
-    greeted: bool,
-    /// The peer has answered the challenge of this connection; the peer has answered one of an earlier connection.
+    hello_sent: bool,
+    /// The peer has answered the challenge of this connection, and in `must_answer`, that of an earlier one.
     has_answered: bool,
     must_answer: bool,
     up: bool,
@@ -95,20 +95,20 @@ fn drive_host(ops: &[Op]) {
                 now += Duration::from_millis(u64::from(*number));
                 Input::Time
             }
-            1 if shell.connected && !shell.greeted => {
+            1 if shell.connected && !shell.hello_sent => {
                 shell.has_answered = number % 2 == 1;
                 Input::Opened(shell.has_answered.then(|| "proof".to_owned()))
             }
             2 if shell.connected => {
-                (shell.connected, shell.greeted, shell.up) = (false, false, false);
+                (shell.connected, shell.hello_sent, shell.up) = (false, false, false);
                 Input::Lost(String::from_utf8_lossy(bytes).into_owned())
             }
-            3 if shell.greeted => Input::Text(to_host(*number, bytes)),
-            4 if shell.greeted => match ToHost::from_text(&String::from_utf8_lossy(bytes)) {
+            3 if shell.hello_sent => Input::Text(to_host(*number, bytes)),
+            4 if shell.hello_sent => match ToHost::from_text(&String::from_utf8_lossy(bytes)) {
                 Ok(Some(message)) => Input::Text(message),
                 Ok(None) | Err(_) => continue,
             },
-            5 if shell.greeted => match from_binary(bytes.clone().into()) {
+            5 if shell.hello_sent => match from_binary(bytes.clone().into()) {
                 Ok(Some((stream, frame))) => Input::Binary(stream, frame),
                 Ok(None) | Err(_) => continue,
             },
@@ -157,20 +157,20 @@ impl Host {
                 assert!(!self.connected && !self.stopped, "an attempt beside another, or after the stop");
                 self.connected = true;
             }
-            Action::Disconnect => (self.connected, self.greeted, self.up) = (false, false, false),
+            Action::Disconnect => (self.connected, self.hello_sent, self.up) = (false, false, false),
             Action::Say(ToContainer::Hello { credential, .. }) => {
-                assert!(self.connected && !self.greeted);
+                assert!(self.connected && !self.hello_sent);
                 match credential {
                     Credential::Token(token) => {
                         assert!(token == TOKEN && !self.has_answered && !self.must_answer);
                     }
                     Credential::Proof(proof) => assert!(proof == "proof" && self.has_answered),
                 }
-                self.greeted = true;
+                self.hello_sent = true;
             }
             Action::Say(message) => self.say(&message),
             Action::Announce(landfall::forwarding::broker_link::Announcement::Up) => {
-                assert!(self.greeted && !self.up);
+                assert!(self.hello_sent && !self.up);
                 self.up = true;
             }
             Action::Announce(landfall::forwarding::broker_link::Announcement::Down) => {}
@@ -344,7 +344,7 @@ impl Container {
         assert!(acknowledged.is_none(), "an acknowledgement without a socket");
     }
 
-    /// Asserts what only an authenticated host may request.
+    /// Handles the actions that require an authenticated host.
     fn act(&mut self, ask: Ask) {
         let extensions = self.let_in.expect("nothing is done before the hello");
         match ask {

@@ -97,8 +97,8 @@ pub fn process_idle_share(what: &str) -> f64 {
     idle_share(what, || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default())
 }
 
-/// Returns the least share of several windows: a thread that spins does so in every window. A single window is not reliable,
-/// because on a virtual machine stolen time may be accounted to the running thread.
+/// Returns the share of the first window at rest, of several: a thread that spins does so in every window. A single window is
+/// not reliable, because on a virtual machine stolen time may be accounted to the running thread.
 #[track_caller]
 fn idle_share(what: &str, used: impl Fn() -> Duration) -> f64 {
     const WINDOWS: usize = 8;

@@ -69,7 +69,7 @@ impl Run {
         Run::start(command)
     }
 
-    /// Starts a `landfall run`. PATH is empty, so that pasta is not found: its start would take most of the time of a case.
+    /// Starts a `landfall run`. PATH contains no programs, so that pasta is not found: its start would take most of the time of a case.
     ///
     /// # Panics
     /// If it cannot be started.

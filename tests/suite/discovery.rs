@@ -346,7 +346,7 @@ fn attached() {
     let policy = json!({"allow": "*", "deny": [9229]});
     assert_eq!(home.registered("shop").unwrap()["portForward"], policy);
     docker.remove("shop", false);
-    // A verb that takes longer than others.
+    // Longer than it takes to remove other registrations.
     std::thread::sleep(NEGATIVE_WAIT);
     wait_for_names(&home, &["shop"]);
     daemon.shut_down();

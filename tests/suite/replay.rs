@@ -51,7 +51,7 @@ fn corrupted_files() {
     let cwd = home.folder("x");
     let whole = |name: &str| json!({"containerName": name, "cwd": cwd}).to_string();
     home.write_registration("good", whole("good"));
-    // Entries that are not regular files: each is reported, and none is removed.
+    // Invalid files: each is reported, and none is removed.
     let mut bad = vec![
         home.write_registration("torn", &whole("torn")[..20]),
         home.write_registration("empty", ""),

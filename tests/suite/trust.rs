@@ -264,7 +264,7 @@ fn made_again() {
     let a = attach("a");
     attach("b");
     wait_for_line(&home, "a job", 1);
-    // The container changes its folder and requests its own restart with a build: the daemon registers it again.
+    // The container changes its folder and is created again: the daemon registers it again.
     write(&a, &commands(&home, "evil"));
     for name in ["a", "b"] {
         docker.remove(name, false);
