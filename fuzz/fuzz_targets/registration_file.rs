@@ -23,9 +23,9 @@ fuzz_target!(|content: &[u8]| {
         stem.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
             && !stem.starts_with('.')
     );
-    let written = serde_json::to_vec(&registration).expect("what came as text goes as text");
+    let written = serde_json::to_vec(&registration).expect("a parsed registration serialises");
     assert!(!written.contains(&b'\n'), "a registration is one line");
-    let again = parse(stem, &written).expect("what is written can be read");
+    let again = parse(stem, &written).expect("a written registration parses");
     assert_eq!(again, registration);
     assert_eq!(serde_json::to_vec(&again).expect("as before"), written);
     assert!(parse("another", content).is_err() || stem == "another");

@@ -168,7 +168,7 @@ impl Host {
                 }
                 self.hello_sent = true;
             }
-            Action::Say(message) => self.say(&message),
+            Action::Say(message) => self.check_sent(&message),
             Action::Announce(landfall::forwarding::broker_link::Announcement::Up) => {
                 assert!(self.hello_sent && !self.up);
                 self.up = true;
@@ -197,7 +197,7 @@ impl Host {
         }
     }
 
-    fn say(&mut self, message: &ToContainer) {
+    fn check_sent(&mut self, message: &ToContainer) {
         assert!(self.up, "sent before the hello was answered: {message:?}");
         let text = message.to_text();
         assert_eq!(ToContainer::from_text(&text).as_ref(), Ok(&Some(message.clone())), "{text}");

@@ -175,7 +175,7 @@ fn pause() {
     };
     assert_eq!(silence.kind(), std::io::ErrorKind::WouldBlock, "{silence}");
     let sent = checker.position();
-    assert!(sent < BIG, "all of it had been sent before the pause");
+    assert!(sent < BIG, "every byte was sent before the pause");
     // A new client waits, and is not refused.
     let waiting = std::thread::spawn(|| page(PORT, 0));
     until("the new visitor to be taken in", || match container(&home, "paused") {

@@ -71,7 +71,7 @@ impl Driver {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let Ok(EventMessage { event, .. }) = self.engine.events().recv_timeout(left) else {
-                panic!("waited {TIMEOUT:?} for {what}; came instead: {:?}", self.waiting);
+                panic!("waited {TIMEOUT:?} for {what}; other events: {:?}", self.waiting);
             };
             match choose(&event) {
                 Some(found) => return found,

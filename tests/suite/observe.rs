@@ -167,7 +167,7 @@ pub(crate) fn ends_by(stream: &TcpStream) -> End {
     let mut buffer = [0; 64];
     match landfall_tests::read_some(stream, &mut buffer) {
         Ok(0) => End::Eof,
-        Ok(bytes) => panic!("{:?} came where nothing should", &buffer[..bytes]),
+        Ok(bytes) => panic!("{:?} arrived unexpectedly", &buffer[..bytes]),
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => End::Reset,
         Err(error) => panic!("neither an end nor a reset: {error}"),
     }

@@ -200,7 +200,7 @@ fn auth_nack_is_fatal() {
         // The first retry delay would be over.
         let start = Instant::now();
         while start.elapsed() < Duration::from_millis(1500) {
-            assert!(!container.has_pending_connection(), "it came back after {reason}");
+            assert!(!container.has_pending_connection(), "it reconnected after {reason}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -451,7 +451,7 @@ fn stop_ends_all() {
         assert_unbound(8080);
         // The first retry delay would be over.
         std::thread::sleep(Duration::from_millis(1200));
-        assert!(!scene.container.has_pending_connection(), "it came back");
+        assert!(!scene.container.has_pending_connection(), "it reconnected");
     }
 }
 

@@ -32,7 +32,7 @@ pub(crate) const CASES: &[Case] = &[
         closed_while_connecting,
     ),
     Case::once("c09_broker_cycles_leak_no_descriptor_in_the_agent", cycles_leak_no_descriptor),
-    Case::once("c24_agent_disconnects_hosts_that_send_no_hello", never_say_hello),
+    Case::once("c24_agent_disconnects_hosts_that_send_no_hello", no_hello),
     Case::once("c24_agent_survives_slow_and_oversized_requests", slow_clients),
 ];
 
@@ -384,7 +384,7 @@ fn cycles_leak_no_descriptor() {
 }
 
 /// Five seconds for the first message.
-fn never_say_hello() {
+fn no_hello() {
     let home = Home::new();
     let inside = Inside::start(&home);
     let begun = Instant::now();

@@ -279,7 +279,7 @@ fn another_user() {
     open(home.path().parent().unwrap(), 0o755);
     open(&home.path(), 0o755);
     let Some(refusal) = as_other_user_here(|| UnixStream::connect(home.socket()).map(drop)) else {
-        note!("no other user can be had here");
+        note!("this process cannot change its user");
         return;
     };
     assert_eq!(refusal.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);

@@ -107,7 +107,7 @@ impl World {
     }
 
     #[track_caller]
-    fn wait_for_told(&self, wanted: &[&str]) {
+    fn wait_for_events(&self, wanted: &[&str]) {
         wait_until(&format!("the events {wanted:?}"), || {
             let reported = self.reported();
             if reported == wanted { Ok(()) } else { Err((reported, self.calls())) }
@@ -150,10 +150,10 @@ fn open_and_close() {
     let server = world.listen(PORT);
     let _other = world.listen(OTHER);
     world.register();
-    world.wait_for_told(&["opened a 3000", "opened a 3001"]);
+    world.wait_for_events(&["opened a 3000", "opened a 3001"]);
     assert_eq!(world.calls(), [served(PORT), served(OTHER)].concat());
     drop(server);
-    world.wait_for_told(&["opened a 3000", "opened a 3001", "closed a 3000"]);
+    world.wait_for_events(&["opened a 3000", "opened a 3001", "closed a 3000"]);
     assert_eq!(world.calls()[4..], [off(PORT)]);
 }
 
@@ -163,14 +163,14 @@ fn disconnected() {
     let _daemon = world.daemon();
     let server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["skipped a 3000 tailscale backend is Stopped"]);
+    world.wait_for_events(&["skipped a 3000 tailscale backend is Stopped"]);
     wait_for_open(&world.home, &[("a", PORT)]);
     drop(server);
     world.wait_for_closed(PORT);
     // The daemon tries again when the port reopens, and tailscale runs by then.
     world.answers("status", r#"echo '{"BackendState":"Running"}'"#);
     let _server = world.listen(PORT);
-    world.wait_for_told(&["skipped a 3000 tailscale backend is Stopped", "opened a 3000"]);
+    world.wait_for_events(&["skipped a 3000 tailscale backend is Stopped", "opened a 3000"]);
     assert_eq!(world.calls()[0], "status --json");
     assert_eq!(world.calls()[1..], served(PORT));
 }
@@ -196,7 +196,7 @@ fn serve_fails() {
     let daemon = world.daemon();
     let server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["failed a 3000 serve no such thing"]);
+    world.wait_for_events(&["failed a 3000 serve no such thing"]);
     drop(server);
     world.wait_for_closed(PORT);
     daemon.shut_down();
@@ -209,12 +209,12 @@ fn off_fails() {
     let daemon = world.daemon();
     let server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["opened a 3000"]);
+    world.wait_for_events(&["opened a 3000"]);
     drop(server);
-    world.wait_for_told(&["opened a 3000", "failed a 3000 off busy"]);
+    world.wait_for_events(&["opened a 3000", "failed a 3000 off busy"]);
     world.answers("off", "exit 0");
     daemon.shut_down();
-    world.wait_for_told(&["opened a 3000", "failed a 3000 off busy", "closed a 3000"]);
+    world.wait_for_events(&["opened a 3000", "failed a 3000 off busy", "closed a 3000"]);
     assert!(!world.list().exists());
 }
 
@@ -224,7 +224,7 @@ fn path_only() {
     let _daemon = world.daemon();
     let _server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["skipped a 3000 tailscale was not found on PATH"]);
+    world.wait_for_events(&["skipped a 3000 tailscale was not found on PATH"]);
     wait_for_open(&world.home, &[("a", PORT)]);
 }
 
@@ -238,7 +238,7 @@ fn hangs() {
         .wait_until_ready();
     let _server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["skipped a 3000 timed out after 50ms"]);
+    world.wait_for_events(&["skipped a 3000 timed out after 50ms"]);
     wait_for_open(&world.home, &[("a", PORT)]);
 }
 
@@ -247,9 +247,9 @@ fn deregistered() {
     let _daemon = world.daemon();
     let _server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["opened a 3000"]);
+    world.wait_for_events(&["opened a 3000"]);
     rpc::done(&world.home, &json!({"kind": "deregister", "containerName": "a"}));
-    world.wait_for_told(&["opened a 3000", "closed a 3000"]);
+    world.wait_for_events(&["opened a 3000", "closed a 3000"]);
     let mut calls = served(PORT).to_vec();
     calls.push(off(PORT));
     assert_eq!(world.calls(), calls);
@@ -266,7 +266,7 @@ fn off_switch() {
     let elsewhere = Namespace::new();
     let _other = Server::listen(&elsewhere, &format!("127.0.0.1:{OTHER}"));
     rpc::register_with(&world.home, "open", &by_file(&elsewhere));
-    world.wait_for_told(&["opened open 3001"]);
+    world.wait_for_events(&["opened open 3001"]);
     assert_eq!(world.calls(), served(OTHER));
 }
 
@@ -279,9 +279,9 @@ fn reserved() {
     let mut peer = container.welcome();
     peer.send_message(&request(4848, &[4848, 4849]));
     peer.receive_exactly(&forwarded(4848, 4849));
-    world.wait_for_told(&["opened a 4849"]);
+    world.wait_for_events(&["opened a 4849"]);
     rpc::done(&world.home, &json!({"kind": "deregister", "containerName": "a"}));
-    world.wait_for_told(&["opened a 4849", "closed a 4849"]);
+    world.wait_for_events(&["opened a 4849", "closed a 4849"]);
     let mut calls = served(4849).to_vec();
     calls.push(off(4849));
     assert_eq!(world.calls(), calls);
@@ -302,16 +302,16 @@ fn daemon_stops() {
     let mut daemon = world.daemon();
     let _server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["opened a 3000"]);
+    world.wait_for_events(&["opened a 3000"]);
     assert!(world.list().exists());
     daemon.signal(Signal::TERM);
     assert!(daemon.end().success());
-    world.wait_for_told(&["opened a 3000", "closed a 3000"]);
+    world.wait_for_events(&["opened a 3000", "closed a 3000"]);
     assert_eq!(world.calls().last(), Some(&off(PORT)));
     assert!(!world.list().exists());
     // Forwards outlive a daemon, and the next daemon serves them again.
     let _daemon = world.daemon();
-    world.wait_for_told(&["opened a 3000", "closed a 3000", "opened a 3000"]);
+    world.wait_for_events(&["opened a 3000", "closed a 3000", "opened a 3000"]);
 }
 
 fn killed_daemon() {
@@ -320,7 +320,7 @@ fn killed_daemon() {
     let _server = world.listen(PORT);
     let other = world.listen(OTHER);
     world.register();
-    world.wait_for_told(&["opened a 3000", "opened a 3001"]);
+    world.wait_for_events(&["opened a 3000", "opened a 3001"]);
     daemon.kill();
     drop(other);
     let before = world.calls().len();
@@ -339,11 +339,11 @@ fn killed_and_turned_off() {
     let daemon = world.daemon();
     let _server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["opened a 3000"]);
+    world.wait_for_events(&["opened a 3000"]);
     daemon.kill();
     let before = world.calls().len();
     let _daemon = world.start().wait_until_ready();
-    world.wait_for_told(&["opened a 3000", "closed a 3000"]);
+    world.wait_for_events(&["opened a 3000", "closed a 3000"]);
     assert_eq!(world.calls()[before..], [off(PORT)]);
     wait_until("the list to go", || if world.list().exists() { Err("it is there") } else { Ok(()) });
 }
@@ -355,11 +355,11 @@ fn replaced() {
         world.start().argument("--tailscale").variable("LANDFALL_VERSION", "another").wait_until_ready();
     let _server = world.listen(PORT);
     world.register();
-    world.wait_for_told(&["opened a 3000"]);
+    world.wait_for_events(&["opened a 3000"]);
     let path = format!("{}:{}", world.bin().display(), std::env::var("PATH").unwrap());
     let output = world.home.command(&["up"]).env("PATH", path).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(daemon.end().success());
-    world.wait_for_told(&["opened a 3000", "closed a 3000", "opened a 3000"]);
+    world.wait_for_events(&["opened a 3000", "closed a 3000", "opened a 3000"]);
     assert_eq!(rpc::done(&world.home, &json!({"kind": "describe"}))["tailscale"], true);
 }

@@ -177,7 +177,7 @@ impl Peer {
                     }
                 }
                 Err(Error::Io(error)) if is_timeout(error.kind()) => {
-                    panic!("nothing came for {TIMEOUT:?}; kept: {:?}", self.kept)
+                    panic!("no item arrived within {TIMEOUT:?}; kept: {:?}", self.kept)
                 }
                 Err(_) => return Received::Lost,
             }
