@@ -188,7 +188,7 @@ fn pause() {
         read(&mut reader, &mut bytes, &mut checker).unwrap();
     }
     assert_eq!(waiting.join().unwrap().unwrap(), "paused");
-    note!("{sent} of {BIG} bytes came before the pause, and all of them in the end, each the right one");
+    note!("{sent} of {BIG} bytes arrived before the pause, and all of them afterwards, every byte right");
 }
 
 /// Reads the next bytes and checks each.

@@ -78,7 +78,7 @@ fn live_restore() {
     assert_eq!(visitors.failed(), [""; 0], "visitors noticed");
     assert_all_forwarded(&home);
     assert_released(&home, &engine, &before);
-    note!("{} visitors, none of whom noticed", visitors.served());
+    note!("{} clients, all of them served", visitors.served());
 }
 
 fn without_live_restore() {
