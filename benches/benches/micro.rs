@@ -81,7 +81,7 @@ fn relaying(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("relay");
     group.bench_function("a blocked message", |bencher| {
         let (mut connection, mut actions) = (Connection::new(), Vec::with_capacity(8));
-        connection.on(Input::Begin, now, &limits, &mut actions);
+        connection.on(Input::Start, now, &limits, &mut actions);
         bencher.iter(|| {
             actions.clear();
             connection.on(black_box(blocked), now, &limits, &mut actions);
@@ -95,7 +95,7 @@ fn relaying(criterion: &mut Criterion) {
         bencher.iter(|| {
             actions.clear();
             let mut connection = Connection::new();
-            connection.on(Input::Begin, now, &limits, &mut actions);
+            connection.on(Input::Start, now, &limits, &mut actions);
             for direction in Direction::ALL {
                 connection.moved(black_box(direction), 64, false, &limits);
             }

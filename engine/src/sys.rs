@@ -1,6 +1,6 @@
-//! System calls without a safe wrapper, socket options of the relay's own sockets, and the meaning of errno.
+//! System calls without a safe wrapper, socket options of the relay's own sockets, and the classification of errno.
 //!
-//! Everything else of the engine that may be unsafe is in `reactor/uring.rs`.
+//! The engine's other unsafe code is in `reactor/uring.rs` and `native/notify.rs`.
 
 #![expect(unsafe_code, reason = "getsockopt(SO_NETNS_COOKIE) and ioctl(SIOCOUTQ) have no safe wrapper")]
 
@@ -16,22 +16,22 @@ use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 
 use crate::command::Family;
 
-/// What a failed operation on a socket means for a relayed connection or a listener.
+/// The error of an operation on a socket, classified for relayed connections and listeners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SocketError {
     /// The peer reset the connection (ECONNRESET, EPIPE, ECONNABORTED), or the kernel ended it.
     Reset,
     /// No socket listens on the address (ECONNREFUSED).
     Refused,
-    /// The address cannot be reached from this namespace (ENETUNREACH, EHOSTUNREACH, ENETDOWN, EAFNOSUPPORT).
+    /// The address is unreachable from this namespace (ENETUNREACH, EHOSTUNREACH, ENETDOWN, EAFNOSUPPORT).
     Unreachable,
     /// No answer in time (ETIMEDOUT).
     TimedOut,
     /// Every ephemeral port to that target is in use (EADDRNOTAVAIL or EAGAIN of a connect).
     PortsExhausted,
-    /// No descriptors, buffers or memory are left (EMFILE, ENFILE, ENOBUFS, ENOMEM).
+    /// Descriptors, buffers or memory ran out (EMFILE, ENFILE, ENOBUFS, ENOMEM).
     Exhausted,
-    /// Any other error; the socket cannot be used.
+    /// Any other error; the socket is unusable.
     Other(Errno),
 }
 
@@ -52,7 +52,7 @@ impl SocketError {
         }
     }
 
-    /// Decodes the error of a connect, where a few numbers have another meaning.
+    /// Decodes the error of a connect, for which a few numbers have another meaning.
     pub fn of_connect(errno: Errno) -> SocketError {
         match errno {
             // Linux, __inet_hash_connect(): no free source port for this target.
@@ -80,9 +80,9 @@ impl fmt::Display for SocketError {
 
 impl std::error::Error for SocketError {}
 
-/// Returns the congestion control that the relay's own sockets should use, or `None` where the default is suitable.
+/// Returns the congestion control for the relay's own sockets, or `None` if the default is suitable.
 ///
-/// A host that paces by default (BBR) paces loopback to a third of its speed, where there is never congestion.
+/// On a host whose default paces (BBR), loopback reaches only a third of its speed, although it is never congested.
 pub(crate) fn congestion() -> Option<&'static str> {
     static CHOICE: OnceLock<Option<&'static str>> = OnceLock::new();
     *CHOICE.get_or_init(|| {
@@ -92,17 +92,18 @@ pub(crate) fn congestion() -> Option<&'static str> {
         if is_plain(sysctl("tcp_congestion_control").trim()) {
             return None;
         }
-        // Without privilege only an allowed one may be chosen, and reno always is.
+        // An unprivileged process may choose only an allowed one, and reno is always allowed.
         let allowed = sysctl("tcp_allowed_congestion_control");
         Some(if allowed.split_whitespace().any(|name| name == "cubic") { "cubic" } else { "reno" })
     })
 }
 
-/// Sets the TCP options of a relayed connection, or of a listener, whose accepted sockets inherit them: small messages
-/// leave at once, an urgent byte stays in the stream, and nothing is paced. An option that the kernel refuses is left unset.
+/// Sets the TCP options of a relayed connection, or of a listener, whose accepted sockets inherit them: small messages are
+/// sent at once, an urgent byte stays in the stream, and sending is not paced. An option that the kernel refuses is left
+/// unset.
 pub fn tune(socket: impl AsFd) {
     let socket = socket.as_fd();
-    // Each of these only makes a connection faster or more faithful; none is worth refusing one for.
+    // Each option only improves a connection, so a failure to set one is not a reason to refuse the connection.
     let _ = sockopt::set_tcp_nodelay(socket, true);
     let _ = sockopt::set_socket_oobinline(socket, true);
     if let Some(congestion) = congestion() {
@@ -110,7 +111,7 @@ pub fn tune(socket: impl AsFd) {
     }
 }
 
-/// Returns `SO_NETNS_COOKIE` (Linux 5.14): a number that identifies a network namespace and is never used again.
+/// Returns `SO_NETNS_COOKIE` (Linux 5.14): a number that identifies a network namespace and is never reused.
 ///
 /// # Errors
 /// ENOPROTOOPT on an older kernel, ENOTSOCK on a descriptor that is not a socket.
@@ -131,7 +132,7 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Returns `SIOCOUTQ` (tcp(7)): bytes sent and not yet acknowledged; 0 where the kernel does not report it.
+/// Returns `SIOCOUTQ` (tcp(7)): the bytes sent and not yet acknowledged; 0 if the kernel does not report it.
 pub fn unacknowledged_bytes(socket: impl AsFd) -> usize {
     let mut bytes: libc::c_int = 0;
     // SAFETY: SIOCOUTQ, which has the number of TIOCOUTQ, writes one int to its argument (tcp_ioctl() in net/ipv4/tcp.c).
@@ -140,31 +141,31 @@ pub fn unacknowledged_bytes(socket: impl AsFd) -> usize {
     if result == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
 }
 
-/// What the kernel reports of a descriptor that should be a TCP socket. Eight system calls.
+/// The kernel's data on a descriptor that should be a TCP socket. Eight system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketFacts {
-    /// It is a socket at all.
+    /// Whether it is a socket.
     pub is_socket: bool,
     /// Its family, if it is an IP socket.
     pub family: Option<Family>,
-    /// It is a stream socket.
+    /// Whether it is a stream socket.
     pub is_stream: bool,
-    /// Its protocol is TCP.
+    /// Whether its protocol is TCP.
     pub is_tcp: bool,
-    /// It listens.
+    /// Whether it listens.
     pub listens: bool,
-    /// Its own address.
+    /// Its local address.
     pub local: Option<SocketAddr>,
-    /// It is connected, or the kernel does not rule that out.
+    /// Whether it is connected; true if the kernel does not report that it is not.
     pub is_connected: bool,
-    /// Calls on it do not block.
+    /// Whether calls on it never block.
     pub nonblocking: bool,
     /// The cookie of its network namespace.
     pub netns_cookie: Option<u64>,
 }
 
 impl SocketFacts {
-    /// Asks the kernel.
+    /// Queries the kernel.
     pub fn of(socket: impl AsFd) -> SocketFacts {
         let socket = socket.as_fd();
         let domain = sockopt::socket_domain(socket);

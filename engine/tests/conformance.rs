@@ -61,24 +61,24 @@ on_both_pollers! {
     closing:
         a_close_sends_the_fin
         a_close_after_reset_on_close_is_a_reset
-        a_socket_that_is_closed_at_once_reports_nothing
+        a_socket_that_is_closed_at_once_has_no_event
         a_reported_close_frees_the_port
         a_closed_socket_is_closed_although_others_were_reported
-        a_duplicate_that_is_held_elsewhere_reports_nothing;
+        a_duplicate_held_elsewhere_causes_no_event;
     connect:
         a_connect_reaches_a_listener
         a_connect_to_a_closed_port_is_refused
-        a_connect_that_was_reset_since_is_told_apart
-        a_connect_to_itself_is_recognised
+        a_connect_that_was_reset_since_is_distinguished
+        a_connect_to_itself_is_detected
         a_connect_in_progress_is_not_reported
         accepts_take_the_queue_one_by_one
         an_accept_without_descriptors_is_exhausted;
     tenants:
         both_sides_of_a_socket_are_reported
-        the_next_socket_of_a_number_gets_no_event_of_the_last
+        a_reused_descriptor_number_gets_no_old_events
         a_thousand_sockets_are_all_reported;
     turn:
-        a_reset_is_an_error_and_a_fin_is_none
+        a_reset_is_an_error_and_a_fin_is_not
         two_fins_are_a_hang_up_and_no_error
         a_waker_ends_a_wait
         a_deadline_is_kept;

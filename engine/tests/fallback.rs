@@ -1,6 +1,6 @@
-//! Where io_uring is refused, epoll takes its place and the report says why.
+//! The fallback to epoll where io_uring is refused, with its reason.
 //!
-//! One test after the other in one function: a sysctl is one for the whole machine, so nothing here may run beside it.
+//! One function runs all tests in sequence: a sysctl affects the whole machine, so tests must not run in parallel.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test, which says what it skipped")]
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ const IO_URING_REGISTER: i64 = 427;
 
 const SYSCTL: &str = "/proc/sys/kernel/io_uring_disabled";
 
-/// Runs `what` on a thread for which `refused` fails with `errno`: a seccomp filter is a thread's own.
+/// Runs `what` on a thread on which the call `refused` fails with `errno`; a seccomp filter applies to one thread.
 fn refusing<T: Send>(refused: i64, errno: rustix::io::Errno, what: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -49,7 +49,7 @@ fn assert_falls_back(report: Result<RingReport, Unusable>, why: &str) {
     println!("{reason}");
 }
 
-/// Puts the sysctl back, whatever happens.
+/// Restores the sysctl when dropped.
 struct Restore(String);
 
 impl Drop for Restore {
@@ -59,7 +59,7 @@ impl Drop for Restore {
 }
 
 #[test]
-fn a_refused_io_uring_is_replaced_and_the_reason_told() {
+fn a_refused_io_uring_falls_back_to_epoll_with_the_reason() {
     if let Err(unusable) = Uring::self_test(&Limits::default()) {
         println!("skipped: there is no io_uring to refuse: {unusable}");
         return;
@@ -69,16 +69,16 @@ fn a_refused_io_uring_is_replaced_and_the_reason_told() {
     assert_falls_back(refusing(IO_URING_SETUP, Errno::PERM, automatic), "seccomp");
     assert_falls_back(refusing(IO_URING_SETUP, Errno::NOSYS, automatic), "ENOSYS");
     assert_falls_back(refusing(IO_URING_REGISTER, Errno::PERM, automatic), "seccomp");
-    // Sandboxes exist that let a ring be made and then refuse to run it.
+    // Some sandboxes permit the creation of a ring and then refuse its requests.
     assert_falls_back(refusing(IO_URING_ENTER, Errno::PERM, automatic), "self-test");
     assert_falls_back(refusing(IO_URING_ENTER, Errno::NOSYS, automatic), "self-test");
 
-    // Locked memory that rings of ended processes still hold is waited for, and then done without.
+    // The engine waits for locked memory that rings of ended processes still hold, and then falls back.
     let started = Instant::now();
     assert_falls_back(refusing(IO_URING_SETUP, Errno::NOMEM, automatic), "ENOMEM");
     assert!(started.elapsed() >= Duration::from_secs(1), "after {:?}", started.elapsed());
 
-    // Descriptors are needed by epoll as well, and a caller that asks for io_uring alone gets no other poller.
+    // epoll needs descriptors, too. A caller that requires io_uring gets no other poller.
     let exhausted = refusing(IO_URING_SETUP, Errno::MFILE, automatic).unwrap_err();
     assert!(!exhausted.fall_back, "{exhausted}");
     let alone = || reactor::choose(RingChoice::IoUring, &Limits::default());
@@ -89,7 +89,7 @@ fn a_refused_io_uring_is_replaced_and_the_reason_told() {
     switched_off();
 }
 
-/// Not at once, since the kernel may be short of memory for a while; but not never.
+/// The reactor must tolerate a temporary shortage of memory, and must give up after a time limit.
 fn a_submission_that_keeps_failing_ends_the_reactor() {
     use rustix::io::Errno;
     for errno in [Errno::AGAIN, Errno::BUSY] {

@@ -1,9 +1,9 @@
-//! Native sockets in real namespaces, as root and as a user who is not.
+//! Native sockets in real namespaces, as root and as an unprivileged user.
 //!
-//! This program is also what it tests: with `_inside` it is a program in a sandbox that does as it is asked over a channel,
-//! with `_child` a child of that program. It moves into a network namespace of its own, which is the host of its cases, so
-//! that ports are free. As root it runs everything, and then once more as the user `nobody`. An argument runs the cases
-//! whose names contain it.
+//! This program also plays the other roles of the tests: with `_inside` it is a program in a sandbox that carries out
+//! requests from a channel, with `_child` a child of that program. It moves into a network namespace of its own, which is
+//! the host of its cases, so that ports are free. As root it runs all cases, and then again as the user `nobody`. An
+//! argument selects the cases whose names contain it.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test, in a program with its own main")]
 
 #[path = "native/cases.rs"]
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
         if wanted.is_none_or(|wanted| name.contains(wanted.as_str())) {
             print!("test {name} ({}) ... ", if root { "root" } else { "nobody" });
             std::io::stdout().flush().unwrap();
-            // A failed case ends the program with its message.
+            // A case that fails panics, which ends the program with its message.
             case();
             println!("ok");
         }

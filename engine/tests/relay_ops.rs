@@ -1,4 +1,4 @@
-//! The machine of one connection against a model of its shard: any order of events.
+//! The state machine of one connection against a model of its shard, with events in any order.
 
 use std::time::{Duration, Instant};
 
@@ -8,17 +8,17 @@ use landfall_engine::reactor::TransferMode;
 use landfall_engine::relay::{Action, Actions, Connection, Direction, Input, ReadEnd, Side};
 use proptest::prelude::*;
 
-/// What a direction does, as a shard knows it.
+/// The activity of a direction, from the view of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flow {
     Idle,
     Reading,
     Starved,
-    /// The shard holds bytes.
+    /// The shard holds bytes of the direction.
     Blocked,
 }
 
-/// A shard that keeps to the contract, and checks that the machine does.
+/// A shard that keeps the contract, and checks that the machine does.
 struct Model {
     machine: Connection,
     limits: Limits,
@@ -44,7 +44,7 @@ impl Model {
             measuring: None,
             finished: 0,
         };
-        model.feed(Input::Begin);
+        model.feed(Input::Start);
         model
     }
 
@@ -62,7 +62,7 @@ impl Model {
             let flow = &mut self.flows[direction as usize];
             assert_eq!(self.machine.is_blocked(direction), *flow == Flow::Blocked, "{direction:?}");
             if self.machine.reads(direction).is_none() && *flow == Flow::Reading {
-                // It reads no more, for which no action is needed.
+                // The direction stops reading without an action.
                 *flow = Flow::Idle;
             }
             assert_eq!(self.machine.reads(direction).is_some(), *flow == Flow::Reading, "{direction:?}");
@@ -105,7 +105,7 @@ impl Model {
         }
     }
 
-    /// Lets an event happen that is possible now. `dice` chooses.
+    /// Generates an event that is possible now; `dice` chooses it.
     fn step(&mut self, dice: u32) {
         if let Some(side) = self.measuring.take() {
             let bytes = if dice.is_multiple_of(3) { 0 } else { 7 };
@@ -172,7 +172,7 @@ fn any_input() -> impl Strategy<Value = Input> {
     let direction = prop_oneof![Just(Direction::Up), Just(Direction::Down)];
     let side = prop_oneof![Just(Side::Downstream), Just(Side::Upstream)];
     (0..14, direction, side, 0..9usize).prop_map(|(kind, direction, side, bytes)| match kind {
-        0 => Input::Begin,
+        0 => Input::Start,
         1 => Input::Read(direction, ReadEnd::Eof),
         2 => Input::Read(direction, ReadEnd::Broken),
         3 => Input::Read(direction, ReadEnd::Unavailable(TransferMode::Copy)),
@@ -197,7 +197,7 @@ proptest! {
         for die in dice {
             model.step(die);
         }
-        // In any state, an abort is the end.
+        // In any state, an abort ends the connection.
         model.feed(Input::Abort(EndReason::Removed));
         prop_assert_eq!(model.finished, 1);
         prop_assert!(model.machine.is_finished());

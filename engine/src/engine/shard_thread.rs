@@ -158,8 +158,8 @@ impl ShardCommand<OwnedFd> {
             ShardCommand::RemoveUpstream { upstream, ending } => {
                 ShardCommand::RemoveUpstream { upstream, ending }
             }
-            ShardCommand::Adopt { forward, socket, came_by } => {
-                ShardCommand::Adopt { forward, socket: io.adopt(socket), came_by }
+            ShardCommand::Adopt { forward, socket, client_family } => {
+                ShardCommand::Adopt { forward, socket: io.adopt(socket), client_family }
             }
             ShardCommand::SetPeers(peers) => ShardCommand::SetPeers(peers),
             ShardCommand::SetReach { forward, reach } => ShardCommand::SetReach { forward, reach },

@@ -1,7 +1,7 @@
-//! The decisions about one trapped `listen`. Pure: facts go in, a decision comes out.
+//! The decisions on one trapped `listen`. Pure: facts are the arguments, a decision is the result.
 //!
-//! A decision is made in three steps, the cheap ones first, because most sockets that are not replaced are known by their
-//! options alone:
+//! A decision has three steps, the cheap ones first, because the options of a socket alone show for most sockets that they
+//! are not replaced:
 //!
 //! ```text
 //!  options of the socket ──► about_socket ──► Continue | Rejoin | Replace(address)
@@ -9,8 +9,8 @@
 //!  the host's answer     ──► about_conflict ► Continue | Join | InUse
 //! ```
 //!
-//! `Continue` lets the kernel carry the call out in the sandbox, where the relay finds the listener. It is the answer
-//! whenever a fact is missing, so an error here costs speed and not correctness.
+//! With `Continue` the kernel carries the call out in the sandbox, where the relay finds the listener. It is the decision
+//! whenever a fact is missing, so an error here costs performance and not correctness.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
@@ -20,21 +20,21 @@ use serde::{Deserialize, Serialize};
 
 use super::procfs::Flags;
 
-/// The address that a host socket is bound to.
+/// The address of a host socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HostAddress {
     /// Address and port.
     pub address: SocketAddr,
-    /// An IPv6 socket takes no IPv4 clients.
+    /// Whether an IPv6 socket accepts no IPv4 clients.
     pub v6_only: bool,
 }
 
 impl HostAddress {
-    /// Returns the host's address for one inside the sandbox, or none where it is neither loopback nor a wildcard.
+    /// Returns the host's address for one inside the sandbox; `None` if it is neither loopback nor a wildcard.
     ///
-    /// A wildcard of one family becomes that family's loopback address. A wildcard of both stays one, and the socket is
-    /// bound to the device `lo` ([`HostAddress::is_every_loopback`]).
+    /// A wildcard of one family becomes that family's loopback address. A wildcard of both remains a wildcard, and the
+    /// socket is bound to the device `lo` ([`HostAddress::is_every_loopback`]).
     pub fn of(inside: SocketAddr, v6_only: bool) -> Option<HostAddress> {
         let v4 = |ip: Ipv4Addr| match ip {
             Ipv4Addr::UNSPECIFIED => Some(Ipv4Addr::LOCALHOST),
@@ -45,7 +45,7 @@ impl HostAddress {
             IpAddr::V6(Ipv6Addr::UNSPECIFIED) if v6_only => (IpAddr::V6(Ipv6Addr::LOCALHOST), true),
             IpAddr::V6(Ipv6Addr::UNSPECIFIED) => (IpAddr::V6(Ipv6Addr::UNSPECIFIED), false),
             IpAddr::V6(Ipv6Addr::LOCALHOST) => (IpAddr::V6(Ipv6Addr::LOCALHOST), v6_only),
-            // Java binds every IPv4 address in this form.
+            // Java binds IPv4 addresses in this form.
             IpAddr::V6(ip) if !v6_only => (IpAddr::V6(v4(ip.to_ipv4_mapped()?)?.to_ipv6_mapped()), false),
             IpAddr::V6(_) => return None,
         };
@@ -57,14 +57,14 @@ impl HostAddress {
         self.address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED)
     }
 
-    /// The address that reaches it from the host.
+    /// Returns the address at which the host reaches it.
     pub fn to_dial(self) -> SocketAddr {
         let ip = if self.is_every_loopback() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { self.address.ip() };
         SocketAddr::new(ip.to_canonical(), self.address.port())
     }
 }
 
-/// The reason for which a server in the sandbox is relayed.
+/// The reason why a server in the sandbox is relayed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RelayReason {
@@ -74,13 +74,13 @@ pub enum RelayReason {
     Address,
     /// The port may not be exposed.
     Denied,
-    /// An epoll instance watches it already, and would keep watching the socket that is replaced.
+    /// An epoll instance watches it already, and would continue to watch the replaced socket.
     Epoll,
     /// It signals its readiness to a process (`O_ASYNC`).
     Async,
     /// A child process holds it, too.
     Child,
-    /// It has several descriptors in a process with several threads, which may change them meanwhile.
+    /// It has several descriptors in a process with several threads, which may change them at the same time.
     Threads,
     /// The process may not be inspected, or has too many descriptors.
     Unreadable,
@@ -88,11 +88,11 @@ pub enum RelayReason {
     Quota,
     /// Another container has the port, or `--on-conflict relay` is in force.
     Taken,
-    /// The host refused the socket for another reason than that its port is in use.
+    /// The host refused the socket for another reason than a port in use.
     Refused,
 }
 
-/// What the options of a socket say.
+/// The properties of a socket that the first step uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SocketFacts {
     /// A stream socket of TCP or MPTCP, over IPv4 or IPv6.
@@ -101,7 +101,7 @@ pub(super) struct SocketFacts {
     pub(super) is_inside: bool,
     /// It listens already.
     pub(super) listens: bool,
-    /// It is one whose place a host socket took.
+    /// A host socket has replaced it: it is a stub.
     pub(super) is_stub: bool,
     /// Its own address, if that is an IP address.
     pub(super) local: Option<SocketAddr>,
@@ -116,7 +116,7 @@ pub(super) struct SocketFacts {
 pub(super) enum AboutSocket {
     /// The kernel carries out the call.
     Continue(RelayReason),
-    /// It is a stub: this process gets the host socket that took the place of the stub elsewhere.
+    /// It is a stub: this process gets the host socket that replaced the stub elsewhere.
     Rejoin,
     /// It is to be replaced by a host socket with this address.
     Replace(HostAddress, NonZeroU16),
@@ -135,7 +135,7 @@ pub(super) fn about_socket(
     if facts.is_stub {
         return AboutSocket::Rejoin;
     }
-    // One that listens is relayed already; a second call only changes its backlog.
+    // A socket that listens is relayed already; a second call only changes its backlog.
     let bound = facts
         .local
         .filter(|_| !facts.listens)
@@ -174,7 +174,7 @@ pub(super) struct Holder {
 /// References to a socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Holders {
-    /// Those of the calling process; none where they could not all be read.
+    /// Those of the calling process; `None` if they could not all be read.
     pub(super) own: Option<Vec<Reference>>,
     /// An epoll instance of the process watches the socket, or could not be read.
     pub(super) is_watched: bool,
@@ -200,7 +200,7 @@ pub(super) fn about_holders(
     threads: u32,
 ) -> Result<Injection, RelayReason> {
     let mut references = holders.own.ok_or(RelayReason::Unreadable)?;
-    // The program has changed a descriptor that is not among them.
+    // If it is missing, another thread of the program has changed the descriptor.
     let at = references.iter().position(|reference| reference.descriptor == descriptor);
     references.swap(0, at.ok_or(RelayReason::Unreadable)?);
     if references.iter().any(|reference| reference.flags.is_async) {
@@ -218,8 +218,8 @@ pub(super) fn about_holders(
     Ok(Injection { references, ancestors: holders.ancestors })
 }
 
-/// Ports that a namespace gives to sockets that ask for none, unless its sysctl was changed. A server with such a port most
-/// likely did not choose it, and does not expect that it is in use.
+/// The default range of ports that a namespace assigns to sockets without one. A server with such a port most likely did not
+/// choose it, and does not expect that it is in use.
 pub const EPHEMERAL_PORTS: RangeInclusive<u16> = 32_768..=60_999;
 
 /// The driver's choice when another socket of the host has the port.
@@ -234,9 +234,9 @@ pub enum Conflict {
 /// The host's listeners on a port that could not be bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PortFacts {
-    /// Native listeners of this sandbox are among them.
+    /// Whether native listeners of this sandbox are among them.
     pub(super) has_own: bool,
-    /// Others are among them.
+    /// Whether other listeners are among them.
     pub(super) has_others: bool,
     /// The socket that was trapped has `SO_REUSEPORT`.
     pub(super) reuse_port: bool,
@@ -247,13 +247,13 @@ pub(super) struct PortFacts {
 pub(super) enum AboutConflict {
     /// The kernel carries out the call.
     Continue(RelayReason),
-    /// The port is shared with the native listeners of this sandbox that are there, as `SO_REUSEPORT` asks for.
+    /// The socket shares the port with this sandbox's native listeners on it, as `SO_REUSEPORT` requests.
     Join,
     /// `listen` fails with EADDRINUSE.
     InUse,
 }
 
-/// Decides about a port that could not be bound because it is in use. `ask` says what the driver wants.
+/// Decides on a port that could not be bound because it is in use. `ask` returns the driver's choice.
 pub(super) fn about_conflict(facts: PortFacts, ask: impl FnOnce() -> Conflict) -> AboutConflict {
     if facts.has_own && !facts.has_others && facts.reuse_port {
         return AboutConflict::Join;

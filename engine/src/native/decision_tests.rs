@@ -11,7 +11,7 @@ fn host(inside: &str, v6_only: bool) -> Option<String> {
 }
 
 #[test]
-fn every_address_has_its_place_on_the_hosts_loopback() {
+fn every_address_maps_to_the_hosts_loopback() {
     let to = |address: &str| Some(address.to_owned());
     assert_eq!(host("0.0.0.0:3000", false), to("127.0.0.1:3000"));
     assert_eq!(host("127.0.0.1:3000", false), to("127.0.0.1:3000"));
@@ -50,7 +50,7 @@ fn facts(local: &str) -> SocketFacts {
 }
 
 #[test]
-fn a_socket_is_replaced_only_where_nothing_speaks_against_it() {
+fn a_socket_is_replaced_only_if_every_fact_permits_it() {
     let decide = |facts: SocketFacts| about_socket(&facts, |_| true, true);
     let good = facts("127.0.0.1:3000");
     assert!(matches!(decide(good), AboutSocket::Replace(_, port) if port.get() == 3000));
@@ -134,7 +134,8 @@ fn addresses() -> impl Strategy<Value = SocketAddr> {
 }
 
 proptest! {
-    /// For every address that a program can bind, the host's socket is on loopback, or is a wildcard that `is_every_loopback` confines to `lo`.
+    /// For every address that a program can bind, the host's socket is on loopback, or is a wildcard that
+    /// `is_every_loopback` confines to `lo`.
     #[test]
     fn no_address_leads_off_the_loopback(inside in addresses(), v6_only: bool) {
         if let Some(at) = HostAddress::of(inside, v6_only) {

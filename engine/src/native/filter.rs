@@ -2,9 +2,9 @@
 //!
 //! The filter notifies for `bind` and `listen` of the native architecture, and allows every other call. The library
 //! `seccompiler` cannot express it: it has no `SECCOMP_RET_USER_NOTIF`, and it kills a process of a foreign architecture,
-//! which a 32-bit program is. Such a program is allowed everything here, and its servers are relayed.
+//! such as a 32-bit program. This filter allows such a program every call, and its servers are relayed.
 //!
-//! Proof that the program does no more than that: it has no loop (classic BPF jumps forward only), reads two fields of
+//! Proof that the program does no more: it has no loop (classic BPF jumps forward only), reads two fields of
 //! `struct seccomp_data`, and has two return values. The tests interpret it for every system call number of each
 //! architecture.
 
@@ -63,7 +63,7 @@ pub(super) const PROGRAM_LENGTH: usize = 7;
 pub(super) fn program(architecture: u32) -> [sock_filter; PROGRAM_LENGTH] {
     [
         load(ARCHITECTURE_OFFSET),
-        // A foreign architecture goes to the return of "allow", three instructions after the next one.
+        // For a foreign architecture, jump to the return of "allow", three instructions after the next one.
         jump_if_equal(architecture, 0, 3),
         load(NUMBER_OFFSET),
         jump_if_equal(Call::Bind.number(), 2, 0),
@@ -77,7 +77,7 @@ fn load(offset: u32) -> sock_filter {
     sock_filter { code: code(BPF_LD | BPF_W | BPF_ABS), jt: 0, jf: 0, k: offset }
 }
 
-/// Skips `then` instructions where the loaded value equals `value`, else `otherwise`.
+/// Skips `then` instructions if the loaded value equals `value`, else `otherwise`.
 fn jump_if_equal(value: u32, then: u8, otherwise: u8) -> sock_filter {
     sock_filter { code: code(BPF_JMP | BPF_JEQ | BPF_K), jt: then, jf: otherwise, k: value }
 }
@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn foreign_architectures_are_allowed_everything() {
         let program = program(X86_64);
-        // i386, ARM, AArch64, and what no kernel has.
+        // i386, ARM, AArch64, and numbers that no kernel uses.
         for architecture in [0x4000_0003, 0x4000_0028, 0xC000_00B7, 0, u32::MAX] {
             for number in 0..2_048 {
                 assert_eq!(run(&program, number, architecture), SECCOMP_RET_ALLOW);

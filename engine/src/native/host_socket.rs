@@ -1,14 +1,15 @@
-//! Listening sockets of the host that take the place of a sandbox's own.
+//! Listening sockets of the host that replace a sandbox's own.
 //!
-//! The thread that makes them is in the host's network namespace. Three rules keep them from the world, and from each
-//! other:
+//! The thread that creates them is in the host's network namespace. Three rules keep them unreachable from other hosts and
+//! separate from each other:
 //!
 //! - A socket is bound to a loopback address, or to `::` on the device `lo`, which takes no packet from elsewhere.
-//! - It is bound without SO_REUSEPORT, so that the bind fails where any other socket has the port. The kernel would share
-//!   the port among all sockets of one user that have the option, which two sandboxes may be. A server that asked for the
-//!   option gets it after `listen`, which is in time for its own further sockets.
-//! - Those are bound with it, and then every listener on the port has to be one of this sandbox. A listener of another
-//!   sandbox is seen at this point: that sandbox binds without the option as well, which fails from then on.
+//! - It is bound without SO_REUSEPORT, so that the bind fails if any other socket has the port. With the option, the kernel
+//!   would share the port among all sockets of one user, and so between two sandboxes. A server that requested the option
+//!   gets it after `listen`, in time for its own further sockets.
+//! - Those further sockets are bound with the option, and then every listener on the port must be one of this sandbox. A
+//!   listener of another sandbox is detected at this point, because that sandbox binds without the option, too, which fails
+//!   from then on.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -27,10 +28,10 @@ use crate::sys::netns_cookie;
 /// The loopback device of every network namespace.
 const LOOPBACK: &str = "lo";
 
-/// Reads what decides about a socket of the sandbox with this cookie of its namespace.
+/// Reads the facts that decide on a socket of the sandbox whose namespace has this cookie.
 ///
 /// # Errors
-/// ENOTSOCK for another descriptor; those of the system.
+/// ENOTSOCK for another kind of descriptor; those of the system.
 pub(super) fn facts(socket: &OwnedFd, sandbox: u64, is_stub: bool) -> Result<SocketFacts, Errno> {
     let domain = sockopt::socket_domain(socket)?;
     let is_v6 = domain == AddressFamily::INET6;
@@ -51,10 +52,10 @@ pub(super) fn facts(socket: &OwnedFd, sandbox: u64, is_stub: bool) -> Result<Soc
     })
 }
 
-/// Makes a listening socket with the options of `original`; `join` shares the port with others of this sandbox.
+/// Creates a listening socket with the options of `original`; `join` shares the port with others of this sandbox.
 ///
 /// # Errors
-/// EADDRINUSE where another socket has the port; those of the system.
+/// EADDRINUSE if another socket has the port; those of the system.
 pub(super) fn listen(
     at: HostAddress,
     original: &OwnedFd,
@@ -65,7 +66,7 @@ pub(super) fn listen(
     let socket =
         rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
     copy_options(original.as_fd(), socket.as_fd(), at.address.is_ipv4());
-    // Connections of an earlier server in TIME_WAIT do not keep the port. Two that listen never share it by this.
+    // Connections of an earlier server in TIME_WAIT do not keep the port. Two listeners cannot share a port by this option.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if at.address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, at.v6_only)?;
@@ -85,8 +86,8 @@ pub(super) fn listen(
     Ok(socket)
 }
 
-/// Copies what accepted connections inherit, where it differs from the host's default. An option that cannot be read or set
-/// is left as it is.
+/// Copies the options that accepted connections inherit, if they differ from the host's default. An option that cannot be
+/// read or set is left unchanged.
 ///
 /// Filters and `TCP_DEFER_ACCEPT` are not copied; without them a server sees the same bytes.
 fn copy_options(from: BorrowedFd<'_>, to: BorrowedFd<'_>, is_v4: bool) {
@@ -112,14 +113,14 @@ fn copy_options(from: BorrowedFd<'_>, to: BorrowedFd<'_>, is_v4: bool) {
         copy(from, to, sockopt::ipv6_tclass, sockopt::set_ipv6_tclass);
         copy(from, to, sockopt::ipv6_unicast_hops, |to, hops| sockopt::set_ipv6_unicast_hops(to, Some(hops)));
     }
-    // The kernel reports the double of the size that was set (`socket(7)`).
+    // The kernel reports twice the size that was set (`socket(7)`).
     let (receive, send) = (sockopt::socket_recv_buffer_size, sockopt::socket_send_buffer_size);
     copy(from, to, receive, |to, size| sockopt::set_socket_recv_buffer_size(to, size / 2));
     copy(from, to, send, |to, size| sockopt::set_socket_send_buffer_size(to, size / 2));
 }
 
-/// Copies one option. A value that is written is fixed, such as a buffer's size, which grows by itself otherwise; so it is
-/// written only where it differs.
+/// Copies one option. It is written only if it differs, because writing fixes a value that the kernel otherwise adjusts,
+/// such as a buffer's size.
 fn copy<'a, T: PartialEq>(
     from: BorrowedFd<'a>,
     to: BorrowedFd<'a>,
@@ -133,12 +134,12 @@ fn copy<'a, T: PartialEq>(
     }
 }
 
-/// The device that a socket is bound to.
+/// Returns the device to which a socket is bound.
 fn device(socket: &OwnedFd) -> Option<OsString> {
     getsockopt(socket, BindToDevice).ok().filter(|device| !device.is_empty())
 }
 
-/// The port of a socket that is bound.
+/// Returns the port of a bound socket.
 pub(super) fn port(socket: &OwnedFd) -> Option<NonZeroU16> {
     let local = rustix::net::getsockname(socket).ok()?;
     NonZeroU16::new(SocketAddr::try_from(local).ok()?.port())

@@ -1,4 +1,4 @@
-//! What the supervisor keeps of one native listener.
+//! The supervisor's record of one native listener.
 
 use std::os::fd::OwnedFd;
 
@@ -19,7 +19,7 @@ pub(super) struct Native {
     pub(super) stub_cookie: u64,
     /// `SO_COOKIE` of the host's socket.
     pub(super) cookie: u64,
-    /// Descriptors that the host's socket was put at.
+    /// The descriptors that were replaced with the host's socket.
     pub(super) holders: Vec<Holder>,
     /// The host's socket, for later children of `ancestors`.
     pub(super) retained: Option<OwnedFd>,
@@ -28,10 +28,10 @@ pub(super) struct Native {
     pub(super) clients: Clients,
 }
 
-/// What happens to clients of a stub.
+/// The state of a stub's clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Clients {
-    /// None has come.
+    /// No client has come.
     Awaited,
     /// The engine accepts them.
     Relayed(ForwardId),
@@ -40,7 +40,7 @@ pub(super) enum Clients {
 }
 
 impl Native {
-    /// Duplicates the host's socket, from wherever it is held.
+    /// Duplicates the host's socket from any process that holds it.
     pub(super) fn host_socket(&self) -> Option<OwnedFd> {
         if let Some(retained) = &self.retained {
             return retained.try_clone().ok();
@@ -49,7 +49,7 @@ impl Native {
         taken.into_iter().find(|socket| sockopt::socket_cookie(socket) == Ok(self.cookie))
     }
 
-    /// Forgets processes that no longer hold the stub; without any, the host's socket is not retained.
+    /// Removes processes that no longer hold the stub. When none is left, the host's socket is no longer retained.
     pub(super) fn release(&mut self) {
         let stub = self.listener.stub_inode;
         self.ancestors.retain(|holder| tracee::still_holds(holder, stub));
@@ -59,14 +59,14 @@ impl Native {
     }
 }
 
-/// Makes a host socket block, or not, as the server's own does.
+/// Makes a host socket blocking or non-blocking, like the server's own.
 pub(super) fn mirror_blocking(from: &OwnedFd, to: &OwnedFd) -> Result<(), Errno> {
     use rustix::fs::OFlags;
     let blocks = !rustix::fs::fcntl_getfl(from)?.contains(OFlags::NONBLOCK);
     rustix::io::ioctl_fionbio(to, !blocks)
 }
 
-/// The inode of a socket.
+/// Returns the inode of a socket.
 pub(super) fn inode(socket: &OwnedFd) -> Result<u64, Errno> {
     Ok(rustix::fs::fstat(socket)?.st_ino)
 }

@@ -1,9 +1,10 @@
 //! Sockets without a relay: the servers of a sandbox listen on sockets of the host.
 //!
-//! A relay costs two wake-ups and TCP twice. A sandbox of the same user needs none: its command runs under a seccomp filter
-//! that notifies for `bind` and `listen` ([`install`]), and a supervisor on the host answers ([`Supervisor`]). At `listen` it
-//! makes a socket of the host with the same port, replaces the server's own socket with it in the server's descriptor table,
-//! and makes the call return 0. From then on the server accepts connections of the host's loopback directly.
+//! A relay costs two wake-ups and processes TCP twice. A sandbox of the same user needs none: its command runs under a
+//! seccomp filter that notifies for `bind` and `listen` ([`install`]), and a supervisor on the host answers
+//! ([`Supervisor`]). At `listen` it creates a socket of the host with the same port, replaces the server's own socket with
+//! it in the server's descriptor table, and makes the call return 0. From then on the server accepts connections of the
+//! host's loopback directly.
 //!
 //! ```text
 //!  server            kernel                      supervisor (this module)
@@ -23,22 +24,23 @@
 //! | `decision` | whether a socket is replaced, and by what; pure |
 //! | `tracee`, `procfs` | facts about the process and its descriptors; the parsers are pure |
 //! | `host_socket` | facts about sockets; makes the host's |
-//! | `serve`, `listener` | the thread, and what it keeps of each native listener |
+//! | `serve`, `listener` | the thread, and its record of each native listener |
 //! | `traffic` | counters of native ports, on demand |
 //! | `stub_relay` | clients inside the sandbox, relayed to the host socket |
 //!
-//! # What holds
+//! # Guarantees
 //!
-//! - In doubt, the call continues in the kernel and the relay serves the port. Each listener is decided alone.
+//! - In doubt, the call continues in the kernel and the relay serves the port. Each listener is decided on its own.
 //! - No socket made here is reachable from another host, and no two sandboxes share a port (`host_socket`).
 //! - A port is free at once when its server closes the listener or dies: the supervisor holds no host socket, except while a
 //!   parent process of the server holds the stub for its later children.
-//! - The supervisor waits for nothing that a program in the sandbox controls, except that the program can delay its own calls.
-//! - `connect` is not trapped: a signal before the notification is received makes the call fail with EINTR, and a
-//!   non-blocking program takes that for a connection in progress. A signal at that moment makes `bind` or `listen` fail with
-//!   EINTR as well, before they had any effect; the kernel restarts them for handlers with SA_RESTART.
+//! - The supervisor waits for nothing that a program in the sandbox controls, except that the program can delay its own
+//!   calls.
+//! - `connect` is not trapped: a signal before the notification is received makes the call fail with EINTR, which a
+//!   non-blocking program interprets as a connection in progress. A signal at that time makes `bind` or `listen` fail with
+//!   EINTR, too, before they had any effect; the kernel restarts them for handlers with SA_RESTART.
 //!
-//! # What a sandbox gives up
+//! # Limits of the isolation
 //!
 //! A program inside holds a socket of the host's network namespace. It can stop listening on it, and connect it to any
 //! loopback service of the host.
@@ -68,26 +70,26 @@ pub use decision::{Conflict, EPHEMERAL_PORTS, HostAddress, RelayReason};
 pub use notify::{InstallError, install};
 pub use traffic::{Traffic, traffic};
 
-/// Native listeners of one sandbox. More are relayed, as far as the driver's own quota lets them.
+/// The maximum number of native listeners of one sandbox. Further ones are relayed, within the driver's own quota.
 pub const LISTENERS_MAX: usize = 256;
 
 /// A server's listener that is a socket of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NativeListener {
-    /// Where it listens on the host.
+    /// Its address on the host.
     #[serde(flatten)]
     pub address: HostAddress,
     /// The inode of the host's socket.
     pub inode: u64,
     /// The inode of the stub, which listens in the sandbox.
     pub stub_inode: u64,
-    /// The process that called `listen`, as the supervisor numbers it.
+    /// The process that called `listen`, in the pid namespace of the supervisor.
     pub process: u32,
 }
 
 impl NativeListener {
-    /// Its port, which is the same inside.
+    /// Returns its port, which is the same inside.
     pub fn port(&self) -> u16 {
         self.address.address.port()
     }
@@ -98,53 +100,52 @@ impl NativeListener {
 pub enum NativeEvent {
     /// A server listens on the host. Reported before its `listen` returns.
     Opened(NativeListener),
-    /// The listener with this inode of its host socket is closed, and its stub with it.
+    /// The native listener is closed, and its stub with it.
     Closed {
-        /// The inode.
+        /// The inode of the host socket.
         inode: u64,
     },
-    /// A server is about to listen inside, and has to be relayed. Reported before its `listen` returns.
+    /// A server is about to listen inside, and must be relayed. Reported before its `listen` returns.
     Relayed {
         /// The port.
         port: NonZeroU16,
         /// The inode of its socket in the sandbox.
         inode: u64,
-        /// Why it is not native.
+        /// The reason why it is not native.
         reason: RelayReason,
     },
     /// Clients inside the sandbox do not reach native listeners: a sentence for people.
     Degraded {
-        /// What is wrong.
+        /// The cause.
         reason: String,
     },
-    /// Every process of the sandbox has ended, or the kernel's descriptor failed. Nothing follows.
+    /// Every process of the sandbox has ended, or the kernel's descriptor failed. This is the last event.
     Ended,
 }
 
-/// The program that a supervisor works for. It is called on the supervisor's thread, so each call delays the server that
-/// listens.
+/// The driver of a supervisor. It is called on the supervisor's thread, so each call delays the server that listens.
 pub trait Driver: Send + 'static {
     /// Whether a port may answer on the host.
     fn may_expose(&mut self, port: NonZeroU16) -> bool;
 
-    /// Chooses what happens when a port is in use. `inodes` are the host's other sockets that listen on it. There may be none:
-    /// they were closed meanwhile, or a socket that does not listen holds the port.
+    /// Chooses the handling of a port that is in use. `inodes` are the host's other sockets that listen on it. The list is
+    /// empty if they were closed meanwhile, or if a socket that does not listen holds the port.
     fn conflict(&mut self, port: NonZeroU16, inodes: &[u64]) -> Conflict;
 
-    /// Takes a change.
+    /// Handles a change.
     fn report(&mut self, event: NativeEvent);
 }
 
-/// Why a supervisor could not start.
+/// The reason why a supervisor could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum SuperviseError {
-    /// The descriptor of notifications is of no use.
+    /// The notification descriptor is unusable.
     #[error("the notifications of the sandbox cannot be read")]
     Notifications(#[source] Errno),
-    /// No inotify instance could be made; it reports the end of a listener.
+    /// No inotify instance could be created; it is needed to detect the end of a listener.
     #[error("no inotify instance is left (fs.inotify.max_user_instances)")]
     Inotify(#[source] Errno),
-    /// A socket could not be made.
+    /// A socket could not be created.
     #[error("the host's sockets cannot be listed")]
     Listing(#[source] io::Error),
     /// The thread could not be started.
@@ -154,8 +155,8 @@ pub enum SuperviseError {
 
 /// Answers the trapped calls of one sandbox, on a thread of its own, until every process of the sandbox has ended.
 ///
-/// [`Supervisor::prepare`] takes what can be exhausted before the filter is installed: in a sandbox under a filter without a
-/// supervisor, every `listen` fails with ENOSYS.
+/// [`Supervisor::prepare`] acquires the limited resources before the filter is installed: in a sandbox with a filter but
+/// without a supervisor, every `listen` fails with ENOSYS.
 #[derive(Debug)]
 pub struct Supervisor {
     inotify: OwnedFd,
@@ -163,8 +164,8 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Takes the descriptors that a supervisor needs. The calling thread is in the network namespace that servers are to listen
-    /// in.
+    /// Acquires the descriptors that a supervisor needs. The calling thread must be in the network namespace in which the
+    /// servers are to listen.
     ///
     /// # Errors
     /// See [`SuperviseError`].
@@ -177,8 +178,8 @@ impl Supervisor {
         Ok(Supervisor { inotify, listeners })
     }
 
-    /// Starts to answer. `notifications` is what [`install`] returned, and `netns_cookie` the `SO_NETNS_COOKIE` of the
-    /// sandbox. It cannot be stopped.
+    /// Starts to answer. `notifications` is the descriptor from [`install`], and `netns_cookie` the `SO_NETNS_COOKIE` of the
+    /// sandbox. A supervisor cannot be stopped.
     ///
     /// # Errors
     /// See [`SuperviseError`].

@@ -1,13 +1,13 @@
 //! The kernel's side of a seccomp user notification: the filter's installation and the four requests of its descriptor.
 //!
-//! `seccomp_unotify(2)` describes the protocol. The kernel may have longer structures than the headers that this was
-//! built with, and refuses shorter buffers than its own: [`Notifications`] asks for the sizes once and keeps buffers of at
-//! least that length. The structures that are passed by fixed size (`seccomp_notif_addfd`, the identifier) carry their size
-//! in the request number.
+//! `seccomp_unotify(2)` describes the protocol. The kernel may have longer structures than the headers of this build, and
+//! refuses shorter buffers than its own: [`Notifications`] requests the sizes once and keeps buffers of at least that
+//! length. The structures that are passed by fixed size (`seccomp_notif_addfd`, the identifier) carry their size in the
+//! request number.
 //!
-//! One thread reads a descriptor. `poll(2)` reports it readable only while a notification waits that has not been received,
-//! and only its reader takes one, so receiving after such a poll does not block. The notifying task may end in between;
-//! that is [`Received::Vanished`].
+//! One thread reads a descriptor. `poll(2)` reports it readable only while an unreceived notification waits, and no other
+//! thread receives it, so receiving after such a poll does not block. The notifying task may end in between; the result is
+//! then [`Received::Vanished`].
 
 #![expect(
     unsafe_code,
@@ -27,7 +27,7 @@ use super::filter::{self, Call};
 /// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` (include/uapi/linux/seccomp.h, Linux 6.6).
 const SYNC_WAKE_UP: libc::c_ulong = 1;
 
-/// Why a filter could not be installed.
+/// The reason why a filter could not be installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
 pub enum InstallError {
@@ -40,10 +40,10 @@ pub enum InstallError {
     /// Another supervisor has a notification descriptor for this process already (EBUSY).
     #[error("another program supervises the system calls of this process already")]
     Nested,
-    /// The kernel, or a filter that is in force, does not permit it.
+    /// The kernel or an active filter does not permit it.
     #[error("seccomp filters are not permitted here")]
     Forbidden,
-    /// Another error of the kernel.
+    /// Any other error of the kernel.
     #[error("the kernel refused the seccomp filter: {}", io::Error::from_raw_os_error(*.0))]
     Other(i32),
 }
@@ -59,10 +59,10 @@ impl From<Errno> for InstallError {
     }
 }
 
-/// Installs the filter on the calling thread, for good, and returns the descriptor that its notifications come from.
+/// Installs the filter on the calling thread permanently, and returns the descriptor of its notifications.
 ///
-/// Threads and processes that this one makes from now on inherit the filter. The caller needs CAP_SYS_ADMIN in its user
-/// namespace, which a process has in one that it made, until it executes another program.
+/// Threads and processes that this one creates from now on inherit the filter. The caller needs CAP_SYS_ADMIN in its user
+/// namespace; a process that created the namespace has it until it executes another program.
 ///
 /// # Errors
 /// [`InstallError`]; nothing is installed.
@@ -73,7 +73,8 @@ pub fn install() -> Result<OwnedFd, InstallError> {
     let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
     let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
     // SAFETY: with SECCOMP_SET_MODE_FILTER the kernel reads one sock_fprog at the third argument, and `len` instructions at
-    // its `filter`. Both live until the end of this function and are not written by anything meanwhile; the kernel copies them.
+    // its `filter`. Both live until the end of this function and are not written by anything meanwhile; the kernel copies
+    // them.
     let made = unsafe {
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, ptr::from_ref(&program))
     };
@@ -89,11 +90,11 @@ pub fn install() -> Result<OwnedFd, InstallError> {
 /// A call that waits for its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Trapped {
-    /// The kernel's identifier of the notification, never used again.
+    /// The kernel's identifier of the notification, never reused.
     pub(super) id: u64,
-    /// The thread that made the call, as this process numbers it; 0 where it has no number here.
+    /// The id of the calling thread in our pid namespace; 0 if the thread is not in it.
     pub(super) thread: u32,
-    /// The call; none for one that the filter does not notify for.
+    /// The call; `None` if the filter does not notify for it.
     pub(super) call: Option<Call>,
     /// Its first argument, a descriptor of the caller.
     pub(super) descriptor: i32,
@@ -106,7 +107,7 @@ pub(super) struct Trapped {
 pub(super) enum Received {
     /// A call waits.
     Call(Trapped),
-    /// The task that made the call has ended or left it, or a signal came.
+    /// The calling task has ended or its call was interrupted, or this thread received a signal.
     Vanished,
 }
 
@@ -124,12 +125,12 @@ impl Notifications {
     /// Takes the descriptor that [`install`] returned, in this process or another.
     ///
     /// # Errors
-    /// Those of asking the kernel for the sizes of its structures.
+    /// Those of requesting the sizes of the kernel's structures.
     pub(super) fn new(descriptor: OwnedFd) -> Result<Notifications, Errno> {
         let mut sizes =
             libc::seccomp_notif_sizes { seccomp_notif: 0, seccomp_notif_resp: 0, seccomp_data: 0 };
-        // SAFETY: with SECCOMP_GET_NOTIF_SIZES the kernel writes one seccomp_notif_sizes, whose layout is fixed, to the third
-        // argument; `sizes` is one, borrowed exclusively.
+        // SAFETY: with SECCOMP_GET_NOTIF_SIZES the kernel writes one seccomp_notif_sizes, whose layout is fixed, to the
+        // third argument; `sizes` is one, borrowed exclusively.
         let got = unsafe {
             libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_NOTIF_SIZES, 0, ptr::from_mut(&mut sizes))
         };
@@ -145,8 +146,8 @@ impl Notifications {
         Ok(notifications)
     }
 
-    /// Has the kernel switch from the caller to this reader directly, on the caller's processor. A signal in the time before a
-    /// call is received interrupts the call, so that time is kept short. Kernels before 6.6 refuse, and do without.
+    /// Makes the kernel switch directly from the caller to this reader, on the caller's processor. A signal interrupts a
+    /// call that is not received yet, so this shortens that time. Kernels before 6.6 refuse, which does no harm.
     fn wake_up_at_once(&self) {
         // SAFETY: SECCOMP_IOCTL_NOTIF_SET_FLAGS takes its flags as the argument itself and accesses no memory.
         let _ = unsafe {
@@ -154,15 +155,15 @@ impl Notifications {
         };
     }
 
-    /// Takes the next call, after `poll(2)` reported one.
+    /// Receives the next call, after `poll(2)` reported one.
     ///
     /// # Errors
-    /// Every errno that does not mean [`Received::Vanished`].
+    /// Every errno except those that mean [`Received::Vanished`].
     pub(super) fn receive(&mut self) -> Result<Received, Errno> {
         // The kernel refuses a buffer that is not zeroed.
         self.received.fill(0);
-        // SAFETY: SECCOMP_IOCTL_NOTIF_RECV writes one struct seccomp_notif of the kernel's size to its argument. The buffer is
-        // at least that long (`new`), aligned to 8 as the structure is, and borrowed exclusively.
+        // SAFETY: SECCOMP_IOCTL_NOTIF_RECV writes one struct seccomp_notif of the kernel's size to its argument. The buffer
+        // is at least that long (`new`), aligned to 8 as the structure is, and borrowed exclusively.
         let got = unsafe {
             libc::ioctl(
                 self.descriptor.as_raw_fd(),
@@ -176,9 +177,9 @@ impl Notifications {
                 other => Err(other),
             };
         }
-        // SAFETY: the buffer is at least as long as a `libc::seccomp_notif` (`new`), aligned to 8, and initialised: every byte
-        // was zeroed, and every bit pattern is a seccomp_notif, which consists of integers. A longer structure of the kernel's
-        // has the fields of the shorter one at the same offsets.
+        // SAFETY: the buffer is at least as long as a `libc::seccomp_notif` (`new`), aligned to 8, and initialised: every
+        // byte was zeroed, and every bit pattern is a seccomp_notif, which consists of integers. A longer structure of the
+        // kernel's has the fields of the shorter one at the same offsets.
         let notification = unsafe { self.received.as_ptr().cast::<libc::seccomp_notif>().read() };
         Ok(Received::Call(Trapped {
             id: notification.id,
@@ -189,8 +190,8 @@ impl Notifications {
         }))
     }
 
-    /// Whether the call still waits: its task lives and has not been interrupted. What was looked up by the task's number
-    /// before this returns true was looked up in that task, and in no later one of the same number.
+    /// Whether the call still waits: its task lives and has not been interrupted. If so, earlier lookups by the task's id
+    /// concerned that task, and not a later one with the same id.
     pub(super) fn is_waiting(&self, trapped: &Trapped) -> bool {
         // SAFETY: SECCOMP_IOCTL_NOTIF_ID_VALID reads one u64 at its argument; `id` is one and outlives the call.
         let got = unsafe {
@@ -206,7 +207,7 @@ impl Notifications {
     /// Puts a duplicate of `file` into the caller's descriptor table at `at`, and closes what is there, as `dup3(2)` does.
     ///
     /// # Errors
-    /// ENOENT when the call no longer waits; EBADF when `at` is beyond the caller's limit. Nothing is changed then.
+    /// ENOENT if the call no longer waits; EBADF if `at` is beyond the caller's limit. Neither changes the table.
     pub(super) fn replace(
         &self,
         trapped: &Trapped,
@@ -232,7 +233,7 @@ impl Notifications {
         if got < 0 { Err(last_errno()) } else { Ok(()) }
     }
 
-    /// Lets the kernel carry the call out as if there were no filter.
+    /// Lets the kernel carry out the call as if there were no filter.
     pub(super) fn let_continue(&mut self, trapped: &Trapped) {
         let flags = u32::try_from(libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE).unwrap_or(1);
         self.respond(libc::seccomp_notif_resp { id: trapped.id, val: 0, error: 0, flags });
@@ -244,14 +245,14 @@ impl Notifications {
         self.respond(libc::seccomp_notif_resp { id: trapped.id, val: 0, error, flags: 0 });
     }
 
-    /// The one error is ENOENT: the task has ended, and nothing waits for the answer.
+    /// Sends a response. The only error is ENOENT: the task has ended and waits for no answer.
     fn respond(&mut self, response: libc::seccomp_notif_resp) {
         self.response.fill(0);
         // SAFETY: the buffer is at least as long as a seccomp_notif_resp (`new`), aligned to 8 as that is, and borrowed
         // exclusively; integers need no drop of what was there.
         unsafe { self.response.as_mut_ptr().cast::<libc::seccomp_notif_resp>().write(response) };
-        // SAFETY: SECCOMP_IOCTL_NOTIF_SEND reads one struct seccomp_notif_resp of the kernel's size at its argument. The buffer
-        // is at least that long (`new`) and initialised.
+        // SAFETY: SECCOMP_IOCTL_NOTIF_SEND reads one struct seccomp_notif_resp of the kernel's size at its argument. The
+        // buffer is at least that long (`new`) and initialised.
         let _ = unsafe {
             libc::ioctl(
                 self.descriptor.as_raw_fd(),

@@ -1,8 +1,8 @@
 //! Parsers for the files of `/proc/PID` that the supervisor reads. Pure.
 //!
 //! The kernel writes these files, but a process in the sandbox influences their contents, such as its own name in
-//! `status`. A line that does not parse is skipped, so the result lacks a fact at worst, and a missing fact means that a
-//! socket is relayed.
+//! `status`. A line that does not parse is skipped, so the result may lack a fact, and a missing fact means that a socket is
+//! relayed.
 
 /// `O_CLOEXEC` and `O_ASYNC` as `fdinfo` prints them: octal, in the numbers of the architecture.
 const CLOEXEC: u32 = libc::O_CLOEXEC as u32;
@@ -11,9 +11,9 @@ const ASYNC: u32 = libc::O_ASYNC as u32;
 /// The flags of one descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Flags {
-    /// Closed by `execve(2)`. It belongs to the descriptor and not to its file.
+    /// Closed by `execve(2)`. The flag belongs to the descriptor and not to its file.
     pub(super) close_on_exec: bool,
-    /// The file signals readiness (`O_ASYNC`), to a process that only the file knows.
+    /// The file signals readiness (`O_ASYNC`) to a process that is known only to the file.
     pub(super) is_async: bool,
 }
 
@@ -24,16 +24,16 @@ pub(super) fn flags(fdinfo: &str) -> Option<Flags> {
     Some(Flags { close_on_exec: value & CLOEXEC != 0, is_async: value & ASYNC != 0 })
 }
 
-/// Whether an epoll instance, given by its `fdinfo`, watches the file with this inode of the socket file system.
+/// Whether an epoll instance with this `fdinfo` watches the file with this inode of the socket file system.
 ///
-/// Inodes of other file systems may have the same number, and then a socket counts as watched although it is not.
+/// Inodes of other file systems may have the same number; a socket then counts as watched although it is not.
 pub(super) fn epoll_watches(fdinfo: &str, inode: u64) -> bool {
     let targets = fdinfo.lines().filter(|line| line.starts_with("tfd:"));
     let inodes = targets.filter_map(|line| line.split_once("ino:")?.1.split_whitespace().next());
     inodes.filter_map(|number| u64::from_str_radix(number, 16).ok()).any(|watched| watched == inode)
 }
 
-/// Reads the inode from the link of a descriptor that is a socket (`socket:[INODE]`).
+/// Parses the inode from the link of a socket descriptor (`socket:[INODE]`).
 pub(super) fn socket_inode(link: &[u8]) -> Option<u64> {
     let number = link.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
     std::str::from_utf8(number).ok()?.parse().ok()
@@ -47,15 +47,15 @@ pub(super) fn is_epoll(link: &[u8]) -> bool {
 /// Fields of the `status` of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Status {
-    /// The process that the thread belongs to.
+    /// The process of the thread.
     pub(super) process: u32,
-    /// The parent of that process; 0 for none in our pid namespace.
+    /// The parent of that process; 0 if it is outside of our pid namespace.
     pub(super) parent: u32,
     /// The number of threads of the process.
     pub(super) threads: u32,
 }
 
-/// Reads a `status`. The name comes first there, and the kernel escapes newlines in it.
+/// Parses a `status` file. The name comes first, and the kernel escapes newlines in it.
 pub(super) fn status(text: &str) -> Option<Status> {
     let number = |name: &str| {
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_in_a_status_is_no_other_field() {
+    fn a_process_name_is_not_parsed_as_a_field() {
         let text =
             "Name:\tThreads:\\t9\nUmask:\t0022\nState:\tS\nTgid:\t42\nPid:\t43\nPPid:\t7\nThreads:\t2\n";
         assert_eq!(status(text), Some(Status { process: 42, parent: 7, threads: 2 }));

@@ -1,14 +1,14 @@
 //! The thread that answers the calls of one sandbox, and its table of native listeners.
 //!
-//! The end of a listener is noticed by inotify: a watch on the socket's inode reports `IN_CLOSE` when the last descriptor
-//! of the last process is closed, and the event is in the queue before that `close` returns. Events are therefore taken
-//! before every call is answered, and a server that closes its listener and binds the port again finds the stub closed. A
-//! watch keeps the inode, so its number is not used again meanwhile.
+//! inotify reports the end of a listener: a watch on the socket's inode reports `IN_CLOSE` when the last process closes the
+//! last descriptor, and the event is queued before that `close` returns. Events are therefore read before each call is
+//! answered, so that a server that closes its listener and binds the port again finds the stub closed. A watch keeps the
+//! inode, so its number is not reused meanwhile.
 //!
-//! One listener is retained, which means that this process holds its host socket as well, while a process above the server
-//! holds the stub: a parent that bound the socket and starts a new child when the old one ends. On the host the port would
-//! stay open in between, and it does here. Whether such a process still holds the stub is looked up every
-//! [`RETAINED_CHECK`].
+//! A listener is retained, which means that this process holds its host socket, too, while a process above the server holds
+//! the stub: a parent that bound the socket and starts a new child when the old one ends. On the host the port would stay
+//! open in between, and so it does here. Every [`RETAINED_CHECK`] the supervisor looks up whether such a process still holds
+//! the stub.
 
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
@@ -48,9 +48,9 @@ pub(super) struct Serving<D> {
     listeners: SockDiag,
     netns_cookie: u64,
     driver: D,
-    /// By the descriptor of their watch.
+    /// The native listeners, by their inotify watch.
     natives: BTreeMap<i32, Native>,
-    /// When holders of stubs were looked up last.
+    /// When the holders of stubs were last looked up.
     checked: Instant,
     relay: Option<StubRelay>,
 }
@@ -77,7 +77,7 @@ impl<D: Driver> Serving<D> {
     }
 
     /// Answers until the sandbox has ended, and then waits for the end of its listeners: the kernel reports the end of the
-    /// last process before it closes its descriptors.
+    /// last process before it closes that process's descriptors.
     pub(super) fn run(mut self) {
         let mut has_ended = false;
         while !has_ended || !self.natives.is_empty() {
@@ -88,7 +88,7 @@ impl<D: Driver> Serving<D> {
             for watch in turn.clients {
                 self.relay_clients(watch);
             }
-            // A descriptor that reports both still has calls to answer.
+            // A descriptor that reports a call and the end still has calls to answer.
             has_ended |= turn.ended && !turn.call;
         }
         self.driver.report(NativeEvent::Ended);
@@ -99,7 +99,7 @@ impl<D: Driver> Serving<D> {
         let watches: Vec<i32> = awaited.clone().map(|(watch, _)| *watch).collect();
         let mut entries = vec![PollFd::new(&self.inotify, PollFlags::IN)];
         entries.extend(awaited.map(|(_, native)| PollFd::new(&native.stub, PollFlags::IN)));
-        // The last one, since an end is reported again and again.
+        // Polled last and only until the sandbox has ended, because the end is reported again and again.
         if !has_ended {
             entries.push(PollFd::from_borrowed_fd(self.notifications.as_fd(), PollFlags::IN));
         }
@@ -116,14 +116,14 @@ impl<D: Driver> Serving<D> {
         })
     }
 
-    /// Answers one call. False when no more can be received.
+    /// Answers one call. Returns false if no more can be received.
     fn answer_next(&mut self) -> bool {
         let trapped = match self.notifications.receive() {
             Ok(Received::Call(trapped)) => trapped,
             Ok(Received::Vanished) => return true,
             Err(_) => return false,
         };
-        // It may have come after the last look, and before this call.
+        // An event may have arrived after the last check and before this call.
         self.end_closed();
         let answer = match trapped.call {
             Some(Call::Listen) => self.listen(&trapped),
@@ -136,8 +136,7 @@ impl<D: Driver> Serving<D> {
         true
     }
 
-    /// Decides about a `listen`, and carries the decision out. What goes wrong on the way leaves the server with its own
-    /// socket.
+    /// Decides on a `listen`, and carries out the decision. After an error the server keeps its own socket.
     fn listen(&mut self, trapped: &Trapped) -> Answer {
         let Ok(tracee) = Tracee::of(trapped, &self.notifications) else { return Answer::Continue };
         let Ok(socket) = tracee.descriptor(trapped.descriptor) else { return Answer::Continue };
@@ -182,8 +181,8 @@ impl<D: Driver> Serving<D> {
         let stub_cookie = sockopt::socket_cookie(socket)?;
         let watch = self.watch(&host)?;
         let listener = NativeListener { address, inode: host_inode, stub_inode, process: tracee.process() };
-        // Its failure is the server's own: the kernel repeats it when the call continues. After it, a continued call changes
-        // the backlog alone.
+        // If this fails, the kernel repeats the error when the call continues. If it succeeds, a continued call only changes
+        // the backlog.
         let listens = rustix::net::listen(socket, trapped.backlog);
         let injected = listens.and_then(|()| self.inject(trapped, tracee, &host, stub_inode, &injection));
         let holders = match injected {
@@ -209,7 +208,7 @@ impl<D: Driver> Serving<D> {
         Ok(())
     }
 
-    /// Gives the host socket that a stub stands for to another process that listens on the stub.
+    /// Gives the host socket of a stub to another process that listens on the stub.
     fn rejoin(
         &mut self,
         trapped: &Trapped,
@@ -242,7 +241,7 @@ impl<D: Driver> Serving<D> {
         decision::about_holders(holders, trapped.descriptor, tracee.threads()).map_err(Refusal::Relay)
     }
 
-    /// Makes the host socket; another one on its port decides what happens else.
+    /// Creates the host socket. If another socket has its port, decides on the conflict.
     fn host_socket(
         &mut self,
         address: HostAddress,
@@ -267,7 +266,7 @@ impl<D: Driver> Serving<D> {
                 let joined = host_socket::listen(address, original, backlog, true);
                 let joined = joined.map_err(|_| Refusal::Relay(RelayReason::Taken))?;
                 let is_own = inode(&joined)?;
-                // None of another sandbox came between the look and the bind.
+                // Checks that no socket of another sandbox was bound between the lookup and the bind.
                 let (_, others) = self.listeners_on(port).ok_or(Refusal::Relay(RelayReason::Taken))?;
                 let shared = others.into_iter().any(|inode| inode != is_own);
                 if shared { Err(Refusal::Relay(RelayReason::Taken)) } else { Ok(joined) }
@@ -275,15 +274,15 @@ impl<D: Driver> Serving<D> {
         }
     }
 
-    /// The inodes of the host's sockets that listen on a port: native listeners of this sandbox, and others. None where they
-    /// cannot be listed.
+    /// Returns the inodes of the host's sockets that listen on a port: native listeners of this sandbox, and others. `None`
+    /// if they cannot be listed.
     fn listeners_on(&mut self, port: NonZeroU16) -> Option<(Vec<u64>, Vec<u64>)> {
         let rows = self.listeners.listeners().ok()?.into_iter().filter(|row| row.port == port);
         let is_own = |inode: &u64| self.natives.values().any(|native| native.listener.inode == *inode);
         Some(rows.map(|row| row.inode).partition(is_own))
     }
 
-    /// Replaces the descriptor of the call, and its duplicates. An error means that none was replaced.
+    /// Replaces the descriptor of the call, and its duplicates. An error means that no descriptor was replaced.
     fn inject(
         &self,
         trapped: &Trapped,
@@ -295,7 +294,8 @@ impl<D: Driver> Serving<D> {
         let mut holders = Vec::new();
         for reference in &injection.references {
             let at = reference.descriptor;
-            // Another thread may have used the number for another file; the program changes the call's own at its own risk.
+            // Another thread may have reused the number for another file. For the call's own descriptor this is the
+            // program's risk.
             if !tracee.refers_to(at, stub_inode) {
                 if holders.is_empty() {
                     return Err(Errno::BADF);
@@ -306,7 +306,7 @@ impl<D: Driver> Serving<D> {
             match put {
                 Ok(()) => holders.push(Holder { process: tracee.process(), descriptor: at }),
                 Err(errno) if holders.is_empty() => return Err(errno),
-                // A duplicate that stays what it was accepts clients of the sandbox alone.
+                // A duplicate that is not replaced accepts only clients of the sandbox.
                 Err(_) => {}
             }
         }
@@ -322,17 +322,17 @@ impl<D: Driver> Serving<D> {
         self.natives.iter().find(|(_, native)| native.stub_cookie == cookie).map(|(watch, _)| *watch)
     }
 
-    /// Ends the listeners whose host sockets no process holds any more.
+    /// Removes the listeners whose host sockets are closed in every process.
     fn end_closed(&mut self) {
         let mut buffer = [MaybeUninit::uninit(); 4 * 1024];
         let mut closed = Vec::new();
         let mut reader = Reader::new(&self.inotify, &mut buffer);
-        // EAGAIN ends it.
+        // The loop ends with EAGAIN.
         while let Ok(event) = reader.next() {
             closed.push(event.wd());
         }
         for watch in closed {
-            // Each watch reports twice: that it was closed, and that it was removed.
+            // Each watch reports twice: the close, and its own removal.
             let Some(native) = self.natives.remove(&watch) else { continue };
             let _ = inotify::remove_watch(&self.inotify, watch);
             if let (Clients::Relayed(forward), Some(relay)) = (native.clients, &self.relay) {
@@ -344,7 +344,7 @@ impl<D: Driver> Serving<D> {
         }
     }
 
-    /// Releases host sockets whose stubs no parent process holds any more, if it is time to look.
+    /// Releases host sockets whose stubs are not held by a parent process any more, if a check is due.
     fn check_retained(&mut self) {
         if self.checked.elapsed() < RETAINED_CHECK {
             return;
@@ -354,7 +354,7 @@ impl<D: Driver> Serving<D> {
         self.end_closed();
     }
 
-    /// A client inside has come to a stub: the engine takes it over.
+    /// Passes a stub to the engine when its first client inside has come.
     fn relay_clients(&mut self, watch: i32) {
         let Some(native) = self.natives.get_mut(&watch) else { return };
         let relayed = match &self.relay {
@@ -373,15 +373,15 @@ impl<D: Driver> Serving<D> {
     }
 }
 
-/// The work of one turn of the loop.
+/// The result of one wait.
 struct Turn {
     call: bool,
     ended: bool,
-    /// Watches of listeners whose stubs have a first client.
+    /// The watches of listeners whose stubs have a first client.
     clients: Vec<i32>,
 }
 
-/// The reason for which a socket was not replaced.
+/// The reason why a socket was not replaced.
 enum Refusal {
     Relay(RelayReason),
     InUse,

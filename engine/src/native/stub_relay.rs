@@ -1,8 +1,8 @@
-//! Clients inside the sandbox, relayed to the host socket that took the place of their server's.
+//! The relay from clients inside the sandbox to the host socket that replaced their server's.
 //!
 //! A stub is the server's own socket, which still listens in the sandbox. Health checks, proxies and scripts inside connect
-//! to it. An [`Engine`] of its own accepts there and asks this module to dial for each client, as it asks a driver for
-//! an upstream of kind [`UpstreamKind::Dialler`]. It starts with the first client, so most sandboxes have none.
+//! to it. A separate [`Engine`] accepts from it and requests a dial from this module for each client, like from a driver of
+//! an upstream of kind [`UpstreamKind::Dialler`]. The engine starts with the first client, so most sandboxes have none.
 //!
 //! The port in a request to dial is the number of a stub, since two stubs may have the same port on different addresses.
 
@@ -29,30 +29,30 @@ use crate::limits::Limits;
 use crate::opener::{Answer, DialFailure, Request};
 use crate::process::Drive;
 
-/// How long a stub may take to close. It takes as long as a turn of the engine.
+/// Time limit for closing a stub, which takes one turn of the engine.
 const CLOSE_MAX: Duration = Duration::from_secs(1);
-/// How long a client inside waits for the server to accept.
+/// Time limit for the server to accept a client from inside.
 const DIAL_MAX: Duration = Duration::from_secs(10);
-/// Dials in flight; beyond them a client is reset.
+/// The maximum number of dials in flight; further clients are reset.
 const DIALS_MAX: usize = 1_024;
 /// The only upstream of this engine.
 const HOST: UpstreamId = UpstreamId(1);
 
-/// The reason for which the stubs of a sandbox have no relay.
+/// The reason why the stubs of a sandbox have no relay.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StubRelayError {
     /// The engine did not start.
     #[error(transparent)]
     Engine(#[from] StartError),
-    /// A channel, a thread or a descriptor could not be made.
+    /// A channel, a thread or a descriptor could not be created.
     #[error(transparent)]
     System(#[from] io::Error),
-    /// More stubs than numbers.
+    /// The numbers of stubs are used up.
     #[error("too many servers listened in this sandbox")]
     Numbers,
 }
 
-/// Where each stub's clients go, by its number.
+/// The address to which each stub's clients are relayed, by the stub's number.
 type Targets = Arc<Mutex<BTreeMap<NonZeroU16, SocketAddr>>>;
 
 /// The engine that relays the clients of stubs.
@@ -77,7 +77,7 @@ impl StubRelay {
         thread::Builder::new()
             .name("landfall-stubs".to_owned())
             .spawn(move || dial_all(&ours, &of_thread))?;
-        // The number is the driver's choice for an upstream of this kind.
+        // The driver chooses the number of an upstream of this kind.
         let (kind, sources) = (UpstreamKind::Dialler, WatchSources::default());
         let add = Command::AddUpstream { upstream: HOST, netns_cookie: u64::MAX, kind, sources };
         engine.apply(add, vec![theirs.as_fd().try_clone_to_owned()?]);
@@ -101,14 +101,14 @@ impl StubRelay {
         Ok(forward)
     }
 
-    /// Stops accepting from a stub; connections finish. When this returns the engine does not hold the stub any more, unless
-    /// it took longer than it may.
+    /// Stops accepting from a stub; connections continue. When this returns, the engine does not hold the stub any more,
+    /// unless the close exceeded its time limit.
     pub(super) fn close(&self, forward: ForwardId) {
         self.engine.apply(Command::CloseListener { forward, ending: Ending::Drain }, Vec::new());
         let deadline = Instant::now() + CLOSE_MAX;
         loop {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(told) => match told.event {
+                Ok(message) => match message.event {
                     Event::ListenerClosed { forward: closed, .. } if closed == forward => break,
                     _ => {}
                 },
@@ -120,7 +120,7 @@ impl StubRelay {
     }
 }
 
-/// A connection that is being made.
+/// A connect in progress.
 struct Dial {
     number: u64,
     socket: OwnedFd,
@@ -149,7 +149,7 @@ fn dial_all(channel: &Channel, targets: &Targets) {
         while at < dials.len() {
             let is_ready = connected.next().copied().unwrap_or(false);
             if is_ready || dials.get(at).is_some_and(|dial| dial.deadline <= now) {
-                // The order of the others has to stay that of `connected`.
+                // The removal keeps the order of the others, which must match `connected`.
                 ended.push((dials.remove(at), is_ready));
             } else {
                 at += 1;
@@ -169,12 +169,12 @@ fn dial_all(channel: &Channel, targets: &Targets) {
     }
 }
 
-/// Starts a connection for each request that waits.
+/// Starts a connect for each request that has arrived.
 fn take_requests(channel: &Channel, targets: &Targets, dials: &mut Vec<Dial>) -> Result<(), ChannelError> {
     loop {
         let (number, port) = match channel.try_recv::<Request>() {
             Ok(Some((Request::Dial { dial, port }, _))) => (dial, port),
-            // Every request to an upstream of this kind is a dial.
+            // All requests to an upstream of this kind are dials.
             Ok(Some(_)) => continue,
             Ok(None) => return Err(ChannelError::Gone),
             Err(ChannelError::WouldBlock) => return Ok(()),
@@ -197,7 +197,7 @@ fn take_requests(channel: &Channel, targets: &Targets, dials: &mut Vec<Dial>) ->
     }
 }
 
-/// Starts to connect without waiting; whether it is connected already.
+/// Starts to connect without waiting. Returns whether the socket is connected already.
 fn connect(target: SocketAddr) -> Result<(OwnedFd, bool), Errno> {
     let family = if target.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -211,7 +211,7 @@ fn connect(target: SocketAddr) -> Result<(OwnedFd, bool), Errno> {
 
 fn answer(channel: &Channel, dial: u64, outcome: Result<OwnedFd, Errno>) -> Result<(), ChannelError> {
     match outcome {
-        // A port in the range of clients' own ports may have been connected to itself.
+        // A socket may have connected to itself if the port is in the ephemeral range.
         Ok(socket)
             if rustix::net::getsockname(&socket).ok() != rustix::net::getpeername(&socket).ok().flatten() =>
         {

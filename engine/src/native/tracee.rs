@@ -1,11 +1,11 @@
-//! A look into the process that made a trapped call: its copy of the socket, and the other references to it.
+//! Facts about the process of a trapped call: its copy of the socket, and the other references to it.
 //!
-//! Every path below goes through a descriptor of `/proc/TID`, opened while the call was known to wait, so a number that
-//! is reused leads to an error and not to another process. The work is bounded: a process with more descriptors, threads
-//! or children than the limits is relayed. No read here waits for the process: links, `status`, `children` and `fdinfo`
-//! are made by the kernel. The `fdinfo` of an epoll instance takes that instance's lock, which the program can hold for as
-//! long as it likes (a page fault that it serves itself, while the kernel delivers events to it); it then delays its own
-//! calls of `listen`, since each sandbox has a supervisor of its own.
+//! Every path below goes through a descriptor of `/proc/TID`, opened while the call was known to wait, so a reused process
+//! id leads to an error and not to another process. The work is bounded: servers of a process with more descriptors, threads
+//! or children than the limits are relayed. No read here waits for the process: the kernel generates links, `status`,
+//! `children` and `fdinfo`. The `fdinfo` of an epoll instance takes that instance's lock, which the program can hold for any
+//! time (by a page fault that it serves itself, while the kernel delivers events to it). It then delays only its own calls
+//! of `listen`, since each sandbox has its own supervisor.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,18 +21,18 @@ use super::procfs::{self, Status};
 /// `PIDFD_THREAD` (Linux 6.9): the pidfd refers to a thread, and `pidfd_getfd` uses that thread's table.
 const PIDFD_THREAD: u32 = libc::O_EXCL as u32;
 
-/// Descriptors of one process that are looked at.
+/// The maximum number of descriptors to examine in one process.
 const DESCRIPTORS_MAX: usize = 4_096;
-/// Threads whose children are looked for.
+/// The maximum number of threads whose children are looked up.
 const THREADS_MAX: u32 = 512;
-/// Children whose descriptors are looked at.
+/// The maximum number of children whose descriptors are examined.
 const CHILDREN_MAX: usize = 64;
-/// Ancestors whose descriptors are looked at.
+/// The maximum number of ancestors whose descriptors are examined.
 const ANCESTORS_MAX: usize = 16;
-/// The longest file that is read from `/proc`, in bytes. An epoll instance with 600 targets has a longer one.
+/// The maximum length of a file in `/proc`, in bytes. An epoll instance with 600 targets exceeds it.
 const FILE_BYTES_MAX: usize = 64 * 1024;
 
-/// The process behind a trapped call.
+/// The process of a trapped call.
 #[derive(Debug)]
 pub(super) struct Tracee {
     /// `/proc/TID`.
@@ -42,21 +42,21 @@ pub(super) struct Tracee {
 }
 
 impl Tracee {
-    /// Opens the process of a call that waits.
+    /// Opens the process of a waiting call.
     ///
     /// # Errors
-    /// ESRCH when the call no longer waits; EPERM where the process may not be inspected.
+    /// ESRCH if the call no longer waits; EPERM if the process may not be inspected.
     pub(super) fn of(trapped: &Trapped, notifications: &Notifications) -> Result<Tracee, Errno> {
         let directory = open_directory(CWD, &format!("/proc/{}", trapped.thread))?;
         let status = status(&directory)?;
         let thread = pid(trapped.thread)?;
         let pidfd = match rustix::process::pidfd_open(thread, PidfdFlags::from_bits_retain(PIDFD_THREAD)) {
-            // A kernel before 6.9. The first thread has the table of the others, unless the program took it apart; the
-            // inode tells.
+            // A kernel before 6.9. The first thread shares its descriptor table with the others, unless the program unshared
+            // it; the caller checks the inode.
             Err(Errno::INVAL) => rustix::process::pidfd_open(pid(status.process)?, PidfdFlags::empty())?,
             other => other?,
         };
-        // All of the above went by number, which is that of the caller for as long as the call waits.
+        // The lookups above used the thread's id, which is that of the caller while the call waits.
         if notifications.is_waiting(trapped) {
             Ok(Tracee { directory, pidfd, status })
         } else {
@@ -64,12 +64,12 @@ impl Tracee {
         }
     }
 
-    /// The process.
+    /// Returns the process id.
     pub(super) fn process(&self) -> u32 {
         self.status.process
     }
 
-    /// How many threads it has.
+    /// Returns the number of threads.
     pub(super) fn threads(&self) -> u32 {
         self.status.threads
     }
@@ -77,7 +77,7 @@ impl Tracee {
     /// Duplicates a descriptor of the process into this one.
     ///
     /// # Errors
-    /// EBADF for a number that is not open; EPERM where it is not permitted.
+    /// EBADF if the number is not open; EPERM if it is not permitted.
     pub(super) fn descriptor(&self, number: i32) -> Result<OwnedFd, Errno> {
         rustix::process::pidfd_getfd(&self.pidfd, number, PidfdGetfdFlags::empty())
     }
@@ -87,7 +87,7 @@ impl Tracee {
         refers_to(self.directory.as_fd(), number, inode)
     }
 
-    /// Looks for every reference to the socket with this inode that matters to whether it can be replaced.
+    /// Finds the references to the socket with this inode that decide whether it can be replaced.
     pub(super) fn holders(&self, inode: u64) -> Holders {
         let mut holders = Holders::default();
         let mut own = Vec::new();
@@ -96,7 +96,7 @@ impl Tracee {
                 let flags = self.fdinfo(number).and_then(|text| procfs::flags(&text));
                 own.push((number, flags));
             } else if procfs::is_epoll(link) {
-                // What cannot be read in full may watch the socket.
+                // An instance that cannot be read in full may watch the socket.
                 let text = self.fdinfo(number);
                 holders.is_watched |= text.is_none_or(|text| procfs::epoll_watches(&text, inode));
             }
@@ -115,8 +115,8 @@ impl Tracee {
         read(&self.directory, &format!("fdinfo/{number}")).ok()
     }
 
-    /// Whether a child has the socket, or it cannot be known. A kernel without `children` is taken for one without them: the
-    /// child then holds a stub, which still accepts clients of the sandbox.
+    /// Whether a child has the socket, or may have it. A kernel without `children` counts as one without children: a child
+    /// then holds a stub, which still accepts clients of the sandbox.
     fn child_holds(&self, inode: u64) -> bool {
         if self.status.threads > THREADS_MAX {
             return true;
@@ -142,7 +142,7 @@ impl Tracee {
         children.into_iter().any(|child| find(child, inode).is_some())
     }
 
-    /// The processes above that hold the socket. Those outside the sandbox never do.
+    /// Returns the processes above that hold the socket. Those outside the sandbox never hold it.
     fn ancestors(&self, inode: u64) -> Vec<Holder> {
         let (mut found, mut next) = (Vec::new(), self.status.parent);
         for _ in 0..ANCESTORS_MAX {
@@ -161,14 +161,14 @@ impl Tracee {
     }
 }
 
-/// Whether a process still holds the socket with this inode, under the same number. A later process of that process id
-/// does not.
+/// Whether a process still holds the socket with this inode under the same descriptor number. A later process with the same
+/// id does not.
 pub(super) fn still_holds(holder: &Holder, inode: u64) -> bool {
     let directory = open_directory(CWD, &format!("/proc/{}", holder.process));
     directory.is_ok_and(|directory| refers_to(directory.as_fd(), holder.descriptor, inode))
 }
 
-/// Duplicates the descriptor of a process into this one; the caller checks which socket it is.
+/// Duplicates the descriptor of a process into this one; the caller checks the socket.
 ///
 /// # Errors
 /// Those of the system.
@@ -181,7 +181,7 @@ pub(super) fn take(holder: &Holder) -> Result<OwnedFd, Errno> {
 fn find(process: u32, inode: u64) -> Option<i32> {
     let directory = open_directory(CWD, &format!("/proc/{process}")).ok()?;
     let mut found = None;
-    // Of a process with too many descriptors, those that were read count.
+    // In a process with too many descriptors, only those that were read count.
     let _ = each_descriptor(directory.as_fd(), |number, link| {
         if procfs::socket_inode(link) == Some(inode) {
             found = Some(number);
@@ -196,13 +196,13 @@ fn refers_to(directory: BorrowedFd<'_>, number: i32, inode: u64) -> bool {
     link.is_ok_and(|(link, _)| procfs::socket_inode(link) == Some(inode))
 }
 
-/// Long enough for the links of sockets and epoll instances. A longer link is cut, and then matches neither.
+/// Long enough for the links of sockets and epoll instances. A longer link is truncated, and then matches neither.
 const LINK_BYTES_MAX: usize = 64;
 
 /// Calls `each` with the number and the link of every descriptor of a process.
 ///
 /// # Errors
-/// E2BIG when there are more than [`DESCRIPTORS_MAX`]; those of the system.
+/// E2BIG if there are more than [`DESCRIPTORS_MAX`]; those of the system.
 fn each_descriptor(process: BorrowedFd<'_>, mut each: impl FnMut(i32, &[u8])) -> Result<(), Errno> {
     let directory = open_directory(process, "fd")?;
     let mut count = 0;
@@ -223,7 +223,7 @@ fn each_descriptor(process: BorrowedFd<'_>, mut each: impl FnMut(i32, &[u8])) ->
     if too_many { Err(Errno::TOOBIG) } else { Ok(()) }
 }
 
-/// Calls `each` with every name in a directory that is a number.
+/// Calls `each` for every name in a directory that is a number.
 fn each_entry(directory: BorrowedFd<'_>, mut each: impl FnMut(u32)) -> Result<(), Errno> {
     let mut buffer = [MaybeUninit::uninit(); 8 * 1024];
     let mut entries = RawDir::new(directory, buffer.as_mut_slice());
@@ -247,7 +247,7 @@ fn status(directory: &OwnedFd) -> Result<Status, Errno> {
 /// Reads a file of `/proc`.
 ///
 /// # Errors
-/// EFBIG when it is longer than [`FILE_BYTES_MAX`]; those of the system.
+/// EFBIG if it is longer than [`FILE_BYTES_MAX`]; those of the system.
 fn read(directory: impl AsFd, path: &str) -> Result<String, Errno> {
     let file = rustix::fs::openat(directory, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let mut bytes = Vec::new();
@@ -255,7 +255,7 @@ fn read(directory: impl AsFd, path: &str) -> Result<String, Errno> {
     loop {
         let count = rustix::io::retry_on_intr(|| rustix::io::read(&file, chunk.as_mut_slice()))?;
         if count == 0 {
-            // A process names itself with any bytes.
+            // A process name may contain any bytes.
             return Ok(String::from_utf8_lossy(&bytes).into_owned());
         }
         bytes.extend_from_slice(chunk.get(..count).unwrap_or_default());

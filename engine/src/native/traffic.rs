@@ -1,14 +1,14 @@
-//! Counters of native ports, from the kernel's own of each connection. Nothing is counted on the way of a byte.
+//! Counters of native ports, summed from the kernel's counters of each connection. The data path has no counters of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::watch::ReadError;
 use crate::watch::sock_diag::{self, SockDiag};
 
-/// Counters of the connections that a port has open.
+/// Counters of the open connections of a port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Connections that are open.
+    /// The number of open connections.
     pub connections: u64,
     /// Bytes from clients to the server, over these connections.
     pub bytes_up: u64,
@@ -16,7 +16,7 @@ pub struct Traffic {
     pub bytes_down: u64,
 }
 
-/// Reads the counters of these ports of the network namespace of the calling thread. A connection that has ended is not
+/// Reads the counters of these ports in the network namespace of the calling thread. A connection that has ended is not
 /// counted any more.
 ///
 /// # Errors
@@ -52,7 +52,7 @@ mod tests {
         server.read_exact(&mut [0; 1000]).unwrap();
         server.write_all(&[1; 3000]).unwrap();
         client.read_exact(&mut [0; 3000]).unwrap();
-        // The answer acknowledges what came before it.
+        // The answer acknowledges the data before it.
         client.write_all(&[1; 7]).unwrap();
         server.read_exact(&mut [0; 7]).unwrap();
         let counted = traffic(&BTreeSet::from([port])).unwrap()[&port];

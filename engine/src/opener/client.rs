@@ -149,10 +149,10 @@ impl From<ChannelError> for OpenError {
 fn refused(kind: FailureKind, detail: String) -> OpenError {
     OpenError::Refused(Failure { kind, detail })
 }
+
 /// An opener or an agent that is inside the namespace, with the first channel to it.
 ///
 /// Dropping it closes only that channel: an opener lives while another channel is open.
-/// Dropping it closes that channel and nothing more: an opener lives while another channel is open.
 #[derive(Debug)]
 pub struct Opener {
     channel: Channel,
@@ -167,8 +167,8 @@ impl Opener {
     /// process group of its own, so that a Ctrl-C in our terminal does not end it. A small thread waits for its end, so that
     /// it does not stay a zombie.
     ///
+    /// # Errors
     /// See [`OpenError`]; the process has then ended.
-    /// See [`OpenError`]; the process is then gone.
     pub fn spawn(program: &Path, target: Target) -> Result<Opener, OpenError> {
         let no_start = |source| OpenError::Spawn { program: program.to_owned(), source };
         let (ours, theirs) = Channel::pair().map_err(no_start)?;

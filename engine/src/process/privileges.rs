@@ -14,7 +14,6 @@
 //! next crash gives it root's privileges again. An engine that root starts therefore changes to a user that owns no files
 //! ([`EngineUser`]). `nobody` is not suitable: NFS, user namespaces and other daemons use it, too, and processes of one user
 //! may signal each other.
-//! signal each other.
 
 use std::io;
 

@@ -6,7 +6,7 @@ use super::Uring;
 use crate::command::{RingKind, RingReport};
 use crate::limits::Limits;
 
-/// Which poller an engine is asked to use.
+/// The poller that an engine is to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RingChoice {
     /// io_uring where it works, else epoll.
@@ -18,7 +18,7 @@ pub enum RingChoice {
     Epoll,
 }
 
-/// Why io_uring cannot be used here, and whether epoll may replace it.
+/// The reason why io_uring is unusable, and whether epoll may replace it.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct Unusable {
@@ -33,10 +33,10 @@ pub(super) fn ran_out(of: &str, errno: Errno) -> Unusable {
     Unusable { reason: format!("could not create {of}: {errno}"), fall_back: false }
 }
 
-/// Finds out which poller works on this thread's machine.
+/// Determines which poller works on this machine and thread.
 ///
 /// # Errors
-/// [`RingChoice::IoUring`] was asked for and does not work, or descriptors ran out.
+/// [`RingChoice::IoUring`] was requested and does not work, or descriptors ran out.
 pub fn choose(choice: RingChoice, limits: &Limits) -> Result<RingReport, Unusable> {
     match choice {
         RingChoice::Epoll => {

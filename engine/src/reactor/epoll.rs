@@ -1,9 +1,9 @@
-//! The epoll poller: used where io_uring is forbidden or missing, and where it was measured to be the better one.
+//! The epoll poller: used where io_uring is forbidden or missing, and where epoll was measured to be better.
 //!
-//! A descriptor is added once, edge-triggered, and is never modified. `ep_send_events()` in fs/eventpoll.c asks the file
-//! again before it reports an edge, so a report is the state at that time. Closing the last descriptor of an open file
-//! removes it from epoll without a call. Where another process may hold the file too, it is removed explicitly; a report of
-//! a file that is held elsewhere all the same names a generation that is over.
+//! A descriptor is added once, edge-triggered, and never modified. `ep_send_events()` in fs/eventpoll.c polls the file again
+//! before it reports an edge, so a report is the state at that time. Closing the last descriptor of an open file removes it
+//! from epoll without a call. If another process may hold the file, too, it is removed explicitly. A report of a file that
+//! is still held elsewhere has an old generation.
 
 use std::fmt;
 use std::os::fd::AsRawFd;
@@ -21,12 +21,12 @@ use super::{INTEREST, KernelIo, Key, Notice, Poller, Reactor, ReactorError, Read
 use crate::command::RingKind;
 use crate::limits::Limits;
 
-/// Reports taken from the kernel at once; the rest stays queued there.
+/// Reports taken from the kernel at once; the rest remains queued there.
 const EVENTS_MAX: usize = 512;
-/// The longest single wait. A later deadline waits again, so that no kernel older than 5.11 is asked for more milliseconds
-/// than it can count (`epoll_wait(2)`).
+/// The longest single wait. A later deadline takes several waits, because kernels before 5.11 limit the milliseconds
+/// (`epoll_wait(2)`).
 const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// The data of the wake-up, which is not a key.
+/// The data of the wake-up event, which is not a key.
 const DATA_WAKE: u64 = u64::MAX;
 
 /// The poller over epoll.
@@ -46,7 +46,7 @@ impl Epoll {
             epoll::create(CreateFlags::CLOEXEC).map_err(|errno| ran_out("an epoll descriptor", errno))?;
         let eventfd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| ran_out("an eventfd", errno))?;
-        // Every write to an eventfd is an edge, so its counter need not be read; it is full after 2^64 - 2 of them.
+        // Every write to an eventfd is an edge, so its counter need not be read; it is full after 2^64 - 2 writes.
         epoll::add(&epoll, &eventfd, EventData::new_u64(DATA_WAKE), EventFlags::IN | EventFlags::ET)
             .map_err(|errno| ran_out("an epoll registration", errno))?;
         Ok(Epoll { epoll, eventfd: Arc::new(eventfd), events: Vec::with_capacity(EVENTS_MAX) })
@@ -78,7 +78,7 @@ impl Poller for Epoll {
         let data = EventData::new_u64(key.number());
         let flags = EventFlags::from_bits_truncate(u32::from(INTEREST.bits())) | EventFlags::ET;
         match epoll::add(&self.epoll, socket, data, flags) {
-            // A descriptor that was given away and came back under the same number.
+            // The descriptor was given away, and the same open file came back under the same number.
             Err(Errno::EXIST) => epoll::modify(&self.epoll, socket, data, flags),
             result => result,
         }
@@ -94,7 +94,7 @@ impl Poller for Epoll {
 
     fn wait(&mut self, until: Option<Instant>, notices: &mut Vec<Notice>) -> Result<(), ReactorError> {
         loop {
-            // A wait in whole milliseconds is rounded up by rustix, so it never ends before the deadline.
+            // rustix rounds a wait up to whole milliseconds, so it never ends before the deadline.
             let left = until.map(|at| at.saturating_duration_since(Instant::now()));
             let limit = left.and_then(|left| Timespec::try_from(left.min(WAIT_MAX)).ok());
             self.events.clear();

@@ -20,10 +20,10 @@ use crate::command::Family;
 use crate::limits::Limits;
 use crate::sys::{self, SocketError, SocketFacts};
 
-/// One splice asks for at most this much; the slots of the pipe are the real bound.
+/// The maximum of one splice; the number of pipe slots is the actual limit.
 const SPLICE_BYTES_MAX: usize = 1024 * 1024;
 
-/// The system calls, and the memory of the shard.
+/// The system calls, and the memory pool of the shard.
 #[derive(Debug)]
 pub struct KernelIo {
     pool: Pool,
@@ -35,7 +35,7 @@ impl KernelIo {
         KernelIo { pool: Pool::new(limits) }
     }
 
-    /// Returns how many buffers and pipes are lent.
+    /// Returns the numbers of lent buffers and pipes.
     pub fn lent(&self) -> (usize, usize) {
         self.pool.lent()
     }
@@ -53,7 +53,7 @@ impl SocketIo for KernelIo {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         loop {
             match rustix::net::accept_with(listener, flags) {
-                // The client gave up while it waited in the queue, or a signal came: take the next one.
+                // The client gave up while it was queued, or a signal arrived: take the next one.
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::AGAIN) => return None,
                 accepted => return Some(accepted.map_err(SocketError::of)),
@@ -76,8 +76,9 @@ impl SocketIo for KernelIo {
     fn connect(&mut self, socket: &OwnedFd, address: SocketAddr) -> Option<Connected> {
         match rustix::net::connect(socket, &address) {
             Ok(()) => Some(Connected::Established),
-            // An interrupted connect continues by itself. On loopback the server has answered by now, but the call looks
-            // before it handles the answer (__inet_stream_connect() in net/ipv4/af_inet.c); the first notice reports it.
+            // An interrupted connect continues in the kernel. On loopback the server has answered by now, but the call
+            // checks for signals before it handles the answer (__inet_stream_connect() in net/ipv4/af_inet.c); the first
+            // notice reports it.
             Err(Errno::INPROGRESS | Errno::INTR) => None,
             Err(errno) => Some(Connected::Failed(SocketError::of_connect(errno))),
         }
@@ -136,8 +137,8 @@ impl SocketIo for KernelIo {
                 Ok(0) => return Sent::Failed(SocketError::Reset),
                 Ok(bytes) => {
                     buffer.sent(bytes);
-                    // tcp_sendmsg_locked() sends all, or stops where the send queue is full and asks to be informed when it has
-                    // room (SOCK_NOSPACE). A splice may stop at the end of a slot as well.
+                    // tcp_sendmsg_locked() sends everything, or stops where the send queue is full and requests a report of
+                    // free space (SOCK_NOSPACE). A splice may also stop at the end of a slot.
                     if bytes < held && buffer.mode() == TransferMode::Copy {
                         return Sent::Blocked;
                     }
@@ -168,7 +169,7 @@ impl SocketIo for KernelIo {
     fn have_urgent(&mut self, sockets: &[&OwnedFd]) -> Vec<bool> {
         let mut fds: Vec<PollFd<'_>> =
             sockets.iter().map(|socket| PollFd::new(*socket, PollFlags::PRI)).collect();
-        // A poll that fails finds none; the next short read asks again.
+        // A poll that fails reports no urgent byte; the next short read causes another one.
         let _ = rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
         fds.iter().map(|fd| fd.revents().contains(PollFlags::PRI)).collect()
     }
@@ -178,7 +179,7 @@ impl SocketIo for KernelIo {
     }
 
     fn reset_on_close(&mut self, socket: &OwnedFd) {
-        // It fails only on a descriptor that is not a socket; then there is no connection to reset.
+        // The call fails only on a descriptor that is not a socket, which has no connection to reset.
         let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
     }
 
@@ -211,7 +212,7 @@ impl SocketIo for KernelIo {
     }
 
     fn tune(&mut self, socket: &OwnedFd) {
-        // SocketFacts shows whether it blocks afterwards.
+        // The caller checks with SocketFacts whether the socket is non-blocking afterwards.
         let _ = rustix::io::ioctl_fionbio(socket, true);
         sys::tune(socket);
     }

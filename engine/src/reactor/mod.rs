@@ -3,31 +3,32 @@
 //! # One byte
 //!
 //! A client writes. The kernel wakes the registration of the accepted socket, and [`Poller::wait`] returns a [`Notice`] with
-//! its [`Key`]. The readiness table notes "readable" in the entry of that key and gives the shard an [`Event`] with the
-//! entry's [`Token`]. The shard finds the connection and calls [`Reactor::transfer`], which reads into the shard's one warm
-//! buffer and writes from there to the other socket. The read returned less than the buffer holds, so the socket is empty
-//! and its "readable" is cleared: no second read is tried, and the next byte brings the next notice.
+//! its [`Key`]. The reactor sets "readable" in the table entry of that key and gives the shard an [`Event`] with the entry's
+//! [`Token`]. The shard finds the connection and calls [`Reactor::transfer`], which reads into the shard's one warm buffer
+//! and writes from there to the other socket. The read returned less than the buffer holds, so the socket is empty and its
+//! "readable" is cleared: no second read is tried, and the next byte causes the next notice.
 //!
 //! # The table
 //!
 //! Each socket is registered once, for its life, for every event, edge-triggered: with a multishot poll on io_uring, with
 //! EPOLLET on epoll. An edge is reported once, so the table remembers it:
 //!
-//! - A bit of [`Readiness`] is set by a notice and cleared only by a call that proves the contrary: one that would have had
-//!   to wait, or that moved less than it could. Edges that arrive while a write is blocked, or while a direction waits for
-//!   others, are therefore still there when it continues.
+//! - A notice sets bits of [`Readiness`]. Only a call that disproves a bit clears it: one that would have had to wait, or
+//!   that moved less than it could. Edges that arrive while a write is blocked, or while a direction waits for others, are
+//!   therefore still in the table when it continues.
 //! - A short read proves that the socket is empty only if no FIN, hang-up, error or urgent byte was reported with it: a read
-//!   stops before each of those. io_uring cannot report an urgent byte ([`Poller::reports_urgent`]), so after a short read
-//!   there the socket is doubted, and all doubted ones are asked together a little later. Only urgent bytes wait for that.
+//!   stops before each of those. io_uring cannot report an urgent byte ([`Poller::reports_urgent`]). After a short read on
+//!   io_uring the socket is therefore recorded as doubted, and one poll checks all doubted sockets `DOUBT` (20 ms) later.
+//!   Only urgent bytes wait for that.
 //! - A hang-up (HUP) means a FIN in each direction, or a reset; only ERR is an error.
-//! - A multishot poll may end by itself when the completion queue overflows. The reactor registers the socket again, and the
-//!   kernel then reports its present state.
-//! - A registration holds the open file. So it is removed before the socket is closed, and the entry is free only after the
-//!   poller's last notice of it. A notice that comes later names an old generation and is dropped.
+//! - A multishot poll may end when the completion queue overflows. The reactor registers the socket again, and the kernel
+//!   then reports its current state.
+//! - A registration holds the open file. It is therefore removed before the socket is closed, and the entry is freed only
+//!   after the poller's last notice for it. A later notice has an old generation and is dropped.
 //!
 //! Two pollers implement [`Poller`] over the kernel, [`Uring`] and [`Epoll`]; `fake` simulates one with every fault that a
-//! kernel may show. The calls on sockets are [`SocketIo`]: [`KernelIo`], or simulated. A shard observes the same on each, and
-//! one suite of conformance cases runs on both kernel pollers.
+//! kernel may show. The calls on sockets are [`SocketIo`]: [`KernelIo`], or simulated. A shard observes the same on each,
+//! and one suite of conformance cases runs on both kernel pollers.
 //!
 //! Time is not an operation: a shard keeps its own deadlines and passes the nearest one to [`Reactor::turn`].
 
@@ -71,7 +72,7 @@ const READABLE: Readiness =
 /// The longest wait of an urgent byte that the poller does not report.
 const DOUBT: Duration = Duration::from_millis(20);
 
-/// A shard's own name for a registered socket, returned with its events.
+/// The shard's identifier of a registered socket, returned with its events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Token(pub u64);
 
@@ -80,35 +81,35 @@ pub struct Token(pub u64);
 pub struct Event {
     /// The token under which the socket was registered.
     pub token: Token,
-    /// What happened.
+    /// The kind of the event.
     pub kind: EventKind,
 }
 
 /// The kinds of [`Event`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
-    /// The readiness of the socket changed: [`Reactor::readiness`] returns it.
+    /// The readiness of the socket changed; [`Reactor::readiness`] returns it.
     Ready,
-    /// A socket that was closed with [`Reactor::close_and_report`] is closed in the kernel as well.
+    /// The kernel has closed a socket that was closed with [`Reactor::close_and_report`].
     Closed,
 }
 
-/// One poller, the sockets registered with it, and the shard's warm buffer.
+/// A reactor: one poller, the sockets registered with it, and the shard's warm buffer.
 pub struct Reactor<P: Poller> {
-    // The poller first: its registrations end before the sockets are closed.
+    // The poller is dropped first: its registrations end before the sockets are closed.
     poller: P,
     io: P::Io,
     table: Table<SocketOf<P>>,
     /// Holds bytes only within one call of [`Reactor::transfer`].
     warm: Option<BufferOf<P>>,
-    /// A read of that many filled the buffer.
+    /// The size of the warm buffer. A read of this many bytes filled it.
     buffer_bytes: usize,
     notices: Vec<Notice>,
-    /// Events that no notice will bring.
+    /// Events without a notice, returned by the next turn.
     queued: Vec<Event>,
     /// Sockets that the kernel refused to register.
     refused: Vec<Key>,
-    /// Sockets that may have stopped a read by an urgent byte, and when they are asked.
+    /// Sockets whose last read may have stopped at an urgent byte, and the time of their check.
     doubts: Vec<Key>,
     doubts_due: Option<Instant>,
 }
@@ -147,12 +148,12 @@ impl<P: Poller> Reactor<P> {
         self.io.now()
     }
 
-    /// Returns a handle by which another thread ends the wait of [`Reactor::turn`].
+    /// Returns a handle with which another thread ends the wait of [`Reactor::turn`].
     pub fn waker(&self) -> Waker {
         self.poller.waker()
     }
 
-    /// Registers a socket. Its events carry `token`. Where the kernel refuses, no event of it comes until
+    /// Registers a socket. Its events carry `token`. If the kernel refuses, the socket has no events until
     /// [`Reactor::register_again`] succeeds.
     pub fn register(&mut self, socket: SocketOf<P>, token: Token) -> Key {
         let key = self.table.insert(socket, token);
@@ -160,8 +161,8 @@ impl<P: Poller> Reactor<P> {
         key
     }
 
-    /// Whether the kernel refused to register a socket: it has no memory for another one (ENOMEM), or the user has too many
-    /// (ENOSPC, `fs.epoll.max_user_watches`).
+    /// Whether the kernel refused to register a socket: it has no memory for another registration (ENOMEM), or the user has
+    /// too many (ENOSPC, `fs.epoll.max_user_watches`).
     pub fn has_refused(&self) -> bool {
         !self.refused.is_empty()
     }
@@ -192,7 +193,7 @@ impl<P: Poller> Reactor<P> {
         self.end(key, false);
     }
 
-    /// Closes a socket and reports, by [`EventKind::Closed`], when the kernel has closed it too.
+    /// Closes a socket, and reports with [`EventKind::Closed`] when the kernel has closed it, too.
     pub fn close_and_report(&mut self, key: Key) {
         self.end(key, true);
     }
@@ -201,8 +202,8 @@ impl<P: Poller> Reactor<P> {
         let Some(entry) = self.table.entry_mut(key) else { return };
         let Some(socket) = entry.socket.take() else { return };
         let over = entry.state != State::Armed || self.poller.disarm(&socket, key, report);
-        // A registration that is being removed still holds the file; its removal is queued before anything else that this
-        // shard asks of the kernel, and sends the FIN.
+        // A registration that is being removed still holds the file. Its removal, which is queued before any later request
+        // of this shard, closes the file and sends the FIN.
         drop(socket);
         let token = entry.token;
         if over {
@@ -215,7 +216,7 @@ impl<P: Poller> Reactor<P> {
         }
     }
 
-    /// Sockets registered or not yet free.
+    /// Returns the number of sockets that are registered or whose last notice is outstanding.
     pub fn registered(&self) -> usize {
         self.table.len()
     }
@@ -225,7 +226,7 @@ impl<P: Poller> Reactor<P> {
         self.table.entry(key)?.socket.as_ref()
     }
 
-    /// Returns what was reported of a socket and not disproved since; empty for an unknown key.
+    /// Returns the reported and not disproved readiness of a socket; empty for an unknown key.
     pub fn readiness(&self, key: Key) -> Readiness {
         self.table.entry(key).map_or(Readiness::empty(), |entry| entry.ready)
     }
@@ -235,8 +236,8 @@ impl<P: Poller> Reactor<P> {
         self.readiness(key).intersects(READABLE)
     }
 
-    /// Waits for events and appends them. Returns when there is one, when `until` has passed (`None`: without limit), or when
-    /// the [`Waker`] was used.
+    /// Waits for events and appends them. Returns when there is an event, when `until` has passed (`None`: no limit), or
+    /// when the [`Waker`] was used.
     ///
     /// # Errors
     /// The poller is broken.
@@ -261,7 +262,7 @@ impl<P: Poller> Reactor<P> {
         waited
     }
 
-    /// Asks the doubted sockets whether they have an urgent byte.
+    /// Checks whether the doubted sockets have an urgent byte.
     fn resolve_doubts(&mut self, events: &mut Vec<Event>) {
         self.doubts_due = None;
         let doubts = std::mem::take(&mut self.doubts);
@@ -278,7 +279,7 @@ impl<P: Poller> Reactor<P> {
         }
     }
 
-    /// Notes that a read of `key` may have been stopped by an urgent byte.
+    /// Records that a read of `key` may have stopped at an urgent byte.
     fn doubt(&mut self, key: Key) {
         if !self.poller.reports_urgent()
             && let Some(entry) = self.table.entry_mut(key)
@@ -290,7 +291,7 @@ impl<P: Poller> Reactor<P> {
 
     fn on_notice(&mut self, notice: Notice, events: &mut Vec<Event>) {
         let Notice { key, readiness, armed } = notice;
-        // The notice of an earlier generation finds no entry.
+        // A notice with an old generation finds no entry.
         let Some(entry) = self.table.entry_mut(key) else { return };
         let token = entry.token;
         match (entry.state, readiness) {
@@ -319,7 +320,7 @@ impl<P: Poller> Reactor<P> {
         }
     }
 
-    /// Accepts one connection; `None` where none waits.
+    /// Accepts one connection; `None` if the backlog is empty.
     pub fn accept(&mut self, listener: Key) -> Option<Result<SocketOf<P>, SocketError>> {
         let entry = self.table.entry_mut(listener).filter(|entry| entry.ready.intersects(READABLE))?;
         let accepted = self.io.accept(entry.socket.as_ref()?);
@@ -329,7 +330,7 @@ impl<P: Poller> Reactor<P> {
         accepted
     }
 
-    /// Receives one message of at most `bytes_max` from a channel and the sockets next to it.
+    /// Receives one message of at most `bytes_max` and the attached sockets from a channel.
     ///
     /// # Errors
     /// See [`SocketIo::receive_message`].
@@ -350,7 +351,7 @@ impl<P: Poller> Reactor<P> {
         received
     }
 
-    /// Notes that two sockets belong to one relayed connection.
+    /// Records that two sockets belong to one relayed connection.
     pub fn pair(&mut self, one: Key, other: Key) {
         if let (Some(one), Some(other)) = (self.table.entry(one), self.table.entry(other))
             && let (Some(one), Some(other)) = (&one.socket, &other.socket)
@@ -359,7 +360,7 @@ impl<P: Poller> Reactor<P> {
         }
     }
 
-    /// Calls `call` with the calls on sockets and the socket of `key`; `None` for an unknown key.
+    /// Calls `call` with the I/O functions and the socket of `key`; `None` for an unknown key.
     pub fn on_socket<T>(&mut self, key: Key, call: impl FnOnce(&mut P::Io, &SocketOf<P>) -> T) -> Option<T> {
         let socket = self.table.entry(key)?.socket.as_ref()?;
         Some(call(&mut self.io, socket))

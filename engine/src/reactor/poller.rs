@@ -1,4 +1,4 @@
-//! The sources of readiness.
+//! The interface between a reactor and a source of readiness.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -11,24 +11,24 @@ use rustix::io::Errno;
 use super::{Readiness, SocketIo};
 use crate::command::RingKind;
 
-/// The reactor's name for a registered socket. It is never used again for another one.
+/// The reactor's identifier of a registered socket. It is never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(NonZeroU64);
 
 impl Key {
-    /// The key of a place in the table. It is one higher than the two numbers put together, so that it is never zero.
+    /// Packs an entry's generation and index, plus one, so that the number is never zero.
     pub(super) fn new(generation: u32, index: u32) -> Key {
         Key(NonZeroU64::MIN.saturating_add(u64::from(generation) << 32 | u64::from(index)))
     }
 
-    /// The generation and the index that the key was made of.
+    /// Returns the generation and the index.
     pub(super) fn parts(self) -> (u32, u32) {
         let number = self.0.get() - 1;
         let lower = u32::try_from(number & u64::from(u32::MAX)).unwrap_or(u32::MAX);
         (u32::try_from(number >> 32).unwrap_or(u32::MAX), lower)
     }
 
-    /// Returns the key as one number, as pollers carry it.
+    /// Returns the key as the number that pollers carry.
     pub(super) fn number(self) -> u64 {
         self.0.get()
     }
@@ -46,9 +46,9 @@ pub type BufferOf<P> = <<P as Poller>::Io as SocketIo>::Buffer;
 /// A report of a poller on one registration.
 #[derive(Clone, Copy, Debug)]
 pub struct Notice {
-    /// Which registration.
+    /// The key of the registration.
     pub key: Key,
-    /// The events for which the socket is ready; an error where the registration failed.
+    /// The events for which the socket is ready; an error if the registration failed.
     pub readiness: Result<Readiness, Errno>,
     /// Whether the registration is still armed.
     pub armed: bool,
@@ -56,44 +56,44 @@ pub struct Notice {
 
 /// A source of readiness.
 pub trait Poller: fmt::Debug {
-    /// The calls on the sockets that it watches.
+    /// The calls on the registered sockets.
     type Io: SocketIo;
 
-    /// Whether a notice says if the socket has an urgent byte (PRI).
+    /// Whether a notice reports an urgent byte of the socket (PRI).
     fn reports_urgent(&self) -> bool;
 
-    /// Registers a socket, edge-triggered. Its present state is the first notice. A registration that fails later is
-    /// reported by a notice.
+    /// Registers a socket, edge-triggered. The first notice reports its current state. If the registration fails later, a
+    /// notice reports that.
     ///
     /// # Errors
     /// The kernel refused.
     fn arm(&mut self, socket: &SocketOf<Self>, key: Key) -> Result<(), Errno>;
 
-    /// Removes a registration; the caller closes the socket next. Returns true if no notice of this key can follow; otherwise
-    /// one follows whose `armed` is false, and it is the last. `shared`: other processes may hold the open file, which then
-    /// outlives our descriptor.
+    /// Removes a registration; the caller closes the socket next. Returns true if no notice of this key can follow;
+    /// otherwise one follows whose `armed` is false, and it is the last. `shared`: other processes may hold the open file,
+    /// which then outlives our descriptor.
     fn disarm(&mut self, socket: &SocketOf<Self>, key: Key, shared: bool) -> bool;
 
-    /// Appends notices. Waits until there is one, until `until` has passed (`None`: without limit), or until the
-    /// [`Waker`] was used.
+    /// Appends notices. Waits until there is one, until `until` has passed (`None`: no limit), or until the [`Waker`] was
+    /// used.
     ///
     /// # Errors
     /// The poller itself is broken.
     fn wait(&mut self, until: Option<Instant>, notices: &mut Vec<Notice>) -> Result<(), ReactorError>;
 
-    /// Returns a handle by which another thread ends the wait.
+    /// Returns a handle with which another thread ends the wait.
     fn waker(&self) -> Waker;
 }
 
-/// The reactor itself has failed; its shard cannot continue.
+/// The poller has failed; its shard cannot continue.
 #[derive(Debug, thiserror::Error)]
 #[error("{kind} failed to {doing}: {source}")]
 pub struct ReactorError {
-    /// Which poller.
+    /// The kind of the poller.
     pub kind: RingKind,
     /// The operation.
     pub doing: &'static str,
-    /// The kernel's answer.
+    /// The error of the kernel.
     pub source: Errno,
 }
 

@@ -1,9 +1,9 @@
-//! The memory of a shard: one warm buffer, and buffers and pipes that are lent, bounded in number and created when first
+//! The memory of a shard: one warm buffer, and a bounded number of buffers and pipes to lend, which are created when first
 //! needed.
 //!
-//! A [`PooledBuffer`] returns to its pool when it is dropped. Free ones are taken last in, first out, because the last one is
-//! still in the cache. A pipe returns only when it is empty: one that still holds bytes of a broken connection is closed
-//! instead, or the next borrower would send them. A buffer is never zeroed: only bytes that a read wrote are used.
+//! A [`PooledBuffer`] returns to its pool when it is dropped. Free ones are reused last in, first out, because the last one
+//! is still in the cache. A pipe returns only if it is empty: one that still holds bytes of a broken connection is closed,
+//! since the next borrower would send them. A buffer is never zeroed: only bytes that a read wrote are used.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -26,7 +26,7 @@ struct Stores {
     pipes: Store,
 }
 
-/// The memory of one kind: what is free, and how much is lent.
+/// The memory of one kind: the free items, and the number of lent ones.
 #[derive(Debug)]
 struct Store {
     free: Vec<PooledBuffer>,
@@ -44,7 +44,7 @@ impl Store {
         self.lent < self.lent_max
     }
 
-    /// Takes a free one, or makes one while fewer than the bound are lent.
+    /// Takes a free item, or creates one while fewer than the bound are lent.
     fn take(&mut self, make: impl FnOnce() -> Option<Kind>) -> Option<PooledBuffer> {
         if !self.can_lend() {
             return None;
@@ -76,8 +76,8 @@ struct Pipe {
 impl Pipe {
     fn make(bytes: usize) -> Option<Pipe> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
-        // A user over `fs.pipe-user-pages-soft` is refused the size and keeps what the kernel gave: 64 KiB, or one
-        // page, which would move less than a copy. Such a pipe is of no use.
+        // Above `fs.pipe-user-pages-soft` the kernel refuses the size, and the pipe keeps 64 KiB or one page, which would
+        // move less than a copy. Such a pipe is not used.
         let capacity = fcntl_setpipe_size(&write, bytes)
             .or_else(|_| rustix::pipe::fcntl_getpipe_size(&write))
             .unwrap_or(0);
@@ -96,7 +96,7 @@ impl Pool {
         })))
     }
 
-    /// Whether fewer than the bound of this kind are lent.
+    /// Whether fewer items of this kind are lent than the bound.
     pub fn can_lend(&self, mode: TransferMode) -> bool {
         let stores = self.0.borrow();
         match mode {
@@ -105,7 +105,7 @@ impl Pool {
         }
     }
 
-    /// Lends an empty buffer or pipe; `None` at the bound, or where no pipe can be made.
+    /// Lends an empty buffer or pipe; `None` at the bound, or if no pipe can be created.
     pub fn lend(&self, mode: TransferMode) -> Option<PooledBuffer> {
         let mut stores = self.0.borrow_mut();
         let (buffer_bytes, pipe_bytes) = (stores.buffer_bytes, stores.pipe_bytes);
@@ -127,7 +127,7 @@ impl Pool {
         PooledBuffer::new(Kind::Buffer(Vec::with_capacity(bytes)))
     }
 
-    /// Returns how many buffers and pipes are lent.
+    /// Returns the numbers of lent buffers and pipes.
     pub fn lent(&self) -> (usize, usize) {
         let stores = self.0.borrow();
         (stores.buffers.lent, stores.pipes.lent)
@@ -136,25 +136,25 @@ impl Pool {
 
 #[derive(Debug)]
 enum Kind {
-    /// The vector's length is the end of what is held.
+    /// The length of the vector is the end of the held bytes.
     Buffer(Vec<u8>),
     Pipe(Pipe),
 }
 
-/// A buffer or pipe and how much it holds. A free one has no home, or the pool would own itself.
+/// A buffer or pipe and its contents. A free one has no home, since the pool would otherwise own itself.
 #[derive(Debug)]
 struct Memory {
     kind: Kind,
-    /// Of a buffer: where the held bytes start. Of a pipe: how many it holds.
+    /// For a buffer, the start of the held bytes; for a pipe, their number.
     position: usize,
     home: Option<Pool>,
 }
 
-/// A borrowed buffer or pipe. One pointer wide, since each connection has room for two; it is `None` only inside `drop`.
+/// A borrowed buffer or pipe. One pointer wide, since each connection has room for two. It is `None` only inside `drop`.
 #[derive(Debug)]
 pub struct PooledBuffer(Option<Box<Memory>>);
 
-/// Where a read puts its bytes.
+/// The destination of a read.
 pub(super) enum Content<'a> {
     /// The empty buffer.
     Buffer(&'a mut Vec<u8>),
@@ -163,12 +163,12 @@ pub(super) enum Content<'a> {
 }
 
 impl PooledBuffer {
-    /// Creates one without a home.
+    /// Creates an item without a home.
     fn new(kind: Kind) -> PooledBuffer {
         PooledBuffer(Some(Box::new(Memory { kind, position: 0, home: None })))
     }
 
-    /// Returns the memory; `None` only inside `drop`. A buffer is empty afterwards.
+    /// Returns the destination for a read; `None` only inside `drop`. A buffer is then empty.
     pub(super) fn space(&mut self) -> Option<Content<'_>> {
         let memory = self.0.as_deref_mut()?;
         Some(match &mut memory.kind {
@@ -181,14 +181,14 @@ impl PooledBuffer {
         })
     }
 
-    /// Notes that `bytes` were moved into the pipe.
+    /// Records that `bytes` were moved into the pipe.
     pub(super) fn filled_pipe(&mut self, bytes: usize) {
         if let Some(Memory { kind: Kind::Pipe(_), position, .. }) = self.0.as_deref_mut() {
             *position += bytes;
         }
     }
 
-    /// Returns the bytes that a buffer holds; an empty slice for a pipe.
+    /// Returns the bytes in a buffer; an empty slice for a pipe.
     pub(super) fn slice(&self) -> &[u8] {
         match self.0.as_deref() {
             Some(Memory { kind: Kind::Buffer(bytes), position, .. }) => &bytes[*position..],
@@ -196,7 +196,7 @@ impl PooledBuffer {
         }
     }
 
-    /// Returns the end of the pipe to read from; `None` for a buffer.
+    /// Returns the read end of a pipe; `None` for a buffer.
     pub(super) fn pipe(&self) -> Option<&OwnedFd> {
         match &self.0.as_deref()?.kind {
             Kind::Pipe(pipe) => Some(&pipe.read),
@@ -204,7 +204,7 @@ impl PooledBuffer {
         }
     }
 
-    /// Notes that `bytes` of what it holds are written.
+    /// Records that `bytes` of the held bytes were written.
     pub(super) fn sent(&mut self, bytes: usize) {
         debug_assert!(bytes <= self.bytes(), "more was written than was held");
         match self.0.as_deref_mut() {

@@ -5,15 +5,15 @@ use super::{Key, Readiness, Token};
 /// The state of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// No socket has the entry.
+    /// The entry is unused.
     Free,
-    /// The poller reports what happens to the socket.
+    /// The poller reports events of the socket.
     Armed,
     /// The kernel refused to register the socket.
     Refused,
     /// The socket is closed, and the poller's last notice is outstanding.
     Leaving {
-        /// The shard is to be informed of it.
+        /// Whether the shard gets a report of it.
         report: bool,
     },
 }
@@ -24,14 +24,14 @@ pub(super) struct Entry<S> {
     pub(super) token: Token,
     pub(super) socket: Option<S>,
     generation: u32,
-    /// What was reported and not disproved since.
+    /// The reported and not disproved readiness.
     pub(super) ready: Readiness,
     pub(super) state: State,
-    /// It is among the sockets that may have an urgent byte.
+    /// Whether it is among the sockets that may have an urgent byte.
     pub(super) doubted: bool,
 }
 
-/// Entries that are used again, each time under a new generation.
+/// The entries. They are reused, each time with a new generation.
 #[derive(Debug)]
 pub(super) struct Table<S> {
     entries: Vec<Entry<S>>,
@@ -43,7 +43,7 @@ impl<S> Table<S> {
         Table { entries: Vec::new(), free: Vec::new() }
     }
 
-    /// Adds a socket whose registration is armed next.
+    /// Adds a socket, which the caller registers next.
     pub(super) fn insert(&mut self, socket: S, token: Token) -> Key {
         let index = self.free.pop().unwrap_or_else(|| {
             let index = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
@@ -74,7 +74,7 @@ impl<S> Table<S> {
         (entry.generation == generation && entry.state != State::Free).then_some(entry)
     }
 
-    /// Ends the use of an entry. Its key finds nothing from now on.
+    /// Ends the use of an entry. Its key is invalid from now on.
     pub(super) fn free(&mut self, key: Key) {
         let Some(entry) = self.entry_mut(key) else { return };
         entry.generation = entry.generation.wrapping_add(1);
@@ -83,7 +83,7 @@ impl<S> Table<S> {
         self.free.push(key.parts().1);
     }
 
-    /// Returns how many entries are in use.
+    /// Returns the number of entries in use.
     pub(super) fn len(&self) -> usize {
         self.entries.len() - self.free.len()
     }
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_never_finds_the_successor() {
+    fn a_key_never_finds_the_next_socket() {
         let mut table = Table::new();
         let first = table.insert("first", Token(1));
         table.free(first);

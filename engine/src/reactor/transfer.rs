@@ -7,26 +7,26 @@ use crate::sys::SocketError;
 /// The result of [`Reactor::transfer`].
 #[derive(Debug)]
 pub enum Transfer<B> {
-    /// All that was read is written. `full`: the read filled the buffer.
+    /// Everything that was read is written. `full`: the read filled the buffer.
     Moved {
-        /// How many bytes.
+        /// The number of bytes.
         bytes: usize,
-        /// As many as a buffer holds, or more: a hint that there are others.
+        /// Whether it was at least a full buffer, which indicates that there are more bytes.
         full: bool,
     },
-    /// The destination did not take everything.
+    /// The destination did not accept everything.
     Blocked {
-        /// How many bytes were read.
+        /// The number of bytes read.
         bytes: usize,
         /// The bytes that are not written.
         held: B,
     },
-    /// The destination is broken; what was read is lost.
+    /// The destination is broken; the bytes that were read are lost.
     WriteFailed {
-        /// How many bytes were read.
+        /// The number of bytes read.
         bytes: usize,
     },
-    /// The source is empty at present.
+    /// The source has no bytes at present.
     Empty,
     /// The source has ended.
     Eof,
@@ -37,11 +37,11 @@ pub enum Transfer<B> {
 }
 
 impl<P: Poller> Reactor<P> {
-    /// Reads once from one socket and writes what was read to another.
+    /// Reads once from one socket and writes the bytes to another.
     pub fn transfer(&mut self, from: Key, to: Key, mode: TransferMode) -> Transfer<BufferOf<P>> {
         match mode {
             TransferMode::Copy => {
-                // Without a buffer to keep the rest in, no byte may be read.
+                // Without a free buffer for the rest, no byte may be read.
                 if !self.io.can_lend(TransferMode::Copy) {
                     return Transfer::Unavailable(TransferMode::Copy);
                 }
@@ -68,7 +68,7 @@ impl<P: Poller> Reactor<P> {
         };
         let full = bytes >= self.buffer_bytes;
         if !full {
-            // A FIN, a hang-up, an error or an urgent byte that was reported keeps the socket readable by itself.
+            // If a FIN, a hang-up, an error or an urgent byte was reported, the socket stays readable because of it.
             source.ready -= Readiness::IN;
             self.doubt(from);
         }
@@ -87,8 +87,8 @@ impl<P: Poller> Reactor<P> {
         let Some(socket) = &source.socket else { return Transfer::ReadFailed };
         let bytes = match self.io.receive(socket, &mut pipe) {
             Received::Bytes(bytes) => bytes,
-            // tcp_read_sock() stops before an urgent byte and never passes it. That looks as if the socket were empty, or after
-            // a FIN as if it had ended. A read into a buffer passes the byte, and finds the end where it is.
+            // tcp_read_sock() stops before an urgent byte and never passes it. The socket then seems empty, or ended after a
+            // FIN. A read into a buffer passes the byte and finds the actual end.
             Received::Eof => return Transfer::Unavailable(TransferMode::Splice),
             Received::Empty if source.ready.contains(Readiness::PRI) => {
                 return Transfer::Unavailable(TransferMode::Splice);
@@ -106,7 +106,7 @@ impl<P: Poller> Reactor<P> {
         }
     }
 
-    /// Writes what `buffer` holds.
+    /// Writes the contents of `buffer`.
     pub fn write(&mut self, to: Key, buffer: &mut BufferOf<P>) -> Sent {
         let failed = Sent::Failed(SocketError::Reset);
         let Some(sink) = self.table.entry_mut(to) else { return failed };
@@ -120,7 +120,7 @@ impl<P: Poller> Reactor<P> {
 }
 
 impl<S> Entry<S> {
-    /// The result of a read that brought no bytes.
+    /// Converts the result of a read without bytes.
     fn unread<B>(&mut self, received: Received) -> Transfer<B> {
         match received {
             Received::Eof => Transfer::Eof,

@@ -1,7 +1,7 @@
 //! The io_uring poller.
 //!
-//! Each socket has one multishot `POLL_ADD`, edge-triggered, for its life; a turn submits new and removed ones and reaps the
-//! reports in one `io_uring_enter`. The calls that move bytes are plain non-blocking ones on this thread:
+//! Each socket has one multishot `POLL_ADD`, edge-triggered, for its life; a turn submits new and removed registrations and
+//! reaps the reports in one `io_uring_enter`. The calls that move bytes are non-blocking ones on this thread:
 //! `IORING_OP_SPLICE` and `IORING_OP_SHUTDOWN` always go to a worker thread (`REQ_F_FORCE_ASYNC`, io_uring/splice.c and
 //! net.c), and a send on loopback runs the receiver's half of TCP inside the call in any case.
 //!
@@ -58,7 +58,7 @@ pub struct Uring {
     failing: Option<Failing>,
 }
 
-/// A row of failing submissions.
+/// Consecutive failing submissions.
 struct Failing {
     since: Instant,
     pause: Duration,
@@ -87,7 +87,7 @@ impl Uring {
         Ok(Reactor::new(Uring::new()?, KernelIo::new(limits), limits))
     }
 
-    /// Queues a request behind all earlier ones.
+    /// Queues a request after all earlier ones.
     fn push(&mut self, request: squeue::Entry) {
         if !self.pending.is_empty() || !self.push_now(&request) {
             self.pending.push_back(request);
@@ -118,16 +118,16 @@ impl Uring {
     fn arm_wake(&mut self) {
         if !self.wake_armed {
             self.wake_armed = true;
-            // Every write to an eventfd is an edge, so its counter need not be read; it is full after 2^64 - 2 of them.
+            // Every write to an eventfd is an edge, so its counter need not be read; it is full after 2^64 - 2 writes.
             let request = poll_request(self.eventfd.as_raw_fd(), Readiness::IN, USER_DATA_WAKE);
             self.push(request);
         }
     }
 
-    /// Submits what is queued and waits, for at most `limit`, until a completion is there.
+    /// Submits the queued requests and waits, for at most `limit`, until a completion arrives.
     fn enter(&mut self, limit: Option<Duration>) -> Result<(), ReactorError> {
         let submitted = match limit {
-            // Only what is due already.
+            // Submits without waiting.
             Some(Duration::ZERO) => self.ring.submit().map(drop),
             Some(limit) => {
                 let timespec = Timespec::new().sec(limit.as_secs()).nsec(limit.subsec_nanos());
@@ -153,7 +153,7 @@ impl Uring {
         unsafe { self.ring.submitter().enter(to_submit, 1, flags.bits(), arguments) }.map(drop)
     }
 
-    /// Accounts for a submission. True if it succeeded; false if it is to be tried again.
+    /// Evaluates the result of a submission. True if it succeeded; false if it is to be repeated.
     fn note(&mut self, submitted: std::io::Result<()>) -> Result<bool, ReactorError> {
         let errno = match submitted {
             Ok(()) => {
@@ -163,7 +163,7 @@ impl Uring {
             Err(error) => Errno::from_io_error(&error).unwrap_or(Errno::IO),
         };
         match errno {
-            // The time is over, or a signal came.
+            // The time limit is over, or a signal arrived.
             Errno::TIME | Errno::INTR => {
                 self.failing = None;
                 Ok(true)
@@ -209,8 +209,8 @@ fn readiness_of(result: i32) -> Result<Readiness, Errno> {
     if result < 0 {
         return Err(Errno::from_raw_os_error(-result));
     }
-    // A report of a single wake-up carries the wake-up's own bits (`io_poll_check_events()` in io_uring/poll.c), and every
-    // one of received bytes has PRI (`sock_def_readable()` in net/core/sock.c).
+    // A report of a single wake-up carries the bits of that wake-up (`io_poll_check_events()` in io_uring/poll.c), and every
+    // wake-up for received bytes includes PRI (`sock_def_readable()` in net/core/sock.c).
     Ok(Readiness::from_bits_truncate(u16::try_from(result).unwrap_or(u16::MAX)) - Readiness::PRI)
 }
 
@@ -241,7 +241,7 @@ impl Poller for Uring {
     }
 
     fn disarm(&mut self, _: &OwnedFd, key: Key, _: bool) -> bool {
-        // A cancel that succeeds posts no completion of its own; the registration's last one says enough.
+        // A cancel that succeeds posts no completion of its own; the registration's last completion is sufficient.
         let request = opcode::AsyncCancel::new(key.number()).build();
         self.push(request.flags(squeue::Flags::SKIP_SUCCESS).user_data(USER_DATA_CANCEL));
         false

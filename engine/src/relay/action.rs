@@ -1,4 +1,4 @@
-//! The vocabulary between a relay machine and its shard. Pure.
+//! The inputs and actions of a relay's state machine. Pure.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use crate::reactor::TransferMode;
 pub enum Side {
     /// The client, whose connection a listener accepted.
     Downstream = 0,
-    /// The server that the relay connected to.
+    /// The server to which the relay connected.
     Upstream = 1,
 }
 
@@ -67,7 +67,7 @@ impl Direction {
     }
 }
 
-/// Why a direction that reads stopped.
+/// The reason why a direction stopped reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadEnd {
     /// The peer's FIN.
@@ -78,18 +78,19 @@ pub enum ReadEnd {
     Unavailable(TransferMode),
 }
 
-/// An event of a connection. A read and a write that succeed are no events: see [`Connection::moved`](super::Connection::moved).
+/// An event of a connection. A read and a write that succeed are no events: see
+/// [`Connection::moved`](super::Connection::moved).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
     /// Both sides are connected.
-    Begin,
+    Start,
     /// A direction that reads stopped.
     Read(Direction, ReadEnd),
-    /// A direction that was starved may try again.
+    /// A direction that waited for a buffer may try again.
     BufferFree(Direction),
-    /// The destination did not take all that was read; the shard holds the rest.
+    /// The destination did not accept everything that was read; the shard holds the rest.
     Blocked(Direction),
-    /// The bytes that were held are written.
+    /// The held bytes are written.
     Wrote(Direction),
     /// The destination is broken; the bytes that were being written are lost.
     WriteFailed(Direction),
@@ -112,7 +113,7 @@ pub enum Action {
     /// Move what the direction's source has, now and whenever it has more, until a [`Input::Read`], [`Input::Blocked`] or
     /// [`Input::WriteFailed`] of this direction.
     Read(Direction),
-    /// Drop the bytes that are held for this direction.
+    /// Drop the held bytes of this direction.
     Discard(Direction),
     /// Send the FIN to a side.
     SendFin(Side),

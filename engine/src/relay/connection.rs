@@ -1,22 +1,21 @@
-//! THE state machine of one relayed connection. Pure.
+//! The state machine of one relayed connection. Pure.
 //!
-//! Two [`Half`]s run independently: each moves bytes from its source to its destination. What ties them together is how a
-//! connection ends:
+//! Two [`Half`]s run independently: each moves bytes from its source to its destination. The end of a connection links them:
 //!
-//! 1. A FIN from one side is owed to the other after every byte held, and only there. The opposite half runs on.
-//! 2. When both FINs are owed or sent, both sockets are closed. The last FIN is sent by the close.
-//! 3. A side that breaks (reset, or a refused write) ends the half that writes to it at once. The half that
-//!    reads from it runs on until everything is passed on: what preceded a reset still arrives (tcp(7); the
-//!    kernel keeps received bytes readable before ECONNRESET).
-//! 4. Then the other side is reset in turn, but not before it has acknowledged what was sent to it, since an abortive
-//!    close throws the send queue away. That wait, and the one for a stalled reader, have a deadline.
+//! 1. A FIN from one side is sent to the other after all held bytes. The opposite half continues.
+//! 2. When both FINs are sent or due, both sockets are closed. The close sends the last FIN.
+//! 3. When a side breaks (reset, or a refused write), the half that writes to it ends at once. The half that reads from it
+//!    continues until everything is passed on: bytes that preceded a reset still arrive (tcp(7); the kernel keeps received
+//!    bytes readable before ECONNRESET).
+//! 4. Then the other side is reset, too, but only after it has acknowledged what was sent to it, since an abortive close
+//!    discards the send queue. That wait, and the wait for a stalled reader, have a deadline.
 //!
-//! Reads and writes are calls that never wait, so no operation is in flight between two inputs, and the machine may close
-//! at any time. The common case, a read whose bytes are all written, changes no state: [`Connection::moved`] only learns
-//! from it which mode suits the direction.
+//! Reads and writes are calls that never wait, so no operation is in flight between two inputs, and the machine may close at
+//! any time. The common case, a read whose bytes are all written, changes no state: [`Connection::moved`] only chooses the
+//! mode of the direction from it.
 //!
-//! A half that holds bytes does not read. A reset of its source then shows as an error of the socket
-//! ([`Input::Broke`]), and later as the end of what can be read.
+//! A half that holds bytes does not read. A reset of its source is then reported as an error of the socket
+//! ([`Input::Broke`]), and later as the end of the bytes to be read.
 //!
 //! ```text
 //! Begin -> Relaying -> (both FINs) -----------------------------------------------> Finish
@@ -41,14 +40,14 @@ const ACKNOWLEDGE_PAUSE_MAX: Duration = Duration::from_millis(128);
 pub struct Connection {
     finished: bool,
     halves: [Half; 2],
-    /// The side that broke first, if one has. Boxed: it is rare, and thousands of connections wait idly.
+    /// The side that broke first, if one has. Boxed: it is rare, and thousands of connections are idle.
     broken: Option<Box<Broken>>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Broken {
     side: Side,
-    /// When the other side is reset whether or not it has read everything.
+    /// When the other side is reset even if it has not read everything.
     give_up_at: Instant,
     /// The next wait for acknowledgements.
     pause: Duration,
@@ -56,18 +55,18 @@ struct Broken {
 }
 
 impl Connection {
-    /// Creates a connection that awaits [`Input::Begin`].
+    /// Creates a connection that expects [`Input::Start`].
     pub fn new() -> Connection {
         Connection { finished: false, halves: [Half::new(); 2], broken: None }
     }
 
-    /// Takes in an event and appends the actions that follow. Total: an input that does not fit the state is ignored.
+    /// Handles an event and appends the resulting actions. Total: an input that does not fit the state is ignored.
     pub fn on(&mut self, input: Input, now: Instant, limits: &Limits, actions: &mut Actions) {
         if self.finished {
             return;
         }
         match input {
-            Input::Begin => Direction::ALL.into_iter().for_each(|direction| self.read(direction, actions)),
+            Input::Start => Direction::ALL.into_iter().for_each(|direction| self.read(direction, actions)),
             Input::Read(direction, end) => self.on_read(direction, end, now, limits, actions),
             Input::BufferFree(direction) => {
                 if self.half(direction).activity == Activity::Starved {
@@ -99,23 +98,23 @@ impl Connection {
         }
     }
 
-    /// Notes that `bytes` were read and written; `full` if they filled the buffer, which hints at more.
+    /// Records that `bytes` were read and written; `full` if they filled the buffer, which indicates more.
     pub fn moved(&mut self, direction: Direction, bytes: usize, full: bool, limits: &Limits) {
         self.half_mut(direction).account(bytes, full, limits);
     }
 
-    /// Returns how to move the bytes of a direction; `None` while it does not read.
+    /// Returns the mode in which to move the bytes of a direction; `None` while it does not read.
     pub fn reads(&self, direction: Direction) -> Option<TransferMode> {
         let half = self.half(direction);
         (half.activity == Activity::Reading).then_some(half.mode)
     }
 
-    /// Whether the shard holds bytes that the direction's destination did not take.
+    /// Whether the shard holds bytes that the direction's destination did not accept.
     pub fn is_blocked(&self, direction: Direction) -> bool {
         self.half(direction).activity == Activity::Blocked
     }
 
-    /// Whether [`Action::Finish`] was given.
+    /// Whether [`Action::Finish`] was returned.
     pub fn is_finished(&self) -> bool {
         self.finished
     }
@@ -132,14 +131,14 @@ impl Connection {
         self.broken.as_ref().is_some_and(|broken| broken.side == side)
     }
 
-    /// Reads, if the source may have more and the destination may take it.
+    /// Reads, if the source may have more and the destination may accept it.
     fn read(&mut self, direction: Direction, actions: &mut Actions) {
         let half = self.half_mut(direction);
         if half.activity == Activity::Idle && half.read == ReadSide::Open && half.write == WriteSide::Open {
             half.activity = Activity::Reading;
             actions.push(Action::Read(direction));
         } else {
-            self.settle(actions);
+            self.finish_if_ended(actions);
         }
     }
 
@@ -164,20 +163,20 @@ impl Connection {
                 self.read(direction, actions);
             }
             ReadEnd::Unavailable(TransferMode::Copy) => half.activity = Activity::Starved,
-            // The kernel reports a reset once. If a write to the source got it, a read sees an end after the last byte
-            // (tcp_recvmsg() with SOCK_DONE).
+            // The kernel reports a reset once. If a write to the source returned it, a read returns an end after the last
+            // byte (tcp_recvmsg() with SOCK_DONE).
             ReadEnd::Eof if source_broken => {
                 half.read = ReadSide::Broken;
-                self.settle(actions);
+                self.finish_if_ended(actions);
             }
             ReadEnd::Eof => {
                 half.read = ReadSide::Eof;
                 half.write = WriteSide::FinSent;
-                // Where both directions have ended, the close sends this FIN.
+                // If both directions have ended, the close sends this FIN.
                 if self.half(from.incoming()).write != WriteSide::FinSent {
                     actions.push(Action::SendFin(direction.to()));
                 }
-                self.settle(actions);
+                self.finish_if_ended(actions);
             }
             ReadEnd::Broken => {
                 half.read = ReadSide::Broken;
@@ -188,7 +187,7 @@ impl Connection {
 
     fn break_side(&mut self, side: Side, now: Instant, limits: &Limits, actions: &mut Actions) {
         match self.broken.as_ref().map(|broken| broken.side) {
-            // The other one broke before. No side is left to relay for.
+            // The other side broke before, so no side is left to relay for.
             Some(first) if first != side => {
                 return self.finish([true; 2], EndReason::ResetBy(first), actions);
             }
@@ -204,17 +203,17 @@ impl Connection {
                     actions.push(Action::Discard(side.incoming()));
                 }
                 incoming.activity = Activity::Idle;
-                // Its last bytes are still to be read, even if the other half noticed the break.
+                // The side's last bytes are still to be read, even if the other half detected the break.
                 if self.half(side.outgoing()).activity == Activity::Reading {
                     actions.push(Action::Read(side.outgoing()));
                 }
             }
         }
-        self.settle(actions);
+        self.finish_if_ended(actions);
     }
 
     /// Ends the connection if both directions have ended, or starts to wait for the last acknowledgements.
-    fn settle(&mut self, actions: &mut Actions) {
+    fn finish_if_ended(&mut self, actions: &mut Actions) {
         match &mut self.broken {
             None => {
                 if self.halves.iter().all(|half| half.write == WriteSide::FinSent) {

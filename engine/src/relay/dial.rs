@@ -1,5 +1,4 @@
-//! How a client's connection reaches the server: the loopback family that is dialled first, and the meaning of a failure.
-//! Pure.
+//! The dial of a client's connection: the loopback families in order, and the meaning of each failure. Pure.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
@@ -8,12 +7,12 @@ use crate::command::{Family, Reach};
 use crate::error::EndReason;
 use crate::sys::SocketError;
 
-/// The connect attempts of one connection: the family by which the client came, if the server listens there, then the
-/// other. Two servers may share a port, one on 127.0.0.1 and one on `::1`; each client gets the one it asked for.
+/// The connect attempts of one connection: first the family of the client's connection, if the server listens there, then
+/// the other. Two servers may share a port, one on 127.0.0.1 and one on `::1`; each client gets the one that it requested.
 #[derive(Clone, Copy, Debug)]
 pub struct Dial {
     family: Family,
-    /// The family still to be tried.
+    /// The family that has not been tried.
     next: Option<Family>,
     port: NonZeroU16,
 }
@@ -30,14 +29,14 @@ pub enum DialStep {
 }
 
 impl Dial {
-    /// Starts with the first attempt.
-    pub fn new(came_by: Family, reach: Reach, port: NonZeroU16) -> Dial {
+    /// Creates a dial. The first step is [`Dial::attempt`].
+    pub fn new(client_family: Family, reach: Reach, port: NonZeroU16) -> Dial {
         // A server that was not seen listening may have started since.
         let reach = if reach.v4 || reach.v6 { reach } else { Reach::UNKNOWN };
-        let other = came_by.other();
-        let (family, next) = match (reach.has(came_by), reach.has(other)) {
-            (true, true) => (came_by, Some(other)),
-            (true, false) => (came_by, None),
+        let other = client_family.other();
+        let (family, next) = match (reach.has(client_family), reach.has(other)) {
+            (true, true) => (client_family, Some(other)),
+            (true, false) => (client_family, None),
             (false, _) => (other, None),
         };
         Dial { family, next, port }
@@ -48,7 +47,7 @@ impl Dial {
         DialStep::Attempt(self.family, self.family.loopback(self.port))
     }
 
-    /// Takes in the result of the attempt. `own_peer`: the socket connected to itself, because no server listens.
+    /// Handles the result of the attempt. `own_peer`: the socket connected to itself, because no server listens.
     pub fn on_connected(&mut self, result: Result<(), SocketError>, own_peer: bool) -> DialStep {
         let reason = match result {
             Ok(()) if !own_peer => return DialStep::Established,
@@ -57,10 +56,10 @@ impl Dial {
                 SocketError::Refused | SocketError::Reset | SocketError::Unreachable | SocketError::Other(_),
             ) => EndReason::Refused,
             Err(SocketError::TimedOut) => EndReason::TimedOut,
-            // The kernel returns EADDRNOTAVAIL where every ephemeral port is in use and where there is no `::1`, as in a Docker
-            // container without IPv6; a server that listens on all addresses then answers on 127.0.0.1 alone.
+            // The kernel returns EADDRNOTAVAIL if every ephemeral port is in use, and also if `::1` is missing, as in a
+            // Docker container without IPv6; a server that listens on all addresses then answers on 127.0.0.1 only.
             Err(SocketError::PortsExhausted) if self.family == Family::V6 => EndReason::PortsExhausted,
-            // The other family would find the same shortage; a client that is reset may try again.
+            // The other family has the same shortage; a client that is reset may try again.
             Err(SocketError::PortsExhausted) => return DialStep::Failed(EndReason::PortsExhausted),
             Err(SocketError::Exhausted) => return DialStep::Failed(EndReason::DescriptorsExhausted),
         };
@@ -98,20 +97,20 @@ mod tests {
     }
 
     #[test]
-    fn a_family_that_does_not_listen_is_not_dialled() {
+    fn a_family_without_a_listener_is_not_dialled() {
         let mut dial = Dial::new(Family::V4, Reach { v4: false, v6: true }, PORT);
         assert_eq!(dial.attempt(), attempt(Family::V6));
         assert_eq!(dial.on_connected(Err(SocketError::Refused), false), DialStep::Failed(EndReason::Refused));
     }
 
     #[test]
-    fn a_socket_that_met_itself_is_a_refusal() {
+    fn a_connect_to_itself_is_a_refusal() {
         let mut dial = Dial::new(Family::V4, Reach { v4: true, v6: false }, PORT);
         assert_eq!(dial.on_connected(Ok(()), true), DialStep::Failed(EndReason::Refused));
     }
 
     #[test]
-    fn a_shortage_is_told_as_one() {
+    fn exhausted_ports_are_reported() {
         let mut dial = Dial::new(Family::V4, Reach::UNKNOWN, PORT);
         assert_eq!(
             dial.on_connected(Err(SocketError::PortsExhausted), false),
@@ -120,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_that_has_no_ipv6_loopback_is_reached_by_the_other() {
+    fn a_container_without_ipv6_is_reached_over_ipv4() {
         let shortage = Err(SocketError::PortsExhausted);
         let mut dial = Dial::new(Family::V6, Reach { v4: true, v6: true }, PORT);
         assert_eq!(dial.on_connected(shortage, false), attempt(Family::V4));

@@ -1,4 +1,4 @@
-//! One direction of a connection: move bytes from the source to the destination. Pure.
+//! One direction of a connection: moves bytes from the source to the destination. Pure.
 //!
 //! | read side | write side | meaning |
 //! | --- | --- | --- |
@@ -8,13 +8,13 @@
 //! | any | Broken | the destination was reset; no byte can be passed on |
 //!
 //! A direction that reads holds no memory: its bytes pass through the shard's buffer within one call. Only bytes that the
-//! destination did not take are held, in one pooled buffer or pipe, and the direction does not read until they are
-//! written. That is the whole of backpressure.
+//! destination did not accept are held, in one pooled buffer or pipe, and the direction does not read until they are
+//! written. This is the backpressure of the relay.
 
 use crate::limits::Limits;
 use crate::reactor::TransferMode;
 
-/// The source's part.
+/// The state of the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReadSide {
     Open,
@@ -22,7 +22,7 @@ pub(super) enum ReadSide {
     Broken,
 }
 
-/// The destination's part.
+/// The state of the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WriteSide {
     Open,
@@ -30,16 +30,16 @@ pub(super) enum WriteSide {
     Broken,
 }
 
-/// The present activity of a direction.
+/// The current activity of a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Activity {
     /// It has ended, or has not started.
     Idle,
     /// Bytes are moved whenever the source has some.
     Reading,
-    /// The source has bytes, and no buffer is free.
+    /// The source has bytes, but no buffer is free.
     Starved,
-    /// The shard holds bytes that the destination did not take.
+    /// The shard holds bytes that the destination did not accept.
     Blocked,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Half {
     pub(super) write: WriteSide,
     pub(super) activity: Activity,
     pub(super) mode: TransferMode,
-    /// Full reads in a row while it copies; small moves in a row while it splices.
+    /// Consecutive full reads while it copies; consecutive small moves while it splices.
     streak: u8,
 }
 
@@ -64,7 +64,7 @@ impl Half {
         }
     }
 
-    /// Whether this direction has passed on everything that its source will ever give.
+    /// Whether this direction has passed on everything that its source can send.
     pub(super) fn drained(&self) -> bool {
         self.read != ReadSide::Open && self.activity == Activity::Idle
     }
@@ -75,8 +75,8 @@ impl Half {
         self.streak = 0;
     }
 
-    /// Chooses the mode of the next move after one of `bytes`. A direction that fills its buffer several times in a row is
-    /// bulk and is spliced; one whose moves have become small is copied, which is cheaper for messages.
+    /// Chooses the mode of the next move after one of `bytes`. A direction that fills its buffer several times in a row
+    /// carries bulk data and is spliced; one whose moves have become small is copied, which is cheaper for messages.
     pub(super) fn account(&mut self, bytes: usize, full: bool, limits: &Limits) {
         let (counts, bound, next) = match self.mode {
             TransferMode::Copy => (full, limits.promote_after, TransferMode::Splice),

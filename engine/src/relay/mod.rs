@@ -1,5 +1,5 @@
-//! One relayed connection as pure state machines: the next action, given the last event. No socket is used here and no
-//! clock is read; a shard feeds [`Input`]s and carries out [`Action`]s. Pure.
+//! One relayed connection as pure state machines, which return the next actions for each event. They use no socket and read
+//! no clock; a shard passes [`Input`]s in and carries out the [`Action`]s. Pure.
 
 mod action;
 mod connection;

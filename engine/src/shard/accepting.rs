@@ -1,4 +1,4 @@
-//! Accepting connections: as many as there is room for, with a rest when descriptors run out or accepts keep failing.
+//! Accepting connections: as many as there is room for, with a pause when descriptors run out or accepts keep failing.
 
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use crate::relay::Dial;
 use crate::sys::SocketError;
 use crate::table::SlotId;
 
-/// How many accepts of one listener may fail in a row before it rests. Linux reports errors of a new connection, which is
-/// gone then, by accept(2); an error of the listener itself stays.
+/// Consecutive failed accepts of one listener after which it pauses. Linux also reports errors of a new connection by
+/// accept(2), which end that connection; an error of the listener itself persists.
 const FAILURES_MAX: u32 = 16;
-/// The first such rest, doubled each time.
+/// The first such pause, doubled each time.
 const FAILURE_PAUSE_FIRST: Duration = Duration::from_millis(100);
 const FAILURE_PAUSE_MAX: Duration = Duration::from_secs(30);
 
 impl<P: Poller> Shard<P> {
-    /// Something happened to a listening socket.
+    /// Handles an event of a listening socket.
     pub(super) fn on_listener_event(&mut self, id: SlotId, index: usize, event: EventKind) {
         match event {
             EventKind::Ready => self.accept(id, index),
@@ -42,15 +42,15 @@ impl<P: Poller> Shard<P> {
         self.connections.len() < self.limits.connections_max as usize
     }
 
-    /// Accepts until no client waits, or the budget of this listener is used up.
+    /// Accepts until the backlog is empty, or the budget of this listener is used up.
     fn accept(&mut self, id: SlotId, index: usize) {
         for _ in 0..self.limits.accept_burst {
             if !self.has_room() {
-                // Clients wait in the kernel's queue, and none is lost.
+                // Clients wait in the kernel's queue; none is lost.
                 break;
             }
             let Some(listener) = self.listeners.entry_mut(id) else { return };
-            if !listener.open || listener.resting_until.is_some() {
+            if !listener.open || listener.paused_until.is_some() {
                 return;
             }
             let accepting = listener.sockets.iter().find(|accepting| accepting.index == index);
@@ -61,7 +61,7 @@ impl<P: Poller> Shard<P> {
                 Some(Err(error)) => self.on_accept_failed(id, error),
             }
         }
-        // Once for all its sockets, or a listener that finds no room again and again would fill the queue.
+        // One entry for all its sockets, so that a listener that repeatedly finds no room does not fill the queue.
         if let Some(listener) = self.listeners.entry_mut(id)
             && !std::mem::replace(&mut listener.queued, true)
         {
@@ -69,7 +69,7 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    fn on_accepted(&mut self, id: SlotId, socket: SocketOf<P>, came_by: Family) {
+    fn on_accepted(&mut self, id: SlotId, socket: SocketOf<P>, client_family: Family) {
         if let Some(listener) = self.listeners.entry_mut(id)
             && listener.failures > 0
         {
@@ -81,15 +81,15 @@ impl<P: Poller> Shard<P> {
             listener.failures = 0;
             listener.pause = FAILURE_PAUSE_FIRST;
         }
-        if let Some(socket) = self.hand_over(id, socket, came_by) {
-            self.start_connection(id, socket, came_by);
+        if let Some(socket) = self.pass_to_peer(id, socket, client_family) {
+            self.start_connection(id, socket, client_family);
         }
     }
 
     fn on_accept_failed(&mut self, id: SlotId, error: SocketError) {
         if error == SocketError::Exhausted {
             self.degrade("no descriptors are left, so new connections wait; raise the limit (ulimit -n)");
-            return self.rest(id, self.limits.exhausted_pause);
+            return self.pause(id, self.limits.exhausted_pause);
         }
         let Some(listener) = self.listeners.entry_mut(id) else { return };
         listener.failures = listener.failures.saturating_add(1);
@@ -101,42 +101,47 @@ impl<P: Poller> Shard<P> {
             let what = format!("the listener on port {port} fails to accept connections: {error}");
             self.reports.push(Report::Degraded { what });
             listener.pause = FAILURE_PAUSE_FIRST;
-            // From now on each failure is followed by a rest.
+            // From now on the listener pauses after each failure.
             listener.failures += 1;
         }
         let pause = listener.pause;
         listener.pause = (2 * pause).min(FAILURE_PAUSE_MAX);
-        self.rest(id, pause);
+        self.pause(id, pause);
     }
 
-    fn rest(&mut self, id: SlotId, pause: Duration) {
+    fn pause(&mut self, id: SlotId, pause: Duration) {
         let until = self.now + pause;
         if let Some(listener) = self.listeners.entry_mut(id) {
-            Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.resting_until, Some(until));
+            Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.paused_until, Some(until));
         }
     }
 
-    /// Gives a client to the shard with the fewest connections, if that is another one; otherwise returns it.
-    fn hand_over(&mut self, id: SlotId, socket: SocketOf<P>, came_by: Family) -> Option<SocketOf<P>> {
+    /// Passes a client to the shard with the fewest connections, if that is another one; otherwise returns it.
+    fn pass_to_peer(
+        &mut self,
+        id: SlotId,
+        socket: SocketOf<P>,
+        client_family: Family,
+    ) -> Option<SocketOf<P>> {
         let listener = self.listeners.entry(id)?;
         let Some(peers) = &mut self.peers else { return Some(socket) };
-        let Some(peer) = peers.emptier_than(self.connections.len()) else { return Some(socket) };
+        let Some(peer) = peers.less_loaded_than(self.connections.len()) else { return Some(socket) };
         match self.reactor.io().disown(socket) {
             Ok(socket) => {
-                peers.send(peer, listener.forward, socket, came_by);
+                peers.send(peer, listener.forward, socket, client_family);
                 None
             }
             Err(socket) => Some(socket),
         }
     }
 
-    /// A client was accepted: connects to the server for it.
-    pub(super) fn start_connection(&mut self, listener: SlotId, socket: SocketOf<P>, came_by: Family) {
+    /// Connects to the server for an accepted client.
+    pub(super) fn start_connection(&mut self, listener: SlotId, socket: SocketOf<P>, client_family: Family) {
         let Some(entry) = self.listeners.entry_mut(listener) else { return };
         entry.stats.accepted += 1;
         entry.stats.open += 1;
         let (reach, port) = (entry.reach, entry.target_port);
-        self.dial(listener, socket, Dial::new(came_by, reach, port));
+        self.dial(listener, socket, Dial::new(client_family, reach, port));
     }
 
     pub(super) fn can_accept_later(&self) -> bool {

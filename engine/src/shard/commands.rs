@@ -1,4 +1,4 @@
-//! The commands of a shard, which it takes between turns, and its reports.
+//! The commands of a shard, which it carries out between turns, and its reports.
 
 use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
@@ -15,7 +15,7 @@ use crate::reactor::{Poller, SocketIo, SocketOf};
 use crate::relay::Input;
 use crate::table::{SlotId, TokenParts};
 
-/// A command to a shard. Its descriptors are made and checked.
+/// A command to a shard. Its descriptors have been created and checked.
 #[derive(Debug)]
 pub enum ShardCommand<S> {
     /// See [`crate::command::Command::AddUpstream`].
@@ -24,7 +24,7 @@ pub enum ShardCommand<S> {
         upstream: UpstreamId,
         /// The kind of program at the other end of the channel.
         kind: UpstreamKind,
-        /// A channel of this shard's own; absent for the host.
+        /// The channel of this shard; absent for the host.
         channel: Option<S>,
         /// `SO_NETNS_COOKIE` of the namespace.
         netns_cookie: u64,
@@ -40,13 +40,13 @@ pub enum ShardCommand<S> {
     OpenListener {
         /// Its number.
         forward: ForwardId,
-        /// Where connections go.
+        /// The upstream to which connections go.
         upstream: UpstreamId,
         /// The port on the host.
         host_port: NonZeroU16,
-        /// The port inside.
+        /// The port inside the container.
         target_port: NonZeroU16,
-        /// Which families listen inside.
+        /// The families on which a server listens inside.
         reach: Reach,
         /// The listening sockets; empty where another shard accepts for this one.
         sockets: Vec<S>,
@@ -58,7 +58,7 @@ pub enum ShardCommand<S> {
         /// The client's socket.
         socket: S,
         /// The family by which the client came.
-        came_by: Family,
+        client_family: Family,
     },
     /// See [`crate::command::Command::SetReach`].
     SetReach {
@@ -74,11 +74,11 @@ pub enum ShardCommand<S> {
         /// How its connections end.
         ending: Ending,
     },
-    /// Connections may be given to these from now on.
+    /// The shards to which connections may be passed from now on.
     SetPeers(Peers),
-    /// Answer: [`Report::State`].
+    /// Requests the state. Answer: [`Report::State`].
     Describe,
-    /// Answer: [`Report::Lent`].
+    /// Requests the listening sockets for another engine. Answer: [`Report::Lent`].
     Lend,
     /// See [`crate::command::Command::Drain`].
     Drain,
@@ -89,7 +89,7 @@ pub enum ShardCommand<S> {
 /// A listener whose sockets are lent to another engine.
 #[derive(Debug)]
 pub struct Lent {
-    /// Which.
+    /// The forward.
     pub forward: ForwardState,
     /// One for each family; they share the queue of connections with the listener's own.
     pub sockets: Vec<OwnedFd>,
@@ -102,14 +102,14 @@ pub enum Report {
     ListenerClosed {
         /// Its number.
         forward: ForwardId,
-        /// Its counters at that moment.
+        /// Its counters at this time.
         stats: ForwardStats,
     },
     /// An upstream is closed.
     UpstreamRemoved {
         /// Its number.
         upstream: UpstreamId,
-        /// Why, where it was not requested.
+        /// The reason, if the removal was not requested.
         reason: Option<String>,
     },
     /// Answer to [`ShardCommand::Describe`].
@@ -119,20 +119,21 @@ pub enum Report {
     },
     /// Answer to [`ShardCommand::Lend`].
     Lent {
-        /// The open listeners that this shard accepts for, except those for which no descriptors are left.
+        /// The open listeners for which this shard accepts, except those that could not be duplicated for lack of
+        /// descriptors.
         listeners: Vec<Lent>,
     },
-    /// A resource is used up.
+    /// A resource ran out.
     Degraded {
         /// A sentence for people.
         what: String,
     },
-    /// It is available again.
+    /// The resource is available again.
     Recovered {
         /// A sentence for people.
         what: String,
     },
-    /// The shard is empty; no report follows.
+    /// The shard is empty; this is the last report.
     Stopped,
 }
 
@@ -146,7 +147,7 @@ impl<P: Poller> Shard<P> {
             ShardCommand::RemoveUpstream { upstream, ending } => self.remove_upstream(upstream, ending),
             ShardCommand::OpenListener { forward, upstream, host_port, target_port, reach, sockets } => {
                 let Some(upstream_slot) = self.upstream_slots.get(&upstream).copied() else {
-                    // It was closed while the ports were being bound.
+                    // The upstream was closed while the conductor bound the ports.
                     let stats = ForwardStats::default();
                     self.reports.push(Report::ListenerClosed { forward, stats });
                     return;
@@ -162,18 +163,20 @@ impl<P: Poller> Shard<P> {
                     open: true,
                     reported_closed: false,
                     queued: false,
-                    resting_until: None,
+                    paused_until: None,
                     failures: 0,
                     pause: Duration::ZERO,
                     stats: ForwardStats::default(),
                 };
                 self.open_listener(listener, sockets);
             }
-            ShardCommand::Adopt { forward, socket, came_by } => match self.forwards.get(&forward).copied() {
-                Some(id) => self.start_connection(id, socket, came_by),
-                // Its upstream was lost meanwhile. The client is reset, as the others were.
-                None => self.reactor.io().reset_on_close(&socket),
-            },
+            ShardCommand::Adopt { forward, socket, client_family } => {
+                match self.forwards.get(&forward).copied() {
+                    Some(id) => self.start_connection(id, socket, client_family),
+                    // The upstream was lost meanwhile. The client is reset, like the other clients.
+                    None => self.reactor.io().reset_on_close(&socket),
+                }
+            }
             ShardCommand::SetReach { forward, reach } => {
                 if let Some(id) = self.forwards.get(&forward).copied()
                     && let Some(listener) = self.listeners.entry_mut(id)
@@ -202,7 +205,7 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Registers the sockets of a listener. The kernel reports the clients that wait already.
+    /// Registers the sockets of a listener. The kernel then reports the clients that are waiting.
     fn open_listener(&mut self, listener: Listener, sockets: Vec<SocketOf<P>>) {
         let forward = listener.forward;
         let id = self.listeners.insert(listener);
@@ -263,7 +266,7 @@ impl<P: Poller> Shard<P> {
             return;
         }
         let waiting = upstream.close(reason);
-        Self::set_timer(&mut self.timers, Timer::Upstream(id), &mut upstream.resting_until, None);
+        Self::set_timer(&mut self.timers, Timer::Upstream(id), &mut upstream.paused_until, None);
         if let Some(channel) = upstream.channel.take() {
             self.reactor.close(channel);
         }
@@ -282,7 +285,7 @@ impl<P: Poller> Shard<P> {
     fn remove_upstream_if_done(&mut self, id: SlotId) {
         let Some(upstream) = self.upstreams.entry(id) else { return };
         let Some(closing) = &upstream.closing else { return };
-        // Its ports are reported as free before it is reported as removed.
+        // The ports are reported as free before the upstream is reported as removed.
         let has_ports = |listener: &Listener| listener.upstream_slot == id && !listener.reported_closed;
         let ids = self.listeners.ids();
         let mut listeners = ids.into_iter().filter_map(|listener| self.listeners.entry(listener));
@@ -298,8 +301,8 @@ impl<P: Poller> Shard<P> {
     pub(super) fn close_listener(&mut self, id: SlotId, ending: Ending) {
         let Some(listener) = self.listeners.entry_mut(id) else { return };
         if std::mem::replace(&mut listener.open, false) {
-            Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.resting_until, None);
-            // Another engine may listen on them as well, and continues.
+            Self::set_timer(&mut self.timers, Timer::Listener(id), &mut listener.paused_until, None);
+            // Another engine may listen on the sockets, too, and continues.
             for accepting in &listener.sockets {
                 self.reactor.close_and_report(accepting.key);
             }
@@ -359,19 +362,19 @@ impl<P: Poller> Shard<P> {
         self.finish_stopping();
     }
 
-    /// Reports that the shard is empty, once that was requested.
+    /// Reports that the shard is empty, if it was drained or stopped.
     pub(super) fn finish_stopping(&mut self) {
         if self.stopping.is_none() || self.stopped || !self.connections.is_empty() {
             return;
         }
-        // While it drained, connections needed their upstreams.
+        // While the shard drained, connections needed their upstreams.
         for id in self.upstreams.ids() {
             self.close_upstream(id, Ending::Drain, None);
         }
         // The reactor's last registrations end before the shard does, so that no port or namespace outlives the report.
         if self.upstreams.is_empty() && self.listeners.is_empty() && self.reactor.registered() == 0 {
             self.stopped = true;
-            // No report follows.
+            // The stop is the last report, so the recovery is not reported.
             Self::set_timer(&mut self.timers, Timer::Recovery, &mut self.degraded_until, None);
             self.reports.push(Report::Stopped);
         }

@@ -1,5 +1,5 @@
-//! From an accepted client to a connected server: a socket from the stock, a connect, perhaps a second family; or a request to
-//! a driver that connects, and its answer.
+//! The steps from an accepted client to a connected server: a socket from the stock, a connect, perhaps to a second family;
+//! or a request to a driver that connects, and its answer.
 
 use super::upstream::{Answer, UpstreamError};
 use super::{Relayed, Shard, Stage, Timer, side_token};
@@ -83,7 +83,7 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Starts the clock of a connection that has to wait for something, unless it runs already.
+    /// Starts the deadline of a connection that has to wait, unless it runs already.
     fn start_deadline(&mut self, id: SlotId) {
         let at = self.now + self.limits.connect_timeout;
         if let Some(connection) = self.connections.entry_mut(id)
@@ -93,7 +93,7 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Starts the clocks of the first `count` fresh dials that are still in progress.
+    /// Starts the deadlines of the first `count` fresh dials that are still in progress.
     pub(super) fn time_dials(&mut self, count: usize) {
         for index in 0..count {
             let Some(id) = self.fresh_dials.get(index).copied() else { break };
@@ -122,7 +122,7 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// The readiness of a socket changed whose connect was in progress.
+    /// Handles a change of readiness of a socket whose connect was in progress.
     pub(super) fn on_connecting(&mut self, id: SlotId) {
         let Some(connection) = self.connections.entry(id) else { return };
         let Some(key) = connection.keys[Side::Upstream as usize] else { return };
@@ -147,7 +147,7 @@ impl<P: Poller> Shard<P> {
         if step != DialStep::Established
             && let Some(key) = connection.keys[Side::Upstream as usize].take()
         {
-            // A socket whose connect failed is not used again; one that met itself must not stay in TIME_WAIT.
+            // A socket whose connect failed is not reused; one that connected to itself must not stay in TIME_WAIT.
             if own_peer {
                 self.reactor.on_socket(key, |io, socket| io.reset_on_close(socket));
             }
@@ -159,21 +159,22 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Whether a dial reached its own socket, because no server listens.
+    /// Whether a dial connected the socket to itself, because no server listens.
     fn is_own_peer(&mut self, id: SlotId) -> bool {
         let Some(connection) = self.connections.entry(id) else { return false };
         let Stage::Dialling(dial) = &connection.stage else { return false };
         let DialStep::Attempt(_, address) = dial.attempt() else { return false };
         let upstream = self.listeners.entry(connection.listener).map(|listener| listener.upstream_slot);
         let upstream = upstream.and_then(|slot| self.upstreams.entry(slot));
-        if upstream.is_some_and(|upstream| !upstream.may_meet_itself(address.port())) {
+        if upstream.is_some_and(|upstream| !upstream.may_connect_to_itself(address.port())) {
             return false;
         }
         let Some(key) = connection.keys[Side::Upstream as usize] else { return false };
         self.reactor.on_socket(key, |io, socket| io.is_own_peer(socket, address)).unwrap_or(false)
     }
 
-    /// The server cannot be reached: the client gets a reset, never a clean end that would look like an answer.
+    /// Ends a connection whose server cannot be reached. The client gets a reset, since a clean end would look like an
+    /// answer.
     pub(super) fn fail(&mut self, id: SlotId, reason: EndReason) {
         let Some(connection) = self.connections.entry_mut(id) else { return };
         match connection.stage {
@@ -195,7 +196,7 @@ impl<P: Poller> Shard<P> {
         match connection.stage {
             Stage::Relaying(_) => self.drive(id, Input::Deadline),
             Stage::Dialling(_) => {
-                // Without a socket it is our side, or the opener's, that ran out.
+                // Without a socket, the relay or the opener ran out of them.
                 let waits_for_socket = connection.keys[Side::Upstream as usize].is_none();
                 let reason =
                     if waits_for_socket { EndReason::DescriptorsExhausted } else { EndReason::TimedOut };
@@ -205,25 +206,25 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Has the driver connect for a client, which waits for the answer no longer than for any connect.
+    /// Requests a connection from the driver for a client, with the same time limit as for a connect.
     fn ask_to_dial(&mut self, id: SlotId, upstream_slot: SlotId) {
         let Some(connection) = self.connections.entry_mut(id) else { return };
         let Some(listener) = self.listeners.entry(connection.listener) else { return };
         let Some(upstream) = self.upstreams.entry_mut(upstream_slot) else { return };
         let Some(dials) = &mut upstream.dials else { return };
-        connection.stage = Stage::Asking(dials.begin(id, listener.target_port));
+        connection.stage = Stage::Asking(dials.start(id, listener.target_port));
         self.start_deadline(id);
         self.send_dials(upstream_slot);
     }
 
-    /// The channel of an upstream has answers, has room, or has ended; or a rest of it is over.
+    /// Handles answers on the channel of an upstream, room in it, its end, and the end of a pause.
     pub(super) fn on_upstream_ready(&mut self, id: SlotId) {
         while let Some(upstream) = self.upstreams.entry_mut(id) {
             match upstream.next_answer(&mut self.reactor) {
                 Ok(None) => break,
                 Ok(Some(Answer::Sockets(family, sockets))) => self.on_sockets(id, family, sockets),
                 Ok(Some(Answer::Dialled(dial, result))) => self.on_dialled(id, dial, result),
-                // The rest of what is there is read after a pause.
+                // The remaining answers are read after a pause.
                 Err(error) => return self.on_upstream_error(id, error),
             }
         }
@@ -231,14 +232,14 @@ impl<P: Poller> Shard<P> {
         self.send_dials(id);
     }
 
-    fn rest_upstream(&mut self, id: SlotId) {
+    fn pause_upstream(&mut self, id: SlotId) {
         let until = self.now + self.limits.exhausted_pause;
         if let Some(upstream) = self.upstreams.entry_mut(id).filter(|upstream| upstream.is_open()) {
-            Self::set_timer(&mut self.timers, Timer::Upstream(id), &mut upstream.resting_until, Some(until));
+            Self::set_timer(&mut self.timers, Timer::Upstream(id), &mut upstream.paused_until, Some(until));
         }
     }
 
-    /// Asks for sockets if the stock of an upstream is low.
+    /// Requests sockets if the stock of an upstream is low.
     pub(super) fn refill(&mut self, id: SlotId) {
         let Some(upstream) = self.upstreams.entry_mut(id) else { return };
         if let Err(error) = upstream.refill(&mut self.reactor, &self.limits) {
@@ -273,7 +274,7 @@ impl<P: Poller> Shard<P> {
                 self.establish(connection, false);
             }
             (Some(connection), Err(why)) => self.fail(connection, end_reason(why)),
-            // The client of this dial is gone. The server gets a reset, as it would from its client.
+            // The client of this dial is gone. The server gets a reset, like a server whose client reset the connection.
             (None, Ok(socket)) => self.reactor.io().reset_on_close(&socket),
             (None, Err(_)) => {}
         }
@@ -282,7 +283,7 @@ impl<P: Poller> Shard<P> {
     fn on_upstream_error(&mut self, id: SlotId, error: UpstreamError) {
         match error {
             UpstreamError::Exhausted(what) => {
-                self.rest_upstream(id);
+                self.pause_upstream(id);
                 self.degrade(what);
             }
             UpstreamError::Unsupported(family) => {

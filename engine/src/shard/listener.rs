@@ -18,17 +18,17 @@ pub(super) struct Listener {
     pub(super) reach: Reach,
     /// The listening sockets that the kernel has not closed.
     pub(super) sockets: Vec<Accepting>,
-    /// Whether it accepts; otherwise it waits for its sockets to be closed, and then for its connections.
+    /// Whether it accepts. Otherwise it exists until its sockets are closed and its connections have ended.
     pub(super) open: bool,
-    /// [`Report::ListenerClosed`](super::Report::ListenerClosed) was given.
+    /// Whether [`Report::ListenerClosed`](super::Report::ListenerClosed) was reported.
     pub(super) reported_closed: bool,
-    /// It is in [`Shard::accept_later`](super::Shard).
+    /// Whether it is in [`Shard::accept_later`](super::Shard).
     pub(super) queued: bool,
-    /// It does not accept until then.
-    pub(super) resting_until: Option<Instant>,
-    /// Accepts that failed in a row, other than by a shortage.
+    /// The end of a pause in accepting.
+    pub(super) paused_until: Option<Instant>,
+    /// Consecutive failed accepts, other than by a shortage.
     pub(super) failures: u32,
-    /// The next pause after too many of them.
+    /// The next pause after too many failures.
     pub(super) pause: Duration,
     pub(super) stats: ForwardStats,
 }
@@ -36,15 +36,15 @@ pub(super) struct Listener {
 /// A listening socket.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Accepting {
-    /// Its number among the listener's sockets, which its token carries. It stays when others close before it.
+    /// Its index among the listener's sockets, which its token carries. It stays the same when other sockets close first.
     pub(super) index: usize,
     pub(super) key: Key,
-    /// The family by which its clients come.
+    /// The family of its clients' connections.
     pub(super) family: Family,
 }
 
 impl Listener {
-    /// Returns what is reported of it.
+    /// Returns the listener's entry in a state report.
     pub(super) fn state(&self) -> ForwardState {
         ForwardState {
             forward: self.forward,

@@ -1,18 +1,18 @@
-//! The loop of one thread: one reactor, one table of connections, nothing shared.
+//! A shard: one thread with one reactor and one table of connections, which shares no state with other threads.
 //!
-//! A turn waits for events, moves the bytes of each connection that an event names, and takes commands between turns. The
-//! common event is "readable": its bytes are read and written at once (`relaying.rs`), and the machine of the connection is
-//! not stepped. It is stepped for a blocked write, the end of a stream, an error, and a change of mode. A busy connection
-//! would never finish, so after [`Limits::turn_bytes`] in one direction its next read waits until the others were served.
+//! A turn waits for events, moves the bytes of each connection that has an event, and carries out commands between turns.
+//! For the common event, "readable", the bytes are read and written at once (`relaying.rs`), and the state machine of the
+//! connection is not stepped. It is stepped for a blocked write, the end of a stream, an error, and a change of mode. So
+//! that a busy connection does not starve the others, its next read waits for them after [`Limits::turn_bytes`] in one
+//! direction.
 //!
 //! | Table | Registered | Removed when |
 //! | --- | --- | --- |
-//! | connections | both sockets, for their lives | its machine has finished, or the dial has failed |
+//! | connections | both sockets, until the end | its machine has finished, or the dial has failed |
 //! | listeners | each listening socket | its sockets are closed in the kernel and its connections have ended |
 //! | upstreams | the channel | its listeners are closed |
 //!
-//! An id of a table carries a generation, so an event that a batch still holds for a connection that ended within it finds
-//! nothing.
+//! An id of a table carries a generation, so an event for a connection that ended earlier in the same batch finds no entry.
 
 mod accepting;
 mod commands;
@@ -50,22 +50,22 @@ pub struct Shard<P: Poller> {
     forwards: HashMap<ForwardId, SlotId>,
     upstream_slots: HashMap<UpstreamId, SlotId>,
     timers: BTreeSet<(Instant, Timer)>,
-    /// Connects that started since the last turn and have no timer yet: on loopback nearly all end within one turn.
+    /// Connects that started since the last turn and have no timer yet: on loopback nearly all finish within one turn.
     fresh_dials: Vec<SlotId>,
     /// Directions that have used up their budget of this turn.
     yielded: VecDeque<(SlotId, Direction)>,
-    /// Directions that wait for a buffer, the longest waiting first.
+    /// Directions that wait for a buffer, the oldest first.
     starved: VecDeque<(SlotId, Direction)>,
     /// Listeners that have used up their budget, or wait for room in the table.
     accept_later: VecDeque<SlotId>,
-    /// The time of this turn. A clock read for each message would show in a profile.
+    /// The time of this turn. Reading the clock for each message would cost too much.
     now: Instant,
     events: Vec<Event>,
     actions: Actions,
     reports: Vec<Report>,
-    /// When sockets are registered again that the kernel refused.
+    /// When the sockets that the kernel refused to register are registered again.
     registering_at: Option<Instant>,
-    /// Descriptors ran out, and it was reported; the shortage is over if none follows until then.
+    /// Descriptors ran out, which was reported; the shortage is over if no other one occurs before this time.
     degraded_until: Option<Instant>,
     stopping: Option<Stopping>,
     stopped: bool,
@@ -84,21 +84,21 @@ enum Timer {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stopping {
-    /// Ends when the last connection has.
+    /// Ends after the last connection.
     Drain,
-    /// Ends when everything is closed.
+    /// Ends after everything is closed.
     Now,
 }
 
-/// A connection in the table. Thousands wait idly, so it is small.
+/// A connection in the table. It is small, because thousands are idle at the same time.
 #[derive(Debug)]
 struct Relayed<B> {
     listener: SlotId,
     /// The registered sockets, by [`Side`].
     keys: [Option<Key>; 2],
-    /// Bytes that were read and that the destination did not take, by [`Direction`].
+    /// Bytes that were read and that the destination did not accept, by [`Direction`].
     held: [Option<B>; 2],
-    /// The direction is in [`Shard::yielded`].
+    /// Whether the direction is in [`Shard::yielded`].
     yielded: [bool; 2],
     stage: Stage,
     deadline: Option<Instant>,
@@ -108,7 +108,7 @@ struct Relayed<B> {
 enum Stage {
     /// The connect to the server is in progress, or waits for a socket.
     Dialling(Dial),
-    /// The driver was, or is to be, sent this dial.
+    /// The dial with this number was sent to the driver, or waits for that.
     Asking(u64),
     /// Both sides are connected.
     Relaying(Connection),
@@ -142,27 +142,27 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Returns the reactor, for what only its poller can do.
+    /// Returns the reactor, for operations that depend on its poller.
     pub fn reactor_mut(&mut self) -> &mut Reactor<P> {
         &mut self.reactor
     }
 
-    /// Returns how many connections are in the table, waiting ones included.
+    /// Returns the number of connections in the table, including those that wait.
     pub fn connections(&self) -> usize {
         self.connections.len()
     }
 
-    /// Whether [`Report::Stopped`] was given: the shard is empty.
+    /// Whether [`Report::Stopped`] was reported: the shard is empty.
     pub fn is_stopped(&self) -> bool {
         self.stopped
     }
 
-    /// Returns what happened since the last call.
+    /// Returns the reports since the last call.
     pub fn reports(&mut self) -> std::vec::Drain<'_, Report> {
         self.reports.drain(..)
     }
 
-    /// Waits until something happens, and handles it.
+    /// Waits for events or a deadline, and handles them.
     ///
     /// # Errors
     /// The reactor is broken; the shard cannot continue.
@@ -203,13 +203,13 @@ impl<P: Poller> Shard<P> {
         match (kind, event.kind) {
             (0 | 1, EventKind::Ready) => self.on_side_ready(id, side_of(kind)),
             (KIND_UPSTREAM, EventKind::Ready) => self.on_upstream_ready(id),
-            // Only the close of a listening socket is reported.
+            // Only listening sockets request a report of their close.
             (0 | 1 | KIND_UPSTREAM, EventKind::Closed) => {}
             (kind, happened) => self.on_listener_event(id, usize::from(kind - KIND_LISTENER), happened),
         }
     }
 
-    /// Reports that the kernel refuses to watch sockets, and has them registered again after a pause. Their peers wait.
+    /// Reports that the kernel refuses to register sockets, and schedules another attempt. Their peers wait.
     fn note_refused(&mut self) {
         if self.reactor.has_refused() && self.registering_at.is_none() {
             self.degrade("the kernel refuses to watch more sockets (memory, or fs.epoll.max_user_watches)");
@@ -218,7 +218,7 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Moves a timer. `slot` holds the time for which it is set now.
+    /// Sets a timer to another time. `slot` holds the current one.
     fn set_timer(
         timers: &mut BTreeSet<(Instant, Timer)>,
         timer: Timer,
@@ -249,7 +249,7 @@ impl<P: Poller> Shard<P> {
                 }
                 Timer::Listener(id) => {
                     if let Some(listener) = self.listeners.entry_mut(id) {
-                        listener.resting_until = None;
+                        listener.paused_until = None;
                     }
                     self.accept_all(id);
                 }
@@ -264,7 +264,7 @@ impl<P: Poller> Shard<P> {
                 }
                 Timer::Upstream(id) => {
                     if let Some(upstream) = self.upstreams.entry_mut(id) {
-                        upstream.resting_until = None;
+                        upstream.paused_until = None;
                     }
                     self.on_upstream_ready(id);
                 }
@@ -272,7 +272,7 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// Returns the forwards of this shard, those that drain included.
+    /// Returns the forwards of this shard, including those that drain.
     fn describe(&self) -> Vec<ForwardState> {
         let ids = self.listeners.ids().into_iter();
         let mut forwards: Vec<ForwardState> =
@@ -285,8 +285,8 @@ impl<P: Poller> Shard<P> {
         self.listeners.entry_mut(listener).map(|listener| &mut listener.stats)
     }
 
-    /// Reports that descriptors are used up, once for as long as it lasts. Where they are scarce one is free for short times,
-    /// so it is over only when everything that rested has tried again without a failure.
+    /// Reports that descriptors ran out, once for the whole shortage. During a shortage single descriptors become free for
+    /// short times, so it is over only when every paused operation has been retried without a failure.
     fn degrade(&mut self, what: &str) {
         if self.degraded_until.is_none() {
             self.reports.push(Report::Degraded { what: what.to_owned() });

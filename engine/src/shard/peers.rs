@@ -1,7 +1,8 @@
-//! The other shards of an engine, as one that accepts sees them: their loads, and how to hand connections over.
+//! The other shards of an engine, from the view of a shard that accepts: their loads, and the transfer of connections to
+//! them.
 //!
-//! Loads are read without a lock and may be out of date by a turn; a connection that is handed to the second-best shard is
-//! served as well. A handed-over connection is counted at once, so that a burst within one turn is spread, too.
+//! Loads are read without a lock and may be one turn old; a connection that goes to the second-best shard is served equally
+//! well. A transferred connection is counted at once, so that a burst within one turn is distributed, too.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use super::ShardCommand;
 use crate::command::{Family, ForwardId};
 use crate::reactor::Waker;
 
-/// The shards of one engine, and which of them this one is.
+/// The shards of one engine, and the index of this one.
 #[derive(Debug)]
 pub struct Peers {
     own: usize,
@@ -24,20 +25,20 @@ pub struct Peers {
 pub struct Peer {
     /// Its mailbox.
     pub commands: Sender<ShardCommand<OwnedFd>>,
-    /// Ends its wait.
+    /// Ends the wait of its reactor.
     pub waker: Waker,
-    /// Its connections, as it published last, and those handed to it since.
+    /// The number of its connections, as it last published, plus those passed to it since.
     pub load: Arc<AtomicUsize>,
 }
 
 impl Peers {
-    /// Creates the set of all shards, this one included, which has the index `own`.
+    /// Creates the set of all shards, including this one, which has the index `own`.
     pub fn new(own: usize, shards: Vec<Peer>) -> Peers {
         Peers { own, shards }
     }
 
     /// Returns the shard with the fewest connections, if it has fewer than `load`.
-    pub(super) fn emptier_than(&self, load: usize) -> Option<usize> {
+    pub(super) fn less_loaded_than(&self, load: usize) -> Option<usize> {
         let others = self.shards.iter().enumerate().filter(|(index, _)| *index != self.own);
         let (index, least) = others
             .map(|(index, peer)| (index, peer.load.load(Ordering::Relaxed)))
@@ -45,17 +46,17 @@ impl Peers {
         (least < load).then_some(index)
     }
 
-    /// Hands a connection over. A shard that has ended closes it.
-    pub(super) fn send(&self, peer: usize, forward: ForwardId, socket: OwnedFd, came_by: Family) {
+    /// Passes a connection to a peer. A shard that has ended closes it.
+    pub(super) fn send(&self, peer: usize, forward: ForwardId, socket: OwnedFd, client_family: Family) {
         if let Some(peer) = self.shards.get(peer) {
             peer.load.fetch_add(1, Ordering::Relaxed);
-            if peer.commands.send(ShardCommand::Adopt { forward, socket, came_by }).is_ok() {
+            if peer.commands.send(ShardCommand::Adopt { forward, socket, client_family }).is_ok() {
                 peer.waker.wake();
             }
         }
     }
 
-    /// Publishes how many connections this shard has.
+    /// Publishes the number of connections of this shard.
     pub(super) fn publish_load(&self, connections: usize) {
         if let Some(own) = self.shards.get(self.own) {
             own.load.store(connections, Ordering::Relaxed);

@@ -1,7 +1,7 @@
-//! Moving bytes: what an event of a relayed connection leads to, and the actions of its machine.
+//! Moving bytes: handles the events of relayed connections, and carries out the actions of their state machines.
 //!
-//! [`Shard::pump`] is the path of nearly every byte: read, write, and again while the source is known to have more. It steps
-//! the machine only when that ends otherwise than with an empty source.
+//! [`Shard::pump`] moves nearly every byte: it reads, writes, and repeats while the source may have more. It steps the
+//! machine only if it ends for another reason than an empty source.
 
 use super::{Relayed, Shard, Stage, Timer};
 use crate::error::EndReason;
@@ -9,13 +9,13 @@ use crate::reactor::{Poller, Readiness, Sent, SocketIo, Transfer, TransferMode};
 use crate::relay::{Action, Connection, Direction, Input, ReadEnd, Side};
 use crate::table::SlotId;
 
-/// The events that make it worth trying to write held bytes. A broken connection refuses them.
+/// The events after which a write of held bytes is tried. On a broken connection the write fails.
 const WRITABLE: Readiness = Readiness::OUT.union(Readiness::ERR).union(Readiness::HUP);
 
 impl<P: Poller> Shard<P> {
-    /// The readiness of one side of a connection changed.
+    /// Handles a change of readiness of one side of a connection.
     pub(super) fn on_side_ready(&mut self, id: SlotId, side: Side) {
-        // Events that a batch holds for a connection that ended within it find nothing.
+        // The connection may have ended earlier in the same batch of events.
         let Some(connection) = self.connections.entry(id) else { return };
         match &connection.stage {
             Stage::Relaying(machine) => {
@@ -30,20 +30,20 @@ impl<P: Poller> Shard<P> {
                 if let Some(input) = self.pump(id, side.outgoing()) {
                     self.drive(id, input);
                 }
-                // After what could be read, since bytes and a FIN that preceded a reset count. A direction that is blocked
-                // learns of the reset here alone.
+                // The error is handled after the read, since bytes and a FIN that preceded a reset count. A blocked
+                // direction does not read, and gets the reset only here.
                 if ready.contains(Readiness::ERR) {
                     self.drive(id, Input::Broke(side));
                 }
             }
             Stage::Dialling(_) if side == Side::Upstream => self.on_connecting(id),
-            // The readiness of a client whose server is not connected yet stays in the table.
+            // The readiness of the client stays in the table until its server is connected.
             Stage::Dialling(_) | Stage::Asking(_) => {}
         }
     }
 
-    /// Moves bytes of one direction while it reads, its source has some, and its budget lasts. Returns the event that ended
-    /// this, if the machine must know it.
+    /// Moves bytes of one direction while it reads, its source has bytes, and its budget lasts. Returns the event that ended
+    /// this, if the machine needs it.
     fn pump(&mut self, id: SlotId, direction: Direction) -> Option<Input> {
         let Relayed { listener, keys, held, yielded, stage, .. } = self.connections.entry_mut(id)?;
         let Stage::Relaying(machine) = stage else { return None };
@@ -81,7 +81,7 @@ impl<P: Poller> Shard<P> {
                 Transfer::Eof => Some(Input::Read(direction, ReadEnd::Eof)),
                 Transfer::ReadFailed => Some(Input::Read(direction, ReadEnd::Broken)),
                 Transfer::Unavailable(mode) => {
-                    // A direction without a pipe copies, so only a lack of buffers makes it wait.
+                    // A direction that finds no pipe copies, so only a lack of buffers makes it wait.
                     if mode == TransferMode::Copy {
                         self.starved.push_back((id, direction));
                     }
@@ -104,7 +104,7 @@ impl<P: Poller> Shard<P> {
         input
     }
 
-    /// Writes the bytes that are held for a direction. Returns the result, unless the destination is still full.
+    /// Writes the held bytes of a direction. Returns the result, unless the destination is still full.
     fn write_held(&mut self, id: SlotId, direction: Direction) -> Option<Input> {
         let connection = self.connections.entry_mut(id)?;
         let to = connection.keys[direction.to() as usize]?;
@@ -117,7 +117,7 @@ impl<P: Poller> Shard<P> {
         Some(if sent == Sent::All { Input::Wrote(direction) } else { Input::WriteFailed(direction) })
     }
 
-    /// Steps a machine and carries out its actions, and what follows from those.
+    /// Steps a machine and carries out its actions, and the resulting inputs.
     pub(super) fn drive(&mut self, id: SlotId, input: Input) {
         let mut actions = std::mem::take(&mut self.actions);
         let mut input = Some(input);
@@ -136,7 +136,7 @@ impl<P: Poller> Shard<P> {
         self.actions = actions;
     }
 
-    /// Carries out one action; returns the input that follows from it, if one does.
+    /// Carries out one action. Returns the input that results from it, if any.
     fn perform(&mut self, id: SlotId, action: Action) -> Option<Input> {
         match action {
             Action::Read(direction) => self.pump(id, direction),
@@ -211,7 +211,7 @@ impl<P: Poller> Shard<P> {
         !self.starved.is_empty() && self.reactor.can_lend(TransferMode::Copy)
     }
 
-    /// Continues with the directions that waited for a buffer, as long as buffers are free. One that finds none again waits at
+    /// Continues with the directions that waited for a buffer, while buffers are free. One that finds no buffer goes back to
     /// the end of the queue.
     pub(super) fn feed_starved(&mut self) {
         for _ in 0..self.starved.len() {
@@ -223,7 +223,8 @@ impl<P: Poller> Shard<P> {
         }
     }
 
-    /// The server is connected: relays. `broken`: it has reset the connection since, and the kernel has reported that.
+    /// Starts to relay after the server is connected. `broken`: the server has reset the connection since, as the kernel
+    /// reported.
     pub(super) fn establish(&mut self, id: SlotId, broken: bool) {
         let Some(connection) = self.connections.entry_mut(id) else { return };
         connection.stage = Stage::Relaying(Connection::new());
@@ -232,10 +233,10 @@ impl<P: Poller> Shard<P> {
         }
         Self::set_timer(&mut self.timers, Timer::Connection(id), &mut connection.deadline, None);
         if broken {
-            // First, since what is read now ends as if by a FIN.
+            // The break is handled first, because from then on a read ends as if by a FIN.
             self.drive(id, Input::Broke(Side::Upstream));
         }
-        self.drive(id, Input::Begin);
+        self.drive(id, Input::Start);
     }
 }
 

@@ -1,4 +1,4 @@
-//! What every case works with: a reactor, and sockets.
+//! The fixture of every case: a reactor, and sockets.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,9 +12,9 @@ use landfall_engine::reactor::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long an event that must come may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-/// How long an event that must not come is waited for.
+/// Time limit for an expected event.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+/// Time to wait for an event that must not come.
 pub(crate) const QUIET: Duration = Duration::from_millis(30);
 
 pub(crate) const MODES: [TransferMode; 2] = [TransferMode::Copy, TransferMode::Splice];
@@ -44,7 +44,7 @@ pub(crate) struct Bench<P: Real> {
     pub(crate) events: Vec<Event>,
 }
 
-/// Runs one case. Where the machine has no io_uring its poller cannot be tested, which is printed.
+/// Runs one case. If the machine has no io_uring, the case is skipped with a message.
 pub(crate) fn run<P: Real>(limits: &Limits, case: impl FnOnce(&mut Bench<P>)) {
     let reactor = match P::make(limits) {
         Ok(reactor) => reactor,
@@ -56,7 +56,7 @@ pub(crate) fn run<P: Real>(limits: &Limits, case: impl FnOnce(&mut Bench<P>)) {
     };
     let mut bench = Bench { reactor, next_token: 0, events: Vec::new() };
     case(&mut bench);
-    bench.settle();
+    bench.drain_events();
     bench.assert_quiet();
     assert_eq!(bench.reactor.io().lent(), (0, 0), "buffers and pipes still lent");
 }
@@ -72,7 +72,7 @@ impl<P: Real> Bench<P> {
         (self.reactor.register(socket.into(), token), token)
     }
 
-    /// Waits once; returns how many events came.
+    /// Waits once, and returns the number of events.
     pub(crate) fn turn(&mut self, until: Option<Instant>) -> usize {
         let before = self.events.len();
         self.reactor.turn(until, &mut self.events).unwrap();
@@ -82,14 +82,14 @@ impl<P: Real> Bench<P> {
     /// Turns until `condition` holds.
     #[track_caller]
     pub(crate) fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Bench<P>) -> bool) {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         while !condition(self) {
-            assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
+            assert!(Instant::now() < until, "{what}: not within {TIMEOUT:?}");
             self.turn(Some(until));
         }
     }
 
-    /// Waits until a socket was reported to be ready for all of `readiness`.
+    /// Waits until the reactor has reported a socket as ready for all of `readiness`.
     #[track_caller]
     pub(crate) fn await_ready(&mut self, key: Key, readiness: Readiness) {
         self.until(&format!("{readiness:?}"), |bench| bench.reactor.readiness(key).contains(readiness));
@@ -102,17 +102,17 @@ impl<P: Real> Bench<P> {
         self.until("closed", |bench| bench.events.contains(&closed));
     }
 
-    /// Takes the events that have come or are about to, such as the first one of each registration.
-    pub(crate) fn settle(&mut self) {
+    /// Receives the pending events, such as the first one of each registration.
+    pub(crate) fn drain_events(&mut self) {
         while self.turn(Some(Instant::now() + QUIET)) > 0 {}
     }
 
-    /// Has the kernel take what was queued for it.
-    pub(crate) fn settle_once(&mut self) {
+    /// Submits the queued requests to the kernel.
+    pub(crate) fn submit(&mut self) {
         self.turn(Some(Instant::now()));
     }
 
-    /// No event comes for a while, and the poller sleeps all that while.
+    /// Checks that no event comes for some time, and that the poller sleeps during it.
     #[track_caller]
     pub(crate) fn assert_quiet(&mut self) {
         let until = Instant::now() + QUIET;
@@ -124,7 +124,7 @@ impl<P: Real> Bench<P> {
         assert!(turns <= 4, "the poller returned {turns} times without an event");
     }
 
-    /// Reads once, as soon as the socket was reported to be readable, into memory of its own.
+    /// Reads once into a new buffer, after the socket was reported as readable.
     #[track_caller]
     pub(crate) fn receive(&mut self, key: Key, mode: TransferMode) -> (Received, PooledBuffer) {
         loop {
@@ -134,11 +134,11 @@ impl<P: Real> Bench<P> {
             if received != Received::Empty {
                 return (received, buffer);
             }
-            self.turn(Some(Instant::now() + PATIENCE));
+            self.turn(Some(Instant::now() + TIMEOUT));
         }
     }
 
-    /// Moves everything from one socket to another until the source ends, is empty, or the sink is blocked.
+    /// Moves all bytes from one socket to another until the source ends, is empty, or the sink is blocked.
     pub(crate) fn pump(&mut self, from: Key, to: Key, mode: TransferMode) -> Pumped {
         let mut bytes = 0;
         loop {
@@ -152,7 +152,7 @@ impl<P: Real> Bench<P> {
                 Transfer::Blocked { bytes: read, held } => {
                     return Pumped { bytes: bytes + read, held: Some(held), ended: false };
                 }
-                // The end of a spliced stream is found by a copy.
+                // A copy finds the end of a spliced stream.
                 Transfer::Unavailable(TransferMode::Splice) => {
                     return self.pump(from, to, TransferMode::Copy).after(bytes);
                 }
@@ -161,7 +161,7 @@ impl<P: Real> Bench<P> {
         }
     }
 
-    /// Writes held bytes until they are all gone.
+    /// Writes held bytes until all are written.
     #[track_caller]
     pub(crate) fn write_out(&mut self, to: Key, mut held: PooledBuffer) {
         while self.reactor.write(to, &mut held) != Sent::All {
@@ -186,19 +186,19 @@ impl Pumped {
     }
 }
 
-/// A connected pair: ours, which does not block, and theirs, which does.
+/// Returns a connected pair: the first, non-blocking, for the reactor, and its blocking peer.
 pub(crate) fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (ours, _) = listener.accept().unwrap();
     ours.set_nonblocking(true).unwrap();
     theirs.set_nodelay(true).unwrap();
-    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
-    theirs.set_write_timeout(Some(PATIENCE)).unwrap();
+    theirs.set_read_timeout(Some(TIMEOUT)).unwrap();
+    theirs.set_write_timeout(Some(TIMEOUT)).unwrap();
     (ours, theirs)
 }
 
-/// Waits until a socket is ready for `events`; without the reactor, so that it is not reported by that.
+/// Waits without the reactor until a socket is ready for `events`, so that the reactor's state does not change.
 pub(crate) fn until_ready(socket: impl AsFd, events: PollFlags) {
     let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), events)];
     let limit = Timespec { tv_sec: 20, tv_nsec: 0 };
@@ -211,7 +211,7 @@ pub(crate) fn reset(socket: TcpStream) {
     drop(socket);
 }
 
-/// Runs the rest of a test in a process of its own, for what changes a whole process. True in that process.
+/// Runs the rest of a test in a process of its own, because it changes the whole process. Returns true in that process.
 pub(crate) fn is_alone(test: &str) -> bool {
     if std::env::var_os(ALONE).is_some_and(|name| name == test) {
         return true;

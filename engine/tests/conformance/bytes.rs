@@ -1,4 +1,4 @@
-//! Moving bytes: nothing lost, nothing twice, the end after the last byte.
+//! Moving bytes: none is lost or doubled, and the end comes after the last byte.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{Read, Write};
@@ -13,11 +13,11 @@ use landfall_engine::sys::SocketError;
 use rustix::event::PollFlags;
 use rustix::net::{SendFlags, sockopt};
 
-use crate::bench::{Bench, MODES, PATIENCE, Pumped, Real, reset, run, tcp_pair, until_ready};
+use crate::bench::{Bench, MODES, Pumped, Real, TIMEOUT, reset, run, tcp_pair, until_ready};
 
 const BULK_BYTES: usize = 24 << 20;
 
-/// Two registered sockets and their peers: bytes are to be moved from the first to the second.
+/// Returns two registered sockets and their peers, for moving bytes from the first to the second.
 fn two<P: Real>(bench: &mut Bench<P>) -> (Key, TcpStream, Key, TcpStream) {
     let ((source, writer), (sink, reader)) = (tcp_pair(), tcp_pair());
     let (source, sink) = (bench.register(source), bench.register(sink));
@@ -31,7 +31,7 @@ pub(crate) fn bytes_are_reported_and_moved<P: Real>(_: &str) {
         for mode in MODES {
             let (source, mut writer, sink, mut reader) = two(bench);
             for round in 0..5u8 {
-                bench.settle();
+                bench.drain_events();
                 assert!(!bench.reactor.is_readable(source));
                 writer.write_all(&[round; 3]).unwrap();
                 bench.await_ready(source, Readiness::IN);
@@ -76,8 +76,8 @@ pub(crate) fn a_short_read_empties_the_socket<P: Real>(_: &str) {
         assert!(matches!(copy(bench), Transfer::Moved { bytes: 476, full: false }));
         let left = bench.reactor.readiness(source);
         assert!(!bench.reactor.is_readable(source), "a short one proves that it is empty: {left:?}");
-        // With a FIN, a short read may be followed by the end.
-        bench.settle();
+        // With a FIN, the end may follow a short read.
+        bench.drain_events();
         writer.write_all(b"last").unwrap();
         writer.shutdown(Shutdown::Write).unwrap();
         bench.await_ready(source, Readiness::IN | Readiness::RDHUP);
@@ -96,7 +96,7 @@ pub(crate) fn eof_comes_after_the_bytes<P: Real>(_: &str) {
             bench.await_ready(source, Readiness::RDHUP);
             let Pumped { bytes, ended, .. } = bench.pump(source, sink, mode);
             assert_eq!((bytes, ended), (8, true), "{mode:?}");
-            // It stays the end.
+            // The end is permanent.
             assert!(matches!(bench.reactor.transfer(source, sink, TransferMode::Copy), Transfer::Eof));
             bench.reactor.on_socket(sink, |io, socket| io.shutdown_write(socket)).unwrap().unwrap();
             let mut arrived = Vec::new();
@@ -121,14 +121,14 @@ pub(crate) fn bytes_before_a_reset_come_first<P: Real>(_: &str) {
     });
 }
 
-/// Sends to `sink` until a write is blocked. Returns the bytes that are held, and how many were read in all.
+/// Sends to `sink` until a write is blocked. Returns the held bytes, and the total number read.
 pub(crate) fn fill<P: Real>(bench: &mut Bench<P>, sink: Key, mode: TransferMode) -> (PooledBuffer, usize) {
     let (source, mut writer) = tcp_pair();
     let source = bench.register(source);
     let socket = bench.reactor.socket(sink).unwrap();
     sockopt::set_socket_send_buffer_size(socket, 32 * 1024).unwrap();
-    // A host's default may pace, and an acknowledgement may be held back for 200 ms (TCP_DELACK_MAX): until then bytes that
-    // were sent long ago still trickle out.
+    // A host's default may pace, and an acknowledgement may be delayed by 200 ms (TCP_DELACK_MAX): until then, bytes that
+    // were sent earlier are still received.
     sockopt::set_tcp_congestion(socket, "reno").unwrap();
     let mut total = 0;
     loop {
@@ -137,7 +137,7 @@ pub(crate) fn fill<P: Real>(bench: &mut Bench<P>, sink: Key, mode: TransferMode)
         let Pumped { bytes, held, .. } = bench.pump(source, sink, mode);
         total += bytes;
         let Some(mut held) = held else { continue };
-        // TCP comes to rest first.
+        // Wait until TCP is idle.
         let until = Instant::now() + std::time::Duration::from_millis(300);
         while Instant::now() < until {
             bench.turn(Some(until));
@@ -147,7 +147,7 @@ pub(crate) fn fill<P: Real>(bench: &mut Bench<P>, sink: Key, mode: TransferMode)
         }
         if held.bytes() > 0 && !bench.reactor.readiness(sink).contains(Readiness::OUT) {
             bench.reactor.close(source);
-            bench.settle();
+            bench.drain_events();
             return (held, total);
         }
         bench.write_out(sink, held);
@@ -233,7 +233,7 @@ fn pattern(state: &mut u64, bytes: &mut [u8]) {
     }
 }
 
-/// Moves bulk from one thread to another through the reactor, and compares what went in with what came out.
+/// Moves bulk data from one thread to another through the reactor, and compares the input with the output.
 fn relays<P: Real>(mode: fn(usize) -> TransferMode) {
     run::<P>(&Limits::default(), |bench| {
         let (source, mut writer, sink, mut reader) = two(bench);
@@ -281,12 +281,12 @@ pub(crate) fn mixed_modes_arrive_in_order<P: Real>(_: &str) {
     relays::<P>(|round| MODES[round / 3 % 2]);
 }
 
-/// An urgent byte between others, with or without a FIN after them.
+/// Moves an urgent byte between others, with or without a FIN after them.
 fn urgent<P: Real>(fin: bool) {
     run::<P>(&Limits::default(), |bench| {
         for mode in MODES {
             let (source, mut writer) = tcp_pair();
-            // As the engine tunes its listeners; accepted sockets inherit it.
+            // The engine sets this on its listeners; accepted sockets inherit it.
             sockopt::set_socket_oobinline(&source, true).unwrap();
             let (sink, mut reader) = tcp_pair();
             let (source, sink) = (bench.register(source), bench.register(sink));
@@ -348,7 +348,7 @@ pub(crate) fn a_pipe_that_holds_bytes_is_not_lent_again<P: Real>(_: &str) {
         let (received, pipe) = bench.receive(source, TransferMode::Splice);
         assert_eq!(received, Received::Bytes(3));
         drop(pipe);
-        bench.settle();
+        bench.drain_events();
         writer.write_all(b"new").unwrap();
         let mut moved = 0;
         bench.until("moved", |bench| {
@@ -377,7 +377,7 @@ pub(crate) fn unacknowledged_bytes_are_counted<P: Real>(_: &str) {
         });
         bench.write_out(sink, held);
         let _reader = reading.join().unwrap();
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         while count(bench) > 0 {
             assert!(Instant::now() < until, "never acknowledged");
             std::thread::yield_now();

@@ -16,10 +16,10 @@ pub(crate) fn messages_and_descriptors_arrive_in_order<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
         let (ours, theirs) = Channel::pair().unwrap();
         let channel = bench.register(OwnedFd::from(ours));
-        bench.settle();
+        bench.drain_events();
         assert!(matches!(received(bench, channel), Err(ChannelError::WouldBlock)));
         let (socket, _peer) = tcp_pair();
-        // Both are there before either is received.
+        // Both messages arrive before the first is received.
         theirs.send(&1, &[socket.as_fd()]).unwrap();
         theirs.send(&2, &[]).unwrap();
         bench.await_ready(channel, Readiness::IN);
@@ -29,7 +29,7 @@ pub(crate) fn messages_and_descriptors_arrive_in_order<P: Real>(_: &str) {
         assert_eq!((text.as_slice(), sockets.len()), (&b"2"[..], 0));
         assert!(matches!(received(bench, channel), Err(ChannelError::WouldBlock)));
         assert!(!bench.reactor.is_readable(channel));
-        bench.settle();
+        bench.drain_events();
         theirs.send(&3, &[]).unwrap();
         drop(theirs);
         bench.await_ready(channel, Readiness::IN);
@@ -44,7 +44,7 @@ pub(crate) fn a_full_channel_is_reported_when_it_has_room<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
         let (ours, theirs) = Channel::pair().unwrap();
         let (channel, token) = bench.register_as(OwnedFd::from(ours));
-        bench.settle();
+        bench.drain_events();
         let send = |bench: &mut Bench<P>, text: &[u8]| {
             bench.reactor.on_socket(channel, |io, socket| io.send_message(socket, text)).unwrap()
         };
@@ -53,7 +53,7 @@ pub(crate) fn a_full_channel_is_reported_when_it_has_room<P: Real>(_: &str) {
             sent += 1;
             assert!(sent < 100_000, "the channel is never full");
         }
-        bench.settle();
+        bench.drain_events();
         let before = bench.events.len();
         for number in 0..sent {
             assert_eq!(theirs.recv::<u64>().unwrap().unwrap().0, number);

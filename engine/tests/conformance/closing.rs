@@ -8,12 +8,12 @@ use landfall_engine::reactor::{Readiness, SocketIo};
 
 use crate::bench::{Bench, Real, run, tcp_pair};
 
-/// Asserts that the events of the next while are those that `count` says.
+/// Returns the number of events that `act` causes.
 fn events_of<P: Real>(bench: &mut Bench<P>, act: impl FnOnce(&mut Bench<P>)) -> usize {
-    bench.settle();
+    bench.drain_events();
     let before = bench.events.len();
     act(bench);
-    bench.settle();
+    bench.drain_events();
     bench.events.len() - before
 }
 
@@ -25,7 +25,7 @@ pub(crate) fn a_close_sends_the_fin<P: Real>(_: &str) {
         let events = events_of(bench, |bench| bench.reactor.close(key));
         assert_eq!(events, 0);
         assert_eq!(theirs.read(&mut [0; 1]).unwrap(), 0);
-        // The key is over.
+        // The key is invalid.
         assert!(bench.reactor.socket(key).is_none() && bench.reactor.readiness(key).is_empty());
         assert_eq!(bench.reactor.registered(), 0);
         bench.reactor.close(key);
@@ -38,14 +38,14 @@ pub(crate) fn a_close_after_reset_on_close_is_a_reset<P: Real>(_: &str) {
         let key = bench.register(ours);
         bench.reactor.on_socket(key, |io, socket| io.reset_on_close(socket)).unwrap();
         bench.reactor.close(key);
-        bench.settle();
+        bench.drain_events();
         assert_eq!(theirs.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     });
 }
 
-pub(crate) fn a_socket_that_is_closed_at_once_reports_nothing<P: Real>(_: &str) {
+pub(crate) fn a_socket_that_is_closed_at_once_has_no_event<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
-        // The number of the first is the second's before either was registered with the kernel.
+        // The second socket reuses the descriptor number before either was registered with the kernel.
         for _ in 0..100 {
             let ((first, mut first_peer), (second, mut second_peer)) = (tcp_pair(), tcp_pair());
             first_peer.write_all(b"early").unwrap();
@@ -58,11 +58,11 @@ pub(crate) fn a_socket_that_is_closed_at_once_reports_nothing<P: Real>(_: &str) 
             bench.await_ready(second, Readiness::IN);
             assert!(bench.events[before..].iter().all(|event| event.token == token));
             assert!(bench.events.iter().all(|event| event.token != first_token));
-            // Closed with bytes that nobody read.
+            // It was closed with unread bytes.
             assert_eq!(first_peer.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::ConnectionReset);
             bench.reactor.close(second);
         }
-        bench.settle();
+        bench.drain_events();
         assert_eq!(bench.reactor.registered(), 0);
     });
 }
@@ -74,10 +74,10 @@ pub(crate) fn a_reported_close_frees_the_port<P: Real>(_: &str) {
             listener.set_nonblocking(true).unwrap();
             let address = listener.local_addr().unwrap();
             let (key, token) = bench.register_as(listener);
-            bench.settle();
+            bench.drain_events();
             bench.reactor.close_and_report(key);
             bench.await_closed(token);
-            // std sets SO_REUSEADDR, with which a port that still has a listener cannot be bound either.
+            // std sets SO_REUSEADDR, which does not permit binding a port that still has a listener.
             TcpListener::bind(address).unwrap();
         }
     });
@@ -85,28 +85,28 @@ pub(crate) fn a_reported_close_frees_the_port<P: Real>(_: &str) {
 
 pub(crate) fn a_closed_socket_is_closed_although_others_were_reported<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
-        // Something happens to the socket in the very turn in which it is closed.
+        // The socket becomes ready in the same turn in which it is closed.
         for _ in 0..200 {
             let (ours, mut theirs) = tcp_pair();
             let key = bench.register(ours);
             bench.await_ready(key, Readiness::OUT);
             theirs.write_all(b"crossing").unwrap();
             bench.reactor.close(key);
-            bench.settle_once();
+            bench.submit();
             assert!(theirs.read(&mut [0; 1]).is_err(), "unread bytes make it a reset");
         }
-        bench.settle();
+        bench.drain_events();
         assert_eq!(bench.reactor.registered(), 0);
     });
 }
 
-pub(crate) fn a_duplicate_that_is_held_elsewhere_reports_nothing<P: Real>(_: &str) {
+pub(crate) fn a_duplicate_held_elsewhere_causes_no_event<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
-        // As a listener that was lent to another engine.
+        // Like a listener that was lent to another engine.
         let (ours, mut theirs) = tcp_pair();
         let held: TcpStream = ours.try_clone().unwrap();
         let (key, token) = bench.register_as(ours);
-        bench.settle();
+        bench.drain_events();
         bench.reactor.close_and_report(key);
         bench.await_closed(token);
         let events = events_of(bench, |_| theirs.write_all(b"for the other holder").unwrap());

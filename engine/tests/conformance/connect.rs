@@ -14,7 +14,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::bench::{Bench, Real, is_alone, reset, run};
 
-/// A port on which no socket listens: it was free just now.
+/// Returns an address on which no socket listens: its port was free a short time ago.
 fn vacant() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
@@ -31,7 +31,7 @@ fn start<P: Real>(bench: &mut Bench<P>, address: SocketAddr) -> Key {
     bench.register(socket)
 }
 
-/// The result of a connect, once it is reported.
+/// Returns the result of a connect after it is reported.
 fn result<P: Real>(bench: &mut Bench<P>, key: Key) -> Connected {
     bench.until("connected", |bench| !bench.reactor.readiness(key).is_empty());
     bench.reactor.on_socket(key, |io, socket| io.connect_result(socket)).unwrap()
@@ -60,7 +60,7 @@ pub(crate) fn a_connect_to_a_closed_port_is_refused<P: Real>(_: &str) {
     });
 }
 
-pub(crate) fn a_connect_that_was_reset_since_is_told_apart<P: Real>(_: &str) {
+pub(crate) fn a_connect_that_was_reset_since_is_distinguished<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -78,17 +78,17 @@ pub(crate) fn a_connect_that_was_reset_since_is_told_apart<P: Real>(_: &str) {
             if speaks {
                 assert_eq!(bench.receive(key, TransferMode::Copy).0, Received::Bytes(8));
             }
-            // The error was returned; the stream ends as if by a FIN.
+            // The error was returned already, so the stream ends as if by a FIN.
             assert_eq!(bench.receive(key, TransferMode::Copy).0, Received::Eof);
         }
     });
 }
 
-pub(crate) fn a_connect_to_itself_is_recognised<P: Real>(test: &str) {
+pub(crate) fn a_connect_to_itself_is_detected<P: Real>(test: &str) {
     if !is_alone(test) {
         return;
     }
-    // A namespace with two ephemeral ports: a connect to one of them is a connect to itself every other time.
+    // A namespace with two ephemeral ports: every other connect to one of them is a connect to itself.
     if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET) {
         println!("skipped: no network namespace can be made: {errno}");
         return;
@@ -122,7 +122,7 @@ pub(crate) fn a_connect_to_itself_is_recognised<P: Real>(test: &str) {
 
 pub(crate) fn a_connect_in_progress_is_not_reported<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
-        // A listener whose queue is full answers no SYN.
+        // A listener whose queue is full does not answer a SYN.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         rustix::net::listen(&listener, 0).unwrap();
         let address = listener.local_addr().unwrap();
@@ -130,7 +130,7 @@ pub(crate) fn a_connect_in_progress_is_not_reported<P: Real>(_: &str) {
         let waiting = loop {
             assert!(queued.len() < 16, "the queue is never full");
             let key = start(bench, address);
-            bench.settle();
+            bench.drain_events();
             if bench.reactor.readiness(key).is_empty() {
                 break key;
             }
@@ -139,7 +139,7 @@ pub(crate) fn a_connect_in_progress_is_not_reported<P: Real>(_: &str) {
         };
         bench.assert_quiet();
         bench.reactor.close(waiting);
-        bench.settle();
+        bench.drain_events();
         assert_eq!(bench.reactor.registered(), queued.len());
     });
 }
@@ -162,7 +162,7 @@ pub(crate) fn accepts_take_the_queue_one_by_one<P: Real>(_: &str) {
                 }
                 accepted == clients.len()
             });
-            bench.settle();
+            bench.drain_events();
         }
     });
 }
@@ -176,7 +176,7 @@ pub(crate) fn an_accept_without_descriptors_is_exhausted<P: Real>(test: &str) {
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let key = bench.register(listener);
-        bench.settle();
+        bench.drain_events();
         let client = tcp_socket();
         setrlimit(Resource::Nofile, Rlimit { current: Some(128), maximum: Some(128) }).unwrap();
         let hoard: Vec<_> = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();

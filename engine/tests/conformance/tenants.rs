@@ -1,4 +1,4 @@
-//! Several sockets at a time, and several after each other under one number.
+//! Several sockets at the same time, and successive sockets with the same descriptor number.
 
 use std::collections::{HashSet, VecDeque};
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ pub(crate) fn both_sides_of_a_socket_are_reported<P: Real>(_: &str) {
         let key = bench.register(ours);
         let (held, bytes) = fill(bench, key, TransferMode::Copy);
         bench.assert_quiet();
-        // Readable while it is blocked, and writable without bytes to read.
+        // Readable while writes are blocked, and writable without bytes to read.
         theirs.write_all(b"in").unwrap();
         bench.await_ready(key, Readiness::IN);
         assert!(!bench.reactor.readiness(key).contains(Readiness::OUT));
@@ -36,7 +36,7 @@ pub(crate) fn both_sides_of_a_socket_are_reported<P: Real>(_: &str) {
 
 pub(crate) fn a_thousand_sockets_are_all_reported<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
-        // More than one batch of the kernel's, and more requests than one submission takes.
+        // More than one batch of the kernel, and more requests than fit one submission.
         let mut theirs = Vec::new();
         let mut tokens = HashSet::new();
         for _ in 0..1_000 {
@@ -44,7 +44,7 @@ pub(crate) fn a_thousand_sockets_are_all_reported<P: Real>(_: &str) {
             tokens.insert(bench.register_as(near).1);
             theirs.push(far);
         }
-        bench.settle();
+        bench.drain_events();
         bench.events.clear();
         for far in &theirs {
             rustix::io::write(far, b"all at once").unwrap();
@@ -63,7 +63,7 @@ fn unix_pair() -> (OwnedFd, OwnedFd) {
     rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap()
 }
 
-/// A splitmix64 sequence: the same for the same seed.
+/// A splitmix64 sequence; the same seed gives the same sequence.
 struct Dice(u64);
 
 impl Dice {
@@ -74,32 +74,31 @@ impl Dice {
     }
 }
 
-/// A descriptor that the reactor has closed, held by another holder, and the other end while it is open.
-type Ghost = (OwnedFd, Option<OwnedFd>);
+/// A duplicate of a descriptor that the reactor has closed, and the other end while it is open.
+type HeldDuplicate = (OwnedFd, Option<OwnedFd>);
 
-pub(crate) fn the_next_socket_of_a_number_gets_no_event_of_the_last<P: Real>(_: &str) {
+pub(crate) fn a_reused_descriptor_number_gets_no_old_events<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
         let mut dice = Dice(20_260_131);
-        // A socket that was passed to another process stays open there, and things happen to it.
-        let mut ghosts: VecDeque<Ghost> = VecDeque::new();
+        // A socket that was passed to another process stays open there, and still has events.
+        let mut duplicates: VecDeque<HeldDuplicate> = VecDeque::new();
         for _ in 0..5_000 {
             let (near, far) = unix_pair();
-            let ghost = (dice.roll(4) == 0).then(|| near.try_clone().unwrap());
+            let duplicate = (dice.roll(4) == 0).then(|| near.try_clone().unwrap());
             let far = one_tenancy(bench, &mut dice, near, far);
-            if let (Some(ghost), Some(far)) = (ghost, far) {
-                ghosts.push_back((ghost, Some(far)));
-                if ghosts.len() > 8 {
-                    ghosts.pop_front();
+            if let (Some(duplicate), Some(far)) = (duplicate, far) {
+                duplicates.push_back((duplicate, Some(far)));
+                if duplicates.len() > 8 {
+                    duplicates.pop_front();
                 }
             }
-            haunt(&mut dice, &mut ghosts);
+            cause_events(&mut dice, &mut duplicates);
         }
-        ghosts.clear();
+        duplicates.clear();
     });
 }
 
-/// Registers a fresh socket, of which no event may come that its own peer did not cause, and closes it. Returns the peer if it
-/// is still open.
+/// Registers a new socket, checks that only its own peer causes events, and closes it. Returns the peer if it is still open.
 fn one_tenancy<P: Real>(
     bench: &mut Bench<P>,
     dice: &mut Dice,
@@ -124,7 +123,7 @@ fn one_tenancy<P: Real>(
             let text = [7; 5];
             rustix::io::write(&far, &text).unwrap();
             assert_eq!(bench.receive(key, mode).0, Received::Bytes(text.len()));
-            // Sometimes an edge is left behind that no call consumed.
+            // Sometimes the socket is closed with an edge that no call consumed.
             if rolled == 3 {
                 rustix::io::write(&far, &text).unwrap();
             }
@@ -135,20 +134,20 @@ fn one_tenancy<P: Real>(
     far
 }
 
-/// Something happens to descriptors that the reactor has closed.
-fn haunt(dice: &mut Dice, ghosts: &mut VecDeque<Ghost>) {
+/// Causes events on descriptors that the reactor has closed.
+fn cause_events(dice: &mut Dice, duplicates: &mut VecDeque<HeldDuplicate>) {
     for _ in 0..dice.roll(3) {
-        let Some((ghost, far)) = ghosts.pop_front() else { return };
+        let Some((duplicate, far)) = duplicates.pop_front() else { return };
         match (dice.roll(3), far) {
-            // Its last holder closes it.
+            // The last holder closes it.
             (0, _) => {}
-            // It breaks, and stays open.
-            (1, _) => ghosts.push_back((ghost, None)),
+            // Its peer closes, and it stays open.
+            (1, _) => duplicates.push_back((duplicate, None)),
             (_, far) => {
                 if let Some(far) = &far {
                     let _ = rustix::io::write(far, b"boo");
                 }
-                ghosts.push_back((ghost, far));
+                duplicates.push_back((duplicate, far));
             }
         }
     }

@@ -9,15 +9,15 @@ use landfall_engine::reactor::{Readiness, SocketIo};
 
 use crate::bench::{Real, reset, run, tcp_pair};
 
-pub(crate) fn a_reset_is_an_error_and_a_fin_is_none<P: Real>(_: &str) {
+pub(crate) fn a_reset_is_an_error_and_a_fin_is_not<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
         let (ours, mut theirs) = tcp_pair();
         let key = bench.register(ours);
-        bench.settle();
+        bench.drain_events();
         theirs.write_all(b"bytes are no error").unwrap();
         theirs.shutdown(Shutdown::Write).unwrap();
         bench.await_ready(key, Readiness::IN | Readiness::RDHUP);
-        bench.settle();
+        bench.drain_events();
         assert!(!bench.reactor.readiness(key).intersects(Readiness::ERR | Readiness::HUP));
         reset(theirs);
         bench.await_ready(key, Readiness::ERR);
@@ -29,11 +29,11 @@ pub(crate) fn two_fins_are_a_hang_up_and_no_error<P: Real>(_: &str) {
         let (ours, theirs) = tcp_pair();
         let key = bench.register(ours);
         bench.reactor.on_socket(key, |io, socket| io.shutdown_write(socket)).unwrap().unwrap();
-        bench.settle();
+        bench.drain_events();
         assert!(!bench.reactor.readiness(key).intersects(Readiness::RDHUP | Readiness::HUP));
         drop(theirs);
         bench.await_ready(key, Readiness::HUP | Readiness::RDHUP);
-        bench.settle();
+        bench.drain_events();
         assert!(!bench.reactor.readiness(key).contains(Readiness::ERR));
     });
 }
@@ -46,7 +46,7 @@ pub(crate) fn a_waker_ends_a_wait<P: Real>(_: &str) {
             assert_eq!(bench.turn(None), 0);
             waking.join().unwrap();
         }
-        // Used before the wait, and more than once: one wait ends, the next does not.
+        // The waker is used twice before the wait: one wait ends, the next does not.
         let waker = bench.reactor.waker();
         waker.wake();
         waker.wake();
@@ -57,7 +57,7 @@ pub(crate) fn a_waker_ends_a_wait<P: Real>(_: &str) {
 
 pub(crate) fn a_deadline_is_kept<P: Real>(_: &str) {
     run::<P>(&Limits::default(), |bench| {
-        // One of a fraction of a millisecond as well, which must be slept for.
+        // The first deadline is a fraction of a millisecond away; the poller must sleep for it, too.
         for micros in [300, 1_500, 25_000] {
             let until = Instant::now() + Duration::from_micros(micros);
             let mut turns = 0;
@@ -68,7 +68,7 @@ pub(crate) fn a_deadline_is_kept<P: Real>(_: &str) {
             assert!(turns <= 2, "{turns} turns for {micros} µs");
             assert!(until.elapsed() < Duration::from_secs(5));
         }
-        // One that has passed.
+        // A deadline that has passed.
         assert_eq!(bench.turn(Some(Instant::now())), 0);
     });
 }

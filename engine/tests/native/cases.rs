@@ -1,4 +1,4 @@
-//! Properties of native sockets, and the servers that are relayed instead.
+//! Properties of native sockets, and servers that are relayed instead.
 
 use std::net::TcpListener;
 use std::process::Command;
@@ -14,7 +14,7 @@ pub(crate) fn answers() {
     assert_eq!(listener.address.address.to_string(), "127.0.0.1:3000");
     assert_eq!(listener.process, sandbox.child.id());
     assert_eq!(fetch("127.0.0.1:3000"), "hello");
-    // Through the stub, on each address that the server's own socket has inside.
+    // Through the stub, on each address of the server's own socket inside.
     assert_eq!(sandbox.ask("connect 127.0.0.1:3000"), "hello");
     assert_eq!(sandbox.ask("connect 127.0.0.2:3000"), "hello");
     assert_eq!(fetch("127.0.0.1:3000"), "hello");
@@ -26,11 +26,11 @@ pub(crate) fn addresses() {
     let each = |kind: &str, v6_only: Option<&str>, inside: &str, answer: &[&str], refuse: &[&str]| {
         let socket = sandbox.ask(kind);
         if let Some(only) = v6_only {
-            sandbox.has(&format!("v6only {socket} {only}"));
+            sandbox.expect_ok(&format!("v6only {socket} {only}"));
         }
-        sandbox.has(&format!("bind {socket} {inside}"));
-        sandbox.has(&format!("listen {socket} 16"));
-        sandbox.has(&format!("serve {socket} at"));
+        sandbox.expect_ok(&format!("bind {socket} {inside}"));
+        sandbox.expect_ok(&format!("listen {socket} 16"));
+        sandbox.expect_ok(&format!("serve {socket} at"));
         let listener = sandbox.opened();
         for address in answer {
             assert_eq!(fetch(address), "at", "{inside} at {address}");
@@ -53,20 +53,20 @@ pub(crate) fn addresses() {
     assert_eq!(mapped, "[::ffff:127.0.0.1]:3006");
     let mptcp = each("mptcp4", None, "127.0.0.1:3007", &["127.0.0.1:3007"], &[]);
     assert_eq!(mptcp, "127.0.0.1:3007");
-    // A port that the sandbox's kernel chose.
+    // The sandbox's kernel chooses the port.
     let socket = sandbox.listen("tcp4", "127.0.0.1:0");
-    sandbox.has(&format!("serve {socket} any"));
+    sandbox.expect_ok(&format!("serve {socket} any"));
     assert_eq!(fetch(&sandbox.opened().address.address.to_string()), "any");
 }
 
 pub(crate) fn options() {
     let sandbox = Sandbox::new();
     let socket = sandbox.ask("tcp4");
-    sandbox.has(&format!("keepidle {socket} 77"));
+    sandbox.expect_ok(&format!("keepidle {socket} 77"));
     let before = sandbox.ask(&format!("options {socket}"));
     assert!(before.starts_with("true 77 "), "{before}");
-    sandbox.has(&format!("bind {socket} 127.0.0.1:3000"));
-    sandbox.has(&format!("listen {socket} 16"));
+    sandbox.expect_ok(&format!("bind {socket} 127.0.0.1:3000"));
+    sandbox.expect_ok(&format!("listen {socket} 16"));
     sandbox.opened();
     assert_eq!(sandbox.ask(&format!("options {socket}")), before);
     assert_ne!(sandbox.ask(&format!("cookie {socket}")), sandbox.cookie.to_string(), "it is the host's");
@@ -78,11 +78,11 @@ pub(crate) fn flags() {
     for blocking in ["no", "yes"] {
         for cloexec in ["no", "yes"] {
             let socket = sandbox.ask("tcp4");
-            sandbox.has(&format!("nonblocking {socket} {blocking}"));
-            sandbox.has(&format!("cloexec {socket} {cloexec}"));
+            sandbox.expect_ok(&format!("nonblocking {socket} {blocking}"));
+            sandbox.expect_ok(&format!("cloexec {socket} {cloexec}"));
             let before = sandbox.ask(&format!("flags {socket}"));
-            sandbox.has(&format!("bind {socket} 127.0.0.1:{port}"));
-            sandbox.has(&format!("listen {socket} 16"));
+            sandbox.expect_ok(&format!("bind {socket} 127.0.0.1:{port}"));
+            sandbox.expect_ok(&format!("listen {socket} 16"));
             sandbox.opened();
             assert_eq!(sandbox.ask(&format!("flags {socket}")), before);
             port += 1;
@@ -93,24 +93,24 @@ pub(crate) fn flags() {
 pub(crate) fn duplicates() {
     let sandbox = Sandbox::new();
     let socket = sandbox.ask("tcp4");
-    sandbox.has(&format!("bind {socket} 127.0.0.1:3000"));
+    sandbox.expect_ok(&format!("bind {socket} 127.0.0.1:3000"));
     let duplicate = sandbox.ask(&format!("dup {socket}"));
-    sandbox.has(&format!("listen {socket} 16"));
+    sandbox.expect_ok(&format!("listen {socket} 16"));
     sandbox.opened();
-    sandbox.has(&format!("close {socket}"));
-    sandbox.has(&format!("serve {duplicate} duplicate"));
+    sandbox.expect_ok(&format!("close {socket}"));
+    sandbox.expect_ok(&format!("serve {duplicate} duplicate"));
     assert_eq!(fetch("127.0.0.1:3000"), "duplicate");
     assert_eq!(sandbox.ask("connect 127.0.0.1:3000"), "duplicate");
-    // The last descriptor ends it, and not the first; that of the thread that serves is one.
-    sandbox.has(&format!("close {duplicate}"));
+    // The last descriptor ends it, not the first; the thread that serves has one.
+    sandbox.expect_ok(&format!("close {duplicate}"));
     assert_eq!(fetch("127.0.0.1:3000"), "duplicate");
 }
 
-/// The next report, which has to be that a port is relayed.
+/// Receives the next event, which must report a relayed port.
 #[track_caller]
 fn relayed(sandbox: &Sandbox, reason: RelayReason) {
     match sandbox.event() {
-        NativeEvent::Relayed { reason: told, .. } => assert_eq!(told, reason),
+        NativeEvent::Relayed { reason: actual, .. } => assert_eq!(actual, reason),
         other => panic!("{other:?}"),
     }
 }
@@ -118,14 +118,14 @@ fn relayed(sandbox: &Sandbox, reason: RelayReason) {
 pub(crate) fn epoll() {
     let sandbox = Sandbox::new();
     let socket = sandbox.ask("tcp4");
-    sandbox.has(&format!("bind {socket} 127.0.0.1:3000"));
-    sandbox.has(&format!("epoll {socket}"));
-    sandbox.has(&format!("listen {socket} 16"));
+    sandbox.expect_ok(&format!("bind {socket} 127.0.0.1:3000"));
+    sandbox.expect_ok(&format!("epoll {socket}"));
+    sandbox.expect_ok(&format!("listen {socket} 16"));
     relayed(&sandbox, RelayReason::Epoll);
-    sandbox.has(&format!("serve {socket} inside"));
+    sandbox.expect_ok(&format!("serve {socket} inside"));
     assert_eq!(sandbox.ask("connect 127.0.0.1:3000"), "inside");
     assert!(refuses("127.0.0.1:3000"));
-    // Another socket of the same process is not in the set.
+    // The epoll instance does not watch another socket of the same process.
     sandbox.serve("tcp4", "127.0.0.1:3001", "native");
     sandbox.opened();
     assert_eq!(fetch("127.0.0.1:3001"), "native");
@@ -134,23 +134,23 @@ pub(crate) fn epoll() {
 pub(crate) fn others() {
     let sandbox = Sandbox::new();
     let unix = sandbox.ask("unix");
-    sandbox.has(&format!("bind {unix} @name"));
-    sandbox.has(&format!("listen {unix} 16"));
+    sandbox.expect_ok(&format!("bind {unix} @name"));
+    sandbox.expect_ok(&format!("listen {unix} 16"));
     // Unbound: the kernel chooses a port at listen.
     let unbound = sandbox.ask("tcp4");
-    sandbox.has(&format!("listen {unbound} 16"));
+    sandbox.expect_ok(&format!("listen {unbound} 16"));
     assert_eq!(sandbox.ask(&format!("cookie {unbound}")), sandbox.cookie.to_string());
-    // The errors are the kernel's.
+    // The kernel returns the errors.
     let twice = sandbox.ask("tcp4");
-    sandbox.has(&format!("bind {twice} 127.0.0.1:3000"));
+    sandbox.expect_ok(&format!("bind {twice} 127.0.0.1:3000"));
     assert_eq!(sandbox.ask(&format!("bind {twice} 127.0.0.1:3000")), "EINVAL");
-    sandbox.has(&format!("listen {twice} 16"));
+    sandbox.expect_ok(&format!("listen {twice} 16"));
     let listener = sandbox.opened();
-    // A host socket that listens again, with another backlog, stays what it is.
-    sandbox.has(&format!("listen {twice} 64"));
+    // A host socket on which `listen` is called again, with another backlog, is not replaced.
+    sandbox.expect_ok(&format!("listen {twice} 64"));
     let clash = sandbox.ask("tcp4");
     assert_eq!(sandbox.ask(&format!("bind {clash} 127.0.0.1:3000")), "EADDRINUSE");
-    sandbox.has(&format!("close {twice}"));
+    sandbox.expect_ok(&format!("close {twice}"));
     sandbox.closed(&listener);
     assert!(sandbox.events.try_recv().is_err(), "nothing was reported of the other sockets");
 }
@@ -169,18 +169,18 @@ pub(crate) fn restarts() {
         let socket = sandbox.listen("tcp4", "127.0.0.1:3000");
         let listener = sandbox.opened();
         if round % 2 == 0 {
-            // The stub has a relay by now, which has to release it as well.
+            // The stub has a relay by now, which must release it, too.
             assert!(!refuses("127.0.0.1:3000"));
-            sandbox.has("relayed-client 127.0.0.1:3000");
+            sandbox.expect_ok("relayed-client 127.0.0.1:3000");
         }
-        sandbox.has(&format!("close {socket}"));
+        sandbox.expect_ok(&format!("close {socket}"));
         // The port is free for another socket of the sandbox at once, and for the host.
         let again = sandbox.ask("tcp4");
-        sandbox.has(&format!("bind {again} 127.0.0.1:3000"));
+        sandbox.expect_ok(&format!("bind {again} 127.0.0.1:3000"));
         assert!(refuses("127.0.0.1:3000"));
         TcpListener::bind("127.0.0.1:3000").unwrap();
         sandbox.closed(&listener);
-        sandbox.has(&format!("close {again}"));
+        sandbox.expect_ok(&format!("close {again}"));
     }
 }
 
@@ -199,14 +199,14 @@ pub(crate) fn conflict() {
     let foreign = TcpListener::bind("127.0.0.1:3000").unwrap();
     let sandbox = Sandbox::with(&[], Conflict::Fail);
     let socket = sandbox.ask("tcp4");
-    sandbox.has(&format!("bind {socket} 0.0.0.0:3000"));
+    sandbox.expect_ok(&format!("bind {socket} 0.0.0.0:3000"));
     assert_eq!(sandbox.ask(&format!("listen {socket} 16")), "EADDRINUSE");
     assert_eq!(sandbox.asked.lock().unwrap().len(), 1);
     let inode = rustix::fs::fstat(&foreign).unwrap().st_ino;
     assert_eq!(sandbox.asked.lock().unwrap()[0], (3000, vec![inode]));
-    // The socket is as it was: the server may try again when the port is free.
+    // The socket is unchanged: the server can try again when the port is free.
     drop(foreign);
-    sandbox.has(&format!("listen {socket} 16"));
+    sandbox.expect_ok(&format!("listen {socket} 16"));
     sandbox.opened();
 
     let foreign = TcpListener::bind("127.0.0.1:3001").unwrap();
@@ -222,23 +222,23 @@ pub(crate) fn never_shared() {
     let (one, two) = (Sandbox::new(), Sandbox::new());
     let prepare = |sandbox: &Sandbox, kind: &str, at: &str| {
         let socket = sandbox.ask(kind);
-        sandbox.has(&format!("reuseport {socket}"));
-        sandbox.has(&format!("bind {socket} {at}"));
+        sandbox.expect_ok(&format!("reuseport {socket}"));
+        sandbox.expect_ok(&format!("bind {socket} {at}"));
         socket
     };
     for (kind, at) in [("tcp4", "0.0.0.0:3000"), ("tcp4", "127.0.0.1:3001"), ("tcp6", "[::]:3002")] {
         let (first, second) = (prepare(&one, kind, at), prepare(&two, kind, at));
-        one.has(&format!("listen {first} 16"));
+        one.expect_ok(&format!("listen {first} 16"));
         let listener = one.opened();
         assert_eq!(two.ask(&format!("listen {second} 16")), "EADDRINUSE", "{at}");
         assert_eq!(*two.asked.lock().unwrap().last().unwrap(), (listener.port(), vec![listener.inode]));
-        // Not even when the first has several.
+        // Also if the first sandbox has several sockets on the port.
         let third = prepare(&one, kind, at);
-        one.has(&format!("listen {third} 16"));
+        one.expect_ok(&format!("listen {third} 16"));
         one.opened();
         assert_eq!(two.ask(&format!("listen {second} 16")), "EADDRINUSE", "{at}");
     }
-    // Both at once: one of them has the port.
+    // If both listen at the same time, one of them gets the port.
     for port in 3100..3150 {
         let at = format!("127.0.0.1:{port}");
         let (first, second) = (prepare(&one, "tcp4", &at), prepare(&two, "tcp4", &at));
@@ -258,11 +258,11 @@ pub(crate) fn shared_by_workers() {
     let names = ["one", "two", "three"];
     for name in names {
         let socket = sandbox.ask("tcp4");
-        sandbox.has(&format!("reuseport {socket}"));
-        sandbox.has(&format!("bind {socket} 0.0.0.0:3000"));
-        sandbox.has(&format!("listen {socket} 16"));
+        sandbox.expect_ok(&format!("reuseport {socket}"));
+        sandbox.expect_ok(&format!("bind {socket} 0.0.0.0:3000"));
+        sandbox.expect_ok(&format!("listen {socket} 16"));
         sandbox.opened();
-        sandbox.has(&format!("serve {socket} {name}"));
+        sandbox.expect_ok(&format!("serve {socket} {name}"));
     }
     let mut seen = std::collections::BTreeSet::new();
     until("an answer of each worker", || {
@@ -272,39 +272,39 @@ pub(crate) fn shared_by_workers() {
     assert!(names.contains(&sandbox.ask("connect 127.0.0.1:3000").as_str()));
 }
 
-/// A parent binds, and children listen: `uvicorn --workers`, node's cluster with shared handles.
+/// A parent binds, and its children listen: `uvicorn --workers`, node's cluster with shared handles.
 pub(crate) fn parent_binds() {
     let sandbox = Sandbox::new();
     let socket = sandbox.ask("tcp4");
-    sandbox.has(&format!("bind {socket} 127.0.0.1:3000"));
+    sandbox.expect_ok(&format!("bind {socket} 127.0.0.1:3000"));
     let first = sandbox.ask(&format!("child {socket}"));
-    sandbox.has(&format!("ask {first} listen"));
+    sandbox.expect_ok(&format!("ask {first} listen"));
     let listener = sandbox.opened();
-    sandbox.has(&format!("ask {first} serve"));
+    sandbox.expect_ok(&format!("ask {first} serve"));
     assert_eq!(fetch("127.0.0.1:3000"), "child");
     // Between two children, the parent keeps the port open, as it does on the host: a client waits in the queue.
     let replace = |old: String| {
-        sandbox.has(&format!("reap {old}"));
+        sandbox.expect_ok(&format!("reap {old}"));
         let waiting = std::thread::spawn(|| fetch("127.0.0.1:3000"));
         let new = sandbox.ask(&format!("child {socket}"));
-        sandbox.has(&format!("ask {new} listen"));
-        sandbox.has(&format!("ask {new} serve"));
+        sandbox.expect_ok(&format!("ask {new} listen"));
+        sandbox.expect_ok(&format!("ask {new} serve"));
         assert_eq!(waiting.join().unwrap(), "child");
         new
     };
     let second = replace(first);
-    // Two at once share the host's socket.
+    // Two children at the same time share the host's socket.
     let third = sandbox.ask(&format!("child {socket}"));
-    sandbox.has(&format!("ask {third} listen"));
-    sandbox.has(&format!("reap {second}"));
-    sandbox.has(&format!("ask {third} serve"));
+    sandbox.expect_ok(&format!("ask {third} listen"));
+    sandbox.expect_ok(&format!("reap {second}"));
+    sandbox.expect_ok(&format!("ask {third} serve"));
     assert_eq!(fetch("127.0.0.1:3000"), "child");
     let last = replace(third);
     assert_eq!(sandbox.ask("connect 127.0.0.1:3000"), "child");
     assert!(sandbox.events.try_recv().is_err(), "all of it is one listener");
-    // Without the parent's socket the last child's end is the end.
-    sandbox.has(&format!("close {socket}"));
-    sandbox.has(&format!("reap {last}"));
+    // Without the parent's socket, the end of the last child closes the port.
+    sandbox.expect_ok(&format!("close {socket}"));
+    sandbox.expect_ok(&format!("reap {last}"));
     until("the end of the port", || refuses("127.0.0.1:3000"));
     sandbox.closed(&listener);
 }
@@ -312,24 +312,24 @@ pub(crate) fn parent_binds() {
 pub(crate) fn child_holds() {
     let sandbox = Sandbox::new();
     let socket = sandbox.ask("tcp4");
-    sandbox.has(&format!("bind {socket} 127.0.0.1:3000"));
+    sandbox.expect_ok(&format!("bind {socket} 127.0.0.1:3000"));
     let child = sandbox.ask(&format!("child {socket}"));
-    sandbox.has(&format!("listen {socket} 16"));
+    sandbox.expect_ok(&format!("listen {socket} 16"));
     relayed(&sandbox, RelayReason::Child);
-    sandbox.has(&format!("ask {child} serve"));
+    sandbox.expect_ok(&format!("ask {child} serve"));
     assert_eq!(sandbox.ask("connect 127.0.0.1:3000"), "child");
 }
 
-/// A neighbour on the host's network reaches none of its native sockets, whichever address it tries.
+/// A neighbour on the host's network reaches none of its native sockets, on any address.
 pub(crate) fn other_host() {
     let sandbox = Sandbox::new();
     sandbox.serve("tcp4", "0.0.0.0:3000", "secret");
     sandbox.serve("tcp6", "[::]:3001", "secret");
     let only = sandbox.ask("tcp6");
-    sandbox.has(&format!("v6only {only} yes"));
-    sandbox.has(&format!("bind {only} [::]:3002"));
-    sandbox.has(&format!("listen {only} 16"));
-    sandbox.has(&format!("serve {only} secret"));
+    sandbox.expect_ok(&format!("v6only {only} yes"));
+    sandbox.expect_ok(&format!("bind {only} [::]:3002"));
+    sandbox.expect_ok(&format!("listen {only} 16"));
+    sandbox.expect_ok(&format!("serve {only} secret"));
     for _ in 0..3 {
         sandbox.opened();
     }
@@ -346,10 +346,10 @@ pub(crate) fn other_host() {
     for words in
         ["addr add 10.9.0.2/24 dev theirs", "addr add fd09::2/64 dev theirs nodad", "link set theirs up"]
     {
-        neighbour.has(&format!("ip {words}"));
+        neighbour.expect_ok(&format!("ip {words}"));
     }
-    // A route that sends the neighbour's own loopback addresses over the wire, as an attacker would have it.
-    neighbour.has("martians theirs 10.9.0.1");
+    // An attacker's route that sends the neighbour's own loopback addresses over the wire.
+    neighbour.expect_ok("martians theirs 10.9.0.1");
     let control = TcpListener::bind("10.9.0.1:4000").unwrap();
     assert_eq!(neighbour.ask("reach 10.9.0.1:4000"), "connected", "the wire works");
     drop(control);
@@ -359,7 +359,7 @@ pub(crate) fn other_host() {
             let before = received("ours");
             let outcome = neighbour.ask(&format!("reach {address}"));
             assert!(received("ours") > before, "{address}: no packet came over the wire");
-            // The kernel drops a packet to a loopback address that comes from outside, and answers the others with a reset.
+            // The kernel drops a packet from outside to a loopback address, and answers the others with a reset.
             let expected = if address.starts_with("127.") { "TimedOut" } else { "ConnectionRefused" };
             assert_eq!(outcome, expected, "{address}");
             if expected == "ConnectionRefused" {
@@ -373,30 +373,30 @@ pub(crate) fn other_host() {
     ip("link del ours");
 }
 
-/// Packets that a device of the host has received.
+/// Returns the number of packets that a device of the host has received.
 fn received(device: &str) -> u64 {
     let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
     let row = table.lines().find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'));
     row.unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// A sandbox in a sandbox: the inner one has no filter of its own.
+/// A sandbox in a sandbox: the inner one gets no filter of its own.
 pub(crate) fn nested() {
     let (mut child, channel) =
         spawn(Command::new(std::env::current_exe().unwrap()).args(["_inside", "twice"]));
-    let (said, descriptors) = channel.recv::<String>().unwrap().unwrap();
-    assert_eq!(said, "another program supervises the system calls of this process already");
+    let (message, descriptors) = channel.recv::<String>().unwrap().unwrap();
+    assert_eq!(message, "another program supervises the system calls of this process already");
     assert!(descriptors.is_empty());
     child.kill().unwrap();
     child.wait().unwrap();
 }
 
-/// Under a filter that denies `seccomp(2)`, as some containers have.
+/// A filter that denies `seccomp(2)` is active, as in some containers.
 pub(crate) fn forbidden() {
     let (mut child, channel) =
         spawn(Command::new(std::env::current_exe().unwrap()).args(["_inside", "denied"]));
-    let (said, descriptors) = channel.recv::<String>().unwrap().unwrap();
-    assert_eq!(said, "seccomp filters are not permitted here");
+    let (message, descriptors) = channel.recv::<String>().unwrap().unwrap();
+    assert_eq!(message, "seccomp filters are not permitted here");
     assert!(descriptors.is_empty());
     child.kill().unwrap();
     child.wait().unwrap();

@@ -1,4 +1,4 @@
-//! The program in the sandbox. It does what it is asked, one request after the other: a line of words each way.
+//! The program in the sandbox. It carries out one request after the other; requests and answers are lines of words.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -17,7 +17,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 use crate::stress;
 
-/// Moves this process, which has one thread, to a new network namespace; with a user namespace in which it is root.
+/// Moves this process, which has one thread, to a new network namespace; if `user`, with a user namespace in which it is
+/// root.
 pub(crate) fn leave(user: bool) {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let namespaces = if user { CloneFlags::CLONE_NEWUSER } else { CloneFlags::empty() };
@@ -34,8 +35,8 @@ pub(crate) fn loopback_up() {
     assert!(status.success());
 }
 
-/// `_inside`: makes the sandbox, installs the filter, hands over its descriptor and the namespace, and serves. Without a
-/// filter it says why.
+/// `_inside`: creates the sandbox, installs the filter, sends its descriptor and the namespace's cookie, and serves. Without
+/// a filter it sends the reason.
 pub(crate) fn main(arguments: &[String]) -> ExitCode {
     let channel = Channel::try_from(std::io::stdin().as_fd().try_clone_to_owned().unwrap()).unwrap();
     leave(true);
@@ -73,8 +74,8 @@ fn deny_seccomp() {
     seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
-/// `_child`: a child of the program. Its standard input is the socket that it inherited, its standard output a channel on
-/// which it is asked.
+/// `_child`: a child of the program. Its standard input is the inherited socket, its standard output the channel of its
+/// requests.
 pub(crate) fn child() -> ExitCode {
     let channel = Channel::try_from(std::io::stdout().as_fd().try_clone_to_owned().unwrap()).unwrap();
     while let Ok(Some((request, _))) = channel.recv::<String>() {
@@ -142,7 +143,7 @@ impl Program {
                 result(rustix::net::bind(socket, &words[2].parse::<SocketAddr>().unwrap()))
             }
             "listen" => {
-                // On the descriptor itself and no duplicate: duplicates matter here.
+                // On the descriptor itself and not on a duplicate, because duplicates affect the decision.
                 result(rustix::net::listen(&self.sockets[&number(1)], words[2].parse().unwrap()))
             }
             "name" => {
@@ -247,10 +248,10 @@ fn serve(socket: OwnedFd, name: &str) {
 /// Returns the server's greeting, or the kind of the error.
 pub(crate) fn fetch(at: SocketAddr) -> String {
     let fetched = TcpStream::connect_timeout(&at, Duration::from_secs(10)).and_then(|mut server| {
-        let mut said = String::new();
+        let mut message = String::new();
         server.set_read_timeout(Some(Duration::from_secs(10)))?;
-        server.read_to_string(&mut said)?;
-        Ok(said)
+        server.read_to_string(&mut message)?;
+        Ok(message)
     });
     fetched.unwrap_or_else(|error| format!("{:?}", error.kind()))
 }
@@ -259,7 +260,7 @@ fn result(outcome: Result<(), Errno>) -> String {
     outcome.map_or_else(name, |()| "ok".to_owned())
 }
 
-/// `EADDRINUSE`.
+/// Returns the symbolic name, such as `EADDRINUSE`.
 fn name(errno: Errno) -> String {
     format!("{:?}", nix::errno::Errno::from_raw(errno.raw_os_error()))
 }

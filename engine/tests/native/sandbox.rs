@@ -12,20 +12,20 @@ use std::time::{Duration, Instant};
 use landfall_engine::channel::Channel;
 use landfall_engine::native::{Conflict, Driver, NativeEvent, NativeListener, Supervisor};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A port in use and the inodes that a driver was asked about.
+/// A port in use, and the inodes in the question to the driver.
 type Asked = (u16, Vec<u64>);
 
-/// A driver that notes what it is asked and given.
-pub(crate) struct Noting {
+/// A driver that records its questions and events.
+pub(crate) struct RecordingDriver {
     pub(crate) denied: BTreeSet<u16>,
     pub(crate) conflict: Conflict,
     pub(crate) asked: Arc<Mutex<Vec<Asked>>>,
     events: Sender<NativeEvent>,
 }
 
-impl Driver for Noting {
+impl Driver for RecordingDriver {
     fn may_expose(&mut self, port: NonZeroU16) -> bool {
         !self.denied.contains(&port.get())
     }
@@ -40,7 +40,7 @@ impl Driver for Noting {
     }
 }
 
-/// A sandbox with a program in it that does as it is asked.
+/// A sandbox with a program that carries out requests.
 pub(crate) struct Sandbox {
     pub(crate) child: Child,
     channel: Channel,
@@ -56,14 +56,18 @@ impl Sandbox {
 
     pub(crate) fn with(denied: &[u16], conflict: Conflict) -> Sandbox {
         let (child, channel) = spawn(Command::new(std::env::current_exe().unwrap()).arg("_inside"));
-        let (said, mut descriptors) = channel.recv::<String>().unwrap().expect("the sandbox has ended");
-        let cookie = said.parse().unwrap_or_else(|_| panic!("no filter: {said}"));
-        let (events, told) = mpsc::channel();
+        let (message, mut descriptors) = channel.recv::<String>().unwrap().expect("the sandbox has ended");
+        let cookie = message.parse().unwrap_or_else(|_| panic!("no filter: {message}"));
+        let (events, received) = mpsc::channel();
         let asked = Arc::default();
-        let driver =
-            Noting { denied: denied.iter().copied().collect(), conflict, asked: Arc::clone(&asked), events };
+        let driver = RecordingDriver {
+            denied: denied.iter().copied().collect(),
+            conflict,
+            asked: Arc::clone(&asked),
+            events,
+        };
         Supervisor::prepare().unwrap().start(descriptors.remove(0), cookie, driver).unwrap();
-        Sandbox { child, channel, events: told, asked, cookie }
+        Sandbox { child, channel, events: received, asked, cookie }
     }
 
     #[track_caller]
@@ -72,46 +76,46 @@ impl Sandbox {
         self.answer()
     }
 
-    /// Asks without waiting for the answer.
+    /// Sends a request without waiting for the answer.
     pub(crate) fn request(&self, request: &str) {
         self.channel.send(&request.to_owned(), &[]).unwrap();
     }
 
     #[track_caller]
     pub(crate) fn answer(&self) -> String {
-        let answer = self.channel.recv_timeout::<String>(4 * PATIENCE);
+        let answer = self.channel.recv_timeout::<String>(4 * TIMEOUT);
         answer.unwrap_or_else(|error| panic!("{error}")).expect("the program inside has ended").0
     }
 
-    /// Asks for what has to succeed.
+    /// Sends a request, which must succeed.
     #[track_caller]
-    pub(crate) fn has(&self, request: &str) {
+    pub(crate) fn expect_ok(&self, request: &str) {
         assert_eq!(self.ask(request), "ok", "{request}");
     }
 
-    /// Makes a listening socket inside, and returns its number there.
+    /// Creates a listening socket inside, and returns its number there.
     #[track_caller]
     pub(crate) fn listen(&self, kind: &str, at: &str) -> String {
         let socket = self.ask(kind);
-        self.has(&format!("bind {socket} {at}"));
-        self.has(&format!("listen {socket} 16"));
+        self.expect_ok(&format!("bind {socket} {at}"));
+        self.expect_ok(&format!("listen {socket} 16"));
         socket
     }
 
-    /// Makes a server inside that says `name`.
+    /// Starts a server inside that sends `name`.
     #[track_caller]
     pub(crate) fn serve(&self, kind: &str, at: &str, name: &str) -> String {
         let socket = self.listen(kind, at);
-        self.has(&format!("serve {socket} {name}"));
+        self.expect_ok(&format!("serve {socket} {name}"));
         socket
     }
 
     #[track_caller]
     pub(crate) fn event(&self) -> NativeEvent {
-        self.events.recv_timeout(PATIENCE).expect("nothing was reported")
+        self.events.recv_timeout(TIMEOUT).expect("nothing was reported")
     }
 
-    /// The next report, which has to be of a native listener.
+    /// Receives the next event, which must report a native listener.
     #[track_caller]
     pub(crate) fn opened(&self) -> NativeListener {
         match self.event() {
@@ -139,29 +143,29 @@ impl Drop for Sandbox {
     }
 }
 
-/// Starts a program that speaks over its standard input.
+/// Starts a program with a channel at its standard input.
 pub(crate) fn spawn(command: &mut Command) -> (Child, Channel) {
     let (ours, theirs) = Channel::pair().unwrap();
     let theirs = theirs.as_fd().try_clone_to_owned().unwrap();
     (command.stdin(Stdio::from(theirs)).spawn().unwrap(), ours)
 }
 
-/// Whether nothing accepts at an address of the host.
+/// Whether an address of the host accepts no connection.
 pub(crate) fn refuses(at: &str) -> bool {
     let at: SocketAddr = at.parse().unwrap();
-    TcpStream::connect_timeout(&at, PATIENCE)
+    TcpStream::connect_timeout(&at, TIMEOUT)
         .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
-/// What the server at an address of the host says.
+/// Returns the text that the server at an address of the host sends.
 pub(crate) fn fetch(at: &str) -> String {
     crate::inside::fetch(at.parse().unwrap())
 }
 
-/// Waits for a state.
+/// Waits until `holds` returns true.
 #[track_caller]
 pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !holds() {
         assert!(Instant::now() < deadline, "{what} did not happen");
         std::thread::sleep(Duration::from_millis(1));

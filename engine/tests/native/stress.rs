@@ -1,4 +1,4 @@
-//! Many calls at once, and the program's half of the case about other hosts.
+//! Many calls at once, and the program's part of the case about other hosts.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -19,7 +19,7 @@ fn is_long() -> bool {
 pub(crate) fn threads() {
     let sandbox = Sandbox::new();
     assert_eq!(sandbox.ask("threads 200 10000"), "200");
-    // Those that open first fill the sandbox's quota of native listeners, and 200 are within it.
+    // The first ones fill the sandbox's quota of native listeners, and 200 are within it.
     for _ in 0..200 {
         sandbox.opened();
     }
@@ -45,7 +45,7 @@ fn descriptors() -> usize {
 
 // ---------------------------------------------------------------- inside
 
-/// Carries out a request of these cases, in the program inside.
+/// Carries out a request of these cases in the program inside.
 pub(crate) fn carry_out(verb: &str, words: &[&str]) -> String {
     let number = |at: usize| words[at].parse::<usize>().unwrap();
     match verb {
@@ -105,7 +105,7 @@ fn live_shortly(rounds: usize, port: u16) -> String {
     done.to_string()
 }
 
-/// Sends the neighbour's loopback addresses over a wire.
+/// Routes the neighbour's loopback addresses over a wire.
 fn martians(device: &str, gateway: &str) -> String {
     std::fs::write(format!("/proc/sys/net/ipv4/conf/{device}/route_localnet"), "1").unwrap();
     let words = ["route", "replace", "127.0.0.5/32", "via", gateway, "dev", device];

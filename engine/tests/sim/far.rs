@@ -1,24 +1,24 @@
-//! The far ends: a client on the host or a server inside, each with a script of its own that needs nothing of the other,
-//! so a run always comes to an end.
+//! The far ends: a client on the host or a server inside. Each has its own script that does not depend on the other, so a
+//! run always ends.
 
 use std::time::{Duration, Instant};
 
 use landfall_engine::reactor::fake::{Dice, EndId, FakeNet, FarRead};
 
-/// How a far end finishes.
+/// The way in which a far end finishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Finish {
-    /// A FIN after the last byte, and then it reads to the end.
+    /// A FIN after the last byte; then it reads to the end.
     Fin,
-    /// A reset after so many bytes.
+    /// A reset after a number of bytes.
     Reset,
-    /// A close after the last byte, whether or not there is something to read.
+    /// A close after the last byte, even if there are bytes to read.
     Close,
     /// A FIN, and later a reset.
     FinThenReset,
 }
 
-/// How the stream that came in ended.
+/// The end of the incoming stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StreamEnd {
     Eof,
@@ -28,7 +28,7 @@ pub(crate) enum StreamEnd {
 #[derive(Debug)]
 pub(crate) struct Far {
     pub(crate) id: EndId,
-    /// Its number, which names the bytes it sends.
+    /// The number of the stream that it sends.
     pub(crate) stream: u32,
     pub(crate) is_client: bool,
     pub(crate) finish: Finish,
@@ -37,26 +37,26 @@ pub(crate) struct Far {
     pause: Duration,
     gulp: usize,
     read_pause: Duration,
-    /// It stops reading there for a while.
+    /// The position at which it stops reading for some time.
     stall: Option<(u64, Duration)>,
-    /// The reset of `FinThenReset`.
+    /// The time of the reset of `FinThenReset`.
     reset_at: Option<Instant>,
     write_at: Instant,
     read_at: Instant,
     pub(crate) sent: u64,
     pub(crate) read: u64,
     pub(crate) fin: bool,
-    /// It has ended the connection itself, so nothing can be told to it.
+    /// Whether it has ended the connection itself, so that it sees no end.
     pub(crate) left: bool,
-    pub(crate) told: Option<StreamEnd>,
-    /// It was told an end, and reset after that.
+    pub(crate) end_seen: Option<StreamEnd>,
+    /// Whether a reset followed the end that it saw.
     pub(crate) cut: bool,
-    /// Which stream it gets.
-    pub(crate) hears: Option<u32>,
+    /// The number of the stream that it receives.
+    pub(crate) receives: Option<u32>,
 }
 
 impl Far {
-    /// One that sends `most` bytes at most.
+    /// Creates a far end that sends `most` bytes at most.
     pub(crate) fn new(
         id: EndId,
         stream: u32,
@@ -102,18 +102,18 @@ impl Far {
             read: 0,
             fin: false,
             left: false,
-            told: None,
+            end_seen: None,
             cut: false,
-            hears: None,
+            receives: None,
         }
     }
 
-    /// Whether it has nothing more to do.
+    /// Whether it has finished.
     pub(crate) fn is_over(&self) -> bool {
         self.left
     }
 
-    /// Does what is due. `opposite` is the far end that it talks to, as far as that is known.
+    /// Carries out the steps that are due.
     pub(crate) fn step(&mut self, net: &FakeNet, dice: &mut Dice) -> Result<(), String> {
         if self.left {
             return Ok(());
@@ -125,8 +125,8 @@ impl Far {
             net.net().reset(self.id);
             self.left = true;
         }
-        self.cut = self.told == Some(StreamEnd::Eof) && !self.left && net.net().is_broken(self.id);
-        let over = match self.told {
+        self.cut = self.end_seen == Some(StreamEnd::Eof) && !self.left && net.net().is_broken(self.id);
+        let over = match self.end_seen {
             Some(StreamEnd::Reset) => true,
             Some(StreamEnd::Eof) if self.cut => true,
             Some(StreamEnd::Eof) => self.fin && self.finish == Finish::Fin,
@@ -140,7 +140,7 @@ impl Far {
     }
 
     fn write_on(&mut self, net: &FakeNet, dice: &mut Dice, now: Instant) {
-        while !self.fin && !self.left && self.write_at <= now && self.told != Some(StreamEnd::Reset) {
+        while !self.fin && !self.left && self.write_at <= now && self.end_seen != Some(StreamEnd::Reset) {
             if self.sent == self.total {
                 self.end_writing(net, dice, now);
                 return;
@@ -148,7 +148,7 @@ impl Far {
             let most = usize::try_from(self.total - self.sent).unwrap_or(usize::MAX).min(self.chunk);
             let count = dice.size(1, most);
             match net.net().write(self.id, self.stream, self.sent, count) {
-                // The reader is told of the reset.
+                // The read returns the reset.
                 None | Some(0) => return,
                 Some(taken) => self.sent += taken as u64,
             }
@@ -178,7 +178,7 @@ impl Far {
     }
 
     fn read_on(&mut self, net: &FakeNet, dice: &mut Dice, now: Instant) -> Result<(), String> {
-        while self.told.is_none() && self.read_at <= now {
+        while self.end_seen.is_none() && self.read_at <= now {
             if let Some((at, pause)) = self.stall
                 && self.read >= at
             {
@@ -190,11 +190,11 @@ impl Far {
             let got = net.net().read(self.id, most);
             match got {
                 FarRead::Empty => return Ok(()),
-                FarRead::Eof => self.told = Some(StreamEnd::Eof),
-                FarRead::Reset => self.told = Some(StreamEnd::Reset),
+                FarRead::Eof => self.end_seen = Some(StreamEnd::Eof),
+                FarRead::Reset => self.end_seen = Some(StreamEnd::Reset),
                 FarRead::Bytes(bytes) => {
                     for run in bytes.runs() {
-                        let stream = *self.hears.get_or_insert(run.stream);
+                        let stream = *self.receives.get_or_insert(run.stream);
                         if run.stream != stream || run.start != self.read {
                             let (id, read) = (self.stream, self.read);
                             return Err(format!("{id} expected byte {read} of {stream} and got {run:?}"));
@@ -208,14 +208,14 @@ impl Far {
         Ok(())
     }
 
-    /// When it acts next without being prompted.
+    /// Returns the time of its next step, if it does not depend on the network.
     pub(crate) fn act_at(&self, now: Instant) -> Option<Instant> {
         if self.left {
             return None;
         }
         let times = [
             (!self.fin).then_some(self.write_at),
-            self.told.is_none().then_some(self.read_at),
+            self.end_seen.is_none().then_some(self.read_at),
             self.reset_at,
         ];
         times.into_iter().flatten().filter(|at| *at > now).min()

@@ -1,6 +1,6 @@
-//! A whole shard over the simulated ring: thousands of bad days, each named by its seed.
+//! A whole shard over the simulated poller, in thousands of runs with faults, each identified by its seed.
 //!
-//! `LANDFALL_SEEDS=N` runs N seeds instead of the usual number; `LANDFALL_SEED=x` runs one and prints what it came to.
+//! `LANDFALL_SEEDS=N` runs N seeds instead of the default number; `LANDFALL_SEED=x` runs one and prints its results.
 
 #![expect(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
@@ -20,7 +20,7 @@ fn from_environment(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn every_byte_arrives_once_in_order_and_every_end_is_told() {
+fn every_byte_arrives_once_in_order_and_every_end_is_reported() {
     let one = from_environment("LANDFALL_SEED");
     let seeds = match one {
         Some(seed) => seed..seed + 1,
@@ -45,7 +45,7 @@ fn every_byte_arrives_once_in_order_and_every_end_is_told() {
             println!("{} turns, {:?} of virtual time", world.turns(), world.lasted());
         }
         if !failures.is_empty() {
-            // What is left of it may not be fit to be taken down.
+            // After a failure the drop of the world may panic, too.
             std::mem::forget(world);
         }
         if failures.len() >= 20 {

@@ -1,4 +1,4 @@
-//! One run: a shard over a simulated ring, clients and servers, a driver that interferes, and what must hold.
+//! One run: a shard over a simulated poller, clients and servers, a driver that interferes, and the checks.
 
 use std::collections::HashMap;
 use std::num::NonZeroU16;
@@ -11,7 +11,7 @@ use landfall_engine::shard::{Report, Shard, ShardCommand};
 
 use crate::far::{Far, Finish, StreamEnd};
 
-/// More turns than any run needs; a run that takes them spins.
+/// More turns than any run needs; a run that exceeds them makes no progress.
 const TURNS_MAX: u64 = 1_000_000;
 
 pub(crate) struct World {
@@ -20,7 +20,7 @@ pub(crate) struct World {
     limits: Limits,
     dice: Dice,
     fars: Vec<Far>,
-    /// Far ends by their end.
+    /// The index of each far end in `fars`.
     by_end: HashMap<EndId, usize>,
     ports: Vec<u16>,
     upstreams: Vec<UpstreamId>,
@@ -29,12 +29,12 @@ pub(crate) struct World {
     clients_left: u32,
     dial_at: Instant,
     interfere_at: Option<Instant>,
-    begun: Instant,
-    /// The driver has reset something, so a connection may end in ways that its far ends did not bring about.
+    started: Instant,
+    /// Whether the driver has reset a connection, so that connections may end without a cause at their far ends.
     forced: bool,
     stopping: bool,
     stopped: u32,
-    /// Forwards whose listener is open, as far as told.
+    /// Forwards whose listener was opened and not closed since.
     open: Vec<ForwardId>,
     pub(crate) ended: u64,
 }
@@ -90,7 +90,7 @@ impl World {
             clients_left: u32::try_from(clients_left).unwrap(),
             dial_at: now,
             interfere_at,
-            begun: now,
+            started: now,
             forced: false,
             stopping: false,
             stopped: 0,
@@ -158,20 +158,20 @@ impl World {
         self.shard.command(command);
     }
 
-    /// Runs to the end; tells what went wrong.
+    /// Runs to the end. Returns the fault that was found.
     pub(crate) fn run(&mut self) -> Result<(), String> {
         while self.stopped == 0 {
             self.act()?;
             self.shard.turn().map_err(|error| error.to_string())?;
-            self.hear()?;
+            self.process_reports()?;
             if self.net.net().is_deadlocked() && !self.is_idle() {
-                return Err(format!("nothing will happen any more: {}", self.stuck()));
+                return Err(format!("no event will follow: {}", self.stuck()));
             }
             if self.turns() > TURNS_MAX {
-                return Err(format!("it spins: {}", self.stuck()));
+                return Err(format!("the turns make no progress: {}", self.stuck()));
             }
         }
-        self.settle_fars()?;
+        self.drain_fars()?;
         self.check_end()
     }
 
@@ -185,14 +185,14 @@ impl World {
         let far = |far: &Far| {
             let near = net.near(far.id);
             format!(
-                "\n  {} (client {}) sent {} read {} fin {} left {} told {:?} to {:?} near {:?}",
+                "\n  {} (client {}) sent {} read {} fin {} left {} end {:?} to {:?} near {:?}",
                 far.stream,
                 far.is_client,
                 far.sent,
                 far.read,
                 far.fin,
                 far.left,
-                far.told,
+                far.end_seen,
                 net.opposite(far.id),
                 near.map(|near| (net.is_closed(near), net.is_broken(near), net.arrived(near))),
             )
@@ -202,7 +202,7 @@ impl World {
         format!("{connections} connections, stopping {}, {}\n{reactor}", self.stopping, open.concat())
     }
 
-    /// What everybody but the shard does at this time.
+    /// Carries out the steps of the clients, the servers and the driver that are due.
     fn act(&mut self) -> Result<(), String> {
         let now = self.net.net().now();
         while self.clients_left > 0 && self.dial_at <= now {
@@ -210,11 +210,11 @@ impl World {
         }
         if self.interfere_at.is_some_and(|at| at <= now) {
             self.interfere(now);
-            self.hear()?;
+            self.process_reports()?;
         }
         if self.is_idle() && !self.stopping && self.fars.iter().all(Far::is_over) {
             self.shard.command(ShardCommand::Describe);
-            self.hear()?;
+            self.process_reports()?;
             self.stop();
         }
         self.step_fars()?;
@@ -233,10 +233,10 @@ impl World {
             self.add(newcomer.end, false, now);
         }
         for index in 0..self.fars.len() {
-            let had = self.fars[index].told;
+            let had = self.fars[index].end_seen;
             self.fars[index].step(&self.net, &mut self.dice)?;
             if had.is_none() {
-                self.check_told(index)?;
+                self.check_end_seen(index)?;
             }
         }
         Ok(())
@@ -245,7 +245,7 @@ impl World {
     fn add(&mut self, end: EndId, is_client: bool, now: Instant) {
         let stream = u32::try_from(self.fars.len()).unwrap();
         self.by_end.insert(end, self.fars.len());
-        // With small leases or turns a long stream takes many rounds and shows nothing new.
+        // With small buffers or turns a long stream takes many rounds without testing more.
         let most = self.limits.buffer_bytes.min(self.limits.turn_bytes) as u64 * 100;
         self.fars.push(Far::new(end, stream, is_client, most, &mut self.dice, now));
     }
@@ -310,11 +310,11 @@ impl World {
         }
     }
 
-    fn hear(&mut self) -> Result<(), String> {
+    fn process_reports(&mut self) -> Result<(), String> {
         let reports: Vec<Report> = self.shard.reports().collect();
         for report in reports {
             if self.stopped > 0 {
-                return Err(format!("after the end it told {report:?}"));
+                return Err(format!("a report after the end: {report:?}"));
             }
             match report {
                 Report::Stopped => self.stopped += 1,
@@ -331,28 +331,28 @@ impl World {
         Ok(())
     }
 
-    /// What a far end has just been told must be true.
-    fn check_told(&mut self, index: usize) -> Result<(), String> {
+    /// Checks the end that a far end has just seen.
+    fn check_end_seen(&mut self, index: usize) -> Result<(), String> {
         let far = &self.fars[index];
         let opposite = self.net.net().opposite(far.id).and_then(|end| self.by_end.get(&end));
         let opposite = opposite.map(|index| &self.fars[*index]);
-        if let (Some(stream), Some(opposite)) = (far.hears, opposite)
+        if let (Some(stream), Some(opposite)) = (far.receives, opposite)
             && stream != opposite.stream
         {
-            return Err(format!("{} hears {stream} instead of {}", far.stream, opposite.stream));
+            return Err(format!("{} receives {stream} instead of {}", far.stream, opposite.stream));
         }
-        if far.told != Some(StreamEnd::Eof) {
+        if far.end_seen != Some(StreamEnd::Eof) {
             return Ok(());
         }
         match opposite {
             Some(opposite) if !opposite.fin => {
-                Err(format!("{} was told an end that {} never sent", far.stream, opposite.stream))
+                Err(format!("{} saw an end that {} never sent", far.stream, opposite.stream))
             }
             Some(opposite) if opposite.sent != far.read => {
-                Err(format!("{} was told an end after {} of {} bytes", far.stream, far.read, opposite.sent))
+                Err(format!("{} saw an end after {} of {} bytes", far.stream, far.read, opposite.sent))
             }
             None if far.is_client => {
-                Err(format!("client {} never reached a server and was told a clean end", far.stream))
+                Err(format!("client {} never reached a server and saw a clean end", far.stream))
             }
             _ => Ok(()),
         }
@@ -367,21 +367,21 @@ impl World {
                 + stats.reset_by_upstream
                 + stats.refused
                 + stats.exhausted;
-            let told = stats.open + ended;
-            if told > stats.accepted || (told < stats.accepted && !self.forced) {
+            let end_seen = stats.open + ended;
+            if end_seen > stats.accepted || (end_seen < stats.accepted && !self.forced) {
                 return Err(format!("the counters do not add up: {stats:?}"));
             }
             open += stats.open;
         }
         let connections = u64::try_from(self.shard.connections()).unwrap();
         if open != connections {
-            return Err(format!("{open} connections are counted and {connections} are there"));
+            return Err(format!("{open} connections are counted and {connections} exist"));
         }
         Ok(())
     }
 
-    /// After the shard has ended: lets the far ends read what is still on its way to them.
-    fn settle_fars(&mut self) -> Result<(), String> {
+    /// Lets the far ends read the remaining bytes after the shard has ended.
+    fn drain_fars(&mut self) -> Result<(), String> {
         for _ in 0..100_000 {
             self.step_fars()?;
             let now = self.net.net().now();
@@ -390,12 +390,12 @@ impl World {
                 return Ok(());
             }
         }
-        Err("the far ends never come to an end".into())
+        Err("the far ends never finish".into())
     }
 
     fn check_end(&mut self) -> Result<(), String> {
         if self.stopped != 1 || !self.shard.is_stopped() {
-            return Err(format!("it told {} times that it has stopped", self.stopped));
+            return Err(format!("it reported {} times that it has stopped", self.stopped));
         }
         if self.shard.connections() != 0 {
             return Err("it has stopped with connections".into());
@@ -419,19 +419,20 @@ impl World {
     fn check_far(&self, far: &Far) -> Result<(), String> {
         let net = self.net.net();
         if !far.left {
-            return Err(format!("{} was never told an end: {far:?}", far.stream));
+            return Err(format!("{} never saw an end: {far:?}", far.stream));
         }
         let Some(opposite) = net.opposite(far.id).and_then(|end| self.by_end.get(&end)) else {
             return Ok(());
         };
         let opposite = &self.fars[*opposite];
         let plain = far.finish == Finish::Fin && opposite.finish == Finish::Fin && !self.forced;
-        if plain && (far.told != Some(StreamEnd::Eof) || far.cut) {
+        if plain && (far.end_seen != Some(StreamEnd::Eof) || far.cut) {
             return Err(format!("{} was reset, and {} did not do it: {far:?}", far.stream, opposite.stream));
         }
-        // It has read to the end, so it got whatever the relay had got for it.
+        // It has read to the end, so it received every byte that the relay had received for it.
         let patient = self.limits.reset_drain_timeout > Duration::from_secs(60);
-        if let (Some(_), Some(source), false, true) = (far.told, net.near(opposite.id), self.forced, patient)
+        if let (Some(_), Some(source), false, true) =
+            (far.end_seen, net.near(opposite.id), self.forced, patient)
         {
             let arrived = net.arrived(source);
             if far.read != arrived {
@@ -444,8 +445,8 @@ impl World {
         Ok(())
     }
 
-    /// How long it took, in virtual time.
+    /// Returns the duration of the run, in virtual time.
     pub(crate) fn lasted(&mut self) -> Duration {
-        self.shard.reactor_mut().now() - self.begun
+        self.shard.reactor_mut().now() - self.started
     }
 }

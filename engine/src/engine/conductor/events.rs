@@ -74,9 +74,8 @@ impl Conductor {
         }
         self.emit(Event::ListenersLent { count });
     }
+
     /// Sends listeners in events that fit messages. Closed ones come first, since a server that was replaced is in both lists.
-    /// Tells of listeners in as many events as fit messages. What closed comes first, since a server that was replaced is in
-    /// both.
     pub(super) fn emit_listeners(&self, upstream: UpstreamId, opened: &[Listening], closed: &[Listening]) {
         if opened.len() + closed.len() <= LISTENERS_PER_EVENT {
             let (opened, closed) = (opened.to_vec(), closed.to_vec());

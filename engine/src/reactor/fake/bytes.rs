@@ -1,5 +1,5 @@
-//! Bytes by name. The relay never reads the bytes that it moves, so a simulated byte is its stream and its place in it. A
-//! byte that is lost, doubled or out of order shows by its number.
+//! Simulated bytes. The relay never inspects the bytes that it moves, so a simulated byte is only its stream and its
+//! position. A byte that is lost, doubled or out of order is detected by its number.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -8,14 +8,14 @@ use std::rc::Rc;
 use crate::limits::Limits;
 use crate::reactor::{Held, TransferMode};
 
-/// Bytes of one stream that follow each other.
+/// Consecutive bytes of one stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Which stream.
+    /// The number of the stream.
     pub stream: u32,
-    /// The place of the first byte.
+    /// The position of the first byte.
     pub start: u64,
-    /// How many.
+    /// The number of bytes.
     pub count: usize,
 }
 
@@ -27,7 +27,7 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// Returns how many.
+    /// Returns the number of bytes.
     pub fn count(&self) -> usize {
         self.count
     }
@@ -68,7 +68,7 @@ impl Bytes {
         count
     }
 
-    /// Drops all bytes; returns how many.
+    /// Drops all bytes, and returns their number.
     pub fn clear(&mut self) -> usize {
         self.runs.clear();
         std::mem::take(&mut self.count)
@@ -80,7 +80,7 @@ impl Bytes {
     }
 }
 
-/// How many buffers and pipes are lent, of how many.
+/// The numbers of lent buffers and pipes, and their bounds.
 #[derive(Debug)]
 pub(super) struct Pool {
     lent: [Cell<usize>; 2],
@@ -105,7 +105,7 @@ impl Pool {
         self.lent[mode as usize].get() < self.most[mode as usize]
     }
 
-    /// Returns how much a buffer or pipe holds at most.
+    /// Returns the capacity of a buffer or pipe.
     pub(super) fn capacity(&self, mode: TransferMode) -> usize {
         self.bytes[mode as usize]
     }

@@ -1,4 +1,4 @@
-//! Openers and drivers in memory: how they answer the requests that arrive over a channel.
+//! Openers and drivers in memory: their answers to the requests that arrive on a channel.
 
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
@@ -11,19 +11,19 @@ use crate::command::Family;
 use crate::opener::{Answer, DialFailure, Failure, FailureKind, Request};
 use crate::reactor::Readiness;
 
-/// A message on its way to the relay.
+/// A message in flight to the relay.
 #[derive(Debug)]
 pub(super) struct Message {
     at: Instant,
     answer: Reply,
-    /// It is there, and was reported.
+    /// Whether it has arrived and was reported.
     reported: bool,
 }
 
 #[derive(Debug)]
 enum Reply {
     Now(Answer, Vec<EndId>),
-    /// Decided when the driver connects.
+    /// The result is decided when the driver connects.
     Dial {
         dial: u64,
         port: NonZeroU16,
@@ -32,7 +32,7 @@ enum Reply {
 }
 
 impl FakeIo {
-    /// A request arrives at an opener or driver.
+    /// Handles a request that arrives at an opener or driver.
     pub(super) fn request(&self, file: File, text: &[u8]) -> Result<(), ChannelError> {
         let (File::Channel(namespace) | File::Driver(namespace)) = file else {
             return Err(ChannelError::NotAChannel);
@@ -58,7 +58,7 @@ impl FakeIo {
         }
     }
 
-    /// An opener makes sockets, or does not.
+    /// Answers a request for sockets, or refuses it.
     fn make(&self, namespace: u64, family: Family, count: u16) -> Result<(), ChannelError> {
         if self.strikes(Knob::StockGone) {
             self.net.net().end_opener(namespace);
@@ -86,7 +86,7 @@ impl FakeIo {
         let hostile = self.strikes(Knob::StockHostile);
         let mut net = self.net.net();
         let count = if fewer { net.dice.size(1, usize::from(count) - 1) } else { usize::from(count) };
-        // Another namespace, or one socket less than was said.
+        // A hostile opener sends sockets of another namespace, or one less than it claims.
         let (of, less) = match (hostile, net.dice.chance(500)) {
             (true, true) => (namespace + 1_000, 0),
             (true, false) => (namespace, 1),
@@ -102,7 +102,7 @@ impl FakeIo {
         (Answer::Made { count: u16::try_from(count).unwrap_or(u16::MAX), error: None, ephemeral }, ends)
     }
 
-    /// A driver is asked to connect.
+    /// Answers a request to dial.
     fn dial(&self, namespace: u64, dial: u64, port: NonZeroU16) -> Result<(), ChannelError> {
         if self.strikes(Knob::DialUnanswered) {
             return Ok(());
@@ -121,7 +121,7 @@ impl FakeIo {
         Ok(())
     }
 
-    /// The relay receives from a channel.
+    /// Receives a message from a channel, for the relay.
     pub(super) fn message(&self, file: File) -> Result<(Vec<u8>, Vec<FakeSocket>), ChannelError> {
         let (File::Channel(namespace) | File::Driver(namespace)) = file else {
             return Err(ChannelError::NotAChannel);

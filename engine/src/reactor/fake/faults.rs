@@ -1,12 +1,12 @@
-//! The faults of a simulated kernel: each is a knob with a chance, and each counts how often it fired, since a knob that
-//! never fires is worse than none: it is believed.
+//! The faults of a simulated kernel. Each is a knob with a probability, and its occurrences are counted, so that a test
+//! detects a knob that has no effect.
 
-/// A seeded source of chance (splitmix64): the same seed, the same run.
+/// A seeded random source (splitmix64): the same seed gives the same run.
 #[derive(Clone, Debug)]
 pub struct Dice(u64);
 
 impl Dice {
-    /// Creates dice of a seed.
+    /// Creates dice from a seed.
     pub fn new(seed: u64) -> Dice {
         Dice(seed)
     }
@@ -54,34 +54,34 @@ macro_rules! knobs {
         impl Knob {
             /// Every knob.
             pub const ALL: &[Knob] = &[$(Knob::$name),*];
-            /// The highest chance that a random setting gives each, in a thousand. 0: it happens by itself.
+            /// The maximum of each random probability, per thousand. 0: the fault results from others.
             const MOST: &[u16] = &[$($most),*];
         }
     };
 }
 
 knobs! {
-    /// A read returns less than there is; the rest is reported again, as if it had just arrived.
+    /// A read returns less than is available; the rest is reported again, as if it had just arrived.
     ShortRecv: 800,
-    /// A send takes less than there is room for; room is reported soon.
+    /// A send accepts less than there is room for; room is reported soon.
     ShortSend: 800,
     /// An urgent byte arrives: reads stop before it, and splices do not pass it.
     Urgent: 300,
-    /// A notice comes some turns late.
+    /// A notice is some turns late.
     Delayed: 500,
-    /// Notices of one turn come in another order.
+    /// The notices of one turn have another order.
     Reordered: 1000,
-    /// A wait ends for no reason.
+    /// A wait ends without a reason.
     SpuriousWakeup: 200,
-    /// A notice comes twice.
+    /// A notice is repeated.
     NoticeTwice: 300,
     /// A notice reports nothing new.
     NoticeSpurious: 100,
-    /// A notice comes for a registration that has ended, and whose place may have a successor.
+    /// A notice arrives for a registration that has ended, and whose entry may have been reused.
     NoticeStale: 300,
-    /// A registration ends with a notice that reports what happened, as a multishot poll does when completions overflow.
+    /// A registration ends with a notice of its readiness, as a multishot poll does when completions overflow.
     RegistrationEnds: 200,
-    /// A registration ends and what happened is not reported.
+    /// A registration ends, and its readiness is not reported.
     NoticeLost: 100,
     /// A registration is refused.
     RegistrationRefused: 20,
@@ -91,15 +91,15 @@ knobs! {
     RemovedLate: 800,
     /// A removed registration reports once more before it ends.
     NoticeAfterRemoval: 300,
-    /// No buffer, though one is free.
+    /// No buffer is lent, although one is free.
     NoBuffer: 100,
-    /// No pipe, though one is free.
+    /// No pipe is lent, although one is free.
     NoPipe: 500,
-    /// A connect is over within the call.
+    /// A connect finishes within the call.
     ConnectAtOnce: 500,
     /// A connect is refused.
     ConnectRefused: 100,
-    /// A connect is given up by the kernel.
+    /// The kernel gives up a connect.
     ConnectTimedOut: 30,
     /// A connect is never answered.
     ConnectUnanswered: 30,
@@ -109,59 +109,59 @@ knobs! {
     PortsExhausted: 50,
     /// A socket connects to itself.
     OwnPeer: 200,
-    /// A connect takes its time.
+    /// A connect is slow.
     SlowConnect: 500,
     /// The server resets a connection right after it was established.
     ResetOnConnect: 0,
     /// An accept finds no descriptor.
     AcceptExhausted: 100,
-    /// An accept returns an error of the connection that it would have taken.
+    /// An accept returns the error of a connection instead of the connection.
     AcceptStray: 100,
-    /// A listener fails for a while.
+    /// A listener fails for some time.
     AcceptFails: 10,
-    /// No descriptor is left for a socket of the host.
+    /// No descriptor is free for a socket of the host.
     NoHostSocket: 50,
-    /// The opener is out of descriptors.
+    /// The opener has no free descriptors.
     StockExhausted: 300,
-    /// The opener does not make sockets of this family.
+    /// The opener does not create sockets of this family.
     StockRefused: 20,
-    /// The opener has ended, and the request shows it.
+    /// The opener has ended, which the request reports.
     StockGone: 10,
-    /// The opener hands over something else.
+    /// The opener sends invalid sockets.
     StockHostile: 10,
-    /// The opener takes its time.
+    /// The opener is slow.
     StockSlow: 500,
-    /// The opener hands over fewer than asked for.
+    /// The opener sends fewer sockets than requested.
     StockFewer: 800,
-    /// The channel is full for a while.
+    /// The channel is full for some time.
     ChannelFull: 300,
-    /// A driver takes its time to connect, perhaps too long.
+    /// A driver connects slowly, perhaps too slowly.
     DialSlow: 500,
     /// A driver never answers.
     DialUnanswered: 30,
     /// A driver reports that no server listens.
     DialRefused: 100,
-    /// A driver reports that it got no answer itself.
+    /// A driver reports that its own connect timed out.
     DialTimedOut: 50,
-    /// A driver is out of descriptors.
+    /// A driver has no free descriptors.
     DialExhausted: 50,
-    /// The socket of an answer is lost for want of descriptors.
+    /// The socket of an answer is lost for lack of descriptors.
     DialLost: 50,
-    /// The driver ends, and the channel shows it.
+    /// The driver ends, which the channel reports.
     DriverGone: 10,
-    /// The peer's kernel takes its time to take bytes in and to acknowledge them.
+    /// The peer's kernel is slow to receive and acknowledge bytes.
     SlowAcknowledge: 300,
     /// A FIN could not be sent because the connection was reset.
     FinFailed: 0,
     /// A send found its connection reset.
     SendFailed: 0,
-    /// A reset threw away bytes on their way.
+    /// A reset discarded bytes in flight.
     ResetDiscarded: 0,
-    /// The error of a reset was returned by a send, and a read saw an end instead.
+    /// A send returned the error of a reset, and a read returned an end instead.
     ResetReadAsEof: 0,
 }
 
-/// The knobs of a run: their chances, and how often they fired.
+/// The knobs of a run: their probabilities, and the numbers of their occurrences.
 #[derive(Clone, Debug)]
 pub struct Faults {
     chances: Vec<u16>,
@@ -169,12 +169,12 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Creates knobs that never fire.
+    /// Creates knobs that are off.
     pub fn none() -> Faults {
         Faults { chances: vec![0; Knob::ALL.len()], fired: vec![0; Knob::ALL.len()] }
     }
 
-    /// Turns some knobs on and some off, by chance.
+    /// Turns knobs on and off at random.
     pub fn random(dice: &mut Dice) -> Faults {
         let mut faults = Faults::none();
         for (chance, most) in faults.chances.iter_mut().zip(Knob::MOST) {
@@ -185,17 +185,17 @@ impl Faults {
         faults
     }
 
-    /// Sets a knob, in a thousand.
+    /// Sets the probability of a knob, per thousand.
     pub fn set(&mut self, knob: Knob, per_mille: u16) {
         self.chances[knob as usize] = per_mille;
     }
 
-    /// Returns how often a knob fired.
+    /// Returns how many times a knob took effect.
     pub fn fired(&self, knob: Knob) -> u64 {
         self.fired[knob as usize]
     }
 
-    /// Rolls for a fault, which the caller then carries out.
+    /// Decides at random whether a fault occurs, which the caller then carries out.
     pub(super) fn strikes(&mut self, knob: Knob, dice: &mut Dice) -> bool {
         let strikes = dice.chance(self.chances[knob as usize]);
         if strikes {
@@ -204,7 +204,7 @@ impl Faults {
         strikes
     }
 
-    /// Counts an event that the network brought about.
+    /// Counts a fault that resulted from others.
     pub(super) fn note(&mut self, knob: Knob) {
         self.fired[knob as usize] += 1;
     }

@@ -10,17 +10,17 @@ use rustix::io::Errno;
 use super::bytes::{FakeBuffer, Pool};
 use super::faults::Knob;
 use super::net::{EndId, FakeNet, FakeSocket, File, HOST};
-use super::tcp::{Connect, ConnectFate};
+use super::tcp::{Connect, ConnectOutcome};
 use crate::channel::ChannelError;
 use crate::command::Family;
 use crate::limits::Limits;
 use crate::reactor::{Connected, Held, Readiness, Received, Sent, SocketIo, TransferMode};
 use crate::sys::{SocketError, SocketFacts};
 
-/// How many accepts fail in a row where a listener fails.
+/// Consecutive accepts that fail when a listener fails.
 const ACCEPTS_FAILING: u32 = 40;
 
-/// The calls, and the memory of the shard.
+/// The I/O functions, and the memory pool of the shard.
 #[derive(Debug)]
 pub struct FakeIo {
     pub(super) net: FakeNet,
@@ -28,12 +28,12 @@ pub struct FakeIo {
 }
 
 impl FakeIo {
-    /// Creates the calls on sockets of `net`.
+    /// Creates the I/O functions for sockets of `net`.
     pub fn new(net: FakeNet, limits: &Limits) -> FakeIo {
         FakeIo { net, pool: Pool::new(limits) }
     }
 
-    /// Returns how many buffers and pipes are lent.
+    /// Returns the numbers of lent buffers and pipes.
     pub fn lent(&self) -> (usize, usize) {
         self.pool.lent()
     }
@@ -49,14 +49,14 @@ impl FakeIo {
         net.now + Duration::from_micros(net.dice.range(1, most))
     }
 
-    /// Decides how a connect ends, and when; `None`: never.
-    fn connect_fate(&self, can_meet_itself: bool) -> (Option<Instant>, ConnectFate) {
+    /// Chooses the end of a connect, and its time; `None` means never.
+    fn choose_outcome(&self, can_connect_to_itself: bool) -> (Option<Instant>, ConnectOutcome) {
         let now = self.net.net().now;
         if self.strikes(Knob::ConnectUnanswered) {
-            return (None, ConnectFate::Reach);
+            return (None, ConnectOutcome::Reach);
         }
         if self.strikes(Knob::ConnectTimedOut) {
-            return (Some(now + Duration::from_secs(3)), ConnectFate::Fail(SocketError::TimedOut));
+            return (Some(now + Duration::from_secs(3)), ConnectOutcome::Fail(SocketError::TimedOut));
         }
         let at = if self.strikes(Knob::SlowConnect) { self.pause(Duration::from_millis(300)) } else { now };
         let failures = [
@@ -66,9 +66,11 @@ impl FakeIo {
         ];
         let failure = failures.into_iter().find(|(knob, _)| self.strikes(*knob));
         match failure {
-            Some((_, error)) => (Some(at), ConnectFate::Fail(error)),
-            None if can_meet_itself && self.strikes(Knob::OwnPeer) => (Some(at), ConnectFate::OwnPeer),
-            None => (Some(at), ConnectFate::Reach),
+            Some((_, error)) => (Some(at), ConnectOutcome::Fail(error)),
+            None if can_connect_to_itself && self.strikes(Knob::OwnPeer) => {
+                (Some(at), ConnectOutcome::OwnPeer)
+            }
+            None => (Some(at), ConnectOutcome::Reach),
         }
     }
 }
@@ -136,16 +138,16 @@ impl SocketIo for FakeIo {
             "a socket connects to an address of its own family"
         );
         assert!(matches!(self.net.net().ends[id].connect, Connect::No), "a socket connects once");
-        let can_meet_itself = {
+        let can_connect_to_itself = {
             let net = self.net.net();
             let there = net.namespaces.get(&net.ends[id].namespace.unwrap_or(HOST));
             there.is_none_or(|there| there.ephemeral.is_none_or(|range| range.contains(address.port())))
         };
-        let (at, fate) = self.connect_fate(can_meet_itself);
-        self.net.net().start_connect(id, address, at, fate);
+        let (at, outcome) = self.choose_outcome(can_connect_to_itself);
+        self.net.net().start_connect(id, address, at, outcome);
         if at.is_some_and(|at| at <= self.now()) && self.strikes(Knob::ConnectAtOnce) {
             let net = &mut *self.net.net();
-            net.finish_connect(id, address, fate);
+            net.finish_connect(id, address, outcome);
             return Some(net.connect_result(id));
         }
         None
@@ -182,7 +184,7 @@ impl SocketIo for FakeIo {
         let most = if short { net.dice.size(1, there - 1) } else { there };
         net.take(id, &mut buffer.bytes, most);
         if short {
-            net.stir(id);
+            net.set_edge(id);
         }
         Received::Bytes(most)
     }
@@ -204,7 +206,7 @@ impl SocketIo for FakeIo {
     }
 
     fn lend(&mut self, mode: TransferMode) -> Option<FakeBuffer> {
-        // A buffer is lent only after `can_lend` allowed the read whose bytes it is for.
+        // A buffer is lent only after `can_lend` permitted the read that fills it.
         let denied = mode == TransferMode::Splice && self.strikes(Knob::NoPipe);
         (!denied && self.pool.can_lend(mode)).then(|| self.pool.lend(mode))
     }
@@ -225,7 +227,7 @@ impl SocketIo for FakeIo {
     }
 
     fn keep(&mut self, warm: &mut FakeBuffer) -> Option<FakeBuffer> {
-        // The read was allowed, so one is free.
+        // The read was permitted, so a buffer is free.
         let mut held = self.pool.lend(TransferMode::Copy);
         let count = warm.bytes();
         held.bytes.pull(&mut warm.bytes, count);

@@ -1,12 +1,12 @@
-//! A poller in memory: seeded, with a clock of its own, and with every fault that a kernel may show to a reactor.
+//! A poller in memory: seeded, with its own clock, and with every fault that a kernel may show to a reactor.
 //!
-//! A simulation holds the [`FakeNet`], drives the far ends (clients on the host, servers inside), and turns the shard. When
-//! no event can happen at once, [`Poller::wait`] moves the clock to the next thing that will. Where a kernel has a choice
-//! (when a notice comes, in which order, how often, whether its registration survives it), the [`Dice`] choose.
+//! A simulation owns the [`FakeNet`], drives the far ends (clients on the host, servers inside), and turns the shard. When
+//! no event is possible at once, [`Poller::wait`] moves the clock to the next event. The [`Dice`] make the choices of a
+//! kernel: when a notice arrives, in which order, how many times, and whether its registration continues.
 //!
-//! An edge is reported once, unless a knob says otherwise; a reactor that forgets one stands still, which the simulation
-//! finds. A registration holds its file as io_uring's does, so a socket that is closed while its registration is not removed
-//! stays open, which the simulation finds as well.
+//! An edge is reported once, unless a knob changes that. A reactor that loses one makes no progress, which the simulation
+//! detects. A registration holds its file like a registration of io_uring, so a socket that is closed without removing its
+//! registration stays open, which the simulation detects, too.
 
 mod bytes;
 mod channels;
@@ -32,7 +32,7 @@ pub use self::io::FakeIo;
 pub use self::net::{EndId, FakeNet, FakeSocket, HOST, Net, Newcomer};
 pub use self::tcp::FarRead;
 
-/// The number of ended registrations that are remembered, to be reported late.
+/// The number of ended registrations that are kept for late reports.
 const ENDED_MAX: usize = 16;
 
 /// The simulated poller.
@@ -45,9 +45,9 @@ pub struct FakePoller {
 
 struct Registration {
     file: Rc<Descriptor>,
-    /// It is not reported before this turn.
+    /// The turn before which it is not reported.
     not_before: u64,
-    /// Its delay was decided.
+    /// Whether its delay was decided.
     delayed: bool,
     state: Registered,
 }
@@ -55,9 +55,9 @@ struct Registration {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Registered {
     Armed,
-    /// It will report that it failed.
+    /// It failed, and a notice will report that.
     Failing,
-    /// It was removed and will report that.
+    /// It was removed, and a notice will report that.
     Removed,
 }
 
@@ -68,7 +68,7 @@ impl FakePoller {
         FakePoller { net, reports_urgent, registrations: BTreeMap::new(), ended: VecDeque::new() }
     }
 
-    /// Creates a reactor over `net`, with pools as `limits` say.
+    /// Creates a reactor over `net`, with the pool bounds of `limits`.
     pub fn reactor(net: &FakeNet, limits: &Limits) -> Reactor<FakePoller> {
         Reactor::new(FakePoller::new(net.clone()), FakeIo::new(net.clone(), limits), limits)
     }
@@ -82,7 +82,7 @@ impl FakePoller {
         self.net.net().dice.range(low, high)
     }
 
-    /// Reports what has happened; true if something was put off.
+    /// Reports changes of readiness. Returns true if a report was postponed.
     fn collect(&mut self, notices: &mut Vec<Notice>) -> bool {
         let keys: Vec<Key> = self.registrations.keys().copied().collect();
         let turn = self.net.net().turns;
@@ -167,7 +167,7 @@ impl FakePoller {
     }
 
     fn end(&mut self, key: Key) {
-        // The file may close with it.
+        // This may close the file.
         let registration = self.registrations.remove(&key);
         drop(registration);
         self.ended.push_back(key);
@@ -176,7 +176,7 @@ impl FakePoller {
         }
     }
 
-    /// Reports the state of a registration to which nothing happened.
+    /// Reports the current state of a registration without a change.
     fn report_any(&mut self, notices: &mut Vec<Notice>) {
         if self.registrations.is_empty() || !self.strikes(Knob::NoticeSpurious) {
             return;
@@ -189,7 +189,7 @@ impl FakePoller {
         }
     }
 
-    /// Reports registrations that have ended, unless they were made again.
+    /// Reports registrations that have ended, unless they were created again.
     fn report_ended(&mut self, notices: &mut Vec<Notice>) {
         if notices.is_empty() || self.ended.is_empty() || !self.strikes(Knob::NoticeStale) {
             return;
@@ -227,7 +227,7 @@ impl Poller for FakePoller {
         let fails = self.strikes(Knob::RegistrationFails);
         let state = if fails { Registered::Failing } else { Registered::Armed };
         let file = socket.0.clone();
-        // The first notice is the present state.
+        // The first notice reports the current state.
         self.net.net().edges.insert(file.file);
         self.registrations.insert(key, Registration { file, not_before: 0, delayed: false, state });
         Ok(())
@@ -240,7 +240,7 @@ impl Poller for FakePoller {
                 registration.delayed = false;
                 false
             }
-            // It has ended, and its last notice is on its way or was taken.
+            // It has ended, and its last notice is queued or was delivered.
             None => true,
         }
     }
@@ -248,12 +248,12 @@ impl Poller for FakePoller {
     fn wait(&mut self, until: Option<Instant>, notices: &mut Vec<Notice>) -> Result<(), ReactorError> {
         loop {
             self.net.net().turns += 1;
-            self.net.net().stirred = false;
-            self.net.net().come_due();
+            self.net.net().changed = false;
+            self.net.net().run_due();
             let put_off = self.collect(notices);
-            // What moved may be for a far end, so the simulation acts.
-            let stirred = self.net.net().stirred;
-            if !notices.is_empty() || stirred || self.strikes(Knob::SpuriousWakeup) {
+            // The change may concern a far end, so the simulation acts next.
+            let changed = self.net.net().changed;
+            if !notices.is_empty() || changed || self.strikes(Knob::SpuriousWakeup) {
                 return Ok(());
             }
             let now = self.net.net().now;
@@ -270,7 +270,7 @@ impl Poller for FakePoller {
             let net = &mut *self.net.net();
             net.now = net.now.max(next);
             if [net.act_at, net.no_buffer_until].into_iter().flatten().any(|at| at <= net.now) {
-                net.come_due();
+                net.run_due();
                 return Ok(());
             }
         }

@@ -1,8 +1,8 @@
-//! A network in memory: TCP as far as a relay can observe it (`tcp.rs`), listeners, the channels of openers and drivers
+//! A network in memory: TCP as a relay can observe it (`tcp.rs`), listeners, the channels of openers and drivers
 //! (`channels.rs`), and the far ends that a simulation drives.
 //!
-//! A descriptor is closed when its last holder drops it: the shard's socket, or a registration, which holds the file as
-//! io_uring's does. A change that a kernel would report sets the edge of the file; the poller reports it and clears it.
+//! A descriptor is closed when its last holder drops it: the shard's socket, or a registration, which holds the file like
+//! one of io_uring. A change that a kernel would report sets the edge of the file; the poller reports and clears it.
 
 use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -35,20 +35,20 @@ pub struct Net {
     pub(super) listeners: Vec<HostListener>,
     pub(super) namespaces: BTreeMap<u64, Namespace>,
     pub(super) newcomers: Vec<Newcomer>,
-    /// When the simulation wants to act next.
+    /// When the simulation acts next.
     pub(super) act_at: Option<Instant>,
-    /// No buffer is free until then.
+    /// No buffer is free before this time.
     pub(super) no_buffer_until: Option<Instant>,
     /// Connects in progress.
     pub(super) connecting: Vec<EndId>,
-    /// Senders whose bytes are taken in late.
+    /// Senders whose bytes are received late.
     pub(super) held: Vec<(Instant, EndId)>,
-    /// Files whose state changed since it was reported.
+    /// Files whose state changed since the last report.
     pub(super) edges: BTreeSet<File>,
     descriptors: usize,
     pub(super) deadlocked: bool,
-    /// Something reached an end, perhaps a far one, since the last turn.
-    pub(super) stirred: bool,
+    /// Whether bytes or an end reached any end since the last turn.
+    pub(super) changed: bool,
 }
 
 #[derive(Debug)]
@@ -57,7 +57,7 @@ pub(super) struct HostListener {
     pub(super) family: Family,
     pub(super) queue: VecDeque<EndId>,
     open: bool,
-    /// How many accepts fail from now on.
+    /// The number of accepts that fail from now on.
     pub(super) failing: u32,
 }
 
@@ -67,7 +67,7 @@ pub(super) struct Namespace {
     pub(super) servers: BTreeMap<SocketAddr, usize>,
     pub(super) gone: bool,
     pub(super) messages: Vec<Message>,
-    /// The channel takes no request until then.
+    /// The channel accepts no request before this time.
     pub(super) full_until: Option<Instant>,
     /// The ephemeral ports that the opener reports.
     pub(super) ephemeral: Option<PortRange>,
@@ -93,7 +93,7 @@ pub(super) enum File {
     Channel(u64),
     /// A channel to a driver that connects into a namespace.
     Driver(u64),
-    /// A real descriptor that was adopted: no call works on it here.
+    /// A real descriptor that was adopted; calls on it are not simulated.
     Adopted,
 }
 
@@ -124,7 +124,7 @@ impl Drop for Descriptor {
     }
 }
 
-/// The handle by which a simulation and a poller share a network.
+/// The handle with which a simulation and a poller share a network.
 #[derive(Clone, Debug)]
 pub struct FakeNet(Rc<RefCell<Net>>);
 
@@ -147,11 +147,11 @@ impl FakeNet {
             edges: BTreeSet::new(),
             descriptors: 0,
             deadlocked: false,
-            stirred: false,
+            changed: false,
         })))
     }
 
-    /// Borrows the network. Not to be held across a call of the shard, nor while a [`FakeSocket`] is dropped.
+    /// Borrows the network. The borrow must end before the shard is called and before a [`FakeSocket`] is dropped.
     pub fn net(&self) -> RefMut<'_, Net> {
         self.0.borrow_mut()
     }
@@ -171,13 +171,13 @@ impl FakeNet {
         self.descriptor(File::Listener(index))
     }
 
-    /// Creates an opener channel into a namespace, and the namespace with the first one.
+    /// Creates an opener channel into a namespace. The first one also creates the namespace.
     pub fn channel(&self, namespace: u64) -> FakeSocket {
         self.net().make_namespace(namespace);
         self.descriptor(File::Channel(namespace))
     }
 
-    /// Creates a channel to a driver that connects into a namespace, and the namespace with the first one.
+    /// Creates a channel to a driver that connects into a namespace. The first one also creates the namespace.
     pub fn driver(&self, namespace: u64) -> FakeSocket {
         self.net().make_namespace(namespace);
         self.descriptor(File::Driver(namespace))
@@ -190,17 +190,17 @@ impl Net {
         self.now
     }
 
-    /// Returns how often the poller waited.
+    /// Returns the number of waits of the poller.
     pub fn turns(&self) -> u64 {
         self.turns
     }
 
-    /// Returns how many descriptors are open on the relay's side.
+    /// Returns the number of open descriptors on the relay's side.
     pub fn descriptors(&self) -> usize {
         self.descriptors
     }
 
-    /// Whether a wait found that no event will ever follow.
+    /// Whether a wait found that no further event is possible.
     pub fn is_deadlocked(&self) -> bool {
         self.deadlocked
     }
@@ -226,23 +226,23 @@ impl Net {
         self.namespaces.entry(namespace).or_insert(fresh);
     }
 
-    /// A server starts to listen inside; its connections have windows of `window` bytes.
+    /// Starts a server inside; its connections have windows of `window` bytes.
     pub fn serve(&mut self, namespace: u64, address: SocketAddr, window: usize) {
         self.namespaces.entry(namespace).or_default().servers.insert(address, window);
     }
 
-    /// A server ends.
+    /// Stops a server.
     pub fn stop_serving(&mut self, namespace: u64, address: SocketAddr) {
         self.namespaces.entry(namespace).or_default().servers.remove(&address);
     }
 
-    /// The opener or driver of a namespace ends.
+    /// Ends the opener or driver of a namespace.
     pub fn end_opener(&mut self, namespace: u64) {
         self.namespaces.entry(namespace).or_default().gone = true;
         self.edges.extend([File::Channel(namespace), File::Driver(namespace)]);
     }
 
-    /// A client connects to a host port; `None`: no socket listens.
+    /// Connects a client to a host port; `None` if no socket listens.
     pub fn dial(&mut self, port: u16, family: Family, window: usize) -> Option<EndId> {
         let listener = self
             .listeners
@@ -267,7 +267,7 @@ impl Net {
         std::mem::take(&mut self.newcomers)
     }
 
-    /// Whether a server listens there.
+    /// Whether a server listens on an address.
     pub(super) fn is_served(&self, namespace: u64, address: SocketAddr) -> bool {
         self.namespaces.get(&namespace).is_some_and(|namespace| namespace.servers.contains_key(&address))
     }
@@ -279,7 +279,7 @@ impl Net {
         }
     }
 
-    /// Returns what a poll of a file reports.
+    /// Returns the result of a poll of a file.
     pub(super) fn poll(&self, file: File) -> Readiness {
         match file {
             File::End(id) => self.poll_end(id),
@@ -290,22 +290,22 @@ impl Net {
         }
     }
 
-    /// Brings about what is due: bytes that were held back, connects, messages.
-    pub(super) fn come_due(&mut self) {
+    /// Carries out the events that are due: delayed bytes, connects, messages.
+    pub(super) fn run_due(&mut self) {
         self.flow_due();
         self.connects_due();
         self.messages_due();
         self.no_buffer_until = self.no_buffer_until.filter(|until| *until > self.now);
     }
 
-    /// Returns when something is due next.
+    /// Returns the time of the next event.
     pub(super) fn next_due(&self) -> Option<Instant> {
         let flows = self.held.iter().map(|(at, _)| *at);
         let others = [self.next_connect(), self.next_message(), self.act_at, self.no_buffer_until];
         flows.chain(others.into_iter().flatten()).min()
     }
 
-    /// Moves the clock without a poller: to `until`, or to when the next bytes flow. False: no event will follow.
+    /// Moves the clock without a poller: to `until`, or to the next flow of bytes. Returns false if no event will follow.
     pub fn pass_time(&mut self, until: Option<Instant>) -> bool {
         let flows = self.held.iter().map(|(at, _)| *at);
         let Some(next) = flows.chain(until).min() else { return false };

@@ -1,11 +1,11 @@
-//! TCP in memory. What is modelled is what Linux does and a relay can see:
+//! TCP in memory. It models the behaviour of Linux that a relay can observe:
 //!
-//! - Bytes wait in the sender's queue until the receiver's window has room; those are the unacknowledged ones.
-//! - A reset throws away the sender's queue, never what the receiver already has. The receiver reads that first, then the
-//!   error, which is returned once (`sock_error()`), by a read or by a send; a read after that sees an end.
-//! - An end that preceded a reset is seen before it (`SOCK_DONE` is looked at before `sk_err`).
+//! - Bytes wait in the sender's queue until the receiver's window has room; those bytes are the unacknowledged ones.
+//! - A reset discards the sender's queue, but never bytes that the receiver already has. The receiver reads those first,
+//!   then the error, which a read or a send returns once (`sock_error()`); a read after that returns an end.
+//! - An end that preceded a reset is returned before it (the kernel checks `SOCK_DONE` before `sk_err`).
 //! - A close with unread bytes is a reset; so is the arrival of bytes at a closed end.
-//! - A sender that found no room, and only such a one, gets an edge when there is room (`SOCK_NOSPACE`).
+//! - Only a sender that found no room gets an edge when there is room (`SOCK_NOSPACE`).
 //! - A read stops before an urgent byte. One that starts there passes it; a splice does not (tcp_read_sock()).
 //! - An unconnected socket polls as writable and hung up; one whose connect is in progress as nothing (tcp_poll()).
 
@@ -27,21 +27,21 @@ pub(super) struct End {
     pub(super) family: Family,
     inbox: Bytes,
     outbox: Bytes,
-    /// How much the inbox holds.
+    /// The capacity of the inbox.
     window: usize,
-    /// How much the outbox holds.
+    /// The capacity of the outbox.
     send_buffer: usize,
-    /// A send found no room since the last edge.
+    /// Whether a send found no room since the last edge.
     no_space: bool,
     /// An urgent byte in the inbox, by its distance from the front.
     urgent: Option<usize>,
-    /// Bytes that ever came into the inbox.
+    /// The number of bytes that have arrived in the inbox so far.
     arrived: u64,
     pub(super) connect: Connect,
     fin_sent: bool,
     fin_in: bool,
     broken: bool,
-    /// The error of a reset was not returned yet.
+    /// Whether the error of a reset is still to be returned.
     error_pending: bool,
     closed: bool,
     pub(super) reset_on_close: bool,
@@ -56,26 +56,26 @@ pub(super) enum Connect {
     /// It was not called.
     No,
     /// It is in progress.
-    InProgress(SocketAddr, Option<Instant>, ConnectFate),
+    InProgress(SocketAddr, Option<Instant>, ConnectOutcome),
     Done,
     /// The socket is connected to itself, at that address.
     OwnPeer(SocketAddr),
     Failed(SocketError),
 }
 
-/// How a connect will end.
+/// The planned end of a connect.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum ConnectFate {
-    /// As the network decides.
+pub(super) enum ConnectOutcome {
+    /// The network decides.
     Reach,
     OwnPeer,
     Fail(SocketError),
 }
 
-/// What a far end reads.
+/// The result of a read by a far end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FarRead {
-    /// Nothing yet.
+    /// No byte has arrived.
     Empty,
     /// Bytes.
     Bytes(Bytes),
@@ -126,11 +126,11 @@ impl Net {
         let server = self.end(Some(namespace), self.ends[end].family, window);
         self.join(end, server);
         self.newcomers.push(Newcomer { end: server, namespace, address });
-        self.stirred = true;
+        self.changed = true;
         true
     }
 
-    /// Notes that both ends belong to one relayed connection.
+    /// Records that both ends belong to one relayed connection.
     pub(super) fn pair(&mut self, one: EndId, other: EndId) {
         self.ends[one].partner = Some(other);
         self.ends[other].partner = Some(one);
@@ -142,9 +142,9 @@ impl Net {
         id: EndId,
         address: SocketAddr,
         at: Option<Instant>,
-        fate: ConnectFate,
+        outcome: ConnectOutcome,
     ) {
-        self.ends[id].connect = Connect::InProgress(address, at, fate);
+        self.ends[id].connect = Connect::InProgress(address, at, outcome);
         self.connecting.push(id);
     }
 
@@ -153,8 +153,8 @@ impl Net {
         for id in std::mem::take(&mut self.connecting) {
             match self.ends[id].connect {
                 Connect::InProgress(..) if self.ends[id].closed => {}
-                Connect::InProgress(address, Some(at), fate) if at <= self.now => {
-                    self.finish_connect(id, address, fate);
+                Connect::InProgress(address, Some(at), outcome) if at <= self.now => {
+                    self.finish_connect(id, address, outcome);
                 }
                 Connect::InProgress(..) => self.connecting.push(id),
                 _ => {}
@@ -162,13 +162,13 @@ impl Net {
         }
     }
 
-    pub(super) fn finish_connect(&mut self, id: EndId, address: SocketAddr, fate: ConnectFate) {
+    pub(super) fn finish_connect(&mut self, id: EndId, address: SocketAddr, outcome: ConnectOutcome) {
         let namespace = self.ends[id].namespace.unwrap_or(HOST);
-        let connect = match fate {
-            ConnectFate::Fail(error) => Connect::Failed(error),
-            ConnectFate::OwnPeer => Connect::OwnPeer(address),
-            ConnectFate::Reach if self.reach(id, namespace, address) => Connect::Done,
-            ConnectFate::Reach => Connect::Failed(SocketError::Refused),
+        let connect = match outcome {
+            ConnectOutcome::Fail(error) => Connect::Failed(error),
+            ConnectOutcome::OwnPeer => Connect::OwnPeer(address),
+            ConnectOutcome::Reach if self.reach(id, namespace, address) => Connect::Done,
+            ConnectOutcome::Reach => Connect::Failed(SocketError::Refused),
         };
         self.ends[id].connect = connect;
         self.edges.insert(File::End(id));
@@ -240,7 +240,7 @@ impl Net {
         taken
     }
 
-    /// Returns what follows the last byte: a FIN, an error that is returned once, or nothing yet.
+    /// Returns the event after the last byte: a FIN, an error that is returned once, or none yet.
     pub(super) fn after_the_last_byte(&mut self, id: EndId) -> Option<Result<(), SocketError>> {
         let end = &mut self.ends[id];
         if end.fin_in {
@@ -256,7 +256,7 @@ impl Net {
         None
     }
 
-    /// Queues bytes as far as there is room.
+    /// Queues bytes while there is room.
     pub(super) fn send(&mut self, id: EndId, bytes: &mut Bytes, most: usize) -> Result<usize, SocketError> {
         let end = &mut self.ends[id];
         if end.broken || end.fin_sent || end.peer.is_none() {
@@ -267,7 +267,7 @@ impl Net {
         let sent = end.outbox.pull(bytes, room.min(most));
         end.no_space = bytes.count() > 0;
         if end.no_space && end.outbox.count() < end.send_buffer {
-            // A send that was short though there is room is reported to have room soon.
+            // Room is reported soon after a send that was short although there was room.
             end.no_space = false;
             self.edges.insert(File::End(id));
         }
@@ -276,18 +276,18 @@ impl Net {
     }
 
     /// Reports the state of an end again.
-    pub(super) fn stir(&mut self, id: EndId) {
+    pub(super) fn set_edge(&mut self, id: EndId) {
         self.edges.insert(File::End(id));
     }
 
-    /// A far end writes `count` bytes of `stream` from `start`; returns how many were taken, `None` after a reset.
+    /// Writes `count` bytes of `stream` from `start`, for a far end. Returns the number accepted, `None` after a reset.
     pub fn write(&mut self, id: EndId, stream: u32, start: u64, count: usize) -> Option<usize> {
         let mut bytes = Bytes::default();
         bytes.push(Run { stream, start, count });
         self.send(id, &mut bytes, count).ok()
     }
 
-    /// A far end reads.
+    /// Reads, for a far end.
     pub fn read(&mut self, id: EndId, most: usize) -> FarRead {
         if self.ends[id].inbox.count() > 0 {
             let mut bytes = Bytes::default();
@@ -315,7 +315,7 @@ impl Net {
         Ok(())
     }
 
-    /// Closes an end as close(2) does.
+    /// Closes an end like close(2).
     pub fn close(&mut self, id: EndId) {
         let end = &mut self.ends[id];
         if std::mem::replace(&mut end.closed, true) || end.broken {
@@ -323,7 +323,7 @@ impl Net {
         }
         let over = end.fin_sent && end.fin_in && end.outbox.count() == 0;
         if !over && (end.reset_on_close || end.inbox.count() > 0) {
-            return self.break_off(id);
+            return self.send_reset(id);
         }
         end.fin_sent = true;
         self.flow(id);
@@ -338,8 +338,8 @@ impl Net {
         self.close(id);
     }
 
-    /// The owner of `id` sends a reset.
-    fn break_off(&mut self, id: EndId) {
+    /// Sends a reset from the owner of `id`.
+    fn send_reset(&mut self, id: EndId) {
         let end = &mut self.ends[id];
         end.broken = true;
         end.inbox.clear();
@@ -356,7 +356,7 @@ impl Net {
         if !std::mem::replace(&mut end.broken, true) {
             end.error_pending = true;
             end.outbox.clear();
-            self.stirred = true;
+            self.changed = true;
             self.edges.insert(File::End(id));
         }
     }
@@ -369,7 +369,7 @@ impl Net {
         matches!(self.ends[id].connect, Connect::Done)
     }
 
-    /// Lets bytes flow from a sender's queue as far as the receiver's window has room.
+    /// Moves bytes from a sender's queue while the receiver's window has room.
     fn flow(&mut self, id: EndId) {
         let end = &self.ends[id];
         let Some(peer) = end.peer else { return };
@@ -378,7 +378,7 @@ impl Net {
         }
         if end.outbox.count() > 0 {
             if self.ends[peer].closed {
-                // A kernel that gets bytes for a closed socket answers with a reset.
+                // A kernel that receives bytes for a closed socket answers with a reset.
                 self.ends[peer].broken = true;
                 self.reset_arrives(id);
                 return;
@@ -396,7 +396,7 @@ impl Net {
             && self.ends[id].fin_sent
             && !std::mem::replace(&mut self.ends[peer].fin_in, true)
         {
-            self.stirred = true;
+            self.changed = true;
             self.edges.insert(File::End(peer));
         }
     }
@@ -408,7 +408,7 @@ impl Net {
         if moved == 0 {
             return;
         }
-        self.stirred = true;
+        self.changed = true;
         self.edges.insert(File::End(peer));
         self.ends[peer].arrived += moved as u64;
         let there = self.ends[peer].inbox.count();
@@ -420,7 +420,7 @@ impl Net {
         }
     }
 
-    /// Lets the bytes flow that were held back until now.
+    /// Moves the bytes whose delay is over.
     pub(super) fn flow_due(&mut self) {
         let now = self.now;
         let due: Vec<EndId> = self.held.iter().filter(|(at, _)| *at <= now).map(|(_, id)| *id).collect();
@@ -431,7 +431,7 @@ impl Net {
         }
     }
 
-    /// Returns the relay's end that a far end is connected to.
+    /// Returns the relay's end of a far end's connection.
     pub fn near(&self, far: EndId) -> Option<EndId> {
         self.ends[far].peer
     }
@@ -442,7 +442,7 @@ impl Net {
         self.ends[partner].peer
     }
 
-    /// Returns how many bytes ever arrived at an end.
+    /// Returns the number of bytes that have arrived at an end so far.
     pub fn arrived(&self, end: EndId) -> u64 {
         self.ends[end].arrived
     }
@@ -452,7 +452,7 @@ impl Net {
         self.ends[end].broken
     }
 
-    /// Whether the relay has closed its descriptor of this end, or a simulation its own.
+    /// Whether the relay, or the simulation, has closed its descriptor of this end.
     pub fn is_closed(&self, end: EndId) -> bool {
         self.ends[end].closed
     }

@@ -1,4 +1,4 @@
-//! Creation of a ring that can be relied on: set up with the features that this kernel has, restricted, tested once.
+//! Creates a ring: sets it up with the features of this kernel, restricts its requests, and tests it once.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -16,19 +16,19 @@ use crate::reactor::choice::ran_out;
 use crate::reactor::{Event, EventKind, Reactor, Token, Unusable};
 
 /// The longest wait for locked memory. The kernel frees the rings of ended processes asynchronously.
-const MEMORY_PATIENCE: Duration = Duration::from_secs(1);
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause after the first attempt, doubled each time.
 const MEMORY_PAUSE_FIRST: Duration = Duration::from_millis(5);
 const MEMORY_PAUSE_MAX: Duration = Duration::from_millis(200);
-/// How long the self-test waits for a completion.
-const TEST_PATIENCE: Duration = Duration::from_secs(2);
+/// Time limit for a completion in the self-test.
+const TEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Uring {
-    /// Creates a ring and has it report that a socket became readable and that a registration was removed: what every relayed
-    /// connection rests on. Some sandboxes allow a ring to be created and then refuse its requests.
+    /// Creates a ring and checks that it reports a readable socket and the removal of a registration, on which every relayed
+    /// connection depends. Some sandboxes permit the creation of a ring and then refuse its requests.
     ///
     /// # Errors
-    /// Why io_uring cannot be used here.
+    /// The reason why io_uring is unusable.
     pub fn self_test(limits: &Limits) -> Result<(), Unusable> {
         let mut reactor = Uring::reactor(limits)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -52,7 +52,7 @@ fn await_event(
 ) -> Result<(), Unusable> {
     let failed =
         |what: &str| Unusable { reason: format!("io_uring failed its self-test: {what}"), fall_back: true };
-    let until = Instant::now() + TEST_PATIENCE;
+    let until = Instant::now() + TEST_TIMEOUT;
     let mut events: Vec<Event> = Vec::new();
     while Instant::now() < until {
         reactor.turn(Some(until), &mut events).map_err(|error| failed(&error.to_string()))?;
@@ -60,7 +60,7 @@ fn await_event(
             return Ok(());
         }
     }
-    Err(failed(&format!("{otherwise} within {} s", TEST_PATIENCE.as_secs())))
+    Err(failed(&format!("{otherwise} within {} s", TEST_TIMEOUT.as_secs())))
 }
 
 pub(super) fn eventfd() -> Result<OwnedFd, Unusable> {
@@ -69,7 +69,7 @@ pub(super) fn eventfd() -> Result<OwnedFd, Unusable> {
 }
 
 pub(super) fn set_up() -> Result<IoUring, Unusable> {
-    let until = Instant::now() + MEMORY_PATIENCE;
+    let until = Instant::now() + MEMORY_TIMEOUT;
     let mut pause = MEMORY_PAUSE_FIRST;
     let uring = loop {
         match build() {
@@ -108,9 +108,9 @@ fn build() -> io::Result<IoUring> {
         .setup_submit_all()
         .setup_r_disabled()
         .setup_single_issuer();
-    // Kernel 6.1: completions are processed when this thread asks for them, not whenever it is interrupted.
+    // Kernel 6.1: completions are processed when this thread requests them, not at every interrupt.
     let deferred = builder.clone().setup_defer_taskrun().setup_taskrun_flag().build(SUBMISSION_ENTRIES);
-    // Kernel 6.0 has SINGLE_ISSUER but not DEFER_TASKRUN; 5.19 has neither. Only EINVAL says that a flag is unknown.
+    // Kernel 6.0 has SINGLE_ISSUER but not DEFER_TASKRUN; 5.19 has neither. Only EINVAL means that a flag is unknown.
     let unknown = |error: &io::Error| error.raw_os_error() == Some(Errno::INVAL.raw_os_error());
     match deferred {
         Err(error) if unknown(&error) => {}
@@ -149,7 +149,7 @@ fn explain(error: &io::Error) -> Unusable {
         Errno::NOMEM => format!(
             "the kernel had no locked memory for an io_uring within {} s (ENOMEM): other rings of this user hold it; \
              raise `ulimit -l`",
-            MEMORY_PATIENCE.as_secs()
+            MEMORY_TIMEOUT.as_secs()
         ),
         errno => return ran_out("an io_uring", errno),
     };

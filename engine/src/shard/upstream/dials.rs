@@ -1,7 +1,7 @@
-//! The connects that a driver is asked for: requests that are not sent yet, and requests that wait for an answer. Pure.
+//! The dials that a driver performs: requests that are not sent yet, and requests that wait for an answer. Pure.
 //!
-//! Requests are sent one after the other, as the channel has room; answers come in any order. A dial whose client is gone is
-//! not sent any more, and its answer is dropped.
+//! Requests are sent in order, as the channel has room; answers have any order. A dial whose client is gone is not sent any
+//! more, or its answer is dropped.
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU16;
@@ -11,17 +11,17 @@ use crate::table::SlotId;
 /// The dials of one shard over one channel.
 #[derive(Debug, Default)]
 pub(in crate::shard) struct Dials {
-    /// The number of the next one.
+    /// The number of the next dial.
     next: u64,
-    /// To be sent, the oldest first.
+    /// The requests to be sent, the oldest first.
     unsent: VecDeque<(u64, NonZeroU16)>,
-    /// The connection that waits for each.
+    /// The connection that waits for each dial.
     awaited: HashMap<u64, SlotId>,
 }
 
 impl Dials {
     /// Adds a dial for a connection and returns its number.
-    pub(in crate::shard) fn begin(&mut self, connection: SlotId, port: NonZeroU16) -> u64 {
+    pub(in crate::shard) fn start(&mut self, connection: SlotId, port: NonZeroU16) -> u64 {
         let dial = self.next;
         self.next += 1;
         self.unsent.push_back((dial, port));
@@ -29,8 +29,8 @@ impl Dials {
         dial
     }
 
-    /// Takes the next one to send.
-    pub(super) fn next_to_ask(&mut self) -> Option<(u64, NonZeroU16)> {
+    /// Returns the next request to send.
+    pub(super) fn next_unsent(&mut self) -> Option<(u64, NonZeroU16)> {
         while let Some(unsent) = self.unsent.pop_front() {
             if self.awaited.contains_key(&unsent.0) {
                 return Some(unsent);
@@ -39,8 +39,8 @@ impl Dials {
         None
     }
 
-    /// Puts one back that could not be sent.
-    pub(super) fn ask_again(&mut self, dial: u64, port: NonZeroU16) {
+    /// Puts a request back that could not be sent.
+    pub(super) fn put_back(&mut self, dial: u64, port: NonZeroU16) {
         self.unsent.push_front((dial, port));
     }
 
@@ -68,13 +68,13 @@ mod tests {
         let mut table = Table::new();
         let (one, other) = (table.insert(()), table.insert(()));
         let mut dials = Dials::default();
-        let (first, second) = (dials.begin(one, PORT), dials.begin(other, PORT));
+        let (first, second) = (dials.start(one, PORT), dials.start(other, PORT));
         assert_ne!(first, second);
         assert_eq!(dials.end(first), Some(one));
-        assert_eq!(dials.next_to_ask(), Some((second, PORT)));
-        dials.ask_again(second, PORT);
-        assert_eq!(dials.next_to_ask(), Some((second, PORT)));
-        assert_eq!(dials.next_to_ask(), None);
+        assert_eq!(dials.next_unsent(), Some((second, PORT)));
+        dials.put_back(second, PORT);
+        assert_eq!(dials.next_unsent(), Some((second, PORT)));
+        assert_eq!(dials.next_unsent(), None);
         assert_eq!(dials.end(first), None, "a late answer has no connection");
         assert_eq!(dials.end_all(), [other]);
     }

@@ -1,14 +1,14 @@
-//! A network namespace, as one shard reaches it: a channel, and the conversation over it. An opener makes sockets ahead of
-//! need, which are kept in stock; a driver connects when it is asked to ([`Dials`]), and then there is no stock. The host's own
-//! namespace needs neither, since the shard makes the sockets itself.
+//! An upstream of one shard: the channel, and the protocol on it. An opener creates sockets in advance, which are kept in
+//! stock. A driver connects on request ([`Dials`]), without a stock. The host's own namespace needs no channel, since the
+//! shard creates the sockets itself.
 //!
-//! The stock starts small. When it runs dry while a connection waits, its target doubles, up to a bound, so a busy dev
-//! server soon has enough for a burst, and an idle container costs a few descriptors. One pooled socket keeps its namespace
-//! alive, so a stock never outlives its upstream.
+//! The stock starts small. If it runs dry while a connection waits, its target doubles, up to a bound, so a busy dev server
+//! soon has enough for a burst, and an idle container costs a few descriptors. A socket in stock keeps its namespace alive,
+//! so the stock is closed with its upstream.
 //!
-//! The reactor reports only when the channel is ready; requests, answers and checks are handled here. Sockets are checked
-//! when they arrive, while no client waits for them: each one from an agent, which is not trusted; of our own opener, which
-//! cannot leave its namespace, the cookie of one socket of each answer.
+//! The reactor reports only that the channel is ready; this module handles requests, answers and checks. Sockets are checked
+//! when they arrive, before a client waits for them: each one from an untrusted agent; from landfall's opener, which cannot
+//! leave its namespace, only the cookie of one socket of each answer.
 
 mod dials;
 
@@ -26,8 +26,8 @@ use crate::sys;
 use crate::table::SlotId;
 pub(super) use dials::Dials;
 
-/// The ephemeral ports of a kernel's default, in which a connect may meet itself even if the namespace reported others
-/// earlier (`net/ipv4/af_inet.c`, inet_init_net()).
+/// The default range of ephemeral ports. A connect to one of these may reach its own socket even if the namespace reported
+/// another range earlier (`net/ipv4/af_inet.c`, inet_init_net()).
 const EPHEMERAL_DEFAULT: PortRange = PortRange { first: 32_768, last: 60_999 };
 
 /// An upstream in a shard's table.
@@ -39,22 +39,22 @@ pub(super) struct Upstream<S> {
     pub(super) channel: Option<Key>,
     netns_cookie: u64,
     stocks: [Stock<S>; 2],
-    /// The request that is unanswered; there is at most one.
+    /// The unanswered request; there is at most one.
     asking: Option<Asked>,
-    /// The dials of a driver; absent where sockets are made ahead of need.
+    /// The dials of a driver; absent where sockets are created in advance.
     pub(super) dials: Option<Dials>,
-    /// The ephemeral ports that the opener reported last.
+    /// The ephemeral ports in the opener's last report.
     ephemeral: Option<PortRange>,
-    /// Descriptors ran out; it asks again at that time.
-    pub(super) resting_until: Option<Instant>,
-    /// It is removed when its listeners are closed.
+    /// The end of a pause after descriptors ran out.
+    pub(super) paused_until: Option<Instant>,
+    /// Present when the upstream is to be removed after its listeners are closed.
     pub(super) closing: Option<Closing>,
 }
 
-/// Why an upstream closes.
+/// The reason why an upstream closes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Closing {
-    /// A sentence for people, where it was not requested.
+    /// A sentence for people; absent if the close was requested.
     pub(super) reason: Option<String>,
 }
 
@@ -68,9 +68,9 @@ struct Asked {
 #[derive(Debug)]
 struct Stock<S> {
     sockets: Vec<S>,
-    /// How many there should be.
+    /// The number of sockets to keep.
     target: usize,
-    /// The kernel inside has this family.
+    /// Whether the kernel inside has this family.
     possible: bool,
     /// Connections that wait for a socket, the oldest first.
     waiting: VecDeque<SlotId>,
@@ -85,14 +85,15 @@ pub(super) enum Answer<S> {
     Dialled(u64, Result<S, DialFailure>),
 }
 
-/// A failure of the conversation.
+/// A failure on the channel.
+/// Descriptors ran out: a sentence for people. The request is repeated after a pause.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum UpstreamError {
     /// Descriptors ran out: a sentence for people. It is to be tried again after a pause.
     Exhausted(&'static str),
     /// The kernel inside has no sockets of this family.
     Unsupported(Family),
-    /// The container cannot be reached any more: a sentence for people.
+    /// The container is no longer reachable: a sentence for people.
     Lost(String),
 }
 
@@ -119,7 +120,7 @@ impl<S> Upstream<S> {
             asking: None,
             dials: (kind == UpstreamKind::Dialler).then(Dials::default),
             ephemeral: None,
-            resting_until: None,
+            paused_until: None,
             closing: None,
         }
     }
@@ -138,19 +139,19 @@ impl<S> Upstream<S> {
         &mut self.stocks[family as usize]
     }
 
-    /// Takes a socket out of the stock.
+    /// Takes a socket from the stock.
     pub(super) fn take(&mut self, family: Family) -> Option<S> {
         self.stock(family).sockets.pop()
     }
 
-    /// Whether sockets of this family can be made inside.
+    /// Whether sockets of this family can be created inside.
     pub(super) fn is_possible(&self, family: Family) -> bool {
         self.stocks[family as usize].possible
     }
 
-    /// Whether a connect to `port` may meet itself: only an ephemeral port can be the socket's own. A namespace that does not
-    /// report its ephemeral ports may have any.
-    pub(super) fn may_meet_itself(&self, port: u16) -> bool {
+    /// Whether a connect to `port` may reach the socket itself: only an ephemeral port can be the socket's own. If the
+    /// namespace does not report its ephemeral ports, any port may be one.
+    pub(super) fn may_connect_to_itself(&self, port: u16) -> bool {
         EPHEMERAL_DEFAULT.contains(port) || self.ephemeral.is_none_or(|range| range.contains(port))
     }
 
@@ -160,11 +161,11 @@ impl<S> Upstream<S> {
     }
 
     /// Returns the next request, if a stock is low and a request is possible now.
-    fn wanted(&mut self, limits: &Limits) -> Option<Asked> {
+    fn next_request(&mut self, limits: &Limits) -> Option<Asked> {
         if self.channel.is_none()
             || self.dials.is_some()
             || self.asking.is_some()
-            || self.resting_until.is_some()
+            || self.paused_until.is_some()
             || self.closing.is_some()
         {
             return None;
@@ -184,7 +185,7 @@ impl<S> Upstream<S> {
         Some(Asked { family, count: u16::try_from(count).unwrap_or(1) })
     }
 
-    /// Adds sockets to the stock and returns those that waiting connections get.
+    /// Adds sockets to the stock, and returns the waiting connections with the sockets that they get.
     pub(super) fn stocked(&mut self, family: Family, sockets: Vec<S>) -> Vec<(SlotId, S)> {
         let stock = self.stock(family);
         stock.sockets.extend(sockets);
@@ -193,14 +194,14 @@ impl<S> Upstream<S> {
         connections.zip(stock.sockets.drain(..served)).collect()
     }
 
-    /// Notes that the kernel inside has no sockets of this family; returns the connections that waited for one.
+    /// Records that the kernel inside has no sockets of this family. Returns the connections that waited for one.
     pub(super) fn impossible(&mut self, family: Family) -> Vec<SlotId> {
         let stock = self.stock(family);
         stock.possible = false;
         stock.waiting.drain(..).collect()
     }
 
-    /// Closes every socket, so that the namespace can end; returns the connections that waited for one.
+    /// Closes every socket, so that the namespace can end. Returns the connections that waited for one.
     pub(super) fn close(&mut self, reason: Option<String>) -> Vec<SlotId> {
         self.closing = Some(Closing { reason });
         let mut waiting = Vec::new();
@@ -212,14 +213,14 @@ impl<S> Upstream<S> {
         waiting
     }
 
-    /// Asks for sockets if a stock is low.
+    /// Requests sockets if a stock is low.
     pub(super) fn refill<P>(&mut self, reactor: &mut Reactor<P>, limits: &Limits) -> Result<(), UpstreamError>
     where
         P: Poller,
         P::Io: SocketIo<Socket = S>,
     {
         let Some(channel) = self.channel else { return Ok(()) };
-        let Some(asked @ Asked { family, count }) = self.wanted(limits) else { return Ok(()) };
+        let Some(asked @ Asked { family, count }) = self.next_request(limits) else { return Ok(()) };
         let congestion = sys::congestion().map(str::to_owned);
         if send(reactor, channel, &Request::Sockets { family, count, congestion })
             .map_err(|error| self.failure(family, error))?
@@ -229,7 +230,7 @@ impl<S> Upstream<S> {
         Ok(())
     }
 
-    /// Sends the dials that are to be asked for, as far as the channel has room.
+    /// Sends the unsent dials while the channel has room.
     pub(super) fn send_dials<P>(&mut self, reactor: &mut Reactor<P>) -> Result<(), UpstreamError>
     where
         P: Poller,
@@ -237,13 +238,13 @@ impl<S> Upstream<S> {
     {
         while let Some(dials) = &mut self.dials
             && let Some(channel) = self.channel
-            && let Some((dial, port)) = dials.next_to_ask()
+            && let Some((dial, port)) = dials.next_unsent()
         {
             match send(reactor, channel, &Request::Dial { dial, port }) {
                 Ok(true) => {}
                 Ok(false) => {
                     // The channel reports when it has room again.
-                    dials.ask_again(dial, port);
+                    dials.put_back(dial, port);
                     return Ok(());
                 }
                 Err(error) => return Err(self.failure(Family::V4, error)),
@@ -252,7 +253,7 @@ impl<S> Upstream<S> {
         Ok(())
     }
 
-    /// Returns the next answer, if one is there.
+    /// Returns the next answer, if one has arrived.
     pub(super) fn next_answer<P>(
         &mut self,
         reactor: &mut Reactor<P>,
@@ -285,7 +286,7 @@ impl<S> Upstream<S> {
 
     fn failure(&self, family: Family, error: StockError) -> UpstreamError {
         match (self.kind, error) {
-            // One socket was lost on the way; the client that waits for it does so in vain, until its time is up.
+            // One socket was lost on arrival; the client that waits for it is reset after its time limit.
             (UpstreamKind::Dialler, StockError::Exhausted(_)) => UpstreamError::Exhausted(
                 "no descriptors are left for connections, so some are reset (ulimit -n)",
             ),
