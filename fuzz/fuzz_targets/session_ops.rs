@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
-use landfall::broker::container::{self, Ask, Attempt, ContainerEvent, ForwardRequest, Heard, Reserved};
+use landfall::broker::container::{self, Attempt, ContainerEvent, ForwardRequest, ReceivedMessage, Reserved};
 use landfall::broker::host::{self, Action, DialKey, Input};
 use landfall::broker::message::{
     Credential, Extensions, Frame, StreamId, ToContainer, ToHost, Unreadable, from_binary,
@@ -158,7 +158,7 @@ impl Host {
                 self.connected = true;
             }
             Action::Disconnect => (self.connected, self.hello_sent, self.up) = (false, false, false),
-            Action::Say(ToContainer::Hello { credential, .. }) => {
+            Action::Send(ToContainer::Hello { credential, .. }) => {
                 assert!(self.connected && !self.hello_sent);
                 match credential {
                     Credential::Token(token) => {
@@ -168,14 +168,14 @@ impl Host {
                 }
                 self.hello_sent = true;
             }
-            Action::Say(message) => self.check_sent(&message),
+            Action::Send(message) => self.check_sent(&message),
             Action::Announce(landfall::forwarding::broker_link::Announcement::Up) => {
                 assert!(self.hello_sent && !self.up);
                 self.up = true;
             }
             Action::Announce(landfall::forwarding::broker_link::Announcement::Down) => {}
             Action::Announce(_) => assert!(self.up, "something was announced before the hello was answered"),
-            Action::Begin { stream, key } => {
+            Action::StartStream { stream, key } => {
                 assert!(self.waiting.remove(&key), "a second answer");
                 assert!(self.opening.remove(&stream), "a stream that was not opened");
                 self.begun.insert(stream);
@@ -184,7 +184,7 @@ impl Host {
             Action::Deliver(stream, _) => {
                 assert!(self.opening.contains(&stream) || self.begun.contains(&stream));
             }
-            Action::Cut(stream) => {
+            Action::ResetStream(stream) => {
                 self.opening.remove(&stream);
                 self.begun.remove(&stream);
             }
@@ -259,37 +259,37 @@ fn drive_container(ops: &[Op]) {
     let mut reserved = Reserved::default();
     for (kind, number, bytes) in ops {
         let asks = match kind % 9 {
-            0 | 1 => machine.heard(Heard::Message(to_container(*number, bytes)), &reserved),
-            2 => machine.heard(heard(&String::from_utf8_lossy(bytes)), &reserved),
+            0 | 1 => machine.on_message(ReceivedMessage::Message(to_container(*number, bytes)), &reserved),
+            2 => machine.on_message(heard(&String::from_utf8_lossy(bytes)), &reserved),
             3 => match from_binary(bytes.clone().into()) {
                 Ok(Some((stream, frame))) => {
-                    machine.heard(Heard::Message(ToContainer::Relay(stream, frame)), &reserved)
+                    machine.on_message(ReceivedMessage::Message(ToContainer::Relay(stream, frame)), &reserved)
                 }
-                Ok(None) => machine.heard(Heard::OtherType, &reserved),
-                Err(error) => machine.heard(Heard::Noise(error.to_string()), &reserved),
+                Ok(None) => machine.on_message(ReceivedMessage::UnknownType, &reserved),
+                Err(error) => machine.on_message(ReceivedMessage::NotAMessage(error.to_string()), &reserved),
             },
             4 => {
                 let candidates = vec![port(*number); bytes.len()];
-                reserved.remember(ForwardRequest { target: port(*number), candidates, reason: None });
+                reserved.insert(ForwardRequest { target: port(*number), candidates, reason: None });
                 assert!(reserved.last() <= ops.len() as u64);
-                machine.requested(&reserved)
+                machine.on_request(&reserved)
             }
-            5 if shell.watching => machine.reading(bytes.iter().map(reading).collect()),
+            5 if shell.watching => machine.on_reading(bytes.iter().map(reading).collect()),
             6 => match shell.connecting.pop_first() {
                 Some((attempt, stream)) => {
                     let outcome = if number % 2 == 0 { Ok(()) } else { Err("ECONNREFUSED".to_owned()) };
-                    machine.connected(attempt, stream, outcome)
+                    machine.on_connect_outcome(attempt, stream, outcome)
                 }
                 None => continue,
             },
             7 => match shell.pumps.pop() {
                 Some((attempt, stream)) => {
-                    machine.over(attempt, stream, (number % 2 == 0).then(|| "EPIPE".to_owned()))
+                    machine.on_pump_end(attempt, stream, (number % 2 == 0).then(|| "EPIPE".to_owned()))
                 }
                 None => continue,
             },
-            8 if number % 8 == 0 => machine.gone(),
-            8 if number % 8 == 1 => machine.hello_is_due(),
+            8 if number % 8 == 0 => machine.on_disconnect(),
+            8 if number % 8 == 1 => machine.on_hello_timeout(),
             _ => continue,
         };
         let is_over = *kind % 9 == 8 && number % 8 == 0;
@@ -304,21 +304,21 @@ fn drive_container(ops: &[Op]) {
 }
 
 impl Container {
-    fn obey(&mut self, asks: Vec<Ask>) {
+    fn obey(&mut self, asks: Vec<container::Action>) {
         let mut acknowledged = None;
         for ask in asks {
             assert!(
-                !self.ended || matches!(ask, Ask::Tell(ContainerEvent::RelayDataError { .. })),
+                !self.ended || matches!(ask, container::Action::Log(ContainerEvent::RelayDataError { .. })),
                 "{ask:?}"
             );
             if let Some(stream) = acknowledged.take() {
                 assert!(
-                    matches!(ask, Ask::Relay(_, of) if of == stream),
+                    matches!(ask, container::Action::Relay(_, of) if of == stream),
                     "an acknowledgement without a socket"
                 );
             }
             match ask {
-                Ask::Say(message) => {
+                container::Action::Send(message) => {
                     let first = matches!(message, ToHost::HelloAck { .. } | ToHost::HelloNack { .. });
                     assert!(first != self.let_in.is_some(), "out of its time: {message:?}");
                     let text = message.to_text();
@@ -328,16 +328,16 @@ impl Container {
                         acknowledged = Some(stream);
                     }
                 }
-                Ask::LetIn(extensions) => assert!(self.let_in.replace(extensions).is_none()),
-                Ask::Close { code, .. } => {
+                container::Action::Accept(extensions) => assert!(self.let_in.replace(extensions).is_none()),
+                container::Action::Close { code, .. } => {
                     assert!(self.let_in.is_none() && code == container::REFUSED);
                     self.ended = true;
                 }
-                Ask::Tell(ContainerEvent::Unexpected { .. }) => {
+                container::Action::Log(ContainerEvent::Unexpected { .. }) => {
                     self.unexpected += 1;
                     assert!(self.unexpected <= 100, "the log grows without a bound");
                 }
-                Ask::Tell(_) => {}
+                container::Action::Log(_) => {}
                 ask => self.act(ask),
             }
         }
@@ -345,21 +345,21 @@ impl Container {
     }
 
     /// Handles the actions that require an authenticated host.
-    fn act(&mut self, ask: Ask) {
+    fn act(&mut self, ask: container::Action) {
         let extensions = self.let_in.expect("nothing is done before the hello");
         match ask {
-            Ask::Watch => assert!(!std::mem::replace(&mut self.watching, true)),
-            Ask::Unwatch => assert!(std::mem::replace(&mut self.watching, false)),
-            Ask::Connect { attempt, stream, .. } => {
+            container::Action::Watch => assert!(!std::mem::replace(&mut self.watching, true)),
+            container::Action::StopWatch => assert!(std::mem::replace(&mut self.watching, false)),
+            container::Action::Connect { attempt, stream, .. } => {
                 assert!(!self.open.contains_key(&stream), "the stream is open");
                 assert!(self.connecting.insert(attempt, stream).is_none());
             }
-            Ask::Abandon(attempt) => assert!(self.connecting.remove(&attempt).is_some()),
-            Ask::Relay(attempt, stream) => {
+            container::Action::Abandon(attempt) => assert!(self.connecting.remove(&attempt).is_some()),
+            container::Action::Relay(attempt, stream) => {
                 assert!(self.open.insert(stream, attempt).is_none());
                 self.pumps.push((attempt, stream));
             }
-            Ask::Deliver(stream, frame) => {
+            container::Action::Deliver(stream, frame) => {
                 assert!(self.open.contains_key(&stream), "delivered to an unknown stream");
                 assert!(match frame {
                     Frame::Data(_) | Frame::Close(_) => true,
@@ -368,9 +368,12 @@ impl Container {
                     Frame::Reset => extensions.reset,
                 });
             }
-            Ask::Forget(stream) => assert!(self.open.remove(&stream).is_some()),
-            Ask::Result(_) => {}
-            Ask::Say(_) | Ask::LetIn(_) | Ask::Close { .. } | Ask::Tell(_) => {
+            container::Action::Forget(stream) => assert!(self.open.remove(&stream).is_some()),
+            container::Action::Result(_) => {}
+            container::Action::Send(_)
+            | container::Action::Accept(_)
+            | container::Action::Close { .. }
+            | container::Action::Log(_) => {
                 unreachable!("dealt with above")
             }
         }
@@ -383,13 +386,13 @@ fn reading(byte: &u8) -> WireListener {
 }
 
 /// Parses a text frame.
-fn heard(text: &str) -> Heard {
+fn heard(text: &str) -> ReceivedMessage {
     match ToContainer::from_text(text) {
-        Ok(Some(message)) => Heard::Message(message),
-        Ok(None) => Heard::OtherType,
-        Err(Unreadable::Field { kind: "broker-hello", .. }) => Heard::TokenlessHello,
-        Err(error @ Unreadable::Field { .. }) => Heard::Unfit(error.to_string()),
-        Err(error) => Heard::Noise(error.to_string()),
+        Ok(Some(message)) => ReceivedMessage::Message(message),
+        Ok(None) => ReceivedMessage::UnknownType,
+        Err(Unreadable::Field { kind: "broker-hello", .. }) => ReceivedMessage::TokenlessHello,
+        Err(error @ Unreadable::Field { .. }) => ReceivedMessage::InvalidFields(error.to_string()),
+        Err(error) => ReceivedMessage::NotAMessage(error.to_string()),
     }
 }
 

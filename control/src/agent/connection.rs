@@ -1,5 +1,5 @@
-//! One host's WebSocket: the shell around the session machine ([`crate::broker::container`]). It reads, writes, connects and
-//! watches as the machine asks, and decides nothing.
+//! One host's WebSocket: the I/O shell around the session machine ([`crate::broker::container`]). It reads, writes,
+//! connects and watches as the machine's actions request, and makes no decisions.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -19,22 +19,22 @@ use super::log::AgentEvent;
 use super::server::{QueuePlace, Settings};
 use super::watch::Watch;
 use crate::broker::challenge::Answer;
-use crate::broker::container::{Ask, Attempt, ContainerEvent, HELLO_TIME_MAX, Heard, Session};
+use crate::broker::container::{Action, Attempt, ContainerEvent, HELLO_TIME_MAX, ReceivedMessage, Session};
 use crate::broker::message::{Extensions, Side, StreamId, ToContainer, Unreadable, from_binary};
 use crate::broker::outbox::{Outbox, outbox};
 use crate::broker::pump::{self, Ended, Inlet, Inlets};
 use crate::broker::wire::{Incoming, Reader, Socket, WireError};
 use crate::model::registration::Token;
 
-/// How long a host that is sent away has to close its side. A connection that is closed while input lies unread is reset, and
-/// what was said last would be lost with that.
+/// The time for a refused host to close its side. Closing a connection with unread input sends a reset, which may
+/// destroy the last messages.
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(2);
-/// How long streams have to end when their WebSocket is gone. They write nothing any more.
+/// The time for streams to end after their WebSocket has ended. They only write data that arrived before.
 const STREAMS_TIME_MAX: Duration = Duration::from_secs(1);
 /// The close code of a server that ends (RFC 6455, 7.4.1).
 const GOING_AWAY: u16 = 1001;
 
-/// Serves a host until one of the two closes.
+/// Serves a host until either side closes.
 pub(super) async fn serve(
     socket: Socket,
     (token, answer): (Token, Option<Answer>),
@@ -46,7 +46,7 @@ pub(super) async fn serve(
     let (outbox, queue) = outbox();
     let mut writing = JoinSet::new();
     writing.spawn(async move {
-        // Whatever ends it ends the connection.
+        // The end of the writer ends the connection.
         let _ = queue.drain(writer).await;
     });
     let mut connection = Connection {
@@ -81,9 +81,9 @@ struct Connection<'a> {
     requests: Receiver<u64>,
     outbox: Outbox,
     writing: JoinSet<()>,
-    /// Where the host is.
+    /// The address of the host.
     address: IpAddr,
-    /// A place in the lobby, until the host is let in.
+    /// The place in the accept queue, until the host is accepted.
     guest: Option<QueuePlace>,
     host: Option<HostId>,
     extensions: Extensions,
@@ -92,15 +92,15 @@ struct Connection<'a> {
     watch: Option<Watch>,
     dials: JoinSet<Dialled>,
     aborts: HashMap<Attempt, AbortHandle>,
-    /// The socket that the session is just told of.
+    /// The socket of the connect outcome that is being handled.
     dialled: Option<TcpStream>,
     pumps: JoinSet<(Attempt, StreamId, Ended)>,
-    /// When the hello has to be there, or the peer's close when we close.
+    /// The deadline of the hello, or of the peer's close after our close.
     due: Instant,
     closing: bool,
 }
 
-/// What comes next.
+/// The next event.
 enum Next {
     Incoming(Result<Incoming, WireError>),
     Listens(Vec<landfall_engine::watch::parse::WireListener>),
@@ -110,16 +110,16 @@ enum Next {
     Requested,
     Due,
     Stop,
-    /// Nothing can be written any more, or somebody else needs the place.
+    /// Writing has ended, or the place is needed for a newer connection.
     Gone,
 }
 
 impl Connection<'_> {
     async fn run(&mut self, mut reader: Reader, stopping: CancellationToken) {
         loop {
-            let asks = match self.next(&mut reader, &stopping).await {
+            let actions = match self.next(&mut reader, &stopping).await {
                 Next::Incoming(Ok(Incoming::Closed { .. })) => {
-                    // The answer to it is written while the next one is waited for.
+                    // The answer to the close is written while the next message is awaited.
                     let _ = timeout(CLOSE_TIME_MAX, reader.next()).await;
                     return;
                 }
@@ -128,28 +128,28 @@ impl Connection<'_> {
                 Next::Nothing => continue,
                 Next::Incoming(Ok(_)) if self.closing => continue,
                 Next::Incoming(Ok(incoming)) => {
-                    let heard = self.read(incoming);
-                    self.settings.hub.with_reserved(|reserved| self.session.heard(heard, reserved))
+                    let received = self.read(incoming);
+                    self.settings.hub.with_reserved(|reserved| self.session.on_message(received, reserved))
                 }
-                Next::Listens(reading) => self.session.reading(reading),
+                Next::Listens(reading) => self.session.on_reading(reading),
                 Next::Dialled((attempt, stream, outcome)) => {
                     self.aborts.remove(&attempt);
                     let outcome = outcome.map(|socket| self.dialled = Some(socket));
-                    self.session.connected(attempt, stream, outcome)
+                    self.session.on_connect_outcome(attempt, stream, outcome)
                 }
                 Next::Over((attempt, stream, ended)) => {
-                    let overflown = "the server reads too slowly, and too much was queued for it";
+                    let overflown = "the server reads too slowly, and its queue is full";
                     let error = (ended == Ended::Overflown).then(|| overflown.to_owned());
-                    self.session.over(attempt, stream, error)
+                    self.session.on_pump_end(attempt, stream, error)
                 }
                 Next::Requested => {
-                    self.settings.hub.with_reserved(|reserved| self.session.requested(reserved))
+                    self.settings.hub.with_reserved(|reserved| self.session.on_request(reserved))
                 }
-                Next::Due => self.session.hello_is_due(),
-                Next::Stop => vec![Ask::Close { code: GOING_AWAY, reason: "the agent ends" }],
+                Next::Due => self.session.on_hello_timeout(),
+                Next::Stop => vec![Action::Close { code: GOING_AWAY, reason: "the agent ends" }],
             };
-            asks.into_iter().for_each(|ask| self.obey(ask));
-            // One that nobody wants is closed.
+            actions.into_iter().for_each(|action| self.perform(action));
+            // A socket that no stream has taken is closed.
             self.dialled = None;
         }
     }
@@ -172,7 +172,7 @@ impl Connection<'_> {
         tokio::select! {
             incoming = reader.next() => Next::Incoming(incoming),
             reading = reading => Next::Listens(reading),
-            // One that was given up has no outcome, nor has one that panicked.
+            // A connect task that was aborted or has panicked has no outcome.
             Some(dialled) = dials.join_next() => dialled.map_or(Next::Nothing, Next::Dialled),
             Some(over) = pumps.join_next() => over.map_or(Next::Nothing, Next::Over),
             Ok(()) = requests.changed() => Next::Requested,
@@ -183,51 +183,51 @@ impl Connection<'_> {
         }
     }
 
-    fn obey(&mut self, ask: Ask) {
+    fn perform(&mut self, action: Action) {
         let hub = &self.settings.hub;
-        match ask {
-            Ask::Say(message) => self.outbox.say(message.to_text()),
-            Ask::LetIn(extensions) => {
+        match action {
+            Action::Send(message) => self.outbox.send_control(message.to_text()),
+            Action::Accept(extensions) => {
                 self.extensions = extensions;
                 self.queues = Inlets::new(extensions.credit);
                 self.host = Some(hub.join());
                 self.guest = None;
             }
-            Ask::Close { code, reason } => {
+            Action::Close { code, reason } => {
                 self.outbox.close(code, reason);
                 self.closing = true;
                 self.due = Instant::now() + CLOSE_TIME_MAX;
             }
-            Ask::Watch => {
+            Action::Watch => {
                 self.watch = Some(Watch::begin(self.settings.interval, self.settings.log.clone()));
             }
-            Ask::Unwatch => self.watch = None,
-            Ask::Connect { attempt, stream, port } => {
+            Action::StopWatch => self.watch = None,
+            Action::Connect { attempt, stream, port } => {
                 let abort = self.dials.spawn(async move { (attempt, stream, dial(port).await) });
                 self.aborts.insert(attempt, abort);
             }
-            Ask::Abandon(attempt) => {
+            Action::Abandon(attempt) => {
                 if let Some(abort) = self.aborts.remove(&attempt) {
                     abort.abort();
                 }
             }
-            Ask::Relay(attempt, stream) => self.relay(attempt, stream),
-            Ask::Deliver(stream, frame) => {
+            Action::Relay(attempt, stream) => self.relay(attempt, stream),
+            Action::Deliver(stream, frame) => {
                 if let Some(inlet) = self.inlets.get(&stream) {
                     inlet.deliver(frame);
                 }
             }
-            Ask::Forget(stream) => drop(self.inlets.remove(&stream)),
-            Ask::Result(result) => {
+            Action::Forget(stream) => drop(self.inlets.remove(&stream)),
+            Action::Result(result) => {
                 if let Some(host) = self.host {
                     hub.result(host, &result);
                 }
             }
-            Ask::Tell(event) => self.tell(event),
+            Action::Log(event) => self.record(event),
         }
     }
 
-    fn tell(&self, event: ContainerEvent) {
+    fn record(&self, event: ContainerEvent) {
         let is_refusal = matches!(event, ContainerEvent::AuthFailed { .. });
         let refusals = &self.settings.refusals;
         let is_logged = !is_refusal
@@ -236,7 +236,7 @@ impl Connection<'_> {
                 .unwrap_or_else(PoisonError::into_inner)
                 .admit(self.address, Instant::now().into_std());
         match is_logged {
-            true => self.settings.log.tell(&AgentEvent::Host(event)),
+            true => self.settings.log.record(&AgentEvent::Host(event)),
             false => self.settings.log.omit(),
         }
     }
@@ -252,14 +252,14 @@ impl Connection<'_> {
         });
     }
 
-    fn read(&self, incoming: Incoming) -> Heard {
+    fn read(&self, incoming: Incoming) -> ReceivedMessage {
         let message = match incoming {
             Incoming::Text(text) => {
                 let message = ToContainer::from_text(text.as_str());
                 if let Err(Unreadable::Field { kind: "relay-open", field: "port" }) = message
                     && let Some(stream) = stream_of(text.as_str())
                 {
-                    return Heard::UnfitOpen(stream);
+                    return ReceivedMessage::InvalidOpen(stream);
                 }
                 message
             }
@@ -267,37 +267,41 @@ impl Connection<'_> {
                 from_binary(frame).map(|frame| frame.map(|(stream, frame)| ToContainer::Relay(stream, frame)))
             }
             Incoming::Binary(_) | Incoming::Closed { .. } => {
-                return Heard::Noise("a binary frame, which is no message".to_owned());
+                return ReceivedMessage::NotAMessage(
+                    "a binary frame, which is not a message here".to_owned(),
+                );
             }
         };
         match message {
-            Ok(Some(message)) => Heard::Message(message),
-            Ok(None) => Heard::OtherType,
+            Ok(Some(message)) => ReceivedMessage::Message(message),
+            Ok(None) => ReceivedMessage::UnknownType,
             Err(Unreadable::Field { kind, .. } | Unreadable::TooLong { kind, .. })
                 if kind == "broker-hello" =>
             {
-                Heard::TokenlessHello
+                ReceivedMessage::TokenlessHello
             }
             Err(error @ (Unreadable::Field { .. } | Unreadable::TooLong { .. })) => {
-                Heard::Unfit(error.to_string())
+                ReceivedMessage::InvalidFields(error.to_string())
             }
-            Err(error @ (Unreadable::Json | Unreadable::CutShort)) => Heard::Noise(error.to_string()),
+            Err(error @ (Unreadable::Json | Unreadable::CutShort)) => {
+                ReceivedMessage::NotAMessage(error.to_string())
+            }
         }
     }
 
-    /// Ends what the host had.
+    /// Ends the streams and the watch of the host.
     async fn end(mut self) {
-        self.session.gone().into_iter().for_each(|ask| self.obey(ask));
+        self.session.on_disconnect().into_iter().for_each(|action| self.perform(action));
         if let Some(host) = self.host {
             self.settings.hub.leave(host);
         }
         let ends = async { while self.pumps.join_next().await.is_some() {} };
-        // The rest is cut off.
+        // Remaining streams are aborted.
         let _ = timeout(STREAMS_TIME_MAX, ends).await;
     }
 }
 
-/// The stream of a message whose other fields do not fit.
+/// Returns the stream of a message whose other fields are invalid.
 fn stream_of(text: &str) -> Option<StreamId> {
     serde_json::from_str::<Value>(text).ok()?["streamId"].as_i64().map(StreamId)
 }

@@ -1,5 +1,5 @@
-//! The way from the agent to a server beside it: 127.0.0.1, and `::1` where only that answers (wire specification, A.3.6
-//! and A.4: a server that listens on `::1` alone is told as one on 127.0.0.1).
+//! Connections from the agent to servers in the same container: to 127.0.0.1, and to `::1` if 127.0.0.1 fails (wire
+//! specification, A.3.6 and A.4: a server that listens only on `::1` is reported as one on 127.0.0.1).
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,20 +11,20 @@ use nix::errno::Errno;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
-/// How long one attempt may take. On loopback it takes longer than a moment only where the server's queue is full.
+/// The time limit of one attempt. On loopback, connecting is slow only if the server's queue is full.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 
-/// Connects.
+/// Connects to a port.
 ///
 /// # Errors
-/// What the kernel said of 127.0.0.1, as a text with the error's symbolic name.
+/// The error for 127.0.0.1, as a text with its symbolic name.
 pub(super) async fn dial(port: NonZeroU16) -> Result<TcpStream, String> {
     let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port.get());
     let v6 = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), port.get());
     match connect(v4).await {
         Ok(stream) => Ok(stream),
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(said(&error, v4)),
-        Err(error) => connect(v6).await.map_err(|_| said(&error, v4)),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(describe(&error, v4)),
+        Err(error) => connect(v6).await.map_err(|_| describe(&error, v4)),
     }
 }
 
@@ -34,15 +34,15 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = timeout(CONNECT_TIME_MAX, socket.connect(address))
         .await
         .unwrap_or_else(|_| Err(io::Error::from(Errno::ETIMEDOUT)))?;
-    // A port of the range that outgoing connections get theirs from may be given to this very socket, which then is
-    // connected to itself.
+    // If the port is in the ephemeral range, the kernel may choose it for this socket, which is then connected to
+    // itself.
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(io::Error::from(Errno::ECONNREFUSED));
     }
     Ok(stream)
 }
 
-fn said(error: &io::Error, address: SocketAddr) -> String {
+fn describe(error: &io::Error, address: SocketAddr) -> String {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(errno) => format!("{errno:?}: {} ({address})", errno.desc()),
         None => format!("{error} ({address})"),
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_where_nobody_listens_is_refused_by_name() {
+    async fn a_port_without_a_listener_is_refused_with_its_error_name() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = port(&listener);
         drop(listener);

@@ -1,8 +1,8 @@
-//! How a program in the container asks the daemon on the host (wire specification, A.2): over the socket that is mounted into
-//! the container, else at the daemon's URL.
+//! Requests from a program in the container to the daemon on the host (wire specification, A.2): over the socket that
+//! is mounted into the container, or else at the daemon's URL.
 //!
-//! If the environment names a socket, the URL is never used: another user of the host may listen there while the daemon is
-//! away, and would receive the token.
+//! If the environment names a socket, the URL is never used: while the daemon does not run, another user of the host
+//! may listen there, and would receive the token.
 
 use std::io;
 use std::path::PathBuf;
@@ -22,22 +22,22 @@ use tokio::time::timeout;
 
 use crate::model::registration::Token;
 
-/// Names the socket in the container.
+/// The variable with the path of the socket in the container.
 pub const SOCKET_VARIABLE: &str = "LANDFALL_HOSTD_SOCKET";
-/// Name the URL and the token, the first that is set (wire specification, A.12).
+/// The variables with the URL and the token; the first one that is set counts (wire specification, A.12).
 const URL_VARIABLES: [&str; 2] = ["LANDFALL_HOSTD_URL", "TYPECLAW_HOSTD_URL"];
 const TOKEN_VARIABLES: [&str; 2] = ["LANDFALL_HOSTD_TOKEN", "TYPECLAW_HOSTD_TOKEN"];
 /// The longest answer, in bytes.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
-/// How long an answer may take (wire specification, A.1.3: the budget of a restart).
+/// The time limit for an answer (wire specification, A.1.3: the budget of a restart).
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// The address of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// At a Unix socket.
+    /// A Unix socket.
     Socket(PathBuf),
-    /// At a host and port.
+    /// A host and port.
     Url(String, u16),
 }
 
@@ -45,24 +45,24 @@ pub enum Endpoint {
 #[derive(Debug, Error)]
 pub enum HostdError {
     /// The environment names no daemon.
-    #[error("neither {SOCKET_VARIABLE} nor LANDFALL_HOSTD_URL is set, so no daemon is known")]
+    #[error("neither {SOCKET_VARIABLE} nor LANDFALL_HOSTD_URL is set, so the daemon's address is unknown")]
     NoEndpoint,
-    /// It names one in a form that is not understood.
+    /// The environment has an invalid URL.
     #[error("the daemon's URL is not of the form http://HOST:PORT")]
     Url,
-    /// It holds no token.
+    /// The environment has no token.
     #[error("LANDFALL_HOSTD_TOKEN is not set")]
     NoToken,
-    /// The daemon cannot be connected to.
-    #[error("the daemon cannot be reached")]
+    /// Connecting to the daemon failed.
+    #[error("cannot connect to the daemon")]
     Unreachable(#[source] io::Error),
-    /// The conversation broke.
+    /// The connection failed before the answer.
     #[error("the daemon did not answer")]
     Broken(#[source] hyper::Error),
-    /// The answer is not one of the daemon's.
-    #[error("what answered is not the daemon")]
+    /// The answer has another format than the daemon's.
+    #[error("the answer is not one of the daemon")]
     Nonsense,
-    /// No answer came in time.
+    /// No answer arrived in time.
     #[error("the daemon did not answer within {} s", ANSWER_TIME_MAX.as_secs())]
     Late,
     /// The daemon refused.
@@ -70,12 +70,12 @@ pub enum HostdError {
     Refused {
         /// The status of the answer.
         status: u16,
-        /// The daemon's words.
+        /// The daemon's reason.
         reason: String,
     },
 }
 
-/// The daemon as the environment names it.
+/// The daemon that the environment names.
 #[derive(Clone, Debug)]
 pub struct Hostd {
     endpoint: Endpoint,
@@ -83,7 +83,7 @@ pub struct Hostd {
 }
 
 impl Hostd {
-    /// Reads the environment.
+    /// Reads the address and the token from the environment.
     ///
     /// # Errors
     /// [`HostdError::NoEndpoint`], [`HostdError::Url`] and [`HostdError::NoToken`].
@@ -100,7 +100,7 @@ impl Hostd {
         Ok(Hostd { endpoint, token: token.ok_or(HostdError::NoToken)? })
     }
 
-    /// Makes a request, and returns the result of an answer that says yes.
+    /// Sends a request, and returns the result of a positive answer.
     ///
     /// # Errors
     /// [`HostdError`].
@@ -128,7 +128,7 @@ impl Hostd {
         request: &Value,
     ) -> Result<Value, HostdError> {
         let (mut sender, connection) = handshake(TokioIo::new(stream)).await.map_err(HostdError::Broken)?;
-        // It ends with the answer; what breaks it is reported to the sender.
+        // The task ends with the answer; an error is reported to the sender.
         let driven = tokio::spawn(connection);
         let request = Request::builder()
             .method(Method::POST)
@@ -159,7 +159,7 @@ fn read_answer(status: StatusCode, body: &[u8]) -> Result<Value, HostdError> {
     }
 }
 
-/// Host and port of a URL such as `http://host.docker.internal:8974`.
+/// Returns host and port of a URL such as `http://host.docker.internal:8974`.
 fn address_of(url: &str) -> Option<Endpoint> {
     let url: Uri = url.parse().ok()?;
     let is_http = url.scheme_str() == Some("http");
@@ -191,19 +191,21 @@ mod tests {
 
     #[test]
     fn an_environment_that_names_no_daemon_is_reported() {
-        assert!(read(&[]).unwrap_err().contains("no daemon is known"));
+        assert!(read(&[]).unwrap_err().contains("the daemon's address is unknown"));
         assert!(
-            read(&[(SOCKET_VARIABLE, ""), ("LANDFALL_HOSTD_TOKEN", "t")]).unwrap_err().contains("no daemon")
+            read(&[(SOCKET_VARIABLE, ""), ("LANDFALL_HOSTD_TOKEN", "t")])
+                .unwrap_err()
+                .contains("the daemon's address")
         );
         assert!(read(&[(SOCKET_VARIABLE, "/s")]).unwrap_err().contains("LANDFALL_HOSTD_TOKEN is not set"));
         for url in ["https://x:1", "x", "", "ftp://x"] {
-            let told = read(&[("LANDFALL_HOSTD_URL", url), ("LANDFALL_HOSTD_TOKEN", "t")]).unwrap_err();
-            assert!(told.contains("http://HOST:PORT") || url.is_empty(), "{url}: {told}");
+            let error = read(&[("LANDFALL_HOSTD_URL", url), ("LANDFALL_HOSTD_TOKEN", "t")]).unwrap_err();
+            assert!(error.contains("http://HOST:PORT") || url.is_empty(), "{url}: {error}");
         }
     }
 
     #[test]
-    fn answers_that_are_not_the_daemons_are_told_apart_from_refusals() {
+    fn invalid_answers_are_distinguished_from_refusals() {
         let read = |status, body: &str| read_answer(StatusCode::from_u16(status).unwrap(), body.as_bytes());
         assert_eq!(read(200, r#"{"ok":true,"result":{"scheduled":true}}"#).unwrap()["scheduled"], true);
         let refused = read(403, r#"{"ok":false,"reason":"invalid restart token"}"#).unwrap_err();

@@ -1,9 +1,9 @@
-//! What all host connections of one agent share: the reserved forwards that programs beside it asked for, and who waits for
-//! what became of one (wire specification, A.3.8).
+//! The state that all host connections of one agent share: the reserved forwards that programs in the container
+//! requested, and the programs that wait for a result (wire specification, A.3.8).
 //!
-//! A request goes to every host that is connected, and to each one that connects later. Who waits has its answer with the
-//! first host that forwards, or when all that are connected have said no. A result does not tell what it answers: one for the
-//! same port that was under way already counts as well.
+//! A request is sent to every connected host, and to each host that connects later. A waiting program gets the answer
+//! of the first host that forwards, or a refusal after all connected hosts have refused. A result has no reference to
+//! its request, so a result for the same port that was already in transit counts as well.
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU16;
@@ -14,14 +14,14 @@ use tokio::sync::{oneshot, watch};
 use crate::broker::container::{ForwardRequest, RESERVED_MAX, Reserved};
 use crate::model::announcement::ForwardResult;
 
-/// One authenticated connection.
+/// The id of one authenticated connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct HostId(u64);
 
-/// What became of a request: the host's port, or why not.
+/// The outcome of a request: the host's port, or the reason of the refusal.
 pub(super) type Outcome = Result<NonZeroU16, String>;
 
-/// Shared by clones.
+/// The shared state; clones refer to the same state.
 #[derive(Clone, Debug)]
 pub(super) struct Hub(Arc<Inner>);
 
@@ -30,7 +30,7 @@ struct Inner {
     state: Mutex<State>,
     /// The number of the newest request.
     requests: watch::Sender<u64>,
-    /// How many hosts there are.
+    /// The number of connected hosts.
     hosts: watch::Sender<usize>,
 }
 
@@ -49,12 +49,12 @@ struct Waiter {
     answer: oneshot::Sender<Outcome>,
 }
 
-/// No more targets can be remembered.
+/// The limit of targets is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{RESERVED_MAX} ports are asked for already, and that is the most")]
+#[error("the limit of {RESERVED_MAX} requested ports is reached")]
 pub(super) struct Full;
 
-/// A wait for an outcome. Dropping it ends the wait; the request stays.
+/// A wait for an outcome. Dropping it ends the wait; the request remains.
 #[derive(Debug)]
 pub(super) struct Waiting {
     hub: Hub,
@@ -71,22 +71,22 @@ impl Hub {
         }))
     }
 
-    /// Lets a session see the requests.
+    /// Calls `act` with the requests.
     pub(super) fn with_reserved<T>(&self, act: impl FnOnce(&Reserved) -> T) -> T {
         act(&self.state().reserved)
     }
 
-    /// Changes with every request.
+    /// Returns a receiver that is notified of every request.
     pub(super) fn requests(&self) -> watch::Receiver<u64> {
         self.0.requests.subscribe()
     }
 
-    /// How many hosts are let in, as it changes.
+    /// Returns a receiver of the number of accepted hosts.
     pub(super) fn hosts(&self) -> watch::Receiver<usize> {
         self.0.hosts.subscribe()
     }
 
-    /// A host was let in.
+    /// Adds an accepted host.
     pub(super) fn join(&self) -> HostId {
         let mut state = self.state();
         state.last += 1;
@@ -96,40 +96,40 @@ impl Hub {
         host
     }
 
-    /// It has gone. The others may all have said no already.
+    /// Removes a host. All remaining hosts may have refused already.
     pub(super) fn leave(&self, host: HostId) {
         let mut state = self.state();
         state.hosts.remove(&host);
         self.0.hosts.send_replace(state.hosts.len());
-        state.settle();
+        state.answer_refused();
     }
 
-    /// A host said what became of a port.
+    /// Handles a result from a host.
     pub(super) fn result(&self, host: HostId, result: &ForwardResult) {
         let mut state = self.state();
         match &result.result {
             Ok(port) => {
                 let waiters = state.waiters.extract_if(|_, waiter| waiter.target == result.port);
-                // Who waits may have gone in this moment.
+                // An error means that the waiting program has gone.
                 waiters.for_each(|(_, waiter)| drop(waiter.answer.send(Ok(*port))));
             }
             Err(reason) => {
                 for waiter in state.waiters.values_mut().filter(|waiter| waiter.target == result.port) {
                     waiter.refusals.insert(host, reason.clone());
                 }
-                state.settle();
+                state.answer_refused();
             }
         }
     }
 
-    /// Asks every host for a reserved forward, now and whenever one connects.
+    /// Requests a reserved forward from every host, now and whenever one connects.
     ///
     /// # Errors
     /// [`Full`].
     pub(super) fn ask(&self, request: ForwardRequest) -> Result<Waiting, Full> {
         let mut state = self.state();
         let target = request.target;
-        if !state.reserved.remember(request) {
+        if !state.reserved.insert(request) {
             return Err(Full);
         }
         let (answer, wait) = oneshot::channel();
@@ -147,15 +147,15 @@ impl Hub {
 }
 
 impl State {
-    /// Answers those to whom every host that is here has said no.
-    fn settle(&mut self) {
+    /// Answers the waiters whose request every connected host has refused.
+    fn answer_refused(&mut self) {
         let hosts = &self.hosts;
         let refused = |waiter: &Waiter| {
             !waiter.refusals.is_empty() && hosts.iter().all(|host| waiter.refusals.contains_key(host))
         };
         for (_, waiter) in self.waiters.extract_if(|_, waiter| refused(waiter)) {
             let reason = waiter.refusals.into_values().next().unwrap_or_default();
-            // Who waits may have gone in this moment.
+            // An error means that the waiting program has gone.
             let _ = waiter.answer.send(Err(reason));
         }
     }
@@ -166,7 +166,7 @@ impl Waiting {
     pub(super) async fn outcome(&mut self) -> Outcome {
         match (&mut self.answer).await {
             Ok(outcome) => outcome,
-            // The sender goes with an answer or with this.
+            // The sender is dropped only with an answer, or with this value.
             Err(_) => std::future::pending().await,
         }
     }
@@ -194,7 +194,7 @@ mod tests {
         ForwardResult { port: port(target), result: Err(why.to_owned()) }
     }
 
-    fn told(waiting: &mut Waiting) -> Option<Outcome> {
+    fn poll_outcome(waiting: &mut Waiting) -> Option<Outcome> {
         waiting.answer.try_recv().ok()
     }
 
@@ -205,16 +205,16 @@ mod tests {
         let mut first = hub.ask(request(4848)).unwrap();
         let mut second = hub.ask(request(5000)).unwrap();
         hub.result(one, &refused(4848, "EADDRINUSE"));
-        assert_eq!(told(&mut first), None, "the other one may still");
+        assert_eq!(poll_outcome(&mut first), None, "the other host has not answered");
         hub.result(other, &ForwardResult { port: port(4848), result: Ok(port(4849)) });
-        assert_eq!(told(&mut first), Some(Ok(port(4849))));
+        assert_eq!(poll_outcome(&mut first), Some(Ok(port(4849))));
         hub.result(one, &refused(5000, "policy excluded"));
         hub.leave(other);
-        assert_eq!(told(&mut second), Some(Err("policy excluded".to_owned())));
+        assert_eq!(poll_outcome(&mut second), Some(Err("policy excluded".to_owned())));
     }
 
     #[test]
-    fn a_wait_that_was_given_up_leaves_the_request_and_nothing_else() {
+    fn a_dropped_wait_leaves_only_the_request() {
         let hub = Hub::new();
         drop(hub.ask(request(4848)).unwrap());
         assert!(hub.state().waiters.is_empty());
@@ -223,12 +223,12 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_remembered_than_there_is_room_for() {
+    fn requests_above_the_limit_are_refused() {
         let hub = Hub::new();
         for target in 1..=u16::try_from(RESERVED_MAX).unwrap() {
             hub.ask(request(target)).unwrap();
         }
         assert_eq!(hub.ask(request(9999)).unwrap_err(), Full);
-        assert!(hub.ask(request(7)).is_ok(), "a known target takes no more room");
+        assert!(hub.ask(request(7)).is_ok(), "a known target needs no additional room");
     }
 }

@@ -1,10 +1,11 @@
-//! How programs in the container ask the agent beside them for a port of the host (`landfall agent forward`).
+//! Requests from programs in the container to the agent for a port of the host (`landfall agent forward`).
 //!
-//! The socket is a Unix socket with an abstract name (`unix(7)`), derived from the port of the agent. It has no file, so it
-//! works where nothing can be written; it belongs to the network namespace (`net/unix/af_unix.c`), so nobody outside the
-//! container reaches it, and every program inside does, whoever runs it. Which ports the host gives away is the host's to say.
+//! The socket is a Unix socket with an abstract name (`unix(7)`), derived from the port of the agent. It has no file,
+//! so it works in a container without writable files. It belongs to the network namespace (`net/unix/af_unix.c`), so no
+//! process outside the container can connect, and every process inside can, under any user. The host decides which
+//! ports it forwards.
 //!
-//! One request a connection, one answer, each one line of JSON:
+//! One request per connection and one answer, each one line of JSON:
 //!
 //! ```text
 //! {"kind":"forward","targetPort":4848,"hostCandidates":[4848,4849],"reason":"dashboard","waitMs":10000}
@@ -30,28 +31,28 @@ use crate::broker::container::ForwardRequest;
 
 /// The longest request or answer, in bytes.
 const LINE_BYTES_MAX: u64 = 64 * 1024;
-/// How long a program has to say what it wants, and to take the answer.
-const TALK_TIME_MAX: Duration = Duration::from_secs(5);
-/// Programs that ask at a time.
-const ASKING_MAX: usize = 64;
-/// How long accepting rests when the process has no descriptor left.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
-/// Ports on the host that one request may name.
+/// The time for a program to send its request, and to read the answer.
+const IO_TIME_MAX: Duration = Duration::from_secs(5);
+/// The maximum of concurrent requests.
+const CLIENTS_MAX: usize = 64;
+/// The pause of accepting after an error, such as a lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// The maximum of host ports in one request.
 pub const CANDIDATES_MAX: usize = 1024;
-/// The longest wait that can be asked for.
+/// The longest wait that a request may ask for.
 pub const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What a program asks for.
+/// A request of a program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
 pub enum Question {
-    /// A port of the host that leads to a port of the container.
+    /// Forward a port of the host to a port of the container.
     Forward {
         /// The port in the container.
         target_port: NonZeroU16,
-        /// Ports on the host, the best first.
+        /// Candidate ports on the host, in order of preference.
         host_candidates: Vec<NonZeroU16>,
-        /// What for.
+        /// The purpose.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
         /// How long to wait for a host and for its answer, in milliseconds.
@@ -59,30 +60,30 @@ pub enum Question {
     },
 }
 
-/// What it is told.
+/// An answer of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// The port on the host.
     Forwarded(NonZeroU16),
-    /// Why there is none.
+    /// A refusal, with its text.
     Not(RefusalReason, String),
 }
 
-/// What stands in the way.
+/// The reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RefusalReason {
-    /// Every host that is connected said no.
+    /// Every connected host refused.
     Refused,
-    /// No host was connected in time. The request is remembered.
+    /// No host was connected in time. The request is kept.
     NoHost,
-    /// A host is connected and did not answer in time. The request is remembered.
+    /// A host is connected and did not answer in time. The request is kept.
     TimedOut,
     /// The agent has no broker token, so no host connects to it.
     NoToken,
-    /// Too much is asked for.
+    /// The limit of requested ports is reached.
     Full,
-    /// The request makes no sense.
+    /// The request is invalid.
     Invalid,
 }
 
@@ -106,7 +107,7 @@ impl Reply {
                 ReplyLine { ok: false, host_port: None, why: Some(*why), reason: Some(reason.clone()) }
             }
         };
-        // Strings and numbers serialise.
+        // Serialisation cannot fail: the line consists of strings and numbers.
         format!("{}\n", serde_json::to_string(&line).unwrap_or_default())
     }
 
@@ -120,17 +121,17 @@ impl Reply {
     }
 }
 
-/// Why there is no answer.
+/// The reason why a request got no answer.
 #[derive(Debug, Error)]
 pub enum AskError {
-    /// No agent serves this port here.
+    /// No agent with this port runs here.
     #[error("no agent that serves port {0} runs in this network namespace")]
     NoAgent(u16),
-    /// The conversation broke.
-    #[error("the agent cannot be asked")]
+    /// The connection failed.
+    #[error("cannot communicate with the agent")]
     Broken(#[from] io::Error),
-    /// What came back is no answer.
-    #[error("what came back is no answer of an agent")]
+    /// The answer is invalid.
+    #[error("the answer is not one of an agent")]
     Nonsense,
 }
 
@@ -138,7 +139,7 @@ fn address(agent_port: u16) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("landfall-agent-{agent_port}"))
 }
 
-/// Asks the agent that serves `agent_port`, and waits for `wait` and a little longer.
+/// Sends a request to the agent that serves `agent_port`. Waits for `wait` plus [`IO_TIME_MAX`].
 ///
 /// # Errors
 /// [`AskError`].
@@ -148,8 +149,8 @@ pub fn ask(agent_port: u16, question: &Question, wait: Duration) -> Result<Reply
             io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => AskError::NoAgent(agent_port),
             _ => AskError::Broken(error),
         })?;
-    stream.set_write_timeout(Some(TALK_TIME_MAX))?;
-    stream.set_read_timeout(Some(wait.saturating_add(TALK_TIME_MAX)))?;
+    stream.set_write_timeout(Some(IO_TIME_MAX))?;
+    stream.set_read_timeout(Some(wait.saturating_add(IO_TIME_MAX)))?;
     let text = serde_json::to_string(question).map_err(io::Error::from)?;
     stream.write_all(format!("{text}\n").as_bytes())?;
     let mut line = String::new();
@@ -157,20 +158,20 @@ pub fn ask(agent_port: u16, question: &Question, wait: Duration) -> Result<Reply
     Reply::from_line(&line)
 }
 
-/// Takes the name of the agent that serves `agent_port`.
+/// Binds the abstract name of the agent that serves `agent_port`.
 ///
 /// # Errors
-/// EADDRINUSE where another program has it.
+/// EADDRINUSE if another program has the name.
 pub(super) fn listen(agent_port: u16) -> io::Result<UnixListener> {
     let listener = StdUnixListener::bind_addr(&address(agent_port)?)?;
     listener.set_nonblocking(true)?;
     UnixListener::from_std(listener)
 }
 
-/// Answers until it is dropped. `has_token` is whether hosts can connect at all.
+/// Answers requests until it is dropped. `has_token` is whether hosts can connect at all.
 pub(super) async fn serve(listener: UnixListener, hub: Hub, has_token: bool) {
-    let places = Arc::new(Semaphore::new(ASKING_MAX));
-    // The semaphore is never closed. Whoever finds no place waits in the socket's queue.
+    let places = Arc::new(Semaphore::new(CLIENTS_MAX));
+    // The semaphore is never closed. Clients above the limit wait in the socket's queue.
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -180,7 +181,7 @@ pub(super) async fn serve(listener: UnixListener, hub: Hub, has_token: bool) {
                     drop(place);
                 });
             }
-            Err(_) => sleep(ACCEPT_REST).await,
+            Err(_) => sleep(ACCEPT_PAUSE).await,
         }
     }
 }
@@ -189,11 +190,11 @@ async fn converse(mut stream: UnixStream, hub: Hub, has_token: bool) {
     let (mut reading, mut writing) = stream.split();
     let mut lines = AsyncBufReader::new((&mut reading).take(LINE_BYTES_MAX));
     let mut line = String::new();
-    let Ok(Ok(_)) = timeout(TALK_TIME_MAX, lines.read_line(&mut line)).await else { return };
+    let Ok(Ok(_)) = timeout(IO_TIME_MAX, lines.read_line(&mut line)).await else { return };
     let reply = match serde_json::from_str(&line) {
         Ok(question) => {
             let gone = async {
-                // A program has nothing more to say: what ends this is its own end.
+                // The program sends no more data, so the read ends when the program ends.
                 let mut nothing = [0; 64];
                 while let Ok(1..) = reading.read(&mut nothing).await {}
             };
@@ -204,8 +205,8 @@ async fn converse(mut stream: UnixStream, hub: Hub, has_token: bool) {
         }
         Err(error) => Reply::Not(RefusalReason::Invalid, format!("not a request: {error}")),
     };
-    // Whoever asked may have gone.
-    let _ = timeout(TALK_TIME_MAX, writing.write_all(reply.to_line().as_bytes())).await;
+    // An error means that the program has gone.
+    let _ = timeout(IO_TIME_MAX, writing.write_all(reply.to_line().as_bytes())).await;
 }
 
 async fn answer(question: Question, hub: &Hub, has_token: bool) -> Reply {
@@ -214,7 +215,7 @@ async fn answer(question: Question, hub: &Hub, has_token: bool) -> Reply {
         return Reply::Not(RefusalReason::NoToken, "the agent has no broker token".to_owned());
     }
     if host_candidates.len() > CANDIDATES_MAX {
-        let reason = format!("more than {CANDIDATES_MAX} ports on the host are named");
+        let reason = format!("more than {CANDIDATES_MAX} candidate ports are listed");
         return Reply::Not(RefusalReason::Invalid, reason);
     }
     let request = ForwardRequest { target: target_port, candidates: host_candidates, reason };
@@ -250,19 +251,19 @@ mod tests {
         }
     }
 
-    /// An agent's local side under a number that no port has, so that it meets no agent.
+    /// Runs an agent's local side under a number that no agent's port has, and sends it a request.
     async fn asked(number: u16, hub: &Hub, has_token: bool, wait: Duration) -> Reply {
         let listener = listen(number).unwrap();
         let serving = tokio::spawn(serve(listener, hub.clone(), has_token));
         let reply = spawn_blocking(move || ask(number, &question(wait), wait)).await.unwrap().unwrap();
         serving.abort();
-        // The name is free when it is dropped.
+        // Await the task, so that the name is released.
         let _ = serving.await;
         reply
     }
 
     #[tokio::test]
-    async fn whoever_asks_is_told_what_the_host_said() {
+    async fn the_answer_of_the_host_is_returned() {
         let hub = Hub::new();
         let host = hub.join();
         let mut requests = hub.requests();
@@ -279,13 +280,13 @@ mod tests {
                 requests.changed().await.unwrap();
                 hub.result(host, &result(said));
             };
-            let (reply, ()) = tokio::join!(asked(1, &hub, true, TALK_TIME_MAX), hosting);
+            let (reply, ()) = tokio::join!(asked(1, &hub, true, IO_TIME_MAX), hosting);
             assert_eq!(reply, expected);
         }
     }
 
     #[tokio::test]
-    async fn what_stands_in_the_way_is_told_apart() {
+    async fn refusal_reasons_are_distinguished() {
         let hub = Hub::new();
         let short = Duration::from_millis(1);
         let why = |reply| match reply {
@@ -301,33 +302,33 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nonsense_is_answered_and_an_endless_line_is_cut() {
+    async fn an_invalid_request_is_answered_and_a_long_line_is_cut() {
         let listener = listen(4).unwrap();
         let serving = tokio::spawn(serve(listener, Hub::new(), true));
         let endless = usize::try_from(LINE_BYTES_MAX).unwrap() + 1;
         for text in ["{}\n".to_owned(), "x".repeat(endless), "\n".to_owned()] {
-            let told = spawn_blocking(move || {
+            let reply = spawn_blocking(move || {
                 let mut stream = StdUnixStream::connect_addr(&address(4).unwrap()).unwrap();
-                // It may be cut off in the middle.
+                // The agent may close the connection before all is written.
                 let _ = stream.write_all(text.as_bytes());
                 let mut line = String::new();
                 let _ = stream.read_to_string(&mut line);
                 line
             });
-            let told = told.await.unwrap();
-            assert!(told.is_empty() || told.contains("\"why\":\"invalid\""), "{told}");
+            let reply = reply.await.unwrap();
+            assert!(reply.is_empty() || reply.contains("\"why\":\"invalid\""), "{reply}");
         }
         serving.abort();
     }
 
     proptest! {
         #[test]
-        fn an_answer_of_any_kind_is_read_without_harm(text: String) {
+        fn arbitrary_answers_do_not_panic(text: String) {
             let _ = Reply::from_line(&text);
         }
 
         #[test]
-        fn what_is_answered_is_read_back(port: NonZeroU16, reason: String) {
+        fn an_answer_is_read_back(port: NonZeroU16, reason: String) {
             for reply in [Reply::Forwarded(port), Reply::Not(RefusalReason::Refused, reason)] {
                 prop_assert_eq!(Reply::from_line(&reply.to_line()).unwrap(), reply);
             }

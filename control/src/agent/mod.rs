@@ -1,19 +1,26 @@
-//! `landfall agent`: the program inside a container by which a host reaches what listens there, with no privilege at all.
+//! `landfall agent`: the program inside a container that makes its ports reachable for a host, without privileges.
 //!
 //! ```text
 //!  host's daemon ── WebSocket, port 8973, broker token ──► server ──► connection ──► 127.0.0.1:PORT, or [::1]:PORT
-//!  host's engine ── DIR/agent.sock, mounted ─────────────► the engine's own opener, on a thread: sockets, made in here
-//!  programs beside it ── abstract Unix socket ───────────► local ──► hub ──► every host
+//! !
+//! //!  host's engine ── DIR/agent.sock, mounted ─────────────► the engine's own opener, on a thread: sockets, created
+//! here
+//! !
+//! //!  other programs ── abstract Unix socket ───────────────► local ──► hub ──► every host
 //! ```
 //!
-//! - `server` answers HTTP and upgrades; `connection` is the shell around the session machine
-//!   ([`crate::broker::container`]); `watch` reads what listens, `dial` connects.
-//! - `hub` is what all connections share: reserved forwards, and who waits for them; `local` is how they are asked for.
-//! - `hostd` asks the daemon on the host, for a program in the container.
-//! - `directory` is the way by descriptors. Bytes on it never pass through here.
-//! - `log` tells all of it, as JSON on standard error.
+//! - `server` answers HTTP and upgrades; `connection` is the I/O shell around the session machine
+//!   ([`crate::broker::container`]); `watch` reads listeners, `dial` connects.
+//! - `hub` is the state that all connections share: reserved forwards, and the programs that wait for them; `local` is
+//!   the interface for these programs.
+//! - `hostd` sends requests of a program in the container to the daemon on the host.
+//! - `directory` passes descriptors to the host. Payload of these connections never passes through the agent.
+//! - `log` writes events as JSON to standard error.
 //!
-//! It may be the first process of its container. The kernel then keeps from it every signal that it has not asked for
+//! An agent starts, serves until SIGTERM or SIGINT, and stops in an orderly way. It never enters another namespace, and
+//! never forwards a port before a host has authenticated.
+//!
+//! It may be the first process of its container. The kernel then delivers only signals for which it has handlers
 //! (`signal(7)`, `pid_namespaces(7)`), and makes it the parent of every orphan.
 
 mod connection;
@@ -50,78 +57,78 @@ use log::{AgentEvent, Log};
 use server::{Bound, Settings};
 
 pub use crate::model::port_policy::CONTAINER_PORT as PORT;
-/// How often what listens is read (wire specification, A.3.5).
+/// The interval between readings of the listeners (wire specification, A.3.5).
 pub const INTERVAL: Duration = Duration::from_millis(500);
 
-/// What an agent is started with.
+/// The options of an agent.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where hosts connect; every address of the container where none is named.
+    /// The address for hosts; all addresses of the container if absent.
     pub address: Option<IpAddr>,
-    /// At which port; 0 takes any free one.
+    /// The port for hosts; 0 picks a free port.
     pub port: u16,
-    /// The broker token, which a host presents or proves that it holds. If absent, the agent serves no WebSocket.
+    /// The broker token, which a host sends or proves that it holds. If absent, the agent serves no WebSocket.
     pub token: Option<Token>,
     /// The container's own name, if known: challenges to another container are not answered.
     pub name: Option<ContainerName>,
-    /// The directory that is shared with the host; where none is named, the usual one if it is mounted.
+    /// The directory that is shared with the host; if absent, the default directory if it is mounted.
     pub directory: Option<PathBuf>,
-    /// How often what listens is read.
+    /// The interval between readings of the listeners.
     pub interval: Duration,
 }
 
-/// Why an agent did not start.
+/// The reason why an agent did not start.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// There is no way in which it could be of use.
+    /// Neither a WebSocket nor a directory can be served.
     #[error("there is neither a broker token in the environment nor a directory shared with the host")]
     Useless,
-    /// An address cannot be listened on.
+    /// Listening on an address failed.
     #[error("cannot listen on {address}")]
     Listen {
-        /// Which.
+        /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
-    /// The directory that was named cannot be served.
+    /// The given directory cannot be served.
     #[error(transparent)]
     Directory(#[from] DirectoryError),
-    /// Signals cannot be waited for.
-    #[error("signals cannot be waited for")]
+    /// The signal handlers cannot be installed.
+    #[error("cannot install signal handlers")]
     Signals(#[source] io::Error),
     /// A thread cannot be started.
-    #[error("a thread cannot be started")]
+    #[error("cannot start a thread")]
     Thread(#[source] io::Error),
 }
 
-/// Serves until SIGTERM or SIGINT, then ends in order.
+/// Serves until SIGTERM or SIGINT, then stops in an orderly way.
 ///
 /// # Errors
-/// [`StartError`]; then nothing of it is left.
+/// [`StartError`]; in this case no socket remains.
 pub async fn run(options: Options, log: Log) -> Result<(), StartError> {
     let mut signals = Signals::take().map_err(StartError::Signals)?;
     // Every stream holds a descriptor.
     raise_descriptor_limit();
-    let door = open_door(&options, &log)?;
-    if options.token.is_none() && door.is_none() {
+    let agent_socket = serve_directory(&options, &log)?;
+    if options.token.is_none() && agent_socket.is_none() {
         return Err(StartError::Useless);
     }
     let bound = Bound::listen(options.address, options.port)?;
     let asked = local::listen(bound.port());
-    // What is told holds already: who starts something at the first word finds an agent that can be asked.
-    bound.tell(&log);
+    // The address is logged after all sockets are bound, so that a program that starts on this line can send requests.
+    bound.record(&log);
     if options.token.is_none() {
         let text = "there is no broker token in the environment, so only the directory is served";
-        log.tell(&AgentEvent::AgentNotice { text: text.to_owned() });
+        log.record(&AgentEvent::AgentNotice { text: text.to_owned() });
     }
     let hub = Hub::new();
     let has_token = options.token.is_some();
     match asked {
         Ok(listener) => drop(tokio::spawn(local::serve(listener, hub.clone(), has_token))),
         Err(error) => {
-            let text = format!("programs in the container cannot ask for ports: {}", chain(&error));
-            log.tell(&AgentEvent::AgentNotice { text });
+            let text = format!("programs in the container cannot request ports: {}", chain(&error));
+            log.record(&AgentEvent::AgentNotice { text });
         }
     }
     let settings = Settings {
@@ -134,27 +141,27 @@ pub async fn run(options: Options, log: Log) -> Result<(), StartError> {
     };
     let server = bound.serve(settings);
     signals.end().await;
-    log.tell(&AgentEvent::AgentStopping);
+    log.record(&AgentEvent::AgentStopping);
     server.stop().await;
-    if let Some((_door, listener)) = door {
-        // Its thread ends with that; every host finds its channels closed.
+    if let Some((_door, listener)) = agent_socket {
+        // This ends the opener's thread; every host finds its channels closed.
         let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
     }
     log.close();
     Ok(())
 }
 
-/// Serves the directory, where there is one. One that was not named and cannot be served is none.
-fn open_door(options: &Options, log: &Log) -> Result<Option<(AgentSocket, OwnedFd)>, StartError> {
+/// Serves the directory, if there is one. An error is returned only for a directory that was given explicitly.
+fn serve_directory(options: &Options, log: &Log) -> Result<Option<(AgentSocket, OwnedFd)>, StartError> {
     let named = options.directory.clone();
     let Some(path) = named.clone().or_else(|| directory::is_mounted().then(|| directory::DIRECTORY.into()))
     else {
         return Ok(None);
     };
-    let (listener, door) = match directory::listen(&path) {
+    let (listener, agent_socket) = match directory::listen(&path) {
         Ok(opened) => opened,
         Err(error) if named.is_none() => {
-            log.tell(&AgentEvent::AgentNotice { text: chain(&error) });
+            log.record(&AgentEvent::AgentNotice { text: chain(&error) });
             return Ok(None);
         }
         Err(error) => return Err(error.into()),
@@ -163,16 +170,16 @@ fn open_door(options: &Options, log: &Log) -> Result<Option<(AgentSocket, OwnedF
     let told = log.clone();
     let serving = move || {
         if let Err(error) = serve::agent(listener) {
-            let text = format!("the directory is served no more: {}", chain(&error));
-            told.tell(&AgentEvent::AgentNotice { text });
+            let text = format!("the directory is no longer served: {}", chain(&error));
+            told.record(&AgentEvent::AgentNotice { text });
         }
     };
     thread::Builder::new().name("landfall-opener".to_owned()).spawn(serving).map_err(StartError::Thread)?;
-    log.tell(&AgentEvent::AgentServing { directory: path });
-    Ok(Some((door, kept)))
+    log.record(&AgentEvent::AgentServing { directory: path });
+    Ok(Some((agent_socket, kept)))
 }
 
-/// The signals that end it, and the one that tells of children.
+/// The signals that end the agent, and SIGCHLD.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -190,7 +197,8 @@ impl Signals {
         })
     }
 
-    /// Returns when the agent is to end. It starts no process itself: what ends below the first process was an orphan.
+    /// Waits for a signal to end. As the first process, it reaps children meanwhile: the agent starts no processes, so
+    /// all of them are orphans.
     async fn end(&mut self) {
         loop {
             tokio::select! {

@@ -1,20 +1,20 @@
-//! How many lines about refused hosts reach the log: ten a minute for each address. Pure: the time is an argument.
+//! The limit of log lines about refused hosts: ten per minute for each address. Pure: the time is an argument.
 //!
-//! A program that connects with a wrong token in a loop would otherwise fill the disk on which logs are collected.
+//! Without it, a program that connects with a wrong token in a loop would fill the disk of the log collector.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-/// The window, and the lines of one address in it.
+/// The window, and the maximum of lines per address in it.
 const WINDOW: Duration = Duration::from_secs(60);
 const LINES_MAX: u32 = 10;
-/// Addresses that are counted apart. All others share one count.
+/// The maximum of addresses that are counted separately. All others share one count.
 const ADDRESSES_MAX: usize = 256;
-/// Stands for all others.
+/// The key of all other addresses.
 const OTHERS: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
-/// The lines of the last minute.
+/// The counts of the current windows.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
     windows: HashMap<IpAddr, Window>,
@@ -22,7 +22,7 @@ pub(super) struct Refusals {
 
 #[derive(Debug)]
 struct Window {
-    began: Instant,
+    started: Instant,
     lines: u32,
 }
 
@@ -30,13 +30,13 @@ impl Refusals {
     /// Counts a refusal, and returns whether it is logged.
     pub(super) fn admit(&mut self, address: IpAddr, now: Instant) -> bool {
         if self.windows.len() >= ADDRESSES_MAX && !self.windows.contains_key(&address) {
-            self.windows.retain(|_, window| now.duration_since(window.began) < WINDOW);
+            self.windows.retain(|_, window| now.duration_since(window.started) < WINDOW);
         }
         let has_room = self.windows.len() < ADDRESSES_MAX || self.windows.contains_key(&address);
         let address = if has_room { address } else { OTHERS };
-        let window = self.windows.entry(address).or_insert(Window { began: now, lines: 0 });
-        if now.duration_since(window.began) >= WINDOW {
-            *window = Window { began: now, lines: 0 };
+        let window = self.windows.entry(address).or_insert(Window { started: now, lines: 0 });
+        if now.duration_since(window.started) >= WINDOW {
+            *window = Window { started: now, lines: 0 };
         }
         window.lines = window.lines.saturating_add(1);
         window.lines <= LINES_MAX
@@ -53,9 +53,9 @@ mod tests {
 
     #[test]
     fn ten_lines_a_minute_are_logged_for_each_address() {
-        let (mut refusals, begin) = (Refusals::default(), Instant::now());
+        let (mut refusals, start) = (Refusals::default(), Instant::now());
         let admitted = |refusals: &mut Refusals, number, at| {
-            (0..100).filter(|_| refusals.admit(address(number), begin + at)).count()
+            (0..100).filter(|_| refusals.admit(address(number), start + at)).count()
         };
         assert_eq!(admitted(&mut refusals, 1, Duration::ZERO), 10);
         assert_eq!(admitted(&mut refusals, 2, Duration::ZERO), 10);
@@ -64,12 +64,12 @@ mod tests {
     }
 
     #[test]
-    fn memory_and_lines_are_bounded_whatever_the_number_of_addresses() {
-        let (mut refusals, begin) = (Refusals::default(), Instant::now());
-        let lines = (0..100_000).filter(|number| refusals.admit(address(*number), begin)).count();
+    fn memory_and_lines_are_bounded_for_any_number_of_addresses() {
+        let (mut refusals, start) = (Refusals::default(), Instant::now());
+        let lines = (0..100_000).filter(|number| refusals.admit(address(*number), start)).count();
         assert_eq!(lines, ADDRESSES_MAX + 10);
         assert_eq!(refusals.windows.len(), ADDRESSES_MAX + 1);
-        assert!(refusals.admit(address(7_000_000), begin + WINDOW));
+        assert!(refusals.admit(address(7_000_000), start + WINDOW));
         assert_eq!(refusals.windows.len(), 1);
     }
 }

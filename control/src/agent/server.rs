@@ -1,8 +1,9 @@
 //! The agent's HTTP server: one path, which becomes a WebSocket (wire specification, A.3).
 //!
-//! Everybody in the container and on the host's side of its published port can connect, so who has not presented the token
-//! yet is a guest: guests are few, each has little time, and where one too many comes the oldest has to go. A host that says
-//! its hello at once is therefore never kept out by others who say nothing.
+//! Every process in the container, and every process that reaches the published port on the host, can connect. A
+//! connection that is not authenticated yet is a guest: the number of guests and their time are limited, and a guest
+//! above the limit evicts the oldest one. So clients that send nothing cannot exclude a host that sends its hello at
+//! once.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -36,39 +37,39 @@ use crate::broker::wire;
 use crate::model::registration::{ContainerName, Token};
 use crate::sys::random::random;
 
-/// Connections of which nobody knows yet whose they are.
+/// The maximum of connections that are not authenticated yet.
 const GUESTS_MAX: usize = 64;
-/// Hosts that are let in at a time.
+/// The maximum of authenticated hosts.
 const HOSTS_MAX: usize = 32;
-/// How long a client has for the head of its request, and then for its upgrade.
+/// The time limit for the head of a request, and then for its upgrade.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
 /// The longest head, in bytes; hyper's smallest buffer is half of it.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// Connections that wait to be accepted.
+/// The length of the accept queue.
 const BACKLOG: u32 = 128;
-/// How long accepting rests when the process has no descriptor left.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
-/// How long hosts have to hear that the agent ends.
+/// The pause of accepting after an error, such as a lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// The time limit for closing host connections when the agent ends.
 const STOP_TIME_MAX: Duration = Duration::from_secs(1);
 
-/// What connections need.
+/// The settings that all connections share.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
-    /// The broker token, which a host presents or proves that it holds.
+    /// The broker token, which a host sends or proves that it holds.
     pub(super) token: Option<Token>,
     /// The container's own name, if known.
     pub(super) name: Option<ContainerName>,
-    /// How often what listens is read.
+    /// The interval between readings of the listeners.
     pub(super) interval: Duration,
-    /// What they share.
+    /// The shared state.
     pub(super) hub: Hub,
-    /// Where they tell what happens.
+    /// The log.
     pub(super) log: Log,
     /// Limits the lines about wrong hellos.
     pub(super) refusals: Arc<Mutex<Refusals>>,
 }
 
-/// Sockets that can be connected to.
+/// Bound sockets.
 #[derive(Debug)]
 pub(super) struct Bound {
     listeners: Vec<TcpListener>,
@@ -76,7 +77,7 @@ pub(super) struct Bound {
 }
 
 impl Bound {
-    /// Listens on an address; on all of IPv4 where none is named, and on all of IPv6 if that can be had.
+    /// Listens on an address. Without an address, it listens on all of IPv4, and on all of IPv6 if available.
     ///
     /// # Errors
     /// [`StartError::Listen`].
@@ -87,25 +88,25 @@ impl Bound {
         let port = listener.local_addr().map_err(failed)?.port();
         let mut listeners = vec![listener];
         if address.is_none() {
-            // A container without IPv6 does without it.
+            // An error means that the container has no IPv6.
             listeners.extend(listen(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)));
         }
         Ok(Bound { listeners, port })
     }
 
-    /// Tells where.
-    pub(super) fn tell(&self, log: &Log) {
+    /// Logs the addresses.
+    pub(super) fn record(&self, log: &Log) {
         for address in self.listeners.iter().filter_map(|listener| listener.local_addr().ok()) {
-            log.tell(&AgentEvent::AgentListening { address });
+            log.record(&AgentEvent::AgentListening { address });
         }
     }
 
-    /// The port.
+    /// Returns the port.
     pub(super) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Begins to answer.
+    /// Starts to answer requests.
     pub(super) fn serve(self, settings: Settings) -> Server {
         let server = Server(Arc::new(Inner {
             settings,
@@ -124,7 +125,7 @@ impl Bound {
 
 fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // One that ended a moment ago leaves connections behind (TIME_WAIT), which are in nobody's way.
+    // Connections of an earlier agent in TIME_WAIT must not prevent the bind.
     socket.set_reuseaddr(true)?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
@@ -133,7 +134,7 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// The server while it answers.
+/// The running server.
 pub(super) struct Server(Arc<Inner>);
 
 struct Inner {
@@ -144,11 +145,12 @@ struct Inner {
 }
 
 impl Server {
-    /// Gives the ports up, tells every host, and returns when they have heard it or some time has passed.
+    /// Closes the listeners and all host connections. Waits for the connections to close, for at most
+    /// [`STOP_TIME_MAX`].
     pub(super) async fn stop(&self) {
         self.0.stopping.cancel();
         self.0.tasks.close();
-        // Who has not heard it by then finds the connection gone.
+        // Hosts that do not close in time are disconnected.
         let _ = timeout(STOP_TIME_MAX, self.0.tasks.wait()).await;
     }
 }
@@ -160,13 +162,13 @@ async fn accept_all(inner: Arc<Inner>, listener: TcpListener) {
                 let guest = AcceptQueue::enter(&inner, peer.ip());
                 inner.tasks.spawn(converse(Arc::clone(&inner), stream, guest));
             }
-            // No descriptor is left, or the client has gone already. Either way the next one is another try.
-            Err(_) => sleep(ACCEPT_REST).await,
+            // No descriptor is left, or the client has already gone. Both allow another attempt.
+            Err(_) => sleep(ACCEPT_PAUSE).await,
         }
     }
 }
 
-/// One connection, until it ends or becomes a WebSocket, which goes on as a task of its own.
+/// Serves one connection until it ends or becomes a WebSocket, which is served by a task of its own.
 async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: QueuePlace) {
     wire::prepare(&stream);
     let guest = Arc::new(Mutex::new(Some(guest)));
@@ -182,7 +184,7 @@ async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: QueuePlace) {
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::select! {
-        // Whatever came of it was answered.
+        // Errors are answered by the server itself.
         _ = timeout(HEAD_TIME_MAX + HELLO_TIME_MAX, connection) => {}
         () = asked_to_leave.cancelled() => {}
         () = inner.stopping.cancelled() => {}
@@ -191,10 +193,10 @@ async fn converse(inner: Arc<Inner>, stream: TcpStream, guest: QueuePlace) {
 
 type Text = Response<Full<Bytes>>;
 
-/// Answers one request; an upgrade takes the guest along.
+/// Answers one request. An upgrade takes the guest's place along.
 fn respond(inner: &Arc<Inner>, mut request: Request<Incoming>, guest: &Mutex<Option<QueuePlace>>) -> Text {
     let settings = &inner.settings;
-    // A browser adds this header for a page, which has no business here. No host does.
+    // A browser adds this header to requests of pages, which must not connect. Hosts never send it.
     if request.headers().contains_key(ORIGIN) {
         return text(StatusCode::FORBIDDEN, "origin not allowed");
     }
@@ -232,7 +234,7 @@ fn answer(settings: &Settings, token: &Token, headers: &HeaderMap) -> Option<Ans
     if settings.name.as_ref().is_some_and(|own| own != challenge.name()) {
         return None;
     }
-    // If the kernel has no random bytes, the challenge is ignored.
+    // If the kernel returns no random bytes, the challenge is ignored.
     Some(challenge.answer(token.clone(), random().ok()?))
 }
 
@@ -242,7 +244,7 @@ async fn upgraded(
     (token, answer): (Token, Option<Answer>),
     guest: QueuePlace,
 ) {
-    // A client that left in between, or asked for something odd, has no connection any more.
+    // The upgrade fails if the client has gone or the request was invalid.
     let Ok(Ok(stream)) = timeout(HELLO_TIME_MAX, upgrade).await else { return };
     let Ok(socket) = wire::accepted(stream).await else { return };
     connection::serve(socket, (token, answer), &inner.settings, guest, inner.stopping.clone()).await;
@@ -252,13 +254,13 @@ fn text(status: StatusCode, text: &'static str) -> Text {
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain;charset=utf-8"));
-    // One request each: nobody holds a place without asking for something. An upgrade may not say so: clients expect its
-    // `connection` to be `Upgrade` and nothing else.
+    // Each connection serves one request, so that no client keeps its place without a request. An upgrade does not have
+    // this header: clients expect its `connection` to be `Upgrade` and nothing else.
     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     response
 }
 
-/// Who waits to be let in, in the order of coming.
+/// The guests, in order of arrival.
 #[derive(Default)]
 struct AcceptQueue(Mutex<Waiting>);
 
@@ -268,13 +270,13 @@ struct Waiting {
     guests: BTreeMap<u64, CancellationToken>,
 }
 
-/// A place in the lobby. Dropping it gives it back.
+/// The place of one guest. Dropping it frees the place.
 pub(super) struct QueuePlace {
     inner: Arc<Inner>,
     number: u64,
-    /// Where it comes from.
+    /// The address of the client.
     pub(super) address: IpAddr,
-    /// Says that somebody else needs the place.
+    /// Cancelled when a newer guest needs the place.
     pub(super) leave: CancellationToken,
 }
 

@@ -1,10 +1,10 @@
-//! The agent's look at what listens beside it: at once, and then at every interval, in the wire's own form (wire
-//! specification, A.3.5 and A.4).
+//! The agent's readings of the listeners in its container: one at once, and one at every interval, in the form of the
+//! wire (wire specification, A.3.5 and A.4).
 //!
-//! It reads by the engine's watch: `sock_diag` where the kernel has it, else the files of `/proc/net`, which may take
-//! milliseconds in a namespace with many connections; so a thread of the runtime's reads. One reading at a time, the next
-//! one an interval after the last. A reading that fails is no change; where nothing is left to read from, everything is
-//! opened anew at the next interval.
+//! It uses the engine's watch: `sock_diag` if the kernel has it, otherwise the files of `/proc/net`. A reading may take
+//! milliseconds in a namespace with many connections, so it runs on a blocking thread of the runtime. There is one
+//! reading at a time; the next one starts an interval after the last. A failed reading is not a change; if no source is
+//! left, all sources are opened again at the next interval.
 
 use std::time::Duration;
 
@@ -25,19 +25,19 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Begins with a reading.
+    /// Starts with an immediate reading.
     pub(super) fn begin(interval: Duration, log: Log) -> Watch {
-        // Whoever is slow to take a reading gets the next one later.
-        let (tell, readings) = mpsc::channel(1);
-        let task = tokio::spawn(read_on(interval, tell, log)).abort_handle();
+        // A slow receiver delays the next reading.
+        let (sender, readings) = mpsc::channel(1);
+        let task = tokio::spawn(read_on(interval, sender, log)).abort_handle();
         Watch { readings, task }
     }
 
-    /// The next reading that worked.
+    /// Returns the next successful reading.
     pub(super) async fn next(&mut self) -> Vec<WireListener> {
         match self.readings.recv().await {
             Some(reading) => reading,
-            // The task ends with its receiver only.
+            // The task ends only with its receiver.
             None => std::future::pending().await,
         }
     }
@@ -49,18 +49,18 @@ impl Drop for Watch {
     }
 }
 
-async fn read_on(interval: Duration, tell: mpsc::Sender<Vec<WireListener>>, log: Log) {
+async fn read_on(interval: Duration, sender: mpsc::Sender<Vec<WireListener>>, log: Log) {
     let mut reader = ListenerReader::default();
     let mut failing = false;
     loop {
-        // A reading that panicked took its sources along.
+        // A reading that panicked has lost its sources.
         let (back, outcome) =
             spawn_blocking(move || reader.look()).await.unwrap_or((ListenerReader::default(), Ok(None)));
         reader = back;
         match outcome {
             Ok(Some(reading)) => {
                 failing = false;
-                if tell.send(reading).await.is_err() {
+                if sender.send(reading).await.is_err() {
                     return;
                 }
             }
@@ -68,14 +68,14 @@ async fn read_on(interval: Duration, tell: mpsc::Sender<Vec<WireListener>>, log:
             Err(_) if failing => {}
             Err(error) => {
                 failing = true;
-                log.tell(&AgentEvent::WatchFailed { reason: error.to_string() });
+                log.record(&AgentEvent::WatchFailed { reason: error.to_string() });
             }
         }
         sleep(interval).await;
     }
 }
 
-/// What is read with, and the two readings that are compared while a table is read in pieces.
+/// The source, and the two readings that are compared while a table is read in pieces.
 #[derive(Default)]
 struct ListenerReader {
     source: Option<Source>,
@@ -113,12 +113,12 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(1);
 
     #[tokio::test]
-    async fn what_begins_and_ceases_to_listen_is_seen() {
+    async fn new_and_closed_listeners_are_detected() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let mut watch = Watch::begin(SHORT, Log::to(|_| {}));
         let seen = |reading: &[WireListener]| reading.iter().any(|one| one.port.get() == port);
-        assert!(seen(&watch.next().await), "the first reading is whole");
+        assert!(seen(&watch.next().await), "the first reading is complete");
         drop(listener);
         while seen(&watch.next().await) {}
     }

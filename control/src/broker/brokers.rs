@@ -1,8 +1,10 @@
-//! The brokers of all containers: one for each registration that has the three fields of one and allows a port.
+//! The brokers of all containers: one for each registration that has a broker token and a WebSocket port, and allows a
+//! port.
 //!
-//! A broker is a task of its own. One of a name begins when the one before it has ended, so an old token is never presented
-//! to a new container (wire specification, A.6.8); that holds even where whoever started it has stopped waiting. One whose
-//! token was refused has ended before that is reported, since the report ends with its being stopped.
+//! A broker is a task. The broker of a name starts after its predecessor of the same name has ended, so an old token is
+//! never presented to a new container (wire specification, A.6.8). This also holds if the caller that started it no
+//! longer waits. A refused token is reported after its broker has ended, since the handler of the report stops that
+//! broker.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,41 +23,41 @@ use crate::model::registration::{AttachMethod, ContainerName, Registration, Toke
 use crate::registry::store::{RegistrationObserver, StopReason};
 use crate::sys::journal::Journal;
 
-/// Where a broker gets its link to forwarding.
+/// Returns the link between a broker and forwarding.
 pub type Links = Box<dyn Fn(&ContainerName) -> BrokerLink + Send + Sync>;
 
-/// A broker has found something out about its container.
+/// A finding of a broker about its container.
 #[derive(Debug)]
 pub struct Report {
     /// The container.
     pub name: ContainerName,
-    /// Its token; another one may be registered by now.
+    /// The token that the broker used; the registration may have another one by now.
     pub token: Token,
-    /// What.
+    /// The finding.
     pub finding: Finding,
 }
 
-/// See [`Report`].
+/// The content of a [`Report`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Finding {
-    /// The container has answered a challenge, so it always can.
+    /// The container has answered a challenge, so it supports challenges.
     Answered,
-    /// It has refused its token for good, in these words.
+    /// The container has refused the token permanently; its reason.
     Rejected(String),
 }
 
-/// The brokers.
+/// The brokers of one daemon.
 pub struct Brokers {
     docker: Docker,
     journal: Journal,
     offered: Extensions,
-    /// Forwarding starts later than the first registrations are taken in; brokers begin when it is there.
+    /// Set when forwarding starts, which is after the first registrations are loaded. Brokers wait for it.
     links: Arc<SetOnce<Links>>,
     reports: mpsc::UnboundedSender<Report>,
     running: Mutex<BTreeMap<ContainerName, Running>>,
 }
 
-/// One broker, which may have ended by itself.
+/// A broker that was started; it may have ended since.
 #[derive(Clone, Debug)]
 struct Running {
     stop: CancellationToken,
@@ -69,8 +71,8 @@ impl fmt::Debug for Brokers {
 }
 
 impl Brokers {
-    /// No brokers yet. They look for ports at `docker`, offer these extensions to containers, and report what they find out,
-    /// once each.
+    /// Returns an empty set of brokers. They look up published ports with `docker`, offer these extensions to
+    /// containers, and send each finding once.
     pub fn new(
         docker: Docker,
         journal: Journal,
@@ -81,24 +83,24 @@ impl Brokers {
         (Arc::new(Brokers { docker, journal, offered, links, reports, running }), received)
     }
 
-    /// Gives the brokers their way to forwarding: those that were started begin. A second one is not taken.
+    /// Sets the link to forwarding, for which started brokers wait. A second call has no effect.
     pub fn connect(&self, links: Links) {
         let _ = self.links.set(links);
     }
 
-    /// Starts the broker of a container when the one before it has ended, and returns then.
+    /// Starts the broker of a container. Returns after its predecessor has ended.
     async fn start(&self, registration: Arc<Registration>) {
         let Some(broker) = self.broker(&registration) else {
             return self.stop(&registration.container_name).await;
         };
         let running = Running { stop: CancellationToken::new(), ended: CancellationToken::new() };
-        let before = self.lock().insert(broker.name.clone(), running.clone());
-        if let Some(before) = &before {
-            before.stop.cancel();
+        let predecessor = self.lock().insert(broker.name.clone(), running.clone());
+        if let Some(predecessor) = &predecessor {
+            predecessor.stop.cancel();
         }
-        tokio::spawn(run(broker, running, before.clone(), Arc::clone(&self.links)));
-        if let Some(before) = before {
-            before.ended.cancelled().await;
+        tokio::spawn(run(broker, running, predecessor.clone(), Arc::clone(&self.links)));
+        if let Some(predecessor) = predecessor {
+            predecessor.ended.cancelled().await;
         }
     }
 
@@ -107,7 +109,7 @@ impl Brokers {
         running.stop.cancel();
         running.ended.cancelled().await;
         let mut brokers = self.lock();
-        // It may have a successor by now.
+        // A successor may have taken the entry.
         if brokers.get(name).is_some_and(|now| now.stop.is_cancelled() && now.ended.is_cancelled()) {
             brokers.remove(name);
         }
@@ -123,7 +125,7 @@ impl Brokers {
         }
     }
 
-    /// What a registration's broker needs, where it has one.
+    /// Returns the configuration of a registration's broker, if it has one.
     fn broker(&self, registration: &Registration) -> Option<Broker> {
         let (registered_port, _, token) = registration.broker()?;
         let name = &registration.container_name;
@@ -151,15 +153,15 @@ impl Brokers {
     }
 }
 
-/// Is a broker, from the end of the one before it to its own.
-async fn run(broker: Broker, running: Running, before: Option<Running>, links: Arc<SetOnce<Links>>) {
+/// Runs a broker after its predecessor has ended.
+async fn run(broker: Broker, running: Running, predecessor: Option<Running>, links: Arc<SetOnce<Links>>) {
     let Running { stop, ended } = running;
     let reporter = broker.clone();
     let reason = {
-        // However it ends, it has.
+        // Signals the end on every return, and on a panic.
         let _ended = ended.drop_guard();
-        if let Some(before) = before {
-            before.ended.cancelled().await;
+        if let Some(predecessor) = predecessor {
+            predecessor.ended.cancelled().await;
         }
         let Some(links) = stop.run_until_cancelled(links.wait()).await else { return };
         let link = links(&broker.name);

@@ -20,7 +20,7 @@ use crate::model::announcement::ForwardResult;
 const CANARY: &str = "canary-5b21";
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Brokers with one container's end and forwarding's in the hands of a test.
+/// Brokers whose container side and forwarding side are driven by a test.
 struct World {
     brokers: Arc<Brokers>,
     reports: mpsc::UnboundedReceiver<Report>,
@@ -29,7 +29,7 @@ struct World {
     journal: broadcast::Receiver<Arc<str>>,
 }
 
-/// Forwarding's end of one link.
+/// The forwarding side of one link.
 struct Link {
     announced: mpsc::Receiver<Announcement>,
     words: mpsc::UnboundedSender<SessionUpdate>,
@@ -75,27 +75,27 @@ impl World {
         within(self.links.recv()).await.unwrap()
     }
 
-    /// The container's end, up to the hello with this token.
-    async fn greeted(&mut self, token: &str) -> Container {
+    /// Accepts the broker's WebSocket as the container, and receives the hello with this token.
+    async fn accept_hello(&mut self, token: &str) -> Container {
         let (stream, _) = within(self.listener.accept()).await.unwrap();
         let mut container = Container(within(tokio_tungstenite::accept_async(stream)).await.unwrap());
-        container.hears(json!({"type": "broker-hello", "token": token})).await;
+        container.expect(json!({"type": "broker-hello", "token": token})).await;
         container
     }
 
-    /// Both ends, up to where the broker watches.
+    /// Starts a broker, and drives both sides until it watches.
     async fn up(&mut self) -> (Container, Link) {
         self.start(CANARY).await;
         let mut link = self.link().await;
-        let mut container = self.greeted(CANARY).await;
-        container.say(json!({"type": "broker-hello-ack"})).await;
-        container.hears(json!({"type": "port-watch-subscribe"})).await;
+        let mut container = self.accept_hello(CANARY).await;
+        container.send(json!({"type": "broker-hello-ack"})).await;
+        container.expect(json!({"type": "port-watch-subscribe"})).await;
         assert!(matches!(link.announcement().await, Announcement::Up));
         (container, link)
     }
 
-    /// Everything that was told so far.
-    fn told(&mut self) -> Vec<String> {
+    /// Returns all notices so far.
+    fn notices(&mut self) -> Vec<String> {
         std::iter::from_fn(|| self.journal.try_recv().ok())
             .map(|line| {
                 assert!(!line.contains(CANARY), "{line}");
@@ -113,12 +113,12 @@ impl Link {
 
     async fn stopped(&mut self) -> oneshot::Sender<()> {
         match self.announcement().await {
-            Announcement::Stop(told) => told,
+            Announcement::Stop(notices) => notices,
             other => panic!("{other:?}"),
         }
     }
 
-    /// The engine's end of a channel over which it dials.
+    /// Gives the broker a channel, and returns the engine's end.
     fn channel(&self) -> Channel {
         let (engine, ours) = Channel::pair().unwrap();
         self.words.send(SessionUpdate::Serve(vec![ours.into()])).unwrap();
@@ -127,7 +127,7 @@ impl Link {
 }
 
 impl Container {
-    async fn say(&mut self, message: Value) {
+    async fn send(&mut self, message: Value) {
         self.0.send(Message::text(message.to_string())).await.unwrap();
     }
 
@@ -138,7 +138,7 @@ impl Container {
         }
     }
 
-    async fn hears(&mut self, message: Value) {
+    async fn expect(&mut self, message: Value) {
         assert_eq!(self.message().await, message);
     }
 
@@ -174,11 +174,11 @@ async fn answer(engine: &Channel) -> (Answer, Vec<OwnedFd>) {
     }
 }
 
-/// A socket of the engine's, for a thread that may wait.
+/// Returns a connected socket of the engine, in blocking mode.
 async fn connected(container: &mut Container, engine: &Channel, id: i64) -> std::net::TcpStream {
     dial(engine, 70);
-    container.hears(json!({"type": "relay-open", "streamId": id, "port": 5173})).await;
-    container.say(json!({"type": "relay-open-ack", "streamId": id})).await;
+    container.expect(json!({"type": "relay-open", "streamId": id, "port": 5173})).await;
+    container.send(json!({"type": "relay-open-ack", "streamId": id})).await;
     let (dialled, mut sockets) = answer(engine).await;
     assert_eq!(dialled, Answer::Dialled { dial: 70 });
     let socket = std::net::TcpStream::from(sockets.pop().unwrap());
@@ -196,40 +196,42 @@ async fn read(mut socket: std::net::TcpStream) -> std::io::Result<Vec<u8>> {
 }
 
 #[tokio::test]
-async fn a_broker_greets_watches_and_tells_results() {
+async fn a_broker_authenticates_watches_and_sends_results() {
     let mut world = World::new().await;
     let (mut container, mut link) = world.up().await;
     let listener = json!({"port": 5173, "bindAddr": "127.0.0.1"});
-    container.say(json!({"type": "port-listen-snapshot", "ports": [listener]})).await;
+    container.send(json!({"type": "port-listen-snapshot", "ports": [listener]})).await;
     let Announcement::Listening { opened, whole: true, .. } = link.announcement().await else { panic!() };
     let result = ForwardResult { port: opened[0].port, result: Ok(port(5173)) };
     link.words.send(SessionUpdate::Result(result)).unwrap();
-    container.hears(json!({"type": "port-forward-result", "port": 5173, "ok": true, "hostPort": 5173})).await;
-    assert_eq!(world.told(), ["[portbroker:coder] connected"]);
+    container
+        .expect(json!({"type": "port-forward-result", "port": 5173, "ok": true, "hostPort": 5173}))
+        .await;
+    assert_eq!(world.notices(), ["[portbroker:coder] connected"]);
 }
 
 #[tokio::test]
-async fn what_the_engine_dials_is_relayed_in_both_directions_and_closed() {
+async fn a_dialled_stream_is_relayed_in_both_directions_and_closed() {
     let mut world = World::new().await;
     let (mut container, link) = world.up().await;
     let engine = link.channel();
     let mut socket = connected(&mut container, &engine, 1).await;
     socket.write_all(b"ping").unwrap();
-    container.hears(json!({"type": "relay-data", "streamId": 1, "bytes": "cGluZw=="})).await;
-    container.say(json!({"type": "relay-data", "streamId": 1, "bytes": "cG9uZw=="})).await;
-    container.say(json!({"type": "relay-close", "streamId": 1, "side": "upstream"})).await;
+    container.expect(json!({"type": "relay-data", "streamId": 1, "bytes": "cGluZw=="})).await;
+    container.send(json!({"type": "relay-data", "streamId": 1, "bytes": "cG9uZw=="})).await;
+    container.send(json!({"type": "relay-close", "streamId": 1, "side": "upstream"})).await;
     assert_eq!(read(socket).await.unwrap(), b"pong");
-    // One that the client ends is told to the container, and one that is refused to the engine.
+    // The end of a client is sent to the container, and a refusal of the container to the engine.
     drop(connected(&mut container, &engine, 2).await);
-    container.hears(json!({"type": "relay-close", "streamId": 2, "side": "downstream"})).await;
+    container.expect(json!({"type": "relay-close", "streamId": 2, "side": "downstream"})).await;
     dial(&engine, 71);
-    container.hears(json!({"type": "relay-open", "streamId": 3, "port": 5173})).await;
-    container.say(json!({"type": "relay-open-nack", "streamId": 3, "reason": "ECONNREFUSED"})).await;
+    container.expect(json!({"type": "relay-open", "streamId": 3, "port": 5173})).await;
+    container.send(json!({"type": "relay-open-nack", "streamId": 3, "reason": "ECONNREFUSED"})).await;
     assert_eq!(answer(&engine).await.0, Answer::NotDialled { dial: 71, why: DialFailure::Refused });
 }
 
 #[tokio::test]
-async fn the_loss_of_the_websocket_resets_its_streams_and_refuses_dials_until_it_is_back() {
+async fn a_lost_websocket_resets_its_streams_and_refuses_dials_until_it_is_back() {
     let mut world = World::new().await;
     let (mut container, mut link) = world.up().await;
     let engine = link.channel();
@@ -239,73 +241,73 @@ async fn the_loss_of_the_websocket_resets_its_streams_and_refuses_dials_until_it
     assert!(matches!(link.announcement().await, Announcement::Down));
     dial(&engine, 72);
     assert_eq!(answer(&engine).await.0, Answer::NotDialled { dial: 72, why: DialFailure::Refused });
-    let mut container = world.greeted(CANARY).await;
-    container.say(json!({"type": "broker-hello-ack"})).await;
-    container.hears(json!({"type": "port-watch-subscribe"})).await;
+    let mut container = world.accept_hello(CANARY).await;
+    container.send(json!({"type": "broker-hello-ack"})).await;
+    container.expect(json!({"type": "port-watch-subscribe"})).await;
     assert!(matches!(link.announcement().await, Announcement::Up));
-    // The channels and the numbers of streams are what they were.
+    // Channels and stream numbers survive the reconnection.
     drop(connected(&mut container, &engine, 2).await);
-    assert_eq!(world.told().len(), 3);
+    assert_eq!(world.notices().len(), 3);
 }
 
 #[tokio::test]
-async fn a_stop_is_over_when_forwarding_has_let_go() {
+async fn a_stop_ends_after_forwarding_has_released_the_link() {
     let mut world = World::new().await;
     let (mut container, mut link) = world.up().await;
     let engine = link.channel();
     let socket = connected(&mut container, &engine, 1).await;
     let brokers = Arc::clone(&world.brokers);
     let stopping = tokio::spawn(async move { brokers.stop(&name()).await });
-    let told = link.stopped().await;
+    let notices = link.stopped().await;
     assert!(!stopping.is_finished());
-    // Until then, whoever dials is answered.
+    // Until then, dials are answered.
     dial(&engine, 73);
     assert_eq!(answer(&engine).await.0, Answer::NotDialled { dial: 73, why: DialFailure::Refused });
     assert_eq!(read(socket).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
     container.closed().await;
-    told.send(()).unwrap();
+    notices.send(()).unwrap();
     within(stopping).await.unwrap();
     assert!(world.brokers.lock().is_empty());
     assert!(matches!(engine.try_recv::<Answer>(), Ok(None)), "the channel is open");
-    assert_eq!(world.told().last().unwrap(), "[portbroker:coder] stopped");
+    assert_eq!(world.notices().last().unwrap(), "[portbroker:coder] stopped");
 }
 
 #[tokio::test]
-async fn a_broker_begins_when_the_one_before_it_has_ended_though_nobody_waits_for_that() {
+async fn a_broker_starts_after_its_predecessor_even_if_the_caller_gave_up() {
     let mut world = World::new().await;
     let (_container, mut link) = world.up().await;
     assert!(timeout(Duration::from_millis(50), world.stop()).await.is_err());
     assert!(timeout(Duration::from_millis(50), world.start("next")).await.is_err());
-    assert!(world.links.try_recv().is_err(), "the next one has begun");
-    let told = link.stopped().await;
-    told.send(()).unwrap();
+    assert!(world.links.try_recv().is_err(), "the next broker has started");
+    let notices = link.stopped().await;
+    notices.send(()).unwrap();
     world.link().await;
-    world.greeted("next").await;
+    world.accept_hello("next").await;
 }
 
 #[tokio::test]
-async fn a_token_that_is_refused_is_reported_once_by_a_broker_that_has_ended() {
+async fn a_refused_token_is_reported_once_after_the_broker_has_ended() {
     let mut world = World::new().await;
     world.start(CANARY).await;
     let mut link = world.link().await;
-    let mut container = world.greeted(CANARY).await;
-    container.say(json!({"type": "broker-hello-nack", "reason": "invalid token"})).await;
-    let told = link.stopped().await;
+    let mut container = world.accept_hello(CANARY).await;
+    container.send(json!({"type": "broker-hello-nack", "reason": "invalid token"})).await;
+    let notices = link.stopped().await;
     container.closed().await;
     assert!(world.reports.try_recv().is_err());
-    told.send(()).unwrap();
+    notices.send(()).unwrap();
     let report = within(world.reports.recv()).await.unwrap();
     assert_eq!((report.name, report.finding), (name(), Finding::Rejected("invalid token".to_owned())));
     assert!(report.token.matches(CANARY));
-    // What follows the report does not wait for anything.
+    // The handler of the report does not wait.
     within(world.stop()).await;
     assert!(world.reports.try_recv().is_err());
     let text = "[portbroker:coder] the token is refused, and not presented again: invalid token";
-    assert_eq!(world.told(), [text]);
+    assert_eq!(world.notices(), [text]);
 }
 
 #[tokio::test]
-async fn a_stop_while_it_connects_ends_the_attempt() {
+async fn a_stop_ends_a_connection_attempt() {
     let mut world = World::new().await;
     world.start(CANARY).await;
     let mut link = world.link().await;
@@ -314,7 +316,7 @@ async fn a_stop_while_it_connects_ends_the_attempt() {
     let stopping = tokio::spawn(async move { brokers.drain().await });
     link.stopped().await.send(()).unwrap();
     within(stopping).await.unwrap();
-    // Its request, and then the end.
+    // Reads the broker's request, and then the end of the stream.
     let mut bytes = vec![0; 4096];
     while within(async {
         stream.readable().await.unwrap();
@@ -325,11 +327,11 @@ async fn a_stop_while_it_connects_ends_the_attempt() {
 }
 
 #[tokio::test]
-async fn a_policy_that_allows_nothing_has_no_broker_and_says_so() {
+async fn a_policy_that_allows_no_port_starts_no_broker_and_is_reported() {
     let mut world = World::new().await;
     let off = world.registration(CANARY, json!({"allow": []}));
     Brokers::start(&world.brokers, off).await;
     assert!(world.brokers.lock().is_empty());
     assert!(world.links.try_recv().is_err());
-    assert_eq!(world.told(), ["[portbroker:coder] not started: its list of allowed ports is empty"]);
+    assert_eq!(world.notices(), ["[portbroker:coder] not started: its list of allowed ports is empty"]);
 }

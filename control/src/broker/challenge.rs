@@ -1,5 +1,5 @@
-//! The challenge by which two peers of ours prove to each other that they hold the broker token, without sending it. Pure:
-//! nonces are arguments.
+//! The challenge by which the host and an agent of landfall prove to each other that they hold the broker token,
+//! without sending it. Pure: nonces are arguments.
 //!
 //! ```text
 //!  host                                                  container
@@ -11,19 +11,21 @@
 //!  proof(role) = HMAC-SHA-256(SHA-256(token), DOMAIN 0 role 0 NAME 0 HN CN)
 //! ```
 //!
-//! HN and CN are 32 random bytes of each side; bytes travel as base64url without padding. A peer of the reference sees one
-//! header that it does not know, and answers none.
+//! HN and CN are 32 random bytes of each side; bytes are encoded as base64url without padding. A peer of the reference
+//! implementation ignores the unknown header, and sends none.
 //!
 //! | attack | why it fails |
 //! | --- | --- |
-//! | an impostor reads what is sent | no message has the token, and a proof holds for its two nonces alone |
+//! | an impostor reads the messages | no message contains the token, and a proof is valid only for its two nonces |
 //! | it sends the challenge or the proof back | the role is part of each proof |
 //! | it replays an earlier answer | the answer covers the host's nonce |
-//! | it passes the challenge on to another container | the name is part of each proof, and a container that knows its own name answers to no other one |
-//! | it answers as a peer of the reference does | the registration says that this container answers (`challengeRequired`) |
+//! | it passes the challenge on to another container | the name is part of each proof, and a container that knows its
+//! name answers only challenges for it |
+//! | it answers like a peer of the reference implementation | the registration says that this container answers
+//! (`challengeRequired`) |
 //!
-//! The frames that follow are not covered. A process that passes everything on to this very container, in both directions,
-//! sees and may change them; the check of the port's owner (`crate::sys::loopback`) stands against that.
+//! The frames that follow are not covered. A process that forwards all traffic to the real container, in both
+//! directions, can read and change them; the check of the port's owner (`crate::sys::loopback`) protects against that.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -38,7 +40,7 @@ use crate::model::registration::{ContainerName, Token};
 pub const HEADER: &str = "landfall-challenge";
 /// The version of this exchange, the first word of both headers.
 const VERSION: &str = "1";
-/// Separates these proofs from everything else that a token may ever be used for.
+/// Separates these proofs from all other uses of a token.
 const DOMAIN: &[u8] = b"landfall portbroker challenge 1";
 /// Bytes of a nonce.
 pub const NONCE_BYTES: usize = 32;
@@ -46,20 +48,18 @@ pub const NONCE_BYTES: usize = 32;
 /// Random bytes that are used once.
 pub type Nonce = [u8; NONCE_BYTES];
 
-/// Why the answer to a challenge is refused.
+/// The reason why the answer to a challenge is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum ChallengeError {
-    /// It has another form.
+    /// The answer has another form.
     #[error("its answer to our challenge is malformed")]
     Malformed,
-    /// It was made without the token, for another container, or for another challenge.
-    #[error(
-        "its answer to our challenge proves nothing: the program there does not have the container's token"
-    )]
+    /// The answer was computed without the token, for another container, or for another challenge.
+    #[error("its answer to our challenge is wrong: the program there does not have the container's token")]
     Wrong,
 }
 
-/// The side that makes a proof.
+/// The side that computes a proof.
 #[derive(Clone, Copy)]
 enum Role {
     Host,
@@ -74,23 +74,23 @@ pub struct Challenge {
 }
 
 impl Challenge {
-    /// A challenge with a nonce that was never used.
+    /// Creates a challenge from a nonce that was never used.
     pub fn new(name: ContainerName, nonce: Nonce) -> Challenge {
         Challenge { name, nonce }
     }
 
-    /// The container that is to answer.
+    /// Returns the container that has to answer.
     pub fn name(&self) -> &ContainerName {
         &self.name
     }
 
-    /// The header of the request.
+    /// Returns the header of the request.
     pub fn header(&self) -> String {
         format!("{VERSION} {} {}", self.name, URL_SAFE_NO_PAD.encode(self.nonce))
     }
 
-    /// Reads the header of a request. `None` for one of another form or version: it is ignored, as a peer of the reference
-    /// ignores it.
+    /// Parses the header of a request. Returns `None` for another form or version; such a header is ignored, as the
+    /// reference implementation does.
     pub fn from_header(text: &str) -> Option<Challenge> {
         let [name, nonce] = words(text)?;
         Some(Challenge { name: ContainerName::new(name).ok()?, nonce: bytes(nonce)? })
@@ -116,7 +116,7 @@ impl Challenge {
     }
 }
 
-/// The answer of a container, and what it expects of the host.
+/// The answer of a container, and the proof that it expects of the host.
 #[derive(Clone, Debug)]
 pub struct Answer {
     exchange: Exchange,
@@ -124,19 +124,19 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The header of the answer.
+    /// Returns the header of the answer.
     pub fn header(&self) -> String {
         let nonce = URL_SAFE_NO_PAD.encode(self.exchange.nonce);
         format!("{VERSION} {nonce} {}", self.exchange.proof(Role::Container, &self.token))
     }
 
-    /// Whether this is the host's proof. Compares in constant time.
+    /// Returns whether this is the host's proof. Compares in constant time.
     pub fn accepts(&self, proof: &str) -> bool {
         self.exchange.is_proof(Role::Host, &self.token, proof)
     }
 }
 
-/// Everything that both proofs cover.
+/// The values that both proofs cover.
 #[derive(Clone, Debug)]
 struct Exchange {
     challenge: Challenge,
@@ -144,7 +144,7 @@ struct Exchange {
 }
 
 impl Exchange {
-    /// The parts cannot run into each other: role and name have no NUL, and nonces have one length.
+    /// Computes the MAC. The parts are unambiguous: role and name contain no NUL, and nonces have a fixed length.
     fn mac(&self, role: Role, token: &Token) -> Hmac<Sha256> {
         let role: &[u8] = match role {
             Role::Host => b"host",
@@ -170,7 +170,7 @@ impl Exchange {
     }
 }
 
-/// The two words behind the version.
+/// Returns the two words after the version.
 fn words(text: &str) -> Option<[&str; 2]> {
     let mut words = text.split(' ');
     let found = (words.next()?, [words.next()?, words.next()?], words.next());
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn two_peers_with_one_token_prove_it_to_each_other() {
+    fn peers_with_the_same_token_accept_each_others_proofs() {
         let sent = challenge("shop").header();
         let answer = Challenge::from_header(&sent).unwrap().answer(token("t"), [9; NONCE_BYTES]);
         let proof = challenge("shop").check(&token("t"), &answer.header()).unwrap();
@@ -217,7 +217,7 @@ mod tests {
         assert_eq!(check(&answer("other", "t").header()), Err(ChallengeError::Wrong));
         let other = Challenge::new(name("shop"), [8; NONCE_BYTES]).answer(token("t"), [9; NONCE_BYTES]);
         assert_eq!(check(&other.header()), Err(ChallengeError::Wrong));
-        // A proof of the host's is none of the container's, and the reverse.
+        // A proof of the host is not valid as a proof of the container, and the reverse.
         let genuine = answer("shop", "t");
         let proof = check(&genuine.header()).unwrap();
         let nonce = URL_SAFE_NO_PAD.encode([9; NONCE_BYTES]);
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn the_proofs_are_those_of_the_description_above() {
+    fn the_proofs_match_the_documented_formula() {
         // Computed with Python's `hmac`.
         let exchange = Exchange { challenge: challenge("shop"), nonce: [9; NONCE_BYTES] };
         assert_eq!(exchange.proof(Role::Host, &token("t")), HOST_PROOF);
@@ -252,7 +252,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic_or_is_taken_for_a_proof(text: String) {
+        fn arbitrary_text_neither_panics_nor_is_accepted(text: String) {
             let _ = Challenge::from_header(&text);
             prop_assert!(challenge("shop").check(&token("t"), &text).is_err());
             prop_assert!(!challenge("shop").answer(token("t"), [9; NONCE_BYTES]).accepts(&text));

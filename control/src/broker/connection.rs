@@ -1,4 +1,4 @@
-//! One WebSocket of a broker on the host's side, from its opening to its loss.
+//! One WebSocket of a broker on the host's side, from its opening to its end.
 
 use std::io;
 use std::net::SocketAddr;
@@ -22,88 +22,88 @@ use crate::model::registration::ContainerName;
 use crate::sys::loopback::{Destination, DestinationError};
 use crate::sys::random::random;
 
-/// How long the container may take to answer that we close.
+/// The time for the container to answer our close.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
-/// The code of a close without a complaint (RFC 6455, 7.4.1).
+/// The close code for a normal closure (RFC 6455, 7.4.1).
 const NORMAL: u16 = 1_000;
 
 /// The reason why a connection attempt failed.
 #[derive(Debug, Error)]
 pub(super) enum ConnectError {
-    /// Docker has the container, and it does not run.
+    /// Docker has the container, but it is not running.
     #[error(transparent)]
     NotRunning(DockerError),
-    /// Docker has the container, and no port of the host's loopback leads to its port.
+    /// Docker has the container, but publishes its port on no port of the host's loopback.
     #[error("Docker does not publish port {CONTAINER_PORT} of {0} on this host's loopback")]
     NotPublished(ContainerName),
-    /// Docker has no such container or does not answer, and the registration names no port.
+    /// Docker has no such container or does not answer, and the registration has no port.
     #[error("Docker did not report where port {CONTAINER_PORT} is published")]
     NoPort,
-    /// The other end is not to have the token.
+    /// The process at the port may not receive the token.
     #[error(transparent)]
     Destination(#[from] DestinationError),
-    /// The port does not answer.
-    #[error("{address} cannot be connected to")]
+    /// Connecting to the port failed.
+    #[error("cannot connect to {address}")]
     Dial {
         /// The port.
         address: SocketAddr,
-        /// Why.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// It answers our challenge, and not as the container does.
+    /// The peer answers the challenge, but not with the container's proof.
     #[error("port {} is not {name}: {source}", address.port())]
     Challenge {
         /// The port.
         address: SocketAddr,
         /// The container.
         name: ContainerName,
-        /// What is wrong with the answer.
+        /// The problem with the answer.
         source: ChallengeError,
     },
-    /// There are no random bytes for a challenge.
-    #[error("no challenge can be made")]
+    /// The kernel returned no random bytes for a challenge.
+    #[error("cannot create a challenge")]
     Random(#[source] io::Error),
-    /// It answers, and not as a container does.
-    #[error("{address} opens no WebSocket")]
+    /// The peer answers, but not with a WebSocket.
+    #[error("{address} does not open a WebSocket")]
     Upgrade {
         /// The port.
         address: SocketAddr,
-        /// Why.
+        /// The error.
         source: WireError,
     },
 }
 
-/// A WebSocket, and our proof for its hello where the other end has proved that it holds the token.
+/// A WebSocket, and our proof for the hello if the peer has proved that it holds the token.
 pub(super) type Opened = (Connection, Option<String>);
 
-/// A WebSocket that is open.
+/// An open WebSocket.
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// Where messages to the container go.
+    /// The queue of messages to the container.
     pub(super) outbox: Outbox,
     reader: Reader,
     writing: JoinHandle<Result<(), Ended>>,
     inlets: Option<Inlets>,
-    /// That a message could not be read was told.
-    told_unreadable: bool,
+    /// Whether an unreadable message was reported.
+    reported_unreadable: bool,
 }
 
-/// What came from the container.
+/// An event of the connection.
 #[derive(Debug)]
-pub(super) enum Heard {
+pub(super) enum ConnectionEvent {
     Text(ToHost),
     Binary(StreamId, Frame),
-    /// A message could not be read; told for the first of a connection.
+    /// A message could not be parsed. Only the first of a connection is reported.
     Unreadable(Unreadable),
-    /// Nothing more comes.
+    /// The connection has ended.
     Lost(String),
 }
 
 impl Connection {
-    /// Connects, shakes hands, and checks that the other end may have the token. Waits as long as the peer does.
+    /// Connects, performs the handshake, and checks that the peer may receive the token. Has no time limit of its own.
     ///
     /// # Errors
-    /// [`ConnectError`]. Nothing secret was sent.
+    /// [`ConnectError`]. In each case no secret was sent.
     pub(super) async fn open(address: SocketAddr, broker: &Broker) -> Result<Opened, ConnectError> {
         match Connection::attempt(address, broker).await {
             Err(ConnectError::Destination(error)) => Err(ConnectError::Destination(error.identified().await)),
@@ -126,17 +126,18 @@ impl Connection {
         let (reader, writer) = socket.split();
         let (outbox, queue) = outbox();
         let writing = tokio::spawn(queue.drain(writer));
-        let connection = Connection { outbox, reader, writing, inlets: None, told_unreadable: false };
+        let connection = Connection { outbox, reader, writing, inlets: None, reported_unreadable: false };
         Ok((connection, proof))
     }
 
-    /// Where arriving payload of streams goes. Whether there are credit windows is known when the first stream is.
+    /// Returns the inlets for arriving payload. Credit windows are negotiated before the first stream, so the first
+    /// call decides about them.
     pub(super) fn inlets(&mut self, credit: bool) -> &Inlets {
         self.inlets.get_or_insert_with(|| Inlets::new(credit))
     }
 
-    /// Closes in order, beside whatever goes on here. The container is given time to close as well: a socket that is closed
-    /// with something unread is reset, and with it what was said last may be lost.
+    /// Closes the connection in a task of its own. The container gets [`CLOSE_MAX`] to close as well: closing a socket
+    /// with unread data sends a reset, which may destroy the last messages.
     pub(super) fn close(mut self) {
         self.outbox.close(NORMAL, "");
         tokio::spawn(async move {
@@ -144,16 +145,16 @@ impl Connection {
                 let _ = (&mut self.writing).await;
                 while let Ok(Incoming::Text(_) | Incoming::Binary(_)) = self.reader.next().await {}
             };
-            // One that does not close is left.
+            // A container that does not close in time is disconnected.
             let _ = timeout(CLOSE_MAX, closing).await;
         });
     }
 
-    async fn hear(&mut self) -> Heard {
+    async fn hear(&mut self) -> ConnectionEvent {
         loop {
             let incoming = tokio::select! {
                 incoming = self.reader.next() => incoming,
-                ended = &mut self.writing => return Heard::Lost(match ended {
+                ended = &mut self.writing => return ConnectionEvent::Lost(match ended {
                     Ok(Ok(())) => "it was closed".to_owned(),
                     Ok(Err(error)) => chain(&error),
                     Err(error) => chain(&error),
@@ -162,38 +163,38 @@ impl Connection {
             match self.read(incoming) {
                 Ok(Some(heard)) => return heard,
                 Ok(None) => {}
-                Err(why) if !std::mem::replace(&mut self.told_unreadable, true) => {
-                    return Heard::Unreadable(why);
+                Err(why) if !std::mem::replace(&mut self.reported_unreadable, true) => {
+                    return ConnectionEvent::Unreadable(why);
                 }
                 Err(_) => {}
             }
         }
     }
 
-    /// Understands what came. Nothing is a message that is unknown, which is ignored.
-    fn read(&self, incoming: Result<Incoming, WireError>) -> Result<Option<Heard>, Unreadable> {
+    /// Parses a message. Returns `None` for an unknown message, which is ignored.
+    fn read(&self, incoming: Result<Incoming, WireError>) -> Result<Option<ConnectionEvent>, Unreadable> {
         Ok(match incoming {
-            Ok(Incoming::Text(text)) => ToHost::from_text(text.as_str())?.map(Heard::Text),
+            Ok(Incoming::Text(text)) => ToHost::from_text(text.as_str())?.map(ConnectionEvent::Text),
             Ok(Incoming::Binary(bytes)) => {
-                from_binary(bytes)?.map(|(stream, frame)| Heard::Binary(stream, frame))
+                from_binary(bytes)?.map(|(stream, frame)| ConnectionEvent::Binary(stream, frame))
             }
             Ok(Incoming::Closed { code, reason }) => {
-                Some(Heard::Lost(format!("closed with {code} {reason}")))
+                Some(ConnectionEvent::Lost(format!("closed with {code} {reason}")))
             }
-            Err(error) => Some(Heard::Lost(chain(&error))),
+            Err(error) => Some(ConnectionEvent::Lost(chain(&error))),
         })
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // It holds half of the socket.
+        // The task holds half of the socket.
         self.writing.abort();
     }
 }
 
-/// What comes next over the connection, if there is one. Dropping the future loses nothing.
-pub(super) async fn heard(connection: &mut Option<Connection>) -> Heard {
+/// Returns the next event of the connection, if there is one. Cancel-safe.
+pub(super) async fn heard(connection: &mut Option<Connection>) -> ConnectionEvent {
     match connection {
         Some(connection) => connection.hear().await,
         None => std::future::pending().await,

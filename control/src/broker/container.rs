@@ -1,20 +1,22 @@
-//! The container's side of one host connection: what is said, watched and connected, and when (wire specification, A.3.2 to
-//! A.3.6 and A.3.8). Pure: what happened goes in, what is to be done comes out, in order.
+//! The container's side of one host connection: its messages, watches and connections (wire specification, A.3.2 to
+//! A.3.6 and A.3.8). Pure: events go in, actions come out, in order.
 //!
 //! ```text
 //!            hello, right token                      (all of it, until the WebSocket closes)
 //!  Hello ───────────────────────────► Authenticated ─────────────────────────────────────────► Ended
-//!    │  anything else, or no hello in time: a nack at most, and 1008                              ▲
+//! !
+//! //!    │  anything else, or no hello in time: at most a nack, then 1008                             ▲
 //!    └──────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! - Nothing is acted on before the hello, and nothing at all after the end.
-//! - Readings are compared here, so a subscribe, its unsubscribe and the next subscribe never mix: the first reading after a
-//!   subscribe is a snapshot.
-//! - A stream is connecting or open. One that is closed while it connects is forgotten at once; the attempt's number tells
-//!   its late outcome from that of another stream with the same id, and the connection is dropped without a word.
-//! - Reserved requests are numbered as they come ([`Reserved`]); a session knows up to which number it has told them. So one
-//!   that comes in the moment of the hello is told once, and none is told before.
+//! - No message has an effect before the hello, and none after the end.
+//! - Readings of listeners are compared here, so a subscription, its end and the next one never mix: the first reading
+//!   after a subscription is sent as a snapshot.
+//! - A stream is connecting or open. A stream that is closed while it connects is removed at once. The number of the
+//!   connect attempt distinguishes its late outcome from that of another stream with the same id; the late connection
+//!   is dropped without a message.
+//! - Reserved requests are numbered in order of arrival ([`Reserved`]), and a session stores the number up to which it
+//!   has sent them. So a request that arrives together with the hello is sent once, and none is sent before the hello.
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU16;
@@ -28,111 +30,113 @@ use super::message::{Credential, Extensions, Frame, StreamId, ToContainer, ToHos
 use crate::model::announcement::{Announced, ForwardResult};
 use crate::model::registration::Token;
 
-/// How long a host has for its hello. A correct one says it at once.
+/// The time limit for a host's hello. A correct host sends it at once.
 pub const HELLO_TIME_MAX: Duration = Duration::from_secs(5);
-/// The close code of a host that was not let in (wire specification, A.3.4).
+/// The close code for a host that was refused (wire specification, A.3.4).
 pub const REFUSED: u16 = 1008;
-/// Streams of one host connection, connecting or open. Each holds a descriptor; a host has not even as many ports to dial from.
+/// The maximum of streams of one host connection, connecting or open. Each holds a descriptor. A host has too few ports
+/// to dial more.
 pub const STREAMS_MAX: usize = 16 * 1024;
-/// Targets for which a reserved forward is remembered.
+/// The maximum of targets for which a reserved forward is remembered.
 pub const RESERVED_MAX: usize = 256;
-/// Lines of [`ContainerEvent::Unexpected`] for one connection: a host that talks nonsense shall not fill a disk with it.
+/// The maximum of [`ContainerEvent::Unexpected`] lines for one connection, so that a faulty host cannot fill a disk
+/// with them.
 const UNEXPECTED_MAX: u32 = 16;
 
-/// What is logged (wire specification, A.13). No token, no payload.
+/// An event for the log (wire specification, A.13). It contains no token and no payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
 #[expect(
     missing_docs,
-    reason = "the fields are those of the wire specification, A.13, and say what they are"
+    reason = "the fields are those of the wire specification, A.13, and are described there"
 )]
 pub enum ContainerEvent {
-    /// A host was not let in.
+    /// A host was refused.
     AuthFailed { reason: &'static str },
-    /// A host was.
+    /// A host was accepted.
     Authed,
-    /// It watches ports from now on.
+    /// The host subscribed to listeners.
     Subscribed,
-    /// It no longer does.
+    /// The host ended its subscription.
     Unsubscribed,
-    /// The server inside was not reached.
+    /// Connecting to the server inside failed.
     RelayOpenFailed { stream_id: i64, port: u16, reason: String },
-    /// A stream ended before its bytes were through.
+    /// A stream ended before all its bytes were relayed.
     RelayDataError { stream_id: i64, reason: String },
-    /// A message made no sense.
+    /// A message was invalid.
     Unexpected { reason: String },
 }
 
-/// A message as far as it could be read.
+/// A received message, as far as it could be parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Heard {
-    /// One that is understood.
+pub enum ReceivedMessage {
+    /// A valid message.
     Message(ToContainer),
-    /// Its `type` is none that is known: ignored, but it is not a hello.
-    OtherType,
+    /// Its `type` is unknown. It is ignored, but it does not count as a hello.
+    UnknownType,
     /// A hello without a token.
     TokenlessHello,
-    /// Its `type` is known and is not that of a hello, and its fields do not fit.
-    Unfit(String),
-    /// A `relay-open` to what is no port.
-    UnfitOpen(StreamId),
-    /// It is no message at all.
-    Noise(String),
+    /// Its `type` is known and not that of a hello, and its fields are invalid.
+    InvalidFields(String),
+    /// A `relay-open` with an invalid port.
+    InvalidOpen(StreamId),
+    /// The text is not a message.
+    NotAMessage(String),
 }
 
-/// One connect attempt of one session; never used again.
+/// The id of one connect attempt of a session; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Attempt(pub u64);
 
-/// What the session wants done, in this order.
+/// An action of the session, for the shell to perform in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ask {
-    /// Send this.
-    Say(ToHost),
-    /// The host is let in, and these extensions are in use from now on. What was asked before this goes without them.
-    LetIn(Extensions),
-    /// Close the WebSocket when everything said so far is sent.
+pub enum Action {
+    /// Send this message.
+    Send(ToHost),
+    /// The host is accepted, and these extensions are in use from now on. Earlier messages do not use them.
+    Accept(Extensions),
+    /// Close the WebSocket after all earlier messages are sent.
     Close {
         /// The close code.
         code: u16,
         /// The close reason.
         reason: &'static str,
     },
-    /// Read what listens now and at every interval, and tell each reading that worked.
+    /// Read the listeners now and at every interval, and pass each successful reading to the session.
     Watch,
-    /// No longer. A reading under way is of no use.
-    Unwatch,
+    /// Stop reading. A reading in progress is discarded.
+    StopWatch,
     /// Connect to 127.0.0.1, or else `::1`.
     Connect {
-        /// To be told with the outcome.
+        /// The id to report with the outcome.
         attempt: Attempt,
-        /// For which stream.
+        /// The stream.
         stream: StreamId,
         /// The port.
         port: NonZeroU16,
     },
-    /// Give the attempt up, and close what it opens.
+    /// Abandon the attempt, and close its connection if it succeeds.
     Abandon(Attempt),
-    /// The socket that the attempt brought is this stream's from now on.
+    /// Relay between the socket of the attempt and this stream.
     Relay(Attempt, StreamId),
-    /// This came for an open stream.
+    /// Pass a frame to an open stream.
     Deliver(StreamId, Frame),
-    /// No more comes for the stream: when what was delivered is written it is over.
+    /// No frames follow for the stream: it ends when the delivered data is written.
     Forget(StreamId),
-    /// Whoever waits for it is told.
+    /// Report the result to the program that waits for it.
     Result(ForwardResult),
-    /// To the log.
-    Tell(ContainerEvent),
+    /// Write the event to the log.
+    Log(ContainerEvent),
 }
 
-/// A reserved forward that a program in the container asks for.
+/// A request of a program in the container for a reserved forward.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForwardRequest {
     /// The port in the container.
     pub target: NonZeroU16,
-    /// Ports on the host, the best first.
+    /// Candidate ports on the host, in order of preference.
     pub candidates: Vec<NonZeroU16>,
-    /// What for.
+    /// The purpose.
     pub reason: Option<String>,
 }
 
@@ -146,7 +150,8 @@ impl ForwardRequest {
     }
 }
 
-/// The requests of the process's life, one for each target, in the order in which the targets were first asked for.
+/// The requests of all programs since the start of the agent, one for each target, in the order in which the targets
+/// were first requested.
 #[derive(Clone, Debug, Default)]
 pub struct Reserved {
     requests: Vec<(u64, ForwardRequest)>,
@@ -154,9 +159,9 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// Remembers a request in place of an earlier one for the same target, which keeps its place. False where there are
-    /// [`RESERVED_MAX`] targets already.
-    pub fn remember(&mut self, request: ForwardRequest) -> bool {
+    /// Stores a request. It replaces an earlier request for the same target, and keeps its position. Returns false if
+    /// there are [`RESERVED_MAX`] targets already.
+    pub fn insert(&mut self, request: ForwardRequest) -> bool {
         let number = self.last + 1;
         let room = self.requests.len() < RESERVED_MAX;
         match self.requests.iter_mut().find(|(_, known)| known.target == request.target) {
@@ -168,14 +173,14 @@ impl Reserved {
         true
     }
 
-    /// The number of the newest one; 0 before the first.
+    /// Returns the number of the newest request; 0 before the first.
     pub fn last(&self) -> u64 {
         self.last
     }
 
-    /// Those that came after number `told`, as they came.
-    fn since(&self, told: u64) -> impl Iterator<Item = &ForwardRequest> {
-        let mut newer: Vec<_> = self.requests.iter().filter(|(number, _)| *number > told).collect();
+    /// Returns the requests after number `sent`, in order of arrival.
+    fn since(&self, sent: u64) -> impl Iterator<Item = &ForwardRequest> {
+        let mut newer: Vec<_> = self.requests.iter().filter(|(number, _)| *number > sent).collect();
         newer.sort_by_key(|(number, _)| *number);
         newer.into_iter().map(|(_, request)| request)
     }
@@ -184,10 +189,10 @@ impl Reserved {
 #[derive(Debug)]
 enum Phase {
     Hello,
-    /// Reserved requests up to this number are told.
+    /// Reserved requests up to the number `sent` are sent.
     Authenticated {
         extensions: Extensions,
-        told: u64,
+        sent: u64,
     },
     Ended,
 }
@@ -199,14 +204,14 @@ struct Stream {
     open: bool,
 }
 
-/// The machine.
+/// The session machine of one host connection.
 #[derive(Debug)]
 pub struct Session {
     token: Token,
-    /// The host's challenge, as it was answered.
+    /// Our answer to the host's challenge, if it sent one.
     answer: Option<Answer>,
     phase: Phase,
-    /// None while nobody watches; nothing in it until the first reading.
+    /// `None` without a subscription; `Some(None)` until its first reading.
     watch: Option<Option<Vec<WireListener>>>,
     streams: HashMap<StreamId, Stream>,
     attempts: u64,
@@ -214,7 +219,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// The session of a host that has connected, and whose challenge was answered if it sent one.
+    /// Creates the session of a connected host. `answer` is our answer to its challenge, if it sent one.
     pub fn new(token: Token, answer: Option<Answer>) -> Session {
         Session {
             token,
@@ -227,17 +232,17 @@ impl Session {
         }
     }
 
-    /// Whether the host is let in and has not gone.
+    /// Returns whether the host is accepted and still connected.
     pub fn is_authenticated(&self) -> bool {
         matches!(self.phase, Phase::Authenticated { .. })
     }
 
-    /// The host said something.
-    pub fn heard(&mut self, heard: Heard, reserved: &Reserved) -> Vec<Ask> {
-        match (&self.phase, heard) {
+    /// Handles a message of the host.
+    pub fn on_message(&mut self, received: ReceivedMessage, reserved: &Reserved) -> Vec<Action> {
+        match (&self.phase, received) {
             (Phase::Ended, _) => Vec::new(),
-            (_, Heard::Noise(reason)) => self.unexpected(reason),
-            (Phase::Hello, Heard::Message(ToContainer::Hello { credential, extensions })) => {
+            (_, ReceivedMessage::NotAMessage(reason)) => self.unexpected(reason),
+            (Phase::Hello, ReceivedMessage::Message(ToContainer::Hello { credential, extensions })) => {
                 let is_right = match credential {
                     Credential::Token(token) => self.token.matches(&token),
                     Credential::Proof(proof) => {
@@ -245,11 +250,11 @@ impl Session {
                     }
                 };
                 match is_right {
-                    true => self.let_in(extensions, reserved),
+                    true => self.accept(extensions, reserved),
                     false => self.refuse("token mismatch", "invalid token", "invalid token"),
                 }
             }
-            (Phase::Hello, Heard::TokenlessHello) => {
+            (Phase::Hello, ReceivedMessage::TokenlessHello) => {
                 self.refuse("token mismatch", "invalid token", "invalid token")
             }
             (Phase::Hello, _) => self.refuse(
@@ -257,54 +262,62 @@ impl Session {
                 "expected broker-hello first",
                 "auth required",
             ),
-            (Phase::Authenticated { .. }, Heard::Message(message)) => self.message(message),
-            (Phase::Authenticated { .. }, Heard::Unfit(reason)) => self.unexpected(reason),
-            (Phase::Authenticated { .. }, Heard::UnfitOpen(stream)) => {
-                vec![nack(stream, "the port is none: 1 to 65535 are")]
+            (Phase::Authenticated { .. }, ReceivedMessage::Message(message)) => self.message(message),
+            (Phase::Authenticated { .. }, ReceivedMessage::InvalidFields(reason)) => self.unexpected(reason),
+            (Phase::Authenticated { .. }, ReceivedMessage::InvalidOpen(stream)) => {
+                vec![nack(stream, "the port is not from 1 to 65535")]
             }
-            (Phase::Authenticated { .. }, Heard::OtherType | Heard::TokenlessHello) => Vec::new(),
+            (Phase::Authenticated { .. }, ReceivedMessage::UnknownType | ReceivedMessage::TokenlessHello) => {
+                Vec::new()
+            }
         }
     }
 
-    /// [`HELLO_TIME_MAX`] has passed since the host connected.
+    /// Handles the timeout of the hello, [`HELLO_TIME_MAX`] after the host connected.
     ///
-    /// There is no nack: a host takes one for a wrong token, and stops for good (A.6.7). This one may only be slow.
-    pub fn hello_is_due(&mut self) -> Vec<Ask> {
+    /// It sends no nack, since a host treats a nack as a wrong token and stops permanently (A.6.7), and this host may
+    /// only be slow.
+    pub fn on_hello_timeout(&mut self) -> Vec<Action> {
         match self.phase {
             Phase::Hello => {
                 self.phase = Phase::Ended;
                 let reason = "first message was not broker-hello";
                 vec![
-                    Ask::Tell(ContainerEvent::AuthFailed { reason }),
-                    Ask::Close { code: REFUSED, reason: "no hello in time" },
+                    Action::Log(ContainerEvent::AuthFailed { reason }),
+                    Action::Close { code: REFUSED, reason: "no hello in time" },
                 ]
             }
             Phase::Authenticated { .. } | Phase::Ended => Vec::new(),
         }
     }
 
-    /// A program in the container has asked for a reserved forward.
-    pub fn requested(&mut self, reserved: &Reserved) -> Vec<Ask> {
-        let Phase::Authenticated { told, .. } = &mut self.phase else { return Vec::new() };
-        let asks = reserved.since(*told).map(|request| Ask::Say(request.message())).collect();
-        *told = reserved.last();
-        asks
+    /// Sends new reserved requests, after a program in the container has added one.
+    pub fn on_request(&mut self, reserved: &Reserved) -> Vec<Action> {
+        let Phase::Authenticated { sent, .. } = &mut self.phase else { return Vec::new() };
+        let actions = reserved.since(*sent).map(|request| Action::Send(request.message())).collect();
+        *sent = reserved.last();
+        actions
     }
 
-    /// What listens was read. A reading that failed is not told: it is no change.
-    pub fn reading(&mut self, now: Vec<WireListener>) -> Vec<Ask> {
+    /// Handles a reading of the listeners. A failed reading is not passed in: it is not a change.
+    pub fn on_reading(&mut self, now: Vec<WireListener>) -> Vec<Action> {
         let Some(known) = &mut self.watch else { return Vec::new() };
         match known.replace(now) {
             None => {
                 let all = known.iter().flatten().map(announced).collect();
-                vec![Ask::Say(ToHost::Snapshot(all))]
+                vec![Action::Send(ToHost::Snapshot(all))]
             }
             Some(before) => difference(&before, known.as_deref().unwrap_or_default()),
         }
     }
 
-    /// An attempt to connect has come to its end. Where no [`Ask::Relay`] follows, its socket is to be closed.
-    pub fn connected(&mut self, attempt: Attempt, stream: StreamId, outcome: Result<(), String>) -> Vec<Ask> {
+    /// Handles the outcome of a connect attempt. Unless an [`Action::Relay`] follows, the caller closes the socket.
+    pub fn on_connect_outcome(
+        &mut self,
+        attempt: Attempt,
+        stream: StreamId,
+        outcome: Result<(), String>,
+    ) -> Vec<Action> {
         let Some(known) = self.streams.get_mut(&stream) else { return Vec::new() };
         if known.attempt != attempt || known.open {
             return Vec::new();
@@ -312,96 +325,97 @@ impl Session {
         match outcome {
             Ok(()) => {
                 known.open = true;
-                vec![Ask::Say(ToHost::OpenAck(stream)), Ask::Relay(attempt, stream)]
+                vec![Action::Send(ToHost::OpenAck(stream)), Action::Relay(attempt, stream)]
             }
             Err(reason) => {
                 let port = known.port.get();
                 self.streams.remove(&stream);
                 let event =
                     ContainerEvent::RelayOpenFailed { stream_id: stream.0, port, reason: reason.clone() };
-                vec![nack(stream, &reason), Ask::Tell(event)]
+                vec![nack(stream, &reason), Action::Log(event)]
             }
         }
     }
 
-    /// The pump of a stream is done, and has said so to the host as far as that is needed. `error` is why it was not an
-    /// orderly end.
-    pub fn over(&mut self, attempt: Attempt, stream: StreamId, error: Option<String>) -> Vec<Ask> {
-        let mut asks = Vec::new();
+    /// Handles the end of a stream's pump, which has sent the host the messages that this needs. `error` is the reason
+    /// if the end was not orderly.
+    pub fn on_pump_end(&mut self, attempt: Attempt, stream: StreamId, error: Option<String>) -> Vec<Action> {
+        let mut actions = Vec::new();
         if self.streams.get(&stream).is_some_and(|known| known.attempt == attempt) {
             self.streams.remove(&stream);
-            asks.push(Ask::Forget(stream));
+            actions.push(Action::Forget(stream));
         }
         let event = |reason| ContainerEvent::RelayDataError { stream_id: stream.0, reason };
-        asks.extend(error.map(|reason| Ask::Tell(event(reason))));
-        asks
+        actions.extend(error.map(|reason| Action::Log(event(reason))));
+        actions
     }
 
-    /// The WebSocket is closed.
-    pub fn gone(&mut self) -> Vec<Ask> {
+    /// Handles the end of the WebSocket.
+    pub fn on_disconnect(&mut self) -> Vec<Action> {
         self.phase = Phase::Ended;
-        let mut asks = Vec::new();
+        let mut actions = Vec::new();
         if self.watch.take().is_some() {
-            asks.push(Ask::Unwatch);
+            actions.push(Action::StopWatch);
         }
-        asks.extend(self.streams.drain().map(|(stream, known)| match known.open {
-            true => Ask::Forget(stream),
-            false => Ask::Abandon(known.attempt),
+        actions.extend(self.streams.drain().map(|(stream, known)| match known.open {
+            true => Action::Forget(stream),
+            false => Action::Abandon(known.attempt),
         }));
-        asks
+        actions
     }
 
-    fn let_in(&mut self, offered: Extensions, reserved: &Reserved) -> Vec<Ask> {
-        // A host that lists none is the reference's, and sees none.
+    fn accept(&mut self, offered: Extensions, reserved: &Reserved) -> Vec<Action> {
+        // A host that offers no extensions may be the reference implementation, and gets none listed.
         let listed = if offered == Extensions::NONE { Extensions::NONE } else { Extensions::ALL };
         let extensions = offered.and(listed);
-        self.phase = Phase::Authenticated { extensions, told: reserved.last() };
-        let mut asks = vec![Ask::Say(ToHost::HelloAck { extensions: listed }), Ask::LetIn(extensions)];
-        asks.push(Ask::Tell(ContainerEvent::Authed));
-        asks.extend(reserved.requests.iter().map(|(_, request)| Ask::Say(request.message())));
-        asks
+        self.phase = Phase::Authenticated { extensions, sent: reserved.last() };
+        let mut actions =
+            vec![Action::Send(ToHost::HelloAck { extensions: listed }), Action::Accept(extensions)];
+        actions.push(Action::Log(ContainerEvent::Authed));
+        actions.extend(reserved.requests.iter().map(|(_, request)| Action::Send(request.message())));
+        actions
     }
 
-    fn refuse(&mut self, told: &'static str, nack: &'static str, close: &'static str) -> Vec<Ask> {
+    fn refuse(&mut self, logged: &'static str, nack: &'static str, close: &'static str) -> Vec<Action> {
         self.phase = Phase::Ended;
         vec![
-            Ask::Tell(ContainerEvent::AuthFailed { reason: told }),
-            Ask::Say(ToHost::HelloNack { reason: nack.to_owned() }),
-            Ask::Close { code: REFUSED, reason: close },
+            Action::Log(ContainerEvent::AuthFailed { reason: logged }),
+            Action::Send(ToHost::HelloNack { reason: nack.to_owned() }),
+            Action::Close { code: REFUSED, reason: close },
         ]
     }
 
-    fn unexpected(&mut self, reason: String) -> Vec<Ask> {
+    fn unexpected(&mut self, reason: String) -> Vec<Action> {
         self.unexpected = self.unexpected.saturating_add(1);
         match self.unexpected <= UNEXPECTED_MAX {
-            true => vec![Ask::Tell(ContainerEvent::Unexpected { reason })],
+            true => vec![Action::Log(ContainerEvent::Unexpected { reason })],
             false => Vec::new(),
         }
     }
 
-    fn message(&mut self, message: ToContainer) -> Vec<Ask> {
+    fn message(&mut self, message: ToContainer) -> Vec<Action> {
         match message {
-            // A second one is ignored, whatever its token.
+            // A second hello is ignored, whatever its token.
             ToContainer::Hello { .. } => Vec::new(),
             ToContainer::Subscribe if self.watch.is_some() => Vec::new(),
             ToContainer::Subscribe => {
                 self.watch = Some(None);
-                vec![Ask::Watch, Ask::Tell(ContainerEvent::Subscribed)]
+                vec![Action::Watch, Action::Log(ContainerEvent::Subscribed)]
             }
             ToContainer::Unsubscribe if self.watch.is_none() => Vec::new(),
             ToContainer::Unsubscribe => {
                 self.watch = None;
-                vec![Ask::Unwatch, Ask::Tell(ContainerEvent::Unsubscribed)]
+                vec![Action::StopWatch, Action::Log(ContainerEvent::Unsubscribed)]
             }
-            ToContainer::ForwardResult(result) => vec![Ask::Result(result)],
+            ToContainer::ForwardResult(result) => vec![Action::Result(result)],
             ToContainer::Open { stream, port } => self.open(stream, port),
             ToContainer::Relay(stream, frame) => self.frame(stream, frame),
         }
     }
 
-    fn open(&mut self, stream: StreamId, port: NonZeroU16) -> Vec<Ask> {
+    fn open(&mut self, stream: StreamId, port: NonZeroU16) -> Vec<Action> {
         if self.streams.contains_key(&stream) {
-            return vec![nack(stream, "the stream is open already")];
+            return vec![nack(stream, "the stream is already open")];
         }
         if self.streams.len() >= STREAMS_MAX {
             return vec![nack(stream, "too many streams are open")];
@@ -409,13 +423,13 @@ impl Session {
         self.attempts += 1;
         let attempt = Attempt(self.attempts);
         self.streams.insert(stream, Stream { attempt, port, open: false });
-        vec![Ask::Connect { attempt, stream, port }]
+        vec![Action::Connect { attempt, stream, port }]
     }
 
-    fn frame(&mut self, stream: StreamId, frame: Frame) -> Vec<Ask> {
+    fn frame(&mut self, stream: StreamId, frame: Frame) -> Vec<Action> {
         let Some(known) = self.streams.get(&stream) else { return Vec::new() };
         let (open, attempt) = (known.open, known.attempt);
-        if !self.knows(&frame) {
+        if !self.is_negotiated(&frame) {
             return Vec::new();
         }
         let ends = matches!(frame, Frame::Close(_) | Frame::Reset);
@@ -423,16 +437,17 @@ impl Session {
             self.streams.remove(&stream);
         }
         match (open, ends) {
-            (true, true) => vec![Ask::Deliver(stream, frame), Ask::Forget(stream)],
-            (true, false) => vec![Ask::Deliver(stream, frame)],
-            (false, true) => vec![Ask::Abandon(attempt)],
-            // The wire has it dropped (A.3.6); a host holds it back until the acknowledgement.
+            (true, true) => vec![Action::Deliver(stream, frame), Action::Forget(stream)],
+            (true, false) => vec![Action::Deliver(stream, frame)],
+            (false, true) => vec![Action::Abandon(attempt)],
+            // The specification requires such frames to be dropped (A.3.6); a host waits for the acknowledgement before
+            // it sends any.
             (false, false) => Vec::new(),
         }
     }
 
-    /// Whether the frame belongs to the protocol as it was agreed.
-    fn knows(&self, frame: &Frame) -> bool {
+    /// Returns whether the frame belongs to the negotiated protocol.
+    fn is_negotiated(&self, frame: &Frame) -> bool {
         let Phase::Authenticated { extensions, .. } = &self.phase else { return false };
         match frame {
             Frame::Data(_) | Frame::Close(_) => true,
@@ -443,22 +458,22 @@ impl Session {
     }
 }
 
-fn nack(stream: StreamId, reason: &str) -> Ask {
-    Ask::Say(ToHost::OpenNack { stream, reason: reason.to_owned() })
+fn nack(stream: StreamId, reason: &str) -> Action {
+    Action::Send(ToHost::OpenNack { stream, reason: reason.to_owned() })
 }
 
 fn announced(listener: &WireListener) -> Announced {
     Announced { port: listener.port, loopback: listener.bind_addr == BindAddr::Loopback }
 }
 
-/// First what opened, in the order of the new reading, then what closed, in the order of the one before. Where a port is bound
-/// is no difference.
-fn difference(before: &[WireListener], now: &[WireListener]) -> Vec<Ask> {
+/// Returns the opened ports in the order of the new reading, then the closed ports in the order of the previous one. A
+/// change of the bind address alone is not a difference.
+fn difference(before: &[WireListener], now: &[WireListener]) -> Vec<Action> {
     let ports = |all: &[WireListener]| all.iter().map(|one| one.port).collect::<HashSet<_>>();
     let (old, new) = (ports(before), ports(now));
     let opened = now.iter().filter(|one| !old.contains(&one.port)).map(announced).map(ToHost::Opened);
     let closed = before.iter().map(|one| one.port).filter(|port| !new.contains(port)).map(ToHost::Closed);
-    opened.chain(closed).map(Ask::Say).collect()
+    opened.chain(closed).map(Action::Send).collect()
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The rows of the wire specification, A.14, "container-server", as far as they are the session's; those about sockets are
-//! told again by the agent's own tests. Then a model, with random inputs.
+//! The rows of the wire specification, A.14, "container-server", that concern the session; those about sockets are in
+//! the agent's own tests. Then a model test with random inputs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,47 +20,53 @@ fn session() -> Session {
     Session::new(Token::new(TOKEN).unwrap(), None)
 }
 
-fn hello(token: &str) -> Heard {
+fn hello(token: &str) -> ReceivedMessage {
     hello_with(token, Extensions::NONE)
 }
 
-fn hello_with(token: &str, extensions: Extensions) -> Heard {
-    Heard::Message(ToContainer::Hello { credential: Credential::Token(token.to_owned()), extensions })
+fn hello_with(token: &str, extensions: Extensions) -> ReceivedMessage {
+    ReceivedMessage::Message(ToContainer::Hello {
+        credential: Credential::Token(token.to_owned()),
+        extensions,
+    })
 }
 
 #[test]
-fn a_proof_counts_once_its_challenge_was_answered_and_no_other_one_does() {
+fn only_the_proof_for_the_answered_challenge_is_accepted() {
     let name = crate::model::registration::ContainerName::new("shop").unwrap();
     let challenge = || Challenge::new(name.clone(), [1; 32]);
     let answer = || challenge().answer(Token::new(TOKEN).unwrap(), [2; 32]);
     let proof = challenge().check(&Token::new(TOKEN).unwrap(), &answer().header()).unwrap();
     let hello = |proof: &str| {
         let credential = Credential::Proof(proof.to_owned());
-        Heard::Message(ToContainer::Hello { credential, extensions: Extensions::NONE })
+        ReceivedMessage::Message(ToContainer::Hello { credential, extensions: Extensions::NONE })
     };
     let with = |answer| Session::new(Token::new(TOKEN).unwrap(), answer);
-    let lets_in = |mut session: Session, heard| {
-        session.heard(heard, &Reserved::default());
+    let is_accepted = |mut session: Session, received| {
+        session.on_message(received, &Reserved::default());
         session.is_authenticated()
     };
-    assert!(lets_in(with(Some(answer())), hello(&proof)));
-    assert!(lets_in(with(Some(answer())), hello_with(TOKEN, Extensions::NONE)), "a host of the reference");
-    assert!(!lets_in(with(None), hello(&proof)));
+    assert!(is_accepted(with(Some(answer())), hello(&proof)));
+    assert!(
+        is_accepted(with(Some(answer())), hello_with(TOKEN, Extensions::NONE)),
+        "a host of the reference"
+    );
+    assert!(!is_accepted(with(None), hello(&proof)));
     let own = answer().header().rsplit(' ').next().unwrap().to_owned();
     for wrong in [own.as_str(), TOKEN, ""] {
-        assert!(!lets_in(with(Some(answer())), hello(wrong)), "{wrong}");
+        assert!(!is_accepted(with(Some(answer())), hello(wrong)), "{wrong}");
     }
     let later = challenge().answer(Token::new(TOKEN).unwrap(), [3; 32]);
-    assert!(!lets_in(with(Some(later)), hello(&proof)), "of an earlier connection");
+    assert!(!is_accepted(with(Some(later)), hello(&proof)), "the proof of an earlier connection");
 }
 
-fn says(session: &mut Session, message: ToContainer) -> Vec<Ask> {
-    session.heard(Heard::Message(message), &Reserved::default())
+fn receive(session: &mut Session, message: ToContainer) -> Vec<Action> {
+    session.on_message(ReceivedMessage::Message(message), &Reserved::default())
 }
 
 fn authenticated_with(extensions: Extensions) -> Session {
     let mut session = session();
-    session.heard(hello_with(TOKEN, extensions), &Reserved::default());
+    session.on_message(hello_with(TOKEN, extensions), &Reserved::default());
     assert!(session.is_authenticated());
     session
 }
@@ -69,11 +75,12 @@ fn authenticated() -> Session {
     authenticated_with(Extensions::NONE)
 }
 
-/// What is said to the host, alone.
-fn said(asks: Vec<Ask>) -> Vec<ToHost> {
-    asks.into_iter()
-        .filter_map(|ask| match ask {
-            Ask::Say(message) => Some(message),
+/// Returns only the messages to the host.
+fn sent_messages(actions: Vec<Action>) -> Vec<ToHost> {
+    actions
+        .into_iter()
+        .filter_map(|action| match action {
+            Action::Send(message) => Some(message),
             _ => None,
         })
         .collect()
@@ -87,7 +94,7 @@ fn any(ports: &[u16]) -> Vec<WireListener> {
     ports.iter().map(|&number| listener(number, BindAddr::Any)).collect()
 }
 
-fn told(number: u16) -> Announced {
+fn announced_on_any(number: u16) -> Announced {
     Announced { port: port(number), loopback: false }
 }
 
@@ -95,22 +102,25 @@ fn data(text: &'static str) -> Frame {
     Frame::Data(Bytes::from_static(text.as_bytes()))
 }
 
-/// The attempt that `relay-open` began.
+/// Sends a `relay-open`, and returns its connect attempt.
 fn open(session: &mut Session, stream: i64, number: u16) -> Attempt {
-    let asks = says(session, ToContainer::Open { stream: StreamId(stream), port: port(number) });
-    match asks[..] {
-        [Ask::Connect { attempt, stream: of, port: to }] => {
+    let actions = receive(session, ToContainer::Open { stream: StreamId(stream), port: port(number) });
+    match actions[..] {
+        [Action::Connect { attempt, stream: of, port: to }] => {
             assert_eq!((of, to), (StreamId(stream), port(number)));
             attempt
         }
-        _ => panic!("{asks:?}"),
+        _ => panic!("{actions:?}"),
     }
 }
 
 fn opened(session: &mut Session, stream: i64) -> Attempt {
     let attempt = open(session, stream, 5173);
-    let asks = session.connected(attempt, StreamId(stream), Ok(()));
-    assert_eq!(asks, [Ask::Say(ToHost::OpenAck(StreamId(stream))), Ask::Relay(attempt, StreamId(stream))]);
+    let actions = session.on_connect_outcome(attempt, StreamId(stream), Ok(()));
+    assert_eq!(
+        actions,
+        [Action::Send(ToHost::OpenAck(StreamId(stream))), Action::Relay(attempt, StreamId(stream))]
+    );
     attempt
 }
 
@@ -121,108 +131,129 @@ fn request(target: u16, reason: Option<&str>) -> ForwardRequest {
 
 #[test]
 fn rejects_non_hello_first_message() {
-    for first in [Heard::Message(ToContainer::Subscribe), Heard::OtherType, Heard::Unfit("x".to_owned())] {
+    for first in [
+        ReceivedMessage::Message(ToContainer::Subscribe),
+        ReceivedMessage::UnknownType,
+        ReceivedMessage::InvalidFields("x".to_owned()),
+    ] {
         let mut session = session();
         let expected = [
-            Ask::Tell(ContainerEvent::AuthFailed { reason: "first message was not broker-hello" }),
-            Ask::Say(ToHost::HelloNack { reason: "expected broker-hello first".to_owned() }),
-            Ask::Close { code: 1008, reason: "auth required" },
+            Action::Log(ContainerEvent::AuthFailed { reason: "first message was not broker-hello" }),
+            Action::Send(ToHost::HelloNack { reason: "expected broker-hello first".to_owned() }),
+            Action::Close { code: 1008, reason: "auth required" },
         ];
-        assert_eq!(session.heard(first, &Reserved::default()), expected);
-        assert_eq!(session.heard(hello(TOKEN), &Reserved::default()), [], "it is too late");
+        assert_eq!(session.on_message(first, &Reserved::default()), expected);
+        assert_eq!(session.on_message(hello(TOKEN), &Reserved::default()), [], "the session has ended");
     }
 }
 
 #[test]
 fn rejects_hello_with_wrong_token() {
-    for wrong in [hello("wrong-token"), hello(""), Heard::TokenlessHello] {
+    for wrong in [hello("wrong-token"), hello(""), ReceivedMessage::TokenlessHello] {
         let expected = [
-            Ask::Tell(ContainerEvent::AuthFailed { reason: "token mismatch" }),
-            Ask::Say(ToHost::HelloNack { reason: "invalid token".to_owned() }),
-            Ask::Close { code: 1008, reason: "invalid token" },
+            Action::Log(ContainerEvent::AuthFailed { reason: "token mismatch" }),
+            Action::Send(ToHost::HelloNack { reason: "invalid token".to_owned() }),
+            Action::Close { code: 1008, reason: "invalid token" },
         ];
         let mut session = session();
-        assert_eq!(session.heard(wrong, &Reserved::default()), expected);
-        assert_eq!(session.heard(hello(TOKEN), &Reserved::default()), []);
+        assert_eq!(session.on_message(wrong, &Reserved::default()), expected);
+        assert_eq!(session.on_message(hello(TOKEN), &Reserved::default()), []);
     }
 }
 
 #[test]
 fn accepts_hello_with_correct_token() {
     let mut session = session();
-    let ack = |extensions| Ask::Say(ToHost::HelloAck { extensions });
-    let expected = [ack(Extensions::NONE), Ask::LetIn(Extensions::NONE), Ask::Tell(ContainerEvent::Authed)];
-    assert_eq!(session.heard(hello(TOKEN), &Reserved::default()), expected);
-    for again in [hello(TOKEN), hello("wrong-token"), Heard::TokenlessHello] {
-        assert_eq!(session.heard(again, &Reserved::default()), [], "a second hello is ignored");
+    let ack = |extensions| Action::Send(ToHost::HelloAck { extensions });
+    let expected =
+        [ack(Extensions::NONE), Action::Accept(Extensions::NONE), Action::Log(ContainerEvent::Authed)];
+    assert_eq!(session.on_message(hello(TOKEN), &Reserved::default()), expected);
+    for again in [hello(TOKEN), hello("wrong-token"), ReceivedMessage::TokenlessHello] {
+        assert_eq!(session.on_message(again, &Reserved::default()), [], "a second hello is ignored");
     }
     assert!(session.is_authenticated());
 }
 
 #[test]
-fn extensions_are_listed_to_who_lists_some_and_used_where_both_do() {
+fn extensions_are_listed_for_a_host_that_lists_some_and_used_if_both_list_them() {
     let credit = Extensions { credit: true, ..Extensions::NONE };
     let mut session = session();
-    let asks = session.heard(hello_with(TOKEN, credit), &Reserved::default());
-    assert_eq!(asks[0], Ask::Say(ToHost::HelloAck { extensions: Extensions::ALL }));
-    assert_eq!(asks[1], Ask::LetIn(credit));
+    let actions = session.on_message(hello_with(TOKEN, credit), &Reserved::default());
+    assert_eq!(actions[0], Action::Send(ToHost::HelloAck { extensions: Extensions::ALL }));
+    assert_eq!(actions[1], Action::Accept(credit));
 }
 
 #[test]
-fn who_says_no_hello_in_time_is_closed_without_a_nack() {
+fn a_host_without_a_hello_in_time_is_closed_without_a_nack() {
     let mut session = session();
-    assert_eq!(session.heard(Heard::Noise("invalid json".to_owned()), &Reserved::default()).len(), 1);
-    let asks = session.hello_is_due();
-    assert!(matches!(asks[..], [Ask::Tell(_), Ask::Close { code: 1008, .. }]), "{asks:?}");
-    assert_eq!(session.heard(hello(TOKEN), &Reserved::default()), []);
-    assert_eq!(authenticated().hello_is_due(), []);
+    assert_eq!(
+        session
+            .on_message(ReceivedMessage::NotAMessage("invalid json".to_owned()), &Reserved::default())
+            .len(),
+        1
+    );
+    let actions = session.on_hello_timeout();
+    assert!(matches!(actions[..], [Action::Log(_), Action::Close { code: 1008, .. }]), "{actions:?}");
+    assert_eq!(session.on_message(hello(TOKEN), &Reserved::default()), []);
+    assert_eq!(authenticated().on_hello_timeout(), []);
 }
 
 #[test]
 fn subscribe_sends_a_snapshot_of_current_listen_ports() {
     let mut session = authenticated();
-    let asks = says(&mut session, ToContainer::Subscribe);
-    assert_eq!(asks, [Ask::Watch, Ask::Tell(ContainerEvent::Subscribed)]);
-    assert_eq!(says(&mut session, ToContainer::Subscribe), [], "a second one does nothing");
-    assert_eq!(session.reading(any(&[5173])), [Ask::Say(ToHost::Snapshot(vec![told(5173)]))]);
+    let actions = receive(&mut session, ToContainer::Subscribe);
+    assert_eq!(actions, [Action::Watch, Action::Log(ContainerEvent::Subscribed)]);
+    assert_eq!(receive(&mut session, ToContainer::Subscribe), [], "a second one does nothing");
+    assert_eq!(
+        session.on_reading(any(&[5173])),
+        [Action::Send(ToHost::Snapshot(vec![announced_on_any(5173)]))]
+    );
 }
 
 #[test]
-fn an_empty_reading_is_a_snapshot_too() {
+fn an_empty_reading_is_sent_as_a_snapshot() {
     let mut session = authenticated();
-    says(&mut session, ToContainer::Subscribe);
-    assert_eq!(session.reading(Vec::new()), [Ask::Say(ToHost::Snapshot(Vec::new()))]);
-    assert_eq!(session.reading(Vec::new()), []);
+    receive(&mut session, ToContainer::Subscribe);
+    assert_eq!(session.on_reading(Vec::new()), [Action::Send(ToHost::Snapshot(Vec::new()))]);
+    assert_eq!(session.on_reading(Vec::new()), []);
 }
 
 #[test]
 fn emits_port_listen_opened_and_closed_across_polling_ticks() {
     let mut session = authenticated();
-    says(&mut session, ToContainer::Subscribe);
-    session.reading(any(&[1, 2, 3]));
-    let expected =
-        [ToHost::Opened(told(9)), ToHost::Opened(told(8)), ToHost::Closed(port(1)), ToHost::Closed(port(3))];
+    receive(&mut session, ToContainer::Subscribe);
+    session.on_reading(any(&[1, 2, 3]));
+    let expected = [
+        ToHost::Opened(announced_on_any(9)),
+        ToHost::Opened(announced_on_any(8)),
+        ToHost::Closed(port(1)),
+        ToHost::Closed(port(3)),
+    ];
     assert_eq!(
-        said(session.reading(any(&[9, 2, 8]))),
+        sent_messages(session.on_reading(any(&[9, 2, 8]))),
         expected,
-        "the new in their order, then the old in theirs"
+        "opened ports in the new order, then closed ports in the old order"
     );
-    assert_eq!(session.reading(any(&[9, 2, 8])), []);
+    assert_eq!(session.on_reading(any(&[9, 2, 8])), []);
     let moved = vec![listener(9, BindAddr::Loopback), listener(2, BindAddr::Any), listener(8, BindAddr::Any)];
-    assert_eq!(session.reading(moved), [], "where it is bound is no difference");
+    assert_eq!(session.on_reading(moved), [], "a changed bind address is not a difference");
 }
 
 #[test]
 fn unsubscribe_stops_the_polling_timer() {
     let mut session = authenticated();
-    assert_eq!(says(&mut session, ToContainer::Unsubscribe), [], "nobody watches");
-    says(&mut session, ToContainer::Subscribe);
-    session.reading(any(&[5173]));
-    let asks = says(&mut session, ToContainer::Unsubscribe);
-    assert_eq!(asks, [Ask::Unwatch, Ask::Tell(ContainerEvent::Unsubscribed)]);
-    assert_eq!(session.reading(any(&[])), [], "a late reading says nothing");
-    says(&mut session, ToContainer::Subscribe);
-    assert_eq!(said(session.reading(any(&[7]))), [ToHost::Snapshot(vec![told(7)])], "a fresh snapshot");
+    assert_eq!(receive(&mut session, ToContainer::Unsubscribe), [], "there is no subscription");
+    receive(&mut session, ToContainer::Subscribe);
+    session.on_reading(any(&[5173]));
+    let actions = receive(&mut session, ToContainer::Unsubscribe);
+    assert_eq!(actions, [Action::StopWatch, Action::Log(ContainerEvent::Unsubscribed)]);
+    assert_eq!(session.on_reading(any(&[])), [], "a late reading is ignored");
+    receive(&mut session, ToContainer::Subscribe);
+    assert_eq!(
+        sent_messages(session.on_reading(any(&[7]))),
+        [ToHost::Snapshot(vec![announced_on_any(7)])],
+        "a fresh snapshot"
+    );
 }
 
 #[test]
@@ -240,43 +271,49 @@ fn relay_open_failure_sends_nack_with_reason() {
     let reason = "ECONNREFUSED: Connection refused".to_owned();
     let nack = ToHost::OpenNack { stream: StreamId(7), reason: reason.clone() };
     let event = ContainerEvent::RelayOpenFailed { stream_id: 7, port: 5173, reason: reason.clone() };
-    let asks = session.connected(attempt, StreamId(7), Err(reason));
-    assert_eq!(asks, [Ask::Say(nack), Ask::Tell(event)]);
+    let actions = session.on_connect_outcome(attempt, StreamId(7), Err(reason));
+    assert_eq!(actions, [Action::Send(nack), Action::Log(event)]);
     open(&mut session, 7, 5173);
 }
 
 #[test]
-fn an_id_in_use_and_a_port_that_is_none_are_nacked() {
+fn an_id_in_use_and_an_invalid_port_are_nacked() {
     let mut session = authenticated();
     opened(&mut session, 7);
-    let asks = said(says(&mut session, ToContainer::Open { stream: StreamId(7), port: port(80) }));
-    assert!(matches!(asks[..], [ToHost::OpenNack { stream: StreamId(7), .. }]), "{asks:?}");
-    let asks = said(session.heard(Heard::UnfitOpen(StreamId(8)), &Reserved::default()));
-    assert!(matches!(asks[..], [ToHost::OpenNack { stream: StreamId(8), .. }]), "{asks:?}");
+    let actions =
+        sent_messages(receive(&mut session, ToContainer::Open { stream: StreamId(7), port: port(80) }));
+    assert!(matches!(actions[..], [ToHost::OpenNack { stream: StreamId(7), .. }]), "{actions:?}");
+    let actions =
+        sent_messages(session.on_message(ReceivedMessage::InvalidOpen(StreamId(8)), &Reserved::default()));
+    assert!(matches!(actions[..], [ToHost::OpenNack { stream: StreamId(8), .. }]), "{actions:?}");
     let frame = ToContainer::Relay(StreamId(7), data("x"));
-    assert_eq!(says(&mut session, frame), [Ask::Deliver(StreamId(7), data("x"))], "the stream goes on");
+    assert_eq!(
+        receive(&mut session, frame),
+        [Action::Deliver(StreamId(7), data("x"))],
+        "the stream continues"
+    );
 }
 
 #[test]
 fn relay_data_flows_from_the_host_after_open_and_is_dropped_before() {
     let mut session = authenticated();
     let frame = || ToContainer::Relay(StreamId(1), data("bytes"));
-    assert_eq!(says(&mut session, frame()), [], "an unknown stream");
+    assert_eq!(receive(&mut session, frame()), [], "an unknown stream");
     let attempt = open(&mut session, 1, 5173);
-    assert_eq!(says(&mut session, frame()), [], "a stream that connects");
-    session.connected(attempt, StreamId(1), Ok(()));
-    assert_eq!(says(&mut session, frame()), [Ask::Deliver(StreamId(1), data("bytes"))]);
+    assert_eq!(receive(&mut session, frame()), [], "a connecting stream");
+    session.on_connect_outcome(attempt, StreamId(1), Ok(()));
+    assert_eq!(receive(&mut session, frame()), [Action::Deliver(StreamId(1), data("bytes"))]);
 }
 
 #[test]
-fn relay_close_from_host_ends_the_upstream_connection_and_says_nothing() {
+fn relay_close_from_host_ends_the_upstream_connection_without_an_answer() {
     let mut session = authenticated();
     let attempt = opened(&mut session, 1);
     let close = Frame::Close(Side::Downstream);
-    let asks = says(&mut session, ToContainer::Relay(StreamId(1), close.clone()));
-    assert_eq!(asks, [Ask::Deliver(StreamId(1), close.clone()), Ask::Forget(StreamId(1))]);
-    assert_eq!(says(&mut session, ToContainer::Relay(StreamId(1), close)), []);
-    assert_eq!(session.over(attempt, StreamId(1), None), []);
+    let actions = receive(&mut session, ToContainer::Relay(StreamId(1), close.clone()));
+    assert_eq!(actions, [Action::Deliver(StreamId(1), close.clone()), Action::Forget(StreamId(1))]);
+    assert_eq!(receive(&mut session, ToContainer::Relay(StreamId(1), close)), []);
+    assert_eq!(session.on_pump_end(attempt, StreamId(1), None), []);
 }
 
 #[test]
@@ -284,115 +321,126 @@ fn relay_close_during_connect_drops_the_connection_without_an_ack() {
     let mut session = authenticated();
     let first = open(&mut session, 1, 5173);
     let close = ToContainer::Relay(StreamId(1), Frame::Close(Side::Downstream));
-    assert_eq!(says(&mut session, close), [Ask::Abandon(first)]);
-    assert_eq!(session.connected(first, StreamId(1), Ok(())), [], "no ack, no pump");
+    assert_eq!(receive(&mut session, close), [Action::Abandon(first)]);
+    assert_eq!(session.on_connect_outcome(first, StreamId(1), Ok(())), [], "no ack, no pump");
     let second = open(&mut session, 1, 5173);
-    assert_eq!(session.connected(first, StreamId(1), Ok(())), [], "nor for the next stream of that id");
-    assert_eq!(session.connected(second, StreamId(1), Ok(())).len(), 2);
+    assert_eq!(
+        session.on_connect_outcome(first, StreamId(1), Ok(())),
+        [],
+        "also not for the next stream with that id"
+    );
+    assert_eq!(session.on_connect_outcome(second, StreamId(1), Ok(())).len(), 2);
 }
 
 #[test]
 fn the_end_of_an_upstream_frees_its_id() {
     let mut session = authenticated();
     let attempt = opened(&mut session, 1);
-    assert_eq!(session.over(attempt, StreamId(1), None), [Ask::Forget(StreamId(1))]);
+    assert_eq!(session.on_pump_end(attempt, StreamId(1), None), [Action::Forget(StreamId(1))]);
     let next = opened(&mut session, 1);
-    assert_eq!(session.over(attempt, StreamId(1), None), [], "the end of another stream");
-    let asks = session.over(next, StreamId(1), Some("EPIPE".to_owned()));
+    assert_eq!(session.on_pump_end(attempt, StreamId(1), None), [], "the end of another stream");
+    let actions = session.on_pump_end(next, StreamId(1), Some("EPIPE".to_owned()));
     let event = ContainerEvent::RelayDataError { stream_id: 1, reason: "EPIPE".to_owned() };
-    assert_eq!(asks, [Ask::Forget(StreamId(1)), Ask::Tell(event)]);
+    assert_eq!(actions, [Action::Forget(StreamId(1)), Action::Log(event)]);
 }
 
 #[test]
-fn frames_of_extensions_that_were_not_agreed_are_ignored() {
+fn frames_of_extensions_that_were_not_negotiated_are_ignored() {
     let frames = [Frame::Eof, Frame::Credit(9), Frame::Reset];
     for frame in &frames {
         let mut session = authenticated();
         opened(&mut session, 1);
-        assert_eq!(says(&mut session, ToContainer::Relay(StreamId(1), frame.clone())), []);
+        assert_eq!(receive(&mut session, ToContainer::Relay(StreamId(1), frame.clone())), []);
         let mut session = authenticated_with(Extensions::ALL);
         opened(&mut session, 1);
-        let asks = says(&mut session, ToContainer::Relay(StreamId(1), frame.clone()));
-        assert_eq!(asks[0], Ask::Deliver(StreamId(1), frame.clone()));
+        let actions = receive(&mut session, ToContainer::Relay(StreamId(1), frame.clone()));
+        assert_eq!(actions[0], Action::Deliver(StreamId(1), frame.clone()));
     }
     let mut session = authenticated_with(Extensions::ALL);
     let attempt = open(&mut session, 1, 5173);
-    assert_eq!(says(&mut session, ToContainer::Relay(StreamId(1), Frame::Reset)), [Ask::Abandon(attempt)]);
+    assert_eq!(
+        receive(&mut session, ToContainer::Relay(StreamId(1), Frame::Reset)),
+        [Action::Abandon(attempt)]
+    );
 }
 
 #[test]
 fn close_ends_all_open_upstreams_and_the_watcher() {
     let mut session = authenticated();
-    says(&mut session, ToContainer::Subscribe);
+    receive(&mut session, ToContainer::Subscribe);
     opened(&mut session, 1);
     opened(&mut session, 2);
     let attempt = open(&mut session, 3, 5173);
-    let asks = session.gone();
-    assert_eq!(asks[0], Ask::Unwatch);
-    for expected in [Ask::Forget(StreamId(1)), Ask::Forget(StreamId(2)), Ask::Abandon(attempt)] {
-        assert!(asks.contains(&expected), "{asks:?}");
+    let actions = session.on_disconnect();
+    assert_eq!(actions[0], Action::StopWatch);
+    for expected in [Action::Forget(StreamId(1)), Action::Forget(StreamId(2)), Action::Abandon(attempt)] {
+        assert!(actions.contains(&expected), "{actions:?}");
     }
-    assert_eq!(asks.len(), 4);
-    assert_eq!(session.connected(attempt, StreamId(3), Ok(())), []);
-    assert_eq!(session.reading(any(&[1])), []);
-    assert_eq!(session.gone(), []);
+    assert_eq!(actions.len(), 4);
+    assert_eq!(session.on_connect_outcome(attempt, StreamId(3), Ok(())), []);
+    assert_eq!(session.on_reading(any(&[1])), []);
+    assert_eq!(session.on_disconnect(), []);
 }
 
 #[test]
-fn forwards_results_to_who_waits_and_none_before_the_hello() {
+fn results_are_passed_on_after_the_hello_only() {
     let results = [Ok(port(5173)), Err("policy excluded".to_owned())];
     for result in results {
         let result = ForwardResult { port: port(5173), result };
         let mut session = authenticated();
-        let asks = says(&mut session, ToContainer::ForwardResult(result.clone()));
-        assert_eq!(asks, [Ask::Result(result.clone())]);
-        let mut stranger = crate::broker::container::tests::session();
-        let asks = says(&mut stranger, ToContainer::ForwardResult(result));
-        assert!(!asks.iter().any(|ask| matches!(ask, Ask::Result(_))), "{asks:?}");
+        let actions = receive(&mut session, ToContainer::ForwardResult(result.clone()));
+        assert_eq!(actions, [Action::Result(result.clone())]);
+        let mut unauthenticated = crate::broker::container::tests::session();
+        let actions = receive(&mut unauthenticated, ToContainer::ForwardResult(result));
+        assert!(!actions.iter().any(|action| matches!(action, Action::Result(_))), "{actions:?}");
     }
 }
 
 #[test]
-fn a_published_request_is_sent_after_the_hello_and_never_before() {
+fn a_reserved_request_is_sent_after_the_hello_and_never_before() {
     let mut reserved = Reserved::default();
     let mut session = session();
-    assert!(reserved.remember(request(4848, Some("dashboard"))));
-    assert_eq!(session.requested(&reserved), []);
-    let asks = said(session.heard(hello(TOKEN), &reserved));
+    assert!(reserved.insert(request(4848, Some("dashboard"))));
+    assert_eq!(session.on_request(&reserved), []);
+    let actions = sent_messages(session.on_message(hello(TOKEN), &reserved));
     let message = request(4848, Some("dashboard")).message();
-    assert_eq!(asks, [ToHost::HelloAck { extensions: Extensions::NONE }, message.clone()]);
-    assert_eq!(session.requested(&reserved), [], "it was told once");
-    assert!(reserved.remember(request(5000, None)));
-    assert_eq!(said(session.requested(&reserved)), [request(5000, None).message()]);
-    assert!(reserved.remember(request(4848, Some("dashboard"))));
-    assert_eq!(said(session.requested(&reserved)), [message], "whoever asks again is answered again");
+    assert_eq!(actions, [ToHost::HelloAck { extensions: Extensions::NONE }, message.clone()]);
+    assert_eq!(session.on_request(&reserved), [], "it is sent once");
+    assert!(reserved.insert(request(5000, None)));
+    assert_eq!(sent_messages(session.on_request(&reserved)), [request(5000, None).message()]);
+    assert!(reserved.insert(request(4848, Some("dashboard"))));
+    assert_eq!(sent_messages(session.on_request(&reserved)), [message], "a repeated request is sent again");
 }
 
 #[test]
 fn a_reconnect_repeats_the_requests_in_their_first_order() {
     let mut reserved = Reserved::default();
     for target in [300, 100, 200] {
-        assert!(reserved.remember(request(target, None)));
+        assert!(reserved.insert(request(target, None)));
     }
-    assert!(reserved.remember(request(300, Some("newer"))));
+    assert!(reserved.insert(request(300, Some("newer"))));
     let mut session = session();
-    let asks = said(session.heard(hello(TOKEN), &reserved));
+    let actions = sent_messages(session.on_message(hello(TOKEN), &reserved));
     let expected = [
         ToHost::HelloAck { extensions: Extensions::NONE },
         request(300, Some("newer")).message(),
         request(100, None).message(),
         request(200, None).message(),
     ];
-    assert_eq!(asks, expected);
+    assert_eq!(actions, expected);
 }
 
 #[test]
-fn nonsense_is_told_for_a_while_and_closes_nothing() {
+fn invalid_messages_are_logged_up_to_a_limit_and_close_nothing() {
     let mut session = authenticated();
     let mut lines = 0;
     for _ in 0..1000 {
-        lines += session.heard(Heard::Noise("invalid json".to_owned()), &Reserved::default()).len();
-        lines += session.heard(Heard::Unfit("relay-data: bytes".to_owned()), &Reserved::default()).len();
+        lines += session
+            .on_message(ReceivedMessage::NotAMessage("invalid json".to_owned()), &Reserved::default())
+            .len();
+        lines += session
+            .on_message(ReceivedMessage::InvalidFields("relay-data: bytes".to_owned()), &Reserved::default())
+            .len();
     }
     assert_eq!(lines, usize::try_from(UNEXPECTED_MAX).unwrap());
     assert!(session.is_authenticated());
@@ -404,16 +452,17 @@ fn streams_are_bounded() {
     for stream in 0..i64::try_from(STREAMS_MAX).unwrap() {
         open(&mut session, stream, 1);
     }
-    let asks = said(says(&mut session, ToContainer::Open { stream: StreamId(-1), port: port(1) }));
-    assert!(matches!(asks[..], [ToHost::OpenNack { .. }]), "{asks:?}");
+    let actions =
+        sent_messages(receive(&mut session, ToContainer::Open { stream: StreamId(-1), port: port(1) }));
+    assert!(matches!(actions[..], [ToHost::OpenNack { .. }]), "{actions:?}");
 }
 
-/// Anything that can happen to a session.
+/// An event of a session.
 #[derive(Clone, Debug)]
-enum Happening {
-    Heard(Heard),
+enum SessionEvent {
+    ReceivedMessage(ReceivedMessage),
     Reading(Vec<WireListener>),
-    /// The outcome of the attempt with this place among those under way.
+    /// The outcome of the connect attempt at this index among those in progress.
     Connected(usize, bool),
     Over(usize),
     Requested(u16),
@@ -431,7 +480,7 @@ fn frames() -> impl Strategy<Value = Frame> {
     ]
 }
 
-fn happenings() -> impl Strategy<Value = Happening> {
+fn events() -> impl Strategy<Value = SessionEvent> {
     let stream = || 1..5_i64;
     let number = || 1..6_u16;
     let extensions = prop_oneof![Just(Extensions::NONE), Just(Extensions::ALL)];
@@ -444,21 +493,21 @@ fn happenings() -> impl Strategy<Value = Happening> {
         5 => (stream(), number()).prop_map(|(stream, number)| ToContainer::Open { stream: StreamId(stream), port: port(number) }),
         5 => (stream(), frames()).prop_map(|(stream, frame)| ToContainer::Relay(StreamId(stream), frame)),
     ];
-    let heard = prop_oneof![
-        20 => message.prop_map(Heard::Message),
-        1 => Just(Heard::OtherType),
-        1 => Just(Heard::Noise("invalid json".to_owned())),
-        1 => stream().prop_map(|stream| Heard::UnfitOpen(StreamId(stream))),
+    let received = prop_oneof![
+        20 => message.prop_map(ReceivedMessage::Message),
+        1 => Just(ReceivedMessage::UnknownType),
+        1 => Just(ReceivedMessage::NotAMessage("invalid json".to_owned())),
+        1 => stream().prop_map(|stream| ReceivedMessage::InvalidOpen(StreamId(stream))),
     ];
     let reading = proptest::collection::btree_map(1..9_u16, any_bool(), 0..6).prop_shuffle_rows();
     prop_oneof![
-        10 => heard.prop_map(Happening::Heard),
-        4 => reading.prop_map(Happening::Reading),
-        6 => (0..4_usize, any_bool()).prop_map(|(which, ok)| Happening::Connected(which, ok)),
-        2 => (0..4_usize).prop_map(Happening::Over),
-        1 => number().prop_map(Happening::Requested),
-        1 => Just(Happening::HelloDue),
-        1 => Just(Happening::Gone),
+        10 => received.prop_map(SessionEvent::ReceivedMessage),
+        4 => reading.prop_map(SessionEvent::Reading),
+        6 => (0..4_usize, any_bool()).prop_map(|(which, ok)| SessionEvent::Connected(which, ok)),
+        2 => (0..4_usize).prop_map(SessionEvent::Over),
+        1 => number().prop_map(SessionEvent::Requested),
+        1 => Just(SessionEvent::HelloDue),
+        1 => Just(SessionEvent::Gone),
     ]
 }
 
@@ -466,7 +515,7 @@ fn any_bool() -> proptest::bool::Any {
     proptest::bool::ANY
 }
 
-/// Rows in any order.
+/// Shuffled rows.
 trait Rows {
     fn prop_shuffle_rows(self) -> BoxedStrategy<Vec<WireListener>>;
 }
@@ -482,65 +531,65 @@ impl<S: Strategy<Value = BTreeMap<u16, bool>> + 'static> Rows for S {
     }
 }
 
-/// What whoever obeys a session would have.
+/// The state of a shell that performs every action of a session.
 #[derive(Default)]
 struct World {
     let_in: bool,
     closed: bool,
     watching: bool,
-    /// Attempts that were asked for and have no outcome yet, with their streams.
+    /// Connect attempts without an outcome, with their streams.
     connecting: Vec<(Attempt, StreamId)>,
     abandoned: BTreeSet<Attempt>,
-    /// Pumps that run.
+    /// Running pumps.
     pumps: BTreeMap<StreamId, Attempt>,
-    /// What the host knows to listen.
+    /// The ports that the host knows to be listening.
     host: Option<BTreeSet<NonZeroU16>>,
 }
 
 impl World {
-    fn obey(&mut self, asks: Vec<Ask>, outcome_of: Option<(Attempt, StreamId)>) {
-        for ask in asks {
-            assert!(!self.closed, "{ask:?} after the end");
-            match ask {
-                Ask::LetIn(_) => self.let_in = true,
-                Ask::Close { .. } => self.closed = true,
-                Ask::Watch => {
+    fn perform(&mut self, actions: Vec<Action>, outcome_of: Option<(Attempt, StreamId)>) {
+        for action in actions {
+            assert!(!self.closed, "{action:?} after the end");
+            match action {
+                Action::Accept(_) => self.let_in = true,
+                Action::Close { .. } => self.closed = true,
+                Action::Watch => {
                     assert!(self.let_in && !self.watching);
                     self.watching = true;
                     self.host = None;
                 }
-                Ask::Unwatch => {
+                Action::StopWatch => {
                     assert!(self.watching);
                     self.watching = false;
                 }
-                Ask::Connect { attempt, stream, .. } => {
+                Action::Connect { attempt, stream, .. } => {
                     assert!(self.let_in && !self.pumps.contains_key(&stream));
                     self.connecting.push((attempt, stream));
                 }
-                Ask::Abandon(attempt) => {
+                Action::Abandon(attempt) => {
                     assert!(self.connecting.iter().any(|(known, _)| *known == attempt));
                     self.abandoned.insert(attempt);
                 }
-                Ask::Relay(attempt, stream) => {
-                    assert_eq!(outcome_of, Some((attempt, stream)), "a socket is there");
-                    assert!(!self.abandoned.contains(&attempt), "a stream that was closed");
+                Action::Relay(attempt, stream) => {
+                    assert_eq!(outcome_of, Some((attempt, stream)), "the attempt has a socket");
+                    assert!(!self.abandoned.contains(&attempt), "the stream was closed");
                     assert_eq!(self.pumps.insert(stream, attempt), None);
                 }
-                Ask::Deliver(stream, _) => assert!(self.pumps.contains_key(&stream)),
-                Ask::Forget(stream) => assert!(self.pumps.remove(&stream).is_some()),
-                Ask::Say(ToHost::Snapshot(all)) => {
+                Action::Deliver(stream, _) => assert!(self.pumps.contains_key(&stream)),
+                Action::Forget(stream) => assert!(self.pumps.remove(&stream).is_some()),
+                Action::Send(ToHost::Snapshot(all)) => {
                     assert!(self.watching && self.host.is_none());
                     self.host = Some(all.iter().map(|one| one.port).collect());
                 }
-                Ask::Say(ToHost::Opened(one)) => {
-                    assert!(self.host.as_mut().expect("a snapshot came first").insert(one.port));
+                Action::Send(ToHost::Opened(one)) => {
+                    assert!(self.host.as_mut().expect("a snapshot precedes changes").insert(one.port));
                 }
-                Ask::Say(ToHost::Closed(one)) => {
-                    assert!(self.host.as_mut().expect("a snapshot came first").remove(&one));
+                Action::Send(ToHost::Closed(one)) => {
+                    assert!(self.host.as_mut().expect("a snapshot precedes changes").remove(&one));
                 }
-                Ask::Say(ToHost::HelloAck { .. } | ToHost::HelloNack { .. }) => assert!(!self.let_in),
-                Ask::Say(_) | Ask::Result(_) => assert!(self.let_in),
-                Ask::Tell(_) => {}
+                Action::Send(ToHost::HelloAck { .. } | ToHost::HelloNack { .. }) => assert!(!self.let_in),
+                Action::Send(_) | Action::Result(_) => assert!(self.let_in),
+                Action::Log(_) => {}
             }
         }
     }
@@ -550,46 +599,46 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_the_world_is_consistent(happenings in proptest::collection::vec(happenings(), 0..80)) {
+    fn for_any_events_the_actions_are_consistent(events in proptest::collection::vec(events(), 0..80)) {
         let (mut session, mut reserved, mut world) = (session(), Reserved::default(), World::default());
-        for happening in happenings {
+        for event in events {
             let mut outcome_of = None;
-            let asks = match happening {
-                Happening::Heard(heard) => session.heard(heard, &reserved),
-                Happening::Reading(reading) => {
+            let actions = match event {
+                SessionEvent::ReceivedMessage(received) => session.on_message(received, &reserved),
+                SessionEvent::Reading(reading) => {
                     let ports = reading.iter().map(|one| one.port).collect();
-                    let asks = session.reading(reading);
-                    world.obey(asks, None);
+                    let actions = session.on_reading(reading);
+                    world.perform(actions, None);
                     if world.watching {
-                        prop_assert_eq!(world.host.as_ref(), Some(&ports), "the host knows what listens");
+                        prop_assert_eq!(world.host.as_ref(), Some(&ports), "the host has the current listeners");
                     }
                     continue;
                 }
-                Happening::Connected(which, ok) if which < world.connecting.len() => {
+                SessionEvent::Connected(which, ok) if which < world.connecting.len() => {
                     let (attempt, stream) = world.connecting.remove(which);
                     outcome_of = Some((attempt, stream));
-                    session.connected(attempt, stream, if ok { Ok(()) } else { Err("no".to_owned()) })
+                    session.on_connect_outcome(attempt, stream, if ok { Ok(()) } else { Err("no".to_owned()) })
                 }
-                Happening::Over(which) => {
+                SessionEvent::Over(which) => {
                     let Some((&stream, &attempt)) = world.pumps.iter().nth(which) else { continue };
-                    session.over(attempt, stream, None)
+                    session.on_pump_end(attempt, stream, None)
                 }
-                Happening::Requested(target) => {
-                    reserved.remember(request(target, None));
-                    session.requested(&reserved)
+                SessionEvent::Requested(target) => {
+                    reserved.insert(request(target, None));
+                    session.on_request(&reserved)
                 }
-                Happening::HelloDue => session.hello_is_due(),
-                Happening::Gone => {
-                    let asks = session.gone();
-                    world.obey(asks, None);
-                    prop_assert!(world.pumps.is_empty() && !world.watching, "nothing is left");
+                SessionEvent::HelloDue => session.on_hello_timeout(),
+                SessionEvent::Gone => {
+                    let actions = session.on_disconnect();
+                    world.perform(actions, None);
+                    prop_assert!(world.pumps.is_empty() && !world.watching, "no pump and no watch remains");
                     prop_assert!(world.connecting.iter().all(|(attempt, _)| world.abandoned.contains(attempt)));
                     world.closed = true;
                     continue;
                 }
-                Happening::Connected(..) => continue,
+                SessionEvent::Connected(..) => continue,
             };
-            world.obey(asks, outcome_of);
+            world.perform(actions, outcome_of);
         }
     }
 }

@@ -1,9 +1,9 @@
-//! The channels over which the engine dials a container that is reached over its broker alone: one for each shard of the
-//! engine, many dials in flight on each, answers in any order.
+//! The channels over which the engine dials a container that is reached only through its broker: one for each shard of
+//! the engine, with many dials in flight on each, and answers in any order.
 //!
-//! A channel is served by a task of its own, which reads a dial only when no answer waits to be written: an engine that
-//! does not take answers is not asked for more questions. A channel is served until the engine closes it, also when there
-//! are newer ones: an engine that is relieved still finishes what it has begun.
+//! A task serves each channel. It reads a dial only when no answer waits to be written, so an engine that does not read
+//! answers cannot queue more dials. A channel is served until the engine closes it, also if there are newer ones: an
+//! engine that was replaced still finishes its connections.
 
 use std::collections::HashMap;
 use std::num::NonZeroU16;
@@ -20,19 +20,20 @@ use tokio::task::JoinSet;
 use super::host::DialKey;
 use crate::sys::readiness::watched;
 
-/// How many dials wait to be taken, over all channels; the engine's socket buffers hold the others.
-const ASKED_MAX: usize = 64;
+/// The maximum of received dials that wait for the broker, over all channels; further dials stay in the engine's socket
+/// buffers.
+const PENDING_DIALS_MAX: usize = 64;
 
-/// What the engine says.
+/// A request or the end of an engine channel.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum DialRequest {
-    /// It wants a connection to this port. The answer is owed.
+    /// The engine requests a connection to this port. Each dial must be answered.
     Dial(DialKey, NonZeroU16),
-    /// It has closed the channel of this number.
+    /// The engine has closed the channel with this number.
     Closed(u64),
 }
 
-/// All channels of one broker. Dropping it closes them, which is the end of the upstream.
+/// All channels of one broker. Dropping it closes them, which ends the upstream.
 #[derive(Debug)]
 pub(super) struct Dials {
     ask: mpsc::Sender<DialRequest>,
@@ -42,18 +43,18 @@ pub(super) struct Dials {
     serving: JoinSet<()>,
 }
 
-/// Where answers go, each with the socket that belongs to it. Those that wait are as many as the dials that were taken.
+/// The sender of a channel's answers, each with its socket if it has one. The queue is bounded by the number of dials.
 type Answers = mpsc::UnboundedSender<(Answer, Option<OwnedFd>)>;
 
 impl Dials {
     pub(super) fn new() -> Dials {
-        let (ask, asked) = mpsc::channel(ASKED_MAX);
+        let (ask, asked) = mpsc::channel(PENDING_DIALS_MAX);
         Dials { ask, asked, answers: HashMap::new(), last: 0, serving: JoinSet::new() }
     }
 
-    /// Serves these channels from now on. A descriptor that is none is closed.
+    /// Starts to serve these channels. A descriptor that is not a channel is closed.
     pub(super) fn serve(&mut self, channels: Vec<OwnedFd>) {
-        // What has ended is forgotten.
+        // Reap the tasks that have ended.
         while self.serving.try_join_next().is_some() {}
         for channel in channels.into_iter().filter(|channel| channel::is_channel(channel.as_fd())) {
             let Ok(channel) = watched(channel, Interest::READABLE | Interest::WRITABLE) else { continue };
@@ -64,10 +65,10 @@ impl Dials {
         }
     }
 
-    /// What the engine says next. Dropping the future loses nothing.
+    /// Returns the next request of the engine. Cancel-safe.
     pub(super) async fn next(&mut self) -> DialRequest {
         loop {
-            // We hold a sender ourselves, so there always is a next one to wait for.
+            // `self` holds a sender, so the channel never closes.
             if let Some(asked) = self.asked.recv().await {
                 if let DialRequest::Closed(channel) = asked {
                     self.answers.remove(&channel);
@@ -77,36 +78,36 @@ impl Dials {
         }
     }
 
-    /// The answer to a dial, to be given.
-    pub(super) fn owed(&self, key: DialKey) -> PendingReply {
+    /// Returns the handle with which to answer a dial.
+    pub(super) fn pending_reply(&self, key: DialKey) -> PendingReply {
         PendingReply { dial: key.dial, answers: self.answers.get(&key.channel).cloned() }
     }
 }
 
-/// An answer that is owed. Dropped, it is a refusal.
+/// The obligation to answer a dial. Dropping it sends a refusal.
 #[derive(Debug)]
 pub(super) struct PendingReply {
     dial: u64,
-    /// None when it was given, or the channel is closed.
+    /// `None` after the answer is sent, or if the channel is closed.
     answers: Option<Answers>,
 }
 
 impl PendingReply {
-    /// The container reached its server, and this socket leads there.
+    /// Reports that the container connected to its server, with the socket that leads there.
     pub(super) fn dialled(mut self, socket: OwnedFd) {
         let dial = self.dial;
-        self.give(Answer::Dialled { dial }, Some(socket));
+        self.send_answer(Answer::Dialled { dial }, Some(socket));
     }
 
-    /// It did not.
+    /// Reports that the container did not connect.
     pub(super) fn refused(mut self, why: DialFailure) {
         let dial = self.dial;
-        self.give(Answer::NotDialled { dial, why }, None);
+        self.send_answer(Answer::NotDialled { dial, why }, None);
     }
 
-    fn give(&mut self, answer: Answer, socket: Option<OwnedFd>) {
+    fn send_answer(&mut self, answer: Answer, socket: Option<OwnedFd>) {
         if let Some(answers) = self.answers.take() {
-            // Where the channel has ended, nobody waits for it, and the socket is closed.
+            // If the channel has ended, the answer and its socket are dropped.
             let _ = answers.send((answer, socket));
         }
     }
@@ -115,7 +116,7 @@ impl PendingReply {
 impl Drop for PendingReply {
     fn drop(&mut self) {
         let (dial, why) = (self.dial, DialFailure::Refused);
-        self.give(Answer::NotDialled { dial, why }, None);
+        self.send_answer(Answer::NotDialled { dial, why }, None);
     }
 }
 
@@ -138,13 +139,13 @@ async fn serve(
             }
             asked = receive(&channel) => asked,
         };
-        // Whoever asks for anything else is no engine that dials.
+        // Any other request is a protocol error.
         let Ok(Some((Request::Dial { dial, port }, _))) = asked else { break };
         if ask.send(DialRequest::Dial(DialKey { channel: number, dial }, port)).await.is_err() {
             return;
         }
     }
-    // Nobody to tell it to is as good.
+    // An error means that the broker has ended.
     let _ = ask.send(DialRequest::Closed(number)).await;
 }
 
@@ -211,8 +212,8 @@ mod tests {
         assert_eq!(dials.next().await, DialRequest::Dial(key(7), port(80)));
         assert_eq!(dials.next().await, DialRequest::Dial(key(8), port(80)));
         let (_theirs, ours) = std::os::unix::net::UnixStream::pair().unwrap();
-        dials.owed(key(8)).dialled(ours.into());
-        dials.owed(key(7)).refused(DialFailure::TimedOut);
+        dials.pending_reply(key(8)).dialled(ours.into());
+        dials.pending_reply(key(7)).refused(DialFailure::TimedOut);
         let (first, sockets) = answer(&engine).await;
         assert_eq!((first, sockets.len()), (Answer::Dialled { dial: 8 }, 1));
         let (second, _) = answer(&engine).await;
@@ -220,18 +221,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_that_is_forgotten_is_a_refusal() {
+    async fn a_dropped_reply_is_a_refusal() {
         let mut dials = Dials::new();
         let engine = served(&mut dials);
         engine.send(&Request::Dial { dial: 7, port: port(80) }, &[]).unwrap();
         let DialRequest::Dial(key, _) = dials.next().await else { panic!() };
-        drop(dials.owed(key));
+        drop(dials.pending_reply(key));
         let refused = Answer::NotDialled { dial: 7, why: DialFailure::Refused };
         assert_eq!(answer(&engine).await.0, refused);
     }
 
     #[tokio::test]
-    async fn a_channel_that_the_engine_closes_or_misuses_is_told_of() {
+    async fn a_channel_that_the_engine_closes_or_misuses_is_reported() {
         let mut dials = Dials::new();
         let (first, second) = (served(&mut dials), served(&mut dials));
         drop(first);
@@ -239,14 +240,14 @@ mod tests {
         second.send(&Request::SockDiag, &[]).unwrap();
         assert_eq!(dials.next().await, DialRequest::Closed(2));
         assert!(dials.answers.is_empty());
-        // Its descriptor is closed by then, or about to be.
+        // The descriptor is closed soon after that.
         while !matches!(second.try_recv::<Answer>(), Ok(None)) {
             tokio::task::yield_now().await;
         }
     }
 
     #[tokio::test]
-    async fn the_end_of_all_closes_the_channels() {
+    async fn dropping_the_dials_closes_the_channels() {
         let mut dials = Dials::new();
         let engine = served(&mut dials);
         drop(dials);
@@ -255,7 +256,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_channel_is_not_served() {
+    async fn a_descriptor_that_is_not_a_channel_is_not_served() {
         let mut dials = Dials::new();
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         dials.serve(vec![ours.into()]);

@@ -1,8 +1,8 @@
-//! The shell around a broker's session on the host's side: one task, which waits for whatever comes first, has the session
-//! decide, and does what it says.
+//! The I/O shell around a broker's session on the host's side: one task, which waits for the next event, passes it to
+//! the session, and performs the actions that the session returns.
 //!
-//! It never waits for one thing alone. Connecting is a future beside the others; the WebSocket is written by a task of its
-//! own; a stream's pump is another; and what the engine dials comes over channels that are served elsewhere.
+//! It always waits for all event sources together. A connection attempt is a future among them, a task writes to the
+//! WebSocket, each stream has a pump task, and tasks of [`Dials`] serve the engine's channels.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::Ipv4Addr;
@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::brokers::{Finding, Report};
-use super::connection::{self, ConnectError, Connection, Heard, Opened};
+use super::connection::{self, ConnectError, Connection, ConnectionEvent, Opened};
 use super::dials::{DialRequest, Dials};
 use super::host::{Action, DialKey, Input, Session};
 use super::message::{Extensions, Frame, Side, StreamId, relay_text};
@@ -32,28 +32,29 @@ use crate::model::port_policy::CONTAINER_PORT;
 use crate::model::registration::{ContainerName, Token};
 use crate::sys::journal::Journal;
 
-/// How long Docker may take to say where that is published, and how long it is asked again while it is not (wire
-/// specification, A.6.1).
+/// The time limit for Docker to report the published port; the time limit for a port that is not published yet; and the
+/// interval between requests meanwhile (wire specification, A.6.1).
 const LOOK_UP_MAX: Duration = Duration::from_secs(2);
 const UNPUBLISHED_MAX: Duration = Duration::from_millis(500);
-const LOOK_UP_EVERY: Duration = Duration::from_millis(50);
-/// How long forwarding may take to tell the engine that the broker stops: longer than the engine may take to hear it.
-const FAREWELL_MAX: Duration = Duration::from_secs(15);
-/// The most actions for which room is kept.
+const LOOK_UP_INTERVAL: Duration = Duration::from_millis(50);
+/// The time limit for forwarding to report the stop of the broker to the engine. It exceeds the time limit of the
+/// engine.
+const STOP_REPORT_MAX: Duration = Duration::from_secs(15);
+/// The largest capacity of the action buffer that is kept.
 const ACTIONS_KEPT: usize = 1_024;
-/// When nothing is due.
+/// The sleep time if no deadline is set.
 const IDLE: Duration = Duration::from_secs(3_600);
 
-/// What a broker is made of.
+/// The configuration of a broker.
 #[derive(Clone, Debug)]
 pub(super) struct Broker {
     pub(super) name: ContainerName,
     pub(super) token: Token,
-    /// It has to answer a challenge, and never gets the token.
+    /// Whether the container has to answer a challenge, and never gets the token.
     pub(super) must_answer: bool,
-    /// The host port of the registration; `None` where only Docker knows it.
+    /// The host port of the registration; `None` if only Docker has it.
     pub(super) registered_port: Option<NonZeroU16>,
-    /// What Docker calls the container, where Docker is to be asked.
+    /// The container's name in Docker, if Docker is to be asked.
     pub(super) docker_name: Option<ContainerName>,
     pub(super) docker: Docker,
     pub(super) journal: Journal,
@@ -62,23 +63,23 @@ pub(super) struct Broker {
 }
 
 impl Broker {
-    /// Reports what was found out about the container.
+    /// Sends a finding about the container.
     pub(super) fn report(&self, finding: Finding) {
-        // The receiver is gone in a daemon that has stopped.
+        // The receiver is closed in a daemon that has stopped.
         let _ = self.reports.send(Report { name: self.name.clone(), token: self.token.clone(), finding });
     }
 }
 
-/// A broker that runs.
+/// A running broker.
 pub(super) struct Driver {
     broker: Broker,
     link: BrokerLink,
-    /// Forwarding has ended and says no more.
-    is_deaf: bool,
+    /// Whether forwarding has ended.
+    is_unlinked: bool,
     session: Session,
     actions: Vec<Action>,
-    /// What forwarding has had no room for. Nothing is read from the container while there is any.
-    owed: VecDeque<Announcement>,
+    /// Announcements for which the link has no room. Messages of the container are not read while there are any.
+    announcements: VecDeque<Announcement>,
     attempt: Option<BoxFuture<'static, Result<Opened, ConnectError>>>,
     connection: Option<Connection>,
     dials: Dials,
@@ -88,10 +89,10 @@ pub(super) struct Driver {
     pumped: HashMap<Id, StreamId>,
 }
 
-/// A stream that has something of ours: what arrived for it, or a pump.
+/// The host's part of a stream: its inlet, and a pump after it is opened.
 struct Stream {
     inlet: Inlet,
-    /// Until the pump has it.
+    /// Taken by the pump.
     outlet: Option<Outlet>,
     pump: Option<AbortHandle>,
 }
@@ -102,10 +103,10 @@ impl Driver {
         Driver {
             broker,
             link,
-            is_deaf: false,
+            is_unlinked: false,
             session,
             actions: Vec::new(),
-            owed: VecDeque::new(),
+            announcements: VecDeque::new(),
             attempt: None,
             connection: None,
             dials: Dials::new(),
@@ -116,23 +117,24 @@ impl Driver {
         }
     }
 
-    /// Runs until it is told to stop, or until the container has refused the token for good: then this is the reason.
+    /// Runs until it is asked to stop, or until the container has refused the token permanently. Returns the reason of
+    /// the refusal.
     pub(super) async fn run(mut self, stop: &CancellationToken) -> Option<String> {
         let mut input = Input::Time;
         let rejected = loop {
-            let rejected = self.decide(input);
+            let rejected = self.handle(input);
             if self.session.is_stopped() {
                 break rejected;
             }
             input = self.next(stop).await;
         };
-        self.leave().await;
+        self.shut_down().await;
         rejected
     }
 
-    /// Has the session decide, and does what it says.
-    fn decide(&mut self, input: Input) -> Option<String> {
-        // Kept, so that a message of a stream costs no allocation here.
+    /// Passes an event to the session, and performs its actions. Returns the reason if the token was refused.
+    fn handle(&mut self, input: Input) -> Option<String> {
+        // The buffer is reused, so that a message of a stream does not allocate here.
         let mut actions = std::mem::take(&mut self.actions);
         self.session.on(input, now(), &mut actions);
         let mut rejected = None;
@@ -145,17 +147,17 @@ impl Driver {
                         connection.close();
                     }
                 }
-                Action::Say(message) => {
+                Action::Send(message) => {
                     if let Some(connection) = &self.connection {
-                        connection.outbox.say(message.to_text());
+                        connection.outbox.send_control(message.to_text());
                     }
                 }
-                Action::Announce(announcement) => self.owed.push_back(announcement),
-                Action::Begin { stream, key } => self.begin(stream, key),
-                Action::Refuse { key, why } => self.dials.owed(key).refused(why),
+                Action::Announce(announcement) => self.announcements.push_back(announcement),
+                Action::StartStream { stream, key } => self.start_stream(stream, key),
+                Action::Refuse { key, why } => self.dials.pending_reply(key).refused(why),
                 Action::Deliver(stream, frame) => self.deliver(stream, frame),
-                Action::Cut(stream) => self.cut(stream),
-                Action::Notice(text) => self.tell(&text),
+                Action::ResetStream(stream) => self.reset_stream(stream),
+                Action::Notice(text) => self.notice(&text),
                 Action::Answered => self.broker.report(Finding::Answered),
                 Action::Rejected(reason) => rejected = Some(reason),
             }
@@ -166,7 +168,7 @@ impl Driver {
         rejected
     }
 
-    /// What happens next.
+    /// Waits for the next event.
     async fn next(&mut self, stop: &CancellationToken) -> Input {
         loop {
             let due = self.session.due().map_or_else(|| Instant::now() + IDLE, Instant::from_std);
@@ -183,25 +185,25 @@ impl Driver {
                         Err(error) => Input::Lost(chain(&error)),
                     };
                 }
-                room = self.link.announce.reserve(), if !self.owed.is_empty() => match (room, self.owed.pop_front()) {
+                room = self.link.announce.reserve(), if !self.announcements.is_empty() => match (room, self.announcements.pop_front()) {
                     (Ok(room), Some(announcement)) => room.send(announcement),
-                    // Where forwarding has ended, the daemon does so as well.
-                    _ => self.owed.clear(),
+                    // If forwarding has ended, the daemon ends, too.
+                    _ => self.announcements.clear(),
                 },
-                // A container that is sent many results for one message sends its next one when they are said.
-                heard = connection::heard(&mut self.connection), if self.owed.is_empty() && self.link.updates.is_empty() => match heard {
-                    Heard::Text(message) => return Input::Text(message),
-                    Heard::Binary(stream, frame) => return Input::Binary(stream, frame),
-                    Heard::Unreadable(why) => self.tell(&format!("a message could not be read: {why}")),
-                    Heard::Lost(why) => {
+                // Read the container's next message only after all results for earlier messages are sent.
+                heard = connection::heard(&mut self.connection), if self.announcements.is_empty() && self.link.updates.is_empty() => match heard {
+                    ConnectionEvent::Text(message) => return Input::Text(message),
+                    ConnectionEvent::Binary(stream, frame) => return Input::Binary(stream, frame),
+                    ConnectionEvent::Unreadable(why) => self.notice(&format!("a message could not be read: {why}")),
+                    ConnectionEvent::Lost(why) => {
                         self.connection = None;
                         return Input::Lost(why);
                     }
                 },
-                word = self.link.updates.recv(), if !self.is_deaf => match word {
+                word = self.link.updates.recv(), if !self.is_unlinked => match word {
                     Some(SessionUpdate::Result(result)) => return Input::Result(result),
                     Some(SessionUpdate::Serve(channels)) => self.dials.serve(channels),
-                    None => self.is_deaf = true,
+                    None => self.is_unlinked = true,
                 },
                 asked = self.dials.next() => return from_engine(asked),
                 Some(ended) = self.pumps.join_next_with_id() => {
@@ -215,40 +217,41 @@ impl Driver {
         }
     }
 
-    fn begin(&mut self, stream: StreamId, key: DialKey) {
-        let owed = self.dials.owed(key);
+    fn start_stream(&mut self, stream: StreamId, key: DialKey) {
+        let reply = self.dials.pending_reply(key);
         let Some(outbox) = self.connection.as_ref().map(|connection| connection.outbox.clone()) else {
             return;
         };
         let (pairs, used) = (Arc::clone(&self.pairs), self.session.used());
-        let Some(place) = self.place(stream) else { return };
-        let Some(outlet) = place.outlet.take() else { return };
+        let Some(entry) = self.entry(stream) else { return };
+        let Some(outlet) = entry.outlet.take() else { return };
         let pump = self.pumps.spawn(async move {
             match pairs.pair().await {
                 Ok((theirs, ours)) => {
-                    owed.dialled(theirs);
+                    reply.dialled(theirs);
                     pump::relay(ours, stream, Side::Downstream, used, &outbox, outlet).await;
                 }
                 Err(_) => {
-                    owed.refused(DialFailure::Exhausted);
-                    outbox.say(relay_text(stream, &Frame::Close(Side::Downstream)));
+                    reply.refused(DialFailure::Exhausted);
+                    outbox.send_control(relay_text(stream, &Frame::Close(Side::Downstream)));
                 }
             }
         });
         self.pumped.insert(pump.id(), stream);
-        if let Some(place) = self.streams.get_mut(&stream) {
-            place.pump = Some(pump);
+        if let Some(entry) = self.streams.get_mut(&stream) {
+            entry.pump = Some(pump);
         }
     }
 
     fn deliver(&mut self, stream: StreamId, frame: Frame) {
-        if let Some(place) = self.place(stream) {
-            place.inlet.deliver(frame);
+        if let Some(entry) = self.entry(stream) {
+            entry.inlet.deliver(frame);
         }
     }
 
-    /// What we have of a stream, made when it is first needed: data may come before the container's ack.
-    fn place(&mut self, stream: StreamId) -> Option<&mut Stream> {
+    /// Returns the entry of a stream, and creates it on first use: data may arrive before the container's
+    /// acknowledgement.
+    fn entry(&mut self, stream: StreamId) -> Option<&mut Stream> {
         let inlets = self.connection.as_mut()?.inlets(self.session.used().credit);
         Some(self.streams.entry(stream).or_insert_with(|| {
             let (inlet, outlet) = inlets.inlet();
@@ -256,23 +259,24 @@ impl Driver {
         }))
     }
 
-    /// Its socket is closed with its pump, which is a reset.
-    fn cut(&mut self, stream: StreamId) {
+    /// Resets a stream: aborting the pump closes its socket, which sends a reset.
+    fn reset_stream(&mut self, stream: StreamId) {
         if let Some(pump) = self.streams.remove(&stream).and_then(|stream| stream.pump) {
             self.pumped.remove(&pump.id());
             pump.abort();
         }
     }
 
-    /// Has forwarding close what led over this broker, and only then the engine's channels. Whoever dials until then gets an
-    /// answer.
-    async fn leave(mut self) {
+    /// Waits until forwarding has closed the connections of this broker, and only then closes the engine's channels.
+    /// Dials are answered with a refusal meanwhile.
+    async fn shut_down(mut self) {
         let (told, tells) = oneshot::channel();
-        let (announce, mut owed) = (self.link.announce.clone(), std::mem::take(&mut self.owed));
-        owed.push_back(Announcement::Stop(told));
-        let farewell = async move {
-            for announcement in owed {
-                // Where forwarding has ended there is nobody to wait for.
+        let (announce, mut announcements) =
+            (self.link.announce.clone(), std::mem::take(&mut self.announcements));
+        announcements.push_back(Announcement::Stop(told));
+        let stop_report = async move {
+            for announcement in announcements {
+                // If forwarding has ended, no answer will arrive.
                 announce.send(announcement).await.ok()?;
             }
             tells.await.ok()
@@ -280,19 +284,19 @@ impl Driver {
         let refuse = async {
             loop {
                 let input = from_engine(self.dials.next().await);
-                self.decide(input);
+                self.handle(input);
             }
         };
         tokio::select! {
-            answer = timeout(FAREWELL_MAX, farewell) => if answer.is_err() {
-                let text = format!("forwarding took longer than {} s to let go", FAREWELL_MAX.as_secs());
+            answer = timeout(STOP_REPORT_MAX, stop_report) => if answer.is_err() {
+                let text = format!("forwarding took longer than {} s to release the broker", STOP_REPORT_MAX.as_secs());
                 notice(&self.broker, &text);
             },
             () = refuse => {}
         }
     }
 
-    fn tell(&self, text: &str) {
+    fn notice(&self, text: &str) {
         notice(&self.broker, text);
     }
 }
@@ -309,12 +313,12 @@ fn from_engine(asked: DialRequest) -> Input {
     }
 }
 
-/// The clock of the runtime.
+/// Returns the time of the runtime's clock.
 fn now() -> std::time::Instant {
     Instant::now().into_std()
 }
 
-/// The end of the attempt that is under way, if there is one.
+/// Waits for the end of the connection attempt, if one is in progress.
 async fn attempted(
     attempt: &mut Option<BoxFuture<'static, Result<Opened, ConnectError>>>,
 ) -> Result<Opened, ConnectError> {
@@ -329,9 +333,9 @@ async fn connect(broker: Broker) -> Result<Opened, ConnectError> {
     Connection::open((Ipv4Addr::LOCALHOST, port.get()).into(), &broker).await
 }
 
-/// Looks up the host port on which the container's port is published now: a restart may have changed it. A container that
-/// Docker has must run and publish the port, since otherwise any user of this machine may hold it. Where Docker does not have
-/// the container, or does not answer, the port is the registered one.
+/// Looks up the host port on which the container's port is published now, since a restart may have changed it. If
+/// Docker has the container, it must run and publish the port: otherwise any user of this machine may hold the port. If
+/// Docker does not have the container, or does not answer, the registered port is used.
 ///
 /// # Errors
 /// [`ConnectError::NotRunning`], [`ConnectError::NotPublished`] and [`ConnectError::NoPort`].
@@ -342,7 +346,7 @@ async fn look_up(broker: &Broker) -> Result<NonZeroU16, ConnectError> {
         let until = Instant::now() + UNPUBLISHED_MAX;
         loop {
             match broker.docker.published_port(name, CONTAINER_PORT).await {
-                Ok(None) if Instant::now() < until => tokio::time::sleep(LOOK_UP_EVERY).await,
+                Ok(None) if Instant::now() < until => tokio::time::sleep(LOOK_UP_INTERVAL).await,
                 answer => return answer,
             }
         }

@@ -1,12 +1,12 @@
-//! Two TCP sockets of this machine that are connected to each other: one for the engine, which relays a client to it, and
-//! one for the pump.
+//! Pairs of connected TCP sockets on this machine: one end for the engine, which relays a client to it, and one end for
+//! the pump.
 //!
-//! TCP and not a Unix pair, because only TCP can pass a reset on. The daemon's end is set to reset when it is closed
-//! (`SO_LINGER` with no time; socket(7)), so that what a daemon that is killed leaves behind never looks like a clean end:
-//! an orderly end is a FIN first, which whoever relays sends.
+//! They are TCP sockets and not Unix sockets, because only TCP can pass a reset on. The daemon's end is set to reset on
+//! close (`SO_LINGER` with zero time; socket(7)), so that the end of a killed daemon never looks orderly: an orderly
+//! end is a FIN, which the relaying side sends first.
 //!
-//! Any process of this machine can connect to the listener, which lives on loopback. Such connections are closed: what is
-//! handed out is the one whose address is that of the socket that connected here.
+//! Any process of this machine can connect to the listener, which is on loopback. Such connections are closed: only the
+//! connection whose address is that of the socket that connected here is returned.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,37 +19,39 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
-/// What one end may hold for the other, in bytes; the kernel doubles it for its own account (socket(7)).
+/// The size of each buffer in bytes; the kernel doubles it for its bookkeeping (socket(7)).
 const BUFFER_BYTES: usize = 512 * 1024;
-/// How long connecting to ourselves may take. Strangers may have filled the listener's queue; a new one has none.
+/// The time limit for connecting to our own listener. Other processes may have filled its queue; a new listener has an
+/// empty one.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(2);
 const BACKLOG: u32 = 256;
 
-/// Makes pairs.
+/// Creates pairs, one at a time.
 #[derive(Debug, Default)]
 pub struct Pairs {
     listener: Mutex<Option<TcpListener>>,
 }
 
 impl Pairs {
-    /// Makes none yet.
+    /// Returns a factory without a listener; the first pair creates it.
     #[must_use]
     pub fn new() -> Pairs {
         Pairs::default()
     }
 
-    /// A pair: the engine's end, and ours.
+    /// Returns a pair: the engine's end and the pump's end.
     ///
     /// # Errors
-    /// No descriptors, no ports, no loopback, or strangers that keep the listener busy.
+    /// No descriptors, no ports, no loopback, or other processes that keep the listener's queue full.
     pub async fn pair(&self) -> io::Result<(OwnedFd, TcpStream)> {
-        // One at a time: whoever accepts must not take the other's.
+        // One pair at a time, so that no call accepts the connection of another one.
         let mut listener = self.listener.lock().await;
         let current = match listener.take() {
             Some(current) => current,
             None => listen()?,
         };
-        // Left out of its place while it is used: where that fails or is given up, the next pair has a new one.
+        // The listener is taken out while it is used. If connecting fails or is cancelled, the next pair creates a new
+        // listener.
         let made = timeout(CONNECT_TIME_MAX, connect(&current)).await??;
         *listener = Some(current);
         Ok(made)
@@ -78,7 +80,7 @@ async fn connect(listener: &TcpListener) -> io::Result<(OwnedFd, TcpStream)> {
     }
 }
 
-/// An accepted socket takes these over from its listener, except for `TCP_NODELAY`.
+/// Sets the options that an accepted socket inherits from its listener; it does not inherit `TCP_NODELAY`.
 fn prepare(socket: &TcpSocket) -> io::Result<()> {
     sockopt::set_socket_send_buffer_size(socket, BUFFER_BYTES)?;
     sockopt::set_socket_recv_buffer_size(socket, BUFFER_BYTES)?;
@@ -122,13 +124,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn strangers_at_the_listener_are_closed() {
+    async fn connections_of_other_processes_are_closed() {
         let pairs = Pairs::new();
         drop(pairs.pair().await.unwrap());
         let address = pairs.listener.lock().await.as_ref().unwrap().local_addr().unwrap();
-        let mut stranger = std::net::TcpStream::connect(address).unwrap();
+        let mut other_process = std::net::TcpStream::connect(address).unwrap();
         let (theirs, ours) = pairs.pair().await.unwrap();
         assert_eq!(ours.peer_addr().unwrap(), blocking(theirs).local_addr().unwrap());
-        assert_eq!(stranger.read(&mut [0; 1]).unwrap(), 0);
+        assert_eq!(other_process.read(&mut [0; 1]).unwrap(), 0);
     }
 }

@@ -1,108 +1,113 @@
-//! One stream of a broker, seen from one of its ends. Pure: what the socket and the peer did goes in, what is to be done
-//! comes out; the [pump](super::pump) does it.
+//! One stream of a broker, as seen from one of its ends. Pure: events of the socket and of the peer go in, actions come
+//! out; the [pump](super::pump) performs them.
 //!
-//! Two directions run independently. `reading` is from the socket to the peer, `writing` from the peer to the socket.
+//! The two directions are independent: `reading` is from the socket to the peer, `writing` from the peer to the socket.
 //!
 //! ```text
 //!  reading:  Open ──► Over          the socket's FIN, or the end of the stream
 //!  writing:  Open ──► FinDue ──► FinSent
-//!              └────► Broken        the socket takes nothing more
+//! !
+//! //!              └────► Broken        the socket accepts no more data
 //! ```
 //!
-//! 1. With half-close a FIN is passed on as `relay-eof`, after the payload that came before it, and the other direction runs
-//!    on. Both directions over is the end of the stream.
-//! 2. Without it a FIN is the end: `relay-close`, once. The peer says nothing more. What it said before is still written.
-//! 3. `relay-close` of the peer is the end as well: what it said before is written, then a FIN, and nothing is said back.
-//! 4. A socket that breaks is the end at once: `relay-reset` (`relay-close` where the peer knows no reset) after the payload
-//!    that was read. A socket that takes nothing more is read until it has nothing left, for a reset leaves what came before
-//!    it readable; only then the peer is told.
-//! 5. `relay-reset` of the peer resets the socket once it has acknowledged everything before.
-//! 6. With credit no more is read than the peer has granted; what was written to the socket is granted back in halves of the
-//!    window, so that neither end ever waits for a grant the other one is holding back.
-//! 7. A connection that is lost resets the socket, unless everything the peer had to say had come, and everything the socket
+//! 1. With half-close, a FIN is passed on as `relay-eof`, after the payload that preceded it, and the other direction
+//!    continues. The stream ends when both directions are over.
+//! 2. Without half-close, a FIN ends the stream: `relay-close` is sent, once. The peer sends nothing after that.
+//!    Payload that it sent before is still written.
+//! 3. A `relay-close` of the peer also ends the stream: earlier payload is written, then a FIN, and no message is sent
+//!    back.
+//! 4. A socket error ends the stream: `relay-reset` (`relay-close` if the peer does not support resets) is sent after
+//!    the payload that was read. A socket that accepts no more data is first read until it is empty, since a reset
+//!    leaves earlier data readable; only then the message is sent.
+//! 5. A `relay-reset` of the peer resets the socket after the socket has acknowledged all earlier data.
+//! 6. With credit, no more is read than the peer has granted. Data that was written to the socket is granted back in
+//!    halves of the window, so that neither end waits for a grant that the other end holds back.
+//! 7. A lost connection resets the socket, unless both directions are complete: all data and the end of the peer have
+//!    arrived, and all data and the end of the socket were sent.
 //!    had to say was said.
 
 use super::message::{Extensions, INITIAL_CREDIT_BYTES, PAYLOAD_BYTES_MAX, Side};
 
-/// A grant is held back until it is worth a message.
+/// The smallest grant that is worth a message, in bytes.
 const GRANT_BYTES: u64 = INITIAL_CREDIT_BYTES as u64 / 2;
 
-/// How a stream ended.
+/// The way in which a stream ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// Both directions ended, each by itself.
+    /// Both directions ended by a FIN.
     Complete,
-    /// Our socket closed, or broke, and the peer was told.
+    /// Our socket was closed or failed, and the peer was notified.
     ByUs,
     /// The peer ended it.
     ByPeer,
-    /// The WebSocket is gone.
+    /// The WebSocket was lost.
     Lost,
-    /// More arrived than is kept for a socket that does not read, or than was granted; the peer was told.
+    /// The peer sent more than is queued for a socket that does not read, or more than was granted. The peer was
+    /// notified.
     Overflown,
 }
 
-/// What happened.
+/// An event of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Input {
-    /// So many bytes were read from the socket and queued for the peer.
+    /// This many bytes were read from the socket and queued for the peer.
     Read(usize),
     /// The socket's FIN was read.
     Eof,
-    /// Nothing can be read any more: a reset, or an error.
+    /// Reading failed: a reset, or another error.
     ReadBroke,
-    /// The socket takes nothing more.
+    /// The socket accepts no more data.
     WriteBroke,
-    /// Payload came.
+    /// Payload arrived.
     Payload(usize),
-    /// `relay-close` came.
+    /// `relay-close` arrived.
     Close,
-    /// `relay-credit` came.
+    /// `relay-credit` arrived.
     Credit(u32),
-    /// `relay-eof` came.
+    /// `relay-eof` arrived.
     PeerEof,
-    /// `relay-reset` came.
+    /// `relay-reset` arrived.
     Reset,
-    /// So many bytes were written to the socket.
+    /// This many bytes were written to the socket.
     Wrote(usize),
-    /// The WebSocket is gone.
+    /// The WebSocket was lost.
     Lost,
-    /// More arrived than is kept.
+    /// The queue of arrived data exceeded its limit.
     Overflow,
 }
 
-/// What is to be done, in this order.
+/// An action, to perform in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Tell the peer that it may send so many bytes more.
+    /// Grant the peer this many additional bytes.
     Grant(u32),
-    /// Queue what ends the stream or a direction of it, behind the payload.
+    /// Queue `relay-eof` after the payload.
     Eof,
-    /// The same: `relay-close` of our side.
+    /// Queue `relay-close` of our side after the payload.
     Close(Side),
-    /// The same: `relay-reset`.
+    /// Queue `relay-reset` after the payload.
     Reset,
-    /// Drop payload that waits for the peer.
+    /// Drop the payload that waits for the peer.
     DropOutgoing,
-    /// Drop payload that waits for the socket.
+    /// Drop the payload that waits for the socket.
     DropIncoming,
-    /// Send the socket a FIN. Everything was written.
+    /// Send a FIN to the socket. All payload was written.
     Fin,
-    /// Close the socket. Nothing follows.
+    /// Close the socket. No action follows.
     Finish(Ended, Closing),
 }
 
-/// How the socket is closed.
+/// The way in which the socket is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Closing {
-    /// At once: both FINs were exchanged, so the kernel delivers what it holds.
+    /// Immediately: both FINs were exchanged, so the kernel delivers the data in its buffers.
     Orderly,
-    /// When it has acknowledged everything, since the kernel resets a socket that is closed with input unread, and drops what
-    /// it holds.
+    /// After all data is acknowledged, since the kernel resets a socket that is closed with unread input, and drops the
+    /// data in its buffers.
     Acknowledged,
-    /// By a reset, when it has acknowledged everything.
+    /// By a reset, after all data is acknowledged.
     ResetAcknowledged,
-    /// By a reset, now.
+    /// By a reset, immediately.
     Reset,
 }
 
@@ -120,30 +125,31 @@ enum Writing {
     Broken,
 }
 
-/// The machine.
+/// The state machine of one stream.
 #[derive(Clone, Debug)]
 pub(super) struct Stream {
     us: Side,
     extensions: Extensions,
     reading: Reading,
     writing: Writing,
-    /// Payload that came and is not written, in bytes.
+    /// Payload that arrived and is not written, in bytes.
     queued: u64,
-    /// What we may send, in bytes.
+    /// The credit that the peer granted and that is not used, in bytes.
     may_send: u64,
-    /// What the peer may send, in bytes.
+    /// The credit that was granted to the peer and that it has not used, in bytes.
     granted: u64,
-    /// What was written and is not granted back yet, in bytes.
-    owed: u64,
-    /// How it ends, once a `relay-close` or `relay-reset` went or came. Nothing the peer says counts from then on.
+    /// Payload that was written and is not granted back yet, in bytes.
+    ungranted: u64,
+    /// The way in which the stream ends, after a `relay-close` or `relay-reset` was sent or received. Later messages of
+    /// the peer are ignored.
     closed: Option<Ended>,
-    /// The peer has reset it.
+    /// Whether the peer has reset the stream.
     reset: bool,
     finished: bool,
 }
 
 impl Stream {
-    /// A stream that is open on both ends.
+    /// Creates the machine of a stream that is open on both ends.
     pub(super) fn new(us: Side, extensions: Extensions) -> Stream {
         Stream {
             us,
@@ -153,14 +159,14 @@ impl Stream {
             queued: 0,
             may_send: INITIAL_CREDIT_BYTES.into(),
             granted: INITIAL_CREDIT_BYTES.into(),
-            owed: 0,
+            ungranted: 0,
             closed: None,
             reset: false,
             finished: false,
         }
     }
 
-    /// How many bytes may be read from the socket now.
+    /// Returns how many bytes may be read from the socket now.
     pub(super) fn may_read(&self) -> usize {
         match self.reading {
             Reading::Over => 0,
@@ -171,17 +177,17 @@ impl Stream {
         }
     }
 
-    /// Whether the socket is still to be read, if not now.
+    /// Returns whether the socket is still to be read, now or later.
     pub(super) fn is_reading(&self) -> bool {
         self.reading == Reading::Open
     }
 
-    /// Whether payload that comes now is to be written.
+    /// Returns whether payload that arrives now is to be written.
     pub(super) fn takes_payload(&self) -> bool {
         self.closed.is_none() && self.writing == Writing::Open
     }
 
-    /// Takes in what happened and appends what is to be done. Total: what does not fit the state is ignored.
+    /// Handles an event and appends the actions. An event that does not fit the state is ignored.
     pub(super) fn on(&mut self, input: Input, actions: &mut Vec<Action>) {
         if self.finished {
             return;
@@ -208,7 +214,7 @@ impl Stream {
                 self.reset = true;
             }
         }
-        self.settle(actions);
+        self.finish_if_done(actions);
     }
 
     fn on_eof(&mut self, actions: &mut Vec<Action>) {
@@ -229,10 +235,10 @@ impl Stream {
         }
     }
 
-    /// The socket is of no use any more.
+    /// Handles a socket that failed in both directions.
     fn on_broken(&mut self, actions: &mut Vec<Action>) {
         if self.closed.is_none() {
-            actions.push(self.breaking());
+            actions.push(self.failure_message());
         }
         self.finish(self.closed.unwrap_or(Ended::ByUs), Closing::Reset, actions);
     }
@@ -254,7 +260,7 @@ impl Stream {
             }
             self.granted -= bytes;
         }
-        // Otherwise it has ended this direction, or nobody takes it.
+        // Otherwise the peer has ended this direction, or the socket accepts no data.
         if self.takes_payload() {
             self.queued += bytes;
         }
@@ -263,10 +269,10 @@ impl Stream {
     fn on_wrote(&mut self, bytes: u64, actions: &mut Vec<Action>) {
         let bytes = bytes.min(self.queued);
         self.queued -= bytes;
-        self.owed += bytes;
-        if self.extensions.credit && self.writing == Writing::Open && self.owed >= GRANT_BYTES {
-            let granted = u32::try_from(self.owed).unwrap_or(u32::MAX);
-            self.owed -= u64::from(granted);
+        self.ungranted += bytes;
+        if self.extensions.credit && self.writing == Writing::Open && self.ungranted >= GRANT_BYTES {
+            let granted = u32::try_from(self.ungranted).unwrap_or(u32::MAX);
+            self.ungranted -= u64::from(granted);
             self.granted += u64::from(granted);
             actions.push(Action::Grant(granted));
         }
@@ -284,7 +290,7 @@ impl Stream {
     fn on_overflow(&mut self, actions: &mut Vec<Action>) {
         if self.closed.is_none() {
             actions.push(Action::DropOutgoing);
-            actions.push(self.breaking());
+            actions.push(self.failure_message());
         }
         self.finish(Ended::Overflown, Closing::Reset, actions);
     }
@@ -296,12 +302,12 @@ impl Stream {
         }
     }
 
-    /// What tells the peer that our socket broke.
-    fn breaking(&self) -> Action {
+    /// Returns the message that reports a failure of our socket to the peer.
+    fn failure_message(&self) -> Action {
         if self.extensions.reset { Action::Reset } else { Action::Close(self.us) }
     }
 
-    fn settle(&mut self, actions: &mut Vec<Action>) {
+    fn finish_if_done(&mut self, actions: &mut Vec<Action>) {
         if self.finished || self.queued > 0 {
             return;
         }
@@ -321,7 +327,7 @@ impl Stream {
                 };
                 self.finish(ended, closing, actions);
             }
-            // It was closed by the peer, and there is nobody to write to.
+            // The peer has closed the stream, and the socket accepts no data.
             (Reading::Over, Writing::Broken) => {
                 self.finish(self.closed.unwrap_or(Ended::ByUs), Closing::Reset, actions);
             }

@@ -17,7 +17,7 @@ fn expect(stream: &mut Stream, input: Input, expected: &[Action]) {
 }
 
 #[test]
-fn without_extensions_a_fin_is_a_close_and_what_came_before_is_still_written() {
+fn without_extensions_a_fin_is_a_close_and_earlier_payload_is_written() {
     let mut stream = stream(Extensions::NONE);
     expect(&mut stream, Input::Payload(10), &[]);
     expect(&mut stream, Input::Eof, &[Action::Close(Side::Downstream)]);
@@ -28,7 +28,7 @@ fn without_extensions_a_fin_is_a_close_and_what_came_before_is_still_written() {
 }
 
 #[test]
-fn a_close_of_the_peer_is_a_fin_behind_what_it_sent_and_nothing_is_said_back() {
+fn a_close_of_the_peer_is_a_fin_after_its_payload_and_is_not_answered() {
     for extensions in [Extensions::NONE, Extensions::ALL] {
         let mut stream = stream(extensions);
         expect(&mut stream, Input::Payload(10), &[]);
@@ -59,7 +59,7 @@ fn with_half_close_one_direction_outlives_the_other() {
 }
 
 #[test]
-fn a_reset_is_told_as_one_where_the_peer_knows_resets() {
+fn a_reset_is_passed_on_if_the_peer_supports_resets() {
     let mut with = stream(Extensions::ALL);
     expect(&mut with, Input::ReadBroke, &[Action::Reset, Action::Finish(Ended::ByUs, Closing::Reset)]);
     let mut without = stream(Extensions::NONE);
@@ -68,14 +68,14 @@ fn a_reset_is_told_as_one_where_the_peer_knows_resets() {
         Input::ReadBroke,
         &[Action::Close(Side::Downstream), Action::Finish(Ended::ByUs, Closing::Reset)],
     );
-    // After its FIN as well, as long as the other direction ran on.
+    // Also after its FIN, while the other direction is open.
     let mut half = stream(Extensions::ALL);
     expect(&mut half, Input::Eof, &[Action::Eof]);
     expect(&mut half, Input::WriteBroke, &[Action::Reset, Action::Finish(Ended::ByUs, Closing::Reset)]);
 }
 
 #[test]
-fn a_socket_that_takes_nothing_more_is_read_to_its_end_first() {
+fn a_socket_that_accepts_no_data_is_first_read_to_its_end() {
     let mut stream = stream(Extensions::ALL);
     expect(&mut stream, Input::Payload(5), &[]);
     expect(&mut stream, Input::WriteBroke, &[Action::DropIncoming]);
@@ -87,7 +87,7 @@ fn a_socket_that_takes_nothing_more_is_read_to_its_end_first() {
 }
 
 #[test]
-fn a_reset_of_the_peer_comes_after_what_it_sent() {
+fn a_reset_of_the_peer_follows_its_payload() {
     let mut stream = stream(Extensions::ALL);
     expect(&mut stream, Input::Payload(5), &[]);
     expect(&mut stream, Input::Reset, &[Action::DropOutgoing]);
@@ -101,7 +101,7 @@ fn a_reset_of_the_peer_comes_after_what_it_sent() {
 }
 
 #[test]
-fn a_lost_connection_resets_what_it_cuts_short_and_nothing_else() {
+fn a_lost_connection_resets_only_incomplete_streams() {
     let lost = Action::Finish(Ended::Lost, Closing::Reset);
     let mut open = stream(Extensions::ALL);
     expect(&mut open, Input::Lost, &[lost]);
@@ -120,7 +120,7 @@ fn a_lost_connection_resets_what_it_cuts_short_and_nothing_else() {
 }
 
 #[test]
-fn no_more_is_read_than_was_granted() {
+fn reads_are_limited_to_the_granted_credit() {
     let mut stream = stream(Extensions::ALL);
     let mut read = 0;
     while stream.may_read() > 0 {
@@ -137,15 +137,15 @@ fn no_more_is_read_than_was_granted() {
 }
 
 #[test]
-fn what_was_written_is_granted_back_in_halves_of_the_window() {
+fn written_bytes_are_granted_back_in_halves_of_the_window() {
     let mut stream = stream(Extensions::ALL);
     expect(&mut stream, Input::Payload(WINDOW), &[]);
     expect(&mut stream, Input::Wrote(WINDOW / 2 - 1), &[]);
     expect(&mut stream, Input::Wrote(11), &[Action::Grant(INITIAL_CREDIT_BYTES / 2 + 10)]);
-    // Nothing is granted to a peer that has nothing more to say.
+    // No grant is sent to a peer that has ended its direction.
     expect(&mut stream, Input::PeerEof, &[]);
     expect(&mut stream, Input::Wrote(WINDOW), &[Action::Fin]);
-    // Nor where nobody counts.
+    // No grant is sent without the extension.
     let mut plain = crate::broker::stream::tests::stream(Extensions::NONE);
     expect(&mut plain, Input::Payload(WINDOW), &[]);
     expect(&mut plain, Input::Wrote(WINDOW), &[]);
@@ -174,10 +174,10 @@ fn a_peer_that_sends_more_than_was_granted_is_reset() {
     );
 }
 
-/// An end with its application: bytes are counted, for what is lossless in count and never reordered is lossless.
+/// One end with its application. Bytes are only counted: a stream that loses none and keeps their order is lossless.
 struct End {
     machine: Stream,
-    /// What the application has left to send, and whether it resets after that.
+    /// The bytes that the application has left to send, and whether it resets after that.
     unsent: usize,
     resets: bool,
     fin_read: bool,
@@ -185,7 +185,7 @@ struct End {
     received: usize,
     fin_received: bool,
     finished: Option<(Ended, Closing)>,
-    /// What is on its way to the other end.
+    /// Messages in transit to the other end.
     wire: VecDeque<Input>,
 }
 
@@ -214,7 +214,7 @@ impl End {
                 Action::Eof => self.wire.push_back(Input::PeerEof),
                 Action::Close(_) => self.wire.push_back(Input::Close),
                 Action::Reset => self.wire.push_back(Input::Reset),
-                // What is on the wire already comes all the same; the other end ignores it.
+                // Messages that are already in transit still arrive; the other end ignores them.
                 Action::DropOutgoing => {}
                 Action::DropIncoming => self.queued = 0,
                 Action::Fin => {
@@ -226,7 +226,7 @@ impl End {
         }
     }
 
-    /// Reads from the application, if it may. `share` of 256 of what it could.
+    /// Reads from the application, if allowed: `share` of 256 of the possible amount.
     fn read(&mut self, share: usize) -> bool {
         if self.finished.is_some() || self.machine.may_read() == 0 || self.fin_read {
             return false;
@@ -255,7 +255,7 @@ impl End {
         true
     }
 
-    fn hear(&mut self, input: Input) {
+    fn receive(&mut self, input: Input) {
         if let Input::Payload(bytes) = input
             && self.machine.takes_payload()
         {
@@ -267,7 +267,7 @@ impl End {
     }
 }
 
-/// Does one thing at a time, as `steps` say and then in turn, until nothing is left to be done.
+/// Performs one step at a time, in the order of `steps` and then round robin, until no step does anything.
 fn run(ends: &mut [End; 2], steps: &[(u8, u8)]) {
     let mut steps = steps.iter().copied();
     let mut turn = 0_u8;
@@ -284,7 +284,7 @@ fn run(ends: &mut [End; 2], steps: &[(u8, u8)]) {
             1 => ends[end].write(share),
             _ => {
                 let heard = ends[1 - end].wire.pop_front();
-                heard.map(|input| ends[end].hear(input)).is_some()
+                heard.map(|input| ends[end].receive(input)).is_some()
             }
         };
         idle = if done || !is_in_turn { 0 } else { idle + 1 };
@@ -293,7 +293,7 @@ fn run(ends: &mut [End; 2], steps: &[(u8, u8)]) {
 
 proptest! {
     #[test]
-    fn two_ends_pass_on_every_byte_and_end_whatever_the_delays(
+    fn two_ends_deliver_every_byte_and_end_for_any_delays(
         unsent in prop::array::uniform2(0..5 * WINDOW),
         switches in any::<[bool; 3]>(),
         steps in prop::collection::vec(any::<(u8, u8)>(), 0..400),
@@ -313,7 +313,7 @@ proptest! {
     }
 
     #[test]
-    fn what_precedes_a_close_or_a_reset_arrives_and_both_ends_end(
+    fn payload_before_a_close_or_reset_arrives_and_both_ends_end(
         unsent in 0..5 * WINDOW,
         resets: bool,
         reset: bool,
@@ -323,10 +323,10 @@ proptest! {
         let extensions = Extensions { binary: true, credit, half_close: false, reset };
         let mut ends = [
             End::new(Side::Downstream, extensions, unsent, resets),
-            // It never ends by itself.
+            // This end never ends by itself.
             End::new(Side::Upstream, extensions, usize::MAX / 2, false),
         ];
-        // Its bytes would have no end either.
+        // Its data has no end, so it is not read.
         ends[1].fin_read = true;
         run(&mut ends, &steps);
         let expected = if resets && reset { Closing::ResetAcknowledged } else { Closing::Acknowledged };
@@ -337,7 +337,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_happens_a_stream_is_finished_once_and_never_grants_more_than_a_window(
+    fn for_any_events_a_stream_finishes_once_and_grants_at_most_a_window(
         inputs in prop::collection::vec(any_input(), 0..60),
         switches in any::<[bool; 3]>(),
     ) {
@@ -351,7 +351,7 @@ proptest! {
             if let Some(end) = actions.iter().position(|action| matches!(action, Action::Finish(..))) {
                 prop_assert_eq!(end + 1, actions.len());
             }
-            prop_assert!(stream.granted + stream.queued + stream.owed <= WINDOW as u64 || !credit);
+            prop_assert!(stream.granted + stream.queued + stream.ungranted <= WINDOW as u64 || !credit);
         }
         prop_assert!(finished <= 1);
     }

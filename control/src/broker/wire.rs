@@ -1,8 +1,8 @@
-//! WebSockets (RFC 6455). Nothing else of this crate knows the library that speaks it.
+//! WebSockets (RFC 6455). No other file uses the library that implements them.
 //!
-//! No extension is offered or accepted, compression least of all: most of what is relayed is compressed already, and the
-//! rest is on the same machine. Pings are answered by reading; a peer's runtime drops a connection that says nothing for
-//! two minutes, and asks with a ping before it does.
+//! No extension is offered or accepted, compression included: most of the payload is compressed already, and both ends
+//! are on the same machine. Pings are answered while the socket is read. A peer's runtime drops a connection after two
+//! minutes without traffic, and sends a ping before that.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -31,32 +31,33 @@ use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use super::challenge;
 use super::message::MESSAGE_BYTES_MAX;
 
-/// Where the broker answers.
+/// The path of the broker's endpoint.
 pub const PATH: &str = "/portbroker";
 
 /// The header of a challenge and of its answer.
 const CHALLENGE: HeaderName = HeaderName::from_static(challenge::HEADER);
 
-/// Messages gather until there are so many bytes, or no more messages: a system call a message would be most of the work.
+/// The number of bytes up to which messages are gathered into one write. A system call for each message would be most
+/// of the work.
 const WRITE_BYTES: usize = 128 * 1024;
-/// What may wait to be written, in bytes. A writer waits after each message that the socket did not take, so this only has
-/// room for one message of ours, the largest of which tells of 65535 listeners.
+/// The limit of buffered output, in bytes. A writer waits after each message that the socket did not accept, so the
+/// limit only has to hold one outgoing message; the largest lists 65535 listeners.
 const WRITE_BYTES_MAX: usize = 8 * 1024 * 1024;
 const READ_BYTES: usize = 128 * 1024;
 
-/// After how long without a byte the kernel asks whether the other end is still there, how often, and how many times: a
-/// machine that went away without a word is noticed within two minutes. A container that was frozen answers.
+/// TCP keepalive: the idle time before the first probe, the interval, and the number of probes. A peer machine that
+/// disappears is noticed within two minutes. The kernel of a frozen container still answers.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
 const KEEPALIVE_MISSES: u32 = 4;
 
-/// Why a WebSocket did not come to be, or is no more.
+/// The reason why a WebSocket was not opened, or has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
     /// The peer answered the handshake with another status.
     #[error("the peer answered {0} to the request for a WebSocket")]
     Refused(u16),
-    /// What the peer sent breaks the protocol or a limit, or the connection broke.
+    /// The peer violated the protocol or a limit, or the connection failed.
     #[error("the WebSocket failed")]
     Broken(#[source] Arc<Error>),
 }
@@ -70,39 +71,39 @@ impl From<Error> for WireError {
     }
 }
 
-/// A WebSocket that is open.
+/// An open WebSocket.
 #[derive(Debug)]
 pub struct Socket(WebSocketStream<TcpStream>);
 
-/// What arrives.
+/// A received message, or the end.
 #[derive(Debug)]
 pub enum Incoming {
     /// A text message.
     Text(Text),
-    /// A binary message. It may be a part of a larger buffer, which it keeps.
+    /// A binary message. It may be a slice that keeps a larger buffer alive.
     Binary(Bytes),
-    /// The peer closes. Nothing follows.
+    /// The peer closed the WebSocket. No message follows.
     Closed {
-        /// The code; 1005 where there was none (RFC 6455, 7.1.5), 1006 where the connection ended without a word.
+        /// The code; 1005 if the frame lacks a code (RFC 6455, 7.1.5), 1006 if the connection ended without a close frame.
         code: u16,
         /// The reason.
         reason: String,
     },
 }
 
-/// Text as it arrived.
+/// The text of a message.
 #[derive(Clone, Debug)]
 pub struct Text(Utf8Bytes);
 
 impl Text {
-    /// The text.
+    /// Returns the text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
 }
 
-/// Sets the options of a socket that is to carry a WebSocket. What cannot be set is done without.
+/// Sets the options of a socket that will carry a WebSocket. Options that the kernel refuses are skipped.
 pub fn prepare(socket: impl AsFd) {
     let socket = socket.as_fd();
     tune(socket);
@@ -112,33 +113,34 @@ pub fn prepare(socket: impl AsFd) {
     let _ = sockopt::set_tcp_keepcnt(socket, KEEPALIVE_MISSES);
 }
 
-/// Dials the WebSocket of a broker over a connection that stands, and returns the peer's answer to `challenge` where it gives
-/// one. Waits as long as the peer does.
+/// Performs the client's handshake over an established connection. Returns the peer's answer to `challenge`, if it
+/// sends one. Has no time limit of its own.
 ///
 /// # Errors
-/// [`WireError`]: the peer refuses or does not speak the protocol.
+/// [`WireError`]: the peer refuses or violates the protocol.
 pub async fn connect(
     stream: TcpStream,
     host: &str,
     challenge: &str,
 ) -> Result<(Socket, Option<String>), WireError> {
     let mut request = format!("ws://{host}{PATH}").into_client_request()?;
-    // A challenge is letters, digits and signs of a name or of base64.
+    // A challenge consists of letters, digits and the other characters of names and base64url, so it is a valid header
+    // value.
     request.headers_mut().extend(HeaderValue::from_str(challenge).map(|value| (CHALLENGE, value)));
     let (socket, response) =
         tokio_tungstenite::client_async_with_config(request, stream, Some(config())).await?;
     Ok((Socket(socket), challenge_in(response.headers())))
 }
 
-/// The challenge in the headers of a request, or the answer to one in the headers of an answer. Bytes that are not text are
-/// replaced, and make no challenge and no answer.
+/// Returns the challenge in the headers of a request, or the answer to one in the headers of an answer. Invalid UTF-8
+/// is replaced, which makes the value an invalid challenge and an invalid answer.
 #[must_use]
 pub fn challenge_in(headers: &HeaderMap) -> Option<String> {
     headers.get(CHALLENGE).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
 }
 
-/// The headers of the answer (101) that turns a request into a WebSocket, with the answer to its challenge if there is one;
-/// `None` for a request that does not ask for a WebSocket (RFC 6455, 4.2.1).
+/// Returns the headers of the answer (101) that upgrades a request to a WebSocket, with the answer to its challenge if
+/// there is one. Returns `None` for a request without a valid upgrade (RFC 6455, 4.2.1).
 #[must_use]
 pub fn upgrade(request: &HeaderMap, challenge: Option<&str>) -> Option<HeaderMap> {
     let names = |header, wanted: &str| {
@@ -159,14 +161,15 @@ pub fn upgrade(request: &HeaderMap, challenge: Option<&str>) -> Option<HeaderMap
     Some(answer)
 }
 
-/// The server's side of a WebSocket over a connection that was upgraded. It was served as `TokioIo<TcpStream>`.
+/// Returns the server's side of a WebSocket over an upgraded connection, which must have been served as
+/// `TokioIo<TcpStream>`.
 ///
 /// # Errors
-/// It was served as something else.
+/// The connection was served as another type.
 pub async fn accepted(upgraded: Upgraded) -> io::Result<Socket> {
     let parts = upgraded
         .downcast::<TokioIo<TcpStream>>()
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the connection is no TCP connection"))?;
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the connection is not a TCP connection"))?;
     let (stream, read) = (parts.io.into_inner(), parts.read_buf.to_vec());
     Ok(Socket(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config())).await))
 }
@@ -181,48 +184,50 @@ fn config() -> WebSocketConfig {
 }
 
 impl Socket {
-    /// The connection under it.
+    /// Returns the underlying connection.
     #[must_use]
     pub fn stream(&self) -> &TcpStream {
         self.0.get_ref()
     }
 
-    /// Its two directions. Pings are answered only while it is read.
+    /// Splits the socket into its two directions. Pings are answered only while the reader is polled.
     #[must_use]
     pub fn split(self) -> (Reader, Writer) {
         let (sink, stream) = self.0.split();
-        (Reader { stream, taken_bytes: 0 }, Writer(sink))
+        (Reader { stream, bytes_since_yield: 0 }, Writer(sink))
     }
 }
 
-/// How much is read before everybody else on the thread has a turn, the pumps of the WebSocket's own streams among them:
-/// whoever reads on as long as there is something has read tens of megabytes for a socket that would have taken them.
-const TURN_BYTES: usize = 128 * 1024;
-/// What a message costs beside its bytes, in bytes: a small one can be as much work as a kilobyte of payload.
+/// The number of bytes to read before yielding to the other tasks of the thread, which include the pumps of this
+/// WebSocket's streams. Without a limit, the reader would queue tens of megabytes for sockets that could have accepted
+/// them.
+const YIELD_BYTES: usize = 128 * 1024;
+/// The cost of a message in addition to its bytes, in bytes: a small message can be as much work as a kilobyte of
+/// payload.
 const MESSAGE_COST_BYTES: usize = 1_024;
 
-/// What is read from a WebSocket.
+/// The receiving direction of a WebSocket.
 #[derive(Debug)]
 pub struct Reader {
     stream: SplitStream<WebSocketStream<TcpStream>>,
-    /// Since the others last had a turn.
-    taken_bytes: usize,
+    /// The cost of the messages since the last yield, in bytes.
+    bytes_since_yield: usize,
 }
 
 impl Reader {
-    /// The next message. Dropping the future loses nothing.
+    /// Returns the next message. Cancel-safe.
     ///
     /// # Errors
-    /// [`WireError::Broken`], after which only `Closed` comes.
+    /// [`WireError::Broken`], after which only `Closed` follows.
     pub async fn next(&mut self) -> Result<Incoming, WireError> {
         loop {
-            if self.taken_bytes >= TURN_BYTES {
-                self.taken_bytes = 0;
+            if self.bytes_since_yield >= YIELD_BYTES {
+                self.bytes_since_yield = 0;
                 tokio::task::yield_now().await;
             }
             let message = self.stream.next().await;
             if let Some(Ok(message)) = &message {
-                self.taken_bytes += MESSAGE_COST_BYTES + message.len();
+                self.bytes_since_yield += MESSAGE_COST_BYTES + message.len();
             }
             let closed = |code, reason: &str| Incoming::Closed { code, reason: reason.to_owned() };
             return Ok(match message {
@@ -238,12 +243,12 @@ impl Reader {
     }
 }
 
-/// What is written to a WebSocket.
+/// The sending direction of a WebSocket.
 #[derive(Debug)]
 pub struct Writer(SplitSink<WebSocketStream<TcpStream>, Message>);
 
 impl Writer {
-    /// Writes text, or keeps it until there is more or [`Writer::flush`]. Waits for room.
+    /// Writes a text message, or buffers it until more data or [`Writer::flush`] follows. Waits for room.
     ///
     /// # Errors
     /// [`WireError::Broken`].
@@ -251,7 +256,7 @@ impl Writer {
         Ok(self.0.feed(Message::Text(text.into())).await?)
     }
 
-    /// Writes a binary message, or keeps it until there is more or [`Writer::flush`]. Waits for room.
+    /// Writes a binary message, or buffers it until more data or [`Writer::flush`] follows. Waits for room.
     ///
     /// # Errors
     /// [`WireError::Broken`].
@@ -259,7 +264,7 @@ impl Writer {
         Ok(self.0.feed(Message::Binary(bytes)).await?)
     }
 
-    /// Writes what was kept.
+    /// Writes buffered messages.
     ///
     /// # Errors
     /// [`WireError::Broken`].
@@ -267,8 +272,8 @@ impl Writer {
         Ok(self.0.flush().await?)
     }
 
-    /// Closes with a code and a reason (at most 123 bytes of it are sent: RFC 6455, 5.5). The peer's answer comes to the
-    /// [`Reader`].
+    /// Closes the WebSocket with a code and a reason, which is cut to 123 bytes (RFC 6455, 5.5). The peer's answer
+    /// arrives at the [`Reader`].
     ///
     /// # Errors
     /// [`WireError::Broken`].

@@ -89,7 +89,7 @@ fn start_failure(error: &StartError) -> Failure {
         StartError::Directory(DirectoryError::Taken(_)) => {
             failure(Exit::Failed).hint("each container needs its own directory; --directory selects another one")
         }
-        StartError::Directory(DirectoryError::Stranger(_)) => {
+        StartError::Directory(DirectoryError::NotASocket(_)) => {
             failure(Exit::Failed).hint("remove it, or select another directory with --directory")
         }
         StartError::Directory(DirectoryError::System { source, .. }) => match source.kind() {

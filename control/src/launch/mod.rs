@@ -1,12 +1,13 @@
-//! From a folder to a container that runs: the decisions of `landfall start` (wire specification, A.9 and A.12).
+//! The decisions of `landfall start`: from a folder to a running container (wire specification, A.9 and A.12).
 //!
-//! The image comes first, since building it takes time and may fail while nothing has been changed. Then, in this order: fresh
-//! tokens, the registration with them, and the container that has them in its environment. So the daemon knows the container
-//! before it can ask for anything. A failure undoes the registration.
+//! The image is prepared first, since a build takes time and may fail before any state is changed. Then follow, in this
+//! order: new tokens, the registration with them, and the container with the tokens in its environment. So the daemon
+//! knows the container before the container can send a request. After a failure, the registration is removed: a
+//! registration without its container never remains.
 //!
-//! At each start of the container, Docker chooses a free host port and publishes the container's own port there. Another user
-//! could take a fixed port during a restart, and the container would stay down. The daemon asks Docker for the port at each
-//! attempt to connect.
+//! At each start of the container, Docker chooses a free host port and publishes the container's port there. With a
+//! fixed port, another user could take it during a restart, and the container could not start. The daemon asks Docker
+//! for the port at each connection attempt.
 
 use std::io;
 use std::num::NonZeroU16;
@@ -28,39 +29,41 @@ pub const SOCKET: &str = "http.sock";
 /// The path of the directory in the container.
 pub const DIRECTORY_INSIDE: &str = "/run/landfall-http";
 
-/// The most bytes of a folder's name that go into the name of its container.
+/// The maximum of a folder's name in the name of its container, in bytes.
 const NAME_BYTES: usize = 128;
 
-/// What a container is made from.
+/// The image of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Image {
-    /// An image that is here or can be pulled.
+    /// An image that exists locally or can be pulled.
     Named(String),
-    /// One that is built of the folder.
+    /// An image that is built from the folder.
     Built(BuildFrom),
 }
 
 impl Image {
-    /// Chooses: what the command line names, what the folder's `devcontainer.json` says, the folder's own Dockerfile.
+    /// Chooses the image: that of the command line, that of the folder's `devcontainer.json`, or the folder's own
+    /// Dockerfile.
     ///
     /// # Errors
-    /// What is missing or does not fit, for people.
-    pub fn of(folder: &Path, named: Option<&str>, said: &Devcontainer) -> Result<Image, String> {
-        if let Some(image) = named.or(said.image()) {
+    /// A text for people that names what is missing or invalid.
+    pub fn of(folder: &Path, named: Option<&str>, declared: &Devcontainer) -> Result<Image, String> {
+        if let Some(image) = named.or(declared.image()) {
             return Ok(Image::Named(image.to_owned()));
         }
-        if let Some(build) = said.build() {
+        if let Some(build) = declared.build() {
             return built(folder, build).map(Image::Built);
         }
         let usual = BuildFrom::default();
         match folder.join(&usual.dockerfile).exists() {
             true => Ok(Image::Built(usual)),
-            false => Err(format!("nothing says what a container of {} is made from", folder.display())),
+            false => Err(format!("no image and no Dockerfile is known for {}", folder.display())),
         }
     }
 }
 
-/// A build in the folder's own words. The daemon may have to repeat it, and reads nothing outside the folder.
+/// Converts a build to paths relative to the folder. The daemon may have to repeat the build, and reads no file outside
+/// the folder.
 fn built(folder: &Path, build: &Build) -> Result<BuildFrom, String> {
     let real = |path: &Path| {
         path.canonicalize().map_err(|error| format!("{} cannot be used: {error}", path.display()))
@@ -69,30 +72,30 @@ fn built(folder: &Path, build: &Build) -> Result<BuildFrom, String> {
     let below = |path: &Path, above: &Path| {
         path.strip_prefix(above)
             .map(Path::to_owned)
-            .map_err(|_| format!("{} does not lie in {}", path.display(), above.display()))
+            .map_err(|_| format!("{} is not inside {}", path.display(), above.display()))
     };
     Ok(BuildFrom { dockerfile: below(&dockerfile, &context)?, context: below(&context, folder)? })
 }
 
-/// What a container of the folder is called.
+/// Returns the name of the folder's container.
 pub fn name_of(folder: &Path) -> Option<ContainerName> {
     let mut name = name::sanitise(&folder.file_name()?.to_string_lossy());
-    // It is ASCII.
+    // The name is ASCII, so any byte is a character boundary.
     name.truncate(NAME_BYTES);
     ContainerName::new(&name).ok()
 }
 
-/// What one container instance and the daemon know each other by.
+/// The tokens that a container and the daemon share.
 #[derive(Clone, Debug)]
 pub struct Tokens {
-    /// The container presents it by HTTP.
+    /// The container sends it over HTTP.
     pub restart: Token,
-    /// The daemon presents it over the container's WebSocket.
+    /// The daemon sends it over the container's WebSocket, or proves that it holds it.
     pub broker: Token,
 }
 
 impl Tokens {
-    /// Two that nobody has had: 32 random bytes each (wire specification, A.0.1).
+    /// Creates new tokens from 32 random bytes each (wire specification, A.0.1).
     ///
     /// # Errors
     /// Those of `getrandom(2)`.
@@ -106,7 +109,7 @@ fn token() -> io::Result<Token> {
     Token::new(&URL_SAFE_NO_PAD.encode(bytes)).ok_or_else(|| io::Error::other("an empty token"))
 }
 
-/// A folder as a container.
+/// The parameters of a folder's container.
 #[derive(Clone, Debug)]
 pub struct Recipe<'a> {
     /// Its name.
@@ -115,16 +118,16 @@ pub struct Recipe<'a> {
     pub folder: &'a str,
     /// The directory of the host with the container's socket of the daemon.
     pub http_directory: &'a str,
-    /// The image, which is here.
+    /// The image, which exists locally.
     pub image: &'a str,
-    /// How the image was built, if it was.
+    /// The build of the image, if it was built.
     pub built: Option<&'a BuildFrom>,
-    /// Where the daemon is reached by HTTP.
+    /// The port of the daemon's HTTP endpoint.
     pub http_port: NonZeroU16,
 }
 
 impl Recipe<'_> {
-    /// The container, with these tokens.
+    /// Returns the container, with these tokens.
     pub fn container(&self, tokens: &Tokens) -> NewContainer {
         let base = Path::new(self.folder).file_name().unwrap_or_default().to_string_lossy();
         let mut labels = self.built.map(BuildFrom::labels).unwrap_or_default();
@@ -140,7 +143,8 @@ impl Recipe<'_> {
         }
     }
 
-    /// The socket, and the rest under both names, so that a program for either finds what it looks for (wire specification, A.12).
+    /// Returns the socket's variable, and the other variables under both prefixes, so that programs for either find
+    /// them (wire specification, A.12).
     fn environment(&self, tokens: &Tokens) -> Vec<(String, String)> {
         let values = [
             ("CONTAINER_NAME", self.name.to_string()),
@@ -156,25 +160,25 @@ impl Recipe<'_> {
     }
 }
 
-/// What is done to the world.
+/// The effects of a launch on Docker and on the daemon.
 pub trait LaunchActions {
-    /// Why something was not done.
+    /// The error of an action.
     type Error;
 
-    /// Makes tokens that were never used.
+    /// Creates new tokens.
     fn tokens(&mut self) -> Result<Tokens, Self::Error>;
-    /// Has the daemon know the container, in the place of what it knew under the name.
+    /// Registers the container with the daemon. Replaces an earlier registration of the name.
     fn register(&mut self, tokens: &Tokens) -> Result<(), Self::Error>;
-    /// Has the daemon forget it.
+    /// Removes the registration.
     fn deregister(&mut self);
-    /// Makes it, starts it, and sees that it stays. Of one that does not, nothing is left.
+    /// Creates and starts the container, and checks that it keeps running. A container that does not is removed.
     fn run(&mut self, tokens: &Tokens) -> impl Future<Output = Result<(), Self::Error>>;
 }
 
-/// Starts it.
+/// Launches the container.
 ///
 /// # Errors
-/// Those of the hands; nothing is registered then.
+/// The error of an action; in this case no registration remains.
 pub async fn start<H: LaunchActions>(actions: &mut H) -> Result<(), H::Error> {
     let tokens = actions.tokens()?;
     actions.register(&tokens)?;

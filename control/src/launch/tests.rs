@@ -1,6 +1,6 @@
 use super::*;
 
-/// Hands that write down what they do.
+/// Actions that record their calls.
 #[derive(Default)]
 struct Fake {
     done: Vec<String>,
@@ -36,7 +36,7 @@ impl LaunchActions for Fake {
 }
 
 #[tokio::test]
-async fn the_daemon_knows_a_container_before_it_runs_and_forgets_one_that_does_not() {
+async fn a_container_is_registered_before_it_runs_and_deregistered_if_it_fails() {
     for (fails, result, done) in [
         (None, Ok(()), vec!["register r b", "run r b"]),
         (Some("run"), Err("no"), vec!["register r b", "run r b", "deregister"]),
@@ -49,7 +49,7 @@ async fn the_daemon_knows_a_container_before_it_runs_and_forgets_one_that_does_n
 }
 
 #[test]
-fn a_container_has_its_variables_under_both_names_and_nothing_else_of_its_tokens() {
+fn a_container_has_its_variables_under_both_prefixes_and_no_token_in_its_labels() {
     let name = ContainerName::new("shop").unwrap();
     let from = BuildFrom::default();
     let recipe = Recipe {
@@ -87,35 +87,35 @@ fn tokens_are_long_and_never_the_same() {
 }
 
 #[test]
-fn the_image_is_what_is_named_or_said_or_the_folders_own() {
+fn the_image_is_the_given_one_or_that_of_the_file_or_of_the_dockerfile() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().canonicalize().unwrap();
-    let said = |text: &str| {
+    let declared = |text: &str| {
         std::fs::write(path.join(".devcontainer.json"), text).unwrap();
         Devcontainer::read(&path).unwrap().unwrap().devcontainer
     };
     let nothing = Devcontainer::default();
     let named = |image: &str| Ok(Image::Named(image.to_owned()));
-    assert_eq!(Image::of(&path, Some("one"), &said(r#"{"image": "two"}"#)), named("one"));
-    assert_eq!(Image::of(&path, None, &said(r#"{"image": "two"}"#)), named("two"));
-    assert!(Image::of(&path, None, &nothing).unwrap_err().starts_with("nothing says what"));
+    assert_eq!(Image::of(&path, Some("one"), &declared(r#"{"image": "two"}"#)), named("one"));
+    assert_eq!(Image::of(&path, None, &declared(r#"{"image": "two"}"#)), named("two"));
+    assert!(Image::of(&path, None, &nothing).unwrap_err().starts_with("no image and no Dockerfile"));
     std::fs::create_dir(path.join("app")).unwrap();
     std::fs::write(path.join("app/D"), "FROM scratch").unwrap();
-    let built = |text: &str| Image::of(&path, None, &said(text));
+    let built = |text: &str| Image::of(&path, None, &declared(text));
     let from = BuildFrom { context: "app".into(), dockerfile: "D".into() };
     let ok = built(r#"{"build": {"dockerfile": "app/../app/D", "context": "./app"}}"#);
     assert_eq!(ok, Ok(Image::Built(from)));
     let outside = built(r#"{"build": {"dockerfile": "app/D", "context": ".."}}"#);
-    assert!(outside.unwrap_err().ends_with(&format!("does not lie in {}", path.display())));
+    assert!(outside.unwrap_err().ends_with(&format!("is not inside {}", path.display())));
     let elsewhere = built(r#"{"build": {"dockerfile": "/etc/hostname", "context": "app"}}"#);
-    assert!(elsewhere.unwrap_err().starts_with("/etc/hostname does not lie in"));
+    assert!(elsewhere.unwrap_err().starts_with("/etc/hostname is not inside"));
     assert!(built(r#"{"build": {"dockerfile": "none"}}"#).unwrap_err().contains("none cannot be used"));
     std::fs::write(path.join("Dockerfile"), "FROM scratch").unwrap();
     assert_eq!(Image::of(&path, None, &nothing), Ok(Image::Built(BuildFrom::default())));
 }
 
 #[test]
-fn a_folder_gives_its_container_its_name() {
+fn the_container_is_named_after_its_folder() {
     let name = |path: &str| name_of(Path::new(path)).map(|name| name.to_string());
     assert_eq!(name("/home/u/my shop"), Some("my-shop".to_owned()));
     assert_eq!(name("/"), None);

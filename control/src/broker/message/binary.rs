@@ -1,23 +1,25 @@
-//! Payload in binary frames (extension `binary`): the byte 1, the stream id as four bytes (big endian), the payload.
+//! Payload in binary messages (extension `binary`): the byte 1, the stream id as four bytes (big endian), the payload.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::{Frame, StreamId, Unreadable};
 
-/// What precedes the payload, in bytes. Whoever reads payload into a buffer leaves so much room before it.
+/// The size of the header before the payload, in bytes. Code that reads payload into a buffer leaves this much room
+/// before it.
 pub const BINARY_HEADER_BYTES: usize = 5;
 
 /// The first byte of a frame that carries payload.
 const DATA: u8 = 1;
 
-/// What precedes the payload of a stream; nothing where the id has no room in four bytes, and the payload goes as text.
+/// Returns the header of a stream's payload. Returns `None` if the id does not fit into four bytes; such payload is
+/// sent as text.
 #[must_use]
 pub fn binary_header(stream: StreamId) -> Option<[u8; BINARY_HEADER_BYTES]> {
     let [a, b, c, d] = u32::try_from(stream.0).ok()?.to_be_bytes();
     Some([DATA, a, b, c, d])
 }
 
-/// A whole binary frame; nothing where the id has no room in it.
+/// Returns a complete binary message, or `None` if the id does not fit into four bytes.
 #[must_use]
 pub fn to_binary(stream: StreamId, payload: &[u8]) -> Option<Bytes> {
     let header = binary_header(stream)?;
@@ -27,7 +29,7 @@ pub fn to_binary(stream: StreamId, payload: &[u8]) -> Option<Bytes> {
     Some(frame.freeze())
 }
 
-/// Reads a binary frame. `Ok(None)` is a frame of a kind that is unknown; the payload is a part of `frame`, not a copy.
+/// Parses a binary message. `Ok(None)` is a message of an unknown kind. The payload is a slice of `frame`, not a copy.
 ///
 /// # Errors
 /// [`Unreadable::CutShort`].
@@ -54,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_without_room_in_four_bytes_has_no_binary_form() {
+    fn an_id_that_exceeds_four_bytes_has_no_binary_form() {
         assert_eq!(binary_header(StreamId(-1)), None);
         assert_eq!(binary_header(StreamId(i64::from(u32::MAX) + 1)), None);
         assert!(binary_header(StreamId(i64::from(u32::MAX))).is_some());
@@ -62,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_kinds_are_none_and_what_is_cut_short_is_unreadable() {
+    fn unknown_kinds_are_ignored_and_truncated_frames_are_errors() {
         assert_eq!(from_binary(Bytes::from_static(b"\x02\0\0\0\x01x")), Ok(None));
         assert_eq!(from_binary(Bytes::from_static(b"\x01\0\0\0")), Err(Unreadable::CutShort));
         assert_eq!(from_binary(Bytes::new()), Err(Unreadable::CutShort));
@@ -70,7 +72,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_back(stream in 0..=u32::MAX, payload: Vec<u8>) {
+        fn a_written_frame_is_read_back(stream in 0..=u32::MAX, payload: Vec<u8>) {
             let stream = StreamId(stream.into());
             let frame = to_binary(stream, &payload).unwrap();
             prop_assert_eq!(frame.len(), payload.len() + BINARY_HEADER_BYTES);

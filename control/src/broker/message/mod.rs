@@ -1,24 +1,24 @@
-//! The messages of the port broker (wire specification, A.3.1, A.3.2 and A.3.7), as text, as binary frames and as values.
-//! Pure.
+//! The messages of the port broker (wire specification, A.3.1, A.3.2 and A.3.7), as text, as binary messages and as
+//! values. Pure.
 //!
-//! Each message is one JSON object in one text frame, with a `type`. Unknown types and unknown fields are ignored; so is a
-//! message of a known type whose fields do not fit, which is told to whoever logs ([`Unreadable`]).
+//! Each message is one JSON object in one text message, with a `type`. Unknown types and unknown fields are ignored. A
+//! message of a known type with invalid fields is ignored, too, and is reported to the caller ([`Unreadable`]).
 //!
 //! # Extensions
 //!
-//! `broker-hello` and `broker-hello-ack` of ours carry `extensions`, a list of names. One is used only when both sides
-//! list it, so a peer of the reference sees nothing of them.
+//! `broker-hello` and `broker-hello-ack` of landfall carry `extensions`, a list of names. An extension is used only if
+//! both sides list it, so it is invisible to a peer of the reference implementation.
 //!
 //! | name | what changes |
 //! | --- | --- |
-//! | `binary` | payload travels in binary frames: the byte 1, the stream id as four bytes (big endian), the payload |
-//! | `credit` | a sender sends no more payload on a stream than it was granted: [`INITIAL_CREDIT_BYTES`] at first, then what each `relay-credit {streamId, bytes}` adds |
-//! | `half-close` | `relay-eof {streamId}` ends one direction; the other one runs on |
-//! | `reset` | `relay-reset {streamId}` instead of `relay-close` where the connection was reset; nothing follows |
-
+//! | `binary` | payload is sent in binary messages: the byte 1, the stream id as four bytes (big endian), the payload |
+//! | `credit` | a sender sends no more payload on a stream than it was granted: [`INITIAL_CREDIT_BYTES`] at first, then
+//! the sum of all `relay-credit {streamId, bytes}` |
+//! | `half-close` | `relay-eof {streamId}` ends one direction; the other one continues |
+//! | `reset` | `relay-reset {streamId}` instead of `relay-close` if the connection was reset; no message follows |
 //!
-//! What a peer writes is read with tolerance, where a wrong reading can do no harm: 1.0 is 1, a `side` that is missing is
-//! the sender's, and a refusal without a reason is a refusal.
+//! Messages of a peer are parsed leniently if that is harmless: 1.0 is 1, a missing `side` is the sender's, and a
+//! refusal may lack a reason.
 
 use crate::model::announcement::{Announced, ForwardResult};
 use std::fmt;
@@ -32,47 +32,47 @@ pub use text::relay_text;
 mod binary;
 mod text;
 
-/// What a sender may send on a fresh stream before it is granted more, where both sides know `credit`.
+/// The credit of a new stream, in bytes, if both sides use `credit`.
 pub const INITIAL_CREDIT_BYTES: u32 = 1024 * 1024;
 
-/// The most payload of one message, in bytes before base64 (wire specification, A.3.6).
+/// The maximum of payload in one message, in bytes before base64 (wire specification, A.3.6).
 pub const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
 
-/// The largest message that is read. A peer's runtime allows 16 MiB; none of ours is near it.
+/// The largest message that is read, in bytes. A peer's runtime allows 16 MiB; our own messages are much smaller.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// Why a message could not be read. It quotes nothing of the message, which may hold a token.
+/// The reason why a message could not be parsed. It quotes no part of the message, which may contain a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
-    /// It is no JSON.
+    /// The text is not JSON.
     #[error("invalid json")]
     Json,
-    /// A message of a known type lacks a field, or has something else in it.
-    #[error("{kind}: {field} is missing or not what it should be")]
+    /// A message of a known type lacks a field, or the field has an invalid value.
+    #[error("{kind}: {field} is missing or invalid")]
     Field {
         /// The type.
         kind: &'static str,
         /// The field.
         field: &'static str,
     },
-    /// A message of a type that is never this long.
-    #[error("{kind}: {bytes} bytes are too many")]
+    /// The message exceeds the length limit of its type.
+    #[error("{kind}: {bytes} bytes exceed the limit")]
     TooLong {
         /// The type.
         kind: &'static str,
         /// Its length.
         bytes: usize,
     },
-    /// A binary frame that is shorter than its header.
-    #[error("a binary frame is cut short")]
+    /// A binary message is shorter than its header.
+    #[error("a binary frame is truncated")]
     CutShort,
 }
 
-/// A stream, as its host numbered it: from 1 up. The container takes any integer.
+/// The id of a stream, assigned by its host from 1 upwards. The container accepts any integer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StreamId(pub i64);
 
-/// Which extensions are offered, or in use.
+/// The set of extensions that is offered, or in use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extensions {
     /// Binary frames.
@@ -86,12 +86,12 @@ pub struct Extensions {
 }
 
 impl Extensions {
-    /// All that this release knows.
+    /// All extensions of this release.
     pub const ALL: Extensions = Extensions { binary: true, credit: true, half_close: true, reset: true };
-    /// The protocol of the reference.
+    /// The protocol of the reference implementation.
     pub const NONE: Extensions = Extensions { binary: false, credit: false, half_close: false, reset: false };
 
-    /// Those that both have.
+    /// Returns the extensions that both sets contain.
     #[must_use]
     pub fn and(self, other: Extensions) -> Extensions {
         Extensions {
@@ -103,34 +103,34 @@ impl Extensions {
     }
 }
 
-/// The end of a stream at which something happened.
+/// The end of a stream at which an event occurred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// The client on the host. The host's side always says this.
+    /// The client on the host. The host's side always sends this.
     Downstream,
-    /// The server in the container. The container's side always says this.
+    /// The server in the container. The container's side always sends this.
     Upstream,
 }
 
-/// Something on one stream, from either side.
+/// A frame of one stream, in either direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// Payload; empty payload means nothing.
+    /// Payload; empty payload has no effect.
     Data(Bytes),
     /// The connection is closed in both directions.
     Close(Side),
-    /// More may be sent: so many bytes (extension `credit`).
+    /// Additional credit in bytes (extension `credit`).
     Credit(u32),
-    /// Nothing more comes in this direction (extension `half-close`).
+    /// The end of this direction (extension `half-close`).
     Eof,
     /// The connection was reset (extension `reset`).
     Reset,
 }
 
-/// The part of a hello by which the container recognises its host.
+/// The part of a hello that authenticates the host.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credential {
-    /// The broker token itself, to a peer of the reference.
+    /// The broker token itself, for a peer of the reference implementation.
     Token(String),
     /// A proof that the host holds the token ([`challenge`](super::challenge)).
     Proof(String),
@@ -152,7 +152,7 @@ pub enum ToContainer {
     Hello {
         /// The token, or a proof that the host holds it.
         credential: Credential,
-        /// What the host's side offers.
+        /// The extensions that the host's side offers.
         extensions: Extensions,
     },
     /// `port-watch-subscribe`
@@ -168,7 +168,7 @@ pub enum ToContainer {
         /// The port in the container.
         port: NonZeroU16,
     },
-    /// `relay-data`, `relay-close` and those of the extensions.
+    /// `relay-data`, `relay-close` and the frames of the extensions.
     Relay(StreamId, Frame),
 }
 
@@ -177,21 +177,21 @@ pub enum ToContainer {
 pub enum ToHost {
     /// `broker-hello-ack`
     HelloAck {
-        /// What the container's side offers.
+        /// The extensions that the container's side offers.
         extensions: Extensions,
     },
     /// `broker-hello-nack`
     HelloNack {
-        /// Why.
+        /// The reason.
         reason: String,
     },
     /// `port-forward-request`
     ForwardRequest {
         /// The port in the container.
         target: NonZeroU16,
-        /// Ports on the host, the best first. Numbers that are no ports are left out.
+        /// Candidate ports on the host, in order of preference. Invalid ports are skipped.
         candidates: Vec<NonZeroU16>,
-        /// What for.
+        /// The purpose.
         reason: Option<String>,
     },
     /// `port-listen-snapshot`
@@ -204,11 +204,11 @@ pub enum ToHost {
     OpenAck(StreamId),
     /// `relay-open-nack`
     OpenNack {
-        /// Which stream.
+        /// The stream.
         stream: StreamId,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// `relay-data`, `relay-close` and those of the extensions.
+    /// `relay-data`, `relay-close` and the frames of the extensions.
     Relay(StreamId, Frame),
 }

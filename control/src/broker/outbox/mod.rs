@@ -1,18 +1,20 @@
-//! What waits to be written to a broker's WebSocket.
+//! The queue of messages that wait to be written to a broker's WebSocket.
 //!
 //! ```text
-//!  said (requests, answers, credit) ─────────────────────────┐ first
+//! !
+//! //!  control messages (requests, answers, credit) ─────────────┐ first
 //!  stream 1: [64 KiB][64 KiB][eof] ──┐                        ├──► one writer ──► WebSocket
-//!  stream 2: [64 KiB]             ──┼── one message a turn ──┘
+//! !
+//! //!  stream 2: [64 KiB]             ──┼── round robin ─────────┘
 //!  stream 9: [reset]              ──┘
 //! ```
 //!
-//! Payload is bounded, for each stream and for the connection, and whoever has more of it waits: that is what stops a pump
-//! from reading, and with that the peer of its socket. What is said does not wait, since whoever says it may be the one who
-//! has to go on reading; it is small, and its bound is only ever met by a peer that floods us with requests and does not
-//! read the answers, which ends the connection.
+//! Payload is bounded, for each stream and for the connection, and a sender with more of it waits. This stops a pump
+//! from reading, and thus the peer of its socket from sending. Control messages do not wait, since the task that sends
+//! them may be the one that has to continue reading. They are small; only a peer that floods us with requests without
+//! reading the answers can exceed their limit, which ends the connection.
 //!
-//! What a stream sends stays in order, its end behind its payload. What is said goes ahead of all payload.
+//! The messages of a stream stay in order, its end after its payload. Control messages precede all payload.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,35 +27,35 @@ use crate::broker::outbox::schedule::Schedule;
 
 mod schedule;
 
-/// What one stream may have queued, in bytes of payload (wire specification, A.3.6).
+/// The payload that one stream may have queued, in bytes (wire specification, A.3.6).
 pub const STREAM_BYTES_MAX: usize = 1024 * 1024;
-/// What all streams of a connection may have queued together, in bytes of payload.
+/// The payload that all streams of a connection may have queued together, in bytes.
 pub const CONNECTION_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// What may be said and not yet written, in bytes. The largest thing said tells of 65535 listeners in less than 3 MiB.
-const SAID_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// The control messages that may be queued, in bytes. The largest one lists 65535 listeners in less than 3 MiB.
+const CONTROL_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// The connection is lost, or closed by us.
+/// The connection is lost, or was closed by us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the connection is gone")]
 pub struct Gone;
 
-/// Why nothing more is written.
+/// The reason why writing has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Ended {
-    /// The connection broke.
+    /// The connection failed.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The peer asks and does not read the answers.
-    #[error("the peer does not read what it asks for")]
+    /// The peer sends requests and does not read the answers.
+    #[error("the peer does not read the answers to its requests")]
     Flooded,
 }
 
-/// Where to put what is to be sent.
+/// The sending side of the queue.
 #[derive(Clone, Debug)]
 pub struct Outbox(Arc<Shared>);
 
-/// The other end of an [`Outbox`], for the one who writes. Dropping it tells everybody who waits that the connection is
-/// gone.
+/// The receiving side of an [`Outbox`], for the writer. Dropping it reports the end of the connection to all senders
+/// that wait.
 #[derive(Debug)]
 pub struct Queue(Arc<Shared>);
 
@@ -61,7 +63,7 @@ pub struct Queue(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     filled: Notify,
-    /// Room for payload, in bytes.
+    /// The permits for payload, in bytes.
     room: Arc<Semaphore>,
 }
 
@@ -73,7 +75,7 @@ struct State {
 
 #[derive(Debug)]
 enum Ending {
-    /// After what was said until then.
+    /// Close after all control messages so far.
     Close {
         code: u16,
         reason: String,
@@ -86,12 +88,12 @@ enum Ending {
 enum Entry {
     /// Payload to be written as text.
     Text(Bytes, Room),
-    /// A whole binary frame.
+    /// A complete binary message.
     Binary(Bytes, Room),
     End(Frame),
 }
 
-/// Room for payload that is taken; it is free again when this is dropped.
+/// Permits for payload; dropping them returns them.
 #[derive(Debug)]
 pub(super) struct Room {
     stream: OwnedSemaphorePermit,
@@ -99,7 +101,7 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// Gives back what is beyond so many bytes.
+    /// Returns the permits beyond this many bytes.
     fn keep(&mut self, bytes: usize) {
         for permit in [&mut self.stream, &mut self.connection] {
             drop(permit.split(permit.num_permits().saturating_sub(bytes)));
@@ -107,7 +109,7 @@ impl Room {
     }
 }
 
-/// An empty outbox, and its queue.
+/// Returns an empty outbox, and its queue.
 #[must_use]
 pub fn outbox() -> (Outbox, Queue) {
     let shared = Arc::new(Shared {
@@ -120,28 +122,28 @@ pub fn outbox() -> (Outbox, Queue) {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it is held; and if it did, each step leaves the state whole.
+        // No code panics while it holds the lock; and if one did, each step leaves the state consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Outbox {
-    /// Says something that is no payload and no end of a stream: it goes ahead of both. Never waits; on a connection that is
-    /// gone it is lost.
-    pub fn say(&self, text: String) {
+    /// Queues a control message, which precedes all frames of streams. Never waits. If the connection has ended, the
+    /// message is dropped.
+    pub fn send_control(&self, text: String) {
         let mut state = self.0.state();
         if state.ending.is_some() {
             return;
         }
-        state.schedule.say(text);
-        if state.schedule.said_bytes() > SAID_BYTES_MAX {
+        state.schedule.send_control(text);
+        if state.schedule.control_bytes() > CONTROL_BYTES_MAX {
             state.ending = Some(Ending::Flooded);
         }
         drop(state);
         self.0.filled.notify_one();
     }
 
-    /// Closes the WebSocket after what was said. Payload that waits is dropped.
+    /// Closes the WebSocket after all control messages so far. Queued payload is dropped.
     pub fn close(&self, code: u16, reason: &str) {
         let ending = &mut self.0.state().ending;
         if ending.is_none() {
@@ -150,14 +152,14 @@ impl Outbox {
         }
     }
 
-    /// The place of one stream. `binary`: whether both sides know binary frames.
-    pub(super) fn lane(&self, stream: StreamId, binary: bool) -> StreamQueue {
+    /// Returns the queue of one stream. `binary` is whether both sides use binary messages.
+    pub(super) fn stream_queue(&self, stream: StreamId, binary: bool) -> StreamQueue {
         let header = binary.then(|| binary_header(stream)).flatten();
         StreamQueue { outbox: self.clone(), stream, header, room: Arc::new(Semaphore::new(STREAM_BYTES_MAX)) }
     }
 }
 
-/// What one stream sends.
+/// The sending side of one stream.
 #[derive(Debug)]
 pub(super) struct StreamQueue {
     outbox: Outbox,
@@ -167,12 +169,12 @@ pub(super) struct StreamQueue {
 }
 
 impl StreamQueue {
-    /// What payload is to be preceded by in its buffer, so that it needs not be copied behind it.
+    /// Returns the header to place before payload in its buffer, so that no copy is needed to prepend it.
     pub(super) fn header(&self) -> &[u8] {
         self.header.as_ref().map_or(&[], |header| header)
     }
 
-    /// Waits until there is room for so many bytes. Whoever waits longest is served first.
+    /// Waits until there is room for this many bytes. Waiters are served in order of arrival.
     ///
     /// # Errors
     /// [`Gone`].
@@ -186,7 +188,7 @@ impl StreamQueue {
         room.await.map_err(|_| Gone)
     }
 
-    /// Queues payload behind its [header](StreamQueue::header). There is room for it.
+    /// Queues payload that follows its [header](StreamQueue::header). The caller has room for it.
     pub(super) fn payload(&self, frame: Bytes, mut room: Room) {
         room.keep(frame.len() - self.header().len());
         self.push(match self.header {
@@ -195,20 +197,20 @@ impl StreamQueue {
         });
     }
 
-    /// Queues what ends one direction or both, behind the payload.
+    /// Queues the end of one direction or of both, after the payload.
     pub(super) fn end(&self, frame: Frame) {
         self.push(Entry::End(frame));
     }
 
-    /// Says something of this stream ahead of its payload.
-    pub(super) fn say(&self, frame: &Frame) {
-        self.outbox.say(relay_text(self.stream, frame));
+    /// Queues a control message of this stream, before its payload.
+    pub(super) fn send_control(&self, frame: &Frame) {
+        self.outbox.send_control(relay_text(self.stream, frame));
     }
 
-    /// Drops what is queued, for a peer that takes nothing more.
+    /// Drops the queued payload, if the peer accepts no more.
     pub(super) fn discard(&self) {
         let dropped = self.outbox.0.state().schedule.discard(self.stream);
-        // Room is given back outside the lock.
+        // The permits are returned after the lock is released.
         drop(dropped);
     }
 
@@ -223,15 +225,15 @@ impl StreamQueue {
 }
 
 impl Queue {
-    /// Writes what is queued as it comes, until [`Outbox::close`] or until the connection breaks.
+    /// Writes queued messages as they arrive, until [`Outbox::close`] or until the connection fails.
     ///
     /// # Errors
     /// [`Ended`].
     pub async fn drain(self, mut writer: Writer) -> Result<(), Ended> {
         loop {
             match self.next() {
-                Next::Said(text) => writer.text(text).await?,
-                // The room is free when the writer has taken it over.
+                Next::Control(text) => writer.text(text).await?,
+                // The permits are returned after the writer has taken the message.
                 Next::Entry(_, Entry::Binary(frame, _room)) => writer.binary(frame).await?,
                 Next::Entry(stream, Entry::Text(payload, _room)) => {
                     writer.text(relay_text(stream, &Frame::Data(payload))).await?;
@@ -255,8 +257,8 @@ impl Queue {
         if let Some(Ending::Flooded) = state.ending {
             return Next::Ending(Ending::Flooded);
         }
-        if let Some(text) = state.schedule.take_said() {
-            return Next::Said(text);
+        if let Some(text) = state.schedule.take_control() {
+            return Next::Control(text);
         }
         if let Some(ending) = state.ending.replace(Ending::Gone) {
             return Next::Ending(ending);
@@ -267,7 +269,7 @@ impl Queue {
 }
 
 enum Next {
-    Said(String),
+    Control(String),
     Entry(StreamId, Entry),
     Empty,
     Ending(Ending),

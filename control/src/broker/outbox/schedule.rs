@@ -1,64 +1,70 @@
-//! Who is next: what was said, in its order; then one entry of each stream in turn. Pure.
+//! The order of queued messages: control messages first, in order of arrival; then one entry of each stream, round
+//! robin. Pure.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::broker::message::StreamId;
 
-/// What a text costs beside its bytes, so that empty ones are bounded as well.
+/// The cost of a text in addition to its bytes, so that empty texts are bounded, too.
 const TEXT_COST: usize = 64;
 
-/// Everything that waits.
+/// All queued messages.
 #[derive(Debug)]
 pub(super) struct Schedule<E> {
-    said: VecDeque<String>,
-    said_bytes: usize,
-    /// None of them is empty.
-    lanes: HashMap<StreamId, VecDeque<E>>,
-    /// Each lane once, the next one first. One that was discarded may still be named.
-    turns: VecDeque<StreamId>,
+    control: VecDeque<String>,
+    control_bytes: usize,
+    /// No queue in it is empty.
+    queues: HashMap<StreamId, VecDeque<E>>,
+    /// Each stream with a queue once, in round-robin order.
+    round_robin: VecDeque<StreamId>,
 }
 
 impl<E> Default for Schedule<E> {
     fn default() -> Schedule<E> {
-        Schedule { said: VecDeque::new(), said_bytes: 0, lanes: HashMap::new(), turns: VecDeque::new() }
+        Schedule {
+            control: VecDeque::new(),
+            control_bytes: 0,
+            queues: HashMap::new(),
+            round_robin: VecDeque::new(),
+        }
     }
 }
 
 impl<E> Schedule<E> {
-    pub(super) fn say(&mut self, text: String) {
-        self.said_bytes += text.len() + TEXT_COST;
-        self.said.push_back(text);
+    pub(super) fn send_control(&mut self, text: String) {
+        self.control_bytes += text.len() + TEXT_COST;
+        self.control.push_back(text);
     }
 
-    /// What the texts that wait cost, in bytes.
-    pub(super) fn said_bytes(&self) -> usize {
-        self.said_bytes
+    /// Returns the cost of the queued control messages, in bytes.
+    pub(super) fn control_bytes(&self) -> usize {
+        self.control_bytes
     }
 
-    pub(super) fn take_said(&mut self) -> Option<String> {
-        let text = self.said.pop_front()?;
-        self.said_bytes -= text.len() + TEXT_COST;
+    pub(super) fn take_control(&mut self) -> Option<String> {
+        let text = self.control.pop_front()?;
+        self.control_bytes -= text.len() + TEXT_COST;
         Some(text)
     }
 
     pub(super) fn push(&mut self, stream: StreamId, entry: E) {
-        let lane = self.lanes.entry(stream).or_default();
-        lane.push_back(entry);
-        if lane.len() == 1 {
-            self.turns.push_back(stream);
+        let stream_queue = self.queues.entry(stream).or_default();
+        stream_queue.push_back(entry);
+        if stream_queue.len() == 1 {
+            self.round_robin.push_back(stream);
         }
     }
 
-    /// The next entry of the stream whose turn it is.
+    /// Returns the next entry in round-robin order.
     pub(super) fn take(&mut self) -> Option<(StreamId, E)> {
         loop {
-            let stream = self.turns.pop_front()?;
-            let Some(lane) = self.lanes.get_mut(&stream) else { continue };
-            let entry = lane.pop_front();
-            if lane.is_empty() {
-                self.lanes.remove(&stream);
+            let stream = self.round_robin.pop_front()?;
+            let Some(stream_queue) = self.queues.get_mut(&stream) else { continue };
+            let entry = stream_queue.pop_front();
+            if stream_queue.is_empty() {
+                self.queues.remove(&stream);
             } else {
-                self.turns.push_back(stream);
+                self.round_robin.push_back(stream);
             }
             if let Some(entry) = entry {
                 return Some((stream, entry));
@@ -66,13 +72,13 @@ impl<E> Schedule<E> {
         }
     }
 
-    /// Takes a stream out with all that it has.
+    /// Removes a stream with all its entries, and returns them.
     pub(super) fn discard(&mut self, stream: StreamId) -> VecDeque<E> {
-        let lane = self.lanes.remove(&stream).unwrap_or_default();
-        if !lane.is_empty() {
-            self.turns.retain(|turn| *turn != stream);
+        let stream_queue = self.queues.remove(&stream).unwrap_or_default();
+        if !stream_queue.is_empty() {
+            self.round_robin.retain(|turn| *turn != stream);
         }
-        lane
+        stream_queue
     }
 }
 
@@ -82,7 +88,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn streams_take_turns_and_each_keeps_its_order() {
+    fn streams_are_served_round_robin_and_keep_their_order() {
         let mut schedule = Schedule::default();
         for (stream, entry) in [(1, 'a'), (1, 'b'), (1, 'c'), (2, 'x'), (3, 'p'), (3, 'q')] {
             schedule.push(StreamId(stream), entry);
@@ -95,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_was_discarded_has_one_turn_when_it_is_back() {
+    fn a_discarded_stream_is_scheduled_once_when_it_queues_again() {
         let mut schedule = Schedule::default();
         schedule.push(StreamId(1), 'a');
         schedule.push(StreamId(2), 'x');
@@ -110,7 +116,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_is_lost_and_a_turn_comes_after_at_most_one_of_each(
+        fn no_entry_is_lost_and_each_stream_waits_for_at_most_one_entry_of_each_other(
             pushed in prop::collection::vec(0..5_i64, 0..60)
         ) {
             let mut schedule = Schedule::default();

@@ -1,9 +1,9 @@
-//! What arrived for a stream and is not yet written to its socket.
+//! The queue of data that arrived for a stream and is not yet written to its socket.
 //!
-//! Whoever reads the WebSocket never waits for one stream, since all others would wait with it. So each stream has a queue,
-//! and the queue a bound. With credit windows a peer that keeps to what it was granted never meets it. A peer of the
-//! reference knows no windows: there the stream that has most is given up where it exceeds its own bound, or where all of the
-//! connection exceed theirs together (wire specification, A.3.6).
+//! The reader of the WebSocket never waits for one stream, since all others would wait with it. So each stream has a
+//! bounded queue. With credit windows, a peer that respects its credit never reaches the bound. The reference
+//! implementation has no credit windows: there, a stream is dropped if it exceeds its own bound, and the stream with
+//! the most queued data is dropped if all streams of the connection together exceed theirs (wire specification, A.3.6).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,18 +13,19 @@ use tokio::sync::Notify;
 
 use crate::broker::message::{Frame, INITIAL_CREDIT_BYTES};
 
-/// What one stream may have queued where there are no credit windows, in bytes.
+/// The data that one stream may have queued without credit windows, in bytes.
 const STREAM_BYTES_MAX: usize = 32 * 1024 * 1024;
-/// What all streams of a connection may have queued together where there are no credit windows, in bytes.
+/// The data that all streams of a connection may have queued together without credit windows, in bytes.
 const CONNECTION_BYTES_MAX: usize = 256 * 1024 * 1024;
 
-/// Payload below this is copied together: a few bytes may otherwise keep the whole buffer in which they arrived.
+/// Payload smaller than this is copied into one buffer: otherwise a few bytes may keep alive the whole buffer in which
+/// they arrived.
 const SMALL_BYTES: usize = 16 * 1024;
 const GATHER_BYTES_MAX: usize = 64 * 1024;
-/// What a frame costs beside its payload.
+/// The cost of a frame in addition to its payload, in bytes.
 const FRAME_COST: usize = 64;
 
-/// More arrived than a stream may have queued, so it was given up.
+/// The queue of a stream exceeded its bound, and was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Overflow;
 
@@ -32,14 +33,14 @@ pub(super) struct Overflow;
 #[derive(Clone, Debug)]
 pub struct Inlets(Arc<Shared>);
 
-/// Where to put what arrives for one stream. Dropping it tells the pump that the connection is lost.
+/// The sending side of one stream's queue. Dropping it reports the loss of the connection to the pump.
 #[derive(Debug)]
 pub struct Inlet {
     shared: Arc<Shared>,
     number: u64,
 }
 
-/// The pump's end of an [`Inlet`].
+/// The receiving side of an [`Inlet`], for the pump.
 #[derive(Debug)]
 pub struct Outlet {
     shared: Arc<Shared>,
@@ -64,9 +65,9 @@ struct State {
 #[derive(Debug)]
 struct Queue {
     frames: VecDeque<Frame>,
-    /// Small payload that came after all of `frames`.
+    /// Small payload that arrived after all of `frames`.
     gathered: BytesMut,
-    /// What is queued here, or taken out and not yet released.
+    /// The cost of the queued data, and of data that was taken out and is not released.
     bytes: usize,
     overflown: bool,
     closed: bool,
@@ -74,11 +75,11 @@ struct Queue {
 }
 
 impl Inlets {
-    /// No streams yet. `credit`: whether both sides know credit windows.
+    /// Returns an empty set of queues. `credit` is whether both sides use credit windows.
     #[must_use]
     pub fn new(credit: bool) -> Inlets {
         if credit {
-            // What is granted at first is also all that is ever granted at a time. Frames without payload have some room.
+            // The initial credit is also the largest credit at any time. The rest is room for frames without payload.
             let window = usize::try_from(INITIAL_CREDIT_BYTES).unwrap_or(usize::MAX);
             Inlets::bounded(2 * window, usize::MAX)
         } else {
@@ -90,7 +91,7 @@ impl Inlets {
         Inlets(Arc::new(Shared { stream_bytes_max, connection_bytes_max, state: Mutex::default() }))
     }
 
-    /// The queue of a new stream.
+    /// Returns the two sides of the queue of a new stream.
     #[must_use]
     pub fn inlet(&self) -> (Inlet, Outlet) {
         let mut state = self.0.state();
@@ -114,13 +115,13 @@ impl Inlets {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it is held; and if it did, each step leaves the state whole.
+        // No code panics while it holds the lock; and if one did, each step leaves the state consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Inlet {
-    /// Hands over what arrived. Never waits; what comes after the stream's end is lost.
+    /// Queues a frame. Never waits. Frames after the stream's end are dropped.
     pub fn deliver(&self, frame: Frame) {
         let mut state = self.shared.state();
         let State { bytes, queues, .. } = &mut *state;
@@ -152,7 +153,7 @@ impl State {
 }
 
 impl Queue {
-    /// Returns what it costs.
+    /// Queues a frame, and returns its cost.
     fn push(&mut self, frame: Frame) -> usize {
         match frame {
             Frame::Data(payload) if payload.is_empty() => 0,
@@ -193,11 +194,11 @@ impl Queue {
 }
 
 impl Outlet {
-    /// What arrived next; nothing where the connection is lost and all that arrived was taken. Payload stays accounted for
-    /// until it is [released](Outlet::release). Dropping the future loses nothing.
+    /// Returns the next frame, or `None` if the connection is lost and all frames were taken. Payload counts until it
+    /// is [released](Outlet::release). Cancel-safe.
     ///
     /// # Errors
-    /// [`Overflow`], from then on always.
+    /// [`Overflow`], on this and every later call.
     pub(super) async fn next(&self) -> Result<Option<Frame>, Overflow> {
         loop {
             {
@@ -221,7 +222,7 @@ impl Outlet {
         }
     }
 
-    /// So many bytes of payload were written.
+    /// Releases payload: this many bytes were written.
     pub(super) fn release(&self, bytes: usize) {
         let mut state = self.shared.state();
         let Some(queue) = state.queues.get_mut(&self.number) else { return };
@@ -264,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn small_payload_is_taken_together_and_nothing_changes_its_place() {
+    fn small_payload_is_merged_without_reordering() {
         let (inlet, outlet) = Inlets::new(true).inlet();
         for frame in [data(0), data(3), data(4), data(SMALL_BYTES), data(5), Frame::Credit(1), data(6)] {
             inlet.deliver(frame);
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_beyond_its_bound_is_given_up_and_what_is_released_does_not_count() {
+    fn a_stream_above_its_bound_is_dropped_and_released_payload_does_not_count() {
         let (inlet, outlet) = Inlets::bounded(100, 1000).inlet();
         for _ in 0..10 {
             inlet.deliver(data(60));
@@ -287,7 +288,7 @@ mod tests {
         }
         inlet.deliver(data(60));
         assert_eq!(now(&outlet), Some(Ok(Some(data(60)))));
-        // What was taken and not written yet counts.
+        // Payload that was taken and is not written yet counts.
         inlet.deliver(data(41));
         assert_eq!(now(&outlet), Some(Err(Overflow)));
         inlet.deliver(data(1));
@@ -295,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn where_all_have_too_much_together_the_fattest_is_given_up() {
+    fn above_the_shared_bound_the_largest_queue_is_dropped() {
         let inlets = Inlets::bounded(100, 150);
         let (thin, thin_out) = inlets.inlet();
         let (fat, fat_out) = inlets.inlet();
@@ -303,7 +304,7 @@ mod tests {
         fat.deliver(data(90));
         thin.deliver(data(1));
         assert_eq!(now(&fat_out), Some(Err(Overflow)));
-        // All of the other's room is there again.
+        // All of the dropped queue's room is available again.
         thin.deliver(data(39));
         assert_eq!(now(&thin_out), Some(Ok(Some(data(100)))));
         drop((thin, thin_out, fat, fat_out));

@@ -1,12 +1,12 @@
-//! One stream: the bytes between a socket and the WebSocket, in both directions, until the stream is over. The same on both
-//! sides of the broker. What is to be done when is decided by the machine in `stream`; this is the shell around it.
+//! The pump of one stream: relays bytes between a socket and the WebSocket, in both directions, until the stream ends.
+//! It is the same on both sides of the broker. The machine in `stream` decides; this is the I/O shell around it.
 //!
-//! The socket is read only when there is room for what it has: in the [outbox](super::outbox), and in what the peer has
-//! granted. That is all the backpressure there is in this direction. In the other one, what arrived waits in the [`Inlet`],
-//! and with credit windows it is granted back as the socket takes it.
+//! The socket is read only if there is room for its data: in the [outbox](super::outbox), and in the credit that the
+//! peer has granted. This is the only backpressure in this direction. In the other direction, arrived data waits in the
+//! [`Inlet`], and with credit windows it is granted back as the socket accepts it.
 //!
-//! A socket that is not being read is watched for an error, or a client that is gone would be noticed when the peer next
-//! grants something, which may be never.
+//! A socket that is not being read is watched for errors. Otherwise a client that has gone would be noticed only at the
+//! next grant of the peer, which may never arrive.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -28,19 +28,21 @@ pub use crate::broker::pump::inlet::{Inlet, Inlets, Outlet};
 
 mod inlet;
 
-/// How long a reader may take for what precedes a reset or the end of a stream before it is cut off, as in the engine.
+/// The time limit for a reader to take the data before a reset or before the end of a stream; the same as in the
+/// engine.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(300);
-/// The first wait for acknowledgements, doubled each time; loopback acknowledges within microseconds.
+/// The first pause between checks for acknowledgements; it doubles each time. Loopback acknowledges within
+/// microseconds.
 const ACKNOWLEDGE_PAUSE_FIRST: Duration = Duration::from_millis(1);
 const ACKNOWLEDGE_PAUSE_MAX: Duration = Duration::from_millis(128);
 
-/// Payload below this is copied out of the buffer, which could be kept by a few bytes otherwise.
+/// Payload smaller than this is copied out of the buffer: otherwise a few bytes may keep it alive.
 const SMALL_BYTES: usize = 16 * 1024;
-/// How many pieces are written with one call.
+/// The maximum of pieces that are written with one call.
 const PIECES_MAX: usize = 16;
 
-/// Relays a stream that is open until it is over, and closes the socket: `us` is our side of it, `extensions` what is in
-/// use, `arriving` what comes from the peer. Dropping the future resets the socket and says nothing to the peer.
+/// Relays an open stream until it ends, and closes the socket. `us` is our side of it, `extensions` are those in use,
+/// and `arriving` holds the frames of the peer. Dropping the future resets the socket and sends no message to the peer.
 pub async fn relay(
     socket: TcpStream,
     stream: StreamId,
@@ -49,11 +51,11 @@ pub async fn relay(
     outbox: &Outbox,
     arriving: Outlet,
 ) -> Ended {
-    // Whatever ends without us having ended it was cut short. On a socket that is broken already nothing comes of it.
+    // A socket that is dropped before the end must be reset. An error means that the socket has already failed.
     let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
-    let lane = outbox.lane(stream, extensions.binary);
+    let stream_queue = outbox.stream_queue(stream, extensions.binary);
     let pump = Pump {
-        lane: &lane,
+        stream_queue: &stream_queue,
         machine: Stream::new(us, extensions),
         actions: Vec::new(),
         arriving,
@@ -68,17 +70,17 @@ pub async fn relay(
 }
 
 struct Pump<'a> {
-    lane: &'a StreamQueue,
+    stream_queue: &'a StreamQueue,
     machine: Stream,
-    /// Empty between inputs; kept for its room.
+    /// Empty between inputs; its capacity is reused.
     actions: Vec<Action>,
     arriving: Outlet,
     is_lost: bool,
-    /// What arrived and is not written yet.
+    /// Payload that arrived and is not written yet.
     pending: VecDeque<Bytes>,
-    /// Empty, and without memory, while there is nothing to be read.
+    /// Empty, and without memory, while the socket has no data.
     buffer: BytesMut,
-    /// Since when the socket is known to be broken that cannot be read now.
+    /// The time at which an error was seen on a socket that cannot be read now.
     broke_at: Option<Instant>,
     end: Option<(Ended, Closing)>,
     socket: TcpStream,
@@ -98,7 +100,7 @@ enum Event {
 
 impl<'a> Pump<'a> {
     async fn run(mut self) -> Ended {
-        // Kept across turns, since whoever stops waiting loses its place.
+        // Kept across iterations, since a new future would lose its place in the queue.
         let mut waiting: Option<Waiting<'a>> = None;
         loop {
             if let Some((ended, closing)) = self.end {
@@ -112,9 +114,9 @@ impl<'a> Pump<'a> {
                 Event::Arrived(frame) => self.on_arrived(frame),
                 Event::Overflow => self.on(Input::Overflow),
                 Event::Readable => {
-                    let lane = self.lane;
+                    let stream_queue = self.stream_queue;
                     let bytes = self.machine.may_read();
-                    waiting = Some(Box::pin(lane.room(bytes)));
+                    waiting = Some(Box::pin(stream_queue.room(bytes)));
                 }
                 Event::Room(Err(Gone)) => {
                     waiting = None;
@@ -144,7 +146,7 @@ impl<'a> Pump<'a> {
         tokio::select! {
             arrived = self.arriving.next(), if !self.is_lost => arrived.map_or(Event::Overflow, Event::Arrived),
             room = room, if is_waiting => Event::Room(room),
-            // An error is told by the attempt.
+            // An error is reported by the next read.
             _ = self.socket.readable(), if may_read && !is_waiting => Event::Readable,
             _ = self.socket.writable(), if !self.pending.is_empty() => Event::Writable,
             _ = self.socket.ready(Interest::ERROR), if !may_read && self.broke_at.is_none() => Event::Broke,
@@ -157,16 +159,16 @@ impl<'a> Pump<'a> {
         self.machine.on(input, &mut actions);
         for action in actions.drain(..) {
             match action {
-                Action::Grant(bytes) => self.lane.say(&Frame::Credit(bytes)),
-                Action::Eof => self.lane.end(Frame::Eof),
-                Action::Close(side) => self.lane.end(Frame::Close(side)),
-                Action::Reset => self.lane.end(Frame::Reset),
-                Action::DropOutgoing => self.lane.discard(),
+                Action::Grant(bytes) => self.stream_queue.send_control(&Frame::Credit(bytes)),
+                Action::Eof => self.stream_queue.end(Frame::Eof),
+                Action::Close(side) => self.stream_queue.end(Frame::Close(side)),
+                Action::Reset => self.stream_queue.end(Frame::Reset),
+                Action::DropOutgoing => self.stream_queue.discard(),
                 Action::DropIncoming => {
                     let dropped: usize = self.pending.drain(..).map(|piece| piece.len()).sum();
                     self.arriving.release(dropped);
                 }
-                // A socket that refuses is broken, which the next attempt tells.
+                // An error means that the socket has failed, which the next read or write reports.
                 Action::Fin => drop(rustix::net::shutdown(&self.socket, Shutdown::Write)),
                 Action::Finish(ended, closing) => self.end = Some((ended, closing)),
             }
@@ -187,7 +189,7 @@ impl<'a> Pump<'a> {
                 }
                 self.on(Input::Payload(bytes));
                 if is_first {
-                    // Most often there is room for it.
+                    // Usually the socket has room for it.
                     self.write();
                 }
             }
@@ -205,17 +207,17 @@ impl<'a> Pump<'a> {
 
     fn on_broke(&mut self) {
         if self.machine.is_reading() {
-            // What it sent before may still be readable, when the peer grants something.
+            // Earlier data may still be readable, after the peer grants credit.
             self.broke_at = Some(Instant::now());
         } else {
             self.on(Input::WriteBroke);
         }
     }
 
-    /// Reads once.
+    /// Reads once from the socket.
     fn read(&mut self, room: Room) {
         let may_read = self.machine.may_read();
-        let header = self.lane.header();
+        let header = self.stream_queue.header();
         self.buffer.reserve(header.len() + PAYLOAD_BYTES_MAX);
         self.buffer.extend_from_slice(header);
         let read = self.socket.try_read_buf(&mut (&mut self.buffer).limit(may_read));
@@ -223,7 +225,7 @@ impl<'a> Pump<'a> {
             Ok(0) => self.on(Input::Eof),
             Ok(bytes) => {
                 let frame = self.buffer.split();
-                self.lane.payload(
+                self.stream_queue.payload(
                     if bytes < SMALL_BYTES { Bytes::copy_from_slice(&frame) } else { frame.freeze() },
                     room,
                 );
@@ -235,7 +237,7 @@ impl<'a> Pump<'a> {
         self.buffer = BytesMut::new();
     }
 
-    /// Writes what it can.
+    /// Writes until no payload is pending or the socket has no room.
     fn write(&mut self) {
         while !self.pending.is_empty() && self.end.is_none() {
             let mut pieces = [IoSlice::new(&[]); PIECES_MAX];
@@ -270,7 +272,7 @@ impl<'a> Pump<'a> {
             acknowledged(&self.socket).await;
         }
         if matches!(closing, Closing::Orderly | Closing::Acknowledged) {
-            // Where it is refused, the socket is broken already.
+            // An error means that the socket has already failed.
             let _ = sockopt::set_socket_linger(&self.socket, None);
         }
     }
@@ -278,14 +280,14 @@ impl<'a> Pump<'a> {
 
 impl Drop for Pump<'_> {
     fn drop(&mut self) {
-        // It was given up, so what it has sent is of no use without the rest.
+        // The pump was aborted, so its queued payload is useless without the rest.
         if self.end.is_none() {
-            self.lane.discard();
+            self.stream_queue.discard();
         }
     }
 }
 
-/// Waits until the socket has acknowledged everything, or broke, or for so long that it is taken for stalled.
+/// Waits until the socket has acknowledged all data, or failed, or for at most [`DRAIN_TIME_MAX`].
 async fn acknowledged(socket: &TcpStream) {
     let give_up = Instant::now() + DRAIN_TIME_MAX;
     let mut pause = ACKNOWLEDGE_PAUSE_FIRST;

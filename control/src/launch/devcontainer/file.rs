@@ -1,4 +1,5 @@
-//! The file in a folder. Only verbs that a person of the host runs read it: whoever is in the container may write it.
+//! Reads the file in a folder. Only verbs that a user of the host runs read it, since processes in the container may be
+//! able to write it.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -10,17 +11,18 @@ use rustix::io::Errno;
 use super::{BYTES_MAX, Devcontainer, DevcontainerError, DevcontainerFile};
 use crate::model::trust::{ContentDigest, FolderFile};
 
-/// Where it is looked for, below the folder; the first one counts (Dev Container reference, "devcontainer.json").
+/// The places of the file below the folder; the first one that exists is used (Dev Container reference,
+/// "devcontainer.json").
 const PLACES: [FolderFile; 2] = [FolderFile::Devcontainer, FolderFile::DevcontainerAtTop];
 
-/// The folder's file; none where it has no such file.
+/// Reads the folder's file. Returns `None` if the file does not exist.
 pub(super) fn read(folder: &Path) -> Result<Option<DevcontainerFile>, DevcontainerError> {
     for file in PLACES {
         let path = folder.join(file.path());
         let wrong = |why: String| DevcontainerError::File { path: path.clone(), why };
         let Some(text) = text(&path).map_err(wrong)? else { continue };
         let mut read = Devcontainer::parse(&text).map_err(|error| wrong(error.to_string()))?;
-        // Its paths are relative to where it is.
+        // Paths in the file are relative to its directory.
         let base = path.parent().unwrap_or(folder);
         if let Some(build) = &mut read.build {
             build.dockerfile = base.join(&build.dockerfile);
@@ -32,16 +34,17 @@ pub(super) fn read(folder: &Path) -> Result<Option<DevcontainerFile>, Devcontain
     Ok(None)
 }
 
-/// The text of the file; none where there is no file. The error completes a sentence that begins with the file's name.
+/// Reads the text of a file. Returns `None` if the file does not exist. The error completes a sentence that starts with
+/// the file's name.
 fn text(path: &Path) -> Result<Option<String>, String> {
-    // Without NONBLOCK, a FIFO in the file's place would keep us waiting for a writer.
+    // Without NONBLOCK, opening a FIFO under the file's name would block.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(file) => File::from(file),
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
         Err(errno) => return Err(format!("it cannot be opened: {errno}")),
     };
-    let about = file.metadata().map_err(|error| format!("it cannot be looked at: {error}"))?;
+    let about = file.metadata().map_err(|error| format!("its metadata cannot be read: {error}"))?;
     if !about.is_file() {
         return Err("it is not a regular file".to_owned());
     }

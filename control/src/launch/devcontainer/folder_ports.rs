@@ -1,5 +1,5 @@
-//! The ports below 1024 that only the file in the folder opens. They need the user's approval, since a container may be able to write
-//! the file; everything else that the file says about ports narrows, or says how a port is shown. Pure.
+//! The ports below 1024 that only the file in the folder opens. They need the user's approval, since a container may be
+//! able to write the file. All other entries about ports restrict the policy, or describe how a port is shown. Pure.
 
 use std::num::NonZeroU16;
 
@@ -13,16 +13,16 @@ use crate::model::trust::{ContentDigest, FolderFile};
 /// The file in a folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevcontainerFile {
-    /// What it says.
+    /// Its parsed content.
     pub devcontainer: Devcontainer,
     /// Its place in the folder.
     pub file: FolderFile,
-    /// The content that says so.
+    /// The digest of its content.
     pub sha256: ContentDigest,
 }
 
-/// Applies `expose` to what the file says. The policy of the result leaves out the ports below 1024 that the file alone
-/// opens; those are returned separately, where there are any.
+/// Applies `expose` to the content of the file. The policy of the result omits the ports below 1024 that only the file
+/// opens; they are returned separately, if there are any.
 pub fn exposure_of_file(
     file: Option<DevcontainerFile>,
     expose: impl Fn(Devcontainer) -> Exposure,
@@ -42,7 +42,7 @@ pub fn exposure_of_file(
 }
 
 impl Devcontainer {
-    /// The same without what names a port below 1024.
+    /// Returns a copy without the entries that name a port below 1024.
     fn without_privileged(&self) -> Devcontainer {
         let is_privileged = |port: NonZeroU16| port.get() < FIRST_UNPRIVILEGED;
         let mut without = self.clone();
@@ -71,7 +71,7 @@ mod tests {
 
     fn split(text: &serde_json::Value) -> (Exposure, Vec<u16>) {
         let (exposure, ports) =
-            exposure_of_file(file(text), |said| exposure(None, None, Devcontainer::default(), said));
+            exposure_of_file(file(text), |declared| exposure(None, None, Devcontainer::default(), declared));
         (exposure, ports.into_iter().flat_map(|ports| ports.privileged).map(NonZeroU16::get).collect())
     }
 
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_below_1024_are_apart_and_all_else_is_as_before() {
+    fn ports_below_1024_are_separated_and_the_rest_is_unchanged() {
         let (exposure, ports) = split(&json!({
             "forwardPorts": [80, 3000], "portsAttributes": {"443": {"label": "TLS"}, "22": {"onAutoForward": "ignore"}}
         }));
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn what_narrows_needs_no_approval() {
+    fn restrictions_need_no_approval() {
         let (exposure, ports) = split(&json!({
             "otherPortsAttributes": {"onAutoForward": "ignore"}, "forwardPorts": [3000], "portsAttributes": {"80": {"onAutoForward": "ignore"}}
         }));
@@ -109,14 +109,15 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_something_else_opens_or_closes_needs_no_approval() {
+    fn a_port_that_another_source_opens_or_closes_needs_no_approval() {
         let text = json!({"forwardPorts": [80]});
         let metadata = from_metadata(&json!({"forwardPorts": [80]}).to_string(), None).unwrap();
-        let (_, ports) = exposure_of_file(file(&text), |said| exposure(None, None, metadata.clone(), said));
+        let (_, ports) =
+            exposure_of_file(file(&text), |declared| exposure(None, None, metadata.clone(), declared));
         assert_eq!(ports, None);
         let options = PortForward::from_value(&json!({"allow": [3000]})).unwrap();
-        let (exposed, ports) = exposure_of_file(file(&text), |said| {
-            exposure(Some(options.clone()), None, Devcontainer::default(), said)
+        let (exposed, ports) = exposure_of_file(file(&text), |declared| {
+            exposure(Some(options.clone()), None, Devcontainer::default(), declared)
         });
         assert_eq!((exposed.policy, ports), (Some(options), None));
     }

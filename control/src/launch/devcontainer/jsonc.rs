@@ -1,10 +1,10 @@
-//! JSON with comments and trailing commas, and nothing else that JSON does not have. Pure.
+//! JSON with comments and trailing commas, and no other extension of JSON. Pure.
 
 use jsonc_parser::tokens::Token;
 use jsonc_parser::{ParseOptions, Scanner, ScannerOptions, parse_to_serde_value};
 use serde_json::Value;
 
-/// The dialect. A field that the crate gains fails to compile here, so that none is accepted unseen.
+/// The dialect. All fields are listed, so that a field which a new version of the crate adds is a compile error here.
 const DIALECT: ParseOptions = ParseOptions {
     allow_comments: true,
     allow_trailing_commas: true,
@@ -18,15 +18,15 @@ const DIALECT: ParseOptions = ParseOptions {
     allow_extended_string_escapes: false,
 };
 
-/// Reads a text. Text from outside cannot exhaust the stack: the parser goes 512 levels deep and no further.
+/// Parses a text. Untrusted text cannot exhaust the stack: the parser accepts at most 512 levels of nesting.
 ///
-/// The error says what is wrong, and at which line and column.
+/// The error names the problem with its line and column.
 pub(super) fn read(text: &str) -> Result<Value, String> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     refuse_loose_characters(text)?;
     parse_to_serde_value(text, &DIALECT).map_err(|error| {
         let mut what = error.kind().to_string();
-        // It goes on with a sentence of ours.
+        // The message continues a sentence of the caller.
         if let Some(first) = what.get_mut(..1) {
             first.make_ascii_lowercase();
         }
@@ -34,18 +34,18 @@ pub(super) fn read(text: &str) -> Result<Value, String> {
     })
 }
 
-/// Refuses what the parser takes and JSON does not have, for which there is no option: control characters in strings and
-/// other blanks than JSON's (RFC 8259, sections 7 and 2). It also finds a quote that is missing where it is missing, and
-/// not where the next string begins.
+/// Refuses what the parser accepts and JSON does not allow, for which the parser has no option: control characters in
+/// strings, and white space other than that of JSON (RFC 8259, sections 7 and 2). This also reports a missing quote at
+/// its own line, and not at the next string.
 fn refuse_loose_characters(text: &str) -> Result<(), String> {
     let mut scanner = Scanner::new(text, &ScannerOptions::default());
     let mut end = 0;
     loop {
-        // Where no token begins, the parser says why.
+        // The parser reports the error of an invalid token.
         let Ok(token) = scanner.scan() else { return Ok(()) };
         let start = scanner.token_start();
         let is_strange = |c: char| !matches!(c, ' ' | '\t' | '\n' | '\r');
-        refuse(text, end, start, "a blank that JSON does not have", is_strange)?;
+        refuse(text, end, start, "white space that JSON does not allow", is_strange)?;
         end = scanner.token_end();
         match token {
             Some(Token::String(_)) => {
@@ -58,7 +58,7 @@ fn refuse_loose_characters(text: &str) -> Result<(), String> {
     }
 }
 
-/// Refuses characters of a kind from one byte of the text to another.
+/// Refuses the characters for which `kind` holds, between two byte offsets of the text.
 fn refuse(text: &str, from: usize, to: usize, what: &str, kind: impl Fn(char) -> bool) -> Result<(), String> {
     let Some(at) = text.get(from..to).and_then(|part| part.find(kind)) else { return Ok(()) };
     let before = text.get(..from + at).unwrap_or(text);
@@ -74,14 +74,14 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn comments_and_trailing_commas_are_no_part_of_the_value() {
+    fn comments_and_trailing_commas_are_ignored() {
         let text =
             "\u{feff}// größe\r\n{ /* a, } */ \"a\": [1, 2, /* x */ ], // }\n \"b\": {\"c\": 1, }, }/**/";
         assert_eq!(read(text), Ok(json!({"a": [1, 2], "b": {"c": 1}})));
     }
 
     #[test]
-    fn what_stands_in_a_string_stays() {
+    fn text_in_strings_is_unchanged() {
         for text in [r#""// no""#, r#""/* no */,]""#, r#""\"// no""#, r#""\\""#, r#""\u0041\ud83d\ude00\t""#]
         {
             assert_eq!(read(text), Ok(serde_json::from_str(text).unwrap()), "{text}");
@@ -89,12 +89,12 @@ mod tests {
     }
 
     #[test]
-    fn of_two_fields_of_one_name_the_last_one_counts() {
+    fn the_last_of_two_fields_with_one_name_is_used() {
         assert_eq!(read(r#"{"a": 1, "a": 2}"#), Ok(json!({"a": 2})));
     }
 
     #[test]
-    fn everything_else_that_json_does_not_have_is_refused() {
+    fn other_extensions_of_json_are_refused() {
         for text in [
             "{'a': 1}",
             "{a: 1}",
@@ -147,8 +147,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_and_where() {
-        for (text, told) in [
+    fn errors_have_a_line_and_a_column() {
+        for (text, expected) in [
             ("{\n  // größe\n  \"a\": x\n}", "unexpected word at line 3 column 8"),
             ("{\n  \"ä\": 1\n  \"b\": 2\n}", "expected comma at line 2 column 9"),
             ("{\n  'a': 1\n}", "single-quoted strings are not allowed at line 2 column 3"),
@@ -159,14 +159,14 @@ mod tests {
                 "{\n  \"ä\": \"node:22,\n  \"b\": \"c\"\n}",
                 "a line end or another control character in a string at line 2 column 17",
             ),
-            ("{\n  \"a\":\u{a0}1}", "a blank that JSON does not have at line 2 column 7"),
+            ("{\n  \"a\":\u{a0}1}", "white space that JSON does not allow at line 2 column 7"),
         ] {
-            assert_eq!(read(text), Err(told.to_owned()), "{text}");
+            assert_eq!(read(text), Err(expected.to_owned()), "{text}");
         }
     }
 
     #[test]
-    fn depth_from_outside_ends_in_an_error() {
+    fn excessive_nesting_is_an_error() {
         for (open, close) in [("[", "]"), ("{\"a\":", "}"), ("[{\"a\":", "}]"), ("[1,/**/\n[", "],]")] {
             let text = |depth: usize| format!("{}1{}", open.repeat(depth), close.repeat(depth));
             assert!(read(&text(200)).is_ok(), "{open}");
@@ -179,14 +179,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn json_means_the_same(text in "[a-z\"\\\\/*, \n{}\\[\\]:1é]{0,64}") {
+        fn valid_json_is_parsed_unchanged(text in "[a-z\"\\\\/*, \n{}\\[\\]:1é]{0,64}") {
             if let Ok(value) = serde_json::from_str::<Value>(&text) {
                 prop_assert_eq!(read(&text), Ok(value));
             }
         }
 
         #[test]
-        fn without_comments_and_trailing_commas_it_is_json(
+        fn text_without_comments_and_trailing_commas_must_be_json(
             text in "[\\[{]?([a\"'\\\\ :,+.0-2exNu\t\n\r\u{b}\u{a0}\u{1}#_]|\"a\"|true|null|\"a\":){1,8}[\\]}]?",
         ) {
             let is_trailing = text.trim_end_matches(['}', ']']).trim_end().ends_with(',');

@@ -1,40 +1,42 @@
-//! `devcontainer.json`: which ports of a container answer on the host, what people are told of them, and what
-//! `landfall start` runs. Pure but for [`Devcontainer::read`].
+//! `devcontainer.json`: the ports of a container that answer on the host, the notes about them, and the image that
+//! `landfall start` runs. Pure except for [`Devcontainer::read`].
 //!
 //! The same fields come from the file in a folder and from a container's label `devcontainer.metadata`
-//! (<https://containers.dev/implementors/reference/>, "Image metadata"); the label holds one object or a list of them, each
-//! of which goes on top of those before it, and the file goes on top of the label:
+//! (<https://containers.dev/implementors/reference/>, "Image metadata"). The label holds one object or a list of them.
+//! Each object overrides those before it, and the file overrides the label:
 //!
-//! - `forwardPorts`: all of them together;
-//! - `portsAttributes`: of one port or range, the last entry as a whole;
+//! - `forwardPorts`: the union;
+//! - `portsAttributes`: for each port or range, the last entry as a whole;
 //! - `otherPortsAttributes`: the last one as a whole.
 //!
-//! # What they mean
+//! # Their meaning
 //!
-//! Everything that listens is forwarded in any case, so `forwardPorts` only names ports: those below 1024, which are
-//! forwarded only when they are named, and those that are to answer though something else says `ignore`. A port that has
-//! an entry of its own in `portsAttributes` is named as well, unless that says `ignore`. The metadata of an image names no port
-//! below 1024: its author is not the host's user.
+//! All listeners are forwarded in any case, so `forwardPorts` only names ports: those below 1024, which are forwarded
+//! only if they are named, and those that another entry sets to `ignore`. A port with its own entry in
+//! `portsAttributes` is named as well, unless that entry says `ignore`. The metadata of an image names no port below
+//! 1024, since the author of an image is not the host's user.
 //!
 //! | `onAutoForward` | |
 //! | --- | --- |
-//! | `ignore` | not exposed; in `otherPortsAttributes`: only what is named, and what a range is said about, is |
-//! | `silent` | forwarded without a word |
-//! | `notify`, `openBrowser`, `openBrowserOnce`, `openPreview` | forwarded and told; nothing is opened |
+//! | `ignore` | not exposed; in `otherPortsAttributes`: only named ports, and ports of a range that has an entry, are
+//! exposed |
+//! | `silent` | forwarded without a report |
+//! | `notify`, `openBrowser`, `openBrowserOnce`, `openPreview` | forwarded and reported; no browser is opened |
 //!
-//! `label` is shown beside the port. `requireLocalPort` is accepted: a port is never another one on the host. For a port
-//! that several entries are about, one of its own counts before a range, and a narrow range before a wide one; what
-//! an entry leaves open, the next one says. `otherPortsAttributes` is about ports without any entry.
+//! `label` is shown next to the port. `requireLocalPort` is accepted without effect: a port never has another number on
+//! the host. If several entries apply to a port, an entry of its own overrides a range, and a narrow range overrides a
+//! wide one; attributes that an entry lacks come from the next one. `otherPortsAttributes` applies to ports without any
+//! entry.
 //!
-//! # What else says which ports
+//! # Other sources of the port policy
 //!
-//! From the strongest: options on the command line (`--allow`, `--deny`), the labels `dev.landfall.allow` and
-//! `dev.landfall.deny`, the folder's file on top of the label `devcontainer.metadata` as above, and the default, everything
-//! from 1024. Each replaces all that is weaker; what people are told of ports comes from the file and the label in any
-//! case. [`exposure`] is that rule, for every verb and for the daemon.
+//! In order of precedence: options on the command line (`--allow`, `--deny`), the labels `dev.landfall.allow` and
+//! `dev.landfall.deny`, the folder's file merged over the label `devcontainer.metadata` as above, and the default,
+//! which is every port from 1024. Each source replaces all that follow; the notes about ports always come from the file
+//! and the label. [`exposure`] implements this rule for all verbs and for the daemon.
 //!
-//! What landfall does not act on is listed by [`Devcontainer::not_used`]: regular expressions, ports of other hosts, and
-//! every other field.
+//! [`Devcontainer::not_used`] lists the fields without effect: regular expressions, ports of other hosts, and all other
+//! fields.
 
 mod file;
 mod folder_ports;
@@ -55,10 +57,11 @@ use crate::model::registration::PortNote;
 
 /// The largest file or label, in bytes.
 const BYTES_MAX: usize = 1024 * 1024;
-/// The most entries in `portsAttributes`. They are written by hand; a label comes from whoever made an image.
+/// The maximum of entries in `portsAttributes`. A file is written by hand, but a label comes from the author of an
+/// image.
 const ENTRIES_MAX: usize = 512;
 
-/// What one `devcontainer.json` says, or several put together.
+/// The content of one `devcontainer.json`, or of several merged ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Devcontainer {
     forward: BTreeSet<NonZeroU16>,
@@ -69,40 +72,40 @@ pub struct Devcontainer {
     not_used: Vec<String>,
 }
 
-/// Why a text says nothing.
+/// The reason why a text is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DevcontainerError {
-    /// Nobody wrote this by hand.
+    /// The text exceeds the limit.
     #[error("it is longer than {BYTES_MAX} bytes")]
     TooLong,
-    /// Not even with comments and trailing commas.
+    /// The text is not JSON, even with comments and trailing commas.
     #[error("it is not JSON: {0}")]
     NotJson(String),
-    /// It is JSON of another kind.
+    /// The text is JSON of another type.
     #[error("it must be an object{or}", or = if *.list { ", or a list of objects" } else { "" })]
     NotAnObject {
-        /// Whether a list is good as well.
+        /// Whether a list is also accepted.
         list: bool,
     },
-    /// A field that is used does not fit.
+    /// A supported field has an invalid value.
     #[error("{field} must be {wanted}")]
     Field {
-        /// Which, by its path.
+        /// The path of the field.
         field: String,
-        /// What fits.
+        /// The valid values.
         wanted: &'static str,
     },
     /// The file cannot be used.
     #[error("{} cannot be used: {why}", path.display())]
     File {
-        /// Which.
+        /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         why: String,
     },
 }
 
-/// What an image is built from. Paths are relative to the file's own directory, until it is known.
+/// The source of an image build. Paths are relative to the file's directory until [`Devcontainer::read`] resolves them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Build {
     /// The Dockerfile.
@@ -111,32 +114,32 @@ pub struct Build {
     pub context: PathBuf,
 }
 
-/// What comes of all that is said of a container's ports.
+/// The result of merging all sources about a container's ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exposure {
-    /// Which may be exposed; none where nothing is said that differs from the default.
+    /// The port policy; `None` if it is the default.
     pub policy: Option<PortForward>,
-    /// What people are told of them.
+    /// The notes about ports.
     pub notes: Vec<PortNote>,
-    /// What landfall does not act on, as [`Devcontainer::not_used`].
+    /// The fields without effect; see [`Devcontainer::not_used`].
     pub not_used: Vec<String>,
 }
 
-/// Puts together what is said of a container's ports: on the command line, in its own labels `dev.landfall.*`, in its label
-/// `devcontainer.metadata`, and in the folder's file.
+/// Merges all sources about a container's ports: the command line, its labels `dev.landfall.*`, its label
+/// `devcontainer.metadata`, and the folder's file.
 pub fn exposure(
     options: Option<PortForward>,
     labels: Option<PortForward>,
     metadata: Devcontainer,
     folder: Devcontainer,
 ) -> Exposure {
-    let said = metadata.merge(folder);
-    let policy = options.or(labels).or_else(|| said.port_forward());
-    Exposure { policy, notes: said.notes(), not_used: said.not_used }
+    let declared = metadata.merge(folder);
+    let policy = options.or(labels).or_else(|| declared.port_forward());
+    Exposure { policy, notes: declared.notes(), not_used: declared.not_used }
 }
 
 impl Exposure {
-    /// The same without the ports that the container's image denies.
+    /// Removes the ports that the container's image denies.
     #[must_use]
     pub fn denying(mut self, image_deny: &PortList) -> Exposure {
         if !image_deny.is_empty() {
@@ -148,7 +151,7 @@ impl Exposure {
     }
 }
 
-/// A port or a range of them; wide ones come first.
+/// A port or a range of ports. Wide ranges are ordered before narrow ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ports {
     first: NonZeroU16,
@@ -183,12 +186,12 @@ impl PartialOrd for Ports {
     }
 }
 
-/// What is said about a port.
+/// The attributes of a port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Attributes {
     label: Option<String>,
     on_auto_forward: Option<OnAutoForward>,
-    /// An image has it: the port is not named by that.
+    /// Whether an image has the entry: then it does not name the port.
     from_image: bool,
 }
 
@@ -202,24 +205,25 @@ impl Attributes {
     }
 }
 
-/// What happens when a port begins to listen.
+/// The reaction to a new listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OnAutoForward {
-    Told,
+    Notify,
     Silent,
     Ignore,
 }
 
 impl Devcontainer {
-    /// Reads the text of a file.
+    /// Parses the text of a file.
     ///
     /// # Errors
-    /// [`DevcontainerError`] says what does not fit, and where.
+    /// [`DevcontainerError`] names the invalid field.
     pub fn parse(text: &str) -> Result<Devcontainer, DevcontainerError> {
         parse::file(text)
     }
 
-    /// Reads what the folder says: `.devcontainer/devcontainer.json`, else `.devcontainer.json`; none if it has neither.
+    /// Reads the folder's file: `.devcontainer/devcontainer.json`, or else `.devcontainer.json`. Returns `None` if it
+    /// has neither.
     ///
     /// # Errors
     /// [`DevcontainerError::File`] names the file.
@@ -227,25 +231,25 @@ impl Devcontainer {
         file::read(folder)
     }
 
-    /// Nothing but `forwardPorts`.
+    /// Returns a value with only `forwardPorts`.
     pub fn forwarding(ports: impl IntoIterator<Item = NonZeroU16>) -> Devcontainer {
         Devcontainer { forward: ports.into_iter().collect(), ..Devcontainer::default() }
     }
 
-    /// The same as the metadata of an image: it names no port below 1024.
+    /// Marks the content as that of an image, which names no port below 1024.
     fn of_image(mut self) -> Devcontainer {
         self.forward.retain(|port| port.get() >= FIRST_UNPRIVILEGED);
         self.ports.values_mut().for_each(|attributes| attributes.from_image = true);
         self
     }
 
-    /// Puts `later` on top.
+    /// Merges `later` over this value.
     #[must_use]
     pub fn merge(mut self, later: Devcontainer) -> Devcontainer {
         self.forward.extend(later.forward);
         self.ports.extend(later.ports);
         self.others = later.others.or(self.others);
-        // An image takes the place of a build, and the other way round.
+        // An image replaces a build, and the other way round.
         if later.image.is_some() || later.build.is_some() {
             (self.image, self.build) = (later.image, later.build);
         }
@@ -257,7 +261,7 @@ impl Devcontainer {
         self
     }
 
-    /// Which ports may be exposed; none where nothing is said that differs from the default.
+    /// Returns the port policy; `None` if it is the default.
     pub fn port_forward(&self) -> Option<PortForward> {
         let ignores = |attributes: &Attributes| attributes.on_auto_forward == Some(OnAutoForward::Ignore);
         let only_named = self.others.as_ref().is_some_and(ignores);
@@ -289,13 +293,13 @@ impl Devcontainer {
         (policy != PortForward::default()).then_some(policy)
     }
 
-    /// What people are told of its ports. For a port that several are about, the last one counts.
+    /// Returns the notes about ports. If several apply to a port, the last one counts.
     pub fn notes(&self) -> Vec<PortNote> {
         let others = self.others.clone().map(|others| (Ports::ALL, others));
         let mut notes: Vec<PortNote> = Vec::new();
         for (ports, attributes) in others.into_iter().chain(self.resolved()) {
             let silent = attributes.on_auto_forward == Some(OnAutoForward::Silent);
-            // One that says nothing matters only where a wider one says something.
+            // An empty note is needed only to override a wider one.
             if attributes.label.is_some() || silent || !notes.is_empty() {
                 notes.push(PortNote {
                     first: ports.first,
@@ -308,38 +312,38 @@ impl Devcontainer {
         notes
     }
 
-    /// The image that the container is made from.
+    /// Returns the image of the container.
     pub fn image(&self) -> Option<&str> {
         self.image.as_deref()
     }
 
-    /// What its image is built from.
+    /// Returns the source from which the image is built.
     pub fn build(&self) -> Option<&Build> {
         self.build.as_ref()
     }
 
-    /// What is said that landfall does not act on, by the names of the fields. They are somebody's own words: escape them
-    /// before they reach a terminal.
+    /// Returns the names of the fields without effect. They are untrusted text: escape them before printing.
     pub fn not_used(&self) -> &[String] {
         &self.not_used
     }
 
-    /// Every entry, the wide ones first, with what it leaves open filled in from the narrowest range around it.
+    /// Returns all entries, wide ranges first. Attributes that an entry lacks come from the narrowest range that
+    /// contains it.
     fn resolved(&self) -> impl Iterator<Item = (Ports, Attributes)> {
         self.ports.iter().enumerate().map(|(at, (ports, attributes))| {
             let around = self.ports.iter().take(at).filter(|(wider, _)| wider.holds(*ports));
-            // From the widest to the narrowest, each on top of those before it.
+            // From the widest to the narrowest, each overriding those before it.
             let around = around.fold(Attributes::default(), |wider, (_, narrower)| narrower.or(&wider));
             (*ports, attributes.or(&around))
         })
     }
 }
 
-/// Reads a container's label `devcontainer.metadata`. `image` is the same label of its image: its entries, which a dev
-/// container tool repeats in that of the container, open no port below 1024.
+/// Parses a container's label `devcontainer.metadata`. `image` is the same label of its image. Its entries, which a dev
+/// container tool repeats in the label of the container, open no port below 1024.
 ///
 /// # Errors
-/// [`DevcontainerError`] says what does not fit, and where.
+/// [`DevcontainerError`] names the invalid field.
 pub fn from_metadata(label: &str, image: Option<&str>) -> Result<Devcontainer, DevcontainerError> {
     parse::label(label, image)
 }

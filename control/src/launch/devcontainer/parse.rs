@@ -1,4 +1,4 @@
-//! From JSON to what it says. Pure.
+//! Converts JSON to a [`Devcontainer`]. Pure.
 
 use std::collections::HashSet;
 use std::num::NonZeroU16;
@@ -12,11 +12,11 @@ use super::{
 };
 use crate::model::port_policy::port_of;
 
-/// The most characters of a label, and of a name among what is not used.
+/// The maximum length of a port's label, and of a name in the list of unused fields, in characters.
 const WORDS_MAX: usize = 100;
-/// The most names among what is not used.
+/// The maximum of names in the list of unused fields.
 const NOT_USED_MAX: usize = 64;
-/// What is about the file itself, or for people: nothing could be done about it.
+/// Fields about the file itself or for people, which need no effect.
 const NOT_MEANT: [&str; 3] = ["$schema", "id", "name"];
 
 pub(super) fn file(text: &str) -> Result<Devcontainer, DevcontainerError> {
@@ -27,7 +27,7 @@ pub(super) fn file(text: &str) -> Result<Devcontainer, DevcontainerError> {
 }
 
 pub(super) fn label(text: &str, image: Option<&str>) -> Result<Devcontainer, DevcontainerError> {
-    // An image whose label cannot be read has no entry that the container's label could repeat.
+    // An unreadable label of the image has no entries that the container's label could repeat.
     let of_image = image.and_then(|text| entries(text).ok()).unwrap_or_default();
     let of_image: HashSet<Value> = of_image.into_iter().collect();
     entries(text)?.into_iter().try_fold(Devcontainer::default(), |all, entry| {
@@ -91,7 +91,7 @@ fn forward_ports(
 ) -> Result<(), DevcontainerError> {
     for port in ports {
         match &port {
-            // The container's own loopback is where everything is forwarded from.
+            // `localhost` in the container is the address from which ports are forwarded.
             Value::String(text) => match port_in(text.strip_prefix("localhost:").unwrap_or(text)) {
                 Some(port) => drop(read.forward.insert(port)),
                 None => rest.add(&format!("forwardPorts: {text}")),
@@ -116,13 +116,13 @@ fn ports_attributes(
             Some((first, last)) => port_in(first).zip(port_in(last)),
             None => port_in(&key).map(|port| (port, port)),
         };
-        // What is no port and no range is a regular expression for command lines, or a port of another host.
+        // Any other key is a regular expression for command lines, or a port of another host.
         let Some((first, last)) = range.filter(|(first, last)| first <= last) else {
             rest.add(&format!("portsAttributes: {key}"));
             continue;
         };
-        let said = attributes(&format!("portsAttributes.{key}"), value, rest)?;
-        read.ports.insert(Ports { first, last }, said);
+        let declared = attributes(&format!("portsAttributes.{key}"), value, rest)?;
+        read.ports.insert(Ports { first, last }, declared);
         if read.ports.len() > ENTRIES_MAX {
             return Err(too_many());
         }
@@ -132,7 +132,7 @@ fn ports_attributes(
 
 fn attributes(field: &str, value: Value, rest: &mut Rest) -> Result<Attributes, DevcontainerError> {
     let Value::Object(fields) = value else { return Err(wrong(field, "an object")) };
-    let mut said = Attributes::default();
+    let mut declared = Attributes::default();
     for (name, value) in fields {
         let path = || format!("{field}.{name}");
         match (name.as_str(), value) {
@@ -140,30 +140,32 @@ fn attributes(field: &str, value: Value, rest: &mut Rest) -> Result<Attributes, 
             ("requireLocalPort", _) => return Err(wrong(&path(), "true or false")),
             ("label", Value::String(label)) => {
                 let label: String = label.trim().chars().take(WORDS_MAX).collect();
-                said.label = (!label.is_empty()).then_some(label);
+                declared.label = (!label.is_empty()).then_some(label);
             }
-            ("label" | "onAutoForward", value) if !value.is_string() => return Err(wrong(&path(), "a text")),
+            ("label" | "onAutoForward", value) if !value.is_string() => {
+                return Err(wrong(&path(), "a string"));
+            }
             ("onAutoForward", value) => match on_auto_forward(value.as_str().unwrap_or_default()) {
-                Some(what) => said.on_auto_forward = Some(what),
+                Some(what) => declared.on_auto_forward = Some(what),
                 None => rest.add(&format!("{}: {}", path(), value.as_str().unwrap_or_default())),
             },
-            (FROM_IMAGE, Value::Bool(from_image)) => said.from_image = from_image,
+            (FROM_IMAGE, Value::Bool(from_image)) => declared.from_image = from_image,
             _ => rest.add(&path()),
         }
     }
-    Ok(said)
+    Ok(declared)
 }
 
 fn on_auto_forward(word: &str) -> Option<OnAutoForward> {
     match word {
-        "notify" | "openBrowser" | "openBrowserOnce" | "openPreview" => Some(OnAutoForward::Told),
+        "notify" | "openBrowser" | "openBrowserOnce" | "openPreview" => Some(OnAutoForward::Notify),
         "silent" => Some(OnAutoForward::Silent),
         "ignore" => Some(OnAutoForward::Ignore),
         _ => None,
     }
 }
 
-/// `build`, or the two fields that came before it.
+/// Parses `build`, or the two older fields `dockerFile` and `context`.
 fn build(fields: &mut Map<String, Value>, rest: &mut Rest) -> Result<Option<Build>, DevcontainerError> {
     let (dockerfile, context) = match fields.remove("build") {
         Some(Value::Object(mut fields)) => {
@@ -188,11 +190,11 @@ fn text_field(fields: &mut Map<String, Value>, name: &str) -> Result<Option<Stri
     match fields.remove(name) {
         None => Ok(None),
         Some(Value::String(text)) if !text.is_empty() => Ok(Some(text)),
-        Some(_) => Err(wrong(name, "a text that is not empty")),
+        Some(_) => Err(wrong(name, "a string that is not empty")),
     }
 }
 
-/// A port in digits, and nothing else.
+/// Parses a port that consists only of digits.
 fn port_in(text: &str) -> Option<NonZeroU16> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
@@ -205,7 +207,7 @@ fn too_many() -> DevcontainerError {
     wrong("portsAttributes", "an object of at most 512 entries")
 }
 
-/// What is not used.
+/// The names of fields without effect.
 #[derive(Default)]
 struct Rest(Vec<String>);
 

@@ -7,22 +7,22 @@ fn parse(text: &str) -> Devcontainer {
     Devcontainer::parse(text).unwrap()
 }
 
-fn is_exposed(said: &Devcontainer, port: u16) -> bool {
-    let policy = Policy::from(&said.port_forward().unwrap_or_default());
+fn is_exposed(declared: &Devcontainer, port: u16) -> bool {
+    let policy = Policy::from(&declared.port_forward().unwrap_or_default());
     policy.decide(NonZeroU16::new(port).unwrap(), &ControlPorts::default()) == Decision::Allow
 }
 
-/// Label and silence of a port, as a registration would tell them.
-fn note(said: &Devcontainer, port: u16) -> (Option<String>, bool) {
+/// Returns label and silence of a port, as a registration has them.
+fn note(declared: &Devcontainer, port: u16) -> (Option<String>, bool) {
     let port = NonZeroU16::new(port).unwrap();
-    let notes = said.notes();
+    let notes = declared.notes();
     let note = notes.iter().rev().find(|note| (note.first..=note.last).contains(&port));
     note.map(|note| (note.label.clone(), note.silent)).unwrap_or_default()
 }
 
 #[test]
-fn a_file_as_people_write_it_is_read() {
-    let said = parse(
+fn a_typical_file_is_parsed() {
+    let declared = parse(
         r#"{
             // For everybody.
             "name": "shop", "image": "node:22",
@@ -36,35 +36,35 @@ fn a_file_as_people_write_it_is_read() {
             "postCreateCommand": "npm install",
         }"#,
     );
-    assert_eq!(said.image(), Some("node:22"));
+    assert_eq!(declared.image(), Some("node:22"));
     for (port, exposed) in [(3000, true), (80, true), (443, false), (5432, true), (9005, true), (9229, false)]
     {
-        assert_eq!(is_exposed(&said, port), exposed, "{port}");
+        assert_eq!(is_exposed(&declared, port), exposed, "{port}");
     }
-    assert_eq!(note(&said, 3000), (Some("Web".to_owned()), false));
-    assert_eq!(note(&said, 9010), (Some("Workers".to_owned()), true));
-    assert_eq!(note(&said, 9011), (None, false));
+    assert_eq!(note(&declared, 3000), (Some("Web".to_owned()), false));
+    assert_eq!(note(&declared, 9010), (Some("Workers".to_owned()), true));
+    assert_eq!(note(&declared, 9011), (None, false));
     let not_used = [
         "forwardPorts: db:5432",
         "portsAttributes: .+/server.js",
         "portsAttributes.3000.protocol",
         "postCreateCommand",
     ];
-    assert_eq!(said.not_used(), not_used);
+    assert_eq!(declared.not_used(), not_used);
 }
 
 #[test]
-fn a_file_that_says_nothing_of_ports_leaves_the_default() {
+fn a_file_without_ports_leaves_the_default() {
     for text in ["{}", r#"{"image": "x"}"#, r#"{"forwardPorts": [3000]}"#, r#"{"forwardPorts": null}"#] {
-        let said = parse(text);
-        assert_eq!(said.port_forward(), None, "{text}");
-        assert_eq!(said.notes(), [], "{text}");
+        let declared = parse(text);
+        assert_eq!(declared.port_forward(), None, "{text}");
+        assert_eq!(declared.notes(), [], "{text}");
     }
 }
 
 #[test]
-fn ignoring_all_others_leaves_what_is_named() {
-    let said = parse(
+fn ignoring_other_ports_exposes_named_ports_only() {
+    let declared = parse(
         r#"{"forwardPorts": [3000, 81], "otherPortsAttributes": {"onAutoForward": "ignore"},
             "portsAttributes": {"4000": {"label": "x"}, "5000-5002": {}, "5001": {"onAutoForward": "ignore"}, "1-99": {}}}"#,
     );
@@ -78,34 +78,34 @@ fn ignoring_all_others_leaves_what_is_named() {
         (5002, true),
         (6000, false),
     ] {
-        assert_eq!(is_exposed(&said, port), exposed, "{port}");
+        assert_eq!(is_exposed(&declared, port), exposed, "{port}");
     }
 }
 
 #[test]
-fn a_port_of_its_own_counts_before_a_range_and_a_narrow_range_before_a_wide_one() {
-    let said = parse(
+fn a_port_overrides_a_range_and_a_narrow_range_overrides_a_wide_one() {
+    let declared = parse(
         r#"{"otherPortsAttributes": {"label": "other", "onAutoForward": "silent"}, "portsAttributes": {
             "1000-9000": {"label": "wide", "onAutoForward": "ignore"},
             "2000-2100": {"onAutoForward": "notify"},
             "2050": {"label": "one"}}}"#,
     );
-    assert_eq!(note(&said, 2050), (Some("one".to_owned()), false));
-    assert_eq!(note(&said, 2000), (Some("wide".to_owned()), false));
-    assert_eq!(note(&said, 9999), (Some("other".to_owned()), true));
-    assert!(is_exposed(&said, 2050) && is_exposed(&said, 2000) && !is_exposed(&said, 1500));
+    assert_eq!(note(&declared, 2050), (Some("one".to_owned()), false));
+    assert_eq!(note(&declared, 2000), (Some("wide".to_owned()), false));
+    assert_eq!(note(&declared, 9999), (Some("other".to_owned()), true));
+    assert!(is_exposed(&declared, 2050) && is_exposed(&declared, 2000) && !is_exposed(&declared, 1500));
 }
 
 #[test]
-fn a_port_that_is_to_be_forwarded_is_although_a_range_ignores_it() {
-    let said =
+fn a_port_in_forward_ports_is_exposed_even_if_a_range_ignores_it() {
+    let declared =
         parse(r#"{"forwardPorts": [3000], "portsAttributes": {"3000-3010": {"onAutoForward": "ignore"}}}"#);
-    assert!(is_exposed(&said, 3000) && !is_exposed(&said, 3001));
+    assert!(is_exposed(&declared, 3000) && !is_exposed(&declared, 3001));
 }
 
 #[test]
-fn the_entries_of_a_label_go_on_top_of_each_other() {
-    let said = from_metadata(
+fn later_entries_of_a_label_override_earlier_ones() {
+    let declared = from_metadata(
         r#"[{"id": "ghcr.io/x/node:1", "customizations": {}},
             {"forwardPorts": [80], "portsAttributes": {"3000": {"label": "a", "onAutoForward": "silent"}},
              "otherPortsAttributes": {"onAutoForward": "ignore"}},
@@ -114,16 +114,16 @@ fn the_entries_of_a_label_go_on_top_of_each_other() {
         None,
     )
     .unwrap();
-    assert!(is_exposed(&said, 80) && is_exposed(&said, 81) && is_exposed(&said, 5000));
-    // As a whole: that it is silent was said by the entry that is replaced.
-    assert_eq!(note(&said, 3000), (Some("b".to_owned()), false));
-    assert_eq!(note(&said, 5000), (Some("rest".to_owned()), false));
-    assert_eq!(said.not_used(), ["customizations"]);
+    assert!(is_exposed(&declared, 80) && is_exposed(&declared, 81) && is_exposed(&declared, 5000));
+    // Entries are replaced as a whole: `silent` was in the entry that is replaced.
+    assert_eq!(note(&declared, 3000), (Some("b".to_owned()), false));
+    assert_eq!(note(&declared, 5000), (Some("rest".to_owned()), false));
+    assert_eq!(declared.not_used(), ["customizations"]);
     assert_eq!(from_metadata(r#"{"forwardPorts": [80]}"#, None).unwrap(), parse(r#"{"forwardPorts": [80]}"#));
     assert_eq!(from_metadata(" ", None).unwrap(), Devcontainer::default());
 }
 
-/// What an image and a folder say, both about 3000 and each about something else.
+/// The label of an image and the file of a folder, which both have port 3000, and each another port.
 const METADATA: &str = r#"[{"forwardPorts": [80], "otherPortsAttributes": {"onAutoForward": "ignore"},
     "portsAttributes": {"3000": {"label": "image", "onAutoForward": "ignore"}, "9229": {"label": "debug"}},
     "customizations": {}}]"#;
@@ -131,46 +131,46 @@ const FOLDER: &str =
     r#"{"forwardPorts": [81], "portsAttributes": {"3000": {"label": "folder"}}, "runArgs": []}"#;
 
 #[test]
-fn a_folder_goes_on_top_of_the_image_port_by_port() {
+fn a_folder_overrides_the_image_port_by_port() {
     let folder = || parse(FOLDER);
     let both = exposure(None, None, from_metadata(METADATA, None).unwrap(), folder());
-    let said = from_metadata(METADATA, None).unwrap().merge(folder());
-    assert_eq!((&both.policy, &both.notes), (&said.port_forward(), &said.notes()));
+    let declared = from_metadata(METADATA, None).unwrap().merge(folder());
+    assert_eq!((&both.policy, &both.notes), (&declared.port_forward(), &declared.notes()));
     let policy = Policy::from(&both.policy.unwrap());
     for (port, exposed) in [(80, true), (81, true), (3000, true), (9229, true), (5000, false)] {
         let decision = policy.decide(NonZeroU16::new(port).unwrap(), &ControlPorts::default());
         assert_eq!(decision == Decision::Allow, exposed, "{port}");
     }
-    assert_eq!(note(&said, 3000), (Some("folder".to_owned()), false));
-    assert_eq!(note(&said, 9229), (Some("debug".to_owned()), false));
+    assert_eq!(note(&declared, 3000), (Some("folder".to_owned()), false));
+    assert_eq!(note(&declared, 9229), (Some("debug".to_owned()), false));
     assert_eq!(both.not_used, ["customizations", "runArgs"]);
-    // What neither says is the default, and one of them alone says it all.
+    // Without any source the default applies, and one source alone applies as a whole.
     assert_eq!(exposure(None, None, parse("{}"), parse("{}")), Exposure::default());
     let alone = exposure(None, None, parse("{}"), folder());
     assert_eq!((alone.policy, alone.notes), (folder().port_forward(), folder().notes()));
 }
 
 #[test]
-fn options_replace_labels_and_labels_replace_image_and_folder_but_no_note() {
+fn options_replace_labels_and_labels_replace_files_except_for_notes() {
     let only = |port: u16| {
         let ports = [NonZeroU16::new(port).unwrap()].into();
         PortForward { allow: Allow::Ports(ports), ..PortForward::default() }
     };
     let exposed = |options, labels| {
-        let said = exposure(options, labels, from_metadata(METADATA, None).unwrap(), parse(FOLDER));
-        assert_eq!(said.notes, from_metadata(METADATA, None).unwrap().merge(parse(FOLDER)).notes());
-        said.policy
+        let declared = exposure(options, labels, from_metadata(METADATA, None).unwrap(), parse(FOLDER));
+        assert_eq!(declared.notes, from_metadata(METADATA, None).unwrap().merge(parse(FOLDER)).notes());
+        declared.policy
     };
     assert_eq!(exposed(Some(only(1)), Some(only(2))), Some(only(1)));
     assert_eq!(exposed(None, Some(only(2))), Some(only(2)));
 }
 
 #[test]
-fn a_build_takes_the_place_of_an_image() {
+fn a_build_replaces_an_image() {
     let build = |text: &str| {
-        let said = parse(r#"{"image": "x"}"#).merge(parse(text));
-        assert_eq!(said.image(), None);
-        let build = said.build().unwrap();
+        let declared = parse(r#"{"image": "x"}"#).merge(parse(text));
+        assert_eq!(declared.image(), None);
+        let build = declared.build().unwrap();
         (build.dockerfile.display().to_string(), build.context.display().to_string())
     };
     let own = |dockerfile: &str, context: &str| (dockerfile.to_owned(), context.to_owned());
@@ -181,7 +181,7 @@ fn a_build_takes_the_place_of_an_image() {
 }
 
 #[test]
-fn what_does_not_fit_is_named() {
+fn errors_name_the_invalid_field() {
     let wrong = |text: &str| Devcontainer::parse(text).unwrap_err().to_string();
     assert_eq!(wrong("[]"), "it must be an object");
     assert_eq!(wrong("{\n\"a\": x}"), "it is not JSON: unexpected token at line 2 column 6");
@@ -191,9 +191,9 @@ fn what_does_not_fit_is_named() {
     assert_eq!(wrong(r#"{"portsAttributes": {"1": 2}}"#), "portsAttributes.1 must be an object");
     assert_eq!(
         wrong(r#"{"portsAttributes": {"1": {"label": 2}}}"#),
-        "portsAttributes.1.label must be a text"
+        "portsAttributes.1.label must be a string"
     );
-    assert_eq!(wrong(r#"{"image": 5}"#), "image must be a text that is not empty");
+    assert_eq!(wrong(r#"{"image": 5}"#), "image must be a string that is not empty");
     assert_eq!(wrong(&" ".repeat(BYTES_MAX + 1)), "it is longer than 1048576 bytes");
     assert_eq!(
         from_metadata("[1]", None).unwrap_err().to_string(),
@@ -240,7 +240,7 @@ proptest! {
     }
 
     #[test]
-    fn any_entries_make_a_policy_and_notes(
+    fn any_entries_yield_a_policy_and_notes(
         entries in proptest::collection::vec((1u16.., 0u16..3000, 0usize..4), 0..6), other in 0usize..4
     ) {
         let word = |at: usize| ["notify", "silent", "ignore", "unknown"][at];
@@ -255,12 +255,12 @@ proptest! {
             r#"{{"forwardPorts": [80, 9229], "portsAttributes": {{{}}}, "otherPortsAttributes": {{"onAutoForward": "{}"}}}}"#,
             entries.join(","), word(other)
         );
-        let said = parse(&text);
-        let sent = serde_json::to_value(said.port_forward()).unwrap();
+        let declared = parse(&text);
+        let sent = serde_json::to_value(declared.port_forward()).unwrap();
         let arrived = if sent.is_null() { None } else { Some(PortForward::from_value(&sent).unwrap()) };
-        prop_assert_eq!(arrived, said.port_forward());
-        let label = said.ports_as_metadata().unwrap().to_string();
-        let told = from_metadata(&label, None).unwrap();
-        prop_assert_eq!((told.port_forward(), told.notes()), (said.port_forward(), said.notes()));
+        prop_assert_eq!(arrived, declared.port_forward());
+        let label = declared.ports_as_metadata().unwrap().to_string();
+        let read_back = from_metadata(&label, None).unwrap();
+        prop_assert_eq!((read_back.port_forward(), read_back.notes()), (declared.port_forward(), declared.notes()));
     }
 }

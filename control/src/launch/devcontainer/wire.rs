@@ -1,23 +1,23 @@
-//! What is said of ports, as the daemon tells its client. It is what a label `devcontainer.metadata` would say, and is
-//! read as one. Pure.
+//! The part of a `devcontainer.json` about ports, as the daemon sends it to its client: in the format of a label
+//! `devcontainer.metadata`, and parsed as one. Pure.
 
 use serde_json::{Map, Value, json};
 
 use super::{Attributes, Devcontainer, OnAutoForward, Ports};
 
-/// The field of an entry that is from an image, which the daemon adds for its client. In a file it does no harm: such an entry
-/// names no port below 1024.
+/// The field that marks an entry of an image, which the daemon adds for its client. In a file it is harmless: such an
+/// entry names no port below 1024.
 pub(super) const FROM_IMAGE: &str = "landfall.fromImage";
 
 impl Devcontainer {
-    /// What it says of ports, for [`super::from_metadata`]; none where it says nothing of them.
+    /// Returns the fields about ports, for [`super::from_metadata`]; `None` if there are none.
     pub fn ports_as_metadata(&self) -> Option<Value> {
         let mut fields = Map::new();
         if !self.forward.is_empty() {
             fields.insert("forwardPorts".to_owned(), json!(self.forward));
         }
         if !self.ports.is_empty() {
-            let entries = self.ports.iter().map(|(ports, said)| (key(*ports), attributes(said)));
+            let entries = self.ports.iter().map(|(ports, declared)| (key(*ports), attributes(declared)));
             fields.insert("portsAttributes".to_owned(), entries.collect());
         }
         if let Some(others) = &self.others {
@@ -34,15 +34,15 @@ fn key(ports: Ports) -> String {
     }
 }
 
-fn attributes(said: &Attributes) -> Value {
-    let word = said.on_auto_forward.map(|what| match what {
-        OnAutoForward::Told => "notify",
+fn attributes(declared: &Attributes) -> Value {
+    let word = declared.on_auto_forward.map(|what| match what {
+        OnAutoForward::Notify => "notify",
         OnAutoForward::Silent => "silent",
         OnAutoForward::Ignore => "ignore",
     });
     let mut fields = Map::new();
-    fields.extend(said.label.as_ref().map(|label| ("label".to_owned(), label.as_str().into())));
+    fields.extend(declared.label.as_ref().map(|label| ("label".to_owned(), label.as_str().into())));
     fields.extend(word.map(|word| ("onAutoForward".to_owned(), word.into())));
-    fields.extend(said.from_image.then(|| (FROM_IMAGE.to_owned(), true.into())));
+    fields.extend(declared.from_image.then(|| (FROM_IMAGE.to_owned(), true.into())));
     Value::Object(fields)
 }

@@ -1,10 +1,10 @@
-//! Whatever happens, in whatever order, the session keeps its promises.
+//! A model test: for any sequence of events, the session keeps the invariants of its documentation.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// What may happen to a session, in a world of few numbers, so that things meet.
+/// Generates events from a small range of numbers, so that they interact.
 fn inputs() -> impl Strategy<Value = (Input, u64)> {
     let stream = || (0_i64..12).prop_map(StreamId);
     let port = || (1_u16..6).prop_map(at);
@@ -44,26 +44,26 @@ fn inputs() -> impl Strategy<Value = (Input, u64)> {
     (input, prop_oneof![3 => Just(0), 1 => 0_u64..12_000])
 }
 
-/// What an onlooker knows of a session from its words and deeds.
+/// The state of a session as derived from its messages and actions.
 #[derive(Default)]
-struct Onlooker {
+struct Model {
     attempt: bool,
     open: bool,
     greeted: bool,
     up: bool,
     stopped: bool,
-    /// The other end has answered the challenge; it has to.
+    /// Whether the peer has answered the challenge over this connection.
     answered: bool,
     must_answer: bool,
-    /// Streams from their opening until they were cut or have ended, and whether they have begun.
+    /// Streams from their opening until they are reset or have ended, and whether their pump was started.
     streams: BTreeMap<StreamId, bool>,
     unanswered: BTreeSet<DialKey>,
     announced: BTreeSet<NonZeroU16>,
 }
 
-impl Onlooker {
-    /// What only happens where it can: an attempt that was not made does not succeed, and a stream that has not begun
-    /// has no pump.
+impl Model {
+    /// Returns whether the event is possible: an attempt that was not started does not succeed, and a stream without a
+    /// pump does not end.
     fn is_possible(&self, input: &Input) -> bool {
         match input {
             Input::Opened(_) => self.attempt,
@@ -74,7 +74,7 @@ impl Onlooker {
         }
     }
 
-    fn see_input(&mut self, input: &Input) {
+    fn record_input(&mut self, input: &Input) {
         match input {
             Input::Opened(proof) => {
                 (self.attempt, self.open, self.answered) = (false, true, proof.is_some());
@@ -95,14 +95,14 @@ impl Onlooker {
         }
     }
 
-    fn see(&mut self, action: &Action) {
+    fn record_action(&mut self, action: &Action) {
         match action {
             Action::Connect => {
                 assert!(!self.attempt && !self.open && !self.stopped);
                 self.attempt = true;
             }
             Action::Disconnect => (self.attempt, self.open, self.greeted) = (false, false, false),
-            Action::Say(ToContainer::Hello { credential, .. }) => {
+            Action::Send(ToContainer::Hello { credential, .. }) => {
                 assert!(self.open && !self.greeted);
                 match credential {
                     Credential::Token(_) => assert!(!self.must_answer && !self.answered),
@@ -111,7 +111,7 @@ impl Onlooker {
                 self.greeted = true;
                 self.announced.clear();
             }
-            Action::Say(message) => {
+            Action::Send(message) => {
                 assert!(self.open && self.up, "{message:?}");
                 match message {
                     ToContainer::Open { stream, .. } => {
@@ -125,13 +125,13 @@ impl Onlooker {
             Action::Announce(Announcement::Up) => assert!(!std::mem::replace(&mut self.up, true)),
             Action::Announce(Announcement::Down) => assert!(std::mem::replace(&mut self.up, false)),
             Action::Announce(_) => assert!(self.up),
-            Action::Begin { stream, key } => {
+            Action::StartStream { stream, key } => {
                 assert_eq!(self.streams.insert(*stream, true), Some(false));
                 assert!(self.unanswered.remove(key));
             }
             Action::Refuse { key, .. } => assert!(self.unanswered.remove(key)),
             Action::Deliver(stream, _) => assert!(self.streams.contains_key(stream)),
-            Action::Cut(stream) => assert!(self.streams.remove(stream).is_some()),
+            Action::ResetStream(stream) => assert!(self.streams.remove(stream).is_some()),
             Action::Notice(text) => assert!(!text.contains(TOKEN)),
             Action::Answered => assert!(self.answered && !std::mem::replace(&mut self.must_answer, true)),
             Action::Rejected(_) => assert!(!std::mem::replace(&mut self.stopped, true)),
@@ -141,16 +141,16 @@ impl Onlooker {
 
 proptest! {
     #[test]
-    fn whatever_happens_the_session_keeps_its_promises(
-        happenings in prop::collection::vec(inputs(), 0..100),
+    fn for_any_events_the_session_keeps_its_invariants(
+        events in prop::collection::vec(inputs(), 0..100),
         first in prop_oneof![Just(1), Just(STREAM_ID_MAX - 3)],
     ) {
         let mut bench = Bench::new(Extensions::ALL);
         bench.session.next_stream = first;
-        let mut onlooker = Onlooker::default();
+        let mut model = Model::default();
         let mut dials = 0;
         let stop = (Input::Stop, 0);
-        for (mut input, later) in happenings.into_iter().chain([stop]) {
+        for (mut input, later) in events.into_iter().chain([stop]) {
             bench.now += Duration::from_millis(later);
             if let Input::Dial(key, _) = &mut input {
                 dials += 1;
@@ -162,16 +162,16 @@ proptest! {
             {
                 stream.0 += STREAM_ID_MAX - 8;
             }
-            if onlooker.is_possible(&input) {
-                onlooker.see_input(&input);
+            if model.is_possible(&input) {
+                model.record_input(&input);
                 bench.on(input);
                 for action in std::mem::take(&mut bench.out) {
-                    onlooker.see(&action);
+                    model.record_action(&action);
                 }
             }
         }
-        prop_assert!(onlooker.unanswered.is_empty());
-        prop_assert!(onlooker.streams.is_empty());
+        prop_assert!(model.unanswered.is_empty());
+        prop_assert!(model.streams.is_empty());
         prop_assert_eq!(bench.session.due(), None);
     }
 }

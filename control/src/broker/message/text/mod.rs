@@ -1,8 +1,9 @@
-//! Messages as text: one JSON object each.
+//! Messages as text: one JSON object each. Pure.
 //!
-//! `relay-data` is nearly all there is by volume. It is read in one pass over the text, with the base64 borrowed from it,
-//! and written without an intermediate value. A snapshot can list every port there is, and is read without one, too. Everything
-//! else is rare and takes the way through [`Value`], which needs up to 32 bytes for two of the text, so its length is bounded.
+//! `relay-data` is nearly all of the volume. It is parsed in one pass over the text, with its base64 borrowed from the
+//! text, and written without an intermediate value. A snapshot can list every port, and is parsed without an
+//! intermediate value, too. All other messages are rare and are parsed as a [`Value`], which takes up to 32 bytes of
+//! memory for two bytes of text, so their length is limited.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};
@@ -22,14 +23,15 @@ use crate::model::port_policy::port_of;
 
 mod snapshot;
 
-/// The longest message that is read as a tree, in bytes. The longest of the reference has ten host ports and a sentence.
+/// The longest message that is parsed as a [`Value`], in bytes. The longest of the reference implementation has ten
+/// host ports and a sentence.
 const FIELDS_BYTES_MAX: usize = 64 * 1024;
 
 const LOOPBACK: &str = "127.0.0.1";
 const EVERY_ADDRESS: &str = "0.0.0.0";
 
 impl ToContainer {
-    /// Reads a message. `Ok(None)` is a message of a type that is unknown, or of none.
+    /// Parses a message. `Ok(None)` is a message of an unknown type, or without a type.
     ///
     /// # Errors
     /// [`Unreadable`].
@@ -68,7 +70,7 @@ impl ToContainer {
         Ok(Some(message))
     }
 
-    /// Writes the message.
+    /// Formats the message.
     #[must_use]
     pub fn to_text(&self) -> String {
         match self {
@@ -99,7 +101,7 @@ impl ToContainer {
 }
 
 impl ToHost {
-    /// Reads a message. `Ok(None)` is a message of a type that is unknown, or of none.
+    /// Parses a message. `Ok(None)` is a message of an unknown type, or without a type.
     ///
     /// # Errors
     /// [`Unreadable`].
@@ -139,7 +141,7 @@ impl ToHost {
         Ok(Some(message))
     }
 
-    /// Writes the message.
+    /// Formats the message.
     #[must_use]
     pub fn to_text(&self) -> String {
         match self {
@@ -177,7 +179,7 @@ impl ToHost {
     }
 }
 
-/// Something on a stream as text, which is the same in both directions.
+/// Formats a frame of a stream as text; the format is the same in both directions.
 #[must_use]
 pub fn relay_text(stream: StreamId, frame: &Frame) -> String {
     let StreamId(id) = stream;
@@ -220,7 +222,7 @@ fn bind_address(announced: Announced) -> &'static str {
     if announced.loopback { LOOPBACK } else { EVERY_ADDRESS }
 }
 
-/// A message of a type that is rare, as a tree.
+/// A message of a rare type, as a [`Value`].
 struct Fields {
     kind: &'static str,
     value: Value,
@@ -234,7 +236,7 @@ impl Fields {
         Ok(Fields { kind, value: serde_json::from_str(text).map_err(|_| Unreadable::Json)? })
     }
 
-    /// A field; null where it is missing.
+    /// Returns a field; null if it is missing.
     fn value(&self, field: &'static str) -> &Value {
         &self.value[field]
     }
@@ -255,7 +257,7 @@ impl Fields {
         self.value(field).as_array().map(Vec::as_slice).ok_or_else(|| self.unfit(field))
     }
 
-    /// The reason of a refusal, which is a refusal without one too.
+    /// Returns the reason of a refusal; empty if it is missing.
     fn reason(&self) -> String {
         self.value("reason").as_str().unwrap_or_default().to_owned()
     }
@@ -272,8 +274,8 @@ impl Fields {
     }
 }
 
-/// What every message is read for at first: its type, and what messages on streams hold. Where a name comes twice, the
-/// last one counts, as it does for a peer's JSON.
+/// The fields that are parsed first for every message: its type, and the fields of frames. If a name occurs twice, its
+/// last value is used, as in the JSON parser of the peer.
 #[derive(Default)]
 struct Head<'a> {
     kind: Scalar<'a>,
@@ -283,7 +285,7 @@ struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    /// JSON that is no object has nothing of this.
+    /// Parses the fields. All of them are absent in JSON that is not an object.
     fn read(text: &'a str) -> Result<Head<'a>, Unreadable> {
         match serde_json::from_str(text) {
             Err(error) if error.is_data() => Ok(Head::default()),
@@ -295,7 +297,7 @@ impl<'a> Head<'a> {
         self.stream.as_integer().map(StreamId).ok_or(Unreadable::Field { kind, field: "streamId" })
     }
 
-    /// The message, if it is one of those that are the same in both directions. `sender` is the side that speaks.
+    /// Returns the frame, if the message is one. `sender` is the side that sent it.
     fn relay(&self, sender: Side) -> Result<Option<(StreamId, Frame)>, Unreadable> {
         let relay = |kind: &'static str, frame: Frame| Ok(Some((self.stream(kind)?, frame)));
         match self.kind.as_str() {
@@ -353,7 +355,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Head<'a> {
     }
 }
 
-/// A value of which only text and numbers are of interest.
+/// A value of which only text and integers are used.
 #[derive(Default)]
 enum Scalar<'a> {
     Text(Cow<'a, str>),
@@ -430,7 +432,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Scalar<'a> {
     }
 }
 
-/// The integer that a number with a point stands for, such as 1.0.
+/// Returns the integer that equals a number with a decimal point, such as 1.0.
 fn whole(number: f64) -> Option<i64> {
     // Both bounds are powers of two, so they are exact.
     const BOUND: f64 = 9_223_372_036_854_775_808.0;

@@ -1,7 +1,7 @@
-//! Reads `port-listen-snapshot`: one pass over the text, which keeps the first entry of each port and nothing else. Pure.
+//! Parses `port-listen-snapshot` in one pass over the text, keeping only the first entry of each port. Pure.
 //!
-//! The result has at most 65,535 entries, and an entry that is not a listener is skipped without building a value of it: a
-//! message of 16 MiB may hold millions of those.
+//! The result has at most 65,535 entries. An entry that is not a listener is skipped without building a value: a
+//! message of 16 MiB may contain millions of them.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -13,10 +13,10 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use super::{LOOPBACK, Scalar, Unreadable};
 use crate::model::announcement::Announced;
 
-/// The listeners of a snapshot, in the order of the message.
+/// Returns the listeners of a snapshot, in the order of the message.
 ///
 /// # Errors
-/// [`Unreadable::Field`] where `ports` is missing or not a list.
+/// [`Unreadable::Field`] if `ports` is missing or not a list.
 pub(super) fn snapshot(text: &str) -> Result<Vec<Announced>, Unreadable> {
     let unfit = Unreadable::Field { kind: "port-listen-snapshot", field: "ports" };
     let read: Result<Snapshot, _> = serde_json::from_str(text);
@@ -53,8 +53,8 @@ impl<'de> Deserialize<'de> for Ports {
     }
 }
 
-/// A listener: an object with `port` and `bindAddr`. One that is not said to be on loopback alone is on more. Any other value
-/// is passed over.
+/// A listener: an object with `port` and `bindAddr`. Unless `bindAddr` is the loopback address, the port counts as
+/// listening on all addresses. Any other value is skipped.
 struct Entry(Option<Announced>);
 
 impl<'de> Deserialize<'de> for Entry {

@@ -11,7 +11,7 @@ fn value(text: &str) -> Value {
 }
 
 #[test]
-fn messages_to_the_container_are_what_the_wire_says() {
+fn messages_to_the_container_match_the_specification() {
     let hello = |extensions| ToContainer::Hello { credential: Credential::Token("t\"1".into()), extensions };
     let proof =
         ToContainer::Hello { credential: Credential::Proof("p".into()), extensions: Extensions::NONE };
@@ -58,7 +58,7 @@ fn messages_to_the_container_are_what_the_wire_says() {
 }
 
 #[test]
-fn messages_to_the_host_are_what_the_wire_says() {
+fn messages_to_the_host_match_the_specification() {
     let request = |reason: Option<&str>| ToHost::ForwardRequest {
         target: port(4848),
         candidates: vec![port(4848), port(4849)],
@@ -110,7 +110,7 @@ fn messages_to_the_host_are_what_the_wire_says() {
 }
 
 #[test]
-fn numbers_are_taken_as_javascript_writes_them() {
+fn numbers_are_accepted_in_the_notation_of_javascript() {
     let id = |text: &str| ToHost::from_text(&format!(r#"{{"type":"relay-open-ack","streamId":{text}}}"#));
     let unfit = Err(Unreadable::Field { kind: "relay-open-ack", field: "streamId" });
     for (text, number) in [("1", 1), ("1.0", 1), ("-3", -3), ("0", 0), ("-0.0", 0), ("2e9", 2_000_000_000)] {
@@ -131,14 +131,14 @@ fn numbers_are_taken_as_javascript_writes_them() {
 }
 
 #[test]
-fn unknown_types_are_none_and_what_is_no_json_is_unreadable() {
+fn unknown_types_are_ignored_and_invalid_json_is_an_error() {
     for text in
         [r#"{"type":"relay-pause","streamId":1}"#, r#"{"type":7}"#, "{}", "[]", "null", r#""type""#, "7"]
     {
         assert_eq!(ToHost::from_text(text), Ok(None), "{text}");
         assert_eq!(ToContainer::from_text(text), Ok(None), "{text}");
     }
-    // Each side knows what it may be told, and nothing else.
+    // Each side parses only the messages that are sent to it.
     assert_eq!(ToHost::from_text(r#"{"type":"broker-hello","token":"t"}"#), Ok(None));
     assert_eq!(ToContainer::from_text(r#"{"type":"relay-open-ack","streamId":1}"#), Ok(None));
     for text in ["", "nope", "{", r#"{"type":"relay-eof","streamId":1} trailing"#, r#"{"type":}"#] {
@@ -148,7 +148,7 @@ fn unknown_types_are_none_and_what_is_no_json_is_unreadable() {
 }
 
 #[test]
-fn payload_that_is_no_base64_is_unreadable() {
+fn payload_that_is_not_base64_is_an_error() {
     let data =
         |bytes: &str| ToHost::from_text(&format!(r#"{{"type":"relay-data","streamId":1,"bytes":{bytes}}}"#));
     for bytes in [r#""YQ""#, r#""Y""#, r#""YQ==="#, r#""_-_-""#, r#""Y Q=""#, "7", "null"] {
@@ -164,7 +164,7 @@ fn payload_that_is_no_base64_is_unreadable() {
 }
 
 #[test]
-fn what_does_no_harm_is_read_with_tolerance() {
+fn harmless_deviations_are_accepted() {
     let text =
         r#" { "x" : {"type":[{}]}, "streamId":4, "side":"left", "streamId" : 5, "type" : "relay-close" } "#;
     assert_eq!(ToHost::from_text(text), Ok(Some(ToHost::Relay(StreamId(5), Frame::Close(Side::Upstream)))));
@@ -201,19 +201,16 @@ fn what_does_no_harm_is_read_with_tolerance() {
 }
 
 #[test]
-fn known_types_without_their_fields_are_unreadable_and_quote_nothing() {
+fn known_types_with_invalid_fields_are_errors_without_quotes() {
     for (text, said) in [
-        (r#"{"type":"broker-hello"}"#, "broker-hello: token is missing or not what it should be"),
-        (r#"{"type":"broker-hello","token":7}"#, "broker-hello: token is missing or not what it should be"),
-        (r#"{"type":"relay-open","streamId":1}"#, "relay-open: port is missing or not what it should be"),
+        (r#"{"type":"broker-hello"}"#, "broker-hello: token is missing or invalid"),
+        (r#"{"type":"broker-hello","token":7}"#, "broker-hello: token is missing or invalid"),
+        (r#"{"type":"relay-open","streamId":1}"#, "relay-open: port is missing or invalid"),
         (
             r#"{"type":"port-forward-result","port":1,"ok":1}"#,
-            "port-forward-result: ok is missing or not what it should be",
+            "port-forward-result: ok is missing or invalid",
         ),
-        (
-            r#"{"type":"relay-credit","streamId":1,"bytes":-1}"#,
-            "relay-credit: bytes is missing or not what it should be",
-        ),
+        (r#"{"type":"relay-credit","streamId":1,"bytes":-1}"#, "relay-credit: bytes is missing or invalid"),
         (r#"{"type":"broker-hello","token":"sec"#, "invalid json"),
     ] {
         assert_eq!(ToContainer::from_text(text).unwrap_err().to_string(), said);
@@ -229,7 +226,7 @@ fn known_types_without_their_fields_are_unreadable_and_quote_nothing() {
 }
 
 #[test]
-fn c24_a_long_message_is_read_in_little_memory_or_not_at_all() {
+fn c24_a_long_message_takes_little_memory_or_is_refused() {
     let listed = format!(
         r#"{{"type":"port-listen-snapshot","ports":[{}{{"port":7}}]}}"#,
         "[[1,1]],1,{},".repeat(9_999)
@@ -302,7 +299,7 @@ fn to_host() -> impl Strategy<Value = ToHost> {
         any::<String>().prop_map(|reason| ToHost::HelloNack { reason }),
         (any_port(), prop::collection::vec(any_port(), 0..12), any::<Option<String>>())
             .prop_map(|(target, candidates, reason)| ToHost::ForwardRequest { target, candidates, reason }),
-        // One entry for each port, as there is after it was read.
+        // One entry per port, as after parsing.
         prop::collection::btree_map(any_port(), any::<bool>(), 0..20).prop_map(|ports| {
             ToHost::Snapshot(ports.into_iter().map(|(port, loopback)| Announced { port, loopback }).collect())
         }),
@@ -317,23 +314,23 @@ fn to_host() -> impl Strategy<Value = ToHost> {
 
 proptest! {
     #[test]
-    fn what_is_written_to_the_container_is_read_back(message in to_container()) {
+    fn a_message_to_the_container_is_read_back(message in to_container()) {
         prop_assert_eq!(ToContainer::from_text(&message.to_text()), Ok(Some(message)));
     }
 
     #[test]
-    fn what_is_written_to_the_host_is_read_back(message in to_host()) {
+    fn a_message_to_the_host_is_read_back(message in to_host()) {
         prop_assert_eq!(ToHost::from_text(&message.to_text()), Ok(Some(message)));
     }
 
     #[test]
-    fn payload_costs_four_thirds_and_a_head(payload: Vec<u8>, stream: i64) {
+    fn payload_takes_four_thirds_and_a_header(payload: Vec<u8>, stream: i64) {
         let text = relay_text(StreamId(stream), &Frame::Data(Bytes::from(payload.clone())));
         prop_assert!(text.len() <= payload.len().div_ceil(3) * 4 + 64);
     }
 
     #[test]
-    fn whatever_is_said_nothing_panics(text: String) {
+    fn arbitrary_text_does_not_panic(text: String) {
         let _ = ToHost::from_text(&text);
         let _ = ToContainer::from_text(&text);
     }
