@@ -1,4 +1,4 @@
-//! The real daemon, from outside: its socket, its HTTP endpoint, its start and its end.
+//! Black-box tests of the daemon: its socket, its HTTP endpoint, its start and its stop.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 

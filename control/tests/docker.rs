@@ -1,5 +1,5 @@
-//! Docker itself: an engine, containers, builds. Needs an engine at `DOCKER_HOST` and the image `landfall-test-base`,
-//! which `tests/docker.sh` sets up, so the cases run only on request.
+//! Tests with a real Docker engine: containers, builds, events. They need an engine at `DOCKER_HOST` and the image
+//! `landfall-test-base`, which `tests/docker.sh` provides, so they run only on request.
 #![cfg(test)]
 
 #[path = "docker/agent.rs"]
@@ -38,12 +38,12 @@ const BASE: &str = "landfall-test-base";
 
 #[track_caller]
 fn wait_until<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
+    let started = Instant::now();
     loop {
         if let Some(reached) = state() {
             return reached;
         }
-        assert!(began.elapsed() < WAIT_MAX, "{what} did not happen");
+        assert!(started.elapsed() < WAIT_MAX, "{what} did not happen");
         std::thread::sleep(PAUSE);
     }
 }
@@ -63,7 +63,7 @@ fn docker(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-/// A container that is removed at the end of the test, with everything that was made from it.
+/// A container that is removed at the end of the test, with its image and its replacement.
 struct Container(ContainerName);
 
 impl Container {
@@ -126,8 +126,8 @@ impl Built {
         built
     }
 
-    /// Writes the folder, with a first layer that no other case builds on: Docker removes a layer with the last image
-    /// that has it, even under a build that is about to use it.
+    /// Writes the Dockerfile with a first layer that no other test shares: a layer is removed with the last image that has
+    /// it, even if a concurrent build is about to use it.
     fn dockerfile(&self, text: &str) {
         let (from, rest) = text.split_once('\n').unwrap();
         let text = format!("{from}\nLABEL case={}\n{rest}", self.image);
@@ -151,7 +151,7 @@ fn engine() -> Docker {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn container_is_alive_while_it_exists_under_its_exact_name() {
+async fn a_container_is_alive_while_it_exists_under_its_exact_name() {
     let container = Container::sleeping("probe.x", &[]);
     let engine = engine();
     let probe = async |name: String| engine.probe(&ContainerName::new(&name).unwrap()).await;
@@ -172,7 +172,7 @@ async fn container_is_alive_while_it_exists_under_its_exact_name() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn first_process_is_returned_and_errors_name_the_missing_object() {
+async fn the_first_process_is_returned_and_a_missing_part_is_named() {
     let container = Container::sleeping("first", &[]);
     let engine = engine();
     let first = engine.first_process(&container.0).await.unwrap();
@@ -194,7 +194,7 @@ async fn first_process_is_returned_and_errors_name_the_missing_object() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn restart_is_another_process_in_the_same_container() {
+async fn a_restart_starts_another_process_in_the_same_container() {
     for options in [&[][..], &["--rm"]] {
         let container = Container::sleeping("restart", options);
         let (id, pid) = (container.id(), container.inspect("{{.State.Pid}}"));
@@ -207,7 +207,7 @@ async fn restart_is_another_process_in_the_same_container() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn container_that_ends_at_once_is_a_start_failure() {
+async fn a_container_that_ends_at_once_is_a_failed_start() {
     let script = "if [ -e /ran ]; then echo it is broken; exit 3; fi; touch /ran; sleep 100000";
     let container = Container::run("broken", &[], BASE, &["sh", "-c", script]);
     while run(&["exec", container.0.as_str(), "test", "-e", "/ran"]).status.code() != Some(0) {}
@@ -218,7 +218,7 @@ async fn container_that_ends_at_once_is_a_start_failure() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn rebuild_keeps_the_containers_own_settings() {
+async fn a_rebuild_keeps_the_containers_own_configuration() {
     let dockerfile = |version: u32| {
         format!(
             "FROM {BASE}\nENV VERSION={version} FIXED=image\nVOLUME /data\nCOPY . /app\n\
@@ -284,7 +284,7 @@ async fn rebuild_keeps_the_containers_own_settings() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn failed_build_changes_nothing() {
+async fn a_failed_build_changes_nothing() {
     let built = Built::new("fails", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
     let container = Container::run("fails", &[], &built.image, &[]);
     let (id, pid) = (container.id(), container.inspect("{{.State.Pid}}"));
@@ -309,7 +309,7 @@ async fn failed_build_changes_nothing() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn old_container_returns_when_the_new_one_does_not_start() {
+async fn a_new_container_that_does_not_start_is_replaced_by_the_old_one() {
     let built = Built::new("back", &format!("FROM {BASE}\nCMD [\"sleep\", \"100000\"]\n"));
     let container = Container::run("back", &["-p", "127.0.0.1::8973"], &built.image, &[]);
     let (id, image) = (container.id(), container.inspect("{{.Image}}"));
@@ -324,14 +324,14 @@ async fn old_container_returns_when_the_new_one_does_not_start() {
     assert_eq!(docker(&["inspect", "-f", "{{.Id}}", &built.image]), image);
     assert!(
         !run(&["image", "inspect", &own_image(name)]).status.success(),
-        "an image of a failed rebuild is left"
+        "an image of a failed rebuild remains"
     );
     assert!(!run(&["inspect", &format!("{name}.landfall-old")]).status.success());
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn container_renamed_by_a_dead_daemon_is_alive_and_returns_with_the_next_restart() {
+async fn a_container_left_aside_is_alive_and_restored_by_the_next_restart() {
     let container = Container::sleeping("left", &[]);
     let (id, aside) = (container.id(), format!("{}.landfall-old", container.0));
     docker(&["rename", container.0.as_str(), &aside]);
@@ -344,10 +344,10 @@ async fn container_renamed_by_a_dead_daemon_is_alive_and_returns_with_the_next_r
     assert_eq!(container.id(), id);
 }
 
-/// Docker's own client and landfall select the same files for a build.
+/// Compares the files of a build with those that Docker's own client selects.
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn build_context_equals_that_of_dockers_client() {
+async fn the_files_of_a_build_are_those_of_dockers_own_client() {
     let ignores = [
         "*/temp*\n",
         "**/*.go\n!keep/**\n",
@@ -396,14 +396,14 @@ async fn build_context_equals_that_of_dockers_client() {
         all = all.max(count);
         different += usize::from(count < all);
     }
-    assert_eq!(different, ignores.len(), "every one of them ignores something");
+    assert_eq!(different, ignores.len(), "each pattern excludes a file");
 }
 
-/// A socket in front of the engine's, which is removed when it is dropped.
-struct AgentSocket(tokio::task::JoinSet<()>);
+/// A proxy socket in front of the engine's, which is closed when it is dropped.
+struct EngineProxy(tokio::task::JoinSet<()>);
 
-impl AgentSocket {
-    fn open(at: &Path) -> AgentSocket {
+impl EngineProxy {
+    fn open(at: &Path) -> EngineProxy {
         let _ = std::fs::remove_file(at);
         let listener = UnixListener::bind(at).unwrap();
         let socket = host().strip_prefix("unix://").unwrap().to_owned();
@@ -418,17 +418,17 @@ impl AgentSocket {
                 });
             }
         });
-        AgentSocket(tasks)
+        EngineProxy(tasks)
     }
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn life_events_are_reported_across_outages() {
+async fn life_events_are_reported_and_survive_outages() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("docker.sock");
     let engine = Docker::at(Some(format!("unix://{}", socket.display())));
-    let mut door = AgentSocket::open(&socket);
+    let mut proxy = EngineProxy::open(&socket);
     let mut life = engine.life_events();
     assert_eq!(tokio::time::timeout(LONG, life.recv()).await.unwrap(), Some(LifeEvent::Resync));
     let container = Container::sleeping("life", &[]);
@@ -445,10 +445,10 @@ async fn life_events_are_reported_across_outages() {
     docker(&["kill", container.0.as_str()]);
     until(changed("die")).await;
 
-    door.0.shutdown().await;
+    proxy.0.shutdown().await;
     assert_eq!(engine.probe(&container.0).await, Liveness::Unknown);
     docker(&["start", container.0.as_str()]);
-    let _door = AgentSocket::open(&socket);
+    let _proxy = EngineProxy::open(&socket);
     until(LifeEvent::Resync).await;
     assert_eq!(engine.probe(&container.0).await, Liveness::Alive);
     docker(&["rm", "-f", container.0.as_str()]);
@@ -457,10 +457,10 @@ async fn life_events_are_reported_across_outages() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn hanging_engine_is_unknown_in_bounded_time() {
+async fn a_hanging_engine_is_unknown_within_the_time_limit() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("docker.sock");
-    // It accepts connections into its backlog, and never answers.
+    // It accepts connections into its backlog and never answers.
     let _listener = UnixListener::bind(&socket).unwrap();
     let engine = Docker::at(Some(format!("unix://{}", socket.display())));
     let name = ContainerName::new("coder").unwrap();
@@ -471,17 +471,17 @@ async fn hanging_engine_is_unknown_in_bounded_time() {
 #[ignore = "needs a Docker engine: tests/docker.sh"]
 async fn bridge_has_a_gateway() {
     let hosts = docker(&["run", "--rm", "--add-host", "the-host:host-gateway", BASE, "cat", "/etc/hosts"]);
-    let address = hosts.lines().find_map(|line| line.strip_suffix("the-host")).unwrap().trim();
-    assert_eq!(engine().bridge_gateway().await, Some(address.parse().unwrap()));
+    let gateway = hosts.lines().find_map(|line| line.strip_suffix("the-host")).unwrap().trim();
+    assert_eq!(engine().bridge_gateway().await, Some(gateway.parse().unwrap()));
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn restart_is_reported_from_its_promise_to_its_end() {
+async fn a_restart_is_reported_from_its_promise_to_its_end() {
     let container = Container::sleeping("reported", &[]);
     let pid = container.inspect("{{.State.Pid}}");
     let journal = Journal::unkept();
-    let mut lines = journal.listen();
+    let mut events = journal.listen();
     let home = tempfile::tempdir().unwrap();
     let approvals = Approvals::of(&Home::at(home.path().to_owned()).unwrap());
     let supervisor = Supervisor::new(engine(), GrantTable::default(), journal, approvals);
@@ -491,7 +491,7 @@ async fn restart_is_reported_from_its_promise_to_its_end() {
     supervisor.preflight(&registration, Build::No).await.unwrap();
     supervisor.accept(registration, Build::No).unwrap().start();
     supervisor.stop().await;
-    let kinds: Vec<Value> = std::iter::from_fn(|| lines.try_recv().ok())
+    let kinds: Vec<Value> = std::iter::from_fn(|| events.try_recv().ok())
         .map(|line| serde_json::from_str::<Value>(&line).unwrap()["kind"].clone())
         .collect();
     assert_eq!(kinds, ["restart-scheduled", "restart-completed"]);

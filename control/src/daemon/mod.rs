@@ -353,9 +353,9 @@ impl Observers {
         match event {
             LifeEvent::Resync => {
                 self.forwarding.set_events_followed(true);
-                self.helper.look_again(None);
+                self.helper.recheck(None);
             }
-            LifeEvent::Changed { name, .. } => self.helper.look_again(Some(name)),
+            LifeEvent::Changed { name, .. } => self.helper.recheck(Some(name)),
             LifeEvent::Lost => return self.forwarding.set_events_followed(false),
         }
         self.discovery.refresh();

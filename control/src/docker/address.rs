@@ -1,14 +1,14 @@
-//! Where an engine is, from what the environment says. Pure: files are read by whoever calls.
+//! Determines the address of an engine from the environment. Pure: the caller reads files.
 //!
-//! The first of these that says something counts, and what it says has to hold; nothing is guessed after it:
+//! The first setting in this order is used. If it is invalid, that is an error; later ones are not tried:
 //!
 //! 1. `DOCKER_HOST`, then `CONTAINER_HOST`, which is Podman's name for the same.
-//! 2. The context that `DOCKER_CONTEXT` names, or `currentContext` in Docker's own configuration. The context `default` says
-//!    nothing.
-//! 3. The sockets at which engines listen: the machine's Docker, the user's own (rootless) Docker, the user's own Podman, the
-//!    machine's Podman. The first that this user may use counts.
+//! 2. The context that `DOCKER_CONTEXT` names, or `currentContext` in Docker's own configuration. The context `default`
+//!    counts as absent.
+//! 3. The default sockets of engines: the machine's Docker, the user's own (rootless) Docker, the user's own Podman, the
+//!    machine's Podman. The first one that this user may use is selected.
 //!
-//! An engine is met on this machine or not at all: the processes of containers elsewhere are not in any namespace here.
+//! An engine on another machine is not supported: the processes of its containers are not in any namespace here.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -20,34 +20,34 @@ use sha2::{Digest, Sha256};
 
 use crate::model::name::hex;
 
-/// Where the machine's Docker listens.
+/// The socket of the machine's Docker.
 const DOCKER_SOCKET: &str = "/var/run/docker.sock";
-/// Where the machine's Podman does.
+/// The socket of the machine's Podman.
 const PODMAN_SOCKET: &str = "/run/podman/podman.sock";
-/// Docker's port where an address names none.
+/// Docker's default port.
 const TCP_PORT: u16 = 2375;
-/// The context that stands for none.
+/// The context that counts as absent.
 const NO_CONTEXT: &str = "default";
-/// What to do about containers that are elsewhere.
-const ELSEWHERE: &str = "containers of another machine are forwarded by a landfall there, or here by `landfall register --websocket`";
+/// The remedy for containers on another machine.
+const OTHER_MACHINE: &str = "containers of another machine are forwarded by a landfall there, or here by `landfall register --websocket`";
 
-/// What the environment says of engines.
+/// The settings of the environment about engines.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Environment {
-    /// `DOCKER_HOST` and `CONTAINER_HOST`, as far as they are set.
+    /// `DOCKER_HOST` and `CONTAINER_HOST`, if they are set.
     hosts: Vec<(&'static str, String)>,
     /// `DOCKER_CONTEXT`.
     context: Option<String>,
-    /// The directory of Docker's own configuration.
+    /// The directory of the Docker configuration.
     configuration: Option<PathBuf>,
-    /// Where the user's own sockets are.
+    /// The directory of the user's own sockets.
     runtime: Option<PathBuf>,
-    /// TLS is asked for.
+    /// Whether TLS is requested.
     tls: bool,
 }
 
 impl Environment {
-    /// Reads variables; one that is empty counts as not set. `uid` is the user's.
+    /// Reads the variables. An empty variable counts as not set. `uid` is the user's.
     pub(super) fn from_variables(read: impl Fn(&str) -> Option<OsString>, uid: u32) -> Environment {
         let set = |name: &str| read(name).filter(|value| !value.is_empty());
         let text = |name: &str| set(name).map(|value| value.to_string_lossy().into_owned());
@@ -64,33 +64,33 @@ impl Environment {
         }
     }
 
-    /// An environment in which `DOCKER_HOST` alone may be set.
+    /// Returns an environment in which only `DOCKER_HOST` may be set.
     pub(super) fn of_host(host: Option<String>) -> Environment {
         let host = host.filter(|host| !host.is_empty()).map(|host| ("DOCKER_HOST", host));
         Environment { hosts: host.into_iter().collect(), ..Environment::default() }
     }
 }
 
-/// Where an engine is met.
+/// The endpoint of an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Endpoint {
-    /// At a socket.
+    /// A Unix socket.
     Unix(PathBuf),
-    /// At a port of this machine's loopback.
+    /// A port of this machine's loopback.
     Tcp(String, u16),
 }
 
-/// An engine's address, and who says so.
+/// An engine's address and its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Address {
-    /// Where.
+    /// The endpoint.
     pub(super) endpoint: Endpoint,
-    /// `DOCKER_HOST`, say; none where the socket was found at one of the usual places.
-    pub(super) said_by: Option<String>,
+    /// The source, for example `DOCKER_HOST`; `None` for a default socket.
+    pub(super) source: Option<String>,
 }
 
 impl Address {
-    /// The socket, if it is one.
+    /// Returns the socket, if the endpoint is one.
     pub(super) fn socket(&self) -> Option<&Path> {
         match &self.endpoint {
             Endpoint::Unix(path) => Some(path),
@@ -109,65 +109,66 @@ impl fmt::Display for Address {
     }
 }
 
-/// An address that is of no use.
+/// An unusable address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct AddressError {
-    /// What was said, and by whom.
+    /// The setting and its source.
     pub(super) at: String,
-    /// Why it is of no use, and what to do.
+    /// The reason, with the remedy.
     pub(super) reason: String,
 }
 
-/// Where to look.
+/// The result of evaluating the environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum EngineLocation {
-    /// Somebody says where.
+    /// A setting selects this address.
     At(Address),
-    /// Somebody says where, and nothing can be met there.
+    /// A setting is unusable.
     Nowhere(AddressError),
-    /// Nobody does: at one of these sockets.
+    /// Without a setting: one of these sockets.
     Among(Vec<PathBuf>),
 }
 
-/// How a socket's place looks.
+/// The state of a socket path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Look {
-    /// Nothing is there.
+pub(super) enum SocketState {
+    /// It does not exist.
     Absent,
-    /// Something is, and this user may not use it.
+    /// It exists, and this user may not use it.
     Forbidden,
-    /// Something is.
+    /// It exists, and this user may use it.
     Usable,
 }
 
-/// Where to look for an engine. `read` gives the text of a file, none if there is no such file, or why it cannot be read.
-pub(super) fn whereabouts(
+/// Evaluates the environment. `read` returns the text of a file, `None` if it does not exist, or a reason.
+pub(super) fn locate(
     environment: &Environment,
     read: impl Fn(&Path) -> Result<Option<String>, String>,
 ) -> EngineLocation {
-    let said = |by: String, text: &str| match endpoint(text, environment.tls) {
-        Ok(endpoint) => EngineLocation::At(Address { endpoint, said_by: Some(by) }),
+    let parsed = |by: String, text: &str| match endpoint(text, environment.tls) {
+        Ok(endpoint) => EngineLocation::At(Address { endpoint, source: Some(by) }),
         Err(reason) => EngineLocation::Nowhere(AddressError { at: format!("{text} ({by})"), reason }),
     };
     if let Some((by, text)) = environment.hosts.first() {
-        return said((*by).to_owned(), text);
+        return parsed((*by).to_owned(), text);
     }
     match context(environment, read) {
-        Ok(Some((name, text))) => said(format!("context {name}"), &text),
-        Ok(None) => EngineLocation::Among(usual(environment)),
-        Err(misled) => EngineLocation::Nowhere(misled),
+        Ok(Some((name, text))) => parsed(format!("context {name}"), &text),
+        Ok(None) => EngineLocation::Among(default_sockets(environment)),
+        Err(unusable) => EngineLocation::Nowhere(unusable),
     }
 }
 
-/// Of the usual sockets, the one to use: the first that is usable, else the first that is there at all, else the first.
-pub(super) fn select(usual: &[PathBuf], look: impl Fn(&Path) -> Look) -> Option<Address> {
-    let looks: Vec<(&PathBuf, Look)> = usual.iter().map(|path| (path, look(path))).collect();
-    let first = |wanted: Look| looks.iter().find(|(_, look)| *look == wanted);
-    let (path, _) = first(Look::Usable).or_else(|| first(Look::Forbidden)).or_else(|| looks.first())?;
-    Some(Address { endpoint: Endpoint::Unix((*path).clone()), said_by: None })
+/// Selects one of the default sockets: the first that is usable, else the first that exists, else the first.
+pub(super) fn select(default_sockets: &[PathBuf], look: impl Fn(&Path) -> SocketState) -> Option<Address> {
+    let looks: Vec<(&PathBuf, SocketState)> = default_sockets.iter().map(|path| (path, look(path))).collect();
+    let first = |wanted: SocketState| looks.iter().find(|(_, look)| *look == wanted);
+    let (path, _) =
+        first(SocketState::Usable).or_else(|| first(SocketState::Forbidden)).or_else(|| looks.first())?;
+    Some(Address { endpoint: Endpoint::Unix((*path).clone()), source: None })
 }
 
-fn usual(environment: &Environment) -> Vec<PathBuf> {
+fn default_sockets(environment: &Environment) -> Vec<PathBuf> {
     let own = environment
         .runtime
         .iter()
@@ -175,16 +176,16 @@ fn usual(environment: &Environment) -> Vec<PathBuf> {
     [PathBuf::from(DOCKER_SOCKET)].into_iter().chain(own).chain([PathBuf::from(PODMAN_SOCKET)]).collect()
 }
 
-/// The context that is in use, with its address.
+/// Returns the selected context with its address.
 fn context(
     environment: &Environment,
     read: impl Fn(&Path) -> Result<Option<String>, String>,
 ) -> Result<Option<(String, String)>, AddressError> {
     let Some(configuration) = &environment.configuration else { return Ok(None) };
     let file = |path: &Path| -> Result<Option<Value>, AddressError> {
-        let misled = |reason| AddressError { at: path.display().to_string(), reason };
-        let Some(text) = read(path).map_err(misled)? else { return Ok(None) };
-        serde_json::from_str(&text).map(Some).map_err(|error| misled(format!("it is no JSON: {error}")))
+        let unusable = |reason| AddressError { at: path.display().to_string(), reason };
+        let Some(text) = read(path).map_err(unusable)? else { return Ok(None) };
+        serde_json::from_str(&text).map(Some).map_err(|error| unusable(format!("invalid JSON: {error}")))
     };
     let name = match &environment.context {
         Some(name) => name.clone(),
@@ -196,35 +197,34 @@ fn context(
     if name.is_empty() || name == NO_CONTEXT {
         return Ok(None);
     }
-    let misled = |reason: &str| AddressError { at: format!("context {name}"), reason: reason.to_owned() };
+    let unusable = |reason: &str| AddressError { at: format!("context {name}"), reason: reason.to_owned() };
     let id = hex(&Sha256::digest(name.as_bytes()));
     let about = file(&configuration.join("contexts/meta").join(id).join("meta.json"))?
-        .ok_or_else(|| misled("there is no such context; `docker context ls` shows those that there are"))?;
+        .ok_or_else(|| unusable("the context does not exist; `docker context ls` lists the contexts"))?;
     match about["Endpoints"]["docker"]["Host"].as_str().filter(|host| !host.is_empty()) {
         Some(host) => Ok(Some((name, host.to_owned()))),
-        None => Err(misled("it does not say where its engine is")),
+        None => Err(unusable("it has no address of an engine")),
     }
 }
 
-/// The place that an address of the form of `DOCKER_HOST` means, or why it is of no use.
+/// Parses an address in the format of `DOCKER_HOST`.
 fn endpoint(text: &str, tls: bool) -> Result<Endpoint, String> {
     const FORM: &str = "an engine's address is unix:///PATH or tcp://127.0.0.1:PORT";
     if let Some(path) = text.strip_prefix("unix:") {
-        // Podman's own form has no slashes before those of the path.
+        // Podman's own form omits the two slashes before the path.
         let path = path.strip_prefix("//").unwrap_or(path);
         return if path.starts_with('/') { Ok(Endpoint::Unix(path.into())) } else { Err(FORM.to_owned()) };
     }
     if text.starts_with("ssh://") {
-        return Err(ELSEWHERE.to_owned());
+        return Err(OTHER_MACHINE.to_owned());
     }
     let Some(place) = text.strip_prefix("tcp://") else { return Err(FORM.to_owned()) };
     let (host, port) = host_and_port(place.trim_end_matches('/')).ok_or(FORM)?;
     let local = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
     match (local, tls) {
-        (false, _) => Err(ELSEWHERE.to_owned()),
+        (false, _) => Err(OTHER_MACHINE.to_owned()),
         (true, true) => {
-            Err("DOCKER_TLS_VERIFY is set, and TLS is not spoken here: use the engine's Unix socket"
-                .to_owned())
+            Err("DOCKER_TLS_VERIFY is set, but TLS is not supported: use the engine's Unix socket".to_owned())
         }
         (true, false) => Ok(Endpoint::Tcp(host, port)),
     }

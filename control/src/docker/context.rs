@@ -1,12 +1,12 @@
-//! The folder of a build, as the tar that Docker takes.
+//! The build context: a folder as the tar that Docker expects.
 //!
-//! The folder may be written to by a container while it is read, so each name is opened in the directory that was opened
-//! before it and never through a link; links travel as links. A file that shrinks or grows meanwhile is filled up or cut to
-//! the size that its header has. Owners do not travel, as with Docker's own client.
+//! A container may write to the folder while it is read. Each name is therefore opened relative to its open directory and
+//! never through a link; links are sent as links. If a file shrinks or grows meanwhile, its content is padded or truncated
+//! to the size in its header. Owners are not sent, as with Docker's own client.
 //!
-//! A container may also make the folder as large as it can: a sparse file has a size of terabytes and no blocks, and counts
-//! by its size, since that is what the tar holds. So the bytes of the tar, the number of names and the depth are bounded.
-//! The folder is measured before anything is sent, and the same bounds hold while it is sent.
+//! A container may also make the folder as large as it can: a sparse file can have a size of terabytes without blocks, and
+//! counts by its size, which is what the tar contains. The bytes of the tar, the number of names and the depth are therefore
+//! bounded. The folder is measured before any of it is sent, and the same bounds apply while it is sent.
 
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
@@ -25,37 +25,38 @@ use super::BuildFrom;
 use super::ignore::Ignored;
 use crate::model::size::ByteSize;
 
-/// What Docker builds by, unless something else is said.
+/// The default name of the Dockerfile.
 pub(super) const DOCKERFILE: &str = "Dockerfile";
-/// What it leaves out by.
+/// The name of the file with the patterns to exclude.
 const DOCKERIGNORE: &str = ".dockerignore";
-/// The largest of either, in bytes.
+/// The maximum size of either file, in bytes.
 const TEXT_BYTES_MAX: u64 = 1024 * 1024;
 
-/// The most directories inside each other. Each has an open descriptor while what is below it is read.
+/// The maximum nesting of directories. Each has an open descriptor while its descendants are read.
 const DEPTH_MAX: usize = 256;
-/// The most names that are listed, ignored ones among them. The names of a directory are in memory while it is read.
+/// The maximum number of names that are listed, including ignored ones. The names of a directory are in memory while it is
+/// read.
 const NAMES_MAX: u64 = 1_000_000;
-/// The unit of a tar, in bytes: the header of an entry is one, and its content is filled up to whole ones.
+/// The block size of a tar, in bytes: a header takes one block, and the content is padded to whole blocks.
 const BLOCK_BYTES: u64 = 512;
 
-/// Why a folder cannot be sent to a build.
+/// The reasons why a folder cannot be sent to a build.
 #[derive(Debug, Error)]
 pub(super) enum ContextError {
-    /// It has too many bytes.
+    /// The folder has too many bytes.
     #[error("{TOO_LARGE} {}: {} has {}", ByteSize(*bytes_max), path.display(), ByteSize(*bytes))]
     TooLarge {
-        /// The file that does not fit any more.
+        /// The first file beyond the limit.
         path: PathBuf,
         /// Its size.
         bytes: u64,
-        /// The limit for all of the folder.
+        /// The limit for the folder.
         bytes_max: u64,
     },
-    /// It has directories inside each other beyond any use.
-    #[error("the folder of the build has more than {DEPTH_MAX} directories inside each other: {}", .0.display())]
+    /// Its directories are nested too deeply.
+    #[error("the folder of the build has more than {DEPTH_MAX} nested directories: {}", .0.display())]
     TooDeep(PathBuf),
-    /// It has too many files.
+    /// The folder has too many files.
     #[error("the folder of the build has more than {NAMES_MAX} files, the last in {}", .0.display())]
     TooMany(PathBuf),
     /// A name cannot be opened or read.
@@ -63,7 +64,7 @@ pub(super) enum ContextError {
     Unreadable {
         /// The name.
         path: PathBuf,
-        /// The kernel's reason.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The tar cannot be written.
@@ -71,7 +72,7 @@ pub(super) enum ContextError {
     Write(io::Error),
 }
 
-/// The start of the text of [`ContextError::TooLarge`], by which the command line knows it.
+/// The start of the text of [`ContextError::TooLarge`], by which the command line recognises it.
 pub(crate) const TOO_LARGE: &str = "the folder of the build has more than";
 
 /// A folder that can be built.
@@ -80,28 +81,28 @@ pub(super) struct Context {
     bytes_max: u64,
     folder: OwnedFd,
     ignored: Ignored,
-    /// The text of the Dockerfile, and where it lies.
+    /// The text of the Dockerfile, and its path.
     dockerfile: String,
     place: PathBuf,
 }
 
 impl Context {
-    /// Opens a folder that is to be built: there is a Dockerfile, and `.dockerignore` can be parsed. No more than `bytes_max`
-    /// bytes of it are ever sent.
+    /// Opens a folder to build. Checks that a Dockerfile exists and that `.dockerignore` is valid. At most `bytes_max` bytes
+    /// of it are ever sent.
     ///
     /// # Errors
-    /// What is missing or wrong, as people are to read it.
+    /// A text for the user that names what is missing or invalid.
     pub(super) fn open(path: &Path, from: &BuildFrom, bytes_max: u64) -> Result<Context, String> {
         let unusable =
             |errno: Errno| format!("{} cannot be opened: {errno}", path.join(&from.context).display());
-        if ![&from.context, &from.dockerfile].into_iter().all(|path| leads_down(path)) {
+        if ![&from.context, &from.dockerfile].into_iter().all(|path| is_below(path)) {
             return Err(format!("{} cannot be built: a path leads out of it", path.display()));
         }
         let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mut folder = rustix::fs::open(path, directory, Mode::empty()).map_err(unusable)?;
         if from.context != Path::new("") {
             let context =
-                rustix::fs::openat2(&folder, &from.context, directory, Mode::empty(), STRAIGHT_DOWN);
+                rustix::fs::openat2(&folder, &from.context, directory, Mode::empty(), BELOW_WITHOUT_LINKS);
             folder = context.map_err(unusable)?;
         }
         let dockerfile = text(&folder, &from.dockerfile)?.ok_or_else(|| {
@@ -111,12 +112,12 @@ impl Context {
         Ok(Context { bytes_max, folder, ignored, dockerfile, place: from.dockerfile.clone() })
     }
 
-    /// Where the Dockerfile lies.
+    /// Returns the path of the Dockerfile.
     pub(super) fn dockerfile(&self) -> &Path {
         &self.place
     }
 
-    /// Whether a stage of the build starts from the image: building under that name would put it on top of itself.
+    /// Returns whether a stage of the build starts from the image. Building under that name would stack the image on itself.
     pub(super) fn starts_from(&self, image: &str) -> bool {
         let bare = |name: &str| name.strip_suffix(":latest").unwrap_or(name).to_owned();
         self.dockerfile
@@ -129,12 +130,12 @@ impl Context {
             .any(|base| bare(base) == bare(image))
     }
 
-    /// Checks that the folder keeps to the bounds, without reading a file.
+    /// Checks the bounds of the folder without reading its files.
     ///
     /// # Errors
     /// [`ContextError`].
     pub(super) fn measure(&self) -> Result<(), ContextError> {
-        self.walk(None::<Builder<io::Sink>>).map(drop)
+        self.traverse(None::<Builder<io::Sink>>).map(drop)
     }
 
     /// Writes the tar.
@@ -142,35 +143,37 @@ impl Context {
     /// # Errors
     /// [`ContextError`].
     pub(super) fn write(&self, to: impl Write) -> Result<(), ContextError> {
-        let tar = self.walk(Some(Builder::new(to)))?;
+        let tar = self.traverse(Some(Builder::new(to)))?;
         let flushed = tar.map(|tar| tar.into_inner().and_then(|mut to| to.flush()));
         flushed.unwrap_or(Ok(())).map_err(ContextError::Write)
     }
 
-    fn walk<W: Write>(&self, tar: Option<Builder<W>>) -> Result<Option<Builder<W>>, ContextError> {
+    fn traverse<W: Write>(&self, tar: Option<Builder<W>>) -> Result<Option<Builder<W>>, ContextError> {
         let top = self.folder.try_clone().map_err(ContextError::Write)?;
-        let mut walk = Walk { context: self, tar, bytes_left: self.bytes_max, names_left: NAMES_MAX };
-        walk.add_directory(&top, Path::new(""), 0)?;
-        Ok(walk.tar)
+        let mut traverse =
+            Traversal { context: self, tar, bytes_left: self.bytes_max, names_left: NAMES_MAX };
+        traverse.add_directory(&top, Path::new(""), 0)?;
+        Ok(traverse.tar)
     }
 
-    /// The two files that Docker itself reads always travel; Docker leaves them out of the image if they are ignored.
-    fn belongs(&self, path: &Path) -> bool {
+    /// Returns whether a path is sent. The two files that Docker reads are always sent; Docker excludes them from the image
+    /// if they are ignored.
+    fn is_included(&self, path: &Path) -> bool {
         path == self.place
             || path == Path::new(DOCKERIGNORE)
             || !self.ignored.ignores(&path.to_string_lossy())
     }
 }
 
-/// One pass over a folder. Without a tar it only measures.
-struct Walk<'a, W: Write> {
+/// One traversal of a folder. Without a tar it only measures.
+struct Traversal<'a, W: Write> {
     context: &'a Context,
     tar: Option<Builder<W>>,
     bytes_left: u64,
     names_left: u64,
 }
 
-impl<W: Write> Walk<'_, W> {
+impl<W: Write> Traversal<'_, W> {
     fn add_directory(&mut self, directory: &OwnedFd, below: &Path, depth: usize) -> Result<(), ContextError> {
         if depth > DEPTH_MAX {
             return Err(ContextError::TooDeep(below.to_owned()));
@@ -179,7 +182,7 @@ impl<W: Write> Walk<'_, W> {
             let name = OsStr::from_bytes(&name);
             let path = below.join(name);
             match self.add(directory, name, &path, depth) {
-                // Removed since it was listed.
+                // The file was removed after it was listed.
                 Err(ContextError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 added => added?,
             }
@@ -187,7 +190,7 @@ impl<W: Write> Walk<'_, W> {
         Ok(())
     }
 
-    /// The names in a directory, in an order that is the same each time.
+    /// Returns the names in a directory in a stable order.
     fn names(&mut self, directory: &OwnedFd, path: &Path) -> Result<Vec<Vec<u8>>, ContextError> {
         let mut names: Vec<Vec<u8>> = Vec::new();
         for entry in Dir::read_from(directory).map_err(unreadable(path))? {
@@ -205,22 +208,22 @@ impl<W: Write> Walk<'_, W> {
     fn add(&mut self, within: &OwnedFd, name: &OsStr, path: &Path, depth: usize) -> Result<(), ContextError> {
         let seen = rustix::fs::statat(within, name, AtFlags::SYMLINK_NOFOLLOW).map_err(unreadable(path))?;
         let context = self.context;
-        let belongs = context.belongs(path);
+        let is_included = context.is_included(path);
         match FileType::from_raw_mode(seen.st_mode) {
             FileType::Directory
-                if belongs || context.ignored.has_exceptions() || context.place.starts_with(path) =>
+                if is_included || context.ignored.has_exceptions() || context.place.starts_with(path) =>
             {
                 let directory = open(within, name, OFlags::DIRECTORY).map_err(unreadable(path))?;
-                if belongs {
+                if is_included {
                     self.count(path, 0)?;
                     self.append_directory(&directory, path)?;
                 }
                 self.add_directory(&directory, path, depth + 1)
             }
-            FileType::RegularFile if belongs && self.tar.is_none() => {
+            FileType::RegularFile if is_included && self.tar.is_none() => {
                 self.count(path, u64::try_from(seen.st_size).unwrap_or(0))
             }
-            FileType::RegularFile if belongs => {
+            FileType::RegularFile if is_included => {
                 let file = File::from(open(within, name, OFlags::NONBLOCK).map_err(unreadable(path))?);
                 let about = file.metadata().map_err(|source| unreadable_because(path, source))?;
                 if !about.is_file() {
@@ -229,12 +232,12 @@ impl<W: Write> Walk<'_, W> {
                 self.count(path, about.len())?;
                 self.append_file(file, &about, path)
             }
-            FileType::Symlink if belongs => {
+            FileType::Symlink if is_included => {
                 self.count(path, 0)?;
                 let target = rustix::fs::readlinkat(within, name, Vec::new()).map_err(unreadable(path))?;
                 self.append_link(Path::new(OsStr::from_bytes(target.as_bytes())), path)
             }
-            // An image cannot hold a copy of a socket, a pipe or a device.
+            // An image cannot contain a socket, a pipe or a device.
             _ => Ok(()),
         }
     }
@@ -299,36 +302,36 @@ fn header(about: &Metadata, kind: EntryType) -> Header {
     header
 }
 
-/// No link on the way, and nothing above.
-const STRAIGHT_DOWN: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
+/// Resolution without links and without leaving the directory.
+const BELOW_WITHOUT_LINKS: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
 
-/// Whether a path is relative and goes nowhere but down.
-fn leads_down(path: &Path) -> bool {
+/// Returns whether a path is relative and contains no `..`.
+fn is_below(path: &Path) -> bool {
     path.components().all(|component| matches!(component, Component::Normal(_)))
 }
 
-/// A small text in the folder; none where there is no such file.
+/// Returns the text of a small file in the folder; `None` if it does not exist.
 fn text(folder: &OwnedFd, name: &Path) -> Result<Option<String>, String> {
-    let wrong = |why: &dyn std::fmt::Display| format!("{} cannot be read: {why}", name.display());
+    let read_error = |why: &dyn std::fmt::Display| format!("{} cannot be read: {why}", name.display());
     let file = match rustix::fs::openat2(
         folder,
         name,
         OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
         Mode::empty(),
-        STRAIGHT_DOWN,
+        BELOW_WITHOUT_LINKS,
     ) {
         Ok(file) => File::from(file),
         Err(Errno::NOENT) => return Ok(None),
-        Err(Errno::LOOP) => return Err(wrong(&"it is a symbolic link")),
-        Err(errno) => return Err(wrong(&errno)),
+        Err(Errno::LOOP) => return Err(read_error(&"it is a symbolic link")),
+        Err(errno) => return Err(read_error(&errno)),
     };
-    if !file.metadata().map_err(|error| wrong(&error))?.is_file() {
-        return Err(wrong(&"it is not a regular file"));
+    if !file.metadata().map_err(|error| read_error(&error))?.is_file() {
+        return Err(read_error(&"it is not a regular file"));
     }
     let mut text = String::new();
-    file.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| wrong(&error))?;
+    file.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| read_error(&error))?;
     if text.len() as u64 > TEXT_BYTES_MAX {
-        return Err(wrong(&"it is too long"));
+        return Err(read_error(&"it is too long"));
     }
     Ok(Some(text))
 }

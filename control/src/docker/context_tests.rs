@@ -9,7 +9,7 @@ fn open(path: &Path, from: &BuildFrom) -> Result<Context, String> {
     Context::open(path, from, BYTES_MAX)
 }
 
-/// What a tar of the folder holds: a path's kind and content.
+/// Returns the content of a tar of the folder: the content or link target of each path.
 fn packed(folder: &Path) -> BTreeMap<String, String> {
     let mut bytes = Vec::new();
     open(folder, &BuildFrom::default()).unwrap().write(&mut bytes).unwrap();
@@ -38,7 +38,7 @@ fn paths(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn links_travel_as_links_and_lead_nowhere() {
+fn links_are_sent_as_links_and_not_followed() {
     let folder = folder();
     let outside = tempfile::tempdir().unwrap();
     std::fs::write(outside.path().join("secret"), "secret").unwrap();
@@ -51,7 +51,7 @@ fn links_travel_as_links_and_lead_nowhere() {
 }
 
 #[test]
-fn what_is_ignored_stays_and_docker_still_gets_its_own_two_files() {
+fn ignored_files_are_not_sent_except_dockers_own_two() {
     let folder = folder();
     let path = folder.path();
     std::fs::create_dir_all(path.join("node_modules/keep")).unwrap();
@@ -68,7 +68,7 @@ fn what_is_ignored_stays_and_docker_still_gets_its_own_two_files() {
 }
 
 #[test]
-fn pipes_and_sockets_are_left_out_and_long_names_and_modes_are_not() {
+fn pipes_and_sockets_are_skipped_and_long_names_and_modes_are_kept() {
     let folder = folder();
     let path = folder.path();
     rustix::fs::mknodat(rustix::fs::CWD, path.join("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
@@ -88,7 +88,7 @@ fn pipes_and_sockets_are_left_out_and_long_names_and_modes_are_not() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_built_says_why() {
+fn a_folder_that_cannot_be_built_is_an_error_with_a_reason() {
     let folder = tempfile::tempdir().unwrap();
     let error = || open(folder.path(), &BuildFrom::default()).unwrap_err();
     assert!(error().starts_with("there is no Dockerfile in /"));
@@ -100,7 +100,7 @@ fn a_folder_that_cannot_be_built_says_why() {
 }
 
 #[test]
-fn an_image_that_is_its_own_base_is_noticed() {
+fn an_image_that_is_its_own_base_is_detected() {
     let folder = folder();
     let dockerfile = "ARG X\nfrom --platform=linux/amd64 node:20 AS build\nFROM app:latest\nCOPY FROM /\n";
     std::fs::write(folder.path().join(DOCKERFILE), dockerfile).unwrap();
@@ -110,7 +110,7 @@ fn an_image_that_is_its_own_base_is_noticed() {
 }
 
 #[test]
-fn a_dockerfile_may_lie_below_and_nowhere_else() {
+fn a_dockerfile_must_be_below_the_folder() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
     std::fs::create_dir_all(path.join("app/.devcontainer")).unwrap();
@@ -142,7 +142,7 @@ fn a_dockerfile_may_lie_below_and_nowhere_else() {
     }
 }
 
-/// What measuring and packing a folder within this limit say; both have to agree.
+/// Returns the result of measuring and packing a folder within this limit. Both must agree.
 #[track_caller]
 fn bounded(path: &Path, bytes_max: u64) -> Result<usize, String> {
     let context = Context::open(path, &BuildFrom::default(), bytes_max).unwrap();
@@ -155,11 +155,11 @@ fn bounded(path: &Path, bytes_max: u64) -> Result<usize, String> {
 }
 
 #[test]
-fn c23_a_hole_counts_as_much_as_content_and_nothing_of_the_file_is_sent() {
+fn c23_a_sparse_file_counts_by_its_size_and_is_not_sent() {
     let folder = folder();
     let sparse = File::create(folder.path().join("sparse")).unwrap();
     for bytes in [BYTES_MAX, 1 << 40, i64::MAX as u64 / 2] {
-        // A file system has a largest size of its own.
+        // The file system may have a smaller maximum size.
         if sparse.set_len(bytes).is_ok() {
             let expected = format!("{TOO_LARGE} 1.0 GiB: sparse has {}", ByteSize(bytes));
             assert_eq!(bounded(folder.path(), BYTES_MAX), Err(expected));
@@ -170,12 +170,12 @@ fn c23_a_hole_counts_as_much_as_content_and_nothing_of_the_file_is_sent() {
 }
 
 #[test]
-fn headers_and_padding_count_and_the_limit_itself_fits() {
+fn headers_and_padding_count_and_the_exact_limit_is_accepted() {
     let folder = folder();
     for name in ["a", "b"] {
         std::fs::write(folder.path().join(name), "x").unwrap();
     }
-    // Three files of one block behind a header of one block each.
+    // Three files, each with a header of one block and a content of one block.
     let fits = 6 * BLOCK_BYTES;
     assert!(bounded(folder.path(), fits).is_ok());
     let expected = format!("{TOO_LARGE} {}: b has 1 B", ByteSize(fits - 1));
@@ -183,7 +183,7 @@ fn headers_and_padding_count_and_the_limit_itself_fits() {
 }
 
 #[test]
-fn c23_a_folder_that_is_too_deep_is_refused_and_does_not_use_up_the_stack() {
+fn c23_a_folder_that_is_too_deep_is_refused_without_a_stack_overflow() {
     let folder = folder();
     let mut directory: OwnedFd = File::open(folder.path()).unwrap().into();
     for _ in 0..3_000 {
@@ -191,11 +191,11 @@ fn c23_a_folder_that_is_too_deep_is_refused_and_does_not_use_up_the_stack() {
         directory = rustix::fs::openat(&directory, "d", OFlags::RDONLY, Mode::empty()).unwrap();
     }
     let error = bounded(folder.path(), BYTES_MAX).unwrap_err();
-    assert!(error.contains("more than 256 directories inside each other: d/d/"), "{error}");
+    assert!(error.contains("more than 256 nested directories: d/d/"), "{error}");
     remove_deep(folder.path());
 }
 
-/// Removes a chain of directories whose path is longer than the kernel takes.
+/// Removes a chain of directories whose path exceeds the kernel's limit.
 fn remove_deep(path: &Path) {
     let status = std::process::Command::new("rm").arg("-rf").arg(path.join("d")).status().unwrap();
     assert!(status.success());

@@ -1,10 +1,10 @@
-//! `.dockerignore`: which files of a folder do not belong to its build. Pure.
+//! `.dockerignore`: the files of a folder that are excluded from its build. Pure.
 //!
-//! The rules are those that Docker documents. Each line is a pattern, trimmed; one that begins with `#` is a comment. A
-//! pattern is cleaned as a path, and a leading `/` means nothing. It matches a path that it describes, and everything
-//! below. The last line that matches decides, and a `!` in front makes it an exception. In a pattern, `*` and `?` stop at
-//! `/`, `[…]` is a set (`^` negates it), `\` takes the meaning of what follows, and `**` is any number of directories, or
-//! at the end anything at all.
+//! The rules are those of the Docker documentation. Each line is a pattern, trimmed; a line that starts with `#` is a
+//! comment. A pattern is cleaned as a path, and a leading `/` is ignored. It matches a path, and all paths below it. The
+//! last line that matches decides, and a leading `!` makes it an exception. In a pattern, `*` and `?` do not match `/`,
+//! `[…]` is a set (`^` negates it), `\` escapes the next character, and `**` matches any number of directories, or any rest
+//! at the end.
 
 /// The lines of a `.dockerignore`.
 #[derive(Debug, Default)]
@@ -18,12 +18,12 @@ struct Rule {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Piece {
-    /// This character.
-    Is(char),
+    /// A literal character.
+    Char(char),
     /// `?`
-    One,
+    AnyChar,
     /// `*`
-    Many,
+    AnyChars,
     /// `**/`
     Directories,
     /// `**` at the end.
@@ -33,10 +33,10 @@ enum Piece {
 }
 
 impl Ignored {
-    /// Takes the text of a `.dockerignore`.
+    /// Parses the text of a `.dockerignore`.
     ///
     /// # Errors
-    /// The line that means nothing, and why.
+    /// The invalid line and the reason.
     pub(super) fn parse(text: &str) -> Result<Ignored, String> {
         let text = text.trim_start_matches('\u{feff}');
         let mut rules = Vec::new();
@@ -49,7 +49,7 @@ impl Ignored {
             let wrong = |why: &str| format!(".dockerignore line {number}: {why}");
             if pattern.is_empty() {
                 if exception {
-                    return Err(wrong("an exception to nothing"));
+                    return Err(wrong("an exception without a pattern"));
                 }
                 continue;
             }
@@ -58,30 +58,30 @@ impl Ignored {
         Ok(Ignored(rules))
     }
 
-    /// Whether the path, relative to the folder and without a leading `/`, does not belong to the build.
+    /// Returns whether a path, relative to the folder and without a leading `/`, is excluded.
     pub(super) fn ignores(&self, path: &str) -> bool {
         let mut ignored = false;
         for rule in &self.0 {
-            // A line that would change nothing need not be looked at.
-            if rule.exception == ignored && lineage(path).any(|ancestor| matches(&rule.glob, ancestor)) {
+            // Skip a line that could not change the result.
+            if rule.exception == ignored && ancestors(path).any(|ancestor| matches(&rule.glob, ancestor)) {
                 ignored = !rule.exception;
             }
         }
         ignored
     }
 
-    /// Whether something below an ignored directory may belong to the build all the same.
+    /// Returns whether paths below an excluded directory may be included.
     pub(super) fn has_exceptions(&self) -> bool {
         self.0.iter().any(|rule| rule.exception)
     }
 }
 
-/// `a/b/c`: `a`, `a/b`, `a/b/c`.
-fn lineage(path: &str) -> impl Iterator<Item = &str> {
+/// Returns a path and its ancestors: for `a/b/c` the paths `a`, `a/b` and `a/b/c`.
+fn ancestors(path: &str) -> impl Iterator<Item = &str> {
     path.match_indices('/').map(|(at, _)| at).chain([path.len()]).filter_map(|end| path.get(..end))
 }
 
-/// A path without empty components, `.` and what `..` undoes. One that leads above the folder matches nothing in it.
+/// Normalises a path: removes empty components, `.` and resolvable `..`. A path above the folder matches no path in it.
 fn clean(pattern: &str) -> String {
     let mut parts: Vec<&str> = Vec::new();
     for part in pattern.split('/').filter(|part| !part.is_empty() && *part != ".") {
@@ -99,15 +99,15 @@ fn glob(pattern: &str) -> Result<Vec<Piece>, &'static str> {
     let mut rest = pattern.chars().peekable();
     while let Some(c) = rest.next() {
         pieces.push(match c {
-            '?' => Piece::One,
+            '?' => Piece::AnyChar,
             '*' if rest.next_if_eq(&'*').is_some() => {
                 rest.next_if_eq(&'/');
                 if rest.peek().is_none() { Piece::Anything } else { Piece::Directories }
             }
-            '*' => Piece::Many,
-            '\\' => Piece::Is(rest.next().ok_or("nothing follows the \\")?),
+            '*' => Piece::AnyChars,
+            '\\' => Piece::Char(rest.next().ok_or("nothing follows the \\")?),
             '[' => set(&mut rest)?,
-            _ => Piece::Is(c),
+            _ => Piece::Char(c),
         });
     }
     Ok(pieces)
@@ -140,24 +140,24 @@ fn set(rest: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Result<Piece, &'s
     }
 }
 
-/// Whether the whole path fits. Walks over the path once with every place in the pattern that fits so far, so no pattern
-/// takes more time than its length times the path's. A place is before a piece; one that is `within` has begun `**/`.
+/// Returns whether the whole path matches. Processes the path once with the set of reachable positions in the pattern, so
+/// the time is at most the product of both lengths. A position is before a piece; `within` marks a started `**/`.
 fn matches(glob: &[Piece], path: &str) -> bool {
-    let mut places = vec![false; glob.len() + 1];
+    let mut positions = vec![false; glob.len() + 1];
     let mut within = vec![false; glob.len()];
-    places[0] = true;
-    pass_over(glob, &mut places);
+    positions[0] = true;
+    skip_empty(glob, &mut positions);
     for c in path.chars() {
         let mut next = vec![false; glob.len() + 1];
         for (at, piece) in glob.iter().enumerate() {
             if *piece == Piece::Directories {
-                within[at] |= places[at];
+                within[at] |= positions[at];
                 next[at + 1] |= within[at] && c == '/';
-            } else if places[at] {
+            } else if positions[at] {
                 match piece {
-                    Piece::Is(wanted) => next[at + 1] |= c == *wanted,
-                    Piece::One => next[at + 1] |= c != '/',
-                    Piece::Many => next[at] |= c != '/',
+                    Piece::Char(wanted) => next[at + 1] |= c == *wanted,
+                    Piece::AnyChar => next[at + 1] |= c != '/',
+                    Piece::AnyChars => next[at] |= c != '/',
                     Piece::Anything | Piece::Directories => next[at] = true,
                     Piece::Set { negated, ranges } => {
                         let inside = ranges.iter().any(|(first, last)| (*first..=*last).contains(&c));
@@ -166,17 +166,17 @@ fn matches(glob: &[Piece], path: &str) -> bool {
                 }
             }
         }
-        pass_over(glob, &mut next);
-        places = next;
+        skip_empty(glob, &mut next);
+        positions = next;
     }
-    places[glob.len()]
+    positions[glob.len()]
 }
 
-/// Pieces that may stand for nothing.
-fn pass_over(glob: &[Piece], places: &mut [bool]) {
+/// Skips pieces that match the empty text.
+fn skip_empty(glob: &[Piece], positions: &mut [bool]) {
     for (at, piece) in glob.iter().enumerate() {
-        let nothing = matches!(piece, Piece::Many | Piece::Anything | Piece::Directories);
-        places[at + 1] |= places[at] && nothing;
+        let matches_empty = matches!(piece, Piece::AnyChars | Piece::Anything | Piece::Directories);
+        positions[at + 1] |= positions[at] && matches_empty;
     }
 }
 
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn the_documented_examples_match_as_documented() {
+    fn the_documented_examples_match() {
         for (pattern, path, expected) in [
             ("*/temp*", "somedir/temporary.txt", true),
             ("*/temp*", "somedir/temp", true),
@@ -235,15 +235,18 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_means_nothing_is_told() {
-        assert_eq!(Ignored::parse("a\n!\n").unwrap_err(), ".dockerignore line 2: an exception to nothing");
+    fn an_invalid_line_is_reported() {
+        assert_eq!(
+            Ignored::parse("a\n!\n").unwrap_err(),
+            ".dockerignore line 2: an exception without a pattern"
+        );
         assert_eq!(Ignored::parse("[a").unwrap_err(), ".dockerignore line 1: a [ without its ]");
         assert!(Ignored::parse("[b-a]").is_err() && Ignored::parse("a\\").is_err());
     }
 
     proptest! {
         #[test]
-        fn a_path_without_special_characters_matches_itself_and_what_is_below(
+        fn a_path_without_special_characters_matches_itself_and_its_descendants(
             path in "[a-z.]{1,4}[a-z](/[a-z]{1,3}){0,3}", below in "[a-z]{1,3}",
         ) {
             prop_assert!(ignores(&path, &path));
@@ -254,7 +257,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_it_fall(text in any::<String>(), path in any::<String>()) {
+        fn arbitrary_text_does_not_panic(text in any::<String>(), path in any::<String>()) {
             if let Ok(ignored) = Ignored::parse(&text) {
                 ignored.ignores(&path);
             }

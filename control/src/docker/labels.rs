@@ -1,21 +1,21 @@
-//! The labels of a container, and which of them it has from its image. Pure.
+//! The labels of a container, and the origin of each. Pure.
 //!
-//! Docker and Podman copy the labels of an image to each container that is made of it, and list both as the container's.
-//! So a label alone does not show whether the host's user wrote it or the author of an image that the user ran. A label
-//! counts as the container's own only where the image does not have the same one with the same value. Where the image
-//! cannot be inspected, because it has been deleted, no label counts as the container's own.
+//! Docker and Podman copy the labels of an image to each container that is created from it, and list both as the
+//! container's. A label alone therefore does not show whether the host's user set it or the author of the image. A label
+//! counts as the container's own only if the image does not have the same label with the same value. If the image cannot be
+//! inspected, because it was deleted, no label counts as the container's own.
 
 use std::collections::{BTreeMap, HashMap};
 
-/// The label that a dev container tool writes: what a `devcontainer.json` says, of the image or of both.
+/// The label that a dev container tool writes: the content of a `devcontainer.json`, of the image or of both.
 pub const METADATA: &str = "devcontainer.metadata";
-/// The start of each of our own labels.
+/// The prefix of landfall's labels.
 const PREFIX: &str = "dev.landfall.";
 
-/// The most bytes of an image's labels that are kept. Labels written by hand take a few hundred.
+/// The maximum size of an image's labels that are kept, in bytes. Labels written by hand take a few hundred.
 const IMAGE_BYTES_MAX: usize = 64 * 1024;
 
-/// Whether landfall reads labels of this name. No other label of an image is kept.
+/// Returns whether landfall reads labels of this name. No other label of an image is kept.
 fn is_read(name: &str) -> bool {
     name.starts_with(PREFIX) || name == METADATA
 }
@@ -38,12 +38,12 @@ impl ImageLabels {
     }
 }
 
-/// Where a label of a container comes from.
+/// The origin of a container's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LabelOrigin {
-    /// The container was given it when it was made.
+    /// The container: the label was set when it was created.
     Container,
-    /// Its image has the same.
+    /// The image, which has the same label.
     Image,
     /// Its image cannot be inspected.
     Unknown,
@@ -57,23 +57,23 @@ pub struct ContainerLabels {
 }
 
 impl ContainerLabels {
-    /// All labels of a container, beside those of its image.
+    /// Returns all labels of a container, with those of its image.
     pub fn new(all: BTreeMap<String, String>, image: ImageLabels) -> ContainerLabels {
         ContainerLabels { all, image }
     }
 
-    /// The labels of a container that is to be made of an image, and gets no others.
+    /// Returns the labels of a container that is created from an image and gets no others.
     pub fn of_image(labels: BTreeMap<String, String>) -> ContainerLabels {
         let image = ImageLabels::of(labels.clone());
         ContainerLabels { all: labels, image }
     }
 
-    /// Whether one of these labels of a container is read, so that it matters what its image has.
+    /// Returns whether a container has labels that landfall reads, so that the labels of its image are needed.
     pub(super) fn depend_on_image(labels: &HashMap<String, String>) -> bool {
         labels.keys().any(|name| is_read(name))
     }
 
-    /// A label, wherever it comes from.
+    /// Returns a label with its origin.
     pub fn get(&self, name: &str) -> Option<(&str, LabelOrigin)> {
         let value = self.all.get(name)?;
         let origin = match &self.image {
@@ -84,12 +84,12 @@ impl ContainerLabels {
         Some((value, origin))
     }
 
-    /// A label that the container was given itself.
+    /// Returns a label that was set on the container itself.
     pub fn own(&self, name: &str) -> Option<&str> {
         self.get(name).filter(|(_, origin)| *origin == LabelOrigin::Container).map(|(value, _)| value)
     }
 
-    /// A label of the image.
+    /// Returns a label of the image.
     pub fn of_its_image(&self, name: &str) -> Option<&str> {
         match &self.image {
             ImageLabels::Known(image) => image.get(name).map(String::as_str),
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn c23_a_label_is_the_containers_own_where_its_image_has_another_value() {
+    fn c23_a_label_is_the_containers_own_if_its_image_has_another_value() {
         let image = ImageLabels::of(map(&[("dev.landfall.name", "x"), ("dev.landfall.allow", "22")]));
         let all = map(&[
             ("dev.landfall.name", "x"),
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_keeps_little_in_memory() {
+    fn only_labels_that_are_read_are_kept_of_an_image() {
         let other = ImageLabels::of(map(&[("maintainer", "x"), ("dev.landfall.deny", "1")]));
         assert_eq!(other, ImageLabels::Known(map(&[("dev.landfall.deny", "1")])));
         let long = "1,".repeat(IMAGE_BYTES_MAX);

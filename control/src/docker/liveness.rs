@@ -1,9 +1,9 @@
-//! Whether a registered container still exists (wire specification, A.7.6). A container that is stopped exists; one that
-//! cannot be asked about is unknown, and unknown never counts as gone.
+//! Determines whether a registered container still exists (wire specification, A.7.6). A stopped container exists. If it
+//! cannot be determined, the result is unknown, which never counts as gone.
 //!
-//! How it is looked for follows from its way: a process by its id and the moment it began, so that a later process of the
-//! same id is not taken for it; a namespace's file by its being there; everything else by its name at Docker. What the
-//! daemon registered by itself is not looked for here: `discovery` looks after that.
+//! The check depends on the attach method: a process by its id and start time, so that a later process of the same id does
+//! not match; a namespace by the existence of its file; all others by the container's name in Docker. Registrations that the
+//! daemon discovered are not checked here: `discovery` maintains them.
 
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -14,46 +14,47 @@ use crate::docker::Docker;
 use crate::model::registration::{AttachMethod, Registration, Started};
 use crate::sys::processes;
 
-/// The answer of a probe.
+/// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Liveness {
-    /// It exists, running or not.
+    /// The container exists, running or not.
     Alive,
-    /// It does not.
+    /// The container does not exist.
     Gone,
-    /// Nobody could be asked.
+    /// The result could not be determined.
     Unknown,
 }
 
-/// Who answers it for a registration. Bounded in time by whoever implements it.
+/// A source of probe results. Each implementation is bounded in time.
 pub trait Probe: Send + Sync {
-    /// Looks now.
+    /// Probes the container now.
     fn probe<'a>(&'a self, registration: &'a Registration) -> BoxFuture<'a, Liveness>;
 }
 
-/// Looks along each registration's own way.
+/// Probes by the attach method of each registration.
 #[derive(Clone, Debug)]
 pub struct RegistrationProbe {
-    /// Who knows containers by name.
+    /// The engine that knows containers by name.
     pub docker: Docker,
 }
 
 impl Probe for RegistrationProbe {
     fn probe<'a>(&'a self, registration: &'a Registration) -> BoxFuture<'a, Liveness> {
         Box::pin(async move {
-            // It follows Docker's list as a whole, or a person's word, and neither is up to a look at one name.
+            // Such a registration depends on Docker's whole list or on a request of the user, and not on a probe of one
+            // name.
             if registration.discovered.is_some() {
                 return Liveness::Unknown;
             }
             match &registration.attach_method {
                 Some(AttachMethod::Process { pid, started }) => process(*pid, started.as_ref()),
-                // It may be on another machine: it lives until somebody says otherwise.
+                // The container may be on another machine, so the registration remains until it is deregistered.
                 Some(AttachMethod::Websocket) => Liveness::Unknown,
                 Some(AttachMethod::Netns { path } | AttachMethod::Agent { directory: path }) => {
                     let path = path.clone();
-                    // The file may be on a file system that does not answer.
-                    let looked = tokio::task::spawn_blocking(move || file(&path)).await;
-                    looked.unwrap_or(Liveness::Unknown)
+                    // The stat may block: the file may be on a file system that does not answer.
+                    let result = tokio::task::spawn_blocking(move || file(&path)).await;
+                    result.unwrap_or(Liveness::Unknown)
                 }
                 Some(AttachMethod::Docker { .. }) | None => {
                     self.docker.probe(registration.docker_name()).await
@@ -63,7 +64,7 @@ impl Probe for RegistrationProbe {
     }
 }
 
-/// `started` is when the process that is meant began; without it, any process of this id is the one.
+/// `started` is the start time of the process; without it, any process of this id matches.
 fn process(pid: NonZeroU32, started: Option<&Started>) -> Liveness {
     match processes::still_runs(pid, started) {
         Ok(true) => Liveness::Alive,
@@ -85,20 +86,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_alive_only_if_it_is_the_same_one() {
+    fn a_process_is_alive_only_if_its_start_time_matches() {
         let own = NonZeroU32::new(std::process::id()).unwrap();
-        let began = processes::started(own).unwrap().unwrap();
-        assert_eq!(process(own, Some(&began)), Liveness::Alive);
+        let started = processes::started(own).unwrap().unwrap();
+        assert_eq!(process(own, Some(&started)), Liveness::Alive);
         assert_eq!(process(own, None), Liveness::Alive);
-        let earlier = Started { ticks: began.ticks - 1, ..began.clone() };
+        let earlier = Started { ticks: started.ticks - 1, ..started.clone() };
         assert_eq!(process(own, Some(&earlier)), Liveness::Gone);
-        let before_the_reboot = Started { boot: "another".to_owned(), ..began.clone() };
+        let before_the_reboot = Started { boot: "another".to_owned(), ..started.clone() };
         assert_eq!(process(own, Some(&before_the_reboot)), Liveness::Gone);
-        assert_eq!(process(NonZeroU32::MAX, Some(&began)), Liveness::Gone);
+        assert_eq!(process(NonZeroU32::MAX, Some(&started)), Liveness::Gone);
     }
 
     #[test]
-    fn a_namespace_is_alive_as_long_as_its_file_is_there() {
+    fn a_namespace_is_alive_while_its_file_exists() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("netns");
         assert_eq!(file(&path), Liveness::Gone);

@@ -1,10 +1,9 @@
-//! Docker, as far as the daemon needs it: does a container exist, which process is its first, start it again, build it
-//! anew, and what happens to containers just now.
+//! The Docker engine: whether a container exists, its first process, restarts, rebuilds, and events of containers.
 //!
-//! `docker::address` says where an engine is looked for; Podman, which speaks Docker's language, is one as well. Nothing is
-//! connected until something is asked, and nothing but the address is kept: an engine that comes back after an outage, or
-//! that another release has replaced meanwhile, is met as it is. Every call is bounded in time. `docker::bollard` is the
-//! only place that knows how the engine is talked to.
+//! `docker::address` determines the address of the engine; Podman implements the same API and is supported, too. The engine
+//! is connected for each request, and only its address is kept, so an engine that returns after an outage or was replaced by
+//! another release is used as it is. An engine is reachable or not; no other state is assumed between requests. Each request
+//! is bounded in time. Only `docker::bollard` depends on the Docker client.
 
 mod address;
 mod bollard;
@@ -31,52 +30,52 @@ use tokio::sync::mpsc;
 use crate::docker::liveness::Liveness;
 use crate::model::registration::ContainerName;
 use address::Environment;
-use bollard::{Agreed, Engine, ImageCache};
+use bollard::{Engine, ImageCache, NegotiatedVersion};
 use context::Context;
 use labels::ContainerLabels;
 use rebuild::UserOfRebuild;
-use seek::Seek;
+use seek::EngineSearch;
 
-/// Where, inside, an agent puts its socket unless it is told otherwise.
+/// The directory in a container in which an agent creates its socket by default.
 pub const AGENT_DIRECTORY: &str = "/run/landfall";
 
-/// What the name of a container ends with while another one takes its place.
-pub(crate) const ASIDE: &str = ".landfall-old";
+/// The suffix of a container's name while another container replaces it.
+pub(crate) const ASIDE_SUFFIX: &str = ".landfall-old";
 
-/// How long a question may take. An engine under load answers in milliseconds; one that hangs never does.
-const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
-/// The most bytes of a folder that are sent to a build, unless the user chose another limit.
+/// The time limit of a request. An engine under load answers in milliseconds, and one that hangs never answers.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// The default limit of a build context, in bytes.
 pub const CONTEXT_BYTES_MAX: u64 = 1 << 30;
-/// How many life events may wait to be taken.
+/// The capacity of the channel of life events.
 const EVENTS_MAX: usize = 256;
 
-/// Why Docker did not do what it was asked.
+/// The reasons why Docker did not execute a request.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DockerError {
-    /// There is no container of this name.
+    /// The container does not exist.
     #[error("no container is named {0}")]
     NoSuchContainer(String),
-    /// There is, but it has no first process.
+    /// The container exists, but does not run.
     #[error("container {0} is not running")]
     NotRunning(String),
-    /// There is, and it is neither one that runs nor one that does not: Docker is starting, stopping or restarting it.
+    /// The container is neither running nor stopped: Docker is starting, stopping or restarting it.
     #[error("container {0} is being started or stopped")]
     Changing(String),
-    /// The engine cannot be asked.
+    /// The engine is unreachable.
     #[error("Docker cannot be reached at {at}: {reason}")]
     Unreachable {
-        /// Where it was looked for.
+        /// The address.
         at: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// The engine answered, and the answer is no.
+    /// The engine refused the request.
     #[error("{0}")]
     Refused(String),
     /// A restart failed before the container was stopped.
     #[error("stop failed: {0}")]
     Stop(String),
-    /// A restart failed after that, or a new container could not be put in the place of the old one.
+    /// A restart failed after the stop, or a new container could not replace the old one.
     #[error("start failed: {0}")]
     Start(String),
 }
@@ -91,71 +90,72 @@ impl DockerError {
     }
 }
 
-/// The first process of a running container, which is in its network namespace.
+/// The first process of a running container. It is in the container's network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FirstProcess {
-    /// The container's id; another container with the same name has another one.
+    /// The container's id, which distinguishes containers of the same name.
     pub id: String,
-    /// The process in the engine's process namespace, which is the daemon's where both run on one machine.
+    /// The process id in the engine's process namespace, which is the daemon's if both run on one machine.
     pub pid: u32,
-    /// Whose network it is in.
+    /// The network of the container.
     pub network: Network,
-    /// What Docker itself publishes of it where `localhost` answers: TCP ports inside, and those of the host.
+    /// The TCP ports that Docker publishes at `localhost`: ports inside, and their host ports.
     pub published: BTreeMap<NonZeroU16, NonZeroU16>,
-    /// The directory of the host that is mounted where an agent puts its socket, [`AGENT_DIRECTORY`].
+    /// The host directory that is mounted at [`AGENT_DIRECTORY`], where an agent creates its socket.
     pub agent_directory: Option<PathBuf>,
-    /// When it was started, as Docker tells it; another start of the same container has another one.
+    /// The time of the start in Docker's format, which distinguishes starts of the same container.
     pub started_at: String,
 }
 
-/// Whose network a container is in.
+/// The network that a container uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// One of its own, or none but loopback.
+    /// Its own, or only loopback.
     Own,
-    /// The host's: what listens there answers on the host already.
+    /// The host's: its listeners already answer on the host.
     Host,
-    /// That of another container: its name where that was asked for, else what it was called when this one was made, an id or
-    /// a name.
+    /// Another container's: its name if the engine was asked for it, else the reference from the container's configuration,
+    /// an id or a name.
     Shared(String),
 }
 
-/// A container, running or not, in Docker's list.
+/// A container in Docker's list, running or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
-    /// Its id, which it keeps for life.
+    /// Its id, which never changes.
     pub id: String,
-    /// Its name just now.
+    /// Its present name.
     pub name: ContainerName,
-    /// Whether Docker is giving it another name: for a moment, which may be after it has told of it, it lists both and does
-    /// not say which is the new one. `name` is either.
+    /// Whether Docker is renaming the container. For a short time, which may be after the event, Docker lists both names
+    /// in no defined order. `name` is one of them.
     pub is_between_names: bool,
-    /// The image, as it was named when the container was made.
+    /// The image, by the name with which the container was created.
     pub image: String,
-    /// Whether it has processes; one that is paused has.
+    /// Whether it has processes. True for a paused container.
     pub running: bool,
     /// Its labels.
     pub labels: ContainerLabels,
-    /// Whose network it is in.
+    /// The network of the container.
     pub network: Network,
-    /// When it was made, in seconds since 1970.
+    /// The time of its creation, in seconds since 1970.
     pub created: i64,
-    /// What Docker publishes of it where `localhost` answers; only of one that runs.
+    /// The TCP ports that Docker publishes at `localhost`; only for a running container.
     pub published: BTreeMap<NonZeroU16, NonZeroU16>,
 }
 
-/// Which folder of the host a container was made of: the value is its path.
+/// The label with the path of the host folder from which a container was created.
 pub const FOLDER_LABEL: &str = "dev.landfall.folder";
-/// What its image was built from, relative to that folder, and where the Dockerfile is in there.
+/// The labels with the build context of its image, relative to that folder, and with the Dockerfile, relative to the
+/// context.
 const CONTEXT_LABEL: &str = "dev.landfall.context";
 const DOCKERFILE_LABEL: &str = "dev.landfall.dockerfile";
 
-/// What an image is built from. Both paths go nowhere but down.
+/// The source of an image. Both paths are relative and contain no `..`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BuildFrom {
-    /// What is sent to Docker, relative to the container's folder.
+    /// The directory that is sent to Docker, relative to the container's folder.
     pub context: PathBuf,
-    /// The Dockerfile in there.
+    /// The Dockerfile, relative to the context.
     pub dockerfile: PathBuf,
 }
 
@@ -175,7 +175,7 @@ impl BuildFrom {
         }
     }
 
-    /// The labels that say the same of a container.
+    /// Returns the labels of a container that record this source.
     pub fn labels(&self) -> BTreeMap<String, String> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         [(CONTEXT_LABEL, text(&self.context)), (DOCKERFILE_LABEL, text(&self.dockerfile))]
@@ -184,103 +184,103 @@ impl BuildFrom {
     }
 }
 
-/// Whether this is a container that is about to be replaced by one of its name.
+/// Returns whether a name is that of a container that is being replaced.
 pub fn is_aside(name: &ContainerName) -> bool {
-    name.as_str().ends_with(ASIDE)
+    name.as_str().ends_with(ASIDE_SUFFIX)
 }
 
-/// A container that is to be made.
+/// A container to create.
 #[derive(Clone, PartialEq, Eq)]
 pub struct NewContainer {
     /// Its name.
     pub name: ContainerName,
-    /// Its image, which is here.
+    /// Its image, which the engine has.
     pub image: String,
-    /// Its environment beside what the image has. There are tokens in it.
+    /// Its environment in addition to the image's. Contains tokens.
     pub environment: Vec<(String, String)>,
-    /// Folder of the host, and where it is seen inside.
+    /// The folder of the host, and its mount point.
     pub folder: (String, String),
-    /// Directory of the host with the container's socket of the daemon, and where it is mounted, read-only.
+    /// The host directory with the container's socket of the daemon, and its mount point. Mounted read-only.
     pub http_directory: (String, String),
-    /// The TCP port inside that is published on the host's loopback, at a port that Docker chooses at each start.
+    /// The TCP port inside that is published on the host's loopback. Docker chooses the host port at each start.
     pub published: u16,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
 }
 
-/// Something happened to a container.
+/// An event of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LifeEvent {
-    /// To the one of this name; `what` is Docker's word: `start`, `die`, `destroy`, `rename`, and so on.
+    /// An event of one container. `what` is Docker's action: `start`, `die`, `destroy`, `rename`, and so on.
     Changed {
         /// Its id.
         id: String,
-        /// The container's name, which need not be one that a registration could have. One that is renamed is told of twice,
-        /// by both of its names; of one that only its network knows, the name is empty.
+        /// The container's name, which may not be valid for a registration. A rename causes two events, one for each name.
+        /// For an event of a network, the name is empty.
         name: String,
-        /// Docker's word for it.
+        /// Docker's action.
         what: String,
     },
-    /// Events may have been missed (the engine was away, or this is the beginning): everything has to be looked at again.
-    /// What happens from now on is told.
+    /// Events may have been lost (the engine was away, or this is the first event), so all containers have to be reread.
+    /// Later events follow.
     Resync,
-    /// The engine tells no more: what happens before the next resync is not told.
+    /// The connection was lost. No events follow until the next resync.
     Lost,
 }
 
-/// What an engine says of itself.
+/// Facts about an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct About {
-    /// Where it is asked.
+    /// Its address.
     pub at: String,
-    /// Who named that place: `DOCKER_HOST`, say; nobody where it is one of the usual places.
-    pub said_by: Option<String>,
-    /// Its socket, if it is asked at one.
+    /// The source of the address, for example `DOCKER_HOST`; `None` for a default socket.
+    pub source: Option<String>,
+    /// Its socket, if the address is one.
     pub socket: Option<PathBuf>,
-    /// What it is: `Docker Engine 27.1` or `Podman Engine 5.2`, say.
+    /// Its name, for example `Docker Engine 27.1` or `Podman Engine 5.2`.
     pub name: String,
-    /// The release of the kernel that its containers run on.
+    /// The kernel release on which its containers run.
     pub kernel: Option<String>,
 }
 
 /// A Docker engine.
 #[derive(Clone, Debug)]
 pub struct Docker {
-    seek: Seek,
-    agreed: Arc<Agreed>,
+    seek: EngineSearch,
+    negotiated: Arc<NegotiatedVersion>,
     images: Arc<ImageCache>,
     context_bytes_max: u64,
 }
 
 impl Docker {
-    /// The engine that the environment names. It is connected to when it is used, so this never fails.
+    /// Returns the engine that the environment selects. Never fails, since it is connected on use.
     pub fn from_environment() -> Docker {
         let uid = rustix::process::geteuid().as_raw();
         let environment = Environment::from_variables(|name| std::env::var_os(name), uid);
         Docker::from(&environment)
     }
 
-    /// The engine at this address, in the form of `DOCKER_HOST`; the machine's own, if there is none.
+    /// Returns the engine at an address in the format of `DOCKER_HOST`, or at the default sockets.
     pub fn at(host: Option<String>) -> Docker {
         Docker::from(&Environment::of_host(host))
     }
 
     fn from(environment: &Environment) -> Docker {
         Docker {
-            seek: Seek::new(environment),
-            agreed: Arc::default(),
+            seek: EngineSearch::new(environment),
+            negotiated: Arc::default(),
             images: Arc::default(),
             context_bytes_max: CONTEXT_BYTES_MAX,
         }
     }
 
-    /// The same engine with another limit for the folder that is sent to a build, in bytes.
+    /// Returns the same engine with another limit for build contexts, in bytes.
     #[must_use]
     pub fn with_context_bytes_max(self, context_bytes_max: u64) -> Docker {
         Docker { context_bytes_max, ..self }
     }
 
-    /// Opens and measures the folder of a build, before anything is sent.
+    /// Opens and measures the folder of a build, before any of it is sent.
     async fn context(&self, folder: &Path, from: BuildFrom) -> Result<Context, DockerError> {
         let (folder, bytes_max) = (folder.to_owned(), self.context_bytes_max);
         let opened = tokio::task::spawn_blocking(move || {
@@ -291,53 +291,54 @@ impl Docker {
         opened.await.unwrap_or_else(|error| Err(DockerError::Refused(error.to_string())))
     }
 
-    /// Meets the engine where it is now.
+    /// Connects to the engine at its present address.
     async fn connect(&self) -> Result<Engine, DockerError> {
         let address = self.seek.address()?;
-        let engine = Engine::connect(&address, &self.agreed).await?;
+        let engine = Engine::connect(&address, &self.negotiated).await?;
         self.seek.answered(&address);
         Ok(engine)
     }
 
-    /// What the engine says of itself.
+    /// Returns facts about the engine.
     ///
     /// # Errors
-    /// [`DockerError::Unreachable`] with where it was looked for.
+    /// [`DockerError::Unreachable`] with the address.
     pub async fn about(&self) -> Result<About, DockerError> {
         self.bounded(async { self.connect().await?.about().await }).await
     }
 
-    /// Whether a container of exactly this name exists, running or not (wire specification, A.7.6).
+    /// Returns whether a container of exactly this name exists, running or not (wire specification, A.7.6).
     pub async fn probe(&self, name: &ContainerName) -> Liveness {
-        let asked = async { self.connect().await?.exists(name).await };
-        match tokio::time::timeout(QUESTION_TIMEOUT, asked).await {
+        let reply = async { self.connect().await?.exists(name).await };
+        match tokio::time::timeout(REQUEST_TIMEOUT, reply).await {
             Ok(Ok(true)) => Liveness::Alive,
             Ok(Ok(false)) => Liveness::Gone,
             Ok(Err(_)) | Err(_) => Liveness::Unknown,
         }
     }
 
-    /// The first process of the container of this name.
+    /// Returns the first process of the container of this name.
     ///
     /// # Errors
-    /// [`DockerError`] says whether the container, its process or the engine is missing.
+    /// [`DockerError`] if the container, its process or the engine is missing.
     pub async fn first_process(&self, name: &ContainerName) -> Result<FirstProcess, DockerError> {
         self.bounded(async { self.connect().await?.first_process(name).await }).await
     }
 
-    /// Every container of the engine, but those that Podman makes for a pod: they hold its network and run nothing. One whose name could not be a registration's is left out; Docker gives no such names.
+    /// Returns all containers of the engine, except those that Podman creates for a pod, which hold its network and run no
+    /// program. Skips names that are invalid for a registration, which Docker never assigns.
     ///
     /// # Errors
-    /// [`DockerError`] says why the engine cannot be asked.
+    /// [`DockerError`] if the engine is unreachable.
     pub async fn containers(&self) -> Result<Vec<Listed>, DockerError> {
         self.bounded(async { self.connect().await?.containers(&self.images).await }).await
     }
 
-    /// The port of the host's loopback on which a TCP port of a running container is published; none where it is not
-    /// published there, as while the container starts.
+    /// Returns the host's loopback port on which a TCP port of a running container is published; `None` if it is not
+    /// published there, for example during the start of the container.
     ///
     /// # Errors
-    /// [`DockerError`] says whether the container does not run, or the container or the engine is missing.
+    /// [`DockerError`] if the container does not run, or the container or the engine is missing.
     pub async fn published_port(
         &self,
         name: &ContainerName,
@@ -346,10 +347,10 @@ impl Docker {
         self.bounded(async { self.connect().await?.published_port(name, port).await }).await
     }
 
-    /// Stops the container, with its own stop signal and its own time to obey it, starts it again, and sees that it stays.
+    /// Stops the container with its own stop signal and timeout, starts it, and checks that it stays up.
     ///
     /// # Errors
-    /// [`DockerError::Stop`] and [`DockerError::Start`] say how far it came.
+    /// [`DockerError::Stop`] or [`DockerError::Start`], by the step that failed.
     pub async fn restart(&self, name: &ContainerName) -> Result<(), DockerError> {
         let engine = self.bounded(self.connect()).await.map_err(DockerError::stopping)?;
         engine.restart(name).await
@@ -357,14 +358,14 @@ impl Docker {
 
     /// Builds an image from `folder`, and replaces the container by one of the same configuration.
     ///
-    /// The image gets the name [`rebuild::own_image`], whatever image the container was created from. The container keeps its
-    /// own environment, ports, mounts, volumes without a name, networks with their aliases and addresses, capabilities,
+    /// The image gets the name [`rebuild::own_image`], whatever image the container was created from. The container keeps
+    /// its own environment, ports, mounts, volumes without a name, networks with their aliases and addresses, capabilities,
     /// security options and limits; a hardware address of its own is not kept. `user` says which user it gets. A container
     /// that shares the network of this one (`--network container:NAME`) has to be restarted afterwards.
     ///
     /// # Errors
-    /// [`DockerError::Start`]; the old container is then as it was, or the error says what became of it. One that Docker
-    /// removes when it stops (`--rm`) is lost if the new one does not start.
+    /// [`DockerError::Start`]; the old container is then unchanged, or the error describes its state. A container that
+    /// Docker removes when it stops (`--rm`) is lost if the new one does not start.
     pub async fn rebuild(
         &self,
         name: &ContainerName,
@@ -380,26 +381,27 @@ impl Docker {
     /// Builds an image of a folder.
     ///
     /// # Errors
-    /// [`DockerError`] says what Docker said at the end.
+    /// [`DockerError`] with the last output of the build.
     pub async fn build(&self, folder: &Path, from: &BuildFrom, image: &str) -> Result<(), DockerError> {
         let context = self.context(folder, from.clone()).await?;
         if context.starts_from(image) {
-            let why = format!("the Dockerfile starts from {image}, which is what the image is to be called");
+            let why =
+                format!("the Dockerfile starts from {image}, which is also the name of the image to build");
             return Err(DockerError::Refused(why));
         }
         self.bounded(self.connect()).await?.build(context, image).await
     }
 
-    /// The labels of an image, which is pulled if it is not here.
+    /// Returns the labels of an image, which is pulled if the engine does not have it.
     ///
     /// # Errors
-    /// [`DockerError`] says what Docker said of pulling it.
+    /// [`DockerError`] with Docker's error of the pull.
     pub async fn image_labels(&self, image: &str) -> Result<BTreeMap<String, String>, DockerError> {
         let engine = self.bounded(self.connect()).await?;
         Ok(engine.image_labels(image).await?.into_iter().collect())
     }
 
-    /// Makes a container, starts it, and sees that it stays. Of one that does not, nothing is left.
+    /// Creates a container, starts it, and checks that it stays up. Removes it on failure.
     ///
     /// # Errors
     /// [`DockerError`] with the reason; if the container ended, with its last line of output.
@@ -407,33 +409,32 @@ impl Docker {
         self.bounded(self.connect()).await?.run(new).await
     }
 
-    /// Stops a container in its own time and removes it, and says whether there was one. Its volumes are kept.
+    /// Stops a container within its own timeout and removes it. Returns whether it existed. Its volumes are kept.
     ///
     /// # Errors
     /// [`DockerError`].
     pub async fn remove(&self, name: &ContainerName) -> Result<bool, DockerError> {
-        self.bounded(self.connect()).await?.take_away(name.as_str()).await
+        self.bounded(self.connect()).await?.stop_and_remove(name.as_str()).await
     }
 
-    /// What happens to containers from now on, beginning with a [`LifeEvent::Resync`]. It outlives outages of the engine,
-    /// each of which is a [`LifeEvent::Lost`].
-    /// It ends when the receiver is dropped.
+    /// Returns the later events of containers, starting with a [`LifeEvent::Resync`]. The stream survives outages of the
+    /// engine, each of which is a [`LifeEvent::Lost`], and ends when the receiver is dropped.
     pub fn life_events(&self) -> mpsc::Receiver<LifeEvent> {
         let (sender, receiver) = mpsc::channel(EVENTS_MAX);
-        tokio::spawn(bollard::tell_life(self.clone(), sender));
+        tokio::spawn(bollard::send_life_events(self.clone(), sender));
         receiver
     }
 
-    /// The host's own address on the network `bridge`, by which containers reach the host.
+    /// Returns the host's address on the network `bridge`, at which containers reach the host.
     pub async fn bridge_gateway(&self) -> Option<IpAddr> {
         self.bounded(async { self.connect().await?.bridge_gateway().await }).await.ok().flatten()
     }
 
     async fn bounded<T>(&self, work: impl Future<Output = Result<T, DockerError>>) -> Result<T, DockerError> {
-        let late = |_| DockerError::Unreachable {
+        let timeout_error = |_| DockerError::Unreachable {
             at: self.seek.address().map_or_else(|_| "its address".to_owned(), |address| address.to_string()),
-            reason: format!("no answer within {} s", QUESTION_TIMEOUT.as_secs()),
+            reason: format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()),
         };
-        tokio::time::timeout(QUESTION_TIMEOUT, work).await.map_err(late)?
+        tokio::time::timeout(REQUEST_TIMEOUT, work).await.map_err(timeout_error)?
     }
 }

@@ -1,30 +1,30 @@
-//! What a rebuild makes: the name of the image, and whose word decides on the user. Pure.
+//! The results of a rebuild: the name of the image, and the choice of the user. Pure.
 
 use sha2::{Digest, Sha256};
 
 use crate::model::name::hex;
 use crate::model::registration::ContainerName;
 
-/// The user that a container was asked to have when it was first made; empty where its image decides. Only landfall gives a
-/// container this label, and no image may have it.
+/// The label with the user that was requested when the container was first created; empty if its image decides. Only
+/// landfall gives a container this label, and no image may have it.
 pub(super) const USER_LABEL: &str = "dev.landfall.user";
 
 /// The longest tag that Docker accepts, in bytes.
 const TAG_BYTES_MAX: usize = 128;
 
-/// The user that a container runs as after it was rebuilt.
+/// The choice of the user of a rebuilt container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserOfRebuild {
-    /// The user that it has, whatever the new image says: the container itself asked for the rebuild.
+    /// The user that it has, whatever the new image specifies: the container itself requested the rebuild.
     Recorded,
-    /// The user of the new image, unless the container was made with a user of its own: the host's user asked.
+    /// The user of the new image, unless the container was created with its own: the host's user requested the rebuild.
     Images,
 }
 
-/// The image that landfall builds for a container: `landfall-NAME`. No other image is built or replaced for it.
+/// Returns the image that landfall builds for a container: `landfall-NAME`. No other image is built or replaced for it.
 ///
-/// The name of a repository has no upper case and no two separators in a row. A container name that does not fit is the tag
-/// of a repository that is like it, so that no two containers have one image.
+/// The name of a repository has no upper case and no two separators in a row. A container name that violates this becomes
+/// the tag of a similar repository name, so that two containers never share an image.
 pub fn own_image(name: &ContainerName) -> String {
     let name = name.as_str();
     let words = name.split(|letter: char| !letter.is_ascii_alphanumeric());
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_container_has_an_image_of_its_own() {
+    fn each_container_has_its_own_image() {
         let image = |name: &str| own_image(&ContainerName::new(name).unwrap());
         assert_eq!(image("shop"), "landfall-shop");
         assert_eq!(image("my-shop_2.x"), "landfall-my-shop_2.x");

@@ -1,91 +1,91 @@
-//! Putting a new container in the place of an old one, so that a failure leaves the old one as it was.
+//! Replaces a container by a new one, so that a failure leaves the old one unchanged.
 //!
-//! The old container is renamed aside while it still runs, and the new one is created under the name: whatever is wrong with
-//! the configuration is found while nothing has been stopped. Then the old one is stopped, which frees its ports and
-//! addresses, the new one started, and the old one removed when the new one stays up. Each step that fails is answered by
-//! undoing those before it.
+//! The old container is renamed aside while it still runs, and the new one is created under its name, so an invalid
+//! configuration is detected before the old one is stopped. Then the old one is stopped, which frees its ports and
+//! addresses, the new one is started, and the old one is removed once the new one stays up. A failed step undoes the earlier
+//! steps.
 //!
-//! A daemon that dies half way leaves the old one under its other name ([`aside`]). [`mend`], before the next attempt,
-//! finishes or undoes what was begun.
+//! A daemon that dies in between leaves the old container under its other name ([`aside_name`]). The next attempt calls
+//! [`recover`] first, which completes or undoes the replacement.
 
-use super::{ASIDE, DockerError};
+use super::{ASIDE_SUFFIX, DockerError};
 
-/// What is done to containers here, by name.
+/// The operations on containers that a replacement needs, by name.
 pub(super) trait ContainerActions {
-    /// Whether it exists, and runs if it does.
+    /// Returns whether the container runs; `None` if it does not exist.
     async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError>;
     async fn rename(&self, from: &str, to: &str) -> Result<(), DockerError>;
-    /// Stops it; one that is stopped stays so.
+    /// Stops the container. Has no effect on a stopped one.
     async fn stop(&self, name: &str) -> Result<(), DockerError>;
-    /// Starts it, and sees that it stays up.
+    /// Starts the container, and checks that it stays up.
     async fn start(&self, name: &str) -> Result<(), DockerError>;
-    /// Removes it, running or not, and keeps its volumes.
+    /// Removes the container, running or not, and keeps its volumes.
     async fn remove(&self, name: &str) -> Result<(), DockerError>;
 }
 
-/// The name of an old container while there are two. A container that was registered has a name without this ending only
-/// by the will of whoever named it.
-pub(super) fn aside(name: &str) -> String {
-    format!("{name}{ASIDE}")
+/// Returns the name of the old container during a replacement. A registered container has this suffix only if a client chose
+/// such a name.
+pub(super) fn aside_name(name: &str) -> String {
+    format!("{name}{ASIDE_SUFFIX}")
 }
 
-/// Puts a new container, which `create` makes under the name that it is given, in the place of the one with this name.
+/// Replaces the container of this name by a new one, which `create` makes under the name that it receives.
 pub(super) async fn replace(
     actions: &impl ContainerActions,
     name: &str,
     create: impl AsyncFnOnce(&str) -> Result<(), DockerError>,
 ) -> Result<(), DockerError> {
-    let aside = aside(name);
+    let aside_name = aside_name(name);
     let ran = actions.runs(name).await? == Some(true);
-    actions.rename(name, &aside).await?;
+    actions.rename(name, &aside_name).await?;
     if let Err(error) = create(name).await {
-        // It may have failed with the new container there: one that cannot join its second network.
-        return Err(undo(error, put_back(actions, name, ran).await, &aside));
+        // The new container may exist although its creation failed, for example if it cannot join its second network.
+        return Err(error_after_undo(error, restore(actions, name, ran).await, &aside_name));
     }
-    let up = match actions.stop(&aside).await {
+    let up = match actions.stop(&aside_name).await {
         Ok(()) => actions.start(name).await,
         Err(error) => Err(error),
     };
     if let Err(error) = up {
-        return Err(undo(error, put_back(actions, name, ran).await, &aside));
+        return Err(error_after_undo(error, restore(actions, name, ran).await, &aside_name));
     }
-    // The new one is up. An old one that cannot be removed now is removed before the next time.
-    let _ = actions.remove(&aside).await;
+    // The new container is up. If the old one cannot be removed now, the next replacement removes it.
+    let _ = actions.remove(&aside_name).await;
     Ok(())
 }
 
-/// Finishes or undoes what an earlier attempt left.
-pub(super) async fn mend(actions: &impl ContainerActions, name: &str) -> Result<(), DockerError> {
-    let aside = aside(name);
-    if actions.runs(&aside).await?.is_none() {
+/// Completes or undoes an earlier replacement.
+pub(super) async fn recover(actions: &impl ContainerActions, name: &str) -> Result<(), DockerError> {
+    let aside_name = aside_name(name);
+    if actions.runs(&aside_name).await?.is_none() {
         return Ok(());
     }
     match actions.runs(name).await? {
-        // The new one is up; what is left is the old one's removal.
-        Some(true) => actions.remove(&aside).await,
-        _ => put_back(actions, name, true).await,
+        // The new container is up, so only the removal of the old one remains.
+        Some(true) => actions.remove(&aside_name).await,
+        _ => restore(actions, name, true).await,
     }
 }
 
-/// The old one gets its name back, and runs again if it did.
-async fn put_back(actions: &impl ContainerActions, name: &str, ran: bool) -> Result<(), DockerError> {
-    let aside = aside(name);
+/// Restores the name of the old container, and starts it if it ran.
+async fn restore(actions: &impl ContainerActions, name: &str, ran: bool) -> Result<(), DockerError> {
+    let aside_name = aside_name(name);
     if actions.runs(name).await?.is_some() {
         actions.remove(name).await?;
     }
-    actions.rename(&aside, name).await?;
+    actions.rename(&aside_name, name).await?;
     match ran && actions.runs(name).await? != Some(true) {
         true => actions.start(name).await,
         false => Ok(()),
     }
 }
 
-/// The failure, and what became of undoing it.
-fn undo(error: DockerError, undone: Result<(), DockerError>, aside: &str) -> DockerError {
+/// Returns the error, with the error of undoing if that failed.
+fn error_after_undo(error: DockerError, undone: Result<(), DockerError>, aside_name: &str) -> DockerError {
     match undone {
         Ok(()) => error,
         Err(more) => DockerError::Refused(format!(
-            "{error}; and the old container could not be put back (see {aside}): {more}"
+            "{error}; and the old container could not be put back (see {aside_name}): {more}"
         )),
     }
 }

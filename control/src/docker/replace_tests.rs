@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 
-/// An engine of containers that are `old` or `new`, and run or not. The call of one number fails; or the caller dies there.
+/// An engine with containers that are `old` or `new`, running or stopped. The call with one number fails.
 struct Fake {
     containers: RefCell<BTreeMap<String, (&'static str, bool)>>,
     calls: Cell<usize>,
@@ -83,16 +83,16 @@ fn one(which: &'static str, runs: bool) -> Vec<(String, &'static str, bool)> {
 }
 
 #[tokio::test]
-async fn the_new_one_takes_the_name_and_the_old_one_goes() {
+async fn the_new_container_takes_the_name_and_the_old_one_is_removed() {
     let fake = Fake::new(true, None);
     replace(&fake, "coder", async |name: &str| fake.create(name).await).await.unwrap();
     assert_eq!(fake.state(), one("new", true));
 }
 
 #[tokio::test]
-async fn whatever_fails_the_old_one_is_as_it_was() {
+async fn a_failure_leaves_the_old_container_unchanged() {
     for runs in [true, false] {
-        // The last call removes the old one, which may fail without harm.
+        // The last call removes the old container, and its failure is harmless.
         for call in 1..=5 {
             let fake = Fake::new(runs, Some(call));
             replace(&fake, "coder", async |name: &str| fake.create(name).await).await.unwrap_err();
@@ -105,21 +105,22 @@ async fn whatever_fails_the_old_one_is_as_it_was() {
 }
 
 #[tokio::test]
-async fn a_new_one_that_is_made_and_not_complete_is_removed() {
+async fn an_incomplete_new_container_is_removed() {
     for runs in [true, false] {
         let fake = Fake::new(runs, None);
         let create = async |name: &str| {
             fake.create(name).await?;
             Err(DockerError::Refused("no such network".to_owned()))
         };
-        let told = replace(&fake, "coder", create).await.unwrap_err().to_string();
-        assert_eq!((told.as_str(), fake.state()), ("no such network", one("old", runs)));
+        let error = replace(&fake, "coder", create).await.unwrap_err().to_string();
+        assert_eq!((error.as_str(), fake.state()), ("no such network", one("old", runs)));
     }
 }
 
 #[tokio::test]
-async fn what_a_dead_daemon_left_is_mended() {
-    // As it was left, and as it is to be: an aside without a new one, with one that never came up, with one that did.
+async fn an_interrupted_replacement_is_recovered() {
+    // The state that was left, and the expected one: without a new container, with one that never came up, with one that
+    // did.
     for (left, mended) in [
         (vec![("coder.landfall-old", ("old", true))], "old"),
         (vec![("coder.landfall-old", ("old", false))], "old"),
@@ -130,13 +131,13 @@ async fn what_a_dead_daemon_left_is_mended() {
     ] {
         let fake = Fake::new(true, None);
         *fake.containers.borrow_mut() = left.into_iter().map(|(name, it)| (name.to_owned(), it)).collect();
-        mend(&fake, "coder").await.unwrap();
+        recover(&fake, "coder").await.unwrap();
         assert_eq!(fake.state(), one(mended, true));
     }
 }
 
 #[tokio::test]
-async fn a_failure_that_cannot_be_undone_says_where_the_old_one_is() {
+async fn a_failure_to_undo_names_the_old_container() {
     struct Stubborn(Fake);
     impl ContainerActions for Stubborn {
         async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError> {
@@ -160,12 +161,12 @@ async fn a_failure_that_cannot_be_undone_says_where_the_old_one_is() {
         }
     }
     let actions = Stubborn(Fake::new(true, None));
-    let told = replace(&actions, "coder", async |name: &str| actions.0.create(name).await)
+    let error = replace(&actions, "coder", async |name: &str| actions.0.create(name).await)
         .await
         .unwrap_err()
         .to_string();
     assert_eq!(
-        told,
+        error,
         "the port is in use; and the old container could not be put back (see coder.landfall-old): stuck"
     );
 }

@@ -1,7 +1,8 @@
-//! Where this process looks for an engine: what the environment said when it started, and which socket answered.
+//! Finds the address of the engine: from the environment at the start of the process, or from the socket that answered.
 //!
-//! Where nobody says anything, the usual sockets are looked at each time, since an engine may be installed or started later.
-//! The first that answers is kept for good: while it is away for a moment, the containers of another engine are not its own.
+//! Without a setting, the default sockets are checked each time, since an engine may be installed or started later. The
+//! first one that answers is kept for the life of the process: during a short outage, another engine must not take its
+//! place.
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -9,53 +10,54 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::Access;
 
 use super::DockerError;
-use super::address::{Address, EngineLocation, Environment, Look, select, whereabouts};
+use super::address::{Address, EngineLocation, Environment, SocketState, locate, select};
 
-/// Where to look; clones look at the same place.
+/// The search for an engine. Clones share the result.
 #[derive(Clone, Debug)]
-pub(super) struct Seek(Arc<Seeking>);
+pub(super) struct EngineSearch(Arc<SearchState>);
 
 #[derive(Debug)]
-struct Seeking {
-    whereabouts: EngineLocation,
+struct SearchState {
+    location: EngineLocation,
     answered: OnceLock<Address>,
 }
 
-impl Seek {
-    /// Where this environment says; Docker's own configuration is read now and not again.
-    pub(super) fn new(environment: &Environment) -> Seek {
-        let whereabouts = whereabouts(environment, read);
-        Seek(Arc::new(Seeking { whereabouts, answered: OnceLock::new() }))
+impl EngineSearch {
+    /// Returns a search in this environment. Docker's own configuration is read once, now.
+    pub(super) fn new(environment: &Environment) -> EngineSearch {
+        let location = locate(environment, read);
+        EngineSearch(Arc::new(SearchState { location, answered: OnceLock::new() }))
     }
 
-    /// The address to ask at now.
+    /// Returns the address to use now.
     pub(super) fn address(&self) -> Result<Address, DockerError> {
         let unreachable = |at: &str, reason: &str| DockerError::Unreachable {
             at: at.to_owned(),
             reason: reason.to_owned(),
         };
-        match &self.0.whereabouts {
+        match &self.0.location {
             EngineLocation::At(address) => Ok(address.clone()),
-            EngineLocation::Nowhere(misled) => Err(unreachable(&misled.at, &misled.reason)),
+            EngineLocation::Nowhere(unusable) => Err(unreachable(&unusable.at, &unusable.reason)),
             EngineLocation::Among(usual) => match self.0.answered.get() {
                 Some(answered) => Ok(answered.clone()),
-                None => select(usual, look).ok_or_else(|| unreachable("the usual places", "there are none")),
+                None => select(usual, socket_state)
+                    .ok_or_else(|| unreachable("the usual places", "there are none")),
             },
         }
     }
 
-    /// An engine has answered there.
+    /// Records that an engine answered at an address.
     pub(super) fn answered(&self, address: &Address) {
-        // Of two that answered at once the first stays.
+        // Only the first address is stored.
         let _ = self.0.answered.set(address.clone());
     }
 }
 
-fn look(socket: &Path) -> Look {
+fn socket_state(socket: &Path) -> SocketState {
     match rustix::fs::access(socket, Access::READ_OK | Access::WRITE_OK) {
-        Ok(()) => Look::Usable,
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Look::Absent,
-        Err(_) => Look::Forbidden,
+        Ok(()) => SocketState::Usable,
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => SocketState::Absent,
+        Err(_) => SocketState::Forbidden,
     }
 }
 

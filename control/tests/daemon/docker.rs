@@ -1,4 +1,4 @@
-//! The daemon and Docker: here an engine with a bridge and nothing else.
+//! The daemon with a fake Docker engine that has only a bridge.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::{Daemon, wait_until};
 
-/// Serves an engine API at `socket`: its bridge has this gateway, and it reports no events.
+/// Serves an engine at `socket` whose bridge has this gateway, and which never sends an event.
 fn engine(socket: &Path, gateway: &'static str) {
     let listener = UnixListener::bind(socket).unwrap();
     std::thread::spawn(move || {
@@ -52,7 +52,7 @@ fn listens_on(daemon: &Daemon, host: &str) -> bool {
 }
 
 #[test]
-fn containers_reach_the_daemon_where_dockers_bridge_is() {
+fn the_daemon_listens_on_dockers_bridge() {
     let home = tempfile::tempdir().unwrap();
     let socket = home.path().join("docker.sock");
     engine(&socket, "127.0.0.77");
@@ -62,7 +62,7 @@ fn containers_reach_the_daemon_where_dockers_bridge_is() {
 }
 
 #[test]
-fn a_docker_that_comes_later_is_met_then() {
+fn the_bridge_of_a_docker_that_starts_later_is_added() {
     let home = tempfile::tempdir().unwrap();
     let socket = home.path().join("docker.sock");
     let daemon = Daemon::start_with(home.path(), &["--http-port", "0"], Some(&socket));
@@ -73,20 +73,20 @@ fn a_docker_that_comes_later_is_met_then() {
 }
 
 #[test]
-fn a_bridge_that_is_none_of_this_machine_is_left_out() {
+fn a_bridge_that_is_not_an_address_of_this_machine_is_skipped() {
     let home = tempfile::tempdir().unwrap();
     let socket = home.path().join("docker.sock");
     engine(&socket, "192.0.2.1");
     let daemon = Daemon::start_with(home.path(), &["--http-port", "0"], Some(&socket));
-    let told = || {
+    let is_reported = || {
         daemon.log().iter().any(|event| event["text"].as_str().is_some_and(|text| text.contains("192.0.2.1")))
     };
-    wait_until("the note that containers cannot reach it", told);
+    wait_until("the notice that containers cannot reach the daemon", is_reported);
     assert!(!listens_on(&daemon, "192.0.2.1"));
 }
 
 #[test]
-fn an_address_that_was_named_takes_the_place_of_the_bridge() {
+fn a_configured_address_replaces_the_bridge() {
     let home = tempfile::tempdir().unwrap();
     let socket = home.path().join("docker.sock");
     engine(&socket, "127.0.0.79");

@@ -1,4 +1,4 @@
-//! The HTTP endpoint, row by row (wire specification, A.2).
+//! The HTTP endpoint, for each row of the wire specification, A.2.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -23,7 +23,7 @@ fn refused(status: u16, reason: &str) -> (u16, Value) {
 }
 
 #[test]
-fn the_checks_stand_in_their_order() {
+fn the_checks_are_in_the_specified_order() {
     let (_home, _daemon, port) = daemon();
     let not_found = refused(404, "not found");
     assert_eq!(http(port, b"GET /rpc HTTP/1.1\r\nHost: localhost\r\n\r\n"), not_found);
@@ -87,7 +87,7 @@ fn a_request_under_another_hosts_name_is_refused_before_all_else() {
 }
 
 #[test]
-fn a_client_that_is_slow_with_its_head_is_cut_off_and_one_that_ends_its_direction_is_answered() {
+fn a_slow_head_times_out_and_a_half_closed_client_is_answered() {
     let (_home, _daemon, port) = daemon();
     let mut slow = TcpStream::connect(("127.0.0.1", port)).unwrap();
     slow.set_read_timeout(Some(WAIT_MAX)).unwrap();
@@ -105,7 +105,7 @@ fn a_client_that_is_slow_with_its_head_is_cut_off_and_one_that_ends_its_directio
 }
 
 #[test]
-fn a_head_without_end_is_refused() {
+fn an_oversized_head_is_refused() {
     let (_home, _daemon, port) = daemon();
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     stream.set_read_timeout(Some(WAIT_MAX)).unwrap();
@@ -117,7 +117,7 @@ fn a_head_without_end_is_refused() {
 }
 
 #[test]
-fn clients_of_one_listener_cannot_keep_those_of_another_out() {
+fn clients_of_one_listener_cannot_block_those_of_another() {
     let home = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(home.path(), &["--http-port", "0", "--http-bind", "127.0.0.9"]);
     let port = daemon.http_port();

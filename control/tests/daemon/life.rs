@@ -1,4 +1,4 @@
-//! Start and end (wire specification, A.7.8 and A.7.9).
+//! Start and stop (wire specification, A.7.8 and A.7.9).
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -17,14 +17,17 @@ fn signal(daemon: &Daemon, signal: Signal) {
 }
 
 #[test]
-fn a_shutdown_is_answered_and_then_done_with_the_socket_going_last() {
+fn shutdown_is_answered_and_removes_the_socket_last() {
     let home = tempfile::tempdir().unwrap();
     let mut daemon = Daemon::start(home.path(), &["--http-port", "0"]);
     let port = daemon.http_port();
     let scheduled = json!({"ok": true, "result": {"scheduled": true}});
     assert_eq!(daemon.ask(&json!({"kind": "shutdown"})), scheduled);
-    wait_until("the socket's end", || !daemon.socket().exists());
-    assert!(TcpListener::bind(("127.0.0.1", port)).is_ok(), "the port is free before the socket's file goes");
+    wait_until("the removal of the socket", || !daemon.socket().exists());
+    assert!(
+        TcpListener::bind(("127.0.0.1", port)).is_ok(),
+        "the port is free before the socket file is removed"
+    );
     assert!(daemon.wait().success());
     assert!(!home.path().join("run/hostd.pid").exists());
     assert_eq!(
@@ -34,7 +37,7 @@ fn a_shutdown_is_answered_and_then_done_with_the_socket_going_last() {
 }
 
 #[test]
-fn both_signals_stop_in_order_and_the_second_one_does_no_harm() {
+fn both_signals_stop_in_order_and_a_second_one_has_no_effect() {
     for first in [Signal::TERM, Signal::INT] {
         let home = tempfile::tempdir().unwrap();
         let mut daemon = Daemon::start(home.path(), &["--http-port", "0"]);
@@ -47,7 +50,7 @@ fn both_signals_stop_in_order_and_the_second_one_does_no_harm() {
 }
 
 #[test]
-fn clients_that_hold_on_do_not_hold_up_the_end() {
+fn open_connections_do_not_delay_the_stop() {
     let home = tempfile::tempdir().unwrap();
     let mut daemon = Daemon::start(home.path(), &["--http-port", "0"]);
     let mut listening = daemon.connect();
@@ -55,10 +58,10 @@ fn clients_that_hold_on_do_not_hold_up_the_end() {
     let silent = daemon.connect();
     let mut idle = TcpStream::connect(("127.0.0.1", daemon.http_port())).unwrap();
     idle.write_all(b"POST /rpc").unwrap();
-    let began = std::time::Instant::now();
+    let started = std::time::Instant::now();
     assert_eq!(daemon.ask(&json!({"kind": "shutdown"}))["ok"], true);
     assert!(daemon.wait().success());
-    assert!(began.elapsed().as_millis() < 1_900, "{:?}", began.elapsed());
+    assert!(started.elapsed().as_millis() < 1_900, "{:?}", started.elapsed());
     let mut rest = String::new();
     listening.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("daemon-stopping"), "{rest}");
@@ -71,13 +74,13 @@ fn a_second_daemon_of_a_home_is_refused() {
     let first = Daemon::start(home.path(), &["--http-port", "0"]);
     let mut second = Daemon::spawn(home.path(), &["--http-port", "0"]);
     assert_eq!(second.wait().code(), Some(125));
-    let mut told = String::new();
-    second.child.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+    let mut stderr = String::new();
+    second.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     let expected = format!(
         "error: another typeclaw host daemon is already listening at {}\nhint: ",
         first.socket().display()
     );
-    assert!(told.starts_with(&expected), "{told}");
+    assert!(stderr.starts_with(&expected), "{stderr}");
     first.ask(&json!({"kind": "list"}));
 }
 
@@ -94,7 +97,7 @@ fn of_many_daemons_started_at_once_one_stays() {
 }
 
 #[test]
-fn a_daemon_that_was_killed_is_followed_by_one_that_knows_its_containers() {
+fn a_daemon_after_a_killed_one_restores_its_registrations() {
     let home = tempfile::tempdir().unwrap();
     let mut first = Daemon::start(home.path(), &["--http-port", "0"]);
     first.register("coder", "token");
@@ -112,7 +115,7 @@ fn a_daemon_that_was_killed_is_followed_by_one_that_knows_its_containers() {
 }
 
 #[test]
-fn a_port_that_is_in_use_is_told_and_another_one_taken() {
+fn a_port_in_use_is_reported_and_another_one_used() {
     let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let preferred = taken.local_addr().unwrap().port();
     let home = tempfile::tempdir().unwrap();
@@ -124,17 +127,17 @@ fn a_port_that_is_in_use_is_told_and_another_one_taken() {
     assert_eq!((&log[0]["preferred"], &log[0]["actual"]), (&preferred.into(), &actual.into()));
     drop(daemon);
     let next = Daemon::start(home.path(), &["--http-port", &preferred.to_string()]);
-    assert_eq!(next.http_port(), actual, "containers that were started meanwhile still ask there");
+    assert_eq!(next.http_port(), actual, "containers from before the restart use this port");
 }
 
 #[test]
-fn a_start_that_cannot_be_is_told_in_one_line_with_a_hint() {
+fn a_failed_start_is_reported_in_one_line_with_a_hint() {
     let home = tempfile::tempdir().unwrap();
     let mut daemon = Daemon::spawn(home.path(), &["--http-port", "0", "--http-bind", "192.0.2.1"]);
     assert_eq!(daemon.wait().code(), Some(125));
-    let mut told = String::new();
-    daemon.child.stderr.take().unwrap().read_to_string(&mut told).unwrap();
-    assert!(told.starts_with("error: cannot listen on 192.0.2.1:"), "{told}");
-    assert!(told.contains("\nhint: "), "{told}");
+    let mut stderr = String::new();
+    daemon.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert!(stderr.starts_with("error: cannot listen on 192.0.2.1:"), "{stderr}");
+    assert!(stderr.contains("\nhint: "), "{stderr}");
     assert!(!daemon.socket().exists());
 }

@@ -18,7 +18,7 @@ fn daemon() -> (tempfile::TempDir, Daemon) {
 }
 
 #[test]
-fn a_container_is_registered_listed_told_about_and_forgotten() {
+fn a_container_is_registered_listed_described_and_deregistered() {
     let (home, daemon) = daemon();
     assert_eq!(daemon.raw(b"{\"kind\":\"list\"}\n"), "{\"ok\":true,\"result\":{\"registrations\":[]}}\n");
     daemon.register("coder", "t");
@@ -40,7 +40,7 @@ fn a_container_is_registered_listed_told_about_and_forgotten() {
 }
 
 #[test]
-fn a_daemon_tells_of_itself_and_no_secret() {
+fn describe_returns_the_state_without_secrets() {
     let (_home, daemon) = daemon();
     daemon.register("coder", "canary");
     let described = daemon.ask(&json!({"kind": "describe"}));
@@ -54,7 +54,7 @@ fn a_daemon_tells_of_itself_and_no_secret() {
 }
 
 #[test]
-fn what_is_no_request_is_answered_with_the_wires_own_words() {
+fn an_invalid_request_is_answered_with_the_specified_text() {
     let (_home, daemon) = daemon();
     for line in ["", "nonsense", "{\"kind\":\"list\"", "{} {}"] {
         assert_eq!(daemon.raw(format!("{line}\n").as_bytes()), NOT_JSON, "{line}");
@@ -62,7 +62,7 @@ fn what_is_no_request_is_answered_with_the_wires_own_words() {
     assert_eq!(daemon.raw(b"{\"kind\":\"\xff\"}\n"), NOT_JSON);
     assert_eq!(daemon.raw(b"null\n"), "{\"ok\":false,\"reason\":\"invalid request\"}\n");
     assert_eq!(daemon.raw(b"{}\n"), "{\"ok\":false,\"reason\":\"unknown request kind\"}\n");
-    assert_eq!(daemon.raw(b"{\"kind\":\"list\"}"), "", "a line without an end is no line");
+    assert_eq!(daemon.raw(b"{\"kind\":\"list\"}"), "", "a line needs a newline");
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_line_is_at_most_65536_bytes_long_and_its_refusal_arrives() {
 }
 
 #[test]
-fn only_the_first_of_several_lines_is_heard() {
+fn only_the_first_of_several_lines_is_processed() {
     let (_home, daemon) = daemon();
     let answer = daemon.raw(b"{\"kind\":\"list\"}\n{\"kind\":\"shutdown\"}\n");
     assert_eq!(answer, "{\"ok\":true,\"result\":{\"registrations\":[]}}\n");
@@ -89,7 +89,7 @@ fn only_the_first_of_several_lines_is_heard() {
 }
 
 #[test]
-fn a_request_may_come_in_pieces_and_a_character_be_cut() {
+fn a_request_may_arrive_in_chunks_that_split_a_character() {
     let (_home, daemon) = daemon();
     let mut stream = daemon.connect();
     for byte in "{\"kind\":\"status\",\"containerName\":\"ä\u{1f980}\"}\n".as_bytes() {
@@ -101,7 +101,7 @@ fn a_request_may_come_in_pieces_and_a_character_be_cut() {
 }
 
 #[test]
-fn a_client_that_says_nothing_is_cut_off() {
+fn a_client_without_a_complete_line_is_disconnected() {
     let (_home, daemon) = daemon();
     let mut stream = daemon.connect();
     stream.write_all(b"{\"kind\":").unwrap();
@@ -111,12 +111,12 @@ fn a_client_that_says_nothing_is_cut_off() {
 }
 
 #[test]
-fn events_come_as_they_happen_and_of_one_container_if_so_asked() {
+fn events_are_streamed_and_filtered_by_container() {
     let (_home, daemon) = daemon();
     let follow = |request: Value| {
         let mut stream = daemon.connect();
         stream.write_all(format!("{request}\n").as_bytes()).unwrap();
-        // A client that has sent its request may shut down its direction and still receives events.
+        // A subscriber may close its write side and continue to read.
         stream.shutdown(Shutdown::Write).unwrap();
         let mut lines = BufReader::new(stream).lines().map(|line| line.unwrap());
         assert_eq!(lines.next().unwrap(), "{\"ok\":true}");
@@ -134,7 +134,7 @@ fn events_come_as_they_happen_and_of_one_container_if_so_asked() {
 }
 
 #[test]
-fn a_restart_is_checked_in_the_order_of_the_wire() {
+fn a_restart_is_checked_in_the_specified_order() {
     let home = tempfile::tempdir().unwrap();
     let without = Daemon::start(home.path(), &["--http-port", "0", "--no-restart"]);
     let restart = json!({"kind": "restart", "containerName": "coder", "build": "yes"});

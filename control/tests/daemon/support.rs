@@ -1,4 +1,4 @@
-//! A daemon of the test's own, and clients that use the wire protocol alone.
+//! A daemon for one test, and clients that use only the wire.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// The bound of every wait; none takes a tenth of it normally.
+/// The limit of a bounded wait, more than ten times the usual duration.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(20);
 
 /// Waits for a state.
 pub(crate) fn wait_until(what: &str, mut state: impl FnMut() -> bool) {
-    let began = Instant::now();
+    let started = Instant::now();
     while !state() {
-        assert!(began.elapsed() < WAIT_MAX, "{what} did not happen");
+        assert!(started.elapsed() < WAIT_MAX, "{what} did not happen");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -32,7 +32,7 @@ impl Daemon {
         Daemon::start_with(home, arguments, None)
     }
 
-    /// The same, with a Docker engine of the test's own.
+    /// The same, with a Docker engine at this socket.
     pub(crate) fn start_with(home: &Path, arguments: &[&str], docker: Option<&Path>) -> Daemon {
         let mut daemon = Daemon::spawn_with(home, arguments, docker);
         let socket = daemon.socket();
@@ -61,10 +61,10 @@ impl Daemon {
         self.home.join("run/hostd.sock")
     }
 
-    /// Sends these bytes, shuts down the direction, and reads until the end.
+    /// Sends these bytes, closes the write side, and reads the whole answer.
     pub(crate) fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect();
-        // A daemon that has read enough need not read the rest.
+        // The daemon may answer before it has read all bytes.
         let _ = stream.write_all(bytes);
         let _ = stream.shutdown(Shutdown::Write);
         let mut answer = String::new();
@@ -79,7 +79,7 @@ impl Daemon {
         stream
     }
 
-    /// Sends a request, and returns the whole answer.
+    /// Sends a request and returns the whole answer.
     pub(crate) fn ask(&self, request: &Value) -> Value {
         let answer = self.raw(format!("{request}\n").as_bytes());
         assert!(answer.ends_with('\n') && answer.lines().count() == 1, "{answer:?}");
@@ -98,7 +98,7 @@ impl Daemon {
         u16::try_from(port).unwrap()
     }
 
-    /// The events of the log so far.
+    /// Returns the events of the log so far.
     pub(crate) fn log(&self) -> Vec<Value> {
         let log = std::fs::read_to_string(self.home.join("log/hostd.log")).unwrap();
         log.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -121,7 +121,7 @@ impl Drop for Daemon {
     }
 }
 
-/// A raw HTTP exchange: the status, the `content-type` and the body.
+/// Sends a raw HTTP request. Checks the `content-type`, and returns the status and the body.
 pub(crate) fn http(port: u16, request: &[u8]) -> (u16, Value) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     stream.set_read_timeout(Some(WAIT_MAX)).unwrap();
@@ -134,7 +134,7 @@ pub(crate) fn http(port: u16, request: &[u8]) -> (u16, Value) {
     (status, serde_json::from_str(body).unwrap())
 }
 
-/// `POST /rpc` with these headers and this body.
+/// Sends `POST /rpc` with these headers and this body.
 pub(crate) fn post(port: u16, headers: &str, body: &str) -> (u16, Value) {
     let length = body.len();
     let head = format!("POST /rpc HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n{headers}\r\n");

@@ -1,6 +1,5 @@
-//! `landfall agent` in containers that contain only it and busybox, as a static binary, under Docker's own seccomp
-//! profile, and without every privilege that Docker can remove. A daemon on the host reaches them by either attach
-//! method.
+//! `landfall agent` as a static binary in containers that otherwise have only busybox, with Docker's own seccomp profile,
+//! and with all privileges dropped that Docker can drop. A daemon on the host reaches them by each attach method.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -20,7 +19,7 @@ pub(super) const IMAGE: &str = "landfall-test-agent";
 const TOKEN: &str = "a-broker-token-of-43-characters-0123456789-";
 const BARE: [&str; 5] = ["--cap-drop", "ALL", "--read-only", "--user", "65534"];
 
-/// A daemon of the test's own, which uses the Docker engine. Its relay engine ends with it.
+/// A daemon for one test, with the Docker engine. Its relay engine ends with it.
 struct Daemon {
     home: TempDir,
     child: Child,
@@ -53,7 +52,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // In order, so that its relay engine ends, too.
+        // Stop in order, so that its relay engine ends, too.
         let mut down = Command::new(env!("CARGO_BIN_EXE_landfall"));
         let _ = down.arg("down").env("LANDFALL_HOME", self.home.path()).output();
         let _ = self.child.kill();
@@ -61,7 +60,7 @@ impl Drop for Daemon {
     }
 }
 
-/// The answer of a web server at this host port, if one is open.
+/// Returns the answer of a web server at this port of the host, if it answers.
 fn page(port: u16) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(WAIT_MAX)).ok()?;
@@ -71,7 +70,7 @@ fn page(port: u16) -> Option<String> {
     answer.contains("from inside").then_some(answer)
 }
 
-/// A container whose first process is the agent, with a web server on its own loopback.
+/// Runs a container whose first process is the agent, with a web server on its own loopback.
 fn container(name: &str, shared: &Path, options: &[&str], server: u16) -> Container {
     let mount = format!("{}:/run/landfall", shared.display());
     let token = format!("LANDFALL_HOSTD_BROKER_TOKEN={TOKEN}");
@@ -80,10 +79,10 @@ fn container(name: &str, shared: &Path, options: &[&str], server: u16) -> Contai
     Container::run(name, &[&common[..], options].concat(), IMAGE, &["sh", "-c", &script])
 }
 
-/// Tests both attach methods for a container with these options, and a port that it reserves.
+/// Checks both attach methods for a container with these options, and a port that it requests.
 #[track_caller]
-fn is_reached(name: &str, options: &[&str]) {
-    // Open to the user of the container, below a directory that is closed to every other user.
+fn check_reached(name: &str, options: &[&str]) {
+    // Open to the container's user, below a directory that is closed to all other users.
     let closed = PermissionsExt::from_mode(0o700);
     let above = tempfile::Builder::new().permissions(closed).tempdir().unwrap();
     let shared = above.path().join("shared");
@@ -105,9 +104,9 @@ fn is_reached(name: &str, options: &[&str]) {
         let ask = ["exec", container.0.as_str(), "/landfall", "agent", "forward", &server.to_string()];
         let asked = docker(&[&ask[..], &["--host", &wanted.to_string(), "--wait", "30"]].concat());
         assert_eq!(asked, wanted.to_string());
-        wait_until("the page at the port that was asked for", || page(wanted));
-        assert!(!logs().contains(TOKEN), "a token was told: {}", logs());
-        // As the first process it gets no default action for a signal, so it has to handle it.
+        wait_until("the page at the requested port", || page(wanted));
+        assert!(!logs().contains(TOKEN), "a token was logged: {}", logs());
+        // As the first process of its namespace it must handle the signal itself.
         docker(&["stop", "-t", "10", container.0.as_str()]);
         assert_eq!(container.inspect("{{.State.ExitCode}}"), "0", "{}", logs());
     }
@@ -115,12 +114,12 @@ fn is_reached(name: &str, options: &[&str]) {
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn an_agent_serves_under_the_default_profile() {
-    is_reached("agent", &[]);
+fn an_agent_works_with_the_default_profile() {
+    check_reached("agent", &[]);
 }
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn an_agent_serves_as_nobody_without_capabilities_on_a_read_only_root() {
-    is_reached("agent-bare", &BARE);
+fn an_agent_works_as_nobody_without_capabilities_on_a_read_only_root() {
+    check_reached("agent-bare", &BARE);
 }

@@ -1,4 +1,4 @@
-//! The helper's container, used by a user who is not root and has access to Docker's socket only.
+//! The helper's container, for a user who is not root and has only access to Docker's socket.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -16,7 +16,7 @@ use super::ports::free_port;
 use super::{Container, docker, host, run, wait_until};
 
 const IMAGE: &str = "landfall-test-agent";
-/// A uid without an account.
+/// A user id without an account.
 const USER: u32 = 54_321;
 
 /// A user's home, and the static program that the user runs.
@@ -98,12 +98,12 @@ impl Drop for User {
     }
 }
 
-/// Only root can change to other users. The other cases run as any user.
-fn may_be_another() -> bool {
+/// Returns whether the test can change its user id. Without root, the other cases still run.
+fn can_change_user() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// The answer of a web server at this host port, if one is open.
+/// Returns the answer of a web server at this port of the host, if it answers.
 fn page(port: u16) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
@@ -113,7 +113,7 @@ fn page(port: u16) -> Option<String> {
     answer.contains("from inside").then_some(answer)
 }
 
-/// A container with a web server on its own loopback.
+/// Runs a container with a web server on its own loopback.
 fn server(name: &str, port: u16, options: &[&str]) -> Container {
     let address = format!("127.0.0.1:{port}");
     Container::run(name, options, IMAGE, &["busybox", "httpd", "-f", "-p", &address, "-h", "/www"])
@@ -121,12 +121,12 @@ fn server(name: &str, port: u16, options: &[&str]) -> Container {
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
-    if !may_be_another() {
+fn an_unprivileged_docker_user_reaches_containers_through_the_helper() {
+    if !can_change_user() {
         return;
     }
     let mut user = User::new();
-    // Without the helper, the reason has a hint.
+    // Without the helper, the advice names it.
     let (one, other) = (free_port(), free_port());
     let web = server("helped", one, &[]);
     user.landfall(&["up", "--http-port", "0"]);
@@ -139,17 +139,17 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     user.landfall(&["down"]);
 
     let up = user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
-    assert!(up.contains("any process's network namespace (CAP_SYS_ADMIN, CAP_SYS_PTRACE)"), "{up}");
-    let first = user.helper_runs().expect("a helper that runs");
+    assert!(up.contains("the network namespace of any process (CAP_SYS_ADMIN, CAP_SYS_PTRACE)"), "{up}");
+    let first = user.helper_runs().expect("a running helper");
     let given = "{{.HostConfig.NetworkMode}} {{.HostConfig.CapAdd}} {{.HostConfig.CapDrop}} {{.HostConfig.ReadonlyRootfs}} \
                  {{.HostConfig.Privileged}} {{len .Mounts}}";
-    let told = docker(&["inspect", "-f", given, &first]);
-    // Docker may write the names with their prefix.
-    assert_eq!(told.replace("CAP_", ""), "none [SYS_ADMIN SYS_PTRACE] [ALL] true false 1");
+    let privileges = docker(&["inspect", "-f", given, &first]);
+    // Docker may write the names with the prefix `CAP_`.
+    assert_eq!(privileges.replace("CAP_", ""), "none [SYS_ADMIN SYS_PTRACE] [ALL] true false 1");
 
     calls_of_others_are_refused(&user, &first);
 
-    // One ordinary container, and one of another user without any capability.
+    // A usual container, and one of another user without any capability.
     let bare =
         server("helped-bare", other, &["--user", "4242:4242", "--cap-drop", "ALL", "--network", "none"]);
     user.landfall(&["register", bare.0.as_str(), "--docker", "--cwd", "/"]);
@@ -158,7 +158,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     let status = user.landfall(&["status", web.0.as_str()]);
     assert!(status.contains("docker, helper"), "{status}");
 
-    // The containers are restarted, and the helper is killed, and removed: each time everything recovers.
+    // The containers are restarted, and the helper is killed and then removed. Each time the pages return.
     docker(&["restart", "-t", "0", web.0.as_str()]);
     wait_until("the page after a restart", || page(one));
     docker(&["kill", &first]);
@@ -171,7 +171,7 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     wait_until("the page through a third helper", || page(one));
     wait_until("the other page through a third helper", || page(other));
 
-    // Another build takes over, without the option for a helper.
+    // Another build, started without the option, keeps the helper.
     user.version = "another";
     let up = user.landfall(&["up"]);
     assert!(up.contains("replaces a daemon of another build") && up.contains("CAP_SYS_ADMIN"), "{up}");
@@ -186,8 +186,8 @@ fn who_may_use_docker_and_is_not_root_reaches_containers_through_the_helper() {
     assert!(!user.socket().parent().unwrap().exists());
 }
 
-/// Prints the error number of each call that a helper does not make, and of the one that it does. Each call succeeds
-/// with the helper's capabilities and without a seccomp profile.
+/// Prints the error number of each call that a helper does not make, and of the one that it makes. Each call succeeds with
+/// the helper's capabilities and without a seccomp profile.
 const ATTEMPTS: &str = r#"
 import ctypes, json, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -208,7 +208,7 @@ attempts = {
 print(json.dumps({name: ctypes.get_errno() if call() == -1 else 0 for name, call in attempts.items()}))
 "#;
 
-/// Makes the calls of [`ATTEMPTS`] in a container like the helper's, but with this profile, and with the host's Python.
+/// Makes the calls of [`ATTEMPTS`] in a container with the helper's privileges, but this profile, and the host's Python.
 fn attempts(profile: &str) -> BTreeMap<String, i32> {
     let profile = format!("seccomp={profile}");
     let output = Command::new("docker")
@@ -225,14 +225,14 @@ fn attempts(profile: &str) -> BTreeMap<String, i32> {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
 }
 
-/// Checks the seccomp profile of a running helper by another program that runs under it.
+/// Checks the seccomp profile of a running helper with another program.
 fn calls_of_others_are_refused(user: &User, helper: &str) {
     const PERMISSION: i32 = 1;
     let options = docker(&["inspect", "-f", "{{json .HostConfig.SecurityOpt}}", helper]);
     let options: Vec<String> = serde_json::from_str(&options).unwrap();
     let profile = options.iter().find_map(|option| option.strip_prefix("seccomp="));
     let file = user.folder.path().join("profile.json");
-    std::fs::write(&file, profile.expect("a seccomp profile of its own")).unwrap();
+    std::fs::write(&file, profile.expect("the helper has a seccomp profile")).unwrap();
     for (attempt, errno) in attempts("unconfined") {
         assert_eq!(errno, 0, "{attempt}, without a profile");
     }
@@ -246,7 +246,7 @@ fn calls_of_others_are_refused(user: &User, helper: &str) {
 fn leave_control_groups(pid: &str) {
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
-    // With version 2 alone the mount itself is the one hierarchy, and its directories are groups.
+    // With version 2 alone, the mount is the only hierarchy, and its directories are groups.
     let is_unified = root.join("cgroup.procs").exists();
     let roots: Vec<PathBuf> =
         if is_unified { vec![root.to_owned()] } else { hierarchies.filter(|path| path.is_dir()).collect() };
@@ -258,12 +258,12 @@ fn leave_control_groups(pid: &str) {
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
 fn c25_the_helper_enters_no_process_outside_the_control_group_of_its_container() {
-    if !may_be_another() {
+    if !can_change_user() {
         return;
     }
     let user = User::new();
     user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
-    user.helper_runs().expect("a helper that runs");
+    user.helper_runs().expect("a running helper");
     let port = free_port();
     let web = server("moved", port, &[]);
     leave_control_groups(&web.inspect("{{.State.Pid}}"));
@@ -279,24 +279,24 @@ fn c25_the_helper_enters_no_process_outside_the_control_group_of_its_container()
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn the_helper_obeys_its_user_alone_and_bears_whatever_is_sent() {
-    if !may_be_another() {
+fn the_helper_accepts_only_its_user_and_survives_any_input() {
+    if !can_change_user() {
         return;
     }
     let user = User::new();
     user.landfall(&["up", "--http-port", "0", "--docker-helper"]);
-    let helper = user.helper_runs().expect("a helper that runs");
+    let helper = user.helper_runs().expect("a running helper");
     let port = free_port();
     let web = server("hostile", port, &[]);
     let pid: u32 = web.inspect("{{.State.Pid}}").parse().unwrap();
-    // Even root, who can open the socket, is another user.
+    // Root can open the socket, but is another user.
     let refused = Opener::spawn_by_helper(&user.socket(), Target::process(pid).unwrap());
     assert!(matches!(refused, Err(OpenError::Helper { .. })), "{refused:?}");
     for _ in 0..500 {
         let channel = Channel::connect(&user.socket()).unwrap();
         let _ = channel.send(&serde_json::json!({"request": "enter", "target": "process"}), &[]);
     }
-    // Another user cannot open the socket.
+    // Any other user cannot open the socket.
     let other = Command::new("setpriv")
         .args(["--reuid", "54322", "--regid", "54322", "--clear-groups", "test", "-e"])
         .arg(user.socket())
@@ -305,15 +305,15 @@ fn the_helper_obeys_its_user_alone_and_bears_whatever_is_sent() {
     assert!(!other.success());
     user.landfall(&["register", web.0.as_str(), "--docker", "--cwd", "/"]);
     wait_until("the page on the host", || page(port));
-    assert_eq!(user.helper_runs(), Some(helper.clone()), "it is the same helper as before");
+    assert_eq!(user.helper_runs(), Some(helper.clone()), "the helper was replaced");
     let processes = docker(&["top", &helper, "-eo", "pid,args"]);
     assert_eq!(processes.lines().filter(|line| line.contains("_opener")).count(), 1, "{processes}");
 }
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn a_program_that_is_not_static_is_refused_before_anything_starts() {
-    if !may_be_another() {
+fn a_program_that_is_not_static_is_refused_before_the_start() {
+    if !can_change_user() {
         return;
     }
     let user = User::new();

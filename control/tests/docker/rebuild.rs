@@ -1,4 +1,4 @@
-//! A container that rebuilds itself: each attempt to gain by the new image what the container did not have.
+//! A container that rebuilds itself: each attempt to gain privileges through the new image.
 
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::start::Shop;
 use super::{BASE, Built, Container, docker, engine, run, wait_until};
 
-/// Images that a case builds under these names; they are removed at its end.
+/// Images that a test built. They are removed at its end.
 struct Images(Vec<String>);
 
 impl Drop for Images {
@@ -21,7 +21,7 @@ impl Drop for Images {
 }
 
 impl Images {
-    /// Builds an image in a folder of its own.
+    /// Builds an image in a temporary folder.
     fn build(&mut self, name: &str, dockerfile: &str, files: &[(&str, &str)]) -> String {
         let image = format!("lf-{}-{name}:1", std::process::id());
         let folder = tempfile::tempdir().unwrap();
@@ -39,7 +39,7 @@ fn id_of(image: &str) -> Option<String> {
     found.status.success().then(|| String::from_utf8(found.stdout).unwrap())
 }
 
-/// A container of an image that is shared with other projects and runs as `app`, and another project's image.
+/// A container of an image that other projects share and that runs as `app`, and the image of another project.
 struct Victim {
     shop: Shop,
     shared: String,
@@ -47,12 +47,12 @@ struct Victim {
     _images: Images,
 }
 
-/// The accounts of the first image, and those of a malicious image: the same name with uid 0, root without a password.
+/// The accounts of the first image, and those of a hostile image: the same name with uid 0, root without a password.
 const PASSWD: &str = "root:x:0:0::/:/bin/sh\napp:x:3001:3002::/:/bin/sh\n";
 const EVIL_PASSWD: &str = "root::0:0::/:/bin/sh\napp:x:0:0::/:/bin/sh\n";
 const GROUP: &str = "root:x:0:\napp:x:3002:\n";
 
-/// Waits, and ends when it is stopped.
+/// Waits until it is stopped.
 const WAIT: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
 /// Leaves a set-uid copy of a program in the folder that is mounted from the host.
@@ -72,10 +72,10 @@ impl Victim {
         Victim { shop: Shop::new(name, "sleep 100000"), shared, other, _images: images }
     }
 
-    /// Starts the container, which then changes its folder.
+    /// Starts the container, and then changes its folder as the container could.
     fn start(&self, options: &[&str]) {
         let shop = &self.shop;
-        shop.says(&[&["start", "--image", &self.shared], options].concat());
+        shop.stdout_of(&[&["start", "--image", &self.shared], options].concat());
         std::fs::set_permissions(shop.folder(), PermissionsExt::from_mode(0o777)).unwrap();
         shop.write("passwd", EVIL_PASSWD);
         shop.write("group", "root:x:0:\napp:x:0:\n");
@@ -95,8 +95,8 @@ impl Victim {
 
     /// Requests a rebuild from inside, and returns the answer.
     fn ask(&self) -> Value {
-        let asked = self.shop.ask(true, "$LANDFALL_HOSTD_TOKEN");
-        serde_json::from_slice(&asked.stdout).unwrap_or_else(|error| panic!("{error}: {asked:?}"))
+        let output = self.shop.ask(true, "$LANDFALL_HOSTD_TOKEN");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
     }
 
     fn image(&self) -> String {
@@ -121,7 +121,7 @@ impl Victim {
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn c23_without_the_right_nothing_is_built_and_no_image_is_read() {
+fn c23_without_the_right_no_image_is_built_or_read() {
     let victim = Victim::new("unasked");
     victim.start(&[]);
     let (id, shared) = (victim.inspect("{{.Id}} {{.State.StartedAt}}"), id_of(&victim.shared));
@@ -136,11 +136,11 @@ fn c23_without_the_right_nothing_is_built_and_no_image_is_read() {
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn c23_a_rebuild_replaces_no_shared_image_and_gives_no_root() {
+fn c23_a_rebuild_replaces_no_shared_image_and_grants_no_root() {
     let victim = Victim::new("granted");
     let shop = &victim.shop;
     victim.start(&["--allow-rebuild"]);
-    assert!(shop.says(&["status", &shop.name]).contains("grants   rebuild"));
+    assert!(shop.stdout_of(&["status", &shop.name]).contains("grants   rebuild"));
     let (id, shared) = (victim.inspect("{{.Id}}"), id_of(&victim.shared));
     let answer = victim.ask();
     assert_eq!(answer["ok"], true, "{answer}");
@@ -153,18 +153,18 @@ fn c23_a_rebuild_replaces_no_shared_image_and_gives_no_root() {
     assert_eq!((left.uid(), left.gid()), (3001, 3002), "root's set-uid file was left on the host");
     let ids = docker(&["exec", &shop.name, "busybox", "id"]);
     assert!(ids.contains("uid=3001") && ids.contains("gid=3002") && !ids.contains("groups=0"), "{ids}");
-    // The set-uid program of the image gains no privilege.
+    // The set-uid program of the new image gains no privileges.
     assert!(docker(&["exec", &shop.name, "busybox", "ls", "-l", "/su"]).starts_with("-rws"));
     let su = run(&["exec", &shop.name, "/su", "root", "-c", "busybox id -u"]);
     assert_ne!(String::from_utf8_lossy(&su.stdout).trim(), "0", "{su:?}");
 
-    // The host's user adopts the user of the new image.
+    // A rebuild by the host's user takes the user of the new image.
     shop.write("Dockerfile", &format!("FROM {BASE}\nUSER 7:8\nCMD [\"sleep\", \"100000\"]\n"));
-    shop.says(&["restart", &shop.name, "--build"]);
+    shop.stdout_of(&["restart", &shop.name, "--build"]);
     assert_eq!(docker(&["exec", &shop.name, "busybox", "id", "-u"]), "7");
 }
 
-/// An image that a container was run from by hand before this build, with accounts of its own.
+/// Runs a container as with `docker run`, with its own accounts, and prepares a hostile image of its folder.
 fn by_hand(name: &str, options: &[&str]) -> (Built, Container) {
     let dockerfile = format!("FROM {BASE}\nCOPY passwd group /etc/\nCMD [\"sleep\", \"100000\"]\n");
     let built = Built::with_files(name, &dockerfile, &[("passwd", PASSWD), ("group", GROUP)]);
@@ -178,7 +178,7 @@ fn by_hand(name: &str, options: &[&str]) -> (Built, Container) {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn c23_the_configuration_of_an_earlier_container_is_recorded_before_its_first_rebuild() {
+async fn c23_the_configuration_of_a_foreign_container_is_recorded_at_its_first_rebuild() {
     let mounted = tempfile::tempdir().unwrap();
     let mount = format!("{}:/data:ro", mounted.path().display());
     let options = [
@@ -218,7 +218,7 @@ async fn c23_the_configuration_of_an_earlier_container_is_recorded_before_its_fi
         "the mount is read-only"
     );
 
-    // The container keeps the user of its first `docker run` although an image named the pinned user.
+    // The container keeps the user of its first `docker run`, although an image named the pinned user.
     std::fs::write(built.path().join("passwd"), PASSWD).unwrap();
     built.dockerfile(&format!("FROM {BASE}\nCOPY passwd group /etc/\nUSER 0\nCMD [\"sleep\", \"100000\"]\n"));
     engine().rebuild(&container.0, built.path(), UserOfRebuild::Images).await.unwrap();
@@ -227,13 +227,13 @@ async fn c23_the_configuration_of_an_earlier_container_is_recorded_before_its_fi
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn c23_an_image_that_forges_what_is_recorded_is_not_used() {
+async fn c23_an_image_with_forged_labels_is_not_used() {
     let options = ["--user", "3001:3002", "--label", "dev.landfall.deny=5432"];
     let (built, container) = by_hand("forged", &options);
     let id = container.id();
     for (label, expected) in [
         ("dev.landfall.user=", "dev.landfall.user is reserved"),
-        ("dev.landfall.deny=5432", "the container was given its label dev.landfall.deny"),
+        ("dev.landfall.deny=5432", "its label dev.landfall.deny repeats a label"),
     ] {
         built.dockerfile(&format!("FROM {BASE}\nLABEL {label}\nCMD [\"sleep\", \"100000\"]\n"));
         let rebuilt = engine().rebuild(&container.0, built.path(), UserOfRebuild::Recorded).await;
@@ -246,13 +246,13 @@ async fn c23_an_image_that_forges_what_is_recorded_is_not_used() {
             (container.id(), container.inspect("{{.State.Running}}")),
             (id.clone(), "true".to_owned())
         );
-        assert_eq!(id_of(&own_image(&container.0)), None, "the image is left");
+        assert_eq!(id_of(&own_image(&container.0)), None, "the image remains");
     }
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-async fn c23_a_folder_without_bounds_is_refused_before_anything_is_built() {
+async fn c23_an_oversized_folder_is_refused_before_the_build() {
     let (built, container) = by_hand("sparse", &[]);
     let id = container.id();
     std::fs::File::create(built.path().join("sparse")).unwrap().set_len(1 << 40).unwrap();

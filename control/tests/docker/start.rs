@@ -1,4 +1,4 @@
-//! `landfall start` and `stop` as a user runs them, and the restart that a process in the container requests.
+//! `landfall start` and `stop` from the command line, and a restart that a process in the container requests.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::ports::free_port;
 use super::{WAIT_MAX, docker, run, wait_until};
 
-/// A folder, a daemon of the test's own, and what they create. Everything is removed at the end.
+/// A folder with its daemon and its container. All are removed at the end of the test.
 pub(super) struct Shop {
     root: TempDir,
     pub(super) name: String,
@@ -19,12 +19,12 @@ pub(super) struct Shop {
 }
 
 impl Shop {
-    /// Creates a folder with a devcontainer.json whose container serves `www` on its own loopback.
+    /// Creates a folder that serves `www` on its own loopback, with the configuration of a dev container.
     pub(super) fn new(name: &str, command: &str) -> Shop {
         Shop::of(super::BASE, name, command)
     }
 
-    /// The same with this image and these further lines of its Dockerfile.
+    /// The same, from this base image with further Dockerfile lines.
     fn of(base: &str, name: &str, command: &str) -> Shop {
         let name = format!("lf-{}-{name}", std::process::id());
         let shop = Shop { root: tempfile::tempdir().unwrap(), name, port: free_port() };
@@ -43,9 +43,9 @@ impl Shop {
         );
         shop.write(".devcontainer/devcontainer.json", &said);
         shop.write("www/index.html", "one");
-        // No two folders share a layer: Docker would remove it with the image of one during the build of the other.
+        // No two folders share a layer: if it were removed with one image, the build of the other would fail.
         shop.write("www/name", &shop.name);
-        // Any port for HTTP: another daemon of this machine may have the default one.
+        // Any port for HTTP, since another daemon of this machine may use the default one.
         assert!(shop.landfall(&["up", "--http-port", "0"]).status.success());
         shop
     }
@@ -71,13 +71,13 @@ impl Shop {
     }
 
     #[track_caller]
-    pub(super) fn says(&self, arguments: &[&str]) -> String {
+    pub(super) fn stdout_of(&self, arguments: &[&str]) -> String {
         let output = self.landfall(arguments);
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// The answer of the container's web server on the host.
+    /// Returns the answer of the container's web server on the host.
     fn page(&self) -> Option<String> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
         stream.set_read_timeout(Some(WAIT_MAX)).ok()?;
@@ -88,12 +88,12 @@ impl Shop {
     }
 
     fn started_at(&self) -> Option<String> {
-        let told = run(&["inspect", "-f", "{{.State.Running}} {{.State.StartedAt}}", &self.name]);
-        let told = String::from_utf8(told.stdout).unwrap();
-        told.starts_with("true").then_some(told)
+        let output = run(&["inspect", "-f", "{{.State.Running}} {{.State.StartedAt}}", &self.name]);
+        let state = String::from_utf8(output.stdout).unwrap();
+        state.starts_with("true").then_some(state)
     }
 
-    /// Makes a process in the container request a restart with a token, and returns the answer.
+    /// Requests a restart from a process in the container with a token. Returns the output with the answer.
     pub(super) fn ask(&self, build: bool, token: &str) -> Output {
         let script = format!(
             "busybox wget -q -O - --header \"Authorization: Bearer {token}\" --post-data \
@@ -116,21 +116,24 @@ impl Drop for Shop {
     }
 }
 
-/// The kernel delivers to the first process of a container only signals that it handles.
+/// The first process of a container receives no signal without a handler.
 const SERVE: &str = "trap 'exit 0' TERM; busybox httpd -f -p 127.0.0.1:PORT -h /www & wait";
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn a_started_folder_restarts_itself_and_answers_where_it_did() {
+fn a_started_folder_restarts_itself_and_keeps_its_port() {
     let shop = Shop::new("shop", SERVE);
     let started = shop.landfall(&["start", "--allow-rebuild"]);
-    let told = String::from_utf8_lossy(&started.stderr);
-    assert!(started.status.success() && told.contains("build.args"), "what is not used is told: {told}");
+    let stderr = String::from_utf8_lossy(&started.stderr);
+    assert!(
+        started.status.success() && stderr.contains("build.args"),
+        "the unused setting is reported: {stderr}"
+    );
     wait_until("the first page", || shop.page().filter(|page| page == "one"));
     let again = shop.landfall(&["start"]);
     assert_eq!(again.status.code(), Some(6), "{}", String::from_utf8_lossy(&again.stderr));
 
-    let listed: Value = serde_json::from_str(&shop.says(&["ls", "--json"])).unwrap();
+    let listed: Value = serde_json::from_str(&shop.stdout_of(&["ls", "--json"])).unwrap();
     assert_eq!(listed["containers"][0]["forwards"][0]["label"], "Web", "{listed}");
     let environment = docker(&["exec", &shop.name, "busybox", "env"]);
     let value = |name: &str| {
@@ -148,42 +151,44 @@ fn a_started_folder_restarts_itself_and_answers_where_it_did() {
     // Without a rebuild: the same image, whatever the folder contains now.
     shop.write("www/index.html", "two");
     let before = shop.started_at().unwrap();
-    let asked = shop.ask(false, "$LANDFALL_HOSTD_TOKEN");
-    assert!(String::from_utf8_lossy(&asked.stdout).contains("\"scheduled\":true"), "{asked:?}");
+    let output = shop.ask(false, "$LANDFALL_HOSTD_TOKEN");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("\"scheduled\":true"), "{output:?}");
     wait_until("the restart", || shop.started_at().filter(|now| *now != before));
     wait_until("the page after it", || shop.page().filter(|page| page == "one"));
 
-    // With a rebuild: from the present folder, by the same Dockerfile. The token is still valid.
-    let asked = shop.ask(true, "$LANDFALL_HOSTD_TOKEN");
-    assert!(String::from_utf8_lossy(&asked.stdout).contains("\"scheduled\":true"), "{asked:?}");
+    // With a rebuild: from the present folder, by the same Dockerfile. The token remains valid.
+    let output = shop.ask(true, "$LANDFALL_HOSTD_TOKEN");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("\"scheduled\":true"), "{output:?}");
     wait_until("the page of the new image", || shop.page().filter(|page| page == "two"));
-    wait_until("its old container's end", || {
+    wait_until("the removal of its old container", || {
         let old = run(&["inspect", &format!("{}.landfall-old", shop.name)]);
         (!old.status.success()).then_some(())
     });
     let log = std::fs::read_to_string(shop.home().join("log/hostd.log")).unwrap();
     for token in [value("LANDFALL_HOSTD_TOKEN"), value("LANDFALL_HOSTD_BROKER_TOKEN")] {
-        assert!(!log.contains(&token), "a token was told: {log}");
+        assert!(!log.contains(&token), "a token was logged: {log}");
     }
 
-    shop.says(&["stop"]);
-    wait_until("the port's end", || TcpStream::connect(("127.0.0.1", shop.port)).is_err().then_some(()));
-    assert!(!run(&["inspect", &shop.name]).status.success(), "the container is still there");
+    shop.stdout_of(&["stop"]);
+    wait_until("the release of the port", || {
+        TcpStream::connect(("127.0.0.1", shop.port)).is_err().then_some(())
+    });
+    assert!(!run(&["inspect", &shop.name]).status.success(), "the container still exists");
     assert!(!shop.registration().exists());
     assert_eq!(shop.landfall(&["stop"]).status.code(), Some(3));
 }
 
-/// Landfall's agent next to the web server, as an ordinary user of the container.
+/// An agent next to the web server, as an unprivileged user of the container.
 const SERVE_WITH_AGENT: &str = "busybox httpd -p 127.0.0.1:PORT -h /www; exec /landfall agent";
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
+fn c31_a_started_container_has_its_own_socket_and_answers_the_challenge() {
     let base = format!("{}\nUSER 1234:1234", super::agent::IMAGE);
     let shop = Shop::of(&base, "socket", SERVE_WITH_AGENT);
-    shop.says(&["start"]);
+    shop.stdout_of(&["start"]);
     wait_until("the first page", || shop.page());
-    // The folder and its own directory are mounted, the latter read-only, and nothing else of the daemon's.
+    // Only the folder and the directory of the container's socket are mounted, the latter read-only.
     let mounts = docker(&[
         "inspect",
         "-f",
@@ -197,7 +202,7 @@ fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
     assert_eq!(mounts[0], format!("/run/landfall-http false {}", directory.display()));
     let touched = run(&["exec", "-u", "0", &shop.name, "touch", "/run/landfall-http/file"]);
     assert!(String::from_utf8_lossy(&touched.stderr).contains("Read-only file system"), "{touched:?}");
-    // Through Docker's proxy, the agent has answered the challenge of the broker.
+    // The agent has answered the broker's challenge through Docker's proxy.
     let log = || std::fs::read_to_string(shop.home().join("log/hostd.log")).unwrap();
     let connected = format!("[portbroker:{}] connected", shop.name);
     wait_until("the broker", || log().contains(&connected).then_some(()));
@@ -206,7 +211,7 @@ fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
     for token in ["brokerToken", "restartToken"] {
         assert!(!log().contains(registered[token].as_str().unwrap()));
     }
-    // It requests over the socket; also after another daemon has replaced the first.
+    // The agent sends requests over the socket, also after another daemon has replaced the first.
     let restart = || {
         let before = shop.started_at().unwrap();
         docker(&["exec", &shop.name, "/landfall", "agent", "restart"]);
@@ -214,53 +219,53 @@ fn c31_a_started_container_has_a_socket_of_its_own_and_proves_itself() {
         wait_until("the page after it", || shop.page());
     };
     restart();
-    shop.says(&["down"]);
+    shop.stdout_of(&["down"]);
     let refused = run(&["exec", &shop.name, "/landfall", "agent", "restart"]);
     assert_eq!(refused.status.code(), Some(5), "{refused:?}");
-    shop.says(&["up", "--http-port", "0"]);
+    shop.stdout_of(&["up", "--http-port", "0"]);
     wait_until("the page of the next daemon", || shop.page());
     restart();
-    shop.says(&["stop"]);
+    shop.stdout_of(&["stop"]);
     assert!(!directory.exists());
 }
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn c31_a_port_that_is_taken_while_a_container_is_stopped_does_not_keep_it_down() {
+fn c31_a_port_that_is_taken_while_a_container_is_stopped_does_not_prevent_its_start() {
     let shop = Shop::new("squatted", SERVE);
-    shop.says(&["start"]);
+    shop.stdout_of(&["start"]);
     wait_until("the first page", || shop.page());
     let published = || docker(&["port", &shop.name, "8973/tcp"]);
     let before = published();
     docker(&["stop", "-t", "1", &shop.name]);
     let _squatter = std::net::TcpListener::bind(&before).unwrap();
-    shop.says(&["restart", &shop.name]);
+    shop.stdout_of(&["restart", &shop.name]);
     assert_ne!(published(), before);
     wait_until("the page after it", || shop.page());
 }
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn a_container_that_ends_at_once_says_why_and_leaves_nothing() {
+fn a_container_that_ends_at_once_reports_the_reason_and_is_removed() {
     let shop = Shop::new("broken", "echo no such module; exit 3");
     let output = shop.landfall(&["start"]);
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(6), "{told}");
-    assert!(told.contains("ended at once with status 3: no such module"), "{told}");
-    assert!(!run(&["inspect", &shop.name]).status.success(), "the container is still there");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{stderr}");
+    assert!(stderr.contains("ended at once with status 3: no such module"), "{stderr}");
+    assert!(!run(&["inspect", &shop.name]).status.success(), "the container still exists");
     assert!(!shop.registration().exists());
 }
 
 #[test]
 #[ignore = "needs a Docker engine: tests/docker.sh"]
-fn only_what_was_started_of_a_folder_is_stopped() {
+fn stop_removes_only_a_container_that_start_created() {
     let shop = Shop::new("own", SERVE);
     docker(&["run", "-d", "--name", &shop.name, super::BASE, "sleep", "100000"]);
     let output = shop.landfall(&["stop", &shop.name]);
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(6), "{told}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{stderr}");
     let output = shop.landfall(&["start"]);
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(told.contains("another container has the name"), "{told}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("another container is called"), "{stderr}");
     assert!(run(&["inspect", &shop.name]).status.success(), "it was removed");
 }

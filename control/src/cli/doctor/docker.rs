@@ -49,9 +49,9 @@ fn kernel() -> String {
 }
 
 fn engine(about: &About, owner: Option<u32>) -> Finding {
-    let said_by = about.said_by.as_ref().map(|by| format!(" ({by})")).unwrap_or_default();
+    let source = about.source.as_ref().map(|by| format!(" ({by})")).unwrap_or_default();
     let rootless = if owner.is_some_and(|owner| owner != 0) { ", rootless" } else { "" };
-    Finding::ok(ENGINE, format!("{}{rootless}, at {}{said_by}", about.name, about.at))
+    Finding::ok(ENGINE, format!("{}{rootless}, at {}{source}", about.name, about.at))
 }
 
 /// Returns how user `user` can enter containers on this `kernel`.
@@ -103,7 +103,7 @@ mod tests {
     fn about(kernel: &str) -> About {
         About {
             at: "unix:///run/user/1000/docker.sock".to_owned(),
-            said_by: Some("context rootless".to_owned()),
+            source: Some("context rootless".to_owned()),
             socket: None,
             name: "Docker Engine 27.1".to_owned(),
             kernel: Some(kernel.to_owned()),

@@ -23,7 +23,7 @@ use serde_json::Map;
 
 use super::labels::{self, Labels};
 use crate::docker::labels::LabelOrigin;
-use crate::docker::{ASIDE, Listed};
+use crate::docker::{ASIDE_SUFFIX, Listed};
 use crate::model::port_policy::{Allow, PortForward};
 use crate::model::registration::{AttachMethod, ContainerName, Discovered, FoundBy, Registration};
 use crate::registry::folder::FOREGROUND;
@@ -224,7 +224,10 @@ impl<'a> DockerObservation<'a> {
     fn new(listed: &'a [Candidate], registered: &'a Registered, all: bool) -> DockerObservation<'a> {
         let present: BTreeSet<&str> = listed.iter().map(|one| one.container.name.as_str()).collect();
         // During a replacement the old container has a temporary name. It keeps its identity until the new one exists.
-        let name = |Candidate { container, .. }: &Candidate| match container.name.as_str().strip_suffix(ASIDE)
+        let name = |Candidate { container, .. }: &Candidate| match container
+            .name
+            .as_str()
+            .strip_suffix(ASIDE_SUFFIX)
         {
             Some(final_name) if present.contains(final_name) => None,
             Some(final_name) => ContainerName::new(final_name).ok(),

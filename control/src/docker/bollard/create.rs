@@ -1,4 +1,4 @@
-//! Making a container that was not there, and taking it away.
+//! Creates new containers and removes them.
 
 use std::collections::HashMap;
 
@@ -9,8 +9,8 @@ use super::{
 };
 use crate::docker::rebuild::USER_LABEL;
 
-/// How long a container has to end by itself, in seconds. As the first process of its namespace a dev server gets no signal
-/// that it did not ask for, so most of them take all of it, and a restart is to take moments.
+/// The stop timeout of a container, in seconds. A dev server is the first process of its namespace and receives no signal
+/// without a handler, so most use the whole timeout, and a restart is to be fast.
 const STOP_SECONDS: i64 = 3;
 
 /// The security option that keeps a process from gaining privileges by a set-uid program (`prctl(2)`,
@@ -18,7 +18,7 @@ const STOP_SECONDS: i64 = 3;
 const NO_NEW_PRIVILEGES: &str = "no-new-privileges";
 
 impl Engine {
-    /// Makes the container and starts it, and sees that it stays. One that does not is removed.
+    /// Creates the container, starts it, and checks that it stays up. Removes it on failure.
     pub(in crate::docker) async fn run(&self, new: &NewContainer) -> Result<(), DockerError> {
         let name = new.name.as_str();
         let options = CreateContainerOptionsBuilder::default().name(name).build();
@@ -26,35 +26,36 @@ impl Engine {
         created.map_err(|error| self.refused(&error))?;
         let started = self.client.start_container(name, None::<StartContainerOptions>).await;
         let up = match started.map_err(|error| self.error(name, &error)) {
-            Ok(()) => self.stays(name).await,
+            Ok(()) => self.check_stays_up(name).await,
             Err(error) => Err(error),
         };
         if up.is_err() {
-            // Under its name nothing else could be started.
+            // Otherwise its name would block the next attempt.
             let _ = self.remove(name).await;
         }
         up
     }
 
-    /// The labels of an image, which is pulled if it is not here.
+    /// Returns the labels of an image, which is pulled if the engine does not have it.
     pub(in crate::docker) async fn image_labels(
         &self,
         image: &str,
     ) -> Result<HashMap<String, String>, DockerError> {
-        let told = match self.client.inspect_image(image).await {
+        let inspected = match self.client.inspect_image(image).await {
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => {
                 self.pull(image).await?;
                 self.client.inspect_image(image).await
             }
-            told => told,
+            inspected => inspected,
         };
-        let told = told.map_err(|error| self.refused(&error))?;
-        Ok(told.config.and_then(|config| config.labels).unwrap_or_default())
+        let inspected = inspected.map_err(|error| self.refused(&error))?;
+        Ok(inspected.config.and_then(|config| config.labels).unwrap_or_default())
     }
 
-    /// Stops the container in its own time and removes it, with what an attempt to replace it left. Its volumes are kept.
-    pub(in crate::docker) async fn take_away(&self, name: &str) -> Result<bool, DockerError> {
-        let aside = replace::aside(name);
+    /// Stops the container within its own timeout and removes it, with the rest of an interrupted replacement. Keeps
+    /// volumes.
+    pub(in crate::docker) async fn stop_and_remove(&self, name: &str) -> Result<bool, DockerError> {
+        let aside = replace::aside_name(name);
         let mut was_there = false;
         for name in [name, &aside] {
             if self.inspect(name).await?.is_some() {
@@ -96,7 +97,7 @@ fn body(new: &NewContainer) -> ContainerCreateBody {
         host_config: Some(HostConfig {
             mounts: Some(vec![folder, http]),
             port_bindings: Some(HashMap::from([(inside, Some(vec![binding]))])),
-            // A set-uid program of the image, which a rebuild may bring, makes no process root.
+            // A set-uid program of the image, which a rebuild may add, cannot make a process root.
             security_opt: Some(vec![NO_NEW_PRIVILEGES.to_owned()]),
             extra_hosts: Some(vec!["host.docker.internal:host-gateway".to_owned()]),
             ..HostConfig::default()

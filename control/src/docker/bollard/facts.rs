@@ -1,4 +1,4 @@
-//! What Docker tells of a container, in our words. Pure.
+//! Converts the engine's answers about containers to the crate's types. Pure.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -14,11 +14,11 @@ use crate::docker::labels::{ContainerLabels, ImageLabels};
 use crate::docker::{AGENT_DIRECTORY, LifeEvent, Listed, Network};
 use crate::model::registration::ContainerName;
 
-/// Podman's images of the containers that hold the network of a pod, without their tag.
+/// Podman's image of the containers that hold the network of a pod, without the tag.
 const POD_IMAGE: &str = "localhost/podman-pause";
 
-/// What happened to a container, in Docker's words: Podman has some of its own.
-pub(super) fn in_dockers_words(what: String) -> String {
+/// Converts an action of an event to Docker's name for it. Podman has other names for some.
+pub(super) fn docker_action(what: String) -> String {
     match what.as_str() {
         "died" => "die".to_owned(),
         "remove" => "destroy".to_owned(),
@@ -26,11 +26,11 @@ pub(super) fn in_dockers_words(what: String) -> String {
     }
 }
 
-/// One of Docker's list. None where what makes it a container is missing, and for what holds the network of a pod.
-/// `images` has the labels of its image, where those matter.
-pub(super) fn listed(told: ContainerSummary, images: &HashMap<String, ImageLabels>) -> Option<Listed> {
+/// Converts one container of the list. Returns `None` if required fields are missing, and for a container that holds the
+/// network of a pod. `images` has the labels of its image, if they are needed.
+pub(super) fn listed(answer: ContainerSummary, images: &HashMap<String, ImageLabels>) -> Option<Listed> {
     use ContainerSummaryStateEnum::{PAUSED, RUNNING};
-    if told
+    if answer
         .image
         .as_ref()
         .and_then(|image| image.strip_prefix(POD_IMAGE))
@@ -38,45 +38,45 @@ pub(super) fn listed(told: ContainerSummary, images: &HashMap<String, ImageLabel
     {
         return None;
     }
-    // A link is one more name, below that of another container.
-    let mut names = told
+    // A link is an additional name, below the name of another container.
+    let mut names = answer
         .names
         .into_iter()
         .flatten()
         .filter_map(|name| ContainerName::new(name.strip_prefix('/').unwrap_or(&name)).ok());
     let name = names.next()?;
-    let mode = told.host_config.and_then(|config| config.network_mode);
-    let ports = told.ports.unwrap_or_default().into_iter().filter_map(|port| {
+    let mode = answer.host_config.and_then(|config| config.network_mode);
+    let ports = answer.ports.unwrap_or_default().into_iter().filter_map(|port| {
         let is_ours = port.typ == Some(PortSummaryTypeEnum::TCP) && answers_locally(port.ip.as_deref());
         let (inside, outside) = (NonZeroU16::new(port.private_port)?, NonZeroU16::new(port.public_port?)?);
         is_ours.then_some((inside, outside))
     });
-    let image_labels = told.image_id.and_then(|id| images.get(&id).cloned());
+    let image_labels = answer.image_id.and_then(|id| images.get(&id).cloned());
     let image_labels = image_labels.unwrap_or(ImageLabels::Unknown);
     Some(Listed {
-        id: told.id?,
+        id: answer.id?,
         name,
         is_between_names: names.next().is_some(),
-        image: told.image.unwrap_or_default(),
-        running: matches!(told.state, Some(RUNNING | PAUSED)),
-        labels: ContainerLabels::new(told.labels.unwrap_or_default().into_iter().collect(), image_labels),
+        image: answer.image.unwrap_or_default(),
+        running: matches!(answer.state, Some(RUNNING | PAUSED)),
+        labels: ContainerLabels::new(answer.labels.unwrap_or_default().into_iter().collect(), image_labels),
         network: network(mode.as_deref()),
-        created: told.created.unwrap_or_default(),
+        created: answer.created.unwrap_or_default(),
         published: ports.collect(),
     })
 }
 
-/// What happens to containers and changes where they are or whether they run. The rest is more and says nothing: every check
-/// of a container's health is three events.
+/// The actions that affect whether a container exists, runs, or has its name. All others are ignored; they are frequent:
+/// each health check causes three events.
 const LIFE: [&str; 9] =
     ["create", "start", "restart", "die", "stop", "pause", "unpause", "rename", "destroy"];
 
-/// What one of Docker's events says about containers.
-pub(super) fn life_events(told: EventMessage) -> Vec<LifeEvent> {
-    let (Some(what), Some(actor)) = (told.action, told.actor) else { return Vec::new() };
+/// Converts an event of the engine to events of containers.
+pub(super) fn life_events(answer: EventMessage) -> Vec<LifeEvent> {
+    let (Some(what), Some(actor)) = (answer.action, answer.actor) else { return Vec::new() };
     let mut attributes = actor.attributes.unwrap_or_default();
     let changed = |id: &str, name: String| LifeEvent::Changed { id: id.to_owned(), name, what: what.clone() };
-    match told.typ {
+    match answer.typ {
         Some(EventMessageTypeEnum::NETWORK) if matches!(what.as_str(), "connect" | "disconnect") => {
             attributes.remove("container").map(|id| changed(&id, String::new())).into_iter().collect()
         }
@@ -90,7 +90,7 @@ pub(super) fn life_events(told: EventMessage) -> Vec<LifeEvent> {
     }
 }
 
-/// The network of a container of this mode.
+/// Returns the network of a container with this mode.
 pub(super) fn network(mode: Option<&str>) -> Network {
     match mode {
         Some("host") => Network::Host,
@@ -101,19 +101,19 @@ pub(super) fn network(mode: Option<&str>) -> Network {
     }
 }
 
-/// Where the host is on a network.
+/// The host's address on a network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Gateway {
     Address(IpAddr),
-    /// At the address of this interface of the engine's machine.
+    /// The address of this interface of the engine's machine.
     Interface(String),
 }
 
-/// The option of a network that tells its interface.
+/// The option of a network that names its interface.
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 
-/// Where the host is on a network of this kind. An engine that has just made its bridge tells the interface alone, until it
-/// is started again.
+/// Returns the host's address on a network. An engine that has just created its bridge reports only the interface, until its
+/// next start.
 pub(super) fn gateway(network: NetworkInspect) -> Option<Gateway> {
     let pools = network.ipam.and_then(|ipam| ipam.config).into_iter().flatten();
     let address = pools.filter_map(|pool| pool.gateway?.parse().ok()).next();
@@ -121,7 +121,7 @@ pub(super) fn gateway(network: NetworkInspect) -> Option<Gateway> {
     address.map(Gateway::Address).or_else(|| interface().map(Gateway::Interface))
 }
 
-/// What is published where `localhost` answers: TCP ports inside, and those of the host.
+/// Returns the TCP ports that are published at `localhost`: ports inside, and their host ports.
 pub(super) fn published(ports: &PortMap) -> BTreeMap<NonZeroU16, NonZeroU16> {
     let published = ports.iter().filter_map(|(inside, bindings)| {
         let inside = inside.strip_suffix("/tcp")?.parse().ok()?;
@@ -132,7 +132,7 @@ pub(super) fn published(ports: &PortMap) -> BTreeMap<NonZeroU16, NonZeroU16> {
     published.collect()
 }
 
-/// Whether what is bound to this address of the host answers at `localhost`. Docker says nothing for all addresses.
+/// Returns whether a listener on this host address answers at `localhost`. An absent or empty address means all addresses.
 fn answers_locally(address: Option<&str>) -> bool {
     match address {
         None | Some("") => true,
@@ -140,7 +140,7 @@ fn answers_locally(address: Option<&str>) -> bool {
     }
 }
 
-/// The host port of the first usable binding, IPv4 before IPv6 (wire specification, A.6.1).
+/// Returns the host port of the first usable binding, IPv4 before IPv6 (wire specification, A.6.1).
 pub(super) fn host_port<'a>(bindings: impl Iterator<Item = &'a PortBinding>) -> Option<NonZeroU16> {
     let mut usable = bindings.filter_map(|binding| {
         let address = binding.host_ip.as_deref().unwrap_or_default();
@@ -152,7 +152,7 @@ pub(super) fn host_port<'a>(bindings: impl Iterator<Item = &'a PortBinding>) -> 
     Some(chosen.1)
 }
 
-/// The directory of the host that is mounted where an agent puts its socket.
+/// Returns the host directory that is mounted where an agent creates its socket.
 pub(super) fn agent_directory(mounts: Vec<MountPoint>) -> Option<PathBuf> {
     let mount = mounts
         .into_iter()
@@ -169,8 +169,8 @@ mod tests {
     }
 
     #[test]
-    fn a_container_of_the_list_is_read() {
-        let told: ContainerSummary = serde_json::from_value(serde_json::json!({
+    fn a_listed_container_is_converted() {
+        let answer: ContainerSummary = serde_json::from_value(serde_json::json!({
             "Id": "abc", "Names": ["/other/alias", "/shop"], "Image": "node:22", "ImageID": "sha256:1", "State": "paused",
             "Labels": {"dev.landfall.forward": "true", "dev.landfall.name": "web"}, "HostConfig": {"NetworkMode": "container:def"},
             "Ports": [
@@ -184,7 +184,7 @@ mod tests {
         .unwrap();
         let image = [("dev.landfall.name".to_owned(), "web".to_owned())];
         let images = HashMap::from([("sha256:1".to_owned(), ImageLabels::of(image))]);
-        let listed = listed(told, &images).unwrap();
+        let listed = listed(answer, &images).unwrap();
         assert_eq!((listed.id.as_str(), listed.name.as_str()), ("abc", "shop"));
         assert!(!listed.is_between_names);
         assert!(listed.running);
@@ -195,34 +195,37 @@ mod tests {
     }
 
     #[test]
-    fn one_with_two_names_of_its_own_is_between_them() {
-        let told = serde_json::json!({"Id": "abc", "Names": ["/shop", "/other/alias", "/store"]});
-        assert!(listed(serde_json::from_value(told).unwrap(), &HashMap::new()).unwrap().is_between_names);
+    fn a_container_with_two_names_is_between_names() {
+        let answer = serde_json::json!({"Id": "abc", "Names": ["/shop", "/other/alias", "/store"]});
+        assert!(listed(serde_json::from_value(answer).unwrap(), &HashMap::new()).unwrap().is_between_names);
     }
 
     #[test]
-    fn what_podman_tells_is_read_like_dockers() {
-        // Its list tells no network mode, and an empty one is no other container's.
-        let told = |image: &str| -> ContainerSummary {
+    fn podmans_answers_are_converted_like_dockers() {
+        // Its list has no network mode, and an empty mode does not refer to another container.
+        let answer = |image: &str| -> ContainerSummary {
             serde_json::from_value(serde_json::json!({
                 "Id": "abc", "Names": ["/8abeaf822805-infra"], "Image": image, "State": "running", "HostConfig": null,
                 "Ports": [], "Labels": {}
             }))
             .unwrap()
         };
-        assert!(listed(told("localhost/podman-pause:4.3.1-0"), &HashMap::new()).is_none());
-        assert_eq!(listed(told("localhost/podman-pauser:1"), &HashMap::new()).unwrap().network, Network::Own);
+        assert!(listed(answer("localhost/podman-pause:4.3.1-0"), &HashMap::new()).is_none());
+        assert_eq!(
+            listed(answer("localhost/podman-pauser:1"), &HashMap::new()).unwrap().network,
+            Network::Own
+        );
         for (mode, own) in [("slirp4netns", true), ("pasta", true), ("bridge", true), ("container:x", false)]
         {
             assert_eq!(network(Some(mode)) == Network::Own, own, "{mode}");
         }
-        let words = ["died", "remove", "start"].map(|word| in_dockers_words(word.to_owned()));
+        let words = ["died", "remove", "start"].map(|word| docker_action(word.to_owned()));
         assert_eq!(words, ["die", "destroy", "start"]);
     }
 
     #[test]
-    fn the_host_is_at_the_gateway_or_at_the_interface() {
-        let at = |told: serde_json::Value| gateway(serde_json::from_value(told).unwrap());
+    fn the_gateway_is_an_address_or_an_interface() {
+        let at = |answer: serde_json::Value| gateway(serde_json::from_value(answer).unwrap());
         let options = serde_json::json!({(BRIDGE_NAME): "docker0"});
         let both = serde_json::json!({"IPAM": {"Config": [{"Subnet": "172.17.0.0/16", "Gateway": "172.17.0.1"}]},
             "Options": options});
@@ -233,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_writable_mount_at_the_agents_place_is_its_directory() {
+    fn only_a_writable_mount_at_the_agents_directory_is_used() {
         let mount = |destination: &str, rw| MountPoint {
             source: Some("/home/u/shared".to_owned()),
             destination: Some(destination.to_owned()),
@@ -247,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_bound_elsewhere_is_not_published_on_localhost() {
+    fn ports_on_other_addresses_are_not_published_on_localhost() {
         let ports: PortMap = serde_json::from_value(serde_json::json!({
             "80/tcp": [{"HostIp": "192.0.2.1", "HostPort": "80"}, {"HostIp": "::1", "HostPort": "8080"}],
             "81/tcp": null, "82/udp": [{"HostIp": "", "HostPort": "82"}], "83/tcp": [{"HostIp": "", "HostPort": "83"}]
@@ -261,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_published_port_is_that_of_the_first_usable_binding_and_of_ipv4_if_there_is_one() {
+    fn the_first_usable_binding_is_used_and_ipv4_is_preferred() {
         let port = |bindings: &[(&str, &str)]| {
             let bindings: Vec<_> = bindings.iter().map(|(address, port)| binding(address, port)).collect();
             host_port(bindings.iter()).map(NonZeroU16::get)

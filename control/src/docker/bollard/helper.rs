@@ -18,7 +18,7 @@ use futures_util::StreamExt;
 use futures_util::stream::unfold;
 use tokio::sync::mpsc;
 
-use super::image::{PIECE_BYTES, PIECES_MAX, Pieces};
+use super::image::{CHUNK_BYTES, CHUNKS_MAX, ChunkWriter};
 use super::{ContainerActions, DockerError, Engine};
 use crate::docker::AGENT_DIRECTORY;
 use crate::docker::helper::{
@@ -26,28 +26,28 @@ use crate::docker::helper::{
 };
 
 impl Engine {
-    /// The container of this name.
+    /// Returns the container of this name.
     pub(in crate::docker) async fn helper(&self, name: &str) -> Result<Option<HelperSeen>, DockerError> {
-        let Some(told) = self.inspect(name).await? else { return Ok(None) };
-        let mut labels = told.config.and_then(|config| config.labels).unwrap_or_default();
+        let Some(inspected) = self.inspect(name).await? else { return Ok(None) };
+        let mut labels = inspected.config.and_then(|config| config.labels).unwrap_or_default();
         Ok(Some(HelperSeen {
             home: labels.remove(LABEL),
             build: labels.remove(BUILD_LABEL),
-            running: told.state.and_then(|state| state.running).unwrap_or(false),
+            running: inspected.state.and_then(|state| state.running).unwrap_or(false),
         }))
     }
 
-    /// Whether the engine runs without root.
+    /// Returns whether the engine is rootless.
     pub(in crate::docker) async fn is_rootless(&self) -> Result<bool, DockerError> {
-        let told = self.client.info().await.map_err(|error| self.refused(&error))?;
-        let options = told.security_options.unwrap_or_default();
+        let inspected = self.client.info().await.map_err(|error| self.refused(&error))?;
+        let options = inspected.security_options.unwrap_or_default();
         Ok(options
             .iter()
             .any(|option| option.split(',').any(|word| word == "name=rootless" || word == "rootless")))
     }
 
-    /// Makes and starts it.
-    pub(in crate::docker) async fn make_helper(&self, plan: &HelperPlan) -> Result<(), DockerError> {
+    /// Creates and starts the container.
+    pub(in crate::docker) async fn create_helper(&self, plan: &HelperPlan) -> Result<(), DockerError> {
         let image = format!("{}:{}", plan.name, plan.build);
         match self.client.inspect_image(&image).await {
             Ok(_) => {}
@@ -55,62 +55,64 @@ impl Engine {
             Err(error) => return Err(self.refused(&error)),
         }
         let options = CreateContainerOptionsBuilder::default().name(&plan.name).build();
-        let created = self.client.create_container(Some(options), recipe(plan, &image)).await;
+        let created = self.client.create_container(Some(options), request(plan, &image)).await;
         created.map_err(|error| self.refused(&error))?;
         let started = self.client.start_container(&plan.name, None::<StartContainerOptions>).await;
         started.map_err(|error| self.error(&plan.name, &error))?;
-        self.forget_images(&plan.name, Some(&image)).await;
+        self.remove_images(&plan.name, Some(&image)).await;
         Ok(())
     }
 
-    /// How it ended, if it has.
+    /// Returns how the container ended, if it has ended.
     pub(in crate::docker) async fn helper_end(&self, name: &str) -> Result<Option<String>, DockerError> {
-        let state = self.inspect(name).await?.and_then(|told| told.state).unwrap_or_default();
+        let state = self.inspect(name).await?.and_then(|inspected| inspected.state).unwrap_or_default();
         if state.running == Some(true) {
             return Ok(None);
         }
-        Ok(Some(self.how_it_ended(name, &state).await))
+        Ok(Some(self.end_text(name, &state).await))
     }
 
-    /// Ends and removes it.
+    /// Removes the container, running or not.
     pub(in crate::docker) async fn remove_helper(&self, name: &str) -> Result<(), DockerError> {
         self.remove(name).await
     }
 
-    /// Makes the image: a file system that has the program and nothing else.
+    /// Creates the image: a file system with only the program.
     async fn import(&self, plan: &HelperPlan) -> Result<(), DockerError> {
-        let (sender, receiver) = mpsc::channel(PIECES_MAX);
+        let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
         let program = plan.program.clone();
         let writer = tokio::task::spawn_blocking(move || {
-            let packed = pack(&program, BufWriter::with_capacity(PIECE_BYTES, Pieces(sender.clone())));
+            let packed = pack(&program, BufWriter::with_capacity(CHUNK_BYTES, ChunkWriter(sender.clone())));
             if let Err(error) = &packed {
-                // The engine must not take half a program for a whole one.
+                // The error makes the engine reject the incomplete program.
                 let _ = sender.blocking_send(Err(io::Error::new(error.kind(), error.to_string())));
             }
             packed
         });
-        let pieces =
-            unfold(receiver, |mut receiver| async { receiver.recv().await.map(|piece| (piece, receiver)) });
+        let chunks =
+            unfold(receiver, |mut receiver| async { receiver.recv().await.map(|chunk| (chunk, receiver)) });
         let options =
             CreateImageOptionsBuilder::default().from_src("-").repo(&plan.name).tag(&plan.build).build();
-        let mut told = Box::pin(self.client.create_image(Some(options), Some(body_try_stream(pieces)), None));
-        let failed = |why: String| DockerError::Refused(format!("the helper's image cannot be made: {why}"));
+        let mut inspected =
+            Box::pin(self.client.create_image(Some(options), Some(body_try_stream(chunks)), None));
+        let failed =
+            |why: String| DockerError::Refused(format!("the helper's image cannot be created: {why}"));
         let mut imported = Ok(());
-        while let Some(word) = told.next().await {
+        while let Some(word) = inspected.next().await {
             imported = imported.and(word.map(drop).map_err(|error| match self.refused(&error) {
                 DockerError::Refused(why) => failed(why),
                 error => error,
             }));
         }
-        drop(told);
+        drop(inspected);
         match writer.await {
             Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => Err(failed(error.to_string())),
             _ => imported,
         }
     }
 
-    /// Removes the helper's images but the one to keep. What cannot be removed costs its room and nothing else.
-    pub(in crate::docker) async fn forget_images(&self, name: &str, keep: Option<&str>) {
+    /// Removes the helper's images except one. An image that cannot be removed only uses disk space.
+    pub(in crate::docker) async fn remove_images(&self, name: &str, keep: Option<&str>) {
         let filters: HashMap<&str, Vec<String>> = HashMap::from([("reference", vec![name.to_owned()])]);
         let options = ListImagesOptionsBuilder::default().filters(&filters).build();
         let listed = self.client.list_images(Some(options)).await.unwrap_or_default();
@@ -121,7 +123,7 @@ impl Engine {
     }
 }
 
-/// Writes a file system of one file.
+/// Writes a file system with one file.
 fn pack(program: &Path, out: impl Write) -> io::Result<()> {
     let mut file = File::open(program)?;
     let mut header = tar::Header::new_ustar();
@@ -133,8 +135,8 @@ fn pack(program: &Path, out: impl Write) -> io::Result<()> {
     archive.into_inner()?.flush()
 }
 
-/// The container.
-fn recipe(plan: &HelperPlan, image: &str) -> ContainerCreateBody {
+/// Returns the request that creates the container.
+fn request(plan: &HelperPlan, image: &str) -> ContainerCreateBody {
     let words = |words: &[&str]| Some(words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
     let mount = Mount {
         typ: Some(MountType::BIND),
@@ -146,13 +148,13 @@ fn recipe(plan: &HelperPlan, image: &str) -> ContainerCreateBody {
         image: Some(image.to_owned()),
         entrypoint: words(&[PROGRAM]),
         cmd: words(&["_helper", &plan.user.to_string()]),
-        // Root, and in the group of the directory.
+        // Root, with the group of the directory.
         user: Some(format!("0:{}", plan.group)),
         labels: Some(HashMap::from([
             (LABEL.to_owned(), plan.home.clone()),
             (BUILD_LABEL.to_owned(), plan.build.clone()),
         ])),
-        // It has nothing to finish, and a first process hears no other signal that it does not ask for.
+        // It has no work to finish, and the first process of a namespace receives no signal without a handler.
         stop_signal: Some("SIGKILL".to_owned()),
         host_config: Some(HostConfig {
             network_mode: Some("none".to_owned()),
@@ -178,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_image_is_the_program_alone() {
+    fn the_image_contains_only_the_program() {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("any-name");
         std::fs::write(&program, "the program").unwrap();
@@ -192,9 +194,9 @@ mod tests {
         assert!(entries.next().is_none());
     }
 
-    /// Whoever changes this changes what a person agrees to, so it is said twice.
+    /// The user agrees to exactly these privileges, so the test repeats them.
     #[test]
-    fn it_is_given_no_more_than_it_says() {
+    fn the_container_has_only_the_documented_privileges() {
         let plan = HelperPlan {
             name: "n".to_owned(),
             home: "/h".to_owned(),
@@ -204,7 +206,7 @@ mod tests {
             group: 7,
             user: 1000,
         };
-        let made = serde_json::to_value(recipe(&plan, "landfall-helper:b")).unwrap();
+        let made = serde_json::to_value(request(&plan, "landfall-helper:b")).unwrap();
         assert_eq!(
             made,
             serde_json::json!({

@@ -9,11 +9,11 @@ use bollard::models::ContainerSummary;
 use super::{DockerError, Engine};
 use crate::docker::labels::{ContainerLabels, ImageLabels};
 
-/// The most images whose labels are remembered between two lists.
+/// The maximum number of images whose labels are cached.
 const IMAGES_MAX: usize = 256;
 
-/// The labels of the images of the last list, by the image's id. An id stands for a content, so they never change; without
-/// this, each event of Docker's would be an inspection of each image.
+/// The labels of the images of the last list, by the image's id. An id identifies a content, so the labels never change.
+/// Without the cache, each Docker event would cause an inspection of each image.
 #[derive(Debug, Default)]
 pub(in crate::docker) struct ImageCache(Mutex<HashMap<String, ImageLabels>>);
 
@@ -35,7 +35,7 @@ impl ImageCache {
 }
 
 impl Engine {
-    /// The labels of the images of these containers, by the image's id, where it matters what the image has.
+    /// Returns the labels of the images of these containers by the image's id, for containers for which they are needed.
     pub(super) async fn image_labels_of(
         &self,
         listed: &[ContainerSummary],
@@ -58,9 +58,9 @@ impl Engine {
         Ok(found)
     }
 
-    /// An engine that answers and has no such image, or cannot describe it, leaves its labels unknown. Only labels that are
-    /// known are remembered: the image may come back. An engine that does not answer is an error, since the list would
-    /// withdraw what an earlier one granted.
+    /// Returns the labels of an image. They are unknown if the engine answers but has no such image or cannot describe it.
+    /// Only known labels are cached, since the image may be restored. An engine that does not answer is an error: an empty
+    /// result would revoke the grants of an earlier list.
     async fn labels_of_image(&self, id: &str, cache: &ImageCache) -> Result<ImageLabels, DockerError> {
         // Podman lists a container without an image.
         if id.is_empty() {

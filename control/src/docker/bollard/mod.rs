@@ -1,12 +1,12 @@
-//! The only place that knows the Docker client: its types stop here, and in the files below.
+//! The only module that uses the Docker client: its types do not leave this directory.
 //!
-//! - `create` makes a container that was not there.
-//! - `facts` reads what Docker tells of a container. No I/O.
-//! - `recipe` turns what Docker tells of a container into what it takes to make it again. No I/O.
-//! - `image` builds an image; `rebuild` replaces a container by one of a new image, and `user` decides which user it has.
+//! - `create` creates a new container.
+//! - `facts` converts the engine's answers. No I/O.
+//! - `recipe` converts the inspection of a container to a request that creates it again. No I/O.
+//! - `image` builds an image; `rebuild` replaces a container by one of a new image, and `user` determines its user.
 //! - `taken` names the holder of a host port that Docker cannot publish.
-//! - `helper` makes the helper's image and its container.
-//! - `inherited` reads the labels of the images that containers are made of.
+//! - `helper` creates the helper's image and its container.
+//! - `inherited` reads the labels of the images of containers.
 
 mod create;
 mod facts;
@@ -47,43 +47,42 @@ use crate::model::registration::ContainerName;
 pub(super) use inherited::ImageCache;
 use taken::with_holders;
 
-/// The client's own bound for one answer, in seconds: longer than any stop timeout that is in use, since an answer to
-/// `stop` comes when the container has stopped. Questions are bounded more tightly by the caller.
+/// The client's own time limit of an answer, in seconds. It is longer than usual stop timeouts, since the answer to `stop`
+/// arrives when the container has stopped. Callers set tighter limits for other requests.
 const ANSWER_SECONDS: u64 = 600;
-/// How long a version of the protocol is used that was agreed on.
-const AGREED_MAX: Duration = Duration::from_secs(30);
-/// How far back events are asked for, in seconds: clocks are read in whole ones.
+/// How long a negotiated version of the API is reused.
+const NEGOTIATED_MAX: Duration = Duration::from_secs(30);
+/// The age of the oldest requested events, in seconds: event times are in whole seconds.
 const SINCE_SECONDS: i64 = 1;
-/// How long a container that was started is watched, and how often: one that cannot run mostly ends at once.
-const WATCHED: Duration = Duration::from_millis(1_500);
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How much of its last line is told when it does, in characters.
+/// The time for which a started container is observed, and the interval: a container that cannot run usually ends at once.
+const OBSERVED: Duration = Duration::from_millis(1_500);
+const OBSERVE_INTERVAL: Duration = Duration::from_millis(100);
+/// The maximum length of its last output line in a message, in characters.
 const LINE_CHARS_MAX: usize = 300;
-/// How long to wait before an engine that went away is asked again: doubling between these two.
-const AGAIN_MIN: Duration = Duration::from_millis(250);
-const AGAIN_MAX: Duration = Duration::from_secs(10);
-/// The most of that for an engine that is there, and tells nothing for longer than [`STOOD`]: each attempt has everything
-/// looked at again.
-const AGAIN_THERE_MAX: Duration = Duration::from_secs(2);
-const STOOD: Duration = Duration::from_secs(1);
+/// The delay before an unreachable engine is tried again; it doubles from the minimum to the maximum.
+const RETRY_MIN: Duration = Duration::from_millis(250);
+const RETRY_MAX: Duration = Duration::from_secs(10);
+/// The maximum delay for a reachable engine whose event stream ends early, within [`STABLE`]. Each attempt causes a resync.
+const RETRY_REACHABLE_MAX: Duration = Duration::from_secs(2);
+const STABLE: Duration = Duration::from_secs(1);
 
-/// The version of the protocol that was agreed on last, with whom and when. To ask costs an engine little, and Podman, which starts
-/// programs to answer, very much. One that is replaced by an older release is asked again soon.
+/// The API version of the last negotiation, with its time and address. A negotiation is cheap for Docker, but expensive for
+/// Podman, which starts programs to answer. It expires, so that an engine that an older release replaced is negotiated soon.
 #[derive(Debug, Default)]
-pub(super) struct Agreed(Mutex<Option<(Instant, Address, ClientVersion)>>);
+pub(super) struct NegotiatedVersion(Mutex<Option<(Instant, Address, ClientVersion)>>);
 
-impl Agreed {
+impl NegotiatedVersion {
     fn at(&self, address: &Address) -> Option<ClientVersion> {
-        let agreed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let negotiated = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |(since, with, _): &&(Instant, Address, ClientVersion)| {
-            with == address && since.elapsed() < AGREED_MAX
+            with == address && since.elapsed() < NEGOTIATED_MAX
         };
-        agreed.as_ref().filter(fits).map(|(.., version)| *version)
+        negotiated.as_ref().filter(fits).map(|(.., version)| *version)
     }
 
     fn note(&self, address: &Address, version: ClientVersion) {
-        let mut agreed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *agreed = Some((Instant::now(), address.clone(), version));
+        let mut negotiated = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *negotiated = Some((Instant::now(), address.clone(), version));
     }
 }
 
@@ -95,10 +94,13 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Meets the engine in the version of the protocol that was agreed on, and agrees on one where that is long ago.
-    pub(super) async fn connect(address: &Address, agreed: &Agreed) -> Result<Engine, DockerError> {
+    /// Connects with the negotiated API version, and negotiates if that has expired.
+    pub(super) async fn connect(
+        address: &Address,
+        negotiated: &NegotiatedVersion,
+    ) -> Result<Engine, DockerError> {
         let at = address.to_string();
-        let known = agreed.at(address);
+        let known = negotiated.at(address);
         let version = known.as_ref().unwrap_or(API_DEFAULT_VERSION);
         let client = match &address.endpoint {
             Endpoint::Unix(_) => Client::connect_with_unix(&at, ANSWER_SECONDS, version),
@@ -107,32 +109,32 @@ impl Engine {
         let mut client = client.map_err(|error| unreachable(address, &error))?;
         if known.is_none() {
             client = client.negotiate_version().await.map_err(|error| unreachable(address, &error))?;
-            agreed.note(address, client.client_version());
+            negotiated.note(address, client.client_version());
         }
         Ok(Engine { client, address: address.clone() })
     }
 
     pub(super) async fn about(&self) -> Result<About, DockerError> {
-        let told = self.client.version().await.map_err(|error| self.refused(&error))?;
-        let first = told.components.and_then(|components| components.into_iter().next());
+        let inspected = self.client.version().await.map_err(|error| self.refused(&error))?;
+        let first = inspected.components.and_then(|components| components.into_iter().next());
         let name = first.map_or_else(|| "Engine".to_owned(), |component| component.name);
-        // Docker's own calls itself nothing but an engine.
+        // Docker's component is named only "Engine".
         let name = if name == "Engine" { "Docker Engine".to_owned() } else { name };
-        let version = told.version.unwrap_or_default();
+        let version = inspected.version.unwrap_or_default();
         Ok(About {
             at: self.address.to_string(),
-            said_by: self.address.said_by.clone(),
+            source: self.address.source.clone(),
             socket: self.address.socket().map(Path::to_owned),
             name: escape(&format!("{name} {version}")).into_owned(),
-            kernel: told.kernel_version,
+            kernel: inspected.kernel_version,
         })
     }
 
-    /// Whether a container of exactly this name exists, or one that is being replaced by it.
+    /// Returns whether a container of exactly this name exists, or one that it replaces.
     pub(super) async fn exists(&self, name: &ContainerName) -> Result<bool, DockerError> {
-        let wanted = [name.to_string(), replace::aside(name.as_str())].map(|name| format!("/{name}"));
-        // The filters are patterns in which a dot means anything; the comparison afterwards is exact. Docker's names begin with
-        // a slash, Podman's do so in its answers alone.
+        let wanted = [name.to_string(), replace::aside_name(name.as_str())].map(|name| format!("/{name}"));
+        // The filters are patterns in which a dot matches any character, so the results are compared exactly. In filters,
+        // Docker's names start with a slash and Podman's do not.
         let patterns = wanted.iter().map(|name| format!("^/?{}$", &name[1..])).collect();
         let filters: HashMap<&str, Vec<String>> = HashMap::from([("name", patterns)]);
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
@@ -145,21 +147,21 @@ impl Engine {
     }
 
     pub(super) async fn first_process(&self, name: &ContainerName) -> Result<FirstProcess, DockerError> {
-        let told = self
+        let inspected = self
             .inspect(name.as_str())
             .await?
             .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()))?;
-        let state = told.state.unwrap_or_default();
+        let state = inspected.state.unwrap_or_default();
         let pid = state.pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
         if state.running != Some(true) {
             return Err(DockerError::NotRunning(name.to_string()));
         }
-        // One that waits to be restarted runs, as Docker has it, and has no process.
-        let (Some(id), Some(pid)) = (told.id, pid) else {
+        // Docker reports a container that waits for a restart as running, but without a process.
+        let (Some(id), Some(pid)) = (inspected.id, pid) else {
             return Err(DockerError::Changing(name.to_string()));
         };
-        let mode = told.host_config.and_then(|config| config.network_mode);
-        let mut ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
+        let mode = inspected.host_config.and_then(|config| config.network_mode);
+        let mut ports = inspected.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
         let mut network = facts::network(mode.as_deref());
         if let Network::Shared(owner) = &mut network
             && let Some((name, owners)) = self.owner_of_network(owner).await?
@@ -172,18 +174,19 @@ impl Engine {
             pid,
             network,
             published: facts::published(&ports),
-            agent_directory: facts::agent_directory(told.mounts.unwrap_or_default()),
+            agent_directory: facts::agent_directory(inspected.mounts.unwrap_or_default()),
             started_at: state.started_at.unwrap_or_default(),
         })
     }
 
-    /// The name and the published ports of a container whose network another one uses, by its id or its name; none where it
-    /// has been removed, which leaves its network to the other one.
+    /// Returns the name and the published ports of a container, by id or name, whose network another one uses. Returns
+    /// `None` if it was removed; the other container then keeps its network.
     async fn owner_of_network(&self, owner: &str) -> Result<Option<(String, PortMap)>, DockerError> {
         match self.client.inspect_container(owner, None::<InspectContainerOptions>).await {
-            Ok(told) => {
-                let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
-                let name = told.name.unwrap_or_default();
+            Ok(inspected) => {
+                let ports =
+                    inspected.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
+                let name = inspected.name.unwrap_or_default();
                 let name = name.strip_prefix('/').unwrap_or(&name);
                 Ok((!name.is_empty()).then(|| (name.to_owned(), ports)))
             }
@@ -192,7 +195,7 @@ impl Engine {
         }
     }
 
-    /// All containers.
+    /// Returns all containers.
     pub(super) async fn containers(&self, cache: &ImageCache) -> Result<Vec<Listed>, DockerError> {
         let options = ListContainersOptionsBuilder::default().all(true).build();
         let listed =
@@ -201,61 +204,63 @@ impl Engine {
         Ok(listed.into_iter().filter_map(|container| facts::listed(container, &images)).collect())
     }
 
-    /// Where Docker publishes a TCP port of the container, which runs.
+    /// Returns the host port at which Docker publishes a TCP port of a running container.
     pub(super) async fn published_port(
         &self,
         name: &ContainerName,
         port: u16,
     ) -> Result<Option<NonZeroU16>, DockerError> {
-        let told = self
+        let inspected = self
             .inspect(name.as_str())
             .await?
             .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()))?;
-        let state = told.state.unwrap_or_default();
+        let state = inspected.state.unwrap_or_default();
         if state.running != Some(true) || state.restarting == Some(true) {
             return Err(DockerError::NotRunning(name.to_string()));
         }
-        let ports = told.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
+        let ports = inspected.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
         let inside = NonZeroU16::new(port);
         Ok(inside.and_then(|inside| facts::published(&ports).get(&inside).copied()))
     }
 
-    /// Stops and starts. What an earlier attempt to replace the container left is put in order first.
+    /// Stops and starts a container. Recovers an interrupted replacement first.
     pub(super) async fn restart(&self, name: &ContainerName) -> Result<(), DockerError> {
-        replace::mend(self, name.as_str()).await.map_err(DockerError::stopping)?;
-        let told = self.inspect(name.as_str()).await.map_err(DockerError::stopping)?;
-        let vanishes = told
+        replace::recover(self, name.as_str()).await.map_err(DockerError::stopping)?;
+        let inspected = self.inspect(name.as_str()).await.map_err(DockerError::stopping)?;
+        let auto_removed = inspected
             .as_ref()
-            .and_then(|told| told.host_config.as_ref()?.auto_remove)
+            .and_then(|inspected| inspected.host_config.as_ref()?.auto_remove)
             .ok_or_else(|| DockerError::NoSuchContainer(name.to_string()).starting())?;
-        if vanishes {
-            // Stopped, it would be removed; only Docker's own restart keeps it.
+        if auto_removed {
+            // Docker would remove the container on a stop. Only Docker's own restart keeps it.
             let restarted =
                 self.client.restart_container(name.as_str(), None::<RestartContainerOptions>).await;
             if let Err(error) = restarted.map_err(|error| self.error(name.as_str(), &error)) {
                 // Docker removes the container if it does not start again.
-                return Err(with_holders(error, told.as_ref()).await.starting());
+                return Err(with_holders(error, inspected.as_ref()).await.starting());
             }
-            return self.stays(name.as_str()).await.map_err(DockerError::starting);
+            return self.check_stays_up(name.as_str()).await.map_err(DockerError::starting);
         }
         self.stop(name.as_str()).await.map_err(DockerError::stopping)?;
         self.start(name.as_str()).await.map_err(DockerError::starting)
     }
 
-    /// What its image is built from, as its labels say.
+    /// Returns the source of a container's image, from its labels.
     pub(super) async fn built_from(&self, name: &ContainerName) -> Result<BuildFrom, DockerError> {
-        let labels = self.inspect(name.as_str()).await?.and_then(|told| told.config?.labels);
+        let labels = self.inspect(name.as_str()).await?.and_then(|inspected| inspected.config?.labels);
         Ok(BuildFrom::of(&labels.unwrap_or_default()))
     }
 
-    /// What Docker tells of the container of exactly this name.
+    /// Inspects the container of exactly this name.
     async fn inspect(&self, name: &str) -> Result<Option<ContainerInspectResponse>, DockerError> {
         match self.client.inspect_container(name, None::<InspectContainerOptions>).await {
-            // Docker also takes the beginning of an id for a name; that is not what was asked for.
-            Ok(told) => Ok(Some(told).filter(|told| told.name.as_deref() == Some(&format!("/{name}")))),
+            // Docker also accepts the prefix of an id as a name. Such a match is not the requested container.
+            Ok(inspected) => {
+                Ok(Some(inspected).filter(|inspected| inspected.name.as_deref() == Some(&format!("/{name}"))))
+            }
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
-            // Podman has states that Docker has not, such as "stopped" before it has cleaned up; nothing runs in any of them,
-            // and none of them stays.
+            // Podman has states that Docker does not have, such as "stopped" before cleanup. The container does not run in
+            // any of them, and they are temporary.
             Err(Error::JsonDataError { message, .. }) if message.starts_with("unknown variant") => {
                 Err(DockerError::Changing(name.to_owned()))
             }
@@ -263,25 +268,25 @@ impl Engine {
         }
     }
 
-    /// Watches a container that was started for a moment.
-    async fn stays(&self, name: &str) -> Result<(), DockerError> {
-        let until = Instant::now() + WATCHED;
+    /// Checks for a short time that a started container stays up.
+    async fn check_stays_up(&self, name: &str) -> Result<(), DockerError> {
+        let until = Instant::now() + OBSERVED;
         loop {
-            let told = self.inspect(name).await?.ok_or_else(|| {
-                DockerError::Refused(format!("container {name} was removed as soon as it was started"))
+            let inspected = self.inspect(name).await?.ok_or_else(|| {
+                DockerError::Refused(format!("container {name} was removed right after its start"))
             })?;
-            let state = told.state.unwrap_or_default();
+            let state = inspected.state.unwrap_or_default();
             if state.running != Some(true) || state.restarting == Some(true) {
-                return Err(DockerError::Refused(self.how_it_ended(name, &state).await));
+                return Err(DockerError::Refused(self.end_text(name, &state).await));
             }
             if Instant::now() >= until {
                 return Ok(());
             }
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(OBSERVE_INTERVAL).await;
         }
     }
 
-    async fn how_it_ended(&self, name: &str, state: &ContainerState) -> String {
+    async fn end_text(&self, name: &str, state: &ContainerState) -> String {
         let options = LogsOptionsBuilder::default().stdout(true).stderr(true).tail("1").build();
         let mut lines = Box::pin(self.client.logs(name, Some(options)));
         let line = match lines.next().await {
@@ -327,8 +332,8 @@ impl Engine {
 
 impl ContainerActions for Engine {
     async fn runs(&self, name: &str) -> Result<Option<bool>, DockerError> {
-        let told = self.inspect(name).await?;
-        Ok(told.map(|told| told.state.and_then(|state| state.running).unwrap_or(false)))
+        let inspected = self.inspect(name).await?;
+        Ok(inspected.map(|inspected| inspected.state.and_then(|state| state.running).unwrap_or(false)))
     }
 
     async fn rename(&self, from: &str, to: &str) -> Result<(), DockerError> {
@@ -339,7 +344,7 @@ impl ContainerActions for Engine {
     async fn stop(&self, name: &str) -> Result<(), DockerError> {
         let stopped = self.client.stop_container(name, None::<StopContainerOptions>).await;
         match stopped.map_err(|error| self.error(name, &error)) {
-            // Some are removed when they stop.
+            // Some containers are removed when they stop.
             Ok(()) | Err(DockerError::NoSuchContainer(_)) => Ok(()),
             Err(error) => Err(error),
         }
@@ -348,7 +353,7 @@ impl ContainerActions for Engine {
     async fn start(&self, name: &str) -> Result<(), DockerError> {
         let started = self.client.start_container(name, None::<StartContainerOptions>).await;
         match started.map_err(|error| self.error(name, &error)) {
-            Ok(()) => self.stays(name).await,
+            Ok(()) => self.check_stays_up(name).await,
             Err(error) => {
                 let inspected = self.inspect(name).await.ok().flatten();
                 Err(with_holders(error, inspected.as_ref()).await)
@@ -370,35 +375,37 @@ impl ContainerActions for Engine {
     }
 }
 
-/// Tells of containers' lives until nobody listens.
-pub(super) async fn tell_life(docker: Docker, listener: mpsc::Sender<LifeEvent>) {
-    let mut again = AGAIN_MIN;
+/// Sends life events until the receiver is dropped.
+pub(super) async fn send_life_events(docker: Docker, listener: mpsc::Sender<LifeEvent>) {
+    let mut delay = RETRY_MIN;
     while !listener.is_closed() {
-        let mut most = AGAIN_MAX;
+        let mut delay_max = RETRY_MAX;
         if let Ok(engine) = docker.connect().await {
             let began = Instant::now();
-            if engine.tell_life(&listener).await.is_err() || listener.send(LifeEvent::Lost).await.is_err() {
+            if engine.send_life_events(&listener).await.is_err()
+                || listener.send(LifeEvent::Lost).await.is_err()
+            {
                 return;
             }
-            most = AGAIN_THERE_MAX;
-            again = if began.elapsed() < STOOD { again.min(most) } else { AGAIN_MIN };
+            delay_max = RETRY_REACHABLE_MAX;
+            delay = if began.elapsed() < STABLE { delay.min(delay_max) } else { RETRY_MIN };
         }
         tokio::select! {
-            () = tokio::time::sleep(again) => again = (again * 2).min(most),
+            () = tokio::time::sleep(delay) => delay = (delay * 2).min(delay_max),
             () = listener.closed() => return,
         }
     }
 }
 
-/// Nobody listens any more.
+/// The receiver was dropped.
 struct ReceiverGone;
 
 impl Engine {
-    /// Tells what this engine says until it says no more.
-    async fn tell_life(&self, listener: &mpsc::Sender<LifeEvent>) -> Result<(), ReceiverGone> {
+    /// Sends the events of this engine until its stream ends.
+    async fn send_life_events(&self, listener: &mpsc::Sender<LifeEvent>) -> Result<(), ReceiverGone> {
         let filters = HashMap::from([("type", vec!["container", "network"])]);
-        // The engine is only asked when the stream is first polled, and says nothing when it has begun to listen: so it is
-        // asked for what happened since before the resync, too. An event told twice is two looks.
+        // The request is sent when the stream is first polled, and the engine does not confirm the subscription. Therefore
+        // events from before the resync are requested, too. A repeated event causes only a repeated check.
         let since = (Timestamp::now().as_second() - SINCE_SECONDS).to_string();
         let options = EventsOptionsBuilder::default().filters(&filters).since(&since).build();
         let mut events = Box::pin(self.client.events(Some(options)));
@@ -409,7 +416,7 @@ impl Engine {
                 () = listener.closed() => return Err(ReceiverGone),
             };
             let Some(Ok(mut event)) = event else { return Ok(()) };
-            event.action = event.action.map(facts::in_dockers_words);
+            event.action = event.action.map(facts::docker_action);
             for event in facts::life_events(event) {
                 listener.send(event).await.map_err(|_| ReceiverGone)?;
             }
@@ -417,7 +424,7 @@ impl Engine {
     }
 }
 
-/// The IPv4 address of an interface of this machine.
+/// Returns the IPv4 address of an interface of this machine.
 fn address_of_interface(name: &str) -> Option<IpAddr> {
     let mut all = nix::ifaddrs::getifaddrs().ok()?.filter(|one| one.interface_name == name);
     all.find_map(|one| Some(IpAddr::V4(one.address?.as_sockaddr_in()?.ip())))
@@ -427,7 +434,7 @@ fn unreachable(address: &Address, error: &Error) -> DockerError {
     DockerError::Unreachable { at: address.to_string(), reason: reason(error) }
 }
 
-/// What an error says, with what it says of its causes.
+/// Returns the text of an error with its causes.
 fn reason(error: &Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -446,7 +453,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_interface_has_the_address_that_this_machine_gave_it() {
+    fn an_interface_has_its_address() {
         assert_eq!(address_of_interface("lo"), Some([127, 0, 0, 1].into()));
         assert_eq!(address_of_interface("no-such-interface"), None);
     }

@@ -1,9 +1,9 @@
-//! From what Docker tells of a container to what it takes to make the same one again from another image.
+//! Converts the inspection of a container to a request that creates the same container from another image.
 //!
-//! What Docker tells is the container's own configuration and its image's in one. Only the container's own is handed on:
-//! where the two agree, the new image decides. The user is an exception, which `user` explains. Docker generates the host
-//! name, the addresses and the endpoint ids of a container again. Volumes without a name would be lost with the container
-//! that they belong to, so they are handed on by the names that Docker gave them.
+//! The inspection merges the container's own configuration with its image's. Only the container's own part is kept: where
+//! both agree, the new image decides. The user is an exception, which `user` explains. Docker generates the host name, the
+//! addresses and the endpoint ids of a container again. Anonymous volumes would be lost with their container, so they are
+//! kept under the names that Docker gave them.
 
 use std::collections::HashMap;
 
@@ -14,32 +14,32 @@ use super::models::{
 use super::user::User;
 use crate::docker::rebuild::USER_LABEL;
 
-/// How many characters of a container's id Docker makes its host name of.
+/// The length of the prefix of a container's id that Docker uses as its host name, in characters.
 const SHORT_ID: usize = 12;
 
-/// How to make a container.
+/// The request that creates a container.
 #[derive(Debug)]
 pub(super) struct Recipe {
     pub(super) body: ContainerCreateBody,
-    /// Networks beside the first: older engines take one at a time.
+    /// The networks after the first: older engines accept one network per request.
     pub(super) networks: Vec<(String, EndpointSettings)>,
 }
 
-/// The recipe of a container, from `image` in place of its old image, whose configuration is `defaults`.
+/// Returns the recipe of a container, from `image` instead of its old image, whose configuration is `defaults`.
 pub(super) fn recipe(
-    told: ContainerInspectResponse,
+    inspected: ContainerInspectResponse,
     defaults: &ImageConfig,
     image: &str,
     user: User,
 ) -> Recipe {
-    let id = told.id.unwrap_or_default();
+    let id = inspected.id.unwrap_or_default();
     let short_id = id.get(..SHORT_ID).unwrap_or(&id);
-    let mut host = told.host_config.unwrap_or_default();
-    keep_volumes(&mut host, &told.mounts.unwrap_or_default());
-    // A file that Docker's client wrote once, and refuses to write again.
+    let mut host = inspected.host_config.unwrap_or_default();
+    keep_volumes(&mut host, &inspected.mounts.unwrap_or_default());
+    // Docker's client wrote this file once, and refuses to write it again.
     host.container_id_file = None;
-    let told_networks = told.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
-    // Podman says "bridge" whatever the network's name is, which would add the one of that name.
+    let told_networks = inspected.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    // Podman reports "bridge" for any network, which would add the network of that name.
     if matches!(host.network_mode.as_deref(), Some("bridge" | "default"))
         && !told_networks.contains_key("bridge")
         && let Some(name) = told_networks.keys().min()
@@ -49,11 +49,11 @@ pub(super) fn recipe(
     let mode = host.network_mode.clone().unwrap_or_default();
     let (first, networks) = networks(&mode, told_networks, short_id);
     host.group_add = user.groups.or(host.group_add);
-    let mut body = own(told.config.unwrap_or_default(), defaults, short_id);
+    let mut body = own(inspected.config.unwrap_or_default(), defaults, short_id);
     body.user = user.user;
-    body.labels.get_or_insert_default().insert(USER_LABEL.to_owned(), user.asked.unwrap_or_default());
+    body.labels.get_or_insert_default().insert(USER_LABEL.to_owned(), user.requested.unwrap_or_default());
     if mode.starts_with("container:") || host.uts_mode.as_deref() == Some("host") {
-        // The name is the other container's, or the host's.
+        // The host name is the other container's, or the host's.
         body.hostname = None;
         body.domainname = None;
     }
@@ -65,7 +65,7 @@ pub(super) fn recipe(
     Recipe { body, networks }
 }
 
-/// The container's own part of its configuration.
+/// Returns the container's own part of its configuration.
 fn own(config: ContainerConfig, image: &ImageConfig, short_id: &str) -> ContainerCreateBody {
     let entrypoint_is_images = config.entrypoint == image.entrypoint;
     let cmd_is_images = entrypoint_is_images && config.cmd == image.cmd;
@@ -113,13 +113,14 @@ fn without(mut own: Vec<String>, image: Option<&[String]>) -> Vec<String> {
     own
 }
 
-/// Names the volumes that have none of their own.
+/// Adds anonymous volumes by name.
 fn keep_volumes(host: &mut HostConfig, mounted: &[MountPoint]) {
     for mount in mounted.iter().filter(|mount| mount.typ.as_deref() == Some("volume")) {
         let (Some(volume), Some(place)) = (&mount.name, &mount.destination) else { continue };
-        let asked = host.mounts.iter_mut().flatten().find(|asked| asked.target.as_ref() == Some(place));
-        if let Some(asked) = asked {
-            asked.source = Some(volume.clone());
+        let requested =
+            host.mounts.iter_mut().flatten().find(|requested| requested.target.as_ref() == Some(place));
+        if let Some(requested) = requested {
+            requested.source = Some(volume.clone());
             continue;
         }
         let at_place = |bind: &String| bind.split(':').nth(1) == Some(place);
@@ -131,26 +132,26 @@ fn keep_volumes(host: &mut HostConfig, mounted: &[MountPoint]) {
     }
 }
 
-/// The network that the container is created on, and the others.
+/// Returns the network on which the container is created, and the others.
 #[expect(clippy::type_complexity, reason = "one pair is the first of many such pairs")]
 fn networks(
     mode: &str,
-    told: HashMap<String, EndpointSettings>,
+    inspected: HashMap<String, EndpointSettings>,
     short_id: &str,
 ) -> (Option<(String, EndpointSettings)>, Vec<(String, EndpointSettings)>) {
-    // Podman's ways of giving a container the host's outbound network without one of its own may carry options.
+    // Podman's modes that give a container the host's outbound network without a network of its own may have options.
     let outbound = ["slirp4netns", "pasta", "private"].contains(&mode.split(':').next().unwrap_or_default());
     if mode == "host" || mode == "none" || mode.starts_with("container:") || outbound {
         return (None, Vec::new());
     }
-    let mut rest: Vec<(String, EndpointSettings)> = told
+    let mut rest: Vec<(String, EndpointSettings)> = inspected
         .into_iter()
         .map(|(name, endpoint)| {
             let aliases = endpoint.aliases.map(|mut aliases| {
                 aliases.retain(|alias| alias != short_id);
                 aliases
             });
-            let asked = EndpointSettings {
+            let requested = EndpointSettings {
                 ipam_config: endpoint.ipam_config,
                 links: endpoint.links,
                 aliases: aliases.filter(|aliases| !aliases.is_empty()),
@@ -158,7 +159,7 @@ fn networks(
                 gw_priority: endpoint.gw_priority.filter(|priority| *priority != 0),
                 ..EndpointSettings::default()
             };
-            (name, asked)
+            (name, requested)
         })
         .collect();
     rest.sort_by(|(one, _), (other, _)| one.cmp(other));

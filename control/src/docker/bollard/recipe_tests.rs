@@ -2,29 +2,30 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// A user whom the image decides.
-const OF_IMAGE: User = User { user: None, asked: None, groups: None };
+/// A user that the image decides.
+const OF_IMAGE: User = User { user: None, requested: None, groups: None };
 
 const ID: &str = "0123456789abcdef0123456789abcdef";
 
-/// The body that Docker gets for a container of which it told this.
-fn body(told: Value, image: Value) -> Value {
-    let told = serde_json::from_value(told).unwrap();
-    serde_json::to_value(recipe(told, &serde_json::from_value(image).unwrap(), "app", OF_IMAGE).body).unwrap()
+/// Returns the request body for a container with this inspection.
+fn body(inspected: Value, image: Value) -> Value {
+    let inspected = serde_json::from_value(inspected).unwrap();
+    serde_json::to_value(recipe(inspected, &serde_json::from_value(image).unwrap(), "app", OF_IMAGE).body)
+        .unwrap()
 }
 
 #[test]
-fn the_new_image_has_the_say_where_the_container_had_none() {
+fn the_new_image_decides_where_the_container_has_no_own_value() {
     let image = json!({
         "Env": ["PATH=/bin", "MODE=old"], "Cmd": ["serve"], "Entrypoint": ["/run"], "WorkingDir": "/old", "User": "app",
         "Labels": {"version": "1", "kept": "x"}, "ExposedPorts": {"80/tcp": {}}, "Volumes": {"/data": {}},
     });
-    let told = json!({"Id": ID, "Config": {
+    let inspected = json!({"Id": ID, "Config": {
         "Hostname": "0123456789ab", "Env": ["PATH=/bin", "MODE=mine", "TOKEN=t"], "Cmd": ["serve"],
         "Entrypoint": ["/run"], "WorkingDir": "/old", "User": "app", "Labels": {"version": "1", "kept": "y"},
         "ExposedPorts": {"80/tcp": {}, "8973/tcp": {}}, "Volumes": {"/data": {}, "/own": {}}, "Tty": true,
     }});
-    let body = body(told, image);
+    let body = body(inspected, image);
     assert_eq!(body["Env"], json!(["MODE=mine", "TOKEN=t"]));
     assert_eq!(body["Labels"], json!({"kept": "y", "dev.landfall.user": ""}));
     assert_eq!(body["ExposedPorts"], json!({"8973/tcp": {}}));
@@ -36,7 +37,7 @@ fn the_new_image_has_the_say_where_the_container_had_none() {
 }
 
 #[test]
-fn a_command_of_its_own_stays_and_one_behind_an_entrypoint_of_its_own_too() {
+fn an_own_command_is_kept_and_so_is_one_with_an_own_entrypoint() {
     let image = json!({"Cmd": ["serve"], "Entrypoint": ["/run"]});
     let own = |entrypoint: &str, cmd: &str| {
         body(json!({"Id": ID, "Config": {"Cmd": [cmd], "Entrypoint": [entrypoint]}}), image.clone())
@@ -47,9 +48,9 @@ fn a_command_of_its_own_stays_and_one_behind_an_entrypoint_of_its_own_too() {
 }
 
 #[test]
-fn volumes_without_a_name_are_handed_on() {
+fn anonymous_volumes_are_kept() {
     let volume = |name: &str, place: &str, rw: bool| json!({"Type": "volume", "Name": name, "Destination": place, "RW": rw});
-    let told = json!({
+    let inspected = json!({
         "Id": ID,
         "HostConfig": {
             "Binds": ["named:/named", "/host:/bind:ro"],
@@ -60,14 +61,14 @@ fn volumes_without_a_name_are_handed_on() {
             volume("cccc", "/mount", true), {"Type": "bind", "Source": "/host", "Destination": "/bind"},
         ],
     });
-    let host = &body(told, json!({}))["HostConfig"];
+    let host = &body(inspected, json!({}))["HostConfig"];
     assert_eq!(host["Binds"], json!(["named:/named", "/host:/bind:ro", "aaaa:/data", "bbbb:/cold:ro"]));
     assert_eq!(host["Mounts"][0]["Source"], "cccc");
 }
 
 #[test]
-fn networks_keep_what_was_asked_of_them_and_not_what_docker_made_up() {
-    let told = json!({
+fn networks_keep_requested_values_and_drop_generated_ones() {
+    let inspected = json!({
         "Id": ID,
         "HostConfig": {"NetworkMode": "one"},
         "NetworkSettings": {"Networks": {
@@ -78,7 +79,7 @@ fn networks_keep_what_was_asked_of_them_and_not_what_docker_made_up() {
             },
         }},
     });
-    let recipe = recipe(serde_json::from_value(told).unwrap(), &ImageConfig::default(), "app", OF_IMAGE);
+    let recipe = recipe(serde_json::from_value(inspected).unwrap(), &ImageConfig::default(), "app", OF_IMAGE);
     let body = serde_json::to_value(recipe.body).unwrap();
     assert_eq!(
         body["NetworkingConfig"]["EndpointsConfig"],
@@ -88,30 +89,30 @@ fn networks_keep_what_was_asked_of_them_and_not_what_docker_made_up() {
 }
 
 #[test]
-fn a_container_on_anothers_network_has_no_name_and_no_network_of_its_own() {
-    let told = json!({
+fn a_container_on_the_network_of_another_has_no_host_name_and_no_network() {
+    let inspected = json!({
         "Id": ID, "Config": {"Hostname": "other"}, "HostConfig": {"NetworkMode": "container:abc"},
         "NetworkSettings": {"Networks": {}},
     });
-    let body = body(told, json!({}));
+    let body = body(inspected, json!({}));
     assert!(body.get("Hostname").is_none() && body.get("NetworkingConfig").is_none());
     assert_eq!(body["HostConfig"]["NetworkMode"], "container:abc");
 }
 
 #[test]
-fn the_user_and_the_groups_are_those_that_were_decided_on() {
-    let told = json!({
+fn the_determined_user_and_groups_are_set() {
+    let inspected = json!({
         "Id": ID, "Config": {"User": "app"},
         "HostConfig": {"GroupAdd": ["www"], "CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges"], "Memory": 7},
     });
     let made = |user: User| {
-        let told = serde_json::from_value(told.clone()).unwrap();
-        serde_json::to_value(recipe(told, &ImageConfig::default(), "app", user).body).unwrap()
+        let inspected = serde_json::from_value(inspected.clone()).unwrap();
+        serde_json::to_value(recipe(inspected, &ImageConfig::default(), "app", user).body).unwrap()
     };
-    let asked = Some("app".to_owned());
+    let requested = Some("app".to_owned());
     let pinned = made(User {
         user: Some("1:2".to_owned()),
-        asked: asked.clone(),
+        requested: requested.clone(),
         groups: Some(vec!["33".to_owned()]),
     });
     assert_eq!((&pinned["User"], &pinned["Labels"]["dev.landfall.user"]), (&json!("1:2"), &json!("app")));
@@ -121,21 +122,21 @@ fn the_user_and_the_groups_are_those_that_were_decided_on() {
         (&host["CapDrop"], &host["SecurityOpt"], &host["Memory"]),
         (&json!(["ALL"]), &json!(["no-new-privileges"]), &json!(7))
     );
-    let unpinned = made(User { user: asked.clone(), asked, groups: None });
+    let unpinned = made(User { user: requested.clone(), requested, groups: None });
     assert_eq!((&unpinned["User"], &unpinned["HostConfig"]["GroupAdd"]), (&json!("app"), &json!(["www"])));
 }
 
 #[test]
-fn a_container_of_podmans_keeps_the_network_that_it_is_on() {
-    let told = |mode: &str, networks: Value| json!({"Id": ID, "HostConfig": {"NetworkMode": mode}, "NetworkSettings": {"Networks": networks}});
-    let named = body(told("bridge", json!({"mine": {"IPAddress": "10.89.0.2"}})), json!({}));
+fn a_podman_container_keeps_its_network() {
+    let inspected = |mode: &str, networks: Value| json!({"Id": ID, "HostConfig": {"NetworkMode": mode}, "NetworkSettings": {"Networks": networks}});
+    let named = body(inspected("bridge", json!({"mine": {"IPAddress": "10.89.0.2"}})), json!({}));
     assert_eq!(named["HostConfig"]["NetworkMode"], "mine");
     assert_eq!(named["NetworkingConfig"]["EndpointsConfig"], json!({"mine": {}}));
     for mode in ["slirp4netns", "slirp4netns:mtu=1500", "pasta"] {
-        let outbound = body(told(mode, json!({})), json!({}));
+        let outbound = body(inspected(mode, json!({})), json!({}));
         assert_eq!(outbound["HostConfig"]["NetworkMode"], mode);
         assert!(outbound.get("NetworkingConfig").is_none());
     }
-    let dockers = body(told("default", json!({"bridge": {}})), json!({}));
+    let dockers = body(inspected("default", json!({"bridge": {}})), json!({}));
     assert_eq!(dockers["HostConfig"]["NetworkMode"], "default");
 }

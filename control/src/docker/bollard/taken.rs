@@ -24,14 +24,14 @@ pub(super) async fn with_holders(
     }
 }
 
-/// Whether the text of an error says that a host port is taken. The API has no code for it.
+/// Returns whether the text of an error reports a host port that is in use. The API has no code for it.
 fn is_taken(why: &str) -> bool {
     ["port is already allocated", "address already in use", "ports are not available"]
         .iter()
         .any(|said| why.contains(said))
 }
 
-/// The host addresses and ports that a container requests. An empty port or port 0 is chosen by Docker and is left out.
+/// Returns the host addresses and ports that a container requests. Skips empty ports and port 0, which Docker chooses.
 fn bindings(inspected: Option<&ContainerInspectResponse>) -> Vec<(IpAddr, u16)> {
     let config = inspected.and_then(|inspected| inspected.host_config.as_ref());
     let bindings = config.and_then(|config| config.port_bindings.as_ref());
@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_about_a_port_that_is_taken_are_recognised() {
+    fn errors_about_a_port_in_use_are_recognised() {
         for words in [
             "driver failed programming external connectivity on endpoint x: Bind for 127.0.0.1:80 failed: port is already allocated",
             "Error starting userland proxy: listen tcp4 127.0.0.1:8973: bind: address already in use",

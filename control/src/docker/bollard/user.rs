@@ -1,14 +1,14 @@
-//! The user that a rebuilt container runs as. Pure, but for two files that are read from the container.
+//! Determines the user of a rebuilt container. Pure, except that two files of the container are read by the caller.
 //!
-//! A container that asks for its own rebuild chooses the new image, and so its `USER` and its `/etc/passwd`: `USER 0`, or a
-//! line that gives uid 0 to the name of its old user, would make it root inside. So the user is pinned: looked up in the
-//! container as it is, as Docker does at each start, and given to the new container as two numbers. Supplementary groups
-//! that the old image listed are not kept.
+//! A container that requests its own rebuild controls the new image, and so its `USER` and its `/etc/passwd`: `USER 0`, or a
+//! line that gives uid 0 to the name of its old user, would make it root inside. The user is therefore pinned: it is looked
+//! up in the present container, as Docker does at each start, and set for the new container as two numbers. Supplementary
+//! groups from the old image are not kept.
 //!
-//! The host's user who rebuilds gets the user of the new image, as with Docker itself, unless the container was made with a
-//! user of its own (`docker run --user`). Pinned, the two look alike. So each container that landfall makes has the label
-//! [`USER_LABEL`]: the user that was asked for when the container was first made, and nothing where its image decides.
-//! A container without that label was not made here, and is compared with its image.
+//! A rebuild by the host's user takes the user of the new image, as with Docker itself, unless the container was created
+//! with its own user (`docker run --user`). A pinned user looks the same as such a user. Each container that landfall
+//! creates therefore has the label [`USER_LABEL`]: the user that was requested when it was first created, empty if its image
+//! decides. A container without that label was created by another program, and its user is compared with its image's.
 
 use std::collections::HashMap;
 
@@ -20,41 +20,41 @@ use crate::docker::rebuild::{USER_LABEL, UserOfRebuild};
 /// The user of a new container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct User {
-    /// The user that the container is created with; without one, its image decides.
+    /// The user with which the container is created; `None` if its image decides.
     pub(super) user: Option<String>,
-    /// The user that was asked for when the container was first made; without one, its image decided.
-    pub(super) asked: Option<String>,
-    /// The groups to add, by number where they are pinned.
+    /// The user that was requested when the container was first created; `None` if its image decided.
+    pub(super) requested: Option<String>,
+    /// The groups to add, by number if they are pinned.
     pub(super) groups: Option<Vec<String>>,
 }
 
-/// The users and groups that a container knows: the content of its `/etc/passwd` and `/etc/group`.
+/// The users and groups of a container: the content of its `/etc/passwd` and `/etc/group`.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Accounts {
     pub(super) passwd: String,
     pub(super) group: String,
 }
 
-/// The user that was asked for when a container was first made. Only a label of the container itself counts, since the image
-/// may be one that the container built.
-pub(super) fn asked_for(
+/// Returns the user that was requested when a container was first created. Only a label of the container itself is used,
+/// since the container may have built the image.
+pub(super) fn requested_user(
     labels: &ContainerLabels,
     config: &ContainerConfig,
     image: &ImageConfig,
 ) -> Option<String> {
-    let asked = match labels.own(USER_LABEL) {
-        Some(asked) => Some(asked.to_owned()),
+    let requested = match labels.own(USER_LABEL) {
+        Some(requested) => Some(requested.to_owned()),
         None => config.user.clone().filter(|user| image.user.as_ref() != Some(user)),
     };
-    asked.filter(|user| !user.is_empty())
+    requested.filter(|user| !user.is_empty())
 }
 
-/// Whether a user or one of the groups can only be pinned with the container's accounts.
+/// Returns whether the container's accounts are needed to pin the user or one of the groups.
 pub(super) fn needs_accounts(user: &str, groups: &[String]) -> bool {
     !is_pinned(user) || groups.iter().any(|group| number(group).is_none())
 }
 
-/// No user at all is root, by number.
+/// Returns whether a user is numeric. An empty user is root.
 fn is_pinned(user: &str) -> bool {
     match user.split_once(':') {
         Some((user, group)) => number(user).is_some() && number(group).is_some(),
@@ -62,10 +62,10 @@ fn is_pinned(user: &str) -> bool {
     }
 }
 
-/// The user and the groups of a container by their numbers.
+/// Returns the user and the groups of a container as numbers.
 ///
 /// # Errors
-/// [`DockerError::Refused`] names the account that the container does not know.
+/// [`DockerError::Refused`] names the unknown account.
 pub(super) fn pin(
     user: &str,
     groups: &[String],
@@ -75,7 +75,8 @@ pub(super) fn pin(
     Ok((pin_user(user, accounts)?, groups.collect::<Result<_, DockerError>>()?))
 }
 
-/// As Docker reads a user: a number is a uid, else it is a name; the group is its own, then that of the user's line, then 0.
+/// Resolves a user as Docker does: a number is a uid, other text a name; the group is the given one, else that of the
+/// user's line, else 0.
 fn pin_user(user: &str, accounts: &Accounts) -> Result<String, DockerError> {
     let (name, group) = user.split_once(':').map_or((user, None), |(user, group)| (user, Some(group)));
     let (name, group) = (if name.is_empty() { "0" } else { name }, group.filter(|group| !group.is_empty()));
@@ -116,8 +117,8 @@ fn unknown(what: &str, name: &str) -> DockerError {
     ))
 }
 
-/// Checks the labels of a new image. No image may have [`USER_LABEL`]. An image that the container chose may have no label of
-/// the container's own with the same value: from then on that would count as the image's, and go with the next image.
+/// Checks the labels of a new image. No image may have [`USER_LABEL`]. An image that the container chose may not repeat one
+/// of the container's own labels with the same value: it would then count as the image's, and change with the next image.
 ///
 /// # Errors
 /// [`DockerError::Refused`] names the label.
@@ -135,7 +136,7 @@ pub(super) fn check_image_labels(
             return refused(format!("its label {name} is reserved for containers"));
         }
         if user == UserOfRebuild::Recorded && own.own(&name) == Some(value.as_str()) {
-            return refused(format!("the container was given its label {name} when it was made"));
+            return refused(format!("its label {name} repeats a label that was set on the container"));
         }
     }
     Ok(())

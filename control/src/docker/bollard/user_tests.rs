@@ -18,7 +18,7 @@ fn pinned(user: &str) -> String {
 }
 
 #[test]
-fn a_user_is_pinned_as_docker_reads_it() {
+fn a_user_is_resolved_as_docker_does() {
     for (user, expected) in [
         ("", "0:0"),
         ("0", "0:0"),
@@ -39,7 +39,7 @@ fn a_user_is_pinned_as_docker_reads_it() {
 }
 
 #[test]
-fn an_account_that_is_not_there_or_has_no_number_is_an_error_that_names_it() {
+fn an_unknown_account_is_an_error_that_names_it() {
     for (user, named) in [
         ("nobody", "the user nobody"),
         ("bad", "the user bad"),
@@ -63,7 +63,7 @@ fn an_account_that_is_not_there_or_has_no_number_is_an_error_that_names_it() {
 
 proptest! {
     #[test]
-    fn no_text_of_a_container_makes_a_user_that_was_not_root_root_or_panics(
+    fn accounts_of_a_container_never_make_another_user_root(
         user in "[a-z]{1,4}|[1-9][0-9]{0,11}", passwd in any::<String>(), group in any::<String>(),
     ) {
         let accounts = Accounts { passwd, group };
@@ -83,29 +83,29 @@ fn labels(own: &[(&str, &str)], image: &[(&str, &str)]) -> ContainerLabels {
     ContainerLabels::new(all, ImageLabels::of(map(image)))
 }
 
-fn asked(labels: &ContainerLabels, container: Option<&str>, image: Option<&str>) -> Option<String> {
+fn requested(labels: &ContainerLabels, container: Option<&str>, image: Option<&str>) -> Option<String> {
     let config = ContainerConfig { user: container.map(str::to_owned), ..ContainerConfig::default() };
     let image = ImageConfig { user: image.map(str::to_owned), ..ImageConfig::default() };
-    asked_for(labels, &config, &image)
+    requested_user(labels, &config, &image)
 }
 
 #[test]
-fn c23_the_user_that_was_asked_for_is_not_forgotten_because_an_image_names_it() {
+fn c23_the_requested_user_survives_an_image_that_names_it() {
     let none = labels(&[], &[]);
-    assert_eq!(asked(&none, Some("app"), Some("app")), None, "its image decides");
-    assert_eq!(asked(&none, Some(""), Some("")), None);
-    assert_eq!(asked(&none, Some("3001"), Some("0")), Some("3001".to_owned()));
+    assert_eq!(requested(&none, Some("app"), Some("app")), None, "its image decides");
+    assert_eq!(requested(&none, Some(""), Some("")), None);
+    assert_eq!(requested(&none, Some("3001"), Some("0")), Some("3001".to_owned()));
     let recorded = labels(&[(USER_LABEL, "3001")], &[]);
-    assert_eq!(asked(&recorded, Some("3001:0"), Some("3001:0")), Some("3001".to_owned()));
+    assert_eq!(requested(&recorded, Some("3001:0"), Some("3001:0")), Some("3001".to_owned()));
     let of_image = labels(&[(USER_LABEL, "")], &[]);
-    assert_eq!(asked(&of_image, Some("3001:0"), Some("0")), None);
-    // The label of an image does not count.
+    assert_eq!(requested(&of_image, Some("3001:0"), Some("0")), None);
+    // The label of an image is not used.
     let forged = labels(&[], &[(USER_LABEL, "")]);
-    assert_eq!(asked(&forged, Some("3001"), Some("0")), Some("3001".to_owned()));
+    assert_eq!(requested(&forged, Some("3001"), Some("0")), Some("3001".to_owned()));
 }
 
 #[test]
-fn c23_a_new_image_has_no_label_that_would_change_what_counts_as_the_containers_own() {
+fn c23_a_new_image_must_not_change_which_labels_are_the_containers_own() {
     let own = labels(&[("dev.landfall.deny", "5432")], &[("dev.landfall.allow", "3000")]);
     let check = |image: &[(&str, &str)], whose| {
         let image = image.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();

@@ -1,8 +1,8 @@
 //! The seccomp profile of the helper's container. Pure.
 //!
-//! Docker's default profile allows `mount`, `bpf` and more in a container that has `CAP_SYS_ADMIN`. This one allows the calls of the
-//! helper and of its openers, and those of runc between loading the profile and executing the program. All others fail with EPERM.
-//! `setns` enters network namespaces only, and `clone` creates no namespace.
+//! Docker's default profile allows `mount`, `bpf` and more in a container that has `CAP_SYS_ADMIN`. This one allows the
+//! calls of the helper and of its openers, and those of runc between loading the profile and executing the program. All
+//! others fail with EPERM. `setns` enters network namespaces only, and `clone` creates no namespace.
 //!
 //! The engine documents the format (<https://docs.docker.com/engine/security/seccomp/>). It ignores names of calls that the
 //! processor's architecture does not have.
@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 const NEW_NAMESPACES: u64 = 0x7e02_0000;
 /// `CLONE_NEWNET`.
 const NETWORK: u64 = 0x4000_0000;
-/// `ENOSYS`, the answer to `clone3`, whose flags lie in memory that a filter cannot read. The C library then uses `clone`.
+/// `ENOSYS`, returned for `clone3`, whose flags are in memory that a filter cannot read. The C library then uses `clone`.
 const ENOSYS: u32 = 38;
 
-/// The profile, as JSON.
+/// Returns the profile as JSON.
 pub(in crate::docker) fn profile() -> String {
     let allow = |names: &[&str], arguments: Value| json!({"names": names, "action": "SCMP_ACT_ALLOW", "args": arguments});
     let masked = |mask: u64| json!([{"index": 0, "value": mask, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]);
@@ -35,7 +35,7 @@ pub(in crate::docker) fn profile() -> String {
 
 /// The calls that are allowed with any arguments.
 const CALLS: &[&str] = &[
-    // Bytes and descriptors.
+    // Reading, writing, descriptors.
     "read",
     "readv",
     "pread64",
@@ -145,7 +145,7 @@ const CALLS: &[&str] = &[
     "sched_getaffinity",
     "sched_yield",
     "restart_syscall",
-    // Identity, and to drop capabilities.
+    // Identity, and dropping capabilities.
     "getpid",
     "getppid",
     "gettid",

@@ -1,14 +1,16 @@
-//! The helper: for a user who may talk to Docker and is not root, a container that may enter the network of the others.
+//! The helper: a container that can enter the network namespaces of other containers, for a user who may use Docker and is
+//! not root.
 //!
-//! Such a user cannot enter a container's network namespace, though whoever may talk to Docker may have a container that can. The
-//! daemon has one made, if it was started with `--docker-helper`: this program alone in an image ([`crate::docker::helper`] has what
-//! it is given), which starts openers for whoever is the daemon's own user ([`serve`]). The relay then has sockets of the container's
-//! own, as root's has: one hop.
+//! Such a user cannot enter a container's network namespace, but can create a container that can. With `--docker-helper`,
+//! the daemon creates one: this program alone in an image ([`crate::docker::helper`] defines its privileges), which starts
+//! openers for processes of the daemon's own user ([`serve`]). The relay then has sockets inside the container, as it has
+//! for root, and needs no second hop.
 //!
-//! Here it is kept: made where it is not there, made anew where it is of another build or does not answer, looked at when Docker tells
-//! of it and once in a while, and removed when the daemon and its relay engine end. A daemon that is replaced leaves it to its
-//! successor, since the engine goes on. What is done about what is seen is decided in `verdict`; nothing waits for it, and where it
-//! cannot be had, forwarding goes on without.
+//! This module keeps the helper running. The helper is starting, running or failed. It is created if it is missing,
+//! recreated if it is of another build or does not answer, checked after Docker events and periodically, and removed when
+//! the daemon and its relay engine end. A daemon that is replaced leaves the helper to its successor, since the engine
+//! continues. `verdict` decides on the action. No other part of the daemon waits for the helper, and forwarding works
+//! without it.
 
 pub mod program;
 pub mod serve;
@@ -39,60 +41,60 @@ use program::Program;
 /// The name of the helper's socket in its directory.
 pub const SOCKET: &str = "opener.sock";
 
-/// What the helper's container is given, in a sentence for people.
-pub const ACCESS: &str = "it may enter any process's network namespace (CAP_SYS_ADMIN, CAP_SYS_PTRACE), obeys you alone, and \
-     has no network of its own and no file of the host but its socket's directory";
+/// The privileges of the helper's container, as a sentence for the user.
+pub const ACCESS: &str = "it can enter the network namespace of any process (CAP_SYS_ADMIN, CAP_SYS_PTRACE), accepts requests \
+     of your user only, and has no network and no file of the host except the directory of its socket";
 
-/// How often it is looked at when nothing happens. It ends when nobody has looked for longer ([`serve::Bounds::idle`]).
-const LOOK_INTERVAL: Duration = Duration::from_secs(60);
-/// How long after a failure it is tried again: the first time, and at most.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
-/// How long after it was lost.
-const SOON: Duration = Duration::from_millis(250);
-/// How long one that was started may take to answer, and one that runs.
-const ANSWERS_WITHIN: (Duration, Duration) = (Duration::from_secs(10), Duration::from_millis(500));
-/// How often that is looked at.
-const POLL: Duration = Duration::from_millis(20);
+/// The interval of checks without an event. The helper ends by itself after a longer time ([`serve::Bounds::idle`]).
+const CHECK_INTERVAL: Duration = Duration::from_secs(60);
+/// The minimum and the maximum delay of a retry after a failure.
+const RETRY_DELAY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// The delay of a retry after a running helper was lost.
+const LOST_DELAY: Duration = Duration::from_millis(250);
+/// The time limits for an answer of a helper that was just started, and of one that runs.
+const ANSWER_MAX: (Duration, Duration) = (Duration::from_secs(10), Duration::from_millis(500));
+/// The interval of checks for an answer.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How the helper is.
+/// Facts about the helper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HelperFacts {
-    /// Its container.
+    /// The name of its container.
     pub container: String,
-    /// How far it is.
+    /// Its state.
     pub state: HelperState,
-    /// Why it is not there.
+    /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// How far the helper is.
+/// The state of the helper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HelperState {
-    /// It is being made.
+    /// It is being created.
     Starting,
     /// It answers.
     Running,
-    /// It cannot be had just now; it is tried again.
+    /// It is unavailable. Another attempt follows.
     Failed,
 }
 
-/// What it works with.
+/// The options of the helper.
 #[derive(Debug)]
 pub struct HelperOptions {
-    /// Whether there is to be one. If not, one that an earlier daemon left is removed, and that is all.
+    /// Whether the daemon uses a helper. If not, only the helper of an earlier daemon is removed.
     pub on: bool,
-    /// Where its directory is.
+    /// The home, which contains its directory.
     pub home: Home,
-    /// Who makes it.
+    /// The engine on which it runs.
     pub docker: Docker,
-    /// Where events go.
+    /// The journal for events.
     pub journal: Journal,
 }
 
-/// The handle; clones are the same helper. When the last one is dropped, it is no longer kept.
+/// A handle of the helper. Clones share one state. Dropping the last one ends the task that keeps the helper running.
 #[derive(Clone, Debug)]
 pub struct Helper(Arc<Shared>);
 
@@ -109,7 +111,7 @@ struct Shared {
 }
 
 impl Helper {
-    /// Begins, as a task of the runtime that calls.
+    /// Starts the task on the current runtime.
     pub fn start(options: HelperOptions) -> Helper {
         let HelperOptions { on, home, docker, journal } = options;
         let name = container_name(&home, rustix::process::geteuid().as_raw());
@@ -117,7 +119,7 @@ impl Helper {
         let (sender, facts) = watch::channel(starting);
         let (hint, stop) = (Arc::new(Notify::new()), CancellationToken::new());
         let directory = home.helper_directory();
-        let keeper = Keeper {
+        let helper_task = HelperTask {
             name: name.clone(),
             home: home.root().display().to_string(),
             directory: directory.clone(),
@@ -128,69 +130,70 @@ impl Helper {
         };
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            let work = async { if on { keeper.keep().await } else { keeper.clear().await } };
+            let work =
+                async { if on { helper_task.run().await } else { helper_task.remove_leftover().await } };
             let _ = stopped.run_until_cancelled(work).await;
         });
         let _task = AbortOnDropHandle::new(task);
         Helper(Arc::new(Shared { on, name, facts, hint, stop, docker, directory, _task }))
     }
 
-    /// How it is; none where there is to be none.
+    /// Returns the facts about the helper; `None` if the daemon uses none.
     pub fn facts(&self) -> Option<HelperFacts> {
         self.0.on.then(|| self.0.facts.borrow().clone())
     }
 
-    /// Where it listens; none where there is to be none.
+    /// Returns the path of its socket; `None` if the daemon uses no helper.
     pub fn socket(&self) -> Option<PathBuf> {
         self.0.on.then(|| self.0.directory.join(SOCKET))
     }
 
-    /// Docker says that something changed about this container; none means that anything may have.
-    pub fn look_again(&self, name: Option<&str>) {
+    /// Rechecks the helper after a Docker event about this container, or about any for `None`.
+    pub fn recheck(&self, name: Option<&str>) {
         if name.is_none_or(|name| name == self.0.name) {
             self.0.hint.notify_one();
         }
     }
 
-    /// Keeps it no longer, and removes it, where nobody is left who needs what it started.
+    /// Stops keeping the helper running. With `remove`, removes it, since no process needs its openers.
     pub async fn stop(&self, remove: bool) {
         self.0.stop.cancel();
-        if self.0.on && remove && self.0.docker.forget_helper(&self.0.name).await.is_ok() {
+        if self.0.on && remove && self.0.docker.remove_helper_and_images(&self.0.name).await.is_ok() {
             remove_directory(&self.0.directory);
         }
     }
 }
 
-/// What its container is called: its user is for people, the rest tells the homes of one user apart.
+/// Returns the name of the container. The user id is for readers; the digest distinguishes the homes of one user.
 fn container_name(home: &Home, user: u32) -> String {
     let digest = Sha256::digest(home.root().as_os_str().as_encoded_bytes());
     format!("landfall-helper-{user}-{}", hex(&digest[..3]))
 }
 
-/// What is to be done about the container that has the helper's name.
+/// The action for the container with the helper's name.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
-    /// There is none.
-    Make,
-    /// It is as it should be, as far as Docker can tell.
+    /// The container does not exist: create it.
+    Create,
+    /// The container is correct, as far as the engine reports.
     Keep,
-    /// It is ours, and of no use.
+    /// The container belongs to this daemon and is unusable: replace it.
     Replace,
-    /// It is not ours to touch.
-    Stranger,
+    /// The container was created by another program: leave it.
+    Foreign,
 }
 
 fn verdict(seen: Option<&HelperSeen>, home: &str, build: &str) -> Verdict {
     match seen {
-        None => Verdict::Make,
-        Some(seen) if seen.home.as_deref() != Some(home) => Verdict::Stranger,
+        None => Verdict::Create,
+        Some(seen) if seen.home.as_deref() != Some(home) => Verdict::Foreign,
         Some(seen) if seen.running && seen.build.as_deref() == Some(build) => Verdict::Keep,
         Some(_) => Verdict::Replace,
     }
 }
 
-/// Who keeps it.
-struct Keeper {
+/// The task that keeps the helper running.
+struct HelperTask {
     name: String,
     home: String,
     directory: PathBuf,
@@ -200,22 +203,22 @@ struct Keeper {
     hint: Arc<Notify>,
 }
 
-impl Keeper {
-    /// Sees to it that it is there, for ever.
-    async fn keep(&self) {
-        let mut pause = AGAIN.0;
+impl HelperTask {
+    /// Keeps the helper running without end.
+    async fn run(&self) {
+        let mut pause = RETRY_DELAY.0;
         let mut ran = false;
         loop {
-            let done = self.see_to_it().await;
+            let done = self.ensure_running().await;
             let rest = match &done {
-                Ok(()) => LOOK_INTERVAL,
-                // Somebody is about to remove it, most likely, and Docker not done with that.
-                Err(_) if ran => SOON,
+                Ok(()) => CHECK_INTERVAL,
+                // Probably another process is removing the container, and Docker has not finished.
+                Err(_) if ran => LOST_DELAY,
                 Err(_) => pause,
             };
-            pause = if done.is_ok() { AGAIN.0 } else { (2 * pause).min(AGAIN.1) };
+            pause = if done.is_ok() { RETRY_DELAY.0 } else { (2 * pause).min(RETRY_DELAY.1) };
             if !(ran && done.is_err()) {
-                self.tell(done.as_ref().err().cloned());
+                self.report(done.as_ref().err().cloned());
             }
             ran = done.is_ok();
             tokio::select! {
@@ -225,14 +228,14 @@ impl Keeper {
         }
     }
 
-    /// Removes what a daemon left that was started with a helper and did not end in order.
-    async fn clear(&self) {
+    /// Removes the helper of a daemon that used one and did not stop in order.
+    async fn remove_leftover(&self) {
         if !self.directory.exists() {
             return;
         }
-        let ours = |seen: &HelperSeen| seen.home.as_deref() == Some(self.home.as_str());
+        let is_own = |seen: &HelperSeen| seen.home.as_deref() == Some(self.home.as_str());
         let removed = match self.docker.helper(&self.name).await {
-            Ok(Some(seen)) if ours(&seen) => self.docker.forget_helper(&self.name).await.is_ok(),
+            Ok(Some(seen)) if is_own(&seen) => self.docker.remove_helper_and_images(&self.name).await.is_ok(),
             Ok(_) => true,
             Err(_) => false,
         };
@@ -241,46 +244,47 @@ impl Keeper {
         }
     }
 
-    fn tell(&self, reason: Option<String>) {
+    fn report(&self, reason: Option<String>) {
         let state = if reason.is_none() { HelperState::Running } else { HelperState::Failed };
-        let told = HelperFacts { container: self.name.clone(), state, reason };
+        let facts = HelperFacts { container: self.name.clone(), state, reason };
         let changed = self.facts.send_if_modified(|known| {
-            let changed = *known != told;
-            *known = told.clone();
+            let changed = *known != facts;
+            *known = facts.clone();
             changed
         });
         if changed {
-            let text = match told.reason {
+            let text = match facts.reason {
                 None => format!("the helper {} runs: {ACCESS}", self.name),
-                Some(reason) => format!("the helper {} cannot be had: {reason}", self.name),
+                Some(reason) => format!("the helper {} is unavailable: {reason}", self.name),
             };
             self.journal.record(&Event::Notice { text });
         }
     }
 
-    /// One look, and what it takes to have a helper that answers. Else why there is none.
-    async fn see_to_it(&self) -> Result<(), String> {
+    /// Checks the helper, and creates or replaces it if needed. Returns a reason if it does not answer.
+    async fn ensure_running(&self) -> Result<(), String> {
         let plan = self.plan().await?;
         let seen = self.docker.helper(&self.name).await.map_err(|error| error.to_string())?;
         match verdict(seen.as_ref(), &self.home, &plan.build) {
-            Verdict::Keep if self.answers(ANSWERS_WITHIN.1).await => return Ok(()),
+            Verdict::Keep if self.answers(ANSWER_MAX.1).await => return Ok(()),
             Verdict::Keep | Verdict::Replace => self.remove().await?,
-            Verdict::Stranger => {
+            Verdict::Foreign => {
                 return Err("a container of this name exists that this daemon has not made".to_owned());
             }
-            Verdict::Make => {}
+            Verdict::Create => {}
         }
         if self.docker.is_rootless().await.map_err(|error| error.to_string())? {
-            let text = "the engine runs without root, and its containers are entered by their own user; none is needed";
+            let text =
+                "the engine is rootless, so its user can enter its containers; the helper is not needed";
             return Err(text.to_owned());
         }
-        self.docker.make_helper(&plan).await.map_err(|error| error.to_string())?;
-        if self.answers(ANSWERS_WITHIN.0).await {
+        self.docker.create_helper(&plan).await.map_err(|error| error.to_string())?;
+        if self.answers(ANSWER_MAX.0).await {
             return Ok(());
         }
         Err(self.docker.helper_end(&self.name).await.unwrap_or_else(|| {
             format!(
-                "it runs and does not answer at {}: is the engine on another machine?",
+                "it runs, but does not answer at {}; check that the engine is on this machine",
                 self.socket().display()
             )
         }))
@@ -291,7 +295,7 @@ impl Keeper {
         let prepared = tokio::task::spawn_blocking(move || {
             let program = Program::own().map_err(|error| format!("{}; {}", chain(&error), error.hint()))?;
             let group = prepare_directory(&directory)
-                .map_err(|error| format!("{} cannot be made: {error}", directory.display()))?;
+                .map_err(|error| format!("{} cannot be created: {error}", directory.display()))?;
             Ok::<_, String>((program, group))
         });
         let (program, group) = prepared.await.map_err(|error| error.to_string())??;
@@ -314,19 +318,19 @@ impl Keeper {
         self.directory.join(SOCKET)
     }
 
-    /// Whether somebody listens at its socket before the time is up.
+    /// Returns whether a process listens at its socket within a time limit.
     async fn answers(&self, within: Duration) -> bool {
         let socket = self.socket();
-        let looks = async {
+        let checks = async {
             while helper_listens(&socket).is_err() {
-                sleep(POLL).await;
+                sleep(POLL_INTERVAL).await;
             }
         };
-        timeout(within, looks).await.is_ok()
+        timeout(within, checks).await.is_ok()
     }
 }
 
-/// Makes the directory that is shared with the helper, which may write there as its group; the group.
+/// Creates the directory that is shared with the helper, which may write there as its group. Returns the group.
 fn prepare_directory(path: &Path) -> io::Result<u32> {
     let mode = Mode::RWXU | Mode::RWXG;
     match rustix::fs::mkdir(path, mode) {
@@ -337,7 +341,7 @@ fn prepare_directory(path: &Path) -> io::Result<u32> {
     Ok(rustix::fs::stat(path)?.st_gid)
 }
 
-/// What cannot be removed is found by the next daemon.
+/// Removes the directory. If this fails, the next daemon removes it.
 fn remove_directory(path: &Path) {
     let _ = std::fs::remove_file(path.join(SOCKET));
     let _ = std::fs::remove_dir(path);
@@ -355,16 +359,16 @@ mod tests {
             running,
         };
         let verdict = |seen| verdict(Some(&seen), "/h", "b");
-        assert_eq!(super::verdict(None, "/h", "b"), Verdict::Make);
+        assert_eq!(super::verdict(None, "/h", "b"), Verdict::Create);
         assert_eq!(verdict(seen(Some("/h"), "b", true)), Verdict::Keep);
         assert_eq!(verdict(seen(Some("/h"), "b", false)), Verdict::Replace);
         assert_eq!(verdict(seen(Some("/h"), "a", true)), Verdict::Replace);
-        assert_eq!(verdict(seen(Some("/other"), "b", true)), Verdict::Stranger);
-        assert_eq!(verdict(seen(None, "b", true)), Verdict::Stranger);
+        assert_eq!(verdict(seen(Some("/other"), "b", true)), Verdict::Foreign);
+        assert_eq!(verdict(seen(None, "b", true)), Verdict::Foreign);
     }
 
     #[test]
-    fn every_home_and_user_has_a_name_of_its_own() {
+    fn each_home_and_user_has_its_own_name() {
         let name = |path: &str, user| container_name(&Home::at(path.into()).unwrap(), user);
         assert!(name("/h", 1000).starts_with("landfall-helper-1000-"));
         assert_eq!(name("/h", 1000), name("/h", 1000));
@@ -373,14 +377,14 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_is_for_its_user_and_group() {
+    fn the_directory_is_accessible_to_its_user_and_group_only() {
         use std::os::unix::fs::{MetadataExt, PermissionsExt};
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("helper");
         let group = prepare_directory(&path).unwrap();
         assert_eq!(prepare_directory(&path).unwrap(), group);
-        let told = std::fs::metadata(&path).unwrap();
-        assert_eq!((told.gid(), told.permissions().mode() & 0o777), (group, 0o770));
+        let facts = std::fs::metadata(&path).unwrap();
+        assert_eq!((facts.gid(), facts.permissions().mode() & 0o777), (group, 0o770));
         std::fs::write(path.join(SOCKET), "").unwrap();
         remove_directory(&path);
         assert!(!path.exists());

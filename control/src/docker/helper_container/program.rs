@@ -1,5 +1,4 @@
-//! This program, as what the helper's image is made of: whether it runs in an image that has nothing else, and which build
-//! it is.
+//! This program as the content of the helper's image: whether it runs without other files, and the identifier of its build.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,31 +11,31 @@ use thiserror::Error;
 use crate::model::name::hex;
 use crate::version;
 
-/// This program's file, whatever became of its name.
+/// The file of this program, also after it was renamed or deleted.
 const OWN: &str = "/proc/self/exe";
-/// How much of it is looked at: its headers are at its beginning.
+/// The number of bytes to read: the headers are at the start of the file.
 const HEAD_BYTES: u64 = 64 * 1024;
-/// How many characters the name of a build has.
+/// The length of a build identifier, in characters.
 const BUILD_CHARS: usize = 16;
 /// The kind of program header that names the dynamic loader (`PT_INTERP`, elf(5)).
 const INTERPRETER: u32 = 3;
 
-/// Why the program is not fit for an image of its own.
+/// The reasons why the program cannot run in an image without other files.
 #[derive(Debug, Error)]
 pub enum ProgramError {
     /// Its file cannot be read.
     #[error("this program's own file cannot be read")]
     Unreadable(#[from] io::Error),
-    /// An image that has nothing else lacks the libraries that it needs.
-    #[error("this landfall needs the libraries of its system, and the helper's image has none")]
+    /// It needs shared libraries, which the image does not contain.
+    #[error("this landfall needs the system's shared libraries, which the helper's image does not contain")]
     Dynamic,
 }
 
 impl ProgramError {
-    /// What to do about it.
+    /// Returns the remedy.
     pub fn hint(&self) -> &'static str {
         match self {
-            ProgramError::Unreadable(_) => "see that /proc is mounted",
+            ProgramError::Unreadable(_) => "check that /proc is mounted",
             ProgramError::Dynamic => {
                 "use a static build: RUSTFLAGS=\"-C target-feature=+crt-static\" cargo build --release -p landfall --target \
                  TRIPLE, with the TRIPLE that rustc -vV calls host"
@@ -45,17 +44,17 @@ impl ProgramError {
     }
 }
 
-/// A program that runs in an image of its own.
+/// A program that runs in an image without other files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
-    /// Its file.
+    /// The path of its file.
     pub path: PathBuf,
-    /// Which build it is. Two builds of the same sources are two.
+    /// The identifier of its build. Two builds of the same sources differ.
     pub build: String,
 }
 
 impl Program {
-    /// This program.
+    /// Returns this program.
     ///
     /// # Errors
     /// [`ProgramError`].
@@ -65,22 +64,27 @@ impl Program {
 
     fn at(path: &Path) -> Result<Program, ProgramError> {
         let file = File::open(path)?;
-        let told = file.metadata()?;
+        let metadata = file.metadata()?;
         let mut head = Vec::new();
         file.take(HEAD_BYTES).read_to_end(&mut head)?;
         if !is_static(&head) {
             return Err(ProgramError::Dynamic);
         }
-        let named =
-            format!("{}\n{}\n{}.{:09}", version::FINGERPRINT, told.len(), told.mtime(), told.mtime_nsec());
+        let named = format!(
+            "{}\n{}\n{}.{:09}",
+            version::FINGERPRINT,
+            metadata.len(),
+            metadata.mtime(),
+            metadata.mtime_nsec()
+        );
         let mut build = hex(&Sha256::digest(named.as_bytes()));
         build.truncate(BUILD_CHARS);
         Ok(Program { path: path.to_owned(), build })
     }
 }
 
-/// Whether a program that begins so needs no dynamic loader: a 64-bit ELF file of this machine's byte order, none of whose
-/// program headers names one (elf(5)).
+/// Returns whether a program with this head needs no dynamic loader: a 64-bit ELF file of this machine's byte order, without
+/// a program header of type `PT_INTERP` (elf(5)).
 fn is_static(head: &[u8]) -> bool {
     const SIXTY_FOUR_BITS: u8 = 2;
     let number = |at: usize, bytes: usize| -> Option<u64> {
@@ -107,7 +111,7 @@ fn is_static(head: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    /// The beginning of a program whose program headers are of these kinds.
+    /// Returns the head of a program with program headers of these types.
     fn head(kinds: &[u32]) -> Vec<u8> {
         let mut head = vec![0; 64];
         head[..5].copy_from_slice(b"\x7fELF\x02");
@@ -129,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_program_or_half_of_one_is_not() {
+    fn a_file_that_is_not_a_complete_program_is_not_static() {
         let whole = head(&[1, 1]);
         for length in [0, 4, 20, 60, 64, whole.len() - 56] {
             assert!(!is_static(&whole[..length]), "{length} bytes");
@@ -142,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn another_file_is_another_build() {
+    fn a_different_file_is_a_different_build() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("program");
         let built = |bytes: Vec<u8>| {

@@ -1,12 +1,12 @@
-//! The helper itself, `landfall _helper`: the first process of a container of its own, which may enter the network of others.
+//! The program in the helper's container, `landfall _helper`. It is the first process of the container, and may enter the
+//! networks of others.
 //!
-//! Whoever connects to its socket and is the one user that it obeys has one opener to talk to, a process that is started for that
-//! connection, enters the one namespace that is asked for, gives up every privilege and ends with its channels. So the privilege is
-//! held by this loop, which reads nothing that is sent to it, and for the length of one request by an opener.
+//! Each accepted connection gets its own opener: a process that is started for that connection, enters the one requested
+//! namespace, drops all privileges and ends with its channels. Only connections of one user are accepted. The privileges are
+//! therefore held by this loop, which never reads a message, and by an opener for the duration of one request.
 //!
-//! What bounds it: who does not say at once where to go is turned away, and so is who comes when there are as many openers
-//! as there may be. It ends by itself when nobody has come for a long time, as when the daemon was killed and never came
-//! back.
+//! Bounds: a connection without a prompt first message is closed, and a connection beyond the maximum number of openers is
+//! refused. The helper ends by itself when it has been idle for a long time, for example after the daemon was killed.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,21 +28,21 @@ use tokio::time::{sleep, timeout};
 use super::SOCKET;
 use crate::sys::socket_file::appear;
 
-/// How long nobody is taken in after descriptors or processes ran out.
+/// The delay of accepting after descriptors or processes ran out.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
-/// The socket is for its group, which the daemon's user is in, and for nobody else.
+/// The mode of the socket: accessible to its group, which includes the daemon's user, and to no other user.
 const MODE: u32 = 0o660;
 
-/// How much it does at a time, and how long it waits.
+/// Limits and timeouts of the helper.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Namespaces that are entered: one for each container that is forwarded.
+    /// The maximum number of openers: one for each container that is forwarded.
     pub openers: usize,
-    /// Connections on which nothing was said yet.
-    pub knocking: usize,
-    /// How long one of those may last.
-    pub patience: Duration,
-    /// How long it serves nobody.
+    /// The maximum number of connections without a first message.
+    pub pending: usize,
+    /// The time limit for the first message.
+    pub first_message_max: Duration,
+    /// The time without connections after which the helper ends.
     pub idle: Duration,
 }
 
@@ -50,43 +50,43 @@ impl Default for Bounds {
     fn default() -> Bounds {
         Bounds {
             openers: 512,
-            knocking: 32,
-            patience: Duration::from_secs(5),
+            pending: 32,
+            first_message_max: Duration::from_secs(5),
             idle: Duration::from_secs(600),
         }
     }
 }
 
-/// Makes the socket in `directory`, in the place of one that an earlier helper left, and serves `user` there until nobody has
-/// come for long. `program` becomes the openers.
+/// Creates the socket in `directory`, in place of one of an earlier helper, and serves `user` there until it has been idle.
+/// `program` is the executable of the openers.
 ///
 /// # Errors
-/// Those of the socket; nothing else ends it.
+/// The errors of creating the socket. No other error ends the function.
 pub async fn serve(directory: &Path, user: u32, program: &Path, bounds: Bounds) -> io::Result<()> {
     let (socket, _) = appear(directory, SOCKET, MODE)?;
     let socket = std::os::unix::net::UnixListener::from(socket);
     socket.set_nonblocking(true)?;
-    // It is of another type (SOCK_SEQPACKET), which makes no difference to accepting.
+    // The socket has another type (SOCK_SEQPACKET), which does not affect accepting.
     let listener = UnixListener::from_std(socket)?;
     let openers = Arc::new(Semaphore::new(bounds.openers));
-    let knocking = Arc::new(Semaphore::new(bounds.knocking));
-    let mut guests = JoinSet::new();
+    let pending = Arc::new(Semaphore::new(bounds.pending));
+    let mut clients = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            Some(_) = guests.join_next() => continue,
-            () = sleep(bounds.idle), if guests.is_empty() => return Ok(()),
+            Some(_) = clients.join_next() => continue,
+            () = sleep(bounds.idle), if clients.is_empty() => return Ok(()),
         };
         match accepted {
-            Ok((guest, _)) if guest.peer_cred().is_ok_and(|peer| peer.uid() == user) => {
-                // One that finds no place to wait is turned away: only its own user can be in its way.
-                let Ok(place) = Arc::clone(&knocking).try_acquire_owned() else { continue };
+            Ok((client, _)) if client.peer_cred().is_ok_and(|peer| peer.uid() == user) => {
+                // Close a connection beyond the limit. Only connections of the same user can exhaust it.
+                let Ok(permit) = Arc::clone(&pending).try_acquire_owned() else { continue };
                 let (openers, program) = (Arc::clone(&openers), program.to_owned());
-                guests.spawn(async move {
-                    let said = timeout(bounds.patience, says_something(&guest)).await;
-                    drop(place);
-                    if said.unwrap_or(false) {
-                        attend(guest, &openers, program).await;
+                clients.spawn(async move {
+                    let has_message = timeout(bounds.first_message_max, has_message(&client)).await;
+                    drop(permit);
+                    if has_message.unwrap_or(false) {
+                        serve_client(client, &openers, program).await;
                     }
                 });
             }
@@ -96,29 +96,29 @@ pub async fn serve(directory: &Path, user: u32, program: &Path, bounds: Bounds) 
     }
 }
 
-/// Waits for the first message, and leaves it where it is; whether there is one.
-async fn says_something(guest: &UnixStream) -> bool {
+/// Waits for the first message without reading it. Returns whether one arrived.
+async fn has_message(client: &UnixStream) -> bool {
     let peek = || {
         let mut byte = [0];
-        Ok(rustix::net::recv(guest, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.1)
+        Ok(rustix::net::recv(client, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.1)
     };
-    guest.async_io(Interest::READABLE, peek).await.is_ok_and(|bytes| bytes > 0)
+    client.async_io(Interest::READABLE, peek).await.is_ok_and(|bytes| bytes > 0)
 }
 
-/// Gives the connection to an opener, and waits for its end.
-async fn attend(guest: UnixStream, openers: &Semaphore, program: PathBuf) {
-    let Ok(channel) = guest.into_std().and_then(|guest| {
-        // An opener waits for what it reads first.
-        guest.set_nonblocking(false)?;
-        Ok(OwnedFd::from(guest))
+/// Passes the connection to an opener, and waits until it ends.
+async fn serve_client(client: UnixStream, openers: &Semaphore, program: PathBuf) {
+    let Ok(channel) = client.into_std().and_then(|client| {
+        // An opener reads in blocking mode.
+        client.set_nonblocking(false)?;
+        Ok(OwnedFd::from(client))
     }) else {
         return;
     };
-    let Ok(_place) = openers.try_acquire() else {
-        return refuse(channel, "as many namespaces are entered through the helper as may be".to_owned());
+    let Ok(_permit) = openers.try_acquire() else {
+        return refuse(channel, "the helper has reached its maximum number of openers".to_owned());
     };
     let Ok(theirs) = channel.try_clone() else {
-        return refuse(channel, "the helper has no more descriptors".to_owned());
+        return refuse(channel, "the helper has no free descriptor".to_owned());
     };
     let child = Command::new(program)
         .arg0("landfall")
@@ -131,7 +131,7 @@ async fn attend(guest: UnixStream, openers: &Semaphore, program: PathBuf) {
         .spawn();
     match child {
         Ok(mut child) => {
-            // It ends with its channels, of which this is one.
+            // The opener ends with its channels, so this copy must be closed.
             drop(channel);
             let _ = child.wait().await;
         }
@@ -139,7 +139,7 @@ async fn attend(guest: UnixStream, openers: &Semaphore, program: PathBuf) {
     }
 }
 
-/// Answers the request that nobody has read. Whoever asked may be gone.
+/// Answers the request without reading it. The client may have gone.
 fn refuse(channel: OwnedFd, detail: String) {
     let failure = Failure { kind: FailureKind::Exhausted, detail };
     if let Ok(channel) = Channel::try_from(channel) {
@@ -155,15 +155,15 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const WAIT_MAX: Duration = Duration::from_secs(10);
     const BOUNDS: Bounds =
-        Bounds { openers: 4, knocking: 4, patience: PATIENCE, idle: Duration::from_secs(600) };
+        Bounds { openers: 4, pending: 4, first_message_max: WAIT_MAX, idle: Duration::from_secs(600) };
 
     fn own_user() -> u32 {
         rustix::process::geteuid().as_raw()
     }
 
-    /// A helper in a directory of its own, with a program that cannot be started.
+    /// Starts a helper in its own directory, with a program that cannot be started.
     fn helper(user: u32, bounds: Bounds) -> (TempDir, JoinSet<io::Result<()>>) {
         let folder = tempfile::tempdir().unwrap();
         let directory = folder.path().to_owned();
@@ -172,28 +172,28 @@ mod tests {
         (folder, tasks)
     }
 
-    /// What a client does, on a thread that may wait.
-    async fn client<T: Send + 'static>(
+    /// Runs a client on a thread that may block.
+    async fn on_client_thread<T: Send + 'static>(
         folder: &TempDir,
-        does: impl FnOnce(&Path) -> T + Send + 'static,
+        action: impl FnOnce(&Path) -> T + Send + 'static,
     ) -> T {
         let path = folder.path().join(SOCKET);
         while !path.exists() {
             tokio::task::yield_now().await;
         }
-        tokio::task::spawn_blocking(move || does(&path)).await.unwrap()
+        tokio::task::spawn_blocking(move || action(&path)).await.unwrap()
     }
 
-    fn says(channel: &Channel) -> Option<Answer> {
-        match channel.recv_timeout(PATIENCE) {
-            Ok(said) => said.map(|(answer, _)| answer),
+    fn receive(channel: &Channel) -> Option<Answer> {
+        match channel.recv_timeout(WAIT_MAX) {
+            Ok(has_message) => has_message.map(|(answer, _)| answer),
             Err(ChannelError::Gone) => None,
             Err(error) => panic!("{error}"),
         }
     }
 
     fn refusal(channel: &Channel) -> String {
-        match says(channel) {
+        match receive(channel) {
             Some(Answer::Failed { failure }) => {
                 assert_eq!(failure.kind, FailureKind::Exhausted);
                 failure.detail
@@ -205,25 +205,25 @@ mod tests {
     const ENTER: Request = Request::Enter { target: TargetKind::Process };
 
     #[tokio::test]
-    async fn another_user_is_turned_away_unheard() {
+    async fn another_user_is_refused_without_an_answer() {
         let (folder, _tasks) = helper(own_user() + 1, BOUNDS);
-        client(&folder, |path| {
+        on_client_thread(&folder, |path| {
             for _ in 0..100 {
                 let channel = Channel::connect(path).unwrap();
                 let _ = channel.send(&ENTER, &[]);
-                assert_eq!(says(&channel), None);
+                assert_eq!(receive(&channel), None);
             }
         })
         .await;
     }
 
     #[tokio::test]
-    async fn who_says_nothing_is_turned_away_and_stops_nobody() {
-        let bounds = Bounds { knocking: 2, patience: Duration::from_millis(100), ..BOUNDS };
+    async fn a_silent_client_is_disconnected_and_does_not_block_others() {
+        let bounds = Bounds { pending: 2, first_message_max: Duration::from_millis(100), ..BOUNDS };
         let (folder, _tasks) = helper(own_user(), bounds);
-        client(&folder, |path| {
+        on_client_thread(&folder, |path| {
             let silent: Vec<_> = (0..20).map(|_| Channel::connect(path).unwrap()).collect();
-            assert!(silent.iter().all(|channel| says(channel).is_none()));
+            assert!(silent.iter().all(|channel| receive(channel).is_none()));
             let channel = Channel::connect(path).unwrap();
             channel.send(&ENTER, &[]).unwrap();
             assert!(refusal(&channel).contains("cannot start an opener"));
@@ -232,26 +232,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn with_every_opener_in_use_the_next_one_is_told() {
+    async fn a_client_beyond_the_maximum_number_of_openers_is_refused() {
         let (folder, _tasks) = helper(own_user(), Bounds { openers: 0, ..BOUNDS });
-        client(&folder, |path| {
-            // What is sent makes no difference, since nobody reads it.
+        on_client_thread(&folder, |path| {
+            // The content of the message does not matter, since it is not read.
             for request in [serde_json::to_value(ENTER).unwrap(), serde_json::json!("let me in".repeat(400))]
             {
                 let channel = Channel::connect(path).unwrap();
                 channel.send(&request, &[]).unwrap();
-                assert!(refusal(&channel).contains("as many namespaces"));
+                assert!(refusal(&channel).contains("maximum number of openers"));
             }
         })
         .await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_ends_when_nobody_comes() {
-        let began = tokio::time::Instant::now();
+    async fn it_ends_after_its_idle_time() {
+        let started = tokio::time::Instant::now();
         let (_folder, mut tasks) = helper(own_user(), BOUNDS);
         tasks.join_next().await.unwrap().unwrap().unwrap();
-        assert_eq!(began.elapsed(), BOUNDS.idle);
+        assert_eq!(started.elapsed(), BOUNDS.idle);
     }
 
     #[tokio::test]
