@@ -1,9 +1,10 @@
 //! The io_uring poller.
 //!
 //! Each socket has one multishot `POLL_ADD`, edge-triggered, for its life; a turn submits new and removed registrations and
-//! reaps the reports in one `io_uring_enter`. The calls that move bytes are non-blocking ones on this thread:
-//! `IORING_OP_SPLICE` and `IORING_OP_SHUTDOWN` always go to a worker thread (`REQ_F_FORCE_ASYNC`, io_uring/splice.c and
-//! net.c), and a send on loopback runs the receiver's half of TCP inside the call in any case.
+//! reaps the reports in one `io_uring_enter`. A deadline is a timer whose poll ends the wait: a time limit of the wait itself
+//! is set and cancelled each time, which costs half a microsecond. The calls that move bytes are non-blocking ones on this
+//! thread: `IORING_OP_SPLICE` and `IORING_OP_SHUTDOWN` always go to a worker thread (`REQ_F_FORCE_ASYNC`, io_uring/splice.c
+//! and net.c), and a send on loopback runs the receiver's half of TCP inside the call in any case.
 //!
 //! A registration is removed by `ASYNC_CANCEL` under its key. `POLL_REMOVE` is not used: it fails with EALREADY while a
 //! report is being prepared (`io_poll_disarm()` in io_uring/poll.c), and the registration would hold the file for ever. The
@@ -25,10 +26,10 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
+use rustix::time::{Itimerspec, TimerfdTimerFlags, Timespec, timerfd_settime};
 
 use super::{INTEREST, KernelIo, Key, Notice, Poller, Reactor, ReactorError, Readiness, Unusable, Waker};
 use crate::command::RingKind;
@@ -38,9 +39,10 @@ use crate::limits::Limits;
 const SUBMISSION_ENTRIES: u32 = 512;
 /// Completions that fit the ring; the kernel keeps the rest (`IORING_FEAT_NODROP`).
 const COMPLETION_ENTRIES: u32 = 4_096;
-/// The `user_data` of cancel requests and of the wake-up, which are not keys.
+/// The `user_data` of cancel requests, of the wake-up and of the timer, which are not keys.
 const USER_DATA_CANCEL: u64 = u64::MAX;
 const USER_DATA_WAKE: u64 = u64::MAX - 1;
+const USER_DATA_TIMER: u64 = u64::MAX - 2;
 /// The time after which submissions that keep failing end the ring.
 const FAILING_MAX: Duration = Duration::from_secs(1);
 /// The longest pause between two failing submissions; the first is one millisecond.
@@ -53,6 +55,10 @@ pub struct Uring {
     pending: VecDeque<squeue::Entry>,
     eventfd: Arc<OwnedFd>,
     wake_armed: bool,
+    timer: OwnedFd,
+    timer_armed: bool,
+    /// When the timer expires; `None` where it is not set. It may be earlier than the present deadline.
+    timer_at: Option<Instant>,
     /// [`EnterFlags::NO_IOWAIT`] where the kernel has it (6.15): without it an idle ring counts as waiting for a disk.
     waiting: EnterFlags,
     failing: Option<Failing>,
@@ -75,8 +81,17 @@ impl Uring {
         let eventfd = setup::eventfd()?;
         let no_iowait = ring.params().is_feature_no_iowait();
         let waiting = if no_iowait { EnterFlags::NO_IOWAIT } else { EnterFlags::empty() };
-        let (pending, eventfd) = (VecDeque::new(), Arc::new(eventfd));
-        Ok(Uring { ring, pending, eventfd, wake_armed: false, waiting, failing: None })
+        Ok(Uring {
+            ring,
+            pending: VecDeque::new(),
+            eventfd: Arc::new(eventfd),
+            wake_armed: false,
+            timer: setup::timer()?,
+            timer_armed: false,
+            timer_at: None,
+            waiting,
+            failing: None,
+        })
     }
 
     /// Creates a reactor over a new poller.
@@ -115,42 +130,51 @@ impl Uring {
         Ok(())
     }
 
-    fn arm_wake(&mut self) {
-        if !self.wake_armed {
-            self.wake_armed = true;
-            // Every write to an eventfd is an edge, so its counter need not be read; it is full after 2^64 - 2 writes.
-            let request = poll_request(self.eventfd.as_raw_fd(), Readiness::IN, USER_DATA_WAKE);
-            self.push(request);
+    /// Arms the polls of the eventfd and of the timer. Every write to an eventfd and every expiry of a timer is an edge, so
+    /// neither is read; the counter of an eventfd is full after 2^64 - 2 writes.
+    fn arm_own(&mut self) {
+        if !std::mem::replace(&mut self.wake_armed, true) {
+            self.push(poll_request(self.eventfd.as_raw_fd(), Readiness::IN, USER_DATA_WAKE));
+        }
+        if !std::mem::replace(&mut self.timer_armed, true) {
+            self.push(poll_request(self.timer.as_raw_fd(), Readiness::IN, USER_DATA_TIMER));
         }
     }
 
-    /// Submits the queued requests and waits, for at most `limit`, until a completion arrives.
-    fn enter(&mut self, limit: Option<Duration>) -> Result<(), ReactorError> {
-        let submitted = match limit {
+    /// Has the timer end the wait at `at`, or earlier. False if that time has passed.
+    fn set_timer(&mut self, at: Instant) -> Result<bool, ReactorError> {
+        let left = at.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        if self.timer_at.is_none_or(|set| at < set) {
+            let once = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let value = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+            let time = Itimerspec { it_interval: once, it_value: value };
+            timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &time)
+                .map_err(|source| ReactorError { kind: RingKind::IoUring, doing: "set its timer", source })?;
+            self.timer_at = Some(at);
+        }
+        Ok(true)
+    }
+
+    /// Submits the queued requests and, with `wait`, waits until a completion arrives.
+    fn enter(&mut self, wait: bool) -> Result<(), ReactorError> {
+        let submitted = match wait {
+            true => self.wait_for_one(),
             // Submits without waiting.
-            Some(Duration::ZERO) => self.ring.submit().map(drop),
-            Some(limit) => {
-                let timespec = Timespec::new().sec(limit.as_secs()).nsec(limit.subsec_nanos());
-                let arguments = SubmitArgs::new().timespec(&timespec);
-                self.wait_for_one(EnterFlags::EXT_ARG, Some(&arguments))
-            }
-            None => self.wait_for_one(EnterFlags::empty(), None),
+            false => self.ring.submit().map(drop),
         };
         self.note(submitted).map(drop)
     }
 
-    fn wait_for_one(
-        &mut self,
-        flags: EnterFlags,
-        arguments: Option<&SubmitArgs<'_, '_>>,
-    ) -> std::io::Result<()> {
+    fn wait_for_one(&mut self) -> std::io::Result<()> {
         let to_submit = u32::try_from(self.ring.submission().len()).unwrap_or(u32::MAX);
-        let flags = flags | EnterFlags::GETEVENTS | self.waiting;
+        let flags = EnterFlags::GETEVENTS | self.waiting;
         // SAFETY: `enter` demands parameters that fit io_uring_enter(2). `to_submit` is the length of the submission queue,
-        // whose requests are valid (see `push_now`). `arguments` is the transparent wrapper of `io_uring_getevents_arg`,
-        // given exactly when EXT_ARG is set, and it and its timespec live in the caller until the call returns; without it
-        // the size of a null signal mask is passed, which the kernel ignores.
-        unsafe { self.ring.submitter().enter(to_submit, 1, flags.bits(), arguments) }.map(drop)
+        // whose requests are valid (see `push_now`). Without an argument the kernel gets a null signal mask, which it
+        // ignores, and the size of one.
+        unsafe { self.ring.submitter().enter::<libc::sigset_t>(to_submit, 1, flags.bits(), None) }.map(drop)
     }
 
     /// Evaluates the result of a submission. True if it succeeded; false if it is to be repeated.
@@ -163,8 +187,8 @@ impl Uring {
             Err(error) => Errno::from_io_error(&error).unwrap_or(Errno::IO),
         };
         match errno {
-            // The time limit is over, or a signal arrived.
-            Errno::TIME | Errno::INTR => {
+            // A signal arrived.
+            Errno::INTR => {
                 self.failing = None;
                 Ok(true)
             }
@@ -191,6 +215,10 @@ impl Uring {
             match completion.user_data() {
                 USER_DATA_CANCEL => {}
                 USER_DATA_WAKE => self.wake_armed = armed,
+                USER_DATA_TIMER => {
+                    self.timer_armed = armed;
+                    self.timer_at = None;
+                }
                 number => {
                     if let Some(key) = Key::of_number(number) {
                         notices.push(Notice { key, readiness: readiness_of(completion.result()), armed });
@@ -248,14 +276,13 @@ impl Poller for Uring {
     }
 
     fn wait(&mut self, until: Option<Instant>, notices: &mut Vec<Notice>) -> Result<(), ReactorError> {
-        self.arm_wake();
+        self.arm_own();
         self.flush_pending()?;
-        let limit = if self.pending.is_empty() {
-            until.map(|at| at.saturating_duration_since(Instant::now()))
-        } else {
-            Some(Duration::ZERO)
+        let is_due = match until {
+            Some(at) => !self.set_timer(at)?,
+            None => false,
         };
-        self.enter(limit)?;
+        self.enter(self.pending.is_empty() && !is_due)?;
         self.reap(notices);
         Ok(())
     }

@@ -9,6 +9,7 @@ use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 
 use super::{COMPLETION_ENTRIES, SUBMISSION_ENTRIES, Uring};
 use crate::limits::Limits;
@@ -68,6 +69,11 @@ pub(super) fn eventfd() -> Result<OwnedFd, Unusable> {
         .map_err(|errno| ran_out("an eventfd", errno))
 }
 
+pub(super) fn timer() -> Result<OwnedFd, Unusable> {
+    timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)
+        .map_err(|errno| ran_out("a timer", errno))
+}
+
 pub(super) fn set_up() -> Result<IoUring, Unusable> {
     let until = Instant::now() + MEMORY_TIMEOUT;
     let mut pause = MEMORY_PAUSE_FIRST;
@@ -81,8 +87,8 @@ pub(super) fn set_up() -> Result<IoUring, Unusable> {
         }
     };
     let parameters = uring.params();
-    if !parameters.is_feature_nodrop() || !parameters.is_feature_ext_arg() {
-        return Err(too_old("may lose completions", "5.11"));
+    if !parameters.is_feature_nodrop() {
+        return Err(too_old("may lose completions", "5.5"));
     }
     if !parameters.is_feature_skip_cqe_on_success() {
         return Err(too_old("lacks IOSQE_CQE_SKIP_SUCCESS", "5.17"));
