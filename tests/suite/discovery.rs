@@ -412,7 +412,7 @@ fn image_labels() {
     assert_eq!(forwarded(&home, "same"), why("same"));
     let listed = home.run(&["ls", "--all"]);
     let printed = String::from_utf8_lossy(&listed.stderr);
-    assert!(printed.contains("hint: landfall attach shop has it forwarded"), "{printed}");
+    assert!(printed.contains("hint: landfall attach shop forwards it"), "{printed}");
     // Each image is inspected once, regardless of container events.
     let inspected = docker.calls("GET /images/");
     docker.remove("same", false);
