@@ -133,7 +133,7 @@ fn open_error(script: impl Fn(&Channel, &Request) -> bool + Send + Sync + 'stati
 
 fn invalid_answer() {
     let error = open_error(|channel, _| channel.send(&"let me think", &[]).is_ok());
-    assert!(error.to_string().contains("not a message that is understood"), "{error}");
+    assert!(error.to_string().contains("not a valid message"), "{error}");
     let error = open_error(|_, _| false);
     assert!(error.to_string().contains("ended without an answer"), "{error}");
     let error = open_error(|channel, _| send(channel, (Answer::Channel, Vec::new())));
@@ -142,7 +142,7 @@ fn invalid_answer() {
         while channel.try_send(&"and another thing".repeat(100), &[]).is_ok() {}
         true
     });
-    assert!(error.to_string().contains("not a message that is understood"), "{error}");
+    assert!(error.to_string().contains("not a valid message"), "{error}");
     // It claims the cookie of our namespace, and has a socket of another namespace.
     let own = honest_answer(&Request::Introduce).0;
     let error = open_error(move |channel, request| match request {
@@ -225,7 +225,7 @@ fn descriptors_are_checked() {
             }
             send(channel, (answer, descriptors))
         });
-        assert!(error.to_string().contains("descriptors came with it"), "{error}");
+        assert!(error.to_string().contains("descriptors instead of at most"), "{error}");
     }
     // One of our own sockets, which it received before.
     let host = Arc::new(Mutex::new(Some(honest_answer(&Request::SockDiag).1)));
@@ -325,9 +325,9 @@ type AgentScript = Arc<dyn Fn(&Channel, &Request) -> bool + Send + Sync>;
 fn turns_hostile(ring: RingChoice) {
     let mut scripts: Vec<(&str, AgentScript)> = vec![
         ("has ended", Arc::new(|_, _| false)),
-        ("not a message that is understood", Arc::new(|channel, _| channel.send(&"no", &[]).is_ok())),
+        ("not a valid message", Arc::new(|channel, _| channel.send(&"no", &[]).is_ok())),
         (
-            "not a message that is understood",
+            "not a valid message",
             Arc::new(|channel, _| {
                 while channel.send(&"no".repeat(1000), &[]).is_ok() {}
                 false
@@ -535,7 +535,7 @@ fn wrong_channel_count(ring: RingChoice) {
     for (kind, sources, count, words) in [
         (UpstreamKind::Agent, WatchSources::default(), 0, "expected 1, one channel to its agent"),
         (UpstreamKind::Agent, WatchSources::default(), 2, "expected 1, one channel to its agent"),
-        (UpstreamKind::Agent, proc, 2, "a file from an agent is not read"),
+        (UpstreamKind::Agent, proc, 2, "files from an agent are not accepted"),
         (UpstreamKind::Dialler, WatchSources::default(), 0, "a channel for each of 1 shards"),
     ] {
         let before = descriptors();
@@ -548,7 +548,7 @@ fn wrong_channel_count(ring: RingChoice) {
         });
         assert!(reason.contains(words), "{words}: {reason}");
         // The engine refuses first, and then closes the descriptors.
-        wait_until("what was given to be closed", || match descriptors() {
+        wait_until("the descriptors to be closed", || match descriptors() {
             now if now == before => Ok(()),
             now => Err(now),
         });

@@ -505,8 +505,8 @@ fn every_container() {
         json!([one["running"], one["forwarded"], one["registered"], one["by"], one["why"]])
     };
     assert_eq!(of("shop"), json!([true, "yes", "web", "label", null]));
-    assert_eq!(of("db"), json!([true, "no", null, null, "nobody asked for it"]));
-    assert_eq!(of("idle"), json!([false, "no", null, null, "nobody asked for it"]));
+    assert_eq!(of("db"), json!([true, "no", null, null, "no label asks for it"]));
+    assert_eq!(of("idle"), json!([false, "no", null, null, "no label asks for it"]));
     docker.set_mode(DockerMode::Fails);
     let output = home.run(&["ls", "--all"]);
     assert_eq!(output.status.code(), Some(6), "{output:?}");
