@@ -139,7 +139,7 @@ fn address(agent_port: u16) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("landfall-agent-{agent_port}"))
 }
 
-/// Sends a request to the agent that serves `agent_port`. Waits for `wait` plus [`IO_TIME_MAX`].
+/// Sends a request to the agent that serves `agent_port`. Waits for `wait` plus `IO_TIME_MAX`.
 ///
 /// # Errors
 /// [`AskError`].

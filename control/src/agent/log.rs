@@ -105,7 +105,7 @@ impl Log {
         self.0.omitted.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Waits up to [`FLUSH_TIME_MAX`] until all lines are written. Later events are dropped.
+    /// Waits up to `FLUSH_TIME_MAX` until all lines are written. Later events are dropped.
     pub fn close(&self) {
         drop(self.0.lines.lock().unwrap_or_else(PoisonError::into_inner).take());
         // Either the writer has finished, or the reader of the pipe is stuck.
