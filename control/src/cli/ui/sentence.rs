@@ -13,8 +13,9 @@ use crate::model::name::escape;
 pub fn sentence(printer: Printer, line: &str, zone: &TimeZone) -> String {
     let Ok(value) = serde_json::from_str::<Value>(line) else { return escape(line).into_owned() };
     let time = value.get("time").and_then(Value::as_str).and_then(|time| time.parse::<Timestamp>().ok());
-    let when =
-        time.map(|time| time.to_zoned_datetime(zone.clone()).strftime("%F %T ").to_string()).unwrap_or_default();
+    let when = time
+        .map(|time| time.to_zoned_datetime(zone.clone()).strftime("%F %T ").to_string())
+        .unwrap_or_default();
     let (word, colour, text) = match serde_json::from_value::<Event>(value) {
         Ok(event) => describe(&event),
         // An event kind that this build does not have.
