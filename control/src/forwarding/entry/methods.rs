@@ -195,7 +195,7 @@ mod tests {
             enter(vec![EntryMethod::Agent(nowhere.path().to_owned()), EntryMethod::Agent(missing)], None, 1)
                 .unwrap_err();
         assert_eq!(certainty, Certainty::Gone, "{reason}");
-        assert!(reason.contains("no agent has made its socket"), "{reason}");
+        assert!(reason.contains("no agent has created its socket"), "{reason}");
         let process = Target::process(std::process::id()).unwrap();
         let helper = EntryMethod::Helper(nowhere.path().join("opener.sock"), process);
         let (certainty, reason) = enter(vec![helper], None, 1).unwrap_err();
