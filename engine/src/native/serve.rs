@@ -33,6 +33,8 @@ use super::tracee::{self, Tracee};
 use super::{Driver, LISTENERS_MAX, NativeEvent, NativeListener, SuperviseError, Supervisor};
 use crate::watch::sock_diag::SockDiag;
 
+/// The most attempts to listen on a port that is in use although no socket listens on it.
+const LISTEN_ATTEMPTS: u32 = 8;
 /// The interval at which the holders of stubs are looked up.
 const RETAINED_CHECK: Duration = Duration::from_millis(250);
 
@@ -248,12 +250,21 @@ impl<D: Driver> Serving<D> {
         original: &OwnedFd,
         backlog: i32,
     ) -> Result<OwnedFd, Refusal> {
-        match host_socket::listen(address, original, backlog, false) {
-            Err(Errno::ADDRINUSE) => {}
-            other => return other.map_err(|_| Refusal::Relay(RelayReason::Refused)),
-        }
-        let port = NonZeroU16::new(address.address.port()).ok_or(Refusal::Relay(RelayReason::NotOurs))?;
-        let (own, others) = self.listeners_on(port).ok_or(Refusal::Relay(RelayReason::Taken))?;
+        let mut attempt = 1;
+        let (port, own, others) = loop {
+            match host_socket::listen(address, original, backlog, false) {
+                Err(Errno::ADDRINUSE) => {}
+                other => return other.map_err(|_| Refusal::Relay(RelayReason::Refused)),
+            }
+            let port = NonZeroU16::new(address.address.port()).ok_or(Refusal::Relay(RelayReason::NotOurs))?;
+            let (own, others) = self.listeners_on(port).ok_or(Refusal::Relay(RelayReason::Taken))?;
+            // Of two sockets that start to listen at the same time, both may get EADDRINUSE: each sets its state before it
+            // looks for the other one (`inet_csk_listen_start()`). Then no socket listens on the port afterwards.
+            if attempt == LISTEN_ATTEMPTS || !own.is_empty() || !others.is_empty() {
+                break (port, own, others);
+            }
+            attempt += 1;
+        };
         let facts = PortFacts {
             has_own: !own.is_empty(),
             has_others: !others.is_empty(),
