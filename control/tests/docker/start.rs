@@ -266,6 +266,6 @@ fn stop_removes_only_a_container_that_start_created() {
     assert_eq!(output.status.code(), Some(6), "{stderr}");
     let output = shop.landfall(&["start"]);
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(stderr.contains("another container is called"), "{stderr}");
+    assert!(stderr.contains("another container has the name"), "{stderr}");
     assert!(run(&["inspect", &shop.name]).status.success(), "it was removed");
 }
