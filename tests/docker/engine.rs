@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// The timeout of Docker operations. On an idle machine a successful one needs less than a tenth of it.
+/// The timeout of a call to Docker. On an idle machine a successful call needs less than a tenth of it.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The label with which a container is forwarded.

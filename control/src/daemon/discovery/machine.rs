@@ -10,8 +10,8 @@
 //! - **Its own label requests it**, under Docker's name or under the name of its label. A label of its image is not used.
 //! - **All containers are forwarded**, except those that a label excludes.
 //!
-//! Registrations for the last two reasons are derived from the list alone. They are created when the container runs, since a
-//! container that has never run has nothing to forward, and dropped when the list no longer contains it. This module never
+//! Registrations for the last two reasons are derived from the list alone. They are created when the container runs, since no
+//! port listens before its first start, and dropped when the list no longer contains it. This module never
 //! changes a registration that a client made (`register`): the registered container needs no step, and a container that only
 //! requests its name does not get it.
 
