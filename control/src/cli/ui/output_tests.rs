@@ -12,15 +12,20 @@ fn python() -> ProcessFact {
     ProcessFact { name: "python3".to_owned(), pid: 77 }
 }
 
-#[test]
-fn a_forward_names_its_target() {
-    let report = Report::Forward {
+/// A relayed forward from the host to a python server in `web`.
+fn forward() -> Report {
+    Report::Forward {
         port: port(5173),
         name: "web".to_owned(),
         process: Some(python()),
         label: None,
         path: ForwardPath::Relay,
-    };
+    }
+}
+
+#[test]
+fn a_forward_names_its_target() {
+    let report = forward();
     assert_eq!(plain().text(&report), "forward  http://localhost:5173  →  web:5173 (python3, pid 77)");
     let report = Report::Forward {
         port: port(5173),
@@ -94,13 +99,7 @@ fn a_denied_privileged_port_has_a_hint_that_allows_it() {
 
 #[test]
 fn json_is_one_object_per_line() {
-    let report = Report::Forward {
-        port: port(5173),
-        name: "web".to_owned(),
-        process: Some(python()),
-        label: None,
-        path: ForwardPath::Relay,
-    };
+    let report = forward();
     let text = to_json(&report).to_string();
     assert!(!text.contains('\n'));
     let value: Value = serde_json::from_str(&text).unwrap();

@@ -40,12 +40,7 @@ impl Fixture {
     }
 
     fn registration(&self, text: &str) -> Arc<Registration> {
-        std::fs::write(self.path().join(folder::FILE), text).unwrap();
-        let fields = json!({"containerName": "coder", "cwd": self.path()});
-        let mut registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
-        self.home.approve(self.path());
-        folder::seal(&mut registration, self.home.approvals.file());
-        Arc::new(registration)
+        self.home.register(self.path(), text)
     }
 
     /// Starts one job, `renew`, with this script.

@@ -9,7 +9,6 @@ use tokio::sync::broadcast::Receiver;
 use super::*;
 use crate::model::grants::Grants;
 use crate::model::registration::AttachMethod;
-use crate::registry::folder;
 use crate::registry::folder::test_support::TestHome;
 
 /// A folder, its supervisor, and the events of the journal.
@@ -46,12 +45,7 @@ impl Fixture {
     }
 
     fn with_text(&self, text: &str) -> Arc<Registration> {
-        std::fs::write(self.path().join(folder::FILE), text).unwrap();
-        let fields = json!({"containerName": "coder", "cwd": self.path()});
-        let mut registration = Registration::from_fields(fields.as_object().unwrap().clone()).unwrap();
-        self.home.approve(self.path());
-        folder::seal(&mut registration, self.home.approvals.file());
-        Arc::new(registration)
+        self.home.register(self.path(), text)
     }
 
     async fn event(&mut self) -> Value {
