@@ -11,13 +11,11 @@ use crate::daemon::discovery::report::Found;
 use crate::daemon::http::gateway::HttpFacts;
 use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
 use crate::daemon::rpc::ensure::{self, DesiredDaemon, EnsureError, Ensured};
+use crate::daemon::rpc::request_handler::DescribedContainer;
 use crate::docker::helper_container::HelperFacts;
 use crate::error::chain;
-use crate::model::forward_table::{ContainerState, EngineFacts};
-use crate::model::grants::GrantFact;
+use crate::model::forward_table::EngineFacts;
 use crate::model::native_sockets::Sockets;
-use crate::model::registration::FoundBy;
-use crate::registry::folder::Withheld;
 use crate::sys::launcher::LauncherState;
 use crate::sys::paths::{Home, HomeError};
 
@@ -62,28 +60,7 @@ pub struct Description {
     pub engine: Option<EngineFacts>,
     /// All registrations, in order of registration.
     #[serde(default)]
-    pub containers: Vec<Container>,
-}
-
-/// One registered container.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Container {
-    /// Its folder.
-    #[serde(default)]
-    pub cwd: String,
-    /// The rule by which the daemon forwards it automatically, if one applies.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub found_by: Option<FoundBy>,
-    /// The files of its folder that have no effect.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub withheld: Vec<Withheld>,
-    /// Its rights beyond acting for itself, in force or not.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub grants: Vec<GrantFact>,
-    /// Its reachability and its ports.
-    #[serde(flatten)]
-    pub state: ContainerState,
+    pub containers: Vec<DescribedContainer>,
 }
 
 /// Returns the home that the environment names.
@@ -212,8 +189,7 @@ fn ensure_failure(error: &EnsureError, home: &Home) -> Failure {
 }
 
 /// The hint for `sudo`, which may keep the HOME of the user.
-pub(super) const ROOT_HOME_HINT: &str =
-    "set LANDFALL_HOME to a directory that only root may write to, such as /root/.landfall";
+pub(super) const ROOT_HOME_HINT: &str = "set LANDFALL_HOME to a directory that only root may write to";
 
 fn home_failure(error: &HomeError) -> Failure {
     Failure::new(Exit::NoDaemon, chain(error)).hint(match error {

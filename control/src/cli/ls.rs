@@ -7,11 +7,12 @@ use serde_json::json;
 use super::args::LsArgs;
 use super::exit::{Exit, Failure};
 use super::traffic;
-use crate::cli::daemon_client::{self, Container};
+use crate::cli::daemon_client;
 use crate::cli::ui::output::{Printer, Report};
 use crate::cli::ui::table::{EMPTY_CELL, table};
 use crate::daemon::discovery::report::{Forwarded, Found};
 use crate::daemon::rpc::client::Client;
+use crate::daemon::rpc::request_handler::DescribedContainer;
 use crate::model::forward_table::{ContainerState, ForwardPath, ForwardRow, Reachability, RowState};
 use crate::model::grants::{GrantFact, GrantState};
 use crate::model::registration::FoundBy;
@@ -117,9 +118,9 @@ fn forwarded(one: &Found) -> String {
 }
 
 /// Formats one row per port, and one row for a container without ports.
-fn registered_table(containers: &[Container]) -> String {
+fn registered_table(containers: &[DescribedContainer]) -> String {
     let mut rows = Vec::new();
-    for Container { state, .. } in containers {
+    for DescribedContainer { state, .. } in containers {
         let name = &state.container_name;
         // A reached container has its own row only if a reason says why it is not reached by a faster attach method.
         if state.forwards.is_empty() || state.state == Reachability::Unreachable || state.reason.is_some() {

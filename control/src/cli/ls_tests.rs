@@ -1,7 +1,7 @@
 use super::*;
 
 /// Returns every state that a container and a port can have.
-fn containers() -> Vec<Container> {
+fn containers() -> Vec<DescribedContainer> {
     let value = json!([
         { "containerName": "shop", "cwd": "/w/shop", "way": "process 42", "state": "reached", "forwards": [
             { "port": 3000, "hostPort": 3000, "state": "open", "process": "node", "pid": 77, "connections": 2,
@@ -65,7 +65,7 @@ fn a_slower_attach_method_has_a_reason_and_a_published_port_its_host_address() {
               "connections": 0, "accepted": 0, "bytesUp": 0, "bytesDown": 0 },
         ],
     }]);
-    let listing = registered_table(&serde_json::from_value::<Vec<Container>>(value).unwrap());
+    let listing = registered_table(&serde_json::from_value::<Vec<DescribedContainer>>(value).unwrap());
     let rows: Vec<&str> = listing.lines().collect();
     assert!(
         rows[1].contains("reached") && rows[1].contains("docker, agent in /d, not by its namespace"),

@@ -12,9 +12,10 @@ use super::ls;
 use super::traffic;
 use super::trust;
 use super::up::{describe_engine, print_helper, print_http};
-use crate::cli::daemon_client::{self, Container, Description};
+use crate::cli::daemon_client::{self, Description};
 use crate::cli::ui::output::{Colour, Printer};
 use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
+use crate::daemon::rpc::request_handler::DescribedContainer;
 use crate::model::forward_table::{Reachability, RowState};
 use crate::sys::launcher::LauncherState;
 
@@ -33,7 +34,7 @@ fn daemon(client: &Client, json: bool) -> Result<(), Failure> {
     let ours = description.is_some();
     let description = description.map_or_else(|| describe_in_parts(client), Ok)?;
     let printer = Printer::to_stdout(json);
-    let open = |container: &Container| {
+    let open = |container: &DescribedContainer| {
         container.state.forwards.iter().filter(|row| row.state == RowState::Open).count()
     };
     let ports: usize = description.containers.iter().map(open).sum();
@@ -112,7 +113,8 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
         client.within(PATIENT_BUDGET).call(&asked).map_err(|error| daemon_client::call_failure(&error))?;
     let (cwd, ports) = read(&answer).map_err(|error| daemon_client::call_failure(&error))?;
     let detail = daemon_client::describe(client)?.into_iter().flat_map(|description| description.containers);
-    let mut detail: Vec<Container> = detail.filter(|one| one.state.container_name == name).take(1).collect();
+    let mut detail: Vec<DescribedContainer> =
+        detail.filter(|one| one.state.container_name == name).take(1).collect();
     traffic::count(&mut detail);
     let detail = detail.pop();
     let printer = Printer::to_stdout(json);
@@ -136,7 +138,7 @@ fn container(client: &Client, name: &str, json: bool) -> Result<(), Failure> {
     printer.line("ports", Colour::Green, &words);
     if let Some(container) = &detail {
         trust::print_withheld_of(printer, container);
-        let Container { state, grants, .. } = container;
+        let DescribedContainer { state, grants, .. } = container;
         if !grants.is_empty() {
             printer.line("grants", Colour::Green, &grant::describe(grants));
         }

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeSet;
 
-use crate::cli::daemon_client::Container;
+use crate::daemon::rpc::request_handler::DescribedContainer;
 use crate::model::forward_table::{ForwardPath, ForwardRow};
 
 /// Sets the counters of native ports to those of the open connections. If the kernel does not report them, they stay 0.
-pub(super) fn count(containers: &mut [Container]) {
+pub(super) fn count(containers: &mut [DescribedContainer]) {
     let rows = containers.iter_mut().flat_map(|container| &mut container.state.forwards);
     let rows: Vec<&mut ForwardRow> = rows.filter(|row| row.path == ForwardPath::Native).collect();
     let ports: BTreeSet<u16> = rows.iter().map(|row| row.host_port).collect();

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use crate::cli::args::{AttachArgs, Ring};
-use crate::cli::daemon_client::{self, Container};
+use crate::cli::daemon_client;
 use crate::cli::exit::{Exit, Failure};
 use crate::cli::start::{self, Folder};
 use crate::cli::ui::output::{Colour, Printer, Report};
 use crate::daemon::discovery::report::{Forwarded, Found};
 use crate::daemon::rpc::client::{Client, PATIENT_BUDGET};
+use crate::daemon::rpc::request_handler::DescribedContainer;
 use crate::error::chain;
 use crate::launch::devcontainer::{self, Exposure, exposure, exposure_of_file};
 use crate::model::forward_table::{ForwardRow, Reachability, RowState};
@@ -144,7 +145,11 @@ fn folder(folder: &Path) -> Result<Folder, Failure> {
 
 /// Waits until the container's listeners are known and forwarded, or it cannot be entered, or it does not run; at most
 /// [`REACH_MAX`].
-fn wait_until_reached(client: &Client, name: &str, running: bool) -> Result<Option<Container>, Failure> {
+fn wait_until_reached(
+    client: &Client,
+    name: &str,
+    running: bool,
+) -> Result<Option<DescribedContainer>, Failure> {
     let deadline = Instant::now() + REACH_MAX;
     let mut reached = None;
     loop {
@@ -169,10 +174,10 @@ fn print_result(
     args: &AttachArgs,
     found: &Found,
     name: &str,
-    own: Option<Container>,
+    own: Option<DescribedContainer>,
 ) -> Result<Exit, Failure> {
     let printer = Printer::to_stdout(args.common.json);
-    let Some(Container { state, .. }) = own else {
+    let Some(DescribedContainer { state, .. }) = own else {
         return Err(Failure::new(
             Exit::Refused,
             format!("{name} was attached, then deregistered by another client"),

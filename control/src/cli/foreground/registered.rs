@@ -20,11 +20,12 @@ use thiserror::Error;
 
 use super::native_link as link;
 use super::{Wakeup, denied, failed};
-use crate::cli::daemon_client::{self, Container, Description};
+use crate::cli::daemon_client::{self, Description};
 use crate::cli::foreground::native_driver::Sink;
 use crate::cli::foreground::reported_ports::{PortChange, ReportedPorts};
 use crate::cli::ui::output::{Printer, Report};
 use crate::daemon::rpc::client::{Client, PATIENT_BUDGET, PROBE_BUDGET};
+use crate::daemon::rpc::request_handler::DescribedContainer;
 use crate::model::forward_table::{ForwardRow, Reachability};
 use crate::model::native_sockets;
 use crate::model::port_policy::{Policy, PortForward};
@@ -291,8 +292,8 @@ impl Registered {
             .any(|other| is_another(other, &self.desired.name, &self.desired.attach_method))
     }
 
-    fn own(&self, description: &Description) -> Option<Container> {
-        let own = |other: &&Container| {
+    fn own(&self, description: &Description) -> Option<DescribedContainer> {
+        let own = |other: &&DescribedContainer| {
             other.state.container_name == self.desired.name
                 && !is_another(other, &self.desired.name, &self.desired.attach_method)
         };
@@ -385,7 +386,7 @@ fn shares_network_namespace(daemon: Option<u32>) -> bool {
 }
 
 /// Returns whether a registration of this name has another attach method, and so belongs to another client.
-fn is_another(other: &Container, name: &str, attach_method: &AttachMethod) -> bool {
+fn is_another(other: &DescribedContainer, name: &str, attach_method: &AttachMethod) -> bool {
     other.state.container_name == name
         && other.state.attach_method.as_deref() != Some(attach_method.to_string().as_str())
 }

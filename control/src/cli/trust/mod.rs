@@ -14,10 +14,11 @@ use serde_json::{Value, json};
 use super::args::TrustArgs;
 use super::exit::{Exit, Failure};
 use super::start;
-use crate::cli::daemon_client::{self, Container};
+use crate::cli::daemon_client;
 use crate::cli::ui::output::{Colour, Printer, Report};
 use crate::cli::ui::table::table;
 use crate::daemon::rpc::client::{CallError, Client, PATIENT_BUDGET};
+use crate::daemon::rpc::request_handler::DescribedContainer;
 use crate::error::chain;
 use crate::model::trust::{Approval, ContentDigest, TrustFormatError};
 use crate::registry::folder::Withheld;
@@ -28,7 +29,7 @@ pub(super) use offer::offer;
 use review::{Review, command_for};
 
 /// Returns the files of registered folders that have no effect for want of an approval, each once.
-pub(super) fn withheld(containers: &[Container]) -> Vec<&Withheld> {
+pub(super) fn withheld(containers: &[DescribedContainer]) -> Vec<&Withheld> {
     let mut missing: Vec<&Withheld> = Vec::new();
     for one in containers.iter().flat_map(|container| &container.withheld) {
         if one.needs_trust && !missing.contains(&one) {
@@ -39,7 +40,7 @@ pub(super) fn withheld(containers: &[Container]) -> Vec<&Withheld> {
 }
 
 /// Prints one line for each of these files.
-pub(super) fn print_withheld(printer: Printer, containers: &[Container]) {
+pub(super) fn print_withheld(printer: Printer, containers: &[DescribedContainer]) {
     for one in withheld(containers) {
         let (word, text) = sentence(one, &format!(" of {}", one.folder.display()));
         printer.line(word, Colour::Yellow, &text);
@@ -47,7 +48,7 @@ pub(super) fn print_withheld(printer: Printer, containers: &[Container]) {
 }
 
 /// Prints one line for each file of one container that has no effect, for whatever reason.
-pub(super) fn print_withheld_of(printer: Printer, container: &Container) {
+pub(super) fn print_withheld_of(printer: Printer, container: &DescribedContainer) {
     for one in &container.withheld {
         let (word, text) = sentence(one, "");
         printer.line(word, Colour::Yellow, &text);

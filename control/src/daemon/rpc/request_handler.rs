@@ -395,11 +395,12 @@ pub struct Description {
     pub containers: Vec<DescribedContainer>,
 }
 
-/// One registration in a [`Description`].
+/// One registration in a [`Description`]. Clients read it, too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DescribedContainer {
     /// Its folder on the host.
+    #[serde(default)]
     pub cwd: String,
     /// Why the daemon forwards it, if the daemon discovered it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
